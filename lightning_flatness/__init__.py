@@ -1,0 +1,20 @@
+"""Exact flatness of neural networks while they train."""
+
+from lightning_flatness.capture import FlatnessObserver
+from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, NotClosedFormError
+from lightning_flatness.metrics import FlatnessMetric, measure_flatness
+from lightning_flatness.results import FlatnessReport, LayerFlatness
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchError",
+    "FlatnessError",
+    "FlatnessMetric",
+    "FlatnessObserver",
+    "FlatnessReport",
+    "LayerFlatness",
+    "LayerSelectionError",
+    "NotClosedFormError",
+    "measure_flatness",
+]

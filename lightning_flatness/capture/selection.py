@@ -1,0 +1,212 @@
+"""Choosing layers and the classifier from what really runs in one forward pass."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_flatness.capture.observation import CONVOLUTIONS
+from lightning_flatness.errors import BatchError, LayerSelectionError
+
+# What torch.compile puts in front of the names of a module that it wraps.
+COMPILED = "_orig_mod."
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The convolutions and linear layers that ran, in order, and the logits that came out."""
+
+    modules: dict[str, nn.Module]  # all convolutions and linear layers of the model, by plain name
+    order: list[str]  # names in order of execution, once for every call
+    output_shapes: dict[str, tuple[int, ...]]  # of the last call
+    input_shapes: dict[str, tuple[int, ...]]
+    logits: Tensor  # (N, K)
+
+
+def trace_execution(model: nn.Module, forward: Callable[[], Any]) -> Execution:
+    """Run ``forward`` once and record which convolutions and linear layers of ``model`` run.
+
+    Args:
+        model: the network.
+        forward: a function without arguments that calls it.
+
+    Returns:
+        An :class:`Execution`; names come without ``_orig_mod.``.
+
+    Raises:
+        BatchError: the model's output has no logits of shape ``(N, K)``.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
+        >>> trace_execution(net, lambda: net(torch.randn(4, 1, 8))).order
+        ['0', '3']
+    """
+    modules = {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    }
+    order: list[str] = []
+    output_shapes: dict[str, tuple[int, ...]] = {}
+    input_shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, returned: Any) -> None:
+            order.append(name)
+            if arguments and isinstance(arguments[0], Tensor) and isinstance(returned, Tensor):
+                input_shapes[name], output_shapes[name] = tuple(arguments[0].shape), tuple(returned.shape)
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
+    try:
+        logits = logits_of(forward())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Execution(modules, order, output_shapes, input_shapes, logits.detach())
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits ``(N, K)`` in a model's output: the tensor itself, or its ``logits`` attribute or key.
+
+    Raises:
+        BatchError: there are none, they are not 2-D, of one class only, or not finite.
+
+    Example:
+        >>> import torch
+        >>> logits_of({"logits": torch.zeros(2, 3)}).shape
+        torch.Size([2, 3])
+    """
+    if not isinstance(output, Tensor):
+        found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+        if not isinstance(found, Tensor):
+            raise BatchError(
+                f"The model returns a {type(output).__name__}; flatness needs the logits, a tensor of shape "
+                "(samples, classes), or an output with a 'logits' entry. Wrap the model so that it returns them."
+            )
+        output = found
+    if output.ndim != 2:
+        hint = " Dense prediction (a class for every pixel or token) is not supported." if output.ndim > 2 else ""
+        raise BatchError(f"The logits have shape {tuple(output.shape)}; they must be (samples, classes).{hint}")
+    if output.shape[1] < 2:
+        raise BatchError(
+            "The logits have one column. Cross-entropy needs a column for every class; for two classes train with two "
+            "logits, or wrap the model as torch.cat([-logit / 2, logit / 2], dim=1)."
+        )
+    if not output.isfinite().all():
+        raise BatchError(
+            "The logits contain NaN or infinity: training has diverged, the inputs do, or classes are masked with "
+            "-inf. The Hessian does not exist there."
+        )
+    return output
+
+
+def find_classifier(execution: Execution) -> str | None:
+    """Name of the classifier: the last thing that runs, if it is linear on pooled features; None if it is not.
+
+    A 1x1 convolution on a 1x1 map is linear too. With None the logits are the pooled layer itself (SqueezeNet).
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv1d(1, 5, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+        >>> find_classifier(trace_execution(net, lambda: net(torch.randn(4, 1, 8)))) is None
+        True
+    """
+    if not execution.order:
+        return None
+    name = execution.order[-1]
+    if isinstance(execution.modules[name], nn.Linear):
+        return name
+    on_one_pixel = set(execution.input_shapes[name][2:]) == {1} and set(execution.output_shapes[name][2:]) == {1}
+    return name if on_one_pixel and execution.output_shapes[name][:2] == tuple(execution.logits.shape) else None
+
+
+def select_layers(execution: Execution, layers: str | Sequence[str], classifier: str | None) -> list[str]:
+    """Names of the wanted layers, in the order in which they run.
+
+    Args:
+        execution: what ran.
+        layers: ``"last"`` (the last convolution before the classifier), ``"all"`` (every convolution), or module names
+            or glob patterns, with or without ``_orig_mod.``.
+        classifier: its name, or None.
+
+    Raises:
+        LayerSelectionError: no convolution, no match, not a convolution, never runs, or runs more than once.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
+        >>> select_layers(trace_execution(net, lambda: net(torch.randn(4, 1, 8))), "last", "3")
+        ['0']
+    """
+    convolutions = [name for name, module in execution.modules.items() if isinstance(module, CONVOLUTIONS)]
+    if not convolutions:
+        raise LayerSelectionError(
+            "The model has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d), and the closed form is about one. If it "
+            "has, but as TorchScript, pass the original module."
+        )
+    ran = [name for name in dict.fromkeys(execution.order) if name in convolutions and name != classifier]
+    if layers in ("last", "all") and not ran:
+        raise LayerSelectionError(
+            f"No convolution runs before the classifier '{classifier}'; the model has {_listing(convolutions)}."
+        )
+    if layers == "last":
+        last = [name for name in execution.order if name in ran][-1:]
+        wanted = last
+    elif layers == "all":
+        wanted = ran
+    else:
+        patterns = [layers] if isinstance(layers, str) else list(layers)
+        matched = {name for pattern in patterns for name in _match(plain_name(pattern), execution, convolutions)}
+        idle = sorted(matched - set(execution.order))
+        if idle:
+            raise LayerSelectionError(
+                f"Layer {_listing(idle)} never runs in the model's forward (in evaluation mode). Take it out of layers=."
+            )
+        wanted = [name for name in dict.fromkeys(execution.order) if name in matched]
+    times = Counter(execution.order)
+    repeated = [name for name in wanted if times[name] > 1]
+    if repeated:
+        raise LayerSelectionError(
+            f"Layer {_listing(repeated)} runs more than once in one forward pass ({times[repeated[0]]} times), so its "
+            "Hessian is not that of one convolution. Choose another layer with layers=."
+        )
+    return wanted
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what ``torch.compile`` adds to it.
+
+    Example:
+        >>> plain_name("net._orig_mod.conv1")
+        'net.conv1'
+    """
+    return name.replace(COMPILED, "")
+
+
+def _match(pattern: str, execution: Execution, convolutions: list[str]) -> list[str]:
+    if pattern in execution.modules and pattern not in convolutions:
+        raise LayerSelectionError(
+            f"Layer '{pattern}' is a {type(execution.modules[pattern]).__name__}, not a convolution; the closed form "
+            "is about convolutions."
+        )
+    matched = [name for name in convolutions if fnmatchcase(name, pattern)]
+    if not matched:
+        close = difflib.get_close_matches(pattern, convolutions, n=3) or convolutions[-3:]
+        raise LayerSelectionError(
+            f"layers='{pattern}' matches no convolution of the model. Did you mean {_listing(close)}?"
+        )
+    return matched
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

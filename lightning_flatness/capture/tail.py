@@ -1,0 +1,202 @@
+"""The tail, from the layer's output ``z`` to the classifier's input ``g``: slopes, curvatures, channels, certificate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import NotClosedFormError
+
+# The certificates compare two ways of computing the same number; this many rounding errors are allowed between them.
+ROUNDINGS = 1e3
+
+
+def tail_slopes(name: str, features: Tensor, output: Tensor) -> Tensor:
+    """Slopes ``a[s, p] = dg[c(s)] / dz[s, p]``, by one vector-Jacobian product with ones.
+
+    Args:
+        name: of the layer, for errors.
+        features: ``g``, ``(N, m)``, in the graph of ``output``.
+        output: ``z``, ``(N, S, *spatial)``.
+
+    Returns:
+        The shape of ``output``, itself in the graph (:func:`tail_curvatures` needs that).
+
+    Raises:
+        NotClosedFormError: the features do not depend on the output.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> bool((tail_slopes("conv", z.mean(2), z) == 0.25).all())
+        True
+    """
+    if not features.requires_grad:
+        raise NotClosedFormError(_no_graph(name))
+    pulled = _pull_back(features, output, torch.ones_like(features))
+    if pulled is None:
+        raise NotClosedFormError(_no_graph(name))
+    return pulled
+
+
+def tail_curvatures(name: str, slopes: Tensor, output: Tensor) -> Tensor | None:
+    """Curvatures ``a' = da[s, p] / dz[s, p]``; None where no slope depends on the output.
+
+    Raises:
+        NotClosedFormError: an operation of the tail has no second derivative in torch.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> a = tail_slopes("conv", (z**2).mean(2), z)
+        >>> bool((tail_curvatures("conv", a, z) == 0.5).all())
+        True
+    """
+    if not slopes.requires_grad:
+        return None
+    return _second_derivative(name, slopes, output, torch.ones_like(slopes))
+
+
+def channel_map(features: Tensor, output: Tensor, slopes: Tensor) -> Tensor:
+    """The entry ``c(s)`` of the features that each channel reaches, by one vector-Jacobian product with ``g_j -> j``.
+
+    Returns:
+        Whole numbers ``(S,)``; -1 for a channel without an active slope in the batch, which contributes nothing.
+        A tail that mixes channels gives meaningless entries: :func:`certify_channels` decides.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> g = torch.cat([torch.zeros(2, 2), z.mean(2)], dim=1)
+        >>> channel_map(g, z, tail_slopes("conv", g, z))
+        tensor([2, 3, 4])
+    """
+    index = torch.arange(features.shape[1], dtype=features.dtype, device=features.device)
+    weighted = _pull_back(features, output, index.expand_as(features)).detach()
+    a = slopes.detach()
+    scale = a.abs().amax()  # products of tiny slopes must not underflow
+    a, weighted = (t.double() / scale.clamp_min(torch.finfo(a.dtype).tiny) for t in (a, weighted))
+    over = [dimension for dimension in range(a.ndim) if dimension != 1]
+    length = a.square().sum(over)
+    entries = ((weighted * a).sum(over) / length).round()
+    known = (length > 0) & (entries >= 0) & (entries < features.shape[1])
+    return torch.where(known, entries, -1).long()
+
+
+def certify_channels(name: str, features: Tensor, output: Tensor, slopes: Tensor, channels: Tensor) -> float:
+    """Certify that every feature depends on one channel of its own sample: the first-order condition.
+
+    Pulling back a random cotangent ``u`` must give ``u[c(s)] a[s, p]``. Every sample has its own ``u``, so that a tail
+    that mixes samples fails too.
+
+    Returns:
+        The largest deviation found, relative to the largest entry.
+
+    Raises:
+        NotClosedFormError: naming the layer.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> g = z.relu().mean(2)
+        >>> a = tail_slopes("conv", g, z)
+        >>> certify_channels("conv", g, z, a, channel_map(g, z, a))
+        0.0
+    """
+    u = _cotangent(features)
+    a = slopes.detach()
+    pulled = _pull_back(features, output, u)
+    found = torch.zeros_like(a) if pulled is None else pulled.detach()
+    deviation = _deviation(found, _per_channel(u, channels, output) * a)
+    if not deviation <= _tolerance(features):
+        raise NotClosedFormError(
+            f"Layer '{name}': between this layer and the classifier the channels (or positions, or samples) mix, so "
+            f"the closed form does not hold (relative deviation {deviation:.1e}). It needs operations that act on every "
+            "channel by itself, then global pooling: no further convolution, linear layer, flattening of a map, or "
+            "normalisation across channels. Choose the last convolution before the pooling with layers=."
+        )
+    return deviation
+
+
+def certify_curvatures(
+    name: str, features: Tensor, output: Tensor, slopes: Tensor, curvatures: Tensor | None, channels: Tensor
+) -> float:
+    """Certify that positions of a channel do not interact: the second-order condition.
+
+    Pulling back a random ``u`` and differentiating along a random ``v`` must give ``u[c(s)] a'[s, p] v[s, p]``. A tail
+    like InstanceNorm fulfils the first-order condition and not this one.
+
+    Returns:
+        The largest deviation found, relative to the largest entry.
+
+    Raises:
+        NotClosedFormError: naming the layer.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> g = z.relu().mean(2)
+        >>> a = tail_slopes("conv", g, z)
+        >>> certify_curvatures("conv", g, z, a, tail_curvatures("conv", a, z), channel_map(g, z, a))
+        0.0
+    """
+    u, v = _cotangent(features), _cotangent(slopes)
+    pulled = _pull_back(features, output, u)
+    along = None
+    if pulled is not None and pulled.requires_grad:
+        along = _second_derivative(name, pulled, output, v)
+    found = torch.zeros_like(slopes) if along is None else along
+    expected = torch.zeros_like(slopes) if curvatures is None else _per_channel(u, channels, output) * curvatures * v
+    deviation = _deviation(found, expected)
+    if not deviation <= _tolerance(features):
+        raise NotClosedFormError(
+            f"Layer '{name}': between this layer and the classifier, positions of one channel interact in a curved "
+            f"way (relative deviation {deviation:.1e}), as in InstanceNorm or attention pooling; the closed form "
+            "needs elementwise activations. Choose another layer with layers=."
+        )
+    return deviation
+
+
+def _cotangent(tensor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(tensor.ndim)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+
+
+def _tolerance(tensor: Tensor) -> float:
+    return ROUNDINGS * torch.finfo(tensor.dtype).eps
+
+
+def _per_channel(cotangent: Tensor, channels: Tensor, output: Tensor) -> Tensor:
+    """``u[c(s)]``, shaped to multiply ``output``; zero for channels without ``c(s)``."""
+    picked = cotangent[:, channels.clamp_min(0)] * (channels >= 0)
+    return picked.reshape(*picked.shape, *[1] * (output.ndim - 2))
+
+
+def _deviation(found: Tensor, expected: Tensor) -> float:
+    difference = (found - expected).abs().amax()
+    scale = torch.maximum(expected.abs().amax(), found.abs().amax())
+    return float(torch.where(difference == 0, difference, difference / scale))
+
+
+def _pull_back(features: Tensor, output: Tensor, cotangent: Tensor) -> Tensor | None:
+    pulled: Tensor | None
+    (pulled,) = torch.autograd.grad(features, output, cotangent, create_graph=True, allow_unused=True)
+    return pulled
+
+
+def _second_derivative(name: str, slopes: Tensor, output: Tensor, vector: Tensor) -> Tensor | None:
+    result: Tensor | None
+    try:
+        (result,) = torch.autograd.grad(slopes, output, vector, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        raise NotClosedFormError(
+            f"Layer '{name}': an operation between it and the classifier has no second derivative in torch ({error}), "
+            "so the curvature cannot be certified. Use an equivalent differentiable operation (relu6(x + 3) / 6 for "
+            "hardsigmoid) or choose another layer with layers=."
+        ) from error
+    return result
+
+
+def _no_graph(name: str) -> str:
+    return (
+        f"Layer '{name}': the classifier's input does not depend on its output through autograd: the forward detaches "
+        "it, runs that part under torch.no_grad() or as TorchScript, or does not use it. Choose another layer with "
+        "layers=."
+    )

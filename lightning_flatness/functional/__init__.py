@@ -1,0 +1,51 @@
+"""Level 0: pure mathematics. Tensors in, tensors out; nothing here knows ``nn.Module`` or Lightning.
+
+One set of letters is used throughout:
+
+====================  ==========================================================================================
+``N``, ``K``          samples; classes
+``S``, ``G``          filters (output channels) of the layer; its groups; ``s = S / G`` filters in one group
+``C``                 input channels of the layer
+``D``                 length of one filter: ``C / G`` times the number of kernel positions
+``P``                 output positions of the layer, e.g. ``H_out * W_out``
+``phi[p]``            the input patch at output position ``p``, length ``D``
+``z[s, p]``           the layer's output, ``<w_s, phi[p]> + b_s``
+``T[s, s']``          block trace: trace of the ``D x D`` block ``d²L / dw_s dw_s'`` of the Hessian
+====================  ==========================================================================================
+"""
+
+from lightning_flatness.functional.closed_form import closed_form_block_traces
+from lightning_flatness.functional.cross_entropy import cross_entropy_derivatives
+from lightning_flatness.functional.measures import (
+    filter_flatness,
+    filter_traces,
+    hessian_trace,
+    layerwise_flatness,
+    neuronwise_flatness,
+    relative_flatness,
+    weight_gram,
+    weight_norm,
+)
+from lightning_flatness.functional.patches import (
+    ConvolutionGeometry,
+    patch_gram,
+    patch_square_norms,
+    patches,
+)
+
+__all__ = [
+    "ConvolutionGeometry",
+    "closed_form_block_traces",
+    "cross_entropy_derivatives",
+    "filter_flatness",
+    "filter_traces",
+    "hessian_trace",
+    "layerwise_flatness",
+    "neuronwise_flatness",
+    "patch_gram",
+    "patch_square_norms",
+    "patches",
+    "relative_flatness",
+    "weight_gram",
+    "weight_norm",
+]

@@ -1,0 +1,34 @@
+"""Derivatives of the cross-entropy with respect to the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cross_entropy_derivatives(logits: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """First and second derivative of ``-log softmax(f)[y]`` for every sample.
+
+    The second derivative ``Λ = diag(π) - π πᵀ`` is given by ``π`` alone; labels enter only through the first.
+    Both are taken in float64: ``π - y`` and ``1 - max π`` cancel for confident samples.
+
+    Args:
+        logits: ``f``, shape ``(N, K)``.
+        targets: class indices ``(N,)``, or None.
+
+    Returns:
+        ``π``, float64 ``(N, K)``; and ``dloss/df = π - y``, float64 ``(N, K)``, or None without targets.
+
+    Example:
+        >>> probabilities, residual = cross_entropy_derivatives(torch.zeros(1, 4), torch.tensor([2]))
+        >>> residual
+        tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]], dtype=torch.float64)
+    """
+    probabilities = torch.softmax(logits.double(), dim=1)
+    if targets is None:
+        return probabilities, None
+    residual = probabilities.clone()
+    # The target's own entry is minus the mass of all others; as a sum it keeps its digits when π_y is nearly one.
+    others = probabilities.scatter(1, targets[:, None], 0.0).sum(1, keepdim=True)
+    residual.scatter_(1, targets[:, None], -others)
+    return probabilities, residual

@@ -1,0 +1,117 @@
+"""Input patches of a convolution in 1, 2 or 3 dimensions, and their Gram matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConvolutionGeometry:
+    """How a convolution reads its input, one entry per spatial dimension; zero padding is applied on both sides.
+
+    Example:
+        >>> ConvolutionGeometry(kernel_size=(3,), stride=(2,), padding=(1,), dilation=(1,)).output_size((8,))
+        (4,)
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial size of the output for a spatial size of the (unpadded) input."""
+        sizes = zip(input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sizes)
+
+    def pad(self, inputs: Tensor) -> Tensor:
+        """The zero-padded input."""
+        widths = [width for padding in reversed(self.padding) for width in (padding, padding)]
+        return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
+
+    def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+        """For every kernel position, the slices of the padded input that it meets over all output positions."""
+        for offset in product(*map(range, self.kernel_size)):
+            yield tuple(
+                slice(o * d, o * d + s * (n - 1) + 1, s)
+                for o, d, s, n in zip(offset, self.dilation, self.stride, output_size, strict=True)
+            )
+
+
+def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    """All input patches ``phi[p]`` of every sample, by group.
+
+    Args:
+        inputs: ``(N, C, *spatial)``.
+        geometry: of the convolution.
+
+    Returns:
+        ``(N, G, D, P)``; the order of the ``D`` entries is that of ``weight.reshape(S, D)``.
+
+    Example:
+        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
+        >>> patches(torch.tensor([[[1.0, 2.0, 3.0]]]), geometry)
+        tensor([[[[1., 2.],
+                  [2., 3.]]]])
+    """
+    size = geometry.output_size(tuple(inputs.shape[2:]))
+    padded = geometry.pad(inputs)
+    columns = torch.stack([padded[(..., *window)].flatten(2) for window in geometry.windows(size)], dim=2)
+    return columns.reshape(inputs.shape[0], geometry.groups, -1, prod(size))
+
+
+def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    """Squared length ``‖phi[p]‖²`` of every patch, by group: ``(N, G, P)``.
+
+    Example:
+        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
+        >>> patch_square_norms(torch.tensor([[[1.0, 2.0, 3.0]]]), geometry)
+        tensor([[[ 5., 13.]]])
+    """
+    squares = inputs.square().unflatten(1, (geometry.groups, -1)).sum(2)
+    return patches(squares, geometry).sum(2)
+
+
+def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    """Patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of every sample, by group.
+
+    Overlapping patches repeat the same products. With the Gram matrix ``X`` of single pixels, ``Γ[p, p']`` is the sum
+    of ``X[p + o, p' + o]`` over the kernel offsets ``o``: nine times fewer multiplications for a 3x3 kernel of stride
+    one. With a stride the pixels outnumber the patches, so the cheaper of the two ways is chosen by counting.
+
+    Args:
+        inputs: ``(N, C, *spatial)``.
+        geometry: of the convolution.
+
+    Returns:
+        ``(N, G, P, P)``.
+
+    Example:
+        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
+        >>> patch_gram(torch.tensor([[[1.0, 2.0, 3.0]]]), geometry)
+        tensor([[[[ 5.,  8.],
+                  [ 8., 13.]]]])
+    """
+    input_size = tuple(inputs.shape[2:])
+    size = geometry.output_size(input_size)
+    padded_size = tuple(n + 2 * p for n, p in zip(input_size, geometry.padding, strict=True))
+    channels = inputs.shape[1] // geometry.groups
+    by_pixel = prod(padded_size) ** 2 * channels + prod(geometry.kernel_size) * prod(size) ** 2
+    by_patch = prod(size) ** 2 * channels * prod(geometry.kernel_size)
+    if by_patch <= by_pixel:
+        phi = patches(inputs, geometry)
+        return phi.mT @ phi
+    pixels = geometry.pad(inputs).flatten(2).unflatten(1, (geometry.groups, -1))  # (N, G, C/G, pixels)
+    gram = (pixels.mT @ pixels).unflatten(3, padded_size).unflatten(2, padded_size)
+    shifted = [gram[(..., *window, *window)] for window in geometry.windows(size)]
+    total = shifted[0].clone()
+    for part in shifted[1:]:
+        total += part
+    return total.reshape(inputs.shape[0], geometry.groups, prod(size), prod(size))

@@ -1,0 +1,157 @@
+"""What a measurement gives back: frozen records, readable without the package's machinery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """How a layer is measured, known once the first batch has been certified.
+
+    Attributes:
+        name: of the module, without ``_orig_mod.``.
+        kind: its class.
+        num_filters: ``S``.
+        patch_length: ``D``, length of one filter.
+        groups: ``G``.
+        classifier: name of the linear map under which it lies; None when the pooled layer is the logits itself.
+        method: ``"closed_form"``.
+        exact: whether the number is the Hessian's.
+        kernel: ``"parameter"`` when derivatives are with respect to the layer's weight; ``"effective"`` when the layer
+            computes the kernel it applies (parametrised, standardised) and derivatives are with respect to that.
+        deviation: the largest deviation that the certificates found on the first batch, relative, in rounding errors of
+            the model's precision at most.
+    """
+
+    name: str
+    kind: str
+    num_filters: int
+    patch_length: int
+    groups: int
+    classifier: str | None
+    method: Literal["closed_form"]
+    exact: bool
+    kernel: Literal["parameter", "effective"]
+    deviation: float
+
+
+@dataclass(frozen=True)
+class LayerFlatness:
+    """Flatness of one layer: the mean over ``num_samples`` samples.
+
+    Attributes:
+        block_traces: ``T``, float64 ``(G, S/G, S/G)``; ``T[s, s']`` is the trace of the Hessian block of two filters.
+        filter_traces: float64 ``(S,)``, Hessian trace of every filter.
+        filter_flatness: float64 ``(S,)``, ``‖w_s‖² T[s, s]``; adds up to ``neuronwise_flatness``.
+        hessian_trace: loss per squared weight.
+        relative_flatness: ``kappa_Tr``, in units of the loss (Petzka et al. 2021, Definition 3).
+        neuronwise_flatness: ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019).
+        layerwise_flatness: ``‖W‖_F² Tr(H)`` (Petzka et al. 2019).
+        weight_norm: ``‖W‖_F``.
+        num_samples: samples measured.
+        info: how it was measured.
+    """
+
+    block_traces: Tensor
+    filter_traces: Tensor
+    filter_flatness: Tensor
+    hessian_trace: float
+    relative_flatness: float
+    neuronwise_flatness: float
+    layerwise_flatness: float
+    weight_norm: float
+    num_samples: int
+    info: LayerInfo
+
+    @property
+    def exact(self) -> bool:
+        """Whether the number is the Hessian's."""
+        return self.info.exact
+
+    @property
+    def method(self) -> str:
+        """How it was computed, e.g. ``"closed_form"``."""
+        return self.info.method
+
+
+@dataclass(frozen=True)
+class FlatnessReport:
+    """Flatness of the measured layers of a model; ``print(report)`` shows a table.
+
+    Attributes:
+        layers: by module name, in the order in which they run.
+    """
+
+    layers: Mapping[str, LayerFlatness]
+
+    @property
+    def hessian_trace(self) -> float:
+        """Sum of the Hessian traces of the measured layers."""
+        return sum(layer.hessian_trace for layer in self.layers.values())
+
+    @property
+    def relative_flatness(self) -> float:
+        """Sum of the relative flatness of the measured layers."""
+        return sum(layer.relative_flatness for layer in self.layers.values())
+
+    @property
+    def num_samples(self) -> int:
+        """Samples measured."""
+        return max((layer.num_samples for layer in self.layers.values()), default=0)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every layer's number is the Hessian's."""
+        return all(layer.exact for layer in self.layers.values())
+
+    def table(self) -> Table:
+        """The report as a rich table, a row for every layer."""
+        table = Table(title=f"Flatness over {self.num_samples} samples")
+        table.add_column("layer")
+        for heading in ("Hessian trace", "relative flatness", "neuron-wise", "layer-wise", "‖W‖"):
+            table.add_column(heading, justify="right")
+        table.add_column("method")
+        for name, layer in self.layers.items():
+            numbers = (
+                layer.hessian_trace,
+                layer.relative_flatness,
+                layer.neuronwise_flatness,
+                layer.layerwise_flatness,
+                layer.weight_norm,
+            )
+            method = f"{layer.method}, {'exact' if layer.exact else 'not exact'}"
+            table.add_row(name, *(f"{number:.5g}" for number in numbers), method)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.table())
+
+
+def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
+    """How every layer is going to be measured, as a rich table."""
+    table = Table(title="Flatness will be measured for")
+    for heading in ("layer", "kind", "filters x patch length", "method", "exact", "certified on the first batch"):
+        table.add_column(heading, overflow="fold")
+    for info in layers.values():
+        size = f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else "")
+        head = f"head '{info.classifier}'" if info.classifier else "head: the pooled layer"
+        certified = f"layer, tail and {head} agree with autograd to {info.deviation:.0e}"
+        if info.kernel == "effective":
+            certified += "; with respect to the kernel it applies, which it computes from its weight"
+        table.add_row(info.name, info.kind, size, info.method, "yes" if info.exact else "no", certified)
+    return table
+
+
+def as_text(table: Table, width: int = 110) -> str:
+    """A rich table as plain text."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

@@ -1,0 +1,159 @@
+"""The oracle: block traces from autograd's own Hessian. Slow and obvious; it shares no code with what it checks.
+
+Use it on a small model of your own to see that the numbers are what they are called::
+
+    from lightning_flatness.testing import assert_matches_oracle
+
+    assert_matches_oracle(model, (inputs, targets), layer="conv2")
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+
+
+def hessian_rows(model: nn.Module, batch: tuple[Any, Tensor], layer: str, filters: Sequence[int]) -> Tensor:
+    """Rows of the Hessian of the mean cross-entropy with respect to one layer's weight, by double backward.
+
+    Args:
+        model: put it into evaluation mode and float64 first.
+        batch: ``(inputs, targets)``.
+        layer: name of the module; its parameter is ``weight``, ``(S, ...)``.
+        filters: whose rows are wanted.
+
+    Returns:
+        ``(len(filters), D, S, D)``: ``H[i, d, s', d']`` is ``d²L / dw[filters[i], d] dw[s', d']``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3)).double()
+        >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
+        >>> hessian_rows(net, batch, "0", [0, 1]).shape
+        torch.Size([2, 3, 2, 3])
+    """
+    inputs, targets = batch
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    kernel = weight.detach().clone().requires_grad_()
+    fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with torch.enable_grad():
+        loss = cross_entropy(functional_call(model, {**fixed, f"{layer}.weight": kernel}, (inputs,)), targets)
+        (gradient,) = torch.autograd.grad(loss, kernel, create_graph=True)
+        rows = []
+        for s in filters:
+            for entry in gradient[s].flatten():
+                row = None
+                if entry.requires_grad:
+                    (row,) = torch.autograd.grad(entry, kernel, retain_graph=True, allow_unused=True)
+                rows.append(torch.zeros_like(kernel) if row is None else row)
+    num_filters, length = kernel.shape[0], kernel[0].numel()
+    return torch.stack(rows).reshape(len(filters), length, num_filters, length).detach()
+
+
+def oracle_block_traces(
+    model: nn.Module, batch: tuple[Any, Tensor], layer: str, filters: Sequence[int] | None = None
+) -> Tensor:
+    """Block traces ``T[s, s']`` for some filters ``s`` and all ``s'``, from :func:`hessian_rows`.
+
+    Args:
+        model: in evaluation mode and float64.
+        batch: ``(inputs, targets)``.
+        layer: name of the module.
+        filters: all by default.
+
+    Returns:
+        ``(len(filters), S)``. In a grouped convolution the pairs across groups are there too.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3)).double()
+        >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
+        >>> oracle_block_traces(net, batch, "0").shape
+        torch.Size([2, 2])
+    """
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    wanted = range(len(weight)) if filters is None else filters
+    traces = []
+    for s in wanted:
+        rows = hessian_rows(model, batch, layer, [s])[0]  # (D, S, D)
+        traces.append(torch.stack([rows[:, other, :].trace() for other in range(len(weight))]))
+    return torch.stack(traces)
+
+
+def assert_matches_oracle(
+    model: nn.Module,
+    batch: tuple[Any, Tensor],
+    layer: str,
+    *,
+    filters: Sequence[int] | None = None,
+    rtol: float = 1e-10,
+) -> None:
+    """Assert that ``measure_flatness`` gives the autograd Hessian's numbers for one layer, in float64.
+
+    Works on a copy of the model; a parametrised weight is measured with respect to the kernel that it yields. It takes
+    one backward pass for every weight of the filters, so keep the layer small or name a few filters.
+
+    Args:
+        model: any model that ``measure_flatness`` takes.
+        batch: ``(inputs, targets)``, the inputs a tensor.
+        layer: name of the module.
+        filters: compare these rows of the block traces only; all rows, and all measures, by default.
+        rtol: largest error allowed, relative to the largest block trace.
+
+    Raises:
+        AssertionError: the numbers differ, or the layer computes its kernel in a way the oracle cannot undo.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
+        >>> assert_matches_oracle(net, (torch.randn(4, 1, 8), torch.tensor([0, 1, 2, 0])), "0")
+    """
+    from lightning_flatness import measure_flatness
+
+    model = copy.deepcopy(model).double().eval()
+    inputs, targets = batch[0].double(), batch[1]
+    measured = measure_flatness(model, [(inputs, targets)], layers=layer).layers[layer]
+
+    module = model.get_submodule(layer)
+    if is_parametrized(module, "weight"):
+        remove_parametrizations(module, "weight", leave_parametrized=True)
+    elif measured.info.kernel == "effective":
+        raise AssertionError(
+            f"Layer '{layer}' ({type(module).__name__}) computes the kernel it applies, and the oracle differentiates "
+            "with respect to the weight. Compare with a plain convolution that has that kernel."
+        )
+    expected = oracle_block_traces(model, (inputs, targets), layer, filters)
+    groups, per_group, _ = measured.block_traces.shape
+    everything = torch.block_diag(*measured.block_traces)
+    across = torch.block_diag(*torch.ones(groups, per_group, per_group)) == 0
+    chosen = list(range(len(everything))) if filters is None else list(filters)
+    expected = expected.masked_fill(across[chosen], 0.0)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(everything[chosen], expected, rtol=0.0, atol=rtol * scale)
+    if filters is not None:
+        return
+
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows = weight.detach().flatten(1)
+    for name, found, matrix in (
+        ("hessian_trace", measured.hessian_trace, torch.eye(len(rows), dtype=torch.float64)),
+        ("relative_flatness", measured.relative_flatness, rows @ rows.T),
+        ("neuronwise_flatness", measured.neuronwise_flatness, torch.diag(rows.square().sum(1))),
+        ("layerwise_flatness", measured.layerwise_flatness, rows.square().sum() * torch.eye(len(rows)).double()),
+    ):
+        # Terms of both signs may cancel, so the error is relative to their absolute sum.
+        terms = matrix * expected
+        torch.testing.assert_close(
+            torch.tensor(found, dtype=torch.float64),
+            terms.sum(),
+            rtol=0.0,
+            atol=rtol * float(terms.abs().sum()),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
