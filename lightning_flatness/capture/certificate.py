@@ -124,6 +124,7 @@ def certify_path(
         The deviation, relative to the gradient's norm.
 
     Raises:
+        NotClosedFormError: autograd finds no way from the kernel to the logits.
         LayerSelectionError: the two gradients differ.
     """
     kernel = call.weight.detach().clone().requires_grad_()
@@ -141,6 +142,11 @@ def certify_path(
     )
     pulled = (cotangent @ columns).reshape(*slopes.shape[:2], *[1] * (slopes.ndim - 2)) * slopes
     (expected,) = torch.autograd.grad(output, kernel, pulled)
+    if kernel_gradient is None and bool(expected.any()):
+        raise NotClosedFormError(
+            f"Layer '{name}' runs under torch.no_grad() or on detached values, so its Hessian cannot be certified. To "
+            "freeze it use requires_grad_(False) on it instead of torch.no_grad() in the forward."
+        )
     found = torch.zeros_like(expected) if kernel_gradient is None else kernel_gradient
     scale = torch.maximum(expected.norm(), found.norm())
     deviation = float((found - expected).norm() / scale) if float(scale) > 0 else 0.0

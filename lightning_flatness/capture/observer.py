@@ -136,8 +136,7 @@ class FlatnessObserver:
         if name not in self.layers:
             own = is_own_weight(call, observed.module)
             if own:
-                path = self._certify_path(name, inputs, call, slopes, columns)
-                deviation = max(deviation, path)
+                deviation = max(deviation, self._certify_path(name, inputs, observed.module, call, slopes, columns))
             self._grams[name] = weight_gram(call.weight, call.geometry.groups)
             self.layers[name] = _describe(name, observed.module, call, own, deviation, self._classifier)
         probabilities, residual = cross_entropy_derivatives(logits, targets)
@@ -178,11 +177,14 @@ class FlatnessObserver:
         self._channels[name] = channels
         return curvatures, max(first, second)
 
-    def _certify_path(self, name: str, inputs: Any, call: ConvolutionCall, slopes: Tensor, columns: Tensor) -> float:
-        parameter = next(n for n, _ in self._model.named_parameters() if plain_name(n) == f"{name}.weight")
+    def _certify_path(
+        self, name: str, inputs: Any, module: nn.Module, call: ConvolutionCall, slopes: Tensor, columns: Tensor
+    ) -> float:
+        # By identity: a tied weight has one name, which need not be this layer's.
+        parameter = next(key for key, value in self._model.named_parameters() if value is module.weight)
         kernel = call.weight.detach().clone().requires_grad_()
         logits = logits_of(call_model(self._model, inputs, {parameter: kernel}))
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(0)
         u = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
         u = u - u.mean(1, keepdim=True)
         gradient = None
