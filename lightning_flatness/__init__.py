@@ -1,5 +1,6 @@
 """Exact flatness of neural networks while they train."""
 
+from lightning_flatness.callbacks import FlatnessCallback, FlatnessStopping
 from lightning_flatness.capture import FlatnessObserver
 from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, NotClosedFormError
 from lightning_flatness.metrics import FlatnessMetric, measure_flatness
@@ -9,10 +10,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchError",
+    "FlatnessCallback",
     "FlatnessError",
     "FlatnessMetric",
     "FlatnessObserver",
     "FlatnessReport",
+    "FlatnessStopping",
     "LayerFlatness",
     "LayerSelectionError",
     "NotClosedFormError",

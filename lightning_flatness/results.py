@@ -136,16 +136,25 @@ class FlatnessReport:
 
 def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
     """How every layer is going to be measured, as a rich table."""
-    table = Table(title="Flatness will be measured for")
-    for heading in ("layer", "kind", "filters x patch length", "method", "exact", "certified on the first batch"):
+    caption = (
+        "Certified on the first batch: the layer is one convolution, what follows acts on every channel by itself, the "
+        "head is linear, and the gradient that follows from this is autograd's, to the precision shown."
+    )
+    if any(info.kernel == "effective" for info in layers.values()):
+        caption += " *: with respect to the kernel that the layer applies, which it computes from its weight."
+    table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
+    for heading in ("layer", "kind", "filters x patch", "head", "method", "exact", "certified to"):
         table.add_column(heading, overflow="fold")
     for info in layers.values():
-        size = f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else "")
-        head = f"head '{info.classifier}'" if info.classifier else "head: the pooled layer"
-        certified = f"layer, tail and {head} agree with autograd to {info.deviation:.0e}"
-        if info.kernel == "effective":
-            certified += "; with respect to the kernel it applies, which it computes from its weight"
-        table.add_row(info.name, info.kind, size, info.method, "yes" if info.exact else "no", certified)
+        table.add_row(
+            info.name + ("*" if info.kernel == "effective" else ""),
+            info.kind,
+            f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else ""),
+            info.classifier or "identity",
+            info.method.replace("_", " "),
+            "yes" if info.exact else "no",
+            f"{info.deviation:.0e}" if info.deviation else "all digits",
+        )
     return table
 
 

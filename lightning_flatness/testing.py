@@ -10,7 +10,7 @@ Use it on a small model of your own to see that the numbers are what they are ca
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -155,5 +155,9 @@ def assert_matches_oracle(
             terms.sum(),
             rtol=0.0,
             atol=rtol * float(terms.abs().sum()),
-            msg=lambda text, name=name: f"{name}: {text}",
+            msg=_named(name),
         )
+
+
+def _named(name: str) -> Callable[[str], str]:
+    return lambda text: f"{name}: {text}"

@@ -35,8 +35,8 @@ def certify_layer(name: str, seen: LayerObservation) -> ConvolutionCall:
         raise BatchError(f"Layer '{name}' runs on an input without a batch dimension.")
     if call.weight.dtype not in (torch.float32, torch.float64):
         raise BatchError(
-            f"Layer '{name}' has weights in {call.weight.dtype}; a Hessian needs float32 or float64. Keep the weights in "
-            "float32 (mixed precision does) or measure model.float()."
+            f"Layer '{name}' has weights in {call.weight.dtype}; a Hessian needs float32 or float64. Keep the weights "
+            "in float32 (mixed precision does) or measure model.float()."
         )
     if not call.weight.isfinite().all():
         raise BatchError(f"The weights of layer '{name}' contain NaN or infinity: training has diverged.")

@@ -30,20 +30,44 @@ def isolated(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({t.device for t in tensors if t.device.type != "cpu"}, key=str)
-    device_types = {"cpu"} | {device.type for device in devices}
+    device_types = {"cpu"} | {device.type for device in _accelerators(model)}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for device_type in device_types:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(_random_states(devices))
+        stack.enter_context(random_states_kept(model))
         if "cuda" in device_types:
             stack.enter_context(_full_float32())
         stack.enter_context(_evaluation_mode(model))
         yield
+
+
+@contextmanager
+def random_states_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the random states of torch (CPU and the model's accelerators), numpy and Python on leaving.
+
+    Example:
+        >>> with random_states_kept(nn.Identity()):
+        ...     inside = torch.rand(())
+        >>> bool(inside == torch.rand(()))
+        True
+    """
+    numpy = sys.modules.get("numpy")  # user code can draw from numpy only if it was imported
+    numpy_state = numpy.random.get_state() if numpy else None
+    python_state = random.getstate()
+    accelerators = _accelerators(model)
+    with ExitStack() as stack:
+        for device_type in {device.type for device in accelerators} or {"cuda"}:
+            devices = [device for device in accelerators if device.type == device_type]
+            stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
 
 
 def call_model(model: nn.Module, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
@@ -73,6 +97,11 @@ def call_model(model: nn.Module, inputs: Any, parameters: Mapping[str, Tensor] |
     return functional_call(model, substitutes, arguments)
 
 
+def _accelerators(model: nn.Module) -> list[torch.device]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sorted({tensor.device for tensor in tensors if tensor.device.type != "cpu"}, key=str)
+
+
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     # The flags are set one by one: ``model.eval()`` would run the user's own ``train()`` overrides.
@@ -87,35 +116,19 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states(devices: list[torch.device]) -> Iterator[None]:
-    numpy = sys.modules.get("numpy")  # user code can draw from numpy only if it was imported
-    numpy_state = numpy.random.get_state() if numpy else None
-    python_state = random.getstate()
-    with ExitStack() as stack:
-        for device_type in sorted({device.type for device in devices} or {"cpu"}):
-            indices = [device for device in devices if device.type == device_type]
-            # Without devices only the CPU's generator is restored.
-            kind = "cuda" if device_type == "cpu" else device_type
-            stack.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
-
-
-@contextmanager
 def _full_float32() -> Iterator[None]:
     """Switch TF32 off: its ten bits of mantissa are an error of 1e-3 in the layer's output."""
-    switches: list[tuple[Any, str, Any]] = []
-    for module in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-        switches.append((module, "fp32_precision", "ieee"))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in switches]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    owners: list[tuple[Any, str, Any]]
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later; reading the older names there may raise
+        owners = [(owner, "fp32_precision", "ieee") for owner in (matmul, getattr(cudnn, "conv"))]  # noqa: B009
+    else:
+        owners = [(owner, "allow_tf32", False) for owner in (matmul, cudnn)]
+    before = [getattr(owner, name) for owner, name, _ in owners]
     try:
-        for owner, name, value in switches:
+        for owner, name, value in owners:
             setattr(owner, name, value)
         yield
     finally:
-        for owner, name, value in before:
+        for (owner, name, _), value in zip(owners, before, strict=True):
             setattr(owner, name, value)

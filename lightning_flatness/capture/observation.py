@@ -88,7 +88,7 @@ class Observation:
 
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
         self._recorder = _ConvolutionRecorder()
-        self._recorder.__enter__()
+        self._recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, arguments: Any, returned: Any) -> Any:
@@ -112,7 +112,7 @@ class Observation:
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return []
-        recorder.__exit__(None, None, None)
+        recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return recorder.calls
 
     def _before_classifier(self, module: nn.Module, arguments: Any) -> Any:

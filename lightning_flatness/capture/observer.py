@@ -15,7 +15,6 @@ from lightning_flatness.capture.selection import (
     Execution,
     find_classifier,
     logits_of,
-    plain_name,
     select_layers,
     trace_execution,
 )
@@ -143,8 +142,8 @@ class FlatnessObserver:
         if curvatures is not None and residual is None:
             if bool(curvatures.any()):
                 raise BatchError(
-                    f"Layer '{name}': the activation after it is curved, so its Hessian depends on the targets, and this "
-                    "batch has none. Give batches of (inputs, targets)."
+                    f"Layer '{name}': the activation after it is curved, so its Hessian depends on the targets, and "
+                    "this batch has none. Give batches of (inputs, targets)."
                 )
             curvatures = None
         block_traces = closed_form_block_traces(

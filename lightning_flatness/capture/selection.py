@@ -48,11 +48,9 @@ def trace_execution(model: nn.Module, forward: Callable[[], Any]) -> Execution:
         >>> trace_execution(net, lambda: net(torch.randn(4, 1, 8))).order
         ['0', '3']
     """
-    modules = {
-        plain_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear))
-    }
+    kinds = (*CONVOLUTIONS, nn.Linear)
+    named: list[tuple[str, nn.Module]] = list(model.named_modules())
+    modules = {plain_name(name): module for name, module in named if isinstance(module, kinds)}
     order: list[str] = []
     output_shapes: dict[str, tuple[int, ...]] = {}
     input_shapes: dict[str, tuple[int, ...]] = {}
@@ -92,21 +90,22 @@ def logits_of(output: Any) -> Tensor:
                 f"The model returns a {type(output).__name__}; flatness needs the logits, a tensor of shape "
                 "(samples, classes), or an output with a 'logits' entry. Wrap the model so that it returns them."
             )
-        output = found
-    if output.ndim != 2:
-        hint = " Dense prediction (a class for every pixel or token) is not supported." if output.ndim > 2 else ""
-        raise BatchError(f"The logits have shape {tuple(output.shape)}; they must be (samples, classes).{hint}")
-    if output.shape[1] < 2:
+        return logits_of(found)
+    logits: Tensor = output
+    if logits.ndim != 2:
+        hint = " Dense prediction (a class for every pixel or token) is not supported." if logits.ndim > 2 else ""
+        raise BatchError(f"The logits have shape {tuple(logits.shape)}; they must be (samples, classes).{hint}")
+    if logits.shape[1] < 2:
         raise BatchError(
             "The logits have one column. Cross-entropy needs a column for every class; for two classes train with two "
             "logits, or wrap the model as torch.cat([-logit / 2, logit / 2], dim=1)."
         )
-    if not output.isfinite().all():
+    if not logits.isfinite().all():
         raise BatchError(
             "The logits contain NaN or infinity: training has diverged, the inputs do, or classes are masked with "
             "-inf. The Hessian does not exist there."
         )
-    return output
+    return logits
 
 
 def find_classifier(execution: Execution) -> str | None:
@@ -169,7 +168,7 @@ def select_layers(execution: Execution, layers: str | Sequence[str], classifier:
         idle = sorted(matched - set(execution.order))
         if idle:
             raise LayerSelectionError(
-                f"Layer {_listing(idle)} never runs in the model's forward (in evaluation mode). Take it out of layers=."
+                f"Layer {_listing(idle)} never runs in the model's forward, in evaluation mode. Take it out of layers."
             )
         wanted = [name for name in dict.fromkeys(execution.order) if name in matched]
     times = Counter(execution.order)

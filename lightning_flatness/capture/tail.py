@@ -1,4 +1,4 @@
-"""The tail, from the layer's output ``z`` to the classifier's input ``g``: slopes, curvatures, channels, certificate."""
+"""The tail, from the layer's output ``z`` to the classifier's input ``g``: slopes, curvatures, certificates."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ def channel_map(features: Tensor, output: Tensor, slopes: Tensor) -> Tensor:
         tensor([2, 3, 4])
     """
     index = torch.arange(features.shape[1], dtype=features.dtype, device=features.device)
-    weighted = _pull_back(features, output, index.expand_as(features)).detach()
+    pulled = _pull_back(features, output, index.expand_as(features))
     a = slopes.detach()
+    weighted = torch.zeros_like(a) if pulled is None else pulled.detach()
     scale = a.abs().amax()  # products of tiny slopes must not underflow
     a, weighted = (t.double() / scale.clamp_min(torch.finfo(a.dtype).tiny) for t in (a, weighted))
     over = [dimension for dimension in range(a.ndim) if dimension != 1]
@@ -107,9 +108,9 @@ def certify_channels(name: str, features: Tensor, output: Tensor, slopes: Tensor
     if not deviation <= _tolerance(features):
         raise NotClosedFormError(
             f"Layer '{name}': between this layer and the classifier the channels (or positions, or samples) mix, so "
-            f"the closed form does not hold (relative deviation {deviation:.1e}). It needs operations that act on every "
-            "channel by itself, then global pooling: no further convolution, linear layer, flattening of a map, or "
-            "normalisation across channels. Choose the last convolution before the pooling with layers=."
+            f"the closed form does not hold (relative deviation {deviation:.1e}). It needs operations that act on "
+            "every channel by itself, then global pooling: no further convolution, linear layer, flattening of a map, "
+            "or normalisation across channels. Choose the last convolution before the pooling with layers=."
         )
     return deviation
 

@@ -14,7 +14,7 @@ from lightning_flatness.functional.patches import (
     patches,
 )
 
-# Elements of one chunk's largest intermediates. On a CPU a chunk should stay in the cache; elsewhere it should be large.
+# Elements of one chunk's largest intermediates: on a CPU a chunk should stay in the cache, elsewhere be large.
 CHUNK_ELEMENTS = {"cpu": 2**20}
 CHUNK_ELEMENTS_DEFAULT = 2**26
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """
     size = geometry.output_size(tuple(inputs.shape[2:]))
     padded = geometry.pad(inputs)
-    columns = torch.stack([padded[(..., *window)].flatten(2) for window in geometry.windows(size)], dim=2)
+    columns = torch.stack([_at(padded, window).flatten(2) for window in geometry.windows(size)], dim=2)
     return columns.reshape(inputs.shape[0], geometry.groups, -1, prod(size))
 
 
@@ -110,8 +111,13 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
         return phi.mT @ phi
     pixels = geometry.pad(inputs).flatten(2).unflatten(1, (geometry.groups, -1))  # (N, G, C/G, pixels)
     gram = (pixels.mT @ pixels).unflatten(3, padded_size).unflatten(2, padded_size)
-    shifted = [gram[(..., *window, *window)] for window in geometry.windows(size)]
-    total = shifted[0].clone()
-    for part in shifted[1:]:
-        total += part
+    offsets = geometry.windows(size)
+    total = _at(gram, next(offsets) * 2).clone()
+    for window in offsets:
+        total += _at(gram, window * 2)
     return total.reshape(inputs.shape[0], geometry.groups, prod(size), prod(size))
+
+
+def _at(tensor: Tensor, window: tuple[slice, ...]) -> Tensor:
+    index: tuple[slice | EllipsisType, ...] = (..., *window)
+    return tensor[index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class FlatnessMetric(Metric):
     """
 
     is_differentiable = False
-    higher_is_better: ClassVar[bool | None] = False
+    higher_is_better = False
     full_state_update = False
 
     block_traces: Tensor

@@ -1,0 +1,58 @@
+"""What goes to TensorBoard beside the scalars; other loggers are passed over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.plots import plot_block_traces, plot_history
+from lightning_flatness.results import FlatnessReport
+
+# More heat maps than this are for plot_block_traces.
+MOST_HEAT_MAPS = 8
+
+
+def writers(trainer: Trainer) -> list[Any]:
+    """The ``SummaryWriter`` of every TensorBoard logger; none on other ranks than zero."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def add_joint_chart(trainer: Trainer, tags: Sequence[str]) -> None:
+    """Lay out one chart of several scalars on the Custom Scalars page.
+
+    The page has one linear axis for all of them, so the tags must be of one order of magnitude.
+    """
+    for writer in writers(trainer):
+        patterns = [f"^{re.escape(tag)}$" for tag in tags]
+        writer.add_custom_scalars({"flatness": {" and ".join(tags): ["Multiline", patterns]}})
+
+
+def add_figures(
+    trainer: Trainer,
+    prefix: str,
+    history: Sequence[Mapping[str, float | None]],
+    report: FlatnessReport,
+    accuracy: str | None,
+    data: str,
+) -> None:
+    """Add the curves on two axes and the heat maps of block traces to the Images page, at the present step."""
+    if not writers(trainer):
+        return
+    try:
+        figures = {f"{prefix}/history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
+        for name, layer in list(report.layers.items())[:MOST_HEAT_MAPS]:
+            figures[f"{prefix}/block_traces/{name}"] = plot_block_traces(layer)[0]
+    except FlatnessError as error:
+        rank_zero_warn(f"FlatnessCallback draws no figures: {error}")
+        return
+    for writer in writers(trainer):
+        for tag, figure in figures.items():
+            writer.add_figure(tag, figure, global_step=trainer.global_step)

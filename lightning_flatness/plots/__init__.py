@@ -1,0 +1,6 @@
+"""Figures from results: ``(figure, axes)`` back, ``ax=`` accepted; no files, no ``show``. Needs the extra ``plots``."""
+
+from lightning_flatness.plots.block_traces import plot_block_traces
+from lightning_flatness.plots.history import plot_history
+
+__all__ = ["plot_block_traces", "plot_history"]

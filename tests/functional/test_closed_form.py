@@ -1,0 +1,206 @@
+"""The closed form against its definition, and against itself computed in other ways."""
+
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_flatness.functional import (
+    ConvolutionGeometry,
+    closed_form_block_traces,
+    cross_entropy_derivatives,
+    patches,
+)
+
+MODULE = sys.modules["lightning_flatness.functional.closed_form"]
+
+
+@dataclass
+class Arguments:
+    inputs: Tensor
+    geometry: ConvolutionGeometry
+    slopes: Tensor
+    head: Tensor
+    probabilities: Tensor
+    curvatures: Tensor | None
+    residual: Tensor | None
+
+    def traces(self, **kwargs):
+        return closed_form_block_traces(
+            self.inputs,
+            self.geometry,
+            self.slopes,
+            self.head,
+            self.probabilities,
+            self.curvatures,
+            self.residual,
+            **kwargs,
+        )
+
+    def sample(self, n):
+        names = ("inputs", "slopes", "probabilities", "curvatures", "residual")
+        return replace(self, **{name: getattr(self, name)[n : n + 1] for name in names})
+
+    def single(self):
+        """In float32, but for the derivatives of the loss, which come in float64."""
+        names = ("inputs", "slopes", "head", "curvatures")
+        return replace(self, **{name: getattr(self, name).float() for name in names})
+
+    def without_curvatures(self):
+        return replace(self, curvatures=None)
+
+
+def random_arguments(dims=2, groups=1, per_group=3, channels=2, samples=5, classes=4, size=6, stride=1, confidence=1.0):
+    geometry = ConvolutionGeometry((3,) * dims, (stride,) * dims, (1,) * dims, (1,) * dims, groups)
+    output = geometry.output_size((size,) * dims)
+    filters = groups * per_group
+    targets = torch.arange(samples) % classes
+    logits = confidence * torch.nn.functional.one_hot(targets, classes) + torch.randn(samples, classes)
+    probabilities, residual = cross_entropy_derivatives(logits, targets)
+    return Arguments(
+        torch.randn(samples, groups * channels, *[size] * dims).double(),
+        geometry,
+        torch.randn(samples, filters, *output).double(),
+        torch.randn(classes, filters).double(),
+        probabilities,
+        torch.randn(samples, filters, *output).double(),
+        residual,
+    )
+
+
+@st.composite
+def arguments(draw):
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    dims = draw(st.integers(1, 3))
+    return random_arguments(
+        dims=dims,
+        groups=draw(st.sampled_from([1, 1, 2, 3])),
+        per_group=draw(st.integers(1, 4)),
+        channels=draw(st.integers(1, 3)),
+        samples=draw(st.integers(1, 6)),
+        classes=draw(st.integers(2, 6)),
+        size=draw(st.integers(1, 4 if dims == 3 else 6)),
+        stride=draw(st.integers(1, 2)),
+    )
+
+
+def definition(given):
+    """``T[s, s']`` entry by entry, as in the docstring."""
+    phi = patches(given.inputs, given.geometry)
+    groups = given.geometry.groups
+    per_group = given.slopes.shape[1] // groups
+    a, curved = given.slopes.flatten(2), given.curvatures.flatten(2)
+    total = torch.zeros(groups, per_group, per_group, dtype=torch.float64)
+    for n, pi in enumerate(given.probabilities):
+        loss_hessian = torch.diag(pi) - torch.outer(pi, pi)
+        for g in range(groups):
+            gram = phi[n, g].T @ phi[n, g]
+            for i in range(per_group):
+                for j in range(per_group):
+                    s, t = g * per_group + i, g * per_group + j
+                    total[g, i, j] += given.head[:, s] @ loss_hessian @ given.head[:, t] * (a[n, s] @ gram @ a[n, t])
+                s = g * per_group + i
+                total[g, i, i] += given.residual[n] @ given.head[:, s] * (curved[n, s] @ gram.diagonal())
+    return total
+
+
+def assert_traces_close(found, expected, rtol=1e-12):
+    assert_close(found, expected, rtol=0, atol=rtol * float(expected.abs().max()))
+
+
+@given(given=arguments())
+def test_it_is_what_it_is_defined_to_be(given):
+    assert_traces_close(given.traces(), definition(given))
+
+
+@given(given=arguments(), chunk_size=st.integers(1, 7))
+def test_chunks_do_not_change_the_result(given, chunk_size):
+    assert_traces_close(given.traces(chunk_size=chunk_size), given.traces())
+
+
+@given(given=arguments())
+def test_a_batch_is_the_sum_of_its_samples(given):
+    one_by_one = sum(given.sample(n).traces() for n in range(len(given.inputs)))
+    assert_traces_close(one_by_one, given.traces())
+
+
+@given(given=arguments())
+def test_gram_route_and_summed_route_agree(given):
+    found = {}
+    for by_gram in (True, False):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(MODULE, "_gram_is_cheaper", lambda *args, by_gram=by_gram: by_gram)
+            # The route not taken must not run.
+            patched.delattr(MODULE, "patches" if by_gram else "patch_gram")
+            found[by_gram] = given.traces()
+    assert_traces_close(found[True], found[False])
+
+
+@given(given=arguments())
+def test_it_is_symmetric(given):
+    traces = given.traces()
+    assert_traces_close(traces, traces.mT)
+
+
+def test_both_routes_are_chosen_somewhere():
+    assert MODULE._gram_is_cheaper(positions=16, patch_length=4608, per_group=512)
+    assert not MODULE._gram_is_cheaper(positions=3136, patch_length=27, per_group=32)
+
+
+@pytest.mark.parametrize(("groups", "per_group"), [(1, 6), (2, 3), (6, 1)])
+def test_shape_is_grouped(groups, per_group):
+    traces = random_arguments(groups=groups, per_group=per_group).traces()
+    assert traces.shape == (groups, per_group, per_group)
+    assert traces.dtype == torch.float64
+
+
+def test_groups_are_convolutions_side_by_side():
+    given = random_arguments(groups=2, per_group=3, channels=2)
+    halves = [
+        replace(
+            given,
+            geometry=replace(given.geometry, groups=1),
+            inputs=given.inputs[:, 2 * g : 2 * g + 2],
+            slopes=given.slopes[:, 3 * g : 3 * g + 3],
+            curvatures=given.curvatures[:, 3 * g : 3 * g + 3],
+            head=given.head[:, 3 * g : 3 * g + 3],
+        ).traces()
+        for g in range(2)
+    ]
+    assert_traces_close(given.traces(), torch.cat(halves))
+
+
+def test_without_curvatures_the_residual_does_not_matter():
+    given = random_arguments().without_curvatures()
+    assert_close(given.traces(), replace(given, residual=None).traces(), rtol=0, atol=0)
+
+
+def test_without_curvatures_it_is_positive_semidefinite():
+    traces = random_arguments(per_group=6).without_curvatures().traces()
+    assert torch.linalg.eigvalsh(traces).min() > -1e-12 * traces.abs().max()
+
+
+def test_curvatures_without_residual_are_refused():
+    with pytest.raises(ValueError, match=r"curvatures need the residual dloss/df"):
+        replace(random_arguments(), residual=None).traces()
+
+
+@pytest.mark.parametrize("by_gram", [True, False])
+@pytest.mark.parametrize("confidence", [0.0, 15.0, 20.0])  # 1 - π of 1e-6 at 15, 1e-8 at 20
+def test_float32_keeps_its_digits_for_confident_samples(monkeypatch, by_gram, confidence):
+    monkeypatch.setattr(MODULE, "_gram_is_cheaper", lambda *args: by_gram)
+    given = random_arguments(classes=10, per_group=8, confidence=confidence)
+    given.head += 3.0  # common to all classes, so the loss does not see it; differences of products would
+    # The same numbers in both precisions, so that only the arithmetic differs.
+    single = given.single()
+    double = replace(
+        single,
+        **{name: getattr(single, name).double() for name in ("inputs", "slopes", "head", "curvatures")},
+    )
+    assert_traces_close(single.traces(), double.traces(), rtol=1e-4)
+    assert_traces_close(single.without_curvatures().traces(), double.without_curvatures().traces(), rtol=1e-4)
