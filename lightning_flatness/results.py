@@ -114,10 +114,10 @@ class FlatnessReport:
     def table(self) -> Table:
         """The report as a rich table, a row for every layer."""
         table = Table(title=f"Flatness over {self.num_samples} samples")
-        table.add_column("layer")
-        for heading in ("Hessian trace", "relative flatness", "neuron-wise", "layer-wise", "‖W‖"):
-            table.add_column(heading, justify="right")
-        table.add_column("method")
+        table.add_column("layer", overflow="fold")
+        for heading in ("Hessian trace", "rel. flatness", "neuron-wise", "layer-wise", "‖W‖"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("exact")
         for name, layer in self.layers.items():
             numbers = (
                 layer.hessian_trace,
@@ -126,8 +126,7 @@ class FlatnessReport:
                 layer.layerwise_flatness,
                 layer.weight_norm,
             )
-            method = f"{layer.method}, {'exact' if layer.exact else 'not exact'}"
-            table.add_row(name, *(f"{number:.5g}" for number in numbers), method)
+            table.add_row(name, *(f"{number:.4g}" for number in numbers), "yes" if layer.exact else "no")
         return table
 
     def __str__(self) -> str:
@@ -136,21 +135,23 @@ class FlatnessReport:
 
 def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
     """How every layer is going to be measured, as a rich table."""
+    heads = {f"'{info.classifier}'" if info.classifier else "the pooled layer itself" for info in layers.values()}
     caption = (
         "Certified on the first batch: the layer is one convolution, what follows acts on every channel by itself, the "
-        "head is linear, and the gradient that follows from this is autograd's, to the precision shown."
+        f"head ({', '.join(sorted(heads))}) is linear, and the gradient that follows from this is autograd's, to the "
+        "precision shown."
     )
     if any(info.kernel == "effective" for info in layers.values()):
         caption += " *: with respect to the kernel that the layer applies, which it computes from its weight."
     table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
-    for heading in ("layer", "kind", "filters x patch", "head", "method", "exact", "certified to"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("layer", overflow="fold")
+    for heading in ("kind", "filters x patch", "method", "exact", "certified to"):
+        table.add_column(heading, no_wrap=True)
     for info in layers.values():
         table.add_row(
             info.name + ("*" if info.kernel == "effective" else ""),
             info.kind,
             f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else ""),
-            info.classifier or "identity",
             info.method.replace("_", " "),
             "yes" if info.exact else "no",
             f"{info.deviation:.0e}" if info.deviation else "all digits",

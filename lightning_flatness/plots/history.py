@@ -55,7 +55,9 @@ def plot_history(
     ax.set_xlabel("epoch")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylabel(accuracy_label, color=ACCURACY_COLOUR)
-    right.set_ylabel(f"relative flatness on {data} data", color=FLATNESS_COLOUR)
+    right.set_ylabel(
+        f"relative flatness on {'training' if data == 'train' else 'validation'} data", color=FLATNESS_COLOUR
+    )
     ax.tick_params(axis="y", colors=ACCURACY_COLOUR)
     right.tick_params(axis="y", which="both", colors=FLATNESS_COLOUR)
     for axes in (ax, right):

@@ -191,13 +191,25 @@ def test_layer_under_a_depthwise_convolution_is_measured():
         (nn.Sequential(nn.InstanceNorm2d(6, affine=True), nn.ReLU()), "positions of one channel interact"),
         (nn.Softmax(dim=1), "channels"),
         (Apply(lambda x: x * torch.sigmoid(x.mean((1, 2, 3), keepdim=True))), "channels"),  # squeeze-excitation
-        (Apply(lambda x: (x * x.flatten(2).softmax(2).unflatten(2, x.shape[2:]))), "positions"),  # attention pooling
+        (Apply(lambda x: x * x.flatten(2).softmax(2).unflatten(2, x.shape[2:])), "positions"),  # attention pooling
         (Apply(lambda x: torch.cat([x[:, :3].relu(), (-x[:, :3]).relu()], 1)), "channels"),  # CReLU
         (Apply(lambda x: torch.cat([x[:, :3], -x[:, :3]], 1)), "channels"),  # slopes that cancel
         (Apply(lambda x: x.detach()), "does not depend on its output through autograd"),
         (Apply(lambda x: F.hardsigmoid(x)), "no second derivative"),
     ],
-    ids=["layer", "group", "batch", "instance", "softmax", "se", "attention", "crelu", "cancel", "detach", "hardsigmoid"],
+    ids=[
+        "layer",
+        "group",
+        "batch",
+        "instance",
+        "softmax",
+        "se",
+        "attention",
+        "crelu",
+        "cancel",
+        "detach",
+        "hardsigmoid",
+    ],
 )
 def test_tails_that_do_not_fit_are_refused(tail, reason):
     with pytest.raises(lf.NotClosedFormError, match=f"'conv'.*{reason}"):

@@ -10,7 +10,9 @@ from torch.testing import assert_close
 from lightning_flatness.functional import cross_entropy_derivatives
 
 
-@given(samples=st.integers(1, 4), classes=st.integers(2, 6), scale=st.sampled_from([0.1, 1.0, 5.0]), seed=st.integers(0))
+@given(
+    samples=st.integers(1, 4), classes=st.integers(2, 6), scale=st.sampled_from([0.1, 1.0, 5.0]), seed=st.integers(0)
+)
 def test_derivatives_are_autograds(samples, classes, scale, seed):
     generator = torch.Generator().manual_seed(seed % 2**32)
     logits = scale * torch.randn(samples, classes, generator=generator, dtype=torch.float64)
