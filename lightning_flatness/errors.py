@@ -12,8 +12,12 @@ class LayerSelectionError(FlatnessError):
 
 
 class NotClosedFormError(FlatnessError):
-    """A layer, its tail or its head does not meet the conditions under which the closed form is exact."""
+    """A tail or head does not meet the conditions of the closed form; caught where another method can take over."""
 
 
 class BatchError(FlatnessError):
     """A batch, or what the model makes of it, cannot be measured: wrong shapes, no targets, NaN or infinity."""
+
+
+class NotExactError(FlatnessError):
+    """With ``strict=True``: a number would not be the Hessian's."""

@@ -22,8 +22,9 @@ class LayerInfo:
         patch_length: ``D``, length of one filter.
         groups: ``G``.
         classifier: name of the linear map under which it lies; None when the pooled layer is the logits itself.
-        method: ``"closed_form"``.
+        method: ``"closed_form"``, the Hessian; or ``"gauss_newton"``.
         exact: whether the number is the Hessian's.
+        reason: why it is not, where it is not.
         kernel: ``"parameter"`` when derivatives are with respect to the layer's weight; ``"effective"`` when the layer
             computes the kernel it applies (parametrised, standardised) and derivatives are with respect to that.
         deviation: the largest deviation that the certificates found on the first batch, relative, in rounding errors of
@@ -36,8 +37,9 @@ class LayerInfo:
     patch_length: int
     groups: int
     classifier: str | None
-    method: Literal["closed_form"]
+    method: Literal["closed_form", "gauss_newton"]
     exact: bool
+    reason: str
     kernel: Literal["parameter", "effective"]
     deviation: float
 

@@ -1,4 +1,4 @@
-"""Certificates for the layer, the head, and the two joined: numbers from the first batch, never assumptions."""
+"""Certificates for the layer, the head, and all joined: numbers from the first batch, never assumptions."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ def certify_layer(name: str, seen: LayerObservation) -> ConvolutionCall:
     with respect to the input they really read and the kernel they really apply (:func:`is_own_weight` tells).
 
     Raises:
-        NotClosedFormError: no convolution ran in the layer, several did, or its output was changed afterwards.
+        LayerSelectionError: no convolution ran in the layer, several did, or its output was changed afterwards.
         BatchError: the kernel is not finite, or not in float32 or float64.
     """
+    kind = type(seen.module).__name__
     if len(seen.calls) != 1:
-        raise NotClosedFormError(
-            f"Layer '{name}' ({type(seen.module).__name__}) runs {len(seen.calls)} convolutions in its forward; the "
-            "closed form needs one. Choose another layer with layers=."
+        raise LayerSelectionError(
+            f"Layer '{name}' ({kind}) runs {len(seen.calls)} convolutions or linear maps in its forward; its Hessian is "
+            "that of one only if there is one. Choose another layer with layers=."
         )
     call = seen.calls[0]
     if call.output.shape != seen.returned.shape or not torch.equal(call.output, seen.returned):
-        raise NotClosedFormError(
-            f"Layer '{name}' ({type(seen.module).__name__}): its output is not that of its convolution; its forward or "
-            "a hook changes it afterwards. Do that in a module of its own after the convolution."
+        raise LayerSelectionError(
+            f"Layer '{name}' ({kind}): its output is not that of its convolution or linear map; its forward or a hook "
+            "changes it afterwards. Do that in a module of its own after the layer."
         )
-    if call.output.ndim != call.weight.ndim:
+    unbatched = call.output.ndim < 2 if call.channel_dimension == -1 else call.output.ndim != call.weight.ndim
+    if unbatched:
         raise BatchError(f"Layer '{name}' runs on an input without a batch dimension.")
     if call.weight.dtype not in (torch.float32, torch.float64):
         raise BatchError(
@@ -105,55 +107,35 @@ def certify_head(
     return deviation
 
 
-def certify_path(
-    name: str, kernel_gradient: Tensor | None, call: ConvolutionCall, slopes: Tensor, columns: Tensor, cotangent: Tensor
-) -> float:
-    """Certify layer, tail and head together: the gradient of ``<u, logits>`` by autograd is the one from the slopes.
+def certify_path(name: str, found: Tensor | None, expected: Tensor) -> float:
+    """Certify layer and all that follows together: a gradient by autograd is the one from the observed cotangents.
 
     This is what finds a kernel that the model also uses elsewhere (tied weights, a functional call).
 
     Args:
         name: of the layer.
-        kernel_gradient: autograd's, ``(S, C/G, *kernel_size)``; None if the logits do not depend on the kernel.
-        call: the observed convolution.
-        slopes: ``a``, ``(N, S, *output)``.
-        columns: ``V[:, c(s)]``, ``(K, S)``.
-        cotangent: ``u``, ``(N, K)``, with rows that add up to zero.
+        found: gradient of a random combination of logits with respect to the kernel, by autograd through the whole
+            model; None if there is no way from the kernel to the logits.
+        expected: the same, from what was observed at the layer.
 
     Returns:
         The deviation, relative to the gradient's norm.
 
     Raises:
-        NotClosedFormError: autograd finds no way from the kernel to the logits.
-        LayerSelectionError: the two gradients differ.
+        LayerSelectionError: the two gradients differ, or autograd finds no way from the kernel to the logits.
     """
-    kernel = call.weight.detach().clone().requires_grad_()
-    geometry = call.geometry
-    output = torch.convolution(
-        call.inputs,
-        kernel,
-        None,
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-        False,
-        [0] * len(geometry.stride),
-        geometry.groups,
-    )
-    pulled = (cotangent @ columns).reshape(*slopes.shape[:2], *[1] * (slopes.ndim - 2)) * slopes
-    (expected,) = torch.autograd.grad(output, kernel, pulled)
-    if kernel_gradient is None and bool(expected.any()):
-        raise NotClosedFormError(
+    if found is None and bool(expected.any()):
+        raise LayerSelectionError(
             f"Layer '{name}' runs under torch.no_grad() or on detached values, so its Hessian cannot be certified. To "
             "freeze it use requires_grad_(False) on it instead of torch.no_grad() in the forward."
         )
-    found = torch.zeros_like(expected) if kernel_gradient is None else kernel_gradient
+    found = torch.zeros_like(expected) if found is None else found
     scale = torch.maximum(expected.norm(), found.norm())
     deviation = float((found - expected).norm() / scale) if float(scale) > 0 else 0.0
-    if not deviation <= 10 * ROUNDINGS * torch.finfo(kernel.dtype).eps:
+    if not deviation <= 10 * ROUNDINGS * torch.finfo(expected.dtype).eps:
         raise LayerSelectionError(
             f"Layer '{name}': the logits depend on its kernel in another way too (relative deviation {deviation:.1e}): "
-            "the weight is shared with another layer, or used again in the forward. Its Hessian is not that of one "
-            "convolution; choose another layer with layers=."
+            "the weight is shared with another layer, or used again in the forward. Its Hessian is not that of this "
+            "layer alone; choose another layer with layers=."
         )
     return deviation

@@ -1,4 +1,4 @@
-"""Observing one forward pass: what a convolution really convolves, and how the classifier's input hangs on it.
+"""Observing one forward pass: what layers really convolve or multiply, and how what follows hangs on it.
 
 An :class:`Observation` only listens. Who calls the model, and in which modes, is not its business.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_flatness.errors import LayerSelectionError, NotClosedFormError
+from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import ConvolutionGeometry
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -22,21 +22,26 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class ConvolutionCall:
-    """One call of ``torch.conv1d``, ``conv2d`` or ``conv3d``, with its padding made explicit where it is uneven."""
+    """One call of ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``, as a convolution.
+
+    Padding is made explicit where it is uneven. A linear layer is a convolution of kernel size one over its tokens,
+    whose channels come last in its output.
+    """
 
     inputs: Tensor  # (N, C, *spatial), detached
     weight: Tensor  # (S, C/G, *kernel_size)
     geometry: ConvolutionGeometry
-    output: Tensor  # (N, S, *output)
+    output: Tensor  # (N, S, *output), or (N, *tokens, S)
+    channel_dimension: int = 1
 
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """What one layer did in the observed forward pass."""
+    """What one layer did in the observed forward pass, in one of its calls."""
 
     module: nn.Module
     calls: list[ConvolutionCall]  # the convolutions that ran inside the module's forward
-    returned: Tensor  # what the module returned, (N, S, *output), detached
+    returned: Tensor  # what the module returned, detached
     output: Tensor  # the same values, as the node that slopes are taken with respect to
 
 
@@ -44,28 +49,25 @@ class LayerObservation:
 class Observation:
     """Hooks on some layers and on the classifier, for the time of a ``with`` block around one forward pass.
 
-    From the first layer on, gradients are recorded, up to the classifier's input. The values that the model sees stay
-    the same. Hooks and grad mode are restored on leaving, also on an error.
+    From the first layer on, gradients are recorded. The values that the model sees stay the same. Hooks and grad mode
+    are restored on leaving, also on an error.
 
     Args:
-        layers: the layers to observe, by name.
+        layers_to_observe: the layers, by name.
         classifier: the linear map on pooled features, or None when the model's output is the pooled layer itself.
-
-    Raises:
-        LayerSelectionError: on the call of the model, when a layer or the classifier runs twice.
 
     Example:
         >>> model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
         >>> with Observation({"0": model[0]}, model[3]) as seen:
         ...     logits = model(torch.randn(4, 1, 8))
-        >>> seen.features.shape, seen.layers["0"].output.shape
+        >>> seen.features[0].shape, seen.layers["0"][0].output.shape
         (torch.Size([4, 2]), torch.Size([4, 2, 6]))
     """
 
     layers_to_observe: Mapping[str, nn.Module]
     classifier: nn.Module | None
-    layers: dict[str, LayerObservation] = field(default_factory=dict)
-    features: Tensor | None = None  # g, (N, m), in the graph of the layers' outputs
+    layers: dict[str, list[LayerObservation]] = field(default_factory=dict)  # an entry for every call
+    features: list[Any] = field(default_factory=list)  # g, (N, m), in the graph of the layers' outputs
     classifier_output: Tensor | None = None
 
     def __enter__(self) -> Observation:
@@ -93,17 +95,12 @@ class Observation:
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, arguments: Any, returned: Any) -> Any:
             calls = self._stop_recording()
-            if name in self.layers:
-                raise LayerSelectionError(
-                    f"Layer '{name}' runs more than once in one forward pass, so its Hessian is not that of one "
-                    "convolution. Choose another layer with layers=."
-                )
             if not isinstance(returned, Tensor):
-                raise NotClosedFormError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
+                raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
             torch.set_grad_enabled(True)
             detached = returned.detach()
             output = returned if returned.requires_grad else returned.detach().requires_grad_()
-            self.layers[name] = LayerObservation(module, calls, detached, output)
+            self.layers.setdefault(name, []).append(LayerObservation(module, calls, detached, output))
             return output.clone()  # an in-place activation must not write to a leaf
 
         return hook
@@ -115,19 +112,12 @@ class Observation:
         recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return recorder.calls
 
-    def _before_classifier(self, module: nn.Module, arguments: Any) -> Any:
-        if self.features is not None:
-            raise LayerSelectionError(
-                "The classifier runs more than once in one forward pass; the closed form needs one linear map."
-            )
-        if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
-            raise NotClosedFormError("The classifier is not called with one tensor.")
-        self.features = arguments[0]
-        torch.set_grad_enabled(self._grad_mode)
-        return (arguments[0].detach(),)
+    def _before_classifier(self, module: nn.Module, arguments: Any) -> None:
+        self.features.append(arguments[0] if len(arguments) == 1 else None)
 
     def _after_classifier(self, module: nn.Module, arguments: Any, returned: Any) -> None:
-        self.classifier_output = returned.detach()
+        if isinstance(returned, Tensor):
+            self.classifier_output = returned.detach()
 
 
 class _ConvolutionRecorder(TorchFunctionMode):
@@ -144,6 +134,8 @@ class _ConvolutionRecorder(TorchFunctionMode):
         dimensions = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}.get(func)
         if dimensions is not None:
             self.calls.append(_convolution_call(dimensions, result, *args, **(kwargs or {})))
+        elif func is nn.functional.linear:
+            self.calls.append(_linear_call(result, *args, **(kwargs or {})))
         return result
 
 
@@ -171,3 +163,10 @@ def _convolution_call(
     paddings = (0,) * dimensions if isinstance(padding, str) else per_dimension(padding)
     geometry = ConvolutionGeometry(kernel_size, per_dimension(stride), paddings, dilations, groups)
     return ConvolutionCall(inputs, weight, geometry, output)
+
+
+def _linear_call(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> ConvolutionCall:
+    inputs = input.detach()
+    tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]) if inputs.ndim > 1 else inputs
+    geometry = ConvolutionGeometry((1,), (1,), (0,), (1,))
+    return ConvolutionCall(tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1)

@@ -1,4 +1,4 @@
-"""One batch in, block traces out: runs the model once, certifies the first batch, applies the closed form."""
+"""One batch in, block traces out: runs the model once, certifies the first batch, chooses the method for every layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.capture.certificate import certify_head, certify_layer, certify_path, is_own_weight
+from lightning_flatness.capture.closed_form import ClosedFormLayer, Head, find_head
+from lightning_flatness.capture.gauss_newton import (
+    Calls,
+    certify_samples,
+    gauss_newton_layers,
+    is_affine,
+    kernel_gradient,
+    pull_back,
+)
 from lightning_flatness.capture.isolation import call_model, isolated
-from lightning_flatness.capture.observation import ConvolutionCall, Observation
+from lightning_flatness.capture.observation import Observation
 from lightning_flatness.capture.selection import (
     Execution,
     find_classifier,
@@ -18,15 +27,8 @@ from lightning_flatness.capture.selection import (
     select_layers,
     trace_execution,
 )
-from lightning_flatness.capture.tail import (
-    certify_channels,
-    certify_curvatures,
-    channel_map,
-    tail_curvatures,
-    tail_slopes,
-)
-from lightning_flatness.errors import BatchError, FlatnessError, NotClosedFormError
-from lightning_flatness.functional import closed_form_block_traces, cross_entropy_derivatives, weight_gram
+from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, NotClosedFormError, NotExactError
+from lightning_flatness.functional import cross_entropy_derivatives, weight_gram
 from lightning_flatness.results import LayerInfo
 
 
@@ -41,17 +43,19 @@ class LayerStatistics(NamedTuple):
 class FlatnessObserver:
     """Measures batches of one model, whose weights must stay the same meanwhile.
 
-    The first call finds the classifier and the layers, and certifies on its batch that the closed form is exact for
-    them; :attr:`layers` then describes them. Every call leaves the model, its gradients, buffers and modes, the batch
-    and all random states as they were.
+    The first call finds the layers, and certifies on its batch how each can be measured: by the closed form, where it
+    holds; else by the Gauss-Newton method, which is exact where the logits are affine in the layer's weight, and is
+    labelled where they are not. :attr:`layers` then describes them. Every call leaves the model, its gradients, buffers
+    and modes, the batch and all random states as they were.
 
     Args:
         model: any module that returns logits ``(N, K)``.
-        layers: ``"last"``, ``"all"``, names or glob patterns of convolutions.
+        layers: ``"last"``, ``"all"``, ``"classifier"``, names or glob patterns of convolutions and linear layers.
         loss: ``"cross_entropy"``.
+        strict: refuse layers whose number would not be the Hessian's.
 
     Raises:
-        FlatnessError: an unknown loss; on the first call, whatever does not allow an exact number.
+        FlatnessError: an unknown loss; on the first call, whatever does not allow a measurement.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -61,14 +65,21 @@ class FlatnessObserver:
         (torch.Size([1, 4, 4]), 5)
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[str] = "last", loss: str = "cross_entropy") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | Sequence[str] = "last",
+        loss: str = "cross_entropy",
+        strict: bool = False,
+    ) -> None:
         check_arguments(layers, loss)
         self.layers: dict[str, LayerInfo] = {}
         self._model = model
         self._wanted = layers
+        self._strict = strict
         self._modules: dict[str, nn.Module] = {}
-        self._classifier: tuple[str, nn.Module] | None = None
-        self._channels: dict[str, Tensor] = {}  # c(s) of every layer, -1 where no slope was active so far
+        self._classifier: tuple[str | None, nn.Module | None] = (None, None)
+        self._closed_form: dict[str, ClosedFormLayer] = {}
         self._grams: dict[str, Tensor] = {}
 
     def __call__(self, inputs: Any, targets: Tensor | None = None) -> dict[str, LayerStatistics]:
@@ -76,120 +87,131 @@ class FlatnessObserver:
 
         Args:
             inputs: for the model: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
-            targets: class indices ``(N,)``; not needed where all activations are piecewise linear.
+            targets: class indices ``(N,)``; needed only by the closed form of a curved activation.
 
         Raises:
             BatchError: targets that do not fit the logits or are missing where needed, values that are not finite.
-            NotClosedFormError, LayerSelectionError: on the first call.
+            LayerSelectionError, NotExactError: on the first call.
         """
         with isolated(self._model):
-            first = not self.layers
-            if first:
+            execution = None
+            if not self.layers:
                 execution = trace_execution(self._model, lambda: call_model(self._model, inputs))
-                self._prepare(execution)
-            name, classifier = self._classifier or (None, None)
-            with Observation(self._modules, classifier) as seen:
-                output = call_model(self._model, inputs)
-            logits = logits_of(output)
-            if first:
-                _certify_deterministic(execution.logits, logits.detach())
-            features = logits if classifier is None else seen.features
-            if features is None:
-                raise NotClosedFormError(f"The classifier '{name}' ran on the first batch but not on this one.")
-            features = _flat_features(features)
-            weight, bias = _linear_map(classifier, features)
-            if first:
-                certify_head(name, features.detach(), weight, bias, seen.classifier_output, logits.detach())
+                self._choose(execution)
+            with Observation(self._modules, self._classifier[1]) as seen:
+                logits = logits_of(call_model(self._model, inputs))
             targets = _check_targets(targets, logits)
-            return {
-                layer: self._measure(layer, seen, inputs, features, weight, logits.detach(), targets)
-                for layer in self._modules
-            }
+            calls = {name: self._calls(name, seen) for name in self._modules}
+            if execution is not None:
+                _certify_deterministic(execution.logits, logits.detach())
+                self._certify(calls, seen, logits, inputs)
 
-    def _prepare(self, execution: Execution) -> None:
+            probabilities, residual = cross_entropy_derivatives(logits.detach(), targets)
+            block_traces: dict[str, Tensor] = {}
+            if self._closed_form:
+                head = find_head(*self._classifier, seen, logits)
+                for name, layer in self._closed_form.items():
+                    observed, call = calls[name][0]
+                    slopes, curvatures, columns, _ = layer.pulled_back(observed, head)
+                    block_traces[name] = layer.block_traces(
+                        call, slopes, curvatures, columns, probabilities, residual
+                    )
+            others = {name: calls[name] for name in calls if name not in self._closed_form}
+            if others:
+                block_traces |= gauss_newton_layers(others, logits, probabilities)
+            return {name: self._statistics(name, block_traces[name], len(logits)) for name in self._modules}
+
+    def _choose(self, execution: Execution) -> None:
         classifier = find_classifier(execution)
         names = select_layers(execution, self._wanted, classifier)
         self._modules = {name: execution.modules[name] for name in names}
-        if classifier is not None:
-            self._classifier = (classifier, execution.modules[classifier])
+        self._classifier = (classifier, None if classifier is None else execution.modules[classifier])
 
-    def _measure(
-        self,
-        name: str,
-        seen: Observation,
-        inputs: Any,
-        features: Tensor,
-        weight: Tensor,
-        logits: Tensor,
-        targets: Tensor | None,
-    ) -> LayerStatistics:
+    def _calls(self, name: str, seen: Observation) -> Calls:
         if name not in seen.layers:
-            raise NotClosedFormError(f"Layer '{name}' ran on the first batch but not on this one.")
-        observed = seen.layers[name]
-        call = certify_layer(name, observed)
-        slopes = tail_slopes(name, features, observed.output)
-        curvatures, deviation = self._certified_curvatures(name, features, observed.output, slopes)
-        channels = self._channels[name]
-        columns = weight[:, channels.clamp_min(0)] * (channels >= 0)
-        slopes = slopes.detach()
-        if name not in self.layers:
-            own = is_own_weight(call, observed.module)
-            if own:
-                deviation = max(deviation, self._certify_path(name, inputs, observed.module, call, slopes, columns))
-            self._grams[name] = weight_gram(call.weight, call.geometry.groups)
-            self.layers[name] = _describe(name, observed.module, call, own, deviation, self._classifier)
-        probabilities, residual = cross_entropy_derivatives(logits, targets)
-        if curvatures is not None and residual is None:
-            if bool(curvatures.any()):
-                raise BatchError(
-                    f"Layer '{name}': the activation after it is curved, so its Hessian depends on the targets, and "
-                    "this batch has none. Give batches of (inputs, targets)."
-                )
-            curvatures = None
-        block_traces = closed_form_block_traces(
-            call.inputs,
-            call.geometry,
-            slopes,
-            columns,
-            probabilities,
-            None if curvatures is None else curvatures.detach(),
-            residual,
-        )
+            raise LayerSelectionError(f"Layer '{name}' ran on the first batch but not on this one.")
+        return [(observed, certify_layer(name, observed)) for observed in seen.layers[name]]
+
+    def _statistics(self, name: str, block_traces: Tensor, num_samples: int) -> LayerStatistics:
         if not block_traces.isfinite().all():
             raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
-        return LayerStatistics(block_traces, self._grams[name] * len(logits), len(logits))
+        return LayerStatistics(block_traces, self._grams[name] * num_samples, num_samples)
 
-    def _certified_curvatures(
-        self, name: str, features: Tensor, output: Tensor, slopes: Tensor
-    ) -> tuple[Tensor | None, float]:
-        """Curvatures; meanwhile ``c(s)`` is learned, and the tail certified, until every channel has been active."""
-        known = self._channels.get(name)
-        channels = known
-        if known is None or bool((known < 0).any()):
-            found = channel_map(features, output, slopes)
-            channels = found if known is None else torch.where(known >= 0, known, found)
-        if channels is None or (known is not None and torch.equal(channels, known)):
-            return tail_curvatures(name, slopes, output), 0.0
-        first = certify_channels(name, features, output, slopes, channels)
-        curvatures = tail_curvatures(name, slopes, output)
-        second = certify_curvatures(name, features, output, slopes, curvatures, channels)
-        self._channels[name] = channels
-        return curvatures, max(first, second)
+    # --------------------------------------------------------------------------------------- once, on the first batch
 
-    def _certify_path(
-        self, name: str, inputs: Any, module: nn.Module, call: ConvolutionCall, slopes: Tensor, columns: Tensor
-    ) -> float:
-        # By identity: a tied weight has one name, which need not be this layer's.
-        parameter = next(key for key, value in self._model.named_parameters() if value is module.weight)
-        kernel = call.weight.detach().clone().requires_grad_()
-        logits = logits_of(call_model(self._model, inputs, {parameter: kernel}))
+    def _certify(self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any) -> None:
+        nodes = [observed.output for calls in layers.values() for observed, _ in calls]
+        certify_samples(list(layers), logits, nodes)
+        paths = self._certify_paths(layers, logits, inputs)
+        head, head_deviation, no_head = self._certified_head(seen, logits)
+        infos = {}
+        for name, calls in layers.items():
+            observed, call = calls[0]
+            layer, reason = ClosedFormLayer(name), no_head
+            deviation = max(head_deviation, paths[name])
+            if head is not None and len(calls) == 1 and call.channel_dimension == 1:
+                try:
+                    deviation = max(deviation, layer.pulled_back(observed, head)[-1])
+                    self._closed_form[name] = layer
+                    reason = ""
+                except NotClosedFormError as error:
+                    reason = str(error)
+            exact, why = (True, "") if name in self._closed_form else is_affine(calls, logits)
+            if self._strict and not exact:
+                raise NotExactError(
+                    f"Layer '{name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True asks "
+                    f"for exact numbers. The closed form does not apply: {reason or 'it is for one convolution'}"
+                )
+            self._grams[name] = weight_gram(call.weight, call.geometry.groups)
+            infos[name] = LayerInfo(
+                name=name,
+                kind=type(observed.module).__name__,
+                num_filters=call.weight.shape[0],
+                patch_length=call.weight[0].numel(),
+                groups=call.geometry.groups,
+                classifier=self._classifier[0] if name in self._closed_form else None,
+                method="closed_form" if name in self._closed_form else "gauss_newton",
+                exact=exact,
+                reason=why,
+                kernel="parameter" if is_own_weight(call, observed.module) else "effective",
+                deviation=deviation if name in self._closed_form else paths[name],
+            )
+        self.layers = infos
+
+    def _certified_head(self, seen: Observation, logits: Tensor) -> tuple[Head | None, float, str]:
+        try:
+            head = find_head(*self._classifier, seen, logits)
+            deviation = certify_head(
+                head.name, head.features.detach(), head.weight, head.bias, seen.classifier_output, logits.detach()
+            )
+        except NotClosedFormError as error:
+            return None, 0.0, str(error)
+        return head, deviation, ""
+
+    def _certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
+        """Compare gradients at the kernels with autograd's through the whole model, for all layers in one pass."""
+        kernels: dict[str, Tensor] = {}
+        parameters: dict[str, str] = {}
+        for name, calls in layers.items():
+            observed, call = calls[0]
+            if is_own_weight(call, observed.module):
+                # By identity: a tied weight has one name, which need not be this layer's.
+                weight = observed.module.weight
+                parameters[name] = next(key for key, value in self._model.named_parameters() if value is weight)
+                kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
+        again = logits_of(call_model(self._model, inputs, kernels))
         generator = torch.Generator().manual_seed(0)
         u = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
-        u = u - u.mean(1, keepdim=True)
-        gradient = None
-        if logits.requires_grad:
-            (gradient,) = torch.autograd.grad(logits, kernel, u, allow_unused=True)
-        return certify_path(name, gradient, call, slopes, columns, u)
+        found: dict[str, Tensor | None] = dict.fromkeys(kernels)
+        if kernels and again.requires_grad:
+            gradients = torch.autograd.grad(again, list(kernels.values()), u, allow_unused=True)
+            found = dict(zip(kernels, gradients, strict=True))
+        deviations = {}
+        for name, calls in layers.items():
+            cotangents = pull_back(logits, [observed.output for observed, _ in calls], u)
+            expected = kernel_gradient(calls, cotangents)
+            deviations[name] = certify_path(name, found[parameters[name]], expected) if name in parameters else 0.0
+        return deviations
 
 
 def check_arguments(layers: str | Sequence[str], loss: str) -> None:
@@ -201,25 +223,10 @@ def check_arguments(layers: str | Sequence[str], loss: str) -> None:
     if loss != "cross_entropy":
         raise FlatnessError(f"loss={loss!r} is not known; this version measures loss='cross_entropy'.")
     if not layers or not all(isinstance(pattern, str) and pattern for pattern in layers):
-        raise FlatnessError(f"layers={layers!r}: give 'last', 'all', or names or glob patterns of convolutions.")
-
-
-def _flat_features(features: Tensor) -> Tensor:
-    if features.ndim > 2 and set(features.shape[2:]) != {1}:
-        raise NotClosedFormError(
-            f"The classifier's input has shape {tuple(features.shape)}; the closed form needs one vector for every "
-            "sample, as global average pooling gives."
+        raise FlatnessError(
+            f"layers={layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions and linear "
+            "layers."
         )
-    return features.flatten(1)
-
-
-def _linear_map(classifier: nn.Module | None, features: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``V`` of shape ``(K, m)`` and ``b``; the identity where the features are the logits."""
-    if classifier is None:
-        return torch.eye(features.shape[1], dtype=features.dtype, device=features.device), None
-    weight, bias = classifier.weight, classifier.bias
-    assert isinstance(weight, Tensor)
-    return weight.detach().flatten(1), bias.detach() if isinstance(bias, Tensor) else None
 
 
 def _check_targets(targets: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -245,29 +252,7 @@ def _check_targets(targets: Tensor | None, logits: Tensor) -> Tensor | None:
 def _certify_deterministic(first: Tensor, second: Tensor) -> None:
     scale = first.abs().amax()
     if not float((first - second).abs().amax()) <= 1e3 * torch.finfo(first.dtype).eps * float(scale):
-        raise NotClosedFormError(
+        raise LayerSelectionError(
             "Two forward passes on the same batch give different logits in evaluation mode (dropout without "
             "training=self.training? noise in the forward?), so there is no one loss to take the Hessian of."
         )
-
-
-def _describe(
-    name: str,
-    module: nn.Module,
-    call: ConvolutionCall,
-    own_weight: bool,
-    deviation: float,
-    classifier: tuple[str, nn.Module] | None,
-) -> LayerInfo:
-    return LayerInfo(
-        name=name,
-        kind=type(module).__name__,
-        num_filters=call.weight.shape[0],
-        patch_length=call.weight[0].numel(),
-        groups=call.geometry.groups,
-        classifier=classifier[0] if classifier else None,
-        method="closed_form",
-        exact=True,
-        kernel="parameter" if own_weight else "effective",
-        deviation=deviation,
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -133,12 +132,12 @@ def select_layers(execution: Execution, layers: str | Sequence[str], classifier:
 
     Args:
         execution: what ran.
-        layers: ``"last"`` (the last convolution before the classifier), ``"all"`` (every convolution), or module names
-            or glob patterns, with or without ``_orig_mod.``.
+        layers: ``"last"`` (the last convolution before the classifier), ``"all"`` (every convolution and linear layer
+            that runs), ``"classifier"``, or module names or glob patterns, with or without ``_orig_mod.``.
         classifier: its name, or None.
 
     Raises:
-        LayerSelectionError: no convolution, no match, not a convolution, never runs, or runs more than once.
+        LayerSelectionError: nothing to measure, no match, or a named layer that never runs.
 
     Example:
         >>> import torch
@@ -146,39 +145,36 @@ def select_layers(execution: Execution, layers: str | Sequence[str], classifier:
         >>> select_layers(trace_execution(net, lambda: net(torch.randn(4, 1, 8))), "last", "3")
         ['0']
     """
-    convolutions = [name for name, module in execution.modules.items() if isinstance(module, CONVOLUTIONS)]
-    if not convolutions:
+    if not execution.modules:
         raise LayerSelectionError(
-            "The model has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d), and the closed form is about one. If it "
-            "has, but as TorchScript, pass the original module."
+            "The model has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d) and no nn.Linear. If it has, but as "
+            "TorchScript, pass the original module."
         )
-    ran = [name for name in dict.fromkeys(execution.order) if name in convolutions and name != classifier]
-    if layers in ("last", "all") and not ran:
-        raise LayerSelectionError(
-            f"No convolution runs before the classifier '{classifier}'; the model has {_listing(convolutions)}."
-        )
-    if layers == "last":
-        last = [name for name in execution.order if name in ran][-1:]
-        wanted = last
-    elif layers == "all":
-        wanted = ran
-    else:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        matched = {name for pattern in patterns for name in _match(plain_name(pattern), execution, convolutions)}
-        idle = sorted(matched - set(execution.order))
-        if idle:
+    ran = list(dict.fromkeys(execution.order))
+    if layers == "all":
+        return ran
+    if layers == "classifier":
+        if classifier is None:
             raise LayerSelectionError(
-                f"Layer {_listing(idle)} never runs in the model's forward, in evaluation mode. Take it out of layers."
+                "layers='classifier': the last thing that runs is not a linear layer. Name the layer with layers=."
             )
-        wanted = [name for name in dict.fromkeys(execution.order) if name in matched]
-    times = Counter(execution.order)
-    repeated = [name for name in wanted if times[name] > 1]
-    if repeated:
+        return [classifier]
+    if layers == "last":
+        convolutions = [name for name in ran if isinstance(execution.modules[name], CONVOLUTIONS) and name != classifier]
+        if not convolutions:
+            raise LayerSelectionError(
+                f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "
+                f"there are {_listing(ran or list(execution.modules))}."
+            )
+        return [[name for name in execution.order if name in convolutions][-1]]
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    matched = {name for pattern in patterns for name in _match(plain_name(pattern), execution)}
+    idle = sorted(matched - set(ran))
+    if idle:
         raise LayerSelectionError(
-            f"Layer {_listing(repeated)} runs more than once in one forward pass ({times[repeated[0]]} times), so its "
-            "Hessian is not that of one convolution. Choose another layer with layers=."
+            f"Layer {_listing(idle)} never runs in the model's forward, in evaluation mode. Take it out of layers=."
         )
-    return wanted
+    return [name for name in ran if name in matched]
 
 
 def plain_name(name: str) -> str:
@@ -191,17 +187,13 @@ def plain_name(name: str) -> str:
     return name.replace(COMPILED, "")
 
 
-def _match(pattern: str, execution: Execution, convolutions: list[str]) -> list[str]:
-    if pattern in execution.modules and pattern not in convolutions:
-        raise LayerSelectionError(
-            f"Layer '{pattern}' is a {type(execution.modules[pattern]).__name__}, not a convolution; the closed form "
-            "is about convolutions."
-        )
-    matched = [name for name in convolutions if fnmatchcase(name, pattern)]
+def _match(pattern: str, execution: Execution) -> list[str]:
+    names = list(execution.modules)
+    matched = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
     if not matched:
-        close = difflib.get_close_matches(pattern, convolutions, n=3) or convolutions[-3:]
+        close = difflib.get_close_matches(pattern, names, n=3) or names[-3:]
         raise LayerSelectionError(
-            f"layers='{pattern}' matches no convolution of the model. Did you mean {_listing(close)}?"
+            f"layers='{pattern}' matches no convolution or linear layer of the model. Did you mean {_listing(close)}?"
         )
     return matched
 

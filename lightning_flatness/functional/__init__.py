@@ -15,7 +15,8 @@ One set of letters is used throughout:
 """
 
 from lightning_flatness.functional.closed_form import closed_form_block_traces
-from lightning_flatness.functional.cross_entropy import cross_entropy_derivatives
+from lightning_flatness.functional.cross_entropy import cross_entropy_column, cross_entropy_derivatives
+from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
 from lightning_flatness.functional.measures import (
     filter_flatness,
     filter_traces,
@@ -36,9 +37,11 @@ from lightning_flatness.functional.patches import (
 __all__ = [
     "ConvolutionGeometry",
     "closed_form_block_traces",
+    "cross_entropy_column",
     "cross_entropy_derivatives",
     "filter_flatness",
     "filter_traces",
+    "gauss_newton_block_traces",
     "hessian_trace",
     "layerwise_flatness",
     "neuronwise_flatness",

@@ -32,3 +32,30 @@ def cross_entropy_derivatives(logits: Tensor, targets: Tensor | None = None) -> 
     others = probabilities.scatter(1, targets[:, None], 0.0).sum(1, keepdim=True)
     residual.scatter_(1, targets[:, None], -others)
     return probabilities, residual
+
+
+def cross_entropy_column(probabilities: Tensor, index: int) -> Tensor:
+    """One column of a factor ``B`` of the cross-entropy's Hessian, ``B Bᵀ = Λ = diag(π) - π πᵀ``.
+
+    ``diag(√π) - π √πᵀ`` is a factor of ``K`` columns and rank ``K - 1``, since it maps ``√π`` to zero. A reflection that
+    takes the last axis to ``√π`` turns its last column to zero, which leaves ``K - 1`` columns to pull back.
+
+    Args:
+        probabilities: ``π``, ``(N, K)``.
+        index: ``0 .. K - 2``.
+
+    Returns:
+        ``(N, K)``.
+
+    Example:
+        >>> pi = torch.softmax(torch.randn(1, 4).double(), dim=1)
+        >>> B = torch.stack([cross_entropy_column(pi, b)[0] for b in range(3)], dim=1)
+        >>> torch.testing.assert_close(B @ B.T, torch.diag(pi[0]) - torch.outer(pi[0], pi[0]))
+    """
+    roots = probabilities.sqrt()
+    share = roots[:, index] / (1 + roots[:, -1])
+    # Of the two columns, √π_b (e_b - π), the terms along π and those on the axes are collected.
+    column = -(roots[:, index] - share * roots[:, -1])[:, None] * probabilities
+    column[:, index] += roots[:, index]
+    column[:, -1] -= share * roots[:, -1]
+    return column

@@ -23,6 +23,7 @@ class Measurement:
         model: see :class:`~lightning_flatness.FlatnessObserver`; so are ``layers`` and ``loss``.
         layers: which layers.
         loss: which loss.
+        strict: refuse layers whose number would not be exact.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -32,8 +33,14 @@ class Measurement:
         5
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[str] = "last", loss: str = "cross_entropy") -> None:
-        self._observer = FlatnessObserver(model, layers, loss)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | Sequence[str] = "last",
+        loss: str = "cross_entropy",
+        strict: bool = False,
+    ) -> None:
+        self._observer = FlatnessObserver(model, layers, loss, strict)
         self._metrics: dict[str, FlatnessMetric] = {}
 
     @property
@@ -81,8 +88,9 @@ def measure_flatness(
     *,
     layers: str | Sequence[str] = "last",
     loss: str = "cross_entropy",
+    strict: bool = False,
 ) -> FlatnessReport:
-    """Exact flatness of convolutions under global average pooling and a linear classifier, over all batches.
+    """Flatness of convolutions and linear layers over all batches: exact where that is certified, else labelled.
 
     The model is measured in evaluation mode, whatever mode it is in, and left as it was: weights, gradients, buffers,
     modes, random states. Batches may have different sizes; every sample counts the same.
@@ -91,8 +99,10 @@ def measure_flatness(
         model: any module that returns logits ``(N, K)``.
         batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or inputs alone, where all activations between the
             layer and the classifier are piecewise linear. Tensors are moved to the model's device.
-        layers: ``"last"``, the last convolution before the classifier; ``"all"``; or names or glob patterns.
+        layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution and
+            linear layer; or names or glob patterns.
         loss: ``"cross_entropy"``.
+        strict: raise an error instead of giving the Gauss-Newton part where that is not the whole Hessian.
 
     Returns:
         A :class:`~lightning_flatness.FlatnessReport`.
@@ -111,7 +121,7 @@ def measure_flatness(
         >>> report.layers["0"].exact, report.layers["0"].block_traces.shape
         (True, torch.Size([1, 4, 4]))
     """
-    measurement = Measurement(model, layers, loss)
+    measurement = Measurement(model, layers, loss, strict)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     for batch in batches:
         inputs, targets = split_batch(batch)

@@ -1,0 +1,206 @@
+"""Every layer of small networks of each kind: exact where it says so, the Gauss-Newton part where it says so."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import lightning_flatness as lf
+from lightning_flatness.testing import oracle_block_traces
+from tests.networks import randomise_statistics
+
+
+def block(inputs, outputs, activation, **options):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, **options), nn.BatchNorm2d(outputs), activation())
+
+
+class Residual(nn.Module):
+    def __init__(self, channels, activation):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+        self.activation = activation()
+
+    def forward(self, x):
+        return self.activation(x + self.conv2(self.activation(self.conv1(x))))
+
+
+class Dense(Residual):
+    def forward(self, x):
+        return torch.cat([x, self.conv2(self.activation(self.conv1(x)))], dim=1)
+
+
+class Inception(Residual):
+    def forward(self, x):
+        return torch.cat([self.conv1(x), F.max_pool2d(self.conv2(x), 3, 1, 1)], dim=1).relu()
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels, activation):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.squeeze, self.excite = nn.Conv2d(channels, 2, 1), nn.Conv2d(2, channels, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+class Attention(nn.Module):
+    """One head of attention, a ReLU MLP, no normalisation."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.qkv, self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(width, 5), nn.Linear(5, width)
+
+    def forward(self, x):
+        x = x.flatten(2).mT
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        x = x + (q @ k.mT).softmax(-1) @ v
+        return (x + self.down(self.up(x).relu())).mean(1)
+
+
+class Siamese(nn.Module):
+    """One convolution on two inputs: used twice, and the logits still affine in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 2)
+
+    def forward(self, x):
+        return (self.conv(x) + self.conv(x.flip(3)).relu()).mean((2, 3))
+
+
+def head(width, classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def kinds(activation, classes):
+    c, a = classes, activation
+    return {
+        "plain": lambda: nn.Sequential(block(2, 4, a), block(4, 3, a, stride=2), head(3, c)),
+        "residual": lambda: nn.Sequential(block(2, 3, a), Residual(3, a), Residual(3, a), head(3, c)),
+        "dense": lambda: nn.Sequential(block(2, 3, a), Dense(3, a), head(6, c)),
+        "inception": lambda: nn.Sequential(block(2, 3, a), Inception(3, a), head(6, c)),
+        "squeeze-excite": lambda: nn.Sequential(block(2, 3, a), SqueezeExcite(3, a), block(3, 2, a), head(2, c)),
+        "grouped": lambda: nn.Sequential(block(2, 4, a, groups=2), block(4, 4, a, groups=4), head(4, c)),
+        "max-pool": lambda: nn.Sequential(block(2, 3, a), nn.MaxPool2d(2), nn.Conv2d(3, 3, 2), head(3, c)),
+        "two-layer head": lambda: nn.Sequential(
+            block(2, 3, a), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 5), a(), nn.Linear(5, c)
+        ),
+        "no convolution": lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 4), a(), nn.Linear(4, c)),
+        "attention": lambda: nn.Sequential(nn.Conv2d(2, 4, 2, stride=2), Attention(4), nn.Linear(4, c)),
+        "siamese": lambda: nn.Sequential(Siamese(), nn.Linear(3, c)),
+    }
+
+
+def jacobian_block_traces(net, x, layer):
+    """The Gauss-Newton part, from the Jacobian of every sample's logits."""
+    weight = net.get_submodule(layer).weight.detach()
+    total = 0
+    for sample in x:
+        logits = net(sample[None])[0].detach()
+        jacobian = jacrev(lambda w, s=sample: functional_call(net, {f"{layer}.weight": w}, (s[None],))[0])(weight)
+        pi = logits.softmax(0)
+        curvature = torch.diag(pi) - torch.outer(pi, pi)
+        total = total + torch.einsum("kl,ksd,ltd->st", curvature, jacobian.flatten(2), jacobian.flatten(2)) / len(x)
+    return total
+
+
+def across_groups(blocks):
+    return torch.block_diag(*torch.ones_like(blocks)) == 0
+
+
+KINDS = sorted(kinds(nn.ReLU, 2))
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    activation=st.sampled_from([nn.ReLU, nn.LeakyReLU, nn.SiLU]),
+    classes=st.integers(2, 5),
+    samples=st.integers(1, 4),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=200)
+def test_every_layer_is_what_it_says(kind, activation, classes, samples, seed):
+    torch.manual_seed(seed)
+    net = randomise_statistics(kinds(activation, classes)[kind]()).double().eval()
+    x, y = torch.randn(samples, 2, 4, 4).double(), torch.randint(classes, (samples,))
+    for name, layer in lf.measure_flatness(net, [(x, y)], layers="all").layers.items():
+        found = torch.block_diag(*layer.block_traces)
+        gauss_newton = jacobian_block_traces(net, x, name)
+        hessian = oracle_block_traces(net, (x, y), name)
+        expected = (hessian if layer.exact else gauss_newton).masked_fill(across_groups(layer.block_traces), 0)
+        scale = max(float(expected.abs().max()), 1e-12)
+        assert_close(found, expected, rtol=0, atol=1e-9 * scale, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "inexact"),
+    [
+        ("plain", set()),
+        ("residual", set()),
+        ("dense", set()),
+        ("inception", set()),
+        ("grouped", set()),
+        ("max-pool", set()),
+        ("two-layer head", set()),
+        ("no convolution", set()),
+        ("squeeze-excite", {"0.0", "1.conv", "1.squeeze", "1.excite"}),
+        ("attention", {"0", "1.qkv"}),
+        ("siamese", {"0.conv"}),  # exact in truth; not certified for a layer that runs twice
+    ],
+)
+def test_layers_of_relu_networks_are_certified(kind, inexact):
+    net = randomise_statistics(kinds(nn.ReLU, 3)[kind]()).double()
+    report = lf.measure_flatness(net, [torch.randn(4, 2, 4, 4).double()], layers="all")
+    assert {name for name, layer in report.layers.items() if not layer.exact} == inexact
+    assert all(report.layers[name].info.reason for name in inexact)
+    assert report.exact == (not inexact)
+
+
+def test_both_methods_agree_where_both_apply(monkeypatch):
+    net = randomise_statistics(kinds(nn.ReLU, 4)["residual"]()).double()
+    batch = [(torch.randn(5, 2, 4, 4).double(), torch.randint(4, (5,)))]
+    closed_form = lf.measure_flatness(net, batch).layers["2.conv2"]
+
+    def refuse(*args):
+        raise lf.NotClosedFormError("not today")
+
+    monkeypatch.setattr("lightning_flatness.capture.observer.find_head", refuse)
+    gauss_newton = lf.measure_flatness(net, batch).layers["2.conv2"]
+    assert (closed_form.method, gauss_newton.method) == ("closed_form", "gauss_newton")
+    assert closed_form.exact
+    assert gauss_newton.exact
+    assert_close(gauss_newton.block_traces, closed_form.block_traces, rtol=1e-11, atol=1e-14)
+
+
+def test_classifier_has_its_formula():
+    net = kinds(nn.ReLU, 3)["plain"]().double().eval()
+    x = torch.randn(4, 2, 4, 4).double()
+    features, pi = net[:2](x).mean((2, 3)), net(x).softmax(1)
+    curvature = torch.diag_embed(pi) - pi[:, :, None] * pi[:, None, :]
+    expected = (features.square().sum(1)[:, None, None] * curvature).mean(0).detach()
+    report = lf.measure_flatness(net, [x], layers="classifier")
+    assert_close(report.layers["2.2"].block_traces[0], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_strict_refuses_what_is_not_exact():
+    net = kinds(nn.SiLU, 3)["plain"]().double()
+    batch = [(torch.randn(4, 2, 4, 4).double(), torch.tensor([0, 1, 2, 0]))]
+    assert lf.measure_flatness(net, batch, strict=True).exact
+    with pytest.raises(lf.NotExactError, match="'0.0'.*Gauss-Newton.*curved"):
+        lf.measure_flatness(net, batch, layers="all", strict=True)
+
+
+def test_columns_in_chunks_give_the_same(monkeypatch):
+    net = randomise_statistics(kinds(nn.ReLU, 5)["inception"]()).double()
+    batch = [torch.randn(4, 2, 4, 4).double()]
+    whole = lf.measure_flatness(net, batch, layers="all")
+    monkeypatch.setattr("lightning_flatness.capture.gauss_newton.COLUMN_ELEMENTS", 1)
+    parts = lf.measure_flatness(net, batch, layers="all")
+    for name in whole.layers:
+        assert_close(parts.layers[name].block_traces, whole.layers[name].block_traces, rtol=1e-12, atol=1e-15)
