@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.functional import closed_form_block_traces
 from lightning_flatness.testing import assert_matches_oracle, hessian_rows, oracle_block_traces
 from tests.networks import CURVED, PIECEWISE_LINEAR, Network, recipes
 
@@ -72,8 +73,8 @@ def test_oracle_assertion_can_fail(monkeypatch, factor):
     batch = torch.randn(4, 1, 8), torch.tensor([0, 1, 2, 0])
     assert_matches_oracle(net, batch, "0")
 
-    true = lf.capture.observer.closed_form_block_traces
-    monkeypatch.setattr(lf.capture.observer, "closed_form_block_traces", lambda *a, **k: factor * true(*a, **k))
+    where = "lightning_flatness.capture.closed_form.closed_form_block_traces"
+    monkeypatch.setattr(where, lambda *a, **k: factor * closed_form_block_traces(*a, **k))
     with pytest.raises(AssertionError):
         assert_matches_oracle(net, batch, "0")
     with pytest.raises(AssertionError):

@@ -23,8 +23,8 @@ def certify_layer(name: str, seen: LayerObservation) -> ConvolutionCall:
     kind = type(seen.module).__name__
     if len(seen.calls) != 1:
         raise LayerSelectionError(
-            f"Layer '{name}' ({kind}) runs {len(seen.calls)} convolutions or linear maps in its forward; its Hessian is "
-            "that of one only if there is one. Choose another layer with layers=."
+            f"Layer '{name}' ({kind}) runs {len(seen.calls)} convolutions or linear maps in its forward; its Hessian "
+            "is that of one only if there is one. Choose another layer with layers=."
         )
     call = seen.calls[0]
     if call.output.shape != seen.returned.shape or not torch.equal(call.output, seen.returned):

@@ -39,8 +39,8 @@ def find_head(name: str | None, classifier: nn.Module | None, seen: Observation,
         return Head(None, logits, torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device), None)
     if len(seen.features) != 1 or not isinstance(seen.features[0], Tensor):
         raise NotClosedFormError(
-            f"The classifier '{name}' is called {len(seen.features)} times, or not with one tensor; the closed form needs "
-            "one linear map."
+            f"The classifier '{name}' is called {len(seen.features)} times, or not with one tensor; the closed form "
+            "needs one linear map."
         )
     features = seen.features[0]
     if features.ndim < 2 or (features.ndim > 2 and set(features.shape[2:]) != {1}):
@@ -48,9 +48,9 @@ def find_head(name: str | None, classifier: nn.Module | None, seen: Observation,
             f"The classifier's input has shape {tuple(features.shape)}; the closed form needs one vector for every "
             "sample, as global average pooling gives."
         )
-    weight, bias = classifier.weight, classifier.bias
+    weight, offset = classifier.weight, classifier.bias
     assert isinstance(weight, Tensor)
-    bias = bias.detach() if isinstance(bias, Tensor) else None
+    bias = offset.detach() if isinstance(offset, Tensor) else None
     return Head(name, features.flatten(1), weight.detach().flatten(1), bias)
 
 

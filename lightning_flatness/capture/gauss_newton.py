@@ -69,62 +69,75 @@ def kernel_gradient(calls: Calls, cotangents: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def certify_samples(names: Sequence[str], logits: Tensor, nodes: Sequence[Tensor]) -> None:
-    """Certify that no sample's logits depend on another sample's activations.
+def certify_samples(layers: Mapping[str, Calls], logits: Tensor) -> None:
+    """Certify that every layer reaches the logits, and no sample's logits depend on another sample's activations.
 
     Raises:
-        LayerSelectionError: they do.
+        LayerSelectionError: naming the layer.
     """
-    if len(logits) < 2:
-        return
-    generator = torch.Generator().manual_seed(2)
-    u = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
+    u = _random_like(logits)
     u[::2] = 0
-    for node, pulled in zip(nodes, pull_back(logits, nodes, u), strict=True):
-        if node.shape[0] != len(logits):
+    for name, calls in layers.items():
+        reached = False
+        for observed, _ in calls:
+            node = observed.output
+            pulled: Tensor | None = None
+            if logits.requires_grad:
+                (pulled,) = torch.autograd.grad(logits, node, u, retain_graph=True, allow_unused=True)
+            if pulled is None:
+                continue
+            reached = True
+            if node.shape[0] != len(logits):
+                raise LayerSelectionError(
+                    f"Layer '{name}' runs on {node.shape[0]} rows for {len(logits)} samples (windows or tokens folded "
+                    "into the batch), so derivatives of single samples cannot be told apart. Choose another layer with "
+                    "layers=."
+                )
+            if bool(pulled[::2].any()):
+                raise LayerSelectionError(
+                    f"Layer '{name}': after it, the logits of one sample depend on other samples (batch statistics in "
+                    "evaluation mode?), so the loss is not a mean over samples. Use running statistics."
+                )
+        if not reached:
             raise LayerSelectionError(
-                f"Layer {_listing(names)}: a layer runs on {node.shape[0]} rows for {len(logits)} samples (windows, "
-                "tokens folded into the batch); per-sample derivatives cannot be told apart there. Choose another "
-                "layer with layers=."
-            )
-        if bool(pulled[::2].any()):
-            raise LayerSelectionError(
-                f"Layer {_listing(names)}: the logits of one sample depend on other samples (batch statistics in "
-                "evaluation mode?), so the loss is not a mean over samples. Use running statistics."
+                f"Layer '{name}': the logits do not depend on its output through autograd: the forward detaches it, "
+                "runs what follows under torch.no_grad() or as TorchScript, or does not use it. Choose another layer with "
+                "layers=."
             )
 
 
-def is_affine(calls: Calls, logits: Tensor) -> tuple[bool, str]:
-    """Whether the logits are affine in the layer's kernel, so that the Gauss-Newton block is the Hessian's.
+def why_not_affine(calls: Calls, logits: Tensor) -> str:
+    """Why the logits are not certified to be affine in the layer's kernel; empty if they are.
 
-    The second directional derivative of a random combination of logits, along a random kernel, must be exactly zero at
-    every output of the layer. For piecewise-linear networks it is; one curved operation makes it non-zero.
-
-    Returns:
-        The answer and, if it is no, the reason.
+    Where they are, the Gauss-Newton block is the Hessian's. The second derivative of a random combination of logits,
+    along a random kernel, must be exactly zero at every output of the layer. For piecewise-linear networks it is; one
+    curved operation makes it non-zero.
     """
-    if len(calls) > 1:
-        return False, "the layer runs several times in one forward pass"
-    observed, call = calls[0]
-    generator = torch.Generator().manual_seed(3)
+    ((observed, call),) = calls
+    along = _convolve(call, _random_like(_as_convolution(call)))
+    shape = observed.output.movedim(call.channel_dimension, 1).shape
+    return why_curved(logits, observed.output, along.reshape(shape).movedim(1, call.channel_dimension))
 
-    def random_like(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 
-    (delta,) = pull_back(logits, [observed.output], random_like(logits), create_graph=True)
+def why_curved(logits: Tensor, node: Tensor, direction: Tensor | None = None) -> str:
+    """Why a random combination of logits is not affine in ``node`` along a (random) direction; empty if it is."""
+    (delta,) = pull_back(logits, [node], _random_like(logits), create_graph=True)
     if not delta.requires_grad:
-        return True, ""
-    along = _convolve(call, random_like(_as_convolution(call)))
-    direction = along.reshape(delta.movedim(call.channel_dimension, 1).shape).movedim(1, call.channel_dimension)
+        return ""
     second: Tensor | None
+    vector = _random_like(node) if direction is None else direction
     try:
-        (second,) = torch.autograd.grad(delta, observed.output, direction, retain_graph=True, allow_unused=True)
+        (second,) = torch.autograd.grad(delta, node, vector, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "not implemented" not in str(error):
             raise
-        return False, "an operation after it has no second derivative in torch"
-    curved = second is not None and bool(second.any())
-    return not curved, "the network is curved after it" if curved else ""
+        return "an operation after it has no second derivative in torch"
+    return "the network is curved after it" if second is not None and bool(second.any()) else ""
+
+
+def _random_like(tensor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(tensor.ndim)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 
 
 def _as_convolution(call: ConvolutionCall) -> Tensor:
@@ -145,7 +158,3 @@ def _convolve(call: ConvolutionCall, kernel: Tensor) -> Tensor:
         [0] * len(geometry.stride),
         geometry.groups,
     )
-
-
-def _listing(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""One batch in, block traces out: runs the model once, certifies the first batch, chooses the method for every layer."""
+"""One batch in, block traces out: runs the model once, certifies the first batch, chooses a method for every layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from lightning_flatness.capture.gauss_newton import (
     Calls,
     certify_samples,
     gauss_newton_layers,
-    is_affine,
     kernel_gradient,
     pull_back,
+    why_curved,
+    why_not_affine,
 )
 from lightning_flatness.capture.isolation import call_model, isolated
 from lightning_flatness.capture.observation import Observation
@@ -113,9 +114,7 @@ class FlatnessObserver:
                 for name, layer in self._closed_form.items():
                     observed, call = calls[name][0]
                     slopes, curvatures, columns, _ = layer.pulled_back(observed, head)
-                    block_traces[name] = layer.block_traces(
-                        call, slopes, curvatures, columns, probabilities, residual
-                    )
+                    block_traces[name] = layer.block_traces(call, slopes, curvatures, columns, probabilities, residual)
             others = {name: calls[name] for name in calls if name not in self._closed_form}
             if others:
                 block_traces |= gauss_newton_layers(others, logits, probabilities)
@@ -140,8 +139,7 @@ class FlatnessObserver:
     # --------------------------------------------------------------------------------------- once, on the first batch
 
     def _certify(self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any) -> None:
-        nodes = [observed.output for calls in layers.values() for observed, _ in calls]
-        certify_samples(list(layers), logits, nodes)
+        certify_samples(layers, logits)
         paths = self._certify_paths(layers, logits, inputs)
         head, head_deviation, no_head = self._certified_head(seen, logits)
         infos = {}
@@ -156,11 +154,11 @@ class FlatnessObserver:
                     reason = ""
                 except NotClosedFormError as error:
                     reason = str(error)
-            exact, why = (True, "") if name in self._closed_form else is_affine(calls, logits)
-            if self._strict and not exact:
+            why = "" if name in self._closed_form else self._why_inexact(calls, logits, inputs)
+            if self._strict and why:
                 raise NotExactError(
-                    f"Layer '{name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True asks "
-                    f"for exact numbers. The closed form does not apply: {reason or 'it is for one convolution'}"
+                    f"Layer '{name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True "
+                    f"asks for exact numbers. The closed form does not apply: {reason or 'it is for one convolution'}"
                 )
             self._grams[name] = weight_gram(call.weight, call.geometry.groups)
             infos[name] = LayerInfo(
@@ -171,7 +169,7 @@ class FlatnessObserver:
                 groups=call.geometry.groups,
                 classifier=self._classifier[0] if name in self._closed_form else None,
                 method="closed_form" if name in self._closed_form else "gauss_newton",
-                exact=exact,
+                exact=not why,
                 reason=why,
                 kernel="parameter" if is_own_weight(call, observed.module) else "effective",
                 deviation=deviation if name in self._closed_form else paths[name],
@@ -188,6 +186,21 @@ class FlatnessObserver:
             return None, 0.0, str(error)
         return head, deviation, ""
 
+    def _why_inexact(self, calls: Calls, logits: Tensor, inputs: Any) -> str:
+        if len(calls) == 1:
+            return why_not_affine(calls, logits)
+        observed, call = calls[0]
+        if not is_own_weight(call, observed.module):
+            return "it runs several times with a computed kernel"
+        # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
+        kernel = call.weight.detach().clone().requires_grad_()
+        again = logits_of(call_model(self._model, inputs, {self._parameter(observed.module): kernel}))
+        return why_curved(again, kernel)
+
+    def _parameter(self, module: nn.Module) -> str:
+        """The name of a module's weight in the model. By identity: a tied weight has one name, maybe another's."""
+        return next(key for key, value in self._model.named_parameters() if value is module.weight)
+
     def _certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
         """Compare gradients at the kernels with autograd's through the whole model, for all layers in one pass."""
         kernels: dict[str, Tensor] = {}
@@ -195,9 +208,7 @@ class FlatnessObserver:
         for name, calls in layers.items():
             observed, call = calls[0]
             if is_own_weight(call, observed.module):
-                # By identity: a tied weight has one name, which need not be this layer's.
-                weight = observed.module.weight
-                parameters[name] = next(key for key, value in self._model.named_parameters() if value is weight)
+                parameters[name] = self._parameter(observed.module)
                 kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
         again = logits_of(call_model(self._model, inputs, kernels))
         generator = torch.Generator().manual_seed(0)
@@ -224,8 +235,8 @@ def check_arguments(layers: str | Sequence[str], loss: str) -> None:
         raise FlatnessError(f"loss={loss!r} is not known; this version measures loss='cross_entropy'.")
     if not layers or not all(isinstance(pattern, str) and pattern for pattern in layers):
         raise FlatnessError(
-            f"layers={layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions and linear "
-            "layers."
+            f"layers={layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions and "
+            "linear layers."
         )
 
 

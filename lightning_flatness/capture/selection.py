@@ -160,7 +160,9 @@ def select_layers(execution: Execution, layers: str | Sequence[str], classifier:
             )
         return [classifier]
     if layers == "last":
-        convolutions = [name for name in ran if isinstance(execution.modules[name], CONVOLUTIONS) and name != classifier]
+        convolutions = [
+            name for name in ran if isinstance(execution.modules[name], CONVOLUTIONS) and name != classifier
+        ]
         if not convolutions:
             raise LayerSelectionError(
                 f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "

@@ -37,8 +37,8 @@ def cross_entropy_derivatives(logits: Tensor, targets: Tensor | None = None) -> 
 def cross_entropy_column(probabilities: Tensor, index: int) -> Tensor:
     """One column of a factor ``B`` of the cross-entropy's Hessian, ``B Bᵀ = Λ = diag(π) - π πᵀ``.
 
-    ``diag(√π) - π √πᵀ`` is a factor of ``K`` columns and rank ``K - 1``, since it maps ``√π`` to zero. A reflection that
-    takes the last axis to ``√π`` turns its last column to zero, which leaves ``K - 1`` columns to pull back.
+    ``diag(√π) - π √πᵀ`` is a factor of ``K`` columns and rank ``K - 1``, as it maps ``√π`` to zero. A reflection
+    that takes the last axis to ``√π`` turns its last column to zero, which leaves ``K - 1`` columns to pull back.
 
     Args:
         probabilities: ``π``, ``(N, K)``.

@@ -99,8 +99,8 @@ def measure_flatness(
         model: any module that returns logits ``(N, K)``.
         batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or inputs alone, where all activations between the
             layer and the classifier are piecewise linear. Tensors are moved to the model's device.
-        layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution and
-            linear layer; or names or glob patterns.
+        layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
+            and linear layer; or names or glob patterns.
         loss: ``"cross_entropy"``.
         strict: raise an error instead of giving the Gauss-Newton part where that is not the whole Hessian.
 
