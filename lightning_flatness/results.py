@@ -137,25 +137,24 @@ class FlatnessReport:
 
 def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
     """How every layer is going to be measured, as a rich table."""
-    heads = {f"'{info.classifier}'" if info.classifier else "the pooled layer itself" for info in layers.values()}
     caption = (
-        "Certified on the first batch: the layer is one convolution, what follows acts on every channel by itself, the "
-        f"head ({', '.join(sorted(heads))}) is linear, and the gradient that follows from this is autograd's, to the "
-        "precision shown."
+        "Certified on the first batch. Closed form: what follows the layer acts on every channel by itself, and the "
+        "head is linear. Gauss-Newton: exact where the logits are affine in the layer's weight. The gradient at the "
+        "weight is autograd's to the precision shown."
     )
     if any(info.kernel == "effective" for info in layers.values()):
         caption += " *: with respect to the kernel that the layer applies, which it computes from its weight."
     table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
-    for heading in ("kind", "filters x patch", "method", "exact", "certified to"):
-        table.add_column(heading, no_wrap=True)
+    for heading in ("kind", "filters x patch", "method", "exact", "precision"):
+        table.add_column(heading, no_wrap=heading != "exact")
     for info in layers.values():
         table.add_row(
             info.name + ("*" if info.kernel == "effective" else ""),
             info.kind,
             f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else ""),
             info.method.replace("_", " "),
-            "yes" if info.exact else "no",
+            "yes" if info.exact else f"no: {info.reason}",
             f"{info.deviation:.0e}" if info.deviation else "all digits",
         )
     return table

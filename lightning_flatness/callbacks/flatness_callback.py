@@ -16,7 +16,8 @@ from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.samples import (
     FixedPositions,
     TrainingSubset,
-    first_validation_batch,
+    first_batch,
+    flat_loaders,
     num_samples,
     select,
     to_device,
@@ -28,23 +29,25 @@ from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 
 
 class FlatnessCallback(Callback):
-    """Log the exact Hessian trace and relative flatness of convolution kernels at every validation.
+    """Log the Hessian trace and relative flatness of convolutions and linear layers at every validation.
 
     Logged, so that ``ModelCheckpoint``, schedulers and :class:`~lightning_flatness.FlatnessStopping` can monitor it:
 
     ===========================================  ======================================================================
     ``{prefix}/hessian_trace``                   loss per squared weight, sum over the measured layers
     ``{prefix}/relative_flatness``               loss, sum over the measured layers
-    ``{prefix}/log10_relative_flatness``         its decimal logarithm, for charts that have accuracy in them too
+    ``{prefix}/log10_relative_flatness``         for charts that have accuracy in them too; NaN where not positive
     ``{prefix}/weight_norm``                     norm of the measured kernels, the baseline to compare with
     ``{prefix}/{layer}/hessian_trace``           with more than one layer
     ``{prefix}/{layer}/relative_flatness``       with more than one layer
     ===========================================  ======================================================================
 
-    Training with it is bit-identical to training without it.
+    Training with it is bit-identical to training without it. (One exception: with ``data="train"`` and a
+    training loader without workers, a data set that keeps a random generator as its own attribute is advanced.)
 
     Args:
-        layers: ``"last"``, the last convolution before the classifier; ``"all"``; or names or glob patterns.
+        layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
+            and linear layer; or names or glob patterns.
         loss: ``"cross_entropy"``.
         data: ``"val"``: the batches that are validated. ``"train"``: a fixed random subset of the training data, in
             evaluation mode, through a loader of its own; the papers define flatness on the training loss.
@@ -58,6 +61,7 @@ class FlatnessCallback(Callback):
         batch_fn: function from a batch to ``(inputs, targets)``; by default a batch is such a pair.
         summary: print before training which layers are measured, and how that was certified.
         figures: draw accuracy and flatness, and the block traces, for TensorBoard at the end of training.
+        strict: refuse, before the first epoch, layers of which only the Gauss-Newton part of the Hessian can be had.
 
     Attributes:
         history: a record (plain numbers, by name) for every measurement of a fit; kept in checkpoints.
@@ -84,6 +88,7 @@ class FlatnessCallback(Callback):
         batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
         summary: bool = True,
         figures: bool = True,
+        strict: bool = False,
     ) -> None:
         check_arguments(layers, loss)
         if data not in ("val", "train"):
@@ -106,8 +111,10 @@ class FlatnessCallback(Callback):
         self.batch_fn = batch_fn
         self.summary = summary
         self.figures = figures
+        self.strict = strict
         self.history: list[dict[str, float | None]] = []
         self.report: FlatnessReport | None = None
+        self._stage: str | None = None
         self._restored = False
         self._certified: dict[str, LayerInfo] | None = None
         self._chart_laid_out = False
@@ -116,6 +123,7 @@ class FlatnessCallback(Callback):
         self._measurement: Measurement | None = None
         self._batches_seen = 0
         self._unrecorded = False
+        self._accuracy_missing = False
 
     # ---------------------------------------------------------------------------------------------------------- state
 
@@ -129,9 +137,20 @@ class FlatnessCallback(Callback):
         return {"history": [dict(record) for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the history of a checkpoint, to go on with it."""
-        self.history = [dict(record) for record in state_dict["history"]]
-        self._restored = True
+        """Take the history of a checkpoint, to go on with it; validating a checkpoint does not change the history."""
+        if self._stage in (None, "fit"):
+            self.history = [dict(record) for record in state_dict["history"]]
+            self._restored = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the stage: a checkpoint is loaded in every one of them."""
+        self._stage = stage
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of data and model."""
+        self._stage = None
+        self._subset = None
+        self._measurement = None
 
     # ------------------------------------------------------------------------------------------------ before training
 
@@ -140,6 +159,8 @@ class FlatnessCallback(Callback):
         if not self._restored:
             self.history = []
         self._restored = False
+        self.report = None
+        self._unrecorded = False
         self._certified = None
         self._chart_laid_out = False
         self._subset = None
@@ -156,16 +177,17 @@ class FlatnessCallback(Callback):
             self._subset.restart(pl_module)
             batch = next(self._subset.up_to(0.0001), None)
         elif self._certified is None and trainer.enable_validation:
-            batch = first_validation_batch(trainer, pl_module)
-            if batch is None:
+            loaders = flat_loaders(trainer.val_dataloaders)
+            if loaders and not sum(trainer.num_val_batches):
                 self._warn_no_validation()
+            batch = first_batch(loaders, pl_module)  # none where Lightning has not set up validation yet
         if batch is not None:
             self._certify(pl_module, to_device(trainer, pl_module, batch))
         if self.summary and self._certified and trainer.is_global_zero:
             Console().print(summary_table(self._certified))
 
     def _certify(self, pl_module: LightningModule, batch: Any) -> None:
-        measurement = Measurement(self._network(pl_module), self.layers, self.loss)
+        measurement = Measurement(self._network(pl_module), self.layers, self.loss, self.strict)
         measurement.update(*self._split(batch))
         self._certified = dict(measurement.layers)
 
@@ -173,7 +195,7 @@ class FlatnessCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a measurement, if one is due."""
-        self._begin(trainer, pl_module, trainer.val_dataloaders)
+        self._begin(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     def on_validation_batch_end(
         self,
@@ -201,7 +223,7 @@ class FlatnessCallback(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in validation."""
-        self._begin(trainer, pl_module, trainer.test_dataloaders)
+        self._begin(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
 
     def on_test_batch_end(
         self,
@@ -222,24 +244,35 @@ class FlatnessCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without validation, measure the training subset here."""
         if self.data == "train" and not trainer.enable_validation:
-            self._begin(trainer, pl_module, None)
+            self._begin(trainer, pl_module, None, [])
             self._advance(trainer, pl_module, None, [1])
             self._finish(trainer, pl_module)
             self._record(trainer)
+            # The module logs its accuracy after this hook; what is there now is the last epoch's.
+            self._accuracy_missing = True
+            self.history[-1]["accuracy"] = None
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pair the accuracy that the module logged at the end of the epoch before."""
+        if self._accuracy_missing and self.history:
+            self._accuracy_missing = False
+            self.history[-1]["accuracy"] = self._logged_accuracy(trainer)
+
+    def _begin(
+        self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[int | float]
+    ) -> None:
         self._measurement = None
         if trainer.sanity_checking or not self._is_due(trainer):
             return
         if self.data == "train" and trainer.state.fn != "fit":
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return
-        self._measurement = Measurement(self._network(pl_module), self.layers, self.loss)
+        self._measurement = Measurement(self._network(pl_module), self.layers, self.loss, self.strict)
         self._batches_seen = 0
         if self._subset is not None:
             self._subset.restart(pl_module)
         elif self.max_samples is not None:
-            self._positions = FixedPositions(self.max_samples, num_samples(loaders))
+            self._positions = FixedPositions(self.max_samples, num_samples(loaders, num_batches))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit" or not self.history:
@@ -271,7 +304,7 @@ class FlatnessCallback(Callback):
         if measurement is None:
             return
         self.report = measurement.report()
-        self._unrecorded = True
+        self._unrecorded = trainer.state.fn == "fit"
         for key, value in self._values(self.report).items():
             pl_module.log(key, torch.tensor(value, dtype=torch.float64), on_step=False, on_epoch=True)
 
@@ -281,8 +314,8 @@ class FlatnessCallback(Callback):
             "relative_flatness": report.relative_flatness,
             "weight_norm": math.hypot(*(layer.weight_norm for layer in report.layers.values())),
         }
-        if report.relative_flatness > 0:
-            values["log10_relative_flatness"] = math.log10(report.relative_flatness)
+        kappa = report.relative_flatness
+        values["log10_relative_flatness"] = math.log10(kappa) if kappa > 0 else math.nan
         if len(report.layers) > 1:
             for name, layer in report.layers.items():
                 values[f"{name}/hessian_trace"] = layer.hessian_trace
@@ -292,34 +325,42 @@ class FlatnessCallback(Callback):
     # ------------------------------------------------------------------------------------------------------- pictures
 
     def _record(self, trainer: Trainer) -> None:
-        if not self._unrecorded or self.report is None or trainer.state.fn != "fit":
+        if not self._unrecorded or self.report is None or trainer.sanity_checking:
             return
         self._unrecorded = False
-        accuracy = self._accuracy_key(trainer)
-        logged = trainer.callback_metrics.get(accuracy) if accuracy else None
         self.history.append(
             {
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
-                "accuracy": None if logged is None else float(logged),
+                "accuracy": self._logged_accuracy(trainer),
                 "hessian_trace": self.report.hessian_trace,
                 "relative_flatness": self.report.relative_flatness,
                 "weight_norm": math.hypot(*(layer.weight_norm for layer in self.report.layers.values())),
             }
         )
-        if not self._chart_laid_out:
+        registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = [callback for callback in registered if isinstance(callback, FlatnessCallback)]
+        if not any(callback._chart_laid_out for callback in callbacks):
             self._chart_laid_out = True
-            tags = [*([accuracy] if accuracy else []), f"{self.prefix}/log10_relative_flatness"]
-            tensorboard.add_joint_chart(trainer, tags)
+            tensorboard.add_joint_charts(trainer, [callback._joint_tags(trainer) for callback in callbacks])
+
+    def _joint_tags(self, trainer: Trainer) -> list[str]:
+        accuracy = self._accuracy_key(trainer)
+        return [*([accuracy] if accuracy else []), f"{self.prefix}/log10_relative_flatness"]
+
+    def _logged_accuracy(self, trainer: Trainer) -> float | None:
+        logged = trainer.callback_metrics.get(self._accuracy_key(trainer) or "")
+        return None if logged is None else float(logged)
 
     def _accuracy_key(self, trainer: Trainer) -> str | None:
-        if self.accuracy is not None:
-            return self.accuracy
         names = [name for name in trainer.callback_metrics if "acc" in name.lower()]
-        return next((name for name in names if "val" in name.lower()), next(iter(names), None))
+        key = self.accuracy or next((name for name in names if "val" in name.lower()), next(iter(names), None))
+        # Logged on steps and on epochs, the loggers know it by this name only.
+        return f"{key}_epoch" if f"{key}_epoch" in trainer.callback_metrics else key
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves on two axes, and the block traces as they are now."""
+        self.on_train_epoch_start(trainer, pl_module)
         if self.figures and self.history and self.report is not None:
             accuracy = self._accuracy_key(trainer)
             tensorboard.add_figures(trainer, self.prefix, self.history, self.report, accuracy, self.data)
@@ -329,11 +370,18 @@ class FlatnessCallback(Callback):
         self._measurement = None
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self.on_train_end(trainer, pl_module)
+        self._subset = None
 
     # -------------------------------------------------------------------------------------------------------- details
 
     def _split(self, batch: Any) -> tuple[Any, Tensor | None]:
-        return split_batch(batch) if self.batch_fn is None else self.batch_fn(batch)
+        pair = split_batch(batch) if self.batch_fn is None else self.batch_fn(batch)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise FlatnessError(
+                f"FlatnessCallback(batch_fn=...) returned a {type(pair).__name__}; it must return (inputs, targets), "
+                "with None for targets that are not there."
+            )
+        return pair[0], pair[1]
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         if self.model is None:

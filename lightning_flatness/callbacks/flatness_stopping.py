@@ -74,6 +74,8 @@ class FlatnessStopping(EarlyStopping):
             verbose=verbose,
             check_on_train_epoch_end=False,
         )
+        self.min_delta = min_delta  # the base class keeps it with the sign of the mode
+        self.stopping_reason_message: str | None = None
         self.accuracy = accuracy
         self.burn_in = burn_in
         self.accuracy_min_delta = accuracy_min_delta
@@ -84,7 +86,7 @@ class FlatnessStopping(EarlyStopping):
     @property
     def state_key(self) -> str:
         """Tells several instances apart in a checkpoint."""
-        return f"FlatnessStopping[monitor={self.monitor},accuracy={self.accuracy}]"
+        return f"FlatnessStopping[{self.mode} {self.monitor}, {self.accuracy_mode} {self.accuracy}]"
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and best values, as plain types."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +24,9 @@ class TrainingSubset:
     """The same random samples of the training data in every epoch, read through a loader of its own.
 
     The user's loader is read for its settings and never iterated. Samples pass the data set's own transforms and the
-    loader's own ``collate_fn``, in the main process; random transforms draw the same numbers in every epoch.
+    loader's own ``collate_fn``; random transforms draw the same numbers in every epoch. If the user's loader has
+    workers, the subset is read by one worker of its own, else in the main process with random states kept. (A data set
+    that keeps a random generator as its own attribute, and is read in the main process, is advanced.)
 
     Args:
         loader: the user's training ``DataLoader``.
@@ -45,11 +47,7 @@ class TrainingSubset:
 
     def __init__(self, loader: Any, max_samples: int | None = None, rank: int = 0, num_ranks: int = 1) -> None:
         dataset: Any = getattr(loader, "dataset", None)
-        if (
-            not hasattr(dataset, "__getitem__")
-            or not hasattr(dataset, "__len__")
-            or isinstance(dataset, IterableDataset)
-        ):
+        if not is_map_style(dataset):
             raise FlatnessError(
                 "FlatnessCallback(data='train') reads a fixed subset of the training data, so it needs one training "
                 f"DataLoader over a data set with __getitem__ and __len__; the Trainer has a {type(loader).__name__}"
@@ -57,22 +55,18 @@ class TrainingSubset:
                 + ". Use data='val', or measure_flatness on batches of your own."
             )
         # A sampler may leave samples out for good (SubsetRandomSampler): those are not training data.
-        allowed = list(getattr(getattr(loader, "sampler", None), "indices", range(len(dataset))))
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
+        allowed = list(getattr(sampler, "indices", range(len(dataset))))
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randperm(len(allowed), generator=generator)[: max_samples or DEFAULT_TRAINING_SAMPLES]
-        self._loader: DataLoader[Any] = DataLoader(
-            Subset(dataset, [allowed[i] for i in drawn.sort().values[rank::num_ranks].tolist()]),
-            batch_size=getattr(loader, "batch_size", None) or 64,
-            collate_fn=getattr(loader, "collate_fn", None),
-            generator=torch.Generator(),  # an iterator draws its base seed here, not from the global generator
-        )
+        self._loader = own_loader(loader, [allowed[i] for i in drawn.sort().values[rank::num_ranks].tolist()])
         self._batches: Iterator[Any] = iter(())
         self._given = 0
 
     def restart(self, model: nn.Module) -> None:
         """Begin at the first batch; ``model`` tells on which devices random states are kept."""
         self._given = 0
-        self._batches = self._repeatable(model)
+        self._batches = repeatable_batches(self._loader, model)
 
     def up_to(self, fraction: float) -> Iterator[Any]:
         """The next batches, until this fraction of the subset has been given since :meth:`restart`."""
@@ -81,16 +75,43 @@ class TrainingSubset:
             self._given += 1
             yield next(self._batches)
 
-    def _repeatable(self, model: nn.Module) -> Iterator[Any]:
-        iterator = iter(self._loader)
-        for index in range(len(self._loader)):
-            with random_states_kept(model):
-                torch.default_generator.manual_seed(index)
-                random.seed(index)
-                if "numpy" in sys.modules:
-                    sys.modules["numpy"].random.seed(index)
-                batch = next(iterator)
-            yield batch
+
+def is_map_style(dataset: Any) -> bool:
+    """Whether a data set can be read at any index, without an iterator's state."""
+    has_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return has_index and not isinstance(dataset, IterableDataset)
+
+
+def own_loader(loader: Any, indices: list[int]) -> DataLoader[Any]:
+    """A loader over some samples of the user's data set, which shares no iterator, worker or generator with theirs."""
+    batches = getattr(loader, "batch_sampler", None) is not None
+    batch_size = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", 64
+    )
+    return DataLoader(
+        Subset(loader.dataset, indices),
+        batch_size=batch_size if batches else None,
+        collate_fn=getattr(loader, "collate_fn", None),
+        num_workers=min(1, getattr(loader, "num_workers", 0)),
+        worker_init_fn=getattr(loader, "worker_init_fn", None),
+        multiprocessing_context=getattr(loader, "multiprocessing_context", None),
+        generator=torch.Generator(),  # an iterator draws its base seed here, not from the global generator
+    )
+
+
+def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[Any]:
+    """The batches of a loader of our own, with the same random numbers every time; random states are kept."""
+    loader.generator.manual_seed(0)
+    iterator: Iterator[Any] | None = None
+    for index in range(len(loader)):
+        with random_states_kept(model):
+            torch.default_generator.manual_seed(index)
+            random.seed(index)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(index)
+            iterator = iter(loader) if iterator is None else iterator
+            batch = next(iterator)
+        yield batch
 
 
 class FixedPositions:
@@ -137,32 +158,44 @@ def select(inputs: Any, targets: Tensor | None, positions: FixedPositions) -> tu
     return apply_to_collection(inputs, Tensor, take), None if targets is None else take(targets), int(mask.sum())
 
 
-def num_samples(loaders: Any) -> int | None:
-    """Samples in one loader, or in a list or dict of loaders; None where a data set has no length.
+def num_samples(loaders: Any, num_batches: Sequence[int | float]) -> int | None:
+    """Samples in the first ``num_batches`` batches of one loader, or of a list or dict of them; None if unknown.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.arange(10.0))
-        >>> num_samples([DataLoader(data), {"again": DataLoader(data)}])
-        20
+        >>> num_samples([DataLoader(data, batch_size=4), DataLoader(data)], [2, 10])
+        18
     """
-    if isinstance(loaders, (list, tuple, dict)):
-        parts = [num_samples(loader) for loader in (loaders.values() if isinstance(loaders, dict) else loaders)]
-        return None if None in parts else sum(part for part in parts if part is not None)
-    try:
-        return len(loaders.dataset)
-    except (AttributeError, TypeError):
+    flat = flat_loaders(loaders)
+    if len(flat) != len(num_batches):
         return None
+    total = 0
+    for loader, batches in zip(flat, num_batches, strict=True):
+        batch_size = getattr(loader, "batch_size", None)
+        if batch_size is None or not is_map_style(getattr(loader, "dataset", None)):
+            return None
+        total += int(min(len(loader.dataset), batches * batch_size))
+    return total
 
 
-def first_validation_batch(trainer: Trainer, pl_module: LightningModule) -> Any | None:
-    """The first batch of the user's first validation loader, with random states kept; None if there is none."""
-    loader = trainer.val_dataloaders
-    while isinstance(loader, (list, tuple, dict)):
-        loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
-    if loader is None:
+def flat_loaders(loaders: Any) -> list[Any]:
+    """One loader, or a list or dict of them, as a list."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        return [loader for part in loaders for loader in flat_loaders(part)]
+    return [] if loaders is None else [loaders]
+
+
+def first_batch(loaders: Any, model: nn.Module) -> Any | None:
+    """The first batch of the data set of the first loader, without touching that loader; None if there is none."""
+    loader = next(iter(flat_loaders(loaders)), None)
+    dataset = getattr(loader, "dataset", None)
+    if not is_map_style(dataset):
         return None
-    with random_states_kept(pl_module):
-        return next(iter(loader), None)
+    size = getattr(loader, "batch_size", None) or 1
+    indices = list(range(min(size, len(cast(Any, dataset)))))
+    return next(repeatable_batches(own_loader(loader, indices), model), None)
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

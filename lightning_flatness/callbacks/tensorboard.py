@@ -25,14 +25,14 @@ def writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def add_joint_chart(trainer: Trainer, tags: Sequence[str]) -> None:
-    """Lay out one chart of several scalars on the Custom Scalars page.
+def add_joint_charts(trainer: Trainer, charts: Sequence[Sequence[str]]) -> None:
+    """Lay out charts, each of several scalars, on the Custom Scalars page; TensorBoard reads one layout of a run.
 
-    The page has one linear axis for all of them, so the tags must be of one order of magnitude.
+    A chart has one linear axis for all its tags, so they must be of one order of magnitude.
     """
+    layout = {" and ".join(tags): ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for tags in charts}
     for writer in writers(trainer):
-        patterns = [f"^{re.escape(tag)}$" for tag in tags]
-        writer.add_custom_scalars({"flatness": {" and ".join(tags): ["Multiline", patterns]}})
+        writer.add_custom_scalars({"flatness": layout})
 
 
 def add_figures(
@@ -53,6 +53,7 @@ def add_figures(
     except FlatnessError as error:
         rank_zero_warn(f"FlatnessCallback draws no figures: {error}")
         return
+    step = max(0, trainer.global_step - 1)  # where Lightning puts the scalars of the last step
     for writer in writers(trainer):
         for tag, figure in figures.items():
-            writer.add_figure(tag, figure, global_step=trainer.global_step)
+            writer.add_figure(tag, figure, global_step=step)

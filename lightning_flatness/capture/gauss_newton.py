@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.capture.observation import ConvolutionCall, LayerObservation
+from lightning_flatness.capture.tail import differentiable_once
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import cross_entropy_column, gauss_newton_block_traces
 
@@ -69,8 +70,34 @@ def kernel_gradient(calls: Calls, cotangents: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def certify_reach(layers: Mapping[str, Calls], logits: Tensor) -> None:
+    """Certify that every layer reaches the logits, one row of its output for every sample.
+
+    Raises:
+        LayerSelectionError: naming the layer.
+    """
+    for name, calls in layers.items():
+        nodes = [observed.output for observed, _ in calls]
+        reached: list[Tensor] = []
+        if logits.requires_grad:
+            pulled = torch.autograd.grad(logits.sum(), nodes, retain_graph=True, allow_unused=True)
+            reached = [node for node, cotangent in zip(nodes, pulled, strict=True) if cotangent is not None]
+        if not reached:
+            raise LayerSelectionError(
+                f"Layer '{name}': the logits do not depend on its output through autograd: the forward detaches it, "
+                "runs what follows under torch.no_grad() or as TorchScript, or does not use it. Choose another layer "
+                "with layers=."
+            )
+        rows = {node.shape[0] for node in reached}
+        if rows != {len(logits)}:
+            raise LayerSelectionError(
+                f"Layer '{name}' runs on {max(rows)} rows for {len(logits)} samples (windows or tokens folded into the "
+                "batch), so derivatives of single samples cannot be told apart. Choose another layer with layers=."
+            )
+
+
 def certify_samples(layers: Mapping[str, Calls], logits: Tensor) -> None:
-    """Certify that every layer reaches the logits, and no sample's logits depend on another sample's activations.
+    """Certify that no sample's logits depend on another sample's activations.
 
     Raises:
         LayerSelectionError: naming the layer.
@@ -78,32 +105,12 @@ def certify_samples(layers: Mapping[str, Calls], logits: Tensor) -> None:
     u = _random_like(logits)
     u[::2] = 0
     for name, calls in layers.items():
-        reached = False
-        for observed, _ in calls:
-            node = observed.output
-            pulled: Tensor | None = None
-            if logits.requires_grad:
-                (pulled,) = torch.autograd.grad(logits, node, u, retain_graph=True, allow_unused=True)
-            if pulled is None:
-                continue
-            reached = True
-            if node.shape[0] != len(logits):
-                raise LayerSelectionError(
-                    f"Layer '{name}' runs on {node.shape[0]} rows for {len(logits)} samples (windows or tokens folded "
-                    "into the batch), so derivatives of single samples cannot be told apart. Choose another layer with "
-                    "layers=."
-                )
+        for pulled in pull_back(logits, [observed.output for observed, _ in calls], u):
             if bool(pulled[::2].any()):
                 raise LayerSelectionError(
                     f"Layer '{name}': after it, the logits of one sample depend on other samples (batch statistics in "
                     "evaluation mode?), so the loss is not a mean over samples. Use running statistics."
                 )
-        if not reached:
-            raise LayerSelectionError(
-                f"Layer '{name}': the logits do not depend on its output through autograd: the forward detaches it, "
-                "runs what follows under torch.no_grad() or as TorchScript, or does not use it. Choose another layer with "
-                "layers=."
-            )
 
 
 def why_not_affine(calls: Calls, logits: Tensor) -> str:
@@ -121,9 +128,11 @@ def why_not_affine(calls: Calls, logits: Tensor) -> str:
 
 def why_curved(logits: Tensor, node: Tensor, direction: Tensor | None = None) -> str:
     """Why a random combination of logits is not affine in ``node`` along a (random) direction; empty if it is."""
-    (delta,) = pull_back(logits, [node], _random_like(logits), create_graph=True)
+    (delta,) = pull_back(logits, [node], _random_like(logits).requires_grad_(), create_graph=True)
     if not delta.requires_grad:
         return ""
+    if differentiable_once(delta):
+        return "a custom function after it is marked once_differentiable"
     second: Tensor | None
     vector = _random_like(node) if direction is None else direction
     try:

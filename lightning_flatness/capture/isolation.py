@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,15 +13,79 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import CheckpointError
+
+from lightning_flatness.errors import LayerSelectionError
+
+
+class ModelCopy:
+    """Runs a model on copies of its parameters and buffers, made once, as they are now.
+
+    No gradient can reach the user's parameters, and a forward that writes to parameters, buffers or inputs writes to
+    copies. The forward is the user's own, called through ``__call__``, so forward hooks run, and what it keeps as plain
+    attributes stays.
+
+    Args:
+        model: the module; enter :func:`isolated` around everything done with the copy.
+
+    Raises:
+        LayerSelectionError: the model is TorchScript or a DataParallel wrapper.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> bool((ModelCopy(model)(torch.ones(3, 2)) == model(torch.ones(3, 2))).all())
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+            raise LayerSelectionError(
+                f"The model is a {type(model).__name__} (TorchScript or DataParallel), which cannot be observed; pass "
+                "the original module that it was made of."
+            )
+        self._model = model
+        self._copies: dict[int, Tensor] = {}
+        self._slots: dict[str, int] = {}
+        self._buffers: set[int] = set()
+        for prefix, module in model.named_modules():
+            tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+            buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+            self._buffers |= {id(buffer) for buffer in buffers.values()}
+            for name, tensor in (tensors | buffers).items():
+                # One copy for each tensor, so that what is tied stays tied.
+                self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
+                if id(tensor) not in self._copies:
+                    self._copies[id(tensor)] = tensor.detach().clone()
+
+    def __call__(self, inputs: Any, replacements: Mapping[nn.Parameter, Tensor] | None = None) -> Any:
+        """Call the model on a copy of ``inputs``.
+
+        Args:
+            inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments.
+            replacements: tensors to use in place of some of the parameters, wherever the model has them.
+        """
+        inputs = apply_to_collection(inputs, Tensor, torch.clone)
+        arguments: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        keywords: dict[str, Any] = {}
+        if isinstance(inputs, Mapping):
+            arguments, keywords = (), dict(inputs)
+        tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
+        tensors |= {key: tensors[key].clone() for key in self._buffers}  # every call begins with the same
+        substitutes = {name: tensors[key] for name, key in self._slots.items()}
+        # Ties are ours: functional_call would swap a module that has two names twice, and not back.
+        return functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
 
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, full float precision, eager, gradients on; everything is restored on leaving, also on an error.
 
-    Restored: every module's ``training`` flag, the random states of torch (CPU and the model's GPUs), numpy and Python.
-    Inference mode and autocast are left, ``torch.compile``d parts run uncompiled, TF32 is off. Together with
-    :func:`call_model`, which runs the model on copies, nothing of the user's is written to.
+    Restored: every module's ``training`` flag and backward hooks, which do not run meanwhile; the random states of
+    torch (CPU and the model's accelerators), numpy and Python. Inference mode and autocast are left, ``torch.compile``d
+    parts run uncompiled, TF32 is off.
+
+    Raises:
+        LayerSelectionError: in place of torch's own error, when the model uses gradient checkpointing.
 
     Example:
         >>> model = nn.Dropout().train()
@@ -41,7 +106,15 @@ def isolated(model: nn.Module) -> Iterator[None]:
         if "cuda" in device_types:
             stack.enter_context(_full_float32())
         stack.enter_context(_evaluation_mode(model))
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, CheckpointError) and "Checkpointing is not compatible" not in str(error):
+                raise
+            raise LayerSelectionError(
+                "The model's forward uses gradient checkpointing in evaluation mode, which cannot be observed. Switch "
+                "it off there: checkpoint only `if self.training`."
+            ) from error
 
 
 @contextmanager
@@ -70,33 +143,6 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(numpy_state)
 
 
-def call_model(model: nn.Module, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Any:
-    """Call the model on a copy of ``inputs``, with detached parameters and copied buffers.
-
-    No gradient can reach the user's parameters, and a forward that writes to its buffers or inputs writes to copies.
-
-    Args:
-        model: the module; its forward is called through ``__call__``, so its hooks run.
-        inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments.
-        parameters: tensors to use in place of some of the parameters, by name.
-
-    Returns:
-        What the model returns.
-
-    Example:
-        >>> call_model(nn.Identity(), torch.ones(2))
-        tensor([1., 1.])
-    """
-    substitutes: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
-    substitutes |= {name: b.detach().clone() for name, b in model.named_buffers()}
-    substitutes |= parameters or {}
-    inputs = apply_to_collection(inputs, Tensor, torch.clone)
-    if isinstance(inputs, Mapping):
-        return functional_call(model, substitutes, (), dict(inputs))
-    arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    return functional_call(model, substitutes, arguments)
-
-
 def _accelerators(model: nn.Module) -> list[torch.device]:
     tensors = [*model.parameters(), *model.buffers()]
     return sorted({tensor.device for tensor in tensors if tensor.device.type != "cpu"}, key=str)
@@ -104,15 +150,23 @@ def _accelerators(model: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    # The flags are set one by one: ``model.eval()`` would run the user's own ``train()`` overrides.
-    flags = [(module, module.training) for module in model.modules()]
+    # The flags are set one by one: ``model.eval()`` would run the user's own ``train()`` overrides. Backward hooks are
+    # put aside, as one that changes gradients would change the derivatives; torch has no public way to do that.
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    hooks = [{name: vars(module)[name] for name in BACKWARD_HOOKS if vars(module).get(name)} for module in modules]
     try:
-        for module, _ in flags:
+        for module, present in zip(modules, hooks, strict=True):
             module.training = False
+            vars(module).update({name: OrderedDict() for name in present})
         yield
     finally:
-        for module, training in flags:
+        for module, training, present in zip(modules, flags, hooks, strict=True):
             module.training = training
+            vars(module).update(present)
+
+
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager

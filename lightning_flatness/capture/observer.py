@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.capture.certificate import certify_head, certify_layer, certify_path, is_own_weight
-from lightning_flatness.capture.closed_form import ClosedFormLayer, Head, find_head
+from lightning_flatness.capture.certificate import certify_layer, certify_path, is_own_weight
+from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail, closed_form_layer
 from lightning_flatness.capture.gauss_newton import (
     Calls,
+    certify_reach,
     certify_samples,
     gauss_newton_layers,
     kernel_gradient,
@@ -19,7 +21,7 @@ from lightning_flatness.capture.gauss_newton import (
     why_curved,
     why_not_affine,
 )
-from lightning_flatness.capture.isolation import call_model, isolated
+from lightning_flatness.capture.isolation import ModelCopy, isolated
 from lightning_flatness.capture.observation import Observation
 from lightning_flatness.capture.selection import (
     Execution,
@@ -80,8 +82,8 @@ class FlatnessObserver:
         self._strict = strict
         self._modules: dict[str, nn.Module] = {}
         self._classifier: tuple[str | None, nn.Module | None] = (None, None)
-        self._closed_form: dict[str, ClosedFormLayer] = {}
         self._grams: dict[str, Tensor] = {}
+        self._samples_apart = False  # certified on the first batch of more than one sample
 
     def __call__(self, inputs: Any, targets: Tensor | None = None) -> dict[str, LayerStatistics]:
         """Statistics of one batch, by layer.
@@ -97,25 +99,27 @@ class FlatnessObserver:
         with isolated(self._model):
             execution = None
             if not self.layers:
-                execution = trace_execution(self._model, lambda: call_model(self._model, inputs))
+                self._copy = ModelCopy(self._model)
+                execution = trace_execution(self._model, lambda: self._copy(inputs))
                 self._choose(execution)
             with Observation(self._modules, self._classifier[1]) as seen:
-                logits = logits_of(call_model(self._model, inputs))
+                logits = logits_of(self._copy(inputs))
             targets = _check_targets(targets, logits)
             calls = {name: self._calls(name, seen) for name in self._modules}
             if execution is not None:
                 _certify_deterministic(execution.logits, logits.detach())
-                self._certify(calls, seen, logits, inputs)
+                self._certify(calls, logits, inputs)
+            if len(logits) > 1 and not self._samples_apart:
+                certify_samples(calls, logits)
+                self._samples_apart = True
 
             probabilities, residual = cross_entropy_derivatives(logits.detach(), targets)
-            block_traces: dict[str, Tensor] = {}
-            if self._closed_form:
-                head = find_head(*self._classifier, seen, logits)
-                for name, layer in self._closed_form.items():
-                    observed, call = calls[name][0]
-                    slopes, curvatures, columns, _ = layer.pulled_back(observed, head)
-                    block_traces[name] = layer.block_traces(call, slopes, curvatures, columns, probabilities, residual)
-            others = {name: calls[name] for name in calls if name not in self._closed_form}
+            tails = self._certified_tails(calls, seen, logits, inputs)
+            block_traces = {
+                name: closed_form_layer(name, calls[name][0][1], tail, probabilities, residual)
+                for name, tail in tails.items()
+            }
+            others = {name: calls[name] for name in calls if name not in tails}
             if others:
                 block_traces |= gauss_newton_layers(others, logits, probabilities)
             return {name: self._statistics(name, block_traces[name], len(logits)) for name in self._modules}
@@ -136,55 +140,70 @@ class FlatnessObserver:
             raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
         return LayerStatistics(block_traces, self._grams[name] * num_samples, num_samples)
 
+    def _certified_tails(
+        self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any
+    ) -> dict[str, TailDerivatives]:
+        """The tails of the layers under the closed form, certified on every batch; what fails goes to Gauss-Newton."""
+        tails: dict[str, TailDerivatives] = {}
+        candidates = [name for name, info in self.layers.items() if info.method == "closed_form"]
+        if not candidates:
+            return tails
+        failures: dict[str, str] = {}
+        try:
+            head = certified_head(*self._classifier, seen, logits)
+        except NotClosedFormError as error:
+            failures = dict.fromkeys(candidates, str(error))
+        for name in candidates:
+            if name in failures:
+                continue
+            try:
+                tails[name] = certified_tail(name, layers[name][0][0], head)
+            except NotClosedFormError as error:
+                failures[name] = str(error)
+                continue
+            deviation = max(self.layers[name].deviation, tails[name].deviation)
+            self.layers[name] = replace(self.layers[name], deviation=deviation)
+        for name, reason in failures.items():
+            self.layers[name] = self._under_gauss_newton(self.layers[name], reason, layers[name], logits, inputs)
+        return tails
+
+    def _under_gauss_newton(
+        self, info: LayerInfo, no_closed_form: str, calls: Calls, logits: Tensor, inputs: Any
+    ) -> LayerInfo:
+        certify_samples({info.name: calls}, logits)
+        why = self._why_inexact(calls, logits, inputs)
+        if self._strict and why:
+            raise NotExactError(
+                f"Layer '{info.name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True "
+                f"asks for exact numbers. The closed form does not hold: {no_closed_form}"
+            )
+        return replace(info, method="gauss_newton", classifier=None, exact=not why, reason=why)
+
     # --------------------------------------------------------------------------------------- once, on the first batch
 
-    def _certify(self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any) -> None:
-        certify_samples(layers, logits)
+    def _certify(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> None:
+        certify_reach(layers, logits)
         paths = self._certify_paths(layers, logits, inputs)
-        head, head_deviation, no_head = self._certified_head(seen, logits)
-        infos = {}
         for name, calls in layers.items():
             observed, call = calls[0]
-            layer, reason = ClosedFormLayer(name), no_head
-            deviation = max(head_deviation, paths[name])
-            if head is not None and len(calls) == 1 and call.channel_dimension == 1:
-                try:
-                    deviation = max(deviation, layer.pulled_back(observed, head)[-1])
-                    self._closed_form[name] = layer
-                    reason = ""
-                except NotClosedFormError as error:
-                    reason = str(error)
-            why = "" if name in self._closed_form else self._why_inexact(calls, logits, inputs)
-            if self._strict and why:
-                raise NotExactError(
-                    f"Layer '{name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True "
-                    f"asks for exact numbers. The closed form does not apply: {reason or 'it is for one convolution'}"
-                )
             self._grams[name] = weight_gram(call.weight, call.geometry.groups)
-            infos[name] = LayerInfo(
+            info = LayerInfo(
                 name=name,
                 kind=type(observed.module).__name__,
                 num_filters=call.weight.shape[0],
                 patch_length=call.weight[0].numel(),
                 groups=call.geometry.groups,
-                classifier=self._classifier[0] if name in self._closed_form else None,
-                method="closed_form" if name in self._closed_form else "gauss_newton",
-                exact=not why,
-                reason=why,
+                classifier=self._classifier[0],
+                method="closed_form",
+                exact=True,
+                reason="",
                 kernel="parameter" if is_own_weight(call, observed.module) else "effective",
-                deviation=deviation if name in self._closed_form else paths[name],
+                deviation=paths[name],
             )
-        self.layers = infos
-
-    def _certified_head(self, seen: Observation, logits: Tensor) -> tuple[Head | None, float, str]:
-        try:
-            head = find_head(*self._classifier, seen, logits)
-            deviation = certify_head(
-                head.name, head.features.detach(), head.weight, head.bias, seen.classifier_output, logits.detach()
-            )
-        except NotClosedFormError as error:
-            return None, 0.0, str(error)
-        return head, deviation, ""
+            if len(calls) > 1 or call.channel_dimension != 1:
+                reason = "it is for a convolution that runs once in a forward pass."
+                info = self._under_gauss_newton(info, reason, calls, logits, inputs)
+            self.layers[name] = info
 
     def _why_inexact(self, calls: Calls, logits: Tensor, inputs: Any) -> str:
         if len(calls) == 1:
@@ -194,26 +213,22 @@ class FlatnessObserver:
             return "it runs several times with a computed kernel"
         # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
         kernel = call.weight.detach().clone().requires_grad_()
-        again = logits_of(call_model(self._model, inputs, {self._parameter(observed.module): kernel}))
+        again = logits_of(self._copy(inputs, {_weight(observed.module): kernel}))
         return why_curved(again, kernel)
-
-    def _parameter(self, module: nn.Module) -> str:
-        """The name of a module's weight in the model. By identity: a tied weight has one name, maybe another's."""
-        return next(key for key, value in self._model.named_parameters() if value is module.weight)
 
     def _certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
         """Compare gradients at the kernels with autograd's through the whole model, for all layers in one pass."""
-        kernels: dict[str, Tensor] = {}
-        parameters: dict[str, str] = {}
+        kernels: dict[nn.Parameter, Tensor] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for name, calls in layers.items():
             observed, call = calls[0]
             if is_own_weight(call, observed.module):
-                parameters[name] = self._parameter(observed.module)
+                parameters[name] = _weight(observed.module)
                 kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
-        again = logits_of(call_model(self._model, inputs, kernels))
+        again = logits_of(self._copy(inputs, kernels))
         generator = torch.Generator().manual_seed(0)
         u = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
-        found: dict[str, Tensor | None] = dict.fromkeys(kernels)
+        found: dict[nn.Parameter, Tensor | None] = dict.fromkeys(kernels)
         if kernels and again.requires_grad:
             gradients = torch.autograd.grad(again, list(kernels.values()), u, allow_unused=True)
             found = dict(zip(kernels, gradients, strict=True))
@@ -225,6 +240,12 @@ class FlatnessObserver:
         return deviations
 
 
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 def check_arguments(layers: str | Sequence[str], loss: str) -> None:
     """Refuse what can be refused before any model is seen.
 
@@ -233,7 +254,8 @@ def check_arguments(layers: str | Sequence[str], loss: str) -> None:
     """
     if loss != "cross_entropy":
         raise FlatnessError(f"loss={loss!r} is not known; this version measures loss='cross_entropy'.")
-    if not layers or not all(isinstance(pattern, str) and pattern for pattern in layers):
+    names = [layers] if isinstance(layers, str) else layers
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
         raise FlatnessError(
             f"layers={layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions and "
             "linear layers."
@@ -244,7 +266,7 @@ def _check_targets(targets: Tensor | None, logits: Tensor) -> Tensor | None:
     samples, classes = logits.shape
     if targets is None:
         return None
-    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise BatchError(
             f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; cross-entropy is measured for "
             "class indices, integers of shape (samples,)."

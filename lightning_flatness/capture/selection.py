@@ -26,6 +26,7 @@ class Execution:
     output_shapes: dict[str, tuple[int, ...]]  # of the last call
     input_shapes: dict[str, tuple[int, ...]]
     logits: Tensor  # (N, K)
+    kinds: dict[str, str]  # class names of all modules, by plain name
 
 
 def trace_execution(model: nn.Module, forward: Callable[[], Any]) -> Execution:
@@ -68,7 +69,8 @@ def trace_execution(model: nn.Module, forward: Callable[[], Any]) -> Execution:
     finally:
         for handle in handles:
             handle.remove()
-    return Execution(modules, order, output_shapes, input_shapes, logits.detach())
+    class_names = {plain_name(name): type(module).__name__ for name, module in named}
+    return Execution(modules, order, output_shapes, input_shapes, logits.detach(), class_names)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -99,6 +101,8 @@ def logits_of(output: Any) -> Tensor:
             "The logits have one column. Cross-entropy needs a column for every class; for two classes train with two "
             "logits, or wrap the model as torch.cat([-logit / 2, logit / 2], dim=1)."
         )
+    if not len(logits):
+        raise BatchError("A batch has no samples.")
     if not logits.isfinite().all():
         raise BatchError(
             "The logits contain NaN or infinity: training has diverged, the inputs do, or classes are masked with "
@@ -192,6 +196,10 @@ def plain_name(name: str) -> str:
 def _match(pattern: str, execution: Execution) -> list[str]:
     names = list(execution.modules)
     matched = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+    if not matched and pattern in execution.kinds:
+        raise LayerSelectionError(
+            f"Layer '{pattern}' is a {execution.kinds[pattern]}, not a convolution or linear layer."
+        )
     if not matched:
         close = difflib.get_close_matches(pattern, names, n=3) or names[-3:]
         raise LayerSelectionError(

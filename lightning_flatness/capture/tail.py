@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def tail_slopes(name: str, features: Tensor, output: Tensor) -> Tensor:
     """
     if not features.requires_grad:
         raise NotClosedFormError(_no_graph(name))
-    pulled = _pull_back(features, output, torch.ones_like(features))
+    # With a cotangent in the graph, a once-differentiable function shows (`differentiable_once`).
+    pulled = _pull_back(features, output, torch.ones_like(features).requires_grad_())
     if pulled is None:
         raise NotClosedFormError(_no_graph(name))
     return pulled
@@ -52,6 +55,8 @@ def tail_curvatures(name: str, slopes: Tensor, output: Tensor) -> Tensor | None:
     """
     if not slopes.requires_grad:
         return None
+    if differentiable_once(slopes):
+        raise NotClosedFormError(_no_second_derivative(name, "a custom function marked once_differentiable"))
     return _second_derivative(name, slopes, output, torch.ones_like(slopes))
 
 
@@ -187,12 +192,35 @@ def _second_derivative(name: str, slopes: Tensor, output: Tensor, vector: Tensor
     except RuntimeError as error:
         if "not implemented" not in str(error):
             raise
-        raise NotClosedFormError(
-            f"Layer '{name}': an operation between it and the classifier has no second derivative in torch ({error}), "
-            "so the curvature cannot be certified. Use an equivalent differentiable operation (relu6(x + 3) / 6 for "
-            "hardsigmoid) or choose another layer with layers=."
-        ) from error
+        raise NotClosedFormError(_no_second_derivative(name, str(error))) from error
     return result
+
+
+def differentiable_once(derivative: Tensor) -> bool:
+    """Whether a first derivative hides that a custom function behind it cannot be differentiated again.
+
+    Autograd raises an error only when it passes the mark that such a function leaves, and there is no way past it to
+    the layer's output; so the mark itself is looked for.
+    """
+    seen: set[Any] = set()
+    nodes = [derivative.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("Error"):
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+def _no_second_derivative(name: str, what: str) -> str:
+    return (
+        f"Layer '{name}': an operation between it and the classifier has no second derivative in torch ({what}), so "
+        "the curvature cannot be certified. Use an equivalent differentiable operation (relu6(x + 3) / 6 for "
+        "hardsigmoid) or choose another layer with layers=."
+    )
 
 
 def _no_graph(name: str) -> str:

@@ -68,6 +68,11 @@ class FlatnessMetric(Metric):
             weight_gram: inner products of the filters, same shape, times the number of samples.
             num_samples: in the batch.
         """
+        if self.block_traces.dtype != torch.float64:
+            raise BatchError(
+                f"FlatnessMetric was cast to {self.block_traces.dtype}; sums over many batches need float64. Keep it "
+                "off the modules that are cast, and move it with .to(device) only."
+            )
         for name, value in (("block_traces", block_traces), ("weight_gram", weight_gram)):
             if value.shape != self.block_traces.shape or value.dtype != torch.float64:
                 raise BatchError(

@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_flatness.capture import FlatnessObserver
+from lightning_flatness.capture import FlatnessObserver, random_states_kept
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
@@ -49,7 +49,11 @@ class Measurement:
         return self._observer.layers
 
     def update(self, inputs: Any, targets: Tensor | None = None) -> None:
-        """Add one batch."""
+        """Add one batch; one without samples adds nothing."""
+        sizes: list[int] = []
+        apply_to_collection(inputs, Tensor, lambda tensor: sizes.append(tensor.shape[0] if tensor.ndim else 1))
+        if sizes and not max(sizes):
+            return
         for name, statistics in self._observer(inputs, targets).items():
             if name not in self._metrics:
                 info = self._observer.layers[name]
@@ -64,7 +68,7 @@ class Measurement:
             BatchError: there was no batch.
         """
         if not self._metrics:
-            raise BatchError("No batch was measured, so there is no flatness. Is the data set empty?")
+            raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
         return FlatnessReport({name: self._layer(name, metric) for name, metric in self._metrics.items()})
 
     def _layer(self, name: str, metric: FlatnessMetric) -> LayerFlatness:
@@ -123,10 +127,11 @@ def measure_flatness(
     """
     measurement = Measurement(model, layers, loss, strict)
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    for batch in batches:
-        inputs, targets = split_batch(batch)
-        inputs = apply_to_collection(inputs, Tensor, lambda tensor: tensor.to(device))
-        measurement.update(inputs, None if targets is None else targets.to(device))
+    with random_states_kept(model):  # a DataLoader draws its seed when it is iterated
+        for batch in batches:
+            inputs, targets = split_batch(batch)
+            inputs = apply_to_collection(inputs, Tensor, lambda tensor: tensor.to(device))
+            measurement.update(inputs, None if targets is None else targets.to(device))
     return measurement.report()
 
 

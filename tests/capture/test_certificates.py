@@ -275,8 +275,66 @@ def test_a_tail_that_vanishes_at_first_is_certified_when_it_does_not():
     with torch.no_grad():
         net.conv.weight.abs_()
         net.conv.bias.zero_()
-    with pytest.raises(lf.NotClosedFormError, match="channels"):
-        lf.measure_flatness(net, [(-X.double().abs(), Y), (X.double().abs(), Y)])
+    batches = [(-X.double().abs(), Y), (X.double().abs(), Y)]
+    layer = lf.measure_flatness(net, batches).layers["conv"]
+    assert (layer.method, layer.exact) == ("gauss_newton", False)
+    with pytest.raises(lf.NotExactError, match="'conv'.*channels"):
+        lf.measure_flatness(net, batches, strict=True)
+
+
+def test_logits_that_are_clamped_later_are_noticed_then():
+    net = Net(after=Apply(lambda f: f.clamp(-0.6, 0.6))).double().eval()
+    small, large = X.double() / 10, 4 * X.double()
+    assert lf.measure_flatness(net, [(small, Y)]).layers["conv"].method == "closed_form"
+    layer = lf.measure_flatness(net, [(small, Y), (large, Y)]).layers["conv"]
+    assert (layer.method, layer.exact) == ("gauss_newton", False)
+
+
+def test_samples_that_mix_are_noticed_after_a_first_batch_of_one():
+    net = Net(tail=Apply(lambda x: x - 0.5 * x.mean(0, keepdim=True))).double()
+    with pytest.raises(lf.LayerSelectionError, match="'conv'.*depend on other samples"):
+        lf.measure_flatness(net, [(X[:1].double(), Y[:1]), (X.double(), Y)], strict=True)
+
+
+@pytest.mark.parametrize(
+    "after", [lambda f: f * (1 + 3e-5), lambda f: 10 * torch.tanh(f / 10)], ids=["temperature", "soft cap"]
+)
+def test_slight_changes_of_logits_are_noticed_in_float32(after):
+    layer = lf.measure_flatness(Net(after=Apply(after)), [(X, Y)]).layers["conv"]
+    assert (layer.method, layer.exact) == ("gauss_newton", False)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.silu(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        sigmoid = x.sigmoid()
+        return gradient * sigmoid * (1 + x * (1 - sigmoid))
+
+
+def test_custom_function_that_differentiates_once_is_not_exact():
+    net = Net(tail=Apply(OnceDifferentiable.apply))
+    layer = lf.measure_flatness(net, [(X, Y)]).layers["conv"]
+    assert (layer.method, layer.exact) == ("gauss_newton", False)
+    with pytest.raises(lf.NotExactError, match="once_differentiable"):
+        measure(net)
+
+
+def test_gradient_checkpointing_is_refused_with_a_remedy():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Net):
+        def forward(self, x):
+            return self.head(checkpoint(lambda x: self.tail(self.conv(x)), x, use_reentrant=False).mean((2, 3)))
+
+    with pytest.raises(lf.LayerSelectionError, match="gradient checkpointing.*if self.training"):
+        measure(Checkpointed())
 
 
 # --------------------------------------------------------------------------------------------------------------- layer

@@ -1,0 +1,202 @@
+"""What the loggers get to see: scalars everywhere, one joint chart and figures in TensorBoard."""
+
+import contextlib
+import csv
+import re
+import signal
+import sys
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+import lightning_flatness as lf
+from tests.callbacks.lightning_modules import Classifier, TwoLayerNet, loaders, quiet_trainer
+
+KEYS = [f"flatness/{key}" for key in ("hessian_trace", "log10_relative_flatness", "relative_flatness", "weight_norm")]
+FIGURES = ["flatness/block_traces/net.conv2", "flatness/history"]
+LAYOUT = "custom_scalars__config__"
+
+
+def fit(folder, *callbacks, module=None, logger=None, **options):
+    logger = TensorBoardLogger(folder, name="") if logger is None else logger
+    trainer = quiet_trainer(folder, *callbacks, logger=logger, **options)
+    trainer.fit(Classifier() if module is None else module, *loaders())
+    return trainer
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder / "version_0"), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    return accumulator.Reload()
+
+
+def charts(accumulator):
+    """Tag patterns of every chart of the one layout, by title."""
+    assert list(accumulator.PluginTagToContent("custom_scalars")) == [LAYOUT]
+    (event,) = accumulator.Tensors(LAYOUT)
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+
+
+def matches(pattern, accumulator):
+    return [tag for tag in accumulator.Tags()["scalars"] if re.match(pattern, tag)]
+
+
+def test_scalars_are_logged_at_the_steps_of_the_accuracy(tmp_path):
+    callback = lf.FlatnessCallback(summary=False)
+    fit(tmp_path, callback, max_epochs=3)
+    seen = events(tmp_path)
+    steps = [event.step for event in seen.Scalars("val_acc")]
+    assert len(steps) == 3
+    for key in KEYS:
+        assert [event.step for event in seen.Scalars(key)] == steps
+    values = [event.value for event in seen.Scalars("flatness/relative_flatness")]
+    assert values == pytest.approx([record["relative_flatness"] for record in callback.history], rel=1e-6)
+
+
+def test_scalars_of_several_layers(tmp_path):
+    callback = lf.FlatnessCallback(["*conv2", "*depthwise"], summary=False)
+    fit(tmp_path, callback, module=Classifier(TwoLayerNet()))
+    tags = events(tmp_path).Tags()
+    for layer in ("net.conv2", "net.depthwise"):
+        assert {f"flatness/{layer}/{key}" for key in ("hessian_trace", "relative_flatness")} <= set(tags["scalars"])
+        assert f"flatness/block_traces/{layer}" in tags["images"]
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}, {"num_sanity_val_steps": 0}], ids=str)
+def test_joint_chart_shows_accuracy_and_flatness(tmp_path, options):
+    fit(tmp_path, lf.FlatnessCallback(summary=False), max_epochs=3, **options)
+    seen = events(tmp_path)
+    ((title, patterns),) = charts(seen).items()
+    assert "val_acc" in title
+    assert [matches(pattern, seen) for pattern in patterns] == [["val_acc"], ["flatness/log10_relative_flatness"]]
+
+
+def test_joint_chart_of_an_accuracy_that_is_logged_in_steps_too(tmp_path):
+    class Stepwise(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_acc", 0.5, on_step=True, on_epoch=True)
+
+    fit(tmp_path, lf.FlatnessCallback(summary=False), module=Stepwise())
+    seen = events(tmp_path)
+    ((_, patterns),) = charts(seen).items()
+    assert all(matches(pattern, seen) for pattern in patterns)
+
+
+def test_joint_chart_without_an_accuracy(tmp_path):
+    class Silent(Classifier):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    fit(tmp_path, lf.FlatnessCallback(summary=False), module=Silent())
+    assert charts(events(tmp_path)) == {"flatness/log10_relative_flatness": ["^flatness/log10_relative_flatness$"]}
+
+
+def test_two_callbacks_are_both_in_the_charts(tmp_path):
+    # TensorBoard serves one layout of a run.
+    pair = [lf.FlatnessCallback(summary=False, prefix=prefix) for prefix in ("one", "two")]
+    fit(tmp_path, *pair)
+    seen = events(tmp_path)
+    assert {f"{prefix}/history" for prefix in ("one", "two")} <= set(seen.Tags()["images"])
+    shown = {tag for patterns in charts(seen).values() for pattern in patterns for tag in matches(pattern, seen)}
+    assert shown == {"val_acc", "one/log10_relative_flatness", "two/log10_relative_flatness"}
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_figures_are_drawn_at_the_end(tmp_path, data):
+    fit(tmp_path, lf.FlatnessCallback(data=data, summary=False))
+    seen = events(tmp_path)
+    assert sorted(seen.Tags()["images"]) == FIGURES
+    for tag in FIGURES:
+        (image,) = seen.Images(tag)
+        assert image.width > 400
+        assert image.height > 300
+
+
+def test_figures_can_be_left_out(tmp_path):
+    fit(tmp_path, lf.FlatnessCallback(summary=False, figures=False))
+    assert events(tmp_path).Tags()["images"] == []
+
+
+@pytest.fixture
+def sigint_kept():
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("sigint_kept")
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_figures_of_an_interrupted_run(tmp_path, data):
+    class Interrupted(Classifier):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 2:
+                raise KeyboardInterrupt
+            return super().training_step(batch, batch_idx)
+
+    callback = lf.FlatnessCallback(data=data, summary=False)
+    with contextlib.suppress(SystemExit):  # of recent Lightning; older ones return
+        fit(tmp_path, callback, module=Interrupted(), max_epochs=5)
+    assert len(callback.history) == 2
+    assert sorted(events(tmp_path).Tags()["images"]) == FIGURES
+
+
+@pytest.mark.usefixtures("sigint_kept")
+def test_interruption_before_the_first_measurement(tmp_path):
+    class Interrupted(Classifier):
+        def training_step(self, batch, batch_idx):
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(SystemExit):
+        fit(tmp_path, lf.FlatnessCallback(summary=False), module=Interrupted())
+    assert events(tmp_path).Tags()["images"] == []
+
+
+def test_csv_has_the_scalars(tmp_path):
+    callback = lf.FlatnessCallback(summary=False)
+    fit(tmp_path, callback, logger=CSVLogger(tmp_path, name=""))
+    with (tmp_path / "version_0" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val_acc"]]
+    assert len(rows) == 2
+    for row, record in zip(rows, callback.history, strict=True):
+        assert all(row[key] for key in KEYS)
+        assert float(row["flatness/relative_flatness"]) == pytest.approx(record["relative_flatness"], rel=1e-6)
+
+
+def test_without_a_logger(tmp_path):
+    callback = lf.FlatnessCallback(summary=False)
+    fit(tmp_path, callback, logger=False)
+    assert len(callback.history) == 2
+
+
+def test_several_loggers(tmp_path):
+    loggers = [CSVLogger(tmp_path / "csv", name=""), TensorBoardLogger(tmp_path, name="")]
+    fit(tmp_path, lf.FlatnessCallback(summary=False), logger=loggers)
+    assert sorted(events(tmp_path).Tags()["images"]) == FIGURES
+
+
+def test_without_matplotlib_there_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match=r"draws no figures.*pip install 'lightning-flatness\[plots\]'"):
+        fit(tmp_path, lf.FlatnessCallback(summary=False))
+    seen = events(tmp_path)
+    assert seen.Tags()["images"] == []
+    assert set(KEYS) < set(seen.Tags()["scalars"])
+    assert len(charts(seen)) == 1
+
+
+def test_without_matplotlib_and_tensorboard_there_is_no_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FlatnessCallback")
+        fit(tmp_path, lf.FlatnessCallback(summary=False), logger=CSVLogger(tmp_path))
+
+
+def test_flatness_of_zero_is_drawn(tmp_path):
+    module = Classifier(lr=0.0)
+    torch.nn.init.zeros_(module.net.conv2.weight)
+    fit(tmp_path, lf.FlatnessCallback(summary=False), module=module)
+    assert sorted(events(tmp_path).Tags()["images"]) == FIGURES
