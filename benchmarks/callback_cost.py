@@ -68,7 +68,7 @@ def main() -> None:
     disable_possible_user_warnings()
 
     table = Table(title=f"Validation with FlatnessCallback, {options.samples} images, batches of 64")
-    for heading in ("network", "without [s]", "with [s]", "ratio"):
+    for heading in ("network", "without, s", "with, s", "ratio"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
     raw = []
     cases = {"ResNet-18, 32x32": (resnet18_cifar, 32), "MobileNetV2, 64x64": (lambda: mobilenet_v2(num_classes=10), 64)}

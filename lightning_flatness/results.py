@@ -27,8 +27,8 @@ class LayerInfo:
         reason: why it is not, where it is not.
         kernel: ``"parameter"`` when derivatives are with respect to the layer's weight; ``"effective"`` when the layer
             computes the kernel it applies (parametrised, standardised) and derivatives are with respect to that.
-        deviation: the largest deviation that the certificates found on the first batch, relative, in rounding errors of
-            the model's precision at most.
+        deviation: the largest deviation that the certificates have found, relative; some rounding errors of the model's
+            precision at most.
     """
 
     name: str
@@ -128,7 +128,9 @@ class FlatnessReport:
                 layer.layerwise_flatness,
                 layer.weight_norm,
             )
-            table.add_row(name, *(f"{number:.4g}" for number in numbers), "yes" if layer.exact else "no")
+            table.add_row(
+                name, *(f"{number:.4g}" for number in numbers), "yes" if layer.exact else f"no: {layer.info.reason}"
+            )
         return table
 
     def __str__(self) -> str:
@@ -138,15 +140,15 @@ class FlatnessReport:
 def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
     """How every layer is going to be measured, as a rich table."""
     caption = (
-        "Certified on the first batch. Closed form: what follows the layer acts on every channel by itself, and the "
-        "head is linear. Gauss-Newton: exact where the logits are affine in the layer's weight. The gradient at the "
-        "weight is autograd's to the precision shown."
+        "Closed form: certified that what follows the layer acts on every channel by itself and that the head is "
+        "linear. Gauss-Newton: exact where certified that the logits are affine in the layer's weight. Deviation: the "
+        "largest found between these derivatives and autograd's, relative."
     )
     if any(info.kernel == "effective" for info in layers.values()):
         caption += " *: with respect to the kernel that the layer applies, which it computes from its weight."
     table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
-    for heading in ("kind", "filters x patch", "method", "exact", "precision"):
+    for heading in ("kind", "filters x patch", "method", "exact", "deviation"):
         table.add_column(heading, no_wrap=heading != "exact")
     for info in layers.values():
         table.add_row(
@@ -155,7 +157,7 @@ def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
             f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else ""),
             info.method.replace("_", " "),
             "yes" if info.exact else f"no: {info.reason}",
-            f"{info.deviation:.0e}" if info.deviation else "all digits",
+            f"{info.deviation:.0e}" if info.deviation else "0",
         )
     return table
 

@@ -17,6 +17,7 @@ from lightning_flatness.functional.patches import (
 # Elements of one chunk's largest intermediates: on a CPU a chunk should stay in the cache, elsewhere be large.
 CHUNK_ELEMENTS = {"cpu": 2**20}
 CHUNK_ELEMENTS_DEFAULT = 2**26
+SAMPLES_IN_CACHE = 8
 
 
 def closed_form_block_traces(
@@ -74,27 +75,33 @@ def closed_form_block_traces(
     positions = slopes.shape[3]
     patch_length = inputs.shape[1] // groups * prod(geometry.kernel_size)
     by_gram = _gram_is_cheaper(positions, patch_length, per_group)
+    budget = CHUNK_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
+    # T is made in strips of rows, from the diagonal to the right: a strip of some samples stays in the cache.
+    strip = max(32, min(per_group, budget // (2 * SAMPLES_IN_CACHE * per_group)))
     if chunk_size is None:
         patch_elements = groups * positions * (positions if by_gram else patch_length)
-        elements = 2 * filters * per_group + head.shape[0] * filters + patch_elements
-        budget = CHUNK_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
+        elements = 2 * groups * strip * per_group + head.shape[0] * filters + patch_elements
         chunk_size = max(1, budget // elements)
 
     total = torch.zeros(groups, per_group, per_group, dtype=torch.float64, device=inputs.device)
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
-        a = slopes[chunk]
+        left = right = slopes[chunk]
         if by_gram:
-            inner = a @ patch_gram(inputs[chunk], geometry) @ a.mT
+            right = left @ patch_gram(inputs[chunk], geometry)
         else:
-            summed = a @ patches(inputs[chunk], geometry).mT  # (N, G, s, D): sum_p a[s, p] phi[p]
-            inner = summed @ summed.mT
+            left = right = left @ patches(inputs[chunk], geometry).mT  # (N, G, s, D): sum_p a[s, p] phi[p]
         pi = probabilities[chunk]
-        # Centred columns: VᵀΛV = BᵀB without the cancellation of diag(π) - π πᵀ.
         mean = pi.to(head.dtype) @ head
+        # Centred columns: VᵀΛV = BᵀB without the cancellation of diag(π) - π πᵀ.
         centred = (head - mean[:, None, :]) * pi.sqrt().to(head.dtype)[:, :, None]
-        columns = centred.unflatten(2, (groups, per_group)).transpose(1, 2)  # (N, G, K, s)
-        total += ((columns.mT @ columns) * inner).sum(0, dtype=torch.float64)
+        columns = centred.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # (N, G, s, K)
+        for row in range(0, per_group, strip):
+            rows, rest = slice(row, row + strip), slice(row, None)
+            products = columns[:, :, rows] @ columns[:, :, rest].mT
+            products *= right[:, :, rows] @ left[:, :, rest].mT
+            total[:, rows, rest] += products.sum(0, dtype=torch.float64)
+    total = total.triu() + total.triu(1).mT
 
     if curvatures is not None and residual is not None:
         a_prime = curvatures.reshape(samples, groups, per_group, positions).double()
