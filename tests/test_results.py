@@ -1,0 +1,38 @@
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import lightning_flatness as lf
+from lightning_flatness.metrics import Measurement
+from lightning_flatness.results import as_text, summary_table
+
+
+def net(act):
+    conv = parametrizations.weight_norm(nn.Conv2d(2, 4, 3, groups=2))
+    return nn.Sequential(nn.Conv2d(1, 2, 1), act, conv, act, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def batch():
+    return torch.randn(5, 1, 6, 6), torch.randint(3, (5,))
+
+
+def test_report_prints_a_row_for_every_layer_within_80_columns():
+    report = lf.measure_flatness(net(nn.SiLU()), [batch()], layers="all")
+    text = as_text(report.table(), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "Flatness over 5 samples" in text
+    assert "no: the" in text  # the first convolution is not exact, and says why
+    assert str(report).count("│ yes") == 2
+    assert report.num_samples == 5
+    assert report.hessian_trace == sum(layer.hessian_trace for layer in report.layers.values())
+
+
+def test_summary_says_how_every_layer_is_measured():
+    measurement = Measurement(net(nn.ReLU()), layers="all")
+    measurement.update(*batch())
+    text = as_text(summary_table(measurement.layers), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "4 x 9, 2 groups" in text
+    assert "2*" in text  # measured with respect to the kernel that weight_norm yields
+    assert "closed form" in text
+    assert "gauss newton" in text
