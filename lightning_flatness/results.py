@@ -115,22 +115,23 @@ class FlatnessReport:
 
     def table(self) -> Table:
         """The report as a rich table, a row for every layer."""
-        table = Table(title=f"Flatness over {self.num_samples} samples")
+        reasons = sorted({layer.info.reason for layer in self.layers.values() if not layer.exact})
+        caption = (
+            f"Not exact: the Gauss-Newton part of the Hessian, since {', or '.join(reasons)}." if reasons else None
+        )
+        table = Table(title=f"Flatness over {self.num_samples} samples", caption=caption, caption_justify="left")
         table.add_column("layer", overflow="fold")
-        for heading in ("Hessian trace", "rel. flatness", "neuron-wise", "layer-wise", "‖W‖"):
+        for heading in ("Hessian trace", "rel. flatness", "neuron-wise", "‖W‖"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("exact")
+        table.add_column("exact", no_wrap=True)
         for name, layer in self.layers.items():
             numbers = (
                 layer.hessian_trace,
                 layer.relative_flatness,
                 layer.neuronwise_flatness,
-                layer.layerwise_flatness,
                 layer.weight_norm,
             )
-            table.add_row(
-                name, *(f"{number:.4g}" for number in numbers), "yes" if layer.exact else f"no: {layer.info.reason}"
-            )
+            table.add_row(name, *(f"{number:.4g}" for number in numbers), "yes" if layer.exact else "no")
         return table
 
     def __str__(self) -> str:
