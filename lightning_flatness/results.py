@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,10 +115,7 @@ class FlatnessReport:
 
     def table(self) -> Table:
         """The report as a rich table, a row for every layer."""
-        reasons = sorted({layer.info.reason for layer in self.layers.values() if not layer.exact})
-        caption = (
-            f"Not exact: the Gauss-Newton part of the Hessian, since {', or '.join(reasons)}." if reasons else None
-        )
+        caption = _why_not_exact(layer.info for layer in self.layers.values())
         table = Table(title=f"Flatness over {self.num_samples} samples", caption=caption, caption_justify="left")
         table.add_column("layer", overflow="fold")
         for heading in ("Hessian trace", "rel. flatness", "neuron-wise", "‖W‖"):
@@ -147,20 +144,27 @@ def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
     )
     if any(info.kernel == "effective" for info in layers.values()):
         caption += " *: with respect to the kernel that the layer applies, which it computes from its weight."
+    caption = f"{caption} {_why_not_exact(layers.values())}".strip()
     table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
-    for heading in ("kind", "filters x patch", "method", "exact", "deviation"):
-        table.add_column(heading, no_wrap=heading != "exact")
+    table.add_column("kind", overflow="fold")
+    for heading in ("filters x patch", "method", "exact", "deviation"):
+        table.add_column(heading, no_wrap=True)
     for info in layers.values():
         table.add_row(
             info.name + ("*" if info.kernel == "effective" else ""),
             info.kind,
             f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else ""),
             info.method.replace("_", " "),
-            "yes" if info.exact else f"no: {info.reason}",
+            "yes" if info.exact else "no",
             f"{info.deviation:.0e}" if info.deviation else "0",
         )
     return table
+
+
+def _why_not_exact(layers: Iterable[LayerInfo]) -> str:
+    reasons = sorted({info.reason for info in layers if not info.exact})
+    return f"Not exact: the Gauss-Newton part of the Hessian, since {', or '.join(reasons)}." if reasons else ""
 
 
 def as_text(table: Table, width: int = 110) -> str:
