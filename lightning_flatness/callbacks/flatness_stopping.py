@@ -33,7 +33,7 @@ class FlatnessStopping(EarlyStopping):
         accuracy_min_delta: what counts as an improvement of accuracy, absolute.
         mode: ``"min"`` or ``"max"``, for flatness.
         accuracy_mode: ``"min"`` or ``"max"``, for the second metric (``"min"`` for a loss).
-        check_finite: stop at once when either is NaN or infinite.
+        check_finite: after the burn-in, stop at once when either is NaN or infinite.
         verbose: say every time which of the two improved.
 
     Raises:
@@ -114,13 +114,13 @@ class FlatnessStopping(EarlyStopping):
         if trainer.state.fn != "fit" or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
             return
         flatness, accuracy = (self._logged(trainer.callback_metrics, key) for key in (self.monitor, self.accuracy))
+        if trainer.current_epoch < self.burn_in:
+            return
         if self.check_finite:
             for key, value in ((self.monitor, flatness), (self.accuracy, accuracy)):
                 if not torch.isfinite(value):
                     self._stop(trainer, f"{key} is {float(value)}", stop=True)
                     return
-        if trainer.current_epoch < self.burn_in:
-            return
 
         flatter = _better(flatness, self.best_score, self.mode, self.min_delta * abs(float(self.best_score)))
         sharper_eyed = _better(accuracy, self.best_accuracy, self.accuracy_mode, self.accuracy_min_delta)

@@ -35,6 +35,12 @@ def certify_layer(name: str, seen: LayerObservation) -> ConvolutionCall:
             f"Layer '{name}' has weights in {call.weight.dtype}; a Hessian needs float32 or float64. Keep the weights "
             "in float32 (mixed precision does) or measure model.float()."
         )
+    if call.output.dtype != call.weight.dtype:
+        raise BatchError(
+            f"Layer '{name}' runs under torch.autocast inside the model's forward (weights {call.weight.dtype}, output "
+            f"{call.output.dtype}), which cannot be switched off from outside. Put autocast around the model instead, "
+            "as the Trainer's precision= does."
+        )
     if not call.weight.isfinite().all():
         raise BatchError(f"The weights of layer '{name}' contain NaN or infinity: training has diverged.")
     if call.output.shape != seen.returned.shape or not torch.equal(call.output, seen.returned):

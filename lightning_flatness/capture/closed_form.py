@@ -12,6 +12,7 @@ from lightning_flatness.capture.observation import ConvolutionCall, LayerObserva
 from lightning_flatness.capture.tail import (
     certify_channels,
     certify_curvatures,
+    certify_gradient,
     channel_map,
     tail_curvatures,
     tail_slopes,
@@ -69,8 +70,10 @@ def certified_head(name: str | None, classifier: nn.Module | None, seen: Observa
     return Head(features, matrix, deviation)
 
 
-def certified_tail(name: str, observed: LayerObservation, head: Head) -> TailDerivatives:
+def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Tensor) -> TailDerivatives:
     """Slopes, curvatures and channels of the tail of one layer, certified on this batch.
+
+    The last certificate joins tail and head: gradients from the logits must be what the two say.
 
     Raises:
         NotClosedFormError: the tail is not what the closed form needs.
@@ -81,11 +84,13 @@ def certified_tail(name: str, observed: LayerObservation, head: Head) -> TailDer
     first = certify_channels(name, features, output, slopes, channels)
     curvatures = tail_curvatures(name, slopes, output)
     second = certify_curvatures(name, features, output, slopes, curvatures, channels)
+    columns = head.weight[:, channels.clamp_min(0)] * (channels >= 0)
+    joint = certify_gradient(name, logits, output, slopes.detach(), columns)
     return TailDerivatives(
         slopes.detach(),
         None if curvatures is None else curvatures.detach(),
-        head.weight[:, channels.clamp_min(0)] * (channels >= 0),
-        max(first, second, head.deviation),
+        columns,
+        max(first, second, joint, head.deviation),
     )
 
 

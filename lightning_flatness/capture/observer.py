@@ -114,7 +114,7 @@ class FlatnessObserver:
                 self._samples_apart = True
 
             probabilities, residual = cross_entropy_derivatives(logits.detach(), targets)
-            tails = self._certified_tails(calls, seen, logits, inputs)
+            tails = self._certified_tails(calls, seen, logits, inputs, execution is not None)
             block_traces = {
                 name: closed_form_layer(name, calls[name][0][1], tail, probabilities, residual)
                 for name, tail in tails.items()
@@ -141,11 +141,14 @@ class FlatnessObserver:
         return LayerStatistics(block_traces, self._grams[name] * num_samples, num_samples)
 
     def _certified_tails(
-        self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any
+        self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any, first: bool
     ) -> dict[str, TailDerivatives]:
         """The tails of the layers under the closed form, certified on every batch; what fails goes to Gauss-Newton."""
         tails: dict[str, TailDerivatives] = {}
         candidates = [name for name, info in self.layers.items() if info.method == "closed_form"]
+        for name, info in self.layers.items():
+            if info.method == "gauss_newton" and info.exact and not first:
+                self.layers[name] = self._under_gauss_newton(info, "", layers[name], logits, inputs)
         if not candidates:
             return tails
         failures: dict[str, str] = {}
@@ -157,14 +160,19 @@ class FlatnessObserver:
             if name in failures:
                 continue
             try:
-                tails[name] = certified_tail(name, layers[name][0][0], head)
+                tails[name] = certified_tail(name, layers[name][0][0], head, logits)
             except NotClosedFormError as error:
                 failures[name] = str(error)
                 continue
             deviation = max(self.layers[name].deviation, tails[name].deviation)
             self.layers[name] = replace(self.layers[name], deviation=deviation)
         for name, reason in failures.items():
-            self.layers[name] = self._under_gauss_newton(self.layers[name], reason, layers[name], logits, inputs)
+            info = self._under_gauss_newton(self.layers[name], reason, layers[name], logits, inputs)
+            if info.reason and not first:
+                info = replace(
+                    info, reason=f"{info.reason} in a later batch; earlier ones count with all their Hessian"
+                )
+            self.layers[name] = info
         return tails
 
     def _under_gauss_newton(
@@ -213,7 +221,7 @@ class FlatnessObserver:
             return "it runs several times with a computed kernel"
         # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
         kernel = call.weight.detach().clone().requires_grad_()
-        again = logits_of(self._copy(inputs, {_weight(observed.module): kernel}))
+        again = logits_of(ModelCopy(self._model)(inputs, {_weight(observed.module): kernel}))
         return why_curved(again, kernel)
 
     def _certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
@@ -225,7 +233,8 @@ class FlatnessObserver:
             if is_own_weight(call, observed.module):
                 parameters[name] = _weight(observed.module)
                 kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
-        again = logits_of(self._copy(inputs, kernels))
+        # On a copy of its own: a forward that writes to its weights would spoil the graph of the observed pass.
+        again = logits_of(ModelCopy(self._model)(inputs, kernels))
         generator = torch.Generator().manual_seed(0)
         u = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
         found: dict[nn.Parameter, Tensor | None] = dict.fromkeys(kernels)

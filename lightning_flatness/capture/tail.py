@@ -158,6 +158,38 @@ def certify_curvatures(
     return deviation
 
 
+def certify_gradient(name: str, logits: Tensor, output: Tensor, slopes: Tensor, columns: Tensor) -> float:
+    """Certify tail and head together: pulling random ``u`` back from the logits must give ``(uᵀV)[s] a[s, p]``.
+
+    Here something shows that changes gradients and no values. ``u`` adds up to zero over the classes, as
+    cross-entropy does not see a number added to all logits of a sample.
+
+    Returns:
+        The largest deviation found, relative to the largest entry.
+
+    Raises:
+        NotClosedFormError: naming the layer.
+
+    Example:
+        >>> z, V = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 3)
+        >>> certify_gradient("conv", z.mean(2) @ V.T, z, torch.full((2, 3, 4), 0.25), V) < 1e-5
+        True
+    """
+    u = _cotangent(logits)
+    u = u - u.mean(1, keepdim=True)
+    pulled: Tensor | None
+    (pulled,) = torch.autograd.grad(logits, output, u, retain_graph=True, allow_unused=True)
+    found = torch.zeros_like(slopes) if pulled is None else pulled
+    expected = (u @ columns).reshape(*slopes.shape[:2], *[1] * (slopes.ndim - 2)) * slopes
+    deviation = _deviation(found, expected)
+    if not deviation <= 10 * _tolerance(logits):
+        raise NotClosedFormError(
+            f"Layer '{name}': gradients from the logits to it are not those of its classifier (relative deviation "
+            f"{deviation:.1e}): something between changes gradients and no values."
+        )
+    return deviation
+
+
 def _cotangent(tensor: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(tensor.ndim)
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)

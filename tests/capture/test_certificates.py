@@ -326,6 +326,61 @@ def test_custom_function_that_differentiates_once_is_not_exact():
         measure(net)
 
 
+class HalvesGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / 2
+
+
+def test_what_changes_gradients_after_the_head_is_noticed():
+    layer = lf.measure_flatness(Net(after=Apply(HalvesGradients.apply)), [(X, Y)]).layers["conv"]
+    assert layer.method == "gauss_newton"
+    with pytest.raises(lf.NotExactError, match="changes gradients and no values"):
+        measure(Net(after=Apply(HalvesGradients.apply)))
+
+
+def test_curvature_that_first_shows_in_a_later_batch_is_labelled():
+    net = Net(tail=nn.ReLU(), after=Apply(lambda f: f + F.relu(f - 2) ** 2)).double()
+    small, large = (X.double() / 10, Y), (30 * X.double(), Y)
+    assert lf.measure_flatness(net, [small], layers="head").exact
+    assert not lf.measure_flatness(net, [large], layers="head").exact
+    assert not lf.measure_flatness(net, [small, large], layers="head").exact
+    with pytest.raises(lf.NotExactError, match="'head'"):
+        lf.measure_flatness(net, [small, large], layers="head", strict=True)
+
+
+def test_later_failure_of_the_closed_form_says_what_is_in_the_sum():
+    net = Net(after=Apply(lambda f: f.clamp(-0.6, 0.6))).double()
+    layer = lf.measure_flatness(net, [(X.double() / 10, Y), (4 * X.double(), Y)]).layers["conv"]
+    assert "in a later batch; earlier ones count with all their Hessian" in layer.info.reason
+
+
+def test_forward_that_writes_to_a_weight_after_a_measured_layer():
+    class Clip(nn.Conv2d):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    net = Net(conv=nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), Clip(3, 6, 2)), tail=nn.ReLU())
+    assert lf.measure_flatness(net.double(), [(X.double(), Y)], layers="all").exact
+
+
+def test_autocast_inside_the_forward_is_refused_by_name():
+    class Autocast(Net):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    for layers in ("last", "classifier", "all"):
+        with pytest.raises(lf.BatchError, match="torch.autocast inside the model's forward"):
+            lf.measure_flatness(Autocast(), [(X, Y)], layers=layers)
+
+
 def test_gradient_checkpointing_is_refused_with_a_remedy():
     from torch.utils.checkpoint import checkpoint
 
