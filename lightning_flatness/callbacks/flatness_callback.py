@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.samples import (
     FixedPositions,
     TrainingSubset,
@@ -164,7 +165,7 @@ class FlatnessCallback(Callback):
         self._certified = None
         self._chart_laid_out = False
         self._subset = None
-        self._network(pl_module)
+        find_network(pl_module, self.model)
         if self.data == "val" and not trainer.enable_validation:
             self._warn_no_validation()
 
@@ -187,7 +188,7 @@ class FlatnessCallback(Callback):
             Console().print(summary_table(self._certified))
 
     def _certify(self, pl_module: LightningModule, batch: Any) -> None:
-        measurement = Measurement(self._network(pl_module), self.layers, self.loss, self.strict)
+        measurement = Measurement(find_network(pl_module, self.model), self.layers, self.loss, self.strict)
         measurement.update(*self._split(batch))
         self._certified = dict(measurement.layers)
 
@@ -267,7 +268,7 @@ class FlatnessCallback(Callback):
         if self.data == "train" and trainer.state.fn != "fit":
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return
-        self._measurement = Measurement(self._network(pl_module), self.layers, self.loss, self.strict)
+        self._measurement = Measurement(find_network(pl_module, self.model), self.layers, self.loss, self.strict)
         self._batches_seen = 0
         if self._subset is not None:
             self._subset.restart(pl_module)
@@ -382,26 +383,6 @@ class FlatnessCallback(Callback):
                 "with None for targets that are not there."
             )
         return pair[0], pair[1]
-
-    def _network(self, pl_module: LightningModule) -> nn.Module:
-        if self.model is None:
-            if type(pl_module).forward is LightningModule.forward:
-                children = ", ".join(f"'{name}'" for name, _ in pl_module.named_children()) or "none"
-                raise FlatnessError(
-                    f"{type(pl_module).__name__} has no forward(). Name the attribute that is the network with "
-                    f"FlatnessCallback(model=...); there are: {children}."
-                )
-            return pl_module
-        network: Any = pl_module
-        for attribute in self.model.split("."):
-            network = getattr(network, attribute, None)
-        if not isinstance(network, nn.Module):
-            children = ", ".join(f"'{name}'" for name, _ in pl_module.named_children()) or "none"
-            raise FlatnessError(
-                f"FlatnessCallback(model='{self.model}'): {type(pl_module).__name__} has no such module; there are: "
-                f"{children}."
-            )
-        return network
 
     def _warn_no_validation(self) -> None:
         rank_zero_warn(
