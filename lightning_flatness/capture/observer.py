@@ -94,7 +94,8 @@ class FlatnessObserver:
 
         Raises:
             BatchError: targets that do not fit the logits or are missing where needed, values that are not finite.
-            LayerSelectionError, NotExactError: on the first call.
+            LayerSelectionError: a layer that cannot be measured.
+            NotExactError: with ``strict``, a layer that is not exact.
         """
         with isolated(self._model):
             execution = None
@@ -192,6 +193,7 @@ class FlatnessObserver:
     def _certify(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> None:
         certify_reach(layers, logits)
         paths = self._certify_paths(layers, logits, inputs)
+        infos = {}
         for name, calls in layers.items():
             observed, call = calls[0]
             self._grams[name] = weight_gram(call.weight, call.geometry.groups)
@@ -211,7 +213,8 @@ class FlatnessObserver:
             if len(calls) > 1 or call.channel_dimension != 1:
                 reason = "it is for a convolution that runs once in a forward pass."
                 info = self._under_gauss_newton(info, reason, calls, logits, inputs)
-            self.layers[name] = info
+            infos[name] = info
+        self.layers = infos
 
     def _why_inexact(self, calls: Calls, logits: Tensor, inputs: Any) -> str:
         if len(calls) == 1:
