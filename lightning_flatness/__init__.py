@@ -2,7 +2,7 @@
 
 from lightning_flatness.callbacks import FlatnessCallback, FlatnessStopping
 from lightning_flatness.capture import FlatnessObserver
-from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, NotClosedFormError, NotExactError
+from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, NotExactError
 from lightning_flatness.metrics import FlatnessMetric, measure_flatness
 from lightning_flatness.results import FlatnessReport, LayerFlatness
 
@@ -18,7 +18,6 @@ __all__ = [
     "FlatnessStopping",
     "LayerFlatness",
     "LayerSelectionError",
-    "NotClosedFormError",
     "NotExactError",
     "measure_flatness",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -102,6 +103,11 @@ class FlatnessReport:
     def relative_flatness(self) -> float:
         """Sum of the relative flatness of the measured layers."""
         return sum(layer.relative_flatness for layer in self.layers.values())
+
+    @property
+    def weight_norm(self) -> float:
+        """Norm of all measured kernels together."""
+        return math.hypot(*(layer.weight_norm for layer in self.layers.values()))
 
     @property
     def num_samples(self) -> int:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.errors import NotClosedFormError
 from lightning_flatness.testing import oracle_block_traces
 from tests.jacobians import jacobian_block_traces
 from tests.networks import randomise_statistics
@@ -169,7 +170,7 @@ def test_both_methods_agree_where_both_apply(monkeypatch):
     closed_form = lf.measure_flatness(net, batch).layers["2.conv2"]
 
     def refuse(*args):
-        raise lf.NotClosedFormError("not today")
+        raise NotClosedFormError("not today")
 
     monkeypatch.setattr("lightning_flatness.capture.observer.certified_head", refuse)
     gauss_newton = lf.measure_flatness(net, batch).layers["2.conv2"]

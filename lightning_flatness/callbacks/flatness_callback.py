@@ -69,7 +69,7 @@ class FlatnessCallback(Callback):
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`.
 
     Raises:
-        FlatnessError: wrong arguments; and, before the first epoch, anything that does not allow an exact number.
+        FlatnessError: wrong arguments; and, before the first epoch, anything that cannot be measured.
 
     Example:
         >>> import lightning as L
@@ -255,6 +255,9 @@ class FlatnessCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pair the accuracy that the module logged at the end of the epoch before."""
+        self._pair_missing_accuracy(trainer)
+
+    def _pair_missing_accuracy(self, trainer: Trainer) -> None:
         if self._accuracy_missing and self.history:
             self._accuracy_missing = False
             self.history[-1]["accuracy"] = self._logged_accuracy(trainer)
@@ -313,7 +316,7 @@ class FlatnessCallback(Callback):
         values = {
             "hessian_trace": report.hessian_trace,
             "relative_flatness": report.relative_flatness,
-            "weight_norm": math.hypot(*(layer.weight_norm for layer in report.layers.values())),
+            "weight_norm": report.weight_norm,
         }
         kappa = report.relative_flatness
         values["log10_relative_flatness"] = math.log10(kappa) if kappa > 0 else math.nan
@@ -336,7 +339,7 @@ class FlatnessCallback(Callback):
                 "accuracy": self._logged_accuracy(trainer),
                 "hessian_trace": self.report.hessian_trace,
                 "relative_flatness": self.report.relative_flatness,
-                "weight_norm": math.hypot(*(layer.weight_norm for layer in self.report.layers.values())),
+                "weight_norm": self.report.weight_norm,
             }
         )
         registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -361,7 +364,7 @@ class FlatnessCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves on two axes, and the block traces as they are now."""
-        self.on_train_epoch_start(trainer, pl_module)
+        self._pair_missing_accuracy(trainer)
         if self.figures and self.history and self.report is not None:
             accuracy = self._accuracy_key(trainer)
             tensorboard.add_figures(trainer, self.prefix, self.history, self.report, accuracy, self.data)

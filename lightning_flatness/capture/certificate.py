@@ -1,4 +1,4 @@
-"""Certificates for the layer, the head, and all joined: numbers from the first batch, never assumptions."""
+"""Certificates for the layer, the head, and all joined: numbers, never assumptions."""
 
 from __future__ import annotations
 

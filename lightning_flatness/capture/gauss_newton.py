@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.capture.observation import ConvolutionCall, LayerObservation
-from lightning_flatness.capture.tail import differentiable_once
+from lightning_flatness.capture.tail import differentiable_once, random_like
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import cross_entropy_column, gauss_newton_block_traces
 
@@ -102,7 +102,7 @@ def certify_samples(layers: Mapping[str, Calls], logits: Tensor) -> None:
     Raises:
         LayerSelectionError: naming the layer.
     """
-    u = _random_like(logits)
+    u = random_like(logits)
     u[::2] = 0
     for name, calls in layers.items():
         for pulled in pull_back(logits, [observed.output for observed, _ in calls], u):
@@ -121,20 +121,20 @@ def why_not_affine(calls: Calls, logits: Tensor) -> str:
     curved operation makes it non-zero.
     """
     ((observed, call),) = calls
-    along = _convolve(call, _random_like(_as_convolution(call)))
+    along = _convolve(call, random_like(_as_convolution(call)))
     shape = observed.output.movedim(call.channel_dimension, 1).shape
     return why_curved(logits, observed.output, along.reshape(shape).movedim(1, call.channel_dimension))
 
 
 def why_curved(logits: Tensor, node: Tensor, direction: Tensor | None = None) -> str:
     """Why a random combination of logits is not affine in ``node`` along a (random) direction; empty if it is."""
-    (delta,) = pull_back(logits, [node], _random_like(logits).requires_grad_(), create_graph=True)
+    (delta,) = pull_back(logits, [node], random_like(logits).requires_grad_(), create_graph=True)
     if not delta.requires_grad:
         return ""
     if differentiable_once(delta):
         return "a custom function after it is marked once_differentiable"
     second: Tensor | None
-    vector = _random_like(node) if direction is None else direction
+    vector = random_like(node) if direction is None else direction
     try:
         (second,) = torch.autograd.grad(delta, node, vector, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
@@ -142,11 +142,6 @@ def why_curved(logits: Tensor, node: Tensor, direction: Tensor | None = None) ->
             raise
         return "an operation after it has no second derivative in torch"
     return "the network is curved after it" if second is not None and bool(second.any()) else ""
-
-
-def _random_like(tensor: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(tensor.ndim)
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 
 
 def _as_convolution(call: ConvolutionCall) -> Tensor:

@@ -72,7 +72,7 @@ class Observation:
 
     def __enter__(self) -> Observation:
         self._grad_mode = torch.is_grad_enabled()
-        self._recorder: _ConvolutionRecorder | None = None
+        self._recorders: list[_ConvolutionRecorder] = []  # a stack: one observed layer may hold another
         self._handles: list[RemovableHandle] = []
         for name, module in self.layers_to_observe.items():
             self._handles.append(module.register_forward_pre_hook(self._before_layer))
@@ -85,12 +85,13 @@ class Observation:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._stop_recording()
+        while self._recorders:
+            self._stop_recording()
         torch.set_grad_enabled(self._grad_mode)
 
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
-        self._recorder = _ConvolutionRecorder()
-        self._recorder.__enter__()  # type: ignore[no-untyped-call]
+        self._recorders.append(_ConvolutionRecorder())
+        self._recorders[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, arguments: Any, returned: Any) -> Any:
@@ -106,9 +107,7 @@ class Observation:
         return hook
 
     def _stop_recording(self) -> list[ConvolutionCall]:
-        recorder, self._recorder = self._recorder, None
-        if recorder is None:
-            return []
+        recorder = self._recorders.pop()
         recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return recorder.calls
 

@@ -30,6 +30,7 @@ from lightning_flatness.capture.selection import (
     select_layers,
     trace_execution,
 )
+from lightning_flatness.capture.tail import random_like
 from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, NotClosedFormError, NotExactError
 from lightning_flatness.functional import cross_entropy_derivatives, weight_gram
 from lightning_flatness.results import LayerInfo
@@ -238,8 +239,7 @@ class FlatnessObserver:
                 kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
         # On a copy of its own: a forward that writes to its weights would spoil the graph of the observed pass.
         again = logits_of(ModelCopy(self._model)(inputs, kernels))
-        generator = torch.Generator().manual_seed(0)
-        u = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
+        u = random_like(logits)
         found: dict[nn.Parameter, Tensor | None] = dict.fromkeys(kernels)
         if kernels and again.requires_grad:
             gradients = torch.autograd.grad(again, list(kernels.values()), u, allow_unused=True)

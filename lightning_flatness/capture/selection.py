@@ -127,8 +127,9 @@ def find_classifier(execution: Execution) -> str | None:
     name = execution.order[-1]
     if isinstance(execution.modules[name], nn.Linear):
         return name
-    on_one_pixel = set(execution.input_shapes[name][2:]) == {1} and set(execution.output_shapes[name][2:]) == {1}
-    return name if on_one_pixel and execution.output_shapes[name][:2] == tuple(execution.logits.shape) else None
+    inputs, outputs = (shapes.get(name, ()) for shapes in (execution.input_shapes, execution.output_shapes))
+    on_one_pixel = set(inputs[2:]) == {1} and set(outputs[2:]) == {1}
+    return name if on_one_pixel and outputs[:2] == tuple(execution.logits.shape) else None
 
 
 def select_layers(execution: Execution, layers: str | Sequence[str], classifier: str | None) -> list[str]:

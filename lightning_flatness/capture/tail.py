@@ -105,7 +105,7 @@ def certify_channels(name: str, features: Tensor, output: Tensor, slopes: Tensor
         >>> certify_channels("conv", g, z, a, channel_map(g, z, a))
         0.0
     """
-    u = _cotangent(features)
+    u = random_like(features)
     a = slopes.detach()
     pulled = _pull_back(features, output, u)
     found = torch.zeros_like(a) if pulled is None else pulled.detach()
@@ -141,7 +141,7 @@ def certify_curvatures(
         >>> certify_curvatures("conv", g, z, a, tail_curvatures("conv", a, z), channel_map(g, z, a))
         0.0
     """
-    u, v = _cotangent(features), _cotangent(slopes)
+    u, v = random_like(features), random_like(slopes)
     pulled = _pull_back(features, output, u)
     along = None
     if pulled is not None and pulled.requires_grad:
@@ -175,7 +175,7 @@ def certify_gradient(name: str, logits: Tensor, output: Tensor, slopes: Tensor, 
         >>> certify_gradient("conv", z.mean(2) @ V.T, z, torch.full((2, 3, 4), 0.25), V) < 1e-5
         True
     """
-    u = _cotangent(logits)
+    u = random_like(logits)
     u = u - u.mean(1, keepdim=True)
     pulled: Tensor | None
     (pulled,) = torch.autograd.grad(logits, output, u, retain_graph=True, allow_unused=True)
@@ -190,7 +190,13 @@ def certify_gradient(name: str, logits: Tensor, output: Tensor, slopes: Tensor, 
     return deviation
 
 
-def _cotangent(tensor: Tensor) -> Tensor:
+def random_like(tensor: Tensor) -> Tensor:
+    """Standard normal numbers of the shape, type and device of a tensor, always the same; no generator is touched.
+
+    Example:
+        >>> random_like(torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
     generator = torch.Generator().manual_seed(tensor.ndim)
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 

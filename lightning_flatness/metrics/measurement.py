@@ -112,8 +112,9 @@ def measure_flatness(
         A :class:`~lightning_flatness.FlatnessReport`.
 
     Raises:
-        LayerSelectionError: no such layer, it never runs, runs twice, or its weight is used elsewhere too.
-        NotClosedFormError: the number would not be exact: layer, tail or head are not what the closed form needs.
+        LayerSelectionError: no such layer, it never runs, does more than convolve, its weight is used elsewhere too,
+            samples mix, or the forward is random.
+        NotExactError: with ``strict``, a number would not be the Hessian's.
         BatchError: logits, targets or weights that cannot be measured; no batches.
 
     Source:

@@ -479,6 +479,30 @@ def test_layer_of_two_convolutions_is_refused():
         measure(Net(conv=Adapted(2, 6, 3)))
 
 
+def test_layer_that_holds_another_is_refused_and_leaves_no_mode_behind():
+    class Adapted(nn.Conv2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.down = nn.Conv2d(2, 6, 3)
+
+        def forward(self, x):
+            return super().forward(x) + self.down(x)
+
+    before = torch._C._len_torch_function_stack()
+    with pytest.raises(lf.LayerSelectionError, match=r"'conv' \(Adapted\) runs 2"):
+        lf.measure_flatness(Net(conv=Adapted(2, 6, 3)), [(X, Y)], layers="all")
+    assert torch._C._len_torch_function_stack() == before
+
+
+def test_convolution_that_is_called_by_keyword_is_measured():
+    class Keyword(Net):
+        def forward(self, x):
+            return self.head(input=self.conv(input=x).relu()).relu().mean((2, 3))
+
+    net = Keyword(head=nn.Conv2d(6, 4, 1)).double()
+    assert list(lf.measure_flatness(net, [(X.double(), Y)]).layers) == ["head"]
+
+
 def test_hook_that_changes_the_output_is_refused():
     net = Net()
     net.conv.register_forward_hook(lambda module, args, out: 2 * out)
