@@ -296,6 +296,20 @@ def test_samples_that_mix_are_noticed_after_a_first_batch_of_one():
         lf.measure_flatness(net, [(X[:1].double(), Y[:1]), (X.double(), Y)], strict=True)
 
 
+@pytest.mark.parametrize("layers", ["conv", "head"])
+def test_samples_that_mix_in_a_later_batch_are_noticed_then(layers):
+    class Late(Net):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits + (logits.mean(0, keepdim=True).abs() - 2).relu()
+
+    net = Late(tail=nn.ReLU()).double()
+    small, large = (X.double() / 10, Y), (50 * X.double(), Y)
+    assert lf.measure_flatness(net, [small], layers=layers).exact
+    with pytest.raises(lf.LayerSelectionError, match="depend on other samples"):
+        lf.measure_flatness(net, [small, large], layers=layers)
+
+
 @pytest.mark.parametrize(
     "after", [lambda f: f * (1 + 3e-5), lambda f: 10 * torch.tanh(f / 10)], ids=["temperature", "soft cap"]
 )
