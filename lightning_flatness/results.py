@@ -23,13 +23,18 @@ class LayerInfo:
         patch_length: ``D``, length of one filter.
         groups: ``G``.
         classifier: name of the linear map under which it lies; None when the pooled layer is the logits itself.
-        method: ``"closed_form"``, the Hessian; or ``"gauss_newton"``.
+        method: ``"closed_form"``, the Hessian; ``"gauss_newton"``, a part of it, or all of it where ``exact``; or
+            ``"gauss_newton+hutchinson"``, with the other part estimated.
         exact: whether the number is the Hessian's.
         reason: why it is not, where it is not.
         kernel: ``"parameter"`` when derivatives are with respect to the layer's weight; ``"effective"`` when the layer
             computes the kernel it applies (parametrised, standardised) and derivatives are with respect to that.
         deviation: the largest deviation that the certificates have found, relative; some rounding errors of the model's
             precision at most.
+        backward_passes: for every batch, shared by all layers; one for every class, but for layers under the closed
+            form. An upper bound where classes are sampled.
+        multiplications: for every sample, on top of passes through the model.
+        memory: bytes that are kept for the whole measurement.
     """
 
     name: str
@@ -38,11 +43,14 @@ class LayerInfo:
     patch_length: int
     groups: int
     classifier: str | None
-    method: Literal["closed_form", "gauss_newton"]
+    method: Literal["closed_form", "gauss_newton", "gauss_newton+hutchinson"]
     exact: bool
     reason: str
     kernel: Literal["parameter", "effective"]
     deviation: float
+    backward_passes: int = 0
+    multiplications: int = 0
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,16 @@ class LayerFlatness:
 
     Attributes:
         block_traces: ``T``, float64 ``(G, S/G, S/G)``; ``T[s, s']`` is the trace of the Hessian block of two filters.
+            Only its diagonal, ``(G, S/G)``, where relative flatness was not wanted.
         filter_traces: float64 ``(S,)``, Hessian trace of every filter.
         filter_flatness: float64 ``(S,)``, ``‖w_s‖² T[s, s]``; adds up to ``neuronwise_flatness``.
         hessian_trace: loss per squared weight.
-        relative_flatness: ``kappa_Tr``, in units of the loss (Petzka et al. 2021, Definition 3).
+        relative_flatness: ``kappa_Tr``, in units of the loss (Petzka et al. 2021, Definition 3); NaN where not wanted.
         neuronwise_flatness: ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019).
         layerwise_flatness: ``‖W‖_F² Tr(H)`` (Petzka et al. 2019).
         weight_norm: ``‖W‖_F``.
         num_samples: samples measured.
+        standard_errors: of the measures, by name, where they are estimated; zero where they are not.
         info: how it was measured.
     """
 
@@ -71,6 +81,7 @@ class LayerFlatness:
     layerwise_flatness: float
     weight_norm: float
     num_samples: int
+    standard_errors: Mapping[str, float]
     info: LayerInfo
 
     @property
@@ -105,6 +116,14 @@ class FlatnessReport:
         return sum(layer.relative_flatness for layer in self.layers.values())
 
     @property
+    def standard_errors(self) -> dict[str, float]:
+        """Standard errors of the two sums, by name; zero where nothing is estimated."""
+        return {
+            name: math.hypot(*(layer.standard_errors.get(name, 0.0) for layer in self.layers.values()))
+            for name in ("hessian_trace", "relative_flatness")
+        }
+
+    @property
     def weight_norm(self) -> float:
         """Norm of all measured kernels together."""
         return math.hypot(*(layer.weight_norm for layer in self.layers.values()))
@@ -128,49 +147,76 @@ class FlatnessReport:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("exact", no_wrap=True)
         for name, layer in self.layers.items():
-            numbers = (
-                layer.hessian_trace,
-                layer.relative_flatness,
-                layer.neuronwise_flatness,
-                layer.weight_norm,
-            )
-            table.add_row(name, *(f"{number:.4g}" for number in numbers), "yes" if layer.exact else "no")
+            numbers = [
+                _number(getattr(layer, measure), layer.standard_errors.get(measure, 0.0))
+                for measure in ("hessian_trace", "relative_flatness", "neuronwise_flatness")
+            ]
+            table.add_row(name, *numbers, f"{layer.weight_norm:.4g}", "yes" if layer.exact else "no")
         return table
 
     def __str__(self) -> str:
         return as_text(self.table())
 
 
+def _number(value: float, standard_error: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.4g}" + (f" ± {standard_error:.1g}" if standard_error else "")
+
+
 def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
     """How every layer is going to be measured, as a rich table."""
+    deviation = max((info.deviation for info in layers.values()), default=0.0)
     caption = (
         "Closed form: certified that what follows the layer acts on every channel by itself and that the head is "
-        "linear. Gauss-Newton: exact where certified that the logits are affine in the layer's weight. Deviation: the "
-        "largest found between these derivatives and autograd's, relative."
+        "linear. Gauss-Newton: exact where certified that the logits are affine in the layer's weight. The largest "
+        f"deviation of these derivatives from autograd's is {deviation:.0e}, relative. M mult.: millions of "
+        "multiplications for every sample, on top of passes through the model. MB: memory kept."
     )
+    passes = max((info.backward_passes for info in layers.values()), default=0)
+    if passes:
+        caption += f" Gauss-Newton takes {passes} backward passes a batch, for all of its layers together."
     if any(info.kernel == "effective" for info in layers.values()):
         caption += " *: with respect to the kernel that the layer applies, which it computes from its weight."
     caption = f"{caption} {_why_not_exact(layers.values())}".strip()
     table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
     table.add_column("kind", overflow="fold")
-    for heading in ("filters x patch", "method", "exact", "deviation"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("filters x patch", no_wrap=True)
+    table.add_column("method")
+    table.add_column("exact", no_wrap=True)
+    for heading in ("M mult.", "MB"):
+        table.add_column(heading, no_wrap=True, justify="right")
     for info in layers.values():
         table.add_row(
             info.name + ("*" if info.kernel == "effective" else ""),
             info.kind,
             f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else ""),
-            info.method.replace("_", " "),
+            info.method.replace("_", " ").replace("+", " + "),
             "yes" if info.exact else "no",
-            f"{info.deviation:.0e}" if info.deviation else "0",
+            _millions(info.multiplications),
+            _millions(info.memory),
         )
     return table
 
 
+def _millions(number: int) -> str:
+    millions = number / 1e6
+    return "<0.1" if millions < 0.1 else f"{millions:,.1f}" if millions < 100 else f"{millions:,.0f}"
+
+
 def _why_not_exact(layers: Iterable[LayerInfo]) -> str:
-    reasons = sorted({info.reason for info in layers if not info.exact})
-    return f"Not exact: the Gauss-Newton part of the Hessian, since {', or '.join(reasons)}." if reasons else ""
+    inexact = [info for info in layers if not info.exact]
+    texts = {
+        "gauss_newton": "the Gauss-Newton part of the Hessian",
+        "gauss_newton+hutchinson": "Gauss-Newton exactly and the rest of the Hessian estimated",
+    }
+    sentences = []
+    for method, text in texts.items():
+        reasons = sorted({info.reason for info in inexact if info.method == method})
+        if reasons:
+            sentences.append(f"Not exact: {text}, since {', or '.join(reasons)}.")
+    return " ".join(sentences)
 
 
 def as_text(table: Table, width: int = 110) -> str:

@@ -19,15 +19,24 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-def hessian_rows(model: nn.Module, batch: tuple[Any, Tensor], layer: str, filters: Sequence[int]) -> Tensor:
-    """Rows of the Hessian of the mean cross-entropy with respect to one layer's weight, by double backward.
+
+def hessian_rows(
+    model: nn.Module,
+    batch: tuple[Any, Tensor],
+    layer: str,
+    filters: Sequence[int],
+    loss_function: LossFunction = cross_entropy,
+) -> Tensor:
+    """Rows of the Hessian of the mean loss with respect to one layer's weight, by double backward.
 
     Args:
         model: put it into evaluation mode and float64 first.
         batch: ``(inputs, targets)``.
         layer: name of the module; its parameter is ``weight``, ``(S, ...)``.
         filters: whose rows are wanted.
+        loss_function: from ``(logits, targets)`` to the mean loss.
 
     Returns:
         ``(len(filters), D, S, D)``: ``H[i, d, s', d']`` is ``d²L / dw[filters[i], d] dw[s', d']``.
@@ -44,7 +53,7 @@ def hessian_rows(model: nn.Module, batch: tuple[Any, Tensor], layer: str, filter
     kernel = weight.detach().clone().requires_grad_()
     fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with torch.enable_grad():
-        loss = cross_entropy(functional_call(model, {**fixed, f"{layer}.weight": kernel}, (inputs,)), targets)
+        loss = loss_function(functional_call(model, {**fixed, f"{layer}.weight": kernel}, (inputs,)), targets)
         (gradient,) = torch.autograd.grad(loss, kernel, create_graph=True)
         rows = []
         for s in filters:
@@ -58,7 +67,11 @@ def hessian_rows(model: nn.Module, batch: tuple[Any, Tensor], layer: str, filter
 
 
 def oracle_block_traces(
-    model: nn.Module, batch: tuple[Any, Tensor], layer: str, filters: Sequence[int] | None = None
+    model: nn.Module,
+    batch: tuple[Any, Tensor],
+    layer: str,
+    filters: Sequence[int] | None = None,
+    loss_function: LossFunction = cross_entropy,
 ) -> Tensor:
     """Block traces ``T[s, s']`` for some filters ``s`` and all ``s'``, from :func:`hessian_rows`.
 
@@ -67,6 +80,7 @@ def oracle_block_traces(
         batch: ``(inputs, targets)``.
         layer: name of the module.
         filters: all by default.
+        loss_function: from ``(logits, targets)`` to the mean loss.
 
     Returns:
         ``(len(filters), S)``. In a grouped convolution the pairs across groups are there too.
@@ -82,7 +96,7 @@ def oracle_block_traces(
     wanted = range(len(weight)) if filters is None else filters
     traces = []
     for s in wanted:
-        rows = hessian_rows(model, batch, layer, [s])[0]  # (D, S, D)
+        rows = hessian_rows(model, batch, layer, [s], loss_function)[0]  # (D, S, D)
         traces.append(torch.stack([rows[:, other, :].trace() for other in range(len(weight))]))
     return torch.stack(traces)
 
@@ -94,6 +108,8 @@ def assert_matches_oracle(
     *,
     filters: Sequence[int] | None = None,
     rtol: float = 1e-10,
+    loss_function: LossFunction = cross_entropy,
+    **options: Any,
 ) -> None:
     """Assert that ``measure_flatness`` gives the autograd Hessian's numbers for one layer, in float64.
 
@@ -106,6 +122,8 @@ def assert_matches_oracle(
         layer: name of the module.
         filters: compare these rows of the block traces only; all rows, and all measures, by default.
         rtol: largest error allowed, relative to the largest block trace.
+        loss_function: the mean loss, from ``(logits, targets)``, that the options ask for.
+        options: of ``measure_flatness``, e.g. ``loss`` or ``label_smoothing``.
 
     Raises:
         AssertionError: the numbers differ, or the layer computes its kernel in a way the oracle cannot undo.
@@ -118,7 +136,7 @@ def assert_matches_oracle(
 
     model = copy.deepcopy(model).double().eval()
     inputs, targets = batch[0].double(), batch[1]
-    measured = measure_flatness(model, [(inputs, targets)], layers=layer).layers[layer]
+    measured = measure_flatness(model, [(inputs, targets)], layers=layer, **options).layers[layer]
 
     module = model.get_submodule(layer)
     if is_parametrized(module, "weight"):
@@ -128,7 +146,7 @@ def assert_matches_oracle(
             f"Layer '{layer}' ({type(module).__name__}) computes the kernel it applies, and the oracle differentiates "
             "with respect to the weight. Compare with a plain convolution that has that kernel."
         )
-    expected = oracle_block_traces(model, (inputs, targets), layer, filters)
+    expected = oracle_block_traces(model, (inputs, targets), layer, filters, loss_function)
     groups, per_group, _ = measured.block_traces.shape
     everything = torch.block_diag(*measured.block_traces)
     across = torch.block_diag(*torch.ones(groups, per_group, per_group)) == 0

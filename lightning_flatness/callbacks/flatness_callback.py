@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.network import find_network
@@ -23,7 +23,7 @@ from lightning_flatness.callbacks.samples import (
     select,
     to_device,
 )
-from lightning_flatness.capture import check_arguments
+from lightning_flatness.capture import MEASURES, Options
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import Measurement, split_batch
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
@@ -49,7 +49,8 @@ class FlatnessCallback(Callback):
     Args:
         layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
             and linear layer; or names or glob patterns.
-        loss: ``"cross_entropy"``.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function to per-sample losses; this and
+            the arguments after ``figures`` are those of :func:`~lightning_flatness.measure_flatness`.
         data: ``"val"``: the batches that are validated. ``"train"``: a fixed random subset of the training data, in
             evaluation mode, through a loader of its own; the papers define flatness on the training loss.
         every_n_epochs: epochs from one measurement to the next; the first validation is always measured.
@@ -62,7 +63,15 @@ class FlatnessCallback(Callback):
         batch_fn: function from a batch to ``(inputs, targets)``; by default a batch is such a pair.
         summary: print before training which layers are measured, and how that was certified.
         figures: draw accuracy and flatness, and the block traces, for TensorBoard at the end of training.
-        strict: refuse, before the first epoch, layers of which only the Gauss-Newton part of the Hessian can be had.
+        strict: refuse, before the first epoch, layers whose number would not be the Hessian's.
+        label_smoothing: of cross-entropy.
+        class_weight: of cross-entropy.
+        ignore_index: of cross-entropy.
+        measures: which measures; without ``"relative_flatness"`` only diagonals are kept.
+        tolerance: relative standard error that is accepted with many classes.
+        residual: ``"hutchinson"`` to estimate what Gauss-Newton leaves out.
+        num_probes: for that.
+        seed: of the probes.
 
     Attributes:
         history: a record (plain numbers, by name) for every measurement of a fit; kept in checkpoints.
@@ -79,7 +88,7 @@ class FlatnessCallback(Callback):
     def __init__(
         self,
         layers: str | list[str] = "last",
-        loss: str = "cross_entropy",
+        loss: str | nn.Module | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
         data: Literal["val", "train"] = "val",
         every_n_epochs: int = 1,
         max_samples: int | None = None,
@@ -90,8 +99,29 @@ class FlatnessCallback(Callback):
         summary: bool = True,
         figures: bool = True,
         strict: bool = False,
+        label_smoothing: float = 0.0,
+        class_weight: list[float] | None = None,
+        ignore_index: int = -100,
+        measures: Sequence[str] = MEASURES,
+        tolerance: float = 0.01,
+        residual: Literal["hutchinson"] | None = None,
+        num_probes: int = 16,
+        seed: int = 0,
     ) -> None:
-        check_arguments(layers, loss)
+        self._options: dict[str, Any] = {
+            "layers": layers,
+            "loss": loss,
+            "label_smoothing": label_smoothing,
+            "class_weight": class_weight,
+            "ignore_index": ignore_index,
+            "measures": measures,
+            "tolerance": tolerance,
+            "residual": residual,
+            "num_probes": num_probes,
+            "seed": seed,
+            "strict": strict,
+        }
+        Options(**self._options)  # refuses what cannot be
         if data not in ("val", "train"):
             raise FlatnessError(f"FlatnessCallback: data is 'val' or 'train', not {data!r}.")
         if every_n_epochs < 1 or (max_samples is not None and max_samples < 1):
@@ -101,8 +131,6 @@ class FlatnessCallback(Callback):
             )
         if not prefix:
             raise FlatnessError("FlatnessCallback: prefix must not be empty.")
-        self.layers = layers
-        self.loss = loss
         self.data = data
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
@@ -112,7 +140,6 @@ class FlatnessCallback(Callback):
         self.batch_fn = batch_fn
         self.summary = summary
         self.figures = figures
-        self.strict = strict
         self.history: list[dict[str, float | None]] = []
         self.report: FlatnessReport | None = None
         self._stage: str | None = None
@@ -188,7 +215,7 @@ class FlatnessCallback(Callback):
             Console().print(summary_table(self._certified))
 
     def _certify(self, pl_module: LightningModule, batch: Any) -> None:
-        measurement = Measurement(find_network(pl_module, self.model), self.layers, self.loss, self.strict)
+        measurement = Measurement(find_network(pl_module, self.model), **self._options)
         measurement.update(*self._split(batch))
         self._certified = dict(measurement.layers)
 
@@ -271,7 +298,7 @@ class FlatnessCallback(Callback):
         if self.data == "train" and trainer.state.fn != "fit":
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return
-        self._measurement = Measurement(find_network(pl_module, self.model), self.layers, self.loss, self.strict)
+        self._measurement = Measurement(find_network(pl_module, self.model), **self._options)
         self._batches_seen = 0
         if self._subset is not None:
             self._subset.restart(pl_module)

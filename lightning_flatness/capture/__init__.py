@@ -1,6 +1,7 @@
 """Level 1: everything that touches an ``nn.Module``. It hands tensors down to ``functional`` and leaves no trace."""
 
 from lightning_flatness.capture.isolation import random_states_kept
-from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics, check_arguments
+from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
+from lightning_flatness.capture.options import MEASURES, Options
 
-__all__ = ["FlatnessObserver", "LayerStatistics", "check_arguments", "random_states_kept"]
+__all__ = ["MEASURES", "FlatnessObserver", "LayerStatistics", "Options", "random_states_kept"]

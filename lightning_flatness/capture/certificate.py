@@ -58,7 +58,13 @@ def is_own_weight(call: ConvolutionCall, module: nn.Module) -> bool:
 
 
 def certify_head(
-    name: str | None, features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, logits: Tensor
+    name: str | None,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    logits: Tensor,
+    shift_invariant: bool = True,
 ) -> float:
     """Certify that what the loss sees equals ``V g + b``.
 
@@ -71,6 +77,7 @@ def certify_head(
         bias: ``b``, ``(K,)``, or None.
         output: what the classifier returned.
         logits: what the model returned, ``(N, K)``.
+        shift_invariant: whether a number added to all logits of a sample does not change the loss.
 
     Returns:
         The largest deviation of the logits, relative to the largest logit of the sample.
@@ -95,14 +102,15 @@ def certify_head(
             "the classifier, so the closed form does not hold."
         )
     difference = logits.double() - own
-    difference = difference - difference.mean(1, keepdim=True)
+    if shift_invariant:
+        difference = difference - difference.mean(1, keepdim=True)
     scale = torch.maximum(logits.double().abs().amax(1, keepdim=True), own.abs().amax(1, keepdim=True))
     deviation = float((difference.abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).amax())
     if not deviation <= 16 * max(eps, torch.finfo(logits.dtype).eps):
         rows = logits.double().sum(1)
         softmax = bool((logits >= 0).all()) and bool(((rows - 1).abs() < 1e-3).all())
         cause = (
-            "the model returns probabilities; return the logits, cross-entropy applies the softmax itself"
+            "the model returns probabilities; return the logits, the loss applies the softmax itself"
             if softmax
             else "something after it changes them, e.g. a temperature, a soft cap, added priors or masked classes"
         )

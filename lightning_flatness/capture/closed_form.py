@@ -18,7 +18,16 @@ from lightning_flatness.capture.tail import (
     tail_slopes,
 )
 from lightning_flatness.errors import BatchError, NotClosedFormError
-from lightning_flatness.functional import closed_form_block_traces
+from lightning_flatness.functional import (
+    LossDerivatives,
+    closed_form_block_traces,
+    closed_form_residual,
+    hessian_trace,
+    relative_flatness,
+)
+
+# Largest relative change of relative flatness, by classes that are left out.
+TRUNCATION = 1e-6
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class Head:
     features: Tensor  # g, (N, m), in the graph of the layers
     weight: Tensor  # V, (K, m)
     deviation: float
+    shift_invariant: bool  # of the loss
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,9 @@ class TailDerivatives:
     deviation: float
 
 
-def certified_head(name: str | None, classifier: nn.Module | None, seen: Observation, logits: Tensor) -> Head:
+def certified_head(
+    name: str | None, classifier: nn.Module | None, seen: Observation, logits: Tensor, shift_invariant: bool
+) -> Head:
     """The head of an observed forward pass; without a classifier the features are the logits.
 
     Raises:
@@ -49,7 +61,7 @@ def certified_head(name: str | None, classifier: nn.Module | None, seen: Observa
     """
     if classifier is None:
         identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        return Head(logits, identity, 0.0)
+        return Head(logits, identity, 0.0, shift_invariant)
     if len(seen.features) != 1 or not isinstance(seen.features[0], Tensor) or seen.classifier_output is None:
         raise NotClosedFormError(
             f"The classifier '{name}' is called {len(seen.features)} times, or not with one tensor; the closed form "
@@ -66,8 +78,10 @@ def certified_head(name: str | None, classifier: nn.Module | None, seen: Observa
     assert isinstance(weight, Tensor)
     matrix = weight.detach().flatten(1)
     bias = offset.detach() if isinstance(offset, Tensor) else None
-    deviation = certify_head(name, features.detach(), matrix, bias, seen.classifier_output, logits.detach())
-    return Head(features, matrix, deviation)
+    deviation = certify_head(
+        name, features.detach(), matrix, bias, seen.classifier_output, logits.detach(), shift_invariant
+    )
+    return Head(features, matrix, deviation, shift_invariant)
 
 
 def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Tensor) -> TailDerivatives:
@@ -85,7 +99,7 @@ def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Te
     curvatures = tail_curvatures(name, slopes, output)
     second = certify_curvatures(name, features, output, slopes, curvatures, channels)
     columns = head.weight[:, channels.clamp_min(0)] * (channels >= 0)
-    joint = certify_gradient(name, logits, output, slopes.detach(), columns)
+    joint = certify_gradient(name, logits, output, slopes.detach(), columns, head.shift_invariant)
     return TailDerivatives(
         slopes.detach(),
         None if curvatures is None else curvatures.detach(),
@@ -95,21 +109,33 @@ def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Te
 
 
 def closed_form_layer(
-    name: str, call: ConvolutionCall, tail: TailDerivatives, probabilities: Tensor, residual: Tensor | None
+    name: str, call: ConvolutionCall, tail: TailDerivatives, loss: LossDerivatives, gram: Tensor, diagonal: bool
 ) -> Tensor:
-    """Block traces of one layer, ``(G, S/G, S/G)``, summed over the samples of a batch.
+    """Block traces of one layer, ``(G, S/G, S/G)``, or their diagonals, ``(G, S/G)``; summed over a batch's samples.
+
+    With many classes those are left out that do not matter: relative flatness changes by less than
+    :data:`TRUNCATION` of itself, which is certified, and the other measures not at all.
 
     Raises:
         BatchError: the tail is curved and there are no targets.
     """
+    arguments = (call.inputs, call.geometry, tail.slopes, tail.columns, loss.curvature)
+    if diagonal:
+        total = closed_form_block_traces(*arguments, diagonal=True)
+    else:
+        tolerance = TRUNCATION / 1000
+        total = closed_form_block_traces(*arguments, tolerance)
+        # Left out is at most this part of the trace, in nuclear norm; that bounds its product with the Gram matrix.
+        change = tolerance * hessian_trace(total) * torch.linalg.matrix_norm(gram).amax()
+        if bool(change > TRUNCATION * relative_flatness(total, gram).abs()):
+            total = closed_form_block_traces(*arguments)
     curvatures = tail.curvatures
-    if curvatures is not None and residual is None:
-        if bool(curvatures.any()):
-            raise BatchError(
-                f"Layer '{name}': the activation after it is curved, so its Hessian depends on the targets, and this "
-                "batch has none. Give batches of (inputs, targets)."
-            )
-        curvatures = None
-    return closed_form_block_traces(
-        call.inputs, call.geometry, tail.slopes, tail.columns, probabilities, curvatures, residual
-    )
+    if curvatures is not None and loss.residual is not None:
+        added = closed_form_residual(call.inputs, call.geometry, curvatures, tail.columns, loss.residual)
+        total = total + (added if diagonal else torch.diag_embed(added))
+    elif curvatures is not None and bool(curvatures.any()):
+        raise BatchError(
+            f"Layer '{name}': the activation after it is curved, so its Hessian depends on the targets, and this "
+            "batch has none. Give batches of (inputs, targets)."
+        )
+    return total

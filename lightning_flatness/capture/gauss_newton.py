@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from lightning_flatness.capture.observation import ConvolutionCall, LayerObservation
-from lightning_flatness.capture.tail import differentiable_once, random_like
-from lightning_flatness.errors import LayerSelectionError
-from lightning_flatness.functional import cross_entropy_column, gauss_newton_block_traces
+from lightning_flatness.capture.affine import Calls, nodes_of, pull_back
+from lightning_flatness.capture.probes import BlockTraces, Probes, random_signs
+from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newton_block_traces
+from lightning_flatness.functional.curvature import MANY_CLASSES
 
 # Elements of pulled-back columns, of all layers, that are kept at a time.
 COLUMN_ELEMENTS = 2**25
+MIN_PROBES = 8
 
-Calls = Sequence[tuple[LayerObservation, ConvolutionCall]]  # what one layer did, an entry for every time it ran
+Columns = dict[str, list[Tensor]]  # by layer, for each of its calls: δ, (B, N, S, *output)
+Advance = Callable[[int, int], None]  # told how many columns are done, and how many there are
 
 
-def gauss_newton_layers(layers: Mapping[str, Calls], logits: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
-    """Gauss-Newton block traces of several layers, ``(G, S/G, S/G)`` each, summed over the samples of a batch.
+def gauss_newton_layers(
+    layers: Mapping[str, Calls],
+    logits: Tensor,
+    curvature: Curvature,
+    grams: Mapping[str, Tensor],
+    tolerance: float,
+    generator: torch.Generator,
+    diagonal: bool,
+    advance: Advance,
+) -> dict[str, BlockTraces]:
+    """Gauss-Newton block traces of several layers, summed over the samples of a batch.
 
     One backward pass for every column serves all layers, and goes to activations only. Columns are taken in chunks, so
     that memory does not grow with the number of classes.
@@ -27,138 +39,107 @@ def gauss_newton_layers(layers: Mapping[str, Calls], logits: Tensor, probabiliti
     Args:
         layers: by name.
         logits: ``(N, K)``, in the graph of the layers' outputs.
-        probabilities: ``π``, ``(N, K)``.
+        curvature: of the loss.
+        grams: inner products of the filters, by layer.
+        tolerance: with many classes, the relative standard error that is accepted (:func:`is_sampled`); 0 for none.
+        generator: of the probes.
+        diagonal: only the diagonals of the block traces.
+        advance: is called as columns are done.
     """
-    nodes = [observed.output for calls in layers.values() for observed, _ in calls]
-    at_a_time = max(1, COLUMN_ELEMENTS // max(1, sum(node.numel() for node in nodes)))
+    if is_sampled(curvature.num_columns, tolerance) and isinstance(curvature, ClassCurvature):
+        found = _by_probes(layers, logits, curvature, grams, tolerance, generator, diagonal, advance)
+        if found is not None:
+            return found
     totals: dict[str, Tensor] = {}
-    num_columns = probabilities.shape[1] - 1
-    for start in range(0, num_columns, at_a_time):
-        pulled = [
-            pull_back(logits, nodes, cross_entropy_column(probabilities, index).to(logits.dtype))
-            for index in range(start, min(start + at_a_time, num_columns))
-        ]
-        columns = iter(zip(*pulled, strict=True))
-        for name, calls in layers.items():
-            cotangents = [
-                torch.stack([delta.movedim(call.channel_dimension, 1) for delta in next(columns)]) for _, call in calls
-            ]
-            part = gauss_newton_block_traces([(call.inputs, call.geometry) for _, call in calls], cotangents)
+    done = 0
+    every = (curvature.column(index) for index in range(curvature.num_columns))
+    for columns in _pulled(layers, logits, every):
+        count = next(iter(columns.values()))[0].shape[0]
+        signs = curvature.signs
+        signs = None if signs is None else signs[:, done : done + count].T.to(logits.dtype)
+        done += count
+        for name, part in _contracted(layers, columns, signs, diagonal).items():
             totals[name] = totals[name] + part if name in totals else part
-    return totals
+        advance(done, curvature.num_columns)
+    return {name: BlockTraces(total) for name, total in totals.items()}
 
 
-def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> list[Tensor]:
-    """Vector-Jacobian products of the logits with one cotangent ``(N, K)``, at all nodes; zeros where none arrives."""
-    if not logits.requires_grad:
-        return [torch.zeros_like(node) for node in nodes]
-    pulled = torch.autograd.grad(
-        logits, nodes, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
-    return [torch.zeros_like(node) if p is None else p for p, node in zip(pulled, nodes, strict=True)]
+def is_sampled(num_columns: int, tolerance: float) -> bool:
+    """Whether classes without much mass are sampled instead of taken one by one."""
+    return tolerance > 0 and num_columns + 1 >= MANY_CLASSES
 
 
-def kernel_gradient(calls: Calls, cotangents: Sequence[Tensor]) -> Tensor:
-    """Gradient with respect to a layer's kernel, from cotangents at its outputs; the shape of the kernel."""
-    total = torch.zeros_like(calls[0][1].weight).detach()
-    for (_, call), cotangent in zip(calls, cotangents, strict=True):
-        kernel = _as_convolution(call).detach().clone().requires_grad_()
-        output = _convolve(call, kernel)
-        delta = cotangent.movedim(call.channel_dimension, 1).reshape(output.shape)
-        (gradient,) = torch.autograd.grad(output, kernel, delta)
-        total = total + gradient.reshape(total.shape)
-    return total
+def _by_probes(
+    layers: Mapping[str, Calls],
+    logits: Tensor,
+    curvature: ClassCurvature,
+    grams: Mapping[str, Tensor],
+    tolerance: float,
+    generator: torch.Generator,
+    diagonal: bool,
+    advance: Advance,
+) -> dict[str, BlockTraces] | None:
+    """The classes that carry the mass one by one, the sum of all others by random signs; None if all are needed.
 
-
-def certify_reach(layers: Mapping[str, Calls], logits: Tensor) -> None:
-    """Certify that every layer reaches the logits, one row of its output for every sample.
-
-    Raises:
-        LayerSelectionError: naming the layer.
+    A probe pulls ``sum_k ±√w_k (e_k - π)`` back over the other classes; the signs make its products unbiased. There are
+    as many as the tolerance asks for, for every layer's trace and relative flatness.
     """
-    for name, calls in layers.items():
-        nodes = [observed.output for observed, _ in calls]
-        reached: list[Tensor] = []
-        if logits.requires_grad:
-            pulled = torch.autograd.grad(logits.sum(), nodes, retain_graph=True, allow_unused=True)
-            reached = [node for node, cotangent in zip(nodes, pulled, strict=True) if cotangent is not None]
-        if not reached:
-            raise LayerSelectionError(
-                f"Layer '{name}': the logits do not depend on its output through autograd: the forward detaches it, "
-                "runs what follows under torch.no_grad() or as TorchScript, or does not use it. Choose another layer "
-                "with layers=."
-            )
-        rows = {node.shape[0] for node in reached}
-        if rows != {len(logits)}:
-            raise LayerSelectionError(
-                f"Layer '{name}' runs on {max(rows)} rows for {len(logits)} samples (windows or tokens folded into the "
-                "batch), so derivatives of single samples cannot be told apart. Choose another layer with layers=."
-            )
+    order = curvature.weights.argsort(1, descending=True)
+    mass = curvature.weights.gather(1, order)
+    leading = _num_leading(mass.sum(0), tolerance, len(mass))
+    unit = torch.zeros_like(mass)
+    units = (unit.scatter(1, order[:, index : index + 1], 1.0) for index in range(leading))
+    totals: dict[str, Tensor] = {}
+    for columns in _pulled(layers, logits, (curvature.factor(x) for x in units)):
+        for name, part in _contracted(layers, columns, None, diagonal).items():
+            totals[name] = totals[name] + part if name in totals else part
+
+    probes = {name: Probes(grams[name]) for name in layers}
+    others = torch.ones_like(mass).scatter(1, order[:, :leading], 0.0)
+    count = 0
+    while leading + count < curvature.num_columns:
+        x = (others * random_signs(others, generator) for _ in range(MIN_PROBES))
+        for columns in _pulled(layers, logits, (curvature.factor(signs) for signs in x)):
+            for index in range(next(iter(columns.values()))[0].shape[0]):
+                single = {name: [delta[index : index + 1] for delta in deltas] for name, deltas in columns.items()}
+                for name, part in _contracted(layers, single, None, diagonal).items():
+                    probes[name].add(part)
+        count += MIN_PROBES
+        advance(min(leading + count, curvature.num_columns), curvature.num_columns)
+        if all(probes[name].precise(tolerance, totals.get(name)) for name in layers):
+            advance(curvature.num_columns, curvature.num_columns)
+            return {name: probes[name].estimate(totals.get(name)) for name in layers}
+    return None
 
 
-def certify_samples(layers: Mapping[str, Calls], logits: Tensor) -> None:
-    """Certify that no sample's logits depend on another sample's activations.
-
-    Raises:
-        LayerSelectionError: naming the layer.
-    """
-    u = random_like(logits)
-    u[::2] = 0
-    for name, calls in layers.items():
-        for pulled in pull_back(logits, [observed.output for observed, _ in calls], u):
-            if bool(pulled[::2].any()):
-                raise LayerSelectionError(
-                    f"Layer '{name}': after it, the logits of one sample depend on other samples (batch statistics in "
-                    "evaluation mode?), so the loss is not a mean over samples. Use running statistics."
-                )
+def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
+    """How many classes to take one by one so that these and the probes for the rest are few."""
+    rest = (1 - mass.cumsum(0) / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).clamp_min(0)
+    # A probe's relative variance is some tenth for one sample; it counts with the square of the part that is sampled.
+    num_probes = 0.1 / (samples * tolerance**2) * rest.square()
+    return int((torch.arange(1, len(mass) + 1, device=mass.device) + num_probes).argmin()) + 1
 
 
-def why_not_affine(calls: Calls, logits: Tensor) -> str:
-    """Why the logits are not certified to be affine in the layer's kernel; empty if they are.
-
-    Where they are, the Gauss-Newton block is the Hessian's. The second derivative of a random combination of logits,
-    along a random kernel, must be exactly zero at every output of the layer. For piecewise-linear networks it is; one
-    curved operation makes it non-zero.
-    """
-    ((observed, call),) = calls
-    along = _convolve(call, random_like(_as_convolution(call)))
-    shape = observed.output.movedim(call.channel_dimension, 1).shape
-    return why_curved(logits, observed.output, along.reshape(shape).movedim(1, call.channel_dimension))
-
-
-def why_curved(logits: Tensor, node: Tensor, direction: Tensor | None = None) -> str:
-    """Why a random combination of logits is not affine in ``node`` along a (random) direction; empty if it is."""
-    (delta,) = pull_back(logits, [node], random_like(logits).requires_grad_(), create_graph=True)
-    if not delta.requires_grad:
-        return ""
-    if differentiable_once(delta):
-        return "a custom function after it is marked once_differentiable"
-    second: Tensor | None
-    vector = random_like(node) if direction is None else direction
-    try:
-        (second,) = torch.autograd.grad(delta, node, vector, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        return "an operation after it has no second derivative in torch"
-    return "the network is curved after it" if second is not None and bool(second.any()) else ""
+def _pulled(layers: Mapping[str, Calls], logits: Tensor, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
+    """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
+    nodes = nodes_of(layers)
+    at_a_time = max(1, COLUMN_ELEMENTS // max(1, sum(node.numel() for node in nodes)))
+    while chunk := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
+        by_node = iter(list(zip(*chunk, strict=True)))
+        yield {
+            name: [
+                torch.stack([delta.movedim(call.channel_dimension, 1) for delta in next(by_node)]) for _, call in calls
+            ]
+            for name, calls in layers.items()
+        }
 
 
-def _as_convolution(call: ConvolutionCall) -> Tensor:
-    """The kernel with its spatial dimensions, also for a linear layer."""
-    return call.weight if call.channel_dimension == 1 else call.weight[..., None]
-
-
-def _convolve(call: ConvolutionCall, kernel: Tensor) -> Tensor:
-    geometry = call.geometry
-    return torch.convolution(
-        call.inputs,
-        kernel,
-        None,
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-        False,
-        [0] * len(geometry.stride),
-        geometry.groups,
-    )
+def _contracted(
+    layers: Mapping[str, Calls], columns: Columns, signs: Tensor | None, diagonal: bool
+) -> dict[str, Tensor]:
+    return {
+        name: gauss_newton_block_traces(
+            [(call.inputs, call.geometry) for _, call in calls], columns[name], signs, diagonal
+        )
+        for name, calls in layers.items()
+    }

@@ -13,6 +13,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import LayerSelectionError
@@ -103,6 +104,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         for device_type in device_types:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(random_states_kept(model))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the other attention kernels have no second derivative
         if "cuda" in device_types:
             stack.enter_context(_full_float32())
         stack.enter_context(_evaluation_mode(model))

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.capture.certificate import certify_layer, certify_path, is_own_weight
-from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail, closed_form_layer
-from lightning_flatness.capture.gauss_newton import (
+from lightning_flatness.capture.affine import (
     Calls,
     certify_reach,
     certify_samples,
-    gauss_newton_layers,
     kernel_gradient,
+    nodes_of,
     pull_back,
     why_curved,
     why_not_affine,
 )
+from lightning_flatness.capture.certificate import certify_layer, certify_path, is_own_weight
+from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail, closed_form_layer
+from lightning_flatness.capture.gauss_newton import gauss_newton_layers, is_sampled
 from lightning_flatness.capture.isolation import ModelCopy, isolated
-from lightning_flatness.capture.observation import Observation
+from lightning_flatness.capture.observation import ConvolutionCall, Observation
+from lightning_flatness.capture.options import Options
+from lightning_flatness.capture.probes import BlockTraces
+from lightning_flatness.capture.residual import hutchinson_residual
 from lightning_flatness.capture.selection import (
     Execution,
     find_classifier,
@@ -30,18 +34,22 @@ from lightning_flatness.capture.selection import (
     select_layers,
     trace_execution,
 )
-from lightning_flatness.capture.tail import random_like
-from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, NotClosedFormError, NotExactError
-from lightning_flatness.functional import cross_entropy_derivatives, weight_gram
+from lightning_flatness.capture.tail import random_like, why_not_closed_form
+from lightning_flatness.errors import BatchError, LayerSelectionError, NotClosedFormError, NotExactError
+from lightning_flatness.functional import LossDerivatives, contraction_costs, weight_gram
 from lightning_flatness.results import LayerInfo
+
+SAMPLED = "classes without much mass are sampled"
 
 
 class LayerStatistics(NamedTuple):
     """What one batch adds to the measurement of one layer; sums over samples, so batches and ranks add up."""
 
-    block_traces: Tensor  # (G, S/G, S/G), float64, summed over the samples
-    weight_gram: Tensor  # (G, S/G, S/G), float64, times the number of samples
+    block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
+    weight_gram: Tensor  # of the same shape, float64, times the number of samples
     num_samples: int
+    normalizer: float  # what the sum is to be divided by: the number of samples, or the sum of their class weights
+    variances: Tensor | None = None  # (4,), of the measures of the sum, where it is estimated
 
 
 class FlatnessObserver:
@@ -54,12 +62,10 @@ class FlatnessObserver:
 
     Args:
         model: any module that returns logits ``(N, K)``.
-        layers: ``"last"``, ``"all"``, ``"classifier"``, names or glob patterns of convolutions and linear layers.
-        loss: ``"cross_entropy"``.
-        strict: refuse layers whose number would not be the Hessian's.
+        options: keyword arguments of :func:`~lightning_flatness.measure_flatness`: ``layers``, ``loss``, ...
 
     Raises:
-        FlatnessError: an unknown loss; on the first call, whatever does not allow a measurement.
+        FlatnessError: options that cannot be; on the first call, whatever does not allow a measurement.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -69,29 +75,26 @@ class FlatnessObserver:
         (torch.Size([1, 4, 4]), 5)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: str | Sequence[str] = "last",
-        loss: str = "cross_entropy",
-        strict: bool = False,
-    ) -> None:
-        check_arguments(layers, loss)
+    def __init__(self, model: nn.Module, **options: Any) -> None:
         self.layers: dict[str, LayerInfo] = {}
+        self._options = Options(**options)
         self._model = model
-        self._wanted = layers
-        self._strict = strict
         self._modules: dict[str, nn.Module] = {}
         self._classifier: tuple[str | None, nn.Module | None] = (None, None)
         self._grams: dict[str, Tensor] = {}
         self._samples_apart = False  # certified on the first batch of more than one sample
+        self._generator = torch.Generator().manual_seed(self._options.seed)
 
-    def __call__(self, inputs: Any, targets: Tensor | None = None) -> dict[str, LayerStatistics]:
+    def __call__(
+        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[int, int], None] | None = None
+    ) -> dict[str, LayerStatistics]:
         """Statistics of one batch, by layer.
 
         Args:
             inputs: for the model: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
-            targets: class indices ``(N,)``; needed only by the closed form of a curved activation.
+            targets: as the loss takes them; without them, what needs them raises an error.
+            advance: is told how many backward passes are done, and how many there are, where there is one for every
+                class.
 
         Raises:
             BatchError: targets that do not fit the logits or are missing where needed, values that are not finite.
@@ -106,29 +109,22 @@ class FlatnessObserver:
                 self._choose(execution)
             with Observation(self._modules, self._classifier[1]) as seen:
                 logits = logits_of(self._copy(inputs))
-            targets = _check_targets(targets, logits)
+            loss = self._options.loss_function(logits.detach(), targets)
             calls = {name: self._calls(name, seen) for name in self._modules}
             if execution is not None:
                 _certify_deterministic(execution.logits, logits.detach())
-                self._certify(calls, logits, inputs)
+                self._certify(calls, logits, inputs, loss)
             if len(logits) > 1 and not self._samples_apart:
                 certify_samples(calls, logits)
                 self._samples_apart = True
-
-            probabilities, residual = cross_entropy_derivatives(logits.detach(), targets)
             tails = self._certified_tails(calls, seen, logits, inputs, execution is not None)
-            block_traces = {
-                name: closed_form_layer(name, calls[name][0][1], tail, probabilities, residual)
-                for name, tail in tails.items()
-            }
-            others = {name: calls[name] for name in calls if name not in tails}
-            if others:
-                block_traces |= gauss_newton_layers(others, logits, probabilities)
-            return {name: self._statistics(name, block_traces[name], len(logits)) for name in self._modules}
+            found = self._measured(calls, tails, logits, loss, advance or (lambda done, total: None))
+            self._add_residuals(found, calls, inputs, loss)
+            return {name: self._statistics(name, found[name], loss) for name in self._modules}
 
     def _choose(self, execution: Execution) -> None:
         classifier = find_classifier(execution)
-        names = select_layers(execution, self._wanted, classifier)
+        names = select_layers(execution, self._options.layers, classifier)
         self._modules = {name: execution.modules[name] for name in names}
         self._classifier = (classifier, None if classifier is None else execution.modules[classifier])
 
@@ -137,27 +133,89 @@ class FlatnessObserver:
             raise LayerSelectionError(f"Layer '{name}' ran on the first batch but not on this one.")
         return [(observed, certify_layer(name, observed)) for observed in seen.layers[name]]
 
-    def _statistics(self, name: str, block_traces: Tensor, num_samples: int) -> LayerStatistics:
-        if not block_traces.isfinite().all():
+    def _measured(
+        self,
+        layers: dict[str, Calls],
+        tails: dict[str, TailDerivatives],
+        logits: Tensor,
+        loss: LossDerivatives,
+        advance: Callable[[int, int], None],
+    ) -> dict[str, BlockTraces]:
+        diagonal = self._options.diagonal
+        found = {
+            name: BlockTraces(closed_form_layer(name, layers[name][0][1], tail, loss, self._grams[name], diagonal))
+            for name, tail in tails.items()
+        }
+        others = {name: layers[name] for name in layers if name not in tails}
+        if others:
+            found |= gauss_newton_layers(
+                others, logits, loss.curvature, self._grams, self._tolerance, self._generator, diagonal, advance
+            )
+        return found
+
+    @property
+    def _tolerance(self) -> float:
+        return 0.0 if self._options.strict else self._options.tolerance
+
+    def _add_residuals(
+        self, found: dict[str, BlockTraces], layers: dict[str, Calls], inputs: Any, loss: LossDerivatives
+    ) -> None:
+        kernels = {}
+        for name, info in self.layers.items():
+            if info.method == "gauss_newton+hutchinson":
+                observed, call = layers[name][0]
+                kernels[name] = (_weight(observed.module), call.weight.detach().clone().requires_grad_())
+        if not kernels:
+            return
+        if loss.residual is None:
+            raise BatchError("residual='hutchinson' depends on the targets, and this batch has none.")
+        logits = logits_of(ModelCopy(self._model)(inputs, dict(kernels.values())))
+        estimates = hutchinson_residual(
+            (logits * loss.residual.to(logits.dtype)).sum(),
+            {name: kernel for name, (_, kernel) in kernels.items()},
+            self._grams,
+            self._options.num_probes,
+            self._generator,
+            self._options.diagonal,
+        )
+        for name, estimate in estimates.items():
+            if estimate is None:
+                self.layers[name] = replace(self.layers[name], method="gauss_newton")
+                continue
+            total, variances = found[name]
+            assert estimate.variances is not None
+            found[name] = BlockTraces(
+                total + estimate.total, estimate.variances if variances is None else variances + estimate.variances
+            )
+
+    def _statistics(self, name: str, found: BlockTraces, loss: LossDerivatives) -> LayerStatistics:
+        if not found.total.isfinite().all():
             raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
-        return LayerStatistics(block_traces, self._grams[name] * num_samples, num_samples)
+        return LayerStatistics(
+            found.total, self._grams[name] * loss.num_samples, loss.num_samples, loss.normalizer, found.variances
+        )
+
+    # -------------------------------------------------------------------------------------------- which method, why
 
     def _certified_tails(
         self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any, first: bool
     ) -> dict[str, TailDerivatives]:
         """The tails of the layers under the closed form, certified on every batch; what fails goes to Gauss-Newton."""
         tails: dict[str, TailDerivatives] = {}
-        candidates = [name for name, info in self.layers.items() if info.method == "closed_form"]
-        for name, info in self.layers.items():
-            if info.method == "gauss_newton" and info.exact and not first:
-                self.layers[name] = self._under_gauss_newton(info, "", layers[name], logits, inputs)
-        if not candidates:
-            return tails
         failures: dict[str, str] = {}
-        try:
-            head = certified_head(*self._classifier, seen, logits)
-        except NotClosedFormError as error:
-            failures = dict.fromkeys(candidates, str(error))
+        candidates = [name for name, info in self.layers.items() if info.method == "closed_form"]
+        if candidates:
+            try:
+                head = certified_head(*self._classifier, seen, logits, self._options.loss_function.shift_invariant)
+            except NotClosedFormError as error:
+                failures = dict.fromkeys(candidates, str(error))
+        for name in candidates:
+            if name not in failures and (len(layers[name]) > 1 or layers[name][0][1].channel_dimension != 1):
+                failures[name] = "it is for a convolution that runs once in a forward pass."
+        if first and len(failures) < len(candidates):
+            failures |= why_not_closed_form(
+                {name: layers[name][0][0].output for name in candidates if name not in failures}, head.features
+            )
         for name in candidates:
             if name in failures:
                 continue
@@ -168,37 +226,64 @@ class FlatnessObserver:
                 continue
             deviation = max(self.layers[name].deviation, tails[name].deviation)
             self.layers[name] = replace(self.layers[name], deviation=deviation)
-        for name, reason in failures.items():
-            info = self._under_gauss_newton(self.layers[name], reason, layers[name], logits, inputs)
-            if info.reason and not first:
-                info = replace(
-                    info, reason=f"{info.reason} in a later batch; earlier ones count with all their Hessian"
-                )
-            self.layers[name] = info
+        checked = [name for name, info in self.layers.items() if name not in tails and info.reason in ("", SAMPLED)]
+        self._under_gauss_newton({name: layers[name] for name in checked}, failures, logits, inputs, first)
         return tails
 
     def _under_gauss_newton(
-        self, info: LayerInfo, no_closed_form: str, calls: Calls, logits: Tensor, inputs: Any
-    ) -> LayerInfo:
-        certify_samples({info.name: calls}, logits)
-        why = self._why_inexact(calls, logits, inputs)
-        if self._strict and why:
-            raise NotExactError(
-                f"Layer '{info.name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True "
-                f"asks for exact numbers. The closed form does not hold: {no_closed_form}"
+        self, layers: dict[str, Calls], failures: dict[str, str], logits: Tensor, inputs: Any, first: bool
+    ) -> None:
+        """Certify on this batch that Gauss-Newton is exact for these layers; label those for which it is not."""
+        if layers and not first:
+            certify_samples(layers, logits)
+        reasons = why_not_affine({name: calls for name, calls in layers.items() if len(calls) == 1}, logits)
+        for name, calls in layers.items():
+            why = reasons[name] if name in reasons else self._why_polynomial(calls, inputs)
+            info = self.layers[name]
+            if self._options.strict and why:
+                closed_form = f" The closed form does not hold: {failures[name]}" if name in failures else ""
+                raise NotExactError(
+                    f"Layer '{name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True "
+                    f"asks for exact numbers.{closed_form}"
+                )
+            method: Any = "gauss_newton"
+            if why and self._options.residual and is_own_weight(calls[0][1], calls[0][0].module):
+                method = "gauss_newton+hutchinson"
+            if why and not first:
+                why = f"{why} in a later batch; earlier ones count with all their Hessian"
+            sampled = self._sampled and not why
+            passes = self._num_columns
+            self.layers[name] = replace(
+                info,
+                method=method,
+                classifier=None,
+                exact=not why and not sampled,
+                reason=SAMPLED if sampled else why,
+                backward_passes=passes,
+                multiplications=sum(self._multiplications(call, passes) for _, call in calls),
             )
-        return replace(info, method="gauss_newton", classifier=None, exact=not why, reason=why)
+
+    def _why_polynomial(self, calls: Calls, inputs: Any) -> str:
+        observed, call = calls[0]
+        if not is_own_weight(call, observed.module):
+            return "it runs several times with a computed kernel"
+        # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
+        kernel = call.weight.detach().clone().requires_grad_()
+        again = logits_of(ModelCopy(self._model)(inputs, {_weight(observed.module): kernel}))
+        return why_curved(again, kernel)
 
     # --------------------------------------------------------------------------------------- once, on the first batch
 
-    def _certify(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> None:
+    def _certify(self, layers: dict[str, Calls], logits: Tensor, inputs: Any, loss: LossDerivatives) -> None:
         certify_reach(layers, logits)
         paths = self._certify_paths(layers, logits, inputs)
+        self._num_columns = loss.curvature.num_columns
+        self._sampled = is_sampled(self._num_columns, self._tolerance)
         infos = {}
         for name, calls in layers.items():
             observed, call = calls[0]
-            self._grams[name] = weight_gram(call.weight, call.geometry.groups)
-            info = LayerInfo(
+            self._grams[name] = weight_gram(call.weight, call.geometry.groups, self._options.diagonal)
+            infos[name] = LayerInfo(
                 name=name,
                 kind=type(observed.module).__name__,
                 num_filters=call.weight.shape[0],
@@ -210,23 +295,16 @@ class FlatnessObserver:
                 reason="",
                 kernel="parameter" if is_own_weight(call, observed.module) else "effective",
                 deviation=paths[name],
+                multiplications=self._multiplications(call) + self._num_columns * self._grams[name].numel(),
+                memory=2 * 8 * self._grams[name].numel(),
             )
-            if len(calls) > 1 or call.channel_dimension != 1:
-                reason = "it is for a convolution that runs once in a forward pass."
-                info = self._under_gauss_newton(info, reason, calls, logits, inputs)
-            infos[name] = info
         self.layers = infos
 
-    def _why_inexact(self, calls: Calls, logits: Tensor, inputs: Any) -> str:
-        if len(calls) == 1:
-            return why_not_affine(calls, logits)
-        observed, call = calls[0]
-        if not is_own_weight(call, observed.module):
-            return "it runs several times with a computed kernel"
-        # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
-        kernel = call.weight.detach().clone().requires_grad_()
-        again = logits_of(ModelCopy(self._model)(inputs, {_weight(observed.module): kernel}))
-        return why_curved(again, kernel)
+    def _multiplications(self, call: ConvolutionCall, columns: int = 1) -> int:
+        groups, filters, length = call.geometry.groups, call.weight.shape[0], call.weight[0].numel()
+        positions = call.output[0].numel() // filters
+        diagonal = self._options.diagonal
+        return groups * min(contraction_costs(positions, length, filters // groups, columns, diagonal))
 
     def _certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
         """Compare gradients at the kernels with autograd's through the whole model, for all layers in one pass."""
@@ -244,10 +322,10 @@ class FlatnessObserver:
         if kernels and again.requires_grad:
             gradients = torch.autograd.grad(again, list(kernels.values()), u, allow_unused=True)
             found = dict(zip(kernels, gradients, strict=True))
+        pulled = iter(pull_back(logits, nodes_of(layers), u))
         deviations = {}
         for name, calls in layers.items():
-            cotangents = pull_back(logits, [observed.output for observed, _ in calls], u)
-            expected = kernel_gradient(calls, cotangents)
+            expected = kernel_gradient(calls, [next(pulled) for _ in calls])
             deviations[name] = certify_path(name, found[parameters[name]], expected) if name in parameters else 0.0
         return deviations
 
@@ -256,42 +334,6 @@ def _weight(module: nn.Module) -> nn.Parameter:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
-
-
-def check_arguments(layers: str | Sequence[str], loss: str) -> None:
-    """Refuse what can be refused before any model is seen.
-
-    Raises:
-        FlatnessError: an unknown loss, or no layers.
-    """
-    if loss != "cross_entropy":
-        raise FlatnessError(f"loss={loss!r} is not known; this version measures loss='cross_entropy'.")
-    names = [layers] if isinstance(layers, str) else layers
-    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
-        raise FlatnessError(
-            f"layers={layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions and "
-            "linear layers."
-        )
-
-
-def _check_targets(targets: Tensor | None, logits: Tensor) -> Tensor | None:
-    samples, classes = logits.shape
-    if targets is None:
-        return None
-    if targets.ndim != 1 or targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise BatchError(
-            f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; cross-entropy is measured for "
-            "class indices, integers of shape (samples,)."
-        )
-    if len(targets) != samples:
-        raise BatchError(f"The batch has {samples} logits and {len(targets)} targets.")
-    targets = targets.clone().long()  # a copy is an ordinary tensor also under inference mode
-    if samples and (int(targets.min()) < 0 or int(targets.max()) >= classes):
-        raise BatchError(
-            f"The targets lie in {int(targets.min())}..{int(targets.max())}, but the model has {classes} classes "
-            f"(0..{classes - 1})."
-        )
-    return targets
 
 
 def _certify_deterministic(first: Tensor, second: Tensor) -> None:

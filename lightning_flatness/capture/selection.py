@@ -77,7 +77,7 @@ def logits_of(output: Any) -> Tensor:
     """The logits ``(N, K)`` in a model's output: the tensor itself, or its ``logits`` attribute or key.
 
     Raises:
-        BatchError: there are none, they are not 2-D, of one class only, or not finite.
+        BatchError: there are none, they are not 2-D, or not finite.
 
     Example:
         >>> import torch
@@ -96,11 +96,6 @@ def logits_of(output: Any) -> Tensor:
     if logits.ndim != 2:
         hint = " Dense prediction (a class for every pixel or token) is not supported." if logits.ndim > 2 else ""
         raise BatchError(f"The logits have shape {tuple(logits.shape)}; they must be (samples, classes).{hint}")
-    if logits.shape[1] < 2:
-        raise BatchError(
-            "The logits have one column. Cross-entropy needs a column for every class; for two classes train with two "
-            "logits, or wrap the model as torch.cat([-logit / 2, logit / 2], dim=1)."
-        )
     if not len(logits):
         raise BatchError("A batch has no samples.")
     if not logits.isfinite().all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def tail_curvatures(name: str, slopes: Tensor, output: Tensor) -> Tensor | None:
     """
     if not slopes.requires_grad:
         return None
-    if differentiable_once(slopes):
+    if differentiable_once([slopes]):
         raise NotClosedFormError(_no_second_derivative(name, "a custom function marked once_differentiable"))
     return _second_derivative(name, slopes, output, torch.ones_like(slopes))
 
@@ -73,16 +74,51 @@ def channel_map(features: Tensor, output: Tensor, slopes: Tensor) -> Tensor:
         >>> channel_map(g, z, tail_slopes("conv", g, z))
         tensor([2, 3, 4])
     """
-    index = torch.arange(features.shape[1], dtype=features.dtype, device=features.device)
-    pulled = _pull_back(features, output, index.expand_as(features))
+    pulled = _pull_back(features, output, _entries(features))
     a = slopes.detach()
-    weighted = torch.zeros_like(a) if pulled is None else pulled.detach()
+    return _channels(a, torch.zeros_like(a) if pulled is None else pulled.detach(), features.shape[1])
+
+
+def why_not_closed_form(outputs: Mapping[str, Tensor], features: Tensor) -> dict[str, str]:
+    """Layers that fail the first-order condition, and how; three backward passes for all of them together.
+
+    A quick look, so that most layers of a deep network need no closer one; it certifies nothing.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> why_not_closed_form({"conv": z}, z.mean(2))
+        {}
+    """
+    nodes = list(outputs.values())
+    if not features.requires_grad:
+        return {name: _no_graph(name) for name in outputs}
+    u = random_like(features)
+    ones, entries, random = (
+        torch.autograd.grad(features, nodes, cotangent, retain_graph=True, allow_unused=True)
+        for cotangent in (torch.ones_like(features), _entries(features), u)
+    )
+    failures = {}
+    for (name, output), a, weighted, found in zip(outputs.items(), ones, entries, random, strict=True):
+        if a is None or weighted is None or found is None:
+            failures[name] = _no_graph(name)
+            continue
+        deviation = _deviation(found, _per_channel(u, _channels(a, weighted, features.shape[1]), output) * a)
+        if not deviation <= _tolerance(features):
+            failures[name] = _channels_mix(name, deviation)
+    return failures
+
+
+def _entries(features: Tensor) -> Tensor:
+    return torch.arange(features.shape[1], dtype=features.dtype, device=features.device).expand_as(features)
+
+
+def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
     scale = a.abs().amax()  # products of tiny slopes must not underflow
     a, weighted = (t.double() / scale.clamp_min(torch.finfo(a.dtype).tiny) for t in (a, weighted))
     over = [dimension for dimension in range(a.ndim) if dimension != 1]
     length = a.square().sum(over)
     entries = ((weighted * a).sum(over) / length).round()
-    known = (length > 0) & (entries >= 0) & (entries < features.shape[1])
+    known = (length > 0) & (entries >= 0) & (entries < num_features)
     return torch.where(known, entries, -1).long()
 
 
@@ -111,12 +147,7 @@ def certify_channels(name: str, features: Tensor, output: Tensor, slopes: Tensor
     found = torch.zeros_like(a) if pulled is None else pulled.detach()
     deviation = _deviation(found, _per_channel(u, channels, output) * a)
     if not deviation <= _tolerance(features):
-        raise NotClosedFormError(
-            f"Layer '{name}': between this layer and the classifier the channels (or positions, or samples) mix, so "
-            f"the closed form does not hold (relative deviation {deviation:.1e}). It needs operations that act on "
-            "every channel by itself, then global pooling: no further convolution, linear layer, flattening of a map, "
-            "or normalisation across channels. Choose the last convolution before the pooling with layers=."
-        )
+        raise NotClosedFormError(_channels_mix(name, deviation))
     return deviation
 
 
@@ -158,11 +189,13 @@ def certify_curvatures(
     return deviation
 
 
-def certify_gradient(name: str, logits: Tensor, output: Tensor, slopes: Tensor, columns: Tensor) -> float:
+def certify_gradient(
+    name: str, logits: Tensor, output: Tensor, slopes: Tensor, columns: Tensor, shift_invariant: bool = True
+) -> float:
     """Certify tail and head together: pulling random ``u`` back from the logits must give ``(uᵀV)[s] a[s, p]``.
 
-    Here something shows that changes gradients and no values. ``u`` adds up to zero over the classes, as
-    cross-entropy does not see a number added to all logits of a sample.
+    Here something shows that changes gradients and no values. ``u`` adds up to zero over the classes for a loss that
+    does not see a number added to all logits of a sample, like cross-entropy.
 
     Returns:
         The largest deviation found, relative to the largest entry.
@@ -176,7 +209,8 @@ def certify_gradient(name: str, logits: Tensor, output: Tensor, slopes: Tensor, 
         True
     """
     u = random_like(logits)
-    u = u - u.mean(1, keepdim=True)
+    if shift_invariant:
+        u = u - u.mean(1, keepdim=True)
     pulled: Tensor | None
     (pulled,) = torch.autograd.grad(logits, output, u, retain_graph=True, allow_unused=True)
     found = torch.zeros_like(slopes) if pulled is None else pulled
@@ -234,14 +268,14 @@ def _second_derivative(name: str, slopes: Tensor, output: Tensor, vector: Tensor
     return result
 
 
-def differentiable_once(derivative: Tensor) -> bool:
-    """Whether a first derivative hides that a custom function behind it cannot be differentiated again.
+def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
+    """Whether first derivatives hide that a custom function behind it cannot be differentiated again.
 
     Autograd raises an error only when it passes the mark that such a function leaves, and there is no way past it to
     the layer's output; so the mark itself is looked for.
     """
     seen: set[Any] = set()
-    nodes = [derivative.grad_fn]
+    nodes = [derivative.grad_fn for derivative in derivatives]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -251,6 +285,15 @@ def differentiable_once(derivative: Tensor) -> bool:
             return True
         nodes += [following for following, _ in node.next_functions]
     return False
+
+
+def _channels_mix(name: str, deviation: float) -> str:
+    return (
+        f"Layer '{name}': between this layer and the classifier the channels (or positions, or samples) mix, so the "
+        f"closed form does not hold (relative deviation {deviation:.1e}). It needs operations that act on every "
+        "channel by itself, then global pooling: no further convolution, linear layer, flattening of a map, or "
+        "normalisation across channels. Choose the last convolution before the pooling with layers=."
+    )
 
 
 def _no_second_derivative(name: str, what: str) -> str:

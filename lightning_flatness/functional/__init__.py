@@ -14,14 +14,24 @@ One set of letters is used throughout:
 ====================  ==========================================================================================
 """
 
-from lightning_flatness.functional.closed_form import closed_form_block_traces
-from lightning_flatness.functional.cross_entropy import cross_entropy_column, cross_entropy_derivatives
+from lightning_flatness.functional.closed_form import closed_form_block_traces, closed_form_residual
+from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
+from lightning_flatness.functional.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    CustomLoss,
+    Loss,
+    LossDerivatives,
+    MeanSquaredError,
+    find_loss,
+)
 from lightning_flatness.functional.measures import (
     filter_flatness,
     filter_traces,
     hessian_trace,
     layerwise_flatness,
+    measures_of,
     neuronwise_flatness,
     relative_flatness,
     weight_gram,
@@ -29,21 +39,33 @@ from lightning_flatness.functional.measures import (
 )
 from lightning_flatness.functional.patches import (
     ConvolutionGeometry,
+    contraction_costs,
     patch_gram,
     patch_square_norms,
     patches,
 )
 
 __all__ = [
+    "BinaryCrossEntropy",
+    "ClassCurvature",
     "ConvolutionGeometry",
+    "CrossEntropy",
+    "Curvature",
+    "CustomLoss",
+    "DenseCurvature",
+    "Loss",
+    "LossDerivatives",
+    "MeanSquaredError",
     "closed_form_block_traces",
-    "cross_entropy_column",
-    "cross_entropy_derivatives",
+    "closed_form_residual",
+    "contraction_costs",
     "filter_flatness",
     "filter_traces",
+    "find_loss",
     "gauss_newton_block_traces",
     "hessian_trace",
     "layerwise_flatness",
+    "measures_of",
     "neuronwise_flatness",
     "patch_gram",
     "patch_square_norms",

@@ -7,8 +7,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_flatness.functional.curvature import Curvature
 from lightning_flatness.functional.patches import (
     ConvolutionGeometry,
+    contraction_costs,
     patch_gram,
     patch_square_norms,
     patches,
@@ -25,95 +27,127 @@ def closed_form_block_traces(
     geometry: ConvolutionGeometry,
     slopes: Tensor,
     head: Tensor,
-    probabilities: Tensor,
-    curvatures: Tensor | None = None,
-    residual: Tensor | None = None,
+    curvature: Curvature,
+    tolerance: float = 0.0,
+    diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Block traces of the full Hessian, summed over the samples of a batch (cross-entropy).
+    r"""Block traces of the Hessian, summed over the samples of a batch, for piecewise-linear activations.
 
     .. math::
-        T = \sum_n (V^\top \Lambda V) \circ (a \Gamma a^\top) + \mathrm{diag}\Big(r_s \sum_p a'[s,p]\,\Gamma[p,p]\Big)
+        T = \sum_n (V^\top \Lambda V) \circ (a \Gamma a^\top)
 
-    with slopes ``a[s, p] = dg[c(s)] / dz[s, p]``, curvatures ``a' = da / dz``, patch Gram matrix ``Γ``, classifier
-    columns ``V[:, s] = weight[:, c(s)]`` and ``r = Vᵀ dloss/df``. Exact when the classifier's input ``g[c(s)]`` is a
-    sum of functions of single entries ``z[s, p]``. Source: Taleghani et al. 2026 (arXiv 2603.09016) for ReLU; the
-    residual term and the derivation are in ``docs/theory.md``.
+    with slopes ``a[s, p] = dg[c(s)] / dz[s, p]``, patch Gram matrix ``Γ`` and classifier columns ``V[:, s] = weight[:,
+    c(s)]``. Exact when the classifier's input ``g[c(s)]`` is a sum of piecewise-linear functions of single entries
+    ``z[s, p]``; for curved ones add :func:`closed_form_residual`. Source: Taleghani et al. 2026 (arXiv 2603.09016) for
+    ReLU; the derivation is in ``docs/theory.md``.
 
     Args:
         inputs: what the convolution reads, ``(N, C, *spatial)``.
         geometry: of the convolution.
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``.
-        probabilities: softmax of the logits, ``(N, K)``.
-        curvatures: ``a'``, ``(N, S, *output)``, or None where it vanishes (piecewise-linear tails).
-        residual: ``dloss/df``, ``(N, K)``; needed with ``curvatures``.
+        curvature: ``Λ``, of ``N`` samples.
+        tolerance: leave out the classes that add no more than this part of every sample's trace. The diagonal stays
+            exact; the entries off the diagonal change by a matrix of at most ``tolerance`` times the trace in nuclear
+            norm.
+        diagonal: only ``T[s, s]``, which is much less work.
         chunk_size: samples taken at a time; by default as many as fit a small budget. The result does not depend on it
             beyond rounding, memory does.
 
     Returns:
-        float64 ``(G, S/G, S/G)``, symmetric; the sum over samples, not the mean.
-
-    Raises:
-        ValueError: ``curvatures`` without ``residual``.
+        float64 ``(G, S/G, S/G)``, symmetric; with ``diagonal``, ``(G, S/G)``. The sum over samples, not the mean.
 
     Example:
+        >>> from lightning_flatness.functional import ClassCurvature
         >>> x, w = torch.randn(2, 3, 6, 6).double(), torch.randn(4, 3, 3, 3).double()
         >>> z = torch.conv2d(x, w, padding=1)
         >>> geometry = ConvolutionGeometry(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
         >>> slopes = (z > 0).double() / 36  # ReLU and global average pooling
         >>> V, pi = torch.randn(5, 4).double(), torch.full((2, 5), 0.2).double()
-        >>> closed_form_block_traces(x, geometry, slopes, V, pi).shape
+        >>> closed_form_block_traces(x, geometry, slopes, V, ClassCurvature(pi, pi)).shape
         torch.Size([1, 4, 4])
     """
-    if curvatures is not None and residual is None:
-        raise ValueError("closed_form_block_traces: curvatures need the residual dloss/df, that is, the targets.")
     samples, filters = slopes.shape[:2]
     groups = geometry.groups
     per_group = filters // groups
     slopes = slopes.reshape(samples, groups, per_group, -1)
     positions = slopes.shape[3]
     patch_length = inputs.shape[1] // groups * prod(geometry.kernel_size)
-    by_gram = _gram_is_cheaper(positions, patch_length, per_group)
+    by_gram, by_sum = contraction_costs(positions, patch_length, per_group, diagonal=diagonal)
+    use_gram = by_gram <= by_sum
     budget = CHUNK_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
     # T is made in strips of rows, from the diagonal to the right: a strip of some samples stays in the cache.
     strip = max(32, min(per_group, budget // (2 * SAMPLES_IN_CACHE * per_group)))
     if chunk_size is None:
-        patch_elements = groups * positions * (positions if by_gram else patch_length)
+        patch_elements = groups * positions * (positions if use_gram else patch_length)
         elements = 2 * groups * strip * per_group + head.shape[0] * filters + patch_elements
         chunk_size = max(1, budget // elements)
 
+    head, floor = curvature.centred(head), curvature.floor
+    of_filters = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
     total = torch.zeros(groups, per_group, per_group, dtype=torch.float64, device=inputs.device)
+    shared = torch.zeros_like(total, dtype=head.dtype)  # what the floor is multiplied with
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
         left = right = slopes[chunk]
-        if by_gram:
+        if use_gram:
             right = left @ patch_gram(inputs[chunk], geometry)
         else:
             left = right = left @ patches(inputs[chunk], geometry).mT  # (N, G, s, D): sum_p a[s, p] phi[p]
-        pi = probabilities[chunk]
-        mean = pi.to(head.dtype) @ head
-        # Centred columns: VᵀΛV = BᵀB without the cancellation of diag(π) - π πᵀ.
-        centred = (head - mean[:, None, :]) * pi.sqrt().to(head.dtype)[:, :, None]
-        columns = centred.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # (N, G, s, K)
+        scales = (left * right).sum(3)  # the diagonal of aΓaᵀ
+        if diagonal:
+            centred = curvature[chunk].diagonal(head).unflatten(1, (groups, per_group))
+            of_filters += (centred * scales).sum(0)
+            continue
+        projected = curvature[chunk].project(head, scales.flatten(1), tolerance)
+        columns = projected.columns.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # (N, G, s, C)
+        signed = columns if projected.signs is None else columns * projected.signs[:, None, None]
         for row in range(0, per_group, strip):
             rows, rest = slice(row, row + strip), slice(row, None)
-            products = columns[:, :, rows] @ columns[:, :, rest].mT
-            products *= right[:, :, rows] @ left[:, :, rest].mT
+            features = right[:, :, rows] @ left[:, :, rest].mT
+            products = columns[:, :, rows] @ signed[:, :, rest].mT
+            products *= features
             total[:, rows, rest] += products.sum(0, dtype=torch.float64)
-    total = total.triu() + total.triu(1).mT
+            if floor is not None:
+                shared[:, rows, rest] += torch.einsum("n,ngst->gst", floor[chunk].to(features.dtype), features)
+        if projected.rest is not None:
+            of_filters += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
+    if diagonal:
+        return of_filters
+    total += torch.diag_embed(of_filters)
+    if floor is not None:
+        by_group = head.unflatten(1, (groups, per_group)).permute(1, 2, 0)  # (G, s, K)
+        total += (by_group @ by_group.mT).double() * shared
+    return total.triu() + total.triu(1).mT
 
-    if curvatures is not None and residual is not None:
-        a_prime = curvatures.reshape(samples, groups, per_group, positions).double()
-        norms = patch_square_norms(inputs, geometry).double()
-        pulled = (residual.double() @ head.double()).unflatten(1, (groups, per_group))
-        diagonal = (pulled * torch.einsum("ngsp,ngp->ngs", a_prime, norms)).sum(0)
-        total += torch.diag_embed(diagonal)
-    return total
 
+def closed_form_residual(
+    inputs: Tensor, geometry: ConvolutionGeometry, curvatures: Tensor, head: Tensor, residual: Tensor
+) -> Tensor:
+    r"""What curved activations add to the diagonal of the block traces, ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]``.
 
-def _gram_is_cheaper(positions: int, patch_length: int, per_group: int) -> bool:
-    """Whether ``a Γ aᵀ`` needs fewer multiplications than ``m mᵀ`` with ``m[s] = sum_p a[s, p] phi[p]``."""
-    by_gram = positions**2 * (patch_length + per_group) + positions * per_group**2
-    by_sum = per_group * patch_length * (positions + per_group)
-    return by_gram <= by_sum
+    Args:
+        inputs: what the convolution reads, ``(N, C, *spatial)``.
+        geometry: of the convolution.
+        curvatures: ``a' = da / dz``, ``(N, S, *output)``.
+        head: ``V``, ``(K, S)``; ``r = Vᵀ dloss/df``.
+        residual: ``dloss/df``, ``(N, K)``.
+
+    Returns:
+        float64 ``(G, S/G)``.
+
+    Example:
+        >>> x = torch.randn(2, 3, 6, 6).double()
+        >>> geometry = ConvolutionGeometry(kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1))
+        >>> a_prime, V, residual = torch.ones(2, 4, 6, 6), torch.randn(5, 4), torch.randn(2, 5)
+        >>> closed_form_residual(x, geometry, a_prime, V, residual).shape
+        torch.Size([1, 4])
+    """
+    samples, filters = curvatures.shape[:2]
+    by_group = (geometry.groups, filters // geometry.groups)
+    a_prime = curvatures.reshape(samples, *by_group, -1).double()
+    norms = patch_square_norms(inputs, geometry).double()
+    pulled = (residual.double() @ head.double()).unflatten(1, by_group)
+    diagonal: Tensor = (pulled * torch.einsum("ngsp,ngp->ngs", a_prime, norms)).sum(0)
+    return diagonal

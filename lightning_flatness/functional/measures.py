@@ -1,7 +1,8 @@
 """Flatness measures: contractions ``sum(Q * T)`` of the block traces with a matrix built from the weights alone.
 
 ``T`` and the weight Gram matrix have shape ``(G, S/G, S/G)``: in a grouped convolution, filters of different groups see
-different inputs, so pairs across groups do not enter (``docs/theory.md``, "Groups").
+different inputs, so pairs across groups do not enter (``docs/theory.md``, "Groups"). All but relative flatness need
+their diagonals only, and take these, ``(G, S/G)``, as well.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 
 
-def weight_gram(weight: Tensor, groups: int = 1) -> Tensor:
+def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tensor:
     """Inner products ``<w_s, w_s'>`` of the filters of one layer, within groups.
 
     Args:
         weight: the kernel, shape ``(S, C/G, *kernel_size)`` (or any ``(S, ...)``).
         groups: the number of groups ``G`` of the convolution.
+        diagonal: only the squared norms.
 
     Returns:
-        float64 tensor of shape ``(G, S/G, S/G)``.
+        float64 tensor of shape ``(G, S/G, S/G)``, or ``(G, S/G)`` for the diagonal.
 
     Example:
         >>> weight_gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
@@ -26,7 +28,7 @@ def weight_gram(weight: Tensor, groups: int = 1) -> Tensor:
                  [6., 9.]]], dtype=torch.float64)
     """
     rows = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
-    return rows @ rows.mT
+    return rows.square().sum(2) if diagonal else rows @ rows.mT
 
 
 def weight_norm(gram: Tensor) -> Tensor:
@@ -106,5 +108,25 @@ def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
     return _diagonal(gram).sum() * hessian_trace(block_traces)
 
 
+def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    """All measures, and the weight norm, by name; from diagonals, all but relative flatness.
+
+    Example:
+        >>> sorted(measures_of(torch.ones(1, 2), torch.ones(1, 2)))
+        ['hessian_trace', 'layerwise_flatness', 'neuronwise_flatness', 'weight_norm']
+    """
+    found = {
+        "hessian_trace": hessian_trace(block_traces),
+        "neuronwise_flatness": neuronwise_flatness(block_traces, gram),
+        "layerwise_flatness": layerwise_flatness(block_traces, gram),
+        "weight_norm": weight_norm(gram),
+    }
+    if block_traces.ndim == 3:
+        found["relative_flatness"] = relative_flatness(block_traces, gram)
+    return found
+
+
 def _diagonal(matrices: Tensor) -> Tensor:
+    if matrices.ndim == 2:
+        return matrices
     return torch.diagonal(matrices, dim1=-2, dim2=-1)

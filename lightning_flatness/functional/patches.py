@@ -121,3 +121,21 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 def _at(tensor: Tensor, window: tuple[slice, ...]) -> Tensor:
     index: tuple[slice | EllipsisType, ...] = (..., *window)
     return tensor[index]
+
+
+def contraction_costs(
+    positions: int, patch_length: int, filters: int, columns: int = 1, diagonal: bool = False
+) -> tuple[int, int]:
+    """Multiplications for the products of ``columns`` sets of slopes with patches, of one sample and group.
+
+    Returns:
+        ``δ Γ δᵀ`` by the patch Gram matrix, and ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``.
+
+    Example:
+        >>> contraction_costs(positions=4, patch_length=9, filters=2)
+        (192, 108)
+    """
+    width = 1 if diagonal else filters
+    by_gram = positions**2 * (patch_length + columns * filters) + columns * positions * filters * width
+    by_sum = columns * filters * patch_length * (positions + width)
+    return by_gram, by_sum

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_flatness.capture import MEASURES
 from lightning_flatness.errors import BatchError
-from lightning_flatness.functional import (
-    hessian_trace,
-    layerwise_flatness,
-    neuronwise_flatness,
-    relative_flatness,
-    weight_norm,
-)
+from lightning_flatness.functional import measures_of
 
 
 class FlatnessMetric(Metric):
@@ -27,6 +22,7 @@ class FlatnessMetric(Metric):
     Args:
         num_filters: ``S``.
         groups: ``G`` of the convolution.
+        diagonal: keep the diagonal of the block traces only; there is no relative flatness then.
         kwargs: of ``torchmetrics.Metric``.
 
     Raises:
@@ -50,23 +46,42 @@ class FlatnessMetric(Metric):
     block_traces: Tensor
     weight_gram: Tensor
     num_samples: Tensor
+    normalizer: Tensor
+    variances: Tensor
 
-    def __init__(self, num_filters: int, groups: int = 1, **kwargs: Any) -> None:
+    def __init__(self, num_filters: int, groups: int = 1, diagonal: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if groups < 1 or num_filters < 1 or num_filters % groups:
             raise BatchError(f"num_filters={num_filters} must be a positive multiple of groups={groups}.")
-        shape = (groups, num_filters // groups, num_filters // groups)
-        self.add_state("block_traces", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("weight_gram", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_samples", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        shape: tuple[int, ...] = (groups, num_filters // groups)
+        if not diagonal:
+            shape = (*shape, shape[-1])
+        sizes = {
+            "block_traces": shape,
+            "weight_gram": shape,
+            "num_samples": (),
+            "normalizer": (),
+            "variances": (len(MEASURES),),
+        }
+        for name, size in sizes.items():
+            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, block_traces: Tensor, weight_gram: Tensor, num_samples: int) -> None:
+    def update(
+        self,
+        block_traces: Tensor,
+        weight_gram: Tensor,
+        num_samples: int,
+        normalizer: float | None = None,
+        variances: Tensor | None = None,
+    ) -> None:
         """Add one batch.
 
         Args:
-            block_traces: ``(G, S/G, S/G)``, float64, summed over the batch's samples.
+            block_traces: ``(G, S/G, S/G)``, float64, summed over the batch's samples; with ``diagonal``, ``(G, S/G)``.
             weight_gram: inner products of the filters, same shape, times the number of samples.
             num_samples: in the batch.
+            normalizer: what the sum over samples is to be divided by; the number of samples by default.
+            variances: ``(4,)``, of the four measures of the batch's sum where it is an estimate.
         """
         if self.block_traces.dtype != torch.float64:
             raise BatchError(
@@ -83,20 +98,23 @@ class FlatnessMetric(Metric):
         self.block_traces = self.block_traces + block_traces.to(self.block_traces)
         self.weight_gram = self.weight_gram + weight_gram.to(self.weight_gram)
         self.num_samples = self.num_samples + num_samples
+        self.normalizer = self.normalizer + (num_samples if normalizer is None else normalizer)
+        if variances is not None:
+            self.variances = self.variances + variances.to(self.variances)
 
     def compute(self) -> dict[str, Tensor]:
         """The measures over all samples, float64 scalars by name."""
-        block_traces, gram = self.means()
-        return {
-            "hessian_trace": hessian_trace(block_traces),
-            "relative_flatness": relative_flatness(block_traces, gram),
-            "neuronwise_flatness": neuronwise_flatness(block_traces, gram),
-            "layerwise_flatness": layerwise_flatness(block_traces, gram),
-            "weight_norm": weight_norm(gram),
-        }
+        return measures_of(*self.means())
 
     def means(self) -> tuple[Tensor, Tensor]:
         """``T`` and the weight Gram matrix, averaged over the samples of the present (local or synced) states."""
-        if not bool(self.num_samples > 0):
-            raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
-        return self.block_traces / self.num_samples, self.weight_gram / self.num_samples
+        if not bool(self.normalizer > 0):
+            raise BatchError(
+                "No sample was measured, so there is no flatness. Is the data set empty, or are all targets ignored?"
+            )
+        return self.block_traces / self.normalizer, self.weight_gram / self.num_samples
+
+    def standard_errors(self) -> dict[str, float]:
+        """Of the measures, by name, as far as probes leave them uncertain, in the present states; zero where exact."""
+        errors = (self.variances.sqrt() / self.normalizer).tolist()
+        return dict(zip(MEASURES, errors, strict=True))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 from torch import Tensor, nn
 
-from lightning_flatness.capture import FlatnessObserver, random_states_kept
+from lightning_flatness.capture import MEASURES, FlatnessObserver, Options, random_states_kept
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
@@ -19,11 +23,11 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo
 class Measurement:
     """One measurement in progress: an observer of the model and a metric for every layer.
 
+    When memory runs out, a batch is measured in halves, and so are those that follow; the numbers are the same.
+
     Args:
-        model: see :class:`~lightning_flatness.FlatnessObserver`; so are ``layers`` and ``loss``.
-        layers: which layers.
-        loss: which loss.
-        strict: refuse layers whose number would not be exact.
+        model: see :class:`~lightning_flatness.FlatnessObserver`.
+        options: its keyword arguments.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -33,33 +37,65 @@ class Measurement:
         5
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: str | Sequence[str] = "last",
-        loss: str = "cross_entropy",
-        strict: bool = False,
-    ) -> None:
-        self._observer = FlatnessObserver(model, layers, loss, strict)
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self._observer = FlatnessObserver(model, **options)
+        self._diagonal = Options(**options).diagonal
         self._metrics: dict[str, FlatnessMetric] = {}
+        self._at_a_time: int | None = None  # samples; None for all of a batch
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
         """How every layer is measured; empty before the first batch."""
         return self._observer.layers
 
-    def update(self, inputs: Any, targets: Tensor | None = None) -> None:
-        """Add one batch; one without samples adds nothing."""
+    def update(
+        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Add one batch; one without samples adds nothing.
+
+        Raises:
+            BatchError: memory runs out for half of it, too.
+        """
         sizes: list[int] = []
         apply_to_collection(inputs, Tensor, lambda tensor: sizes.append(tensor.shape[0] if tensor.ndim else 1))
-        if sizes and not max(sizes):
+        samples = max(sizes, default=1)
+        if not samples:
             return
-        for name, statistics in self._observer(inputs, targets).items():
+        if self._at_a_time is None:
+            if self._fits(inputs, targets, advance):
+                return
+            self._at_a_time = max(1, samples // 2)
+        for start in range(0, samples, self._at_a_time):
+            chunk = slice(start, start + self._at_a_time)
+
+            def part(tensor: Tensor, chunk: slice = chunk) -> Tensor:
+                return tensor[chunk] if tensor.ndim and tensor.shape[0] == samples else tensor
+
+            if not self._fits(
+                apply_to_collection(inputs, Tensor, part), None if targets is None else part(targets), advance
+            ):
+                largest = max(self.layers.values(), key=lambda info: info.memory, default=None)
+                where = "" if largest is None else f" The largest layer is '{largest.name}'."
+                raise BatchError(
+                    f"Out of memory while measuring, with {self._at_a_time} samples at a time too.{where} Use smaller "
+                    "batches, fewer layers (layers=), or measures=('hessian_trace',), which keeps diagonals only."
+                )
+
+    def _fits(self, inputs: Any, targets: Tensor | None, advance: Callable[[int, int], None] | None) -> bool:
+        """Add samples; False, with nothing added, if memory runs out."""
+        try:
+            statistics = self._observer(inputs, targets, advance)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            return False
+        for name, values in statistics.items():
             if name not in self._metrics:
                 info = self._observer.layers[name]
-                metric = FlatnessMetric(info.num_filters, info.groups)
-                self._metrics[name] = metric.to(statistics.block_traces.device)
-            self._metrics[name].update(*statistics)
+                metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal)
+                self._metrics[name] = metric.to(values.block_traces.device)
+            self._metrics[name].update(*values)
+        return True
 
     def report(self) -> FlatnessReport:
         """The flatness over all batches so far, of all ranks. Call it on every rank or on none.
@@ -75,6 +111,7 @@ class Measurement:
         measures = {key: float(value) for key, value in metric.compute().items()}
         with metric.sync_context():
             block_traces, gram = (mean.cpu() for mean in metric.means())
+            standard_errors = metric.standard_errors()
             num_samples = int(metric.num_samples)
         return LayerFlatness(
             block_traces=block_traces,
@@ -82,7 +119,8 @@ class Measurement:
             filter_flatness=filter_flatness(block_traces, gram),
             num_samples=num_samples,
             info=self._observer.layers[name],
-            **measures,
+            standard_errors={key: error for key, error in standard_errors.items() if key in measures},
+            **{"relative_flatness": math.nan, **measures},
         )
 
 
@@ -91,8 +129,17 @@ def measure_flatness(
     batches: Iterable[Any],
     *,
     layers: str | Sequence[str] = "last",
-    loss: str = "cross_entropy",
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    label_smoothing: float = 0.0,
+    class_weight: Sequence[float] | Tensor | None = None,
+    ignore_index: int = -100,
+    measures: Sequence[str] = MEASURES,
+    tolerance: float = 0.01,
+    residual: Literal["hutchinson"] | None = None,
+    num_probes: int = 16,
+    seed: int = 0,
     strict: bool = False,
+    progress: bool | None = None,
 ) -> FlatnessReport:
     """Flatness of convolutions and linear layers over all batches: exact where that is certified, else labelled.
 
@@ -101,21 +148,37 @@ def measure_flatness(
 
     Args:
         model: any module that returns logits ``(N, K)``.
-        batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or inputs alone, where all activations between the
-            layer and the classifier are piecewise linear. Tensors are moved to the model's device.
+        batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or inputs alone, where neither the loss's curvature
+            nor a curved activation needs targets. Tensors are moved to the model's device.
         layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
             and linear layer; or names or glob patterns.
-        loss: ``"cross_entropy"``.
-        strict: raise an error instead of giving the Gauss-Newton part where that is not the whole Hessian.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` (several labels, each yes or no; with logits) or
+            ``"mse"``, all averaged as in torch; a loss module of torch with a mean; or a function from ``(logits,
+            targets)`` to the loss of every sample, ``(N,)``, of which the mean is measured.
+        label_smoothing: of cross-entropy; this and the next two as in ``torch.nn.CrossEntropyLoss``.
+        class_weight: of cross-entropy, ``(K,)``.
+        ignore_index: of cross-entropy.
+        measures: without ``"relative_flatness"`` only diagonals of the block traces are kept, which takes less time and
+            memory.
+        tolerance: with 128 classes or more, layers under Gauss-Newton sample the classes that carry little mass, until
+            trace and relative flatness have this relative standard error; such numbers are not called exact. 0, or
+            ``strict``, takes every class.
+        residual: ``"hutchinson"`` estimates the part of the Hessian that Gauss-Newton leaves out, by random probes;
+            ``layer.standard_errors`` tells how well.
+        num_probes: for that, probes for every layer and batch.
+        seed: of the probes.
+        strict: raise an error instead of giving a number that is not the Hessian's.
+        progress: show a progress bar; by default in a terminal.
 
     Returns:
         A :class:`~lightning_flatness.FlatnessReport`.
 
     Raises:
+        FlatnessError: options that cannot be.
         LayerSelectionError: no such layer, it never runs, does more than convolve, its weight is used elsewhere too,
             samples mix, or the forward is random.
         NotExactError: with ``strict``, a number would not be the Hessian's.
-        BatchError: logits, targets or weights that cannot be measured; no batches.
+        BatchError: logits, targets or weights that cannot be measured; no batches; no memory.
 
     Source:
         Taleghani et al. 2026 (arXiv 2603.09016); Petzka et al. 2021 (arXiv 2001.00939), Definition 3.
@@ -126,14 +189,42 @@ def measure_flatness(
         >>> report.layers["0"].exact, report.layers["0"].block_traces.shape
         (True, torch.Size([1, 4, 4]))
     """
-    measurement = Measurement(model, layers, loss, strict)
+    measurement = Measurement(
+        model,
+        layers=layers,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        measures=measures,
+        tolerance=tolerance,
+        residual=residual,
+        num_probes=num_probes,
+        seed=seed,
+        strict=strict,
+    )
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    with random_states_kept(model):  # a DataLoader draws its seed when it is iterated
-        for batch in batches:
+    with ExitStack() as stack:
+        bar = stack.enter_context(_progress_bar(progress))
+        task = bar.add_task("Flatness", total=len(batches) if isinstance(batches, Sized) else None)
+        stack.enter_context(random_states_kept(model))  # a DataLoader draws its seed when it is iterated
+        for index, batch in enumerate(batches):
             inputs, targets = split_batch(batch)
             inputs = apply_to_collection(inputs, Tensor, lambda tensor: tensor.to(device))
-            measurement.update(inputs, None if targets is None else targets.to(device))
+
+            def advance(done: int, total: int, index: int = index) -> None:
+                bar.update(task, completed=index + done / total)
+
+            measurement.update(inputs, None if targets is None else targets.to(device), advance)
+            bar.update(task, completed=index + 1)
     return measurement.report()
+
+
+def _progress_bar(show: bool | None) -> Progress:
+    console = Console(stderr=True)
+    show = console.is_terminal if show is None else show
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not show)
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:

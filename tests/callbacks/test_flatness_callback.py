@@ -629,7 +629,7 @@ def test_targets_that_are_not_classes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "mse"}, "loss='mse' is not known"),
+        ({"loss": "hinge"}, "loss='hinge' is not known"),
         ({"layers": []}, r"layers=\[\]"),
         ({"layers": ""}, "layers=''"),
         ({"data": "test"}, "'val' or 'train', not 'test'"),

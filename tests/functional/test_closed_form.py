@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lightning_flatness.functional import (
+    ClassCurvature,
     ConvolutionGeometry,
+    CrossEntropy,
     closed_form_block_traces,
-    cross_entropy_derivatives,
+    closed_form_residual,
+    contraction_costs,
     patches,
 )
 
@@ -31,16 +34,13 @@ class Arguments:
     residual: Tensor | None
 
     def traces(self, **kwargs):
-        return closed_form_block_traces(
-            self.inputs,
-            self.geometry,
-            self.slopes,
-            self.head,
-            self.probabilities,
-            self.curvatures,
-            self.residual,
-            **kwargs,
-        )
+        curvature = ClassCurvature(self.probabilities, self.probabilities)
+        arguments = (self.inputs, self.geometry, self.slopes, self.head, curvature)
+        total = closed_form_block_traces(*arguments, **kwargs)
+        if self.curvatures is None:
+            return total
+        added = closed_form_residual(self.inputs, self.geometry, self.curvatures, self.head, self.residual)
+        return total + (added if kwargs.get("diagonal") else torch.diag_embed(added))
 
     def sample(self, n):
         names = ("inputs", "slopes", "probabilities", "curvatures", "residual")
@@ -61,13 +61,13 @@ def random_arguments(dims=2, groups=1, per_group=3, channels=2, samples=5, class
     filters = groups * per_group
     targets = torch.arange(samples) % classes
     logits = confidence * torch.nn.functional.one_hot(targets, classes) + torch.randn(samples, classes)
-    probabilities, residual = cross_entropy_derivatives(logits, targets)
+    curvature, residual, *_ = CrossEntropy()(logits, targets)
     return Arguments(
         torch.randn(samples, groups * channels, *[size] * dims).double(),
         geometry,
         torch.randn(samples, filters, *output).double(),
         torch.randn(classes, filters).double(),
-        probabilities,
+        curvature.weights,
         torch.randn(samples, filters, *output).double(),
         residual,
     )
@@ -129,12 +129,16 @@ def test_a_batch_is_the_sum_of_its_samples(given):
     assert_traces_close(one_by_one, given.traces())
 
 
+def route(by_gram):
+    return lambda *args, **kwargs: (0, 1) if by_gram else (1, 0)
+
+
 @given(given=arguments())
 def test_gram_route_and_summed_route_agree(given):
     found = {}
     for by_gram in (True, False):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(MODULE, "_gram_is_cheaper", lambda *args, by_gram=by_gram: by_gram)
+            patched.setattr(MODULE, "contraction_costs", route(by_gram))
             # The route not taken must not run.
             patched.delattr(MODULE, "patches" if by_gram else "patch_gram")
             found[by_gram] = given.traces()
@@ -147,9 +151,35 @@ def test_it_is_symmetric(given):
     assert_traces_close(traces, traces.mT)
 
 
-def test_both_routes_are_chosen_somewhere():
-    assert MODULE._gram_is_cheaper(positions=16, patch_length=4608, per_group=512)
-    assert not MODULE._gram_is_cheaper(positions=3136, patch_length=27, per_group=32)
+def test_both_routes_are_cheaper_somewhere():
+    by_gram, by_sum = contraction_costs(positions=16, patch_length=4608, filters=512)
+    assert by_gram < by_sum
+    by_gram, by_sum = contraction_costs(positions=3136, patch_length=27, filters=32)
+    assert by_sum < by_gram
+
+
+@given(given=arguments())
+def test_the_diagonal_alone_is_the_diagonal(given):
+    traces = given.traces()
+    assert_close(
+        given.traces(diagonal=True),
+        traces.diagonal(dim1=1, dim2=2),
+        rtol=0,
+        atol=1e-12 * float(traces.abs().max()),
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_classes_that_hardly_matter_are_left_out(chunk_size):
+    given = random_arguments(classes=300, per_group=5, groups=2, confidence=0.0).without_curvatures()
+    given.probabilities = torch.softmax(6 * torch.randn(5, 300, dtype=torch.float64), dim=1)
+    whole = given.traces()
+    trace = float(whole.diagonal(dim1=1, dim2=2).sum())
+    for tolerance in (1e-3, 1e-6):
+        part = given.traces(tolerance=tolerance, chunk_size=chunk_size)
+        assert_close(part.diagonal(dim1=1, dim2=2), whole.diagonal(dim1=1, dim2=2), rtol=1e-10, atol=0)
+        error = float(torch.linalg.svdvals(part - whole).sum())
+        assert 0 < error <= 2 * tolerance * trace
 
 
 @pytest.mark.parametrize(("groups", "per_group"), [(1, 6), (2, 3), (6, 1)])
@@ -175,25 +205,15 @@ def test_groups_are_convolutions_side_by_side():
     assert_traces_close(given.traces(), torch.cat(halves))
 
 
-def test_without_curvatures_the_residual_does_not_matter():
-    given = random_arguments().without_curvatures()
-    assert_close(given.traces(), replace(given, residual=None).traces(), rtol=0, atol=0)
-
-
 def test_without_curvatures_it_is_positive_semidefinite():
     traces = random_arguments(per_group=6).without_curvatures().traces()
     assert torch.linalg.eigvalsh(traces).min() > -1e-12 * traces.abs().max()
 
 
-def test_curvatures_without_residual_are_refused():
-    with pytest.raises(ValueError, match=r"curvatures need the residual dloss/df"):
-        replace(random_arguments(), residual=None).traces()
-
-
 @pytest.mark.parametrize("by_gram", [True, False])
 @pytest.mark.parametrize("confidence", [0.0, 15.0, 20.0])  # 1 - π of 1e-6 at 15, 1e-8 at 20
 def test_float32_keeps_its_digits_for_confident_samples(monkeypatch, by_gram, confidence):
-    monkeypatch.setattr(MODULE, "_gram_is_cheaper", lambda *args: by_gram)
+    monkeypatch.setattr(MODULE, "contraction_costs", route(by_gram))
     given = random_arguments(classes=10, per_group=8, confidence=confidence)
     given.head += 3.0  # common to all classes, so the loss does not see it; differences of products would
     # The same numbers in both precisions, so that only the arithmetic differs.

@@ -4,7 +4,6 @@ from torch.testing import assert_close
 
 from lightning_flatness.functional import (
     ConvolutionGeometry,
-    cross_entropy_column,
     gauss_newton_block_traces,
     patches,
 )
@@ -32,7 +31,7 @@ def brute_force(calls, deltas):
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 100])
 def test_equals_the_sum_over_columns_of_j_jt(size, groups, chunk_size):
     inputs, geometry, delta = case(size, groups)
-    found = gauss_newton_block_traces([(inputs, geometry)], [delta], chunk_size)
+    found = gauss_newton_block_traces([(inputs, geometry)], [delta], chunk_size=chunk_size)
     assert_close(found, brute_force([(inputs, geometry)], [delta]), rtol=1e-12, atol=1e-12)
 
 
@@ -48,10 +47,21 @@ def test_calls_of_a_shared_layer_add_up_inside_j():
     assert float((found - apart).abs().max()) > 1.0
 
 
-@pytest.mark.parametrize("classes", [2, 3, 12])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 50.0])
-def test_columns_are_a_factor_of_the_curvature(classes, scale):
-    pi = torch.softmax(scale * torch.randn(6, classes, dtype=torch.float64), dim=1)
-    factor = torch.stack([cross_entropy_column(pi, index) for index in range(classes - 1)], dim=2)
-    expected = torch.diag_embed(pi) - pi[:, :, None] * pi[:, None, :]
-    assert_close(factor @ factor.mT, expected, rtol=1e-10, atol=1e-15)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [2, 9])
+def test_the_diagonal_alone_is_the_diagonal(groups, size):
+    inputs, geometry, delta = case(size, groups)
+    found = gauss_newton_block_traces([(inputs, geometry)], [delta], diagonal=True)
+    expected = gauss_newton_block_traces([(inputs, geometry)], [delta]).diagonal(dim1=1, dim2=2)
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_signs_of_columns_count():
+    inputs, geometry, delta = case(3)
+    signs = torch.ones(3, 5, dtype=torch.float64)
+    signs[1, 2:] = -1
+    negative = [delta[1:2, 2:]]
+    positive = gauss_newton_block_traces([(inputs, geometry)], [delta])
+    apart = gauss_newton_block_traces([(inputs[2:], geometry)], negative)
+    found = gauss_newton_block_traces([(inputs, geometry)], [delta], signs)
+    assert_close(found, positive - 2 * apart, rtol=1e-12, atol=1e-12)

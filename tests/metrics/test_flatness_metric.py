@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.metrics import Measurement, measurement
 
-STATES = ("block_traces", "weight_gram", "num_samples")
+STATES = ("block_traces", "weight_gram", "num_samples", "normalizer", "variances")
 
 
 def batch_statistics(seed, num_samples, filters=4, groups=2):

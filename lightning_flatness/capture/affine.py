@@ -1,0 +1,176 @@
+"""Is the Gauss-Newton block the Hessian's? Where the logits are affine in the layer's kernel, and that is certified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.capture.observation import ConvolutionCall, LayerObservation
+from lightning_flatness.capture.tail import differentiable_once, random_like
+from lightning_flatness.errors import LayerSelectionError
+
+Calls = Sequence[tuple[LayerObservation, ConvolutionCall]]  # what one layer did, an entry for every time it ran
+
+
+def nodes_of(layers: Mapping[str, Calls]) -> list[Tensor]:
+    """The outputs of all calls of all layers, in order."""
+    return [observed.output for calls in layers.values() for observed, _ in calls]
+
+
+def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> list[Tensor]:
+    """Vector-Jacobian products of the logits with one cotangent ``(N, K)``, at all nodes; zeros where none arrives."""
+    if not logits.requires_grad:
+        return [torch.zeros_like(node) for node in nodes]
+    pulled = torch.autograd.grad(
+        logits, nodes, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return [torch.zeros_like(node) if p is None else p for p, node in zip(pulled, nodes, strict=True)]
+
+
+def certify_reach(layers: Mapping[str, Calls], logits: Tensor) -> None:
+    """Certify that every layer reaches the logits, one row of its output for every sample.
+
+    Raises:
+        LayerSelectionError: naming the layer.
+    """
+    nodes = nodes_of(layers)
+    pulled: Sequence[Tensor | None] = [None] * len(nodes)
+    if logits.requires_grad:
+        pulled = torch.autograd.grad(logits.sum(), nodes, retain_graph=True, allow_unused=True)
+    arrived = iter(pulled)
+    for name, calls in layers.items():
+        reached = [observed.output for observed, _ in calls if next(arrived) is not None]
+        if not reached:
+            raise LayerSelectionError(
+                f"Layer '{name}': the logits do not depend on its output through autograd: the forward detaches it, "
+                "runs what follows under torch.no_grad() or as TorchScript, or does not use it. Choose another layer "
+                "with layers=."
+            )
+        rows = {node.shape[0] for node in reached}
+        if rows != {len(logits)}:
+            raise LayerSelectionError(
+                f"Layer '{name}' runs on {max(rows)} rows for {len(logits)} samples (windows or tokens folded into the "
+                "batch), so derivatives of single samples cannot be told apart. Choose another layer with layers=."
+            )
+
+
+def certify_samples(layers: Mapping[str, Calls], logits: Tensor) -> None:
+    """Certify that no sample's logits depend on another sample's activations.
+
+    Raises:
+        LayerSelectionError: naming the layer.
+    """
+    u = random_like(logits)
+    u[::2] = 0
+    pulled = iter(pull_back(logits, nodes_of(layers), u))
+    for name, calls in layers.items():
+        of_layer = [next(pulled) for _ in calls]
+        if any(bool(cotangent[::2].any()) for cotangent in of_layer):
+            raise LayerSelectionError(
+                f"Layer '{name}': after it, the logits of one sample depend on other samples (batch statistics in "
+                "evaluation mode?), so the loss is not a mean over samples. Use running statistics."
+            )
+
+
+def why_not_affine(layers: Mapping[str, Calls], logits: Tensor) -> dict[str, str]:
+    """Why the logits are not certified to be affine in the kernels of layers that ran once; empty strings if they are.
+
+    Where they are, the Gauss-Newton block is the Hessian's. The second derivative of a random combination of logits,
+    along a random kernel, must be exactly zero at every output of the layer. For piecewise-linear networks it is; one
+    curved operation makes it non-zero. One double backward serves all layers: at the output of a layer it gives the sum
+    of second derivatives with respect to this and any other one, and sums of random numbers are zero only if all are.
+    A layer where it is not zero is looked at by itself.
+    """
+    if not layers:
+        return {}
+    nodes, directions = nodes_of(layers), [_along_random_kernel(*calls[0]) for calls in layers.values()]
+    deltas = pull_back(logits, nodes, random_like(logits).requires_grad_(), create_graph=True)
+    curved = [delta for delta in deltas if delta.requires_grad]
+    if not curved:
+        return dict.fromkeys(layers, "")
+    if not differentiable_once(curved):
+        along = [vector for vector, delta in zip(directions, deltas, strict=True) if delta.requires_grad]
+        second, missing = _second_derivatives(curved, nodes, along)
+        if not missing:
+            suspects = [name for name, s in zip(layers, second, strict=True) if s is not None and bool(s.any())]
+            reasons = dict.fromkeys(layers, "")
+            # Among suspects are layers that only other layers interact with, like those before a gate.
+            for name, node, vector in zip(layers, nodes, directions, strict=True):
+                if name in suspects and len(layers) > 1:
+                    reasons[name] = why_curved(logits, node, vector)
+                elif name in suspects:
+                    reasons[name] = CURVED
+            return reasons
+    return {
+        name: why_curved(logits, node, vector) for name, node, vector in zip(layers, nodes, directions, strict=True)
+    }
+
+
+CURVED = "the network is curved after it"
+
+
+def why_curved(logits: Tensor, node: Tensor, direction: Tensor | None = None) -> str:
+    """Why a random combination of logits is not affine in ``node`` along a (random) direction; empty if it is."""
+    (delta,) = pull_back(logits, [node], random_like(logits).requires_grad_(), create_graph=True)
+    if not delta.requires_grad:
+        return ""
+    if differentiable_once([delta]):
+        return "a custom function after it is marked once_differentiable"
+    (second,), missing = _second_derivatives([delta], [node], [random_like(node) if direction is None else direction])
+    if missing:
+        return "an operation after it has no second derivative in torch"
+    return CURVED if second is not None and bool(second.any()) else ""
+
+
+def _second_derivatives(
+    deltas: Sequence[Tensor], nodes: Sequence[Tensor], directions: Sequence[Tensor]
+) -> tuple[Sequence[Tensor | None], bool]:
+    """Derivatives of the sum of ``deltas`` along ``directions``, and whether torch has none."""
+    try:
+        return torch.autograd.grad(deltas, nodes, directions, retain_graph=True, allow_unused=True), False
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        return [None] * len(nodes), True
+
+
+def kernel_gradient(calls: Calls, cotangents: Sequence[Tensor]) -> Tensor:
+    """Gradient with respect to a layer's kernel, from cotangents at its outputs; the shape of the kernel."""
+    total = torch.zeros_like(calls[0][1].weight).detach()
+    for (_, call), cotangent in zip(calls, cotangents, strict=True):
+        kernel = _as_convolution(call).detach().clone().requires_grad_()
+        output = convolve(call, kernel)
+        delta = cotangent.movedim(call.channel_dimension, 1).reshape(output.shape)
+        (gradient,) = torch.autograd.grad(output, kernel, delta)
+        total = total + gradient.reshape(total.shape)
+    return total
+
+
+def convolve(call: ConvolutionCall, kernel: Tensor) -> Tensor:
+    """The recorded convolution with another kernel and no bias, channels second."""
+    geometry = call.geometry
+    return torch.convolution(
+        call.inputs,
+        kernel,
+        None,
+        list(geometry.stride),
+        list(geometry.padding),
+        list(geometry.dilation),
+        False,
+        [0] * len(geometry.stride),
+        geometry.groups,
+    )
+
+
+def _along_random_kernel(observed: LayerObservation, call: ConvolutionCall) -> Tensor:
+    """How the layer's output moves with a random kernel, the shape of the output."""
+    along = convolve(call, random_like(_as_convolution(call)))
+    shape = observed.output.movedim(call.channel_dimension, 1).shape
+    return along.reshape(shape).movedim(1, call.channel_dimension)
+
+
+def _as_convolution(call: ConvolutionCall) -> Tensor:
+    """The kernel with its spatial dimensions, also for a linear layer."""
+    return call.weight if call.channel_dimension == 1 else call.weight[..., None]

@@ -1,0 +1,67 @@
+"""What to measure and how, checked before any model is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.functional import CrossEntropy, Loss, find_loss
+
+MEASURES = ("hessian_trace", "relative_flatness", "neuronwise_flatness", "layerwise_flatness")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of a measurement; :func:`~lightning_flatness.measure_flatness` explains them.
+
+    Raises:
+        FlatnessError: one that cannot be.
+
+    Example:
+        >>> Options(layers="all", loss="mse").diagonal
+        False
+    """
+
+    layers: str | Sequence[str] = "last"
+    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy"
+    label_smoothing: float = 0.0
+    class_weight: Sequence[float] | Tensor | None = None
+    ignore_index: int = -100
+    measures: Sequence[str] = MEASURES
+    tolerance: float = 0.01
+    residual: Literal["hutchinson"] | None = None
+    num_probes: int = 16
+    seed: int = 0
+    strict: bool = False
+    loss_function: Loss = field(default_factory=CrossEntropy, init=False)
+
+    def __post_init__(self) -> None:
+        loss = find_loss(self.loss, self.label_smoothing, self.class_weight, self.ignore_index)
+        object.__setattr__(self, "loss_function", loss)
+        names = [self.layers] if isinstance(self.layers, str) else self.layers
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
+            raise FlatnessError(
+                f"layers={self.layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions "
+                "and linear layers."
+            )
+        unknown = [name for name in self.measures if name not in MEASURES]
+        if isinstance(self.measures, str) or unknown or not self.measures:
+            raise FlatnessError(f"measures={self.measures!r}: give some of {', '.join(MEASURES)}.")
+        if not 0 <= self.tolerance < 1:
+            raise FlatnessError(
+                f"tolerance={self.tolerance!r}: give the relative standard error that is accepted with many classes, "
+                "e.g. 0.01, or 0 for all classes."
+            )
+        if self.residual not in (None, "hutchinson"):
+            raise FlatnessError(f"residual={self.residual!r}: give None or 'hutchinson'.")
+        if self.residual and self.num_probes < 2:
+            raise FlatnessError(f"num_probes={self.num_probes!r}: a standard error needs two probes at least.")
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the diagonal of the block traces is enough for the measures."""
+        return "relative_flatness" not in self.measures

@@ -1,0 +1,204 @@
+r"""The curvature of a loss: its second derivative ``Λ_n`` with respect to the logits of every sample.
+
+Nothing needs ``Λ`` as a matrix. The closed form needs ``VᵀΛV`` for a matrix ``V``, as a product of columns; the
+Gauss-Newton method needs a factor ``B``, ``B Bᵀ = Λ``, column by column. Both are offered by the two forms in which
+losses have their curvature:
+
+- :class:`ClassCurvature`, a sum over classes: cross-entropy, binary cross-entropy, squared error;
+- :class:`DenseCurvature`, any symmetric matrix: a loss that somebody else has written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# From this many classes on, it pays to take apart what all have in common, and to sample those that matter less.
+MANY_CLASSES = 128
+
+
+class Projection(NamedTuple):
+    """``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)``, for every sample."""
+
+    columns: Tensor  # (N, C, S)
+    signs: Tensor | None  # (N, C), or None for all +1
+    rest: Tensor | None  # (N, S): the diagonal of the columns that were dropped
+
+
+@dataclass(frozen=True)
+class ClassCurvature:
+    r"""A curvature that is a sum over classes, ``Λ_n = \sum_k w_{nk} (e_k - π_n)(e_k - π_n)ᵀ``.
+
+    Cross-entropy has ``w = c π``, which gives ``c (diag(π) - π πᵀ)``; without ``center`` it is ``diag(w)``.
+
+    Args:
+        weights: ``w``, ``(N, K)``, float64, not negative.
+        center: ``π``, ``(N, K)``, whose rows add up to one; or None for zero.
+
+    Example:
+        >>> pi = torch.softmax(torch.randn(1, 4).double(), dim=1)
+        >>> curvature = ClassCurvature(pi, pi)
+        >>> B = torch.stack([curvature.column(b)[0] for b in range(curvature.num_columns)], dim=1)
+        >>> torch.testing.assert_close(B @ B.T, torch.diag(pi[0]) - torch.outer(pi[0], pi[0]))
+    """
+
+    weights: Tensor
+    center: Tensor | None = None
+
+    signs = None
+
+    def __getitem__(self, samples: slice) -> ClassCurvature:
+        return ClassCurvature(self.weights[samples], None if self.center is None else self.center[samples])
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the factor that :meth:`column` gives: ``K - 1`` with a center, else ``K``."""
+        return self.weights.shape[1] - (self.center is not None)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """``B x`` with the factor ``B`` of ``K`` columns ``√w_k (e_k - π)``; both ``(N, K)``."""
+        y = self.weights.sqrt() * x
+        return y if self.center is None else y - self.center * y.sum(1, keepdim=True)
+
+    def column(self, index: int) -> Tensor:
+        """One column of a factor with as few columns as can be, ``(N, K)``.
+
+        ``√w`` is mapped to zero where ``w`` is a multiple of ``π``. A reflection that takes the last axis to ``√w``
+        turns the last column of the factor to zero, which leaves ``K - 1`` columns to pull back.
+        """
+        x = torch.zeros_like(self.weights)
+        x[:, index] = 1
+        if self.center is not None:
+            roots = self.center.sqrt()
+            x[:, -1] = -roots[:, index] / (1 + roots[:, -1])
+        return self.factor(x)
+
+    def centred(self, matrix: Tensor) -> Tensor:
+        """``V``, ``(K, S)``, or what can stand for it: with a center, rows matter only up to a common vector."""
+        return matrix if self.center is None else matrix - matrix.mean(0)
+
+    @property
+    def floor(self) -> Tensor | None:
+        """The part of the weights that all classes of a sample share, ``(N,)``; None for few classes."""
+        return self.weights.amin(1) if self.weights.shape[1] >= MANY_CLASSES else None
+
+    def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
+        r"""Factors of ``VᵀΛV``, less ``floor · VᵀV``; classes that hardly matter are left out.
+
+        Columns are centred, ``√w_k (v_k - πᵀV)``: ``diag(π) - π πᵀ`` cancels. Left out are classes that add no more
+        than ``tolerance`` of ``\sum_s scales[s] (VᵀΛV)[s, s]``; their diagonal comes apart, so that only entries off
+        the diagonal change.
+
+        Args:
+            matrix: ``V``, ``(K, S)``, from :meth:`centred`.
+            scales: ``(N, S)``, not negative; needed with a tolerance.
+            tolerance: relative; zero keeps all classes.
+        """
+        weights, floor = self.weights, self.floor
+        mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
+        if floor is not None:
+            weights = weights - floor[:, None]
+        chosen, rest = None, None
+        if tolerance > 0 and scales is not None:
+            parts = self._parts(weights, matrix, mean, scales)
+            whole = parts.sum(1, keepdim=True)
+            if floor is not None:
+                whole = whole + floor[:, None] * (scales.double() @ matrix.double().square().sum(0)[:, None])
+            ordered, order = parts.sort(dim=1)
+            num_dropped = int((ordered.cumsum(1) <= tolerance * whole).sum(1).min())
+            if num_dropped:
+                dropped = weights * torch.zeros_like(weights).scatter_(1, order[:, :num_dropped], 1.0)
+                rest = _sum_of_squares(dropped, matrix.double(), None if mean is None else mean.double())
+                chosen = order[:, num_dropped:]
+        if chosen is None:
+            columns = matrix.expand(len(weights), *matrix.shape)
+        else:
+            columns, weights = matrix[chosen], weights.gather(1, chosen)
+        if mean is not None:
+            columns = columns - mean[:, None]
+        columns = columns * weights.sqrt().to(matrix.dtype)[:, :, None]
+        if mean is not None and floor is not None:  # \sum_k (v_k - m)(v_k - m)ᵀ = VᵀV + K m mᵀ for a centred V
+            root = (matrix.shape[0] * floor).sqrt().to(matrix.dtype)
+            columns = torch.cat([columns, (root[:, None] * mean)[:, None]], dim=1)
+        return Projection(columns, None, rest)
+
+    def diagonal(self, matrix: Tensor) -> Tensor:
+        """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
+        matrix = matrix.double()
+        return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center @ matrix)
+
+    def _parts(self, weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor) -> Tensor:
+        r"""At least what every class adds to the scaled trace, ``w_k \sum_s scales[s] (v_k - m)[s]²``, ``(N, K)``."""
+        squares = matrix.double().square()
+        scales = scales.double()
+        parts = scales @ squares.T
+        if mean is not None:
+            m = mean.double()
+            of_mean = (scales * m.square()).sum(1, keepdim=True)
+            parts, size = parts - 2 * (scales * m) @ matrix.double().T + of_mean, parts + of_mean
+            parts = parts.clamp_min(0) + 8 * torch.finfo(matrix.dtype).eps * size
+        return weights * parts
+
+
+@dataclass(frozen=True)
+class DenseCurvature:
+    """Any symmetric curvature, by its eigenvectors: ``Λ_n = B_n diag(signs) B_nᵀ``; negative directions are allowed.
+
+    Args:
+        matrices: ``Λ``, ``(N, K, K)``, float64.
+
+    Example:
+        >>> curvature = DenseCurvature.of(torch.tensor([[[2.0, 0.0], [0.0, -3.0]]]))
+        >>> curvature.signs
+        tensor([[-1.,  1.]])
+    """
+
+    roots: Tensor  # B, (N, K, C)
+    signs: Tensor  # (N, C)
+
+    center = None
+    floor = None
+
+    @classmethod
+    def of(cls, matrices: Tensor) -> DenseCurvature:
+        """The curvature with these matrices."""
+        values, vectors = torch.linalg.eigh(matrices)
+        return cls(vectors * values.abs().sqrt()[:, None], values.sign())
+
+    def __getitem__(self, samples: slice) -> DenseCurvature:
+        return DenseCurvature(self.roots[samples], self.signs[samples])
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the factor."""
+        return self.roots.shape[2]
+
+    def column(self, index: int) -> Tensor:
+        """One column of the factor, ``(N, K)``."""
+        return self.roots[:, :, index]
+
+    def centred(self, matrix: Tensor) -> Tensor:
+        """``V`` as it is."""
+        return matrix
+
+    def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
+        """``Bᵀ V`` with all columns."""
+        return Projection(self.roots.mT.to(matrix.dtype) @ matrix, self.signs.to(matrix.dtype), None)
+
+    def diagonal(self, matrix: Tensor) -> Tensor:
+        """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
+        return ((self.roots.mT @ matrix.double()).square() * self.signs[:, :, None]).sum(1)
+
+
+Curvature = ClassCurvature | DenseCurvature
+
+
+def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
+    r"""``\sum_k w_k (v_k - m)[s]²`` for every sample, ``(N, S)``."""
+    total = weights @ matrix.square()
+    if mean is not None:
+        total = total - 2 * mean * (weights @ matrix) + mean.square() * weights.sum(1, keepdim=True)
+    return total.clamp_min(0)

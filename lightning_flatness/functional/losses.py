@@ -1,0 +1,314 @@
+"""Losses: their first and second derivatives with respect to the logits, and what the sum over samples is divided by.
+
+A loss is a function from logits ``f`` ``(N, K)`` and targets to :class:`LossDerivatives`. All are taken in float64:
+``π - y`` and ``1 - max π`` cancel for confident samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
+
+
+class LossDerivatives(NamedTuple):
+    """Derivatives of the loss of every sample of a batch; their sums are to be divided by the sum of ``normalizer``."""
+
+    curvature: Curvature  # Λ
+    residual: Tensor | None  # dloss/df, float64 (N, K); None without targets
+    num_samples: int  # that count, i.e. are not ignored
+    normalizer: float  # of the mean: the number of samples, or the sum of their class weights
+
+
+class Loss:
+    """Base of all losses."""
+
+    # Whether a number added to all logits of a sample changes nothing.
+    shift_invariant = False
+    name: str
+
+    def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
+        """Derivatives at ``logits`` ``(N, K)``.
+
+        Raises:
+            BatchError: targets that do not fit, or that are missing where needed.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """``torch.nn.functional.cross_entropy``, with the same options and the same mean over samples.
+
+    It is ``-sum_k q_k log π_k`` with ``q`` made of the target, the smoothing and the weights; hence ``Λ = c (diag(π) -
+    π πᵀ)`` and ``dloss/df = c π - q`` with ``c = sum_k q_k``.
+
+    Args:
+        label_smoothing: ``ε``: the target becomes ``(1 - ε) y + ε / K``.
+        class_weight: ``(K,)``; with class indices the mean is weighted too, as in torch.
+        ignore_index: samples with this class index do not count.
+
+    Example:
+        >>> derivatives = CrossEntropy()(torch.zeros(1, 4), torch.tensor([2]))
+        >>> derivatives.residual
+        tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]], dtype=torch.float64)
+    """
+
+    label_smoothing: float = 0.0
+    class_weight: tuple[float, ...] | None = None
+    ignore_index: int = -100
+
+    shift_invariant = True
+    name = "cross_entropy"
+
+    def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
+        """Derivatives at ``logits`` ``(N, K)``."""
+        samples, classes = logits.shape
+        if classes < 2:
+            raise BatchError(
+                "The logits have one column. Cross-entropy needs a column for every class; for two classes train with "
+                "two logits, or use loss='binary_cross_entropy'."
+            )
+        pi = torch.softmax(logits.double(), dim=1)
+        weight = None
+        if self.class_weight is not None:
+            if len(self.class_weight) != classes:
+                raise BatchError(f"class_weight has {len(self.class_weight)} entries, and the model {classes} classes.")
+            weight = torch.tensor(self.class_weight, dtype=torch.float64, device=logits.device)
+        if targets is None:
+            if weight is not None:
+                raise BatchError("With class_weight= the loss depends on the targets, and this batch has none.")
+            return LossDerivatives(ClassCurvature(pi, pi), None, samples, float(samples))
+
+        targets = targets.clone()  # an ordinary tensor also under inference mode
+        if targets.shape == logits.shape and targets.is_floating_point():
+            kept, count = None, samples
+            q, normalizer = targets.double(), float(samples)
+        else:
+            kept = self._kept(targets, classes, samples)
+            count = samples if kept is None else int(kept.sum())
+            indices = (targets if kept is None else torch.where(kept, targets, 0)).long()
+            q = torch.zeros_like(pi).scatter_(1, indices[:, None], 1.0)
+            of_samples = torch.ones_like(pi[:, 0]) if weight is None else weight[indices]
+            normalizer = float((of_samples if kept is None else of_samples * kept).sum())
+        q = (1 - self.label_smoothing) * q + self.label_smoothing / classes
+        if weight is not None:
+            q = q * weight
+        if kept is not None:
+            q = q * kept[:, None]
+        c = q.sum(1, keepdim=True)
+        residual = c * pi - q
+        # The entries add up to zero. As minus the sum of all others the largest keeps its digits when π is nearly q.
+        top = q.argmax(1, keepdim=True)
+        residual.scatter_(1, top, -residual.scatter(1, top, 0.0).sum(1, keepdim=True))
+        return LossDerivatives(ClassCurvature(c * pi, pi), residual, count, normalizer)
+
+    def _kept(self, targets: Tensor, classes: int, samples: int) -> Tensor | None:
+        """Which samples are not ignored; None for all."""
+        wrong_type = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+        if targets.ndim != 1 or wrong_type:
+            raise BatchError(
+                f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; cross-entropy is measured "
+                "for class indices, integers of shape (samples,), or for probabilities, floating-point numbers of "
+                "shape (samples, classes)."
+            )
+        if len(targets) != samples:
+            raise BatchError(f"The batch has {samples} logits and {len(targets)} targets.")
+        kept = targets != self.ignore_index
+        counted = targets[kept]
+        if len(counted) and (int(counted.min()) < 0 or int(counted.max()) >= classes):
+            raise BatchError(
+                f"The targets lie in {int(counted.min())}..{int(counted.max())}, but the model has {classes} classes "
+                f"(0..{classes - 1})."
+            )
+        return None if bool(kept.all()) else kept
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(Loss):
+    """``binary_cross_entropy_with_logits``, averaged over samples and over the ``K`` labels, each yes or no.
+
+    Example:
+        >>> derivatives = BinaryCrossEntropy()(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+        >>> derivatives.residual
+        tensor([[-0.2500,  0.2500]], dtype=torch.float64)
+    """
+
+    name = "binary_cross_entropy"
+
+    def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
+        """Derivatives at ``logits`` ``(N, K)``."""
+        f = logits.double()
+        on, off, labels = f.sigmoid(), (-f).sigmoid(), f.shape[1]
+        residual = None
+        if targets is not None:
+            y = _like_logits(targets, logits, self.name)
+            if not bool(((y >= 0) & (y <= 1)).all()):
+                raise BatchError("The targets of binary_cross_entropy must lie between 0 and 1.")
+            residual = ((1 - y) * on - y * off) / labels
+        return LossDerivatives(ClassCurvature(on * off / labels), residual, len(f), float(len(f)))
+
+
+@dataclass(frozen=True)
+class MeanSquaredError(Loss):
+    """``mse_loss``, averaged over samples and over the ``K`` outputs.
+
+    Example:
+        >>> derivatives = MeanSquaredError()(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+        >>> derivatives.residual
+        tensor([[-1.,  0.]], dtype=torch.float64)
+    """
+
+    name = "mse"
+
+    def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
+        """Derivatives at ``logits`` ``(N, K)``."""
+        f, outputs = logits.double(), logits.shape[1]
+        residual = None if targets is None else 2 * (f - _like_logits(targets, logits, self.name)) / outputs
+        return LossDerivatives(ClassCurvature(torch.full_like(f, 2 / outputs)), residual, len(f), float(len(f)))
+
+
+@dataclass(frozen=True)
+class CustomLoss(Loss):
+    """A user's own loss; its derivatives come from autograd, the second as a ``K x K`` matrix for every sample.
+
+    Args:
+        function: from ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is their mean.
+
+    Example:
+        >>> from torch.nn.functional import cross_entropy
+        >>> loss = CustomLoss(lambda f, y: cross_entropy(f, y, reduction="none"))
+        >>> loss(torch.zeros(1, 4), torch.tensor([2])).residual
+        tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]], dtype=torch.float64)
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Of the function."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
+        """Derivatives at ``logits`` ``(N, K)``."""
+        if targets is None:
+            raise BatchError(f"The loss '{self.name}' needs targets, and this batch has none.")
+        with torch.enable_grad():
+            f = logits.detach().double().requires_grad_()
+            losses = self.function(f, targets.clone())
+            if not isinstance(losses, Tensor) or losses.shape != f.shape[:1]:
+                shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise BatchError(
+                    f"The loss '{self.name}' returns {shape} for {len(f)} samples; it must return a loss for every "
+                    "sample, shape (samples,). With a loss of torch use reduction='none', and a mean over all but the "
+                    "samples."
+                )
+            if not losses.requires_grad:
+                raise BatchError(f"The loss '{self.name}' does not depend on the logits through autograd.")
+            (residual,) = torch.autograd.grad(losses.sum(), f, create_graph=True)
+            matrices = torch.zeros(*f.shape, f.shape[1], dtype=f.dtype, device=f.device)
+            for k in range(f.shape[1]) if residual.requires_grad else ():
+                (row,) = torch.autograd.grad(residual[:, k].sum(), f, retain_graph=True, allow_unused=True)
+                if row is not None:
+                    matrices[:, k] = row
+            if not matrices.isfinite().all():
+                raise BatchError(f"The second derivative of the loss '{self.name}' is not finite.")
+            if len(f) > 1:
+                (others,) = torch.autograd.grad(losses[::2].sum(), f)
+                if bool(others[1::2].any()):
+                    raise BatchError(
+                        f"The loss '{self.name}' of one sample depends on other samples of the batch (a contrastive "
+                        "loss? a mean inside?), so the loss is not a mean over samples."
+                    )
+        return LossDerivatives(
+            DenseCurvature.of((matrices + matrices.mT) / 2), residual.detach(), len(f), float(len(f))
+        )
+
+
+LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}
+
+
+def find_loss(
+    loss: str | Loss | Callable[[Tensor, Tensor], Tensor],
+    label_smoothing: float = 0.0,
+    class_weight: Sequence[float] | Tensor | None = None,
+    ignore_index: int = -100,
+) -> Loss:
+    """The loss of a name, of a module of torch, or of a function to per-sample losses.
+
+    Args:
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"``; ``nn.CrossEntropyLoss``,
+            ``nn.BCEWithLogitsLoss`` or ``nn.MSELoss`` with their own options; or a function from ``(logits, targets)``
+            to the loss of every sample.
+        label_smoothing: of cross-entropy.
+        class_weight: of cross-entropy.
+        ignore_index: of cross-entropy.
+
+    Raises:
+        FlatnessError: an unknown loss, or options that it does not have.
+
+    Example:
+        >>> find_loss("cross_entropy", label_smoothing=0.1)
+        CrossEntropy(label_smoothing=0.1, class_weight=None, ignore_index=-100)
+    """
+    options = label_smoothing != 0 or class_weight is not None or ignore_index != -100
+    if options and loss != "cross_entropy":
+        raise FlatnessError(
+            "label_smoothing, class_weight and ignore_index are options of loss='cross_entropy'; give another loss as "
+            "a function from (logits, targets) to the loss of every sample."
+        )
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return _cross_entropy(_mean(loss).label_smoothing, loss.weight, loss.ignore_index)
+    if isinstance(loss, nn.MSELoss):
+        _mean(loss)
+        return MeanSquaredError()
+    if isinstance(loss, nn.BCEWithLogitsLoss) and loss.weight is None and loss.pos_weight is None:
+        _mean(loss)
+        return BinaryCrossEntropy()
+    if loss == "cross_entropy":
+        return _cross_entropy(label_smoothing, class_weight, ignore_index)
+    if isinstance(loss, str) and loss in LOSSES:
+        return LOSSES[loss]()
+    if isinstance(loss, str) or not callable(loss):
+        raise FlatnessError(
+            f"loss={loss!r} is not known. There are {', '.join(map(repr, LOSSES))}; for another one give a function "
+            "from (logits, targets) to the loss of every sample."
+        )
+    return CustomLoss(loss)
+
+
+def _cross_entropy(smoothing: float, class_weight: Sequence[float] | Tensor | None, ignore_index: int) -> CrossEntropy:
+    if not 0 <= smoothing <= 1:
+        raise FlatnessError(f"label_smoothing={smoothing} must lie between 0 and 1.")
+    weight = None if class_weight is None else tuple(float(value) for value in class_weight)
+    if weight is not None and not all(0 <= value < float("inf") for value in weight):
+        raise FlatnessError("class_weight must be finite and not negative.")
+    return CrossEntropy(smoothing, weight, ignore_index)
+
+
+def _mean(loss: nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss) -> Any:
+    if loss.reduction != "mean":
+        raise FlatnessError(
+            f"loss={type(loss).__name__}(reduction={loss.reduction!r}): flatness is that of a mean over samples; use "
+            "reduction='mean'."
+        )
+    return loss
+
+
+def _like_logits(targets: Tensor, logits: Tensor, name: str) -> Tensor:
+    if logits.shape[1] == 1 and targets.ndim == 1:
+        targets = targets[:, None]
+    if targets.shape != logits.shape or targets.is_complex():
+        raise BatchError(
+            f"The targets have shape {tuple(targets.shape)}; loss='{name}' needs that of the model's output, "
+            f"{tuple(logits.shape)}."
+        )
+    return targets.clone().double()

@@ -1,0 +1,75 @@
+"""Projections of the loss's curvature: columns, a floor, and what is left out."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_flatness.functional import ClassCurvature, DenseCurvature
+
+
+def random_curvature(kind, samples, classes, scale=1.0):
+    if kind == "dense":
+        matrices = torch.randn(samples, classes, classes, dtype=torch.float64)
+        matrices = matrices + matrices.mT
+        return DenseCurvature.of(matrices), matrices
+    pi = torch.softmax(scale * torch.randn(samples, classes, dtype=torch.float64), dim=1)
+    if kind == "diagonal":
+        return ClassCurvature(pi), torch.diag_embed(pi)
+    c = torch.rand(samples, 1, dtype=torch.float64) + 0.5
+    return ClassCurvature(c * pi, pi), c[:, None] * (torch.diag_embed(pi) - pi[:, :, None] * pi[:, None, :])
+
+
+def assembled(curvature, matrix, projection):
+    columns, signs, rest = projection
+    signed = columns if signs is None else columns * signs[:, :, None]
+    found = columns.mT @ signed
+    if curvature.floor is not None:
+        found = found + curvature.floor[:, None, None] * (matrix.T @ matrix)
+    return found if rest is None else found + torch.diag_embed(rest)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "diagonal", "dense"])
+@pytest.mark.parametrize("classes", [2, 5, 127, 128, 150])  # from 128 on the floor is taken apart
+def test_projection_is_vt_lambda_v(kind, classes):
+    curvature, matrices = random_curvature(kind, 3, classes)
+    V = torch.randn(classes, 6, dtype=torch.float64)
+    centred = curvature.centred(V)
+    expected = V.T @ matrices @ V
+    found = assembled(curvature, centred, curvature.project(centred))
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert_close(curvature.diagonal(centred), expected.diagonal(dim1=1, dim2=2), rtol=1e-10, atol=1e-12)
+    assert (curvature.floor is not None) == (classes >= 128 and kind != "dense")
+
+
+@pytest.mark.parametrize("kind", ["softmax", "diagonal"])
+@pytest.mark.parametrize("scale", [2.0, 8.0])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-5])
+def test_what_is_left_out_is_small_and_off_the_diagonal(kind, scale, tolerance):
+    torch.manual_seed(1)
+    curvature, matrices = random_curvature(kind, 4, 200, scale)
+    V, scales = torch.randn(200, 6, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64)
+    centred = curvature.centred(V)
+    projection = curvature.project(centred, scales, tolerance)
+    assert projection.columns.shape[1] < 200, "nothing was left out"
+    expected = V.T @ matrices @ V
+    found = assembled(curvature, centred, projection)
+    diagonal = expected.diagonal(dim1=1, dim2=2)
+    assert_close(found.diagonal(dim1=1, dim2=2), diagonal, rtol=1e-10, atol=1e-12)
+    # Entries scaled as in the closed form, where scales are the diagonal of a positive matrix, here of rank one.
+    roots = scales.sqrt()
+    error = (found - expected) * roots[:, :, None] * roots[:, None, :]
+    bound = tolerance * (diagonal * scales).sum(1)
+    assert bool((torch.linalg.svdvals(error).sum(1) <= 2 * bound).all())
+    assert float(error.abs().max()) > 0
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 50.0])
+def test_columns_are_a_factor(classes, scale):
+    curvature, matrices = random_curvature("softmax", 6, classes, scale)
+    assert curvature.num_columns == classes - 1
+    factor = torch.stack([curvature.column(index) for index in range(classes - 1)], dim=2)
+    assert_close(factor @ factor.mT, matrices, rtol=1e-10, atol=1e-15)
+    units = torch.eye(classes, dtype=torch.float64)
+    factor = torch.stack([curvature.factor(unit.expand(6, -1)) for unit in units], dim=2)
+    assert_close(factor @ factor.mT, matrices, rtol=1e-10, atol=1e-15)

@@ -1,0 +1,208 @@
+"""Derivatives of the losses against autograd's derivatives of torch's own losses."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd.functional import hessian, jacobian
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.functional import CrossEntropy, CustomLoss, MeanSquaredError, find_loss
+
+
+def matrices(curvature, classes):
+    """``Λ``, from the columns of its factor."""
+    factor = torch.stack([curvature.column(index) for index in range(curvature.num_columns)], dim=2)
+    signed = factor if curvature.signs is None else factor * curvature.signs[:, None]
+    assert factor.shape[1] == classes
+    return signed @ factor.mT
+
+
+def assert_derivatives_are_autograds(loss, of_torch, logits, targets):
+    """``of_torch`` is the mean loss."""
+    curvature, residual, _, normalizer = loss(logits, targets)
+    samples, classes = logits.shape
+    first = jacobian(lambda f: of_torch(f, targets), logits)
+    second = hessian(lambda f: of_torch(f, targets), logits)  # (N, K, N, K)
+    blocks = torch.stack([second[n, :, n] for n in range(samples)])
+    assert_close(residual / normalizer, first, rtol=1e-12, atol=1e-15)
+    assert_close(matrices(curvature, classes) / normalizer, blocks, rtol=1e-10, atol=1e-14)
+
+
+@st.composite
+def logits_and_indices(draw):
+    samples, classes = draw(st.integers(1, 4)), draw(st.integers(2, 6))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    scale = draw(st.sampled_from([0.1, 1.0, 5.0]))
+    return scale * torch.randn(samples, classes, dtype=torch.float64), torch.randint(classes, (samples,))
+
+
+@given(
+    batch=logits_and_indices(),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    weighted=st.booleans(),
+    ignored=st.booleans(),
+    soft=st.booleans(),
+)
+def test_cross_entropy_with_its_options(batch, label_smoothing, weighted, ignored, soft):
+    logits, targets = batch
+    options = {"label_smoothing": label_smoothing}
+    if weighted:
+        options["weight"] = torch.rand(logits.shape[1], dtype=torch.float64) + 0.1
+    if soft:
+        targets = torch.rand_like(logits).softmax(1)
+    elif ignored and len(targets) > 1:
+        options["ignore_index"] = 1
+        targets[0], targets[-1] = 1, 0
+    by_torch = nn.CrossEntropyLoss(**options)
+    assert_derivatives_are_autograds(find_loss(by_torch), by_torch, logits, targets)
+    class_weight = options.pop("weight", None)
+    by_name = find_loss("cross_entropy", class_weight=class_weight, **options)
+    assert_derivatives_are_autograds(by_name, by_torch, logits, targets)
+
+
+@given(batch=logits_and_indices())
+def test_binary_cross_entropy(batch):
+    logits, _ = batch
+    targets = torch.rand_like(logits).round(decimals=1)
+    by_torch = nn.BCEWithLogitsLoss()
+    assert_derivatives_are_autograds(find_loss("binary_cross_entropy"), by_torch, logits, targets)
+    assert_derivatives_are_autograds(find_loss(by_torch), by_torch, logits, targets)
+
+
+@given(batch=logits_and_indices())
+def test_squared_error(batch):
+    logits, _ = batch
+    targets = torch.randn_like(logits)
+    assert_derivatives_are_autograds(find_loss("mse"), nn.MSELoss(), logits, targets)
+    assert_derivatives_are_autograds(find_loss(nn.MSELoss()), nn.MSELoss(), logits, targets)
+
+
+def focal(logits, targets):
+    cross_entropy = F.cross_entropy(logits, targets, reduction="none")
+    return (1 - (-cross_entropy).exp()) ** 2 * cross_entropy
+
+
+@given(batch=logits_and_indices())
+def test_a_loss_of_ones_own(batch):
+    # The focal loss is not convex: its curvature has negative directions.
+    assert_derivatives_are_autograds(find_loss(focal), lambda f, y: focal(f, y).mean(), *batch)
+
+
+def test_assertion_can_fail():
+    logits, targets = torch.randn(3, 4).double(), torch.tensor([0, 1, 2])
+    with pytest.raises(AssertionError):
+        assert_derivatives_are_autograds(CrossEntropy(), lambda f, y: focal(f, y).mean(), logits, targets)
+
+
+def test_one_logit_takes_a_vector_of_targets():
+    logits, targets = torch.randn(5, 1), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    for name in ("binary_cross_entropy", "mse"):
+        found, expected = (find_loss(name)(logits, t) for t in (targets, targets[:, None]))
+        assert_close(found.residual, expected.residual, rtol=0, atol=0)
+
+
+def test_without_targets_there_is_no_residual():
+    for name in ("cross_entropy", "binary_cross_entropy", "mse"):
+        derivatives = find_loss(name)(torch.randn(3, 4))
+        assert derivatives.residual is None
+        assert derivatives.normalizer == derivatives.num_samples == 3
+
+
+def test_ignored_samples_do_not_count():
+    derivatives = CrossEntropy(class_weight=(1.0, 2.0, 4.0))(torch.randn(4, 3), torch.tensor([2, -100, 0, -100]))
+    assert derivatives.num_samples == 2
+    assert derivatives.normalizer == 5.0
+    assert not derivatives.residual[[1, 3]].any()
+    assert not derivatives.curvature.weights[[1, 3]].any()
+
+
+def test_float32_logits_are_taken_in_float64():
+    logits, targets = 5 * torch.randn(3, 4), torch.tensor([0, 1, 2])
+    single, double = CrossEntropy()(logits, targets), CrossEntropy()(logits.double(), targets)
+    assert_close(single.residual, double.residual, rtol=0, atol=0)
+    assert_close(single.curvature.weights, double.curvature.weights, rtol=0, atol=0)
+
+
+def test_confident_logits_keep_their_digits():
+    # 1 - π is 2e-40 / (1 + 2e-40) here; as a difference it would be zero.
+    logits = torch.tensor([[40 * math.log(10), 0.0, 0.0]], dtype=torch.float64)
+    curvature, residual, *_ = CrossEntropy()(logits, torch.tensor([0]))
+    assert_close(residual, torch.tensor([[-2e-40, 1e-40, 1e-40]], dtype=torch.float64), rtol=1e-12, atol=0)
+    assert_close(curvature.center[0, 1:], torch.tensor([1e-40, 1e-40], dtype=torch.float64), rtol=1e-12, atol=0)
+    weights = find_loss("binary_cross_entropy")(logits).curvature.weights
+    assert_close(weights[0, 0], torch.tensor(1e-40 / 3, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_confident_and_wrong():
+    residual = CrossEntropy()(torch.tensor([[90.0, 0.0]]), torch.tensor([1])).residual
+    assert_close(residual, torch.tensor([[1.0, -1.0]], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_huge_logits_do_not_overflow():
+    curvature, residual, *_ = CrossEntropy()(torch.tensor([[3e38, 0.0, -3e38]]), torch.tensor([0]))
+    assert_close(curvature.center, torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64), rtol=0, atol=0)
+    assert_close(residual, torch.zeros(1, 3, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_a_common_shift_of_the_logits_changes_nothing():
+    logits, targets = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    shifted, plain = CrossEntropy()(logits + 7, targets), CrossEntropy()(logits, targets)
+    assert_close(shifted.residual, plain.residual, rtol=1e-12, atol=1e-15)
+    assert_close(shifted.curvature.weights, plain.curvature.weights, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"loss": "hinge"}, "loss='hinge' is not known.*'binary_cross_entropy', 'mse'.*function"),
+        ({"loss": 3}, "loss=3 is not known"),
+        ({"loss": "mse", "label_smoothing": 0.1}, "options of loss='cross_entropy'"),
+        ({"loss": nn.CrossEntropyLoss(), "ignore_index": 0}, "options of loss='cross_entropy'"),
+        ({"loss": "cross_entropy", "label_smoothing": 1.5}, "label_smoothing=1.5 must lie between"),
+        ({"loss": "cross_entropy", "class_weight": [1.0, -1.0]}, "class_weight must be finite and not negative"),
+        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "reduction='sum'.*mean over samples"),
+        ({"loss": nn.MSELoss(reduction="none")}, "reduction='none'.*mean over samples"),
+    ],
+    ids=str,
+)
+def test_wrong_losses_are_refused(arguments, match):
+    with pytest.raises(FlatnessError, match=match):
+        find_loss(**arguments)
+
+
+Y = torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "match"),
+    [
+        (CrossEntropy(class_weight=(1.0, 1.0)), Y, "class_weight has 2 entries, and the model 4 classes"),
+        (CrossEntropy(class_weight=(1.0,) * 4), None, "With class_weight= the loss depends on the targets"),
+        (find_loss("mse"), Y, r"targets have shape \(3,\); loss='mse' needs that of the model's output, \(3, 4\)"),
+        (find_loss("binary_cross_entropy"), torch.full((3, 4), 2.0), "between 0 and 1"),
+        (CustomLoss(focal), None, "'focal' needs targets"),
+        (CustomLoss(F.cross_entropy), Y, r"returns \(\) for 3 samples; .*reduction='none'"),
+        (CustomLoss(lambda f, y: f.detach()[:, 0]), Y, "does not depend on the logits"),
+        (CustomLoss(lambda f, y: (f - f.mean(0)).square().sum(1)), Y, "depends on other samples"),
+        (CustomLoss(lambda f, y: f[:, 0].abs().sqrt() * 0 + torch.inf * f[:, 0] ** 2), Y, "not finite"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_wrong_targets_are_refused(loss, targets, match):
+    with pytest.raises(BatchError, match=match):
+        loss(torch.randn(3, 4), targets)
+
+
+def test_a_loss_without_curvature_has_none():
+    curvature = CustomLoss(lambda f, y: f[:, 0])(torch.randn(3, 4), Y).curvature
+    assert not matrices(curvature, 4).any()
+
+
+def test_regression_has_one_output():
+    assert MeanSquaredError()(torch.randn(3, 1), torch.randn(3)).curvature.num_columns == 1
