@@ -13,12 +13,13 @@ from lightning_flatness.capture.probes import BlockTraces, Probes, random_signs
 from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newton_block_traces
 from lightning_flatness.functional.curvature import MANY_CLASSES
 
-# Elements of pulled-back columns, of all layers, that are kept at a time.
-COLUMN_ELEMENTS = 2**25
+# Elements of pulled-back columns, of all layers, that are kept at a time: on a CPU some tens of megabytes.
+COLUMN_ELEMENTS = {"cpu": 2**24}
+COLUMN_ELEMENTS_DEFAULT = 2**28
 MIN_PROBES = 8
 
-Columns = dict[str, list[Tensor]]  # by layer, for each of its calls: δ, (B, N, S, *output)
-Advance = Callable[[int, int], None]  # told how many columns are done, and how many there are
+Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
+Advance = Callable[[float], None]  # is told which part of the work is done
 
 
 def gauss_newton_layers(
@@ -54,13 +55,11 @@ def gauss_newton_layers(
     done = 0
     every = (curvature.column(index) for index in range(curvature.num_columns))
     for columns in _pulled(layers, logits, every):
-        count = next(iter(columns.values()))[0].shape[0]
-        signs = curvature.signs
-        signs = None if signs is None else signs[:, done : done + count].T.to(logits.dtype)
-        done += count
-        for name, part in _contracted(layers, columns, signs, diagonal).items():
+        before, done = done, done + len(columns)
+        signs = None if curvature.signs is None else curvature.signs[:, before:done].to(logits.dtype)
+        for name, part in _contracted(layers, columns, signs, diagonal):
             totals[name] = totals[name] + part if name in totals else part
-        advance(done, curvature.num_columns)
+        advance(done / curvature.num_columns)
     return {name: BlockTraces(total) for name, total in totals.items()}
 
 
@@ -91,7 +90,7 @@ def _by_probes(
     units = (unit.scatter(1, order[:, index : index + 1], 1.0) for index in range(leading))
     totals: dict[str, Tensor] = {}
     for columns in _pulled(layers, logits, (curvature.factor(x) for x in units)):
-        for name, part in _contracted(layers, columns, None, diagonal).items():
+        for name, part in _contracted(layers, columns, None, diagonal):
             totals[name] = totals[name] + part if name in totals else part
 
     probes = {name: Probes(grams[name]) for name in layers}
@@ -100,14 +99,13 @@ def _by_probes(
     while leading + count < curvature.num_columns:
         x = (others * random_signs(others, generator) for _ in range(MIN_PROBES))
         for columns in _pulled(layers, logits, (curvature.factor(signs) for signs in x)):
-            for index in range(next(iter(columns.values()))[0].shape[0]):
-                single = {name: [delta[index : index + 1] for delta in deltas] for name, deltas in columns.items()}
-                for name, part in _contracted(layers, single, None, diagonal).items():
+            for column in columns:
+                for name, part in _contracted(layers, [column], None, diagonal):
                     probes[name].add(part)
         count += MIN_PROBES
-        advance(min(leading + count, curvature.num_columns), curvature.num_columns)
+        advance(min((leading + count) / curvature.num_columns, 1.0))
         if all(probes[name].precise(tolerance, totals.get(name)) for name in layers):
-            advance(curvature.num_columns, curvature.num_columns)
+            advance(1.0)
             return {name: probes[name].estimate(totals.get(name)) for name in layers}
     return None
 
@@ -120,26 +118,38 @@ def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
     return int((torch.arange(1, len(mass) + 1, device=mass.device) + num_probes).argmin()) + 1
 
 
+def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
+    """How many samples to take at a time, at least two, so that some columns can be kept for all layers.
+
+    Args:
+        elements: of the outputs of all layers, for one sample.
+        num_columns: that there are.
+        device: of the model.
+    """
+    # Beside the columns, the graph of the forward pass and that of the certificate take some of these.
+    return max(2, 2 * _column_elements(device) // (elements * (min(num_columns, 16) + 8)))
+
+
+def _column_elements(device: torch.device) -> int:
+    return COLUMN_ELEMENTS.get(device.type, COLUMN_ELEMENTS_DEFAULT)
+
+
 def _pulled(layers: Mapping[str, Calls], logits: Tensor, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
     """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
     nodes = nodes_of(layers)
-    at_a_time = max(1, COLUMN_ELEMENTS // max(1, sum(node.numel() for node in nodes)))
-    while chunk := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
-        by_node = iter(list(zip(*chunk, strict=True)))
-        yield {
-            name: [
-                torch.stack([delta.movedim(call.channel_dimension, 1) for delta in next(by_node)]) for _, call in calls
-            ]
-            for name, calls in layers.items()
-        }
+    at_a_time = max(1, _column_elements(logits.device) // max(1, sum(node.numel() for node in nodes)))
+    while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
+        yield columns
 
 
 def _contracted(
     layers: Mapping[str, Calls], columns: Columns, signs: Tensor | None, diagonal: bool
-) -> dict[str, Tensor]:
-    return {
-        name: gauss_newton_block_traces(
-            [(call.inputs, call.geometry) for _, call in calls], columns[name], signs, diagonal
-        )
-        for name, calls in layers.items()
-    }
+) -> Iterator[tuple[str, Tensor]]:
+    """Block traces by layer, from the columns; these are used up, which keeps memory low."""
+    for name, calls in layers.items():
+        cotangents = [
+            torch.stack([pulled.pop(0).movedim(call.channel_dimension, 1) for pulled in columns], dim=1)
+            for _, call in calls
+        ]
+        inputs = [(call.inputs, call.geometry) for _, call in calls]
+        yield name, gauss_newton_block_traces(inputs, cotangents, signs, diagonal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +22,13 @@ from lightning_flatness.capture.affine import (
 )
 from lightning_flatness.capture.certificate import certify_layer, certify_path, is_own_weight
 from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail, closed_form_layer
-from lightning_flatness.capture.gauss_newton import gauss_newton_layers, is_sampled
+from lightning_flatness.capture.gauss_newton import gauss_newton_layers, is_sampled, rows_at_a_time
 from lightning_flatness.capture.isolation import ModelCopy, isolated
 from lightning_flatness.capture.observation import ConvolutionCall, Observation
 from lightning_flatness.capture.options import Options
 from lightning_flatness.capture.probes import BlockTraces
 from lightning_flatness.capture.residual import hutchinson_residual
+from lightning_flatness.capture.rows import num_rows, take
 from lightning_flatness.capture.selection import (
     Execution,
     find_classifier,
@@ -82,45 +84,96 @@ class FlatnessObserver:
         self._modules: dict[str, nn.Module] = {}
         self._classifier: tuple[str | None, nn.Module | None] = (None, None)
         self._grams: dict[str, Tensor] = {}
-        self._samples_apart = False  # certified on the first batch of more than one sample
+        self._execution: Execution | None = None
+        self._rows: int | None = None  # samples that are taken at a time, once that is known
+        self._halved = False
         self._generator = torch.Generator().manual_seed(self._options.seed)
 
     def __call__(
-        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[int, int], None] | None = None
+        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
     ) -> dict[str, LayerStatistics]:
         """Statistics of one batch, by layer.
 
         Args:
             inputs: for the model: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
             targets: as the loss takes them; without them, what needs them raises an error.
-            advance: is told how many backward passes are done, and how many there are, where there is one for every
-                class.
+            advance: is told which part of the batch is done.
 
         Raises:
-            BatchError: targets that do not fit the logits or are missing where needed, values that are not finite.
+            BatchError: targets that do not fit the logits or are missing where needed, values that are not finite; or
+                memory runs out for half as many samples at a time, too.
             LayerSelectionError: a layer that cannot be measured.
             NotExactError: with ``strict``, a layer that is not exact.
         """
-        with isolated(self._model):
-            execution = None
-            if not self.layers:
-                self._copy = ModelCopy(self._model)
-                execution = trace_execution(self._model, lambda: self._copy(inputs))
-                self._choose(execution)
-            with Observation(self._modules, self._classifier[1]) as seen:
-                logits = logits_of(self._copy(inputs))
-            loss = self._options.loss_function(logits.detach(), targets)
-            calls = {name: self._calls(name, seen) for name in self._modules}
-            if execution is not None:
-                _certify_deterministic(execution.logits, logits.detach())
-                self._certify(calls, logits, inputs, loss)
-            if len(logits) > 1 and not self._samples_apart:
-                certify_samples(calls, logits)
-                self._samples_apart = True
-            tails = self._certified_tails(calls, seen, logits, inputs, execution is not None)
-            found = self._measured(calls, tails, logits, loss, advance or (lambda done, total: None))
-            self._add_residuals(found, calls, inputs, loss)
-            return {name: self._statistics(name, found[name], loss) for name in self._modules}
+        totals: dict[str, LayerStatistics] = {}
+        samples, start = num_rows(inputs), 0
+        while start < samples:
+            rows = min(self._rows or samples, samples - start)
+
+            def tell(part: float, start: int = start, rows: int = rows) -> None:
+                if advance is not None:
+                    advance((start + part * rows) / samples)
+
+            chunk = slice(start, start + rows)
+            found = self._attempt(take(inputs, chunk, samples), take(targets, chunk, samples), start == 0, tell)
+            if found is None:
+                self._halve(rows)
+                continue
+            if found:
+                start += rows
+                totals = {name: _sum(totals.get(name), part) for name, part in found.items()}
+        return totals
+
+    def _attempt(
+        self, inputs: Any, targets: Tensor | None, first: bool, advance: Callable[[float], None]
+    ) -> dict[str, LayerStatistics] | None:
+        """Statistics of some samples; empty if fewer are to be taken at a time, None if memory runs out."""
+        try:
+            with isolated(self._model):
+                return self._measure(inputs, targets, first, advance)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        return None
+
+    def _halve(self, rows: int) -> None:
+        if self._halved or rows == 1:
+            largest = max(self.layers.values(), key=lambda info: info.memory, default=None)
+            where = "" if largest is None else f" The largest layer is '{largest.name}'."
+            raise BatchError(
+                f"Out of memory while measuring {rows} samples at a time.{where} Measure fewer layers (layers=), or "
+                "measures=('hessian_trace',), which keeps diagonals only, or give smaller batches."
+            )
+        self._halved = True
+        self._rows = rows // 2
+
+    def _measure(
+        self, inputs: Any, targets: Tensor | None, first: bool, advance: Callable[[float], None]
+    ) -> dict[str, LayerStatistics]:
+        if self._execution is None:
+            self._copy = ModelCopy(self._model)
+            self._execution = trace_execution(self._model, lambda: self._copy(inputs))
+            self._choose(self._execution)
+            samples, columns = self._execution.logits.shape
+            ran = [name for name in self._execution.order if name in self._modules]
+            elements = sum(prod(self._execution.output_shapes.get(name, ())[1:]) for name in ran)
+            self._rows = rows_at_a_time(max(1, elements), columns, self._execution.logits.device)
+            if samples > self._rows:
+                return {}
+        with Observation(self._modules, self._classifier[1]) as seen:
+            logits = logits_of(self._copy(inputs))
+        loss = self._options.loss_function(logits.detach(), targets)
+        calls = {name: self._calls(name, seen) for name in self._modules}
+        beginning = not self.layers
+        if beginning:
+            _certify_deterministic(self._execution.logits[: len(logits)], logits.detach())
+            self._certify(calls, logits, inputs, loss)
+        if first:
+            certify_samples(calls, logits)
+        tails = self._certified_tails(calls, seen, logits, inputs, beginning)
+        found = self._measured(calls, tails, logits, loss, advance)
+        self._add_residuals(found, calls, inputs, loss)
+        return {name: self._statistics(name, found[name], loss) for name in self._modules}
 
     def _choose(self, execution: Execution) -> None:
         classifier = find_classifier(execution)
@@ -139,7 +192,7 @@ class FlatnessObserver:
         tails: dict[str, TailDerivatives],
         logits: Tensor,
         loss: LossDerivatives,
-        advance: Callable[[int, int], None],
+        advance: Callable[[float], None],
     ) -> dict[str, BlockTraces]:
         diagonal = self._options.diagonal
         found = {
@@ -234,8 +287,6 @@ class FlatnessObserver:
         self, layers: dict[str, Calls], failures: dict[str, str], logits: Tensor, inputs: Any, first: bool
     ) -> None:
         """Certify on this batch that Gauss-Newton is exact for these layers; label those for which it is not."""
-        if layers and not first:
-            certify_samples(layers, logits)
         reasons = why_not_affine({name: calls for name, calls in layers.items() if len(calls) == 1}, logits)
         for name, calls in layers.items():
             why = reasons[name] if name in reasons else self._why_polynomial(calls, inputs)
@@ -330,6 +381,21 @@ class FlatnessObserver:
         return deviations
 
 
+def _sum(left: LayerStatistics | None, right: LayerStatistics) -> LayerStatistics:
+    if left is None:
+        return right
+    variances = right.variances if left.variances is None else left.variances
+    if left.variances is not None and right.variances is not None:
+        variances = left.variances + right.variances
+    return LayerStatistics(
+        left.block_traces + right.block_traces,
+        left.weight_gram + right.weight_gram,
+        left.num_samples + right.num_samples,
+        left.normalizer + right.normalizer,
+        variances,
+    )
+
+
 def _weight(module: nn.Module) -> nn.Parameter:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
@@ -340,6 +406,7 @@ def _certify_deterministic(first: Tensor, second: Tensor) -> None:
     scale = first.abs().amax()
     if not float((first - second).abs().amax()) <= 1e3 * torch.finfo(first.dtype).eps * float(scale):
         raise LayerSelectionError(
-            "Two forward passes on the same batch give different logits in evaluation mode (dropout without "
-            "training=self.training? noise in the forward?), so there is no one loss to take the Hessian of."
+            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
+            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
+            "the Hessian of."
         )

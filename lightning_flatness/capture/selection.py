@@ -58,8 +58,10 @@ def trace_execution(model: nn.Module, forward: Callable[[], Any]) -> Execution:
     def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, arguments: Any, returned: Any) -> None:
             order.append(name)
-            if arguments and isinstance(arguments[0], Tensor) and isinstance(returned, Tensor):
-                input_shapes[name], output_shapes[name] = tuple(arguments[0].shape), tuple(returned.shape)
+            if arguments and isinstance(arguments[0], Tensor):
+                input_shapes[name] = tuple(arguments[0].shape)
+            if isinstance(returned, Tensor):
+                output_shapes[name] = tuple(returned.shape)
 
         return hook
 

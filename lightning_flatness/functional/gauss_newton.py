@@ -31,8 +31,8 @@ def gauss_newton_block_traces(
     Args:
         calls: what the layer read, ``(N, C, *spatial)``, and how; more than one entry for a layer that runs several
             times in one forward pass, whose contributions add up inside ``J``.
-        cotangents: for every call ``δ``, ``(B, N, S, *output)``.
-        signs: of the columns, ``(B, N)``, where the loss's Hessian has negative directions.
+        cotangents: for every call ``δ``, ``(N, B, S, *output)``.
+        signs: of the columns, ``(N, B)``, where the loss's Hessian has negative directions.
         diagonal: only ``T[s, s]``, which is much less work.
         chunk_size: samples taken at a time; by default as many as fit a small budget.
 
@@ -42,16 +42,15 @@ def gauss_newton_block_traces(
     Example:
         >>> x, w = torch.randn(2, 3, 6, 6).double(), torch.randn(4, 3, 3, 3).double()
         >>> geometry = ConvolutionGeometry(kernel_size=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1))
-        >>> delta = torch.randn(5, 2, 4, 4, 4).double()
+        >>> delta = torch.randn(2, 5, 4, 4, 4).double()
         >>> gauss_newton_block_traces([(x, geometry)], [delta]).shape
         torch.Size([1, 4, 4])
     """
-    columns, samples, filters = cotangents[0].shape[:3]
+    samples, columns, filters = cotangents[0].shape[:3]
     inputs, geometry = calls[0]
     groups = geometry.groups
     per_group = filters // groups
-    deltas = [delta.reshape(columns, samples, groups, per_group, -1) for delta in cotangents]
-    positions = sum(delta.shape[4] for delta in deltas)
+    positions = sum(delta[0, 0, 0].numel() for delta in cotangents)
     patch_length = inputs.shape[1] // groups * prod(geometry.kernel_size)
     by_gram, by_sum = contraction_costs(positions, patch_length, per_group, columns, diagonal)
     use_gram = len(calls) == 1 and by_gram <= by_sum
@@ -65,22 +64,23 @@ def gauss_newton_block_traces(
     total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
-        delta = torch.cat([part[:, chunk] for part in deltas], dim=4)  # (B, N, G, s, P)
+        parts = [delta[chunk].reshape(-1, columns, groups, per_group, delta[0, 0, 0].numel()) for delta in cotangents]
+        delta = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=4)).transpose(1, 2)  # (N, G, B, s, P)
+        # Columns go with the filters into one dimension, so that each sample takes part in one product.
+        rows = delta.flatten(2, 3)
         if use_gram:
-            right = delta @ patch_gram(inputs[chunk], geometry)
             left = delta
+            right = (rows @ patch_gram(inputs[chunk], geometry)).view_as(delta)
+            order = (1, 3, 0, 2, 4)
         else:
-            phi = torch.cat([patches(x[chunk], how) for x, how in calls], dim=3)  # (N, G, D, P)
-            left = right = delta @ phi.mT
+            phi = [patches(x[chunk], how) for x, how in calls]
+            joined = phi[0] if len(phi) == 1 else torch.cat(phi, dim=3)  # (N, G, D, P)
+            left = right = (joined @ rows.mT).unflatten(3, (columns, per_group))  # (N, G, D, B, s)
+            order = (1, 4, 0, 2, 3)
         if signs is not None:
-            left = left * signs[:, chunk, None, None, None]
-        if diagonal:
-            total += torch.einsum("bngsx,bngsx->gs", left, right).double()
-            continue
-        total += (_filters_first(left) @ _filters_first(right).mT).double()
+            of_samples = signs[chunk]
+            left = left * (of_samples[:, None, :, None, None] if use_gram else of_samples[:, None, None, :, None])
+        # (G, s, all others); for the sum over patches of an ungrouped layer this is a view.
+        first, second = (factor.permute(*order).flatten(2) for factor in (left, right))
+        total += ((first * second).sum(2) if diagonal else first @ second.mT).double()
     return total
-
-
-def _filters_first(tensor: Tensor) -> Tensor:
-    """``(B, N, G, s, X)`` as ``(G, s, B N X)``, for one large product over samples and columns."""
-    return tensor.permute(2, 3, 0, 1, 4).flatten(2)

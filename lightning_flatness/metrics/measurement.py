@@ -23,8 +23,6 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo
 class Measurement:
     """One measurement in progress: an observer of the model and a metric for every layer.
 
-    When memory runs out, a batch is measured in halves, and so are those that follow; the numbers are the same.
-
     Args:
         model: see :class:`~lightning_flatness.FlatnessObserver`.
         options: its keyword arguments.
@@ -41,7 +39,6 @@ class Measurement:
         self._observer = FlatnessObserver(model, **options)
         self._diagonal = Options(**options).diagonal
         self._metrics: dict[str, FlatnessMetric] = {}
-        self._at_a_time: int | None = None  # samples; None for all of a batch
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
@@ -49,53 +46,15 @@ class Measurement:
         return self._observer.layers
 
     def update(
-        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[int, int], None] | None = None
+        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
     ) -> None:
-        """Add one batch; one without samples adds nothing.
-
-        Raises:
-            BatchError: memory runs out for half of it, too.
-        """
-        sizes: list[int] = []
-        apply_to_collection(inputs, Tensor, lambda tensor: sizes.append(tensor.shape[0] if tensor.ndim else 1))
-        samples = max(sizes, default=1)
-        if not samples:
-            return
-        if self._at_a_time is None:
-            if self._fits(inputs, targets, advance):
-                return
-            self._at_a_time = max(1, samples // 2)
-        for start in range(0, samples, self._at_a_time):
-            chunk = slice(start, start + self._at_a_time)
-
-            def part(tensor: Tensor, chunk: slice = chunk) -> Tensor:
-                return tensor[chunk] if tensor.ndim and tensor.shape[0] == samples else tensor
-
-            if not self._fits(
-                apply_to_collection(inputs, Tensor, part), None if targets is None else part(targets), advance
-            ):
-                largest = max(self.layers.values(), key=lambda info: info.memory, default=None)
-                where = "" if largest is None else f" The largest layer is '{largest.name}'."
-                raise BatchError(
-                    f"Out of memory while measuring, with {self._at_a_time} samples at a time too.{where} Use smaller "
-                    "batches, fewer layers (layers=), or measures=('hessian_trace',), which keeps diagonals only."
-                )
-
-    def _fits(self, inputs: Any, targets: Tensor | None, advance: Callable[[int, int], None] | None) -> bool:
-        """Add samples; False, with nothing added, if memory runs out."""
-        try:
-            statistics = self._observer(inputs, targets, advance)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            return False
-        for name, values in statistics.items():
+        """Add one batch; one without samples adds nothing."""
+        for name, statistics in self._observer(inputs, targets, advance).items():
             if name not in self._metrics:
                 info = self._observer.layers[name]
                 metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal)
-                self._metrics[name] = metric.to(values.block_traces.device)
-            self._metrics[name].update(*values)
-        return True
+                self._metrics[name] = metric.to(statistics.block_traces.device)
+            self._metrics[name].update(*statistics)
 
     def report(self) -> FlatnessReport:
         """The flatness over all batches so far, of all ranks. Call it on every rank or on none.
@@ -212,8 +171,8 @@ def measure_flatness(
             inputs, targets = split_batch(batch)
             inputs = apply_to_collection(inputs, Tensor, lambda tensor: tensor.to(device))
 
-            def advance(done: int, total: int, index: int = index) -> None:
-                bar.update(task, completed=index + done / total)
+            def advance(part: float, index: int = index) -> None:
+                bar.update(task, completed=index + part)
 
             measurement.update(inputs, None if targets is None else targets.to(device), advance)
             bar.update(task, completed=index + 1)

@@ -13,17 +13,17 @@ def case(size, groups=1, filters=4, columns=3, samples=5):
     generator = torch.Generator().manual_seed(size)
     geometry = ConvolutionGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups)
     inputs = torch.randn(samples, 4, size, size, generator=generator, dtype=torch.float64)
-    delta = torch.randn(columns, samples, filters, size, size, generator=generator, dtype=torch.float64)
+    delta = torch.randn(samples, columns, filters, size, size, generator=generator, dtype=torch.float64)
     return inputs, geometry, delta
 
 
 def brute_force(calls, deltas):
     groups = calls[0][1].groups
     jacobian = sum(
-        torch.einsum("bngsp,ngdp->bngsd", delta.flatten(3).unflatten(2, (groups, -1)), patches(inputs, geometry))
+        torch.einsum("nbgsp,ngdp->nbgsd", delta.flatten(3).unflatten(2, (groups, -1)), patches(inputs, geometry))
         for (inputs, geometry), delta in zip(calls, deltas, strict=True)
     )
-    return torch.einsum("bngsd,bngtd->gst", jacobian, jacobian)
+    return torch.einsum("nbgsd,nbgtd->gst", jacobian, jacobian)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -58,9 +58,9 @@ def test_the_diagonal_alone_is_the_diagonal(groups, size):
 
 def test_signs_of_columns_count():
     inputs, geometry, delta = case(3)
-    signs = torch.ones(3, 5, dtype=torch.float64)
-    signs[1, 2:] = -1
-    negative = [delta[1:2, 2:]]
+    signs = torch.ones(5, 3, dtype=torch.float64)
+    signs[2:, 1] = -1
+    negative = [delta[2:, 1:2]]
     positive = gauss_newton_block_traces([(inputs, geometry)], [delta])
     apart = gauss_newton_block_traces([(inputs[2:], geometry)], negative)
     found = gauss_newton_block_traces([(inputs, geometry)], [delta], signs)

@@ -1,0 +1,36 @@
+"""Parts of a batch: some of its samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+
+def num_rows(inputs: Any) -> int:
+    """Samples of a batch: the largest first dimension of its tensors.
+
+    Example:
+        >>> import torch
+        >>> num_rows((torch.zeros(5, 3), torch.tensor(2.0)))
+        5
+    """
+    sizes: list[int] = []
+    apply_to_collection(inputs, Tensor, lambda tensor: sizes.append(tensor.shape[0] if tensor.ndim else 1))
+    return max(sizes, default=1)
+
+
+def take(batch: Any, rows: slice, num_samples: int) -> Any:
+    """Some samples of a batch; what has not a row for every sample goes along whole.
+
+    Example:
+        >>> import torch
+        >>> take({"image": torch.zeros(5, 3), "scale": torch.ones(1)}, slice(0, 2), 5)["image"].shape
+        torch.Size([2, 3])
+    """
+
+    def of_samples(tensor: Tensor) -> Tensor:
+        return tensor[rows] if tensor.ndim and tensor.shape[0] == num_samples else tensor
+
+    return apply_to_collection(batch, Tensor, of_samples)
