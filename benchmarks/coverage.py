@@ -51,8 +51,8 @@ Weights are random, with ten classes. BatchNorms have the statistics of random i
 scales and biases are random; logits differ by about one. Measured in float64 on two random images of 64x64 pixels, or
 75x75 for Inception v3.
 
-- *layers*: convolutions and linear layers that run as modules. "14 of 66": 14 of them, evenly spaced, were measured
-  under *all*, since all would have taken long.
+- *layers*: convolutions and linear layers that run as modules. "14 of 66": only 14 were measured under *all*, since all
+  would have taken long: evenly spaced ones, the last and the classifier.
 - *last*: what `layers="last"` chooses, and its error. A star: the layer computes its kernel; it is not compared.
 - *all*: how many layers are exact, are the Gauss-Newton part only (*G.-N.*), or are refused. `layers="all"` is an error
   when a layer is refused; here that layer is left out and the others are measured.
@@ -66,6 +66,7 @@ one or two filters. What is not exact is compared with the Gauss-Newton matrix.
 
 """
 COLUMNS = "model|layers|last|method|exact|error|all: exact|G.-N.|refused|why|largest error|s"
+METHODS = {"closed_form": "closed form", "gauss_newton": "Gauss-Newton"}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -214,7 +215,8 @@ def run(name: str, library: str, limit: int) -> dict:
         layers, reason = measure(model, batch, kind)
         row[kind] = checked(model, batch, layers)
         row["notes"] |= {kind: reason} if reason else {}
-    some, begin = names[:: max(1, len(names) // 12)], time.perf_counter()
+    wanted = {*names[:: max(1, len(names) // 12)], *(x["layer"] for kind in ("last", "classifier") for x in row[kind])}
+    some, begin = [name for name in names if name in wanted], time.perf_counter()
     layers, refused = measure_all(model, batch, some)
     if len(some) < len(names) and (time.perf_counter() - begin) * len(names) / len(some) < limit:
         some = names
@@ -239,14 +241,15 @@ def worst(checks: list[dict]) -> str:
 
 
 def line(name: str, row: dict) -> str:
-    last = ["", brief(row["notes"].get("last", "")) if row["notes"] else "", "", ""]
+    notes = {kind: brief(reason) for kind, reason in row["notes"].items()}
+    last = ["", notes.get("last", ""), "", ""]
     for x in row["last"]:
         star = "*" if x["kernel"] == "effective" else ""
-        last = [f"`{x['layer']}`{star}", x["method"].replace("_", " "), "yes" if x["exact"] else "no", worst([x])]
+        last = [f"`{x['layer']}`{star}", METHODS[x["method"]], "yes" if x["exact"] else "no", worst([x])]
     why = Counter(row["inexact"]) + Counter(brief(reason) for reason in row["refused"].values())
-    why += Counter({"kernel computed": row["effective"]})
+    why += Counter({"kernel computed": row["effective"]})  # adding drops zeros
     reasons = [f"{reason} ({count})" for reason, count in why.most_common()]
-    reasons += [f"classifier: {brief(reason)}" for kind, reason in row["notes"].items() if kind == "classifier"]
+    reasons += [f"classifier: {notes['classifier']}"] if "classifier" in notes else []
     layers = row["layers"] if row["of"] == row["layers"] else f"{row['of']} of {row['layers']}"
     counts = [row["exact"], sum(row["inexact"].values()), len(row["refused"]), "; ".join(reasons)]
     cells = [name, layers, *last, *counts, worst(row["last"] + row["classifier"] + row["checks"])]
