@@ -45,7 +45,8 @@ SAME = 1e-9  # relative difference below which the Hessian is the Gauss-Newton m
 HEAD = """# Coverage
 
 Which layers of well-known classifiers can be measured, by which method, and how far the numbers are from the same
-numbers computed in another way. Written by `make coverage` with {versions}.
+numbers computed in another way. Written by `make coverage`.
+With {versions}.
 
 Weights are random, with ten classes. BatchNorms have the statistics of random images, disturbed; affine weights, layer
 scales and biases are random; logits differ by about one. Measured in float64 on two random images of 64x64 pixels, or
@@ -263,11 +264,11 @@ def totals(rows: list[dict]) -> str:
     unclaimed = sum(x["apart"] is not None and x["apart"] < SAME for x in other)
     unchecked = sum(x["apart"] is None for x in exact)
     crashes = sum("CRASH" in reason for row in rows for reason in [*row["notes"].values(), *row["refused"].values()])
+    closed = sum(x["method"] == "closed_form" for x in last)
     sums = [sum(row["exact"] for row in rows), sum(sum(row["inexact"].values()) for row in rows)]
     return f"""**Totals.** {len(rows)} models.
 
-- Last layer: {sum(x["exact"] for x in last)} exact, {sum(x["method"] == "closed_form" for x in last)} of them by the
-  closed form; {len(rows) - len(last)} refused.
+- Last layer: {sum(x["exact"] for x in last)} exact, {closed} of them by closed form; {len(rows) - len(last)} refused.
 - Classifier: {sum(x["exact"] for x in classifier)} exact; {len(rows) - len(classifier)} refused.
 - All: {sums[0]} exact, {sums[1]} Gauss-Newton only, {sum(len(row["refused"]) for row in rows)} refused.
 - Largest error of {len(exact)} exact numbers compared: {worst(exact)}; {unchecked} without second derivatives in torch.
