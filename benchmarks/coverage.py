@@ -195,11 +195,13 @@ def measure(model: nn.Module, batch: Batch, layers: str | list[str]) -> tuple[di
         return {}, f"CRASH {type(error).__name__}: {error}"
 
 
-def measure_all(model: nn.Module, batch: Batch, names: list[str]) -> tuple[dict[str, lf.LayerFlatness], dict[str, str]]:
+def measure_all(
+    model: nn.Module, batch: Batch, names: list[str], every: bool
+) -> tuple[dict[str, lf.LayerFlatness], dict[str, str]]:
     """Measure, and again without the layer that was refused, until what is left is measured."""
     refused: dict[str, str] = {}
     while left := [name for name in names if name not in refused]:
-        layers, reason = measure(model, batch, left)
+        layers, reason = measure(model, batch, "all" if every and not refused else left)
         if layers:
             return layers, refused
         found = re.search(r"Layer '([^']+)'", reason)
@@ -218,10 +220,10 @@ def run(name: str, library: str, limit: int) -> dict:
         row["notes"] |= {kind: reason} if reason else {}
     wanted = {*names[:: max(1, len(names) // 12)], *(x["layer"] for kind in ("last", "classifier") for x in row[kind])}
     some, begin = [name for name in names if name in wanted], time.perf_counter()
-    layers, refused = measure_all(model, batch, some)
+    layers, refused = measure_all(model, batch, some, some == names)
     if len(some) < len(names) and (time.perf_counter() - begin) * len(names) / len(some) < limit:
         some = names
-        layers, refused = measure_all(model, batch, some)
+        layers, refused = measure_all(model, batch, some, some == names)
     inexact = Counter(x.info.reason for x in layers.values() if not x.exact)
     row |= {"of": len(some), "exact": len(layers) - inexact.total(), "inexact": inexact, "refused": refused}
     row["effective"] = sum(x.info.kernel == "effective" for x in layers.values())
