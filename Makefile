@@ -2,6 +2,7 @@
 # make test    all tests and doctests
 # make check   what must pass before a commit: format, lint, types, import contracts, tests with coverage
 # make bench   cost of measuring, as ratios in one run
+# make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
 # Each sets up what it needs in .venv the first time; with PyTorch that is some gigabytes and a few minutes.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench coverage clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -42,6 +43,10 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/callback_cost.py
 	$(BIN)/python benchmarks/all_layers.py
+
+coverage: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[coverage]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

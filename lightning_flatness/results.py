@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.console import Console
@@ -101,9 +101,11 @@ class FlatnessReport:
 
     Attributes:
         layers: by module name, in the order in which they run.
+        left_out: layers of ``layers="all"`` that cannot be measured, and why.
     """
 
     layers: Mapping[str, LayerFlatness]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hessian_trace(self) -> float:
@@ -140,7 +142,7 @@ class FlatnessReport:
 
     def table(self) -> Table:
         """The report as a rich table, a row for every layer."""
-        caption = _why_not_exact(layer.info for layer in self.layers.values())
+        caption = _notes((layer.info for layer in self.layers.values()), self.left_out)
         table = Table(title=f"Flatness over {self.num_samples} samples", caption=caption, caption_justify="left")
         table.add_column("layer", overflow="fold")
         for heading in ("Hessian trace", "rel. flatness", "neuron-wise", "‖W‖"):
@@ -164,7 +166,7 @@ def _number(value: float, standard_error: float) -> str:
     return f"{value:.4g}" + (f" ± {standard_error:.1g}" if standard_error else "")
 
 
-def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
+def summary_table(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str] | None = None) -> Table:
     """How every layer is going to be measured, as a rich table."""
     deviation = max((info.deviation for info in layers.values()), default=0.0)
     caption = (
@@ -178,7 +180,7 @@ def summary_table(layers: Mapping[str, LayerInfo]) -> Table:
         caption += f" Gauss-Newton takes {passes} backward passes a batch, for all of its layers together."
     if any(info.kernel == "effective" for info in layers.values()):
         caption += " *: with respect to the kernel that the layer applies, which it computes from its weight."
-    caption = f"{caption} {_why_not_exact(layers.values())}".strip()
+    caption = f"{caption} {_notes(layers.values(), left_out or {})}".strip()
     table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
     table.add_column("kind", overflow="fold")
@@ -205,7 +207,7 @@ def _millions(number: int) -> str:
     return "<0.1" if millions < 0.1 else f"{millions:,.1f}" if millions < 100 else f"{millions:,.0f}"
 
 
-def _why_not_exact(layers: Iterable[LayerInfo]) -> str:
+def _notes(layers: Iterable[LayerInfo], left_out: Mapping[str, str]) -> str:
     inexact = [info for info in layers if not info.exact]
     texts = {
         "gauss_newton": "the Gauss-Newton part of the Hessian",
@@ -216,6 +218,7 @@ def _why_not_exact(layers: Iterable[LayerInfo]) -> str:
         reasons = sorted({info.reason for info in inexact if info.method == method})
         if reasons:
             sentences.append(f"Not exact: {text}, since {', or '.join(reasons)}.")
+    sentences += [f"Left out: {reason}" for reason in left_out.values()]
     return " ".join(sentences)
 
 

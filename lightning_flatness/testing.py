@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
@@ -52,7 +53,7 @@ def hessian_rows(
     assert isinstance(weight, Tensor)
     kernel = weight.detach().clone().requires_grad_()
     fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         loss = loss_function(functional_call(model, {**fixed, f"{layer}.weight": kernel}, (inputs,)), targets)
         (gradient,) = torch.autograd.grad(loss, kernel, create_graph=True)
         rows = []

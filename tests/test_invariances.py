@@ -252,3 +252,22 @@ def test_dropout_and_training_flags_do_not_matter():
 def test_a_frozen_network_measures_the_same():
     net = Net(nn.SiLU(), norm=True)
     assert_same(measure(copy.deepcopy(net).requires_grad_(False)), measure(net))
+
+
+def test_a_sample_alone_where_batch_norm_has_a_wrong_backward_pass():
+    # On a CPU the gradient that arrives at the normalisation here, for one sample, has strides that torch takes wrong.
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+            self.fc, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            t = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+            return self.head((t + self.fc(t).relu()).mean(1))
+
+    net = randomise_statistics(Tokens()).double().eval()
+    x, y = torch.randn(2, 3, 8, 8).double(), torch.tensor([1, 3])
+    together = lf.measure_flatness(net, [(x, y)], layers="conv")
+    alone = lf.measure_flatness(net, [(x[:1], y[:1]), (x[1:], y[1:])], layers="conv")
+    assert_close(alone.layers["conv"].block_traces, together.layers["conv"].block_traces, rtol=1e-11, atol=1e-14)

@@ -212,12 +212,13 @@ class FlatnessCallback(Callback):
         if batch is not None:
             self._certify(pl_module, to_device(trainer, pl_module, batch))
         if self.summary and self._certified and trainer.is_global_zero:
-            Console().print(summary_table(self._certified))
+            Console().print(summary_table(self._certified, self._left_out))
 
     def _certify(self, pl_module: LightningModule, batch: Any) -> None:
         measurement = Measurement(find_network(pl_module, self.model), **self._options)
         measurement.update(*self._split(batch))
         self._certified = dict(measurement.layers)
+        self._left_out = dict(measurement.left_out)
 
     # ------------------------------------------------------------------------------------------------------- measuring
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,31 +30,30 @@ def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create
     return [torch.zeros_like(node) if p is None else p for p, node in zip(pulled, nodes, strict=True)]
 
 
-def certify_reach(layers: Mapping[str, Calls], logits: Tensor) -> None:
-    """Certify that every layer reaches the logits, one row of its output for every sample.
-
-    Raises:
-        LayerSelectionError: naming the layer.
-    """
+def why_out_of_reach(layers: Mapping[str, Calls], logits: Tensor) -> dict[str, str]:
+    """Layers that do not reach the logits, or not with one row of their output for every sample, and why."""
     nodes = nodes_of(layers)
     pulled: Sequence[Tensor | None] = [None] * len(nodes)
     if logits.requires_grad:
         pulled = torch.autograd.grad(logits.sum(), nodes, retain_graph=True, allow_unused=True)
     arrived = iter(pulled)
+    reasons = {}
     for name, calls in layers.items():
         reached = [observed.output for observed, _ in calls if next(arrived) is not None]
+        rows = {node.shape[0] for node in reached}
         if not reached:
-            raise LayerSelectionError(
+            reasons[name] = (
                 f"Layer '{name}': the logits do not depend on its output through autograd: the forward detaches it, "
                 "runs what follows under torch.no_grad() or as TorchScript, or does not use it. Choose another layer "
                 "with layers=."
             )
-        rows = {node.shape[0] for node in reached}
-        if rows != {len(logits)}:
-            raise LayerSelectionError(
+        elif rows != {len(logits)}:
+            reasons[name] = (
                 f"Layer '{name}' runs on {max(rows)} rows for {len(logits)} samples (windows or tokens folded into the "
-                "batch), so derivatives of single samples cannot be told apart. Choose another layer with layers=."
+                "batch, or a table that all samples share), so derivatives of single samples cannot be told apart. "
+                "Choose another layer with layers=."
             )
+    return reasons
 
 
 def certify_samples(layers: Mapping[str, Calls], logits: Tensor) -> None:
@@ -78,14 +78,15 @@ def why_not_affine(layers: Mapping[str, Calls], logits: Tensor) -> dict[str, str
     """Why the logits are not certified to be affine in the kernels of layers that ran once; empty strings if they are.
 
     Where they are, the Gauss-Newton block is the Hessian's. The second derivative of a random combination of logits,
-    along a random kernel, must be exactly zero at every output of the layer. For piecewise-linear networks it is; one
-    curved operation makes it non-zero. One double backward serves all layers: at the output of a layer it gives the sum
-    of second derivatives with respect to this and any other one, and sums of random numbers are zero only if all are.
-    A layer where it is not zero is looked at by itself.
+    along a random direction, must be exactly zero at every output of the layer. For piecewise-linear networks it is;
+    one curved operation makes it non-zero. One double backward serves all layers: at the output of a layer it gives the
+    sum of second derivatives with respect to this and any other one, and sums of random numbers are zero only if all
+    are. A layer where it is not zero is looked at by itself.
     """
     if not layers:
         return {}
-    nodes, directions = nodes_of(layers), [_along_random_kernel(*calls[0]) for calls in layers.values()]
+    nodes = nodes_of(layers)
+    directions = [random_direction(node) for node in nodes]
     deltas = pull_back(logits, nodes, random_like(logits).requires_grad_(), create_graph=True)
     curved = [delta for delta in deltas if delta.requires_grad]
     if not curved:
@@ -97,28 +98,26 @@ def why_not_affine(layers: Mapping[str, Calls], logits: Tensor) -> dict[str, str
             suspects = [name for name, s in zip(layers, second, strict=True) if s is not None and bool(s.any())]
             reasons = dict.fromkeys(layers, "")
             # Among suspects are layers that only other layers interact with, like those before a gate.
-            for name, node, vector in zip(layers, nodes, directions, strict=True):
+            for name, node in zip(layers, nodes, strict=True):
                 if name in suspects and len(layers) > 1:
-                    reasons[name] = why_curved(logits, node, vector)
+                    reasons[name] = why_curved(logits, node)
                 elif name in suspects:
                     reasons[name] = CURVED
             return reasons
-    return {
-        name: why_curved(logits, node, vector) for name, node, vector in zip(layers, nodes, directions, strict=True)
-    }
+    return {name: why_curved(logits, node) for name, node in zip(layers, nodes, strict=True)}
 
 
 CURVED = "the network is curved after it"
 
 
-def why_curved(logits: Tensor, node: Tensor, direction: Tensor | None = None) -> str:
-    """Why a random combination of logits is not affine in ``node`` along a (random) direction; empty if it is."""
+def why_curved(logits: Tensor, node: Tensor) -> str:
+    """Why a random combination of logits is not affine in ``node`` along a random direction; empty if it is."""
     (delta,) = pull_back(logits, [node], random_like(logits).requires_grad_(), create_graph=True)
     if not delta.requires_grad:
         return ""
     if differentiable_once([delta]):
         return "a custom function after it is marked once_differentiable"
-    (second,), missing = _second_derivatives([delta], [node], [random_like(node) if direction is None else direction])
+    (second,), missing = _second_derivatives([delta], [node], [random_direction(node)])
     if missing:
         return "an operation after it has no second derivative in torch"
     return CURVED if second is not None and bool(second.any()) else ""
@@ -136,8 +135,14 @@ def _second_derivatives(
         return [None] * len(nodes), True
 
 
-def kernel_gradient(calls: Calls, cotangents: Sequence[Tensor]) -> Tensor:
-    """Gradient with respect to a layer's kernel, from cotangents at its outputs; the shape of the kernel."""
+def kernel_gradient(calls: Calls, cotangents: Sequence[Tensor], squares: bool = False) -> Tensor:
+    """Gradient with respect to a layer's kernel, from cotangents at its outputs; the shape of the kernel.
+
+    With ``squares``, the sum of the squares of its terms.
+    """
+    if squares:
+        calls = [(observed, replace(call, inputs=call.inputs.square())) for observed, call in calls]
+        cotangents = [cotangent.square() for cotangent in cotangents]
     total = torch.zeros_like(calls[0][1].weight).detach()
     for (_, call), cotangent in zip(calls, cotangents, strict=True):
         kernel = _as_convolution(call).detach().clone().requires_grad_()
@@ -164,11 +169,13 @@ def convolve(call: ConvolutionCall, kernel: Tensor) -> Tensor:
     )
 
 
-def _along_random_kernel(observed: LayerObservation, call: ConvolutionCall) -> Tensor:
-    """How the layer's output moves with a random kernel, the shape of the output."""
-    along = convolve(call, random_like(_as_convolution(call)))
-    shape = observed.output.movedim(call.channel_dimension, 1).shape
-    return along.reshape(shape).movedim(1, call.channel_dimension)
+def random_direction(tensor: Tensor) -> Tensor:
+    """A product of random vectors, one for every dimension; no linear map but zero takes almost all of them to zero."""
+    product = torch.ones_like(tensor)
+    for dimension, size in enumerate(tensor.shape):
+        shape = [size if other == dimension else 1 for other in range(tensor.ndim)]
+        product = product * random_like(tensor.new_empty(size + dimension))[dimension:].reshape(shape)
+    return product
 
 
 def _as_convolution(call: ConvolutionCall) -> Tensor:

@@ -57,6 +57,13 @@ def is_own_weight(call: ConvolutionCall, module: nn.Module) -> bool:
     return own is not None and own.shape == call.weight.shape and torch.equal(own, call.weight)
 
 
+def own_weight(module: nn.Module) -> nn.Parameter:
+    """The layer's parameter, where it is the kernel that is applied."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 def certify_head(
     name: str | None,
     features: Tensor,
@@ -121,7 +128,7 @@ def certify_head(
     return deviation
 
 
-def certify_path(name: str, found: Tensor | None, expected: Tensor) -> float:
+def certify_path(name: str, found: Tensor | None, expected: Tensor, squares: Tensor) -> float:
     """Certify layer and all that follows together: a gradient by autograd is the one from the observed cotangents.
 
     This is what finds a kernel that the model also uses elsewhere (tied weights, a functional call).
@@ -131,9 +138,10 @@ def certify_path(name: str, found: Tensor | None, expected: Tensor) -> float:
         found: gradient of a random combination of logits with respect to the kernel, by autograd through the whole
             model; None if there is no way from the kernel to the logits.
         expected: the same, from what was observed at the layer.
+        squares: sums of the squares of the terms that ``expected`` is a sum of; where these cancel, so do digits.
 
     Returns:
-        The deviation, relative to the gradient's norm.
+        The deviation, relative to the norm of the gradient and of its terms.
 
     Raises:
         LayerSelectionError: the two gradients differ, or autograd finds no way from the kernel to the logits.
@@ -144,7 +152,7 @@ def certify_path(name: str, found: Tensor | None, expected: Tensor) -> float:
             "freeze it use requires_grad_(False) on it instead of torch.no_grad() in the forward."
         )
     found = torch.zeros_like(expected) if found is None else found
-    scale = torch.maximum(expected.norm(), found.norm())
+    scale = torch.stack([expected.norm(), found.norm(), squares.sum().sqrt()]).amax()
     deviation = float((found - expected).norm() / scale) if float(scale) > 0 else 0.0
     if not deviation <= 10 * ROUNDINGS * torch.finfo(expected.dtype).eps:
         raise LayerSelectionError(

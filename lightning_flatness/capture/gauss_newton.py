@@ -13,9 +13,11 @@ from lightning_flatness.capture.probes import BlockTraces, Probes, random_signs
 from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newton_block_traces
 from lightning_flatness.functional.curvature import MANY_CLASSES
 
-# Elements of pulled-back columns, of all layers, that are kept at a time: on a CPU some tens of megabytes.
-COLUMN_ELEMENTS = {"cpu": 2**24}
-COLUMN_ELEMENTS_DEFAULT = 2**28
+# Elements, of all layers, that are kept at a time: on a CPU about a hundred megabytes.
+ELEMENTS = {"cpu": 2**25}
+ELEMENTS_DEFAULT = 2**29
+# Of that, the graphs of forward pass and certificate take as much as this many columns.
+GRAPHS = 8
 MIN_PROBES = 8
 
 Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
@@ -126,18 +128,17 @@ def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int
         num_columns: that there are.
         device: of the model.
     """
-    # Beside the columns, the graph of the forward pass and that of the certificate take some of these.
-    return max(2, 2 * _column_elements(device) // (elements * (min(num_columns, 16) + 8)))
+    return max(2, _budget(device) // (elements * (min(num_columns, 16) + GRAPHS)))
 
 
-def _column_elements(device: torch.device) -> int:
-    return COLUMN_ELEMENTS.get(device.type, COLUMN_ELEMENTS_DEFAULT)
+def _budget(device: torch.device) -> int:
+    return ELEMENTS.get(device.type, ELEMENTS_DEFAULT)
 
 
 def _pulled(layers: Mapping[str, Calls], logits: Tensor, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
     """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
     nodes = nodes_of(layers)
-    at_a_time = max(1, _column_elements(logits.device) // max(1, sum(node.numel() for node in nodes)))
+    at_a_time = max(1, _budget(logits.device) // max(1, sum(node.numel() for node in nodes)) - GRAPHS)
     while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
         yield columns
 

@@ -1,4 +1,4 @@
-"""One batch in, block traces out: runs the model once, certifies the first batch, chooses a method for every layer."""
+"""One batch in, block traces out: runs the model on some samples at a time, and measures its layers as planned."""
 
 from __future__ import annotations
 
@@ -10,38 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.capture.affine import (
-    Calls,
-    certify_reach,
-    certify_samples,
-    kernel_gradient,
-    nodes_of,
-    pull_back,
-    why_curved,
-    why_not_affine,
-)
-from lightning_flatness.capture.certificate import certify_layer, certify_path, is_own_weight
-from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail, closed_form_layer
-from lightning_flatness.capture.gauss_newton import gauss_newton_layers, is_sampled, rows_at_a_time
+from lightning_flatness.capture.affine import Calls, certify_samples
+from lightning_flatness.capture.certificate import own_weight
+from lightning_flatness.capture.closed_form import TailDerivatives, closed_form_layer
+from lightning_flatness.capture.gauss_newton import gauss_newton_layers, rows_at_a_time
 from lightning_flatness.capture.isolation import ModelCopy, isolated
-from lightning_flatness.capture.observation import ConvolutionCall, Observation
+from lightning_flatness.capture.observation import Observation
 from lightning_flatness.capture.options import Options
+from lightning_flatness.capture.plan import Plan
 from lightning_flatness.capture.probes import BlockTraces
 from lightning_flatness.capture.residual import hutchinson_residual
-from lightning_flatness.capture.rows import num_rows, take
-from lightning_flatness.capture.selection import (
-    Execution,
-    find_classifier,
-    logits_of,
-    select_layers,
-    trace_execution,
-)
-from lightning_flatness.capture.tail import random_like, why_not_closed_form
-from lightning_flatness.errors import BatchError, LayerSelectionError, NotClosedFormError, NotExactError
-from lightning_flatness.functional import LossDerivatives, contraction_costs, weight_gram
+from lightning_flatness.capture.rows import num_rows, take, twice
+from lightning_flatness.capture.selection import Execution, logits_of, trace_execution
+from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.functional import LossDerivatives
 from lightning_flatness.results import LayerInfo
-
-SAMPLED = "classes without much mass are sampled"
 
 
 class LayerStatistics(NamedTuple):
@@ -78,16 +61,23 @@ class FlatnessObserver:
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        self.layers: dict[str, LayerInfo] = {}
         self._options = Options(**options)
         self._model = model
-        self._modules: dict[str, nn.Module] = {}
-        self._classifier: tuple[str | None, nn.Module | None] = (None, None)
-        self._grams: dict[str, Tensor] = {}
+        self._plan = Plan(model, self._options)
         self._execution: Execution | None = None
         self._rows: int | None = None  # samples that are taken at a time, once that is known
         self._halved = False
         self._generator = torch.Generator().manual_seed(self._options.seed)
+
+    @property
+    def layers(self) -> dict[str, LayerInfo]:
+        """How every layer is measured; empty before the first batch."""
+        return self._plan.layers
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Layers of ``"all"`` that cannot be measured, and why."""
+        return self._plan.left_out
 
     def __call__(
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
@@ -115,7 +105,7 @@ class FlatnessObserver:
                     advance((start + part * rows) / samples)
 
             chunk = slice(start, start + rows)
-            found = self._attempt(take(inputs, chunk, samples), take(targets, chunk, samples), start == 0, tell)
+            found = self._attempt(take(inputs, chunk, samples), take(targets, chunk, samples), rows, start == 0, tell)
             if found is None:
                 self._halve(rows)
                 continue
@@ -125,12 +115,16 @@ class FlatnessObserver:
         return totals
 
     def _attempt(
-        self, inputs: Any, targets: Tensor | None, first: bool, advance: Callable[[float], None]
+        self, inputs: Any, targets: Tensor | None, rows: int, first: bool, advance: Callable[[float], None]
     ) -> dict[str, LayerStatistics] | None:
         """Statistics of some samples; empty if fewer are to be taken at a time, None if memory runs out."""
         try:
             with isolated(self._model):
-                return self._measure(inputs, targets, first, advance)
+                if rows > 1:
+                    return self._measure(inputs, targets, rows, first, advance)
+                # Twice: the backward pass of torch's BatchNorm is wrong for one sample in some memory layouts.
+                found = self._measure(twice(inputs), twice(targets), rows, first, advance)
+                return {name: _half(statistics) for name, statistics in found.items()}
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -148,43 +142,33 @@ class FlatnessObserver:
         self._rows = rows // 2
 
     def _measure(
-        self, inputs: Any, targets: Tensor | None, first: bool, advance: Callable[[float], None]
+        self, inputs: Any, targets: Tensor | None, rows: int, first: bool, advance: Callable[[float], None]
     ) -> dict[str, LayerStatistics]:
         if self._execution is None:
             self._copy = ModelCopy(self._model)
             self._execution = trace_execution(self._model, lambda: self._copy(inputs))
-            self._choose(self._execution)
-            samples, columns = self._execution.logits.shape
-            ran = [name for name in self._execution.order if name in self._modules]
+            self._plan.choose(self._execution)
+            columns = self._execution.logits.shape[1]
+            ran = [name for name in self._execution.order if name in self._plan.modules]
             elements = sum(prod(self._execution.output_shapes.get(name, ())[1:]) for name in ran)
-            self._rows = rows_at_a_time(max(1, elements), columns, self._execution.logits.device)
-            if samples > self._rows:
+            most = rows_at_a_time(max(1, elements), columns, self._execution.logits.device)
+            self._rows = min(most, self._rows or most)
+            if rows > self._rows:
                 return {}
-        with Observation(self._modules, self._classifier[1]) as seen:
+        with Observation(self._plan.modules, self._plan.classifier[1]) as seen:
             logits = logits_of(self._copy(inputs))
         loss = self._options.loss_function(logits.detach(), targets)
-        calls = {name: self._calls(name, seen) for name in self._modules}
+        calls = self._plan.calls(seen)
         beginning = not self.layers
         if beginning:
-            _certify_deterministic(self._execution.logits[: len(logits)], logits.detach())
-            self._certify(calls, logits, inputs, loss)
+            _certify_deterministic(self._execution.logits[:rows], logits[:rows].detach())
+            self._plan.begin(calls, logits, inputs, loss.curvature.num_columns)
         if first:
             certify_samples(calls, logits)
-        tails = self._certified_tails(calls, seen, logits, inputs, beginning)
+        tails = self._plan.certified_tails(calls, seen, logits, inputs, beginning)
         found = self._measured(calls, tails, logits, loss, advance)
         self._add_residuals(found, calls, inputs, loss)
-        return {name: self._statistics(name, found[name], loss) for name in self._modules}
-
-    def _choose(self, execution: Execution) -> None:
-        classifier = find_classifier(execution)
-        names = select_layers(execution, self._options.layers, classifier)
-        self._modules = {name: execution.modules[name] for name in names}
-        self._classifier = (classifier, None if classifier is None else execution.modules[classifier])
-
-    def _calls(self, name: str, seen: Observation) -> Calls:
-        if name not in seen.layers:
-            raise LayerSelectionError(f"Layer '{name}' ran on the first batch but not on this one.")
-        return [(observed, certify_layer(name, observed)) for observed in seen.layers[name]]
+        return {name: self._statistics(name, found[name], loss) for name in self._plan.modules}
 
     def _measured(
         self,
@@ -196,19 +180,22 @@ class FlatnessObserver:
     ) -> dict[str, BlockTraces]:
         diagonal = self._options.diagonal
         found = {
-            name: BlockTraces(closed_form_layer(name, layers[name][0][1], tail, loss, self._grams[name], diagonal))
+            name: BlockTraces(closed_form_layer(name, layers[name][0][1], tail, loss, self._plan.grams[name], diagonal))
             for name, tail in tails.items()
         }
         others = {name: layers[name] for name in layers if name not in tails}
         if others:
             found |= gauss_newton_layers(
-                others, logits, loss.curvature, self._grams, self._tolerance, self._generator, diagonal, advance
+                others,
+                logits,
+                loss.curvature,
+                self._plan.grams,
+                self._plan.tolerance,
+                self._generator,
+                diagonal,
+                advance,
             )
         return found
-
-    @property
-    def _tolerance(self) -> float:
-        return 0.0 if self._options.strict else self._options.tolerance
 
     def _add_residuals(
         self, found: dict[str, BlockTraces], layers: dict[str, Calls], inputs: Any, loss: LossDerivatives
@@ -217,7 +204,7 @@ class FlatnessObserver:
         for name, info in self.layers.items():
             if info.method == "gauss_newton+hutchinson":
                 observed, call = layers[name][0]
-                kernels[name] = (_weight(observed.module), call.weight.detach().clone().requires_grad_())
+                kernels[name] = (own_weight(observed.module), call.weight.detach().clone().requires_grad_())
         if not kernels:
             return
         if loss.residual is None:
@@ -226,7 +213,7 @@ class FlatnessObserver:
         estimates = hutchinson_residual(
             (logits * loss.residual.to(logits.dtype)).sum(),
             {name: kernel for name, (_, kernel) in kernels.items()},
-            self._grams,
+            self._plan.grams,
             self._options.num_probes,
             self._generator,
             self._options.diagonal,
@@ -245,140 +232,8 @@ class FlatnessObserver:
         if not found.total.isfinite().all():
             raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
         return LayerStatistics(
-            found.total, self._grams[name] * loss.num_samples, loss.num_samples, loss.normalizer, found.variances
+            found.total, self._plan.grams[name] * loss.num_samples, loss.num_samples, loss.normalizer, found.variances
         )
-
-    # -------------------------------------------------------------------------------------------- which method, why
-
-    def _certified_tails(
-        self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any, first: bool
-    ) -> dict[str, TailDerivatives]:
-        """The tails of the layers under the closed form, certified on every batch; what fails goes to Gauss-Newton."""
-        tails: dict[str, TailDerivatives] = {}
-        failures: dict[str, str] = {}
-        candidates = [name for name, info in self.layers.items() if info.method == "closed_form"]
-        if candidates:
-            try:
-                head = certified_head(*self._classifier, seen, logits, self._options.loss_function.shift_invariant)
-            except NotClosedFormError as error:
-                failures = dict.fromkeys(candidates, str(error))
-        for name in candidates:
-            if name not in failures and (len(layers[name]) > 1 or layers[name][0][1].channel_dimension != 1):
-                failures[name] = "it is for a convolution that runs once in a forward pass."
-        if first and len(failures) < len(candidates):
-            failures |= why_not_closed_form(
-                {name: layers[name][0][0].output for name in candidates if name not in failures}, head.features
-            )
-        for name in candidates:
-            if name in failures:
-                continue
-            try:
-                tails[name] = certified_tail(name, layers[name][0][0], head, logits)
-            except NotClosedFormError as error:
-                failures[name] = str(error)
-                continue
-            deviation = max(self.layers[name].deviation, tails[name].deviation)
-            self.layers[name] = replace(self.layers[name], deviation=deviation)
-        checked = [name for name, info in self.layers.items() if name not in tails and info.reason in ("", SAMPLED)]
-        self._under_gauss_newton({name: layers[name] for name in checked}, failures, logits, inputs, first)
-        return tails
-
-    def _under_gauss_newton(
-        self, layers: dict[str, Calls], failures: dict[str, str], logits: Tensor, inputs: Any, first: bool
-    ) -> None:
-        """Certify on this batch that Gauss-Newton is exact for these layers; label those for which it is not."""
-        reasons = why_not_affine({name: calls for name, calls in layers.items() if len(calls) == 1}, logits)
-        for name, calls in layers.items():
-            why = reasons[name] if name in reasons else self._why_polynomial(calls, inputs)
-            info = self.layers[name]
-            if self._options.strict and why:
-                closed_form = f" The closed form does not hold: {failures[name]}" if name in failures else ""
-                raise NotExactError(
-                    f"Layer '{name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True "
-                    f"asks for exact numbers.{closed_form}"
-                )
-            method: Any = "gauss_newton"
-            if why and self._options.residual and is_own_weight(calls[0][1], calls[0][0].module):
-                method = "gauss_newton+hutchinson"
-            if why and not first:
-                why = f"{why} in a later batch; earlier ones count with all their Hessian"
-            sampled = self._sampled and not why
-            passes = self._num_columns
-            self.layers[name] = replace(
-                info,
-                method=method,
-                classifier=None,
-                exact=not why and not sampled,
-                reason=SAMPLED if sampled else why,
-                backward_passes=passes,
-                multiplications=sum(self._multiplications(call, passes) for _, call in calls),
-            )
-
-    def _why_polynomial(self, calls: Calls, inputs: Any) -> str:
-        observed, call = calls[0]
-        if not is_own_weight(call, observed.module):
-            return "it runs several times with a computed kernel"
-        # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
-        kernel = call.weight.detach().clone().requires_grad_()
-        again = logits_of(ModelCopy(self._model)(inputs, {_weight(observed.module): kernel}))
-        return why_curved(again, kernel)
-
-    # --------------------------------------------------------------------------------------- once, on the first batch
-
-    def _certify(self, layers: dict[str, Calls], logits: Tensor, inputs: Any, loss: LossDerivatives) -> None:
-        certify_reach(layers, logits)
-        paths = self._certify_paths(layers, logits, inputs)
-        self._num_columns = loss.curvature.num_columns
-        self._sampled = is_sampled(self._num_columns, self._tolerance)
-        infos = {}
-        for name, calls in layers.items():
-            observed, call = calls[0]
-            self._grams[name] = weight_gram(call.weight, call.geometry.groups, self._options.diagonal)
-            infos[name] = LayerInfo(
-                name=name,
-                kind=type(observed.module).__name__,
-                num_filters=call.weight.shape[0],
-                patch_length=call.weight[0].numel(),
-                groups=call.geometry.groups,
-                classifier=self._classifier[0],
-                method="closed_form",
-                exact=True,
-                reason="",
-                kernel="parameter" if is_own_weight(call, observed.module) else "effective",
-                deviation=paths[name],
-                multiplications=self._multiplications(call) + self._num_columns * self._grams[name].numel(),
-                memory=2 * 8 * self._grams[name].numel(),
-            )
-        self.layers = infos
-
-    def _multiplications(self, call: ConvolutionCall, columns: int = 1) -> int:
-        groups, filters, length = call.geometry.groups, call.weight.shape[0], call.weight[0].numel()
-        positions = call.output[0].numel() // filters
-        diagonal = self._options.diagonal
-        return groups * min(contraction_costs(positions, length, filters // groups, columns, diagonal))
-
-    def _certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
-        """Compare gradients at the kernels with autograd's through the whole model, for all layers in one pass."""
-        kernels: dict[nn.Parameter, Tensor] = {}
-        parameters: dict[str, nn.Parameter] = {}
-        for name, calls in layers.items():
-            observed, call = calls[0]
-            if is_own_weight(call, observed.module):
-                parameters[name] = _weight(observed.module)
-                kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
-        # On a copy of its own: a forward that writes to its weights would spoil the graph of the observed pass.
-        again = logits_of(ModelCopy(self._model)(inputs, kernels))
-        u = random_like(logits)
-        found: dict[nn.Parameter, Tensor | None] = dict.fromkeys(kernels)
-        if kernels and again.requires_grad:
-            gradients = torch.autograd.grad(again, list(kernels.values()), u, allow_unused=True)
-            found = dict(zip(kernels, gradients, strict=True))
-        pulled = iter(pull_back(logits, nodes_of(layers), u))
-        deviations = {}
-        for name, calls in layers.items():
-            expected = kernel_gradient(calls, [next(pulled) for _ in calls])
-            deviations[name] = certify_path(name, found[parameters[name]], expected) if name in parameters else 0.0
-        return deviations
 
 
 def _sum(left: LayerStatistics | None, right: LayerStatistics) -> LayerStatistics:
@@ -396,10 +251,10 @@ def _sum(left: LayerStatistics | None, right: LayerStatistics) -> LayerStatistic
     )
 
 
-def _weight(module: nn.Module) -> nn.Parameter:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+def _half(twice: LayerStatistics) -> LayerStatistics:
+    block_traces, gram, samples, normalizer, variances = twice
+    variances = None if variances is None else variances / 4
+    return LayerStatistics(block_traces / 2, gram / 2, samples // 2, normalizer / 2, variances)
 
 
 def _certify_deterministic(first: Tensor, second: Tensor) -> None:

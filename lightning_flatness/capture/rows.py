@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -34,3 +35,14 @@ def take(batch: Any, rows: slice, num_samples: int) -> Any:
         return tensor[rows] if tensor.ndim and tensor.shape[0] == num_samples else tensor
 
     return apply_to_collection(batch, Tensor, of_samples)
+
+
+def twice(batch: Any) -> Any:
+    """A batch of one sample with that sample twice.
+
+    Example:
+        >>> import torch
+        >>> twice((torch.zeros(1, 3), torch.tensor([2])))[1]
+        tensor([2, 2])
+    """
+    return apply_to_collection(batch, Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor)

@@ -45,6 +45,11 @@ class Measurement:
         """How every layer is measured; empty before the first batch."""
         return self._observer.layers
 
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Layers of ``layers="all"`` that cannot be measured, and why."""
+        return self._observer.left_out
+
     def update(
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
     ) -> None:
@@ -64,7 +69,8 @@ class Measurement:
         """
         if not self._metrics:
             raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
-        return FlatnessReport({name: self._layer(name, metric) for name, metric in self._metrics.items()})
+        layers = {name: self._layer(name, metric) for name, metric in self._metrics.items()}
+        return FlatnessReport(layers, dict(self._observer.left_out))
 
     def _layer(self, name: str, metric: FlatnessMetric) -> LayerFlatness:
         measures = {key: float(value) for key, value in metric.compute().items()}
@@ -110,7 +116,7 @@ def measure_flatness(
         batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or inputs alone, where neither the loss's curvature
             nor a curved activation needs targets. Tensors are moved to the model's device.
         layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
-            and linear layer; or names or glob patterns.
+            and linear layer that can be measured (``report.left_out`` names the others); or names or glob patterns.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` (several labels, each yes or no; with logits) or
             ``"mse"``, all averaged as in torch; a loss module of torch with a mean; or a function from ``(logits,
             targets)`` to the loss of every sample, ``(N,)``, of which the mean is measured.

@@ -370,7 +370,7 @@ def test_curvature_that_first_shows_in_a_later_batch_is_labelled():
 def test_later_failure_of_the_closed_form_says_what_is_in_the_sum():
     net = Net(after=Apply(lambda f: f.clamp(-0.6, 0.6))).double()
     layer = lf.measure_flatness(net, [(X.double() / 10, Y), (4 * X.double(), Y)]).layers["conv"]
-    assert "in a later batch; earlier ones count with all their Hessian" in layer.info.reason
+    assert "for some samples; others may count with all their Hessian" in layer.info.reason
 
 
 def test_forward_that_writes_to_a_weight_after_a_measured_layer():
@@ -503,8 +503,13 @@ def test_layer_that_holds_another_is_refused_and_leaves_no_mode_behind():
             return super().forward(x) + self.down(x)
 
     before = torch._C._len_torch_function_stack()
+    net = Net(conv=Adapted(2, 6, 3))
     with pytest.raises(lf.LayerSelectionError, match=r"'conv' \(Adapted\) runs 2"):
-        lf.measure_flatness(Net(conv=Adapted(2, 6, 3)), [(X, Y)], layers="all")
+        lf.measure_flatness(net, [(X, Y)], layers=["conv", "conv.down"])
+    report = lf.measure_flatness(net, [(X, Y)], layers="all")
+    assert set(report.layers) == {"conv.down", "head"}
+    assert "runs 2 convolutions" in report.left_out["conv"]
+    assert "Left out: Layer 'conv' (Adapted) runs 2" in " ".join(str(report).split())
     assert torch._C._len_torch_function_stack() == before
 
 

@@ -1,0 +1,224 @@
+"""Which layers are measured, and by which method: certified on every part of every batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.capture.affine import (
+    Calls,
+    kernel_gradient,
+    nodes_of,
+    pull_back,
+    why_curved,
+    why_not_affine,
+    why_out_of_reach,
+)
+from lightning_flatness.capture.certificate import certify_layer, certify_path, is_own_weight, own_weight
+from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail
+from lightning_flatness.capture.gauss_newton import is_sampled
+from lightning_flatness.capture.isolation import ModelCopy
+from lightning_flatness.capture.observation import ConvolutionCall, Observation
+from lightning_flatness.capture.options import Options
+from lightning_flatness.capture.selection import Execution, find_classifier, logits_of, select_layers
+from lightning_flatness.capture.tail import random_like, why_not_closed_form
+from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, NotExactError
+from lightning_flatness.functional import contraction_costs, weight_gram
+from lightning_flatness.results import LayerInfo
+
+SAMPLED = "classes without much mass are sampled"
+
+
+class Plan:
+    """The layers of one model that are measured, and how.
+
+    Args:
+        model: the network.
+        options: what is wanted.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.layers: dict[str, LayerInfo] = {}
+        self.left_out: dict[str, str] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.classifier: tuple[str | None, nn.Module | None] = (None, None)
+        self.grams: dict[str, Tensor] = {}
+        self.tolerance = 0.0 if options.strict else options.tolerance
+        self._model = model
+        self._options = options
+        self._num_columns = 0
+        self._sampled = False
+
+    def choose(self, execution: Execution) -> None:
+        """Find the wanted layers and the classifier among what ran."""
+        classifier = find_classifier(execution)
+        names = select_layers(execution, self._options.layers, classifier)
+        self.modules = {name: execution.modules[name] for name in names}
+        self.classifier = (classifier, None if classifier is None else execution.modules[classifier])
+
+    def calls(self, seen: Observation) -> dict[str, Calls]:
+        """What the layers did in an observed forward pass, certified to be one convolution each."""
+        calls: dict[str, Calls] = {}
+        for name in list(self.modules):
+            if name not in seen.layers:
+                raise LayerSelectionError(f"Layer '{name}' ran on the first batch but not on this one.")
+            try:
+                calls[name] = [(observed, certify_layer(name, observed)) for observed in seen.layers[name]]
+            except LayerSelectionError as error:
+                self._leave_out(name, str(error))
+        return calls
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        """With ``layers="all"`` do without a layer that cannot be measured; else that is an error."""
+        if self._options.layers != "all" or self.layers or len(self.modules) == 1:
+            raise LayerSelectionError(reason)
+        self.left_out[name] = reason
+        del self.modules[name]
+
+    def begin(self, layers: dict[str, Calls], logits: Tensor, inputs: Any, num_columns: int) -> None:
+        """Certify layers and their way to the logits on the first samples, and describe them.
+
+        Layers that are left out leave ``layers``, too.
+
+        Raises:
+            LayerSelectionError: naming the layer.
+        """
+        for name, reason in why_out_of_reach(layers, logits).items():
+            self._leave_out(name, reason)
+            del layers[name]
+        paths = self._certify_paths(layers, logits, inputs)
+        self._num_columns = num_columns
+        self._sampled = is_sampled(num_columns, self.tolerance)
+        infos = {}
+        for name, calls in layers.items():
+            observed, call = calls[0]
+            self.grams[name] = weight_gram(call.weight, call.geometry.groups, self._options.diagonal)
+            infos[name] = LayerInfo(
+                name=name,
+                kind=type(observed.module).__name__,
+                num_filters=call.weight.shape[0],
+                patch_length=call.weight[0].numel(),
+                groups=call.geometry.groups,
+                classifier=self.classifier[0],
+                method="closed_form",
+                exact=True,
+                reason="",
+                kernel="parameter" if is_own_weight(call, observed.module) else "effective",
+                deviation=paths[name],
+                multiplications=self._multiplications(call) + self._num_columns * self.grams[name].numel(),
+                memory=2 * 8 * self.grams[name].numel(),
+            )
+        self.layers = infos
+
+    def _multiplications(self, call: ConvolutionCall, columns: int = 1) -> int:
+        groups, filters, length = call.geometry.groups, call.weight.shape[0], call.weight[0].numel()
+        positions = call.output[0].numel() // filters
+        diagonal = self._options.diagonal
+        return groups * min(contraction_costs(positions, length, filters // groups, columns, diagonal))
+
+    def _certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
+        """Compare gradients at the kernels with autograd's through the whole model, for all layers in one pass."""
+        kernels: dict[nn.Parameter, Tensor] = {}
+        parameters: dict[str, nn.Parameter] = {}
+        for name, calls in layers.items():
+            observed, call = calls[0]
+            if is_own_weight(call, observed.module):
+                parameters[name] = own_weight(observed.module)
+                kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
+        # On a copy of its own: a forward that writes to its weights would spoil the graph of the observed pass.
+        again = logits_of(ModelCopy(self._model)(inputs, kernels))
+        u = random_like(logits)
+        found: dict[nn.Parameter, Tensor | None] = dict.fromkeys(kernels)
+        if kernels and again.requires_grad:
+            gradients = torch.autograd.grad(again, list(kernels.values()), u, allow_unused=True)
+            found = dict(zip(kernels, gradients, strict=True))
+        pulled = iter(pull_back(logits, nodes_of(layers), u))
+        deviations = {}
+        for name, calls in list(layers.items()):
+            cotangents = [next(pulled) for _ in calls]
+            deviations[name] = 0.0
+            if name not in parameters:
+                continue
+            expected, squares = kernel_gradient(calls, cotangents), kernel_gradient(calls, cotangents, squares=True)
+            try:
+                deviations[name] = certify_path(name, found[parameters[name]], expected, squares)
+            except LayerSelectionError as error:
+                self._leave_out(name, str(error))
+                del layers[name]
+        return deviations
+
+    def certified_tails(
+        self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any, first: bool
+    ) -> dict[str, TailDerivatives]:
+        """The tails of the layers under the closed form, certified on every batch; what fails goes to Gauss-Newton."""
+        tails: dict[str, TailDerivatives] = {}
+        failures: dict[str, str] = {}
+        candidates = [name for name, info in self.layers.items() if info.method == "closed_form"]
+        if candidates:
+            try:
+                head = certified_head(*self.classifier, seen, logits, self._options.loss_function.shift_invariant)
+            except NotClosedFormError as error:
+                failures = dict.fromkeys(candidates, str(error))
+        for name in candidates:
+            if name not in failures and (len(layers[name]) > 1 or layers[name][0][1].channel_dimension != 1):
+                failures[name] = "it is for a convolution that runs once in a forward pass."
+        if first and len(failures) < len(candidates):
+            failures |= why_not_closed_form(
+                {name: layers[name][0][0].output for name in candidates if name not in failures}, head.features
+            )
+        for name in candidates:
+            if name in failures:
+                continue
+            try:
+                tails[name] = certified_tail(name, layers[name][0][0], head, logits)
+            except NotClosedFormError as error:
+                failures[name] = str(error)
+                continue
+            deviation = max(self.layers[name].deviation, tails[name].deviation)
+            self.layers[name] = replace(self.layers[name], deviation=deviation)
+        checked = [name for name, info in self.layers.items() if name not in tails and info.reason in ("", SAMPLED)]
+        self._under_gauss_newton({name: layers[name] for name in checked}, failures, logits, inputs, first)
+        return tails
+
+    def _under_gauss_newton(
+        self, layers: dict[str, Calls], failures: dict[str, str], logits: Tensor, inputs: Any, first: bool
+    ) -> None:
+        """Certify on this batch that Gauss-Newton is exact for these layers; label those for which it is not."""
+        reasons = why_not_affine({name: calls for name, calls in layers.items() if len(calls) == 1}, logits)
+        for name, calls in layers.items():
+            why = reasons[name] if name in reasons else self._why_polynomial(calls, inputs)
+            info = self.layers[name]
+            if self._options.strict and why:
+                closed_form = f" The closed form does not hold: {failures[name]}" if name in failures else ""
+                raise NotExactError(
+                    f"Layer '{name}': only the Gauss-Newton part of its Hessian can be had ({why}), and strict=True "
+                    f"asks for exact numbers.{closed_form}"
+                )
+            method: Any = "gauss_newton"
+            if why and self._options.residual and is_own_weight(calls[0][1], calls[0][0].module):
+                method = "gauss_newton+hutchinson"
+            if why and not first:
+                why = f"{why} for some samples; others may count with all their Hessian"
+            sampled = self._sampled and not why
+            passes = self._num_columns
+            self.layers[name] = replace(
+                info,
+                method=method,
+                classifier=None,
+                exact=not why and not sampled,
+                reason=SAMPLED if sampled else why,
+                backward_passes=passes,
+                multiplications=sum(self._multiplications(call, passes) for _, call in calls),
+            )
+
+    def _why_polynomial(self, calls: Calls, inputs: Any) -> str:
+        observed, call = calls[0]
+        if not is_own_weight(call, observed.module):
+            return "it runs several times with a computed kernel"
+        # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
+        kernel = call.weight.detach().clone().requires_grad_()
+        again = logits_of(ModelCopy(self._model)(inputs, {own_weight(observed.module): kernel}))
+        return why_curved(again, kernel)

@@ -1,0 +1,153 @@
+"""A thousand classes: what is left out is certified, what is sampled is labelled and has a standard error."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import lightning_flatness as lf
+from lightning_flatness.capture import closed_form, gauss_newton
+from lightning_flatness.functional import closed_form_block_traces
+
+CLASSES = 300
+
+
+def net(confidence=1.0, activation=nn.ReLU):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3),
+        activation(),
+        nn.Conv2d(6, 8, 2),
+        activation(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, CLASSES),
+    )
+    with torch.no_grad():
+        model[6].weight.mul_(confidence * 20)
+    return model
+
+
+def batches(samples=12, dtype=torch.float64):
+    torch.manual_seed(1)
+    return [(torch.randn(samples, 2, 8, 8, dtype=dtype), torch.randint(CLASSES, (samples,)))]
+
+
+@pytest.mark.parametrize("confidence", [0.01, 1.0, 5.0])
+def test_closed_form_agrees_with_all_columns_of_gauss_newton(confidence, monkeypatch):
+    model, batch = net(confidence).double(), batches()
+    with_closed_form = lf.measure_flatness(model, batch).layers["2"]
+    assert (with_closed_form.method, with_closed_form.exact) == ("closed_form", True)
+    monkeypatch.setattr("lightning_flatness.capture.plan.why_not_closed_form", lambda *args: {"2": "not today"})
+    every_class = lf.measure_flatness(model, batch, tolerance=0).layers["2"]
+    assert (every_class.method, every_class.exact) == ("gauss_newton", True)
+    for measure in ("hessian_trace", "relative_flatness", "neuronwise_flatness", "layerwise_flatness"):
+        assert_close(getattr(with_closed_form, measure), getattr(every_class, measure), rtol=1e-6, atol=0)
+
+
+def counted(monkeypatch):
+    """Tolerances with which the closed form is called."""
+    tolerances = []
+
+    def count(*arguments, **options):
+        tolerances.append(arguments[5] if len(arguments) > 5 else 0.0)
+        return closed_form_block_traces(*arguments, **options)
+
+    monkeypatch.setattr(closed_form, "closed_form_block_traces", count)
+    return tolerances
+
+
+def test_classes_are_left_out_and_the_change_is_certified(monkeypatch):
+    model, batch = net(confidence=10.0).double(), batches()
+    tolerances = counted(monkeypatch)
+    part = lf.measure_flatness(model, batch).layers["2"]
+    assert tolerances == [closed_form.TRUNCATION / 1000]
+    monkeypatch.setattr(closed_form, "TRUNCATION", 0.0)
+    whole = lf.measure_flatness(model, batch).layers["2"]
+    difference = abs(part.relative_flatness - whole.relative_flatness) / whole.relative_flatness
+    assert 0 < difference < 1e-6
+    assert_close(part.filter_traces, whole.filter_traces, rtol=1e-12, atol=0)
+
+
+def test_where_it_cannot_be_certified_all_classes_are_taken(monkeypatch):
+    model = net(confidence=3.0).double()
+    with torch.no_grad():  # filters that cancel in relative flatness, so that no part of the trace is small against it
+        model[2].weight[1::2] = -model[2].weight[::2]
+        model[2].bias[1::2] = model[2].bias[::2] = 1.0
+        model[6].weight[:, 1::2] = model[6].weight[:, ::2]
+    tolerances = counted(monkeypatch)
+    lf.measure_flatness(model, batches())
+    assert tolerances == [closed_form.TRUNCATION / 1000, 0.0]
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.02])
+@pytest.mark.parametrize("confidence", [0.02, 1.0])
+def test_sampled_numbers_are_labelled_and_within_their_standard_errors(confidence, tolerance):
+    model, batch = net(confidence).double(), batches(32)
+    exact = lf.measure_flatness(model, batch, layers="all", tolerance=0)
+    assert exact.exact
+    assert set(exact.standard_errors.values()) == {0.0}
+    sampled = lf.measure_flatness(model, batch, layers="all", tolerance=tolerance)
+    assert [layer.exact for layer in sampled.layers.values()] == [False, True, False]  # "2" is under the closed form
+    assert [layer.info.reason for layer in sampled.layers.values()][::2] == [
+        "classes without much mass are sampled"
+    ] * 2
+    for name in ("0", "6"):
+        layer, expected = sampled.layers[name], exact.layers[name]
+        for measure, error in layer.standard_errors.items():
+            assert abs(getattr(layer, measure) - getattr(expected, measure)) < 5 * error
+        for measure in ("hessian_trace", "relative_flatness"):
+            assert 0 < layer.standard_errors[measure] <= tolerance * getattr(layer, measure)
+
+
+def test_standard_errors_are_those_of_repetitions():
+    model, batch = net(0.02).double(), batches(8)
+    exact = lf.measure_flatness(model, batch, layers="0", tolerance=0).hessian_trace
+    repeated = [lf.measure_flatness(model, batch, layers="0", tolerance=0.05, seed=seed) for seed in range(40)]
+    scores = torch.tensor([(r.hessian_trace - exact) / r.standard_errors["hessian_trace"] for r in repeated])
+    assert abs(float(scores.mean())) < 0.6
+    assert 0.6 < float(scores.square().mean().sqrt()) < 1.6
+
+
+def test_sampling_takes_few_passes_and_is_repeatable(monkeypatch):
+    model, batch = net(0.02).double(), batches(32)
+    passes = []
+    pull_back = gauss_newton.pull_back
+    monkeypatch.setattr(gauss_newton, "pull_back", lambda *args: passes.append(1) or pull_back(*args))
+    first = lf.measure_flatness(model, batch, layers="0", tolerance=0.05)
+    assert len(passes) < CLASSES / 4
+    assert first.hessian_trace == lf.measure_flatness(model, batch, layers="0", tolerance=0.05).hessian_trace
+    assert first.hessian_trace != lf.measure_flatness(model, batch, layers="0", tolerance=0.05, seed=1).hessian_trace
+
+
+def test_errors_of_batches_add_up_in_quadrature():
+    model = net(0.02).double()
+    ((x, y),) = batches(32)
+    whole = lf.measure_flatness(model, [(x, y)], layers="0", tolerance=0.05)
+    twice = lf.measure_flatness(model, [(x, y), (x, y)], layers="0", tolerance=0.05)
+    ratio = twice.standard_errors["hessian_trace"] / whole.standard_errors["hessian_trace"]
+    assert 0.5 < ratio < 0.95
+
+
+def test_too_strict_a_tolerance_takes_every_class():
+    model, batch = net(0.02).double(), batches(4)
+    layer = lf.measure_flatness(model, batch, layers="0", tolerance=1e-6).layers["0"]
+    exact = lf.measure_flatness(model, batch, layers="0", tolerance=0).layers["0"]
+    assert_close(layer.block_traces, exact.block_traces, rtol=1e-12, atol=1e-15)
+    assert set(layer.standard_errors.values()) == {0.0}
+
+
+def test_strict_takes_every_class():
+    model, batch = net().double(), batches(4)
+    assert lf.measure_flatness(model, batch, layers="all", strict=True).exact
+
+
+def test_few_classes_are_never_sampled():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 100)).double()
+    assert lf.measure_flatness(model, batches(4)[0][:1], layers="all").exact
+
+
+def test_report_shows_standard_errors():
+    text = str(lf.measure_flatness(net(0.02).double(), batches(32), layers="all", tolerance=0.1))
+    assert "±" in text
+    assert "classes without much mass are sampled" in " ".join(text.split())
