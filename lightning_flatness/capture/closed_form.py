@@ -24,7 +24,9 @@ from lightning_flatness.functional import (
     closed_form_residual,
     hessian_trace,
     relative_flatness,
+    weight_norm,
 )
+from lightning_flatness.functional.curvature import MANY_CLASSES
 
 # Largest relative change of relative flatness, by classes that are left out.
 TRUNCATION = 1e-6
@@ -109,12 +111,27 @@ def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Te
 
 
 def closed_form_layer(
-    name: str, call: ConvolutionCall, tail: TailDerivatives, loss: LossDerivatives, gram: Tensor, diagonal: bool
+    name: str,
+    call: ConvolutionCall,
+    tail: TailDerivatives,
+    loss: LossDerivatives,
+    gram: Tensor,
+    gram_norm: Tensor,
+    diagonal: bool,
 ) -> Tensor:
     """Block traces of one layer, ``(G, S/G, S/G)``, or their diagonals, ``(G, S/G)``; summed over a batch's samples.
 
     With many classes those are left out that do not matter: relative flatness changes by less than
     :data:`TRUNCATION` of itself, which is certified, and the other measures not at all.
+
+    Args:
+        name: of the layer.
+        call: what it did.
+        tail: what follows it.
+        loss: derivatives at the logits.
+        gram: inner products of its filters.
+        gram_norm: a bound of their spectral norm, from :func:`spectral_bound`.
+        diagonal: only the diagonals.
 
     Raises:
         BatchError: the tail is curved and there are no targets.
@@ -123,10 +140,12 @@ def closed_form_layer(
     if diagonal:
         total = closed_form_block_traces(*arguments, diagonal=True)
     else:
-        tolerance = TRUNCATION / 1000
+        # What is left out of the trace, in nuclear norm, times the Gram matrix's norm bounds the change. Relative
+        # flatness is about the mean squared norm of the filters times the trace; whether it is, is looked at after.
+        mean = weight_norm(gram).square() / gram[..., 0].numel()
+        tolerance = float(TRUNCATION / 4 * mean / gram_norm) if loss.curvature.num_columns >= MANY_CLASSES else 0.0
         total = closed_form_block_traces(*arguments, tolerance)
-        # Left out is at most this part of the trace, in nuclear norm; that bounds its product with the Gram matrix.
-        change = tolerance * hessian_trace(total) * torch.linalg.matrix_norm(gram).amax()
+        change = tolerance * hessian_trace(total) * gram_norm
         if bool(change > TRUNCATION * relative_flatness(total, gram).abs()):
             total = closed_form_block_traces(*arguments)
     curvatures = tail.curvatures
@@ -139,3 +158,16 @@ def closed_form_layer(
             "batch has none. Give batches of (inputs, targets)."
         )
     return total
+
+
+def spectral_bound(gram: Tensor) -> Tensor:
+    """An upper bound of the spectral norm of symmetric matrices, by the Schatten norm of order eight.
+
+    Example:
+        >>> bool(3 <= spectral_bound(torch.diag(torch.tensor([1.0, 2.0, 3.0]))[None]) < 3.1)
+        True
+    """
+    scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
+    fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
+    bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # float32 is rounded
+    return bound

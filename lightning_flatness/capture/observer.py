@@ -179,10 +179,12 @@ class FlatnessObserver:
         advance: Callable[[float], None],
     ) -> dict[str, BlockTraces]:
         diagonal = self._options.diagonal
-        found = {
-            name: BlockTraces(closed_form_layer(name, layers[name][0][1], tail, loss, self._plan.grams[name], diagonal))
-            for name, tail in tails.items()
-        }
+        found = {}
+        for name, tail in tails.items():
+            gram = self._plan.grams[name]
+            norm = gram.new_zeros(()) if diagonal else self._plan.gram_norm(name)
+            call = layers[name][0][1]
+            found[name] = BlockTraces(closed_form_layer(name, call, tail, loss, gram, norm, diagonal))
         others = {name: layers[name] for name in layers if name not in tails}
         if others:
             found |= gauss_newton_layers(

@@ -18,7 +18,7 @@ from lightning_flatness.capture.affine import (
     why_out_of_reach,
 )
 from lightning_flatness.capture.certificate import certify_layer, certify_path, is_own_weight, own_weight
-from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail
+from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail, spectral_bound
 from lightning_flatness.capture.gauss_newton import is_sampled
 from lightning_flatness.capture.isolation import ModelCopy
 from lightning_flatness.capture.observation import ConvolutionCall, Observation
@@ -49,6 +49,7 @@ class Plan:
         self.tolerance = 0.0 if options.strict else options.tolerance
         self._model = model
         self._options = options
+        self._gram_norms: dict[str, Tensor] = {}
         self._num_columns = 0
         self._sampled = False
 
@@ -77,6 +78,12 @@ class Plan:
             raise LayerSelectionError(reason)
         self.left_out[name] = reason
         del self.modules[name]
+
+    def gram_norm(self, name: str) -> Tensor:
+        """A bound of the spectral norm of the filters' Gram matrix, made when first asked for."""
+        if name not in self._gram_norms:
+            self._gram_norms[name] = spectral_bound(self.grams[name])
+        return self._gram_norms[name]
 
     def begin(self, layers: dict[str, Calls], logits: Tensor, inputs: Any, num_columns: int) -> None:
         """Certify layers and their way to the logits on the first samples, and describe them.

@@ -17,9 +17,10 @@ from lightning_flatness.functional.patches import (
 )
 
 # Elements of one chunk's largest intermediates: on a CPU a chunk should stay in the cache, elsewhere be large.
-CHUNK_ELEMENTS = {"cpu": 2**20}
+CHUNK_ELEMENTS = {"cpu": 2**22}
 CHUNK_ELEMENTS_DEFAULT = 2**26
-SAMPLES_IN_CACHE = 8
+# Rows of T that are made at a time, from the diagonal to the right.
+STRIP = 128
 
 
 def closed_form_block_traces(
@@ -77,11 +78,10 @@ def closed_form_block_traces(
     by_gram, by_sum = contraction_costs(positions, patch_length, per_group, diagonal=diagonal)
     use_gram = by_gram <= by_sum
     budget = CHUNK_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
-    # T is made in strips of rows, from the diagonal to the right: a strip of some samples stays in the cache.
-    strip = max(32, min(per_group, budget // (2 * SAMPLES_IN_CACHE * per_group)))
+    strip = min(per_group, STRIP)
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)
-        elements = 2 * groups * strip * per_group + head.shape[0] * filters + patch_elements
+        elements = 2 * groups * strip * per_group + head.shape[0] * filters // 4 + patch_elements
         chunk_size = max(1, budget // elements)
 
     head, floor = curvature.centred(head), curvature.floor

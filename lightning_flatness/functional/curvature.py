@@ -82,8 +82,10 @@ class ClassCurvature:
 
     @property
     def floor(self) -> Tensor | None:
-        """The part of the weights that all classes of a sample share, ``(N,)``; None for few classes."""
-        return self.weights.amin(1) if self.weights.shape[1] >= MANY_CLASSES else None
+        """The part of the weights that all classes of a sample share, ``(N,)``; None where that is hardly anything."""
+        floor, classes = self.weights.amin(1), self.weights.shape[1]
+        worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
+        return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
         r"""Factors of ``VᵀΛV``, less ``floor · VᵀV``; classes that hardly matter are left out.

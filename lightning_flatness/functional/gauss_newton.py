@@ -57,7 +57,7 @@ def gauss_newton_block_traces(
     if chunk_size is None:
         length = positions if use_gram else patch_length
         elements = groups * length * (positions + columns * per_group) + columns * filters * positions
-        budget = 4 * CHUNK_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
+        budget = CHUNK_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
         chunk_size = max(1, budget // elements)
 
     shape = (groups, per_group) if diagonal else (groups, per_group, per_group)
