@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.capture import observer
+from lightning_flatness.capture import passes
 from lightning_flatness.metrics import Measurement
 
 MEASURES = ("hessian_trace", "neuronwise_flatness", "layerwise_flatness")
@@ -60,7 +60,7 @@ def test_memory_is_what_is_kept():
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
 def test_some_samples_at_a_time_give_the_same(monkeypatch, rows, activation):
     whole = lf.measure_flatness(net(activation), [(X, Y)], layers="all")
-    monkeypatch.setattr(observer, "rows_at_a_time", lambda *args: rows)
+    monkeypatch.setattr(passes, "rows_at_a_time", lambda *args: rows)
     parts = lf.measure_flatness(net(activation), [(X, Y)], layers="all")
     for name, layer in parts.layers.items():
         assert layer.num_samples == 9

@@ -1,29 +1,24 @@
-"""One batch in, block traces out: runs the model on some samples at a time, and measures its layers as planned."""
+"""One batch in, block traces out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.capture.affine import Calls, certify_samples
 from lightning_flatness.capture.certificate import own_weight
-from lightning_flatness.capture.closed_form import TailDerivatives, closed_form_layer
-from lightning_flatness.capture.gauss_newton import gauss_newton_layers, rows_at_a_time
-from lightning_flatness.capture.isolation import ModelCopy, isolated
-from lightning_flatness.capture.observation import Observation
+from lightning_flatness.capture.closed_form import closed_form_layer
+from lightning_flatness.capture.gauss_newton import gauss_newton_layers
+from lightning_flatness.capture.isolation import ModelCopy
 from lightning_flatness.capture.options import Options
-from lightning_flatness.capture.plan import Plan
+from lightning_flatness.capture.passes import ForwardPasses, ObservedPass
 from lightning_flatness.capture.probes import BlockTraces
 from lightning_flatness.capture.residual import hutchinson_residual
-from lightning_flatness.capture.rows import num_rows, take, twice
-from lightning_flatness.capture.selection import Execution, logits_of, trace_execution
-from lightning_flatness.errors import BatchError, LayerSelectionError
-from lightning_flatness.functional import LossDerivatives
+from lightning_flatness.capture.selection import logits_of
+from lightning_flatness.errors import BatchError
 from lightning_flatness.results import LayerInfo
 
 
@@ -63,21 +58,18 @@ class FlatnessObserver:
     def __init__(self, model: nn.Module, **options: Any) -> None:
         self._options = Options(**options)
         self._model = model
-        self._plan = Plan(model, self._options)
-        self._execution: Execution | None = None
-        self._rows: int | None = None  # samples that are taken at a time, once that is known
-        self._halved = False
+        self._passes = ForwardPasses(model, self._options)
         self._generator = torch.Generator().manual_seed(self._options.seed)
 
     @property
     def layers(self) -> dict[str, LayerInfo]:
         """How every layer is measured; empty before the first batch."""
-        return self._plan.layers
+        return self._passes.plan.layers
 
     @property
     def left_out(self) -> dict[str, str]:
         """Layers of ``"all"`` that cannot be measured, and why."""
-        return self._plan.left_out
+        return self._passes.plan.left_out
 
     def __call__(
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
@@ -96,126 +88,48 @@ class FlatnessObserver:
             NotExactError: with ``strict``, a layer that is not exact.
         """
         totals: dict[str, LayerStatistics] = {}
-        samples, start = num_rows(inputs), 0
-        while start < samples:
-            rows = min(self._rows or samples, samples - start)
-
-            def tell(part: float, start: int = start, rows: int = rows) -> None:
-                if advance is not None:
-                    advance((start + part * rows) / samples)
-
-            chunk = slice(start, start + rows)
-            found = self._attempt(take(inputs, chunk, samples), take(targets, chunk, samples), rows, start == 0, tell)
-            if found is None:
-                self._halve(rows)
-                continue
-            if found:
-                start += rows
-                totals = {name: _sum(totals.get(name), part) for name, part in found.items()}
+        for found in self._passes(inputs, targets, self._measure, advance):
+            totals = {name: _sum(totals.get(name), part) for name, part in found.items()}
         return totals
 
-    def _attempt(
-        self, inputs: Any, targets: Tensor | None, rows: int, first: bool, advance: Callable[[float], None]
-    ) -> dict[str, LayerStatistics] | None:
-        """Statistics of some samples; empty if fewer are to be taken at a time, None if memory runs out."""
-        try:
-            with isolated(self._model):
-                if rows > 1:
-                    return self._measure(inputs, targets, rows, first, advance)
-                # Twice: the backward pass of torch's BatchNorm is wrong for one sample in some memory layouts.
-                found = self._measure(twice(inputs), twice(targets), rows, first, advance)
-                return {name: _half(statistics) for name, statistics in found.items()}
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-        return None
-
-    def _halve(self, rows: int) -> None:
-        if self._halved or rows == 1:
-            largest = max(self.layers.values(), key=lambda info: info.memory, default=None)
-            where = "" if largest is None else f" The largest layer is '{largest.name}'."
-            raise BatchError(
-                f"Out of memory while measuring {rows} samples at a time.{where} Measure fewer layers (layers=), or "
-                "measures=('hessian_trace',), which keeps diagonals only, or give smaller batches."
-            )
-        self._halved = True
-        self._rows = rows // 2
-
-    def _measure(
-        self, inputs: Any, targets: Tensor | None, rows: int, first: bool, advance: Callable[[float], None]
-    ) -> dict[str, LayerStatistics]:
-        if self._execution is None:
-            self._copy = ModelCopy(self._model)
-            self._execution = trace_execution(self._model, lambda: self._copy(inputs))
-            self._plan.choose(self._execution)
-            columns = self._execution.logits.shape[1]
-            ran = [name for name in self._execution.order if name in self._plan.modules]
-            elements = sum(prod(self._execution.output_shapes.get(name, ())[1:]) for name in ran)
-            most = rows_at_a_time(max(1, elements), columns, self._execution.logits.device)
-            self._rows = min(most, self._rows or most)
-            if rows > self._rows:
-                return {}
-        with Observation(self._plan.modules, self._plan.classifier[1]) as seen:
-            logits = logits_of(self._copy(inputs))
-        loss = self._options.loss_function(logits.detach(), targets)
-        calls = self._plan.calls(seen)
-        beginning = not self.layers
-        if beginning:
-            _certify_deterministic(self._execution.logits[:rows], logits[:rows].detach())
-            self._plan.begin(calls, logits, inputs, loss.curvature.num_columns)
-        if first:
-            certify_samples(calls, logits)
-        tails = self._plan.certified_tails(calls, seen, logits, inputs, beginning)
-        found = self._measured(calls, tails, logits, loss, advance)
-        self._add_residuals(found, calls, inputs, loss)
-        return {name: self._statistics(name, found[name], loss) for name in self._plan.modules}
-
-    def _measured(
-        self,
-        layers: dict[str, Calls],
-        tails: dict[str, TailDerivatives],
-        logits: Tensor,
-        loss: LossDerivatives,
-        advance: Callable[[float], None],
-    ) -> dict[str, BlockTraces]:
-        diagonal = self._options.diagonal
+    def _measure(self, seen: ObservedPass, advance: Callable[[float], None]) -> dict[str, LayerStatistics]:
+        plan, diagonal = self._passes.plan, self._options.diagonal
         found = {}
-        for name, tail in tails.items():
-            gram = self._plan.grams[name]
-            norm = gram.new_zeros(()) if diagonal else self._plan.gram_norm(name)
-            call = layers[name][0][1]
-            found[name] = BlockTraces(closed_form_layer(name, call, tail, loss, gram, norm, diagonal))
-        others = {name: layers[name] for name in layers if name not in tails}
+        for name, tail in seen.tails.items():
+            gram = plan.grams[name]
+            norm = gram.new_zeros(()) if diagonal else plan.gram_norm(name)
+            call = seen.layers[name][0][1]
+            found[name] = BlockTraces(closed_form_layer(name, call, tail, seen.loss, gram, norm, diagonal))
+        others = {name: calls for name, calls in seen.layers.items() if name not in seen.tails}
         if others:
             found |= gauss_newton_layers(
                 others,
-                logits,
-                loss.curvature,
-                self._plan.grams,
-                self._plan.tolerance,
+                seen.logits,
+                seen.loss.curvature,
+                plan.grams,
+                plan.tolerance,
                 self._generator,
                 diagonal,
                 advance,
             )
-        return found
+        self._add_residuals(found, seen)
+        return {name: self._statistics(name, found[name], seen) for name in seen.layers}
 
-    def _add_residuals(
-        self, found: dict[str, BlockTraces], layers: dict[str, Calls], inputs: Any, loss: LossDerivatives
-    ) -> None:
+    def _add_residuals(self, found: dict[str, BlockTraces], seen: ObservedPass) -> None:
         kernels = {}
         for name, info in self.layers.items():
             if info.method == "gauss_newton+hutchinson":
-                observed, call = layers[name][0]
+                observed, call = seen.layers[name][0]
                 kernels[name] = (own_weight(observed.module), call.weight.detach().clone().requires_grad_())
         if not kernels:
             return
-        if loss.residual is None:
+        if seen.loss.residual is None:
             raise BatchError("residual='hutchinson' depends on the targets, and this batch has none.")
-        logits = logits_of(ModelCopy(self._model)(inputs, dict(kernels.values())))
+        logits = logits_of(ModelCopy(self._model)(seen.inputs, dict(kernels.values())))
         estimates = hutchinson_residual(
-            (logits * loss.residual.to(logits.dtype)).sum(),
+            (logits * seen.loss.residual.to(logits.dtype)).sum(),
             {name: kernel for name, (_, kernel) in kernels.items()},
-            self._plan.grams,
+            self._passes.plan.grams,
             self._options.num_probes,
             self._generator,
             self._options.diagonal,
@@ -230,11 +144,16 @@ class FlatnessObserver:
                 total + estimate.total, estimate.variances if variances is None else variances + estimate.variances
             )
 
-    def _statistics(self, name: str, found: BlockTraces, loss: LossDerivatives) -> LayerStatistics:
+    def _statistics(self, name: str, found: BlockTraces, seen: ObservedPass) -> LayerStatistics:
         if not found.total.isfinite().all():
             raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
+        samples = round(seen.share * seen.loss.num_samples)
         return LayerStatistics(
-            found.total, self._plan.grams[name] * loss.num_samples, loss.num_samples, loss.normalizer, found.variances
+            seen.share * found.total,
+            self._passes.plan.grams[name] * samples,
+            samples,
+            seen.share * seen.loss.normalizer,
+            None if found.variances is None else seen.share**2 * found.variances,
         )
 
 
@@ -251,19 +170,3 @@ def _sum(left: LayerStatistics | None, right: LayerStatistics) -> LayerStatistic
         left.normalizer + right.normalizer,
         variances,
     )
-
-
-def _half(twice: LayerStatistics) -> LayerStatistics:
-    block_traces, gram, samples, normalizer, variances = twice
-    variances = None if variances is None else variances / 4
-    return LayerStatistics(block_traces / 2, gram / 2, samples // 2, normalizer / 2, variances)
-
-
-def _certify_deterministic(first: Tensor, second: Tensor) -> None:
-    scale = first.abs().amax()
-    if not float((first - second).abs().amax()) <= 1e3 * torch.finfo(first.dtype).eps * float(scale):
-        raise LayerSelectionError(
-            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
-            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
-            "the Hessian of."
-        )

@@ -1,0 +1,145 @@
+"""Forward passes on some samples at a time, observed and certified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.capture.affine import Calls, certify_samples
+from lightning_flatness.capture.closed_form import TailDerivatives
+from lightning_flatness.capture.gauss_newton import rows_at_a_time
+from lightning_flatness.capture.isolation import ModelCopy, isolated
+from lightning_flatness.capture.observation import Observation
+from lightning_flatness.capture.options import Options
+from lightning_flatness.capture.plan import Plan
+from lightning_flatness.capture.rows import num_rows, take, twice
+from lightning_flatness.capture.selection import Execution, logits_of, trace_execution
+from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.functional import LossDerivatives
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ObservedPass:
+    """One forward pass on some samples, certified; its graph lives as long as this does."""
+
+    inputs: Any
+    logits: Tensor  # (N, K), in the graph of the layers' outputs
+    loss: LossDerivatives
+    layers: dict[str, Calls]
+    tails: dict[str, TailDerivatives]  # of the layers under the closed form
+    share: float  # of every sum that counts: a half where a lone sample runs twice
+
+
+class ForwardPasses:
+    """Calls a model on batches, some samples at a time, and certifies on all of them how its layers are measured.
+
+    Args:
+        model: any module that returns logits ``(N, K)``.
+        options: what is wanted.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.plan = Plan(model, options)
+        self._options = options
+        self._model = model
+        self._execution: Execution | None = None
+        self._rows: int | None = None  # samples that are taken at a time, once that is known
+        self._halved = False
+
+    def __call__(
+        self,
+        inputs: Any,
+        targets: Tensor | None,
+        work: Callable[[ObservedPass, Callable[[float], None]], Result],
+        advance: Callable[[float], None] | None = None,
+    ) -> Iterator[Result]:
+        """The results of some work on every part of a batch.
+
+        Args:
+            inputs: of the model.
+            targets: of the loss.
+            work: is called under :func:`isolated` with an observed pass, and with a function to be told its progress.
+            advance: is told which part of the batch is done.
+        """
+        samples, start = num_rows(inputs), 0
+        while start < samples:
+            rows = min(self._rows or samples, samples - start)
+
+            def tell(part: float, start: int = start, rows: int = rows) -> None:
+                if advance is not None:
+                    advance((start + part * rows) / samples)
+
+            chunk = slice(start, start + rows)
+            part = take(inputs, chunk, samples), take(targets, chunk, samples)
+            if rows == 1:
+                # Twice: the backward pass of torch's BatchNorm is wrong for one sample in some memory layouts.
+                part = twice(part[0]), twice(part[1])
+            try:
+                with isolated(self._model):
+                    observed = self._observe(*part, rows, first=start == 0)
+                    found = [] if observed is None else [work(observed, tell)]
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                found = None
+            observed = None
+            if found is None:
+                self._halve(rows)
+            elif found:
+                start += rows
+                yield from found
+
+    def _halve(self, rows: int) -> None:
+        if self._halved or rows == 1:
+            largest = max(self.plan.layers.values(), key=lambda info: info.memory, default=None)
+            where = "" if largest is None else f" The largest layer is '{largest.name}'."
+            raise BatchError(
+                f"Out of memory while measuring {rows} samples at a time.{where} Measure fewer layers (layers=), or "
+                "measures=('hessian_trace',), which keeps diagonals only, or give smaller batches."
+            )
+        self._halved = True
+        self._rows = rows // 2
+
+    def _observe(self, inputs: Any, targets: Tensor | None, rows: int, first: bool) -> ObservedPass | None:
+        """Run the model and certify; None if it turns out that these samples are too many for one time."""
+        plan = self.plan
+        if self._execution is None:
+            self._copy = ModelCopy(self._model)
+            self._execution = trace_execution(self._model, lambda: self._copy(inputs))
+            plan.choose(self._execution)
+            ran = [name for name in self._execution.order if name in plan.modules]
+            elements = sum(prod(self._execution.output_shapes.get(name, ())[1:]) for name in ran)
+            logits = self._execution.logits
+            most = rows_at_a_time(max(1, elements), logits.shape[1], logits.device)
+            self._rows = min(most, self._rows or most)
+            if rows > self._rows:
+                return None
+        with Observation(plan.modules, plan.classifier[1]) as seen:
+            logits = logits_of(self._copy(inputs))
+        loss = self._options.loss_function(logits.detach(), targets)
+        calls = plan.calls(seen)
+        beginning = not plan.layers
+        if beginning:
+            _certify_deterministic(self._execution.logits[:rows], logits[:rows].detach())
+            plan.begin(calls, logits, inputs, loss.curvature.num_columns)
+        if first:
+            certify_samples(calls, logits)
+        tails = plan.certified_tails(calls, seen, logits, inputs, beginning)
+        return ObservedPass(inputs, logits, loss, calls, tails, share=0.5 if rows == 1 else 1.0)
+
+
+def _certify_deterministic(first: Tensor, second: Tensor) -> None:
+    scale = first.abs().amax()
+    if not float((first - second).abs().amax()) <= 1e3 * torch.finfo(first.dtype).eps * float(scale):
+        raise LayerSelectionError(
+            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
+            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
+            "the Hessian of."
+        )
