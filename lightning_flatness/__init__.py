@@ -3,8 +3,8 @@
 from lightning_flatness.callbacks import FlatnessCallback, FlatnessStopping
 from lightning_flatness.capture import FlatnessObserver
 from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, NotExactError
-from lightning_flatness.metrics import FlatnessMetric, measure_flatness
-from lightning_flatness.results import FlatnessReport, LayerFlatness
+from lightning_flatness.metrics import FlatnessMetric, measure_flatness, measure_lambda_max
+from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerLambdaMax
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,9 @@ __all__ = [
     "FlatnessReport",
     "FlatnessStopping",
     "LayerFlatness",
+    "LayerLambdaMax",
     "LayerSelectionError",
     "NotExactError",
     "measure_flatness",
+    "measure_lambda_max",
 ]

@@ -96,6 +96,36 @@ class LayerFlatness:
 
 
 @dataclass(frozen=True)
+class LayerLambdaMax:
+    """Largest eigenvalues of the Hessian of one layer's kernel.
+
+    Attributes:
+        lambda_max: of the whole block, loss per squared weight.
+        residual_norm: ``‖H v - λ v‖`` of its unit vector ``v``: an eigenvalue lies within this of ``lambda_max``.
+        num_products: products of the Hessian with vectors that it took.
+        layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
+        neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019); NaN if not wanted.
+        filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``; None if not wanted.
+        num_samples: samples measured.
+        info: how the Hessian was had; where it is not exact, these are eigenvalues of the Gauss-Newton matrix.
+    """
+
+    lambda_max: float
+    residual_norm: float
+    num_products: int
+    layerwise_lambda_max: float
+    neuronwise_lambda_max: float
+    filter_lambda_max: Tensor | None
+    num_samples: int
+    info: LayerInfo
+
+    @property
+    def exact(self) -> bool:
+        """Whether the operator is the Hessian's."""
+        return self.info.exact
+
+
+@dataclass(frozen=True)
 class FlatnessReport:
     """Flatness of the measured layers of a model; ``print(report)`` shows a table.
 

@@ -1,7 +1,19 @@
 """Level 1: everything that touches an ``nn.Module``. It hands tensors down to ``functional`` and leaves no trace."""
 
-from lightning_flatness.capture.isolation import random_states_kept
+from lightning_flatness.capture.isolation import isolated, random_states_kept
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
+from lightning_flatness.capture.operators import Operator, operators_of
 from lightning_flatness.capture.options import MEASURES, Options
+from lightning_flatness.capture.passes import ForwardPasses
 
-__all__ = ["MEASURES", "FlatnessObserver", "LayerStatistics", "Options", "random_states_kept"]
+__all__ = [
+    "MEASURES",
+    "FlatnessObserver",
+    "ForwardPasses",
+    "LayerStatistics",
+    "Operator",
+    "Options",
+    "isolated",
+    "operators_of",
+    "random_states_kept",
+]

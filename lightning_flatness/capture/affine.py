@@ -143,22 +143,29 @@ def kernel_gradient(calls: Calls, cotangents: Sequence[Tensor], squares: bool = 
     if squares:
         calls = [(observed, replace(call, inputs=call.inputs.square())) for observed, call in calls]
         cotangents = [cotangent.square() for cotangent in cotangents]
-    total = torch.zeros_like(calls[0][1].weight).detach()
-    for (_, call), cotangent in zip(calls, cotangents, strict=True):
-        kernel = _as_convolution(call).detach().clone().requires_grad_()
+    return torch.stack(
+        [
+            gradient_of_call(call, cotangent.movedim(call.channel_dimension, 1))
+            for (_, call), cotangent in zip(calls, cotangents, strict=True)
+        ]
+    ).sum(0)
+
+
+def gradient_of_call(call: ConvolutionCall, delta: Tensor) -> Tensor:
+    r"""``\sum_n \sum_p δ[s, p] phi[p]``, the gradient at the kernel of one call, from ``δ``, channels second."""
+    kernel = call.weight.detach().clone().requires_grad_()
+    with torch.enable_grad():
         output = convolve(call, kernel)
-        delta = cotangent.movedim(call.channel_dimension, 1).reshape(output.shape)
-        (gradient,) = torch.autograd.grad(output, kernel, delta)
-        total = total + gradient.reshape(total.shape)
-    return total
+        (gradient,) = torch.autograd.grad(output, kernel, delta.reshape(output.shape))
+    return gradient
 
 
 def convolve(call: ConvolutionCall, kernel: Tensor) -> Tensor:
-    """The recorded convolution with another kernel and no bias, channels second."""
+    """The recorded convolution with another kernel, of the shape of the first, and no bias; channels second."""
     geometry = call.geometry
     return torch.convolution(
         call.inputs,
-        kernel,
+        kernel if call.channel_dimension == 1 else kernel[..., None],
         None,
         list(geometry.stride),
         list(geometry.padding),
@@ -176,8 +183,3 @@ def random_direction(tensor: Tensor) -> Tensor:
         shape = [size if other == dimension else 1 for other in range(tensor.ndim)]
         product = product * random_like(tensor.new_empty(size + dimension))[dimension:].reshape(shape)
     return product
-
-
-def _as_convolution(call: ConvolutionCall) -> Tensor:
-    """The kernel with its spatial dimensions, also for a linear layer."""
-    return call.weight if call.channel_dimension == 1 else call.weight[..., None]

@@ -17,6 +17,7 @@ One set of letters is used throughout:
 from lightning_flatness.functional.closed_form import closed_form_block_traces, closed_form_residual
 from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
+from lightning_flatness.functional.lanczos import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.functional.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -53,6 +54,7 @@ __all__ = [
     "Curvature",
     "CustomLoss",
     "DenseCurvature",
+    "LargestEigenvalues",
     "Loss",
     "LossDerivatives",
     "MeanSquaredError",
@@ -64,6 +66,7 @@ __all__ = [
     "find_loss",
     "gauss_newton_block_traces",
     "hessian_trace",
+    "largest_eigenvalues",
     "layerwise_flatness",
     "measures_of",
     "neuronwise_flatness",

@@ -132,6 +132,13 @@ class ClassCurvature:
         matrix = matrix.double()
         return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center @ matrix)
 
+    def apply(self, x: Tensor) -> Tensor:
+        """``Λ x``; both ``(N, K)``, float64."""
+        if self.center is None:
+            return self.weights * x
+        y = self.weights * (x - (self.center * x).sum(1, keepdim=True))
+        return y - self.center * y.sum(1, keepdim=True)
+
     def _parts(self, weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor) -> Tensor:
         r"""At least what every class adds to the scaled trace, ``w_k \sum_s scales[s] (v_k - m)[s]²``, ``(N, K)``."""
         squares = matrix.double().square()
@@ -193,6 +200,11 @@ class DenseCurvature:
     def diagonal(self, matrix: Tensor) -> Tensor:
         """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
         return ((self.roots.mT @ matrix.double()).square() * self.signs[:, :, None]).sum(1)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``Λ x``; both ``(N, K)``, float64."""
+        y = (self.roots.mT @ x[:, :, None]) * self.signs[:, :, None]
+        return (self.roots @ y)[:, :, 0]
 
 
 Curvature = ClassCurvature | DenseCurvature

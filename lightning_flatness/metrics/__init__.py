@@ -1,6 +1,8 @@
 """Level 2: sums over batches and ranks."""
 
+from lightning_flatness.metrics.batches import split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
-from lightning_flatness.metrics.measurement import Measurement, measure_flatness, split_batch
+from lightning_flatness.metrics.lambda_max import measure_lambda_max
+from lightning_flatness.metrics.measurement import Measurement, measure_flatness
 
-__all__ = ["FlatnessMetric", "Measurement", "measure_flatness", "split_batch"]
+__all__ = ["FlatnessMetric", "Measurement", "measure_flatness", "measure_lambda_max", "split_batch"]

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from typing import Any, Literal
 
-import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from lightning_flatness.capture import MEASURES, FlatnessObserver, Options, random_states_kept
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces
+from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo
 
@@ -28,6 +27,7 @@ class Measurement:
         options: its keyword arguments.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
         >>> measurement = Measurement(net)
         >>> measurement.update(torch.randn(5, 1, 8, 8))
@@ -149,6 +149,7 @@ def measure_flatness(
         Taleghani et al. 2026 (arXiv 2603.09016); Petzka et al. 2021 (arXiv 2001.00939), Definition 3.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
         >>> report = measure_flatness(net, [(torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]))])
         >>> report.layers["0"].exact, report.layers["0"].block_traces.shape
@@ -168,19 +169,17 @@ def measure_flatness(
         seed=seed,
         strict=strict,
     )
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     with ExitStack() as stack:
         bar = stack.enter_context(_progress_bar(progress))
         task = bar.add_task("Flatness", total=len(batches) if isinstance(batches, Sized) else None)
         stack.enter_context(random_states_kept(model))  # a DataLoader draws its seed when it is iterated
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(batches_on(model, batches)):
             inputs, targets = split_batch(batch)
-            inputs = apply_to_collection(inputs, Tensor, lambda tensor: tensor.to(device))
 
             def advance(part: float, index: int = index) -> None:
                 bar.update(task, completed=index + part)
 
-            measurement.update(inputs, None if targets is None else targets.to(device), advance)
+            measurement.update(inputs, targets, advance)
             bar.update(task, completed=index + 1)
     return measurement.report()
 
@@ -190,26 +189,3 @@ def _progress_bar(show: bool | None) -> Progress:
     show = console.is_terminal if show is None else show
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not show)
-
-
-def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """``(inputs, targets)`` of a batch: a pair as it is, a lone tensor as inputs without targets.
-
-    Raises:
-        BatchError: anything else.
-
-    Example:
-        >>> inputs, targets = split_batch(torch.zeros(4, 1))
-        >>> targets is None
-        True
-    """
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and (batch[1] is None or isinstance(batch[1], Tensor)):
-        return batch[0], batch[1]
-    raise BatchError(
-        f"A batch is a {type(batch).__name__}"
-        + (f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-        + "; expected (inputs, targets) with a tensor of targets, or a tensor of inputs. Reshape it, or give the "
-        "callback batch_fn=, a function from a batch to (inputs, targets)."
-    )
