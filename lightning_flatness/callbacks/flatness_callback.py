@@ -121,7 +121,7 @@ class FlatnessCallback(Callback):
             "seed": seed,
             "strict": strict,
         }
-        Options(**self._options)  # refuses what cannot be
+        self._diagonal = Options(**self._options).diagonal  # refuses what cannot be
         if data not in ("val", "train"):
             raise FlatnessError(f"FlatnessCallback: data is 'val' or 'train', not {data!r}.")
         if every_n_epochs < 1 or (max_samples is not None and max_samples < 1):
@@ -341,18 +341,22 @@ class FlatnessCallback(Callback):
             pl_module.log(key, torch.tensor(value, dtype=torch.float64), on_step=False, on_epoch=True)
 
     def _values(self, report: FlatnessReport) -> dict[str, float]:
-        values = {
-            "hessian_trace": report.hessian_trace,
-            "relative_flatness": report.relative_flatness,
-            "weight_norm": report.weight_norm,
-        }
-        kappa = report.relative_flatness
-        values["log10_relative_flatness"] = math.log10(kappa) if kappa > 0 else math.nan
-        if len(report.layers) > 1:
-            for name, layer in report.layers.items():
-                values[f"{name}/hessian_trace"] = layer.hessian_trace
-                values[f"{name}/relative_flatness"] = layer.relative_flatness
+        measures = ["hessian_trace", "relative_flatness"][: 1 if self._diagonal else 2]
+        values = {measure: getattr(report, measure) for measure in measures}
+        values["weight_norm"] = report.weight_norm
+        main = values[measures[-1]]
+        values[f"log10_{measures[-1]}"] = math.log10(main) if main > 0 else math.nan
+        values |= self._by_layer(report, measures)
         return {f"{self.prefix}/{key}": value for key, value in values.items()}
+
+    def _by_layer(self, report: FlatnessReport, measures: Sequence[str]) -> dict[str, float]:
+        if len(report.layers) == 1:
+            return {}
+        return {
+            f"{name}/{measure}": getattr(layer, measure)
+            for name, layer in report.layers.items()
+            for measure in measures
+        }
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
@@ -360,14 +364,14 @@ class FlatnessCallback(Callback):
         if not self._unrecorded or self.report is None or trainer.sanity_checking:
             return
         self._unrecorded = False
+        values = {key.removeprefix(f"{self.prefix}/"): value for key, value in self._values(self.report).items()}
+        values = {key: value for key, value in values.items() if not key.startswith("log10_")}
         self.history.append(
             {
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
                 "accuracy": self._logged_accuracy(trainer),
-                "hessian_trace": self.report.hessian_trace,
-                "relative_flatness": self.report.relative_flatness,
-                "weight_norm": self.report.weight_norm,
+                **values,
             }
         )
         registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -378,7 +382,8 @@ class FlatnessCallback(Callback):
 
     def _joint_tags(self, trainer: Trainer) -> list[str]:
         accuracy = self._accuracy_key(trainer)
-        return [*([accuracy] if accuracy else []), f"{self.prefix}/log10_relative_flatness"]
+        measure = "hessian_trace" if self._diagonal else "relative_flatness"
+        return [*([accuracy] if accuracy else []), f"{self.prefix}/log10_{measure}"]
 
     def _logged_accuracy(self, trainer: Trainer) -> float | None:
         logged = trainer.callback_metrics.get(self._accuracy_key(trainer) or "")

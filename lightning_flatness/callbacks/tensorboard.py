@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.plots import plot_block_traces, plot_history
+from lightning_flatness.plots import plot_block_traces, plot_history, plot_layer_history, plot_layers
 from lightning_flatness.results import FlatnessReport
 
 # More heat maps than this are for plot_block_traces.
@@ -43,12 +43,17 @@ def add_figures(
     accuracy: str | None,
     data: str,
 ) -> None:
-    """Add the curves on two axes and the heat maps of block traces to the Images page, at the present step."""
+    """Add curves, layers side by side and heat maps of block traces to the Images page, at the present step."""
     if not writers(trainer):
         return
     try:
         figures = {f"{prefix}/history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
-        for name, layer in list(report.layers.items())[:MOST_HEAT_MAPS]:
+        measure = "relative_flatness" if "relative_flatness" in history[-1] else "hessian_trace"
+        if len(report.layers) > 1:
+            figures[f"{prefix}/layers"] = plot_layers(report, measure)[0]
+            figures[f"{prefix}/layer_history"] = plot_layer_history(history, measure)[0]
+        whole = {name: layer for name, layer in report.layers.items() if layer.block_traces.ndim == 3}
+        for name, layer in list(whole.items())[:MOST_HEAT_MAPS]:
             figures[f"{prefix}/block_traces/{name}"] = plot_block_traces(layer)[0]
     except FlatnessError as error:
         rank_zero_warn(f"FlatnessCallback draws no figures: {error}")

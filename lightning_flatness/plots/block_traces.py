@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import axes_or_new
 from lightning_flatness.results import LayerFlatness
 
@@ -25,7 +26,7 @@ def plot_block_traces(layer: LayerFlatness, *, sort: bool = True, ax: Any | None
         The figure and the axes.
 
     Raises:
-        FlatnessError: matplotlib is missing.
+        FlatnessError: matplotlib is missing, or only the diagonal was measured.
 
     Example:
         >>> from torch import nn
@@ -36,6 +37,11 @@ def plot_block_traces(layer: LayerFlatness, *, sort: bool = True, ax: Any | None
         >>> ax.get_xlabel()
         "filter s' (ordered by interaction)"
     """
+    if layer.block_traces.ndim != 3:
+        raise FlatnessError(
+            f"Of layer '{layer.info.name}' only the diagonal of the block traces was kept; measure 'relative_flatness' "
+            "too."
+        )
     figure, ax = axes_or_new(ax, 5.6, 4.6)
     traces = layer.block_traces
     if sort:

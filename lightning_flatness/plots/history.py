@@ -21,6 +21,8 @@ def plot_history(
 ) -> tuple[Any, Any]:
     """Draw accuracy (left axis) and relative flatness (right axis, logarithmic) over the epochs.
 
+    Where relative flatness was not measured, the Hessian trace.
+
     Args:
         history: as :attr:`FlatnessCallback.history` keeps it, records of ``epoch``, ``relative_flatness`` and, where
             known, ``accuracy``.
@@ -43,21 +45,27 @@ def plot_history(
     figure, ax = axes_or_new(ax, 7.0, 4.0)
     epochs = [record["epoch"] or 0 for record in history]
     accuracies = [record.get("accuracy") for record in history]
-    flatness = [record["relative_flatness"] for record in history]
+    measure = "relative_flatness" if any("relative_flatness" in record for record in history) else "hessian_trace"
+    flatness = [record.get(measure) for record in history]
     right = ax.twinx()
     marker = "o" if len(epochs) <= 40 else None
     if any(value is not None for value in accuracies):
         values = [float("nan") if value is None else value for value in accuracies]
         ax.plot(epochs, values, color=ACCURACY_COLOUR, marker=marker, markersize=3.5)
-    right.plot(epochs, flatness, color=FLATNESS_COLOUR, marker=marker, markersize=3.5)
+    right.plot(
+        epochs,
+        [float("nan") if value is None else value for value in flatness],
+        color=FLATNESS_COLOUR,
+        marker=marker,
+        markersize=3.5,
+    )
     if all(value is not None and value > 0 for value in flatness):
         right.set_yscale("log")
     ax.set_xlabel("epoch")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylabel(accuracy_label, color=ACCURACY_COLOUR)
-    right.set_ylabel(
-        f"relative flatness on {'training' if data == 'train' else 'validation'} data", color=FLATNESS_COLOUR
-    )
+    name = "relative flatness" if measure == "relative_flatness" else "Hessian trace"
+    right.set_ylabel(f"{name} on {'training' if data == 'train' else 'validation'} data", color=FLATNESS_COLOUR)
     ax.tick_params(axis="y", colors=ACCURACY_COLOUR)
     right.tick_params(axis="y", which="both", colors=FLATNESS_COLOUR)
     for axes in (ax, right):

@@ -865,3 +865,24 @@ def test_compiled_network_keeps_its_name(tmp_path):
     fit(tmp_path, callback, module=module, data=(train, val), max_epochs=1)
     assert list(callback.report.layers) == ["net.conv2"]
     assert callback.report.relative_flatness == pytest.approx(expected(module.net._orig_mod, val), rel=1e-6)
+
+
+def test_options_reach_the_measurement(tmp_path):
+    options = {
+        "layers": "all",
+        "label_smoothing": 0.2,
+        "class_weight": [1.0, 2.0, 0.5],
+        "ignore_index": 2,
+        "residual": "hutchinson",
+        "num_probes": 5,
+        "seed": 3,
+    }
+    callback, module = lf.FlatnessCallback(summary=False, **options), Classifier()
+    trainer = fit(tmp_path, callback, module=module)
+    expected = lf.measure_flatness(module, trainer.val_dataloaders, **options)
+    assert callback.report.layers.keys() == expected.layers.keys()
+    assert callback.report.layers["net.conv1"].method == "gauss_newton+hutchinson"
+    for name, layer in expected.layers.items():
+        found = callback.report.layers[name]
+        assert_close(found.relative_flatness, layer.relative_flatness, rtol=1e-5, atol=0)
+        assert_close(found.standard_errors["hessian_trace"], layer.standard_errors["hessian_trace"], rtol=1e-5, atol=0)

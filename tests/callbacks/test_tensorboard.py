@@ -200,3 +200,24 @@ def test_flatness_of_zero_is_drawn(tmp_path):
     torch.nn.init.zeros_(module.net.conv2.weight)
     fit(tmp_path, lf.FlatnessCallback(summary=False), module=module)
     assert sorted(events(tmp_path).Tags()["images"]) == FIGURES
+
+
+def test_several_layers_are_drawn_side_by_side(tmp_path):
+    callback = lf.FlatnessCallback(layers="all", summary=False)
+    fit(tmp_path, callback)
+    images = events(tmp_path).Tags()["images"]
+    assert {"flatness/layers", "flatness/layer_history"} <= set(images)
+    assert "flatness/block_traces/net.conv2" in images
+    assert all(record["net.conv1/relative_flatness"] > 0 for record in callback.history)
+
+
+def test_diagonals_alone_are_logged_and_drawn(tmp_path):
+    callback = lf.FlatnessCallback(layers="all", measures=["hessian_trace"], summary=False)
+    fit(tmp_path, callback)
+    seen = events(tmp_path).Tags()
+    assert {"flatness/hessian_trace", "flatness/log10_hessian_trace", "flatness/net.conv1/hessian_trace"} <= set(
+        seen["scalars"]
+    )
+    assert not [tag for tag in seen["scalars"] if "relative_flatness" in tag]
+    assert sorted(seen["images"]) == ["flatness/history", "flatness/layer_history", "flatness/layers"]
+    assert "relative_flatness" not in callback.history[0]
