@@ -213,23 +213,28 @@ def summary_table(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str] |
     caption = f"{caption} {_notes(layers.values(), left_out or {})}".strip()
     table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
-    table.add_column("kind", overflow="fold")
     table.add_column("filters x patch", no_wrap=True)
-    table.add_column("method")
+    table.add_column("method", max_width=14)
     table.add_column("exact", no_wrap=True)
     for heading in ("M mult.", "MB"):
         table.add_column(heading, no_wrap=True, justify="right")
     for info in layers.values():
         table.add_row(
             info.name + ("*" if info.kernel == "effective" else ""),
-            info.kind,
             f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else ""),
-            info.method.replace("_", " ").replace("+", " + "),
+            METHODS[info.method],
             "yes" if info.exact else "no",
             _millions(info.multiplications),
             _millions(info.memory),
         )
     return table
+
+
+METHODS = {
+    "closed_form": "closed form",
+    "gauss_newton": "Gauss-Newton",
+    "gauss_newton+hutchinson": "Gauss-Newton + Hutchinson",
+}
 
 
 def _millions(number: int) -> str:

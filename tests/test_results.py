@@ -37,4 +37,5 @@ def test_summary_says_how_every_layer_is_measured():
     assert "4 x 9, 2 groups" in text
     assert "2*" in text  # measured with respect to the kernel that weight_norm yields
     assert "closed form" in text
-    assert "gauss" in text
+    assert "Gauss-Newton" in text
+    assert " 6 " in text, "names are not folded"
