@@ -55,8 +55,8 @@ scales and biases are random; logits differ by about one. Measured in float64 on
 - *layers*: convolutions and linear layers that run as modules. "14 of 66": only 14 were measured under *all*, since all
   would have taken long: evenly spaced ones, the last and the classifier.
 - *last*: what `layers="last"` chooses, and its error. A star: the layer computes its kernel; it is not compared.
-- *all*: how many layers are exact, are the Gauss-Newton part only (*G.-N.*), or are refused. `layers="all"` is an error
-  when a layer is refused; here that layer is left out and the others are measured.
+- *all*: how many layers are exact, are the Gauss-Newton part only (*G.-N.*), or are refused; `layers="all"` leaves these
+  out.
 - *largest error*: of the last layer, the classifier and up to four others, evenly spaced.
 - *s*: seconds on one thread, checks included.
 
@@ -185,14 +185,17 @@ def checked(model: nn.Module, batch: Batch, layers: dict[str, lf.LayerFlatness])
     return records
 
 
-def measure(model: nn.Module, batch: Batch, layers: str | list[str]) -> tuple[dict[str, lf.LayerFlatness], str]:
-    """The layers, or none and the reason."""
+def measure(
+    model: nn.Module, batch: Batch, layers: str | list[str]
+) -> tuple[dict[str, lf.LayerFlatness], str, dict[str, str]]:
+    """The layers, or none and the reason; and what was left out."""
     try:
-        return dict(lf.measure_flatness(model, [batch], layers=layers).layers), ""
+        report = lf.measure_flatness(model, [batch], layers=layers)
+        return dict(report.layers), "", dict(report.left_out)
     except lf.FlatnessError as error:
-        return {}, str(error)
+        return {}, str(error), {}
     except Exception as error:  # what this script is to find
-        return {}, f"CRASH {type(error).__name__}: {error}"
+        return {}, f"CRASH {type(error).__name__}: {error}", {}
 
 
 def measure_all(
@@ -201,9 +204,9 @@ def measure_all(
     """Measure, and again without the layer that was refused, until what is left is measured."""
     refused: dict[str, str] = {}
     while left := [name for name in names if name not in refused]:
-        layers, reason = measure(model, batch, "all" if every and not refused else left)
+        layers, reason, left_out = measure(model, batch, "all" if every and not refused else left)
         if layers:
-            return layers, refused
+            return layers, refused | left_out
         found = re.search(r"Layer '([^']+)'", reason)
         refused |= {found[1]: reason} if found and found[1] in left else dict.fromkeys(left, reason)
     return {}, refused
@@ -215,7 +218,7 @@ def run(name: str, library: str, limit: int) -> dict:
     row = {"library": library, "layers": len(names), "notes": {}}
     row["versions"] = ", ".join(f"{m.__name__} {m.__version__}" for m in (lf, torch, torchvision, timm))
     for kind in ("last", "classifier"):
-        layers, reason = measure(model, batch, kind)
+        layers, reason, _ = measure(model, batch, kind)
         row[kind] = checked(model, batch, layers)
         row["notes"] |= {kind: reason} if reason else {}
     wanted = {*names[:: max(1, len(names) // 12)], *(x["layer"] for kind in ("last", "classifier") for x in row[kind])}
