@@ -55,8 +55,8 @@ scales and biases are random; logits differ by about one. Measured in float64 on
 - *layers*: convolutions and linear layers that run as modules. "14 of 66": only 14 were measured under *all*, since all
   would have taken long: evenly spaced ones, the last and the classifier.
 - *last*: what `layers="last"` chooses, and its error. A star: the layer computes its kernel; it is not compared.
-- *all*: how many layers are exact, are the Gauss-Newton part only (*G.-N.*), or are refused; `layers="all"` leaves these
-  out.
+- *all*: how many layers are exact, are the Gauss-Newton part only (*G.-N.*), or are refused; `layers="all"` leaves
+  these out.
 - *largest error*: of the last layer, the classifier and up to four others, evenly spaced.
 - *s*: seconds on one thread, checks included.
 
