@@ -43,6 +43,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/callback_cost.py
 	$(BIN)/python benchmarks/all_layers.py
+	$(BIN)/python benchmarks/many_classes.py
 
 coverage: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[coverage]'
