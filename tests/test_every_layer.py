@@ -206,3 +206,28 @@ def test_columns_in_chunks_give_the_same(monkeypatch):
     parts = lf.measure_flatness(net, batch, layers="all")
     for name in whole.layers:
         assert_close(parts.layers[name].block_traces, whole.layers[name].block_traces, rtol=1e-12, atol=1e-15)
+
+
+def test_recurrent_modules_are_refused_by_name():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.RNN(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x.flatten(2))[0][:, -1])
+
+    net, x = Tagger().double(), torch.randn(3, 6, 2, 2).double()
+    with pytest.raises(lf.LayerSelectionError, match="'rnn' is a RNN, not a convolution or linear layer"):
+        lf.measure_flatness(net, [x], layers="rnn")
+    assert list(lf.measure_flatness(net, [x], layers="all").layers) == ["head"]
+
+
+def test_progress_is_shown_on_request(capsys):
+    net = kinds(nn.ReLU, 5)["plain"]().double()
+    batches = [torch.randn(4, 2, 4, 4).double()] * 3
+    lf.measure_flatness(net, batches, layers="all", progress=True)
+    assert "Flatness" in capsys.readouterr().err
+    lf.measure_flatness(net, batches, layers="all")
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""

@@ -188,4 +188,4 @@ def _progress_bar(show: bool | None) -> Progress:
     console = Console(stderr=True)
     show = console.is_terminal if show is None else show
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not show)
+    return Progress(*columns, console=console, transient=console.is_terminal, disable=not show)
