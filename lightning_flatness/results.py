@@ -149,9 +149,9 @@ class FlatnessReport:
 
     @property
     def standard_errors(self) -> dict[str, float]:
-        """Standard errors of the two sums, by name; zero where nothing is estimated."""
+        """Standard errors of the two sums, by name, at most: layers share probes, so their errors are simply added."""
         return {
-            name: math.hypot(*(layer.standard_errors.get(name, 0.0) for layer in self.layers.values()))
+            name: sum(layer.standard_errors.get(name, 0.0) for layer in self.layers.values())
             for name in ("hessian_trace", "relative_flatness")
         }
 

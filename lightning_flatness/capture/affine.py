@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -56,22 +56,29 @@ def why_out_of_reach(layers: Mapping[str, Calls], logits: Tensor) -> dict[str, s
     return reasons
 
 
-def certify_samples(layers: Mapping[str, Calls], logits: Tensor) -> None:
+def certify_samples(layers: Mapping[str, Calls], logits: Tensor, masks: Iterable[Tensor]) -> None:
     """Certify that no sample's logits depend on another sample's activations.
+
+    Args:
+        layers: by name.
+        logits: in their graph.
+        masks: some samples each, ``(N,)``; the logits of these must not depend on the others. Those of
+            :func:`~lightning_flatness.functional.separating_masks` leave no pair out.
 
     Raises:
         LayerSelectionError: naming the layer.
     """
-    u = random_like(logits)
-    u[::2] = 0
-    pulled = iter(pull_back(logits, nodes_of(layers), u))
-    for name, calls in layers.items():
-        of_layer = [next(pulled) for _ in calls]
-        if any(bool(cotangent[::2].any()) for cotangent in of_layer):
-            raise LayerSelectionError(
-                f"Layer '{name}': after it, the logits of one sample depend on other samples (batch statistics in "
-                "evaluation mode?), so the loss is not a mean over samples. Use running statistics."
-            )
+    for mask in masks:
+        u = random_like(logits) * mask.to(logits)[:, None]
+        pulled = iter(pull_back(logits, nodes_of(layers), u))
+        for name, calls in layers.items():
+            of_layer = [next(pulled) for _ in calls]
+            if any(bool(cotangent[~mask].any()) for cotangent in of_layer):
+                raise LayerSelectionError(
+                    f"Layer '{name}': after it, the logits of one sample depend on other samples (batch statistics in "
+                    "evaluation mode? pairs of samples?), so the loss is not a mean over samples. Use running "
+                    "statistics, or a model that takes a pair as one sample."
+                )
 
 
 def why_not_affine(layers: Mapping[str, Calls], logits: Tensor) -> dict[str, str]:
@@ -86,7 +93,7 @@ def why_not_affine(layers: Mapping[str, Calls], logits: Tensor) -> dict[str, str
     if not layers:
         return {}
     nodes = nodes_of(layers)
-    directions = [random_direction(node) for node in nodes]
+    directions = [random_direction(node, 1 + index) for index, node in enumerate(nodes)]
     deltas = pull_back(logits, nodes, random_like(logits).requires_grad_(), create_graph=True)
     curved = [delta for delta in deltas if delta.requires_grad]
     if not curved:
@@ -176,10 +183,13 @@ def convolve(call: ConvolutionCall, kernel: Tensor) -> Tensor:
     )
 
 
-def random_direction(tensor: Tensor) -> Tensor:
-    """A product of random vectors, one for every dimension; no linear map but zero takes almost all of them to zero."""
+def random_direction(tensor: Tensor, stream: int = 0) -> Tensor:
+    """A product of random vectors, one for every dimension; no linear map but zero takes almost all of them to zero.
+
+    Nodes that are looked at together need different streams, or what they add could cancel.
+    """
     product = torch.ones_like(tensor)
     for dimension, size in enumerate(tensor.shape):
         shape = [size if other == dimension else 1 for other in range(tensor.ndim)]
-        product = product * random_like(tensor.new_empty(size + dimension))[dimension:].reshape(shape)
+        product = product * random_like(tensor.new_empty(size), 10 * stream + dimension).reshape(shape)
     return product

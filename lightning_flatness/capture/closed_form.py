@@ -116,7 +116,7 @@ def closed_form_layer(
     tail: TailDerivatives,
     loss: LossDerivatives,
     gram: Tensor,
-    gram_norm: Tensor,
+    gram_norm: Tensor | None,
     diagonal: bool,
 ) -> Tensor:
     """Block traces of one layer, ``(G, S/G, S/G)``, or their diagonals, ``(G, S/G)``; summed over a batch's samples.
@@ -130,20 +130,20 @@ def closed_form_layer(
         tail: what follows it.
         loss: derivatives at the logits.
         gram: inner products of its filters.
-        gram_norm: a bound of their spectral norm, from :func:`spectral_bound`.
+        gram_norm: a bound of their spectral norm, from :func:`spectral_bound`; None to take every class.
         diagonal: only the diagonals.
 
     Raises:
         BatchError: the tail is curved and there are no targets.
     """
     arguments = (call.inputs, call.geometry, tail.slopes, tail.columns, loss.curvature)
-    if diagonal:
-        total = closed_form_block_traces(*arguments, diagonal=True)
+    if diagonal or gram_norm is None or loss.curvature.num_columns < MANY_CLASSES:
+        total = closed_form_block_traces(*arguments, diagonal=diagonal)
     else:
         # What is left out of the trace, in nuclear norm, times the Gram matrix's norm bounds the change. Relative
         # flatness is about the mean squared norm of the filters times the trace; whether it is, is looked at after.
         mean = weight_norm(gram).square() / gram[..., 0].numel()
-        tolerance = float(TRUNCATION / 4 * mean / gram_norm) if loss.curvature.num_columns >= MANY_CLASSES else 0.0
+        tolerance = float(TRUNCATION / 4 * mean / gram_norm)
         total = closed_form_block_traces(*arguments, tolerance)
         change = tolerance * hessian_trace(total) * gram_norm
         if bool(change > TRUNCATION * relative_flatness(total, gram).abs()):

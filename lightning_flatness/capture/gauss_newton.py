@@ -18,7 +18,7 @@ ELEMENTS = {"cpu": 2**25}
 ELEMENTS_DEFAULT = 2**29
 # Of that, the graphs of forward pass and certificate take as much as this many columns.
 GRAPHS = 8
-MIN_PROBES = 8
+MIN_PROBES = 16
 
 Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
 Advance = Callable[[float], None]  # is told which part of the work is done

@@ -58,6 +58,10 @@ class ModelCopy:
                 if id(tensor) not in self._copies:
                     self._copies[id(tensor)] = tensor.detach().clone()
 
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """What the model runs on in place of one of its parameters or buffers."""
+        return self._copies[id(tensor)]
+
     def __call__(self, inputs: Any, replacements: Mapping[nn.Parameter, Tensor] | None = None) -> Any:
         """Call the model on a copy of ``inputs``.
 

@@ -55,6 +55,7 @@ class Observation:
     Args:
         layers_to_observe: the layers, by name.
         classifier: the linear map on pooled features, or None when the model's output is the pooled layer itself.
+        watched: tensors whose uses are recorded, by the name of a layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
@@ -66,12 +67,16 @@ class Observation:
 
     layers_to_observe: Mapping[str, nn.Module]
     classifier: nn.Module | None
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
     layers: dict[str, list[LayerObservation]] = field(default_factory=dict)  # an entry for every call
     features: list[Any] = field(default_factory=list)  # g, (N, m), in the graph of the layers' outputs
     classifier_output: Tensor | None = None
+    uses: list[tuple[str, str]] = field(default_factory=list)  # layers and the functions that take their tensor
 
     def __enter__(self) -> Observation:
         self._grad_mode = torch.is_grad_enabled()
+        self._watch = _UseRecorder({id(tensor): name for name, tensor in self.watched.items()}, self.uses)
+        self._watch.__enter__()  # type: ignore[no-untyped-call]
         self._recorders: list[_ConvolutionRecorder] = []  # a stack: one observed layer may hold another
         self._handles: list[RemovableHandle] = []
         for name, module in self.layers_to_observe.items():
@@ -87,6 +92,7 @@ class Observation:
             handle.remove()
         while self._recorders:
             self._stop_recording()
+        self._watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         torch.set_grad_enabled(self._grad_mode)
 
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
@@ -136,6 +142,24 @@ class _ConvolutionRecorder(TorchFunctionMode):
         elif func is nn.functional.linear:
             self.calls.append(_linear_call(result, *args, **(kwargs or {})))
         return result
+
+
+class _UseRecorder(TorchFunctionMode):
+    """Records which functions take certain tensors."""
+
+    def __init__(self, names: Mapping[int, str], uses: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self._names = names
+        self._uses = uses
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for argument in (*args, *(kwargs or {}).values()):
+            for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
+                if id(tensor) in self._names:
+                    self._uses.append((self._names[id(tensor)], getattr(func, "__name__", str(func))))
+        return func(*args, **(kwargs or {}))
 
 
 def _convolution_call(

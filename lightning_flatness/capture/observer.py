@@ -97,7 +97,7 @@ class FlatnessObserver:
         found = {}
         for name, tail in seen.tails.items():
             gram = plan.grams[name]
-            norm = gram.new_zeros(()) if diagonal else plan.gram_norm(name)
+            norm = None if diagonal or not plan.tolerance else plan.gram_norm(name)
             call = seen.layers[name][0][1]
             found[name] = BlockTraces(closed_form_layer(name, call, tail, seen.loss, gram, norm, diagonal))
         others = {name: calls for name, calls in seen.layers.items() if name not in seen.tails}

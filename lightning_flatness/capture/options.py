@@ -51,13 +51,15 @@ class Options:
         unknown = [name for name in self.measures if name not in MEASURES]
         if isinstance(self.measures, str) or unknown or not self.measures:
             raise FlatnessError(f"measures={self.measures!r}: give some of {', '.join(MEASURES)}.")
-        if not 0 <= self.tolerance < 1:
+        if not isinstance(self.tolerance, (int, float)) or not 0 <= self.tolerance < 1:
             raise FlatnessError(
                 f"tolerance={self.tolerance!r}: give the relative standard error that is accepted with many classes, "
                 "e.g. 0.01, or 0 for all classes."
             )
         if self.residual not in (None, "hutchinson"):
             raise FlatnessError(f"residual={self.residual!r}: give None or 'hutchinson'.")
+        if not isinstance(self.seed, int) or not isinstance(self.num_probes, int):
+            raise FlatnessError(f"seed={self.seed!r} and num_probes={self.num_probes!r} must be whole numbers.")
         if self.residual and self.num_probes < 2:
             raise FlatnessError(f"num_probes={self.num_probes!r}: a standard error needs two probes at least.")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.capture.affine import Calls, certify_samples
+from lightning_flatness.capture.affine import Calls
 from lightning_flatness.capture.closed_form import TailDerivatives
 from lightning_flatness.capture.gauss_newton import rows_at_a_time
 from lightning_flatness.capture.isolation import ModelCopy, isolated
@@ -20,7 +20,7 @@ from lightning_flatness.capture.plan import Plan
 from lightning_flatness.capture.rows import num_rows, take, twice
 from lightning_flatness.capture.selection import Execution, logits_of, trace_execution
 from lightning_flatness.errors import BatchError, LayerSelectionError
-from lightning_flatness.functional import LossDerivatives
+from lightning_flatness.functional import LossDerivatives, separating_masks
 
 Result = TypeVar("Result")
 
@@ -52,6 +52,8 @@ class ForwardPasses:
         self._execution: Execution | None = None
         self._rows: int | None = None  # samples that are taken at a time, once that is known
         self._halved = False
+        self._uses: list[tuple[str, str]] = []
+        self._chance = torch.Generator().manual_seed(options.seed)
 
     def __call__(
         self,
@@ -86,6 +88,12 @@ class ForwardPasses:
                     observed = self._observe(*part, rows, first=start == 0)
                     found = [] if observed is None else [work(observed, tell)]
             except RuntimeError as error:
+                if "modified by an inplace operation" in str(error):
+                    raise LayerSelectionError(
+                        "A tensor that a measured layer reads or returns is changed in place after it ran, which "
+                        f"autograd cannot follow ({error}). Use the out-of-place operation there, e.g. x = x + y for "
+                        "x += y."
+                    ) from error
                 if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                     raise
                 found = None
@@ -107,6 +115,13 @@ class ForwardPasses:
         self._halved = True
         self._rows = rows // 2
 
+    def _masks(self, samples: int, beginning: bool) -> Tensor:
+        """All pairs are told apart at the beginning; later, half of them by chance."""
+        if beginning:
+            return separating_masks(samples)
+        half = torch.rand(samples, generator=self._chance) < 0.5
+        return torch.stack([half, ~half])
+
     def _observe(self, inputs: Any, targets: Tensor | None, rows: int, first: bool) -> ObservedPass | None:
         """Run the model and certify; None if it turns out that these samples are too many for one time."""
         plan = self.plan
@@ -121,17 +136,21 @@ class ForwardPasses:
             self._rows = min(most, self._rows or most)
             if rows > self._rows:
                 return None
-        with Observation(plan.modules, plan.classifier[1]) as seen:
+        watched = {name: self._copy.copy_of(weight) for name, weight in plan.parameters().items()}
+        with Observation(plan.modules, plan.classifier[1], watched) as seen:
             logits = logits_of(self._copy(inputs))
         loss = self._options.loss_function(logits.detach(), targets)
-        calls = plan.calls(seen)
+        calls = plan.calls(seen, len(logits))
         beginning = not plan.layers
         if beginning:
             _certify_deterministic(self._execution.logits[:rows], logits[:rows].detach())
             plan.begin(calls, logits, inputs, loss.curvature.num_columns)
-        if first:
-            certify_samples(calls, logits)
-        tails = plan.certified_tails(calls, seen, logits, inputs, beginning)
+            self._uses = seen.uses
+        elif seen.uses != self._uses:
+            plan.certify_paths(calls, logits, inputs)  # the forward does something else with a kernel than before
+            self._uses = seen.uses
+        masks = self._masks(len(logits), beginning) if first else torch.zeros(0, len(logits), dtype=torch.bool)
+        tails = plan.certified_tails(calls, seen, logits, inputs, masks.to(logits.device), beginning)
         return ObservedPass(inputs, logits, loss, calls, tails, share=0.5 if rows == 1 else 1.0)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.capture.affine import (
     Calls,
+    certify_samples,
     kernel_gradient,
     nodes_of,
     pull_back,
@@ -49,6 +50,7 @@ class Plan:
         self.tolerance = 0.0 if options.strict else options.tolerance
         self._model = model
         self._options = options
+        self._kernels: dict[str, Tensor] = {}
         self._gram_norms: dict[str, Tensor] = {}
         self._num_columns = 0
         self._sampled = False
@@ -60,17 +62,40 @@ class Plan:
         self.modules = {name: execution.modules[name] for name in names}
         self.classifier = (classifier, None if classifier is None else execution.modules[classifier])
 
-    def calls(self, seen: Observation) -> dict[str, Calls]:
-        """What the layers did in an observed forward pass, certified to be one convolution each."""
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Weights of the layers that have one of their own, by layer."""
+        found = {name: dict(module.named_parameters(recurse=False)) for name, module in self.modules.items()}
+        return {name: parameters["weight"] for name, parameters in found.items() if "weight" in parameters}
+
+    def calls(self, seen: Observation, samples: int) -> dict[str, Calls]:
+        """What the layers did in an observed forward pass, certified to be one convolution each, of one kernel."""
         calls: dict[str, Calls] = {}
         for name in list(self.modules):
             if name not in seen.layers:
-                raise LayerSelectionError(f"Layer '{name}' ran on the first batch but not on this one.")
+                raise LayerSelectionError(
+                    f"Layer '{name}' ran on the first batch but not on this one, so its Hessian is not a mean over all "
+                    "samples. Take it out of layers=."
+                )
             try:
                 calls[name] = [(observed, certify_layer(name, observed)) for observed in seen.layers[name]]
+                self._certify_kernel(name, calls[name])
+                if self.layers and any(observed.output.shape[0] != samples for observed, _ in calls[name]):
+                    raise LayerSelectionError(
+                        f"Layer '{name}' runs on some samples of this batch only (routing?), so derivatives of single "
+                        "samples cannot be told apart. Choose another layer with layers=."
+                    )
             except LayerSelectionError as error:
+                calls.pop(name, None)
                 self._leave_out(name, str(error))
         return calls
+
+    def _certify_kernel(self, name: str, calls: Calls) -> None:
+        kernel = self._kernels.setdefault(name, calls[0][1].weight.detach())
+        if not all(call.weight is kernel or torch.equal(call.weight, kernel) for _, call in calls):
+            raise LayerSelectionError(
+                f"Layer '{name}' applies another kernel from one call to the next (computed from its input?), so there "
+                "is no one kernel to take the Hessian of. Choose another layer with layers=."
+            )
 
     def _leave_out(self, name: str, reason: str) -> None:
         """With ``layers="all"`` do without a layer that cannot be measured; else that is an error."""
@@ -96,7 +121,7 @@ class Plan:
         for name, reason in why_out_of_reach(layers, logits).items():
             self._leave_out(name, reason)
             del layers[name]
-        paths = self._certify_paths(layers, logits, inputs)
+        paths = self.certify_paths(layers, logits, inputs)
         self._num_columns = num_columns
         self._sampled = is_sampled(num_columns, self.tolerance)
         infos = {}
@@ -126,8 +151,15 @@ class Plan:
         diagonal = self._options.diagonal
         return groups * min(contraction_costs(positions, length, filters // groups, columns, diagonal))
 
-    def _certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
-        """Compare gradients at the kernels with autograd's through the whole model, for all layers in one pass."""
+    def certify_paths(self, layers: dict[str, Calls], logits: Tensor, inputs: Any) -> dict[str, float]:
+        """Compare gradients at the kernels with autograd's through the whole model, for all layers in one pass.
+
+        Returns:
+            The deviations. Layers that are left out leave ``layers``, too.
+
+        Raises:
+            LayerSelectionError: naming a layer whose kernel reaches the logits in another way, too.
+        """
         kernels: dict[nn.Parameter, Tensor] = {}
         parameters: dict[str, nn.Parameter] = {}
         for name, calls in layers.items():
@@ -158,9 +190,22 @@ class Plan:
         return deviations
 
     def certified_tails(
-        self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any, first: bool
+        self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any, masks: Tensor, first: bool
     ) -> dict[str, TailDerivatives]:
-        """The tails of the layers under the closed form, certified on every batch; what fails goes to Gauss-Newton."""
+        """The tails of the layers under the closed form, certified on every batch; what fails goes to Gauss-Newton.
+
+        Args:
+            layers: what they did.
+            seen: in this forward pass.
+            logits: that came of it.
+            inputs: of the model.
+            masks: of samples that must not depend on the others (``certify_samples``).
+            first: whether nothing has been measured yet.
+
+        Raises:
+            LayerSelectionError: samples mix.
+            NotExactError: with ``strict``, a layer is not exact.
+        """
         tails: dict[str, TailDerivatives] = {}
         failures: dict[str, str] = {}
         candidates = [name for name, info in self.layers.items() if info.method == "closed_form"]
@@ -186,6 +231,9 @@ class Plan:
                 continue
             deviation = max(self.layers[name].deviation, tails[name].deviation)
             self.layers[name] = replace(self.layers[name], deviation=deviation)
+        others = {name: calls for name, calls in layers.items() if name not in tails}
+        if others:  # the certificates of the closed form see samples that mix
+            certify_samples(others, logits, masks)
         checked = [name for name, info in self.layers.items() if name not in tails and info.reason in ("", SAMPLED)]
         self._under_gauss_newton({name: layers[name] for name in checked}, failures, logits, inputs, first)
         return tails

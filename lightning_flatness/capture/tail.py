@@ -224,14 +224,16 @@ def certify_gradient(
     return deviation
 
 
-def random_like(tensor: Tensor) -> Tensor:
+def random_like(tensor: Tensor, stream: int = 0) -> Tensor:
     """Standard normal numbers of the shape, type and device of a tensor, always the same; no generator is touched.
+
+    Those of different streams are independent.
 
     Example:
         >>> random_like(torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-    generator = torch.Generator().manual_seed(tensor.ndim)
+    generator = torch.Generator().manual_seed(10 * stream + tensor.ndim)
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 
 

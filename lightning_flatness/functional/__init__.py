@@ -26,6 +26,7 @@ from lightning_flatness.functional.losses import (
     LossDerivatives,
     MeanSquaredError,
     find_loss,
+    separating_masks,
 )
 from lightning_flatness.functional.measures import (
     filter_flatness,
@@ -74,6 +75,7 @@ __all__ = [
     "patch_square_norms",
     "patches",
     "relative_flatness",
+    "separating_masks",
     "weight_gram",
     "weight_norm",
 ]

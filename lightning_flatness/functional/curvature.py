@@ -18,6 +18,8 @@ from torch import Tensor
 
 # From this many classes on, it pays to take apart what all have in common, and to sample those that matter less.
 MANY_CLASSES = 128
+# Of intermediate results that are made at a time.
+ELEMENTS = 2**22
 
 
 class Projection(NamedTuple):
@@ -113,7 +115,7 @@ class ClassCurvature:
             num_dropped = int((ordered.cumsum(1) <= tolerance * whole).sum(1).min())
             if num_dropped:
                 dropped = weights * torch.zeros_like(weights).scatter_(1, order[:, :num_dropped], 1.0)
-                rest = _sum_of_squares(dropped, matrix.double(), None if mean is None else mean.double())
+                rest = _sum_of_squares(dropped, matrix, mean)
                 chosen = order[:, num_dropped:]
         if chosen is None:
             columns = matrix.expand(len(weights), *matrix.shape)
@@ -129,8 +131,7 @@ class ClassCurvature:
 
     def diagonal(self, matrix: Tensor) -> Tensor:
         """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
-        matrix = matrix.double()
-        return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center @ matrix)
+        return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center.to(matrix) @ matrix)
 
     def apply(self, x: Tensor) -> Tensor:
         """``Λ x``; both ``(N, K)``, float64."""
@@ -211,8 +212,13 @@ Curvature = ClassCurvature | DenseCurvature
 
 
 def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    r"""``\sum_k w_k (v_k - m)[s]²`` for every sample, ``(N, S)``."""
-    total = weights @ matrix.square()
-    if mean is not None:
-        total = total - 2 * mean * (weights @ matrix) + mean.square() * weights.sum(1, keepdim=True)
-    return total.clamp_min(0)
+    r"""``\sum_k w_k (v_k - m)[s]²`` for every sample, ``(N, S)``, float64."""
+    if mean is None:
+        return (weights.to(matrix.dtype) @ matrix.square()).double()
+    # Differences first: for a confident sample those of the products would cancel.
+    rows = max(1, ELEMENTS // matrix.numel())
+    parts = [
+        torch.einsum("nk,nks->ns", w.to(matrix.dtype), (matrix - m[:, None]).square())
+        for w, m in zip(weights.split(rows), mean.split(rows), strict=True)
+    ]
+    return torch.cat(parts).double()

@@ -90,6 +90,8 @@ class CrossEntropy(Loss):
         if targets.shape == logits.shape and targets.is_floating_point():
             kept, count = None, samples
             q, normalizer = targets.double(), float(samples)
+            if not bool((q >= 0).all()) or not bool(q.isfinite().all()):
+                raise BatchError("Targets that are probabilities must be finite and not negative.")
         else:
             kept = self._kept(targets, classes, samples)
             count = samples if kept is None else int(kept.sum())
@@ -179,7 +181,8 @@ class CustomLoss(Loss):
     """A user's own loss; its derivatives come from autograd, the second as a ``K x K`` matrix for every sample.
 
     Args:
-        function: from ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is their mean.
+        function: from ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is their mean. It
+            gets logits in float64, and some samples of a batch at a time, so it must not use statistics of the batch.
 
     Example:
         >>> from torch.nn.functional import cross_entropy
@@ -200,8 +203,7 @@ class CustomLoss(Loss):
         if targets is None:
             raise BatchError(f"The loss '{self.name}' needs targets, and this batch has none.")
         with torch.enable_grad():
-            f = logits.detach().double().requires_grad_()
-            losses = self.function(f, targets.clone())
+            f, losses = self._losses(logits.detach(), targets)
             if not isinstance(losses, Tensor) or losses.shape != f.shape[:1]:
                 shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                 raise BatchError(
@@ -219,16 +221,46 @@ class CustomLoss(Loss):
                     matrices[:, k] = row
             if not matrices.isfinite().all():
                 raise BatchError(f"The second derivative of the loss '{self.name}' is not finite.")
-            if len(f) > 1:
-                (others,) = torch.autograd.grad(losses[::2].sum(), f)
-                if bool(others[1::2].any()):
+            for mask in separating_masks(len(f)).to(f.device):
+                (others,) = torch.autograd.grad(losses[mask].sum(), f, retain_graph=True)
+                if bool(others[~mask].any()):
                     raise BatchError(
                         f"The loss '{self.name}' of one sample depends on other samples of the batch (a contrastive "
                         "loss? a mean inside?), so the loss is not a mean over samples."
                     )
+        matrices = matrices.double()
         return LossDerivatives(
-            DenseCurvature.of((matrices + matrices.mT) / 2), residual.detach(), len(f), float(len(f))
+            DenseCurvature.of((matrices + matrices.mT) / 2), residual.detach().double(), len(f), float(len(f))
         )
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+        """In float64, or, where the function holds tensors that do not go with that, in the logits' own type."""
+        failed: Exception | None = None
+        for dtype in dict.fromkeys((torch.float64, logits.dtype)):
+            f = logits.to(dtype, copy=True).requires_grad_()
+            try:
+                return f, self.function(f, targets.clone())
+            except Exception as error:
+                failed = failed or error
+        raise BatchError(
+            f"The loss '{self.name}' fails on logits of shape {tuple(logits.shape)} and targets of shape "
+            f"{tuple(targets.shape)}: {type(failed).__name__}: {failed}"
+        ) from failed
+
+
+def separating_masks(samples: int) -> Tensor:
+    """Masks ``(M, N)`` such that for every two samples one has the first and not the second; about ``2 log2(N)``.
+
+    Example:
+        >>> separating_masks(3).int()
+        tensor([[0, 1, 0],
+                [1, 0, 1],
+                [0, 0, 1],
+                [1, 1, 0]], dtype=torch.int32)
+    """
+    numbers = torch.arange(samples)
+    bits = [(numbers >> bit) % 2 == 1 for bit in range(max(samples - 1, 0).bit_length())]
+    return torch.stack([mask for one in bits for mask in (one, ~one)]) if bits else numbers.new_zeros(0, samples).bool()
 
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}
@@ -286,11 +318,16 @@ def find_loss(
 
 
 def _cross_entropy(smoothing: float, class_weight: Sequence[float] | Tensor | None, ignore_index: int) -> CrossEntropy:
-    if not 0 <= smoothing <= 1:
+    if not isinstance(smoothing, (int, float)) or not 0 <= smoothing <= 1:
         raise FlatnessError(f"label_smoothing={smoothing} must lie between 0 and 1.")
-    weight = None if class_weight is None else tuple(float(value) for value in class_weight)
+    if not isinstance(ignore_index, int):
+        raise FlatnessError(f"ignore_index={ignore_index!r} must be a whole number.")
+    try:
+        weight = None if class_weight is None else tuple(float(value) for value in class_weight)
+    except (TypeError, ValueError):
+        weight = (-1.0,)
     if weight is not None and not all(0 <= value < float("inf") for value in weight):
-        raise FlatnessError("class_weight must be finite and not negative.")
+        raise FlatnessError("class_weight must be a number for every class, finite and not negative.")
     return CrossEntropy(smoothing, weight, ignore_index)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.capture import ForwardPasses, Operator, Options, isolated, operators_of, random_states_kept
-from lightning_flatness.errors import BatchError
+from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import largest_eigenvalues
 from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.results import LayerInfo, LayerLambdaMax
@@ -73,8 +73,11 @@ def measure_lambda_max(
         class_weight=class_weight,
         ignore_index=ignore_index,
         tolerance=0.0,
+        seed=seed,
         strict=strict,
     )
+    if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
+        raise FlatnessError(f"measure_lambda_max: {max_products=} must be one at least, and {tolerance=} positive.")
     passes = ForwardPasses(model, options)
     parts: dict[str, list[tuple[float, Operator]]] = {}
     kernels: dict[str, Tensor] = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import axes_or_new
 from lightning_flatness.results import FlatnessReport
 
@@ -36,7 +38,7 @@ def plot_layers(
         The figure and the axes.
 
     Raises:
-        FlatnessError: matplotlib is missing.
+        FlatnessError: an unknown measure, or matplotlib is missing.
 
     Example:
         >>> import torch
@@ -46,10 +48,13 @@ def plot_layers(
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['0', '2']
     """
+    _check(measure, LABELS)
     layers = list(report.layers.values())
     shown = min(len(layers), MOST_NAMES)
     figure, ax = axes_or_new(ax, 7.0, 1.2 + 0.2 * max(shown, 4))
     values = [getattr(layer, measure) for layer in layers]
+    if any(math.isnan(value) for value in values):
+        raise FlatnessError(f"{measure} was not measured; choose another measure=, or measure it, too.")
     errors = [2 * layer.standard_errors.get(measure, 0.0) for layer in layers]
     colours = [EXACT_COLOUR if layer.exact else INEXACT_COLOUR for layer in layers]
     positions = list(range(len(layers)))
@@ -87,13 +92,14 @@ def plot_layer_history(
         The figure and the axes.
 
     Raises:
-        FlatnessError: matplotlib is missing.
+        FlatnessError: an unknown measure, or matplotlib is missing.
 
     Example:
         >>> figure, ax = plot_layer_history([{"epoch": 0, "conv1/hessian_trace": 2.0}], "hessian_trace")
         >>> [line.get_label() for line in ax.get_lines()]
         ['conv1']
     """
+    _check(measure, ("hessian_trace", "relative_flatness"))
     figure, ax = axes_or_new(ax, 7.0, 4.0)
     from matplotlib import colormaps  # axes_or_new has said so if it is missing
 
@@ -119,6 +125,11 @@ def plot_layer_history(
     ax.set_ylabel(LABELS[measure])
     _plain(ax, "both")
     return figure, ax
+
+
+def _check(measure: str, known: Iterable[str]) -> None:
+    if measure not in known:
+        raise FlatnessError(f"measure={measure!r}: give one of {', '.join(known)}.")
 
 
 def _plain(ax: Any, grid: str) -> None:

@@ -165,7 +165,10 @@ def test_a_common_shift_of_the_logits_changes_nothing():
         ({"loss": "mse", "label_smoothing": 0.1}, "options of loss='cross_entropy'"),
         ({"loss": nn.CrossEntropyLoss(), "ignore_index": 0}, "options of loss='cross_entropy'"),
         ({"loss": "cross_entropy", "label_smoothing": 1.5}, "label_smoothing=1.5 must lie between"),
-        ({"loss": "cross_entropy", "class_weight": [1.0, -1.0]}, "class_weight must be finite and not negative"),
+        (
+            {"loss": "cross_entropy", "class_weight": [1.0, -1.0]},
+            "class_weight must be a number for every class",
+        ),
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "reduction='sum'.*mean over samples"),
         ({"loss": nn.MSELoss(reduction="none")}, "reduction='none'.*mean over samples"),
     ],

@@ -1,0 +1,217 @@
+"""Networks made to slip past the certificates; none may be called exact with another number than the Hessian's."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import lightning_flatness as lf
+from lightning_flatness.testing import oracle_block_traces
+
+torch.manual_seed(0)
+X, Y = torch.randn(8, 6).double(), torch.randint(4, (8,))
+
+
+class Two(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4)
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+def network(forward):
+    torch.manual_seed(1)
+    return Two(forward).double()
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.c(torch.tanh(net.a(x) - net.b(x))),
+        lambda net, x: net.c((net.a(x) - net.b(x)).square()),
+        lambda net, x: net.c(F.gelu(net.a(x) + net.b(x))),
+        lambda net, x: net.c(torch.tanh(net.a(x) - net.b(x).flip(1))),
+    ],
+    ids=["difference", "distance", "sum", "flipped"],
+)
+def test_layers_whose_curvatures_cancel_each_other(forward):
+    net = network(forward)
+    report = lf.measure_flatness(net, [(X, Y)], layers="all")
+    assert [layer.exact for layer in report.layers.values()] == [False, False, True]
+    with pytest.raises(lf.NotExactError):
+        lf.measure_flatness(net, [(X, Y)], layers="all", strict=True)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h - h[-1:],
+        lambda h: h - h[:1],
+        lambda h: torch.cat([h[:4] + h[4:], h[4:] - h[:4]]),
+        lambda h: h + h.roll(1, 0),
+        lambda h: h + h.roll(-1, 0),
+        lambda h: h + h.flip(0),
+        lambda h: h + h[[1, 0, 3, 2, 5, 4, 7, 6]],
+        lambda h: torch.cat([h[:7], h[7:] + h[3:4]]),
+    ],
+    ids=["last", "first", "halves", "next", "before", "reversed", "pairs", "one"],
+)
+def test_samples_that_mix_in_any_way(mix):
+    net = network(lambda net, x: net.c(mix(net.a(x).relu())))
+    with pytest.raises(lf.LayerSelectionError, match="'a'.*depend on other samples"):
+        lf.measure_flatness(net, [(X, Y)], layers=["a", "c"])
+
+
+@pytest.mark.parametrize("shift", [1, -1, 4, 3])
+def test_losses_that_mix_samples(shift):
+    def pairs(f, y):
+        return F.cross_entropy(f, y, reduction="none") + (f * f.roll(shift, 0)).sum(1).square()
+
+    def one_way(f, y):
+        others = f.roll(shift, 0).detach()
+        others[1::2] = f.roll(shift, 0)[1::2]
+        return F.cross_entropy(f, y, reduction="none") + (f * others).sum(1).square()
+
+    net = network(lambda net, x: net.c(net.a(x).relu()))
+    for loss in (pairs, one_way):
+        with pytest.raises(lf.BatchError, match="depends on other samples"):
+            lf.measure_flatness(net, [(X, Y)], layers="a", loss=loss)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_kernel_that_some_batches_use_twice(order):
+    def forward(net, x):
+        h = net.a(x).relu()
+        if x.mean() > 0.5:
+            h = F.linear(F.pad(h, (0, 1)), net.a.weight).relu()
+        return net.c(h)
+
+    batches = [(X - 1, Y), (X + 1, Y)][::order]
+    with pytest.raises(lf.LayerSelectionError, match="'a'.*depend on its kernel in another way"):
+        lf.measure_flatness(network(forward), batches, layers="a")
+
+
+def test_uses_that_do_not_matter_are_fine():
+    def forward(net, x):
+        if x.mean() > 0.5:
+            net.a.weight.norm()
+        return net.c(net.a(x).relu())
+
+    net = network(forward)
+    report = lf.measure_flatness(net, [(X - 1, Y), (X + 1, Y)], layers="a")
+    expected = oracle_block_traces(net, (torch.cat([X - 1, X + 1]), torch.cat([Y, Y])), "a")
+    assert_close(report.layers["a"].block_traces[0], expected, rtol=1e-10, atol=1e-14)
+
+
+class OfInput(nn.Linear):
+    """A kernel that depends on the input."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * (3.0 if x.mean() > 0.5 else 1.0))
+
+
+def test_a_kernel_that_depends_on_the_input():
+    net = network(lambda net, x: net.c(net.a(x).relu()))
+    net.a = OfInput(6, 5).double()
+    with pytest.raises(lf.LayerSelectionError, match="'a' applies another kernel from one call to the next"):
+        lf.measure_flatness(net, [(X - 1, Y), (X + 1, Y)], layers="a")
+
+
+def test_rows_that_are_routed_in_a_later_batch_only():
+    def forward(net, x):
+        h = torch.zeros_like(x[:, :5])
+        chosen = x[:, 0] > 0
+        h[chosen] = net.a(x[chosen]).relu()
+        h[~chosen] = net.b(x[~chosen]).relu()
+        return net.c(h)
+
+    first, later = X.clone(), X.clone()
+    first[:, 0] = 1.0
+    with pytest.raises(lf.LayerSelectionError, match="'a' runs on some samples of this batch only"):
+        lf.measure_flatness(network(forward), [(first, Y), (later, Y)], layers="a")
+
+
+def test_inputs_that_are_changed_in_place_afterwards():
+    def forward(net, x):
+        x = x[:, :5].clone()
+        h = F.pad(x, (0, 1))
+        z = net.a(h)
+        h += 1
+        return net.c((z + h[:, :5]).relu())
+
+    net = network(forward)
+    try:
+        layer = lf.measure_flatness(net, [(X, Y)], layers="a").layers["a"]
+    except lf.LayerSelectionError:
+        return
+    assert_close(layer.block_traces[0], oracle_block_traces(net, (X, Y), "a"), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("classes", [10, 200])
+@pytest.mark.parametrize("confidence", [1.0, 30.0, 60.0])
+def test_diagonals_alone_keep_their_digits(classes, confidence):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+    net, x = net.double(), torch.randn(6, 2, 6, 6).double()
+    with torch.no_grad():
+        net[4].bias[0] += confidence
+    whole = lf.measure_flatness(net, [x], tolerance=0).layers["0"]
+    part = lf.measure_flatness(net, [x], measures=["hessian_trace"]).layers["0"]
+    assert_close(part.filter_traces, whole.filter_traces, rtol=1e-12, atol=0)
+    default = lf.measure_flatness(net, [x]).layers["0"]
+    assert_close(default.filter_traces, whole.filter_traces, rtol=1e-12, atol=0)
+
+
+def test_a_loss_that_holds_single_precision():
+    net, weight = network(lambda net, x: net.c(net.a(x).relu())).float(), torch.rand(4)
+    found = lf.measure_flatness(
+        net, [(X.float(), Y)], layers="a", loss=lambda f, y: F.cross_entropy(f, y, weight=weight, reduction="none")
+    )
+    double = lf.measure_flatness(
+        net, [(X.float(), Y)], layers="a", loss=lambda f, y: F.cross_entropy(f, y, weight.double(), reduction="none")
+    )
+    assert_close(found.hessian_trace, double.hessian_trace, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("loss", [lambda f: f, lambda f, y: F.mse_loss(f, y, reduction="none"), lambda f, y: f @ f])
+def test_errors_in_a_loss_name_it(loss):
+    net = network(lambda net, x: net.c(net.a(x).relu()))
+    with pytest.raises(lf.BatchError, match="The loss '<lambda>' fails on logits of shape"):
+        lf.measure_flatness(net, [(X, Y)], layers="a", loss=loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_index": None},
+        {"ignore_index": "x"},
+        {"class_weight": "balanced"},
+        {"class_weight": torch.ones(4, 4)},
+        {"label_smoothing": "a"},
+        {"tolerance": "a"},
+        {"seed": 1.5},
+        {"seed": None},
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_type(options):
+    net = network(lambda net, x: net.c(net.a(x).relu()))
+    with pytest.raises(lf.FlatnessError):
+        lf.measure_flatness(net, [(X, Y)], layers="a", **options)
+
+
+def test_probabilities_that_are_none():
+    net = network(lambda net, x: net.c(net.a(x).relu()))
+    with pytest.raises(lf.BatchError, match="probabilities must be finite and not negative"):
+        lf.measure_flatness(net, [(X, torch.full((8, 4), -1.0))], layers="a")
+
+
+@pytest.mark.parametrize("options", [{"max_products": 0}, {"max_products": 1.5}, {"tolerance": -1.0}], ids=str)
+def test_eigenvalues_with_wrong_options(options):
+    net = network(lambda net, x: net.c(net.a(x).relu()))
+    with pytest.raises(lf.FlatnessError, match="measure_lambda_max"):
+        lf.measure_lambda_max(net, [(X, Y)], layers="a", **options)
