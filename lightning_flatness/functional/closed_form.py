@@ -119,7 +119,12 @@ def closed_form_block_traces(
     if floor is not None:
         by_group = head.unflatten(1, (groups, per_group)).permute(1, 2, 0)  # (G, s, K)
         total += (by_group @ by_group.mT).double() * shared
-    return total.triu() + total.triu(1).mT
+    for row in range(0, per_group, strip):  # the lower part, strip by strip: a whole transpose is slow
+        rows, below = slice(row, row + strip), slice(row + strip, None)
+        block = total[:, rows, rows]
+        total[:, rows, rows] = block.triu() + block.triu(1).mT
+        total[:, below, rows] = total[:, rows, below].mT
+    return total
 
 
 def closed_form_residual(
