@@ -12,7 +12,6 @@ importing needed. On a GPU it is the peak of what torch allocates.
 from __future__ import annotations
 
 import argparse
-import inspect
 import platform
 import statistics
 import subprocess
@@ -63,8 +62,7 @@ def resnet(depth: int = 20, classes: int = 10) -> nn.Module:
 
 
 def flatness(net: nn.Module, x: Tensor, y: Tensor) -> None:
-    options = {"tolerance": 0} if "tolerance" in inspect.signature(lf.measure_flatness).parameters else {}
-    assert lf.measure_flatness(net, [(x, y)], layers="all", **options).exact
+    assert lf.measure_flatness(net, [(x, y)], layers="all", tolerance=0).exact
 
 
 def extended(net: nn.Module) -> nn.Module:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an accelerator or the CPU had no memory left."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 class FlatnessError(ValueError):
     """Base class of every error raised by ``lightning_flatness``."""
 
 
 class LayerSelectionError(FlatnessError):
-    """The wanted layer cannot be found, never runs, or runs more than once in one forward pass."""
+    """A layer cannot be found or measured, or samples mix, or the forward is random."""
 
 
 class NotClosedFormError(FlatnessError):

@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+# Why a number is an estimate of the whole Hessian.
+SAMPLED = "classes without much mass are sampled"
+
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """How a layer is measured, known once the first batch has been certified.
+    """How a layer is measured; what later batches show may change it.
 
     Attributes:
         name: of the module, without ``_orig_mod.``.
@@ -22,17 +25,18 @@ class LayerInfo:
         num_filters: ``S``.
         patch_length: ``D``, length of one filter.
         groups: ``G``.
-        classifier: name of the linear map under which it lies; None when the pooled layer is the logits itself.
+        classifier: name of the linear map under which it lies; None under Gauss-Newton, or when the pooled layer is the
+            logits itself.
         method: ``"closed_form"``, the Hessian; ``"gauss_newton"``, a part of it, or all of it where ``exact``; or
             ``"gauss_newton+hutchinson"``, with the other part estimated.
         exact: whether the number is the Hessian's.
-        reason: why it is not, where it is not.
+        reason: why it is not, where it is not; or that classes are sampled, so that it is an estimate.
         kernel: ``"parameter"`` when derivatives are with respect to the layer's weight; ``"effective"`` when the layer
             computes the kernel it applies (parametrised, standardised) and derivatives are with respect to that.
         deviation: the largest deviation that the certificates have found, relative; some rounding errors of the model's
             precision at most.
         backward_passes: for every batch, shared by all layers; one for every class, but for layers under the closed
-            form. An upper bound where classes are sampled.
+            form. Fewer, if all goes well, where classes are sampled.
         multiplications: for every sample, on top of passes through the model.
         memory: bytes that are kept for the whole measurement.
     """
@@ -250,9 +254,11 @@ def _notes(layers: Iterable[LayerInfo], left_out: Mapping[str, str]) -> str:
     }
     sentences = []
     for method, text in texts.items():
-        reasons = sorted({info.reason for info in inexact if info.method == method})
+        reasons = sorted({info.reason for info in inexact if info.method == method and info.reason != SAMPLED})
         if reasons:
             sentences.append(f"Not exact: {text}, since {', or '.join(reasons)}.")
+    if any(info.reason == SAMPLED for info in inexact):
+        sentences.append(f"Estimates, with standard errors: {SAMPLED}.")
     sentences += [f"Left out: {reason}" for reason in left_out.values()]
     return " ".join(sentences)
 

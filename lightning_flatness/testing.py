@@ -135,8 +135,9 @@ def assert_matches_oracle(
     """
     from lightning_flatness import measure_flatness
 
-    model = copy.deepcopy(model).double().eval()
-    inputs, targets = batch[0].double(), batch[1]
+    model = copy.deepcopy(model).cpu().double().eval()
+    inputs, targets = batch[0].cpu().double(), batch[1].cpu()
+    options = {"tolerance": 0, **options}  # every class
     measured = measure_flatness(model, [(inputs, targets)], layers=layer, **options).layers[layer]
 
     module = model.get_submodule(layer)

@@ -54,7 +54,7 @@ LOSSES = {
     "mse": ({"loss": "mse"}, nn.MSELoss(), torch.randn(6, 4).double()),
     "module": ({"loss": nn.CrossEntropyLoss(label_smoothing=0.3)}, nn.CrossEntropyLoss(label_smoothing=0.3), Y),
     "focal": ({"loss": focal}, lambda f, y: focal(f, y).mean(), Y),
-    "not convex": ({"loss": lambda f, y: (9 * f).sin().sum(1)}, lambda f, y: (9 * f).sin().sum(1).mean(), Y),
+    "not convex": ({"loss": lambda f, y: (9 * f).cos().sum(1)}, lambda f, y: (9 * f).cos().sum(1).mean(), Y),
     "Huber": (
         {"loss": lambda f, y: F.huber_loss(f, y, reduction="none").mean(1)},
         F.huber_loss,

@@ -63,11 +63,13 @@ class FlatnessCallback(Callback):
         batch_fn: function from a batch to ``(inputs, targets)``; by default a batch is such a pair.
         summary: print before training which layers are measured, and how that was certified.
         figures: draw accuracy and flatness, and the block traces, for TensorBoard at the end of training.
-        strict: refuse, before the first epoch, layers whose number would not be the Hessian's.
+        strict: refuse layers whose number would not be the Hessian's: before the first epoch, or with the batch that
+            shows it.
         label_smoothing: of cross-entropy.
         class_weight: of cross-entropy.
         ignore_index: of cross-entropy.
-        measures: which measures; without ``"relative_flatness"`` only diagonals are kept.
+        measures: without ``"relative_flatness"`` only diagonals are kept; logged are then the Hessian trace, its
+            logarithm and the weight norm. All other measures are in :attr:`report`.
         tolerance: relative standard error that is accepted with many classes.
         residual: ``"hutchinson"`` to estimate what Gauss-Newton leaves out.
         num_probes: for that.
@@ -145,6 +147,7 @@ class FlatnessCallback(Callback):
         self._stage: str | None = None
         self._restored = False
         self._certified: dict[str, LayerInfo] | None = None
+        self._left_out: dict[str, str] = {}
         self._chart_laid_out = False
         self._subset: TrainingSubset | None = None
         self._positions: FixedPositions | None = None
@@ -423,6 +426,6 @@ class FlatnessCallback(Callback):
     def _warn_no_validation(self) -> None:
         rank_zero_warn(
             "FlatnessCallback measures at validation, and this fit runs none (no validation_step, no validation data, "
-            f"or limit_val_batches=0): '{self.prefix}/relative_flatness' will not be logged, and what monitors it will "
-            "fail. Add validation data, or use FlatnessCallback(data='train')."
+            f"or limit_val_batches=0): '{self.prefix}/hessian_trace' and its kin will not be logged, and what monitors "
+            "them will fail. Add validation data, or use FlatnessCallback(data='train')."
         )

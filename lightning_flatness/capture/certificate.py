@@ -18,7 +18,7 @@ def certify_layer(name: str, seen: LayerObservation) -> ConvolutionCall:
 
     Raises:
         LayerSelectionError: no convolution ran in the layer, several did, or its output was changed afterwards.
-        BatchError: the kernel is not finite, or not in float32 or float64.
+        BatchError: the kernel is not finite, or not in float32 or float64; no batch dimension; autocast in the forward.
     """
     kind = type(seen.module).__name__
     if len(seen.calls) != 1:

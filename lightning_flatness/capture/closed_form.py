@@ -136,28 +136,28 @@ def closed_form_layer(
     Raises:
         BatchError: the tail is curved and there are no targets.
     """
-    arguments = (call.inputs, call.geometry, tail.slopes, tail.columns, loss.curvature)
-    if diagonal or gram_norm is None or loss.curvature.num_columns < MANY_CLASSES:
-        total = closed_form_block_traces(*arguments, diagonal=diagonal)
-    else:
-        # What is left out of the trace, in nuclear norm, times the Gram matrix's norm bounds the change. Relative
-        # flatness is about the mean squared norm of the filters times the trace; whether it is, is looked at after.
-        mean = weight_norm(gram).square() / gram[..., 0].numel()
-        tolerance = float(TRUNCATION / 4 * mean / gram_norm)
-        total = closed_form_block_traces(*arguments, tolerance)
-        change = tolerance * hessian_trace(total) * gram_norm
-        if bool(change > TRUNCATION * relative_flatness(total, gram).abs()):
-            total = closed_form_block_traces(*arguments)
+    residual: Tensor | float = 0.0
     curvatures = tail.curvatures
     if curvatures is not None and loss.residual is not None:
-        added = closed_form_residual(call.inputs, call.geometry, curvatures, tail.columns, loss.residual)
-        total = total + (added if diagonal else torch.diag_embed(added))
+        of_filters = closed_form_residual(call.inputs, call.geometry, curvatures, tail.columns, loss.residual)
+        residual = of_filters if diagonal else torch.diag_embed(of_filters)
     elif curvatures is not None and bool(curvatures.any()):
         raise BatchError(
             f"Layer '{name}': the activation after it is curved, so its Hessian depends on the targets, and this "
             "batch has none. Give batches of (inputs, targets)."
         )
-    return total
+    arguments = (call.inputs, call.geometry, tail.slopes, tail.columns, loss.curvature)
+    if gram_norm is not None and loss.curvature.num_classes >= MANY_CLASSES and not diagonal:
+        # What is left out is a positive matrix of this share of the trace, less its diagonal; that trace times the norm
+        # of the Gram matrix bounds the change. Relative flatness is about the trace times the filters' mean squared
+        # norm; whether it is, is looked at after.
+        mean = weight_norm(gram).square() / gram[..., 0].numel()
+        tolerance = float(TRUNCATION / 4 * mean / gram_norm)
+        total = closed_form_block_traces(*arguments, tolerance)
+        change = tolerance * hessian_trace(total) * gram_norm
+        if bool(change <= TRUNCATION * relative_flatness(total + residual, gram).abs()):
+            return total + residual
+    return closed_form_block_traces(*arguments, diagonal=diagonal) + residual
 
 
 def spectral_bound(gram: Tensor) -> Tensor:

@@ -49,10 +49,8 @@ def gauss_newton_layers(
         diagonal: only the diagonals of the block traces.
         advance: is called as columns are done.
     """
-    if is_sampled(curvature.num_columns, tolerance) and isinstance(curvature, ClassCurvature):
-        found = _by_probes(layers, logits, curvature, grams, tolerance, generator, diagonal, advance)
-        if found is not None:
-            return found
+    if isinstance(curvature, ClassCurvature) and is_sampled(curvature, tolerance):
+        return _by_probes(layers, logits, curvature, grams, tolerance, generator, diagonal, advance)
     totals: dict[str, Tensor] = {}
     done = 0
     every = (curvature.column(index) for index in range(curvature.num_columns))
@@ -65,9 +63,9 @@ def gauss_newton_layers(
     return {name: BlockTraces(total) for name, total in totals.items()}
 
 
-def is_sampled(num_columns: int, tolerance: float) -> bool:
+def is_sampled(curvature: Curvature, tolerance: float) -> bool:
     """Whether classes without much mass are sampled instead of taken one by one."""
-    return tolerance > 0 and num_columns + 1 >= MANY_CLASSES
+    return tolerance > 0 and isinstance(curvature, ClassCurvature) and curvature.num_classes >= MANY_CLASSES
 
 
 def _by_probes(
@@ -79,21 +77,26 @@ def _by_probes(
     generator: torch.Generator,
     diagonal: bool,
     advance: Advance,
-) -> dict[str, BlockTraces] | None:
-    """The classes that carry the mass one by one, the sum of all others by random signs; None if all are needed.
+) -> dict[str, BlockTraces]:
+    """The classes that carry the mass one by one, the sum of all others by random signs.
 
     A probe pulls ``sum_k ±√w_k (e_k - π)`` back over the other classes; the signs make its products unbiased. There are
-    as many as the tolerance asks for, for every layer's trace and relative flatness.
+    as many as the tolerance asks for, for every layer's trace and relative flatness; where that would be more than
+    there are classes, these are taken one by one, too.
     """
     order = curvature.weights.argsort(1, descending=True)
     mass = curvature.weights.gather(1, order)
     leading = _num_leading(mass.sum(0), tolerance, len(mass))
     unit = torch.zeros_like(mass)
-    units = (unit.scatter(1, order[:, index : index + 1], 1.0) for index in range(leading))
     totals: dict[str, Tensor] = {}
-    for columns in _pulled(layers, logits, (curvature.factor(x) for x in units)):
-        for name, part in _contracted(layers, columns, None, diagonal):
-            totals[name] = totals[name] + part if name in totals else part
+
+    def take_one_by_one(ranks: range) -> None:
+        units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
+        for columns in _pulled(layers, logits, (curvature.factor(x) for x in units)):
+            for name, part in _contracted(layers, columns, None, diagonal):
+                totals[name] = totals[name] + part if name in totals else part
+
+    take_one_by_one(range(leading))
 
     probes = {name: Probes(grams[name]) for name in layers}
     others = torch.ones_like(mass).scatter(1, order[:, :leading], 0.0)
@@ -106,10 +109,11 @@ def _by_probes(
                     probes[name].add(part)
         count += MIN_PROBES
         advance(min((leading + count) / curvature.num_columns, 1.0))
-        if all(probes[name].precise(tolerance, totals.get(name)) for name in layers):
+        if all(probes[name].precise(tolerance, totals[name]) for name in layers):
             advance(1.0)
-            return {name: probes[name].estimate(totals.get(name)) for name in layers}
-    return None
+            return {name: probes[name].estimate(totals[name]) for name in layers}
+    take_one_by_one(range(leading, curvature.num_classes))
+    return {name: BlockTraces(total) for name, total in totals.items()}
 
 
 def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:

@@ -52,6 +52,7 @@ class TailOperator:
     call: ConvolutionCall
     tail: TailDerivatives
     curvature: Curvature
+    diagonal: Tensor  # of VᵀΛV, (N, S)
     pulled: Tensor | None  # r = Vᵀ dloss/df, (N, S)
 
     def __call__(self, kernel: Tensor, by_filter: bool) -> Tensor:
@@ -61,7 +62,7 @@ class TailOperator:
         columns = self.tail.columns
         features = (self.tail.slopes * output).sum(over)  # (N, S)
         if by_filter:
-            back = self.curvature.diagonal(columns).to(features.dtype) * features
+            back = self.diagonal * features
         else:
             back = self.curvature.apply((features @ columns.T).double()).to(features.dtype) @ columns
         delta = _to_positions(back, output) * self.tail.slopes
@@ -72,7 +73,8 @@ class TailOperator:
     @property
     def num_bytes(self) -> int:
         """That are kept."""
-        return 2 * self.tail.slopes.nbytes + self.call.inputs.nbytes
+        twice = 1 if self.tail.curvatures is None else 2
+        return twice * self.tail.slopes.nbytes + self.call.inputs.nbytes + self.diagonal.nbytes
 
 
 Operator = ColumnOperator | TailOperator
@@ -91,7 +93,9 @@ def operators_of(seen: ObservedPass, max_bytes: float, advance: Callable[[float]
             pulled = (seen.loss.residual @ tail.columns.double()).to(tail.columns.dtype)
         elif tail.curvatures is not None and bool(tail.curvatures.any()):
             raise BatchError(f"Layer '{name}': the activation after it is curved, and this batch has no targets.")
-        operators[name] = TailOperator(_without_graph(seen.layers[name][0][1]), tail, seen.loss.curvature, pulled)
+        curvature = seen.loss.curvature
+        diagonal = curvature.diagonal(tail.columns).to(tail.columns.dtype)
+        operators[name] = TailOperator(_without_graph(seen.layers[name][0][1]), tail, curvature, diagonal, pulled)
     others = {name: calls for name, calls in seen.layers.items() if name not in seen.tails}
     num_columns = seen.loss.curvature.num_columns
     needed = sum(node.nbytes for node in nodes_of(others)) * num_columns
@@ -130,7 +134,7 @@ def _column_operators(
 
 
 def _without_graph(call: ConvolutionCall) -> ConvolutionCall:
-    return replace(call, output=call.output.detach())
+    return replace(call, output=call.output.new_empty(0))
 
 
 def _to_positions(per_channel: Tensor, output: Tensor) -> Tensor:

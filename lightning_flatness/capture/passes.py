@@ -19,7 +19,7 @@ from lightning_flatness.capture.options import Options
 from lightning_flatness.capture.plan import Plan
 from lightning_flatness.capture.rows import num_rows, take, twice
 from lightning_flatness.capture.selection import Execution, logits_of, trace_execution
-from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
 from lightning_flatness.functional import LossDerivatives, separating_masks
 
 Result = TypeVar("Result")
@@ -49,6 +49,7 @@ class ForwardPasses:
         self.plan = Plan(model, options)
         self._options = options
         self._model = model
+        self._copy: ModelCopy
         self._execution: Execution | None = None
         self._rows: int | None = None  # samples that are taken at a time, once that is known
         self._halved = False
@@ -70,7 +71,7 @@ class ForwardPasses:
             work: is called under :func:`isolated` with an observed pass, and with a function to be told its progress.
             advance: is told which part of the batch is done.
         """
-        samples, start = num_rows(inputs), 0
+        samples, start = num_rows(inputs, targets), 0
         while start < samples:
             rows = min(self._rows or samples, samples - start)
 
@@ -94,7 +95,7 @@ class ForwardPasses:
                         f"autograd cannot follow ({error}). Use the out-of-place operation there, e.g. x = x + y for "
                         "x += y."
                     ) from error
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 found = None
             observed = None
@@ -141,16 +142,23 @@ class ForwardPasses:
             logits = logits_of(self._copy(inputs))
         loss = self._options.loss_function(logits.detach(), targets)
         calls = plan.calls(seen, len(logits))
-        beginning = not plan.layers
+        if len(logits) != max(rows, 2):
+            raise BatchError(
+                f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "
+                "targets or, without any, by the longest of the inputs. Give targets, or keep tables that have no row "
+                "for every sample out of the inputs."
+            )
+        beginning = not plan.begun
         if beginning:
             _certify_deterministic(self._execution.logits[:rows], logits[:rows].detach())
-            plan.begin(calls, logits, inputs, loss.curvature.num_columns)
-            self._uses = seen.uses
-        elif seen.uses != self._uses:
+            plan.begin(calls, logits, inputs, loss.curvature)
+        uses = [use for use in seen.uses if use[0] in plan.modules]
+        if not beginning and uses != self._uses:
             plan.certify_paths(calls, logits, inputs)  # the forward does something else with a kernel than before
-            self._uses = seen.uses
+        self._uses = uses
         masks = self._masks(len(logits), beginning) if first else torch.zeros(0, len(logits), dtype=torch.bool)
         tails = plan.certified_tails(calls, seen, logits, inputs, masks.to(logits.device), beginning)
+        plan.begun = True
         return ObservedPass(inputs, logits, loss, calls, tails, share=0.5 if rows == 1 else 1.0)
 
 

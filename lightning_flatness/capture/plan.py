@@ -1,4 +1,4 @@
-"""Which layers are measured, and by which method: certified on every part of every batch."""
+"""Which layers are measured, and by which method: certified while measuring."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from lightning_flatness.capture.options import Options
 from lightning_flatness.capture.selection import Execution, find_classifier, logits_of, select_layers
 from lightning_flatness.capture.tail import random_like, why_not_closed_form
 from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, NotExactError
-from lightning_flatness.functional import contraction_costs, weight_gram
-from lightning_flatness.results import LayerInfo
+from lightning_flatness.functional import Curvature, contraction_costs, separating_masks, weight_gram
+from lightning_flatness.results import SAMPLED, LayerInfo
 
-SAMPLED = "classes without much mass are sampled"
+# Block traces and Gram matrix in the metric's states and in the values that it is reset to, and the Gram matrix here.
+KEPT = 5
 
 
 class Plan:
@@ -52,6 +53,7 @@ class Plan:
         self._options = options
         self._kernels: dict[str, Tensor] = {}
         self._gram_norms: dict[str, Tensor] = {}
+        self.begun = False  # set when the first samples have been certified
         self._num_columns = 0
         self._sampled = False
 
@@ -79,7 +81,7 @@ class Plan:
             try:
                 calls[name] = [(observed, certify_layer(name, observed)) for observed in seen.layers[name]]
                 self._certify_kernel(name, calls[name])
-                if self.layers and any(observed.output.shape[0] != samples for observed, _ in calls[name]):
+                if self.begun and any(observed.output.shape[0] != samples for observed, _ in calls[name]):
                     raise LayerSelectionError(
                         f"Layer '{name}' runs on some samples of this batch only (routing?), so derivatives of single "
                         "samples cannot be told apart. Choose another layer with layers=."
@@ -99,7 +101,7 @@ class Plan:
 
     def _leave_out(self, name: str, reason: str) -> None:
         """With ``layers="all"`` do without a layer that cannot be measured; else that is an error."""
-        if self._options.layers != "all" or self.layers or len(self.modules) == 1:
+        if self._options.layers != "all" or self.begun or len(self.modules) == 1:
             raise LayerSelectionError(reason)
         self.left_out[name] = reason
         del self.modules[name]
@@ -110,7 +112,7 @@ class Plan:
             self._gram_norms[name] = spectral_bound(self.grams[name])
         return self._gram_norms[name]
 
-    def begin(self, layers: dict[str, Calls], logits: Tensor, inputs: Any, num_columns: int) -> None:
+    def begin(self, layers: dict[str, Calls], logits: Tensor, inputs: Any, curvature: Curvature) -> None:
         """Certify layers and their way to the logits on the first samples, and describe them.
 
         Layers that are left out leave ``layers``, too.
@@ -122,8 +124,8 @@ class Plan:
             self._leave_out(name, reason)
             del layers[name]
         paths = self.certify_paths(layers, logits, inputs)
-        self._num_columns = num_columns
-        self._sampled = is_sampled(num_columns, self.tolerance)
+        self._num_columns = curvature.num_columns
+        self._sampled = is_sampled(curvature, self.tolerance)
         infos = {}
         for name, calls in layers.items():
             observed, call = calls[0]
@@ -141,7 +143,7 @@ class Plan:
                 kernel="parameter" if is_own_weight(call, observed.module) else "effective",
                 deviation=paths[name],
                 multiplications=self._multiplications(call) + self._num_columns * self.grams[name].numel(),
-                memory=2 * 8 * self.grams[name].numel(),
+                memory=KEPT * 8 * self.grams[name].numel(),
             )
         self.layers = infos
 
@@ -233,7 +235,7 @@ class Plan:
             self.layers[name] = replace(self.layers[name], deviation=deviation)
         others = {name: calls for name, calls in layers.items() if name not in tails}
         if others:  # the certificates of the closed form see samples that mix
-            certify_samples(others, logits, masks)
+            certify_samples(others, logits, separating_masks(len(logits)).to(logits.device) if failures else masks)
         checked = [name for name, info in self.layers.items() if name not in tails and info.reason in ("", SAMPLED)]
         self._under_gauss_newton({name: layers[name] for name in checked}, failures, logits, inputs, first)
         return tails

@@ -9,14 +9,16 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 
-def num_rows(inputs: Any) -> int:
-    """Samples of a batch: the largest first dimension of its tensors.
+def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
+    """Samples of a batch: as many as targets, or the largest first dimension of its tensors.
 
     Example:
         >>> import torch
         >>> num_rows((torch.zeros(5, 3), torch.tensor(2.0)))
         5
     """
+    if targets is not None and targets.ndim and not isinstance(inputs, Tensor):
+        return targets.shape[0]
     sizes: list[int] = []
     apply_to_collection(inputs, Tensor, lambda tensor: sizes.append(tensor.shape[0] if tensor.ndim else 1))
     return max(sizes, default=1)

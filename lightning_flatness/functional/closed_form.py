@@ -49,9 +49,9 @@ def closed_form_block_traces(
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``.
         curvature: ``Λ``, of ``N`` samples.
-        tolerance: leave out the classes that add no more than this part of every sample's trace. The diagonal stays
-            exact; the entries off the diagonal change by a matrix of at most ``tolerance`` times the trace in nuclear
-            norm.
+        tolerance: leave out the classes that add no more than this part of every sample's trace. What is left out is
+            a positive matrix of at most ``tolerance`` times the trace, less its diagonal, which stays. Has no effect
+            with ``diagonal`` or a dense curvature.
         diagonal: only ``T[s, s]``, which is much less work.
         chunk_size: samples taken at a time; by default as many as fit a small budget. The result does not depend on it
             beyond rounding, memory does.
@@ -87,7 +87,7 @@ def closed_form_block_traces(
     head, floor = curvature.centred(head), curvature.floor
     of_filters = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
     total = torch.zeros(groups, per_group, per_group, dtype=torch.float64, device=inputs.device)
-    shared = torch.zeros_like(total, dtype=head.dtype)  # what the floor is multiplied with
+    shared = torch.zeros_like(total)  # what the floor is multiplied with
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
         left = right = slopes[chunk]
@@ -110,7 +110,7 @@ def closed_form_block_traces(
             products *= features
             total[:, rows, rest] += products.sum(0, dtype=torch.float64)
             if floor is not None:
-                shared[:, rows, rest] += torch.einsum("n,ngst->gst", floor[chunk].to(features.dtype), features)
+                shared[:, rows, rest] += torch.einsum("n,ngst->gst", floor[chunk].to(features), features).double()
         if projected.rest is not None:
             of_filters += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
     if diagonal:

@@ -37,7 +37,7 @@ class ClassCurvature:
     Cross-entropy has ``w = c π``, which gives ``c (diag(π) - π πᵀ)``; without ``center`` it is ``diag(w)``.
 
     Args:
-        weights: ``w``, ``(N, K)``, float64, not negative.
+        weights: ``w``, ``(N, K)``, float64, not negative; with a center, a multiple of it for every sample.
         center: ``π``, ``(N, K)``, whose rows add up to one; or None for zero.
 
     Example:
@@ -56,6 +56,11 @@ class ClassCurvature:
         return ClassCurvature(self.weights[samples], None if self.center is None else self.center[samples])
 
     @property
+    def num_classes(self) -> int:
+        """``K``."""
+        return self.weights.shape[1]
+
+    @property
     def num_columns(self) -> int:
         """Columns of the factor that :meth:`column` gives: ``K - 1`` with a center, else ``K``."""
         return self.weights.shape[1] - (self.center is not None)
@@ -68,7 +73,7 @@ class ClassCurvature:
     def column(self, index: int) -> Tensor:
         """One column of a factor with as few columns as can be, ``(N, K)``.
 
-        ``√w`` is mapped to zero where ``w`` is a multiple of ``π``. A reflection that takes the last axis to ``√w``
+        With a center, ``√π`` is mapped to zero. A reflection that takes the last axis to ``√π``
         turns the last column of the factor to zero, which leaves ``K - 1`` columns to pull back.
         """
         x = torch.zeros_like(self.weights)
@@ -107,8 +112,8 @@ class ClassCurvature:
             weights = weights - floor[:, None]
         chosen, rest = None, None
         if tolerance > 0 and scales is not None:
-            parts = self._parts(weights, matrix, mean, scales)
-            whole = parts.sum(1, keepdim=True)
+            parts, at_least = self._parts(weights, matrix, mean, scales)
+            whole = at_least.sum(1, keepdim=True)
             if floor is not None:
                 whole = whole + floor[:, None] * (scales.double() @ matrix.double().square().sum(0)[:, None])
             ordered, order = parts.sort(dim=1)
@@ -140,8 +145,8 @@ class ClassCurvature:
         y = self.weights * (x - (self.center * x).sum(1, keepdim=True))
         return y - self.center * y.sum(1, keepdim=True)
 
-    def _parts(self, weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor) -> Tensor:
-        r"""At least what every class adds to the scaled trace, ``w_k \sum_s scales[s] (v_k - m)[s]²``, ``(N, K)``."""
+    def _parts(self, weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor) -> tuple[Tensor, Tensor]:
+        r"""What every class adds to the scaled trace, ``w_k \sum_s scales[s] (v_k - m)[s]²``: at most, and at least."""
         squares = matrix.double().square()
         scales = scales.double()
         parts = scales @ squares.T
@@ -149,8 +154,9 @@ class ClassCurvature:
             m = mean.double()
             of_mean = (scales * m.square()).sum(1, keepdim=True)
             parts, size = parts - 2 * (scales * m) @ matrix.double().T + of_mean, parts + of_mean
-            parts = parts.clamp_min(0) + 8 * torch.finfo(matrix.dtype).eps * size
-        return weights * parts
+            slack = 8 * torch.finfo(matrix.dtype).eps * size
+            return weights * (parts.clamp_min(0) + slack), weights * (parts - slack).clamp_min(0)
+        return weights * parts, weights * parts
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,8 @@ class DenseCurvature:
     """Any symmetric curvature, by its eigenvectors: ``Λ_n = B_n diag(signs) B_nᵀ``; negative directions are allowed.
 
     Args:
-        matrices: ``Λ``, ``(N, K, K)``, float64.
+        roots: ``B``, ``(N, K, C)``, float64.
+        signs: ``(N, C)``.
 
     Example:
         >>> curvature = DenseCurvature.of(torch.tensor([[[2.0, 0.0], [0.0, -3.0]]]))
@@ -169,17 +176,21 @@ class DenseCurvature:
     roots: Tensor  # B, (N, K, C)
     signs: Tensor  # (N, C)
 
-    center = None
     floor = None
 
     @classmethod
     def of(cls, matrices: Tensor) -> DenseCurvature:
-        """The curvature with these matrices."""
+        """The curvature with these matrices, ``(N, K, K)``, float64."""
         values, vectors = torch.linalg.eigh(matrices)
         return cls(vectors * values.abs().sqrt()[:, None], values.sign())
 
     def __getitem__(self, samples: slice) -> DenseCurvature:
         return DenseCurvature(self.roots[samples], self.signs[samples])
+
+    @property
+    def num_classes(self) -> int:
+        """``K``."""
+        return self.roots.shape[1]
 
     @property
     def num_columns(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
 from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
 
 
@@ -241,6 +241,8 @@ class CustomLoss(Loss):
             try:
                 return f, self.function(f, targets.clone())
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 failed = failed or error
         raise BatchError(
             f"The loss '{self.name}' fails on logits of shape {tuple(logits.shape)} and targets of shape "
@@ -297,12 +299,12 @@ def find_loss(
         )
     if isinstance(loss, Loss):
         return loss
-    if isinstance(loss, nn.CrossEntropyLoss):
+    if type(loss) is nn.CrossEntropyLoss:
         return _cross_entropy(_mean(loss).label_smoothing, loss.weight, loss.ignore_index)
-    if isinstance(loss, nn.MSELoss):
+    if type(loss) is nn.MSELoss:
         _mean(loss)
         return MeanSquaredError()
-    if isinstance(loss, nn.BCEWithLogitsLoss) and loss.weight is None and loss.pos_weight is None:
+    if type(loss) is nn.BCEWithLogitsLoss and loss.weight is None and loss.pos_weight is None:
         _mean(loss)
         return BinaryCrossEntropy()
     if loss == "cross_entropy":

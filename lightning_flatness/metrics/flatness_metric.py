@@ -14,7 +14,7 @@ from lightning_flatness.functional import measures_of
 
 
 class FlatnessMetric(Metric):
-    """Hessian trace, relative flatness and kin of one convolution, from sums over batches, in float64.
+    """Hessian trace, relative flatness and kin of one layer, from sums over batches, in float64.
 
     All states are sums over samples, so updates, ranks and merged copies add up, and any split of the samples gives the
     same number. It takes tensors, never a module; :class:`~lightning_flatness.FlatnessObserver` makes them.

@@ -215,3 +215,95 @@ def test_eigenvalues_with_wrong_options(options):
     net = network(lambda net, x: net.c(net.a(x).relu()))
     with pytest.raises(lf.FlatnessError, match="measure_lambda_max"):
         lf.measure_lambda_max(net, [(X, Y)], layers="a", **options)
+
+
+def wide(outputs=150):
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, outputs)).double()
+
+
+def test_a_dense_curvature_is_never_sampled():
+    report = lf.measure_flatness(
+        wide(), [(X, Y)], layers="all", loss=lambda f, y: F.cross_entropy(f, y, reduction="none")
+    )
+    assert report.exact
+    by_name = lf.measure_flatness(wide(), [(X, Y)], layers="all", tolerance=0)
+    assert_close(report.hessian_trace, by_name.hessian_trace, rtol=1e-9, atol=0)
+
+
+def test_what_is_sampled_is_not_called_a_part():
+    text = " ".join(str(lf.measure_flatness(wide(), [(X, Y)], layers="all", tolerance=0.2)).split())
+    assert "Estimates, with standard errors: classes without much mass are sampled." in text
+    assert "Gauss-Newton part" not in text
+
+
+def test_a_loss_of_ones_own_may_be_derived_from_one_of_torch():
+    class Focal(nn.CrossEntropyLoss):
+        def forward(self, f, y):
+            losses = F.cross_entropy(f, y, reduction="none")
+            return (1 - (-losses).exp()) ** 2 * losses
+
+    net = network(lambda net, x: net.c(net.a(x).relu()))
+    focal = lf.measure_flatness(net, [(X, Y)], layers="a", loss=Focal())
+    by_function = lf.measure_flatness(net, [(X, Y)], layers="a", loss=Focal().forward)
+    assert focal.hessian_trace == by_function.hessian_trace
+    assert focal.hessian_trace != lf.measure_flatness(net, [(X, Y)], layers="a").hessian_trace
+
+
+def test_tables_among_the_inputs(monkeypatch):
+    class WithTable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, x, table):
+            return self.c(self.a(x + table.mean(0)).relu())
+
+    torch.manual_seed(3)
+    net, table = WithTable().double(), torch.randn(20, 6).double()
+    whole = lf.measure_flatness(net, [({"x": X, "table": table}, Y)], layers="a")
+    monkeypatch.setattr("lightning_flatness.capture.passes.rows_at_a_time", lambda *args: 3)
+    parts = lf.measure_flatness(net, [({"x": X, "table": table}, Y)], layers="a")
+    assert whole.num_samples == parts.num_samples == 8
+    assert_close(parts.relative_flatness, whole.relative_flatness, rtol=1e-12, atol=0)
+    with pytest.raises(lf.BatchError, match="rows of logits for .* samples.*Give targets"):
+        lf.measure_flatness(net, [((X, table), None)], layers="a")
+
+
+def test_memory_that_runs_out_while_certifying(monkeypatch):
+    from lightning_flatness.capture import plan
+
+    net = network(lambda net, x: net.c(net.a(x).relu()))
+    expected = lf.measure_flatness(net, [(X, Y)], layers="all")
+    certified, calls = plan.why_not_affine, []
+
+    def tight(layers, logits):
+        calls.append(len(logits))
+        if len(logits) > 4:
+            raise torch.OutOfMemoryError("no memory")
+        return certified(layers, logits)
+
+    monkeypatch.setattr(plan, "why_not_affine", tight)
+    found = lf.measure_flatness(net, [(X, Y)], layers="all")
+    assert calls == [8, 4, 4]
+    assert found.exact
+    for name, layer in expected.layers.items():
+        assert_close(found.layers[name].block_traces, layer.block_traces, rtol=1e-12, atol=1e-15)
+
+
+def test_a_layer_that_fails_the_closed_form_late_may_not_mix_samples_either(monkeypatch):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv1d(2, 3, 3), nn.Linear(3, 4)
+
+        def forward(self, x):
+            g = self.conv(x).relu().mean(2)
+            return self.head(g - g[:1] if bool(x.amax() > 50) else g)
+
+    torch.manual_seed(0)
+    net, x = Late().double(), torch.randn(8, 2, 9).double()
+    x[6, 0, 0] = 60.0
+    monkeypatch.setattr("lightning_flatness.capture.passes.rows_at_a_time", lambda *args: 4)
+    with pytest.raises(lf.LayerSelectionError, match="'conv'.*depend on other samples|different logits"):
+        lf.measure_flatness(net, [(x, Y)], layers="conv")
