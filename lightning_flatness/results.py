@@ -203,18 +203,25 @@ def _number(value: float, standard_error: float) -> str:
 def summary_table(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str] | None = None) -> Table:
     """How every layer is going to be measured, as a rich table."""
     deviation = max((info.deviation for info in layers.values()), default=0.0)
-    caption = (
-        "Closed form: certified that what follows the layer acts on every channel by itself and that the head is "
-        "linear. Gauss-Newton: exact where certified that the logits are affine in the layer's weight. The largest "
-        f"deviation of these derivatives from autograd's is {deviation:.0e}, relative. M mult.: millions of "
-        "multiplications for every sample, on top of passes through the model. MB: memory kept."
-    )
     passes = max((info.backward_passes for info in layers.values()), default=0)
+    sentences = []
+    if any(info.method == "closed_form" for info in layers.values()):
+        sentences.append(
+            "Closed form: certified that what follows the layer acts on every channel by itself, and that the head is "
+            "linear."
+        )
     if passes:
-        caption += f" Gauss-Newton takes {passes} backward passes a batch, for all of its layers together."
+        sentences.append(
+            "Gauss-Newton: exact where certified that the logits are affine in the layer's weight; "
+            f"{passes} backward passes a batch, for all of its layers together."
+        )
+    sentences.append(
+        f"The largest deviation of derivatives from autograd's is {f'{deviation:.0e}' if deviation else 'zero'}, relative. "
+        "M mult.: millions of multiplications for every sample, on top of passes through the model. MB: memory kept."
+    )
     if any(info.kernel == "effective" for info in layers.values()):
-        caption += " *: with respect to the kernel that the layer applies, which it computes from its weight."
-    caption = f"{caption} {_notes(layers.values(), left_out or {})}".strip()
+        sentences.append("*: with respect to the kernel that the layer applies, which it computes from its weight.")
+    caption = " ".join([*sentences, _notes(layers.values(), left_out or {})]).strip()
     table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
     table.add_column("filters x patch", no_wrap=True)
