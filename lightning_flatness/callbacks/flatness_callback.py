@@ -213,12 +213,16 @@ class FlatnessCallback(Callback):
                 self._warn_no_validation()
             batch = first_batch(loaders, pl_module)  # none where Lightning has not set up validation yet
         if batch is not None:
-            self._certify(pl_module, to_device(trainer, pl_module, batch))
+            self._certify(trainer, pl_module, to_device(trainer, pl_module, batch))
         if self.summary and self._certified and trainer.is_global_zero:
             Console().print(summary_table(self._certified, self._left_out))
 
-    def _certify(self, pl_module: LightningModule, batch: Any) -> None:
-        measurement = Measurement(find_network(pl_module, self.model), **self._options)
+    def _new_measurement(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
+        seed = self._options["seed"] + 1000 * trainer.global_rank  # probes of ranks are independent
+        return Measurement(find_network(pl_module, self.model), **(self._options | {"seed": seed}))
+
+    def _certify(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        measurement = self._new_measurement(trainer, pl_module)
         measurement.update(*self._split(batch))
         self._certified = dict(measurement.layers)
         self._left_out = dict(measurement.left_out)
@@ -241,7 +245,7 @@ class FlatnessCallback(Callback):
         """Measure the batch that was validated, or the next part of the training subset."""
         if trainer.sanity_checking:
             if self._certified is None and self.data == "val":
-                self._certify(pl_module, batch)
+                self._certify(trainer, pl_module, batch)
             return
         self._advance(trainer, pl_module, batch, trainer.num_val_batches)
 
@@ -302,7 +306,7 @@ class FlatnessCallback(Callback):
         if self.data == "train" and trainer.state.fn != "fit":
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return
-        self._measurement = Measurement(find_network(pl_module, self.model), **self._options)
+        self._measurement = self._new_measurement(trainer, pl_module)
         self._batches_seen = 0
         if self._subset is not None:
             self._subset.restart(pl_module)
