@@ -162,3 +162,17 @@ def test_report_shows_standard_errors():
     text = str(lf.measure_flatness(net(0.02).double(), batches(32), layers="all", tolerance=0.1))
     assert "±" in text
     assert "classes without much mass are sampled" in " ".join(text.split())
+
+
+def test_the_certificate_of_what_is_left_out_counts_the_residual(monkeypatch):
+    # What remains when the residual cancels the rest of relative flatness is small, and the change large against it.
+    model, batch = net(confidence=3.0, activation=nn.SiLU).double(), batches()
+    rows = model[2].weight.detach().flatten(1)
+    tolerances = counted(monkeypatch)
+    monkeypatch.setattr(closed_form, "closed_form_residual", lambda *args: torch.zeros(1, 8, dtype=torch.float64))
+    without = lf.measure_flatness(model, batch).layers["2"]
+    assert len(tolerances) == 1
+    cancelling = torch.full((1, 8), -12 * without.relative_flatness / float(rows.square().sum()), dtype=torch.float64)
+    monkeypatch.setattr(closed_form, "closed_form_residual", lambda *args: cancelling)
+    lf.measure_flatness(model, batch)
+    assert tolerances[2:] == [0.0]

@@ -132,3 +132,11 @@ def test_attention_has_a_second_derivative():
     expected = float(oracle_block_traces(model, (X, Y), "qkv").trace())
     assert layer.method == "gauss_newton+hutchinson"
     assert abs(layer.hessian_trace - expected) < 4 * layer.standard_errors["hessian_trace"]
+
+
+def test_a_sample_alone_has_the_error_of_the_same_sample_twice():
+    twice = X[:1].repeat(2, 1, 1, 1), Y[:1].repeat(2)
+    alone = lf.measure_flatness(net(), [(X[:1], Y[:1])], layers="0", residual="hutchinson")
+    together = lf.measure_flatness(net(), [twice], layers="0", residual="hutchinson")
+    assert_close(alone.hessian_trace, together.hessian_trace, rtol=1e-10, atol=0)
+    assert_close(alone.standard_errors, together.standard_errors, rtol=1e-10, atol=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 
 import torch
@@ -57,8 +57,7 @@ def gauss_newton_layers(
     for columns in _pulled(layers, logits, every):
         before, done = done, done + len(columns)
         signs = None if curvature.signs is None else curvature.signs[:, before:done].to(logits.dtype)
-        for name, part in _contracted(layers, columns, signs, diagonal):
-            totals[name] = totals[name] + part if name in totals else part
+        _add(totals, _contracted(layers, columns, signs, diagonal))
         advance(done / curvature.num_columns)
     return {name: BlockTraces(total) for name, total in totals.items()}
 
@@ -93,8 +92,7 @@ def _by_probes(
     def take_one_by_one(ranks: range) -> None:
         units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
         for columns in _pulled(layers, logits, (curvature.factor(x) for x in units)):
-            for name, part in _contracted(layers, columns, None, diagonal):
-                totals[name] = totals[name] + part if name in totals else part
+            _add(totals, _contracted(layers, columns, None, diagonal))
 
     take_one_by_one(range(leading))
 
@@ -145,6 +143,11 @@ def _pulled(layers: Mapping[str, Calls], logits: Tensor, cotangents: Iterator[Te
     at_a_time = max(1, _budget(logits.device) // max(1, sum(node.numel() for node in nodes)) - GRAPHS)
     while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
         yield columns
+
+
+def _add(totals: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]) -> None:
+    for name, part in parts:
+        totals[name] = totals[name] + part if name in totals else part
 
 
 def _contracted(

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks.samples import FixedPositions, TrainingSubset, select
+from lightning_flatness.metrics import Measurement
 from tests.callbacks.lightning_modules import (
     Classifier,
     MixingNet,
@@ -888,3 +889,19 @@ def test_options_reach_the_measurement(tmp_path):
         found = callback.report.layers[name]
         assert_close(found.relative_flatness, layer.relative_flatness, rtol=1e-5, atol=0)
         assert_close(found.standard_errors["hessian_trace"], layer.standard_errors["hessian_trace"], rtol=1e-5, atol=0)
+
+
+def test_ranks_have_probes_of_their_own(tmp_path, monkeypatch):
+    seeds = []
+
+    class Recorded(Measurement):
+        def __init__(self, *args, **options):
+            seeds.append(options["seed"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("lightning_flatness.callbacks.flatness_callback.Measurement", Recorded)
+    for rank in (0, 1):
+        monkeypatch.setattr(L.Trainer, "global_rank", property(lambda trainer, rank=rank: rank))
+        fit(tmp_path, flatness_callback(seed=7), max_epochs=1)
+    assert len(set(seeds)) == 2
+    assert seeds[0] == 7

@@ -73,3 +73,17 @@ def test_columns_are_a_factor(classes, scale):
     units = torch.eye(classes, dtype=torch.float64)
     factor = torch.stack([curvature.factor(unit.expand(6, -1)) for unit in units], dim=2)
     assert_close(factor @ factor.mT, matrices, rtol=1e-10, atol=1e-15)
+
+
+def test_single_precision_does_not_leave_out_what_rounding_hides():
+    # All but 1e-8 of the mass in one class: its part is zero in exact numbers, and not in float32.
+    classes, tolerance = 200, 1e-2
+    pi = torch.full((1, classes), 1e-8 / (classes - 1), dtype=torch.float64)
+    pi[0, 0] = 1 - 1e-8
+    torch.manual_seed(0)
+    V, scales = 1 + torch.randn(classes, 6), torch.rand(1, 6)
+    curvature = ClassCurvature(pi, pi)
+    centred = curvature.centred(V)
+    rest = curvature.project(centred, scales, tolerance).rest
+    left_out = 0.0 if rest is None else float((rest * scales).sum())
+    assert left_out <= tolerance * float((curvature.diagonal(centred.double()) * scales).sum())
