@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rich.console import Console
@@ -55,6 +55,18 @@ class LayerInfo:
     backward_passes: int = 0
     multiplications: int = 0
     memory: int = 0
+
+
+def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
+    """How a layer was measured by several processes: exact only if by all, with the largest deviation.
+
+    Example:
+        >>> info = LayerInfo("conv", "Conv2d", 4, 9, 1, "fc", "closed_form", True, "", "parameter", 1e-7)
+        >>> merged([info, replace(info, exact=False, reason="why", deviation=2e-7)]).reason
+        'why'
+    """
+    labelled = sorted(infos, key=lambda info: (info.exact, info.method == "closed_form"))
+    return replace(labelled[0], deviation=max(info.deviation for info in infos))
 
 
 @dataclass(frozen=True)

@@ -208,9 +208,32 @@ def test_nan_in_the_weights_that_the_tail_hides():
     refused(lf.BatchError, "weights of layer 'conv' contain NaN or infinity: training has diverged", net)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_of_half_precision(dtype):
-    refused(lf.BatchError, rf"'conv' has weights in {dtype}.*model.float\(\)", Net().to(dtype), [(X.to(dtype), Y)])
+class CastsItself(Net):
+    def forward(self, x):
+        return super().forward(x.bfloat16())
+
+
+def test_forward_that_casts_to_half_precision():
+    refused(
+        lf.BatchError, "fails in torch.float32, in which it is measured.*cast to the type of", CastsItself().bfloat16()
+    )
+
+
+class CastsWeights(Net):
+    """Its layer convolves in half precision, whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+
+        class Half(nn.Conv2d):
+            def forward(self, x):
+                return self._conv_forward(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16()).float()
+
+        self.conv = Half(3, 6, 3)
+
+
+def test_layer_that_casts_its_weights():
+    refused(lf.BatchError, "'conv' runs with weights in torch.bfloat16.*leave the casting", CastsWeights())
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -227,7 +250,9 @@ def test_no_batches(batches):
         ((X, Y, Y), "tuple of length 3"),
         ((X,), "tuple of length 1"),
         ([X], "list of length 1"),
-        ({"image": X, "label": Y}, "dict"),
+        ({"face": X, "person": Y}, "dict"),
+        ({"image": X, "label": Y, "mask": X}, "dict"),
+        ({"image": X, "x": X, "label": Y}, "dict"),
         ((X, Y.tolist()), "tuple of length 2"),
         ((X, Y.numpy()), "tuple of length 2"),
         (None, "NoneType"),

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.faults import Faults
 from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.samples import (
-    FixedPositions,
-    TrainingSubset,
-    first_batch,
-    flat_loaders,
-    num_samples,
-    select,
-    to_device,
-)
-from lightning_flatness.capture import MEASURES, Options
+from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.stream import ValidationStream, flat_loaders, select
+from lightning_flatness.callbacks.subset import FixedSubset, first_batch, to_device, training_subset
+from lightning_flatness.capture import MEASURES, Options, measuring_device, num_rows
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import Measurement, split_batch
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
+
+# What a record of the history says beside the measures.
+ABOUT = ("epoch", "step", "accuracy")
 
 
 class FlatnessCallback(Callback):
@@ -52,15 +49,18 @@ class FlatnessCallback(Callback):
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function to per-sample losses; this and
             the arguments after ``figures`` are those of :func:`~lightning_flatness.measure_flatness`.
         data: ``"val"``: the batches that are validated. ``"train"``: a fixed random subset of the training data, in
-            evaluation mode, through a loader of its own; the papers define flatness on the training loss.
+            evaluation mode, through a loader of its own; the papers define flatness on the training loss. Or a
+            ``DataLoader`` or list of batches, of which every rank measures its share.
         every_n_epochs: epochs from one measurement to the next; the first validation is always measured.
-        max_samples: measure a fixed random subset of this size. By default all of the validation data, or 4,096 samples
-            of the training data.
+        max_samples: measure a fixed random subset of this size, over all ranks, in which every class has its share
+            where the data set has ``targets`` or ``labels``. By default all, or 4,096 samples of the training data.
         prefix: of the logged keys; give several callbacks in one Trainer different ones.
         accuracy: logged name of the accuracy that belongs beside flatness in charts; by default the first logged name
             that has ``acc`` in it, one with ``val`` if there is one.
-        model: attribute of the LightningModule that is the network, e.g. ``"net"``; by default the LightningModule.
-        batch_fn: function from a batch to ``(inputs, targets)``; by default a batch is such a pair.
+        model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
+            LightningModule to the network; by default the LightningModule.
+        batch_fn: function from a batch to ``(inputs, targets)``; by default a batch is such a pair, or has one entry
+            like ``image`` and one like ``label``.
         summary: print before training which layers are measured, and how that was certified.
         figures: draw accuracy and flatness, and the block traces, for TensorBoard at the end of training.
         strict: refuse layers whose number would not be the Hessian's: before the first epoch, or with the batch that
@@ -74,10 +74,13 @@ class FlatnessCallback(Callback):
         residual: ``"hutchinson"`` to estimate what Gauss-Newton leaves out.
         num_probes: for that.
         seed: of the probes.
+        dtype: ``"float32"`` or ``"float64"``, to measure in; by default the model's own, at least float32.
+        on_error: ``"raise"``; or ``"warn"`` and train on: a measurement that fails logs nothing.
 
     Attributes:
         history: a record (plain numbers, by name) for every measurement of a fit; kept in checkpoints.
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`.
+        num_measurements: how many there were, in validation and tests, too.
 
     Raises:
         FlatnessError: wrong arguments; and, before the first epoch, anything that cannot be measured.
@@ -91,12 +94,12 @@ class FlatnessCallback(Callback):
         self,
         layers: str | list[str] = "last",
         loss: str | nn.Module | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
-        data: Literal["val", "train"] = "val",
+        data: Literal["val", "train"] | Iterable[Any] = "val",
         every_n_epochs: int = 1,
         max_samples: int | None = None,
         prefix: str = "flatness",
         accuracy: str | None = None,
-        model: str | None = None,
+        model: str | Callable[[Any], nn.Module] | None = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
         summary: bool = True,
         figures: bool = True,
@@ -109,6 +112,8 @@ class FlatnessCallback(Callback):
         residual: Literal["hutchinson"] | None = None,
         num_probes: int = 16,
         seed: int = 0,
+        dtype: Literal["float32", "float64"] | None = None,
+        on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         self._options: dict[str, Any] = {
             "layers": layers,
@@ -122,10 +127,15 @@ class FlatnessCallback(Callback):
             "num_probes": num_probes,
             "seed": seed,
             "strict": strict,
+            "dtype": dtype,
         }
         self._diagonal = Options(**self._options).diagonal  # refuses what cannot be
-        if data not in ("val", "train"):
-            raise FlatnessError(f"FlatnessCallback: data is 'val' or 'train', not {data!r}.")
+        if data not in ("val", "train") if isinstance(data, str) else not isinstance(data, Iterable):
+            raise FlatnessError(
+                f"FlatnessCallback: data is 'val', 'train', or a DataLoader or list of batches, not {data!r}."
+            )
+        if on_error not in ("raise", "warn"):
+            raise FlatnessError(f"FlatnessCallback: on_error is 'raise' or 'warn', not {on_error!r}.")
         if every_n_epochs < 1 or (max_samples is not None and max_samples < 1):
             raise FlatnessError(
                 f"FlatnessCallback: every_n_epochs and max_samples must be positive; got {every_n_epochs=}, "
@@ -149,8 +159,11 @@ class FlatnessCallback(Callback):
         self._certified: dict[str, LayerInfo] | None = None
         self._left_out: dict[str, str] = {}
         self._chart_laid_out = False
-        self._subset: TrainingSubset | None = None
-        self._positions: FixedPositions | None = None
+        self.num_measurements = 0
+        self._faults = Faults(on_error)
+        self._subset: FixedSubset | None = None
+        self._stream: ValidationStream | None = None
+        self._due = False
         self._measurement: Measurement | None = None
         self._batches_seen = 0
         self._unrecorded = False
@@ -180,8 +193,12 @@ class FlatnessCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of data and model."""
         self._stage = None
-        self._subset = None
-        self._measurement = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._subset = self._stream = self._measurement = None
+        self._due = False
+        self._faults.clear()
 
     # ------------------------------------------------------------------------------------------------ before training
 
@@ -194,28 +211,44 @@ class FlatnessCallback(Callback):
         self._unrecorded = False
         self._certified = None
         self._chart_laid_out = False
-        self._subset = None
-        find_network(pl_module, self.model)
+        self._let_go()
+        with self._faults.kept(trainer.world_size):
+            find_network(pl_module, self.model)
         if self.data == "val" and not trainer.enable_validation:
             self._warn_no_validation()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Certify on one batch, unless the sanity check has, and print the summary."""
-        batch = None
-        if self.data == "train":
-            rank, num_ranks = trainer.global_rank, trainer.world_size
-            self._subset = TrainingSubset(trainer.train_dataloader, self.max_samples, rank, num_ranks)
-            self._subset.restart(pl_module)
-            batch = next(self._subset.up_to(0.0001), None)
-        elif self._certified is None and trainer.enable_validation:
-            loaders = flat_loaders(trainer.val_dataloaders)
-            if loaders and not sum(trainer.num_val_batches):
-                self._warn_no_validation()
-            batch = first_batch(loaders, pl_module)  # none where Lightning has not set up validation yet
-        if batch is not None:
-            self._certify(trainer, pl_module, to_device(trainer, pl_module, batch))
-        if self.summary and self._certified and trainer.is_global_zero:
+        has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
+        if self.data == "val" and has_loaders and not sum(trainer.num_val_batches):
+            self._warn_no_validation()
+        with self._faults.kept(trainer.world_size):
+            batch = self._batch_to_certify(trainer, pl_module)
+            if batch is not None and not self._faults:
+                self._certify(trainer, pl_module, to_device(trainer, pl_module, batch))
+        well = self._faults.settled("the start of training")
+        if well and self.summary and self._certified and trainer.is_global_zero:
             Console().print(summary_table(self._certified, self._left_out))
+
+    def _batch_to_certify(self, trainer: Trainer, pl_module: LightningModule) -> Any | None:
+        """None if there is nothing to do any more, or where Lightning has not set up validation yet."""
+        if self.data != "val":
+            self._read_apart(trainer, pl_module)
+            assert self._subset is not None
+            return next(self._subset.up_to(1.0), None)
+        if self._certified is None and trainer.enable_validation:
+            return first_batch(flat_loaders(trainer.val_dataloaders), pl_module)
+        return None
+
+    def _read_apart(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to read what is measured through a loader of our own."""
+        if self._subset is None:
+            share = trainer.global_rank, trainer.world_size
+            if self.data == "train":
+                self._subset = training_subset(trainer.train_dataloader, self.max_samples, *share)
+            else:
+                self._subset = FixedSubset(self.data, self.max_samples, *share)
+        self._subset.restart(pl_module)
 
     def _new_measurement(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
         seed = self._options["seed"] + 1000 * trainer.global_rank  # probes of ranks are independent
@@ -244,10 +277,11 @@ class FlatnessCallback(Callback):
     ) -> None:
         """Measure the batch that was validated, or the next part of the training subset."""
         if trainer.sanity_checking:
-            if self._certified is None and self.data == "val":
-                self._certify(trainer, pl_module, batch)
+            with self._faults.kept(trainer.world_size):
+                if self._certified is None and self.data == "val" and not self._faults:
+                    self._certify(trainer, pl_module, batch)
             return
-        self._advance(trainer, pl_module, batch, trainer.num_val_batches)
+        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx, trainer.num_val_batches)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log; this early, every callback and scheduler that monitors sees it in the same epoch."""
@@ -271,22 +305,22 @@ class FlatnessCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """As in validation."""
-        self._advance(trainer, pl_module, batch, trainer.num_test_batches)
+        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx, trainer.num_test_batches)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in validation."""
         self._finish(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Without validation, measure the training subset here."""
-        if self.data == "train" and not trainer.enable_validation:
+        """Without validation, measure here what is read apart."""
+        if self.data != "val" and not trainer.enable_validation:
             self._begin(trainer, pl_module, None, [])
-            self._advance(trainer, pl_module, None, [1])
             self._finish(trainer, pl_module)
-            self._record(trainer)
-            # The module logs its accuracy after this hook; what is there now is the last epoch's.
-            self._accuracy_missing = True
-            self.history[-1]["accuracy"] = None
+            if self._unrecorded:
+                self._record(trainer)
+                # The module logs its accuracy after this hook; what is there now is the last epoch's.
+                self._accuracy_missing = True
+                self.history[-1]["accuracy"] = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pair the accuracy that the module logged at the end of the epoch before."""
@@ -301,17 +335,20 @@ class FlatnessCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[int | float]
     ) -> None:
         self._measurement = None
-        if trainer.sanity_checking or not self._is_due(trainer):
-            return
-        if self.data == "train" and trainer.state.fn != "fit":
+        self._due = not trainer.sanity_checking and self._is_due(trainer)
+        if self._due and self.data == "train" and trainer.state.fn != "fit":
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
+            self._due = False
+        if not self._due:
             return
-        self._measurement = self._new_measurement(trainer, pl_module)
         self._batches_seen = 0
-        if self._subset is not None:
-            self._subset.restart(pl_module)
-        elif self.max_samples is not None:
-            self._positions = FixedPositions(self.max_samples, num_samples(loaders, num_batches))
+        with self._faults.kept(trainer.world_size):
+            if self.data == "val":
+                share = trainer.global_rank, trainer.world_size
+                self._stream = ValidationStream(loaders, num_batches, self.max_samples, *share)
+            else:
+                self._read_apart(trainer, pl_module)
+            self._measurement = self._new_measurement(trainer, pl_module)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit" or not self.history:
@@ -320,50 +357,97 @@ class FlatnessCallback(Callback):
         return trainer.current_epoch == last or trainer.current_epoch - last >= self.every_n_epochs
 
     def _advance(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, num_batches: Sequence[int | float]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+        num_batches: Sequence[int | float],
     ) -> None:
         # In batch_end, since weight averaging swaps the weights between epoch_start and epoch_end.
-        if self._measurement is None:
+        if self._measurement is None or self._faults:
             return
         self._batches_seen += 1
-        if self._subset is not None:
-            # In step with validation, so that its progress bar tells the truth.
-            for part in self._subset.up_to(self._batches_seen / sum(num_batches)):
-                self._measurement.update(*self._split(to_device(trainer, pl_module, part)))
-            return
-        inputs, targets = self._split(batch)
-        if self.max_samples is not None and self._positions is not None:
-            inputs, targets, count = select(inputs, targets, self._positions)
-            if not count:
+        with self._faults.kept(trainer.world_size):
+            if self.data != "val":
+                # In step with validation, so that its progress bar tells the truth.
+                self._measure_apart(trainer, pl_module, self._batches_seen / sum(num_batches))
                 return
-        self._measurement.update(inputs, targets)
+            assert self._stream is not None
+            inputs, targets = self._split(batch)
+            mask = self._stream.mask(num_rows(inputs, targets), batch_idx, dataloader_idx)
+            if not mask.all():
+                inputs, targets = select(inputs, targets, mask)
+            if mask.any():
+                self._measurement.update(inputs, targets)
+
+    def _measure_apart(self, trainer: Trainer, pl_module: LightningModule, part: float) -> None:
+        assert self._subset is not None
+        assert self._measurement is not None
+        for batch in self._subset.up_to(part):
+            self._measurement.update(*self._split(to_device(trainer, pl_module, batch)))
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measurement, self._measurement = self._measurement, None
-        if measurement is None:
+        if not self._due:
+            self._log_again(trainer, pl_module)
             return
-        self.report = measurement.report()
+        self._due = False
+        if self.data != "val" and self._measurement is not None and not self._faults:
+            with self._faults.kept(trainer.world_size):  # what is left: of a rank that has no batches, all
+                self._measure_apart(trainer, pl_module, 1.0)
+        measurement, self._measurement, self._stream = self._measurement, None, None
+        where = f"epoch {trainer.current_epoch}"
+        if not self._faults.settled(where):
+            return
+        assert measurement is not None
+        with self._faults.kept(trainer.world_size):
+            self.report = measurement.report()
+        if not self._faults.settled(where):
+            return
+        self.num_measurements += 1
         self._unrecorded = trainer.state.fn == "fit"
-        for key, value in self._values(self.report).items():
-            pl_module.log(key, torch.tensor(value, dtype=torch.float64), on_step=False, on_epoch=True)
+        self._log(trainer, pl_module, self._values(self.report))
+
+    def _log_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a resume where nothing is due, let monitors find the last values, as they would without the stop."""
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fitting and self.history and f"{self.prefix}/{self._measures[-1]}" not in trainer.callback_metrics:
+            last = {key: value for key, value in self.history[-1].items() if key not in ABOUT and value is not None}
+            self._log(trainer, pl_module, self._with_logarithm(last))
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
+        kind = torch.float64 if measuring_device(pl_module.device) == pl_module.device else torch.float32
+        for key, value in values.items():
+            pl_module.log(
+                f"{self.prefix}/{key}",
+                torch.tensor(value, dtype=kind),
+                on_step=False,
+                on_epoch=True,
+                logger=bool(trainer.loggers),
+                sync_dist=True,  # all ranks have the same, but Lightning warns of what it is not told to synchronise
+                batch_size=1,
+            )
+
+    @property
+    def _measures(self) -> list[str]:
+        return ["hessian_trace", "relative_flatness"][: 1 if self._diagonal else 2]
 
     def _values(self, report: FlatnessReport) -> dict[str, float]:
-        measures = ["hessian_trace", "relative_flatness"][: 1 if self._diagonal else 2]
-        values = {measure: getattr(report, measure) for measure in measures}
+        """What is logged, by key without the prefix."""
+        values = {measure: getattr(report, measure) for measure in self._measures}
         values["weight_norm"] = report.weight_norm
-        main = values[measures[-1]]
-        values[f"log10_{measures[-1]}"] = math.log10(main) if main > 0 else math.nan
-        values |= self._by_layer(report, measures)
-        return {f"{self.prefix}/{key}": value for key, value in values.items()}
+        if len(report.layers) > 1:
+            values |= {
+                f"{name}/{measure}": getattr(layer, measure)
+                for name, layer in report.layers.items()
+                for measure in self._measures
+            }
+        return self._with_logarithm(values)
 
-    def _by_layer(self, report: FlatnessReport, measures: Sequence[str]) -> dict[str, float]:
-        if len(report.layers) == 1:
-            return {}
-        return {
-            f"{name}/{measure}": getattr(layer, measure)
-            for name, layer in report.layers.items()
-            for measure in measures
-        }
+    def _with_logarithm(self, values: Mapping[str, float]) -> dict[str, float]:
+        main = self._measures[-1]
+        return {**values, f"log10_{main}": math.log10(values[main]) if values[main] > 0 else math.nan}
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
@@ -371,26 +455,25 @@ class FlatnessCallback(Callback):
         if not self._unrecorded or self.report is None or trainer.sanity_checking:
             return
         self._unrecorded = False
-        values = {key.removeprefix(f"{self.prefix}/"): value for key, value in self._values(self.report).items()}
-        values = {key: value for key, value in values.items() if not key.startswith("log10_")}
-        self.history.append(
-            {
-                "epoch": trainer.current_epoch,
-                "step": trainer.global_step,
-                "accuracy": self._logged_accuracy(trainer),
-                **values,
-            }
-        )
+        values = self._values(self.report)
+        del values[f"log10_{self._measures[-1]}"]
+        about = (trainer.current_epoch, trainer.global_step, self._logged_accuracy(trainer))
+        self.history.append({**dict(zip(ABOUT, about, strict=True)), **values})
         registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks = [callback for callback in registered if isinstance(callback, FlatnessCallback)]
         if not any(callback._chart_laid_out for callback in callbacks):
             self._chart_laid_out = True
-            tensorboard.add_joint_charts(trainer, [callback._joint_tags(trainer) for callback in callbacks])
+            tensorboard.add_joint_charts(trainer, self._joint_charts(trainer, callbacks))
 
-    def _joint_tags(self, trainer: Trainer) -> list[str]:
-        accuracy = self._accuracy_key(trainer)
-        measure = "hessian_trace" if self._diagonal else "relative_flatness"
-        return [*([accuracy] if accuracy else []), f"{self.prefix}/log10_{measure}"]
+    @staticmethod
+    def _joint_charts(trainer: Trainer, callbacks: Sequence[FlatnessCallback]) -> list[list[str]]:
+        """Accuracy and flatness together: of every callback, and, if there are several, of all."""
+        accuracies = [callback._accuracy_key(trainer) for callback in callbacks]
+        tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
+        pairs = [([] if key is None else [key], tag) for key, tag in zip(accuracies, tags, strict=True)]
+        charts = [[*key, tag] for key, tag in pairs]
+        keys = [key for of_callback, _ in pairs for key in of_callback]
+        return [[*dict.fromkeys(keys), *tags], *charts] if len(callbacks) > 1 else charts
 
     def _logged_accuracy(self, trainer: Trainer) -> float | None:
         logged = trainer.callback_metrics.get(self._accuracy_key(trainer) or "")
@@ -407,14 +490,13 @@ class FlatnessCallback(Callback):
         self._pair_missing_accuracy(trainer)
         if self.figures and self.history and self.report is not None:
             accuracy = self._accuracy_key(trainer)
-            tensorboard.add_figures(trainer, self.prefix, self.history, self.report, accuracy, self.data)
+            tensorboard.add_figures(trainer, self.prefix, self.history, self.report, accuracy, self._data_name)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop an unfinished measurement; keep the figures of a run that was interrupted by hand."""
-        self._measurement = None
+        self._let_go()
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self.on_train_end(trainer, pl_module)
-        self._subset = None
 
     # -------------------------------------------------------------------------------------------------------- details
 
@@ -426,6 +508,10 @@ class FlatnessCallback(Callback):
                 "with None for targets that are not there."
             )
         return pair[0], pair[1]
+
+    @property
+    def _data_name(self) -> str:
+        return self.data if isinstance(self.data, str) else "given"
 
     def _warn_no_validation(self) -> None:
         rank_zero_warn(

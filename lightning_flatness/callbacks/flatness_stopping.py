@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_flatness.callbacks.root import EarlyStopping, LightningModule, Trainer
 from lightning_flatness.errors import FlatnessError
 
 

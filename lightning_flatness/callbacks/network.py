@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_flatness.callbacks.root import LightningModule, is_overridden
 from lightning_flatness.errors import FlatnessError
 
 
-def find_network(pl_module: LightningModule, name: str | None) -> nn.Module:
-    """The module that is measured: the attribute ``name`` of the LightningModule, or the LightningModule itself.
+def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> nn.Module:
+    """The module that is measured.
+
+    Args:
+        pl_module: the LightningModule.
+        model: an attribute of it, a function of it that returns a module, or None for itself.
 
     Raises:
-        FlatnessError: there is no such module, or no name and no ``forward``.
+        FlatnessError: there is no such module, or nothing given and no ``forward``.
 
     Example:
         >>> module = LightningModule()
         >>> module.net = nn.Identity()
-        >>> find_network(module, "net")
-        Identity()
+        >>> find_network(module, "net"), find_network(module, lambda module: module.net)
+        (Identity(), Identity())
     """
     children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
-    if name is None:
-        if type(pl_module).forward is LightningModule.forward:
+    if model is None:
+        if not is_overridden("forward", pl_module):
             raise FlatnessError(
                 f"{type(pl_module).__name__} has no forward(). Name the attribute that is the network with "
                 f"FlatnessCallback(model=...); there are: {children}."
             )
         return pl_module
     network: Any = pl_module
-    for attribute in name.split("."):
-        network = getattr(network, attribute, None)
+    if callable(model):
+        network = model(pl_module)
+    else:
+        for attribute in model.split("."):
+            network = getattr(network, attribute, None)
     if not isinstance(network, nn.Module):
-        raise FlatnessError(
-            f"FlatnessCallback(model='{name}'): {type(pl_module).__name__} has no such module; there are: {children}."
-        )
+        name = type(pl_module).__name__
+        found = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
+        raise FlatnessError(f"FlatnessCallback(model={model!r}): {found}; there are: {children}.")
     return network

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_flatness.callbacks.root import ROOTS, Trainer
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots import plot_block_traces, plot_history, plot_layer_history, plot_layers
 from lightning_flatness.results import FlatnessReport
@@ -22,7 +22,9 @@ def writers(trainer: Trainer) -> list[Any]:
     """The ``SummaryWriter`` of every TensorBoard logger; none on other ranks than zero."""
     if not trainer.is_global_zero:
         return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    loaded = [sys.modules[f"{root}.loggers"] for root in ROOTS if f"{root}.loggers" in sys.modules]
+    kinds = tuple(module.TensorBoardLogger for module in loaded)
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, kinds)]
 
 
 def add_joint_charts(trainer: Trainer, charts: Sequence[Sequence[str]]) -> None:

@@ -32,8 +32,8 @@ def certify_layer(name: str, seen: LayerObservation) -> ConvolutionCall:
         raise BatchError(f"Layer '{name}' runs on an input without a batch dimension.")
     if call.weight.dtype not in (torch.float32, torch.float64):
         raise BatchError(
-            f"Layer '{name}' has weights in {call.weight.dtype}; a Hessian needs float32 or float64. Keep the weights "
-            "in float32 (mixed precision does) or measure model.float()."
+            f"Layer '{name}' runs with weights in {call.weight.dtype}, although it was given others: the forward casts "
+            "them. A Hessian needs float32 or float64; leave the casting to the Trainer's precision=."
         )
     if call.output.dtype != call.weight.dtype:
         raise BatchError(
@@ -54,7 +54,7 @@ def certify_layer(name: str, seen: LayerObservation) -> ConvolutionCall:
 def is_own_weight(call: ConvolutionCall, module: nn.Module) -> bool:
     """Whether the kernel that is applied is the layer's parameter itself, not something computed from it."""
     own = dict(module.named_parameters(recurse=False)).get("weight")
-    return own is not None and own.shape == call.weight.shape and torch.equal(own, call.weight)
+    return own is not None and own.shape == call.weight.shape and torch.equal(own.to(call.weight), call.weight)
 
 
 def own_weight(module: nn.Module) -> nn.Parameter:

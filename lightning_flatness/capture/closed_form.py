@@ -78,8 +78,8 @@ def certified_head(
     features = features.flatten(1)
     weight, offset = classifier.weight, classifier.bias
     assert isinstance(weight, Tensor)
-    matrix = weight.detach().flatten(1)
-    bias = offset.detach() if isinstance(offset, Tensor) else None
+    matrix = weight.detach().flatten(1).to(features)
+    bias = offset.detach().to(features) if isinstance(offset, Tensor) else None
     deviation = certify_head(
         name, features.detach(), matrix, bias, seen.classifier_output, logits.detach(), shift_invariant
     )

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import LayerSelectionError
 
+HALF = (torch.float16, torch.bfloat16)
+WITHOUT_FLOAT64 = ("mps",)
+
 
 class ModelCopy:
     """Runs a model on copies of its parameters and buffers, made once, as they are now.
@@ -28,9 +31,10 @@ class ModelCopy:
 
     Args:
         model: the module; enter :func:`isolated` around everything done with the copy.
+        dtype: to compute in, see :func:`measured`.
 
     Raises:
-        LayerSelectionError: the model is TorchScript or a DataParallel wrapper.
+        LayerSelectionError: the model is TorchScript or a DataParallel wrapper, or its weights are sharded.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -38,17 +42,19 @@ class ModelCopy:
         True
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
             raise LayerSelectionError(
                 f"The model is a {type(model).__name__} (TorchScript or DataParallel), which cannot be observed; pass "
                 "the original module that it was made of."
             )
         self._model = model
+        self._dtype = dtype
         self._copies: dict[int, Tensor] = {}
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
         for prefix, module in model.named_modules():
+            _refuse_sharded(prefix, module)
             tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             self._buffers |= {id(buffer) for buffer in buffers.values()}
@@ -56,7 +62,7 @@ class ModelCopy:
                 # One copy for each tensor, so that what is tied stays tied.
                 self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
                 if id(tensor) not in self._copies:
-                    self._copies[id(tensor)] = tensor.detach().clone()
+                    self._copies[id(tensor)] = measured(tensor.detach(), dtype).clone()
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """What the model runs on in place of one of its parameters or buffers."""
@@ -69,7 +75,7 @@ class ModelCopy:
             inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments.
             replacements: tensors to use in place of some of the parameters, wherever the model has them.
         """
-        inputs = apply_to_collection(inputs, Tensor, torch.clone)
+        inputs = apply_to_collection(inputs, Tensor, lambda tensor: measured(tensor, self._dtype).clone())
         arguments: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         keywords: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
@@ -79,6 +85,47 @@ class ModelCopy:
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
         # Ties are ours: functional_call would swap a module that has two names twice, and not back.
         return functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
+
+
+def _refuse_sharded(name: str, module: nn.Module) -> None:
+    wrapped = type(module).__name__ == "FullyShardedDataParallel"
+    parameters = list(module.parameters(recurse=False))
+    # FSDP's second version and tensor parallelism keep DTensors, DeepSpeed's stage 3 empty parameters with an id.
+    if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
+        raise LayerSelectionError(
+            f"The weights of '{name or type(module).__name__}' are sharded over processes (FSDP, tensor parallelism, "
+            "DeepSpeed stage 3), which cannot be measured. Train with strategy='ddp', or load a full checkpoint and "
+            "call measure_flatness."
+        )
+
+
+def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor in the type and on the device that it is measured in.
+
+    Half precision is measured in float32, since a Hessian of rounded activations says nothing.
+
+    Args:
+        tensor: any.
+        dtype: of floating point numbers; by default their own, at least float32.
+
+    Example:
+        >>> measured(torch.ones(2, dtype=torch.bfloat16)), measured(torch.tensor([1]), torch.float64)
+        (tensor([1., 1.]), tensor([1]))
+    """
+    tensor = tensor.to(measuring_device(tensor.device))
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype or (torch.float32 if tensor.dtype in HALF else tensor.dtype))
+
+
+def measuring_device(device: torch.device) -> torch.device:
+    """Where a model on this device is measured: there, or, if there is no float64 to keep sums in, on the CPU.
+
+    Example:
+        >>> measuring_device(torch.device("mps"))
+        device(type='cpu')
+    """
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class FlatnessObserver:
             return
         if seen.loss.residual is None:
             raise BatchError("residual='hutchinson' depends on the targets, and this batch has none.")
-        logits = logits_of(ModelCopy(self._model)(seen.inputs, dict(kernels.values())))
+        logits = logits_of(ModelCopy(self._model, self._options.measuring_dtype)(seen.inputs, dict(kernels.values())))
         estimates = hutchinson_residual(
             (logits * seen.loss.residual.to(logits.dtype)).sum(),
             {name: kernel for name, (_, kernel) in kernels.items()},

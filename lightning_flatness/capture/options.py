@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
@@ -37,6 +38,7 @@ class Options:
     num_probes: int = 16
     seed: int = 0
     strict: bool = False
+    dtype: Literal["float32", "float64"] | torch.dtype | None = None
     loss_function: Loss = field(default_factory=CrossEntropy, init=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +64,16 @@ class Options:
             raise FlatnessError(f"seed={self.seed!r} and num_probes={self.num_probes!r} must be whole numbers.")
         if self.residual and self.num_probes < 2:
             raise FlatnessError(f"num_probes={self.num_probes!r}: a standard error needs two probes at least.")
+
+        if self.dtype not in (None, "float32", "float64", torch.float32, torch.float64):
+            raise FlatnessError(
+                f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's own, at least float32."
+            )
+
+    @property
+    def measuring_dtype(self) -> torch.dtype | None:
+        """What the model is run in; None for its own, at least float32."""
+        return getattr(torch, self.dtype) if isinstance(self.dtype, str) else self.dtype
 
     @property
     def diagonal(self) -> bool:

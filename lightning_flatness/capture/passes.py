@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.capture.affine import Calls
 from lightning_flatness.capture.closed_form import TailDerivatives
 from lightning_flatness.capture.gauss_newton import rows_at_a_time
-from lightning_flatness.capture.isolation import ModelCopy, isolated
+from lightning_flatness.capture.isolation import HALF, ModelCopy, isolated
 from lightning_flatness.capture.observation import Observation
 from lightning_flatness.capture.options import Options
 from lightning_flatness.capture.plan import Plan
@@ -95,6 +95,12 @@ class ForwardPasses:
                         f"autograd cannot follow ({error}). Use the out-of-place operation there, e.g. x = x + y for "
                         "x += y."
                     ) from error
+                if "type" in str(error) and self._is_cast:
+                    raise BatchError(
+                        f"The model's forward fails in {self._options.measuring_dtype or torch.float32}, in which it "
+                        f"is measured ({error}). It seems to cast to a type of its own; cast to the type of a weight "
+                        "instead, e.g. x.to(self.conv.weight.dtype), or set dtype=."
+                    ) from error
                 if not is_out_of_memory(error):
                     raise
                 found = None
@@ -104,6 +110,13 @@ class ForwardPasses:
             elif found:
                 start += rows
                 yield from found
+
+    @property
+    def _is_cast(self) -> bool:
+        """Whether the model runs in another type than it has."""
+        dtype = self._options.measuring_dtype
+        types = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
+        return any(own in HALF or own != (dtype or own) for own in types)
 
     def _halve(self, rows: int) -> None:
         if self._halved or rows == 1:
@@ -127,7 +140,7 @@ class ForwardPasses:
         """Run the model and certify; None if it turns out that these samples are too many for one time."""
         plan = self.plan
         if self._execution is None:
-            self._copy = ModelCopy(self._model)
+            self._copy = ModelCopy(self._model, self._options.measuring_dtype)
             self._execution = trace_execution(self._model, lambda: self._copy(inputs))
             plan.choose(self._execution)
             ran = [name for name in self._execution.order if name in plan.modules]
@@ -140,6 +153,7 @@ class ForwardPasses:
         watched = {name: self._copy.copy_of(weight) for name, weight in plan.parameters().items()}
         with Observation(plan.modules, plan.classifier[1], watched) as seen:
             logits = logits_of(self._copy(inputs))
+        targets = targets if targets is None else targets.to(logits.device)
         loss = self._options.loss_function(logits.detach(), targets)
         calls = plan.calls(seen, len(logits))
         if len(logits) != max(rows, 2):

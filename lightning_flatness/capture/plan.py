@@ -106,6 +106,9 @@ class Plan:
         self.left_out[name] = reason
         del self.modules[name]
 
+    def _copy(self) -> ModelCopy:
+        return ModelCopy(self._model, self._options.measuring_dtype)
+
     def gram_norm(self, name: str) -> Tensor:
         """A bound of the spectral norm of the filters' Gram matrix, made when first asked for."""
         if name not in self._gram_norms:
@@ -170,7 +173,7 @@ class Plan:
                 parameters[name] = own_weight(observed.module)
                 kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
         # On a copy of its own: a forward that writes to its weights would spoil the graph of the observed pass.
-        again = logits_of(ModelCopy(self._model)(inputs, kernels))
+        again = logits_of(self._copy()(inputs, kernels))
         u = random_like(logits)
         found: dict[nn.Parameter, Tensor | None] = dict.fromkeys(kernels)
         if kernels and again.requires_grad:
@@ -277,5 +280,5 @@ class Plan:
             return "it runs several times with a computed kernel"
         # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
         kernel = call.weight.detach().clone().requires_grad_()
-        again = logits_of(ModelCopy(self._model)(inputs, {own_weight(observed.module): kernel}))
+        again = logits_of(self._copy()(inputs, {own_weight(observed.module): kernel}))
         return why_curved(again, kernel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ def measure_lambda_max(
     max_gigabytes: float = 2.0,
     seed: int = 0,
     strict: bool = False,
+    dtype: Literal["float32", "float64"] | torch.dtype | None = None,
 ) -> dict[str, LayerLambdaMax]:
     """Largest eigenvalue of the Hessian of each layer's kernel, and how it looks relative to the weights.
 
@@ -50,6 +51,7 @@ def measure_lambda_max(
         max_gigabytes: at most this is kept.
         seed: of the vectors to start with.
         strict: refuse layers of which only the Gauss-Newton matrix can be had.
+        dtype: as for ``measure_flatness``.
 
     Returns:
         A :class:`~lightning_flatness.LayerLambdaMax` for every layer, by name.
@@ -75,6 +77,7 @@ def measure_lambda_max(
         tolerance=0.0,
         seed=seed,
         strict=strict,
+        dtype=dtype,
     )
     if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
         raise FlatnessError(f"measure_lambda_max: {max_products=} must be one at least, and {tolerance=} positive.")

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from torch import Tensor, nn
 
-from lightning_flatness.capture import MEASURES, FlatnessObserver, Options, random_states_kept
+from lightning_flatness.capture import MEASURES, FlatnessObserver, Options, measuring_device, random_states_kept
 from lightning_flatness.errors import BatchError
-from lightning_flatness.functional import filter_flatness, filter_traces
+from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
 from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
-from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo
+from lightning_flatness.metrics.ranks import gather
+from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
 
 
 class Measurement:
@@ -37,6 +39,7 @@ class Measurement:
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         self._observer = FlatnessObserver(model, **options)
+        self._model = model
         self._diagonal = Options(**options).diagonal
         self._metrics: dict[str, FlatnessMetric] = {}
 
@@ -56,26 +59,44 @@ class Measurement:
         """Add one batch; one without samples adds nothing."""
         for name, statistics in self._observer(inputs, targets, advance).items():
             if name not in self._metrics:
-                info = self._observer.layers[name]
-                metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal)
-                self._metrics[name] = metric.to(statistics.block_traces.device)
+                self._metrics[name] = self._new_metric(self._observer.layers[name])
             self._metrics[name].update(*statistics)
+
+    def _new_metric(self, info: LayerInfo) -> FlatnessMetric:
+        # On the model's device, where a backend of torch.distributed that takes no other sums it over ranks.
+        tensor = next(iter(self._model.parameters()), None)
+        device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
+        return FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
 
     def report(self) -> FlatnessReport:
         """The flatness over all batches so far, of all ranks. Call it on every rank or on none.
 
-        Raises:
-            BatchError: there was no batch.
-        """
-        if not self._metrics:
-            raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
-        layers = {name: self._layer(name, metric) for name, metric in self._metrics.items()}
-        return FlatnessReport(layers, dict(self._observer.left_out))
+        A rank may have seen no batch. What one rank has labelled is labelled.
 
-    def _layer(self, name: str, metric: FlatnessMetric) -> LayerFlatness:
-        measures = {key: float(value) for key, value in metric.compute().items()}
+        Raises:
+            BatchError: there was no batch on any rank; or ranks have measured different layers.
+        """
+        found = [(layers, left_out) for layers, left_out in gather((self.layers, self.left_out)) if layers]
+        if not found:
+            raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
+        for layers, left_out in found:
+            if layers.keys() != found[0][0].keys():
+                different = sorted(layers.keys() ^ found[0][0].keys())
+                reasons = {**left_out, **found[0][1]}
+                raise BatchError(
+                    f"Layer '{different[0]}' is measured on some ranks and not on others"
+                    + (f" ({reasons[different[0]]})" if different[0] in reasons else "")
+                    + ", since their first batches differ. Name the layers with layers=."
+                )
+        infos = {name: merged([layers[name] for layers, _ in found]) for name in found[0][0]}
+        return FlatnessReport({name: self._layer(info) for name, info in infos.items()}, dict(found[0][1]))
+
+    def _layer(self, info: LayerInfo) -> LayerFlatness:
+        metric = self._metrics.get(info.name) or self._new_metric(info)
         with metric.sync_context():
-            block_traces, gram = (mean.cpu() for mean in metric.means())
+            means = metric.means()
+            measures = {key: float(value) for key, value in measures_of(*means).items()}
+            block_traces, gram = (mean.cpu() for mean in means)
             standard_errors = metric.standard_errors()
             num_samples = int(metric.num_samples)
         return LayerFlatness(
@@ -83,7 +104,7 @@ class Measurement:
             filter_traces=filter_traces(block_traces),
             filter_flatness=filter_flatness(block_traces, gram),
             num_samples=num_samples,
-            info=self._observer.layers[name],
+            info=info,
             standard_errors={key: error for key, error in standard_errors.items() if key in measures},
             **{"relative_flatness": math.nan, **measures},
         )
@@ -104,6 +125,7 @@ def measure_flatness(
     num_probes: int = 16,
     seed: int = 0,
     strict: bool = False,
+    dtype: Literal["float32", "float64"] | torch.dtype | None = None,
     progress: bool | None = None,
 ) -> FlatnessReport:
     """Flatness of convolutions and linear layers over all batches: exact where that is certified, else labelled.
@@ -133,6 +155,8 @@ def measure_flatness(
         num_probes: for that, probes for every layer and batch.
         seed: of the probes.
         strict: raise an error instead of giving a number that is not the Hessian's.
+        dtype: ``"float32"`` or ``"float64"``, to run copies of weights and batches in; by default the model's own, at
+            least float32. Sums are kept in float64 always.
         progress: show a progress bar; by default in a terminal.
 
     Returns:
@@ -168,6 +192,7 @@ def measure_flatness(
         num_probes=num_probes,
         seed=seed,
         strict=strict,
+        dtype=dtype,
     )
     with ExitStack() as stack:
         bar = stack.enter_context(_progress_bar(progress))

@@ -9,6 +9,7 @@ from lightning_flatness.plots.canvas import axes_or_new
 
 ACCURACY_COLOUR = "#1f5fa8"
 FLATNESS_COLOUR = "#c2511b"
+DATA = {"val": "validation", "train": "training"}
 
 
 def plot_history(
@@ -27,7 +28,7 @@ def plot_history(
         history: as :attr:`FlatnessCallback.history` keeps it, records of ``epoch``, ``relative_flatness`` and, where
             known, ``accuracy``.
         accuracy_label: name of the accuracy, for the axis.
-        data: what flatness was measured on, ``"val"`` or ``"train"``, for the axis.
+        data: what flatness was measured on, ``"val"``, ``"train"`` or else, for the axis.
         burn_in: epochs to shade, in which flatness does not yet tell anything.
         ax: draw here instead of in a new figure.
 
@@ -65,7 +66,7 @@ def plot_history(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylabel(accuracy_label, color=ACCURACY_COLOUR)
     name = "relative flatness" if measure == "relative_flatness" else "Hessian trace"
-    right.set_ylabel(f"{name} on {'training' if data == 'train' else 'validation'} data", color=FLATNESS_COLOUR)
+    right.set_ylabel(f"{name} on {DATA.get(data, data)} data", color=FLATNESS_COLOUR)
     ax.tick_params(axis="y", colors=ACCURACY_COLOUR)
     right.tick_params(axis="y", which="both", colors=FLATNESS_COLOUR)
     for axes in (ax, right):

@@ -14,10 +14,19 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+)
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks.samples import FixedPositions, TrainingSubset, select
+from lightning_flatness.callbacks.strata import choose, labels_of
+from lightning_flatness.callbacks.subset import FixedSubset, training_subset
 from lightning_flatness.metrics import Measurement
 from tests.callbacks.lightning_modules import (
     Classifier,
@@ -300,12 +309,8 @@ def test_every_n_epochs_goes_on_after_a_resume(tmp_path):
 
 
 def chosen_samples(max_samples, *datasets):
-    positions = FixedPositions(max_samples, sum(len(data) for data in datasets))
-    for data in datasets:
-        for x, y in DataLoader(data, batch_size=8):
-            x, y, count = select(x, y, positions)
-            if count:
-                yield x, y
+    whole = ConcatDataset(datasets)
+    return DataLoader(Subset(whole, choose(len(whole), max_samples, labels_of(whole)).tolist()), batch_size=8)
 
 
 def test_max_samples_measures_the_same_subset_in_every_epoch(tmp_path):
@@ -421,7 +426,7 @@ def test_training_data_is_measured_in_evaluation_mode(tmp_path, max_samples):
     recorder, (train, val) = Recorder(), loaders(dtype=torch.float64)
     callback = flatness_callback(data="train", max_samples=max_samples)
     fit(tmp_path, callback, recorder, module=Classifier().double(), data=(train, val), max_epochs=3)
-    batches = train if max_samples is None else TrainingSubset(train, 10)._loader
+    batches = train if max_samples is None else batches_of(FixedSubset(train, 10))
     assert callback.report.num_samples == (max_samples or 32)
     for logged, net in zip(recorder.flatness(), recorder.nets, strict=True):
         assert logged == pytest.approx(expected(net, batches), rel=1e-12)
@@ -450,6 +455,11 @@ def test_training_data_without_validation(tmp_path, how):
     assert callback.history[-1]["relative_flatness"] == pytest.approx(expected(module.net, train), rel=1e-6)
 
 
+def batches_of(subset):
+    subset.restart(Net())
+    return list(subset.up_to(1.0))
+
+
 class Augmented(Dataset):
     """Noise from all three global generators."""
 
@@ -465,7 +475,7 @@ class Augmented(Dataset):
 
 
 def test_random_transforms_draw_the_same_in_every_epoch():
-    subset = TrainingSubset(DataLoader(Augmented(dataset(12)), batch_size=4, shuffle=True), 10)
+    subset = FixedSubset(DataLoader(Augmented(dataset(12)), batch_size=4, shuffle=True), 10)
     epochs = []
     for _ in range(2):
         subset.restart(Net())
@@ -479,9 +489,8 @@ def test_training_data_with_random_transforms(tmp_path):
     train, val = DataLoader(Augmented(dataset(24)), batch_size=8, shuffle=True), loaders()[1]
     recorder = Recorder()
     fit(tmp_path, flatness_callback(data="train"), recorder, data=(train, val))
-    subset = TrainingSubset(train)
-    subset.restart(Net())
-    assert recorder.flatness()[-1] == pytest.approx(expected(recorder.nets[-1], list(subset.up_to(1.0))), rel=1e-6)
+    batches = batches_of(training_subset(train, None, 0, 1))
+    assert recorder.flatness()[-1] == pytest.approx(expected(recorder.nets[-1], batches), rel=1e-6)
 
 
 @pytest.mark.parametrize("batched", [False, True], ids=["sampler", "batch_sampler"])
@@ -597,18 +606,18 @@ class DictData(Dataset):
 
     def __getitem__(self, index):
         x, y = dataset(20)[index]
-        return {"image": x, "label": y, "id": str(index)}
+        return {"face": x, "person": y, "id": str(index)}
 
 
 class DictClassifier(Classifier):
     def split(self, batch):
-        return batch["image"], batch["label"]
+        return batch["face"], batch["person"]
 
 
 @pytest.mark.parametrize("options", [{}, {"data": "train"}, {"max_samples": 20}], ids=str)
 def test_dict_batches(tmp_path, options):
     recorder, loader = Recorder(), DataLoader(DictData(), batch_size=8)
-    callback = flatness_callback(batch_fn=lambda batch: (batch["image"], batch["label"]), **options)
+    callback = flatness_callback(batch_fn=lambda batch: (batch["face"], batch["person"]), **options)
     fit(tmp_path, callback, recorder, module=DictClassifier(), data=(loader, loader))
     wanted = expected(recorder.nets[-1], DataLoader(dataset(20), batch_size=8))
     assert recorder.flatness()[-1] == pytest.approx(wanted, rel=1e-6)
@@ -635,7 +644,10 @@ def test_targets_that_are_not_classes_are_refused(tmp_path):
         ({"loss": "hinge"}, "loss='hinge' is not known"),
         ({"layers": []}, r"layers=\[\]"),
         ({"layers": ""}, "layers=''"),
-        ({"data": "test"}, "'val' or 'train', not 'test'"),
+        ({"data": "test"}, "'val', 'train', or a DataLoader or list of batches, not 'test'"),
+        ({"data": 3}, "'val', 'train', or a DataLoader or list of batches, not 3"),
+        ({"on_error": "ignore"}, "on_error is 'raise' or 'warn', not 'ignore'"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16': give 'float32' or 'float64'"),
         ({"every_n_epochs": 0}, "must be positive.*every_n_epochs=0"),
         ({"max_samples": 0}, "must be positive.*max_samples=0"),
         ({"max_samples": -1}, "max_samples=-1"),
