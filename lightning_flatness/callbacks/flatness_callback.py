@@ -407,16 +407,16 @@ class FlatnessCallback(Callback):
             return
         self.num_measurements += 1
         self._unrecorded = trainer.state.fn == "fit"
-        self._log(trainer, pl_module, self._values(self.report))
+        self._log(pl_module, self._values(self.report))
 
     def _log_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a resume where nothing is due, let monitors find the last values, as they would without the stop."""
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if fitting and self.history and f"{self.prefix}/{self._measures[-1]}" not in trainer.callback_metrics:
             last = {key: value for key, value in self.history[-1].items() if key not in ABOUT and value is not None}
-            self._log(trainer, pl_module, self._with_logarithm(last))
+            self._log(pl_module, self._with_logarithm(last))
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
+    def _log(self, pl_module: LightningModule, values: Mapping[str, float]) -> None:
         kind = torch.float64 if measuring_device(pl_module.device) == pl_module.device else torch.float32
         for key, value in values.items():
             pl_module.log(
@@ -424,7 +424,6 @@ class FlatnessCallback(Callback):
                 torch.tensor(value, dtype=kind),
                 on_step=False,
                 on_epoch=True,
-                logger=bool(trainer.loggers),
                 sync_dist=True,  # all ranks have the same, but Lightning warns of what it is not told to synchronise
                 batch_size=1,
             )
