@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_flatness.callbacks.flatness_callback import FlatnessCallback
 from lightning_flatness.callbacks.root import EarlyStopping, LightningModule, Trainer
 from lightning_flatness.errors import FlatnessError
+
+
+@dataclass
+class _Watched:
+    """One metric, its best value so far, and how many validations ago that was."""
+
+    key: str
+    mode: str
+    min_delta: float
+    relative: bool  # whether min_delta is a fraction of the best value
+    best: Tensor
+    wait_count: int = 0
+
+    def look(self, value: Tensor) -> None:
+        best = self.best.cpu()
+        margin = self.min_delta * (abs(float(best)) if self.relative else 1.0)
+        better = value < best - margin if self.mode == "min" else value > best + margin
+        if not torch.isfinite(best) or bool(better):
+            self.best, self.wait_count = value, 0
+        else:
+            self.wait_count += 1
+
+    def __str__(self) -> str:
+        return f"{self.key} (best {float(self.best):.4g})"
 
 
 class FlatnessStopping(EarlyStopping):
@@ -19,12 +45,14 @@ class FlatnessStopping(EarlyStopping):
     Relative flatness rises from initialisation, while the network begins to tell classes apart at all. A plain
     ``EarlyStopping`` on it takes the first epochs for the best and stops after a few, at a fraction of the accuracy.
     This one ignores both during the burn-in, and then waits until *both* have stalled: as long as one of them gets
-    better, training goes on.
+    better, training goes on. A validation at which flatness was not measured (``every_n_epochs``, or a measurement that
+    failed) does not count.
 
     Args:
-        monitor: flatness, a key that :class:`~lightning_flatness.FlatnessCallback` logs. Best measured on the training
-            data, ``FlatnessCallback(data="train")``.
-        accuracy: a second monitored metric, which must have stalled as well.
+        monitor: flatness, a key that :class:`~lightning_flatness.FlatnessCallback` logs, or several, which must all
+            have stalled. Best measured on the training data, ``FlatnessCallback(data="train")``.
+        accuracy: another metric, which must have stalled as well. On several ranks log it with ``sync_dist=True``; all
+            stop as soon as one wants to.
         burn_in: epochs at the start that do not count. About as many as the accuracy needs for its steep rise.
         patience: validations without an improvement of either, after which to stop.
         min_delta: what counts as an improvement of flatness, as a fraction of the best value (its scale is not known
@@ -46,7 +74,7 @@ class FlatnessStopping(EarlyStopping):
 
     def __init__(
         self,
-        monitor: str = "flatness/relative_flatness",
+        monitor: str | Sequence[str] = "flatness/relative_flatness",
         accuracy: str = "val_acc",
         burn_in: int = 10,
         patience: int = 5,
@@ -64,8 +92,14 @@ class FlatnessStopping(EarlyStopping):
             )
         if accuracy_mode not in ("min", "max") or mode not in ("min", "max"):
             raise FlatnessError(f"FlatnessStopping: modes are 'min' or 'max'; got {mode=}, {accuracy_mode=}.")
+        keys = [monitor] if isinstance(monitor, str) else list(monitor)
+        if not keys or not all(isinstance(key, str) and key for key in [*keys, accuracy]):
+            raise FlatnessError(
+                "FlatnessStopping: monitor is the name of a logged metric, or several, and accuracy one; got "
+                f"{monitor=}, {accuracy=}."
+            )
         super().__init__(
-            monitor=monitor,
+            monitor=keys[0],
             min_delta=min_delta,
             patience=patience,
             mode=mode,
@@ -77,28 +111,38 @@ class FlatnessStopping(EarlyStopping):
         self.stopping_reason_message: str | None = None
         self.accuracy = accuracy
         self.burn_in = burn_in
-        self.accuracy_min_delta = accuracy_min_delta
-        self.accuracy_mode = accuracy_mode
-        self.accuracy_wait_count = 0
-        self.best_accuracy = torch.tensor(torch.inf if accuracy_mode == "min" else -torch.inf)
+        self._watched = [_Watched(key, mode, min_delta, True, _worst(mode)) for key in keys]
+        self._watched.append(_Watched(accuracy, accuracy_mode, accuracy_min_delta, False, _worst(accuracy_mode)))
+        self._seen: dict[str, int] = {}
+
+    @property
+    def best_accuracy(self) -> Tensor:
+        """Best value of the second metric after the burn-in."""
+        return self._watched[-1].best
+
+    @property
+    def accuracy_wait_count(self) -> int:
+        """Validations since then."""
+        return self._watched[-1].wait_count
 
     @property
     def state_key(self) -> str:
         """Tells several instances apart in a checkpoint."""
-        return f"FlatnessStopping[{self.mode} {self.monitor}, {self.accuracy_mode} {self.accuracy}]"
+        return f"FlatnessStopping[{', '.join(f'{watched.mode} {watched.key}' for watched in self._watched)}]"
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and best values, as plain types."""
-        own = {"accuracy_wait_count": self.accuracy_wait_count, "best_accuracy": self.best_accuracy}
-        return {**super().state_dict(), **own}
+        watched = {watched.key: {"best": watched.best, "wait_count": watched.wait_count} for watched in self._watched}
+        return {**super().state_dict(), "watched": watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint left off; the patience is the one given now."""
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience
-        self.accuracy_wait_count = state_dict["accuracy_wait_count"]
-        self.best_accuracy = state_dict["best_accuracy"]
+        for watched in self._watched:
+            kept = state_dict["watched"][watched.key]
+            watched.best, watched.wait_count = kept["best"], kept["wait_count"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at both metrics after every validation."""
@@ -112,33 +156,42 @@ class FlatnessStopping(EarlyStopping):
     def _check(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
             return
-        flatness, accuracy = (self._logged(trainer.callback_metrics, key) for key in (self.monitor, self.accuracy))
+        if not self._is_new(trainer):
+            return
+        values = [self._logged(trainer.callback_metrics, watched.key) for watched in self._watched]
         if trainer.current_epoch < self.burn_in:
             return
-        if self.check_finite:
-            for key, value in ((self.monitor, flatness), (self.accuracy, accuracy)):
-                if not torch.isfinite(value):
-                    self._stop(trainer, f"{key} is {float(value)}", stop=True)
-                    return
+        broken = [
+            f"{watched.key} is {float(value)}"
+            for watched, value in zip(self._watched, values, strict=True)
+            if self.check_finite and not torch.isfinite(value)
+        ]
+        for watched, value in zip(self._watched, values, strict=True):
+            if not broken:
+                watched.look(value)
+        self.best_score, self.wait_count = self._watched[0].best, self._watched[0].wait_count
+        if self.verbose and not broken:
+            states = [
+                f"{watched.key} {float(value):.4g} ({'no improvement ' * (not index)}for {watched.wait_count})"
+                for index, (watched, value) in enumerate(zip(self._watched, values, strict=True))
+            ]
+            rank_zero_info(f"FlatnessStopping: {', '.join(states)}")
+        stalled = min(watched.wait_count for watched in self._watched) >= self.patience
+        none_of = " nor ".join(str(watched) for watched in self._watched)
+        reason = broken[0] if broken else f"neither {none_of} has improved for {self.patience} validations"
+        self._stop(trainer, reason, stop=bool(broken) or stalled)
 
-        flatter = _better(flatness, self.best_score, self.mode, self.min_delta * abs(float(self.best_score)))
-        sharper_eyed = _better(accuracy, self.best_accuracy, self.accuracy_mode, self.accuracy_min_delta)
-        self.wait_count = 0 if flatter else self.wait_count + 1
-        self.accuracy_wait_count = 0 if sharper_eyed else self.accuracy_wait_count + 1
-        self.best_score = flatness if flatter else self.best_score
-        self.best_accuracy = accuracy if sharper_eyed else self.best_accuracy
-        if self.verbose:
-            rank_zero_info(
-                f"FlatnessStopping: {self.monitor} {float(flatness):.4g} (no improvement for {self.wait_count}), "
-                f"{self.accuracy} {float(accuracy):.4g} (for {self.accuracy_wait_count})"
-            )
-        stalled = min(self.wait_count, self.accuracy_wait_count) >= self.patience
-        self._stop(
-            trainer,
-            f"neither {self.monitor} (best {float(self.best_score):.4g}) nor {self.accuracy} (best "
-            f"{float(self.best_accuracy):.4g}) has improved for {self.patience} validations",
-            stop=stalled,
-        )
+    def _is_new(self, trainer: Trainer) -> bool:
+        """Whether the callbacks that measure what is monitored have done so since the last look."""
+        new = True
+        registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in registered:
+            if not isinstance(callback, FlatnessCallback):
+                continue
+            if any(watched.key.startswith(f"{callback.prefix}/") for watched in self._watched):
+                new = new and callback.num_measurements > self._seen.get(callback.prefix, 0)
+                self._seen[callback.prefix] = callback.num_measurements
+        return new
 
     def _logged(self, metrics: Mapping[str, Tensor], key: str) -> Tensor:
         if key not in metrics:
@@ -158,7 +211,5 @@ class FlatnessStopping(EarlyStopping):
             rank_zero_info(f"FlatnessStopping: stopping after epoch {trainer.current_epoch}: {reason}.")
 
 
-def _better(value: Tensor, best: Tensor, mode: str, margin: float) -> bool:
-    if not torch.isfinite(best):
-        return True
-    return bool(value < best.cpu() - margin) if mode == "min" else bool(value > best.cpu() + margin)
+def _worst(mode: str) -> Tensor:
+    return torch.tensor(torch.inf if mode == "min" else -torch.inf)

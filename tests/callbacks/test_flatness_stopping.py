@@ -207,7 +207,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, interrupted_after):
     path = tmp_path / "part.ckpt"
     saved = torch.load(path, weights_only=True)["callbacks"][first.state_key]
     assert saved["wait_count"] == first.wait_count
-    assert saved["accuracy_wait_count"] == first.accuracy_wait_count
+    assert saved["watched"]["val_acc"]["wait_count"] == first.accuracy_wait_count
     resumed = run(tmp_path, FLATNESS, ACCURACY, second, max_epochs=len(FLATNESS), fit={"ckpt_path": path})
     assert resumed.current_epoch == epochs == 12
     assert second.state_dict() == whole.state_dict()
@@ -231,7 +231,7 @@ def test_instances_with_different_monitors_coexist(tmp_path):
     states = torch.load(tmp_path / "three.ckpt", weights_only=True)["callbacks"]
     assert float(states[flatness.state_key]["best_score"]) == 8.0
     assert states[other.state_key]["wait_count"] == 2
-    assert states[other.state_key]["accuracy_wait_count"] == 1
+    assert states[other.state_key]["watched"]["loss"]["wait_count"] == 1
     assert float(states[plain.state_key]["best_score"]) == 8.0
 
 
