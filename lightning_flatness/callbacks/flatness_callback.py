@@ -93,13 +93,14 @@ class FlatnessCallback(Callback):
     def __init__(
         self,
         layers: str | list[str] = "last",
-        loss: str | nn.Module | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        # Functions first: a command line takes the first type that fits.
+        loss: Callable[[Tensor, Tensor], Tensor] | nn.Module | str = "cross_entropy",
         data: Literal["val", "train"] | Iterable[Any] = "val",
         every_n_epochs: int = 1,
         max_samples: int | None = None,
         prefix: str = "flatness",
         accuracy: str | None = None,
-        model: str | Callable[[Any], nn.Module] | None = None,
+        model: Callable[[Any], nn.Module] | str | None = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
         summary: bool = True,
         figures: bool = True,
