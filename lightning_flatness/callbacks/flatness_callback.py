@@ -100,7 +100,7 @@ class FlatnessCallback(Callback):
         max_samples: int | None = None,
         prefix: str = "flatness",
         accuracy: str | None = None,
-        model: Callable[[Any], nn.Module] | str | None = None,
+        model: Callable[[Any], Any] | str | None = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
         summary: bool = True,
         figures: bool = True,
