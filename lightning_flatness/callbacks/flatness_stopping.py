@@ -51,8 +51,7 @@ class FlatnessStopping(EarlyStopping):
     Args:
         monitor: flatness, a key that :class:`~lightning_flatness.FlatnessCallback` logs, or several, which must all
             have stalled. Best measured on the training data, ``FlatnessCallback(data="train")``.
-        accuracy: another metric, which must have stalled as well. On several ranks log it with ``sync_dist=True``; all
-            stop as soon as one wants to.
+        accuracy: another metric, which must have stalled as well; its mean over ranks.
         burn_in: epochs at the start that do not count. About as many as the accuracy needs for its steep rise.
         patience: validations without an improvement of either, after which to stop.
         min_delta: what counts as an improvement of flatness, as a fraction of the best value (its scale is not known
@@ -158,7 +157,9 @@ class FlatnessStopping(EarlyStopping):
             return
         if not self._is_new(trainer):
             return
-        values = [self._logged(trainer.callback_metrics, watched.key) for watched in self._watched]
+        logged = [self._logged(trainer.callback_metrics, watched.key) for watched in self._watched]
+        # The mean over ranks, so that all count alike also where a metric is not logged with sync_dist.
+        values = [trainer.strategy.reduce(value, reduce_op="mean").cpu() for value in logged]
         if trainer.current_epoch < self.burn_in:
             return
         broken = [
@@ -200,7 +201,7 @@ class FlatnessStopping(EarlyStopping):
                 f"{', '.join(sorted(metrics)) or 'none'}. Flatness needs a FlatnessCallback in the Trainer; accuracy "
                 "a self.log in validation_step."
             )
-        return metrics[key].detach().cpu()
+        return metrics[key].detach().clone()
 
     def _stop(self, trainer: Trainer, reason: str, *, stop: bool) -> None:
         # All ranks stop as soon as one wants to.
