@@ -13,7 +13,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -270,7 +270,7 @@ LOSSES = {
 LAYERS = {"last": "last", "all": "all", "classifier": "classifier", "glob": ["*body.*"]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Draw:
     """A module, its data, a Trainer and a callback; printed by hypothesis when a test fails."""
 
@@ -302,6 +302,10 @@ class Draw:
     max_samples: int | None = None
     every_n_epochs: int = 1
     second_callback: bool = False
+
+    def __repr__(self):
+        values = [(field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self)]
+        return f"Draw({', '.join(f'{name}={value!r}' for name, value, default in values if value != default)})"
 
 
 def sensible(draw):
@@ -512,8 +516,6 @@ def check(draw, folder):
     recorder = Recorder(MODULES[draw.module].network, callbacks)
     refusal = required_refusal(draw)
     measures = draw.limit_val_batches != 0 or draw.data == "train"
-    if not measures:
-        callbacks = callbacks[:1]
     try:
         trainer, module = fit(draw, folder / "with", *callbacks, recorder)
     except lf.FlatnessError as error:
@@ -544,7 +546,7 @@ def check_in_folder(draw):
 @example(Draw(compiled="in place", net="dropout", module="gan", logger="tensorboard", second_callback=True))
 @example(Draw(data="train", limit_val_batches=0, module="manual", batch="dataclass", batch_fn=True))
 @example(Draw(stopping="flatness", checkpoint=True, plateau=True, precision="16-mixed", accumulate=4))
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.generate])  # not shrunk, which would take minutes
 @given(DRAWS)
 def test_random_trainers(draw):
     check_in_folder(draw)
