@@ -459,7 +459,9 @@ def num_samples(draw):
         available = 18
     else:
         sizes = (14, 7)[: draw.val_loaders]
-        available = sum(size if draw.limit_val_batches is None else min(size, 6 * draw.limit_val_batches) for size in sizes)
+        available = sum(
+            size if draw.limit_val_batches is None else min(size, 6 * draw.limit_val_batches) for size in sizes
+        )
     return min(available, draw.max_samples or available)
 
 

@@ -38,7 +38,12 @@ def resources(model):
         warnings.simplefilter("ignore")  # isinstance() asks deprecated module attributes, too
         objects = gc.get_objects()
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in objects)
-    found = {"threads": threading.active_count(), "tensors": tensors, "objects": len(objects), "hooks": num_hooks(model)}
+    found = {
+        "threads": threading.active_count(),
+        "tensors": tensors,
+        "objects": len(objects),
+        "hooks": num_hooks(model),
+    }
     if "matplotlib.pyplot" in sys.modules:
         found["figures"] = len(sys.modules["matplotlib.pyplot"].get_fignums())
     if PROC.exists():
