@@ -80,7 +80,7 @@ class Leaking(Callback):
         if self.kind == "tensors":
             self.kept.append(torch.zeros(2))
         elif self.kind == "megabytes":
-            self.kept.append(bytearray(os.urandom(1_000_000)))
+            self.kept.append(bytearray(os.urandom(4_000_000)))
         elif self.kind == "files":
             self.kept.append(open(os.devnull))  # noqa: SIM115
         elif self.kind == "objects":
@@ -115,11 +115,11 @@ def test_a_leak_would_be_seen(tmp_path, kind):
         pytest.skip("there is no /proc")
     if kind == "figures":
         pytest.importorskip("matplotlib").use("agg")
-    leak, watch = Leaking(kind), Watch(2, 18)
-    trainer = quiet_trainer(tmp_path, leak, watch, max_epochs=19, limit_train_batches=1, limit_val_batches=1)
+    leak, watch = Leaking(kind), Watch(1, 9)
+    trainer = quiet_trainer(tmp_path, leak, watch, max_epochs=10, limit_train_batches=1, limit_val_batches=1)
     trainer.fit(Classifier(), *loaders())
     try:
-        assert kind in growth(watch.found[2], watch.found[18])
+        assert kind in growth(watch.found[1], watch.found[9])
     finally:
         leak.let_go()
 
