@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 import tempfile
 import warnings
@@ -25,8 +24,6 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_flatness as lf
 from tests.callbacks.compare import Recorder, StandIn, assert_same, end_of, num_hooks, seed_all
 from tests.callbacks.lightning_modules import quiet_trainer
-
-EXAMPLES = int(os.environ.get("RANDOM_TRAINERS", "50"))
 
 # ------------------------------------------------------------------------------------------------------------ networks
 
@@ -547,13 +544,25 @@ def check_in_folder(draw):
         check(draw, Path(folder))
 
 
+def options(examples):
+    """Failures are not shrunk, which would take minutes."""
+    return settings(max_examples=examples, phases=[Phase.explicit, Phase.generate])
+
+
 @example(Draw(compiled="wrapped", net="batch norm", layers="all", precision="64-true"))
 @example(Draw(compiled="in place", net="dropout", module="gan", logger="tensorboard", second_callback=True))
 @example(Draw(data="train", limit_val_batches=0, module="manual", batch="dataclass", batch_fn=True))
 @example(Draw(stopping="flatness", checkpoint=True, plateau=True, precision="16-mixed", accumulate=4))
-@settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.generate])  # not shrunk, which would take minutes
+@options(20)
 @given(DRAWS)
 def test_random_trainers(draw):
+    check_in_folder(draw)
+
+
+@pytest.mark.slow
+@options(150)
+@given(DRAWS)
+def test_many_random_trainers(draw):
     check_in_folder(draw)
 
 
