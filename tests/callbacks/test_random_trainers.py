@@ -331,7 +331,7 @@ DRAWS = st.builds(
     classes=st.integers(2, 5),
     output=choice("tensor", "tensor", "dict"),
     frozen=st.booleans(),
-    compiled=choice(None, None, None, "wrapped", "in place"),
+    compiled=choice(*[None] * 8, "wrapped", "in place"),
     module=choice(*MODULES),
     batch=choice(*BATCHES),
     batch_fn=choice(True, True, False),
@@ -345,7 +345,7 @@ DRAWS = st.builds(
     num_sanity_val_steps=choice(0, 2),
     limit_val_batches=choice(None, None, 1, 2, 0),
     limit_train_batches=choice(None, None, 2),
-    logger=choice(None, None, "csv", "tensorboard"),
+    logger=choice(*[None] * 4, "csv", "csv", "tensorboard"),
     stopping=choice(None, "flatness", "early"),
     checkpoint=st.booleans(),
     data=choice("val", "train"),
@@ -553,7 +553,7 @@ def options(examples):
 @example(Draw(compiled="in place", net="dropout", module="gan", logger="tensorboard", second_callback=True))
 @example(Draw(data="train", limit_val_batches=0, module="manual", batch="dataclass", batch_fn=True))
 @example(Draw(stopping="flatness", checkpoint=True, plateau=True, precision="16-mixed", accumulate=4))
-@options(20)
+@options(16)
 @given(DRAWS)
 def test_random_trainers(draw):
     check_in_folder(draw)

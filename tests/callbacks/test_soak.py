@@ -1,6 +1,7 @@
 """A long run holds no more at its end than after fifty epochs."""
 
 import gc
+import mmap
 import os
 import sys
 import threading
@@ -80,7 +81,9 @@ class Leaking(Callback):
         if self.kind == "tensors":
             self.kept.append(torch.zeros(2))
         elif self.kind == "megabytes":
-            self.kept.append(bytearray(os.urandom(4_000_000)))
+            pages = mmap.mmap(-1, 4_000_000)  # never what has been freed before
+            pages.write(bytes(4_000_000))
+            self.kept.append(pages)
         elif self.kind == "files":
             self.kept.append(open(os.devnull))  # noqa: SIM115
         elif self.kind == "objects":
