@@ -553,14 +553,14 @@ def options(examples):
 @example(Draw(compiled="in place", net="dropout", module="gan", logger="tensorboard", second_callback=True))
 @example(Draw(data="train", limit_val_batches=0, module="manual", batch="dataclass", batch_fn=True))
 @example(Draw(stopping="flatness", checkpoint=True, plateau=True, precision="16-mixed", accumulate=4))
-@options(16)
+@options(5)
 @given(DRAWS)
 def test_random_trainers(draw):
     check_in_folder(draw)
 
 
 @pytest.mark.slow
-@options(150)
+@options(50)
 @given(DRAWS)
 def test_many_random_trainers(draw):
     check_in_folder(draw)
