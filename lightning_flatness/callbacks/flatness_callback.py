@@ -15,8 +15,8 @@ from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.faults import Faults
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
-from lightning_flatness.callbacks.stream import ValidationStream, flat_loaders, select
-from lightning_flatness.callbacks.subset import FixedSubset, first_batch, to_device, training_subset
+from lightning_flatness.callbacks.stream import ValidationStream, flat_loaders, loaders_in_turn, select
+from lightning_flatness.callbacks.subset import FixedSubset, first_batch, is_indexed, to_device, training_subset
 from lightning_flatness.capture import MEASURES, Options, measuring_device, num_rows
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import Measurement, split_batch
@@ -40,8 +40,7 @@ class FlatnessCallback(Callback):
     ``{prefix}/{layer}/relative_flatness``       with more than one layer
     ===========================================  ======================================================================
 
-    Training with it is bit-identical to training without it. (One exception: with ``data="train"`` and a
-    training loader without workers, a data set that keeps a random generator as its own attribute is advanced.)
+    Training with it is bit-identical to training without it.
 
     Args:
         layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
@@ -167,6 +166,7 @@ class FlatnessCallback(Callback):
         self._due = False
         self._measurement: Measurement | None = None
         self._batches_seen = 0
+        self._batches_expected: int | float = 1
         self._unrecorded = False
         self._accuracy_missing = False
 
@@ -238,7 +238,7 @@ class FlatnessCallback(Callback):
             assert self._subset is not None
             return next(self._subset.up_to(1.0), None)
         if self._certified is None and trainer.enable_validation:
-            return first_batch(flat_loaders(trainer.val_dataloaders), pl_module)
+            return first_batch(loaders_in_turn(trainer, trainer.val_dataloaders), pl_module)
         return None
 
     def _read_apart(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -282,7 +282,7 @@ class FlatnessCallback(Callback):
                 if self._certified is None and self.data == "val" and not self._faults:
                     self._certify(trainer, pl_module, batch)
             return
-        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx, trainer.num_val_batches)
+        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log; this early, every callback and scheduler that monitors sees it in the same epoch."""
@@ -306,7 +306,7 @@ class FlatnessCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """As in validation."""
-        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx, trainer.num_test_batches)
+        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in validation."""
@@ -343,10 +343,14 @@ class FlatnessCallback(Callback):
         if not self._due:
             return
         self._batches_seen = 0
+        in_turn = loaders_in_turn(trainer, loaders)
+        # How many batches a stream has, only its end tells.
+        known = in_turn and all(is_indexed(loader) for loader in in_turn)
+        self._batches_expected = sum(num_batches) if known else 1
         with self._faults.kept(trainer.world_size):
             if self.data == "val":
                 share = trainer.global_rank, trainer.world_size
-                self._stream = ValidationStream(loaders, num_batches, self.max_samples, *share)
+                self._stream = ValidationStream(in_turn, num_batches, self.max_samples, *share)
             else:
                 self._read_apart(trainer, pl_module)
             self._measurement = self._new_measurement(trainer, pl_module)
@@ -364,7 +368,6 @@ class FlatnessCallback(Callback):
         batch: Any,
         batch_idx: int,
         dataloader_idx: int,
-        num_batches: Sequence[int | float],
     ) -> None:
         # In batch_end, since weight averaging swaps the weights between epoch_start and epoch_end.
         if self._measurement is None or self._faults:
@@ -373,7 +376,7 @@ class FlatnessCallback(Callback):
         with self._faults.kept(trainer.world_size):
             if self.data != "val":
                 # In step with validation, so that its progress bar tells the truth.
-                self._measure_apart(trainer, pl_module, self._batches_seen / sum(num_batches))
+                self._measure_apart(trainer, pl_module, self._batches_seen / self._batches_expected)
                 return
             assert self._stream is not None
             inputs, targets = self._split(batch)

@@ -11,8 +11,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
+from lightning_flatness.callbacks.root import Trainer
 from lightning_flatness.callbacks.strata import choose, labels_of
-from lightning_flatness.callbacks.subset import is_map_style, sampler_of
+from lightning_flatness.callbacks.subset import is_indexed, sampler_of
 
 
 class ValidationStream:
@@ -23,7 +24,7 @@ class ValidationStream:
     epoch, so they are the same samples as long as the loader does not shuffle.
 
     Args:
-        loaders: one, or a list or dict of them.
+        loaders: those that are validated, in turn; none where that is not known.
         num_batches: how many batches of each are run.
         max_samples: size of the part that is measured, over all ranks; all by default.
         rank: of this process.
@@ -31,25 +32,23 @@ class ValidationStream:
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> stream = ValidationStream(DataLoader(TensorDataset(torch.arange(10.0)), batch_size=4), [3], max_samples=5)
+        >>> stream = ValidationStream([DataLoader(TensorDataset(torch.arange(10.0)), batch_size=4)], [3], max_samples=5)
         >>> sum(int(stream.mask(rows, index).sum()) for index, rows in enumerate([4, 4, 2]))
         5
     """
 
     def __init__(
         self,
-        loaders: Any,
+        loaders: Sequence[Any],
         num_batches: Sequence[int | float],
         max_samples: int | None = None,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        flat = flat_loaders(loaders)
-        if len(flat) != len(num_batches):  # combined in a way of the user's own
-            flat, num_batches = [], []
-        self._shards = [_Shard(loader, count, rank, num_ranks) for loader, count in zip(flat, num_batches, strict=True)]
+        pairs = list(zip(loaders, num_batches, strict=True)) if len(loaders) == len(num_batches) else []
+        self._shards = [_Shard(loader, count, rank, num_ranks) for loader, count in pairs]
         self._warned = False
-        self._chosen: list[Tensor | None] = [None] * len(flat)
+        self._chosen: list[Tensor | None] = [None] * len(pairs)
         self._left: int | None = None  # of a stream of unknown length the first samples are taken
         if max_samples is None:
             return
@@ -61,7 +60,9 @@ class ValidationStream:
         labels = [shard.labels() for shard in self._shards]
         with_labels = [part for part in labels if part is not None]
         whole = torch.zeros(sum(known), dtype=torch.bool)
-        whole[choose(len(whole), max_samples, torch.cat(with_labels) if len(with_labels) == len(flat) else None)] = True
+        whole[choose(len(whole), max_samples, torch.cat(with_labels) if len(with_labels) == len(labels) else None)] = (
+            True
+        )
         self._chosen = [shard.share(part) for shard, part in zip(self._shards, whole.split(known), strict=True)]
 
     def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -106,16 +107,15 @@ class _Shard:
         self._loader = loader
         self._batches = getattr(loader, "batch_sampler", None)  # None: every item of the data set is a batch
         self._batch_size: int = getattr(self._batches, "batch_size", None) or 1
-        self._sampler = sampler_of(loader)
-        sampler = self._sampler
+        self._sampler = sampler = sampler_of(loader)
         self._step, self._first = 1, 0
         self._rank, self._num_ranks = rank, num_ranks
-        self.length = len(loader.dataset) if is_map_style(getattr(loader, "dataset", None)) else 0
+        self.length = len(loader.dataset) if is_indexed(loader) else 0
         if isinstance(sampler, DistributedSampler):
             self._step, self._first = sampler.num_replicas, sampler.rank
             self._rank, self._num_ranks = 0, 1  # every position is of one rank only
             self.length = sampler.total_size if sampler.drop_last else len(sampler.dataset)  # type: ignore[arg-type]
-        elif hasattr(sampler, "__len__"):
+        elif self.length and hasattr(sampler, "__len__"):
             self.length = len(sampler)
         self.repeats = (
             isinstance(sampler, DistributedSampler) and not sampler.drop_last and self.length % self._step > 0
@@ -165,6 +165,13 @@ def select(inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tens
         return tensor[mask.to(tensor.device)] if tensor.ndim and len(tensor) == len(mask) else tensor
 
     return apply_to_collection(inputs, Tensor, take), None if targets is None else take(targets)
+
+
+def loaders_in_turn(trainer: Trainer, loaders: Any) -> list[Any]:
+    """The loaders whose batches come one after the other; none if Lightning combines them into batches of its own."""
+    # Lightning has no public name for this.
+    combined = getattr(getattr(trainer, "_evaluation_loop", None), "_combined_loader", None)
+    return flat_loaders(loaders) if getattr(combined, "_mode", "sequential") == "sequential" else []
 
 
 def flat_loaders(loaders: Any) -> list[Any]:

@@ -11,8 +11,17 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
+from lightning_flatness.callbacks.generators import generators_kept
 from lightning_flatness.callbacks.root import LightningModule, Trainer
 from lightning_flatness.callbacks.strata import choose, labels_of
 from lightning_flatness.capture import random_states_kept
@@ -27,7 +36,7 @@ class FixedSubset:
     A ``DataLoader`` over a data set with an index is read for its settings and never iterated. Samples pass the data
     set's own transforms and the loader's own ``collate_fn``; random transforms draw the same numbers in every epoch. If
     the loader has workers, the subset is read by one worker of its own, else in the main process with random states
-    kept. (A data set that keeps a random generator as its own attribute, and is read in the main process, is advanced.)
+    kept, those of the data set's own generators too.
     Any other iterable of batches is iterated as it is, with random states kept.
 
     Args:
@@ -51,8 +60,7 @@ class FixedSubset:
         self._batches: Iterator[Any] = iter(())
         self._given = 0
         self._share = slice(rank, None, num_ranks)
-        dataset: Any = getattr(loader, "dataset", None)
-        self._own = is_map_style(dataset)
+        self._own = is_indexed(loader)
         if not self._own:
             if max_samples is not None:
                 raise FlatnessError(
@@ -61,6 +69,7 @@ class FixedSubset:
                 )
             self._loader = loader
             return
+        dataset = loader.dataset
         # A sampler may leave samples out for good (SubsetRandomSampler): those are not of the data.
         sampler = sampler_of(loader)
         sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # in Lightning's DistributedSampler
@@ -96,7 +105,7 @@ def training_subset(loader: Any, max_samples: int | None, rank: int, num_ranks: 
     Raises:
         FlatnessError: several loaders, or a data set without an index.
     """
-    if not is_map_style(getattr(loader, "dataset", None)):
+    if not is_indexed(loader):
         raise FlatnessError(
             "FlatnessCallback(data='train') reads a fixed subset of the training data, so it needs one training "
             f"DataLoader over a data set with __getitem__ and __len__; the Trainer has a {described(loader)}. Use "
@@ -126,10 +135,17 @@ def sampler_of(loader: Any) -> Any:
     return getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
 
 
-def is_map_style(dataset: Any) -> bool:
-    """Whether a data set can be read at any index, without an iterator's state."""
+def is_indexed(loader: Any) -> bool:
+    """Whether it is a ``DataLoader`` over a data set that can be read at any index, without an iterator's state.
+
+    Example:
+        >>> is_indexed(DataLoader([1, 2])), is_indexed([1, 2])
+        (True, False)
+    """
+    dataset = getattr(loader, "dataset", None)
     has_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    return has_index and not isinstance(dataset, IterableDataset)
+    in_bulk = getattr(loader, "batch_sampler", None) is None and isinstance(sampler_of(loader), BatchSampler)
+    return isinstance(loader, DataLoader) and has_index and not isinstance(dataset, IterableDataset) and not in_bulk
 
 
 def own_loader(loader: Any, indices: list[int]) -> DataLoader[Any]:
@@ -154,13 +170,19 @@ def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[An
     loader.generator.manual_seed(0)
     iterator: Iterator[Any] | None = None
     for index in range(len(loader)):
-        with random_states_kept(model):
+        with random_states_kept(model), generators_kept(loader.dataset):
             torch.default_generator.manual_seed(index)
             random.seed(index)
             if "numpy" in sys.modules:
                 sys.modules["numpy"].random.seed(index)
-            iterator = iter(loader) if iterator is None else iterator
-            batch = next(iterator)
+            try:
+                iterator = iter(loader) if iterator is None else iterator
+                batch = next(iterator)
+            except Exception as error:
+                raise FlatnessError(
+                    f"FlatnessCallback reads {type(error).__name__}: {error} where it asks the data set for samples by "
+                    "their number. Use data='val', or data= with a loader or batches of your own."
+                ) from error
         yield batch
 
 
@@ -177,14 +199,20 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
-    """The first batch of the data set of the first loader, without touching that loader; None if there is none."""
+    """The first batch of the data set of the first loader, without touching that loader.
+
+    None where it cannot be told what that loader would read.
+    """
     loader = next(iter(loaders), None)
-    dataset = getattr(loader, "dataset", None)
-    if not is_map_style(dataset):
+    known = (SequentialSampler, RandomSampler, DistributedSampler)
+    if not is_indexed(loader) or type(sampler_of(loader)) not in known:
         return None
     size = getattr(loader, "batch_size", None) or 1
-    indices = list(range(min(size, len(cast(Any, dataset)))))
-    return next(repeatable_batches(own_loader(loader, indices), model), None)
+    indices = list(range(min(size, len(cast(Any, loader).dataset))))
+    try:
+        return next(repeatable_batches(own_loader(loader, indices), model), None)
+    except FlatnessError:
+        return None
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

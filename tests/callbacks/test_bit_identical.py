@@ -158,10 +158,7 @@ def end_without(tmp_path_factory):
 
 @pytest.mark.parametrize("data", ["val", "train"])
 @pytest.mark.parametrize("run", RUNS)
-def test_training_is_bit_identical(tmp_path, end_without, run, data, request):
-    if (run, data) == ("data set with a generator", "train"):
-        reason = "documented: a data set that keeps its own generator, read in the main process, is advanced"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_training_is_bit_identical(tmp_path, end_without, run, data):
     callback = lf.FlatnessCallback(data=data)
     assert_identical(end_of(run, tmp_path, callback), end_without(run))
     assert len(callback.history) >= 3
