@@ -1,5 +1,6 @@
 """Training runs with and without the callback, compiled and not, in two precisions."""
 
+import os
 from functools import partial
 from itertools import product
 
@@ -98,6 +99,9 @@ CALLBACKS = {
     "without": list,
     "val": lambda: [lf.FlatnessCallback(data="val", summary=False)],
     "train": lambda: [lf.FlatnessCallback(data="train", summary=False)],
+    "val and train": lambda: [
+        lf.FlatnessCallback(data=data, prefix=f"flatness/{data}", summary=False) for data in ("val", "train")
+    ],
     "draws one number": lambda: [DrawsOneNumber()],
     "touches gradients": lambda: [TouchesGradients()],
 }
@@ -122,25 +126,39 @@ def name_of(run, form, precision, with_):
     return f"{run}, {form}, {precision}, {with_}"
 
 
-# module.compile() takes the way of torch.compile(net) but for where it begins, so only one run has it
-COMBINATIONS = [
+ALL = [*product(RUNS, FORMS, PRECISIONS)]
+# To compile takes most of the time. By default, every run is compiled in one form for each precision.
+FORMS_BY_TURNS = {
     (run, form, precision)
-    for run, form, precision in product(RUNS, FORMS, PRECISIONS)
-    if form != "module.compile()" or run == "augmentation"
+    for index, run in enumerate(RUNS)
+    for turn, precision in enumerate(PRECISIONS)
+    for form in [list(FORMS)[1:][(index + turn) % 3]]
+}
+COMBINATIONS = [
+    combination
+    for combination in ALL
+    if "ALL_COMBINATIONS" in os.environ or combination[1] == "not compiled" or combination in FORMS_BY_TURNS
 ]
-CONTROLS = {"draws one number": "augmentation", "touches gradients": "accumulation"}
+
+
+def callbacks_of(form):
+    """Where to compile takes long, one run has both callbacks."""
+    return ("val", "train") if form == "not compiled" or "ALL_COMBINATIONS" in os.environ else ("val and train",)
+
+
+CONTROLS = [
+    ("augmentation", "not compiled", "32-true", "draws one number"),
+    ("accumulation", "not compiled", "32-true", "touches gradients"),
+    (*next(combination for combination in COMBINATIONS if combination[1] != "not compiled"), "draws one number"),
+]
 WITHOUT = [name_of(*combination, "without") for combination in COMBINATIONS]
-WITH = [name_of(*combination, data) for combination in COMBINATIONS for data in ("val", "train")]
-CONTROLLED = [
-    name_of(run, form, "32-true", with_)
-    for with_, run in CONTROLS.items()
-    for form in ("not compiled", "net.compile()")
-]
-INDUCTOR = [f"inductor, {with_}" for with_ in ("without", "val", "train")]
-for combination in COMBINATIONS:
+WITH = [name_of(*combination, with_) for combination in COMBINATIONS for with_ in callbacks_of(combination[1])]
+CONTROLLED = [name_of(*control) for control in CONTROLS]
+INDUCTOR = [f"inductor, {with_}" for with_ in ("without", "val and train")]
+for combination in ALL:
     for with_ in CALLBACKS:
         SCENARIOS[name_of(*combination, with_)] = partial(end_of, *combination, with_)
-for with_ in ("without", "val", "train"):
+for with_ in CALLBACKS:
     SCENARIOS[f"inductor, {with_}"] = partial(
         end_of, "augmentation", "torch.compile(net)", "32-true", with_, backend="inductor"
     )
