@@ -149,9 +149,9 @@ def callbacks_of(form):
 CONTROLS = [
     ("augmentation", "not compiled", "32-true", "draws one number"),
     ("accumulation", "not compiled", "32-true", "touches gradients"),
-    (*next(combination for combination in COMBINATIONS if combination[1] != "not compiled"), "draws one number"),
+    ("augmentation", "net.compile()", "32-true", "draws one number"),
 ]
-WITHOUT = [name_of(*combination, "without") for combination in COMBINATIONS]
+WITHOUT = [name_of(*combination, "without") for combination in {*COMBINATIONS, *(control[:3] for control in CONTROLS)}]
 WITH = [name_of(*combination, with_) for combination in COMBINATIONS for with_ in callbacks_of(combination[1])]
 CONTROLLED = [name_of(*control) for control in CONTROLS]
 INDUCTOR = [f"inductor, {with_}" for with_ in ("without", "val and train")]
