@@ -11,7 +11,7 @@ from tests.callbacks.lightning_modules import Classifier, TwoLayerNet, dataset, 
 
 
 def main(strategy, file):
-    module = Classifier(TwoLayerNet())
+    module = Classifier(TwoLayerNet()).double()  # spawned processes give their weights back into this one
     trainer = quiet_trainer(
         Path(file).parent,
         lf.FlatnessCallback(summary=False),

@@ -192,7 +192,9 @@ def stopping(sync_dist):
     return {
         "epoch": trainer.current_epoch,
         "stopped_epoch": callback.stopped_epoch,
-        "state": callback.state_dict(),
+        "state": {
+            key: value for key, value in callback.state_dict().items() if not isinstance(value, (str, type(None)))
+        },
     }
 
 
