@@ -127,17 +127,12 @@ def name_of(run, form, precision, with_):
 
 
 ALL = [*product(RUNS, FORMS, PRECISIONS)]
-# To compile takes most of the time. By default, every run is compiled in one form for each precision.
-FORMS_BY_TURNS = {
-    (run, form, precision)
-    for index, run in enumerate(RUNS)
-    for turn, precision in enumerate(PRECISIONS)
-    for form in [list(FORMS)[1:][(index + turn) % 3]]
-}
+# To compile takes most of the time. By default, every run is compiled in one form and precision.
+BY_TURNS = {(run, list(FORMS)[1 + index % 3], PRECISIONS[index % 2]) for index, run in enumerate(RUNS)}
 COMBINATIONS = [
     combination
     for combination in ALL
-    if "ALL_COMBINATIONS" in os.environ or combination[1] == "not compiled" or combination in FORMS_BY_TURNS
+    if "ALL_COMBINATIONS" in os.environ or combination[1] == "not compiled" or combination in BY_TURNS
 ]
 
 
