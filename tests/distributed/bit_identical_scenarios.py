@@ -146,7 +146,10 @@ CONTROLS = [
     ("accumulation", "not compiled", "32-true", "touches gradients"),
     ("augmentation", "net.compile()", "32-true", "draws one number"),
 ]
-WITHOUT = [name_of(*combination, "without") for combination in {*COMBINATIONS, *(control[:3] for control in CONTROLS)}]
+WITHOUT = [
+    name_of(*combination, "without")
+    for combination in dict.fromkeys([*COMBINATIONS, *(control[:3] for control in CONTROLS)])
+]
 WITH = [name_of(*combination, with_) for combination in COMBINATIONS for with_ in callbacks_of(combination[1])]
 CONTROLLED = [name_of(*control) for control in CONTROLS]
 INDUCTOR = [f"inductor, {with_}" for with_ in ("without", "val and train")]

@@ -7,6 +7,8 @@ import torch
 
 from tests.distributed.ranks import returned, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def test_outcomes_of_ranks_are_not_disturbed_by_an_error_before(tmp_path):
     outcomes = run_on_ranks("fails_on_rank_1", "sum_of_ranks", folder=tmp_path)
