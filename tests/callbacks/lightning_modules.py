@@ -140,6 +140,5 @@ def quiet_trainer(folder, *callbacks, **options):
         defaults |= {"enable_progress_bar": False, "enable_model_summary": False}
     else:
         defaults = {"max_epochs": 2}
-    return L.Trainer(
-        default_root_dir=folder, accelerator="cpu", devices=1, callbacks=list(callbacks), **(defaults | options)
-    )
+    defaults["devices"] = 1
+    return L.Trainer(default_root_dir=folder, accelerator="cpu", callbacks=list(callbacks), **(defaults | options))

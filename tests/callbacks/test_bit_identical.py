@@ -5,79 +5,24 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader, Dataset
 
 import lightning_flatness as lf
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
-
-
-class Augmented(Dataset):
-    """Draws from the global generators of torch, numpy and Python."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        x, y = self.data[index]
-        x = x.flip(-1) if random.random() < 0.5 else x
-        x = x.roll(int(np.random.randint(8)), -2)  # noqa: NPY002
-        return x + 0.1 * torch.randn_like(x), y
-
-
-class WithOwnGenerator(Dataset):
-    """Draws from a generator of its own, as is usual with numpy."""
-
-    def __init__(self, data):
-        self.data, self.generator = data, np.random.default_rng(0)
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        x, y = self.data[index]
-        return x + float(self.generator.normal()), y
-
-
-class WithFrozenNorm(Classifier):
-    def train(self, mode=True):
-        super().train(mode)
-        self.net.norm1.eval()
-        return self
-
-
-class WithoutDropout(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.net.dropout = torch.nn.Identity()
-
-
-def augmented(workers_in_train=0, workers_in_val=0):
-    def loader(data, workers, **options):
-        data = Augmented(data)
-        return DataLoader(data, 8, num_workers=workers, persistent_workers=workers > 0, **options)
-
-    return loader(dataset(32), workers_in_train, shuffle=True), loader(dataset(22, seed=1), workers_in_val)
-
-
-def with_one_generator():
-    """Shuffling in training and in validation draws from one generator of the user's."""
-    generator = torch.Generator().manual_seed(7)
-    return [DataLoader(dataset(32, seed), 8, shuffle=True, generator=generator) for seed in (0, 1)]
-
-
-def with_own_generators():
-    return [DataLoader(WithOwnGenerator(dataset(32, seed)), 8) for seed in (0, 1)]
-
-
-def unshuffled():
-    return [DataLoader(dataset(32, seed), 8) for seed in (0, 1)]
-
+from tests.callbacks.training_runs import (
+    HAS_WEIGHT_AVERAGING,
+    WithFrozenNorm,
+    WithoutDropout,
+    augmented,
+    averaged_weights,
+    differences,
+    end_of_training,
+    seed_everything,
+    unshuffled,
+    with_one_generator,
+    with_own_generators,
+)
 
 # name: module, loaders, options of the Trainer
 RUNS = {
@@ -103,43 +48,24 @@ WITH_FIGURES = ("dropout and shuffling", "validation in the epoch")
 def others(run):
     if run != "averaged weights":
         return []
-    if not hasattr(lightning_callbacks, "WeightAveraging"):
+    if not HAS_WEIGHT_AVERAGING:
         pytest.skip("this Lightning has no WeightAveraging")
-    return [lightning_callbacks.WeightAveraging(avg_fn=lambda average, new, n: 0.9 * average + 0.1 * new)]
+    return [averaged_weights()]
 
 
 def end_of(run, folder, *callbacks):
     """Everything that training leaves behind, by name."""
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)  # noqa: NPY002
+    seed_everything()
     module_class, data, options = RUNS[run]
     module = module_class()
     logger = TensorBoardLogger(folder) if run in WITH_FIGURES else False
     trainer = quiet_trainer(folder, *callbacks, *others(run), max_epochs=3, logger=logger, **options)
     trainer.fit(module, *data())
-    moments = {
-        f"optimizer.{index}.{key}": value
-        for index, moments in trainer.optimizers[0].state_dict()["state"].items()
-        for key, value in moments.items()
-    }
-    assert moments
-    return {
-        **module.state_dict(),
-        **moments,
-        "training flags": [part.training for part in module.modules()],
-        "training steps": module.training_steps,
-        "torch": torch.get_rng_state(),
-        "numpy": torch.tensor(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002
-        "python": random.getstate(),
-    }
+    return end_of_training(trainer, module)
 
 
 def assert_identical(one, other):
-    assert one.keys() == other.keys()
-    different = [
-        key
-        for key, value in one.items()
-        if not (torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key])
-    ]
+    different = differences(one, other)
     assert not different, f"different: {different}"
 
 
