@@ -59,10 +59,9 @@ class ValidationStream:
             return
         labels = [shard.labels() for shard in self._shards]
         with_labels = [part for part in labels if part is not None]
+        known_labels = torch.cat(with_labels) if len(with_labels) == len(labels) else None
         whole = torch.zeros(sum(known), dtype=torch.bool)
-        whole[choose(len(whole), max_samples, torch.cat(with_labels) if len(with_labels) == len(labels) else None)] = (
-            True
-        )
+        whole[choose(len(whole), max_samples, known_labels)] = True
         self._chosen = [shard.share(part) for shard, part in zip(self._shards, whole.split(known), strict=True)]
 
     def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:

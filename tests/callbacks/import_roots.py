@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-how, folder = sys.argv[1], Path(sys.argv[2])
-if how == "first":
-    import lightning_flatness as lf
+if sys.argv[1:2] == ["first"]:
+    import lightning_flatness  # noqa: F401
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
@@ -44,37 +43,42 @@ class WithoutForward(Classifier):
     forward = pl.LightningModule.forward
 
 
-if how == "cli":
-    from pytorch_lightning.cli import LightningCLI
+def main(how, folder):
+    if how == "cli":
+        from pytorch_lightning.cli import LightningCLI
 
-    cli = LightningCLI(Classifier, args=["fit", "--config", str(folder / "config.yaml")], save_config_callback=None)
-    trainer, callbacks = cli.trainer, cli.trainer.callbacks
-    import lightning_flatness as lf
-else:
-    import lightning_flatness as lf
+        cli = LightningCLI(Classifier, args=["fit", "--config", str(folder / "config.yaml")], save_config_callback=None)
+        trainer, callbacks = cli.trainer, cli.trainer.callbacks
+        import lightning_flatness as lf
+    else:
+        import lightning_flatness as lf
 
-    callbacks = [
-        lf.FlatnessCallback(),
-        lf.FlatnessStopping(burn_in=0),
-        ModelCheckpoint(folder, monitor="flatness/relative_flatness", filename="best"),
-        EarlyStopping("flatness/hessian_trace", patience=9),
-    ]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        callbacks=callbacks,
-        logger=TensorBoardLogger(folder),
-        enable_progress_bar=False,
-    )
-    trainer.fit(Classifier())
-    try:
-        pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[lf.FlatnessCallback()], logger=False).fit(
-            WithoutForward()
+        callbacks = [
+            lf.FlatnessCallback(),
+            lf.FlatnessStopping(burn_in=0),
+            ModelCheckpoint(folder, monitor="flatness/relative_flatness", filename="best"),
+            EarlyStopping("flatness/hessian_trace", patience=9),
+        ]
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            callbacks=callbacks,
+            logger=TensorBoardLogger(folder),
+            enable_progress_bar=False,
         )
-    except lf.FlatnessError as error:
-        print(error)
+        trainer.fit(Classifier())
+        try:
+            pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[lf.FlatnessCallback()], logger=False).fit(
+                WithoutForward()
+            )
+        except lf.FlatnessError as error:
+            print(error)
 
-(callback,) = [callback for callback in callbacks if isinstance(callback, lf.FlatnessCallback)]
-assert [record["epoch"] for record in callback.history] == [0, 1]
-assert float(trainer.callback_metrics["flatness/hessian_trace"]) == callback.report.hessian_trace
-print("root:", type(callback).__mro__[1].__module__)
+    (callback,) = [callback for callback in callbacks if isinstance(callback, lf.FlatnessCallback)]
+    assert [record["epoch"] for record in callback.history] == [0, 1]
+    assert float(trainer.callback_metrics["flatness/hessian_trace"]) == callback.report.hessian_trace
+    print("root:", type(callback).__mro__[1].__module__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
