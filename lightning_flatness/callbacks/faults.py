@@ -34,6 +34,7 @@ class Faults:
     def __init__(self, on_error: Literal["raise", "warn"]) -> None:
         self._on_error = on_error
         self._message: str | None = None
+        self._warned: str | None = None
 
     def __bool__(self) -> bool:
         """Whether an error is kept."""
@@ -71,10 +72,15 @@ class Faults:
         self.clear()
         failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
         if not failed:
+            self._warned = None
             return True
         rank, message = failed[0]
         on_rank = f" on rank {rank}" if len(messages) > 1 else ""
         if self._on_error == "raise":
             raise FlatnessError(f"FlatnessCallback failed at {where}{on_rank}: {message}")
-        rank_zero_warn(f"FlatnessCallback(on_error='warn') has no flatness for {where}; it failed{on_rank}: {message}")
+        if message != self._warned:  # once for a failure that lasts
+            rank_zero_warn(
+                f"FlatnessCallback(on_error='warn') has no flatness for {where}; it failed{on_rank}: {message}"
+            )
+        self._warned = message
         return False

@@ -1,0 +1,225 @@
+"""What is measured can be given: a loader or batches of one's own, and a network within the module."""
+
+import pickle
+from collections import namedtuple
+from dataclasses import dataclass
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import lightning_flatness as lf
+from lightning_flatness.metrics import split_batch
+from tests.callbacks.compare import assert_same, end_of
+from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
+from tests.callbacks.test_tensorboard import charts, events
+
+GIVEN = dataset(19, seed=5)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        torch.rand(1)
+        return iter([GIVEN[index] for index in range(len(GIVEN))])
+
+
+SOURCES = {
+    "loader": lambda: DataLoader(GIVEN, 4, shuffle=True),
+    "loader with a worker": lambda: DataLoader(GIVEN, 4, num_workers=1),
+    "list of batches": lambda: [(x, y) for x, y in DataLoader(GIVEN, 4)],
+    "stream": lambda: DataLoader(Stream(), 4),
+}
+
+
+def fit(folder, module, *callbacks, data=None, **options):
+    trainer = quiet_trainer(folder, *callbacks, max_epochs=2, **options)
+    trainer.fit(module, *(data or loaders()))
+    return trainer
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_given_data_is_measured_without_a_trace(tmp_path, source):
+    torch.manual_seed(0)
+    bare = Classifier()
+    end = end_of(fit(tmp_path, bare), bare)
+    callback = lf.FlatnessCallback(data=SOURCES[source](), prefix="given", summary=False)
+    torch.manual_seed(0)
+    module = Classifier()
+    trainer = fit(tmp_path, module, callback)
+    assert_same(end_of(trainer, module), end)
+    wanted = lf.measure_flatness(module.net, DataLoader(GIVEN, 4)).relative_flatness
+    assert callback.report.num_samples == len(GIVEN)
+    assert float(trainer.callback_metrics["given/relative_flatness"]) == pytest.approx(wanted, rel=1e-5)
+    assert len(callback.history) == 2
+
+
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_given_data_is_measured_in_validation_and_tests_alone(tmp_path, run):
+    callback = lf.FlatnessCallback(data=SOURCES["loader"]())
+    getattr(quiet_trainer(tmp_path, callback), run)(Classifier(), loaders()[1], verbose=False)
+    assert callback.report.num_samples == len(GIVEN)
+
+
+def test_given_data_without_validation(tmp_path):
+    callback = lf.FlatnessCallback(data=SOURCES["list of batches"]())
+    fit(tmp_path, WithoutValidation(), callback, data=loaders()[:1])
+    assert [record["epoch"] for record in callback.history] == [0, 1]
+
+
+def test_a_part_of_given_data(tmp_path):
+    callback = lf.FlatnessCallback(data=SOURCES["loader"](), max_samples=6)
+    fit(tmp_path, Classifier(), callback)
+    assert callback.report.num_samples == 6
+    with pytest.raises(lf.FlatnessError, match=r"max_samples=...\) needs a DataLoader.*data= is a list"):
+        fit(tmp_path, Classifier(), lf.FlatnessCallback(data=SOURCES["list of batches"](), max_samples=6))
+
+
+def test_bad_given_data_is_refused_before_training(tmp_path):
+    module = Classifier()
+    with pytest.raises(lf.BatchError, match="A batch is a str"):
+        fit(tmp_path, module, lf.FlatnessCallback(data=["a", "b"]))
+    assert module.training_steps == 0
+
+
+def test_validation_and_training_data_are_in_one_chart(tmp_path):
+    callbacks = [lf.FlatnessCallback(summary=False), lf.FlatnessCallback(data="train", prefix="train", summary=False)]
+    fit(tmp_path, Classifier(), *callbacks, logger=TensorBoardLogger(tmp_path, name=""))
+    shown = charts(events(tmp_path))
+    assert ["^val_acc$", "^flatness/log10_relative_flatness$", "^train/log10_relative_flatness$"] in shown.values()
+    assert callbacks[0].report.num_samples == 22
+    assert callbacks[1].report.num_samples == 32
+
+
+# ---------------------------------------------------------------------------------------------------------- the network
+
+
+def net_of(module):
+    return module.net
+
+
+@pytest.mark.parametrize("model", ["net", net_of], ids=["name", "function"])
+def test_network_within_the_module(tmp_path, model):
+    callback = lf.FlatnessCallback(model=model)
+    fit(tmp_path, Classifier(), callback)
+    assert list(callback.report.layers) == ["conv2"]
+    pickle.dumps(callback)
+
+
+def test_function_that_returns_no_network(tmp_path):
+    module = Classifier()
+    with pytest.raises(lf.FlatnessError, match="returned a float; there are: 'net'"):
+        fit(tmp_path, module, lf.FlatnessCallback(model=lambda module: module.lr))
+    assert module.training_steps == 0
+
+
+class Adversaries(L.LightningModule):
+    """Two networks, optimised by hand, and no forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.discriminator = torch.nn.Linear(4, 64), Net()
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        fake = self.generator(torch.randn(len(batch[0]), 4)).view(-1, 1, 8, 8)
+        for optimizer, images, sign in ((first, fake, -1), (second, batch[0], 1)):
+            optimizer.zero_grad()
+            self.manual_backward(sign * self.discriminator(images).logsumexp(1).mean())
+            optimizer.step()
+
+    def validation_step(self, batch, batch_idx):
+        self.discriminator(batch[0])
+        self.discriminator(batch[0].flip(-1))
+        self.log("val_acc", 0.5)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.generator, self.discriminator)]
+
+
+def test_one_network_of_several(tmp_path):
+    torch.manual_seed(0)
+    bare = Adversaries()
+    end = end_of(fit(tmp_path, bare), bare)
+    torch.manual_seed(0)
+    module, callback = Adversaries(), lf.FlatnessCallback(model="discriminator", layers="all", summary=False)
+    assert_same(end_of(fit(tmp_path, module, callback), module), end)
+    wanted = lf.measure_flatness(module.discriminator, loaders()[1], layers="all")
+    assert callback.report.hessian_trace == pytest.approx(wanted.hessian_trace, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Sample:
+    image: Tensor
+    label: Tensor
+    index: int = 0
+
+
+Named = namedtuple("Named", ["pixel_values", "labels", "weight"])
+X, Y = torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (X, Y),
+        [X, Y],
+        {"image": X, "label": Y},
+        {"Image": X, "targets": Y, "path": ["a", "b", "c"], "index": torch.arange(3)},
+        Sample(X, Y),
+        Named(X, Y, torch.ones(3)),
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_batches_of_which_the_parts_are_known(batch):
+    inputs, targets = split_batch(batch)
+    assert inputs is X
+    assert targets is Y
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"image": X, "label": Y, "mask": X},
+        {"image": X, "x": X, "label": Y},
+        {"image": X, "label": Y, "targets": Y},
+        {"image": X},
+        {"image": X, "label": [0, 1, 2]},
+        Named(X, None, None),
+    ],
+    ids=["mask", "two inputs", "two targets", "no targets", "targets in a list", "nothing named so"],
+)
+def test_batches_that_say_too_little_or_too_much(batch):
+    with pytest.raises(lf.BatchError, match="expected.*batch_fn="):
+        split_batch(batch)
+
+
+class Samples(Dataset):
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, index):
+        x, y = dataset(22, 1)[index]
+        return {"image": x, "label": y, "name": str(index)}
+
+
+@pytest.mark.parametrize("options", [{}, {"data": "train"}, {"max_samples": 9}], ids=str)
+def test_batches_with_names_in_a_run(tmp_path, options):
+    class OfNames(Classifier):
+        def split(self, batch):
+            return batch["image"], batch["label"]
+
+    module, loader = OfNames(), DataLoader(Samples(), 8)
+    callback = lf.FlatnessCallback(**options)
+    fit(tmp_path, module, callback, data=(loader, loader))
+    if "max_samples" not in options:
+        wanted = lf.measure_flatness(module.net, loaders()[1])
+        assert_close(callback.report.layers["net.conv2"].block_traces, wanted.layers["conv2"].block_traces)
+    assert callback.report.num_samples == options.get("max_samples", 22)

@@ -1,0 +1,185 @@
+"""Measurements that fail: an error, or a warning and training that goes on as if the callback were not there."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_flatness as lf
+from lightning_flatness.callbacks.faults import Faults
+from tests.callbacks.compare import assert_same, end_of
+from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders, quiet_trainer
+
+
+class FailingWhenMeasured(nn.Module):
+    """Validation succeeds; the callback's own forward, the only one with gradients in evaluation mode, fails."""
+
+    def __init__(self, net, epochs, error):
+        super().__init__()
+        self.net, self.epochs, self.error, self.epoch = net, epochs, error, 0
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and not self.training and self.epoch in self.epochs:
+            raise self.error
+        return self.net(x)
+
+
+class Module(Classifier):
+    def __init__(self, epochs=(), error=None):
+        super().__init__()
+        self.net = FailingWhenMeasured(self.net, epochs, error or RuntimeError("something of the model's own"))
+
+    def training_step(self, batch, batch_idx):
+        self.net.epoch = self.current_epoch
+        return super().training_step(batch, batch_idx)
+
+
+def fit(folder, module, *callbacks, data=None, **options):
+    trainer = quiet_trainer(folder, *callbacks, max_epochs=4, num_sanity_val_steps=0, **options)
+    trainer.fit(module, *(data or loaders()))
+    return trainer
+
+
+def warned(caught):
+    return [str(warning.message) for warning in caught if "FlatnessCallback" in str(warning.message)]
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_training_goes_on_with_a_warning(tmp_path, data):
+    torch.manual_seed(0)
+    bare = Module()
+    end = end_of(fit(tmp_path, bare), bare)
+    torch.manual_seed(0)
+    module, callback = Module({1, 2}), lf.FlatnessCallback(data=data, on_error="warn", summary=False)
+    with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
+        trainer = fit(tmp_path, module, callback)
+    assert_same(end_of(trainer, module), end)
+    assert [record["epoch"] for record in callback.history] == [0, 3]
+    (message,) = warned(caught)  # once, as the same happens in epoch 2
+    assert "no flatness for epoch 1; it failed: RuntimeError: something of the model's own" in message
+    assert "\n" not in message
+
+
+def test_a_failure_after_a_success_is_told_again(tmp_path):
+    with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
+        fit(tmp_path, Module({1, 3}), lf.FlatnessCallback(on_error="warn", summary=False))
+    assert ["epoch 1" in warned(caught)[0], "epoch 3" in warned(caught)[1]] == [True, True]
+
+
+def test_nothing_is_logged_for_a_measurement_that_failed(tmp_path):
+    class Logged(Module):
+        def on_validation_epoch_end(self):
+            seen.append("flatness/hessian_trace" in self.trainer.callback_metrics)
+
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, Logged({0, 1}), lf.FlatnessCallback(on_error="warn"))
+    assert seen == [False, False, True, True]
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_what_cannot_be_measured_at_all_does_not_stop_training(tmp_path, data):
+    module = WithoutForward()
+    with pytest.warns(UserWarning, match="no flatness for the start of training.*WithoutForward has no forward"):
+        fit(tmp_path, module, lf.FlatnessCallback(on_error="warn", data=data))
+    assert module.training_steps == 16
+
+
+def test_a_batch_with_nan(tmp_path):
+    """The logits of one batch are not finite, in one epoch."""
+
+    class OneNaN(Classifier):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if (self.current_epoch, batch_idx) == (1, 1):
+                batch[0][0] = torch.nan
+
+    callback = lf.FlatnessCallback(on_error="warn")
+    with pytest.warns(UserWarning, match="no flatness for epoch 1; it failed: The logits contain NaN") as caught:
+        fit(tmp_path, OneNaN(), callback, data=(loaders()[0], DataLoader([(x.clone(), y) for x, y in dataset(22)], 8)))
+    assert len(warned(caught)) == 1
+    with pytest.raises(lf.BatchError, match="The logits contain NaN"):
+        fit(tmp_path, OneNaN(), lf.FlatnessCallback())
+
+
+def test_errors_are_raised_as_they_are(tmp_path):
+    error = RuntimeError("something of the model's own")
+    with pytest.raises(RuntimeError) as caught:
+        fit(tmp_path, Module({1}, error), lf.FlatnessCallback())
+    assert caught.value is error
+
+
+def test_ctrl_c_is_no_error_of_the_measurement(tmp_path):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, Module({1}, KeyboardInterrupt()), lf.FlatnessCallback(on_error="warn"))
+
+
+def test_monitors_keep_the_last_value(tmp_path):
+    """As with every_n_epochs: what is monitored was logged once, and stays."""
+    checkpoint = ModelCheckpoint(tmp_path, monitor="flatness/relative_flatness", save_top_k=1)
+    with pytest.warns(UserWarning, match="no flatness for epoch 1"):
+        fit(tmp_path, Module({1}), lf.FlatnessCallback(on_error="warn"), checkpoint)
+    assert checkpoint.best_model_score is not None
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_an_error_is_not_kept_for_the_next_run(tmp_path, on_error):
+    callback = lf.FlatnessCallback(on_error=on_error, summary=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if on_error == "raise":
+            with pytest.raises(RuntimeError):
+                fit(tmp_path, Module({0}), callback)
+        else:
+            fit(tmp_path, Module({3}), callback)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FlatnessCallback")
+        fit(tmp_path, Module(), callback)
+    assert len(callback.history) == 4
+
+
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_validation_and_tests_alone(tmp_path, run):
+    trainer = quiet_trainer(tmp_path, lf.FlatnessCallback(on_error="warn"))
+    with pytest.warns(UserWarning, match="no flatness for epoch 0"):
+        getattr(trainer, run)(Module({0}), loaders()[1], verbose=False)
+
+
+# ----------------------------------------------------------------------------------------------------- on several ranks
+
+
+def test_alone_errors_are_raised_at_once():
+    with pytest.raises(ValueError, match="as it is"), Faults("raise").kept(num_ranks=1):
+        raise ValueError("as it is")
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
+    faults = Faults(on_error)
+    for message in ("the first", "the second"):
+        with faults.kept(num_ranks=2):
+            raise ValueError(message)
+    assert faults
+    monkeypatch.setattr("lightning_flatness.callbacks.faults.gather", lambda own: [None, own])
+    if on_error == "raise":
+        with pytest.raises(lf.FlatnessError, match="failed at epoch 3 on rank 1: ValueError: the first"):
+            faults.settled("epoch 3")
+    else:
+        with pytest.warns(UserWarning, match="no flatness for epoch 3; it failed on rank 1: ValueError: the first"):
+            assert not faults.settled("epoch 3")
+    assert not faults
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_an_error_of_another_rank_counts(monkeypatch, on_error):
+    monkeypatch.setattr("lightning_flatness.callbacks.faults.gather", lambda own: [own, "no memory"])
+    if on_error == "raise":
+        with pytest.raises(lf.FlatnessError, match="on rank 1: no memory"):
+            Faults(on_error).settled("epoch 3")
+    else:
+        with pytest.warns(UserWarning, match="on rank 1: no memory"):
+            assert not Faults(on_error).settled("epoch 3")
