@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.faults import Faults
+from lightning_flatness.callbacks.logged import log, values_of, with_logarithm
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
-from lightning_flatness.callbacks.stream import ValidationStream, flat_loaders, loaders_in_turn, select
-from lightning_flatness.callbacks.subset import FixedSubset, first_batch, is_indexed, to_device, training_subset
-from lightning_flatness.capture import MEASURES, Options, measuring_device, num_rows
+from lightning_flatness.callbacks.source import ReadApart, Samples, Validated
+from lightning_flatness.callbacks.stream import flat_loaders
+from lightning_flatness.capture import MEASURES, Options
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.metrics import Measurement, split_batch
+from lightning_flatness.metrics import Measurement
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 
 # What a record of the history says beside the measures.
@@ -161,12 +160,12 @@ class FlatnessCallback(Callback):
         self._chart_laid_out = False
         self.num_measurements = 0
         self._faults = Faults(on_error)
-        self._subset: FixedSubset | None = None
-        self._stream: ValidationStream | None = None
+        self._of_validation = isinstance(data, str) and data == "val"
+        self._source: Validated | ReadApart = (
+            Validated(batch_fn, max_samples) if self._of_validation else ReadApart(batch_fn, max_samples, data)
+        )
         self._due = False
         self._measurement: Measurement | None = None
-        self._batches_seen = 0
-        self._batches_expected: int | float = 1
         self._unrecorded = False
         self._accuracy_missing = False
 
@@ -197,7 +196,8 @@ class FlatnessCallback(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        self._subset = self._stream = self._measurement = None
+        self._source.let_go()
+        self._measurement = None
         self._due = False
         self._faults.clear()
 
@@ -215,49 +215,29 @@ class FlatnessCallback(Callback):
         self._let_go()
         with self._faults.kept(trainer.world_size):
             find_network(pl_module, self.model)
-        if self.data == "val" and not trainer.enable_validation:
+        if self._of_validation and not trainer.enable_validation:
             self._warn_no_validation()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Certify on one batch, unless the sanity check has, and print the summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
-        if self.data == "val" and has_loaders and not sum(trainer.num_val_batches):
+        if self._of_validation and has_loaders and not sum(trainer.num_val_batches):
             self._warn_no_validation()
         with self._faults.kept(trainer.world_size):
-            batch = self._batch_to_certify(trainer, pl_module)
-            if batch is not None and not self._faults:
-                self._certify(trainer, pl_module, to_device(trainer, pl_module, batch))
+            samples = None if self._certified else self._source.preview(trainer, pl_module)
+            if samples is not None and not self._faults:
+                self._certify(trainer, pl_module, samples)
         well = self._faults.settled("the start of training")
         if well and self.summary and self._certified and trainer.is_global_zero:
             Console().print(summary_table(self._certified, self._left_out))
-
-    def _batch_to_certify(self, trainer: Trainer, pl_module: LightningModule) -> Any | None:
-        """None if there is nothing to do any more, or where Lightning has not set up validation yet."""
-        if self.data != "val":
-            self._read_apart(trainer, pl_module)
-            assert self._subset is not None
-            return next(self._subset.up_to(1.0), None)
-        if self._certified is None and trainer.enable_validation:
-            return first_batch(loaders_in_turn(trainer, trainer.val_dataloaders), pl_module)
-        return None
-
-    def _read_apart(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to read what is measured through a loader of our own."""
-        if self._subset is None:
-            share = trainer.global_rank, trainer.world_size
-            if self.data == "train":
-                self._subset = training_subset(trainer.train_dataloader, self.max_samples, *share)
-            else:
-                self._subset = FixedSubset(self.data, self.max_samples, *share)
-        self._subset.restart(pl_module)
 
     def _new_measurement(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
         seed = self._options["seed"] + 1000 * trainer.global_rank  # probes of ranks are independent
         return Measurement(find_network(pl_module, self.model), **(self._options | {"seed": seed}))
 
-    def _certify(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _certify(self, trainer: Trainer, pl_module: LightningModule, samples: Samples) -> None:
         measurement = self._new_measurement(trainer, pl_module)
-        measurement.update(*self._split(batch))
+        measurement.update(*samples)
         self._certified = dict(measurement.layers)
         self._left_out = dict(measurement.left_out)
 
@@ -279,8 +259,8 @@ class FlatnessCallback(Callback):
         """Measure the batch that was validated, or the next part of the training subset."""
         if trainer.sanity_checking:
             with self._faults.kept(trainer.world_size):
-                if self._certified is None and self.data == "val" and not self._faults:
-                    self._certify(trainer, pl_module, batch)
+                if self._certified is None and isinstance(self._source, Validated) and not self._faults:
+                    self._certify(trainer, pl_module, self._source.of(batch))
             return
         self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
@@ -314,7 +294,7 @@ class FlatnessCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without validation, measure here what is read apart."""
-        if self.data != "val" and not trainer.enable_validation:
+        if not self._of_validation and not trainer.enable_validation:
             self._begin(trainer, pl_module, None, [])
             self._finish(trainer, pl_module)
             if self._unrecorded:
@@ -337,22 +317,13 @@ class FlatnessCallback(Callback):
     ) -> None:
         self._measurement = None
         self._due = not trainer.sanity_checking and self._is_due(trainer)
-        if self._due and self.data == "train" and trainer.state.fn != "fit":
+        if self._due and self._data_name == "train" and trainer.state.fn != "fit":
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             self._due = False
         if not self._due:
             return
-        self._batches_seen = 0
-        in_turn = loaders_in_turn(trainer, loaders)
-        # How many batches a stream has, only its end tells.
-        known = in_turn and all(is_indexed(loader) for loader in in_turn)
-        self._batches_expected = sum(num_batches) if known else 1
         with self._faults.kept(trainer.world_size):
-            if self.data == "val":
-                share = trainer.global_rank, trainer.world_size
-                self._stream = ValidationStream(in_turn, num_batches, self.max_samples, *share)
-            else:
-                self._read_apart(trainer, pl_module)
+            self._source.begin(trainer, pl_module, loaders, num_batches)
             self._measurement = self._new_measurement(trainer, pl_module)
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -372,35 +343,20 @@ class FlatnessCallback(Callback):
         # In batch_end, since weight averaging swaps the weights between epoch_start and epoch_end.
         if self._measurement is None or self._faults:
             return
-        self._batches_seen += 1
         with self._faults.kept(trainer.world_size):
-            if self.data != "val":
-                # In step with validation, so that its progress bar tells the truth.
-                self._measure_apart(trainer, pl_module, self._batches_seen / self._batches_expected)
-                return
-            assert self._stream is not None
-            inputs, targets = self._split(batch)
-            mask = self._stream.mask(num_rows(inputs, targets), batch_idx, dataloader_idx)
-            if not mask.all():
-                inputs, targets = select(inputs, targets, mask)
-            if mask.any():
-                self._measurement.update(inputs, targets)
-
-    def _measure_apart(self, trainer: Trainer, pl_module: LightningModule, part: float) -> None:
-        assert self._subset is not None
-        assert self._measurement is not None
-        for batch in self._subset.up_to(part):
-            self._measurement.update(*self._split(to_device(trainer, pl_module, batch)))
+            for samples in self._source.parts(trainer, pl_module, batch, batch_idx, dataloader_idx):
+                self._measurement.update(*samples)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._due:
             self._log_again(trainer, pl_module)
             return
         self._due = False
-        if self.data != "val" and self._measurement is not None and not self._faults:
-            with self._faults.kept(trainer.world_size):  # what is left: of a rank that has no batches, all
-                self._measure_apart(trainer, pl_module, 1.0)
-        measurement, self._measurement, self._stream = self._measurement, None, None
+        measurement, self._measurement = self._measurement, None
+        if measurement is not None and not self._faults:
+            with self._faults.kept(trainer.world_size):
+                for samples in self._source.rest(trainer, pl_module):
+                    measurement.update(*samples)
         where = f"epoch {trainer.current_epoch}"
         if not self._faults.settled(where):
             return
@@ -411,46 +367,19 @@ class FlatnessCallback(Callback):
             return
         self.num_measurements += 1
         self._unrecorded = trainer.state.fn == "fit"
-        self._log(pl_module, self._values(self.report))
+        values = values_of(self.report, self._measures)
+        log(pl_module, self.prefix, with_logarithm(values, self._measures[-1]))
 
     def _log_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a resume where nothing is due, let monitors find the last values, as they would without the stop."""
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if fitting and self.history and f"{self.prefix}/{self._measures[-1]}" not in trainer.callback_metrics:
             last = {key: value for key, value in self.history[-1].items() if key not in ABOUT and value is not None}
-            self._log(pl_module, self._with_logarithm(last))
-
-    def _log(self, pl_module: LightningModule, values: Mapping[str, float]) -> None:
-        kind = torch.float64 if measuring_device(pl_module.device) == pl_module.device else torch.float32
-        for key, value in values.items():
-            pl_module.log(
-                f"{self.prefix}/{key}",
-                torch.tensor(value, dtype=kind),
-                on_step=False,
-                on_epoch=True,
-                sync_dist=True,  # all ranks have the same, but Lightning warns of what it is not told to synchronise
-                batch_size=1,
-            )
+            log(pl_module, self.prefix, with_logarithm(last, self._measures[-1]))
 
     @property
     def _measures(self) -> list[str]:
         return ["hessian_trace", "relative_flatness"][: 1 if self._diagonal else 2]
-
-    def _values(self, report: FlatnessReport) -> dict[str, float]:
-        """What is logged, by key without the prefix."""
-        values = {measure: getattr(report, measure) for measure in self._measures}
-        values["weight_norm"] = report.weight_norm
-        if len(report.layers) > 1:
-            values |= {
-                f"{name}/{measure}": getattr(layer, measure)
-                for name, layer in report.layers.items()
-                for measure in self._measures
-            }
-        return self._with_logarithm(values)
-
-    def _with_logarithm(self, values: Mapping[str, float]) -> dict[str, float]:
-        main = self._measures[-1]
-        return {**values, f"log10_{main}": math.log10(values[main]) if values[main] > 0 else math.nan}
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
@@ -458,25 +387,13 @@ class FlatnessCallback(Callback):
         if not self._unrecorded or self.report is None or trainer.sanity_checking:
             return
         self._unrecorded = False
-        values = self._values(self.report)
-        del values[f"log10_{self._measures[-1]}"]
         about = (trainer.current_epoch, trainer.global_step, self._logged_accuracy(trainer))
-        self.history.append({**dict(zip(ABOUT, about, strict=True)), **values})
+        self.history.append({**dict(zip(ABOUT, about, strict=True)), **values_of(self.report, self._measures)})
         registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks = [callback for callback in registered if isinstance(callback, FlatnessCallback)]
         if not any(callback._chart_laid_out for callback in callbacks):
             self._chart_laid_out = True
-            tensorboard.add_joint_charts(trainer, self._joint_charts(trainer, callbacks))
-
-    @staticmethod
-    def _joint_charts(trainer: Trainer, callbacks: Sequence[FlatnessCallback]) -> list[list[str]]:
-        """Accuracy and flatness together: of every callback, and, if there are several, of all."""
-        accuracies = [callback._accuracy_key(trainer) for callback in callbacks]
-        tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
-        pairs = [([] if key is None else [key], tag) for key, tag in zip(accuracies, tags, strict=True)]
-        charts = [[*key, tag] for key, tag in pairs]
-        keys = [key for of_callback, _ in pairs for key in of_callback]
-        return [[*dict.fromkeys(keys), *tags], *charts] if len(callbacks) > 1 else charts
+            tensorboard.add_joint_charts(trainer, _joint_charts(trainer, callbacks))
 
     def _logged_accuracy(self, trainer: Trainer) -> float | None:
         logged = trainer.callback_metrics.get(self._accuracy_key(trainer) or "")
@@ -503,15 +420,6 @@ class FlatnessCallback(Callback):
 
     # -------------------------------------------------------------------------------------------------------- details
 
-    def _split(self, batch: Any) -> tuple[Any, Tensor | None]:
-        pair = split_batch(batch) if self.batch_fn is None else self.batch_fn(batch)
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise FlatnessError(
-                f"FlatnessCallback(batch_fn=...) returned a {type(pair).__name__}; it must return (inputs, targets), "
-                "with None for targets that are not there."
-            )
-        return pair[0], pair[1]
-
     @property
     def _data_name(self) -> str:
         return self.data if isinstance(self.data, str) else "given"
@@ -522,3 +430,13 @@ class FlatnessCallback(Callback):
             f"or limit_val_batches=0): '{self.prefix}/hessian_trace' and its kin will not be logged, and what monitors "
             "them will fail. Add validation data, or use FlatnessCallback(data='train')."
         )
+
+
+def _joint_charts(trainer: Trainer, callbacks: Sequence[FlatnessCallback]) -> list[list[str]]:
+    """Accuracy and flatness together: of every callback, and, if there are several, of all."""
+    accuracies = [callback._accuracy_key(trainer) for callback in callbacks]
+    tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
+    pairs = [([] if key is None else [key], tag) for key, tag in zip(accuracies, tags, strict=True)]
+    charts = [[*key, tag] for key, tag in pairs]
+    keys = [key for of_callback, _ in pairs for key in of_callback]
+    return [[*dict.fromkeys(keys), *tags], *charts] if len(callbacks) > 1 else charts
