@@ -14,7 +14,7 @@ from lightning_flatness.capture.observation import CONVOLUTIONS
 from lightning_flatness.errors import BatchError, LayerSelectionError
 
 # What torch.compile puts in front of the names of a module that it wraps.
-COMPILED = "_orig_mod."
+COMPILED = "_orig_mod"
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,10 @@ def plain_name(name: str) -> str:
     """A module's name without what ``torch.compile`` adds to it.
 
     Example:
-        >>> plain_name("net._orig_mod.conv1")
-        'net.conv1'
+        >>> plain_name("net._orig_mod.conv1"), plain_name("net.conv1._orig_mod")
+        ('net.conv1', 'net.conv1')
     """
-    return name.replace(COMPILED, "")
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 def _match(pattern: str, execution: Execution) -> list[str]:

@@ -1,0 +1,130 @@
+"""Every form of torch.compile: the same numbers and names as uncompiled, and not one graph compiled on our account."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.testing import assert_close
+
+import lightning_flatness as lf
+from tests.callbacks.compare import assert_same, end_of
+from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+
+
+class Counting:
+    """A backend of torch.compile that runs graphs as they are and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def submodule(module, backend):
+    module.net = torch.compile(module.net, backend=backend)
+    return module
+
+
+def submodule_in_place(module, backend):
+    module.net.compile(backend=backend)
+    return module
+
+
+def measured_layer(module, backend):
+    module.net.conv2 = torch.compile(module.net.conv2, backend=backend)
+    return module
+
+
+def measured_layer_in_place(module, backend):
+    module.net.conv2.compile(backend=backend)
+    return module
+
+
+def whole(module, backend):
+    return torch.compile(module, backend=backend)
+
+
+def whole_in_place(module, backend):
+    module.compile(backend=backend)
+    return module
+
+
+def late(module, backend):
+    """In configure_model, which runs after the setup of callbacks."""
+
+    def configure_model():
+        if not hasattr(module.net, "_orig_mod"):
+            module.net = torch.compile(module.net, backend=backend)
+
+    module.configure_model = configure_model
+    return module
+
+
+FORMS = [submodule, submodule_in_place, measured_layer, measured_layer_in_place, whole, whole_in_place, late]
+
+
+def run(folder, form, *callbacks, **options):
+    """The end of a compiled run, and how many graphs were compiled."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    backend, module = Counting(), Classifier()
+    trainer = quiet_trainer(folder, *callbacks, max_epochs=3, **options)
+    trainer.fit(form(module, backend), *loaders())
+    return end_of(trainer, module), backend.graphs, module
+
+
+class LogsOneNumber(Callback):
+    """What Lightning keeps of logged numbers is a part of the whole module's graphs, so any logging adds some."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            pl_module.log("number", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("form", "sanity", "guarded"),
+    [*((form, 2, False) for form in FORMS), (submodule, 0, False), (submodule, 2, True), (submodule_in_place, 0, True)],
+)
+def test_compiled(tmp_path, form, sanity, guarded):
+    """With hooks guarded, a hook that is left on a compiled module, if only for a time, costs a compilation."""
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guarded):
+        bare, graphs, _ = run(tmp_path, form, LogsOneNumber(), num_sanity_val_steps=sanity)
+        callback = lf.FlatnessCallback(layers="all", summary=False)
+        end, graphs_with_callback, module = run(tmp_path, form, callback, num_sanity_val_steps=sanity)
+    assert graphs > 0 or form is whole_in_place  # steps do not go through its __call__
+    assert graphs_with_callback == graphs
+    assert_same(end, bare)
+    assert list(callback.report.layers) == ["net.conv1", "net.conv2", "net.fc"]
+    assert all("_orig_mod" not in key for record in callback.history for key in record)
+    plain = Classifier()
+    plain.load_state_dict({key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()})
+    wanted = lf.measure_flatness(plain, loaders()[1], layers="all")
+    for name, layer in wanted.layers.items():
+        assert_close(callback.report.layers[name].block_traces, layer.block_traces, rtol=1e-5, atol=1e-8)
+
+
+class Hooked(Callback):
+    """Puts a hook on the network for a forward pass of its own, which runs compiled."""
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_):
+        handle = pl_module.net.conv2.register_forward_hook(lambda *_: None)
+        pl_module.net(batch[0])
+        handle.remove()
+
+
+def test_a_compilation_on_our_account_would_be_seen(tmp_path):
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        _, graphs, _ = run(tmp_path, submodule)
+        _, with_hook, _ = run(tmp_path, submodule, Hooked())
+    assert with_hook > graphs
+
+
+@pytest.mark.parametrize("layers", ["_orig_mod.conv2", "net.conv2", "net._orig_mod.conv2", "net.c*2"])
+def test_layers_may_be_named_with_or_without_what_compiling_adds(tmp_path, layers):
+    if layers.startswith("_orig_mod"):
+        callback = lf.FlatnessCallback(layers=layers, model="net", summary=False)
+    else:
+        callback = lf.FlatnessCallback(layers=layers, summary=False)
+    run(tmp_path, submodule, callback)
+    assert [name.removeprefix("net.") for name in callback.report.layers] == ["conv2"]
