@@ -88,9 +88,9 @@ class ModelCopy:
 
 
 def _refuse_sharded(name: str, module: nn.Module) -> None:
-    wrapped = type(module).__name__ == "FullyShardedDataParallel"
+    wrapped = {"FullyShardedDataParallel", "FSDPModule"} & {base.__name__ for base in type(module).__mro__}
     parameters = list(module.parameters(recurse=False))
-    # FSDP's second version and tensor parallelism keep DTensors, DeepSpeed's stage 3 empty parameters with an id.
+    # Tensor parallelism keeps DTensors, DeepSpeed's stage 3 empty parameters with an id; FSDP does not all the time.
     if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
         raise LayerSelectionError(
             f"The weights of '{name or type(module).__name__}' are sharded over processes (FSDP, tensor parallelism, "

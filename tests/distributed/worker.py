@@ -13,7 +13,7 @@ from torch import distributed
 from tests.distributed.ranks import free_port
 from tests.distributed.scenarios import SCENARIOS
 
-MODULES = ("bit_identical_scenarios", "fault_scenarios", "harness_scenarios", "number_scenarios")
+MODULES = [f"{kind}_scenarios" for kind in ("bit_identical", "fault", "harness", "number", "sharded")]
 
 
 def main(folder, names):
