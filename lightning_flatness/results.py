@@ -212,7 +212,9 @@ def _number(value: float, standard_error: float) -> str:
     return f"{value:.4g}" + (f" ± {standard_error:.1g}" if standard_error else "")
 
 
-def summary_table(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str] | None = None) -> Table:
+def summary_table(
+    layers: Mapping[str, LayerInfo], left_out: Mapping[str, str] | None = None, title: str = "Flatness is measured for"
+) -> Table:
     """How every layer is going to be measured, as a rich table."""
     deviation = max((info.deviation for info in layers.values()), default=0.0)
     passes = max((info.backward_passes for info in layers.values()), default=0)
@@ -235,7 +237,7 @@ def summary_table(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str] |
     if any(info.kernel == "effective" for info in layers.values()):
         sentences.append("*: with respect to the kernel that the layer applies, which it computes from its weight.")
     caption = " ".join([*sentences, _notes(layers.values(), left_out or {})]).strip()
-    table = Table(title="Flatness is measured for", caption=caption, caption_justify="left")
+    table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
     table.add_column("filters x patch", no_wrap=True)
     table.add_column("method", max_width=14)

@@ -19,6 +19,7 @@ from lightning_flatness.callbacks.stream import flat_loaders
 from lightning_flatness.capture import MEASURES, Options
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import Measurement
+from lightning_flatness.plots.history import DATA
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 
 # What a record of the history says beside the measures.
@@ -229,7 +230,8 @@ class FlatnessCallback(Callback):
                 self._certify(trainer, pl_module, samples)
         well = self._faults.settled("the start of training")
         if well and self.summary and self._certified and trainer.is_global_zero:
-            Console().print(summary_table(self._certified, self._left_out))
+            title = f"'{self.prefix}' is flatness on {DATA.get(self._data_name, self._data_name)} data, measured for"
+            Console().print(summary_table(self._certified, self._left_out, title))
 
     def _new_measurement(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
         seed = self._options["seed"] + 1000 * trainer.global_rank  # probes of ranks are independent

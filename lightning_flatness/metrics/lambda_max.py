@@ -35,7 +35,7 @@ def measure_lambda_max(
     """Largest eigenvalue of the Hessian of each layer's kernel, and how it looks relative to the weights.
 
     The model runs once on every batch; what the products with the Hessian need is kept, so memory grows with the
-    samples: give some hundreds of them.
+    samples: give some hundreds of them. Ranks of a process group are not summed over.
 
     Args:
         model: as for :func:`~lightning_flatness.measure_flatness`; so are ``batches``, ``layers`` and the loss.

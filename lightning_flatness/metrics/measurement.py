@@ -131,7 +131,9 @@ def measure_flatness(
     """Flatness of convolutions and linear layers over all batches: exact where that is certified, else labelled.
 
     The model is measured in evaluation mode, whatever mode it is in, and left as it was: weights, gradients, buffers,
-    modes, random states. Batches may have different sizes; every sample counts the same.
+    modes, random states. Batches may have different sizes; every sample counts the same. In a process group of
+    ``torch.distributed`` every rank gives its own batches, or none, and gets the flatness over all: call it on every
+    rank or on none.
 
     Args:
         model: any module that returns logits ``(N, K)``.

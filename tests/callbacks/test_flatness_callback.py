@@ -815,7 +815,8 @@ def test_callback_can_be_copied_and_pickled(tmp_path, data, duplicate):
 def test_summary_is_printed_once(tmp_path, capsys, sanity, data):
     fit(tmp_path, lf.FlatnessCallback(data=data), num_sanity_val_steps=sanity)
     printed = capsys.readouterr().out
-    assert printed.count("Flatness is measured for") == 1
+    named = {"val": "validation", "train": "training"}[data]
+    assert printed.count(f"'flatness' is flatness on {named} data, measured for") == 1
     assert "net.conv2" in printed
 
 
