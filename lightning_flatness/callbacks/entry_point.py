@@ -17,7 +17,7 @@ def callbacks() -> list[Callback]:
         >>> callbacks()
         []
     """
-    return [] if os.environ.get(VARIABLE, "0") in ("", "0") else [_FromEnvironment(on_error="warn")]
+    return [] if os.environ.get(VARIABLE, "0") in ("", "0") else [_FromEnvironment(on_error="warn", summary=False)]
 
 
 class _FromEnvironment(FlatnessCallback):

@@ -54,6 +54,8 @@ class Faults:
             yield
         except Exception as error:
             if num_ranks == 1 and self._on_error == "raise":
+                if not isinstance(error, FlatnessError) and hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note("This happened while FlatnessCallback was measuring.")
                 raise
             kind = "" if isinstance(error, FlatnessError) else f"{type(error).__name__}: "
             self._message = self._message or f"{kind}{error}"

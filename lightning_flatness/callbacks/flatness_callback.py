@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.faults import Faults
 from lightning_flatness.callbacks.logged import log, values_of, with_logarithm
-from lightning_flatness.callbacks.network import find_network
+from lightning_flatness.callbacks.network import find_network, logging_muted
 from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.source import ReadApart, Samples, Validated
 from lightning_flatness.callbacks.stream import flat_loaders
@@ -78,7 +79,8 @@ class FlatnessCallback(Callback):
 
     Attributes:
         history: a record (plain numbers, by name) for every measurement of a fit; kept in checkpoints.
-        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`.
+        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. (After a fit with a strategy that
+            spawns processes, both are left behind in these; what was logged comes back.)
         num_measurements: how many there were, in validation and tests, too.
 
     Raises:
@@ -130,7 +132,8 @@ class FlatnessCallback(Callback):
             "dtype": dtype,
         }
         self._diagonal = Options(**self._options).diagonal  # refuses what cannot be
-        if data not in ("val", "train") if isinstance(data, str) else not isinstance(data, Iterable):
+        many_times = isinstance(data, Iterable) and not isinstance(data, Iterator)  # read once in every measurement
+        if data not in ("val", "train") if isinstance(data, str) else not many_times:
             raise FlatnessError(
                 f"FlatnessCallback: data is 'val', 'train', or a DataLoader or list of batches, not {data!r}."
             )
@@ -214,7 +217,7 @@ class FlatnessCallback(Callback):
         self._certified = None
         self._chart_laid_out = False
         self._let_go()
-        with self._faults.kept(trainer.world_size):
+        with self._measuring(trainer, pl_module):
             find_network(pl_module, self.model)
         if self._of_validation and not trainer.enable_validation:
             self._warn_no_validation()
@@ -224,7 +227,7 @@ class FlatnessCallback(Callback):
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._of_validation and has_loaders and not sum(trainer.num_val_batches):
             self._warn_no_validation()
-        with self._faults.kept(trainer.world_size):
+        with self._measuring(trainer, pl_module):
             samples = None if self._certified else self._source.preview(trainer, pl_module)
             if samples is not None and not self._faults:
                 self._certify(trainer, pl_module, samples)
@@ -260,7 +263,7 @@ class FlatnessCallback(Callback):
     ) -> None:
         """Measure the batch that was validated, or the next part of the training subset."""
         if trainer.sanity_checking:
-            with self._faults.kept(trainer.world_size):
+            with self._measuring(trainer, pl_module):
                 if self._certified is None and isinstance(self._source, Validated) and not self._faults:
                     self._certify(trainer, pl_module, self._source.of(batch))
             return
@@ -324,7 +327,7 @@ class FlatnessCallback(Callback):
             self._due = False
         if not self._due:
             return
-        with self._faults.kept(trainer.world_size):
+        with self._measuring(trainer, pl_module):
             self._source.begin(trainer, pl_module, loaders, num_batches)
             self._measurement = self._new_measurement(trainer, pl_module)
 
@@ -345,7 +348,7 @@ class FlatnessCallback(Callback):
         # In batch_end, since weight averaging swaps the weights between epoch_start and epoch_end.
         if self._measurement is None or self._faults:
             return
-        with self._faults.kept(trainer.world_size):
+        with self._measuring(trainer, pl_module):
             for samples in self._source.parts(trainer, pl_module, batch, batch_idx, dataloader_idx):
                 self._measurement.update(*samples)
 
@@ -356,14 +359,14 @@ class FlatnessCallback(Callback):
         self._due = False
         measurement, self._measurement = self._measurement, None
         if measurement is not None and not self._faults:
-            with self._faults.kept(trainer.world_size):
+            with self._measuring(trainer, pl_module):
                 for samples in self._source.rest(trainer, pl_module):
                     measurement.update(*samples)
         where = f"epoch {trainer.current_epoch}"
         if not self._faults.settled(where):
             return
         assert measurement is not None
-        with self._faults.kept(trainer.world_size):
+        with self._measuring(trainer, pl_module):
             self.report = measurement.report()
         if not self._faults.settled(where):
             return
@@ -421,6 +424,11 @@ class FlatnessCallback(Callback):
             self.on_train_end(trainer, pl_module)
 
     # -------------------------------------------------------------------------------------------------------- details
+
+    @contextmanager
+    def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        with self._faults.kept(trainer.world_size), logging_muted(pl_module):
+            yield
 
     @property
     def _data_name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,8 +13,19 @@ else:
     from pytorch_lightning.callbacks import EarlyStopping
 
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
+MODULES = tuple(f"{root}.core.module.LightningModule" for root in ROOTS)
 
-__all__ = ["ROOTS", "Callback", "EarlyStopping", "LightningModule", "Trainer", "is_overridden"]
+__all__ = ["ROOTS", "Callback", "EarlyStopping", "LightningModule", "Trainer", "is_lightning_module", "is_overridden"]
+
+
+def is_lightning_module(module: Any) -> bool:
+    """Whether it is a LightningModule, of either name.
+
+    Example:
+        >>> is_lightning_module(LightningModule())
+        True
+    """
+    return any(f"{base.__module__}.{base.__name__}" in MODULES for base in type(module).__mro__)
 
 
 def is_overridden(method: str, module: LightningModule) -> bool:
@@ -24,5 +35,5 @@ def is_overridden(method: str, module: LightningModule) -> bool:
         >>> is_overridden("forward", LightningModule())
         False
     """
-    base = next(base for base in reversed(type(module).__mro__) if base.__name__ == "LightningModule")
+    base = next(base for base in type(module).__mro__ if f"{base.__module__}.{base.__name__}" in MODULES)
     return getattr(type(module), method) is not getattr(base, method)

@@ -118,7 +118,8 @@ class ReadApart:
         if self._subset is None:
             share = trainer.global_rank, trainer.world_size
             if isinstance(self._data, str):
-                self._subset = training_subset(trainer.train_dataloader, self._max_samples, *share)
+                batches = trainer.num_training_batches
+                self._subset = training_subset(trainer.train_dataloader, self._max_samples, *share, batches)
             else:
                 self._subset = FixedSubset(self._data, self._max_samples, *share)
         self._subset.restart(pl_module)

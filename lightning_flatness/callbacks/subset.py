@@ -21,10 +21,9 @@ from torch.utils.data import (
     Subset,
 )
 
-from lightning_flatness.callbacks.generators import generators_kept
 from lightning_flatness.callbacks.root import LightningModule, Trainer
 from lightning_flatness.callbacks.strata import choose, labels_of
-from lightning_flatness.capture import random_states_kept
+from lightning_flatness.capture import generators_kept, random_states_kept
 from lightning_flatness.errors import FlatnessError
 
 DEFAULT_TRAINING_SAMPLES = 4096
@@ -44,6 +43,7 @@ class FixedSubset:
         max_samples: size of the subset over all ranks, a random one in which every class has its share; all by default.
         rank: which share of the subset.
         num_ranks: how many shares.
+        first: leave out what comes after so many samples.
 
     Raises:
         FlatnessError: ``max_samples`` of something without an index.
@@ -56,7 +56,14 @@ class FixedSubset:
         ([4], [2])
     """
 
-    def __init__(self, loader: Any, max_samples: int | None = None, rank: int = 0, num_ranks: int = 1) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        max_samples: int | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+        first: float = math.inf,
+    ) -> None:
         self._batches: Iterator[Any] = iter(())
         self._given = 0
         self._share = slice(rank, None, num_ranks)
@@ -74,6 +81,7 @@ class FixedSubset:
         sampler = sampler_of(loader)
         sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # in Lightning's DistributedSampler
         allowed = torch.tensor(list(getattr(sampler, "indices", range(len(dataset)))), dtype=torch.long)
+        allowed = allowed[: int(min(first, len(allowed)))]
         labels = labels_of(dataset)
         total = len(allowed)
         drawn = choose(
@@ -99,8 +107,17 @@ class FixedSubset:
             yield batch
 
 
-def training_subset(loader: Any, max_samples: int | None, rank: int, num_ranks: int) -> FixedSubset:
+def training_subset(
+    loader: Any, max_samples: int | None, rank: int, num_ranks: int, num_batches: float = math.inf
+) -> FixedSubset:
     """Of the training data, 4,096 samples by default.
+
+    Args:
+        loader: of the training data.
+        max_samples: how many.
+        rank: which share.
+        num_ranks: how many shares.
+        num_batches: how many batches every rank is trained on in an epoch; without shuffling, others never are.
 
     Raises:
         FlatnessError: several loaders, or a data set without an index.
@@ -111,7 +128,12 @@ def training_subset(loader: Any, max_samples: int | None, rank: int, num_ranks: 
             f"DataLoader over a data set with __getitem__ and __len__; the Trainer has a {described(loader)}. Use "
             "data='val', or data= with a loader of your own."
         )
-    return FixedSubset(loader, max_samples or DEFAULT_TRAINING_SAMPLES, rank, num_ranks)
+    sampler = sampler_of(loader)
+    in_order = isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler) and not sampler.shuffle and sampler.dataset is loader.dataset
+    )
+    first = num_batches * (getattr(loader, "batch_size", None) or 1) * num_ranks if in_order else math.inf
+    return FixedSubset(loader, max_samples or DEFAULT_TRAINING_SAMPLES, rank, num_ranks, first)
 
 
 def described(loader: Any) -> str:

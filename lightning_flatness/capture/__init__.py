@@ -1,5 +1,6 @@
 """Level 1: everything that touches an ``nn.Module``. It hands tensors down to ``functional`` and leaves no trace."""
 
+from lightning_flatness.capture.generators import generators_kept
 from lightning_flatness.capture.isolation import isolated, measuring_device, random_states_kept
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
 from lightning_flatness.capture.operators import Operator, operators_of
@@ -14,6 +15,7 @@ __all__ = [
     "LayerStatistics",
     "Operator",
     "Options",
+    "generators_kept",
     "isolated",
     "measuring_device",
     "num_rows",

@@ -44,8 +44,8 @@ def why_out_of_reach(layers: Mapping[str, Calls], logits: Tensor) -> dict[str, s
         if not reached:
             reasons[name] = (
                 f"Layer '{name}': the logits do not depend on its output through autograd: the forward detaches it, "
-                "runs what follows under torch.no_grad() or as TorchScript, or does not use it. Choose another layer "
-                "with layers=."
+                "runs what follows under torch.no_grad(), as TorchScript or in a checkpoint with use_reentrant=True, or"
+                " does not use it. Choose another layer with layers=."
             )
         elif rows != {len(logits)}:
             reasons[name] = (

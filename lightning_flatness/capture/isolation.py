@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
+from lightning_flatness.capture.generators import generators_kept
 from lightning_flatness.errors import LayerSelectionError
 
 HALF = (torch.float16, torch.bfloat16)
@@ -26,8 +27,7 @@ class ModelCopy:
     """Runs a model on copies of its parameters and buffers, made once, as they are now.
 
     No gradient can reach the user's parameters, and a forward that writes to parameters, buffers or inputs writes to
-    copies. The forward is the user's own, called through ``__call__``, so forward hooks run, and what it keeps as plain
-    attributes stays.
+    copies. The forward is the user's own, called through ``__call__``, so forward hooks run.
 
     Args:
         model: the module; enter :func:`isolated` around everything done with the copy.
@@ -132,9 +132,9 @@ def measuring_device(device: torch.device) -> torch.device:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, full float precision, eager, gradients on; everything is restored on leaving, also on an error.
 
-    Restored: every module's ``training`` flag and backward hooks, which do not run meanwhile; the random states of
-    torch (CPU and the model's accelerators), numpy and Python. Inference mode and autocast are left, ``torch.compile``d
-    parts run uncompiled, TF32 is off.
+    Restored: the attributes of every module, ``training`` and backward hooks among them, which do not run meanwhile;
+    the random states of torch (CPU and the model's accelerators), numpy and Python. Inference mode and autocast are
+    left, ``torch.compile``d parts run uncompiled, TF32 is off.
 
     Raises:
         LayerSelectionError: in place of torch's own error, when the model uses gradient checkpointing.
@@ -174,6 +174,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
 def random_states_kept(model: nn.Module) -> Iterator[None]:
     """Restore the random states of torch (CPU and the model's accelerators), numpy and Python on leaving.
 
+    Generators that the model holds are restored, too.
+
     Example:
         >>> with random_states_kept(nn.Identity()):
         ...     inside = torch.rand(())
@@ -185,6 +187,7 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
     python_state = random.getstate()
     accelerators = _accelerators(model)
     with ExitStack() as stack:
+        stack.enter_context(generators_kept(model))
         for device_type in {device.type for device in accelerators} or {"cuda"}:
             devices = [device for device in accelerators if device.type == device_type]
             stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
@@ -203,20 +206,29 @@ def _accelerators(model: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without backward hooks; every attribute of every module is put back on leaving.
+
+    Attributes that are tensors or lists are copies meanwhile, so that a metric that a forward updates is not.
+    """
     # The flags are set one by one: ``model.eval()`` would run the user's own ``train()`` overrides. Backward hooks are
     # put aside, as one that changes gradients would change the derivatives; torch has no public way to do that.
     modules = list(model.modules())
-    flags = [module.training for module in modules]
-    hooks = [{name: vars(module)[name] for name in BACKWARD_HOOKS if vars(module).get(name)} for module in modules]
+    before = [dict(vars(module)) for module in modules]
     try:
-        for module, present in zip(modules, hooks, strict=True):
+        for module, attributes in zip(modules, before, strict=True):
             module.training = False
-            vars(module).update({name: OrderedDict() for name in present})
+            for name, value in attributes.items():
+                if name in BACKWARD_HOOKS and value:
+                    vars(module)[name] = OrderedDict()
+                elif isinstance(value, Tensor) or type(value) is list:
+                    vars(module)[name] = value.detach().clone() if isinstance(value, Tensor) else list(value)
         yield
     finally:
-        for module, training, present in zip(modules, flags, hooks, strict=True):
-            module.training = training
-            vars(module).update(present)
+        for module, attributes in zip(modules, before, strict=True):
+            now = vars(module)
+            for name in [name for name in now if name not in attributes]:
+                del now[name]
+            now.update(attributes)
 
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")

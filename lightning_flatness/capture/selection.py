@@ -153,6 +153,12 @@ def select_layers(execution: Execution, layers: str | Sequence[str], classifier:
             "TorchScript, pass the original module."
         )
     ran = list(dict.fromkeys(execution.order))
+    if not ran:
+        raise LayerSelectionError(
+            "The forward runs none of the model's own convolutions and linear layers, "
+            f"{_listing(list(execution.modules))}. Is it a copy of a compiled model, which runs the original's? Copy "
+            "before compiling."
+        )
     if layers == "all":
         return ran
     if layers == "classifier":
@@ -168,7 +174,7 @@ def select_layers(execution: Execution, layers: str | Sequence[str], classifier:
         if not convolutions:
             raise LayerSelectionError(
                 f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "
-                f"there are {_listing(ran or list(execution.modules))}."
+                f"there are {_listing(ran)}."
             )
         return [[name for name in execution.order if name in convolutions][-1]]
     patterns = [layers] if isinstance(layers, str) else list(layers)

@@ -92,7 +92,8 @@ def test_compiled(tmp_path, form, sanity, guarded):
         bare, graphs, _ = run(tmp_path, form, LogsOneNumber(), num_sanity_val_steps=sanity)
         callback = lf.FlatnessCallback(layers="all", summary=False)
         end, graphs_with_callback, module = run(tmp_path, form, callback, num_sanity_val_steps=sanity)
-    assert graphs > 0 or form is whole_in_place  # steps do not go through its __call__
+    # The steps of a whole module do not go through its __call__, and older torch leaves modules of its own alone.
+    assert graphs > 0 or form in (whole_in_place, measured_layer_in_place)
     assert graphs_with_callback == graphs
     assert_same(end, bare)
     assert list(callback.report.layers) == ["net.conv1", "net.conv2", "net.fc"]

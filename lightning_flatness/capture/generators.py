@@ -1,4 +1,4 @@
-"""Random generators that a data set keeps as its own attributes."""
+"""Random generators that a data set or a model keeps as its own attributes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ MOST_PARTS = 100
 
 
 @contextmanager
-def generators_kept(dataset: Any) -> Iterator[None]:
-    """Restore the states of a data set's own generators on leaving, those of its transforms and inner data sets too.
+def generators_kept(owner: Any) -> Iterator[None]:
+    """Restore the states of generators that an object holds on leaving, those of the objects it holds too.
 
-    Found are generators of torch, numpy and Python in attributes, and in short lists, tuples and mappings there.
+    Found are generators of torch, numpy and Python in attributes, and in short lists, tuples and mappings there; of a
+    module, in those of all its modules. A Lightning ``Trainer`` is passed over.
 
     Example:
         >>> from types import SimpleNamespace
@@ -29,7 +30,7 @@ def generators_kept(dataset: Any) -> Iterator[None]:
         >>> data.transform[0].random() == inside
         True
     """
-    restore = [restoring(generator) for generator in _generators(dataset)]
+    restore = [restoring(generator) for generator in _generators(owner)]
     try:
         yield
     finally:
@@ -62,15 +63,19 @@ def _generators(root: Any) -> list[Any]:
     waiting = [root]
     while waiting:
         part = waiting.pop()
-        if id(part) in seen or isinstance(part, (str, bytes, type, Tensor, nn.Module)):
+        if id(part) in seen or isinstance(part, (str, bytes, type, Tensor)):
             continue
         seen.add(id(part))
         if isinstance(part, kinds):
             found.append(part)
+        elif isinstance(part, nn.Module):
+            for module in part.modules():
+                seen.add(id(module))
+                waiting += vars(module).values()
         elif isinstance(part, dict):
             waiting += list(part.values()) if len(part) <= MOST_PARTS else []
         elif isinstance(part, (list, tuple)):
             waiting += part if len(part) <= MOST_PARTS else []
-        else:
-            waiting += list(getattr(part, "__dict__", {}).values())
+        elif type(part).__name__ != "Trainer":
+            waiting += getattr(part, "__dict__", {}).values()
     return found
