@@ -645,7 +645,6 @@ def test_targets_that_are_not_classes_are_refused(tmp_path):
         ({"layers": []}, r"layers=\[\]"),
         ({"layers": ""}, "layers=''"),
         ({"data": "test"}, "'val', 'train', or a DataLoader or list of batches, not 'test'"),
-        ({"data": iter([])}, "'val', 'train', or a DataLoader or list of batches, not <list_iterator"),
         ({"data": 3}, "'val', 'train', or a DataLoader or list of batches, not 3"),
         ({"on_error": "ignore"}, "on_error is 'raise' or 'warn', not 'ignore'"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16': give 'float32' or 'float64'"),
@@ -659,6 +658,13 @@ def test_targets_that_are_not_classes_are_refused(tmp_path):
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(lf.FlatnessError, match=message):
         lf.FlatnessCallback(**options)
+
+
+def test_batches_that_can_be_read_once_only_are_refused():
+    with pytest.raises(
+        lf.FlatnessError, match="data is 'val', 'train', or a DataLoader or list of batches, not <list_it"
+    ):
+        lf.FlatnessCallback(data=iter([]))
 
 
 def test_unknown_layer_is_refused_before_training(tmp_path):
