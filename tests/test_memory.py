@@ -1,5 +1,7 @@
 """Diagonals alone, parts of a batch, and what happens when memory runs out."""
 
+from collections import deque
+
 import pytest
 import torch
 from torch import nn
@@ -73,7 +75,8 @@ class Tight(nn.Module):
 
     def __init__(self, error, most=5):
         super().__init__()
-        self.net, self.error, self.most, self.calls = net(), error, most, []
+        self.net, self.error, self.most = net(), error, most
+        self.calls = deque()  # lists are put back as they were
 
     def forward(self, x):
         self.calls.append(len(x))

@@ -41,8 +41,12 @@ class Faults:
         return self._message is not None
 
     def clear(self) -> None:
-        """Forget it."""
+        """Drop the error that is kept."""
         self._message = None
+
+    def forget(self) -> None:
+        """In a new run everything is told anew."""
+        self._message = self._warned = None
 
     @contextmanager
     def kept(self, num_ranks: int) -> Iterator[None]:

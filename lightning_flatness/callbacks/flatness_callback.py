@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.faults import Faults
-from lightning_flatness.callbacks.logged import log, values_of, with_logarithm
-from lightning_flatness.callbacks.network import find_network, logging_muted
+from lightning_flatness.callbacks.loaders import flat_loaders
+from lightning_flatness.callbacks.logged import log, logging_muted, values_of, with_logarithm
+from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.source import ReadApart, Samples, Validated
-from lightning_flatness.callbacks.stream import flat_loaders
 from lightning_flatness.capture import MEASURES, Options
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import Measurement
@@ -54,6 +54,7 @@ class FlatnessCallback(Callback):
         every_n_epochs: epochs from one measurement to the next; the first validation is always measured.
         max_samples: measure a fixed random subset of this size, over all ranks, in which every class has its share
             where the data set has ``targets`` or ``labels``. By default all, or 4,096 samples of the training data.
+            (So many batches of a ``DataLoader`` with ``batch_size=None``.)
         prefix: of the logged keys; give several callbacks in one Trainer different ones.
         accuracy: logged name of the accuracy that belongs beside flatness in charts; by default the first logged name
             that has ``acc`` in it, one with ``val`` if there is one.
@@ -148,11 +149,9 @@ class FlatnessCallback(Callback):
             raise FlatnessError("FlatnessCallback: prefix must not be empty.")
         self.data = data
         self.every_n_epochs = every_n_epochs
-        self.max_samples = max_samples
         self.prefix = prefix
         self.accuracy = accuracy
         self.model = model
-        self.batch_fn = batch_fn
         self.summary = summary
         self.figures = figures
         self.history: list[dict[str, float | None]] = []
@@ -164,9 +163,10 @@ class FlatnessCallback(Callback):
         self._chart_laid_out = False
         self.num_measurements = 0
         self._faults = Faults(on_error)
-        self._of_validation = isinstance(data, str) and data == "val"
         self._source: Validated | ReadApart = (
-            Validated(batch_fn, max_samples) if self._of_validation else ReadApart(batch_fn, max_samples, data)
+            Validated(batch_fn, max_samples)
+            if isinstance(data, str) and data == "val"
+            else ReadApart(batch_fn, max_samples, data)
         )
         self._due = False
         self._measurement: Measurement | None = None
@@ -213,8 +213,9 @@ class FlatnessCallback(Callback):
             self.history = []
         self._restored = False
         self.report = None
-        self._unrecorded = False
+        self._unrecorded = self._accuracy_missing = False
         self._certified = None
+        self._faults.forget()
         self._chart_laid_out = False
         self._let_go()
         with self._measuring(trainer, pl_module):
@@ -230,18 +231,17 @@ class FlatnessCallback(Callback):
         with self._measuring(trainer, pl_module):
             samples = None if self._certified else self._source.preview(trainer, pl_module)
             if samples is not None and not self._faults:
-                self._certify(trainer, pl_module, samples)
+                self._certify(pl_module, samples)
         well = self._faults.settled("the start of training")
         if well and self.summary and self._certified and trainer.is_global_zero:
             title = f"'{self.prefix}' is flatness on {DATA.get(self._data_name, self._data_name)} data, measured for"
             Console().print(summary_table(self._certified, self._left_out, title))
 
-    def _new_measurement(self, trainer: Trainer, pl_module: LightningModule) -> Measurement:
-        seed = self._options["seed"] + 1000 * trainer.global_rank  # probes of ranks are independent
-        return Measurement(find_network(pl_module, self.model), **(self._options | {"seed": seed}))
+    def _new_measurement(self, pl_module: LightningModule) -> Measurement:
+        return Measurement(find_network(pl_module, self.model), **self._options)
 
-    def _certify(self, trainer: Trainer, pl_module: LightningModule, samples: Samples) -> None:
-        measurement = self._new_measurement(trainer, pl_module)
+    def _certify(self, pl_module: LightningModule, samples: Samples) -> None:
+        measurement = self._new_measurement(pl_module)
         measurement.update(*samples)
         self._certified = dict(measurement.layers)
         self._left_out = dict(measurement.left_out)
@@ -265,7 +265,7 @@ class FlatnessCallback(Callback):
         if trainer.sanity_checking:
             with self._measuring(trainer, pl_module):
                 if self._certified is None and isinstance(self._source, Validated) and not self._faults:
-                    self._certify(trainer, pl_module, self._source.of(batch))
+                    self._certify(pl_module, self._source.samples_of(batch))
             return
         self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
@@ -329,7 +329,7 @@ class FlatnessCallback(Callback):
             return
         with self._measuring(trainer, pl_module):
             self._source.begin(trainer, pl_module, loaders, num_batches)
-            self._measurement = self._new_measurement(trainer, pl_module)
+            self._measurement = self._new_measurement(pl_module)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit" or not self.history:
@@ -429,6 +429,10 @@ class FlatnessCallback(Callback):
     def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         with self._faults.kept(trainer.world_size), logging_muted(pl_module):
             yield
+
+    @property
+    def _of_validation(self) -> bool:
+        return isinstance(self._source, Validated)
 
     @property
     def _data_name(self) -> str:

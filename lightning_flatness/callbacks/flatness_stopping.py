@@ -190,7 +190,7 @@ class FlatnessStopping(EarlyStopping):
             if not isinstance(callback, FlatnessCallback):
                 continue
             if any(watched.key.startswith(f"{callback.prefix}/") for watched in self._watched):
-                new = new and callback.num_measurements > self._seen.get(callback.prefix, 0)
+                new = new and callback.num_measurements != self._seen.get(callback.prefix, 0)
                 self._seen[callback.prefix] = callback.num_measurements
         return new
 

@@ -1,13 +1,15 @@
-"""What is logged of a report, and how."""
+"""What is logged of a report, and what is not while measuring."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from lightning_flatness.callbacks.root import LightningModule
+from lightning_flatness.callbacks.root import LightningModule, is_lightning_module
 from lightning_flatness.capture import measuring_device
 from lightning_flatness.results import FlatnessReport
 
@@ -49,3 +51,32 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
             sync_dist=True,  # they are alike, but Lightning warns of what it is not told to synchronise
             batch_size=1,
         )
+
+
+@contextmanager
+def logging_muted(pl_module: LightningModule) -> Iterator[None]:
+    """A forward that logs would otherwise log what it is measured on, or may not log at all at this time.
+
+    Example:
+        >>> module = LightningModule()
+        >>> with logging_muted(module):
+        ...     module.log("key", 1.0)
+    """
+    modules = [vars(module) for module in pl_module.modules() if is_lightning_module(module)]
+    own = [{name: attributes[name] for name in LOGGING if name in attributes} for attributes in modules]
+    for attributes in modules:
+        attributes.update(dict.fromkeys(LOGGING, _nothing))
+    try:
+        yield
+    finally:
+        for attributes, before in zip(modules, own, strict=True):
+            for name in LOGGING:
+                del attributes[name]
+            attributes.update(before)
+
+
+LOGGING = ("log", "log_dict")
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    pass

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from lightning_flatness.callbacks.root import LightningModule, is_lightning_module, is_overridden
+from lightning_flatness.callbacks.root import LightningModule, is_overridden
 from lightning_flatness.errors import FlatnessError
 
 
@@ -47,30 +46,3 @@ def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mod
         found = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
         raise FlatnessError(f"FlatnessCallback(model={model!r}): {found}; there are: {children}.")
     return network
-
-
-@contextmanager
-def logging_muted(pl_module: LightningModule) -> Iterator[None]:
-    """A forward that logs would otherwise log what it is measured on, or may not log at all at this time.
-
-    Example:
-        >>> module = LightningModule()
-        >>> with logging_muted(module):
-        ...     module.log("key", 1.0)
-    """
-    modules = [vars(module) for module in pl_module.modules() if is_lightning_module(module)]
-    for attributes in modules:
-        attributes.update(dict.fromkeys(LOGGING, _nothing))
-    try:
-        yield
-    finally:
-        for attributes in modules:
-            for name in LOGGING:
-                del attributes[name]
-
-
-LOGGING = ("log", "log_dict")
-
-
-def _nothing(*arguments: Any, **options: Any) -> None:
-    pass

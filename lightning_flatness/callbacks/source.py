@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_flatness.callbacks.loaders import first_batch, is_indexed, loaders_in_turn, to_device
 from lightning_flatness.callbacks.root import LightningModule, Trainer
-from lightning_flatness.callbacks.stream import ValidationStream, loaders_in_turn, select
-from lightning_flatness.callbacks.subset import FixedSubset, first_batch, is_indexed, to_device, training_subset
+from lightning_flatness.callbacks.stream import ValidationStream, select
+from lightning_flatness.callbacks.subset import FixedSubset, training_subset
 from lightning_flatness.capture import num_rows
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import split_batch
@@ -54,7 +55,7 @@ class Validated:
         if not trainer.enable_validation:
             return None
         batch = first_batch(loaders_in_turn(trainer, trainer.val_dataloaders), pl_module)
-        return None if batch is None else self.of(to_device(trainer, pl_module, batch))
+        return None if batch is None else self.samples_of(to_device(trainer, pl_module, batch))
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, counts: Sequence[float]) -> None:
         """Begin at the first batch of the loaders, of which so many batches are run."""
@@ -66,7 +67,7 @@ class Validated:
     ) -> Iterator[Samples]:
         """What is to be measured of a batch that was validated."""
         assert self._stream is not None
-        inputs, targets = self.of(batch)
+        inputs, targets = self.samples_of(batch)
         mask = self._stream.mask(num_rows(inputs, targets), batch_idx, dataloader_idx)
         if mask.all():
             yield inputs, targets
@@ -77,12 +78,12 @@ class Validated:
         """Nothing is left after the last batch."""
         return iter(())
 
-    def of(self, batch: Any) -> Samples:
+    def samples_of(self, batch: Any) -> Samples:
         """The samples of a batch."""
         return split_with(self._batch_fn, batch)
 
     def let_go(self) -> None:
-        """Of the loaders."""
+        """Let go of the loaders."""
         self._stream = None
 
 
@@ -111,7 +112,10 @@ class ReadApart:
     def preview(self, trainer: Trainer, pl_module: LightningModule) -> Samples | None:
         """Samples to certify on before training; None of a rank that has none."""
         self.begin(trainer, pl_module, None, [])
-        return next(self._up_to(1.0, trainer, pl_module), None)
+        first = next(self._up_to(1.0, trainer, pl_module), None)
+        assert self._subset is not None
+        self._subset.restart(pl_module)  # lets go of a worker process
+        return first
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, counts: Sequence[float]) -> None:
         """Begin at the first sample, to be done with the last batch of the loaders."""
@@ -145,5 +149,5 @@ class ReadApart:
             yield split_with(self._batch_fn, to_device(trainer, pl_module, batch))
 
     def let_go(self) -> None:
-        """Of the data."""
+        """Let go of the data."""
         self._subset = None

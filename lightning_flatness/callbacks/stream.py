@@ -9,11 +9,10 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
+from torch.utils.data import DistributedSampler
 
-from lightning_flatness.callbacks.root import Trainer
+from lightning_flatness.callbacks.loaders import batch_size_of, is_indexed, keeps_order, reads_in_order, sampler_of
 from lightning_flatness.callbacks.strata import choose, labels_of
-from lightning_flatness.callbacks.subset import is_indexed, sampler_of
 
 
 class ValidationStream:
@@ -105,8 +104,8 @@ class _Shard:
     def __init__(self, loader: Any, num_batches: float, rank: int, num_ranks: int) -> None:
         self._loader = loader
         self._batches = getattr(loader, "batch_sampler", None)  # None: every item of the data set is a batch
-        self._batch_size: int = getattr(self._batches, "batch_size", None) or 1
-        self._sampler = sampler = sampler_of(loader)
+        self._batch_size = batch_size_of(loader) or 1
+        sampler = sampler_of(loader)
         self._step, self._first = 1, 0
         self._rank, self._num_ranks = rank, num_ranks
         self.length = len(loader.dataset) if is_indexed(loader) else 0
@@ -119,17 +118,13 @@ class _Shard:
         self.repeats = (
             isinstance(sampler, DistributedSampler) and not sampler.drop_last and self.length % self._step > 0
         )
-        self._in_order = self._batches is None or type(self._batches) is BatchSampler
+        self._in_order = keeps_order(loader)
         drawn = min(num_batches * self._batch_size * self._step, self.length)
         self.total = int(drawn) if self.length and self._in_order and self._batches is not None else None
 
     def labels(self) -> Tensor | None:
         """Class of every sample of the stream, where the data set has them and they come in its order."""
-        sampler = self._sampler
-        of_data = isinstance(sampler, SequentialSampler) or (
-            isinstance(sampler, DistributedSampler) and not sampler.shuffle and sampler.dataset is self._loader.dataset
-        )
-        labels = labels_of(self._loader.dataset) if of_data else None
+        labels = labels_of(self._loader.dataset) if reads_in_order(self._loader) else None
         return None if labels is None else labels[: self.total]
 
     def share(self, chosen: Tensor) -> Tensor:
@@ -164,24 +159,3 @@ def select(inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tens
         return tensor[mask.to(tensor.device)] if tensor.ndim and len(tensor) == len(mask) else tensor
 
     return apply_to_collection(inputs, Tensor, take), None if targets is None else take(targets)
-
-
-def loaders_in_turn(trainer: Trainer, loaders: Any) -> list[Any]:
-    """The loaders whose batches come one after the other; none if Lightning combines them into batches of its own."""
-    # Lightning has no public name for this.
-    combined = getattr(getattr(trainer, "_evaluation_loop", None), "_combined_loader", None)
-    return flat_loaders(loaders) if getattr(combined, "_mode", "sequential") == "sequential" else []
-
-
-def flat_loaders(loaders: Any) -> list[Any]:
-    """One loader, or a list or dict of them, as a list.
-
-    Example:
-        >>> flat_loaders({"one": 1, "others": [2, 3]})
-        [1, 2, 3]
-    """
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    if isinstance(loaders, (list, tuple)):
-        return [loader for part in loaders for loader in flat_loaders(part)]
-    return [] if loaders is None else [loaders]

@@ -6,13 +6,17 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 # Longer sequences are data, not transforms.
 MOST_PARTS = 100
+DEEPEST = 8
+OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 
 
 @contextmanager
@@ -20,7 +24,7 @@ def generators_kept(owner: Any) -> Iterator[None]:
     """Restore the states of generators that an object holds on leaving, those of the objects it holds too.
 
     Found are generators of torch, numpy and Python in attributes, and in short lists, tuples and mappings there; of a
-    module, in those of all its modules. A Lightning ``Trainer`` is passed over.
+    module, in those of all its modules.
 
     Example:
         >>> from types import SimpleNamespace
@@ -53,29 +57,38 @@ def restoring(generator: Any) -> Callable[[], Any]:
     return lambda: generator.set_state(state)
 
 
-def _generators(root: Any) -> list[Any]:
+def _generators(owner: Any) -> list[Any]:
     numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if numpy is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState)
     found: list[Any] = []
     seen: set[int] = set()
-    waiting = [root]
+    waiting = [(owner, 0)]
     while waiting:
-        part = waiting.pop()
-        if id(part) in seen or isinstance(part, (str, bytes, type, Tensor)):
+        part, depth = waiting.pop()
+        if id(part) in seen or depth > DEEPEST:
             continue
         seen.add(id(part))
-        if isinstance(part, kinds):
+        if isinstance(part, kinds) and not isinstance(part, random.SystemRandom):  # which has no state
             found.append(part)
-        elif isinstance(part, nn.Module):
-            for module in part.modules():
-                seen.add(id(module))
-                waiting += vars(module).values()
-        elif isinstance(part, dict):
-            waiting += list(part.values()) if len(part) <= MOST_PARTS else []
-        elif isinstance(part, (list, tuple)):
-            waiting += part if len(part) <= MOST_PARTS else []
-        elif type(part).__name__ != "Trainer":
-            waiting += getattr(part, "__dict__", {}).values()
+        else:
+            waiting += [(inner, depth + 1) for inner in _parts(part)]
     return found
+
+
+def _parts(part: Any) -> list[Any]:
+    """What an object holds, if it is of a kind that may hold generators: not the inside of Python's and torch's own."""
+    if isinstance(part, nn.Module):
+        modules = list(part.modules()) if not isinstance(part, torch.jit.ScriptModule) else []
+        return [value for module in modules for value in vars(module).values()]
+    if isinstance(part, dict):
+        return list(part.values()) if len(part) <= MOST_PARTS else []
+    if isinstance(part, (list, tuple)):
+        return list(part) if len(part) <= MOST_PARTS else []
+    if isinstance(part, (type, ModuleType, Tensor)):
+        return []
+    root = type(part).__module__.partition(".")[0]
+    if root in OTHERS or (root in sys.stdlib_module_names and not isinstance(part, SimpleNamespace)):
+        return list(vars(part).values()) if isinstance(part, Dataset) else []
+    return list(getattr(part, "__dict__", {}).values())

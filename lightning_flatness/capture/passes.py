@@ -95,7 +95,7 @@ class ForwardPasses:
                         f"autograd cannot follow ({error}). Use the out-of-place operation there, e.g. x = x + y for "
                         "x += y."
                     ) from error
-                if "type" in str(error) and self._is_cast:
+                if not is_out_of_memory(error) and "type" in str(error) and self._is_cast:
                     raise BatchError(
                         f"The model's forward fails in {self._options.measuring_dtype or torch.float32}, in which it "
                         f"is measured ({error}). It seems to cast to a type of its own; cast to the type of a weight "

@@ -17,7 +17,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
 from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
-from lightning_flatness.metrics.ranks import gather
+from lightning_flatness.metrics.ranks import gather, own_rank
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
 
 
@@ -38,9 +38,10 @@ class Measurement:
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        self._observer = FlatnessObserver(model, **options)
+        self._diagonal = Options(**options).diagonal  # refuses what cannot be
+        seed = options.get("seed", 0) + 1000 * own_rank()  # variances add up as probes of ranks are independent
+        self._observer = FlatnessObserver(model, **(options | {"seed": seed}))
         self._model = model
-        self._diagonal = Options(**options).diagonal
         self._metrics: dict[str, FlatnessMetric] = {}
 
     @property
@@ -133,7 +134,7 @@ def measure_flatness(
     The model is measured in evaluation mode, whatever mode it is in, and left as it was: weights, gradients, buffers,
     modes, random states. Batches may have different sizes; every sample counts the same. In a process group of
     ``torch.distributed`` every rank gives its own batches, or none, and gets the flatness over all: call it on every
-    rank or on none.
+    rank or on none. (An error on one rank leaves the others waiting, as with any collective.)
 
     Args:
         model: any module that returns logits ``(N, K)``.

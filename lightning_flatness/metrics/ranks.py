@@ -9,6 +9,16 @@ from torch import distributed
 Value = TypeVar("Value")
 
 
+def own_rank() -> int:
+    """Of this process; 0 without ``torch.distributed``.
+
+    Example:
+        >>> own_rank()
+        0
+    """
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
 def gather(value: Value) -> list[Value]:
     """The value of every rank, in order; without ``torch.distributed``, a list of the one.
 

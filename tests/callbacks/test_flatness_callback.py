@@ -27,7 +27,7 @@ from torch.utils.data import (
 import lightning_flatness as lf
 from lightning_flatness.callbacks.strata import choose, labels_of
 from lightning_flatness.callbacks.subset import FixedSubset, training_subset
-from lightning_flatness.metrics import Measurement
+from lightning_flatness.capture import FlatnessObserver
 from tests.callbacks.lightning_modules import (
     Classifier,
     MixingNet,
@@ -914,14 +914,14 @@ def test_options_reach_the_measurement(tmp_path):
 def test_ranks_have_probes_of_their_own(tmp_path, monkeypatch):
     seeds = []
 
-    class Recorded(Measurement):
+    class Recorded(FlatnessObserver):
         def __init__(self, *args, **options):
             seeds.append(options["seed"])
             super().__init__(*args, **options)
 
-    monkeypatch.setattr("lightning_flatness.callbacks.flatness_callback.Measurement", Recorded)
+    monkeypatch.setattr("lightning_flatness.metrics.measurement.FlatnessObserver", Recorded)
     for rank in (0, 1):
-        monkeypatch.setattr(L.Trainer, "global_rank", property(lambda trainer, rank=rank: rank))
+        monkeypatch.setattr("lightning_flatness.metrics.measurement.own_rank", lambda rank=rank: rank)
         fit(tmp_path, flatness_callback(seed=7), max_epochs=1)
     assert len(set(seeds)) == 2
     assert seeds[0] == 7

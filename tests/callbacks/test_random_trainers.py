@@ -314,6 +314,8 @@ def sensible(draw):
         changes |= {"plateau": False, "stopping": None, "checkpoint": False, "val_check_interval": 1.0}
     if draw.val_check_interval != 1.0 or draw.every_n_epochs > 1:
         changes |= {"plateau": False}
+    if draw.every_n_epochs > 1 and draw.stopping == "flatness":  # without the callback it would count stale values
+        changes |= {"stopping": "early"}
     if draw.loss == "class weight":
         changes |= {"classes": 2}
     if draw.val_loaders == 2 and draw.stopping == "flatness" and draw.limit_val_batches != 0:
