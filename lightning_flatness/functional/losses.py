@@ -41,6 +41,18 @@ class Loss:
         """
         raise NotImplementedError
 
+    def summed(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """The loss summed over samples, float64 and differentiable, and what the sum is to be divided by.
+
+        Example:
+            >>> CrossEntropy().summed(torch.zeros(2, 4), torch.tensor([2, 0]))
+            (tensor(2.7726, dtype=torch.float64), 2.0)
+        """
+        return self._summed(logits.double(), targets), self(logits.detach(), targets).normalizer
+
+    def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
@@ -111,6 +123,18 @@ class CrossEntropy(Loss):
         residual.scatter_(1, top, -residual.scatter(1, top, 0.0).sum(1, keepdim=True))
         return LossDerivatives(ClassCurvature(c * pi, pi), residual, count, normalizer)
 
+    def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weight = None if self.class_weight is None else logits.new_tensor(self.class_weight)
+        targets = targets.double() if targets.is_floating_point() else targets.long()
+        return nn.functional.cross_entropy(
+            logits,
+            targets,
+            weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+
     def _kept(self, targets: Tensor, classes: int, samples: int) -> Tensor | None:
         """Which samples are not ignored; None for all."""
         wrong_type = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
@@ -156,6 +180,10 @@ class BinaryCrossEntropy(Loss):
             residual = ((1 - y) * on - y * off) / labels
         return LossDerivatives(ClassCurvature(on * off / labels), residual, len(f), float(len(f)))
 
+    def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
+        y = _like_logits(targets, logits, self.name)
+        return nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="sum") / logits.shape[1]
+
 
 @dataclass(frozen=True)
 class MeanSquaredError(Loss):
@@ -174,6 +202,10 @@ class MeanSquaredError(Loss):
         f, outputs = logits.double(), logits.shape[1]
         residual = None if targets is None else 2 * (f - _like_logits(targets, logits, self.name)) / outputs
         return LossDerivatives(ClassCurvature(torch.full_like(f, 2 / outputs)), residual, len(f), float(len(f)))
+
+    def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
+        y = _like_logits(targets, logits, self.name)
+        return nn.functional.mse_loss(logits, y, reduction="sum") / logits.shape[1]
 
 
 @dataclass(frozen=True)
@@ -232,6 +264,9 @@ class CustomLoss(Loss):
         return LossDerivatives(
             DenseCurvature.of((matrices + matrices.mT) / 2), residual.detach().double(), len(f), float(len(f))
         )
+
+    def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.function(logits, targets.clone()).double().sum()
 
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
         """In float64, or, where the function holds tensors that do not go with that, in the logits' own type."""
