@@ -149,9 +149,11 @@ class FlatnessCallback(Callback):
             raise FlatnessError("FlatnessCallback: prefix must not be empty.")
         self.data = data
         self.every_n_epochs = every_n_epochs
+        self.max_samples = max_samples
         self.prefix = prefix
         self.accuracy = accuracy
         self.model = model
+        self.batch_fn = batch_fn
         self.summary = summary
         self.figures = figures
         self.history: list[dict[str, float | None]] = []
