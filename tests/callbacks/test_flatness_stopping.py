@@ -206,7 +206,7 @@ def test_the_mean_over_ranks_counts(tmp_path, monkeypatch):
 
 
 def test_all_ranks_stop_with_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", lambda strategy, own, all: True)  # noqa: A002
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", lambda *args, **kwargs: True)
     stopping = lf.FlatnessStopping(burn_in=2, patience=3)
     assert epochs_run(tmp_path, constant(5.0), constant(0.5), stopping) == 3
 
