@@ -1,6 +1,7 @@
 # make demo    train on the digits, with TensorBoard logs and a picture (the main job)
 # make test    all tests and doctests
 # make check   what must pass before a commit: format, lint, types, import contracts, tests with coverage
+# make guards  take every guard out, one at a time, and see its test fail (a quarter of an hour)
 # make bench   cost of measuring, as ratios in one run
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 
-.PHONY: demo test check format bench coverage clean
+.PHONY: demo test check format guards bench coverage clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -39,6 +40,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+guards: $(READY)
+	$(BIN)/python tests/guards.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/callback_cost.py

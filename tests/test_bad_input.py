@@ -73,6 +73,21 @@ def test_data_parallel_wrapper():
     refused(lf.FlatnessError, "DataParallel.*module", net)
 
 
+class FSDPModule:
+    """What torch's fully_shard makes a module inherit from."""
+
+
+class Wrapped(FSDPModule, Net):
+    pass
+
+
+def test_sharded_weights():
+    refused(lf.LayerSelectionError, "'Wrapped' are sharded over processes.*strategy='ddp'", Wrapped())
+    net = Net()
+    net.conv.weight.ds_id = 0  # DeepSpeed's mark
+    refused(lf.LayerSelectionError, "'conv' are sharded over processes", net)
+
+
 def test_no_linear_classifier():
     net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten())
     report = lf.measure_flatness(net, [(X, Y)])

@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.capture.isolation import ModelCopy, isolated, measured
+from lightning_flatness.capture.isolation import ModelCopy, isolated, measured, measuring_device
 from lightning_flatness.testing import oracle_block_traces
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -107,3 +107,8 @@ def test_a_device_without_float64_is_left_for_another(monkeypatch):
     with isolated(net):
         assert ModelCopy(net)(batch()[0]).device.type == "meta"
     assert net.fc.weight.device.type == "cpu"
+
+
+def test_devices_without_float64_are_known():
+    assert measuring_device(torch.device("mps")) == torch.device("cpu")
+    assert measuring_device(torch.device("cuda", 1)) == torch.device("cuda", 1)

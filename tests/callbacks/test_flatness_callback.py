@@ -1,10 +1,12 @@
 """The callback in a real Trainer: what it logs, when, and what it refuses."""
 
 import copy
+import gc
 import math
 import pickle
 import random
 import warnings
+import weakref
 
 import lightning as L
 import numpy as np
@@ -130,12 +132,14 @@ def test_validate_before_and_after_fit(tmp_path):
         trainer.fit(module, train, val)
 
 
-def test_averaged_weights_are_measured(tmp_path):
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_averaged_weights_are_measured(tmp_path, first):
     if not hasattr(lightning_callbacks, "WeightAveraging"):
         pytest.skip("this Lightning has no WeightAveraging")
     averaging = lightning_callbacks.WeightAveraging(avg_fn=lambda average, new, n: 0.9 * average + 0.1 * new)
     recorder, module, (train, val) = Recorder(), Classifier(lr=0.5), loaders()
-    fit(tmp_path, flatness_callback(), averaging, recorder, module=module, data=(train, val), max_epochs=3)
+    pair = [flatness_callback(), averaging] if first else [averaging, flatness_callback()]
+    fit(tmp_path, *pair, recorder, module=module, data=(train, val), max_epochs=3)
     for logged, net in zip(recorder.flatness(), recorder.nets, strict=True):
         assert logged == pytest.approx(expected(net, val), rel=1e-6)
 
@@ -474,8 +478,10 @@ class Augmented(Dataset):
         return x + 0.1 * torch.randn(()) + 0.1 * float(np.random.randn()) + 0.1 * random.gauss(0, 1), y  # noqa: NPY002
 
 
-def test_random_transforms_draw_the_same_in_every_epoch():
-    subset = FixedSubset(DataLoader(Augmented(dataset(12)), batch_size=4, shuffle=True), 10)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_transforms_draw_the_same_in_every_epoch(workers):
+    loader = DataLoader(Augmented(dataset(12)), batch_size=4, shuffle=True, num_workers=workers)
+    subset = FixedSubset(loader, 10)
     epochs = []
     for _ in range(2):
         subset.restart(Net())
@@ -777,6 +783,14 @@ def test_second_fit_starts_a_new_history(tmp_path):
         assert [record["epoch"] for record in callback.history] == list(range(epochs))
 
 
+def test_a_fit_after_a_resumed_one_starts_a_new_history(tmp_path):
+    trainer, callback = fit(tmp_path, flatness_callback()), flatness_callback()
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    quiet_trainer(tmp_path, callback, max_epochs=3).fit(Classifier(), *loaders(), ckpt_path=tmp_path / "two.ckpt")
+    fit(tmp_path, callback)
+    assert [record["epoch"] for record in callback.history] == [0, 1]
+
+
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("run", ["validate", "test"])
 def test_what_was_measured_before_fit_is_not_in_the_history(tmp_path, run, sanity):
@@ -870,6 +884,23 @@ def test_failing_validation_step_leaves_no_trace(tmp_path):
     assert callback.history == []
     fit(tmp_path, callback)
     assert len(callback.history) == 2
+
+
+@pytest.mark.parametrize("module", [Classifier, Failing])
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_data_and_model_are_let_go(tmp_path, module, data):
+    callback, network, (train, val) = flatness_callback(data=data), module(), loaders()
+    kept = {"model": network.net, "training data": train.dataset, "validation data": val.dataset}
+    kept = {name: weakref.ref(thing) for name, thing in kept.items()}
+    try:
+        fit(tmp_path, callback, module=network, data=(train, val))
+    except RuntimeError:
+        assert module is Failing
+    for name in ("log", "log_dict"):  # Lightning gives every callback these methods of the module
+        vars(callback).pop(name)
+    del network, train, val
+    gc.collect()
+    assert [name for name, thing in kept.items() if thing() is not None] == []
 
 
 def test_failing_measurement_leaves_no_trace(tmp_path):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -193,6 +194,21 @@ def test_validate_and_fast_dev_run_do_not_count(tmp_path):
 def test_min_epochs_is_respected(tmp_path):
     stopping = lf.FlatnessStopping(burn_in=0, patience=1)
     assert epochs_run(tmp_path, constant(5.0), constant(0.5), stopping, min_epochs=6) == 6
+
+
+def test_the_mean_over_ranks_counts(tmp_path, monkeypatch):
+    # The other rank has three times as much of everything.
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", lambda strategy, value, *args, **kwargs: 2 * value)
+    stopping = lf.FlatnessStopping(burn_in=0, patience=3)
+    assert epochs_run(tmp_path, constant(5.0), constant(0.25), stopping) == 4
+    assert float(stopping.best_score) == 10.0
+    assert float(stopping.best_accuracy) == 0.5
+
+
+def test_all_ranks_stop_with_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", lambda *args, **kwargs: True)
+    stopping = lf.FlatnessStopping(burn_in=2, patience=3)
+    assert epochs_run(tmp_path, constant(5.0), constant(0.5), stopping) == 3
 
 
 # --------------------------------------------------------------------------------------------------------------- state

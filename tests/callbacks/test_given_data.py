@@ -23,8 +23,9 @@ GIVEN = dataset(19, seed=5)
 
 class Stream(IterableDataset):
     def __iter__(self):
-        torch.rand(1)
-        return iter([GIVEN[index] for index in range(len(GIVEN))])
+        for index in range(len(GIVEN)):
+            torch.rand(1)
+            yield GIVEN[index]
 
 
 SOURCES = {

@@ -220,3 +220,18 @@ def test_combined_validation_loaders(tmp_path, mode, sanity, max_samples):
     fit(tmp_path, callback, val, module=OfSeveral(), num_sanity_val_steps=sanity)
     available = {"sequential": 62, "min_size": 24, "max_size": 40}[mode]
     assert callback.report.num_samples == (max_samples or available)
+
+
+class Permuted(SequentialSampler):
+    """A sampler of the user's own, which leaves out the samples that cannot be measured."""
+
+    def __iter__(self):
+        return iter(range(4, len(self.data_source)))
+
+
+def test_samples_that_an_unknown_sampler_leaves_out_are_not_certified_on(tmp_path):
+    data = dataset(22, seed=1)
+    data.tensors[0][:4] = torch.nan
+    callback = flatness_callback()
+    fit(tmp_path, callback, DataLoader(data, batch_size=6, sampler=Permuted(data)), num_sanity_val_steps=0)
+    assert callback.report.num_samples == 18

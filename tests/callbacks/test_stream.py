@@ -117,11 +117,12 @@ class Reversed(BatchSampler):
         return reversed(list(super().__iter__()))
 
 
-def test_batches_in_an_order_of_their_own_are_all_measured_with_a_warning():
-    data = numbered(5)
+@pytest.mark.parametrize(("samples", "of_rank"), [(5, 3), (7, 4)], ids=["uneven batches", "even batches"])
+def test_batches_in_an_order_of_their_own_are_all_measured_with_a_warning(samples, of_rank):
+    data = numbered(samples)
     loader = DataLoader(data, batch_sampler=Reversed(DistributedSampler(data, 2, 1, shuffle=False), 2, False))
     with pytest.warns(UserWarning, match="cannot tell which samples"):
-        assert len(measured([loader], 1, 2)) == 3
+        assert len(measured([loader], 1, 2)) == of_rank
 
 
 def test_a_collate_function_that_drops_samples():

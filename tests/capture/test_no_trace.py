@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.capture.observation import Observation
 from tests.networks import randomise_statistics
 
 
@@ -440,6 +441,24 @@ def test_a_second_measurement_gives_the_same(model, batch):
     assert_close(block_traces(net, batch), block_traces(net, batch), rtol=0, atol=0)
 
 
+class CountsItsCalls(Net):
+    """Its logits depend on a buffer that every call changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.calls * super().forward(x)
+
+
+def test_every_call_begins_with_the_same_buffers(batch):
+    net = CountsItsCalls()
+    assert_close(block_traces(net, batch), block_traces(net, batch), rtol=0, atol=0)
+    assert net.calls == 1
+
+
 # ---------------------------------------------------------------------------------------- in the middle of other things
 
 
@@ -558,3 +577,17 @@ def test_what_a_forward_draws_is_drawn_again_afterwards(batch):
     random.seed(1)
     lf.measure_flatness(net, [batch])
     assert (torch.rand(()), np.random.rand(), random.random()) == expected  # noqa: NPY002
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_observing_puts_the_grad_mode_back(fails, batch):
+    net = Net()
+    if fails:
+        tail_fails(net)
+    with torch.no_grad():
+        try:
+            with Observation({"conv": net.conv}, net.head):
+                net(batch[0])
+        except UserError:
+            assert fails
+        assert not torch.is_grad_enabled()

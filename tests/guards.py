@@ -1,0 +1,860 @@
+"""Take the guards of the package out, one at a time: every time a test must fail.
+
+    python tests/guards.py                  all of them
+    python tests/guards.py "random state"   those that have this in their description
+    python tests/guards.py --table          the table of tests/README.md
+
+A guard is a line or two that keep a user's training as it is, or a number right. Here each has a snippet of the source,
+what stands there without the guard, and the test that sees it. Nothing is changed in place: package and tests are
+copied to a temporary folder.
+"""
+
+import argparse
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("lightning_flatness", "tests", "pyproject.toml")
+SECONDS = 600
+TESTS_FAILED = 1  # pytest's exit code; 2 to 5 are errors of collection or usage, or that nothing ran
+
+
+@dataclass(frozen=True)
+class Guard:
+    what: str
+    file: str  # in lightning_flatness/
+    before: str  # occurs once
+    after: str  # what stands there without the guard
+    test: str  # a pytest node in tests/, or a file and -k
+
+    @property
+    def path(self):
+        return Path("lightning_flatness", self.file)
+
+    @property
+    def arguments(self):
+        node, *expression = self.test.split(" -k ")
+        return [f"tests/{node}", *(["-k", *expression] if expression else [])]
+
+    def removed_from(self, source):
+        """The source without the guard."""
+        if source.count(self.before) != 1:
+            raise ValueError(
+                f"The guard '{self.what}' is out of date: its snippet occurs {source.count(self.before)} times in "
+                f"{self.path}."
+            )
+        return source.replace(self.before, self.after)
+
+
+NO_TRACE = "capture/test_no_trace.py::"
+AS_IT_WAS = f"{NO_TRACE}test_everything_is_as_it_was"
+IN_A_MODE = f"{NO_TRACE}test_numbers_do_not_depend_on_the_mode_around"
+CALLBACK = "callbacks/test_flatness_callback.py::"
+IDENTICAL = "callbacks/test_bit_identical.py::test_training_is_bit_identical"
+STREAM = "callbacks/test_stream.py::"
+ON_ERROR = "callbacks/test_on_error.py::"
+STOPPING = "callbacks/test_flatness_stopping.py::"
+METRIC = "metrics/test_flatness_metric.py::"
+ROOTS = "callbacks/test_import_roots.py::"
+
+ISOLATION = [
+    Guard(
+        "training flags are put back",
+        "capture/isolation.py",
+        "            module.training = training\n",
+        "",
+        f"{AS_IT_WAS}[train_mode-nothing_happens]",
+    ),
+    Guard(
+        "evaluation mode",
+        "capture/isolation.py",
+        "module.training = False",
+        "pass",
+        "test_invariances.py::test_dropout_and_training_flags_do_not_matter",
+    ),
+    Guard(
+        "backward hooks are put aside",
+        "capture/isolation.py",
+        "vars(module).update({name: OrderedDict() for name in present})",
+        "pass",
+        f"{NO_TRACE}test_backward_hooks_of_the_user_are_not_run",
+    ),
+    Guard(
+        "backward hooks are put back",
+        "capture/isolation.py",
+        "            vars(module).update(present)\n",
+        "",
+        f"{AS_IT_WAS}[with_backward_hooks-nothing_happens]",
+    ),
+    Guard(
+        "random state of torch",
+        "capture/isolation.py",
+        "stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))",
+        "pass",
+        f"{NO_TRACE}test_what_a_forward_draws_is_drawn_again_afterwards",
+    ),
+    Guard(
+        "random state of numpy",
+        "capture/isolation.py",
+        "numpy.random.set_state(numpy_state)",
+        "pass",
+        f"{NO_TRACE}test_what_a_forward_draws_is_drawn_again_afterwards",
+    ),
+    Guard(
+        "random state of Python",
+        "capture/isolation.py",
+        "random.setstate(python_state)",
+        "pass",
+        f"{NO_TRACE}test_what_a_forward_draws_is_drawn_again_afterwards",
+    ),
+    Guard(
+        "inference mode is left",
+        "capture/isolation.py",
+        "stack.enter_context(torch.inference_mode(False))",
+        "pass",
+        f"{IN_A_MODE}[plain-inference_mode]",
+    ),
+    Guard(
+        "gradients are on",
+        "capture/isolation.py",
+        "        stack.enter_context(torch.inference_mode(False))\n        stack.enter_context(torch.enable_grad())\n",
+        "",
+        f"{IN_A_MODE}[plain-no_grad]",
+    ),
+    Guard(
+        "autocast is off",
+        "capture/isolation.py",
+        "stack.enter_context(torch.autocast(device_type, enabled=False))",
+        "pass",
+        f"{IN_A_MODE}[plain-autocast]",
+    ),
+    Guard(
+        "compiled parts run uncompiled",
+        "capture/isolation.py",
+        'stack.enter_context(torch.compiler.set_stance("force_eager"))',
+        "pass",
+        f"{NO_TRACE}test_compiled_code_is_not_run_and_not_lost[part]",
+    ),
+    Guard(
+        "attention that has a second derivative",
+        "capture/isolation.py",
+        "stack.enter_context(sdpa_kernel(SDPBackend.MATH))",
+        "pass",
+        "test_residual.py::test_attention_has_a_second_derivative",
+    ),
+    Guard(
+        "gradient checkpointing is refused by name",
+        "capture/isolation.py",
+        'if not isinstance(error, CheckpointError) and "Checkpointing is not compatible" not in str(error):',
+        "if True:",
+        "capture/test_certificates.py::test_gradient_checkpointing_is_refused_with_a_remedy",
+    ),
+    Guard(
+        "every call begins with the same buffers",
+        "capture/isolation.py",
+        "tensors |= {key: tensors[key].clone() for key in self._buffers}",
+        "pass",
+        f"{NO_TRACE}test_every_call_begins_with_the_same_buffers",
+    ),
+    Guard(
+        "parameters and buffers are copied",
+        "capture/isolation.py",
+        "measured(tensor.detach(), dtype).clone()",
+        "measured(tensor.detach(), dtype)",
+        f"{AS_IT_WAS}[WritesWeights-nothing_happens]",
+    ),
+    Guard(
+        "inputs are copied",
+        "capture/isolation.py",
+        "measured(tensor, self._dtype).clone()",
+        "measured(tensor, self._dtype)",
+        f"{AS_IT_WAS}[WritesInput-nothing_happens]",
+    ),
+    Guard(
+        "modules with two names are put back",
+        "capture/isolation.py",
+        "tie_weights=False",
+        "tie_weights=True",
+        f"{AS_IT_WAS}[module_with_two_names-nothing_happens]",
+    ),
+    Guard(
+        "half precision is measured in float32",
+        "capture/isolation.py",
+        "(torch.float32 if tensor.dtype in HALF else tensor.dtype)",
+        "tensor.dtype",
+        "test_precision.py::test_half_precision_is_measured_in_float32",
+    ),
+    Guard(
+        "dtype=",
+        "capture/isolation.py",
+        "tensor.to(dtype or (torch.float32 if tensor.dtype in HALF else tensor.dtype))",
+        "tensor.to(torch.float32 if tensor.dtype in HALF else tensor.dtype)",
+        "test_precision.py::test_any_precision_is_measured_in_float64",
+    ),
+    Guard(
+        "a device without float64",
+        "capture/isolation.py",
+        'return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device',
+        "return device",
+        "test_precision.py::test_devices_without_float64_are_known",
+    ),
+    Guard(
+        "sharded weights are refused",
+        "capture/isolation.py",
+        "            _refuse_sharded(prefix, module)\n",
+        "",
+        "test_bad_input.py::test_sharded_weights",
+    ),
+    Guard(
+        "out of memory: halves",
+        "capture/passes.py",
+        "if not is_out_of_memory(error):",
+        "if True:",
+        "test_memory.py::test_when_memory_runs_out_halves_are_measured",
+    ),
+    Guard(
+        "changes in place are refused by name",
+        "capture/passes.py",
+        'if "modified by an inplace operation" in str(error):',
+        "if False:",
+        "capture/test_loopholes.py::test_inputs_that_are_changed_in_place_afterwards",
+    ),
+    Guard(
+        "casts in the forward are refused by name",
+        "capture/passes.py",
+        'if "type" in str(error) and self._is_cast:',
+        "if False:",
+        "test_bad_input.py::test_forward_that_casts_to_half_precision",
+    ),
+    Guard(
+        "a random forward is refused",
+        "capture/passes.py",
+        "_certify_deterministic(self._execution.logits[:rows], logits[:rows].detach())",
+        "pass",
+        "capture/test_certificates.py::test_noise_in_the_forward_is_refused",
+    ),
+]
+
+OBSERVATION = [
+    Guard(
+        "hooks are removed after an error",
+        "capture/observation.py",
+        "for handle in self._handles:",
+        "for handle in self._handles if error[0] is None else ():",
+        f"{AS_IT_WAS}[plain-tail_fails_when_observed]",
+    ),
+    Guard(
+        "hooks that see what runs are removed after an error",
+        "capture/selection.py",
+        "    finally:\n        for handle in handles:\n            handle.remove()\n",
+        "    except ZeroDivisionError:\n        pass\n    for handle in handles:\n        handle.remove()\n",
+        f"{AS_IT_WAS}[plain-tail_fails]",
+    ),
+    Guard(
+        "function modes of layers are left after an error",
+        "capture/observation.py",
+        "        while self._recorders:\n            self._stop_recording()\n",
+        "",
+        f"{AS_IT_WAS}[plain-layer_fails_when_observed]",
+    ),
+    Guard(
+        "function mode of the model is left after an error",
+        "capture/observation.py",
+        "        self._watch.__exit__(None, None, None)",
+        "        if error[0] is None:\n            self._watch.__exit__(None, None, None)",
+        f"{AS_IT_WAS}[plain-tail_fails_when_observed]",
+    ),
+    Guard(
+        "grad mode is put back",
+        "capture/observation.py",
+        "torch.set_grad_enabled(self._grad_mode)",
+        "pass",
+        f"{NO_TRACE}test_observing_puts_the_grad_mode_back",
+    ),
+    Guard(
+        "activations in place write to a copy",
+        "capture/observation.py",
+        "return output.clone()",
+        "return output",
+        "test_exactness.py::test_random_networks_match_the_autograd_hessian",
+    ),
+]
+
+METRICS = [
+    Guard(
+        "sums out of place",
+        "metrics/flatness_metric.py",
+        "self.block_traces = self.block_traces + block_traces.to(self.block_traces)",
+        "self.block_traces += block_traces.to(self.block_traces)",
+        f"{METRIC}test_created_and_reset_inside_inference_mode",
+    ),
+    Guard(
+        "sums in float64",
+        "metrics/flatness_metric.py",
+        "if self.block_traces.dtype != torch.float64:",
+        "if False:",
+        f"{METRIC}test_a_cast_that_torchmetrics_lets_through_is_refused_at_the_next_update",
+    ),
+    Guard(
+        "what other ranks have measured",
+        "metrics/measurement.py",
+        "gather((self.layers, self.left_out)) if layers]",
+        "[(self.layers, self.left_out)] if layers]",
+        f"{METRIC}test_a_rank_without_batches_reports_the_whole",
+    ),
+    Guard(
+        "a rank without batches",
+        "metrics/measurement.py",
+        "self._metrics.get(info.name) or self._new_metric(info)",
+        "self._metrics[info.name]",
+        f"{METRIC}test_a_rank_without_batches_reports_the_whole",
+    ),
+    Guard(
+        "what one rank has labelled is labelled",
+        "metrics/measurement.py",
+        "merged([layers[name] for layers, _ in found])",
+        "found[0][0][name]",
+        f"{METRIC}test_what_one_rank_has_labelled_is_labelled_on_all",
+    ),
+    Guard(
+        "ranks with other layers are refused",
+        "metrics/measurement.py",
+        "if layers.keys() != found[0][0].keys():",
+        "if False:",
+        f"{METRIC}test_ranks_that_measure_other_layers_are_refused",
+    ),
+    Guard(
+        "reading a loader draws nothing",
+        "metrics/measurement.py",
+        "stack.enter_context(random_states_kept(model))",
+        "pass",
+        f"{NO_TRACE}test_reading_a_loader_draws_nothing",
+    ),
+]
+
+SAMPLES = [
+    Guard(
+        "samples that a DistributedSampler repeats",
+        "callbacks/stream.py",
+        "everything &= positions < shard.length",
+        "pass",
+        f"{STREAM}test_all_ranks_together_measure_every_sample_once",
+    ),
+    Guard(
+        "max_samples over all ranks",
+        "callbacks/stream.py",
+        "share[positions[self._rank :: self._num_ranks]] = True",
+        "share[positions] = True",
+        f"{STREAM}test_ranks_share_the_samples_that_one_process_measures",
+    ),
+    Guard(
+        "every class in its share",
+        "callbacks/strata.py",
+        "    if labels is None:\n        return order[:chosen]",
+        "    if True:\n        return order[:chosen]",
+        "callbacks/test_strata.py::test_every_class_has_its_share",
+    ),
+    Guard(
+        "batches in an order of their own",
+        "callbacks/stream.py",
+        "        if not self._in_order:\n            return None\n",
+        "",
+        f"{STREAM}test_batches_in_an_order_of_their_own_are_all_measured_with_a_warning[even batches]",
+    ),
+    Guard(
+        "batches of another size",
+        "callbacks/stream.py",
+        "        if rows != min(self._batch_size, own - before):\n            return None\n",
+        "",
+        f"{STREAM}test_a_collate_function_that_drops_samples",
+    ),
+    Guard(
+        "a warning where samples are not known",
+        "callbacks/stream.py",
+        "                self._warn()\n",
+        "",
+        f"{STREAM}test_batches_in_an_order_of_their_own_are_all_measured_with_a_warning",
+    ),
+    Guard(
+        "combined loaders",
+        "callbacks/stream.py",
+        'return flat_loaders(loaders) if getattr(combined, "_mode", "sequential") == "sequential" else []',
+        "return flat_loaders(loaders)",
+        "callbacks/test_odd_loaders.py::test_combined_validation_loaders",
+    ),
+    Guard(
+        "a first batch of known samplers only",
+        "callbacks/subset.py",
+        "if not is_indexed(loader) or type(sampler_of(loader)) not in known:",
+        "if not is_indexed(loader):",
+        "callbacks/test_odd_loaders.py::test_samples_that_an_unknown_sampler_leaves_out_are_not_certified_on",
+    ),
+    Guard(
+        "the user's loader is not iterated",
+        "callbacks/subset.py",
+        "self._loader = own_loader(loader, allowed[drawn][self._share].tolist())",
+        "self._loader = loader",
+        f"{IDENTICAL}[one generator-train]",
+    ),
+    Guard(
+        "a generator of our own",
+        "callbacks/subset.py",
+        "generator=torch.Generator(),",
+        'generator=getattr(loader, "generator", None) or torch.Generator(),',
+        f"{IDENTICAL}[one generator-train]",
+    ),
+    Guard(
+        "random states while a subset is read",
+        "callbacks/subset.py",
+        "with random_states_kept(model), generators_kept(loader.dataset):",
+        "with generators_kept(loader.dataset):",
+        f"{IDENTICAL}[augmentation-train]",
+    ),
+    Guard(
+        "generators of data sets",
+        "callbacks/subset.py",
+        "with random_states_kept(model), generators_kept(loader.dataset):",
+        "with random_states_kept(model):",
+        f"{IDENTICAL}[data set with a generator-train]",
+    ),
+    Guard(
+        "random states while other batches are read",
+        "callbacks/subset.py",
+        "        with random_states_kept(model):\n            batch = next(iterator, iterator)\n",
+        "        batch = next(iterator, iterator)\n",
+        "callbacks/test_given_data.py::test_given_data_is_measured_without_a_trace[stream]",
+    ),
+    Guard(
+        "random transforms draw the same in every epoch",
+        "callbacks/subset.py",
+        "            torch.default_generator.manual_seed(index)\n",
+        "",
+        f"{CALLBACK}test_random_transforms_draw_the_same_in_every_epoch[0]",
+    ),
+    Guard(
+        "workers draw the same in every epoch",
+        "callbacks/subset.py",
+        "    loader.generator.manual_seed(0)\n",
+        "",
+        f"{CALLBACK}test_random_transforms_draw_the_same_in_every_epoch[1]",
+    ),
+    Guard(
+        "samples that a sampler leaves out",
+        "callbacks/subset.py",
+        'list(getattr(sampler, "indices", range(len(dataset))))',
+        "range(len(dataset))",
+        f"{CALLBACK}test_samples_that_a_sampler_leaves_out_are_not_measured[sampler]",
+    ),
+    Guard(
+        "training data only in fit",
+        "callbacks/flatness_callback.py",
+        'if self._due and self._data_name == "train" and trainer.state.fn != "fit":',
+        "if False:",
+        f"{CALLBACK}test_training_data_is_not_measured_by_validate",
+    ),
+]
+
+IN_TRAINING = [
+    Guard(
+        "the sanity check is not in the history",
+        "callbacks/flatness_callback.py",
+        "self._due = not trainer.sanity_checking and self._is_due(trainer)",
+        "self._due = self._is_due(trainer)",
+        f"{CALLBACK}test_sanity_check_is_not_in_the_history[2]",
+    ),
+    Guard(
+        "logged before monitors look",
+        "callbacks/flatness_callback.py",
+        '''sees it in the same epoch."""
+        self._finish(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+''',
+        '''sees it in the same epoch."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module)
+''',
+        f"{CALLBACK}test_monitors_see_the_value_of_this_validation[{{}}-last]",
+    ),
+    Guard(
+        "batches are measured while weights are averaged",
+        "callbacks/flatness_callback.py",
+        """            return
+        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+""",
+        """            return
+        self._later = [*getattr(self, "_later", []), (batch, batch_idx, dataloader_idx)]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for arguments in vars(self).pop("_later", []):
+            self._advance(trainer, pl_module, *arguments)
+""",
+        f"{CALLBACK}test_averaged_weights_are_measured[last]",
+    ),
+    Guard(
+        "every_n_epochs",
+        "callbacks/flatness_callback.py",
+        "return trainer.current_epoch == last or trainer.current_epoch - last >= self.every_n_epochs",
+        "return True",
+        f"{CALLBACK}test_every_n_epochs",
+    ),
+    Guard(
+        "logged again after a resume",
+        "callbacks/flatness_callback.py",
+        "            self._log_again(trainer, pl_module)\n",
+        "",
+        "callbacks/test_random_trainers.py::test_resume_at_an_epoch_that_is_not_measured",
+    ),
+    Guard(
+        "states in checkpoints by prefix",
+        "callbacks/flatness_callback.py",
+        'return f"FlatnessCallback[prefix={self.prefix}]"',
+        'return "FlatnessCallback"',
+        f"{CALLBACK}test_two_callbacks_with_different_prefixes",
+    ),
+    Guard(
+        "the history is plain numbers",
+        "callbacks/flatness_callback.py",
+        "return None if logged is None else float(logged)",
+        "return logged",
+        f"{CALLBACK}test_history_is_plain_numbers",
+    ),
+    Guard(
+        "a checkpoint's history only in fit",
+        "callbacks/flatness_callback.py",
+        'if self._stage in (None, "fit"):',
+        "if True:",
+        f"{CALLBACK}test_validating_a_checkpoint_leaves_the_history",
+    ),
+    Guard(
+        "a second fit begins a new history",
+        "callbacks/flatness_callback.py",
+        "        if not self._restored:\n            self.history = []\n",
+        "",
+        f"{CALLBACK}test_second_fit_starts_a_new_history",
+    ),
+    Guard(
+        "a fit after a resumed one begins a new history",
+        "callbacks/flatness_callback.py",
+        "        self._restored = False\n        self.report = None\n",
+        "        self.report = None\n",
+        f"{CALLBACK}test_a_fit_after_a_resumed_one_starts_a_new_history",
+    ),
+    Guard(
+        "one layout of charts",
+        "callbacks/flatness_callback.py",
+        "if not any(callback._chart_laid_out for callback in callbacks):",
+        "if True:",
+        "callbacks/test_tensorboard.py::test_two_callbacks_are_both_in_the_charts",
+    ),
+    Guard(
+        "accuracy that the module logs later",
+        "callbacks/flatness_callback.py",
+        "                self._accuracy_missing = True\n",
+        "",
+        f"{CALLBACK}test_history_without_validation_pairs_flatness_with_accuracy_of_the_epoch",
+    ),
+    Guard(
+        "certified before training",
+        "callbacks/flatness_callback.py",
+        "None if self._certified else self._source.preview(trainer, pl_module)",
+        "None",
+        f"{CALLBACK}test_bad_model_is_refused_before_the_first_training_step[0-{{}}-val]",
+    ),
+    Guard(
+        "the summary on rank zero only",
+        "callbacks/flatness_callback.py",
+        "and self._certified and trainer.is_global_zero:",
+        "and self._certified:",
+        f"{CALLBACK}test_summary_is_printed_on_rank_zero_only",
+    ),
+    Guard(
+        "ranks have probes of their own",
+        "callbacks/flatness_callback.py",
+        " + 1000 * trainer.global_rank",
+        "",
+        f"{CALLBACK}test_ranks_have_probes_of_their_own",
+    ),
+    Guard(
+        "data and model are let go at the end",
+        "callbacks/flatness_callback.py",
+        "        self._stage = None\n        self._let_go()\n",
+        "        self._stage = None\n",
+        f"{CALLBACK}test_data_and_model_are_let_go[train-Classifier]",
+    ),
+    Guard(
+        "data and model are let go after an error",
+        "callbacks/flatness_callback.py",
+        "        self._let_go()\n        if isinstance(exception, KeyboardInterrupt)",
+        "        if isinstance(exception, KeyboardInterrupt)",
+        f"{CALLBACK}test_data_and_model_are_let_go[val-Failing]",
+    ),
+]
+
+ERRORS = [
+    Guard(
+        "no rank raises alone",
+        "callbacks/faults.py",
+        'if num_ranks == 1 and self._on_error == "raise":',
+        'if self._on_error == "raise":',
+        f"{ON_ERROR}test_the_first_error_is_kept_for_all_ranks[raise]",
+    ),
+    Guard(
+        "a process that is alone raises at once",
+        "callbacks/faults.py",
+        'if num_ranks == 1 and self._on_error == "raise":',
+        "if False:",
+        f"{ON_ERROR}test_alone_errors_are_raised_at_once",
+    ),
+    Guard(
+        'on_error="warn"',
+        "callbacks/faults.py",
+        '        if self._on_error == "raise":\n            raise FlatnessError',
+        "        if True:\n            raise FlatnessError",
+        f"{ON_ERROR}test_an_error_of_another_rank_counts[warn]",
+    ),
+    Guard(
+        "errors of all ranks",
+        "callbacks/faults.py",
+        "messages = gather(self._message)",
+        "messages = [self._message]",
+        f"{ON_ERROR}test_an_error_of_another_rank_counts",
+    ),
+    Guard(
+        "the first error is kept",
+        "callbacks/faults.py",
+        'self._message = self._message or f"{kind}{error}"',
+        'self._message = f"{kind}{error}"',
+        f"{ON_ERROR}test_the_first_error_is_kept_for_all_ranks",
+    ),
+    Guard(
+        "an error is settled once",
+        "callbacks/faults.py",
+        "        self.clear()\n        failed",
+        "        failed",
+        f"{ON_ERROR}test_the_first_error_is_kept_for_all_ranks",
+    ),
+    Guard(
+        "a failure that lasts is told once",
+        "callbacks/faults.py",
+        "if message != self._warned:",
+        "if True:",
+        f"{ON_ERROR}test_training_goes_on_with_a_warning",
+    ),
+]
+
+AROUND = [
+    Guard(
+        "TensorBoard loggers of both roots",
+        "callbacks/tensorboard.py",
+        'for root in ROOTS if f"{root}.loggers" in sys.modules]',
+        'for root in ROOTS[:1] if f"{root}.loggers" in sys.modules]',
+        f"{ROOTS}test_both_names_of_lightning[second-pytorch_lightning]",
+    ),
+    Guard(
+        "no callback unless the environment asks",
+        "callbacks/entry_point.py",
+        'return [] if os.environ.get(VARIABLE, "0") in ("", "0") else [_FromEnvironment(on_error="warn")]',
+        'return [_FromEnvironment(on_error="warn")]',
+        f"{ROOTS}test_no_callback_unless_the_environment_asks",
+    ),
+    Guard(
+        "a callback of the user comes first",
+        "callbacks/entry_point.py",
+        "if any(isinstance(callback, FlatnessCallback) and callback is not self for callback in registered):",
+        "if False:",
+        f"{ROOTS}test_a_callback_of_the_user_comes_before_that_of_the_environment",
+    ),
+    Guard(
+        "stopping: burn-in",
+        "callbacks/flatness_stopping.py",
+        "        if trainer.current_epoch < self.burn_in:\n            return\n",
+        "",
+        f"{STOPPING}test_burn_in_is_ignored[1]",
+    ),
+    Guard(
+        "stopping: no value counts twice",
+        "callbacks/flatness_stopping.py",
+        "        if not self._is_new(trainer):\n            return\n",
+        "",
+        f"{STOPPING}test_a_stale_value_does_not_count",
+    ),
+    Guard(
+        "stopping: mean over ranks",
+        "callbacks/flatness_stopping.py",
+        'trainer.strategy.reduce(value, reduce_op="mean").cpu()',
+        "value.cpu()",
+        f"{STOPPING}test_the_mean_over_ranks_counts",
+    ),
+    Guard(
+        "stopping: ranks stop together",
+        "callbacks/flatness_stopping.py",
+        "if trainer.strategy.reduce_boolean_decision(stop, all=False):",
+        "if stop:",
+        f"{STOPPING}test_all_ranks_stop_with_one",
+    ),
+    Guard(
+        "stopping: both have stalled",
+        "callbacks/flatness_stopping.py",
+        "stalled = min(",
+        "stalled = max(",
+        f"{STOPPING}test_stops_only_when_both_have_stalled",
+    ),
+    Guard(
+        "stopping: values that are not finite",
+        "callbacks/flatness_stopping.py",
+        "if self.check_finite and not torch.isfinite(value)",
+        "if False",
+        f"{STOPPING}test_values_that_are_not_finite_stop_at_once[flatness-nan]",
+    ),
+    Guard(
+        "stopping: the sanity check does not count",
+        "callbacks/flatness_stopping.py",
+        'if trainer.state.fn != "fit" or trainer.sanity_checking or',
+        'if trainer.state.fn != "fit" or',
+        f"{STOPPING}test_sanity_check_does_not_count[2]",
+    ),
+    Guard(
+        "stopping: resume",
+        "callbacks/flatness_stopping.py",
+        'watched.best, watched.wait_count = kept["best"], kept["wait_count"]',
+        "pass",
+        f"{STOPPING}test_resume_equals_an_uninterrupted_run[10]",
+    ),
+    Guard(
+        "stopping: the patience given now",
+        "callbacks/flatness_stopping.py",
+        "        self.patience = patience\n        for",
+        "        for",
+        f"{STOPPING}test_patience_of_a_resumed_run_is_the_one_given_now",
+    ),
+]
+
+GUARDS = [*ISOLATION, *OBSERVATION, *METRICS, *SAMPLES, *IN_TRAINING, *ERRORS, *AROUND]
+
+
+def markdown(guards=GUARDS):
+    """The table of the README."""
+    rows = [f"| {guard.what} | `{guard.file}` | `{guard.test}` |" for guard in guards]
+    return "\n".join(["| guard | where | test that goes red without it |", "|---|---|---|", *rows])
+
+
+def copy_of_the_project(folder):
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / part, folder)
+
+
+def pytest(folder, *arguments):
+    """Exit code and output of pytest in a copy; None, if it does not end."""
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    environment |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    try:
+        found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return found.returncode, found.stdout + found.stderr
+
+
+def without(guard, folder):
+    """What is wrong when the guard is taken out of a copy: nothing, if its test fails."""
+    path = folder / guard.path
+    source = path.read_text()
+    try:
+        path.write_text(guard.removed_from(source))
+        code, printed = pytest(folder, "-x", *guard.arguments)
+    except ValueError as error:
+        return str(error)
+    finally:
+        path.write_text(source)
+    if code == TESTS_FAILED:
+        return ""
+    if code is None:
+        return f"The test does not end within {SECONDS} seconds."
+    return "Its test passes without it." if code == 0 else f"pytest ends with {code}:\n{printed[-2000:]}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Take guards out, one at a time, and see their tests fail.")
+    parser.add_argument("names", nargs="*", help="parts of descriptions; all guards by default")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="tests at a time")
+    parser.add_argument("--table", action="store_true", help="print the table of tests/README.md and stop")
+    options = parser.parse_args()
+    if options.table:
+        sys.stdout.write(markdown() + "\n")
+        return 0
+    guards = [guard for guard in GUARDS if not options.names or any(name in guard.what for name in options.names)]
+    if not guards:
+        parser.error(f"No guard has {' or '.join(options.names)} in its description.")
+    console = Console()
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with tempfile.TemporaryDirectory() as temporary, Progress(*columns, console=console) as progress:
+        folders = queue.SimpleQueue()
+        for job in range(options.jobs):
+            folder = Path(temporary, str(job))
+            folder.mkdir()
+            copy_of_the_project(folder)
+            folders.put(folder)
+
+        task = progress.add_task("with all guards", total=None)
+        code, printed = with_all_guards(folder, guards)
+        if code != 0:
+            console.print(f"With all guards in place the tests end with {code}.\n{printed[-6000:]}", markup=False)
+            return 1
+        progress.update(task, description="one taken out", total=len(guards))
+
+        def work(guard):
+            folder = folders.get()
+            try:
+                return without(guard, folder)
+            finally:
+                folders.put(folder)
+                progress.advance(task)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            wrong = list(pool.map(work, guards))
+
+    table = Table(caption=f"{len(guards)} guards, {sum(map(bool, wrong))} of them not seen", caption_justify="left")
+    for heading in ("guard", "where", "without it"):
+        table.add_column(heading, overflow="fold")
+    for guard, problem in zip(guards, wrong, strict=True):
+        table.add_row(
+            guard.what, guard.file, f"[red]{problem.splitlines()[0]}" if problem else "[green]red, as it must"
+        )
+    console.print(table)
+    for guard, problem in zip(guards, wrong, strict=True):
+        if problem:
+            console.print(f"\n{guard.what} ({guard.test}): {problem}", markup=False)
+    return int(any(wrong))
+
+
+def with_all_guards(folder, guards):
+    """Exit code and output of all named tests with nothing taken out; the first that is not zero."""
+    plain = sorted({guard.arguments[0] for guard in guards if len(guard.arguments) == 1})
+    chosen = sorted({tuple(guard.arguments) for guard in guards if len(guard.arguments) > 1})
+    for arguments in [*([plain] if plain else []), *chosen]:
+        code, printed = pytest(folder, *arguments)
+        if code != 0:
+            return code, printed
+    return 0, ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
