@@ -34,7 +34,7 @@ class ModelCopy:
         dtype: to compute in, see :func:`measured`.
 
     Raises:
-        LayerSelectionError: the model is TorchScript or a DataParallel wrapper, or its weights are sharded.
+        LayerSelectionError: the model is TorchScript or a DataParallel wrapper.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -54,7 +54,6 @@ class ModelCopy:
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
         for prefix, module in model.named_modules():
-            _refuse_sharded(prefix, module)
             tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             self._buffers |= {id(buffer) for buffer in buffers.values()}
@@ -137,7 +136,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     left, ``torch.compile``d parts run uncompiled, TF32 is off.
 
     Raises:
-        LayerSelectionError: in place of torch's own error, when the model uses gradient checkpointing.
+        LayerSelectionError: the weights are sharded; and, in place of torch's own error, when the model uses gradient
+            checkpointing.
 
     Example:
         >>> model = nn.Dropout().train()
@@ -147,6 +147,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
+    for name, module in model.named_modules():
+        _refuse_sharded(name, module)
     device_types = {"cpu"} | {device.type for device in _accelerators(model)}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
