@@ -47,6 +47,7 @@ class ValidationStream:
         pairs = list(zip(loaders, num_batches, strict=True)) if len(loaders) == len(num_batches) else []
         self._shards = [_Shard(loader, count, rank, num_ranks) for loader, count in pairs]
         self._warned = False
+        self._num_ranks = num_ranks
         self._chosen: list[Tensor | None] = [None] * len(pairs)
         self._left: int | None = None  # of a stream of unknown length the first samples are taken
         if max_samples is None:
@@ -76,24 +77,25 @@ class ValidationStream:
             everything[self._left :] = False
             self._left -= int(everything.sum())
         if dataloader_idx >= len(self._shards):
+            if self._num_ranks > 1:
+                self._warn("the loaders are combined")
             return everything
         shard, chosen = self._shards[dataloader_idx], self._chosen[dataloader_idx]
         if shard.repeats or chosen is not None:
             positions = shard.positions(rows, batch_idx)
             if positions is None:
-                self._warn()
+                self._warn("their sizes are not those of the sampler; max_samples has no effect on them")
                 return everything
             everything &= positions < shard.length
             if chosen is not None:
                 everything &= chosen[positions.clamp_max(len(chosen) - 1)] & (positions < len(chosen))
         return everything
 
-    def _warn(self) -> None:
+    def _warn(self, reason: str) -> None:
         if not self._warned:
             rank_zero_warn(
-                "FlatnessCallback cannot tell which samples these validation batches are (their sizes are not those "
-                "of the sampler), so max_samples has no effect on them, and samples that a DistributedSampler repeats "
-                "count twice."
+                f"FlatnessCallback cannot tell which samples these validation batches are ({reason}), so samples that "
+                "a DistributedSampler repeats count twice."
             )
         self._warned = True
 

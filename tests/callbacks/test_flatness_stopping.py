@@ -362,6 +362,15 @@ def test_a_stale_value_does_not_count(tmp_path):
     assert counting(tmp_path, lf.FlatnessCallback(every_n_epochs=3), Classifier(lr=0.0)) == 10
 
 
+def test_the_next_fit_may_have_another_callback(tmp_path):
+    """The number of its measurements is not less because it is a new one."""
+    stopping = lf.FlatnessStopping(burn_in=0, patience=3)
+    for _ in range(2):
+        trainer = quiet_trainer(tmp_path, lf.FlatnessCallback(summary=False), stopping, max_epochs=20)
+        trainer.fit(Classifier(lr=0.0), *loaders())
+    assert trainer.current_epoch == 1  # patience is used up already, as that of Lightning's EarlyStopping
+
+
 def test_a_failed_measurement_does_not_count(tmp_path):
     assert counting(tmp_path, lf.FlatnessCallback(on_error="warn"), WithFailures({0, 1, 3})) == 7
 

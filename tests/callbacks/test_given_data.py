@@ -1,5 +1,6 @@
 """What is measured can be given: a loader or batches of one's own, and a network within the module."""
 
+import multiprocessing
 import pickle
 from collections import namedtuple
 from dataclasses import dataclass
@@ -56,6 +57,64 @@ def test_given_data_is_measured_without_a_trace(tmp_path, source):
     assert callback.report.num_samples == len(GIVEN)
     assert float(trainer.callback_metrics["given/relative_flatness"]) == pytest.approx(wanted, rel=1e-5)
     assert len(callback.history) == 2
+
+
+def test_no_worker_runs_on_beside_training(tmp_path):
+    """The callback looks at a first batch before training, and its worker has done its work then."""
+
+    class Looking(Classifier):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 0:
+                assert not multiprocessing.active_children()
+            return super().training_step(batch, batch_idx)
+
+    callback = lf.FlatnessCallback(data=DataLoader(GIVEN, 4, num_workers=1), summary=False)
+    fit(tmp_path, Looking(), callback)
+    assert callback.report.num_samples == len(GIVEN)
+
+
+class Countdown(IterableDataset):
+    """A stream that goes on where it was left, as a reader of a file does."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __iter__(self):
+        while self.position < len(GIVEN):
+            yield GIVEN[self.position]
+            self.position += 1
+        self.position = 0
+
+
+def test_a_loader_with_persistent_workers_is_validated_and_given(tmp_path):
+    val = DataLoader(Countdown(), 4, num_workers=1, persistent_workers=True)
+    callbacks = [lf.FlatnessCallback(data=val, prefix="given", summary=False), lf.FlatnessCallback(summary=False)]
+    fit(tmp_path, Classifier(), *callbacks, data=(loaders()[0], val), num_sanity_val_steps=2)
+    given, validated = [callback.report for callback in callbacks]
+    assert given.num_samples == validated.num_samples == len(GIVEN)
+    assert given.relative_flatness == pytest.approx(validated.relative_flatness, rel=1e-5)
+
+
+class Brighter(L.LightningDataModule):
+    """Changes batches on their way to the device."""
+
+    def train_dataloader(self):
+        return DataLoader(GIVEN, 5)
+
+    def val_dataloader(self):
+        return DataLoader(GIVEN, 5)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + 1, batch[1]
+
+
+@pytest.mark.parametrize("data", ["val", "train", "given"])
+def test_hooks_of_a_data_module(tmp_path, data):
+    callback = lf.FlatnessCallback(data=DataLoader(GIVEN, 4) if data == "given" else data, summary=False)
+    module = Classifier()
+    quiet_trainer(tmp_path, callback, max_epochs=2).fit(module, datamodule=Brighter())
+    wanted = lf.measure_flatness(module.net, [(GIVEN.tensors[0] + 1, GIVEN.tensors[1])])
+    assert callback.report.relative_flatness == pytest.approx(wanted.relative_flatness, rel=1e-5)
 
 
 @pytest.mark.parametrize("run", ["validate", "test"])

@@ -1,5 +1,7 @@
 """Validation loaders whose length is unknown or is not what it seems, and other rare ways to run."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
@@ -15,6 +17,8 @@ from torch.utils.data import (
 )
 
 import lightning_flatness as lf
+from lightning_flatness.callbacks.loaders import reads_in_order
+from lightning_flatness.callbacks.stream import ValidationStream
 from tests.callbacks.compare import assert_same, end_of, seed_all
 from tests.callbacks.lightning_modules import Classifier, WithoutValidation, dataset, loaders, quiet_trainer
 
@@ -220,6 +224,48 @@ def test_combined_validation_loaders(tmp_path, mode, sanity, max_samples):
     fit(tmp_path, callback, val, module=OfSeveral(), num_sanity_val_steps=sanity)
     available = {"sequential": 62, "min_size": 24, "max_size": 40}[mode]
     assert callback.report.num_samples == (max_samples or available)
+
+
+def test_combined_loaders_on_several_ranks_are_warned_of():
+    with pytest.warns(UserWarning, match="the loaders are combined.*repeats count twice"):
+        assert ValidationStream([], [], num_ranks=2).mask(3, 0).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ValidationStream([], []).mask(3, 0).all()
+
+
+class Backwards:
+    """A batch sampler of the user's own, which reads a data set from its end, and has no sampler in it."""
+
+    def __init__(self, length, batch_size):
+        self.length, self.batch_size = length, batch_size
+
+    def __iter__(self):
+        return iter(torch.arange(self.length).flip(0).split(self.batch_size))
+
+    def __len__(self):
+        return -(-self.length // self.batch_size)
+
+
+def test_classes_of_batches_in_an_order_of_their_own():
+    """Which sample is of which class is not known of them, so that no class can be given its share."""
+    data = dataset(22)
+    in_order = BatchSampler(SequentialSampler(data), 6, False)
+    assert reads_in_order(DataLoader(data, batch_sampler=in_order))
+    assert not reads_in_order(DataLoader(data, batch_sampler=Backwards(22, 6)))
+    backwards = Backwards(22, 6)
+    backwards.sampler = SequentialSampler(data)
+    assert not reads_in_order(DataLoader(data, batch_sampler=backwards))
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_a_batch_sampler_without_a_sampler(tmp_path, data):
+    pair = [DataLoader(dataset(length), batch_sampler=Backwards(length, 6)) for length in (32, 22)]
+    callback, module = flatness_callback(data=data), Classifier()
+    quiet_trainer(tmp_path, callback).fit(module, *pair)
+    expected = lf.measure_flatness(module.net, pair[data == "val"])
+    assert callback.report.num_samples == expected.num_samples
+    assert_close(callback.report.relative_flatness, expected.relative_flatness, rtol=1e-5, atol=0)
 
 
 class Permuted(SequentialSampler):

@@ -63,6 +63,14 @@ def test_training_goes_on_with_a_warning(tmp_path, data):
     assert "\n" not in message
 
 
+def test_a_new_fit_tells_a_failure_anew(tmp_path):
+    callback = lf.FlatnessCallback(on_error="warn", summary=False)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
+            fit(tmp_path, Module({1, 2, 3}), callback)
+        assert len(warned(caught)) == 1
+
+
 def test_a_failure_after_a_success_is_told_again(tmp_path):
     with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
         fit(tmp_path, Module({1, 3}), lf.FlatnessCallback(on_error="warn", summary=False))

@@ -66,6 +66,14 @@ def test_forward_that_logs(tmp_path, data, sanity):
     assert_without_trace(tmp_path, LoggingInValidation, data, num_sanity_val_steps=sanity)
 
 
+def test_a_modules_own_way_to_log_is_put_back(tmp_path):
+    module, logged = Classifier(), []
+    module.log = lambda name, *args, **options: logged.append(name)
+    fit(tmp_path, module, lf.FlatnessCallback(summary=False))
+    assert "log" in vars(module)
+    assert {"val_acc", "flatness/relative_flatness"} <= set(logged)
+
+
 def test_forward_that_logs_without_validation(tmp_path):
     assert_without_trace(tmp_path, LoggingWithoutValidation, "train")
 
@@ -142,6 +150,19 @@ class Drawing(Net):
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_network_with_generators_of_its_own(tmp_path, data, sanity):
     assert_without_trace(tmp_path, lambda: Classifier(Drawing()), data, num_sanity_val_steps=sanity)
+
+
+class Holding(Net):
+    """Holds modules of Python, functions, and a generator that has no state."""
+
+    def __init__(self):
+        super().__init__()
+        self.functional, self.system, self.relu = F, random.SystemRandom(), F.relu
+        self.everything = {"torch": torch, "of torch": torch.ops, "self": self, "type": type(self)}
+
+
+def test_network_that_holds_modules_of_python(tmp_path):
+    assert_without_trace(tmp_path, lambda: Classifier(Holding()), "val")
 
 
 @pytest.mark.parametrize("options", [{"overfit_batches": 2}, {"limit_train_batches": 2}], ids=str)
