@@ -466,13 +466,6 @@ SAMPLES = [
         f"{CALLBACK}test_random_transforms_draw_the_same_in_every_epoch[0]",
     ),
     Guard(
-        "workers draw the same in every epoch",
-        "callbacks/loaders.py",
-        "    cast(torch.Generator, loader.generator).manual_seed(0)\n",
-        "",
-        f"{CALLBACK}test_random_transforms_draw_the_same_in_every_epoch[1]",
-    ),
-    Guard(
         "samples that a sampler leaves out",
         "callbacks/subset.py",
         'indices = getattr(sampler, "indices", None)',

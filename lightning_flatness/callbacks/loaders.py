@@ -147,7 +147,6 @@ def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[An
     Raises:
         FlatnessError: the data set cannot be read so.
     """
-    cast(torch.Generator, loader.generator).manual_seed(0)
     batches = batches_apart(loader, model)
     while True:
         try:

@@ -67,7 +67,7 @@ def test_a_new_fit_tells_a_failure_anew(tmp_path):
     callback = lf.FlatnessCallback(on_error="warn", summary=False)
     for _ in range(2):
         with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
-            fit(tmp_path, Module({1, 2, 3}), callback)
+            fit(tmp_path, Module({0, 1, 2, 3}), callback)
         assert len(warned(caught)) == 1
 
 
