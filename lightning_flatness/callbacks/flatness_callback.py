@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.faults import Faults
+from lightning_flatness.callbacks.live import LiveForwards
 from lightning_flatness.callbacks.loaders import flat_loaders
 from lightning_flatness.callbacks.logged import log, logging_muted, values_of, with_logarithm
 from lightning_flatness.callbacks.network import find_network
@@ -76,6 +77,8 @@ class FlatnessCallback(Callback):
         num_probes: for that.
         seed: of the probes.
         dtype: ``"float32"`` or ``"float64"``, to measure in; by default the model's own, at least float32.
+        live: observe the forward passes of the validation step, where that is shown to change nothing, in place of
+            passes of the callback's own. False: always its own.
         on_error: ``"raise"``; or ``"warn"`` and train on: a measurement that fails logs nothing.
 
     Attributes:
@@ -116,6 +119,7 @@ class FlatnessCallback(Callback):
         num_probes: int = 16,
         seed: int = 0,
         dtype: Literal["float32", "float64"] | None = None,
+        live: bool = True,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         self._options: dict[str, Any] = {
@@ -170,6 +174,7 @@ class FlatnessCallback(Callback):
             if isinstance(data, str) and data == "val"
             else ReadApart(batch_fn, max_samples, data)
         )
+        self._live = LiveForwards(wanted=live)
         self._due = False
         self._measurement: Measurement | None = None
         self._unrecorded = False
@@ -203,6 +208,7 @@ class FlatnessCallback(Callback):
 
     def _let_go(self) -> None:
         self._source.let_go()
+        self._live.let_go()
         self._measurement = None
         self._due = False
         self._faults.clear()
@@ -218,6 +224,7 @@ class FlatnessCallback(Callback):
         self._unrecorded = self._accuracy_missing = False
         self._certified = None
         self._faults.forget()
+        self._live.forget()
         self._chart_laid_out = False
         self._let_go()
         with self._measuring(trainer, pl_module):
@@ -254,6 +261,12 @@ class FlatnessCallback(Callback):
         """Begin a measurement, if one is due."""
         self._begin(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Listen for the forward pass on this batch."""
+        self._listen(trainer, pl_module, batch)
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -282,6 +295,12 @@ class FlatnessCallback(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in validation."""
         self._begin(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """As in validation."""
+        self._listen(trainer, pl_module, batch)
 
     def on_test_batch_end(
         self,
@@ -332,6 +351,13 @@ class FlatnessCallback(Callback):
         with self._measuring(trainer, pl_module):
             self._source.begin(trainer, pl_module, loaders, num_batches)
             self._measurement = self._new_measurement(pl_module)
+            self._live.begin()
+
+    def _listen(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if self._measurement is None or self._faults or not isinstance(self._source, Validated):
+            return
+        with self._measuring(trainer, pl_module):
+            self._live.before(trainer, self._measurement, *self._source.samples_of(batch))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit" or not self.history:
@@ -352,7 +378,8 @@ class FlatnessCallback(Callback):
             return
         with self._measuring(trainer, pl_module):
             for samples in self._source.parts(trainer, pl_module, batch, batch_idx, dataloader_idx):
-                self._measurement.update(*samples)
+                if not self._live.after(self._measurement, *samples):
+                    self._measurement.update(*samples)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._due:

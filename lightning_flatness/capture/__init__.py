@@ -2,6 +2,7 @@
 
 from lightning_flatness.capture.generators import generators_kept
 from lightning_flatness.capture.isolation import isolated, measuring_device, random_states_kept
+from lightning_flatness.capture.live import Listener, same_inputs
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
 from lightning_flatness.capture.operators import Operator, operators_of
 from lightning_flatness.capture.options import MEASURES, Options
@@ -13,6 +14,7 @@ __all__ = [
     "FlatnessObserver",
     "ForwardPasses",
     "LayerStatistics",
+    "Listener",
     "Operator",
     "Options",
     "generators_kept",
@@ -21,4 +23,5 @@ __all__ = [
     "num_rows",
     "operators_of",
     "random_states_kept",
+    "same_inputs",
 ]

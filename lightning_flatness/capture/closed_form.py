@@ -86,10 +86,11 @@ def certified_head(
     return Head(features, matrix, deviation, shift_invariant)
 
 
-def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Tensor) -> TailDerivatives:
+def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Tensor | None) -> TailDerivatives:
     """Slopes, curvatures and channels of the tail of one layer, certified on this batch.
 
-    The last certificate joins tail and head: gradients from the logits must be what the two say.
+    The last certificate joins tail and head: gradients from the logits, if they are in the graph, must be what the two
+    say.
 
     Raises:
         NotClosedFormError: the tail is not what the closed form needs.
@@ -101,7 +102,9 @@ def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Te
     curvatures = tail_curvatures(name, slopes, output)
     second = certify_curvatures(name, features, output, slopes, curvatures, channels)
     columns = head.weight[:, channels.clamp_min(0)] * (channels >= 0)
-    joint = certify_gradient(name, logits, output, slopes.detach(), columns, head.shift_invariant)
+    joint = 0.0
+    if logits is not None:
+        joint = certify_gradient(name, logits, output, slopes.detach(), columns, head.shift_invariant)
     return TailDerivatives(
         slopes.detach(),
         None if curvatures is None else curvatures.detach(),

@@ -80,7 +80,8 @@ class ModelCopy:
         if isinstance(inputs, Mapping):
             arguments, keywords = (), dict(inputs)
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
-        tensors |= {key: tensors[key].clone() for key in self._buffers}  # every call begins with the same
+        with torch.inference_mode(False):  # they can be in a graph, as the user's can
+            tensors |= {key: tensors[key].clone() for key in self._buffers}  # every call begins with the same
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
         # Ties are ours: functional_call would swap a module that has two names twice, and not back.
         return functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
@@ -149,18 +150,11 @@ def isolated(model: nn.Module) -> Iterator[None]:
     """
     for name, module in model.named_modules():
         _refuse_sharded(name, module)
-    device_types = {"cpu"} | {device.type for device in _accelerators(model)}
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(differentiable(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for device_type in device_types:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(random_states_kept(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the other attention kernels have no second derivative
-        if "cuda" in device_types:
-            stack.enter_context(_full_float32())
-        stack.enter_context(_evaluation_mode(model))
+        stack.enter_context(untouched(model))
         try:
             yield
         except RuntimeError as error:
@@ -170,6 +164,40 @@ def isolated(model: nn.Module) -> Iterator[None]:
                 "The model's forward uses gradient checkpointing in evaluation mode, which cannot be observed. Switch "
                 "it off there: checkpoint only `if self.training`."
             ) from error
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Gradients on, inference mode left, full float precision; what :func:`isolated` does for arithmetic.
+
+    Example:
+        >>> with torch.inference_mode(), differentiable(nn.Identity()):
+        ...     torch.ones(1, requires_grad=True).exp().requires_grad
+        True
+    """
+    device_types = {"cpu"} | {device.type for device in _accelerators(model)}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in device_types:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if "cuda" in device_types:
+            stack.enter_context(_full_float32())
+        yield
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, whatever else the modes are; attributes and random states as :func:`isolated` leaves them.
+
+    Example:
+        >>> model = nn.Dropout().train()
+        >>> with untouched(model):
+        ...     model.training
+        False
+    """
+    with random_states_kept(model), _evaluation_mode(model):
+        yield
 
 
 @contextmanager
@@ -222,8 +250,11 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if name in BACKWARD_HOOKS and value:
                     vars(module)[name] = OrderedDict()
-                elif isinstance(value, Tensor) or type(value) is list:
-                    vars(module)[name] = value.detach().clone() if isinstance(value, Tensor) else list(value)
+                elif type(value) is list:
+                    vars(module)[name] = list(value)
+                elif isinstance(value, Tensor):
+                    with torch.inference_mode(value.is_inference()):
+                        vars(module)[name] = value.detach().clone()
         yield
     finally:
         for module, attributes in zip(modules, before, strict=True):

@@ -6,6 +6,7 @@ An :class:`Observation` only listens. Who calls the model, and in which modes, i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +51,14 @@ class Observation:
     """Hooks on some layers and on the classifier, for the time of a ``with`` block around one forward pass.
 
     From the first layer on, gradients are recorded. The values that the model sees stay the same. Hooks and grad mode
-    are restored on leaving, also on an error.
+    are restored on leaving, also on an error. In a forward pass that is somebody else's (``live``) gradients are
+    recorded up to the classifier's input only, whatever the modes, and no error of ours is raised.
 
     Args:
         layers_to_observe: the layers, by name.
         classifier: the linear map on pooled features, or None when the model's output is the pooled layer itself.
         watched: tensors whose uses are recorded, by the name of a layer.
+        live: the forward pass is somebody else's.
 
     Example:
         >>> model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
@@ -68,24 +71,42 @@ class Observation:
     layers_to_observe: Mapping[str, nn.Module]
     classifier: nn.Module | None
     watched: Mapping[str, Tensor] = field(default_factory=dict)
+    live: bool = False
     layers: dict[str, list[LayerObservation]] = field(default_factory=dict)  # an entry for every call
     features: list[Any] = field(default_factory=list)  # g, (N, m), in the graph of the layers' outputs
     classifier_output: Tensor | None = None
     uses: list[tuple[str, str]] = field(default_factory=list)  # layers and the functions that take their tensor
+    failure: Exception | None = None  # of a live observation
 
     def __enter__(self) -> Observation:
         self._grad_mode = torch.is_grad_enabled()
+        self._modes = ExitStack()
         self._watch = _UseRecorder({id(tensor): name for name, tensor in self.watched.items()}, self.uses)
         self._watch.__enter__()  # type: ignore[no-untyped-call]
         self._recorders: list[_ConvolutionRecorder] = []  # a stack: one observed layer may hold another
         self._handles: list[RemovableHandle] = []
         for name, module in self.layers_to_observe.items():
-            self._handles.append(module.register_forward_pre_hook(self._before_layer))
-            self._handles.append(module.register_forward_hook(self._after_layer(name)))
+            self._handles.append(module.register_forward_pre_hook(self._quiet(self._before_layer)))
+            self._handles.append(module.register_forward_hook(self._quiet(self._after_layer(name))))
         if self.classifier is not None:
-            self._handles.append(self.classifier.register_forward_pre_hook(self._before_classifier))
-            self._handles.append(self.classifier.register_forward_hook(self._after_classifier))
+            self._handles.append(self.classifier.register_forward_pre_hook(self._quiet(self._before_classifier)))
+            self._handles.append(self.classifier.register_forward_hook(self._quiet(self._after_classifier)))
         return self
+
+    def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """In somebody else's forward pass an error of ours must not be theirs."""
+        if not self.live:
+            return hook
+
+        def quiet(*arguments: Any) -> Any:
+            try:
+                return hook(*arguments)
+            except Exception as error:
+                self.failure = error
+                self._modes.close()
+                return None
+
+        return quiet
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
@@ -93,6 +114,7 @@ class Observation:
         while self._recorders:
             self._stop_recording()
         self._watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._modes.close()
         torch.set_grad_enabled(self._grad_mode)
 
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
@@ -104,21 +126,34 @@ class Observation:
             calls = self._stop_recording()
             if not isinstance(returned, Tensor):
                 raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
-            torch.set_grad_enabled(True)
-            detached = returned.detach()
-            output = returned if returned.requires_grad else returned.detach().requires_grad_()
-            self.layers.setdefault(name, []).append(LayerObservation(module, calls, detached, output))
+            self._record_gradients()
+            output = returned
+            if not returned.requires_grad:
+                # What was made in inference mode can be in no graph.
+                output = (returned.clone() if returned.is_inference() else returned.detach()).requires_grad_()
+            self.layers.setdefault(name, []).append(LayerObservation(module, calls, returned.detach(), output))
             return output.clone()  # an in-place activation must not write to a leaf
 
         return hook
+
+    def _record_gradients(self) -> None:
+        if self.live:
+            self._modes.enter_context(torch.inference_mode(False))
+            self._modes.enter_context(torch.enable_grad())
+        else:
+            torch.set_grad_enabled(True)
 
     def _stop_recording(self) -> list[ConvolutionCall]:
         recorder = self._recorders.pop()
         recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return recorder.calls
 
-    def _before_classifier(self, module: nn.Module, arguments: Any) -> None:
+    def _before_classifier(self, module: nn.Module, arguments: Any) -> Any:
         self.features.append(arguments[0] if len(arguments) == 1 else None)
+        if not self.live:
+            return None
+        self._modes.close()
+        return tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
 
     def _after_classifier(self, module: nn.Module, arguments: Any, returned: Any) -> None:
         if isinstance(returned, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,14 +13,20 @@ from torch import Tensor, nn
 from lightning_flatness.capture.certificate import own_weight
 from lightning_flatness.capture.closed_form import closed_form_layer
 from lightning_flatness.capture.gauss_newton import gauss_newton_layers
-from lightning_flatness.capture.isolation import ModelCopy
+from lightning_flatness.capture.isolation import ModelCopy, differentiable
+from lightning_flatness.capture.live import Listener, try_observing, why_not_observed
 from lightning_flatness.capture.options import Options
 from lightning_flatness.capture.passes import ForwardPasses, ObservedPass
 from lightning_flatness.capture.probes import BlockTraces
 from lightning_flatness.capture.residual import hutchinson_residual
+from lightning_flatness.capture.rows import num_rows, take
 from lightning_flatness.capture.selection import logits_of
+from lightning_flatness.capture.tail import ROUNDINGS
 from lightning_flatness.errors import BatchError
 from lightning_flatness.results import LayerInfo
+
+# Samples on which it is tried out whether the user's forward passes can be observed.
+TRIAL = 8
 
 
 class LayerStatistics(NamedTuple):
@@ -53,6 +60,9 @@ class FlatnessObserver:
         >>> statistics = observer(torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]))
         >>> statistics["0"].block_traces.shape, statistics["0"].num_samples
         (torch.Size([1, 4, 4]), 5)
+
+    Beside that, it can observe forward passes that the user makes: :meth:`why_not_live`, :meth:`listen`,
+    :meth:`observed`.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -91,6 +101,57 @@ class FlatnessObserver:
         for found in self._passes(inputs, targets, self._measure, advance):
             totals = {name: _sum(totals.get(name), part) for name, part in found.items()}
         return totals
+
+    def why_not_live(
+        self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> str:
+        """Why forward passes that the user makes cannot be observed in place of some of our own; nothing, if they can.
+
+        That is tried out on the first samples of a batch: a pass of our own, observed in the way theirs would be and
+        under the modes that are on now, must return bit-identical values, keep nothing, and give the same numbers.
+
+        Args:
+            inputs: of the first batch.
+            targets: of the first batch.
+            forward: a context that the user's passes run in, e.g. autocast.
+        """
+        samples, options = num_rows(inputs, targets), self._options
+        reason = why_not_observed(self._model, options.measuring_dtype)
+        if reason or samples < 2:
+            return reason or "the batch has one sample"
+        few = slice(0, TRIAL)
+        inputs, targets = take(inputs, few, samples), take(targets, few, samples)
+        own: dict[str, LayerStatistics] = {}
+        for found in self._passes(inputs, targets, self._measure_closed_form):
+            own = {name: _sum(own.get(name), part) for name, part in found.items()}
+        missing = [name for name in self.layers if name not in own]
+        if missing:
+            return f"layer '{missing[0]}' is not measured by the closed form"
+        with forward():
+            live, reason = try_observing(
+                self._model, inputs, self._passes.observation, lambda heard: self.observed(heard, targets)
+            )
+        for name, statistics in (live or {}).items():
+            one, other = statistics.block_traces, own[name].block_traces
+            if not bool((one - other).norm() <= ROUNDINGS * torch.finfo(self._passes.dtype).eps * other.norm()):
+                return f"the numbers of layer '{name}' are others when it is observed (TF32?)"
+        return reason
+
+    def listen(self, inputs: Any) -> Listener:
+        """Hooks on the model, to observe the user's forward pass on these inputs."""
+        return Listener(self._model, inputs, self._passes.observation)
+
+    def observed(self, heard: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
+        """Statistics of a batch that the user's forward pass was observed on.
+
+        Raises:
+            FlatnessError: it was not as in the passes of our own.
+        """
+        with differentiable(self._model):
+            return self._measure(self._passes.live(heard, targets), lambda part: None)
+
+    def _measure_closed_form(self, seen: ObservedPass, advance: Callable[[float], None]) -> dict[str, LayerStatistics]:
+        return self._measure(seen, advance) if len(seen.tails) == len(seen.layers) else {}
 
     def _measure(self, seen: ObservedPass, advance: Callable[[float], None]) -> dict[str, LayerStatistics]:
         plan, diagonal = self._passes.plan, self._options.diagonal

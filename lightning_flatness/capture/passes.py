@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from lightning_flatness.capture.affine import Calls
 from lightning_flatness.capture.closed_form import TailDerivatives
 from lightning_flatness.capture.gauss_newton import rows_at_a_time
 from lightning_flatness.capture.isolation import HALF, ModelCopy, isolated
+from lightning_flatness.capture.live import Listener
 from lightning_flatness.capture.observation import Observation
 from lightning_flatness.capture.options import Options
 from lightning_flatness.capture.plan import Plan
@@ -128,6 +129,40 @@ class ForwardPasses:
             )
         self._halved = True
         self._rows = rows // 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits; known when a pass has been made."""
+        assert self._execution is not None
+        return self._execution.logits.dtype
+
+    def observation(self, copies: Mapping[nn.Parameter, Tensor] | None = None) -> Observation:
+        """Of a forward pass that somebody else makes; ready when a pass of our own has been made.
+
+        Args:
+            copies: on which it runs in place of parameters.
+        """
+        copies = copies or {}
+        watched = {name: copies.get(weight, weight) for name, weight in self.plan.parameters().items()}
+        return Observation(self.plan.modules, self.plan.classifier[1], watched, live=True)
+
+    def live(self, heard: Listener, targets: Tensor | None) -> ObservedPass:
+        """What was observed in somebody else's forward pass, certified; call it under :func:`differentiable`.
+
+        Raises:
+            FlatnessError: it is not as in the passes of our own.
+        """
+        plan, seen = self.plan, heard.seen
+        if seen is None or heard.reason or seen.failure is not None:
+            raise BatchError(heard.reason or f"observing failed ({seen and seen.failure})")
+        if [use for use in seen.uses if use[0] in plan.modules] != self._uses:
+            raise LayerSelectionError("the forward does something else with a kernel than before")
+        logits = logits_of(heard.output)
+        targets = targets if targets is None else targets.to(logits.device)
+        loss = self._options.loss_function(logits.detach(), targets)
+        calls = plan.calls(seen, len(logits))
+        tails = plan.tails_up_to_the_classifier(calls, seen, logits)
+        return ObservedPass(heard.inputs, logits.detach(), loss, calls, tails, share=1.0)
 
     def _masks(self, samples: int, beginning: bool) -> Tensor:
         """All pairs are told apart at the beginning; later, half of them by chance."""

@@ -243,6 +243,17 @@ class Plan:
         self._under_gauss_newton({name: layers[name] for name in checked}, failures, logits, inputs, first)
         return tails
 
+    def tails_up_to_the_classifier(
+        self, layers: dict[str, Calls], seen: Observation, logits: Tensor
+    ) -> dict[str, TailDerivatives]:
+        """The same for a forward pass of which the graph ends at the classifier's input; nothing is changed.
+
+        Raises:
+            NotClosedFormError: a layer or the head is not what the closed form needs.
+        """
+        head = certified_head(*self.classifier, seen, logits, self._options.loss_function.shift_invariant)
+        return {name: certified_tail(name, calls[0][0], head, None) for name, calls in layers.items()}
+
     def _under_gauss_newton(
         self, layers: dict[str, Calls], failures: dict[str, str], logits: Tensor, inputs: Any, first: bool
     ) -> None:

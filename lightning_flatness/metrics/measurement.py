@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from torch import Tensor, nn
 
-from lightning_flatness.capture import MEASURES, FlatnessObserver, Options, measuring_device, random_states_kept
+from lightning_flatness.capture import (
+    MEASURES,
+    FlatnessObserver,
+    LayerStatistics,
+    Listener,
+    Options,
+    measuring_device,
+    random_states_kept,
+)
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
 from lightning_flatness.metrics.batches import batches_on, split_batch
@@ -40,7 +48,8 @@ class Measurement:
     def __init__(self, model: nn.Module, **options: Any) -> None:
         self._diagonal = Options(**options).diagonal  # refuses what cannot be
         seed = options.get("seed", 0) + 1000 * own_rank()  # variances add up as probes of ranks are independent
-        self._observer = FlatnessObserver(model, **(options | {"seed": seed}))
+        self._options = options | {"seed": seed}
+        self._observer = FlatnessObserver(model, **self._options)
         self._model = model
         self._metrics: dict[str, FlatnessMetric] = {}
 
@@ -58,7 +67,32 @@ class Measurement:
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
     ) -> None:
         """Add one batch; one without samples adds nothing."""
-        for name, statistics in self._observer(inputs, targets, advance).items():
+        self._add(self._observer(inputs, targets, advance))
+
+    def why_not_live(
+        self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> str:
+        """Why the user's own forward passes cannot be observed; nothing, if they can (see ``FlatnessObserver``)."""
+        observer = FlatnessObserver(self._model, **self._options)
+        reason = observer.why_not_live(inputs, targets, forward)
+        if not reason and not self._metrics:
+            self._observer = observer
+        return reason
+
+    def listen(self, inputs: Any) -> Listener:
+        """Hooks, to observe the user's forward pass on these inputs."""
+        return self._observer.listen(inputs)
+
+    def update_observed(self, heard: Listener, targets: Tensor | None = None) -> None:
+        """Add a batch that the user's forward pass was observed on.
+
+        Raises:
+            FlatnessError: it was not as in the passes of our own; nothing is added.
+        """
+        self._add(self._observer.observed(heard, targets))
+
+    def _add(self, found: Mapping[str, LayerStatistics]) -> None:
+        for name, statistics in found.items():
             if name not in self._metrics:
                 self._metrics[name] = self._new_metric(self._observer.layers[name])
             self._metrics[name].update(*statistics)

@@ -1,0 +1,85 @@
+"""Observing the forward passes of validation steps in place of some of our own, where that changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_flatness.callbacks.root import Trainer
+from lightning_flatness.capture import Listener, same_inputs
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.metrics import Measurement
+
+
+class LiveForwards:
+    """Tries out once in a measurement whether forward passes can be observed, and says once in a run which are used.
+
+    Args:
+        wanted: whether they should be, if they can.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._heard: Listener | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """In a new run everything is tried and told anew."""
+        self._impossible = not self._wanted
+        self._told: str | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """A new measurement, with new weights."""
+        self.let_go()
+        self._tried = False
+
+    def before(self, trainer: Trainer, measurement: Measurement, inputs: Any, targets: Tensor | None) -> None:
+        """Listen for the forward pass on a batch that is about to be validated."""
+        self.let_go()
+        if self._impossible:
+            return
+        if not self._tried:
+            self._tried = True
+            self._decide(measurement.why_not_live(inputs, targets, trainer.precision_plugin.val_step_context))
+        if not self._impossible:
+            self._heard = measurement.listen(inputs)
+            self._heard.__enter__()
+
+    def after(self, measurement: Measurement, inputs: Any, targets: Tensor | None) -> bool:
+        """Add what was heard of these inputs to a measurement; False, if a pass of our own must do it."""
+        heard = self._heard
+        if heard is None:
+            return False
+        heard.__exit__()
+        try:
+            if not heard.reason and same_inputs(inputs, heard.inputs):
+                measurement.update_observed(heard, targets)
+                return True
+        except FlatnessError:
+            pass  # the pass of our own will say what is wrong, if anything is
+        finally:
+            reason = heard.reason
+            self.let_go()
+        if reason:
+            self._decide(reason)
+        return False
+
+    def let_go(self) -> None:
+        """Remove hooks, and forget what was heard."""
+        if self._heard is not None:
+            self._heard.__exit__()
+            self._heard.release()
+        self._heard = None
+
+    def _decide(self, reason: str) -> None:
+        self._impossible = bool(reason)
+        if reason != self._told:
+            rank_zero_info(
+                f"FlatnessCallback measures in forward passes of its own: {reason}."
+                if reason
+                else "FlatnessCallback observes the forward passes of validation and needs none of its own."
+            )
+        self._told = reason
