@@ -101,7 +101,7 @@ class Listener:
         without_classifier = self.seen.classifier is None
         self._end("" if output is not None else "the network raised an error")
         self.output = output
-        # Without a classifier the graph goes on to the output. A clone is what it would have been, in inference mode too.
+        # Without a classifier the graph goes on to the output. In inference mode a clone is what it would have been.
         return apply_to_collection(output, Tensor, lambda made: made.detach().clone()) if without_classifier else None
 
     def _end(self, reason: str) -> None:
