@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from lightning_flatness.capture.certificate import certify_head
 from lightning_flatness.capture.observation import ConvolutionCall, LayerObservation, Observation
 from lightning_flatness.capture.tail import (
+    Operations,
     certify_channels,
     certify_curvatures,
     certify_gradient,
     channel_map,
+    is_piecewise_linear,
+    operations_of,
     tail_curvatures,
     tail_slopes,
 )
@@ -86,16 +89,50 @@ def certified_head(
     return Head(features, matrix, deviation, shift_invariant)
 
 
-def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Tensor | None) -> TailDerivatives:
-    """Slopes, curvatures and channels of the tail of one layer, certified on this batch.
+@dataclass
+class KnownTail:
+    """A tail that was certified in full; of the same operations it need not be again with every batch."""
+
+    operations: Operations
+    channels: Tensor  # c(s), -1 where unknown
+    curved: bool
+    deviation: float
+    batches: int = 0  # since then
+
+
+# A tail is certified in full with the first batch, with one of so many, and whenever its operations are others.
+FULL_EVERY = 16
+
+
+def certified_tail(
+    name: str, observed: LayerObservation, head: Head, logits: Tensor | None, known: dict[str, KnownTail]
+) -> TailDerivatives:
+    """Slopes, curvatures and channels of the tail of one layer, certified.
 
     The last certificate joins tail and head: gradients from the logits, if they are in the graph, must be what the two
     say.
+
+    Args:
+        name: of the layer.
+        observed: what it did.
+        head: of the same pass.
+        logits: of the same pass, if they are in the graph.
+        known: tails that were certified with batches before.
 
     Raises:
         NotClosedFormError: the tail is not what the closed form needs.
     """
     features, output = head.features, observed.output
+    operations = operations_of(features if logits is None else logits)
+    before = known.get(name)
+    if before is not None and operations is not None and before.operations == operations:
+        before.batches += 1
+        if before.batches < FULL_EVERY:
+            slopes = tail_slopes(name, features, output, again=before.curved)
+            curvatures = tail_curvatures(name, slopes, output) if before.curved else None
+            if not bool(slopes[:, before.channels < 0].any()):
+                columns = head.weight[:, before.channels.clamp_min(0)] * (before.channels >= 0)
+                return _derivatives(slopes, curvatures, columns, max(before.deviation, head.deviation))
     slopes = tail_slopes(name, features, output)
     channels = channel_map(features, output, slopes)
     first = certify_channels(name, features, output, slopes, channels)
@@ -105,12 +142,13 @@ def certified_tail(name: str, observed: LayerObservation, head: Head, logits: Te
     joint = 0.0
     if logits is not None:
         joint = certify_gradient(name, logits, output, slopes.detach(), columns, head.shift_invariant)
-    return TailDerivatives(
-        slopes.detach(),
-        None if curvatures is None else curvatures.detach(),
-        columns,
-        max(first, second, joint, head.deviation),
-    )
+    if operations is not None:
+        known[name] = KnownTail(operations, channels, not is_piecewise_linear(operations), max(first, second, joint))
+    return _derivatives(slopes, curvatures, columns, max(first, second, joint, head.deviation))
+
+
+def _derivatives(slopes: Tensor, curvatures: Tensor | None, columns: Tensor, deviation: float) -> TailDerivatives:
+    return TailDerivatives(slopes.detach(), None if curvatures is None else curvatures.detach(), columns, deviation)
 
 
 def closed_form_layer(

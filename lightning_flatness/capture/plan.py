@@ -18,8 +18,14 @@ from lightning_flatness.capture.affine import (
     why_not_affine,
     why_out_of_reach,
 )
-from lightning_flatness.capture.certificate import certify_layer, certify_path, is_own_weight, own_weight
-from lightning_flatness.capture.closed_form import TailDerivatives, certified_head, certified_tail, spectral_bound
+from lightning_flatness.capture.certificate import certify_layer, certify_path, is_known, is_own_weight, own_weight
+from lightning_flatness.capture.closed_form import (
+    KnownTail,
+    TailDerivatives,
+    certified_head,
+    certified_tail,
+    spectral_bound,
+)
 from lightning_flatness.capture.gauss_newton import is_sampled
 from lightning_flatness.capture.isolation import ModelCopy
 from lightning_flatness.capture.observation import ConvolutionCall, Observation
@@ -52,6 +58,8 @@ class Plan:
         self._model = model
         self._options = options
         self._kernels: dict[str, Tensor] = {}
+        self._same_kernels: dict[str, tuple[Tensor, int]] = {}  # other tensors that were found equal, with versions
+        self._tails: dict[str, KnownTail] = {}
         self._gram_norms: dict[str, Tensor] = {}
         self.begun = False  # set when the first samples have been certified
         self._num_columns = 0
@@ -79,7 +87,8 @@ class Plan:
                     "samples. Take it out of layers=."
                 )
             try:
-                calls[name] = [(observed, certify_layer(name, observed)) for observed in seen.layers[name]]
+                known = self._same_kernels.get(name)
+                calls[name] = [(observed, certify_layer(name, observed, known)) for observed in seen.layers[name]]
                 self._certify_kernel(name, calls[name])
                 if self.begun and any(observed.output.shape[0] != samples for observed, _ in calls[name]):
                     raise LayerSelectionError(
@@ -93,11 +102,16 @@ class Plan:
 
     def _certify_kernel(self, name: str, calls: Calls) -> None:
         kernel = self._kernels.setdefault(name, calls[0][1].weight.detach())
+        known = self._same_kernels.get(name)
+        if known is not None and all(is_known(call.weight, known) for _, call in calls):
+            return
         if not all(call.weight is kernel or torch.equal(call.weight, kernel) for _, call in calls):
             raise LayerSelectionError(
                 f"Layer '{name}' applies another kernel from one call to the next (computed from its input?), so there "
                 "is no one kernel to take the Hessian of. Choose another layer with layers=."
             )
+        if isinstance(calls[0][1].weight, nn.Parameter):
+            self._same_kernels[name] = (calls[0][1].weight, calls[0][1].weight._version)
 
     def _leave_out(self, name: str, reason: str) -> None:
         """With ``layers="all"`` do without a layer that cannot be measured; else that is an error."""
@@ -230,7 +244,7 @@ class Plan:
             if name in failures:
                 continue
             try:
-                tails[name] = certified_tail(name, layers[name][0][0], head, logits)
+                tails[name] = certified_tail(name, layers[name][0][0], head, logits, self._tails)
             except NotClosedFormError as error:
                 failures[name] = str(error)
                 continue
@@ -252,7 +266,7 @@ class Plan:
             NotClosedFormError: a layer or the head is not what the closed form needs.
         """
         head = certified_head(*self.classifier, seen, logits, self._options.loss_function.shift_invariant)
-        return {name: certified_tail(name, calls[0][0], head, None) for name, calls in layers.items()}
+        return {name: certified_tail(name, calls[0][0], head, None, self._tails) for name, calls in layers.items()}
 
     def _under_gauss_newton(
         self, layers: dict[str, Calls], failures: dict[str, str], logits: Tensor, inputs: Any, first: bool

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from lightning_flatness.errors import NotClosedFormError
 
@@ -14,16 +16,108 @@ from lightning_flatness.errors import NotClosedFormError
 ROUNDINGS = 1e3
 
 
-def tail_slopes(name: str, features: Tensor, output: Tensor) -> Tensor:
+# Names and numbers of the functions of a graph, and which comes after which.
+Operations = tuple[tuple[Any, ...], ...]
+# Functions that move entries to places which other tensors tell.
+MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk")
+
+
+def operations_of(end: Tensor) -> Operations | None:
+    """What is done on the way to a tensor; None where names and numbers do not tell.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> operations_of(z.relu().mean(2)) == operations_of((-z).relu().mean(2))
+        False
+        >>> operations_of(z.relu().mean(2)) == operations_of(z.detach().requires_grad_().relu().mean(2))
+        True
+    """
+    numbers: dict[Any, int] = {}
+    found: list[tuple[Any, ...]] = []
+    nodes: list[Any] = [end.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in numbers:
+            continue
+        numbers[node] = len(numbers)
+        if isinstance(node, BackwardCFunction) or any(word in node.name() for word in MOVING):
+            return None
+        following = [after for after, _ in node.next_functions]
+        nodes += following
+        found.append((node, following))
+    return tuple(
+        (node.name(), _saved_numbers(node), *(numbers.get(after) for after in following)) for node, following in found
+    )
+
+
+# Functions whose second derivative is zero wherever there is one.
+PIECEWISE_LINEAR = frozenset(
+    [
+        "AccumulateGrad",
+        "AdaptiveAvgPool2D",
+        "Add",
+        "AsStrided",
+        "AvgPool2D",
+        "AvgPool3D",
+        "Cat",
+        "Clone",
+        "CudnnBatchNorm",
+        "Expand",
+        "Hardtanh",
+        "LeakyRelu",
+        "MaxPool2DWithIndices",
+        "Mean",
+        "NativeBatchNorm",
+        "Neg",
+        "Permute",
+        "Relu",
+        "ReshapeAlias",
+        "Select",
+        "Slice",
+        "Squeeze",
+        "Sub",
+        "Sum",
+        "T",
+        "Threshold",
+        "Transpose",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    ]
+)
+
+
+def is_piecewise_linear(operations: Operations) -> bool:
+    """Whether slopes cannot depend on the output, however it is.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> [is_piecewise_linear(operations_of(f(z).mean(2))) for f in (torch.relu, torch.tanh)]
+        [True, False]
+    """
+    return all(re.sub(r"(Backward)?\d*$", "", name.rpartition("::")[2]) in PIECEWISE_LINEAR for name, *_ in operations)
+
+
+def _saved_numbers(node: Any) -> tuple[Any, ...]:
+    saved = (getattr(node, name) for name in dir(node) if name.startswith("_saved_"))
+    return tuple(str(value) for value in saved if not isinstance(value, Tensor) and not _holds_tensors(value))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
+
+
+def tail_slopes(name: str, features: Tensor, output: Tensor, again: bool = True) -> Tensor:
     """Slopes ``a[s, p] = dg[c(s)] / dz[s, p]``, by one vector-Jacobian product with ones.
 
     Args:
         name: of the layer, for errors.
         features: ``g``, ``(N, m)``, in the graph of ``output``.
         output: ``z``, ``(N, S, *spatial)``.
+        again: whether the slopes are to be in the graph, as :func:`tail_curvatures` needs it.
 
     Returns:
-        The shape of ``output``, itself in the graph (:func:`tail_curvatures` needs that).
+        The shape of ``output``.
 
     Raises:
         NotClosedFormError: the features do not depend on the output.
@@ -36,7 +130,7 @@ def tail_slopes(name: str, features: Tensor, output: Tensor) -> Tensor:
     if not features.requires_grad:
         raise NotClosedFormError(_no_graph(name))
     # With a cotangent in the graph, a once-differentiable function shows (`differentiable_once`).
-    pulled = _pull_back(features, output, torch.ones_like(features).requires_grad_())
+    pulled = _pull_back(features, output, torch.ones_like(features).requires_grad_(again), again)
     if pulled is None:
         raise NotClosedFormError(_no_graph(name))
     return pulled
@@ -253,9 +347,11 @@ def _deviation(found: Tensor, expected: Tensor) -> float:
     return float(torch.where(difference == 0, difference, difference / scale))
 
 
-def _pull_back(features: Tensor, output: Tensor, cotangent: Tensor) -> Tensor | None:
+def _pull_back(features: Tensor, output: Tensor, cotangent: Tensor, again: bool = True) -> Tensor | None:
     pulled: Tensor | None
-    (pulled,) = torch.autograd.grad(features, output, cotangent, create_graph=True, allow_unused=True)
+    (pulled,) = torch.autograd.grad(
+        features, output, cotangent, retain_graph=True, create_graph=again, allow_unused=True
+    )
     return pulled
 
 

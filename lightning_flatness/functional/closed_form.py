@@ -17,7 +17,7 @@ from lightning_flatness.functional.patches import (
 )
 
 # Elements of one chunk's largest intermediates: on a CPU a chunk should stay in the cache, elsewhere be large.
-CHUNK_ELEMENTS = {"cpu": 2**22}
+CHUNK_ELEMENTS = {"cpu": 2**20}
 CHUNK_ELEMENTS_DEFAULT = 2**26
 # Rows of T that are made at a time, from the diagonal to the right.
 STRIP = 128
@@ -108,7 +108,7 @@ def closed_form_block_traces(
             features = right[:, :, rows] @ left[:, :, rest].mT
             products = columns[:, :, rows] @ signed[:, :, rest].mT
             products *= features
-            total[:, rows, rest] += products.sum(0, dtype=torch.float64)
+            total[:, rows, rest] += products.sum(0)
             if floor is not None:
                 shared[:, rows, rest] += torch.einsum("n,ngst->gst", floor[chunk].to(features), features).double()
         if projected.rest is not None:
