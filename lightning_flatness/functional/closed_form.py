@@ -16,9 +16,13 @@ from lightning_flatness.functional.patches import (
     patches,
 )
 
-# Elements of one chunk's largest intermediates: on a CPU a chunk should stay in the cache, elsewhere be large.
-CHUNK_ELEMENTS = {"cpu": 2**20}
+# Elements of one chunk's factors, and of the products of them that are made at a time: on a CPU these should stay in
+# the cache, elsewhere be large.
+CHUNK_ELEMENTS = {"cpu": 2**22}
 CHUNK_ELEMENTS_DEFAULT = 2**26
+PRODUCT_ELEMENTS = {"cpu": 2**20}
+# With so few products of a class and a position, one matrix product over all of them beats two and an elementwise one.
+FEW = 24
 # Rows of T that are made at a time, from the diagonal to the right.
 STRIP = 128
 
@@ -81,8 +85,8 @@ def closed_form_block_traces(
     strip = min(per_group, STRIP)
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)
-        elements = 2 * groups * strip * per_group + head.shape[0] * filters // 4 + patch_elements
-        chunk_size = max(1, budget // elements)
+        chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
+    at_once = PRODUCT_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT) // (2 * groups * strip * per_group)
 
     head, floor = curvature.centred(head), curvature.floor
     of_filters = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
@@ -103,14 +107,22 @@ def closed_form_block_traces(
         projected = curvature[chunk].project(head, scales.flatten(1), tolerance)
         columns = projected.columns.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # (N, G, s, C)
         signed = columns if projected.signs is None else columns * projected.signs[:, None, None]
+        few = columns.shape[3] * left.shape[3] <= FEW and floor is None
         for row in range(0, per_group, strip):
             rows, rest = slice(row, row + strip), slice(row, None)
-            features = right[:, :, rows] @ left[:, :, rest].mT
-            products = columns[:, :, rows] @ signed[:, :, rest].mT
-            products *= features
-            total[:, rows, rest] += products.sum(0)
-            if floor is not None:
-                shared[:, rows, rest] += torch.einsum("n,ngst->gst", floor[chunk].to(features), features).double()
+            if few:
+                of_all = _all_products(columns[:, :, rows], right[:, :, rows])
+                total[:, rows, rest] += of_all @ _all_products(signed[:, :, rest], left[:, :, rest]).mT
+                continue
+            for first in range(0, len(left), max(1, at_once)):
+                some = slice(first, first + max(1, at_once))
+                features = right[some, :, rows] @ left[some, :, rest].mT
+                products = columns[some, :, rows] @ signed[some, :, rest].mT
+                products *= features
+                total[:, rows, rest] += products.sum(0)
+                if floor is not None:
+                    floors = floor[chunk][some].to(features)
+                    shared[:, rows, rest] += torch.einsum("n,ngst->gst", floors, features).double()
         if projected.rest is not None:
             of_filters += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
     if diagonal:
@@ -125,6 +137,12 @@ def closed_form_block_traces(
         total[:, rows, rows] = block.triu() + block.triu(1).mT
         total[:, below, rows] = total[:, rows, below].mT
     return total
+
+
+def _all_products(columns: Tensor, features: Tensor) -> Tensor:
+    """All products of a column with a feature, of ``(N, G, s, C)`` and ``(N, G, s, P)``: ``(G, s, N C P)``."""
+    products = columns[..., None] * features[..., None, :]
+    return products.flatten(3).permute(1, 2, 0, 3).flatten(2)
 
 
 def closed_form_residual(
