@@ -6,9 +6,15 @@ from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistic
 from lightning_flatness.capture.operators import Operator, operators_of
 from lightning_flatness.capture.options import MEASURES, Options
 from lightning_flatness.capture.passes import ForwardPasses
+from lightning_flatness.capture.points import Points
 from lightning_flatness.capture.rows import num_rows
+from lightning_flatness.capture.tensors import NamedTensors, direction_between, pca_directions
 
 __all__ = [
+    "NamedTensors",
+    "Points",
+    "direction_between",
+    "pca_directions",
     "MEASURES",
     "FlatnessObserver",
     "ForwardPasses",

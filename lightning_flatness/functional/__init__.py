@@ -16,6 +16,18 @@ One set of letters is used throughout:
 
 from lightning_flatness.functional.closed_form import closed_form_block_traces, closed_form_residual
 from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
+from lightning_flatness.functional.directions import (
+    NORMALIZATIONS,
+    Direction,
+    PrincipalDirections,
+    adam_step,
+    direction_norm,
+    inner_product,
+    normalized,
+    orthogonal_to,
+    principal_directions,
+    random_direction,
+)
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
 from lightning_flatness.functional.lanczos import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.functional.losses import (
@@ -48,6 +60,16 @@ from lightning_flatness.functional.patches import (
 )
 
 __all__ = [
+    "NORMALIZATIONS",
+    "Direction",
+    "PrincipalDirections",
+    "adam_step",
+    "direction_norm",
+    "inner_product",
+    "normalized",
+    "orthogonal_to",
+    "principal_directions",
+    "random_direction",
     "BinaryCrossEntropy",
     "ClassCurvature",
     "ConvolutionGeometry",

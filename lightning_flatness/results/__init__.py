@@ -10,8 +10,11 @@ from lightning_flatness.results.flatness import (
     merged,
     summary_table,
 )
+from lightning_flatness.results.landscape import SETTINGS, LandscapeResult
 
 __all__ = [
+    "SETTINGS",
+    "LandscapeResult",
     "SAMPLED",
     "FlatnessReport",
     "LayerFlatness",
