@@ -11,20 +11,20 @@ from lightning_flatness.capture.rows import num_rows
 from lightning_flatness.capture.tensors import NamedTensors, direction_between, pca_directions
 
 __all__ = [
-    "NamedTensors",
-    "Points",
-    "direction_between",
-    "pca_directions",
     "MEASURES",
     "FlatnessObserver",
     "ForwardPasses",
     "LayerStatistics",
+    "NamedTensors",
     "Operator",
     "Options",
+    "Points",
+    "direction_between",
     "generators_kept",
     "isolated",
     "measuring_device",
     "num_rows",
     "operators_of",
+    "pca_directions",
     "random_states_kept",
 ]

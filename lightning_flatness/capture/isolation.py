@@ -69,7 +69,10 @@ class ModelCopy:
         return self._copies[id(tensor)]
 
     def __call__(
-        self, inputs: Any, replacements: Mapping[Tensor, Tensor] | None = None, written: Collection[Tensor] = ()
+        self,
+        inputs: Any,
+        replacements: Mapping[nn.Parameter, Tensor] | Mapping[Tensor, Tensor] | None = None,
+        written: Collection[Tensor] = (),
     ) -> Any:
         """Call the model on a copy of ``inputs``.
 

@@ -122,7 +122,9 @@ class Points:
         for norm in self._norms:
             for buffer, value in ((norm.running_mean, 0.0), (norm.running_var, 1.0)):
                 assert buffer is not None
-                written[buffer] = torch.full_like(self._copy.copy_of(buffer), value).expand(number, *buffer.shape).clone()
+                written[buffer] = (
+                    torch.full_like(self._copy.copy_of(buffer), value).expand(number, *buffer.shape).clone()
+                )
         for index, inputs in enumerate(batches()):
             with _averaging(self._norms, 1 / (index + 1)):
                 written = self._statistics({**state, **written}, list(written), inputs)

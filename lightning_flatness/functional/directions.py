@@ -185,6 +185,8 @@ def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 
     directions: list[Direction] = []
     for k in range(number):
         weights = (vectors[:, k] / math.sqrt(float(values[k].clamp_min(torch.finfo(torch.float64).tiny)))).tolist()
-        rows = [{name: weight * d.double() for name, d in row.items()} for weight, row in zip(weights, offsets, strict=True)]
+        rows = [
+            {name: weight * d.double() for name, d in row.items()} for weight, row in zip(weights, offsets, strict=True)
+        ]
         directions.append({name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]})
     return PrincipalDirections(tuple(directions), coordinates, values / gram.trace())

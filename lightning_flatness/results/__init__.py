@@ -13,10 +13,10 @@ from lightning_flatness.results.flatness import (
 from lightning_flatness.results.landscape import SETTINGS, LandscapeResult
 
 __all__ = [
-    "SETTINGS",
-    "LandscapeResult",
     "SAMPLED",
+    "SETTINGS",
     "FlatnessReport",
+    "LandscapeResult",
     "LayerFlatness",
     "LayerInfo",
     "LayerLambdaMax",

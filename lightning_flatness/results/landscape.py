@@ -94,7 +94,7 @@ class LandscapeResult:
         """
         import numpy as np
 
-        arrays = {f"coordinates_{index}": axis.numpy() for index, axis in enumerate(self.coordinates)}
+        arrays: dict[str, Any] = {f"coordinates_{index}": axis.numpy() for index, axis in enumerate(self.coordinates)}
         arrays |= {"losses": self.losses.numpy(), "computed": self.computed.numpy()}
         if self.accuracies is not None:
             arrays["accuracies"] = self.accuracies.numpy()
@@ -122,7 +122,7 @@ class LandscapeResult:
         for name in ("axes", "axis_norms", "frozen"):
             plain[name] = tuple(plain[name])
         coordinates = tuple(tensors.pop(f"coordinates_{index}") for index in range(len(plain["axes"])))
-        return cls(coordinates=coordinates, **{"accuracies": None, **tensors}, **plain)
+        return cls(**{"coordinates": coordinates, "accuracies": None, **tensors, **plain})
 
     def __str__(self) -> str:
         shape = " x ".join(str(len(axis)) for axis in self.coordinates)
@@ -130,7 +130,8 @@ class LandscapeResult:
         lines = [
             f"Loss landscape, {shape} points along {' and '.join(self.axes)}, {self.num_samples} samples",
             f"loss of the model {self.origin_loss:.6g}, lowest {float(lowest):.6g}",
-            f"normalisation {self.normalize} (L{self.norm}), update {self.update}, BatchNorm statistics {self.batch_norm}",
+            f"normalisation {self.normalize} (L{self.norm}), update {self.update}, "
+            f"BatchNorm statistics {self.batch_norm}",
         ]
         if len(self.axes) == 2:
             lines.append(f"cosine between the axes {self.cosine:.3g}")
