@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_flatness.capture import Points, generators_kept, random_states_kept
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import CrossEntropy, Loss
 from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.metrics.ranks import gather
+
+
+CHUNK = 16
+LIGHT_PASS = 5e7  # floating-point operations of one batch
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Data:
         return Sums(total, found.normalizer, found.num_samples, correct, 0 if kept is None else int(kept.sum()))
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool) -> Tensor:
-        """Summed losses and correct samples ``(2, points)``, float64, of this rank, at ``coordinates`` ``(points, axes)``.
+        """Summed losses and correct samples of this rank, float64 ``(2, points)``; ``coordinates`` is ``(points, axes)``.
 
         Raises:
             BatchError: the batches are not those of the first pass.
@@ -154,8 +159,18 @@ class Data:
         return sums
 
     def default_chunk(self, points: Points) -> int:
-        """How many points pay to be taken at once."""
-        return 1
+        """How many points pay to be taken at once: many where a forward pass is mostly the calling of its operations.
+
+        The numbers were measured, see ``docs/landscape.md``. The rule counts operations, not seconds, so that results
+        are the same in every run.
+        """
+        if not self._samples:
+            return 1
+        inputs, _ = next(self.pairs())
+        counter = FlopCounterMode(display=False)
+        with counter:
+            points.own_logits(inputs)
+        return CHUNK if counter.get_total_flops() < LIGHT_PASS else 1
 
     def _with_class(self, logits: Tensor, targets: Tensor) -> Tensor | None:
         """Which samples have a class; None where targets are not class indices, as in regression."""
