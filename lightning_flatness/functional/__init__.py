@@ -16,6 +16,7 @@ One set of letters is used throughout:
 
 from lightning_flatness.functional.closed_form import closed_form_block_traces, closed_form_residual
 from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
+from lightning_flatness.functional.eigenpairs import Eigenpairs, top_eigenpairs
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
 from lightning_flatness.functional.lanczos import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.functional.losses import (
@@ -46,19 +47,29 @@ from lightning_flatness.functional.patches import (
     patch_square_norms,
     patches,
 )
+from lightning_flatness.functional.spectrum import (
+    Criteria,
+    Quadrature,
+    lanczos_quadrature,
+    spectral_density,
+    spectrum_criteria,
+)
 
 __all__ = [
     "BinaryCrossEntropy",
     "ClassCurvature",
     "ConvolutionGeometry",
+    "Criteria",
     "CrossEntropy",
     "Curvature",
     "CustomLoss",
     "DenseCurvature",
+    "Eigenpairs",
     "LargestEigenvalues",
     "Loss",
     "LossDerivatives",
     "MeanSquaredError",
+    "Quadrature",
     "closed_form_block_traces",
     "closed_form_residual",
     "contraction_costs",
@@ -67,6 +78,7 @@ __all__ = [
     "find_loss",
     "gauss_newton_block_traces",
     "hessian_trace",
+    "lanczos_quadrature",
     "largest_eigenvalues",
     "layerwise_flatness",
     "measures_of",
@@ -76,6 +88,9 @@ __all__ = [
     "patches",
     "relative_flatness",
     "separating_masks",
+    "spectral_density",
+    "spectrum_criteria",
+    "top_eigenpairs",
     "weight_gram",
     "weight_norm",
 ]
