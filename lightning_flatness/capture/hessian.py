@@ -98,9 +98,10 @@ class LossCurvature:
                 raise BatchError(f"Batch {index} has no targets, and the Hessian of the loss needs them.")
             # One sample runs twice: the backward pass of torch's BatchNorm is wrong for it in some memory layouts.
             share = 0.5 if samples == 1 else 1.0
-            pair = (twice(inputs), twice(targets)) if samples == 1 else (inputs, targets)
+            if samples == 1:
+                inputs, targets = twice(inputs), twice(targets)
             with _explained(index), isolated(self._model):
-                self._add(found, *pair, share, vector)
+                self._add(found, inputs, targets, share, vector)
             if not abs(found.loss) < float("inf"):
                 raise BatchError(f"The loss of batch {index} is not finite, so it has no Hessian.")
         if found.product is not None and not bool(found.product.isfinite().all()):
@@ -139,7 +140,7 @@ class LossCurvature:
     ) -> tuple[float, Sequence[Tensor | None]]:
         loss = self._loss.total(logits, targets)
         gradients = _gradients(loss, self._leaves, create_graph=True)
-        return float(loss), _pulled_back(gradients, vector, self._leaves)
+        return float(loss.detach()), _pulled_back(gradients, vector, self._leaves)
 
     def _gauss_newton(
         self, logits: Tensor, targets: Tensor, vector: Sequence[Tensor]
@@ -151,9 +152,9 @@ class LossCurvature:
         gradients = _gradients(logits, self._leaves, u, create_graph=True)
         (forward,) = _pulled_back(gradients, vector, [u])
         if forward is None:
-            return float(loss), [None] * len(self._leaves)
+            return float(loss.detach()), [None] * len(self._leaves)
         (column,) = _pulled_back(_gradients(loss, [f], create_graph=True), [forward], [f])
-        return float(loss), _gradients(logits, self._leaves, column)
+        return float(loss.detach()), _gradients(logits, self._leaves, column)
 
 
 def _gradients(

@@ -51,7 +51,6 @@ from lightning_flatness.functional.spectrum import (
     Criteria,
     Quadrature,
     lanczos_quadrature,
-    spectral_density,
     spectrum_criteria,
 )
 
@@ -88,7 +87,6 @@ __all__ = [
     "patches",
     "relative_flatness",
     "separating_masks",
-    "spectral_density",
     "spectrum_criteria",
     "top_eigenpairs",
     "weight_gram",

@@ -1,4 +1,4 @@
-"""Spectra of symmetric operators from random probes: Lanczos quadrature, density, and criteria."""
+"""Spectra of symmetric operators from random probes: Lanczos quadrature and criteria."""
 
 from __future__ import annotations
 
@@ -128,26 +128,3 @@ def spectrum_criteria(
         for size, ratio in zip(largest, c_t, strict=True)
     ]
     return Criteria(c_t.abs(), negative / positive, c_t, kinds)
-
-
-def spectral_density(values: Tensor, weights: Tensor, grid: Tensor, sigma: float) -> Tensor:
-    """Density of eigenvalues on a grid, every Ritz value a Gaussian of standard deviation ``sigma``; integral one.
-
-    Args:
-        values: ``(P, m)``, of ``P`` probes.
-        weights: ``(P, m)``.
-        grid: ``(G,)``.
-        sigma: in units of the eigenvalues.
-
-    Source:
-        Ghorbani, Krishnan and Xiao 2019 (arXiv 1901.10159), section 3.
-
-    Example:
-        >>> grid = torch.linspace(-1, 3, 401)
-        >>> found = spectral_density(torch.tensor([[1.0]]), torch.tensor([[1.0]]), grid, 0.1)
-        >>> float(grid[found.argmax()]), round(float(found.sum() * 0.01), 6)
-        (1.0, 1.0)
-    """
-    distance = (grid[:, None] - values.flatten()) / sigma
-    bells = torch.exp(-distance.square() / 2) / (sigma * math.sqrt(2 * math.pi))
-    return bells @ (weights.flatten() / len(weights))

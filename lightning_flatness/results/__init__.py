@@ -10,13 +10,16 @@ from lightning_flatness.results.flatness import (
     merged,
     summary_table,
 )
+from lightning_flatness.results.spectrum import CRITERIA, SpectrumResult
 
 __all__ = [
+    "CRITERIA",
     "SAMPLED",
     "FlatnessReport",
     "LayerFlatness",
     "LayerInfo",
     "LayerLambdaMax",
+    "SpectrumResult",
     "as_text",
     "merged",
     "summary_table",
