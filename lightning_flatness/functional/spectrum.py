@@ -30,7 +30,7 @@ class Quadrature(NamedTuple):
 def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator: torch.Generator) -> Quadrature:
     """Ritz values and weights from ``min(m, D)`` Lanczos steps with full re-orthogonalisation, done twice.
 
-    Where the Krylov space of the probe ends before, the recurrence goes on with a random vector orthogonal to it: further
+    Where the Krylov space of the probe ends before, the recurrence goes on with a random vector orthogonal to it: other
     eigenvalues appear, with weight zero, and the quadrature is exact for the probe.
 
     Args:

@@ -48,8 +48,8 @@ def hessian_spectrum(
 ) -> SpectrumResult:
     """Largest eigenvalues, trace, spectral density and criteria of the Hessian of the mean loss over all batches.
 
-    The model is measured in evaluation mode and left as it was. Every product of the Hessian with a vector is a pass over
-    all batches, exactly weighted; there are ``num_probes * num_steps`` of them for the density, and up to
+    The model is measured in evaluation mode and left as it was. Every product of the Hessian with a vector is a pass
+    over all batches, exactly weighted; there are ``num_probes * num_steps`` of them for the density, and up to
     ``max_products + top_k`` for the eigenvalues. Kept are ``max(num_steps, 2 top_k + 20) + top_k`` vectors as long as
     all parameters together, in the model's type, and nothing that grows with batches or probes. In a process group of
     ``torch.distributed`` every rank gives its own batches, or none: call it on every rank or on none.
@@ -184,7 +184,7 @@ class _MeanOperator:
         return mean.to(vector)
 
     def _pass(self, vector: Tensor | None) -> Tensor:
-        """``[loss, normalizer, samples, product...]``, summed over batches and ranks; errors are raised on all ranks."""
+        """``[loss, normalizer, samples, product...]``, summed over batches and ranks; an error is one on all ranks."""
         error: Exception | None = None
         found = LossSums()
         try:
