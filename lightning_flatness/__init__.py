@@ -3,8 +3,20 @@
 from lightning_flatness.callbacks import FlatnessCallback, FlatnessStopping
 from lightning_flatness.capture import FlatnessObserver, direction_between, pca_directions
 from lightning_flatness.errors import BatchError, FlatnessError, LandscapeError, LayerSelectionError, NotExactError
-from lightning_flatness.metrics import FlatnessMetric, loss_landscape, measure_flatness, measure_lambda_max
-from lightning_flatness.results import FlatnessReport, LandscapeResult, LayerFlatness, LayerLambdaMax
+from lightning_flatness.metrics import (
+    FlatnessMetric,
+    hessian_spectrum,
+    loss_landscape,
+    measure_flatness,
+    measure_lambda_max,
+)
+from lightning_flatness.results import (
+    FlatnessReport,
+    LandscapeResult,
+    LayerFlatness,
+    LayerLambdaMax,
+    SpectrumResult,
+)
 
 __version__ = "0.1.0"
 
@@ -22,7 +34,9 @@ __all__ = [
     "LayerLambdaMax",
     "LayerSelectionError",
     "NotExactError",
+    "SpectrumResult",
     "direction_between",
+    "hessian_spectrum",
     "loss_landscape",
     "measure_flatness",
     "measure_lambda_max",

@@ -1,6 +1,7 @@
 """Level 1: everything that touches an ``nn.Module``. It hands tensors down to ``functional`` and leaves no trace."""
 
 from lightning_flatness.capture.generators import generators_kept
+from lightning_flatness.capture.hessian import LossCurvature, LossSums, Matrix, choose_parameters
 from lightning_flatness.capture.isolation import isolated, measuring_device, random_states_kept
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
 from lightning_flatness.capture.operators import Operator, operators_of
@@ -15,10 +16,14 @@ __all__ = [
     "FlatnessObserver",
     "ForwardPasses",
     "LayerStatistics",
+    "LossCurvature",
+    "LossSums",
+    "Matrix",
     "NamedTensors",
     "Operator",
     "Options",
     "Points",
+    "choose_parameters",
     "direction_between",
     "generators_kept",
     "isolated",

@@ -28,6 +28,7 @@ from lightning_flatness.functional.directions import (
     principal_directions,
     random_direction,
 )
+from lightning_flatness.functional.eigenpairs import Eigenpairs, top_eigenpairs
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
 from lightning_flatness.functional.lanczos import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.functional.losses import (
@@ -58,22 +59,31 @@ from lightning_flatness.functional.patches import (
     patch_square_norms,
     patches,
 )
+from lightning_flatness.functional.spectrum import (
+    Criteria,
+    Quadrature,
+    lanczos_quadrature,
+    spectrum_criteria,
+)
 
 __all__ = [
     "NORMALIZATIONS",
     "BinaryCrossEntropy",
     "ClassCurvature",
     "ConvolutionGeometry",
+    "Criteria",
     "CrossEntropy",
     "Curvature",
     "CustomLoss",
     "DenseCurvature",
     "Direction",
+    "Eigenpairs",
     "LargestEigenvalues",
     "Loss",
     "LossDerivatives",
     "MeanSquaredError",
     "PrincipalDirections",
+    "Quadrature",
     "adam_step",
     "closed_form_block_traces",
     "closed_form_residual",
@@ -85,6 +95,7 @@ __all__ = [
     "gauss_newton_block_traces",
     "hessian_trace",
     "inner_product",
+    "lanczos_quadrature",
     "largest_eigenvalues",
     "layerwise_flatness",
     "measures_of",
@@ -98,6 +109,8 @@ __all__ = [
     "random_direction",
     "relative_flatness",
     "separating_masks",
+    "spectrum_criteria",
+    "top_eigenpairs",
     "weight_gram",
     "weight_norm",
 ]

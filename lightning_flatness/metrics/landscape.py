@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from lightning_flatness.capture import NamedTensors, Points, isolated
 from lightning_flatness.capture.isolation import measured
 from lightning_flatness.errors import FlatnessError, LandscapeError
-from lightning_flatness.functional import Loss, direction_norm, find_loss, inner_product
+from lightning_flatness.functional import Direction, Loss, direction_norm, find_loss, inner_product
 from lightning_flatness.metrics.axes import as_list, find_axes
 from lightning_flatness.metrics.grid import grid
 from lightning_flatness.metrics.passes import Data, Sums
 from lightning_flatness.metrics.progress import progress_bar
 from lightning_flatness.metrics.ranks import gather, own_rank
+from lightning_flatness.metrics.spectrum import hessian_spectrum
 from lightning_flatness.results import SETTINGS, LandscapeResult
 
 
@@ -110,9 +111,9 @@ def loss_landscape(
     _check_numbers(seed, chunk)
     wanted = as_list(axes)
     coordinates = grid(span, steps, len(wanted), update)
-    loss, precision = find_loss(loss), _dtype(dtype)
+    criterion, precision = find_loss(loss), _dtype(dtype)
     tensors = NamedTensors(model)
-    data = Data(model, batches, loss)
+    data = Data(model, batches, criterion)
     patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
     still = tensors.frozen(patterns)
     with isolated(model), torch.no_grad():
@@ -128,7 +129,7 @@ def loss_landscape(
             update=update,
             optimizer=optimizer,
             seed=seed,
-            eigenvectors=lambda number: _eigenvectors(model, batches, loss, number, seed),
+            eigenvectors=lambda number: _eigenvectors(model, batches, loss, number, seed, precision),
         )
         points = Points(model, tensors, found.directions, found.epsilons, precision)
         origin = data.at_origin(points)
@@ -151,7 +152,7 @@ def loss_landscape(
             update=update,
             batch_norm=batch_norm,
             frozen=patterns,
-            loss=loss.name,
+            loss=criterion.name,
             num_samples=origin.num_samples,
             seed=seed,
             fingerprint=points.fingerprint,
@@ -232,9 +233,17 @@ def _take_over(result: LandscapeResult, earlier: LandscapeResult) -> None:
 
 
 def _eigenvectors(
-    model: nn.Module, batches: Iterable[Any], loss: Loss, number: int, seed: int
-) -> Sequence[Any]:  # pragma: no cover
-    raise FlatnessError("axes='hessian' is not there yet; give eigenvectors as directions.")
+    model: nn.Module, batches: Iterable[Any], loss: Any, number: int, seed: int, dtype: torch.dtype | None
+) -> list[Direction]:
+    """Of the largest eigenvalues of the Hessian with respect to all trainable parameters."""
+    spectrum = hessian_spectrum(
+        model, batches, loss=loss, top_k=number, num_steps=1, num_probes=1, seed=seed, dtype=dtype, progress=False
+    )
+    if not spectrum.converged:
+        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=3)
+    if len(spectrum.eigenvalues) < number:
+        raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
+    return [spectrum.eigenvector(index) for index in range(number)]
 
 
 def _everywhere(coordinates: Sequence[Tensor], value: Any) -> Tensor:

@@ -17,7 +17,6 @@ from lightning_flatness.functional import CrossEntropy, Loss
 from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.metrics.ranks import gather
 
-
 CHUNK = 16
 LIGHT_PASS = 5e7  # floating-point operations of one batch
 
@@ -131,7 +130,7 @@ class Data:
         return Sums(total, found.normalizer, found.num_samples, correct, 0 if kept is None else int(kept.sum()))
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool) -> Tensor:
-        """Summed losses and correct samples of this rank, float64 ``(2, points)``; ``coordinates`` is ``(points, axes)``.
+        """Summed losses, and correct samples, of this rank, ``(2, points)``; ``coordinates`` is ``(points, axes)``.
 
         Raises:
             BatchError: the batches are not those of the first pass.

@@ -1,4 +1,4 @@
-"""A progress bar in a terminal."""
+"""A progress bar for those who watch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from rich.progress import Progress, TimeElapsedColumn
 
 
 def progress_bar(show: bool | None) -> Progress:
-    """A bar on stderr that goes away when done; by default only in a terminal.
+    """A bar on stderr.
+
+    Args:
+        show: whether; None for only in a terminal.
 
     Example:
         >>> progress_bar(False).disable

@@ -11,8 +11,10 @@ from lightning_flatness.results.flatness import (
     summary_table,
 )
 from lightning_flatness.results.landscape import SETTINGS, LandscapeResult
+from lightning_flatness.results.spectrum import CRITERIA, SpectrumResult
 
 __all__ = [
+    "CRITERIA",
     "SAMPLED",
     "SETTINGS",
     "FlatnessReport",
@@ -20,6 +22,7 @@ __all__ = [
     "LayerFlatness",
     "LayerInfo",
     "LayerLambdaMax",
+    "SpectrumResult",
     "as_text",
     "merged",
     "summary_table",
