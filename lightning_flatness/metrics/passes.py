@@ -87,7 +87,7 @@ class Data:
         """
         with ExitStack() as stack:
             stack.enter_context(random_states_kept(self._model))
-            stack.enter_context(generators_kept(self._batches))
+            stack.enter_context(generators_kept(_drawing(self._batches)))
             for batch in batches_on(self._model, self._batches):
                 inputs, targets = split_batch(batch)
                 if targets is None:
@@ -178,6 +178,12 @@ class Data:
             return None
         ignored = self._loss.ignore_index if isinstance(self._loss, CrossEntropy) else None
         return targets != ignored if ignored is not None else torch.ones_like(targets, dtype=torch.bool)
+
+
+def _drawing(batches: Any) -> list[Any]:
+    """Parts of a loader that may hold generators."""
+    parts = [batches, *(getattr(batches, name, None) for name in ("dataset", "generator", "sampler", "batch_sampler"))]
+    return parts + [getattr(part, "generator", None) for part in parts]
 
 
 def _correct(logits: Tensor, targets: Tensor, kept: Tensor) -> Tensor:
