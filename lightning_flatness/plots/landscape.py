@@ -115,7 +115,9 @@ def plot_contour(
         ax.set_facecolor(MISSING_COLOUR)
         ax.patch.set(hatch="///", edgecolor="white")
     norm = _norm(levels)
-    filled = ax.contourf(x, y, masked, levels=levels.tolist(), cmap=COLOURS, norm=norm, extend="both")
+    filled = ax.contourf(
+        x, y, masked, levels=levels.tolist(), cmap=COLOURS, norm=norm, extend="neither" if cap is None else "max"
+    )
     ax.contour(x, y, masked, levels=levels[::3].tolist(), colors="white", linewidths=0.5, alpha=0.7)
     bar = figure.colorbar(filled, ax=ax, label="loss", ticks=_ticks(levels), format="%.3g")
     bar.minorticks_off()
@@ -174,6 +176,9 @@ def plot_surface(
     floor = low - 0.35 * height
     ax.contour(x.numpy(), y.numpy(), _masked(heights), levels=12, zdir="z", offset=floor, cmap=COLOURS, linewidths=0.8)
     ax.set_zlim(floor, high)
+    ax.xaxis.get_major_locator().set_params(nbins=5)
+    ax.yaxis.get_major_locator().set_params(nbins=5)
+    ax.set_zticks([tick for tick in ax.get_zticks() if low - 0.05 * height <= tick <= high])
     labels = _labels(result)
     ax.set_xlabel(labels[0])
     ax.set_ylabel(labels[1])
@@ -259,7 +264,9 @@ def _levels(losses: Tensor) -> Tensor:
     if high <= low:
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
     if low > 0 and high > 10 * low:
-        return torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64)
+        levels = torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64)
+        levels[0], levels[-1] = low, high  # to the last digit, so that no point falls out
+        return levels
     return torch.linspace(low, high, NUM_LEVELS, dtype=torch.float64)
 
 
