@@ -104,7 +104,7 @@ def loss_landscape(
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> plane = loss_landscape(net, [(torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1]))], steps=5)
-        >>> plane.losses.shape, bool(plane.losses[2, 2] == plane.origin_loss)
+        >>> plane.losses.shape, bool((plane.losses[2, 2] - plane.origin_loss).abs() < 1e-6)
         (torch.Size([5, 5]), True)
     """
     _check_words(normalize=normalize, norm=norm, biases=biases, update=update, batch_norm=batch_norm)
