@@ -96,7 +96,7 @@ def hessian_spectrum(
         (tensor([9.0000, 1.0000], dtype=torch.float64), 'mainly positive')
     """
     _check(matrix, top_k, num_steps, num_probes, exponent, tolerance, max_products, seed, dtype)
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise BatchError(
             f"The batches are a {type(batches).__name__}, which can be read only once, and every product with the "
             "Hessian reads them all. Give a DataLoader, or list(batches)."
