@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.capture import LossCurvature, LossSums, random_states_kept
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError
 from lightning_flatness.functional import (
     Eigenpairs,
     Quadrature,
@@ -103,7 +103,7 @@ def hessian_spectrum(
         )
     loss_function = find_loss(loss, label_smoothing, class_weight, ignore_index)
     measuring = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with random_states_kept(model):
+    with random_states_kept(model), torch.inference_mode(False), torch.no_grad():
         curvature = LossCurvature(model, loss_function, params, matrix, measuring)
         operator = _MeanOperator(model, curvature, batches)
         size, precise = curvature.size, curvature.dtype == torch.float64
@@ -122,6 +122,7 @@ def hessian_spectrum(
             for _ in range(num_probes):
                 probe = torch.randint(2, (size,), generator=generator).mul(2).sub(1).to(basis)
                 probes.append(lanczos_quadrature(operator, probe, basis[:num_steps], generator))
+                _certify_symmetric(probes[-1], curvature.dtype)
                 traces.append(_trace(probes[-1], probe, found))
     values, weights = torch.stack([p.values for p in probes]), torch.stack([p.weights for p in probes])
     zero = 10 * torch.finfo(curvature.dtype).eps
@@ -213,6 +214,16 @@ def _trace(quadrature: Quadrature, probe: Tensor, found: Eigenpairs) -> float:
     size = len(probe)
     overlaps = (found.vectors @ (probe / math.sqrt(size))).double().cpu().square()
     return size * quadrature.rayleigh - float((found.values * (size * overlaps - 1)).sum())
+
+
+def _certify_symmetric(quadrature: Quadrature, dtype: torch.dtype) -> None:
+    """Every Hessian is symmetric; what autograd makes of wrong derivatives need not be."""
+    if quadrature.asymmetry > 10 * math.sqrt(torch.finfo(dtype).eps):
+        raise LayerSelectionError(
+            f"Products with the Hessian are not symmetric (by {quadrature.asymmetry:.0e}, relative), so they are not "
+            "the Hessian's: an autograd.Function whose backward is not its derivative, or noise in the forward? "
+            "Correct it, or choose params= behind it."
+        )
 
 
 def _deviation(numbers: Tensor) -> float:
