@@ -135,7 +135,7 @@ def hessian_spectrum(
         eigenvectors=found.vectors.cpu(),
         residuals=found.residuals,
         trace=sum(traces) / num_probes,
-        trace_stderr=_deviation(torch.tensor(traces).double()) / math.sqrt(num_probes),
+        trace_stderr=_deviation(torch.tensor(traces, dtype=torch.float64)) / math.sqrt(num_probes),
         ritz_values=values,
         ritz_weights=weights,
         **{name: float(numbers.mean()) for name, numbers in each.items()},
@@ -194,7 +194,8 @@ class _MeanOperator:
         except Exception as caught:
             error = caught
         product = torch.zeros(0 if vector is None else self._curvature.size) if found.product is None else found.product
-        numbers = torch.tensor([float(error is not None), found.loss, found.normalizer, found.num_samples]).double()
+        failed = float(error is not None)
+        numbers = torch.tensor([failed, found.loss, found.normalizer, found.num_samples], dtype=torch.float64)
         total = sum_over_ranks(torch.cat([numbers.to(self._curvature.device), product.to(self._curvature.device)]))
         if error is not None:
             raise error

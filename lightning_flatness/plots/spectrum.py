@@ -125,6 +125,7 @@ def plot_eigenvalues(history: Iterable[tuple[float, SpectrumResult]], *, ax: Any
     largest = max((size for size in sizes if size == size), default=0.0)
     if largest > 0:
         ax.set_yscale("symlog", linthresh=largest / 100)
+        ax.set_ylim(min(2 * min(lowest), -largest / 100), 2 * largest)
     ax.set_xlabel("epoch")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylabel("eigenvalue  (loss per squared weight)")
