@@ -51,8 +51,8 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, matrix: str = "hessian") -> Calla
 def curvlinops(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     from curvlinops import HessianLinearOperator
 
-    # Since version 3 parameters go by name; the check for determinism is left out, it happens once.
-    parameters = dict(net.named_parameters())
+    # Its check for determinism is left out here, as it happens once and not with every product.
+    parameters = list(net.parameters())
     operator = HessianLinearOperator(net, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False)
     return lambda vector: operator @ vector
 
