@@ -67,10 +67,11 @@ class LossCurvature:
     ) -> None:
         self._model, self._loss, self._matrix = model, loss, matrix
         chosen = choose_parameters(model, params)
-        self._copy = ModelCopy(model, dtype)
         with torch.inference_mode(False):
+            self._copy = ModelCopy(model, dtype)
             # They share memory with the copies.
             self._leaves = [self._copy.copy_of(parameter).detach().requires_grad_() for parameter in chosen.values()]
+        self._certified = False
         self._replacements = dict(zip(chosen.values(), self._leaves, strict=True))
         self.shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
         self.dtype = torch.float32
@@ -114,7 +115,7 @@ class LossCurvature:
     def _add(self, found: LossSums, inputs: Any, targets: Tensor, share: float, vector: Tensor | None) -> None:
         with torch.set_grad_enabled(vector is not None):
             logits = logits_of(self._copy(inputs, self._replacements))
-        targets = targets.to(logits.device)
+        targets = targets.to(logits.device, copy=True)  # an ordinary tensor also under inference mode
         if vector is None or found.product is None:
             derivatives = self._loss(logits, targets)
             found.loss += share * float(self._loss.total(logits, targets))
@@ -135,11 +136,20 @@ class LossCurvature:
                 part.add_(product.flatten().to(part.device), alpha=share)
             start += leaf.numel()
 
+    def _certify(self, gradients: Sequence[Tensor | None]) -> None:
+        """In the first product, refuse what autograd passes over in silence: no path leads on from such a node."""
+        if not self._certified:
+            names = _node_names([gradient.grad_fn for gradient in gradients if gradient is not None])
+            if "torch::autograd::Error" in names:
+                raise RuntimeError("a backward marked once_differentiable")
+            self._certified = True
+
     def _hessian(
         self, logits: Tensor, targets: Tensor, vector: Sequence[Tensor]
     ) -> tuple[float, Sequence[Tensor | None]]:
         loss = self._loss.total(logits, targets)
         gradients = _gradients(loss, self._leaves, create_graph=True)
+        self._certify(gradients)
         return float(loss.detach()), _pulled_back(gradients, vector, self._leaves)
 
     def _gauss_newton(
@@ -150,6 +160,7 @@ class LossCurvature:
         # J v from reverse mode alone, which every operation has: Jᵀu is linear in u, and its derivative there is J.
         u = torch.zeros_like(f, requires_grad=True)
         gradients = _gradients(logits, self._leaves, u, create_graph=True)
+        self._certify(gradients)
         (forward,) = _pulled_back(gradients, vector, [u])
         if forward is None:
             return float(loss.detach()), [None] * len(self._leaves)
@@ -181,6 +192,17 @@ def _pulled_back(
     return torch.autograd.grad(some, inputs, their, allow_unused=True)
 
 
+def _node_names(nodes: Sequence[Any]) -> set[str]:
+    """Names of all nodes of an autograd graph."""
+    seen, left = set(), [node for node in nodes if node is not None]
+    while left:
+        node = left.pop()
+        if node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions if following is not None]
+    return {node.name() for node in seen}
+
+
 @contextmanager
 def _explained(index: int) -> Iterator[None]:
     """Errors of torch that have a reason and a remedy."""
@@ -193,6 +215,11 @@ def _explained(index: int) -> Iterator[None]:
             raise LayerSelectionError(
                 f"The model or the loss has an operation without a second derivative ({error}). Replace it for the "
                 "measurement, or choose params= behind it, whose gradient does not pass it."
+            ) from error
+        if "use_reentrant" in str(error):
+            raise LayerSelectionError(
+                "The forward uses gradient checkpointing of the reentrant kind, which has no second derivative. Use "
+                "checkpoint(..., use_reentrant=False), or checkpoint only `if self.training`."
             ) from error
         if "modified by an inplace operation" in str(error):
             raise LayerSelectionError(

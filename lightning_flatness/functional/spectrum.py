@@ -25,6 +25,7 @@ class Quadrature(NamedTuple):
     values: Tensor  # (m,) Ritz values, ascending, float64
     weights: Tensor  # (m,), they add up to one
     rayleigh: float  # q'Aq of the unit probe
+    asymmetry: float  # largest |q_i'A q_j - q_j'A q_i| seen, relative to the largest ‖A q‖
 
 
 def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator: torch.Generator) -> Quadrature:
@@ -51,12 +52,15 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
     num_steps = min(basis.shape)
     diagonal, beyond = torch.zeros(num_steps).double(), torch.zeros(max(num_steps - 1, 0)).double()
     basis[0] = probe / probe.norm()
-    scale = 0.0
+    scale = asymmetry = 0.0
     for step in range(num_steps):
         image = product(basis[step])
         scale = max(scale, float(image.norm()))
         image, coefficients = orthogonalised(image, basis[: step + 1])
         diagonal[step] = coefficients[step]
+        known = torch.zeros(step).double()  # what these are by symmetry, from the products before
+        known[-1:] = beyond[step - 1] if step else 0.0
+        asymmetry = max([asymmetry, *(coefficients[:step] - known).abs().tolist()])
         if step + 1 == num_steps:
             break
         norm = float(image.norm())
@@ -65,7 +69,7 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         else:
             beyond[step] = norm
             basis[step + 1] = image / norm
-    return Quadrature(*_nodes(diagonal, beyond), float(diagonal[0]))
+    return Quadrature(*_nodes(diagonal, beyond), float(diagonal[0]), asymmetry / scale if scale else 0.0)
 
 
 def _nodes(diagonal: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.capture import LossCurvature, LossSums, random_states_kept
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError
 from lightning_flatness.functional import (
     Eigenpairs,
     Quadrature,
@@ -96,14 +96,14 @@ def hessian_spectrum(
         (tensor([9.0000, 1.0000], dtype=torch.float64), 'mainly positive')
     """
     _check(matrix, top_k, num_steps, num_probes, exponent, tolerance, max_products, seed, dtype)
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise BatchError(
             f"The batches are a {type(batches).__name__}, which can be read only once, and every product with the "
             "Hessian reads them all. Give a DataLoader, or list(batches)."
         )
     loss_function = find_loss(loss, label_smoothing, class_weight, ignore_index)
     measuring = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with random_states_kept(model):
+    with random_states_kept(model), torch.inference_mode(False), torch.no_grad():
         curvature = LossCurvature(model, loss_function, params, matrix, measuring)
         operator = _MeanOperator(model, curvature, batches)
         size, precise = curvature.size, curvature.dtype == torch.float64
@@ -122,6 +122,7 @@ def hessian_spectrum(
             for _ in range(num_probes):
                 probe = torch.randint(2, (size,), generator=generator).mul(2).sub(1).to(basis)
                 probes.append(lanczos_quadrature(operator, probe, basis[:num_steps], generator))
+                _certify_symmetric(probes[-1], curvature.dtype)
                 traces.append(_trace(probes[-1], probe, found))
     values, weights = torch.stack([p.values for p in probes]), torch.stack([p.weights for p in probes])
     zero = 10 * torch.finfo(curvature.dtype).eps
@@ -134,7 +135,7 @@ def hessian_spectrum(
         eigenvectors=found.vectors.cpu(),
         residuals=found.residuals,
         trace=sum(traces) / num_probes,
-        trace_stderr=_deviation(torch.tensor(traces).double()) / math.sqrt(num_probes),
+        trace_stderr=_deviation(torch.tensor(traces, dtype=torch.float64)) / math.sqrt(num_probes),
         ritz_values=values,
         ritz_weights=weights,
         **{name: float(numbers.mean()) for name, numbers in each.items()},
@@ -193,7 +194,8 @@ class _MeanOperator:
         except Exception as caught:
             error = caught
         product = torch.zeros(0 if vector is None else self._curvature.size) if found.product is None else found.product
-        numbers = torch.tensor([float(error is not None), found.loss, found.normalizer, found.num_samples]).double()
+        failed = float(error is not None)
+        numbers = torch.tensor([failed, found.loss, found.normalizer, found.num_samples], dtype=torch.float64)
         total = sum_over_ranks(torch.cat([numbers.to(self._curvature.device), product.to(self._curvature.device)]))
         if error is not None:
             raise error
@@ -213,6 +215,16 @@ def _trace(quadrature: Quadrature, probe: Tensor, found: Eigenpairs) -> float:
     size = len(probe)
     overlaps = (found.vectors @ (probe / math.sqrt(size))).double().cpu().square()
     return size * quadrature.rayleigh - float((found.values * (size * overlaps - 1)).sum())
+
+
+def _certify_symmetric(quadrature: Quadrature, dtype: torch.dtype) -> None:
+    """Every Hessian is symmetric; what autograd makes of wrong derivatives need not be."""
+    if quadrature.asymmetry > 10 * math.sqrt(torch.finfo(dtype).eps):
+        raise LayerSelectionError(
+            f"Products with the Hessian are not symmetric (by {quadrature.asymmetry:.0e}, relative), so they are not "
+            "the Hessian's: an autograd.Function whose backward is not its derivative, or noise in the forward? "
+            "Correct it, or choose params= behind it."
+        )
 
 
 def _deviation(numbers: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import distributed
 from tests.distributed.ranks import free_port
 from tests.distributed.scenarios import SCENARIOS
 
-MODULES = [f"{kind}_scenarios" for kind in ("bit_identical", "fault", "harness", "number", "sharded")]
+MODULES = [f"{kind}_scenarios" for kind in ("bit_identical", "fault", "harness", "number", "sharded", "spectrum")]
 
 
 def main(folder, names):
