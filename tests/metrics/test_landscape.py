@@ -275,6 +275,8 @@ def test_tied_weights_move_together():
         changed.first.weight += 1
     assert changed.second.weight is changed.first.weight
     assert_close(line.losses[1], own_loss(changed), **EXACT)
+    norm = torch.cat([p.detach().flatten() for p in model.parameters()]).norm()
+    assert_close(line.weight_norm, float(norm), **EXACT)
     state = lf.direction_between(model, changed.state_dict())
     assert_close(lf.loss_landscape(model, BATCHES, axes=state, span=(0, 1), steps=2).losses, line.losses, **EXACT)
 
