@@ -170,7 +170,7 @@ def _compute(
     losses, computed = result.losses.flatten(), result.computed.flatten()
     every = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
     todo = [index for index in _outwards(result.coordinates).tolist() if not computed[index]]
-    size = chunk or data.default_chunk(points)
+    size = chunk or data.chunk
     sums, done = torch.zeros(2, len(losses), dtype=torch.float64), torch.zeros(len(losses), dtype=torch.bool)
     failure: Exception | None = None
     with ExitStack() as stack:

@@ -78,6 +78,7 @@ class Data:
             )
         self._model, self._batches, self._loss = model, batches, loss
         self._samples = 0  # of one pass
+        self.chunk = 1  # points that pay to be taken at once, known after the pass at the origin
 
     def pairs(self) -> Iterator[tuple[Any, Tensor]]:
         """Inputs and targets of every batch with samples.
@@ -105,7 +106,10 @@ class Data:
         try:
             for inputs, targets in self.pairs():
                 own = own + self._own(points.own_logits(inputs), targets)
+                if not self._samples:
+                    first = inputs
                 self._samples += len(targets)
+            self.chunk = _chunk_that_pays(points, first) if self._samples else 1
         except Exception as error:
             failure = error
         told = gather((own, None if failure is None else f"{type(failure).__name__}: {failure}"))
@@ -157,20 +161,6 @@ class Data:
             )
         return sums
 
-    def default_chunk(self, points: Points) -> int:
-        """How many points pay to be taken at once: many where a forward pass is mostly the calling of its operations.
-
-        The numbers were measured, see ``docs/landscape.md``. The rule counts operations, not seconds, so that results
-        are the same in every run.
-        """
-        if not self._samples:
-            return 1
-        inputs, _ = next(self.pairs())
-        counter = FlopCounterMode(display=False)
-        with counter:
-            points.own_logits(inputs)
-        return CHUNK if counter.get_total_flops() < LIGHT_PASS else 1
-
     def _with_class(self, logits: Tensor, targets: Tensor) -> Tensor | None:
         """Which samples have a class; None where targets are not class indices, as in regression."""
         whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
@@ -178,6 +168,21 @@ class Data:
             return None
         ignored = self._loss.ignore_index if isinstance(self._loss, CrossEntropy) else None
         return targets != ignored if ignored is not None else torch.ones_like(targets, dtype=torch.bool)
+
+
+def _chunk_that_pays(points: Points, inputs: Any) -> int:
+    """Many points at once where a forward pass is mostly the calling of its operations, else one.
+
+    The numbers were measured, see ``docs/landscape.md``. The rule counts operations, not seconds, so that results are
+    the same in every run.
+    """
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            points.own_logits(inputs)
+    except Exception:
+        return 1  # the counter does not know every operation; the forward itself has gone well before
+    return CHUNK if counter.get_total_flops() < LIGHT_PASS else 1
 
 
 def _drawing(batches: Any) -> list[Any]:

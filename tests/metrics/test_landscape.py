@@ -609,3 +609,17 @@ def test_single_samples_have_no_variance():
     batches = [(torch.randn(1, 2), torch.tensor([0]))]
     with pytest.raises(lf.LandscapeError, match="give larger batches"):
         lf.loss_landscape(model, batches, steps=2, batch_norm="recomputed")
+
+
+@pytest.mark.parametrize(("width", "taken_at_once"), [(2, True), (4000, False)])
+def test_small_passes_are_taken_at_once(width, taken_at_once):
+    class Layer(nn.Linear):
+        sizes = ()
+
+        def forward(self, x):
+            Layer.sizes += (torch._C._functorch.is_batchedtensor(self.weight),)
+            return super().forward(x)
+
+    model = nn.Sequential(Layer(1000, width), nn.Linear(width, 3))
+    lf.loss_landscape(model, [(torch.randn(8, 1000), torch.arange(8) % 3)], axes=["random"], steps=3)
+    assert any(Layer.sizes) == taken_at_once
