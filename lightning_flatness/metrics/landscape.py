@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_flatness.capture import NamedTensors, Points, isolated
 from lightning_flatness.capture.isolation import measured
 from lightning_flatness.errors import FlatnessError, LandscapeError
-from lightning_flatness.functional import Direction, Loss, direction_norm, find_loss, inner_product
+from lightning_flatness.functional import NORMALIZATIONS, Direction, Loss, direction_norm, find_loss, inner_product
 from lightning_flatness.metrics.axes import as_list, find_axes
 from lightning_flatness.metrics.grid import grid
 from lightning_flatness.metrics.passes import Data, Sums
@@ -259,7 +259,7 @@ def _outwards(coordinates: Sequence[Tensor]) -> Tensor:
 
 
 WORDS: dict[str, tuple[Any, ...]] = {
-    "normalize": (None, "none", "weight", "filter", "layer", "model"),
+    "normalize": (None, *NORMALIZATIONS),
     "norm": (1, 2),
     "biases": ("zero", "scaled"),
     "update": ("add", "adam"),
