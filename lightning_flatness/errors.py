@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an accelerator or the CPU had no memory left."""
@@ -26,3 +28,11 @@ class BatchError(FlatnessError):
 
 class NotExactError(FlatnessError):
     """With ``strict=True``: a number would not be the Hessian's."""
+
+
+class LandscapeError(FlatnessError):
+    """A point of a landscape failed; what was computed until then is in ``result``, for ``resume=``."""
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result

@@ -1,13 +1,16 @@
 """Level 1: everything that touches an ``nn.Module``. It hands tensors down to ``functional`` and leaves no trace."""
 
 from lightning_flatness.capture.generators import generators_kept
+from lightning_flatness.capture.hessian import LossCurvature, LossSums, Matrix, choose_parameters
 from lightning_flatness.capture.isolation import isolated, measuring_device, random_states_kept
 from lightning_flatness.capture.live import Listener, same_inputs
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
 from lightning_flatness.capture.operators import Operator, operators_of
 from lightning_flatness.capture.options import MEASURES, Options
 from lightning_flatness.capture.passes import ForwardPasses
+from lightning_flatness.capture.points import Points
 from lightning_flatness.capture.rows import num_rows
+from lightning_flatness.capture.tensors import NamedTensors, direction_between, pca_directions
 
 __all__ = [
     "MEASURES",
@@ -15,13 +18,21 @@ __all__ = [
     "ForwardPasses",
     "LayerStatistics",
     "Listener",
+    "LossCurvature",
+    "LossSums",
+    "Matrix",
+    "NamedTensors",
     "Operator",
     "Options",
+    "Points",
+    "choose_parameters",
+    "direction_between",
     "generators_kept",
     "isolated",
     "measuring_device",
     "num_rows",
     "operators_of",
+    "pca_directions",
     "random_states_kept",
     "same_inputs",
 ]

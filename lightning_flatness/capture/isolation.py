@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -67,12 +67,18 @@ class ModelCopy:
         """What the model runs on in place of one of its parameters or buffers."""
         return self._copies[id(tensor)]
 
-    def __call__(self, inputs: Any, replacements: Mapping[nn.Parameter, Tensor] | None = None) -> Any:
+    def __call__(
+        self,
+        inputs: Any,
+        replacements: Mapping[nn.Parameter, Tensor] | Mapping[Tensor, Tensor] | None = None,
+        written: Collection[Tensor] = (),
+    ) -> Any:
         """Call the model on a copy of ``inputs``.
 
         Args:
             inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments.
-            replacements: tensors to use in place of some of the parameters, wherever the model has them.
+            replacements: tensors to use in place of some of the parameters and buffers, wherever the model has them.
+            written: buffers whose replacements the forward may write to; of all others it gets a copy in every call.
         """
         inputs = apply_to_collection(inputs, Tensor, lambda tensor: measured(tensor, self._dtype).clone())
         arguments: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -80,8 +86,9 @@ class ModelCopy:
         if isinstance(inputs, Mapping):
             arguments, keywords = (), dict(inputs)
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
+        begun = self._buffers - {id(buffer) for buffer in written}
         with torch.inference_mode(False):  # they can be in a graph, as the user's can
-            tensors |= {key: tensors[key].clone() for key in self._buffers}  # every call begins with the same
+            tensors |= {key: tensors[key].clone() for key in begun}  # every call begins with the same
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
         # Ties are ours: functional_call would swap a module that has two names twice, and not back.
         return functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)

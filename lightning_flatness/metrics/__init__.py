@@ -3,7 +3,18 @@
 from lightning_flatness.metrics.batches import split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
 from lightning_flatness.metrics.lambda_max import measure_lambda_max
+from lightning_flatness.metrics.landscape import loss_landscape
 from lightning_flatness.metrics.measurement import Measurement, measure_flatness
 from lightning_flatness.metrics.ranks import gather
+from lightning_flatness.metrics.spectrum import hessian_spectrum
 
-__all__ = ["FlatnessMetric", "Measurement", "gather", "measure_flatness", "measure_lambda_max", "split_batch"]
+__all__ = [
+    "FlatnessMetric",
+    "Measurement",
+    "gather",
+    "hessian_spectrum",
+    "loss_landscape",
+    "measure_flatness",
+    "measure_lambda_max",
+    "split_batch",
+]

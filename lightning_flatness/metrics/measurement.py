@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 from torch import Tensor, nn
 
 from lightning_flatness.capture import (
@@ -25,6 +23,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
 from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
+from lightning_flatness.metrics.progress import progress_bar
 from lightning_flatness.metrics.ranks import gather, own_rank
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
 
@@ -232,7 +231,7 @@ def measure_flatness(
         dtype=dtype,
     )
     with ExitStack() as stack:
-        bar = stack.enter_context(_progress_bar(progress))
+        bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("Flatness", total=len(batches) if isinstance(batches, Sized) else None)
         stack.enter_context(random_states_kept(model))  # a DataLoader draws its seed when it is iterated
         for index, batch in enumerate(batches_on(model, batches)):
@@ -244,10 +243,3 @@ def measure_flatness(
             measurement.update(inputs, targets, advance)
             bar.update(task, completed=index + 1)
     return measurement.report()
-
-
-def _progress_bar(show: bool | None) -> Progress:
-    console = Console(stderr=True)
-    show = console.is_terminal if show is None else show
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=console.is_terminal, disable=not show)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from torch import distributed
+from torch import Tensor, distributed
 
 Value = TypeVar("Value")
 
@@ -36,3 +36,21 @@ def gather(value: Value) -> list[Value]:
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks; without ``torch.distributed``, the tensor itself.
+
+    A collective: call it on every rank or on none, with the same shape.
+
+    Args:
+        tensor: on a device that the process group can take; it may be overwritten.
+
+    Example:
+        >>> import torch
+        >>> sum_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor

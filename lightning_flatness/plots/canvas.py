@@ -7,8 +7,8 @@ from typing import Any
 from lightning_flatness.errors import FlatnessError
 
 
-def axes_or_new(ax: Any | None, width: float, height: float) -> tuple[Any, Any]:
-    """``(figure, axes)``: those of ``ax``, or new ones of this size in inches.
+def axes_or_new(ax: Any | None, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """``(figure, axes)``: those of ``ax``, or new ones of this size in inches, with ``options`` of ``subplots``.
 
     Raises:
         FlatnessError: matplotlib is missing.
@@ -20,4 +20,4 @@ def axes_or_new(ax: Any | None, width: float, height: float) -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise FlatnessError("Figures need matplotlib: pip install 'lightning-flatness[plots]'") from error
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    return figure, figure.subplots()
+    return figure, figure.subplots(**options)

@@ -10,13 +10,19 @@ from lightning_flatness.results.flatness import (
     merged,
     summary_table,
 )
+from lightning_flatness.results.landscape import SETTINGS, LandscapeResult
+from lightning_flatness.results.spectrum import CRITERIA, SpectrumResult
 
 __all__ = [
+    "CRITERIA",
     "SAMPLED",
+    "SETTINGS",
     "FlatnessReport",
+    "LandscapeResult",
     "LayerFlatness",
     "LayerInfo",
     "LayerLambdaMax",
+    "SpectrumResult",
     "as_text",
     "merged",
     "summary_table",

@@ -13,7 +13,8 @@ from torch import distributed
 from tests.distributed.ranks import free_port
 from tests.distributed.scenarios import SCENARIOS
 
-MODULES = [f"{kind}_scenarios" for kind in ("bit_identical", "fault", "harness", "number", "sharded")]
+KINDS = ("bit_identical", "fault", "harness", "landscape", "number", "sharded", "spectrum")
+MODULES = [f"{kind}_scenarios" for kind in KINDS]
 
 
 def main(folder, names):

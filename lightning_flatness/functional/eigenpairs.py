@@ -1,0 +1,139 @@
+"""Largest eigenvalues of one symmetric operator, with eigenvectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.functional.krylov import breaks_down, orthogonalised, random_orthogonal
+
+
+class Eigenpairs(NamedTuple):
+    """Ritz pairs, the largest first."""
+
+    values: Tensor  # (k,), float64
+    vectors: Tensor  # (k, D), orthonormal
+    residuals: Tensor  # (k,): ‖A v - θ v‖, from a product of its own
+    num_products: int
+
+
+def top_eigenpairs(
+    product: Callable[[Tensor], Tensor],
+    basis: Tensor,
+    top_k: int,
+    generator: torch.Generator,
+    tolerance: float = 1e-7,
+    max_products: int = 1000,
+) -> Eigenpairs:
+    """The ``k`` largest eigenvalues (by value, not by modulus), by thick-restart Lanczos.
+
+    One Krylov space holds one vector of every eigenspace. So when all ``k`` have converged, the search goes on from a
+    random vector orthogonal to them, until that finds nothing larger: repeated eigenvalues come as often as they are.
+
+    Args:
+        product: of the operator with a vector, ``(D,) -> (D,)``.
+        basis: ``(m, D)``, to work in; ``m`` at least ``k + 2``, or ``D``.
+        top_k: ``k``; no more than ``D`` are given.
+        generator: of the vectors to start with.
+        tolerance: of residuals, relative to their own eigenvalues.
+        max_products: after so many, what there is, with its residuals. ``k`` more are for these.
+
+    Source:
+        Wu and Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems".
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([5.0, 5.0, 1.0, -9.0]).double())
+        >>> top_eigenpairs(lambda v: matrix @ v, torch.empty(4, 4).double(), 2, torch.Generator()).values
+        tensor([5.0000, 5.0000], dtype=torch.float64)
+    """
+    length = basis.shape[1]
+    top_k = min(top_k, length)
+    search = _Search(product, basis, generator)
+    settled: Tensor | None = None
+    while True:
+        search.step()
+        values, residuals = search.values, search.residuals
+        if search.size == length:
+            break
+        accuracy = tolerance * values.abs() + search.rounding
+        if search.size >= top_k and bool((residuals <= accuracy)[:top_k].all()):
+            new = settled is None or bool((values[:top_k] > settled + accuracy[:top_k]).any())
+            if not new and search.size > top_k and _is_below(values, residuals, accuracy, top_k, length):
+                break
+            if new:
+                settled = values[:top_k].clone()
+                search.keep(top_k)
+                search.following = random_orthogonal(basis[:top_k], generator)
+        if search.num_products >= max_products and search.size >= top_k:
+            break
+        if search.size == len(basis):
+            search.keep(top_k + (len(basis) - top_k) // 2)
+    search.keep(top_k)
+    vectors = basis[:top_k].clone()
+    signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    vectors *= torch.where(signs == 0, 1.0, signs)
+    values = search.values[:top_k]
+    residuals = torch.stack([(product(v) - float(t) * v).norm() for v, t in zip(vectors, values, strict=True)])
+    return Eigenpairs(values, vectors, residuals.double().cpu(), search.num_products + top_k)
+
+
+def _is_below(values: Tensor, residuals: Tensor, accuracy: Tensor, top_k: int, length: int) -> bool:
+    """Whether the next Ritz pair is so good that a random vector has had every chance to show a larger one."""
+    # A part c of the Ritz vector in an eigenspace of the k-th value would make a residual of c times the gap. A random
+    # vector starts with c about 1/√D, and the search makes it grow.
+    gap = float(values[top_k - 1] - values[top_k])
+    return float(residuals[top_k]) <= max(0.1 * gap / math.sqrt(length), float(accuracy[top_k]))
+
+
+class _Search:
+    """An orthonormal basis that grows by Lanczos steps, and the operator projected to it."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], basis: Tensor, generator: torch.Generator) -> None:
+        self._product, self._basis, self._generator = product, basis, generator
+        self._projected = torch.zeros(len(basis), len(basis)).double()
+        self._coefficients = torch.zeros(0, 0).double()  # of the Ritz vectors, in columns
+        self._scale = 0.0
+        self.size = self.num_products = 0
+        self.values = self.residuals = torch.zeros(0).double()
+        self.following: Tensor | None = random_orthogonal(basis[:0], generator)
+
+    @property
+    def rounding(self) -> float:
+        """Residuals below this are rounding errors."""
+        return 100 * torch.finfo(self._basis.dtype).eps * self._scale
+
+    def step(self) -> None:
+        """Add the following vector to the basis, and update the Ritz values, the largest first."""
+        assert self.following is not None
+        self._basis[self.size] = self.following
+        image = self._product(self._basis[self.size])
+        self.num_products += 1
+        self.size += 1
+        self._scale = max(self._scale, float(image.norm()))
+        known = self._basis[: self.size]
+        image, column = orthogonalised(image, known)
+        self._projected[: self.size, self.size - 1] = self._projected[self.size - 1, : self.size] = column
+        norm = float(image.norm())
+        if breaks_down(norm, self._scale, image):
+            norm = 0.0
+            self.following = None if self.size == known.shape[1] else random_orthogonal(known, self._generator)
+        else:
+            self.following = image / norm
+        values, vectors = torch.linalg.eigh(self._projected[: self.size, : self.size])
+        self.values, self._coefficients = values.flip(0), vectors.flip(1)
+        self.residuals = norm * self._coefficients[-1].abs()
+
+    def keep(self, number: int) -> None:
+        """Make the best Ritz vectors the basis."""
+        mix = self._coefficients[:, :number].T.to(self._basis)
+        for columns in self._basis[: self.size].split(2**16, dim=1):  # in parts, for memory
+            columns[:number] = mix @ columns
+        self.size = number
+        self.values, self.residuals = self.values[:number], self.residuals[:number]
+        self._coefficients = torch.eye(number).double()
+        self._projected.zero_()
+        self._projected[:number, :number] = torch.diag(self.values)

@@ -1,0 +1,79 @@
+"""The coordinates of the points of a landscape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import FlatnessError
+
+SECOND_MOMENT = (0.1, 1.9)  # symmetric around 1, and positive
+
+
+def grid(span: Any, steps: Any, num_axes: int, update: str = "add") -> tuple[Tensor, ...]:
+    """Equally spaced coordinates for every axis, float64; both ends are points.
+
+    Args:
+        span: ``s`` for ``-s`` to ``s``, a pair, or a pair for every axis.
+        steps: number of points, for all axes or for each.
+        num_axes: 1 or 2.
+        update: with ``"adam"`` the second axis is positive.
+
+    Raises:
+        FlatnessError: other values.
+
+    Example:
+        >>> grid(1.0, 3, 1)
+        (tensor([-1.,  0.,  1.], dtype=torch.float64),)
+    """
+    counts = [steps] * num_axes if _is_number(steps) else steps
+    if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(_is_count(count) for count in counts):
+        raise FlatnessError(
+            f"{steps=} must be a whole number of points, two at least, or one for each of {num_axes} axes."
+        )
+    ranges = _ranges(span, num_axes, update)
+    if update == "adam" and num_axes == 2 and not ranges[1][0] > 0:
+        raise FlatnessError(
+            f"{span=}: with update='adam' the second coordinate is a factor of the second moment, whose root is taken, "
+            "so it must be positive; give a pair for every axis."
+        )
+    return tuple(_spaced(low, high, count) for (low, high), count in zip(ranges, counts, strict=True))
+
+
+def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
+    if _is_number(span):
+        ranges = [(-span, span)] * num_axes
+        return (
+            ranges[:1] + [SECOND_MOMENT] * (num_axes - 1) if update == "adam" and span > 0 else _ordered(ranges, span)
+        )
+    pairs = span if isinstance(span, Sequence) and not isinstance(span, str) else []
+    if len(pairs) == 2 and all(_is_number(end) for end in pairs):
+        pairs = [pairs] * num_axes
+    whole = all(isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pairs)
+    return _ordered([(pair[0], pair[1]) for pair in pairs] if whole and len(pairs) == num_axes else [], span)
+
+
+def _ordered(ranges: list[tuple[float, float]], span: Any) -> list[tuple[float, float]]:
+    if not ranges or not all(-math.inf < low < high < math.inf for low, high in ranges):
+        raise FlatnessError(
+            f"{span=} must be a positive number, a pair (from, to) in order, or such a pair for every axis."
+        )
+    return ranges
+
+
+def _spaced(low: float, high: float, count: int) -> Tensor:
+    """Both ends to the last digit; and exactly 0 in the middle of what is symmetric."""
+    part = torch.arange(count, dtype=torch.float64) / (count - 1)
+    return low * (1 - part) + high * part
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 2

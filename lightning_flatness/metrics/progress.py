@@ -1,0 +1,22 @@
+"""A progress bar for those who watch."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+
+def progress_bar(show: bool | None) -> Progress:
+    """A bar on stderr.
+
+    Args:
+        show: whether; None for only in a terminal.
+
+    Example:
+        >>> progress_bar(False).disable
+        True
+    """
+    console = Console(stderr=True)
+    show = console.is_terminal if show is None else show
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=console.is_terminal, disable=not show)

@@ -1,0 +1,146 @@
+"""What a landscape gives back: losses at the points of a line or plane through the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import FlatnessError
+
+# What says how a landscape was made; two that agree in these are two parts of one.
+SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
+
+
+@dataclass(frozen=True)
+class LandscapeResult:
+    """Losses on a line (one axis) or plane (two axes) through the weights ``w``: at ``w + Σ_i α_i d_i``.
+
+    Attributes:
+        axes: a name for every axis.
+        coordinates: float64 ``(n_i,)`` for every axis, ``α_i``.
+        losses: float64 ``(n_1,)`` or ``(n_1, n_2)``, mean over samples as it was computed: infinite or NaN where it is;
+            NaN, too, where ``computed`` is not.
+        accuracies: likewise, between 0 and 1; None if targets are not class indices.
+        computed: which points were.
+        origin_loss: at ``w``, with the BatchNorm statistics that the model has.
+        origin_accuracy: likewise; None without class indices.
+        axis_norms: L2 norm of every ``d_i``, after normalisation.
+        cosine: between the two axes; NaN for a line.
+        weight_norm: L2 norm of the parameters that are not frozen.
+        normalize: unit of the normalisation.
+        norm: 1 or 2, order of its norm.
+        biases: what became of biases in it.
+        update: ``"add"``, or ``"adam"``: at ``w + α_1 m / (sqrt(α_2 v) + ε)``.
+        batch_norm: ``"kept"`` or ``"recomputed"`` statistics.
+        frozen: patterns of parameters that do not move.
+        loss: its name.
+        num_samples: that count.
+        seed: of random axes.
+        fingerprint: of weights, buffers and axes; a landscape is resumed only where it is the same.
+    """
+
+    axes: tuple[str, ...]
+    coordinates: tuple[Tensor, ...]
+    losses: Tensor
+    accuracies: Tensor | None
+    computed: Tensor
+    origin_loss: float
+    origin_accuracy: float | None
+    axis_norms: tuple[float, ...]
+    cosine: float
+    weight_norm: float
+    normalize: str
+    norm: int
+    biases: str
+    update: str
+    batch_norm: str
+    frozen: tuple[str, ...]
+    loss: str
+    num_samples: int
+    seed: int
+    fingerprint: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every point was computed."""
+        return bool(self.computed.all())
+
+    @property
+    def finite(self) -> Tensor:
+        """Which points have a finite loss."""
+        return self.losses.isfinite()
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file ``.npz`` of plain arrays, to be read with :meth:`load` or with ``numpy.load``.
+
+        Raises:
+            FlatnessError: the name ends with something else.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_flatness import loss_landscape
+            >>> batch = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+            >>> result = loss_landscape(torch.nn.Linear(2, 3), [batch], steps=3)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     found = LandscapeResult.load(result.save(f"{folder}/plane.npz"))
+            >>> bool((found.losses == result.losses).all())
+            True
+        """
+        import numpy as np
+
+        arrays: dict[str, Any] = {f"coordinates_{index}": axis.numpy() for index, axis in enumerate(self.coordinates)}
+        arrays |= {"losses": self.losses.numpy(), "computed": self.computed.numpy()}
+        if self.accuracies is not None:
+            arrays["accuracies"] = self.accuracies.numpy()
+        plain = {name: value for name, value in vars(self).items() if name not in ("coordinates", *arrays)}
+        plain.pop("accuracies", None)
+        with _npz(path).open("wb") as file:
+            np.savez(file, settings=np.array(json.dumps(plain)), **arrays)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LandscapeResult:
+        """What :meth:`save` wrote.
+
+        Raises:
+            FlatnessError: something else is in the file.
+        """
+        import numpy as np
+
+        with np.load(_npz(path), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if not {"settings", "losses", "computed", "coordinates_0"} <= arrays.keys():
+            raise FlatnessError(f"There is no landscape in '{path}'; it holds {', '.join(arrays) or 'nothing'}.")
+        plain: dict[str, Any] = json.loads(str(arrays.pop("settings")))
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        for name in ("axes", "axis_norms", "frozen"):
+            plain[name] = tuple(plain[name])
+        coordinates = tuple(tensors.pop(f"coordinates_{index}") for index in range(len(plain["axes"])))
+        return cls(**{"coordinates": coordinates, "accuracies": None, **tensors, **plain})
+
+    def __str__(self) -> str:
+        shape = " x ".join(str(len(axis)) for axis in self.coordinates)
+        lowest = self.losses[self.finite].min() if bool(self.finite.any()) else math.nan
+        lines = [
+            f"Loss landscape, {shape} points along {' and '.join(self.axes)}, {self.num_samples} samples",
+            f"loss of the model {self.origin_loss:.6g}, lowest {float(lowest):.6g}",
+            f"normalisation {self.normalize} (L{self.norm}), update {self.update}, "
+            f"BatchNorm statistics {self.batch_norm}",
+        ]
+        if len(self.axes) == 2:
+            lines.append(f"cosine between the axes {self.cosine:.3g}")
+        missing, odd = int((~self.computed).sum()), int((self.computed & ~self.finite).sum())
+        lines += [f"{missing} points not computed"] * bool(missing) + [f"{odd} points not finite"] * bool(odd)
+        return "\n".join(lines)
+
+
+def _npz(path: str | Path) -> Path:
+    if Path(path).suffix != ".npz":
+        raise FlatnessError(f"A landscape is kept in a file .npz, and '{path}' is not one.")
+    return Path(path)

@@ -1,0 +1,175 @@
+"""Lanczos quadrature, its criteria, and eigenpairs, against dense decompositions."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_flatness.functional import lanczos_quadrature, spectrum_criteria, top_eigenpairs
+from tests.spectra import dense_ritz, wasserstein
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def symmetric(spectrum, seed=0):
+    spectrum = torch.as_tensor(spectrum, dtype=torch.float64)
+    size = len(spectrum)
+    rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator(seed), dtype=torch.float64))
+    return rotation @ torch.diag(spectrum) @ rotation.T
+
+
+def quadrature(matrix, num_steps, probe=None, seed=1):
+    probe = torch.randn(len(matrix), generator=generator(seed), dtype=torch.float64) if probe is None else probe
+    basis = torch.empty(num_steps, len(matrix), dtype=torch.float64)
+    return lanczos_quadrature(lambda v: matrix @ v, probe, basis, generator()), basis, probe
+
+
+def eigenpairs(matrix, top_k, rows=None, **options):
+    basis = torch.empty(rows or min(len(matrix), 2 * top_k + 20), len(matrix), dtype=matrix.dtype)
+    return top_eigenpairs(lambda v: matrix @ v, basis, top_k, generator(3), **options)
+
+
+SPREAD = torch.cat([torch.logspace(-8, 2, 150).double(), -torch.logspace(-6, 0, 50).double()])
+
+
+def test_quadrature_is_the_ritz_decomposition_of_the_krylov_space():
+    matrix = symmetric(SPREAD)
+    found, _, probe = quadrature(matrix, 15)
+    values, weights = dense_ritz(matrix, probe, 15)
+    assert_close(found.values, values, rtol=1e-9, atol=1e-10)
+    assert_close(found.weights, weights, rtol=1e-7, atol=1e-12)
+    unit = probe / probe.norm()
+    assert_close(found.rayleigh, float(unit @ matrix @ unit), rtol=1e-12, atol=0)
+
+
+def test_basis_stays_orthonormal_long_after_eigenvalues_have_converged():
+    _, basis, _ = quadrature(symmetric(SPREAD), 120)
+    assert_close(basis @ basis.T, torch.eye(120).double(), rtol=0, atol=1e-12)
+
+
+def test_quadrature_is_exact_for_polynomials_of_twice_the_steps():
+    matrix = symmetric(torch.linspace(-1, 1, 60))
+    found, _, probe = quadrature(matrix, 8)
+    unit = probe / probe.norm()
+    for power in range(16):
+        exact = float(unit @ torch.linalg.matrix_power(matrix, power) @ unit)
+        assert_close(float(found.weights @ found.values**power), exact, rtol=0, atol=1e-12)
+
+
+def test_with_all_steps_the_spectrum_is_exact():
+    spectrum = torch.linspace(-3, 5, 40).double()
+    found, _, _ = quadrature(symmetric(spectrum), 64)
+    assert_close(found.values, spectrum, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "spectrum",
+    [[2.0] * 12, [0.0] * 12, [1.0] * 5 + [-3.0] * 7, [0.0] * 9 + [1.0, 2.0, 2.0]],
+    ids=["identity", "zero", "two values", "low rank"],
+)
+def test_invariant_subspaces_leave_the_weights_right(spectrum):
+    spectrum = torch.tensor(spectrum).double()
+    matrix = symmetric(spectrum)
+    found, basis, probe = quadrature(matrix, 12)
+    assert_close(basis @ basis.T, torch.eye(12).double(), rtol=0, atol=1e-12)
+    assert_close(found.values, spectrum.sort().values, rtol=0, atol=1e-10)
+    values, vectors = torch.linalg.eigh(matrix)
+    parts = (vectors.T @ (probe / probe.norm())) ** 2
+    for value in spectrum.unique():
+        of_values = found.weights[(found.values - value).abs() < 1e-6].sum()
+        assert_close(of_values, parts[(values - value).abs() < 1e-6].sum(), rtol=0, atol=1e-10)
+    # One Ritz value carries all the weight of an eigenspace, so that K_Hn does not depend on what came after.
+    assert int((found.weights > 1e-12).sum()) == len(spectrum.unique())
+
+
+def test_wasserstein_distance_of_known_measures():
+    values, weights = torch.tensor([0.0, 1.0]).double(), torch.tensor([0.5, 0.5]).double()
+    assert wasserstein(values, weights, torch.tensor([0.0, 1.0]).double()) == 0
+    assert_close(wasserstein(values, weights, torch.tensor([0.0, 3.0]).double()), 1.0)
+
+
+def test_criteria_by_hand():
+    values = torch.tensor(
+        [[-1.0, 0.0, 4.0], [1.0, 2.0, 4.0], [-4.0, -1.0, 1.0], [-2.0, -1.0, -0.5], [0, 0, 0]]
+    ).double()
+    weights = torch.tensor([[0.25, 0.5, 0.25]]).double().expand(5, 3)
+    r_e, k_hn, c_t, kinds = spectrum_criteria(values, weights)
+    assert_close(c_t, torch.tensor([-0.25, 0.25, -4.0, -math.inf, math.nan]).double(), equal_nan=True)
+    assert_close(r_e, torch.tensor([0.25, 0.25, 4.0, math.inf, math.nan]).double(), equal_nan=True)
+    third = (math.sqrt(1.0) + math.sqrt(0.5)) / math.sqrt(0.25)
+    assert_close(k_hn, torch.tensor([0.5, 0.0, third, math.inf, math.nan]).double(), equal_nan=True)
+    assert kinds == ["mainly positive"] * 2 + ["mainly negative"] * 2 + ["quasi-singular"]
+
+
+def test_boundaries_of_the_kinds():
+    weights = torch.full((3, 2), 0.5).double()
+    values = torch.tensor([[-0.6, 1.0], [-0.599, 1.0], [-1.0, 1.0]]).double()
+    assert spectrum_criteria(values, weights).kinds == ["mainly negative", "mainly positive", "mainly negative"]
+    assert spectrum_criteria(values, weights, scale=1e-3).kinds == ["quasi-singular"] * 3
+    assert spectrum_criteria(values, weights, scale=1.01e-3).kinds[0] == "mainly negative"
+
+
+def test_exponent_and_what_counts_as_zero():
+    values, weights = torch.tensor([[-1e-12, 1.0]]).double(), torch.tensor([[0.5, 0.5]]).double()
+    assert_close(spectrum_criteria(values, weights, exponent=1.0).k_hn, torch.tensor([1e-12]).double())
+    assert float(spectrum_criteria(values, weights, zero=1e-10).k_hn) == 0
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 10])
+def test_eigenpairs_of_a_spectrum_like_that_of_a_network(top_k):
+    matrix = symmetric(SPREAD)
+    found = eigenpairs(matrix, top_k)
+    expected = SPREAD.sort(descending=True).values[:top_k]
+    assert_close(found.values, expected, rtol=1e-10, atol=0)
+    assert_close(found.vectors @ found.vectors.T, torch.eye(top_k).double(), rtol=0, atol=1e-10)
+    residuals = (found.vectors @ matrix - found.values[:, None] * found.vectors).norm(dim=1)
+    assert_close(found.residuals, residuals, rtol=1e-3, atol=1e-10)
+    assert bool((residuals <= 1e-6 * expected).all())
+
+
+@pytest.mark.parametrize("size", [200, 40])
+@pytest.mark.parametrize("copies", [2, 3, 6])
+def test_repeated_eigenvalues_come_as_often_as_they_are(copies, size):
+    spectrum = torch.cat([torch.full((copies,), 7.0), torch.linspace(-3, 6.5, size - copies)]).double()
+    found = eigenpairs(symmetric(spectrum), copies + 2)
+    assert_close(found.values, spectrum.sort(descending=True).values[: copies + 2], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "spectrum",
+    [[2.0] * 12, [0.0] * 12, [-1.0] * 5 + [-3.0] * 7, [0.0] * 9 + [1.0, 2.0, 2.0], [3.0], [1.0, -2.0]],
+    ids=["identity", "zero", "negative", "low rank", "one", "two"],
+)
+def test_eigenpairs_where_krylov_spaces_end(spectrum):
+    spectrum = torch.tensor(spectrum).double()
+    found = eigenpairs(symmetric(spectrum), 4, rows=len(spectrum))
+    assert_close(found.values, spectrum.sort(descending=True).values[:4], rtol=0, atol=1e-10)
+    assert bool((found.residuals <= 1e-10).all())
+
+
+def test_many_restarts():
+    spectrum = torch.linspace(0, 1, 300).double()  # nothing stands out
+    found = eigenpairs(symmetric(spectrum), 3, rows=12, tolerance=1e-8, max_products=3000)
+    assert_close(found.values, spectrum.flip(0)[:3], rtol=1e-10, atol=0)
+
+
+def test_products_are_limited_and_counted():
+    matrix, calls = symmetric(torch.linspace(0, 1, 300)), []
+
+    def product(vector):
+        calls.append(1)
+        return matrix @ vector
+
+    found = top_eigenpairs(product, torch.empty(12, 300).double(), 3, generator(), max_products=40)
+    assert found.num_products == len(calls) == 43
+    assert float(found.residuals.max()) > 1e-4  # and they say so
+
+
+def test_eigenpairs_in_single_precision():
+    matrix = symmetric(SPREAD).float()
+    basis = torch.empty(40, len(matrix))
+    found = top_eigenpairs(lambda v: matrix @ v, basis, 5, generator(), tolerance=1e-4)
+    assert_close(found.values, SPREAD.sort(descending=True).values[:5], rtol=1e-5, atol=0)
