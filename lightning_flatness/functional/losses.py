@@ -41,17 +41,8 @@ class Loss:
         """
         raise NotImplementedError
 
-    def summed(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """The loss summed over samples, float64 and differentiable, and what the sum is to be divided by.
-
-        Example:
-            >>> CrossEntropy().summed(torch.zeros(2, 4), torch.tensor([2, 0]))
-            (tensor(2.7726, dtype=torch.float64), 2.0)
-        """
-        return self.total(logits, targets), self(logits.detach(), targets).normalizer
-
     def total(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss summed over samples alone: cheaper, and without the checks.
+        """The loss summed over samples, float64 and differentiable; targets are not checked.
 
         Example:
             >>> MeanSquaredError().total(torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]))
