@@ -91,7 +91,7 @@ def closed_form_block_traces(
     head, floor = curvature.centred(head), curvature.floor
     of_filters = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
     total = torch.zeros(groups, per_group, per_group, dtype=torch.float64, device=inputs.device)
-    shared = torch.zeros_like(total)  # what the floor is multiplied with
+    shared = total if floor is None else torch.zeros_like(total)  # what the floor is multiplied with
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
         left = right = slopes[chunk]
