@@ -163,7 +163,7 @@ class SpectrumResult:
         others = {name: dict(value) if isinstance(value, Mapping) else value for name, value in others.items()}
         text = json.dumps({"format": FORMAT} | others)
         with open(path, "wb") as file:  # an open file, as numpy adds .npz to names
-            np.savez_compressed(file, allow_pickle=False, record=np.array(text), **tensors)
+            np.savez_compressed(file, record=np.array(text), **tensors)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SpectrumResult:
