@@ -2,7 +2,7 @@
 
 from lightning_flatness.capture.generators import generators_kept
 from lightning_flatness.capture.isolation import isolated, measuring_device, random_states_kept
-from lightning_flatness.capture.live import Listener, same_inputs
+from lightning_flatness.capture.live import KEEPS_TENSORS, Listener, same_inputs
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
 from lightning_flatness.capture.operators import Operator, operators_of
 from lightning_flatness.capture.options import MEASURES, Options
@@ -10,6 +10,7 @@ from lightning_flatness.capture.passes import ForwardPasses
 from lightning_flatness.capture.rows import num_rows
 
 __all__ = [
+    "KEEPS_TENSORS",
     "MEASURES",
     "FlatnessObserver",
     "ForwardPasses",
