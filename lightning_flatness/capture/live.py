@@ -242,10 +242,10 @@ def _why_different(output: Any, expected: Any) -> str:
     found: list[list[Tensor]] = [[], []]
     for tensors, part in zip(found, (output, expected), strict=True):
         apply_to_collection(part, Tensor, tensors.append)
-    if len(found[0]) != len(found[1]) or not all(map(_identical, *found)):
-        return "the network returns other values when it is observed"
     if any(tensor.requires_grad for tensor in found[0]):
         return "the network returns more than what its classifier makes"
+    if len(found[0]) != len(found[1]) or not all(map(_identical, *found)):
+        return "the network returns other values when it is observed"
     return ""
 
 

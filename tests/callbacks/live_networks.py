@@ -346,3 +346,16 @@ class Moody(Plain):
         if self.moody:
             self.largest = float(z.numpy().max())
         return super().tail(z, upstream)
+
+
+class TwoInTurn(Plain):
+    """Two convolutions, one after the other, both under the closed form."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.side = nn.Conv2d(4, 4, 3, groups=4, dtype=torch.float64)
+
+    def tail(self, z, upstream):
+        return F.relu(self.side(F.relu(z)))

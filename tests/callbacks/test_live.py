@@ -2,20 +2,18 @@
 
 import gc
 import weakref
-from contextlib import nullcontext
 
 import lightning as L
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks import live
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
-from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 from tests.callbacks.test_bit_identical import assert_identical
 from tests.callbacks.training_runs import end_of_training, seed_everything
 
@@ -90,10 +88,22 @@ def assert_as_without(folder, make, told, says, *, trainer_options=None, **optio
 
 # ---------------------------------------------------------------------------------------------------- what networks do
 
-OBSERVED = (
-    "Plain Gate Mask Residual InPlaceActivation InPlaceResidual NumpyUpstream Checkpointed Branches NoGradUpstream "
-    "WithoutClassifier ConvolutionalClassifier Dropouts EmbeddingsAfter"
-).split()
+OBSERVED = [
+    "Plain",
+    "Gate",
+    "Mask",
+    "Residual",
+    "InPlaceActivation",
+    "InPlaceResidual",
+    "NumpyUpstream",
+    "Checkpointed",
+    "Branches",
+    "NoGradUpstream",
+    "WithoutClassifier",
+    "ConvolutionalClassifier",
+    "Dropouts",
+    "EmbeddingsAfter",
+]
 
 NOT_OBSERVED = {
     "GateFromBefore": "Inference tensors cannot be saved for backward",
@@ -129,7 +139,7 @@ def make(name, module_class=Module):
 def test_every_network_is_tried():
     classes = [value for value in vars(networks).values() if isinstance(value, type)]
     names = {found.__name__ for found in classes if issubclass(found, networks.Plain)}
-    elsewhere = {"InferenceLayer", "TwoLayers", "Bomb", "Moody"}
+    elsewhere = {"InferenceLayer", "TwoLayers", "TwoInTurn", "Bomb", "Moody"}
     assert names == {*OBSERVED, *NOT_OBSERVED, *NOT_MEASURED} | elsewhere
 
 
@@ -164,11 +174,27 @@ def test_without_inference_mode(tmp_path, told, name):
 
 
 def test_network_that_enters_and_leaves_inference_mode(tmp_path, told):
-    assert_as_without(tmp_path, make("InferenceLayer"), told, "forward", trainer_options={"inference_mode": False})
+    options = {"inference_mode": False}
+    expected = validated(tmp_path, make("InferenceLayer"), trainer_options=options)
+    callback = lf.FlatnessCallback(on_error="warn")
+    with pytest.warns(UserWarning, match="do not depend on its output"):
+        assert_same(validated(tmp_path, make("InferenceLayer"), callback, trainer_options=options), expected)
 
 
-def test_two_layers_at_once(tmp_path, told):
-    callback = assert_as_without(tmp_path, make("TwoLayers"), told, OBSERVES, layers=["net.conv", "net.side"])
+@pytest.mark.parametrize(
+    ("name", "inference_mode", "says"),
+    [
+        ("TwoInTurn", True, OBSERVES),
+        ("TwoInTurn", False, OBSERVES),
+        ("TwoLayers", False, OBSERVES),
+        ("TwoLayers", True, OWN),
+    ],
+)
+def test_two_layers_at_once(tmp_path, told, name, inference_mode, says):
+    """Side by side, in inference mode, the second one would read what can be in no graph."""
+    options = {"layers": ["net.conv", "net.side"], "trainer_options": {"inference_mode": inference_mode}}
+    callback = assert_as_without(tmp_path, make(name), told, says, **options)
+    assert {layer.info.method for layer in callback.report.layers.values()} == {"closed_form"}
     assert len(callback.report.layers) == 2
 
 
@@ -347,7 +373,7 @@ class Catches(Module):
         try:
             super().validation_step(batch, batch_idx)
         except BaseException as error:
-            assert str(error) == "bang"
+            assert str(error) == "bang"  # noqa: PT017
             fresh = torch.ones(2) * 2
             self.noted.append([global_modes(), fresh.is_inference(), fresh.requires_grad, "forward" in vars(self.net)])
         finally:
@@ -407,11 +433,13 @@ def test_forward_that_fails_with_gradients_on_some_batches_only(tmp_path, told):
 
 
 def test_two_callbacks(tmp_path, told):
-    expected = validated(tmp_path, make("TwoLayers"))
+    expected = validated(tmp_path, make("TwoInTurn"))
     reports = {}
     for is_live in (False, True):
-        pair = [lf.FlatnessCallback([f"net.{name}"], prefix=f"flatness_{name}", live=is_live) for name in ("conv", "side")]
-        assert_same(validated(tmp_path, make("TwoLayers"), *pair), expected)
+        pair = [
+            lf.FlatnessCallback([f"net.{name}"], prefix=f"flatness_{name}", live=is_live) for name in ("conv", "side")
+        ]
+        assert_same(validated(tmp_path, make("TwoInTurn"), *pair), expected)
         reports[is_live] = [callback.report.hessian_trace for callback in pair]
     assert_close(reports[True], reports[False], rtol=1e-9, atol=0)
     assert [OBSERVES in line for line in told] == [True, False]
@@ -431,26 +459,19 @@ def test_two_callbacks_one_within_the_other(tmp_path, told):
     [("bf16-mixed", "runs under autocast"), ("bf16-true", "weights in torch.bfloat16"), ("64-true", OBSERVES)],
 )
 def test_precision(tmp_path, told, precision, says):
-    def make_one():
-        return Module(networks.Plain().double())
-
-    class Rounds(Module):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            dtype = self.net.conv.weight.dtype
-            logits = self.note(self.step(batch[0].to(dtype) if batch[0].dtype != dtype else batch[0]))
-            self.log("val_acc", logits.sum())
-
-    def batches(batch):
-        return batch[0].to(torch.bfloat16) if precision == "bf16-true" else batch[0], batch[1]
-
-    options = {"trainer_options": {"precision": precision}, "batch_fn": batches}
-    own = {}
+    """Batches come as the network takes them."""
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float64
+    found, numbers = {}, {}
     for is_live in (None, False, True):
-        callbacks = [] if is_live is None else [lf.FlatnessCallback(live=is_live, batch_fn=batches)]
-        found = validated(tmp_path, make("Plain", Rounds), *callbacks, trainer_options=options["trainer_options"])
-        own[is_live] = found, callbacks and callbacks[0].report.hessian_trace
-    assert_same(own[True][0], own[None][0])
-    assert_close(own[True][1], own[False][1], rtol=1e-9, atol=0)
+        callbacks = [] if is_live is None else [lf.FlatnessCallback(live=is_live)]
+        seed_everything()
+        module = Module(networks.Plain())
+        loader = loaders(dtype=dtype)[1]
+        quiet_trainer(tmp_path, *callbacks, precision=precision).validate(module, loader, verbose=False)
+        found[is_live] = module.noted
+        numbers[is_live] = [callback.report.hessian_trace for callback in callbacks]
+    assert_same(found[True], found[None])
+    assert_close(numbers[True], numbers[False], rtol=1e-9, atol=0)
     assert says in told[0]
 
 
@@ -485,8 +506,9 @@ def test_backward_hooks(tmp_path, told):
 
 def test_one_sample_in_the_first_batch(tmp_path, told):
     callback = lf.FlatnessCallback()
-    data = [(torch.randn(n, 1, 8, 8).double(), torch.zeros(n, dtype=torch.long)) for n in (1, 4)]
-    quiet_trainer(tmp_path, callback).validate(Module(networks.Plain()), data, verbose=False)
+    batches = [[4], [0, 1, 2, 3]]
+    loader = DataLoader(dataset(5, dtype=torch.float64), batch_sampler=batches)
+    quiet_trainer(tmp_path, callback).validate(Module(networks.Plain()), loader, verbose=False)
     assert "one sample" in told[0]
     assert callback.report.num_samples == 5
 
@@ -524,20 +546,21 @@ def test_test_steps(tmp_path, told):
 # -------------------------------------------------------------------------------------------------- what it really does
 
 
-class Counted(networks.Plain):
-    rows = []  # of every call; the class's, which no measurement puts back
+ROWS = []  # of every call
 
+
+class Counted(networks.Plain):
     def forward(self, x):
-        Counted.rows.append(len(x))
+        ROWS.append(len(x))
         return super().forward(x)
 
 
 def rows_of(folder, *callbacks):
-    Counted.rows.clear()
+    ROWS.clear()
     quiet_trainer(folder, *callbacks).validate(
         Module(Counted()), loaders(val_samples=40, dtype=torch.float64)[1], verbose=False
     )
-    return sorted(Counted.rows)
+    return sorted(ROWS)
 
 
 def test_which_forward_passes_are_made(tmp_path, monkeypatch, told):
@@ -553,11 +576,6 @@ def test_which_forward_passes_are_made(tmp_path, monkeypatch, told):
 def test_nothing_is_alive_after_a_batch(tmp_path, told):
     """Neither nodes of the graph nor features, with collections of garbage switched off."""
     alive, counts = [], []
-
-    class Watching(Module):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            self.net.fc.weight.requires_grad  # noqa: B018
-            super().validation_step(batch, batch_idx)
 
     class Watched(networks.Plain):
         def tail(self, z, upstream):
@@ -601,11 +619,10 @@ def test_nothing_stays_after_validation(tmp_path, told):
             found.append("_hear" in repr(vars(arguments[1]).get("forward")))
 
     found = []
-    data = [(torch.randn(8, 1, 8, 8).double(), torch.zeros(8, dtype=torch.long)) for _ in range(4)]
-    callback = lf.FlatnessCallback(max_samples=8)
-    quiet_trainer(tmp_path, callback, Looks()).validate(module, data, verbose=False)
-    assert not any(found)
-    assert len(found) == 5
+    callback = lf.FlatnessCallback(max_samples=1)
+    loader = loaders(dtype=torch.float64)[1]
+    quiet_trainer(tmp_path, callback, Looks()).validate(module, loader, verbose=False)
+    assert found == [False] * 4
     assert module_state(module)["hooks"] == before["hooks"]
 
 
