@@ -15,7 +15,7 @@ from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 from tests.callbacks.test_bit_identical import assert_identical
-from tests.callbacks.training_runs import end_of_training, seed_everything
+from tests.callbacks.training_runs import HAS_WEIGHT_AVERAGING, averaged_weights, end_of_training, seed_everything
 
 OBSERVES = "observes the forward passes"
 OWN = "in forward passes of its own"
@@ -513,18 +513,24 @@ def test_one_sample_in_the_first_batch(tmp_path, told):
     assert callback.report.num_samples == 5
 
 
+@pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("is_live", [True, False])
-def test_training_is_bit_identical(tmp_path, told, is_live):
-    ends = []
-    for callbacks in ([], [lf.FlatnessCallback(live=is_live, summary=False)]):
+def test_training_is_bit_identical(tmp_path, told, is_live, averaged):
+    if averaged and not HAS_WEIGHT_AVERAGING:
+        pytest.skip("this Lightning has no WeightAveraging")
+    ends, reports = [], []
+    for callbacks in ([], [lf.FlatnessCallback(live=is_live, summary=False)], [lf.FlatnessCallback(live=False)]):
         seed_everything()
         module = Module(networks.Dropouts())
-        trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=3)
+        trainer = quiet_trainer(tmp_path, *callbacks, *([averaged_weights()] if averaged else []), max_epochs=3)
         trainer.fit(module, *loaders(dtype=torch.float64))
         ends.append((end_of_training(trainer, module), module.noted))
+        reports += [[record["relative_flatness"] for record in callback.history] for callback in callbacks]
     assert_identical(ends[1][0], ends[0][0])
     assert_same(ends[1][1], ends[0][1])
+    assert_close(*reports, rtol=1e-9, atol=0)
     assert len(told) == int(is_live)
+    assert not is_live or OBSERVES in told[0]
 
 
 def test_told_once_in_every_run(tmp_path, told):
