@@ -89,7 +89,9 @@ class Observation:
             self._handles.append(module.register_forward_pre_hook(self._quiet(self._before_layer)))
             self._handles.append(module.register_forward_hook(self._quiet(self._after_layer(name))))
         if self.classifier is not None:
-            self._handles.append(self.classifier.register_forward_pre_hook(self._quiet(self._before_classifier)))
+            hook = self._quiet(self._before_classifier)
+            # In somebody else's pass before their own hooks, which may keep what they see.
+            self._handles.append(self.classifier.register_forward_pre_hook(hook, prepend=self.live))
             self._handles.append(self.classifier.register_forward_hook(self._quiet(self._after_classifier)))
         return self
 

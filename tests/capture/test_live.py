@@ -202,7 +202,8 @@ def test_modes_are_put_back_whatever_the_forward_does_to_them(inference):
     class Careless(networks.Plain):
         def tail(self, z, upstream):
             torch.set_grad_enabled(True)
-            torch.inference_mode(False).__enter__()
+            networks.KEPT.append(torch.inference_mode(not inference))
+            networks.KEPT[-1].__enter__()
             if self.fails:
                 raise KeyboardInterrupt
             return super().tail(z, upstream)
@@ -218,7 +219,20 @@ def test_modes_are_put_back_whatever_the_forward_does_to_them(inference):
             except KeyboardInterrupt:
                 pass
             assert global_modes() == modes
+            networks.KEPT.clear()  # it would leave the mode when it is collected
     assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_modes_are_put_back_where_a_layer_has_a_mode_of_its_own():
+    """What it enters is left in the other order than what is entered for the graph."""
+    model, x = networks.InferenceLayer().eval(), batch()[0]
+    with torch.no_grad():
+        expected, modes = model(x), global_modes()
+        with Listener(model, x, lambda: Observation({"conv": model.conv}, model.fc, live=True)) as heard:
+            assert_close(model(x), expected, rtol=0, atol=0)
+        assert heard.reason == ""
+        assert global_modes() == modes
 
 
 def test_errors_of_ours_do_not_reach_the_user(monkeypatch):
