@@ -659,3 +659,14 @@ def test_features_that_are_kept_later_are_told(tmp_path, told):
         return module
 
     assert_as_without(tmp_path, make_one, told, "keeps tensors")
+
+
+def test_own_passes_see_what_changed_since_the_trial(tmp_path, told):
+    """Buffers that change when a step begins, as DDP exchanges them; the last batch is measured in part."""
+
+    class Exchanges(Module):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.net.norm.running_mean.fill_(0.5)
+            super().validation_step(batch, batch_idx)
+
+    assert_as_without(tmp_path, make("Plain", Exchanges), told, OBSERVES, max_samples=10)
