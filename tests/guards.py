@@ -68,6 +68,8 @@ STREAM = "callbacks/test_stream.py::"
 ON_ERROR = "callbacks/test_on_error.py::"
 STOPPING = "callbacks/test_flatness_stopping.py::"
 METRIC = "metrics/test_flatness_metric.py::"
+LIVE = "callbacks/test_live.py::"
+LIVE_PASS = "capture/test_live.py::"
 ROOTS = "callbacks/test_import_roots.py::"
 
 ISOLATION = [
@@ -809,7 +811,213 @@ AROUND = [
     ),
 ]
 
-GUARDS = [*ISOLATION, *OBSERVATION, *METRICS, *SAMPLES, *IN_TRAINING, *ERRORS, *AROUND]
+LIVE_FORWARDS = [
+    Guard(
+        "live: the network's forward is put back",
+        "capture/live.py",
+        '            del attributes["forward"]\n            attributes.update(self._own)\n',
+        "            pass\n",
+        f"{LIVE}test_nothing_stays_after_validation",
+    ),
+    Guard(
+        "live: modes after an observed pass",
+        "capture/live.py",
+        "with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():",
+        "if True:",
+        f"{LIVE_PASS}test_modes_are_put_back_where_a_layer_has_a_mode_of_its_own",
+    ),
+    Guard(
+        "live: what fails with gradients runs again without",
+        "capture/live.py",
+        "self.seen.layers and isinstance(error, RuntimeError)",
+        "False",
+        f"{LIVE}test_forward_that_fails_with_gradients_on_some_batches_only",
+    ),
+    Guard(
+        "live: an error of the user is theirs",
+        "capture/live.py",
+        '                self.reason = "the network raised an error"\n                raise\n',
+        "                pass\n",
+        f"{LIVE}test_error_that_is_caught",
+    ),
+    Guard(
+        "live: one call in a batch",
+        "capture/live.py",
+        "if self._num_calls > 1:",
+        "if False:",
+        f"{LIVE}test_validation_step[CallsAgain]",
+    ),
+    Guard(
+        "live: on the inputs of the batch",
+        "capture/live.py",
+        "not _are(self.inputs, arguments, keywords)",
+        "False",
+        f"{LIVE}test_validation_step[CallsOnOthersToo]",
+    ),
+    Guard(
+        "live: one observation at a time",
+        "capture/live.py",
+        "        if Listener._observing:\n",
+        "        if False:\n",
+        f"{LIVE}test_two_callbacks_one_within_the_other",
+    ),
+    Guard(
+        "live: one listener on a network",
+        "capture/live.py",
+        'if isinstance(getattr(model.forward, "__self__", None), Listener):',
+        "if False:",
+        f"{LIVE}test_two_callbacks",
+    ),
+    Guard(
+        "live: not where gradients are recorded",
+        "capture/live.py",
+        "if torch.is_grad_enabled():",
+        "if False:",
+        f"{LIVE}test_validation_step_with_gradients",
+    ),
+    Guard(
+        "live: not under autocast",
+        "capture/live.py",
+        "if any(torch.is_autocast_enabled(device) for device in _device_types(self._model)):",
+        "if False:",
+        f"{LIVE}test_validation_step[Autocast]",
+    ),
+    Guard(
+        "live: not with other modes or hooks than tried",
+        "capture/live.py",
+        "if _state(self._model) != self._state:",
+        "if False:",
+        f"{LIVE}test_validation_step_with_dropout",
+    ),
+    Guard(
+        "live: not in training mode",
+        "capture/live.py",
+        "        if module.training:\n",
+        "        if False:\n",
+        f"{LIVE}test_dropout_that_stays_in_training_mode",
+    ),
+    Guard(
+        "live: outputs of the trial are bit-identical",
+        "capture/live.py",
+        "if len(found[0]) != len(found[1]) or not all(map(_identical, *found)):",
+        "if False:",
+        f"{LIVE}test_network_that_cannot_be_observed[AsksForGradients]",
+    ),
+    Guard(
+        "live: outputs are in no graph",
+        "capture/live.py",
+        "if any(tensor.requires_grad for tensor in found[0]):",
+        "if False:",
+        f"{LIVE}test_network_that_cannot_be_observed[Embeddings]",
+    ),
+    Guard(
+        "live: the trial leaves no graph behind",
+        "capture/live.py",
+        "            return None, KEEPS_TENSORS\n",
+        "            pass\n",
+        f"{LIVE}test_network_that_cannot_be_observed[KeepsInList]",
+    ),
+    Guard(
+        "live: the trial leaves no graph in a buffer",
+        "capture/live.py",
+        "if copy.keeps_graph:",
+        "if False:",
+        f"{LIVE}test_network_that_cannot_be_observed[WritesBuffer]",
+    ),
+    Guard(
+        "live: an output without classifier leaves the graph",
+        "capture/live.py",
+        "        if self.seen.classifier is not None:\n",
+        "        if True:\n",
+        f"{LIVE}test_network_that_can_be_observed[WithoutClassifier]",
+    ),
+    Guard(
+        "live: the trial gives the same numbers",
+        "capture/observer.py",
+        "if not bool((one - other).norm() <= ROUNDINGS * torch.finfo(self._passes.dtype).eps * other.norm()):",
+        "if False:",
+        f"{LIVE_PASS}test_other_numbers_would_be_seen",
+    ),
+    Guard(
+        "live: the graph ends before the classifier",
+        "capture/observation.py",
+        "tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)",
+        "None",
+        f"{LIVE}test_network_that_can_be_observed[KeepsEmbeddings]",
+    ),
+    Guard(
+        "live: a leaf of what was made in inference mode",
+        "capture/observation.py",
+        "(returned.clone() if returned.is_inference() else returned.detach())",
+        "returned.detach()",
+        f"{LIVE}test_network_that_can_be_observed[Plain]",
+    ),
+    Guard(
+        "live: no error of a hook of ours",
+        "capture/observation.py",
+        "        if not self.live:\n            return hook\n",
+        "        if True:\n            return hook\n",
+        f"{LIVE_PASS}test_errors_of_ours_do_not_reach_the_user",
+    ),
+    Guard(
+        "live: weights of the time of the pass",
+        "capture/observation.py",
+        "weight=call.weight.detach().clone()",
+        "weight=call.weight",
+        f"{LIVE}test_validation_step[AveragesWeights]",
+    ),
+    Guard(
+        "live: a pass of our own where the user's is of no use",
+        "callbacks/live.py",
+        "except (FlatnessError, RuntimeError) as error:",
+        "except ZeroDivisionError as error:",
+        f"{LIVE}test_validation_step[AveragesClassifier]",
+    ),
+    Guard(
+        "live: only whole batches",
+        "callbacks/live.py",
+        "if not reason and same_inputs(inputs, heard.inputs):",
+        "if not reason:",
+        f"{LIVE}test_diagonals_and_subsets",
+    ),
+    Guard(
+        "live: graphs kept later",
+        "callbacks/live.py",
+        "if not reason and alive() is not None:",
+        "if False:",
+        f"{LIVE}test_features_that_are_kept_later_are_told",
+    ),
+    Guard(
+        "live: tensors are let go",
+        "callbacks/live.py",
+        "            self._heard.release()\n",
+        "",
+        f"{LIVE}test_nothing_is_alive_after_a_batch",
+    ),
+    Guard(
+        "live: own passes on a copy of their own",
+        "metrics/measurement.py",
+        "            self._live = observer\n",
+        "            self._live = self._observer = observer\n",
+        f"{LIVE}test_own_passes_see_what_changed_since_the_trial",
+    ),
+    Guard(
+        "live: told once",
+        "callbacks/live.py",
+        "if reason != self._told:",
+        "if True:",
+        f"{LIVE}test_told_once_in_every_run",
+    ),
+    Guard(
+        "live: let go with every batch",
+        "callbacks/flatness_callback.py",
+        "        self._live.let_go()  # a batch of which nothing is to be measured was listened to, too\n",
+        "",
+        f"{LIVE}test_nothing_stays_after_validation",
+    ),
+]
+
+GUARDS = [*ISOLATION, *OBSERVATION, *LIVE_FORWARDS, *METRICS, *SAMPLES, *IN_TRAINING, *ERRORS, *AROUND]
 
 
 def markdown(guards=GUARDS):

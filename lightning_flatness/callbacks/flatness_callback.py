@@ -380,6 +380,7 @@ class FlatnessCallback(Callback):
             for samples in self._source.parts(trainer, pl_module, batch, batch_idx, dataloader_idx):
                 if not self._live.after(self._measurement, *samples):
                     self._measurement.update(*samples)
+        self._live.let_go()  # a batch of which nothing is to be measured was listened to, too
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._due:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_flatness.callbacks.root import Trainer
-from lightning_flatness.capture import Listener, same_inputs
+from lightning_flatness.capture import KEEPS_TENSORS, Listener, same_inputs
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import Measurement
 
@@ -54,18 +55,23 @@ class LiveForwards:
         if heard is None:
             return False
         heard.__exit__()
+        reason, measured = heard.reason, False
         try:
-            if not heard.reason and same_inputs(inputs, heard.inputs):
+            if not reason and same_inputs(inputs, heard.inputs):
                 measurement.update_observed(heard, targets)
-                return True
-        except FlatnessError:
-            pass  # the pass of our own will say what is wrong, if anything is
-        finally:
-            reason = heard.reason
-            self.let_go()
+                measured = True
+        except (FlatnessError, RuntimeError) as error:
+            # A pass of our own will say what is wrong, if anything is; or it takes less memory.
+            reason = f"the forward pass of a batch could not be used ({error})"
+        alive = heard.graph()
+        self.let_go()
+        if alive() is not None:
+            gc.collect()
+        if not reason and alive() is not None:
+            reason = KEEPS_TENSORS
         if reason:
             self._decide(reason)
-        return False
+        return measured
 
     def let_go(self) -> None:
         """Remove hooks, and forget what was heard."""

@@ -3,7 +3,7 @@
 from lightning_flatness.capture.generators import generators_kept
 from lightning_flatness.capture.hessian import LossCurvature, LossSums, Matrix, choose_parameters
 from lightning_flatness.capture.isolation import isolated, measuring_device, random_states_kept
-from lightning_flatness.capture.live import Listener, same_inputs
+from lightning_flatness.capture.live import KEEPS_TENSORS, Listener, same_inputs
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
 from lightning_flatness.capture.operators import Operator, operators_of
 from lightning_flatness.capture.options import MEASURES, Options
@@ -13,6 +13,7 @@ from lightning_flatness.capture.rows import num_rows
 from lightning_flatness.capture.tensors import NamedTensors, direction_between, pca_directions
 
 __all__ = [
+    "KEEPS_TENSORS",
     "MEASURES",
     "FlatnessObserver",
     "ForwardPasses",

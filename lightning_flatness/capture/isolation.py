@@ -53,6 +53,7 @@ class ModelCopy:
         self._copies: dict[int, Tensor] = {}
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
+        self.keeps_graph = False  # whether the last call left a graph in a buffer
         for prefix, module in model.named_modules():
             tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
@@ -91,7 +92,10 @@ class ModelCopy:
             tensors |= {key: tensors[key].clone() for key in begun}  # every call begins with the same
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
         # Ties are ours: functional_call would swap a module that has two names twice, and not back.
-        return functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
+        output = functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
+        buffers = [name for name, key in self._slots.items() if key in self._buffers]
+        self.keeps_graph = any(substitutes[name].requires_grad for name in buffers)
+        return output
 
 
 def _refuse_sharded(name: str, module: nn.Module) -> None:

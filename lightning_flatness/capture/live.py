@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from lightning_flatness.capture.isolation import BACKWARD_HOOKS, HALF, ModelCopy, untouched
 from lightning_flatness.capture.observation import Observation
@@ -24,10 +23,10 @@ class Listener:
     """Listens, for the time of a ``with`` block, for the one call of a model on given inputs, and observes it.
 
     Calls on anything else are let pass. Errors of ours are kept in :attr:`reason` and never raised; modes are as they
-    were when the call is done, also when it raises.
+    were when the call is done, also when it raises. One that fails with gradients on is run again without.
 
     Args:
-        model: the network.
+        model: the network; meanwhile its ``forward`` is ours, which calls it.
         inputs: of the call: one tensor, a tuple or list of positional arguments, or a mapping of keyword arguments;
             None for any.
         observe: makes an :class:`Observation` (``live=True``).
@@ -42,29 +41,34 @@ class Listener:
         ('', True, False)
     """
 
+    _observing: ClassVar[bool] = False  # one at a time: two would put their nodes into each other's graphs
+
     def __init__(self, model: nn.Module, inputs: Any, observe: Callable[[], Observation]) -> None:
         self.inputs = inputs
         self.seen: Observation | None = None
         self.output: Any = None
-        self.reason = "validation does not call the network, or on other inputs than those of the batch"
+        self.reason = NOT_HEARD
         self._model = model
         self._observe = observe
-        self._depth = 0  # of calls within the observed one
         self._num_calls = 0
-        self._handles: list[RemovableHandle] = []
+        self._forward = model.forward
+        self._own: dict[str, Any] = {}  # the forward that the instance had in place of its class's
+        self._state: list[Any] = []
 
     def __enter__(self) -> Listener:
-        self._handles = [
-            self._model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+        # Not hooks: those do not run when a forward is interrupted by hand, nor for calls of `forward` itself.
+        attributes = vars(self._model)
+        self._own = {name: value for name, value in attributes.items() if name == "forward"}
+        self._forward = self._model.forward
+        attributes["forward"] = self._hear
+        self._state = _state(self._model)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._depth:  # interrupted
-            self._end("the forward pass was interrupted")
+        attributes = vars(self._model)
+        if attributes.get("forward") == self._hear:
+            del attributes["forward"]
+            attributes.update(self._own)
 
     def release(self) -> None:
         """Let go of all tensors."""
@@ -73,42 +77,80 @@ class Listener:
             self.seen.features.clear()
         self.seen = self.output = self.inputs = None
 
-    def _before(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self._depth:
-            self._depth += 1
-            return
-        if not _are(self.inputs, arguments, keywords):
-            return
+    def graph(self) -> weakref.ref[Any]:
+        """Something that lives as long as any tensor of the observed graph."""
+        token = _Token()
+        calls = [] if self.seen is None else [call for calls in self.seen.layers.values() for call in calls]
+        with torch.inference_mode(False), torch.enable_grad():
+            for call in calls:
+                metadata: Any = get_gradient_edge(call.output).node.metadata
+                metadata["lightning_flatness"] = token
+        return weakref.ref(token)
+
+    def _hear(self, *arguments: Any, **keywords: Any) -> Any:
+        if self._is_observing() or not _are(self.inputs, arguments, keywords):
+            return self._forward(*arguments, **keywords)
         self._num_calls += 1
-        self.seen = None
-        if self._num_calls > 1:
-            self.reason = "validation calls the network more than once on a batch"
-        elif torch.is_grad_enabled():
-            self.reason = "validation records gradients"
-        elif any(torch.is_autocast_enabled(device) for device in _device_types(model)):
-            self.reason = "validation runs under autocast"
-        else:
-            self.reason = ""
-            self.seen = self._observe()
-            self.seen.__enter__()
-            self._depth = 1
-
-    def _after(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-        if self._depth != 1:
-            self._depth = max(0, self._depth - 1)
-            return None
+        self.seen = self.output = None
+        self.reason = self._why_not_now()
+        if self.reason:
+            return self._forward(*arguments, **keywords)
+        # A guard around all: what a forward enters and leaves in between cannot change the modes that come after.
+        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
+            self.output = self._try(arguments, keywords)
+        if self.reason:
+            return self._forward(*arguments, **keywords)
         assert self.seen is not None
-        without_classifier = self.seen.classifier is None
-        self._end("" if output is not None else "the network raised an error")
-        self.output = output
+        if self.seen.classifier is not None:
+            return self.output
         # Without a classifier the graph goes on to the output. In inference mode a clone is what it would have been.
-        return apply_to_collection(output, Tensor, lambda made: made.detach().clone()) if without_classifier else None
+        return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
 
-    def _end(self, reason: str) -> None:
-        self._depth = 0
-        assert self.seen is not None
-        self.seen.__exit__()
-        self.reason = reason or self.reason
+    def _is_observing(self) -> bool:
+        return self.seen is not None and Listener._observing
+
+    def _try(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        self.seen = self._observe()
+        Listener._observing = True
+        try:
+            with self.seen:
+                return self._forward(*arguments, **keywords)
+        except BaseException as error:
+            self.reason = f"the network fails when it is observed ({type(error).__name__}: {error})"
+            # Autograd refuses by RuntimeErrors what a graph cannot have.
+            if not (self.seen.layers and isinstance(error, RuntimeError)):
+                self.reason = "the network raised an error"
+                raise
+        finally:
+            Listener._observing = False
+            if self.reason:
+                self.seen = None
+
+    def _why_not_now(self) -> str:
+        if self._num_calls > 1:
+            return "validation calls the network more than once on a batch"
+        if Listener._observing:
+            return "another callback observes the same forward pass"
+        if torch.is_grad_enabled():
+            return "validation records gradients"
+        if any(torch.is_autocast_enabled(device) for device in _device_types(self._model)):
+            return "validation runs under autocast"
+        if _state(self._model) != self._state:
+            return "validation changes modes or hooks of modules"
+        return ""
+
+
+KEEPS_TENSORS = "the network keeps tensors of the pass (features, in an attribute or a list)"
+NOT_HEARD = "validation does not call the network, or on other inputs than those of the batch"
+
+
+class _Token:
+    pass
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """Modes and numbers of hooks, of all modules."""
+    return [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
 
 
 def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -127,17 +169,23 @@ def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
             return f"weights in {tensor.dtype} are measured in {dtype or torch.float32}"
         if tensor.is_inference():
             return "weights or buffers were made in inference mode"
+    if isinstance(getattr(model.forward, "__self__", None), Listener):
+        return "another callback observes the same network"
     for name, module in model.named_modules():
         what = f"module '{name or type(module).__name__}'"
         if module.training:
             return f"{what} is in training mode"
-        if "_orig_mod" in dict(module.named_children()) or getattr(module, "_compiled_call_impl", None) is not None:
+        if "_orig_mod" in dict(module.named_children()) or any(vars(module).get(name) for name in COMPILERS):
             return f"{what} is compiled"
         if isinstance(module, torch.jit.ScriptModule):
             return f"{what} is TorchScript"
         if any(vars(module).get(hooks) for hooks in BACKWARD_HOOKS):
             return f"{what} has backward hooks"
     return ""
+
+
+# What torch's and Lightning's ways to compile a module set on it.
+COMPILERS = ("_compiled_call_impl", "_compiler_ctx")
 
 
 def try_observing(
@@ -173,10 +221,12 @@ def try_observing(
         reason = heard.reason or _why_different(output, expected)
         if reason:
             return None, reason
-        alive = _mark_graph(heard)
+        if copy.keeps_graph:
+            return None, "the network writes features to a buffer"
+        alive = heard.graph()
         try:
             found = measure(heard)
-        except FlatnessError as error:
+        except (FlatnessError, RuntimeError) as error:  # of autograd, or no memory
             return None, str(error)
         finally:
             heard.release()
@@ -184,39 +234,24 @@ def try_observing(
         if alive() is not None:
             gc.collect()
         if alive() is not None:
-            return None, "the network keeps tensors of the pass (features, in an attribute or a list)"
+            return None, KEEPS_TENSORS
         return found, ""
-
-
-class _Token:
-    pass
-
-
-def _mark_graph(heard: Listener) -> weakref.ref[_Token]:
-    """Something that lives as long as any tensor of the observed graph."""
-    assert heard.seen is not None
-    token = _Token()
-    outputs = [call.output for calls in heard.seen.layers.values() for call in calls]
-    with torch.inference_mode(False), torch.enable_grad():
-        for output in outputs:
-            metadata: Any = get_gradient_edge(output).node.metadata
-            metadata["lightning_flatness"] = token
-    return weakref.ref(token)
 
 
 def _why_different(output: Any, expected: Any) -> str:
     found: list[list[Tensor]] = [[], []]
     for tensors, part in zip(found, (output, expected), strict=True):
         apply_to_collection(part, Tensor, tensors.append)
-    if len(found[0]) != len(found[1]) or not all(map(_identical, *found)):
-        return "the network returns other values when it is observed"
     if any(tensor.requires_grad for tensor in found[0]):
         return "the network returns more than what its classifier makes"
+    if len(found[0]) != len(found[1]) or not all(map(_identical, *found)):
+        return "the network returns other values when it is observed"
     return ""
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.detach(), other.detach())
+    kinds = [(tensor.dtype, tensor.is_inference()) for tensor in (one, other)]
+    return kinds[0] == kinds[1] and torch.equal(one.detach(), other.detach())
 
 
 def same_inputs(one: Any, other: Any) -> bool:

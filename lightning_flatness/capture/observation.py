@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,9 @@ class Observation:
             self._handles.append(module.register_forward_pre_hook(self._quiet(self._before_layer)))
             self._handles.append(module.register_forward_hook(self._quiet(self._after_layer(name))))
         if self.classifier is not None:
-            self._handles.append(self.classifier.register_forward_pre_hook(self._quiet(self._before_classifier)))
+            hook = self._quiet(self._before_classifier)
+            # In somebody else's pass before their own hooks, which may keep what they see.
+            self._handles.append(self.classifier.register_forward_pre_hook(hook, prepend=self.live))
             self._handles.append(self.classifier.register_forward_hook(self._quiet(self._after_classifier)))
         return self
 
@@ -124,6 +126,9 @@ class Observation:
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, arguments: Any, returned: Any) -> Any:
             calls = self._stop_recording()
+            if self.live:  # weights can be others (averages?) for the time of the pass; the copy is no use of them
+                with torch._C.DisableTorchFunction():
+                    calls = [replace(call, weight=call.weight.detach().clone()) for call in calls]
             if not isinstance(returned, Tensor):
                 raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
             self._record_gradients()

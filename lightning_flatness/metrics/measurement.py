@@ -49,18 +49,21 @@ class Measurement:
         seed = options.get("seed", 0) + 1000 * own_rank()  # variances add up as probes of ranks are independent
         self._options = options | {"seed": seed}
         self._observer = FlatnessObserver(model, **self._options)
+        # One of its own: its copy of the model is older than a pass of the user's, where DDP may exchange buffers.
+        self._live = FlatnessObserver(model, **self._options)
         self._model = model
         self._metrics: dict[str, FlatnessMetric] = {}
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
         """How every layer is measured; empty before the first batch."""
-        return self._observer.layers
+        own, live = self._observer.layers, self._live.layers
+        return {name: merged([own[name], live[name]]) for name in own} if own and live else own or live
 
     @property
     def left_out(self) -> Mapping[str, str]:
         """Layers of ``layers="all"`` that cannot be measured, and why."""
-        return self._observer.left_out
+        return self._observer.left_out or self._live.left_out
 
     def update(
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
@@ -74,13 +77,13 @@ class Measurement:
         """Why the user's own forward passes cannot be observed; nothing, if they can (see ``FlatnessObserver``)."""
         observer = FlatnessObserver(self._model, **self._options)
         reason = observer.why_not_live(inputs, targets, forward)
-        if not reason and not self._metrics:
-            self._observer = observer
+        if not reason:
+            self._live = observer
         return reason
 
     def listen(self, inputs: Any) -> Listener:
         """Hooks, to observe the user's forward pass on these inputs."""
-        return self._observer.listen(inputs)
+        return self._live.listen(inputs)
 
     def update_observed(self, heard: Listener, targets: Tensor | None = None) -> None:
         """Add a batch that the user's forward pass was observed on.
@@ -88,12 +91,12 @@ class Measurement:
         Raises:
             FlatnessError: it was not as in the passes of our own; nothing is added.
         """
-        self._add(self._observer.observed(heard, targets))
+        self._add(self._live.observed(heard, targets))
 
     def _add(self, found: Mapping[str, LayerStatistics]) -> None:
         for name, statistics in found.items():
             if name not in self._metrics:
-                self._metrics[name] = self._new_metric(self._observer.layers[name])
+                self._metrics[name] = self._new_metric(self.layers[name])
             self._metrics[name].update(*statistics)
 
     def _new_metric(self, info: LayerInfo) -> FlatnessMetric:

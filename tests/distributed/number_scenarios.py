@@ -88,6 +88,8 @@ CASES = {
     "own distributed sampler, Lightning's off": Case(
         lambda: own_share(11), lambda: dataset(11, 1), trainer={"use_distributed_sampler": False}
     ),
+    "observed forward passes": Case(lambda: val(16), lambda: dataset(16, 1), {"model": "net"}),
+    "observed and own forward passes": Case(lambda: val(11), lambda: dataset(11, 1), {"model": "net"}),
     "all layers": Case(lambda: val(11), lambda: dataset(11, 1), {"layers": "all"}),
     "diagonals": Case(lambda: val(11), lambda: dataset(11, 1), {"measures": ("hessian_trace",)}),
     "accumulation": Case(lambda: val(11), lambda: dataset(11, 1), trainer={"accumulate_grad_batches": 2}),
@@ -135,6 +137,7 @@ def fit(case):
         "logged": flatness_of(trainer),
         "num_samples": {name: layer.num_samples for name, layer in callback.report.layers.items()},
         "history": history,
+        "why own passes": callback._live._told,
         "weights": module.net.state_dict(),
     }
 

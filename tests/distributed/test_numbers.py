@@ -50,11 +50,16 @@ def assert_logged(logged, wanted):
     assert_close({key: value for key, value in logged.items() if "log10" not in key}, wanted, **EXACT)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "observed" in name])
+def test_forward_passes_are_observed_on_every_rank(outcomes, name):
+    assert [rank["why own passes"] for rank in returned(outcomes[name])] == ["", ""]
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "max_samples" not in case.options])
 def test_every_sample_is_measured_once(outcomes, name):
     first, second = returned(outcomes[name])
     case = CASES[name]
-    options = {key: value for key, value in case.options.items() if key != "data"}
+    options = {key: value for key, value in case.options.items() if key not in ("data", "model")}
     module = Classifier(network(case.net(), first["weights"]))
     wanted = measured_in_one_process(module, case.measured(), **options)
     assert_logged(first["logged"], wanted)

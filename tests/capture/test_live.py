@@ -1,0 +1,290 @@
+"""Observed passes of somebody else: the same numbers as own passes, the same outputs, the same modes."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_flatness.capture import FlatnessObserver, Listener, same_inputs
+from lightning_flatness.capture.live import why_not_observed
+from lightning_flatness.capture.observation import Observation
+from lightning_flatness.errors import FlatnessError
+from tests.callbacks import live_networks as networks
+from tests.callbacks.compare import assert_same, global_modes, module_state
+from tests.networks import Network, randomise_statistics, recipes
+from tests.test_torchvision import CURVED, PIECEWISE_LINEAR, soften
+
+FAMILIES = PIECEWISE_LINEAR + CURVED
+
+
+def batch(samples=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (samples,), generator=generator)
+
+
+def summed(statistics):
+    return {name: (found.block_traces, found.weight_gram, found.num_samples) for name, found in statistics.items()}
+
+
+def assert_observed_as_own(model, x, y, **options):
+    """Outputs to the last bit, numbers to nine digits."""
+    model.eval()
+    own = summed(FlatnessObserver(model, **options)(x, y))
+    before = module_state(model)
+    with torch.inference_mode():
+        expected = model(x)
+        observer = FlatnessObserver(model, **options)
+        reason = observer.why_not_live(x, y)
+        if reason:
+            return reason
+        modes = global_modes()
+        with observer.listen(x) as heard:
+            output = model(x)
+        assert global_modes() == modes
+        assert heard.reason == ""
+        found = summed(observer.observed(heard, y))
+    assert output.is_inference()
+    assert not output.requires_grad
+    assert_close(output, expected, rtol=0, atol=0)
+    for name, (traces, gram, samples) in own.items():
+        assert_close(found[name][0], traces, rtol=0, atol=1e-9 * float(traces.abs().max()))
+        assert_close(found[name][1], gram, rtol=1e-12, atol=0)
+        assert found[name][2] == samples
+    assert_same(module_state(model), before)
+    return ""
+
+
+def test_random_networks():
+    """What can be measured at all is observed with the same numbers, or refused for one of the known reasons."""
+    reasons = []
+
+    @settings(max_examples=60)
+    @given(recipes())
+    def every(recipe):
+        model = Network(recipe).double()
+        try:
+            reason = assert_observed_as_own(model, *model.batch(), layers=["conv"])
+        except FlatnessError:
+            return  # no gradient at all, for instance
+        reasons.append(reason)
+        known = "one sample" if recipe.batch == 1 else "Inference tensors" if recipe.concatenate else "closed form"
+        assert reason == "" or known in reason
+
+    every()
+    assert reasons.count("") >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torchvision(name):
+    models = pytest.importorskip("torchvision.models")
+    options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
+    torch.manual_seed(0)
+    model = randomise_statistics(models.get_model(name, weights=None, num_classes=10, **options)).double().eval()
+    x, y = torch.randn(10, 3, 64, 64).double(), torch.arange(10) % 10
+    assert assert_observed_as_own(soften(model, x), x, y) == ""
+
+
+def test_other_numbers_would_be_seen(monkeypatch):
+    model = networks.Plain()
+    assert assert_observed_as_own(model, *batch()) == ""
+    observed = FlatnessObserver.observed
+
+    def larger(self, heard, targets):
+        return {
+            name: s._replace(block_traces=s.block_traces * (1 + 1e-8))
+            for name, s in observed(self, heard, targets).items()
+        }
+
+    monkeypatch.setattr(FlatnessObserver, "observed", larger)
+    assert "numbers of layer 'conv' are others" in assert_observed_as_own(model, *batch())
+    monkeypatch.setattr("lightning_flatness.capture.observer.ROUNDINGS", 1e12)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_observed_as_own(model, *batch())
+
+
+def test_other_outputs_would_be_seen(monkeypatch):
+    model = networks.Plain()
+    release = Listener._hear
+    monkeypatch.setattr("lightning_flatness.capture.live._why_different", lambda *outputs: "")
+    monkeypatch.setattr(Listener, "_hear", lambda self, *inputs: release(self, *inputs) * (1 + 2**-51))
+    with pytest.raises(AssertionError, match="not equal|not close"):
+        assert_observed_as_own(model, *batch())
+
+
+@pytest.mark.parametrize("options", [{"measures": ("hessian_trace",)}, {"loss": "mse"}, {"label_smoothing": 0.1}])
+def test_options(options):
+    x, y = batch()
+    if "loss" in options:
+        y = nn.functional.one_hot(y, 3).double()
+    assert assert_observed_as_own(networks.Plain(), x, y, **options) == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ Listener
+
+
+class TwoInputs(networks.Plain):
+    def forward(self, x, scale=1.0, *, shift=0.0):
+        return super().forward(scale * x + shift)
+
+
+def heard_call(model, inputs, call):
+    model.eval()
+    observe = lambda: Observation({"conv": model.conv}, model.fc, live=True)  # noqa: E731
+    with torch.inference_mode(), Listener(model, inputs, observe) as heard:
+        call()
+    assert "forward" not in vars(model)
+    return heard
+
+
+def test_arguments_of_every_kind():
+    model, x, scale = TwoInputs(), batch()[0], torch.tensor(2.0)
+    calls = {
+        "tensor": (x, lambda: model(x), True),
+        "positions": ((x, scale), lambda: model(x, scale), True),
+        "list": ([x, scale], lambda: model(x, scale), True),
+        "keywords": ({"x": x, "shift": scale}, lambda: model(x=x, shift=scale), True),
+        "fewer": ((x, scale), lambda: model(x), False),
+        "more": (x, lambda: model(x, shift=scale), False),
+        "copy": (x, lambda: model(x.clone()), False),
+        "other names": ({"x": x}, lambda: model(x, shift=scale), False),
+        "forward itself": (x, lambda: model.forward(x), True),
+        "none": (x, lambda: None, False),
+    }
+    for kind, (inputs, call, is_heard) in calls.items():
+        heard = heard_call(model, inputs, call)
+        assert (heard.reason == "") == is_heard, kind
+        assert (heard.seen is not None) == is_heard, kind
+    assert not same_inputs({"x": x}, {"y": x})
+    assert not same_inputs((x,), (x, x))
+
+
+class CallsItself(networks.Plain):
+    depth = 0
+
+    def forward(self, x):
+        if self.depth:
+            return super().forward(x)
+        self.depth = 1
+        try:
+            return self(x)
+        finally:
+            self.depth = 0
+
+
+def test_network_that_calls_itself_is_heard_once():
+    model, x = CallsItself(), batch()[0]
+    heard = heard_call(model, x, lambda: model(x))
+    assert heard.reason == ""
+    assert len(heard.seen.features) == 1
+
+
+def test_a_forward_of_the_instance_is_put_back():
+    model, x = networks.Plain(), batch()[0]
+    own = vars(model)["forward"] = lambda x: networks.Plain.forward(model, x)
+    observe = lambda: Observation({"conv": model.conv}, model.fc, live=True)  # noqa: E731
+    with torch.inference_mode(), Listener(model.eval(), x, observe) as heard:
+        model(x)
+        assert vars(model)["forward"] is not own
+    assert vars(model)["forward"] is own
+    assert heard.reason == ""
+    with Listener(model, x, observe):
+        later = vars(model)["forward"] = lambda x: x
+    assert vars(model)["forward"] is later
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_modes_are_put_back_whatever_the_forward_does_to_them(inference):
+    class Careless(networks.Plain):
+        def tail(self, z, upstream):
+            torch.set_grad_enabled(True)
+            networks.KEPT.append(torch.inference_mode(not inference))
+            networks.KEPT[-1].__enter__()
+            if self.fails:
+                raise KeyboardInterrupt
+            return super().tail(z, upstream)
+
+    model, x = Careless().eval(), batch()[0]
+    observe = lambda: Observation({"conv": model.conv}, model.fc, live=True)  # noqa: E731
+    for model.fails in (False, True):
+        with torch.inference_mode() if inference else torch.no_grad():
+            modes = global_modes()
+            try:
+                with Listener(model, x, observe):
+                    model(x)
+            except KeyboardInterrupt:
+                pass
+            assert global_modes() == modes
+            networks.KEPT.clear()  # it would leave the mode when it is collected
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_modes_are_put_back_where_a_layer_has_a_mode_of_its_own():
+    """What it enters is left in the other order than what is entered for the graph."""
+    model, x = networks.InferenceLayer().eval(), batch()[0]
+    with torch.no_grad():
+        expected, modes = model(x), global_modes()
+        with Listener(model, x, lambda: Observation({"conv": model.conv}, model.fc, live=True)) as heard:
+            assert_close(model(x), expected, rtol=0, atol=0)
+        assert heard.reason == ""
+        assert global_modes() == modes
+
+
+def test_errors_of_ours_do_not_reach_the_user(monkeypatch):
+    model, x = networks.Plain().eval(), batch()[0]
+    observer = FlatnessObserver(model)
+    with torch.inference_mode():
+        expected = model(x)
+        assert observer.why_not_live(x, batch()[1]) == ""
+
+        def broken(self):
+            raise AttributeError("ours")
+
+        monkeypatch.setattr(Observation, "_record_gradients", broken)
+        modes = global_modes()
+        with observer.listen(x) as heard:
+            assert_close(model(x), expected, rtol=0, atol=0)
+        assert global_modes() == modes
+        with pytest.raises(FlatnessError, match="observing failed"):
+            observer.observed(heard, batch()[1])
+
+
+def test_graph_is_seen_as_long_as_it_lives():
+    model, (x, y) = networks.Plain().eval(), batch()
+    observer = FlatnessObserver(model)
+    with torch.inference_mode():
+        assert observer.why_not_live(x, y) == ""
+        with observer.listen(x) as heard:
+            model(x)
+        alive, kept = heard.graph(), heard.seen.features[0]
+        heard.release()
+        gc.collect()
+        assert alive() is not None
+        del kept
+        assert alive() is None
+
+
+def test_reasons():
+    def reason(change):
+        model = networks.Plain().eval()
+        change(model)
+        return why_not_observed(model)
+
+    assert reason(lambda model: None) == ""
+    assert "training mode" in reason(lambda model: model.norm.train())
+    assert "torch.bfloat16" in reason(lambda model: model.bfloat16())
+    assert "backward hooks" in reason(lambda model: model.fc.register_full_backward_hook(print))
+    assert "compiled" in reason(lambda model: setattr(model, "norm", torch.compile(model.norm)))
+    assert "compiled" in reason(lambda model: setattr(model, "_compiler_ctx", {"compiler": "dynamo"}))
+    with torch.inference_mode():
+        model = networks.Plain()
+    assert "inference mode" in why_not_observed(model.eval())
+    assert "measured in torch.float64" in why_not_observed(networks.Plain().float().eval(), torch.float64)
+    model = networks.Plain().eval()
+    with Listener(model, None, lambda: Observation({}, None, live=True)):
+        assert "another callback" in why_not_observed(model)
