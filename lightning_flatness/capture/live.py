@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ class Listener:
         inputs: of the call: one tensor, a tuple or list of positional arguments, or a mapping of keyword arguments;
             None for any.
         observe: makes an :class:`Observation` (``live=True``).
+        within: modules of the network whose call is as good (:func:`same_calls`).
 
     Example:
         >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
@@ -43,7 +44,9 @@ class Listener:
 
     _observing: ClassVar[bool] = False  # one at a time: two would put their nodes into each other's graphs
 
-    def __init__(self, model: nn.Module, inputs: Any, observe: Callable[[], Observation]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Any, observe: Callable[[], Observation], within: Sequence[nn.Module] = ()
+    ) -> None:
         self.inputs = inputs
         self.seen: Observation | None = None
         self.output: Any = None
@@ -51,24 +54,27 @@ class Listener:
         self._model = model
         self._observe = observe
         self._num_calls = 0
-        self._forward = model.forward
-        self._own: dict[str, Any] = {}  # the forward that the instance had in place of its class's
+        self._within = False  # the call that counts
+        self._modules = [model, *within]
+        self._ours: list[tuple[nn.Module, Any, dict[str, Any]]] = []  # with the forward that an instance had of its own
         self._state: list[Any] = []
 
     def __enter__(self) -> Listener:
         # Not hooks: those do not run when a forward is interrupted by hand, nor for calls of `forward` itself.
-        attributes = vars(self._model)
-        self._own = {name: value for name, value in attributes.items() if name == "forward"}
-        self._forward = self._model.forward
-        attributes["forward"] = self._hear
+        for module in self._modules:
+            own = {name: value for name, value in vars(module).items() if name == "forward"}
+            ours = _Forward(self, module.forward)
+            vars(module)["forward"] = ours
+            self._ours.append((module, ours, own))
         self._state = _state(self._model)
         return self
 
     def __exit__(self, *error: object) -> None:
-        attributes = vars(self._model)
-        if attributes.get("forward") == self._hear:
-            del attributes["forward"]
-            attributes.update(self._own)
+        for module, ours, own in self._ours:
+            if vars(module).get("forward") is ours:
+                del vars(module)["forward"]
+                vars(module).update(own)
+        self._ours = []
 
     def release(self) -> None:
         """Let go of all tensors."""
@@ -87,34 +93,35 @@ class Listener:
                 metadata["lightning_flatness"] = token
         return weakref.ref(token)
 
-    def _hear(self, *arguments: Any, **keywords: Any) -> Any:
-        if self._is_observing() or not _are(self.inputs, arguments, keywords):
-            return self._forward(*arguments, **keywords)
+    def hear(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Call a forward, and observe it if that is the one."""
+        if self._within or not _are(self.inputs, arguments, keywords):
+            return forward(*arguments, **keywords)
         self._num_calls += 1
         self.seen = self.output = None
         self.reason = self._why_not_now()
-        if self.reason:
-            return self._forward(*arguments, **keywords)
-        # A guard around all: what a forward enters and leaves in between cannot change the modes that come after.
-        with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
-            self.output = self._try(arguments, keywords)
-        if self.reason:
-            return self._forward(*arguments, **keywords)
+        self._within = True
+        try:
+            if not self.reason:
+                # A guard around all: what a forward enters and leaves cannot change the modes that come after.
+                with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
+                    self.output = self._try(forward, arguments, keywords)
+            if self.reason:
+                return forward(*arguments, **keywords)
+        finally:
+            self._within = False
         assert self.seen is not None
         if self.seen.classifier is not None:
             return self.output
         # Without a classifier the graph goes on to the output. In inference mode a clone is what it would have been.
         return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
 
-    def _is_observing(self) -> bool:
-        return self.seen is not None and Listener._observing
-
-    def _try(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    def _try(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         self.seen = self._observe()
         Listener._observing = True
         try:
             with self.seen:
-                return self._forward(*arguments, **keywords)
+                return forward(*arguments, **keywords)
         except BaseException as error:
             self.reason = f"the network fails when it is observed ({type(error).__name__}: {error})"
             # Autograd refuses by RuntimeErrors what a graph cannot have.
@@ -138,6 +145,53 @@ class Listener:
         if _state(self._model) != self._state:
             return "validation changes modes or hooks of modules"
         return ""
+
+
+class _Forward:
+    """Stands in for a module's forward while a listener listens."""
+
+    def __init__(self, listener: Listener, forward: Callable[..., Any]) -> None:
+        self.listener, self.forward = listener, forward
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.listener.hear(self.forward, arguments, keywords)
+
+
+def same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[nn.Module]]:
+    """What a model returns, and modules within it that get its very inputs, once, and return its very output.
+
+    A LightningModule's forward often is such a call; its steps may call the one or the other.
+
+    Args:
+        model: the network.
+        forward: calls it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+        >>> same_calls(net, lambda: net(torch.ones(3, 2, 2)))[1] == [net[0]]
+        True
+    """
+    calls: dict[nn.Module, list[tuple[Any, Any, Any]]] = {}
+
+    def note(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+        calls.setdefault(module, []).append((arguments, keywords, output))
+
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
+    try:
+        returned = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    arguments, keywords, output = calls[model][0]
+    return returned, [
+        module
+        for module, (found, *more) in calls.items()
+        if module is not model
+        and not more
+        and same_inputs(found[0], arguments)
+        and same_inputs(found[1], keywords)
+        and found[2] is output
+    ]
 
 
 KEEPS_TENSORS = "the network keeps tensors of the pass (features, in an attribute or a list)"
@@ -169,9 +223,9 @@ def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
             return f"weights in {tensor.dtype} are measured in {dtype or torch.float32}"
         if tensor.is_inference():
             return "weights or buffers were made in inference mode"
-    if isinstance(getattr(model.forward, "__self__", None), Listener):
-        return "another callback observes the same network"
     for name, module in model.named_modules():
+        if isinstance(module.forward, _Forward):
+            return "another callback observes the same network"
         what = f"module '{name or type(module).__name__}'"
         if module.training:
             return f"{what} is in training mode"
@@ -193,7 +247,7 @@ def try_observing(
     inputs: Any,
     observe: Callable[[Mapping[nn.Parameter, Tensor]], Observation],
     measure: Callable[[Listener], Result],
-) -> tuple[Result | None, str]:
+) -> tuple[Result | None, str, list[nn.Module]]:
     """Do in a forward pass of our own what is to be done in the user's, under the modes that are on now.
 
     Args:
@@ -203,39 +257,39 @@ def try_observing(
         measure: is called with what was heard.
 
     Returns:
-        What ``measure`` returned; or why the user's forward passes must not be observed.
+        What ``measure`` returned; or why the user's forward passes must not be observed; and :func:`same_calls`.
     """
     with torch.inference_mode(False):
         copy = ModelCopy(model)
         # The graph is as in the user's pass only if parameters ask for gradients as theirs do.
         own = {p: copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
     with untouched(model):
-        expected = copy(inputs, own)
+        expected, within = same_calls(model, lambda: copy(inputs, own))
     with untouched(model):
         heard = Listener(model, None, lambda: observe(own))
         try:
             with heard:
                 output = copy(inputs, own)
         except Exception as error:
-            return None, f"the network fails when it is observed ({type(error).__name__}: {error})"
+            return None, f"the network fails when it is observed ({type(error).__name__}: {error})", []
         reason = heard.reason or _why_different(output, expected)
         if reason:
-            return None, reason
+            return None, reason, []
         if copy.keeps_graph:
-            return None, "the network writes features to a buffer"
+            return None, "the network writes features to a buffer", []
         alive = heard.graph()
         try:
             found = measure(heard)
         except (FlatnessError, RuntimeError) as error:  # of autograd, or no memory
-            return None, str(error)
+            return None, str(error), []
         finally:
             heard.release()
         del output, expected
         if alive() is not None:
             gc.collect()
         if alive() is not None:
-            return None, KEEPS_TENSORS
-        return found, ""
+            return None, KEEPS_TENSORS, []
+        return found, "", within
 
 
 def _why_different(output: Any, expected: Any) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class LayerObservation:
     calls: list[ConvolutionCall]  # the convolutions that ran inside the module's forward
     returned: Tensor  # what the module returned, detached
     output: Tensor  # the same values, as the node that slopes are taken with respect to
+    sample: Tensor | None = None  # of the kernel, as it was in somebody else's forward pass
 
 
 @dataclass
@@ -126,9 +127,7 @@ class Observation:
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, arguments: Any, returned: Any) -> Any:
             calls = self._stop_recording()
-            if self.live:  # weights can be others (averages?) for the time of the pass; the copy is no use of them
-                with torch._C.DisableTorchFunction():
-                    calls = [replace(call, weight=call.weight.detach().clone()) for call in calls]
+            sample = kernel_sample(calls[0].weight) if self.live and calls else None
             if not isinstance(returned, Tensor):
                 raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
             self._record_gradients()
@@ -136,7 +135,7 @@ class Observation:
             if not returned.requires_grad:
                 # What was made in inference mode can be in no graph.
                 output = (returned.clone() if returned.is_inference() else returned.detach()).requires_grad_()
-            self.layers.setdefault(name, []).append(LayerObservation(module, calls, returned.detach(), output))
+            self.layers.setdefault(name, []).append(LayerObservation(module, calls, returned.detach(), output, sample))
             return output.clone()  # an in-place activation must not write to a leaf
 
         return hook
@@ -163,6 +162,19 @@ class Observation:
     def _after_classifier(self, module: nn.Module, arguments: Any, returned: Any) -> None:
         if isinstance(returned, Tensor):
             self.classifier_output = returned.detach()
+
+
+def kernel_sample(kernel: Tensor) -> Tensor:
+    """A copy of some thousand entries, to know a kernel again by: it may be another one (averages?) for a while.
+
+    Example:
+        >>> kernel_sample(torch.zeros(256, 1000)).shape
+        torch.Size([64, 67])
+    """
+    # The function modes that are on would take it for a use of the kernel.
+    with torch._C.DisableTorchFunction():
+        some = kernel.detach()[:: max(1, kernel.shape[0] // 64)].flatten(1)
+        return some[:, :: max(1, some.shape[1] // 64)].clone()
 
 
 class _ConvolutionRecorder(TorchFunctionMode):

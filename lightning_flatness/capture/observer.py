@@ -70,6 +70,7 @@ class FlatnessObserver:
         self._model = model
         self._passes = ForwardPasses(model, self._options)
         self._generator = torch.Generator().manual_seed(self._options.seed)
+        self._within: list[nn.Module] = []
 
     @property
     def layers(self) -> dict[str, LayerInfo]:
@@ -128,7 +129,7 @@ class FlatnessObserver:
         if missing:
             return f"layer '{missing[0]}' is not measured by the closed form"
         with forward():
-            live, reason = try_observing(
+            live, reason, self._within = try_observing(
                 self._model, inputs, self._passes.observation, lambda heard: self.observed(heard, targets)
             )
         for name, statistics in (live or {}).items():
@@ -139,7 +140,7 @@ class FlatnessObserver:
 
     def listen(self, inputs: Any) -> Listener:
         """Hooks on the model, to observe the user's forward pass on these inputs."""
-        return Listener(self._model, inputs, self._passes.observation)
+        return Listener(self._model, inputs, self._passes.observation, self._within)
 
     def observed(self, heard: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
         """Statistics of a batch that the user's forward pass was observed on.

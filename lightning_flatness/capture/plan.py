@@ -28,7 +28,7 @@ from lightning_flatness.capture.closed_form import (
 )
 from lightning_flatness.capture.gauss_newton import is_sampled
 from lightning_flatness.capture.isolation import ModelCopy
-from lightning_flatness.capture.observation import ConvolutionCall, Observation
+from lightning_flatness.capture.observation import ConvolutionCall, Observation, kernel_sample
 from lightning_flatness.capture.options import Options
 from lightning_flatness.capture.selection import Execution, find_classifier, logits_of, select_layers
 from lightning_flatness.capture.tail import random_like, why_not_closed_form
@@ -102,6 +102,9 @@ class Plan:
 
     def _certify_kernel(self, name: str, calls: Calls) -> None:
         kernel = self._kernels.setdefault(name, calls[0][1].weight.detach())
+        for observed, _ in calls:
+            if observed.sample is not None and not torch.equal(observed.sample, kernel_sample(kernel)):
+                raise LayerSelectionError(f"Layer '{name}' had another kernel while it ran.")
         known = self._same_kernels.get(name)
         if known is not None and all(is_known(call.weight, known) for _, call in calls):
             return

@@ -18,8 +18,8 @@ ROUNDINGS = 1e3
 
 # Names and numbers of the functions of a graph, and which comes after which.
 Operations = tuple[tuple[Any, ...], ...]
-# Functions that move entries to places which other tensors tell.
-MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk")
+# Functions that move or mix entries as other tensors tell.
+MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "Mm", "Bmm", "bmm")
 
 
 def operations_of(end: Tensor) -> Operations | None:

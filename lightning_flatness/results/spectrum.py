@@ -158,7 +158,7 @@ class SpectrumResult:
         import numpy as np
 
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value.numpy() for name, value in arrays.items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: value.numpy() for name, value in arrays.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in arrays.items() if not isinstance(value, Tensor)}
         others = {name: dict(value) if isinstance(value, Mapping) else value for name, value in others.items()}
         text = json.dumps({"format": FORMAT} | others)

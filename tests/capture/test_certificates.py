@@ -232,6 +232,41 @@ def test_samples_that_mix_are_refused():
         measure(Net(tail=nn.BatchNorm2d(6, track_running_stats=False)))
 
 
+def assert_noticed(tail, num_batches):
+    """A tail that mixes channels where the inputs are large, as they are in all batches but the first."""
+    net = Net(tail=Apply(tail)).double()
+    batches = [(X.double(), Y)] + [(10 + X.double(), Y)] * num_batches
+    assert lf.measure_flatness(net, batches[:1], layers="conv").layers["conv"].method == "closed_form"
+    layer = lf.measure_flatness(net, batches, layers="conv").layers["conv"]
+    assert layer.method == "gauss_newton"
+    assert not layer.exact
+
+
+def test_a_tail_that_becomes_another_is_certified_anew():
+    assert_noticed(lambda x: F.silu(x.cumsum(1) if x.detach().abs().mean() > 2 else x), 1)
+
+
+def test_channels_that_are_moved_by_indices():
+    def tail(x):
+        # Where inputs are large, every channel is joined by the second one, and else by nothing.
+        others = torch.tensor([1, 6])[(x.detach().abs().mean() > 2).long().neg() + 1].expand(6)
+        return F.silu(x + F.pad(x, (0, 0, 0, 0, 0, 1))[:, others])
+
+    assert_noticed(tail, 1)
+
+
+def test_a_tail_is_certified_in_full_again_and_again():
+    """The same operations with the same constants; only what they are multiplied with is another."""
+
+    def tail(x):
+        mixes = (x.detach().abs().mean() > 2).to(x)
+        return F.silu((1 - mixes) * x + mixes * x.cumsum(1))
+
+    assert_noticed(tail, 16)
+    with pytest.raises(AssertionError):  # between two full certificates it is not seen
+        assert_noticed(tail, 3)
+
+
 def test_detached_layer_is_refused():
     with pytest.raises(lf.LayerSelectionError, match="'conv': the logits do not depend on its output"):
         measure(Net(tail=Apply(lambda x: x.detach())))
