@@ -105,8 +105,12 @@ def measure(device: str, quick: bool) -> list[Row]:
             for name, choice in {"with": True, "without": False}.items()
         }
         a, b = (statistics.median(peaks[name]) for name in ("with", "without"))
-        note = f"{a / 1e6:.0f} and {b / 1e6:.0f} MB above what the idle process has; 4 batches, {len(peaks['with'])} runs"
-        found.append(next(expected).measured(a / b, note, {f"{name}, MB": [x / 1e6 for x in peaks[name]] for name in peaks}))
+        note = (
+            f"{a / 1e6:.0f} and {b / 1e6:.0f} MB above what the idle process has; 4 batches, {len(peaks['with'])} runs"
+        )
+        found.append(
+            next(expected).measured(a / b, note, {f"{name}, MB": [x / 1e6 for x in peaks[name]] for name in peaks})
+        )
     if device == "cuda":
         found.append(imagenet(next(expected), 2_560 if quick else 50_000))
     return found
@@ -116,7 +120,8 @@ def imagenet(row: Row, samples: int) -> Row:
     model = Classifier(networks.resnet50())
     loader = DataLoader(Synthetic(samples), batch_size=256, num_workers=8, persistent_workers=True)
     tasks = {
-        name: partial(validate, model, loader, name == "with", "cuda", precision="bf16-mixed") for name in ("with", "without")
+        name: partial(validate, model, loader, name == "with", "cuda", precision="bf16-mixed")
+        for name in ("with", "without")
     }
     times = interleaved(tasks, 1, "cuda")
     note = f"{samples} images, {times.median('without'):.0f} s without; {times.spread('with', 'without')}"

@@ -29,7 +29,13 @@ SIZES = {
 def rows(device: str) -> list[Row]:
     against = "its full Hessian, torch.func.hessian"
     found = [
-        Row("classifier", f"relative flatness of the classifier, {name}, {SAMPLES} images, from features", against, "faster", 1000)
+        Row(
+            "classifier",
+            f"relative flatness of the classifier, {name}, {SAMPLES} images, from features",
+            against,
+            "faster",
+            1000,
+        )
         for name in SIZES.values()
     ]
     whole = f"relative flatness of the classifier, ResNet-18, 10 classes, {SAMPLES} images, from images"
@@ -54,8 +60,8 @@ def stops_fitting(device: str) -> str:
     there = torch.cuda.mem_get_info()[1] if device == "cuda" else machine.memory()
     weights = int((there / 4) ** 0.5)
     return (
-        f"one float32 Hessian fills the {there / 2**30:.0f} GiB of this machine at {weights:,} weights: {weights // 512} "
-        f"classes of 512 features (computed); 1000 x 2048 takes {4 * 2_048_000**2 / 1e12:.0f} TB"
+        f"one float32 Hessian fills the {there / 2**30:.0f} GiB of this machine at {weights:,} weights: "
+        f"{weights // 512} classes of 512 features (computed); 1000 x 2048 takes {4 * 2_048_000**2 / 1e12:.0f} TB"
     )
 
 

@@ -12,9 +12,16 @@ import torch
 
 from benchmarks.timing import interleaved
 
-PACKAGES = (
-    "lightning-flatness torch torchvision lightning curvlinops-for-pytorch pyhessian backpack-for-pytorch numpy".split()
-)
+PACKAGES = [
+    "lightning-flatness",
+    "torch",
+    "torchvision",
+    "lightning",
+    "curvlinops-for-pytorch",
+    "pyhessian",
+    "backpack-for-pytorch",
+    "numpy",
+]
 
 
 def described() -> dict[str, str]:

@@ -106,7 +106,7 @@ def apart(function: str, device: str, repeats: int = 0, **arguments: Any) -> dic
         arguments: of the function; what JSON has.
     """
     command = [sys.executable, "-m", "benchmarks.timing", function, device, str(repeats), json.dumps(arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RuntimeError(f"{function} in a process of its own: {error}")

@@ -13,13 +13,11 @@ Hessian has so low a rank that estimates have it easy. One batch, one precision,
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_flatness as lf
 from benchmarks import networks
@@ -28,9 +26,9 @@ from benchmarks.rows import Row
 from benchmarks.timing import interleaved, once
 
 SAMPLES = 64
-STEPS = 30
+STEPS = 20
 WANTED = 1e-5
-SECONDS = 60.0  # for curvlinops
+SECONDS = 40.0  # for curvlinops
 PROBES = 300
 
 
@@ -82,13 +80,14 @@ def with_curvlinops(
     xtrace(operator := HessianLinearOperator(net, nn.CrossEntropyLoss(), [weight], [batch]), 4)  # a warm-up
     products = 16
     while True:
-        errors: list[float] = []
-        seconds, _ = once(lambda n=products: errors.append(abs(float(xtrace(operator, n)) / expected - 1)), device)
+        found: list[float] = []
+        seconds, _ = once(lambda n=products, found=found: found.append(float(xtrace(operator, n))), device)
+        error = abs(found[0] / expected - 1)
         spent += seconds
         raw.append(seconds)
-        tried.append(f"{products}: {errors[0]:.0e}")
+        tried.append(f"{products}: {error:.0e}")
         shown = "errors by products " + ", ".join(tried)
-        if errors[0] <= WANTED:
+        if error <= WANTED:
             return seconds, f"{products} products in {seconds:.2f} s; {shown}", raw
         if products >= 2 * rank or spent + 2.5 * seconds > limit:
             seconds *= max(1.0, 2 * rank / products)
@@ -119,8 +118,9 @@ def with_pyhessian(
     needed = max(2.0, (deviation / expected / 0.01) ** 2)
     total = seconds / len(found) * needed
     note = (
-        f"EXTRAPOLATED to {needed:,.0f} probes from {len(found)} of {1e3 * seconds / len(found):.1f} ms with a standard "
-        f"deviation of {deviation / expected:.2f}: {start + total:.1f} s; mean of these {apart:.1f} standard errors from ours"
+        f"EXTRAPOLATED to {needed:,.0f} probes from {len(found)} of {1e3 * seconds / len(found):.1f} ms with a "
+        f"standard deviation of {deviation / expected:.2f}: {start + total:.1f} s; mean of these {apart:.1f} standard "
+        "errors from ours"
     )
     if apart > 4:
         raise RuntimeError(f"PyHessian does not give the same number: {note}")
@@ -144,7 +144,10 @@ def measure(device: str, quick: bool) -> list[Row]:
         try:
             seconds, note, raw = with_curvlinops(net, weight, batch, check, 5 if quick else SECONDS)
             raws = {"ours": times.wall["ours"], "curvlinops": raw}
-            found += [whole.measured(seconds / times.median("ours"), head + note, raws), without.measured(seconds / alone)]
+            found += [
+                whole.measured(seconds / times.median("ours"), head + note, raws),
+                without.measured(seconds / alone),
+            ]
         except Exception as error:
             found += [row.failed(f"{type(error).__name__}: {error}") for row in (whole, without)]
         try:
@@ -172,11 +175,9 @@ def exact_trace(net: nn.Module, weight: nn.Parameter, batch: networks.Batch) -> 
     for parameter in double.parameters():
         parameter.requires_grad_(parameter is copied)
     total = 0.0
-    logits = double(batch[0].double())
-    for row in logits:
-        jacobian = torch.stack(
-            [torch.autograd.grad(entry, copied, retain_graph=True)[0].flatten() for entry in row]
-        )
+    for x in batch[0].double():
+        row = double(x[None])[0]
+        jacobian = torch.stack([torch.autograd.grad(entry, copied, retain_graph=True)[0].flatten() for entry in row])
         pi = row.detach().softmax(0)
         total += float(((pi.diag() - pi[:, None] * pi) * (jacobian @ jacobian.T)).sum())
-    return total / len(logits)
+    return total / len(batch[0])
