@@ -32,8 +32,9 @@ What measuring costs, as ratios within one run. Written by `make bench`.
 PROFILE = """## Where the time goes
 
 A batch of {samples} images of a {name}, 32x32, whose forward pass is observed as in validation. *Limit*: the
-operations (*GFLOP*) at {gflops:.0f} GFLOP/s, or the bytes that must be read and written at least once (*MB*) at {gbytes:.0f} GB/s,
-whichever takes longer; both speeds were measured in the same run (a matrix product of 2048x2048, a copy of 256 MB).
+operations (*GFLOP*) at {gflops:.0f} GFLOP/s, or the bytes that must be read and written at least once (*MB*) at
+{gbytes:.0f} GB/s, whichever takes longer; both speeds were measured in the same run (a matrix product of 2048x2048, a
+copy of 256 MB).
 A cell is empty where a part is mostly Python and small tensors.
 
 """
