@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, STORE = ROOT / "docs" / "benchmarks.md", ROOT / "build" / "benchmarks"
 FAMILIES = ("callback", "classes", "traces", "classifier", "all_layers", "growth")
 PROFILES = {"ResNet-18": "resnet18", "ResNet-20": "resnet20"}
-LIMIT = 600  # seconds for a family
+LIMIT = 900  # seconds for a family
 
 
 def family(name: str, device: str, quick: bool, store: Path) -> None:

@@ -101,7 +101,9 @@ def measure(device: str, quick: bool) -> list[Row]:
         note = f"{batches} batches, {times.median('without'):.2f} s without; {times.spread('with', 'without')}"
         found.append(next(expected).measured(times.ratio("with", "without"), note, times.wall))
         peaks = {
-            name: peaks_apart("benchmarks.callback:epoch", device, network=network, batches=4, with_callback=choice)
+            name: peaks_apart(
+                "benchmarks.callback:epoch", device, 1 if quick else 3, network=network, batches=4, with_callback=choice
+            )
             for name, choice in {"with": True, "without": False}.items()
         }
         a, b = (statistics.median(peaks[name]) for name in ("with", "without"))

@@ -64,9 +64,13 @@ def once(task: Task, device: str) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - processor
 
 
-def interleaved(tasks: Mapping[str, Task], repeats: int, device: str = "cpu") -> Times:
-    """Times of tasks that are run in turn; the order is turned round in every other repeat."""
+def interleaved(tasks: Mapping[str, Task], repeats: int, device: str = "cpu", budget: float = 120.0) -> Times:
+    """Times of tasks that are run in turn; the order is turned round in every other repeat.
+
+    After three repeats no other is begun when the budget, in seconds, is spent.
+    """
     times = Times({name: [] for name in tasks}, {name: [] for name in tasks})
+    start = time.perf_counter()
     for repeat in range(repeats + 1):
         names = list(tasks) if repeat % 2 else list(tasks)[::-1]
         for name in names:
@@ -74,6 +78,8 @@ def interleaved(tasks: Mapping[str, Task], repeats: int, device: str = "cpu") ->
             if repeat:  # the first is a warm-up
                 times.wall[name].append(wall)
                 times.processor[name].append(processor)
+        if repeat >= 3 and time.perf_counter() - start > budget:
+            break
     return times
 
 
