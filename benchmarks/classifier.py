@@ -45,10 +45,10 @@ def rows(device: str) -> list[Row]:
 def from_hessian(net: nn.Module, name: str, batch: networks.Batch) -> float:
     """sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) from all entries of the Hessian."""
     x, y = batch
-    weight = net.get_parameter(name).detach()
+    weight = net.get_parameter(name).detach()  # the rows are the neurons
     full = hessian(lambda w: cross_entropy(functional_call(net, {name: w}, (x,)), y))(weight)
     traces = torch.einsum("sdtd->st", full)
-    return float((traces * (weight @ weight.T)).sum())
+    return float((traces.detach() * (weight @ weight.T)).sum())
 
 
 def ours(net: nn.Module, batch: networks.Batch) -> float:
