@@ -2,7 +2,7 @@
 # make test    all tests and doctests
 # make check   what must pass before a commit: format, lint, types, import contracts, tests with coverage
 # make guards  take every guard out, one at a time, and see its test fail (a quarter of an hour)
-# make bench   cost of measuring, as ratios in one run
+# make bench   cost of measuring beside others, as ratios in one run; write docs/benchmarks.md (a third of an hour)
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
 # Each sets up what it needs in .venv the first time; with PyTorch that is some gigabytes and a few minutes.
@@ -45,9 +45,8 @@ guards: $(READY)
 	$(BIN)/python tests/guards.py
 
 bench: $(READY)
-	$(BIN)/python benchmarks/callback_cost.py
-	$(BIN)/python benchmarks/all_layers.py
-	$(BIN)/python benchmarks/many_classes.py
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m benchmarks
 
 coverage: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[coverage]'

@@ -1,0 +1,110 @@
+"""Measures what flatness costs, prints a table and writes docs/benchmarks.md.
+
+    python -m benchmarks [--rows FAMILY ...] [--quick] [--missing]
+
+Every family of rows runs in a process of its own, so that one that fails, or that the system kills for its memory,
+leaves a reason in the table and the others as they are. Results are kept in build/benchmarks; --missing goes on with an
+interrupted run. The page is written when all families were measured; with --rows or --quick there is only the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, page
+from benchmarks.rows import Row
+
+ROOT = Path(__file__).parents[1]
+PAGE, STORE = ROOT / "docs" / "benchmarks.md", ROOT / "build" / "benchmarks"
+FAMILIES = ("callback", "classes", "traces", "classifier", "all_layers", "growth")
+PROFILES = {"ResNet-18": "resnet18", "ResNet-20": "resnet20"}
+LIMIT = 900  # seconds for a family
+
+
+def family(name: str, device: str, quick: bool, store: Path) -> None:
+    """Measure one family in this process and keep the result."""
+    warnings.filterwarnings("ignore")
+    if name == "live_profile":
+        from benchmarks import live_profile
+
+        limits = machine.limits(device)
+        found: Any = {
+            title: {"limits": limits, "parts": [p.as_dict() for p in live_profile.measure(device, quick, network)]}
+            for title, network in PROFILES.items()
+        }
+    else:
+        rows = importlib.import_module(f"benchmarks.{name}").measure(device, quick)
+        found = [row.as_dict() for row in rows]
+    store.write_text(json.dumps(found, indent=1))
+
+
+def measured(name: str, device: str, quick: bool, missing: bool) -> Any:
+    """The result of a family as JSON has it, from a process of its own; a string is the reason why there is none."""
+    store = STORE / f"{name}-{device}{'-quick' if quick else ''}.json"
+    if missing and store.exists():
+        return json.loads(store.read_text())
+    store.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks", "--family", name, device, str(store), *["--quick"] * quick]
+    try:
+        done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return f"took more than {LIMIT} s"
+    if store.exists():
+        return json.loads(store.read_text())
+    error = (done.stderr.strip().splitlines() or [""])[-1]
+    return error or f"the process ended with exit code {done.returncode}"
+
+
+def rows_of(name: str, device: str, quick: bool, missing: bool) -> list[Row]:
+    expected = importlib.import_module(f"benchmarks.{name}").rows(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        return page.without_gpu(expected)
+    found = measured(name, device, quick, missing)
+    if isinstance(found, str):
+        return [row.failed(found) for row in expected]
+    return [Row(**row) for row in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", choices=(*FAMILIES, "live_profile"), help="only these families")
+    parser.add_argument("--quick", action="store_true", help="few repeats and small sizes, to see that all runs")
+    parser.add_argument("--missing", action="store_true", help="only families that have no result yet")
+    parser.add_argument("--family", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.family:
+        name, device, store = options.family
+        family(name, device, options.quick, Path(store))
+        return
+
+    STORE.mkdir(parents=True, exist_ok=True)
+    start, described = time.monotonic(), machine.described()
+    rows: dict[str, list[Row]] = {"cpu": [], "cuda": []}
+    wanted = options.rows or [*FAMILIES, "live_profile"]
+    for device, found in rows.items():
+        for name in FAMILIES:
+            if name in wanted:
+                print(f"{device}: {name} ...", file=sys.stderr, flush=True)
+                found += rows_of(name, device, options.quick, options.missing)
+    profiles: Any = measured("live_profile", "cpu", options.quick, options.missing) if "live_profile" in wanted else {}
+    if isinstance(profiles, str):
+        print(f"No profile: {profiles}", file=sys.stderr)
+        profiles = {}
+    page.show(rows, profiles)
+    if not options.rows and not options.quick:
+        PAGE.write_text(page.text(rows, profiles, described, (time.monotonic() - start) / 60))
+        print(f"Written: {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

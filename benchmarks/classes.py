@@ -1,0 +1,114 @@
+"""A thousand classes: the last convolution of a ResNet-50, added to a forward pass that is made anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import networks
+from benchmarks.rows import Row
+from benchmarks.timing import interleaved
+from lightning_flatness.metrics import Measurement
+
+SAMPLES = 8
+MASS = 1e-6  # of the probability, that the other classes may carry
+
+
+def rows(device: str) -> list[Row]:
+    against = f"a forward pass of the same {SAMPLES} images"
+    what = "last convolution of a ResNet-50, 224x224, K=1000"
+    return [
+        Row("classes", f"{what}, all classes taken, forward observed", against, "percent", 0.35),
+        Row("classes", f"{what}, about 150 classes carry the mass, forward observed", against, "percent", 0.15),
+        Row("classes", f"{what}, all classes taken, forward of its own", against, "percent"),
+    ]
+
+
+def classes_needed(logits: Tensor) -> float:
+    """Median over samples of how many classes carry all but a small part of the probability."""
+    mass = logits.double().softmax(1).sort(1, descending=True).values.cumsum(1)
+    return float((mass < 1 - MASS).sum(1).double().median()) + 1
+
+
+def spread_logits(net: nn.Module, x: Tensor, wanted: int) -> float:
+    """Scale the head, by bisection, until so many classes carry the mass; returns how many do."""
+    with torch.no_grad():
+        logits, weight = net(x).double(), net.fc.weight.clone()
+        low, high = 1.0, 2.0**20
+        for _ in range(60):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if classes_needed(middle * logits) > wanted else (low, middle)
+        net.fc.weight.copy_(high * weight)
+        net.fc.bias.mul_(high)
+        return classes_needed(net(x))
+
+
+def live(net: nn.Module, batch: networks.Batch, tolerance: float) -> Callable[[], None]:
+    """A forward pass that is observed, and what is made of it, as in the callback."""
+    x, y = batch
+    measurement = Measurement(net, tolerance=tolerance)
+    with torch.no_grad():
+        reason = measurement.why_not_live(x, y)
+    assert not reason, reason
+
+    def step() -> None:
+        heard = measurement.listen(x)
+        with torch.no_grad(), heard:
+            net(x)
+        assert not heard.reason, heard.reason
+        measurement.update_observed(heard, y)
+        heard.release()
+
+    return step
+
+
+def own(net: nn.Module, batch: networks.Batch) -> Callable[[], None]:
+    """The bare forward pass, and a measurement with passes of its own."""
+    measurement = Measurement(net, tolerance=0.0)
+
+    def step() -> None:
+        forward(net, batch[0])
+        measurement.update(*batch)
+
+    step()
+    return step
+
+
+def forward(net: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        net(x)
+
+
+def measure(device: str, quick: bool) -> list[Row]:
+    torch.manual_seed(0)
+    net = networks.resnet50().to(device)
+    x, y = networks.images(SAMPLES, 224, 1000, device)
+    calibrate(net, x)
+    repeats = 2 if quick else 7
+    everything, by_mass, alone = rows(device)
+    tasks = {"observed": live(net, (x, y), 0.0), "own": own(net, (x, y)), "forward": lambda: forward(net, x)}
+    times = interleaved(tasks, repeats, device)
+    note = f"forward {times.median('forward'):.2f} s; "
+    needed = spread_logits(net, x, 150)
+    few = interleaved({"observed": live(net, (x, y), 0.01), "forward": lambda: forward(net, x)}, repeats, device)
+    return [
+        everything.measured(times.ratio("observed", "forward"), note + times.spread("observed", "forward"), times.wall),
+        by_mass.measured(
+            few.ratio("observed", "forward"),
+            f"{needed:.0f} classes carry all but {MASS:g}; {few.spread('observed', 'forward')}",
+            few.wall,
+        ),
+        alone.measured(times.ratio("own", "forward"), times.spread("own", "forward")),
+    ]
+
+
+def calibrate(net: nn.Module, x: Tensor) -> None:
+    """BatchNorm with the statistics of these images: with those of a new network all logits are alike."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    with torch.no_grad():
+        net.train()(x)
+    net.eval()

@@ -1,0 +1,100 @@
+"""Relative flatness of the classifier layer, beside its full Hessian by autograd (``torch.func.hessian``).
+
+The full Hessian is the way of the code of Petzka et al. 2021: all second derivatives, then their traces over blocks.
+Both begin with the features of the network before the classifier, and, in a row of their own, with images.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.func import functional_call, hessian
+from torch.nn.functional import cross_entropy
+
+import lightning_flatness as lf
+from benchmarks import machine, networks
+from benchmarks.rows import Row
+from benchmarks.timing import interleaved
+
+SAMPLES = 64
+SIZES = {
+    (512, 10): "ResNet-18, 10 classes",
+    (64, 100): "ResNet-20, 100 classes",
+    (512, 40): "ResNet-18, 40 classes",
+}
+
+
+def rows(device: str) -> list[Row]:
+    against = "its full Hessian, torch.func.hessian"
+    found = [
+        Row(
+            "classifier",
+            f"relative flatness of the classifier, {name}, {SAMPLES} images, from features",
+            against,
+            "faster",
+            1000,
+        )
+        for name in SIZES.values()
+    ]
+    whole = f"relative flatness of the classifier, ResNet-18, 10 classes, {SAMPLES} images, from images"
+    return [*found, Row("classifier", whole, against, "faster", 1000)]
+
+
+def from_hessian(net: nn.Module, name: str, batch: networks.Batch) -> float:
+    """sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) from all entries of the Hessian."""
+    x, y = batch
+    weight = net.get_parameter(name).detach()  # the rows are the neurons
+    full = hessian(lambda w: cross_entropy(functional_call(net, {name: w}, (x,)), y))(weight)
+    traces = torch.einsum("sdtd->st", full)
+    return float((traces.detach() * (weight @ weight.T)).sum())
+
+
+def ours(net: nn.Module, batch: networks.Batch) -> float:
+    return lf.measure_flatness(net, [batch], layers="classifier", progress=False, tolerance=0).relative_flatness
+
+
+def stops_fitting(device: str) -> str:
+    """The largest classifier whose Hessian, once, is not more than the memory there is."""
+    there = torch.cuda.mem_get_info()[1] if device == "cuda" else machine.memory()
+    weights = int((there / 4) ** 0.5)
+    return (
+        f"one float32 Hessian fills the {there / 2**30:.0f} GiB of this machine at {weights:,} weights: "
+        f"{weights // 512} classes of 512 features (computed); 1000 x 2048 takes {4 * 2_048_000**2 / 1e12:.0f} TB"
+    )
+
+
+def measure(device: str, quick: bool) -> list[Row]:
+    found, expected = [], rows(device)
+    repeats = 1 if quick else 3
+    for (width, classes), row in zip(SIZES, expected, strict=False):
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.Linear(width, classes)).to(device).eval()
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(SAMPLES, width, generator=generator).relu().to(device)
+        batch = features, torch.randint(classes, (SAMPLES,), generator=generator).to(device)
+        found.append(compared(row, head, "0.weight", batch, repeats, device))
+    torch.manual_seed(0)
+    net = networks.resnet18().to(device)
+    return [*found, compared(expected[-1], net, "fc.weight", networks.images(SAMPLES, device=device), repeats, device)]
+
+
+def compared(row: Row, net: nn.Module, name: str, batch: networks.Batch, repeats: int, device: str) -> Row:
+    values: dict[str, float] = {}
+
+    def task(kind: str) -> None:
+        values[kind] = ours(net, batch) if kind == "ours" else from_hessian(net, name, batch)
+
+    try:
+        times = interleaved({kind: partial(task, kind) for kind in ("ours", "hessian")}, repeats, device)
+    except RuntimeError as error:  # memory
+        return row.failed(f"{error}; {stops_fitting(device)}")
+    apart = abs(values["ours"] / values["hessian"] - 1)
+    if apart > 1e-3:
+        raise RuntimeError(f"not the same number: {values}")
+    note = (
+        f"{1e3 * times.median('ours'):.1f} ms and {times.median('hessian'):.2f} s, the numbers {apart:.0e} apart; "
+        f"{net.get_parameter(name).numel():,} weights; {stops_fitting(device)}"
+    )
+    return row.measured(times.ratio("hessian", "ours"), note, times.wall)

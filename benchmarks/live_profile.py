@@ -1,0 +1,207 @@
+"""Where the time of a batch goes that is observed in validation, and how far each part is from the machine's limit.
+
+Timers are put around the functions that do the work, for the time of this measurement. What a part needs is counted:
+multiplications, and bytes read and written at least once. The limit is whichever takes longer at the speeds that this
+machine shows in the same run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from benchmarks import machine, networks
+from benchmarks.timing import synchronize
+from lightning_flatness.metrics import Measurement
+
+# Part of a batch: functions whose time it is. What one does within another is not counted twice.
+REST = "what is left of `update_observed` (metric states, checks)"
+PARTS = {
+    REST: "lightning_flatness.metrics.measurement:Measurement.update_observed",
+    "certificates of the layer": "lightning_flatness.capture.plan:Plan.calls",
+    "certificates of the tail, slopes": "lightning_flatness.capture.plan:Plan.tails_up_to_the_classifier",
+    "certificate of the head": "lightning_flatness.capture.plan:certified_head",
+    "loss derivatives": "lightning_flatness.functional.losses:CrossEntropy.__call__",
+    "spectral bound of the weights": "lightning_flatness.capture.plan:Plan.gram_norm",
+    "contraction": "lightning_flatness.capture.observer:closed_form_layer",
+    "patch Gram matrix": "lightning_flatness.functional.closed_form:patch_gram",
+}
+BARE, OBSERVED = "forward pass alone", "hooks and graph in the forward pass"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a batch, in seconds, and what it needs; nan where that is not counted."""
+
+    name: str
+    seconds: float
+    flops: float = float("nan")
+    bytes: float = float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def timers(device: str) -> Iterator[dict[str, float]]:
+    """Seconds by part, without those of parts within; a function that is no longer there has none."""
+    found: dict[str, float] = defaultdict(float)
+    inner: list[float] = []
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **keywords: Any) -> Any:
+            synchronize(device)
+            start = time.perf_counter()
+            inner.append(0.0)
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                synchronize(device)
+                whole = time.perf_counter() - start
+                found[name] += whole - inner.pop()
+                if inner:
+                    inner[-1] += whole
+
+        return wrapper
+
+    with ExitStack() as stack:
+        for name, place in PARTS.items():
+            module, path = place.split(":")
+            owner: Any = importlib.import_module(module)
+            *outer, last = path.split(".")
+            for attribute in outer:
+                owner = getattr(owner, attribute, None)
+            if owner is None or not hasattr(owner, last):
+                continue
+            stack.enter_context(patch.object(owner, last, timed(name, getattr(owner, last))))
+        yield found
+
+
+def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> dict[str, tuple[float, float]]:
+    """Operations (two for a multiplication and an addition) and bytes, of a batch in float32."""
+    flops, seen = 0, {}
+
+    def of_layer(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal flops
+        flops += 2 * output.numel() * prod(module.weight.shape[1:])
+        seen[module] = inputs[0].shape, output.shape
+
+    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    handles = [module.register_forward_hook(of_layer) for module in layers]
+    with torch.no_grad():
+        net(x)
+    for handle in handles:
+        handle.remove()
+    (samples, channels, *size), (_, filters, *output) = seen[layer]
+    moved = 4 * sum(prod(a) + prod(b) for a, b in seen.values()) + 4 * sum(p.numel() for p in net.parameters())
+    pixels, positions, offsets = (
+        prod(n + 2 * p for n, p in zip(size, layer.padding, strict=True)),
+        prod(output),
+        prod(layer.kernel_size),
+    )
+    z = 4 * samples * filters * positions
+    gram = (
+        samples * (2 * pixels**2 * channels + offsets * positions**2),
+        4 * samples * (channels * prod(size) + pixels**2 + positions**2),
+    )
+    contraction = (
+        # a Γ, then half of (aΓ)aᵀ and of VᵀΛV, and the product of the two, which are symmetric
+        samples * (2 * filters * positions**2 + filters**2 * (positions + classes + 1)),
+        z + 4 * samples * positions**2 + 8 * filters**2,
+    )
+    return {
+        BARE: (flops, moved),
+        "patch Gram matrix": gram,
+        "contraction": contraction,
+        # Slopes, channel map and one random cotangent: three passes through the tail; second derivatives are zero.
+        "certificates of the tail, slopes": (3 * samples * filters * positions, 3 * 2 * z),
+        "loss derivatives": (float("nan"), 4 * samples * classes + 8 * 3 * samples * classes),
+    }
+
+
+def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64, classes: int = 10) -> list[Part]:
+    """The parts of a batch, longest last pass first; medians over repeats."""
+    torch.manual_seed(0)
+    net = getattr(networks, name)().to(device)
+    x, y = networks.images(samples, 224 if name == "resnet50" else 32, classes, device)
+    measurement = Measurement(net)
+    with torch.no_grad():
+        reason = measurement.why_not_live(x, y)
+    if reason:
+        raise RuntimeError(f"not observed: {reason}")
+    layer = net.get_submodule(next(iter(measurement.layers)))
+    raw: dict[str, list[float]] = defaultdict(list)
+    for repeat in range(3 if quick else 10):
+        seconds = batch(net, measurement, x, y, device)
+        for part, value in seconds.items() if repeat else ():
+            raw[part].append(value)
+    needs = counted(net, layer, x, classes)
+    medians = {part: statistics.median(values) for part, values in raw.items()}
+    medians[OBSERVED] -= medians[BARE]
+    return [Part(part, value, *needs.get(part, ())) for part, value in medians.items()]
+
+
+def batch(net: nn.Module, measurement: Measurement, x: torch.Tensor, y: torch.Tensor, device: str) -> dict[str, float]:
+    """One batch without being observed, and the same observed."""
+
+    def seconds(call: Callable[[], object]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    with torch.no_grad():
+        found = {BARE: seconds(partial(net, x))}
+        heard = measurement.listen(x)
+        with heard:
+            found[OBSERVED] = seconds(partial(net, x))
+    if heard.reason:
+        raise RuntimeError(f"not observed: {heard.reason}")
+    with timers(device) as parts:
+        measurement.update_observed(heard, y)
+    heard.release()
+    return found | parts
+
+
+def lines(parts: list[Part], limits: dict[str, float]) -> list[str]:
+    """A table in Markdown."""
+    forward = next(part.seconds for part in parts if part.name == BARE)
+    text = [
+        "| part | ms | of a forward pass | GFLOP | MB | limit, ms | times the limit |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for part in parts:
+        cells = [part.name, f"{1e3 * part.seconds:.2f}", f"{100 * part.seconds / forward:.1f} %", "", "", "", ""]
+        at_least = max(
+            [n / s for n, s in zip((part.flops, part.bytes), limits.values(), strict=True) if n == n], default=0
+        )
+        if at_least:
+            cells[3:5] = ["" if n != n else f"{n / u:.3g}" for n, u in ((part.flops, 1e9), (part.bytes, 1e6))]
+            cells[5:] = [f"{1e3 * at_least:.2f}", f"{part.seconds / at_least:.1f}"]
+        text.append(f"| {' | '.join(cells)} |")
+    added = sum(part.seconds for part in parts) - forward
+    return [*text, f"| **added to the forward pass** | {1e3 * added:.2f} | {100 * added / forward:.1f} % | | | | |"]
+
+
+def main() -> None:
+    limits = machine.limits()
+    print(limits)
+    for name in ("resnet18", "resnet20"):
+        print(f"\n{name}, 64 images of 32x32", *lines(measure("cpu", False, name), limits), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

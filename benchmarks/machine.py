@@ -1,0 +1,74 @@
+"""The machine: what it is, and how fast it multiplies and copies."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import interleaved
+
+PACKAGES = [
+    "lightning-flatness",
+    "torch",
+    "torchvision",
+    "lightning",
+    "curvlinops-for-pytorch",
+    "pyhessian",
+    "backpack-for-pytorch",
+    "numpy",
+]
+
+
+def described() -> dict[str, str]:
+    """Processor, cores, threads, memory, versions."""
+    return {
+        "processor": processor(),
+        "cores": f"{os.cpu_count()}, of which {len(os.sched_getaffinity(0))} may be used",
+        "threads": f"{torch.get_num_threads()} of torch; {torch.backends.cpu.get_cpu_capability()}",
+        "memory": f"{memory() / 2**30:.0f} GiB",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {installed(name)}" for name in PACKAGES),
+        "load before": f"{os.getloadavg()[0]:.1f} processes",
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or sys.platform
+
+
+def memory() -> int:
+    """Bytes of memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def installed(name: str) -> str:
+    """Version of a package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def limits(device: str = "cpu") -> dict[str, float]:
+    """Measured speed of float32: multiplications and additions per second, and bytes per second of copying.
+
+    A matrix product of 2048x2048, and a copy of 256 MB (read and written: 512 MB moved).
+    """
+    a = torch.randn(2048, 2048, device=device)
+    b, out = torch.randn_like(a), torch.empty_like(a)
+    source = torch.zeros(2**26, device=device)
+    target = torch.empty_like(source)
+    tasks = {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
+    times = interleaved(tasks, 7, device)
+    best = {name: min(found) for name, found in times.wall.items()}
+    return {"flops": 2 * 2048**3 / best["product"], "bytes": 2 * 4 * source.numel() / best["copy"]}

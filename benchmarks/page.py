@@ -1,0 +1,99 @@
+"""The table, in a terminal and as docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from benchmarks.live_profile import Part, lines
+from benchmarks.rows import NO_GPU, Row
+
+HEADINGS = ("what", "against", "ratio", "goal", "met", "how")
+
+HEAD = """# Benchmarks
+
+What measuring costs, as ratios within one run. Written by `make bench`.
+
+- In every row both sides have the same batch, threads and precision; all are run in turn, after a warm-up, and medians
+  of wall-clock time are compared. *Processor time* is the same ratio in seconds of all cores together; it suffers less
+  from what else the machine does. All raw times are at the end of this page.
+- Memory is the peak of resident memory (of what torch allocates, on a GPU) above what was resident before, in a process
+  of its own; medians.
+- *n x faster*: the other takes n times as long. *exponent*: the slope of a straight line through the logarithms of the
+  points.
+- Peers are run as their documentation says, in the newest release that installs, and a ratio is there only if they
+  give the same number: to 1e-3 if they are exact, within four standard errors if they estimate. What is extrapolated
+  says so.
+- A row without a ratio gives the reason.
+"""
+
+PROFILE = """## Where the time goes
+
+A batch of {samples} images of a {name}, 32x32, whose forward pass is observed as in validation. *Limit*: the
+operations (*GFLOP*) at {gflops:.0f} GFLOP/s, or the bytes that must be read and written at least once (*MB*) at
+{gbytes:.0f} GB/s, whichever takes longer; both speeds were measured in the same run (a matrix product of 2048x2048, a
+copy of 256 MB).
+A cell is empty where a part is mostly Python and small tensors.
+
+"""
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """For a terminal."""
+    shown = Table(*(Column(heading, overflow="fold") for heading in HEADINGS), title=title, show_lines=True)
+    for row in rows:
+        shown.add_row(*(cell.replace("**", "") for cell in row.cells()))
+    return shown
+
+
+def show(rows: dict[str, list[Row]], profiles: dict[str, dict[str, Any]]) -> None:
+    console = Console(width=None if Console().is_terminal else 160)
+    for device, found in rows.items():
+        if found:
+            console.print(table(found, "On the CPU" if device == "cpu" else "On a GPU"))
+    for name, profile in profiles.items():
+        console.print(name, *profile_lines(profile), sep="\n", markup=False, soft_wrap=True)
+
+
+def profile_lines(profile: dict[str, Any]) -> list[str]:
+    return lines([Part(**part) for part in profile["parts"]], profile["limits"])
+
+
+def text(
+    rows: dict[str, list[Row]], profiles: dict[str, dict[str, Any]], machine: dict[str, str], minutes: float
+) -> str:
+    """The page."""
+    parts = [HEAD, "| machine | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in machine.items())]
+    for device, found in rows.items():
+        missed = sum(row.met is False for row in found)
+        met, goals = sum(row.met is True for row in found), sum(row.goal is not None for row in found)
+        title = "On the CPU" if device == "cpu" else "On a GPU"
+        summary = f"{met} of {goals} goals are met, {missed} are not, {goals - met - missed} were not measured."
+        parts.append(f"## {title}\n\n{summary}\n\n" + markdown(found))
+    for number, (name, profile) in enumerate(profiles.items()):
+        speeds = {"gflops": profile["limits"]["flops"] / 1e9, "gbytes": profile["limits"]["bytes"] / 1e9}
+        head = PROFILE.format(samples=64, name=name, **speeds) if not number else f"The same of a {name}:\n\n"
+        parts.append(head + "\n".join(profile_lines(profile)) + "\n")
+    raw = [line for found in rows.values() for row in found for line in raw_lines(row)]
+    block = "```text\n" + "\n".join(raw) + "\n```\n"
+    parts.append(f"## All runs\n\nSeconds, unless MB is said. The whole run took {minutes:.0f} minutes.\n\n{block}")
+    return "\n".join(parts)
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row.cells())} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def raw_lines(row: Row) -> list[str]:
+    if not row.raw:
+        return []
+    found = [f"{row.what}; against: {row.against}"]
+    return found + [f"  {name}: " + " ".join(f"{value:.4g}" for value in values) for name, values in row.raw.items()]
+
+
+def without_gpu(rows: list[Row]) -> list[Row]:
+    return [row.failed(NO_GPU) for row in rows]

@@ -1,0 +1,65 @@
+"""Rows of the table: what is measured, against what, and the goal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+NO_GPU = "no GPU at hand"
+# How a ratio is shown: more than the other by so many percent, so many times the other, so many times faster; the
+# exponent of a power law.
+Form = Literal["percent", "times", "faster", "exponent"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; ``ratio`` is what the goal is about, None when it was not measured.
+
+    Example:
+        >>> Row("callback", "validation", "without", "percent", 0.03).measured(1.021, "24 batches").cells()
+        ('validation', 'without', '+2.1 %', '<= +3.0 %', 'yes', '24 batches')
+    """
+
+    family: str
+    what: str
+    against: str
+    form: Form
+    goal: float | None = None
+    ratio: float | None = None
+    note: str = ""
+    raw: dict[str, list[float]] = field(default_factory=dict)
+
+    def measured(self, ratio: float, note: str = "", raw: dict[str, list[float]] | None = None) -> Row:
+        """The row with what was found; for ``"percent"`` the ratio is new over old."""
+        return replace(self, ratio=ratio - 1 if self.form == "percent" else ratio, note=note, raw=raw or {})
+
+    def failed(self, why: str) -> Row:
+        """The row with the reason why there is no number."""
+        return replace(self, note=why)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None without a goal or a number."""
+        if self.goal is None or self.ratio is None:
+            return None
+        return self.ratio >= self.goal if self.form == "faster" else self.ratio <= self.goal
+
+    def cells(self) -> tuple[str, ...]:
+        """What, against, ratio, goal, met, note."""
+        sign = ">=" if self.form == "faster" else "<="
+        goal = "" if self.goal is None else f"{sign} {self._shown(self.goal)}"
+        ratio = "" if self.ratio is None else self._shown(self.ratio)
+        met = {None: "", True: "yes", False: "**no**"}[self.met]
+        return self.what, self.against, ratio, goal, met, self.note
+
+    def _shown(self, number: float) -> str:
+        if self.form == "percent":
+            return f"{100 * number:+.1f} %"
+        if self.form == "exponent":
+            return f"{number:.2f}"
+        unit = "x faster" if self.form == "faster" else "x"
+        return f"{number:,.0f}{unit}" if abs(number) >= 100 else f"{number:.3g}{unit}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)

@@ -1,0 +1,184 @@
+"""The trace of the last layer's Hessian, beside estimates by Hessian-vector products: curvlinops and PyHessian.
+
+A ResNet-20, trained for a few steps on scikit-learn's digits: with random weights all samples are alike, and the
+Hessian has so low a rank that estimates have it easy. One batch, one precision, one loss for all.
+
+- curvlinops: ``xtrace(HessianLinearOperator(model, loss, [weight], [batch]), num_matvecs)``. The number of products is
+  doubled until the error is below 1e-5 for the first time, or time runs out; then it is as many as the Hessian's rank
+  has, at most, at the measured cost of one, and the row says so.
+- PyHessian: ``hessian(model, loss, data=batch, cuda=False).trace()``, which takes the parameters that require
+  gradients: the layer's weight only. The number of probes follows from the measured variance.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+import lightning_flatness as lf
+from benchmarks import networks
+from benchmarks.classes import forward
+from benchmarks.rows import Row
+from benchmarks.timing import interleaved, once
+
+SAMPLES = 64
+STEPS = 20
+WANTED = 1e-5
+SECONDS = 40.0  # for curvlinops
+PROBES = 200
+
+
+def rows(device: str) -> list[Row]:
+    trace = f"Hessian trace of the last convolution, ResNet-20 on digits, {SAMPLES} images"
+    return [
+        Row("traces", f"{trace}, to 1e-5", "curvlinops, XTrace to 1e-5", "faster", 300),
+        Row("traces", f"{trace}: without the forward pass", "curvlinops, XTrace to 1e-5", "faster"),
+        Row("traces", f"{trace}, to 1 %", "PyHessian, Hutchinson to a standard error of 1 %", "faster", 10_000),
+        Row("traces", f"{trace}: without the forward pass", "PyHessian, probes only", "faster"),
+    ]
+
+
+@contextmanager
+def only(net: nn.Module, weight: nn.Parameter):
+    """No other parameter requires a gradient."""
+    required = {parameter: parameter.requires_grad for parameter in net.parameters()}
+    for parameter in required:
+        parameter.requires_grad_(parameter is weight)
+    try:
+        yield
+    finally:
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)
+            parameter.grad = None
+
+
+def prepared(device: str, steps: int) -> tuple[nn.Module, networks.Batch]:
+    torch.manual_seed(0)
+    data = networks.digits()
+    net = networks.trained(networks.resnet20(), data, steps)
+    return net.to(device), (data[0][:SAMPLES].to(device), data[1][:SAMPLES].to(device))
+
+
+def ours(net: nn.Module, batch: networks.Batch) -> lf.FlatnessReport:
+    return lf.measure_flatness(net, [batch], measures=("hessian_trace",), progress=False)
+
+
+def with_curvlinops(
+    net: nn.Module, weight: nn.Parameter, batch: networks.Batch, expected: float, limit: float
+) -> tuple[float, str, list[float]]:
+    """Seconds that XTrace needs, how they were found, and all measured times."""
+    from curvlinops import HessianLinearOperator
+    from curvlinops.trace.epperly2024xtrace import xtrace
+
+    device, spent, tried, raw = str(batch[0].device.type), 0.0, [], []
+    rank = len(batch[0]) * (net(batch[0][:1]).shape[1] - 1)  # samples times (classes - 1), in a ReLU network
+    torch.manual_seed(1)
+    xtrace(operator := HessianLinearOperator(net, nn.CrossEntropyLoss(), [weight], [batch]), 4)  # a warm-up
+    products = 16
+    while True:
+        found: list[float] = []
+        seconds, _ = once(lambda n=products, found=found: found.append(float(xtrace(operator, n))), device)
+        error = abs(found[0] / expected - 1)
+        spent += seconds
+        raw.append(seconds)
+        tried.append(f"{products}: {error:.0e}")
+        shown = "errors by products " + ", ".join(tried)
+        if error <= WANTED:
+            return seconds, f"{products} products in {seconds:.2f} s; {shown}", raw
+        if products >= 2 * rank or spent + 2.5 * seconds > limit:
+            seconds *= max(1.0, 2 * rank / products)
+            return seconds, f"EXTRAPOLATED to {2 * rank} products (rank {rank}), {seconds:.0f} s; {shown}", raw
+        products *= 2
+
+
+def with_pyhessian(
+    net: nn.Module, batch: networks.Batch, expected: float, probes: int
+) -> tuple[float, float, str, list[float]]:
+    """Seconds to a standard error of 1 %, seconds of all but the first backward pass, and how they were found."""
+    from pyhessian import hessian
+
+    made: list = []
+
+    def build() -> None:
+        net.zero_grad()  # it adds to the gradients that are there
+        made.append(hessian(net, nn.CrossEntropyLoss(), data=batch, cuda=batch[0].is_cuda))
+
+    device = str(batch[0].device.type)
+    once(build, device)
+    start, _ = once(build, device)
+    torch.manual_seed(1)
+    found: list[float] = []
+    # tol=0 takes every probe: the rule by which it stops compares two means in a row, which is no standard error.
+    seconds, _ = once(lambda: found.extend(made[-1].trace(maxIter=probes, tol=0)), device)
+    values = torch.tensor(found, dtype=torch.float64)
+    mean, deviation = float(values.mean()), float(values.std())
+    apart = abs(mean - expected) / (deviation / math.sqrt(len(found)))
+    needed = max(2.0, (deviation / expected / 0.01) ** 2)
+    total = seconds / len(found) * needed
+    note = (
+        f"EXTRAPOLATED to {needed:,.0f} probes from {len(found)} of {1e3 * seconds / len(found):.1f} ms with a "
+        f"standard deviation of {deviation / expected:.2f}: {start + total:.1f} s; mean of these {apart:.1f} standard "
+        "errors from ours"
+    )
+    if apart > 4:
+        raise RuntimeError(f"PyHessian does not give the same number: {note}")
+    return start + total, total, note, [start, seconds]
+
+
+def measure(device: str, quick: bool) -> list[Row]:
+    net, batch = prepared(device, 5 if quick else STEPS)
+    report = ours(net, batch)
+    (name,) = report.layers
+    weight = net.get_submodule(name).weight
+    tasks = {"ours": lambda: ours(net, batch), "forward": lambda: forward(net, batch[0])}
+    times = interleaved(tasks, 2 if quick else 7, device)
+    alone = max(times.median("ours") - times.median("forward"), 1e-9)
+    head = f"ours {1e3 * times.median('ours'):.0f} ms, of which a forward pass {1e3 * times.median('forward'):.0f} ms; "
+    found, expected = [], report.hessian_trace
+    whole, without, probing, probing_alone = rows(device)
+    with only(net, weight):
+        check = exact_trace(net, weight, batch)
+        head += f"{abs(expected / check - 1):.0e} from autograd in float64; "
+        try:
+            seconds, note, raw = with_curvlinops(net, weight, batch, check, 5 if quick else SECONDS)
+            raws = {"ours": times.wall["ours"], "curvlinops": raw}
+            found += [
+                whole.measured(seconds / times.median("ours"), head + note, raws),
+                without.measured(seconds / alone),
+            ]
+        except Exception as error:
+            found += [row.failed(f"{type(error).__name__}: {error}") for row in (whole, without)]
+        try:
+            seconds, probes, note, raw = with_pyhessian(net, batch, check, 20 if quick else PROBES)
+            raws = {"ours": times.wall["ours"], "PyHessian, first pass and probes": raw}
+            found += [
+                probing.measured(seconds / times.median("ours"), head + note, raws),
+                probing_alone.measured(probes / alone),
+            ]
+        except Exception as error:
+            found += [row.failed(f"{type(error).__name__}: {error}") for row in (probing, probing_alone)]
+    return found
+
+
+def exact_trace(net: nn.Module, weight: nn.Parameter, batch: networks.Batch) -> float:
+    """The trace by autograd in float64: where logits are affine in the weight, from their Jacobian, row by row.
+
+    Tr H = mean over samples of sum_{k,l} Λ[k,l] <J_k, J_l>, one backward pass for every sample and class: slow, and
+    nothing of ours in it.
+    """
+    from copy import deepcopy
+
+    double = deepcopy(net).double()
+    copied = dict(zip(net.parameters(), double.parameters(), strict=True))[weight]
+    for parameter in double.parameters():
+        parameter.requires_grad_(parameter is copied)
+    total = 0.0
+    for x in batch[0].double():
+        row = double(x[None])[0]
+        jacobian = torch.stack([torch.autograd.grad(entry, copied, retain_graph=True)[0].flatten() for entry in row])
+        pi = row.detach().softmax(0)
+        total += float(((pi.diag() - pi[:, None] * pi) * (jacobian @ jacobian.T)).sum())
+    return total / len(batch[0])

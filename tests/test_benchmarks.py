@@ -1,0 +1,106 @@
+"""The table of the benchmarks: verdicts, exponents, what becomes of a row that fails. No times are tested."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from benchmarks import __main__ as command
+from benchmarks import classifier, live_profile, networks, page
+from benchmarks.growth import slope
+from benchmarks.rows import NO_GPU, Row
+from benchmarks.timing import interleaved
+from benchmarks.traces import exact_trace
+from lightning_flatness.testing import oracle_block_traces
+
+
+@pytest.mark.parametrize(
+    ("form", "goal", "ratio", "met", "shown"),
+    [
+        ("percent", 0.03, 1.02, True, "+2.0 %"),
+        ("percent", 0.03, 1.04, False, "+4.0 %"),
+        ("faster", 300, 299, False, "299x faster"),
+        ("faster", 300, 301, True, "301x faster"),
+        ("times", 1.5, 1.6, False, "1.6x"),
+        ("exponent", 1.1, 1.0, True, "1.00"),
+        ("times", None, 1.6, None, "1.6x"),
+    ],
+)
+def test_verdict(form, goal, ratio, met, shown):
+    row = Row("family", "what", "against", form, goal).measured(ratio)
+    assert row.met is met
+    assert row.cells()[2] == shown
+
+
+def test_a_row_that_failed_has_its_reason_and_no_verdict():
+    row = Row("family", "what", "against", "faster", 300).failed("ModuleNotFoundError: No module named 'peer'")
+    assert row.met is None
+    assert row.cells()[2:] == ("", ">= 300x faster", "", "ModuleNotFoundError: No module named 'peer'")
+
+
+def test_slope_of_a_power():
+    assert_close(slope([1, 2, 4, 8], [3.0 * n**1.5 for n in (1, 2, 4, 8)]), 1.5)
+
+
+def test_interleaved_leaves_out_the_warm_up_and_runs_all_in_turn():
+    order = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    assert "".join(order) == "baabba"
+    assert {name: len(found) for name, found in times.wall.items()} == {"a": 2, "b": 2}
+
+
+def test_interleaved_stops_when_its_budget_is_spent():
+    assert len(interleaved({"a": lambda: None}, repeats=9, budget=0.0).wall["a"]) == 3
+
+
+def test_a_family_that_crashes_leaves_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "STORE", tmp_path)
+    monkeypatch.setattr(sys, "executable", "false")
+    rows = command.rows_of("classes", "cpu", quick=True, missing=False)
+    assert [row.ratio for row in rows] == [None] * 3
+    assert {row.note for row in rows} == {"the process ended with exit code 1"}
+
+
+def test_missing_takes_what_is_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "STORE", tmp_path)
+    row = Row("classes", "what", "against", "times", 1.5).measured(1.2, raw={"ours": [1.0]})
+    (tmp_path / "classes-cpu.json").write_text(json.dumps([row.as_dict()]))
+    assert command.rows_of("classes", "cpu", quick=False, missing=True) == [row]
+
+
+def test_page_has_every_row_and_every_run():
+    measured = Row("family", "this", "that", "times", 1.5).measured(1.25, "because", {"ours": [1.5, 2.5]})
+    profile = {"parts": [live_profile.Part(live_profile.BARE, 0.5, 1e9, 1e6).as_dict()]}
+    profile["limits"] = {"flops": 1e10, "bytes": 1e10}
+    rows = {"cpu": [measured], "cuda": page.without_gpu([measured.failed("")])}
+    text = page.text(rows, {"net": profile}, {"processor": "x"}, 1.0)
+    assert "| this | that | 1.25x | <= 1.5x | yes | because |" in text
+    assert f"| {NO_GPU} |" in text
+    assert "  ours: 1.5 2.5" in text
+    assert "| forward pass alone | 500.00 | 100.0 % | 1 | 1 | 100.00 | 5.0 |" in text
+
+
+@pytest.mark.slow
+def test_every_part_of_the_profile_is_timed(monkeypatch):
+    """A function that was renamed would have no time of its own."""
+    monkeypatch.setattr(networks, "small", lambda: networks.resnet20(10, 14), raising=False)
+    parts = live_profile.measure("cpu", True, "small", samples=8)
+    assert {part.name for part in parts} == {live_profile.BARE, live_profile.OBSERVED, *live_profile.PARTS}
+
+
+def test_exact_trace_is_that_of_the_hessian():
+    torch.manual_seed(0)
+    net = networks.resnet20(3, 8, 4).double()
+    x, y = networks.images(3, 8, 3)
+    oracle = oracle_block_traces(net, (x.double(), y), "5.branch.3")
+    found = exact_trace(net, net.get_parameter("5.branch.3.weight"), (x, y))
+    assert_close(found, float(oracle.diagonal(dim1=-2, dim2=-1).sum()), rtol=1e-9, atol=0)
+
+
+def test_full_hessian_gives_the_same_relative_flatness():
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(torch.nn.Linear(6, 4)).double()
+    batch = torch.randn(5, 6).double(), torch.arange(5) % 4
+    assert_close(classifier.ours(head, batch), classifier.from_hessian(head, "0.weight", batch), rtol=1e-9, atol=0)
