@@ -16,10 +16,11 @@ from lightning_flatness.functional.patches import (
     patches,
 )
 
-# Elements of one chunk's factors, and of the products of them that are made at a time: on a CPU these should stay in
-# the cache, elsewhere be large.
+# Elements of one chunk's factors, and of the products of them that are made at a time: on a CPU the products should
+# stay in the cache, elsewhere be large.
 CHUNK_ELEMENTS = {"cpu": 2**22}
 CHUNK_ELEMENTS_DEFAULT = 2**26
+FACTOR_ELEMENTS = {"cpu": 2**24}
 PRODUCT_ELEMENTS = {"cpu": 2**20}
 # With so few products of a class and a position, one matrix product over all of them beats two and an elementwise one.
 FEW = 24
@@ -81,7 +82,7 @@ def closed_form_block_traces(
     patch_length = inputs.shape[1] // groups * prod(geometry.kernel_size)
     by_gram, by_sum = contraction_costs(positions, patch_length, per_group, diagonal=diagonal)
     use_gram = by_gram <= by_sum
-    budget = CHUNK_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
+    budget = FACTOR_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
     strip = min(per_group, STRIP)
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)

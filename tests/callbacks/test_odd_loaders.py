@@ -239,6 +239,7 @@ class Backwards:
 
     def __init__(self, length, batch_size):
         self.length, self.batch_size = length, batch_size
+        self.sampler = None  # Lightning 2.5 looks
 
     def __iter__(self):
         return iter(torch.arange(self.length).flip(0).split(self.batch_size))
