@@ -456,10 +456,18 @@ def test_two_callbacks(tmp_path, told):
     assert "another callback observes" in told[1]
 
 
-def test_two_callbacks_one_within_the_other(tmp_path, told):
-    expected = validated(tmp_path, make("Plain"))
+class Clones(Module):
+    """More than its network."""
+
+    def forward(self, x):
+        return self.net(x).clone()
+
+
+@pytest.mark.parametrize("module", [Module, Clones])
+def test_two_callbacks_one_within_the_other(tmp_path, told, module):
+    expected = validated(tmp_path, make("Plain", module))
     pair = [lf.FlatnessCallback(), lf.FlatnessCallback(prefix="flatness_net", model="net")]
-    assert_same(validated(tmp_path, make("Plain"), *pair), expected)
+    assert_same(validated(tmp_path, make("Plain", module), *pair), expected)
     assert_close(pair[0].report.hessian_trace, pair[1].report.hessian_trace, rtol=1e-9, atol=0)
     assert "another callback observes" in told[-1]
 
