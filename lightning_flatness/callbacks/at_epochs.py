@@ -18,7 +18,7 @@ from lightning_flatness.callbacks.logged import log, logging_muted
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.source import ReadApart, Samples
-from lightning_flatness.errors import FlatnessError
+from lightning_flatness.errors import FlatnessError, LandscapeError
 
 DEFAULT_SAMPLES = 512
 Record = dict[str, Any]
@@ -215,7 +215,11 @@ class AtEpochs(Callback):
         record: Record = {}
         with self._measuring(trainer, pl_module):
             show = None if final and trainer.is_global_zero else False
-            record = self._compute(trainer, find_network(pl_module, self.model), batches, show)
+            try:
+                record = self._compute(trainer, find_network(pl_module, self.model), batches, show)
+            except LandscapeError:  # on all ranks
+                self._write_files(trainer, f"epoch={epoch}-step={trainer.global_step}", where)
+                raise
         if not self._faults.settled(where):
             return
         self.history.append({"epoch": epoch, "step": trainer.global_step, **record})
@@ -233,7 +237,8 @@ class AtEpochs(Callback):
         elif values:
             for logger in trainer.loggers:  # Lightning's log() is not possible any more
                 logger.log_metrics(
-                    {f"{self.prefix}/{key}": value for key, value in values.items()}, step=tensorboard.last_step(trainer)
+                    {f"{self.prefix}/{key}": value for key, value in values.items()},
+                    step=tensorboard.last_step(trainer),
                 )
                 logger.save()
 
