@@ -269,7 +269,7 @@ class AtEpochs(Callback):
                     f"data='val' needs one validation loader, and there are {len(loaders)}. Give one of them as data=."
                 )
             data = loaders[0]
-        return ReadApart(self.batch_fn, self.max_samples, data)  # type: ignore[arg-type]
+        return ReadApart(self.batch_fn, self.max_samples, data)
 
     def _averaged(self, trainer: Trainer) -> bool:
         """Whether weight averaging has put its weights in place when this callback comes at the end of the fit."""
@@ -281,8 +281,8 @@ class AtEpochs(Callback):
         if any(is_weight_averaging(callback) for callback in callbacks) and not self._averaged(trainer):
             name = type(self).__name__
             rank_zero_warn(
-                f"WeightAveraging comes after {name}, which will measure the trained weights at the end of the fit, not "
-                f"the averaged ones that are left. To measure these, list {name} after WeightAveraging."
+                f"WeightAveraging comes after {name}, which measures the trained weights at the end of the fit, not the "
+                f"averaged ones that are left. To measure these, list {name} after WeightAveraging."
             )
 
     def _has_data(self, trainer: Trainer) -> bool:
