@@ -281,8 +281,8 @@ class AtEpochs(Callback):
         if any(is_weight_averaging(callback) for callback in callbacks) and not self._averaged(trainer):
             name = type(self).__name__
             rank_zero_warn(
-                f"WeightAveraging comes after {name}, which measures the trained weights at the end of the fit, not the "
-                f"averaged ones that are left. To measure these, list {name} after WeightAveraging."
+                f"WeightAveraging comes after {name}, which measures the trained weights at the end of the fit, not "
+                f"the averaged ones that are left. To measure these, list {name} after WeightAveraging."
             )
 
     def _has_data(self, trainer: Trainer) -> bool:

@@ -43,8 +43,8 @@ class LandscapeCallback(AtEpochs):
         every_n_epochs: measure the first epoch and every n-th after it, too; None for the end of the fit only.
         axes: ``"random"``, ``"adam"`` (moments of the Trainer's optimizer) or ``"hessian"``, a plane of two such axes;
             a list of one (a line) or two of these words; or ``"trajectory"``: the plane of the two principal directions
-            of the weights of all epochs, which are drawn into it. For this a copy of the network's parameters is kept in
-            the memory of the CPU, on every rank, of the start and of every epoch of this fit; not in checkpoints.
+            of the weights of all epochs, which are drawn into it. For this a copy of the network's parameters, of the
+            start and of every epoch of this fit, is kept in the memory of the CPU, on every rank; not in checkpoints.
         normalize: this and the arguments to ``dtype`` are those of :func:`~lightning_flatness.loss_landscape`.
         norm: L1 or L2.
         biases: ``"zero"`` or ``"scaled"``.
@@ -69,8 +69,8 @@ class LandscapeCallback(AtEpochs):
         on_error: ``"raise"``; or ``"warn"`` and train on.
 
     Attributes:
-        history: a record of plain numbers for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy`` of
-            the model, ``lowest_loss`` of all points, and whether it is ``complete``; kept in checkpoints.
+        history: a record of plain numbers for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy``
+            of the model, ``lowest_loss`` of all points, and whether it is ``complete``; kept in checkpoints.
         results: the last landscape, by ``"kept"`` and ``"recomputed"``: each a
             :class:`~lightning_flatness.LandscapeResult`.
 
@@ -94,7 +94,7 @@ class LandscapeCallback(AtEpochs):
         update: Literal["add", "adam"] = "add",
         span: float | list[float] | list[list[float]] | None = None,
         steps: int | list[int] = 25,
-        frozen: str | list[str] = (),  # type: ignore[assignment]
+        frozen: str | list[str] | None = None,  # type: ignore[assignment]
         batch_norm: Literal["kept", "recomputed", "both"] = "kept",
         # Functions first: a command line takes the first type that fits.
         loss: Callable[[Tensor, Tensor], Tensor] | nn.Module | str = "cross_entropy",
@@ -131,8 +131,8 @@ class LandscapeCallback(AtEpochs):
         if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
             raise FlatnessError(f"{cap=} must be a positive number.")
         criterion = find_loss(loss, label_smoothing, class_weight, ignore_index)
-        frozen = (frozen,) if isinstance(frozen, str) else tuple(frozen)  # type: ignore[assignment]
-        self._options: dict[str, Any] = words | {"frozen": frozen, "loss": criterion, "seed": seed, "dtype": dtype}
+        still = (frozen,) if isinstance(frozen, str) else tuple(frozen or ())
+        self._options: dict[str, Any] = words | {"frozen": still, "loss": criterion, "seed": seed, "dtype": dtype}
         self._grid: dict[str, Any] = {"span": width, "steps": steps}
         self._whole_trajectory = span is None
         self.cap = cap
@@ -264,7 +264,7 @@ def _adam(trainer: Trainer, network: nn.Module) -> torch.optim.Optimizer:
         raise FlatnessError(f"axes='adam': no optimizer of the Trainer ({names}) has parameters of this network.")
     if "betas" not in fitting[0].defaults or isinstance(fitting[0], torch.optim.Adamax):
         raise FlatnessError(
-            f"axes='adam' takes the moments exp_avg and exp_avg_sq, and the optimizer is {type(fitting[0]).__name__}, which "
-            "keeps none. Train with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
+            f"axes='adam' takes the moments exp_avg and exp_avg_sq, and {type(fitting[0]).__name__} keeps none. Train "
+            " with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
         )
     return fitting[0]

@@ -35,6 +35,8 @@ KINDS = {
     "spectrum": partial(lf.SpectrumCallback, top_k=1, num_steps=3, num_probes=2, max_products=3),
     "landscape": partial(lf.LandscapeCallback, steps=3, batch_norm="both"),
 }
+# The others are slow only because there are many.
+QUICK = ("plain", "dropout and shuffling", "augmentation", "frozen BatchNorm", "averaged weights")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -55,7 +57,9 @@ def epochs(callback):
 
 
 @pytest.mark.parametrize("data", ["val", "train"])
-@pytest.mark.parametrize("run", [run for run in RUNS if "workers" not in run])
+@pytest.mark.parametrize(
+    "run", [run if run in QUICK else pytest.param(run, marks=pytest.mark.slow) for run in RUNS if "workers" not in run]
+)
 def test_training_is_bit_identical(tmp_path, end_without, run, data):  # noqa: F811
     callbacks = [make(data=data, every_n_epochs=1) for make in KINDS.values()]
     with warnings.catch_warnings():
@@ -76,8 +80,8 @@ class DrawsAtTheEndOfAnEpoch(DrawsOneNumber):
 
 
 def test_a_trace_would_be_seen(tmp_path, end_without):  # noqa: F811
+    draws = DrawsAtTheEndOfAnEpoch(lambda: torch.rand(()))
     with pytest.raises(AssertionError, match="different"):
-        draws = DrawsAtTheEndOfAnEpoch(lambda: torch.rand(()))
         assert_identical(end_of_run("augmentation", tmp_path, draws), end_without("augmentation"))
 
 
