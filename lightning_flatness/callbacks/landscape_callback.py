@@ -94,7 +94,7 @@ class LandscapeCallback(AtEpochs):
         update: Literal["add", "adam"] = "add",
         span: float | list[float] | list[list[float]] | None = None,
         steps: int | list[int] = 25,
-        frozen: str | list[str] | None = None,  # type: ignore[assignment]
+        frozen: str | list[str] | None = None,
         batch_norm: Literal["kept", "recomputed", "both"] = "kept",
         # Functions first: a command line takes the first type that fits.
         loss: Callable[[Tensor, Tensor], Tensor] | nn.Module | str = "cross_entropy",
@@ -114,9 +114,7 @@ class LandscapeCallback(AtEpochs):
         super().__init__(
             data, max_samples, every_n_epochs, prefix, model, batch_fn, folder, figures, on_error, "landscape"
         )
-        self._statistics: tuple[Statistics, ...] = (
-            ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)  # type: ignore[assignment]
-        )
+        self._statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
         self._trajectory = Trajectory() if axes == "trajectory" else None
         self._axes = [axes, axes] if isinstance(axes, str) else axes
         checked: Any = "random" if self._trajectory else axes

@@ -129,8 +129,8 @@ class SpectrumCallback(AtEpochs):
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"SpectrumCallback: gradients are clipped (gradient_clip_val={trainer.gradient_clip_val}). Where "
-                "gradients are manipulated, r_e, K_Hn and C_t do not tell generalization (Gabdullin 2025, arXiv 2504.17618); "
-                "eigenvalues, trace and density are what they are."
+                "gradients are manipulated, r_e, K_Hn and C_t do not tell generalization (Gabdullin 2025, arXiv "
+                "2504.17618); eigenvalues, trace and density are what they are."
             )
 
     def _forget(self) -> None:
