@@ -152,7 +152,7 @@ class LandscapeCallback(AtEpochs):
         """As always, and let go of the weights."""
         super().teardown(trainer, pl_module, stage)
         if self._trajectory is not None:
-            self._trajectory.forget()
+            self._trajectory.let_go()
 
     def _keep_weights(self, pl_module: LightningModule) -> None:
         if self._trajectory is not None:
@@ -211,6 +211,11 @@ class LandscapeCallback(AtEpochs):
         }
 
     @property
+    def trajectory(self) -> Tensor | None:
+        """Of the start and of every epoch, coordinates in the last landscape ``(epochs + 1, 2)``; None on other axes."""
+        return None if self._trajectory is None else self._trajectory.coordinates
+
+    @property
     def _interrupted(self) -> bool:
         return not all(result.complete for result in self.results.values())
 
@@ -229,8 +234,8 @@ class LandscapeCallback(AtEpochs):
             if len(result.axes) == 1:
                 figures[f"line/{tag}".rstrip("/")] = plot_line(result, cap=self.cap)[0]
                 continue
-            path = None if self._trajectory is None else self._trajectory.coordinates
-            figures[f"contour/{tag}".rstrip("/")] = plot_contour(result, cap=self.cap, trajectory=path)[0]
+            contour = plot_contour(result, cap=self.cap, trajectory=self.trajectory)[0]
+            figures[f"contour/{tag}".rstrip("/")] = contour
             log = self.cap is None and _spans_tenfold(result)
             figures[f"surface/{tag}".rstrip("/")] = plot_surface(result, cap=self.cap, log=log)[0]
         if len(self.results) == 2:

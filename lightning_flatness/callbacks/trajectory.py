@@ -28,9 +28,13 @@ class Trajectory:
         self.forget()
 
     def forget(self) -> None:
-        """Drop all copies."""
-        self._states: list[dict[str, Tensor]] = []
+        """Drop all copies, and the plane found last."""
         self._found: PrincipalDirections | None = None
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Drop all copies; coordinates remain."""
+        self._states: list[dict[str, Tensor]] = []
 
     def add(self, network: nn.Module) -> None:
         """Copy the parameters as they are now."""
@@ -43,10 +47,9 @@ class Trajectory:
         return len(self._states) > 2
 
     @property
-    def coordinates(self) -> Tensor:
-        """Of the states in the plane found last, ``(states, 2)``."""
-        assert self._found is not None
-        return self._found.coordinates
+    def coordinates(self) -> Tensor | None:
+        """Of the states in the plane found last, ``(states, 2)``; None before."""
+        return None if self._found is None else self._found.coordinates
 
     def plane(self, network: nn.Module) -> tuple[list[Any], list[list[float]]]:
         """Axes through the network, and the span that holds all states and a quarter more on every side.
@@ -54,11 +57,12 @@ class Trajectory:
         Raises:
             FlatnessError: the states do not span a plane.
         """
-        self._found = pca_directions(network, self._states)
-        points = torch.cat([self._found.coordinates.double(), torch.zeros(1, 2, dtype=torch.float64)])
+        found = pca_directions(network, self._states)
+        self._found = found._replace(directions=())  # these are as large as the network
+        points = torch.cat([found.coordinates.double(), torch.zeros(1, 2, dtype=torch.float64)])
         low, high = points.min(0).values, points.max(0).values
         margin = 0.25 * (high - low)
-        return list(self._found.directions), torch.stack([low - margin, high + margin], 1).tolist()
+        return list(found.directions), torch.stack([low - margin, high + margin], 1).tolist()
 
     def save(self, path: str) -> None:
         """Write coordinates and explained shares as plain arrays."""
