@@ -212,7 +212,7 @@ class LandscapeCallback(AtEpochs):
 
     @property
     def trajectory(self) -> Tensor | None:
-        """Of the start and of every epoch, coordinates in the last landscape ``(epochs + 1, 2)``; None on other axes."""
+        """Of the start and every epoch, coordinates in the last landscape ``(epochs + 1, 2)``; None on other axes."""
         return None if self._trajectory is None else self._trajectory.coordinates
 
     @property
