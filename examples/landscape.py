@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from digits import DigitsClassifier, load_data
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -38,14 +39,14 @@ class WithAdam(DigitsClassifier):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-epochs", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=25, help="points along every axis")
-    parser.add_argument("--samples", type=int, default=256, help="of the training data")
+    parser.add_argument("--steps", type=int, default=21, help="points along every axis")
+    parser.add_argument("--samples", type=int, default=128, help="of the training data")
     parser.add_argument("--out", type=Path, default=Path("runs/landscape"))
     options = parser.parse_args()
 
     L.seed_everything(0)
     train, val = load_data()
-    spectrum = lf.SpectrumCallback(max_samples=options.samples, every_n_epochs=1, num_steps=40, num_probes=3)
+    spectrum = lf.SpectrumCallback(max_samples=options.samples, every_n_epochs=3, top_k=3, num_steps=30, num_probes=3)
     around = {"max_samples": options.samples, "steps": options.steps}
     random = lf.LandscapeCallback(**around, batch_norm="both")
     trajectory = lf.LandscapeCallback(**around, axes="trajectory", batch_norm="recomputed", prefix="trajectory")
@@ -63,17 +64,22 @@ def main() -> None:
     # The same after training, in plain PyTorch: along one eigenvector, and along Adam's moments.
     batches = [next(iter(DataLoader(train, options.samples)))]
     line = lf.loss_landscape(model, batches, axes=["hessian"], steps=41)
-    adam = lf.loss_landscape(model, batches, axes="adam", normalize="filter", optimizer=trainer.optimizers[0])
+    adam = lf.loss_landscape(
+        model, batches, axes="adam", normalize="filter", steps=options.steps, optimizer=trainer.optimizers[0]
+    )
 
     kept, recomputed = random.results["kept"], random.results["recomputed"]
     moved = trajectory.results["recomputed"]
     path = trajectory.trajectory
+    both = Figure(figsize=(11, 4.2), layout="constrained")
+    plot_surface(kept, ax=both.add_subplot(1, 2, 1, projection="3d"))
+    plot_contour(moved, trajectory=path, ax=both.add_subplot(1, 2, 2))
     figures = {
+        "landscape": (both, None),
         "density": plot_density(spectrum.result),
         "eigenvalues": plot_eigenvalues(spectrum.history),
-        "surface": plot_surface(kept),
+        "surface": plot_surface(kept, log=True),
         "batch_norm": plot_kept_and_recomputed(kept, recomputed),
-        "trajectory": plot_contour(moved, trajectory=path),
         "adam": plot_contour(adam),
         "hessian": plot_line(line),
     }

@@ -173,6 +173,30 @@ def test_odd_trainers(tmp_path, kind, options):
 
 
 @kinds
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_precisions(tmp_path, kind, precision):
+    callback = KINDS[kind]()
+    fit(tmp_path, callback, precision=precision, max_epochs=1)
+    assert epochs(callback) == [0]
+    if kind == "spectrum":
+        expected = torch.float64 if precision == "64-true" else torch.float32
+        assert callback.result.eigenvectors.dtype == expected
+
+
+@kinds
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiled_networks_have_plain_names(tmp_path, kind, compiled):
+    module = Classifier()
+    if compiled:
+        module.net = torch.compile(module.net, backend="eager")
+    option = {"params": "net.conv1.*"} if kind == "spectrum" else {"frozen": "net.conv1.*"}
+    callback = KINDS[kind](**option, folder=str(tmp_path))
+    fit(tmp_path, callback, module=module, max_epochs=1)
+    if kind == "spectrum":
+        assert list(callback.result.parameters) == ["net.conv1.weight", "net.conv1.bias"]
+
+
+@kinds
 def test_without_validation(tmp_path, kind):
     callback = KINDS[kind]()
     fit(tmp_path, callback, module=WithoutValidation(), data=loaders()[:1])
