@@ -72,7 +72,7 @@ def main() -> None:
     moved = trajectory.results["recomputed"]
     path = trajectory.trajectory
     both = Figure(figsize=(11, 4.2), layout="constrained")
-    plot_surface(kept, ax=both.add_subplot(1, 2, 1, projection="3d"))
+    plot_surface(kept, log=True, ax=both.add_subplot(1, 2, 1, projection="3d"))
     plot_contour(moved, trajectory=path, ax=both.add_subplot(1, 2, 2))
     figures = {
         "landscape": (both, None),
