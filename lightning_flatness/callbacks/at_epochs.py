@@ -193,7 +193,10 @@ class AtEpochs(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what is left, unless the last epoch has, and draw the history."""
         done = bool(self.history) and self.history[-1]["step"] == trainer.global_step
-        if (not done or self._averaged(trainer)) and self._has_data(trainer) and self._ready(final=True):
+        if not self._has_data(trainer):
+            name = type(self).__name__
+            rank_zero_warn(f"{name}(data='val') has measured nothing, as there was no validation in this fit.")
+        elif (not done or self._averaged(trainer)) and self._ready(final=True):
             self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
         self._add_history(trainer)
 
@@ -213,19 +216,19 @@ class AtEpochs(Callback):
         if not self._faults.settled(where):  # before what all ranks do together
             return
         record: Record = {}
+        name = f"epoch={epoch}-step={trainer.global_step}{'-averaged' if final and self._averaged(trainer) else ''}"
         with self._measuring(trainer, pl_module):
             show = None if final and trainer.is_global_zero else False
             try:
                 record = self._compute(trainer, find_network(pl_module, self.model), batches, show)
             except LandscapeError:  # on all ranks
-                self._write_files(trainer, f"epoch={epoch}-step={trainer.global_step}", where)
+                self._write_files(trainer, name, where)
                 raise
         if not self._faults.settled(where):
             return
         self.history.append({"epoch": epoch, "step": trainer.global_step, **record})
         self._log(trainer, pl_module, self._logged(self.history[-1]), final)
-        suffix = "-averaged" if final and self._averaged(trainer) else ""
-        self._write_files(trainer, f"epoch={epoch}-step={trainer.global_step}{suffix}", where)
+        self._write_files(trainer, name, where)
         if self.figures:
             tensorboard.add_drawn(trainer, self.prefix, self._draw, type(self).__name__)
         if self._interrupted and not final:

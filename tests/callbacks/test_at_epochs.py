@@ -213,6 +213,14 @@ def test_validation_data_that_come_later(tmp_path, kind):
 
 
 @kinds
+def test_validation_data_that_never_come(tmp_path, kind):
+    callback = KINDS[kind](data="val", every_n_epochs=1)
+    with pytest.warns(UserWarning, match="data='val'. has measured nothing"):
+        fit(tmp_path, callback, check_val_every_n_epoch=5)
+    assert not callback.history
+
+
+@kinds
 def test_two_validation_loaders_are_refused(tmp_path, kind):
     train, val = loaders()
     with pytest.raises(lf.FlatnessError, match="needs one validation loader, and there are 2"):
