@@ -16,7 +16,7 @@ from lightning_flatness.callbacks.faults import Faults
 from lightning_flatness.callbacks.loaders import flat_loaders
 from lightning_flatness.callbacks.logged import log, logging_muted
 from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer, is_weight_averaging
 from lightning_flatness.callbacks.source import ReadApart, Samples
 from lightning_flatness.errors import FlatnessError, LandscapeError
 
@@ -299,13 +299,3 @@ class AtEpochs(Callback):
     def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         with self._faults.kept(trainer.world_size), logging_muted(pl_module):
             yield
-
-
-def is_weight_averaging(callback: Any) -> bool:
-    """Whether it is Lightning's weight averaging, of either name, or made from it.
-
-    Example:
-        >>> is_weight_averaging(Callback())
-        False
-    """
-    return any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__)

@@ -29,7 +29,9 @@ def fit(folder, *callbacks, module=None, **options):
 
 def test_numbers_are_those_of_the_dense_hessian_of_the_weights_that_are_left(tmp_path):
     x, y = dataset(8, dtype=torch.float64)[:]
-    callback = lf.SpectrumCallback([(x[:5], y[:5]), (x[5:], y[5:])], top_k=2, num_steps=200, dtype="float64")
+    callback = lf.SpectrumCallback(
+        [(x[:5], y[:5]), (x[5:], y[5:])], top_k=2, num_steps=120, num_probes=3, dtype="float64"
+    )
     module = Classifier()
     fit(tmp_path, callback, module=module)
     matrix = dense_hessian(module.net.double(), x, y)
