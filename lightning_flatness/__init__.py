@@ -1,6 +1,6 @@
 """Exact flatness of neural networks while they train."""
 
-from lightning_flatness.callbacks import FlatnessCallback, FlatnessStopping
+from lightning_flatness.callbacks import FlatnessCallback, FlatnessStopping, LandscapeCallback, SpectrumCallback
 from lightning_flatness.capture import FlatnessObserver, direction_between, pca_directions
 from lightning_flatness.errors import BatchError, FlatnessError, LandscapeError, LayerSelectionError, NotExactError
 from lightning_flatness.metrics import (
@@ -28,12 +28,14 @@ __all__ = [
     "FlatnessObserver",
     "FlatnessReport",
     "FlatnessStopping",
+    "LandscapeCallback",
     "LandscapeError",
     "LandscapeResult",
     "LayerFlatness",
     "LayerLambdaMax",
     "LayerSelectionError",
     "NotExactError",
+    "SpectrumCallback",
     "SpectrumResult",
     "direction_between",
     "hessian_spectrum",

@@ -22,6 +22,8 @@ class Faults:
 
     Args:
         on_error: ``"raise"``, or ``"warn"`` and go on without this measurement.
+        name: of the callback, for messages.
+        measured: what it measures.
 
     Example:
         >>> faults = Faults("warn")
@@ -31,8 +33,11 @@ class Faults:
         True
     """
 
-    def __init__(self, on_error: Literal["raise", "warn"]) -> None:
+    def __init__(
+        self, on_error: Literal["raise", "warn"], name: str = "FlatnessCallback", measured: str = "flatness"
+    ) -> None:
         self._on_error = on_error
+        self._name, self._measured = name, measured
         self._message: str | None = None
         self._warned: str | None = None
 
@@ -59,7 +64,7 @@ class Faults:
         except Exception as error:
             if num_ranks == 1 and self._on_error == "raise":
                 if not isinstance(error, FlatnessError) and hasattr(error, "add_note"):  # from Python 3.11 on
-                    error.add_note("This happened while FlatnessCallback was measuring.")
+                    error.add_note(f"This happened while {self._name} was measuring.")
                 raise
             kind = "" if isinstance(error, FlatnessError) else f"{type(error).__name__}: "
             self._message = self._message or f"{kind}{error}"
@@ -83,10 +88,10 @@ class Faults:
         rank, message = failed[0]
         on_rank = f" on rank {rank}" if len(messages) > 1 else ""
         if self._on_error == "raise":
-            raise FlatnessError(f"FlatnessCallback failed at {where}{on_rank}: {message}")
+            raise FlatnessError(f"{self._name} failed at {where}{on_rank}: {message}")
         if message != self._warned:  # once for a failure that lasts
             rank_zero_warn(
-                f"FlatnessCallback(on_error='warn') has no flatness for {where}; it failed{on_rank}: {message}"
+                f"{self._name}(on_error='warn') has no {self._measured} for {where}; it failed{on_rank}: {message}"
             )
         self._warned = message
         return False

@@ -153,7 +153,7 @@ def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[An
             batch = next(batches, batches)
         except Exception as error:
             raise FlatnessError(
-                f"FlatnessCallback reads {type(error).__name__}: {error} where it asks the data set for samples by "
+                f"There is a {type(error).__name__}: {error} where the data set is asked for samples by "
                 "their number. Use data='val', or data= with a loader or batches of your own."
             ) from error
         if batch is batches:

@@ -32,7 +32,7 @@ def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mod
         if not is_overridden("forward", pl_module):
             raise FlatnessError(
                 f"{type(pl_module).__name__} has no forward(). Name the attribute that is the network with "
-                f"FlatnessCallback(model=...); there are: {children}."
+                f"model=...; there are: {children}."
             )
         return pl_module
     network: Any = pl_module
@@ -44,5 +44,5 @@ def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mod
     if not isinstance(network, nn.Module):
         name = type(pl_module).__name__
         found = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
-        raise FlatnessError(f"FlatnessCallback(model={model!r}): {found}; there are: {children}.")
+        raise FlatnessError(f"model={model!r}: {found}; there are: {children}.")
     return network

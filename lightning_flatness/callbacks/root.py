@@ -15,7 +15,16 @@ else:
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
 MODULES = tuple(f"{root}.core.module.LightningModule" for root in ROOTS)
 
-__all__ = ["ROOTS", "Callback", "EarlyStopping", "LightningModule", "Trainer", "is_lightning_module", "is_overridden"]
+__all__ = [
+    "ROOTS",
+    "Callback",
+    "EarlyStopping",
+    "LightningModule",
+    "Trainer",
+    "is_lightning_module",
+    "is_overridden",
+    "is_weight_averaging",
+]
 
 
 def is_lightning_module(module: Any) -> bool:
@@ -37,3 +46,13 @@ def is_overridden(method: str, module: LightningModule) -> bool:
     """
     base = next(base for base in type(module).__mro__ if f"{base.__module__}.{base.__name__}" in MODULES)
     return getattr(type(module), method) is not getattr(base, method)
+
+
+def is_weight_averaging(callback: Any) -> bool:
+    """Whether it is Lightning's weight averaging, of either name, or made from it.
+
+    Example:
+        >>> is_weight_averaging(Callback())
+        False
+    """
+    return any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__)

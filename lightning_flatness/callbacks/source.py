@@ -31,7 +31,7 @@ def split_with(batch_fn: Callable[[Any], Samples] | None, batch: Any) -> Samples
     pair = split_batch(batch) if batch_fn is None else batch_fn(batch)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise FlatnessError(
-            f"FlatnessCallback(batch_fn=...) returned a {type(pair).__name__}; it must return (inputs, targets), "
+            f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), "
             "with None for targets that are not there."
         )
     return pair[0], pair[1]

@@ -70,7 +70,7 @@ class FixedSubset:
         if not self._is_indexed:
             if max_samples is not None:
                 raise FlatnessError(
-                    "FlatnessCallback(max_samples=...) needs a DataLoader over a data set with __getitem__ and "
+                    "max_samples=... needs a DataLoader over a data set with __getitem__ and "
                     f"__len__; data= is a {described(loader)}. Give that many samples, or do without max_samples."
                 )
             streamed = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
@@ -125,7 +125,7 @@ def training_subset(
     """
     if not is_indexed(loader):
         raise FlatnessError(
-            "FlatnessCallback(data='train') reads a fixed subset of the training data, so it needs one training "
+            "data='train' reads a fixed subset of the training data, so it needs one training "
             f"DataLoader over a data set with __getitem__ and __len__; the Trainer has a {described(loader)}. Use "
             "data='val', or data= with a loader of your own."
         )

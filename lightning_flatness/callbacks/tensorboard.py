@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -46,21 +46,42 @@ def add_figures(
     data: str,
 ) -> None:
     """Add curves, layers side by side and heat maps of block traces to the Images page, at the present step."""
+
+    def draw() -> dict[str, Any]:
+        figures = {"history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
+        measure = "relative_flatness" if "relative_flatness" in history[-1] else "hessian_trace"
+        if len(report.layers) > 1:
+            figures["layers"] = plot_layers(report, measure)[0]
+            figures["layer_history"] = plot_layer_history(history, measure)[0]
+        whole = {name: layer for name, layer in report.layers.items() if layer.block_traces.ndim == 3}
+        for name, layer in list(whole.items())[:MOST_HEAT_MAPS]:
+            figures[f"block_traces/{name}"] = plot_block_traces(layer)[0]
+        return figures
+
+    add_drawn(trainer, prefix, draw, "FlatnessCallback")
+
+
+def add_drawn(trainer: Trainer, prefix: str, draw: Callable[[], Mapping[str, Any]], callback: str) -> None:
+    """Add figures to the Images page, at the present step; they are drawn only where there is one.
+
+    Args:
+        trainer: with loggers.
+        prefix: of the tags.
+        draw: to figures by tag.
+        callback: its name, for a warning where they cannot be drawn.
+    """
     if not writers(trainer):
         return
     try:
-        figures = {f"{prefix}/history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
-        measure = "relative_flatness" if "relative_flatness" in history[-1] else "hessian_trace"
-        if len(report.layers) > 1:
-            figures[f"{prefix}/layers"] = plot_layers(report, measure)[0]
-            figures[f"{prefix}/layer_history"] = plot_layer_history(history, measure)[0]
-        whole = {name: layer for name, layer in report.layers.items() if layer.block_traces.ndim == 3}
-        for name, layer in list(whole.items())[:MOST_HEAT_MAPS]:
-            figures[f"{prefix}/block_traces/{name}"] = plot_block_traces(layer)[0]
+        figures = draw()
     except FlatnessError as error:
-        rank_zero_warn(f"FlatnessCallback draws no figures: {error}")
+        rank_zero_warn(f"{callback} draws no figures: {error}")
         return
-    step = max(0, trainer.global_step - 1)  # where Lightning puts the scalars of the last step
     for writer in writers(trainer):
         for tag, figure in figures.items():
-            writer.add_figure(tag, figure, global_step=step)
+            writer.add_figure(f"{prefix}/{tag}", figure, global_step=last_step(trainer))
+
+
+def last_step(trainer: Trainer) -> int:
+    """Where Lightning puts the scalars of the last step."""
+    return max(0, trainer.global_step - 1)

@@ -50,6 +50,20 @@ def as_list(axes: Any) -> list[Any]:
     return list(axes)
 
 
+def check_update(update: str, wanted: Sequence[Any], normalize: str | None) -> None:
+    """Adam's update has axes of its own.
+
+    Raises:
+        FlatnessError: others are wanted, or a normalisation.
+
+    Example:
+        >>> check_update("adam", ["adam"], None)
+    """
+    others = not all(isinstance(axis, str) and axis == "adam" for axis in wanted)
+    if update == "adam" and (others or normalize not in (None, "none")):
+        raise FlatnessError("update='adam' takes axes='adam' or axes=['adam'], and no normalisation.")
+
+
 def find_axes(
     wanted: Sequence[Any],
     tensors: NamedTensors,
@@ -83,8 +97,7 @@ def find_axes(
         FlatnessError: see :func:`~lightning_flatness.loss_landscape`.
     """
     kinds = [axis if isinstance(axis, str) else "given" for axis in wanted]
-    if update == "adam" and (set(kinds) != {"adam"} or normalize not in (None, "none")):
-        raise FlatnessError("update='adam' takes axes='adam' or axes=['adam'], and no normalisation.")
+    check_update(update, wanted, normalize)
     generator = torch.Generator().manual_seed(seed)
     moments, epsilons = adam_moments(optimizer, tensors) if "adam" in kinds else ((), {})
     hessian = eigenvectors(kinds.count("hessian")) if "hessian" in kinds else ()

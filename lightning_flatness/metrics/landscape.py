@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from lightning_flatness.capture import NamedTensors, Points, isolated
 from lightning_flatness.capture.isolation import measured
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.functional import NORMALIZATIONS, Direction, Loss, direction_norm, find_loss, inner_product
-from lightning_flatness.metrics.axes import as_list, find_axes
+from lightning_flatness.metrics.axes import as_list, check_update, find_axes
 from lightning_flatness.metrics.grid import grid
 from lightning_flatness.metrics.passes import Data, Sums
 from lightning_flatness.metrics.progress import progress_bar
@@ -107,8 +107,8 @@ def loss_landscape(
         >>> plane.losses.shape, bool((plane.losses[2, 2] - plane.origin_loss).abs() < 1e-6)
         (torch.Size([5, 5]), True)
     """
-    _check_words(normalize=normalize, norm=norm, biases=biases, update=update, batch_norm=batch_norm)
-    _check_numbers(seed, chunk)
+    words = {"normalize": normalize, "norm": norm, "biases": biases, "update": update, "batch_norm": batch_norm}
+    check_landscape_options(words, axes=axes, span=span, steps=steps, seed=seed, dtype=dtype, chunk=chunk)
     wanted = as_list(axes)
     coordinates = grid(span, steps, len(wanted), update)
     criterion, precision = find_loss(loss), _dtype(dtype)
@@ -265,6 +265,31 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "update": ("add", "adam"),
     "batch_norm": ("kept", "recomputed"),
 }
+
+
+def check_landscape_options(
+    words: Mapping[str, Any], *, axes: Any, span: Any, steps: Any, seed: Any, dtype: Any, chunk: Any = None
+) -> None:
+    """Refuse options of :func:`loss_landscape` that cannot be, before a model is seen.
+
+    Args:
+        words: ``normalize``, ``norm``, ``biases``, ``update`` and ``batch_norm``, by name.
+        axes: as there; so are all others.
+        span: of the coordinates.
+        steps: points.
+        seed: of random axes.
+        dtype: to measure in.
+        chunk: points at once.
+
+    Raises:
+        FlatnessError: naming the option.
+    """
+    _check_words(**words)
+    _check_numbers(seed, chunk)
+    wanted = as_list(axes)
+    check_update(words["update"], wanted, words["normalize"])
+    grid(span, steps, len(wanted), words["update"])
+    _dtype(dtype)
 
 
 def _check_words(**given: Any) -> None:

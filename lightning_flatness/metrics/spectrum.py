@@ -95,7 +95,17 @@ def hessian_spectrum(
         >>> result.eigenvalues, result.kind
         (tensor([9.0000, 1.0000], dtype=torch.float64), 'mainly positive')
     """
-    _check(matrix, top_k, num_steps, num_probes, exponent, tolerance, max_products, seed, dtype)
+    check_spectrum_options(
+        matrix=matrix,
+        top_k=top_k,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        exponent=exponent,
+        tolerance=tolerance,
+        max_products=max_products,
+        seed=seed,
+        dtype=dtype,
+    )
     if isinstance(batches, Iterator):
         raise BatchError(
             f"The batches are a {type(batches).__name__}, which can be read only once, and every product with the "
@@ -236,7 +246,8 @@ def _teller(bar: Any, name: str, total: int) -> Callable[[], None]:
     return lambda: bar.advance(task)
 
 
-def _check(
+def check_spectrum_options(
+    *,
     matrix: str,
     top_k: int,
     num_steps: int,
@@ -247,6 +258,11 @@ def _check(
     seed: int,
     dtype: Any,
 ) -> None:
+    """Refuse options of :func:`hessian_spectrum` that cannot be, before a model is seen.
+
+    Raises:
+        FlatnessError: naming the option.
+    """
     if matrix not in ("hessian", "gauss_newton"):
         raise FlatnessError(f"matrix={matrix!r}: give 'hessian' or 'gauss_newton'.")
     least = {"top_k": (top_k, 0), "num_steps": (num_steps, 1), "num_probes": (num_probes, 1)}

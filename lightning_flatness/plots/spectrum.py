@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_flatness.errors import FlatnessError
@@ -78,13 +78,15 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
     return figure, ax
 
 
-def plot_eigenvalues(history: Iterable[tuple[float, SpectrumResult]], *, ax: Any | None = None) -> tuple[Any, Any]:
+def plot_eigenvalues(
+    history: Iterable[tuple[float, SpectrumResult] | Mapping[str, Any]], *, ax: Any | None = None
+) -> tuple[Any, Any]:
     """Draw the largest eigenvalues over the epochs, and the most negative Ritz value of all probes.
 
     The axis is linear near zero and logarithmic beyond, since eigenvalues have both signs.
 
     Args:
-        history: pairs of epoch and result, in any order.
+        history: pairs of epoch and result, in any order; or the records of ``SpectrumCallback.history``.
         ax: draw here instead of in a new figure.
 
     Returns:
@@ -102,17 +104,17 @@ def plot_eigenvalues(history: Iterable[tuple[float, SpectrumResult]], *, ax: Any
         >>> len(ax.get_lines())
         4
     """
-    records = sorted(history, key=lambda pair: pair[0])
+    records = sorted((_numbers(entry) for entry in history), key=lambda record: record[0])
     if not records:
         raise FlatnessError("plot_eigenvalues needs one (epoch, SpectrumResult) at least.")
     figure, ax = axes_or_new(ax, 7.0, 4.0)
-    epochs = [epoch for epoch, _ in records]
+    epochs = [epoch for epoch, _, _ in records]
     marker = "o" if len(epochs) <= 40 else None
-    most = max(len(result.eigenvalues) for _, result in records)
-    lowest = [float(result.ritz_values.min()) for _, result in records]
+    most = max(len(eigenvalues) for _, eigenvalues, _ in records)
+    lowest = [value for _, _, value in records]
     sizes = [abs(value) for value in lowest]
     for index in range(most):
-        values = [float(r.eigenvalues[index]) if index < len(r.eigenvalues) else float("nan") for _, r in records]
+        values = [found[index] if index < len(found) else float("nan") for _, found, _ in records]
         sizes += [abs(value) for value in values]
         label = "λ1, the largest" if index == 0 else f"λ2 to λ{most}" if index == 1 and most > 2 else None
         alpha = 1.0 if index == 0 else max(0.25, 0.7 - 0.5 * index / most)
@@ -133,3 +135,11 @@ def plot_eigenvalues(history: Iterable[tuple[float, SpectrumResult]], *, ax: Any
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="both", alpha=0.25, linewidth=0.6)
     return figure, ax
+
+
+def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> tuple[float, list[float], float]:
+    """Epoch, eigenvalues, lowest Ritz value."""
+    if isinstance(entry, Mapping):
+        return entry["epoch"], list(entry["eigenvalues"]), entry["lowest_ritz_value"]
+    epoch, result = entry
+    return epoch, result.eigenvalues.tolist(), float(result.ritz_values.min())

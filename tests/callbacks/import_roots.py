@@ -56,7 +56,10 @@ def main(how, folder):
         callbacks = [
             lf.FlatnessCallback(),
             lf.FlatnessStopping(burn_in=0),
+            lf.SpectrumCallback(every_n_epochs=1, top_k=1, num_steps=3, num_probes=1),
+            lf.LandscapeCallback(steps=2),
             ModelCheckpoint(folder, monitor="flatness/relative_flatness", filename="best"),
+            ModelCheckpoint(folder / "trace", monitor="spectrum/trace"),
             EarlyStopping("flatness/hessian_trace", patience=9),
         ]
         trainer = pl.Trainer(

@@ -134,7 +134,7 @@ def test_a_part_of_given_data(tmp_path):
     callback = lf.FlatnessCallback(data=SOURCES["loader"](), max_samples=6)
     fit(tmp_path, Classifier(), callback)
     assert callback.report.num_samples == 6
-    with pytest.raises(lf.FlatnessError, match=r"max_samples=...\) needs a DataLoader.*data= is a list"):
+    with pytest.raises(lf.FlatnessError, match=r"max_samples=... needs a DataLoader.*data= is a list"):
         fit(tmp_path, Classifier(), lf.FlatnessCallback(data=SOURCES["list of batches"](), max_samples=6))
 
 

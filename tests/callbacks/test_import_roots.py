@@ -67,7 +67,8 @@ def test_both_names_of_lightning(tmp_path, how, root):
     assert (tmp_path / "best.ckpt").exists()
     seen = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0")).Reload().Tags()
     assert "flatness/relative_flatness" in seen["scalars"]
-    assert "flatness/history" in seen["images"]
+    assert {"flatness/history", "spectrum/density", "landscape/contour"} <= set(seen["images"])
+    assert "spectrum/trace" in seen["scalars"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,273 @@
+"""The loss landscape around a network while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_flatness.callbacks.at_epochs import AtEpochs, Record
+from lightning_flatness.callbacks.network import find_network
+from lightning_flatness.callbacks.root import LightningModule, Trainer
+from lightning_flatness.callbacks.source import Samples
+from lightning_flatness.callbacks.trajectory import Trajectory
+from lightning_flatness.errors import FlatnessError, LandscapeError
+from lightning_flatness.functional import find_loss
+from lightning_flatness.metrics import check_landscape_options, loss_landscape
+from lightning_flatness.plots import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface
+from lightning_flatness.results import LandscapeResult
+
+Statistics = Literal["kept", "recomputed"]
+
+
+class LandscapeCallback(AtEpochs):
+    """The loss on a line or plane through the weights at the end of a fit, and every few epochs.
+
+    Contours and surface go to TensorBoard's page *Images*, every result to a file ``epoch=...-step=...-kept.npz`` (or
+    ``-recomputed``) for :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>`. An interrupt
+    (Ctrl-C) ends a landscape, and what was computed of it is kept.
+
+    Training with it is bit-identical to training without it. The middle of a landscape are the weights that are
+    trained; at the end of the fit those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is
+    listed before.
+
+    Args:
+        data: ``"train"``: a fixed random subset of the training data, in evaluation mode, through a loader of its own.
+            ``"val"``: likewise of the validation data. Or a ``DataLoader`` or list of batches, of which every rank
+            measures its share. All of it is kept in memory while it is measured.
+        max_samples: size of the subset over all ranks; by default 512, or all of data that are given.
+        every_n_epochs: measure the first epoch and every n-th after it, too; None for the end of the fit only.
+        axes: ``"random"``, ``"adam"`` (moments of the Trainer's optimizer) or ``"hessian"``, a plane of two such axes;
+            a list of one (a line) or two of these words; or ``"trajectory"``: the plane of the two principal directions
+            of the weights of all epochs, which are drawn into it. For this a copy of the network's parameters, of the
+            start and of every epoch of this fit, is kept in the memory of the CPU, on every rank; not in checkpoints.
+        normalize: this and the arguments to ``dtype`` are those of :func:`~lightning_flatness.loss_landscape`.
+        norm: L1 or L2.
+        biases: ``"zero"`` or ``"scaled"``.
+        update: ``"add"`` or ``"adam"``.
+        span: of the coordinates; by default 1, or what the trajectory takes and a quarter of it on every side.
+        steps: points along every axis.
+        frozen: what does not move.
+        batch_norm: ``"kept"``, ``"recomputed"``, or ``"both"``, one after the other, drawn side by side.
+        loss: name, module or function.
+        label_smoothing: of cross-entropy; so are the next two.
+        class_weight: of cross-entropy.
+        ignore_index: of cross-entropy.
+        seed: of random axes.
+        dtype: to measure in.
+        cap: losses above are drawn as this.
+        prefix: of the figures; give several callbacks in one Trainer different ones.
+        model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
+            LightningModule to the network; by default the LightningModule.
+        batch_fn: function from a batch to ``(inputs, targets)``.
+        folder: for the files; by default ``prefix`` in the Trainer's ``log_dir``.
+        figures: draw for TensorBoard.
+        on_error: ``"raise"``; or ``"warn"`` and train on.
+
+    Attributes:
+        history: a record of plain numbers for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy``
+            of the model, ``lowest_loss`` of all points, and whether it is ``complete``; kept in checkpoints.
+        results: the last landscape, by ``"kept"`` and ``"recomputed"``: each a
+            :class:`~lightning_flatness.LandscapeResult`.
+
+    Raises:
+        FlatnessError: wrong arguments; and, before the first epoch, what cannot be measured.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[LandscapeCallback()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        data: Literal["train", "val"] | Iterable[Any] = "train",
+        max_samples: int | None = None,
+        every_n_epochs: int | None = None,
+        axes: str | list[str] = "random",
+        normalize: Literal["none", "weight", "filter", "layer", "model"] | None = None,
+        norm: Literal[1, 2] = 2,
+        biases: Literal["zero", "scaled"] = "zero",
+        update: Literal["add", "adam"] = "add",
+        span: float | list[float] | list[list[float]] | None = None,
+        steps: int | list[int] = 25,
+        frozen: str | list[str] | None = None,
+        batch_norm: Literal["kept", "recomputed", "both"] = "kept",
+        # Functions first: a command line takes the first type that fits.
+        loss: Callable[[Tensor, Tensor], Tensor] | nn.Module | str = "cross_entropy",
+        label_smoothing: float = 0.0,
+        class_weight: list[float] | None = None,
+        ignore_index: int = -100,
+        seed: int = 0,
+        dtype: Literal["float32", "float64"] | None = None,
+        cap: float | None = None,
+        prefix: str = "landscape",
+        model: Callable[[Any], Any] | str | None = None,
+        batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
+        folder: str | None = None,
+        figures: bool = True,
+        on_error: Literal["raise", "warn"] = "raise",
+    ) -> None:
+        super().__init__(
+            data, max_samples, every_n_epochs, prefix, model, batch_fn, folder, figures, on_error, "landscape"
+        )
+        self._statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
+        self._trajectory = Trajectory() if axes == "trajectory" else None
+        self._axes = [axes, axes] if isinstance(axes, str) else axes
+        checked: Any = "random" if self._trajectory else axes
+        if not all(isinstance(axis, str) for axis in self._axes):
+            raise FlatnessError(f"{axes=}: give words; loss_landscape() takes directions, too.")
+        words = {"normalize": normalize, "norm": norm, "biases": biases, "update": update}
+        width = 1.0 if span is None else span
+        for name in self._statistics:
+            check_landscape_options(
+                words | {"batch_norm": name}, axes=checked, span=width, steps=steps, seed=seed, dtype=dtype
+            )
+        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
+            raise FlatnessError(f"{cap=} must be a positive number.")
+        criterion = find_loss(loss, label_smoothing, class_weight, ignore_index)
+        still = (frozen,) if isinstance(frozen, str) else tuple(frozen or ())
+        self._options: dict[str, Any] = words | {"frozen": still, "loss": criterion, "seed": seed, "dtype": dtype}
+        self._grid: dict[str, Any] = {"span": width, "steps": steps}
+        self._whole_trajectory = span is None
+        self.cap = cap
+        self.results: dict[Statistics, LandscapeResult] = {}
+
+    # ------------------------------------------------------------------------------------------------- the trajectory
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As always, and keep the weights of the start."""
+        super().on_train_start(trainer, pl_module)
+        self._keep_weights(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As always, and keep the weights of the epoch."""
+        self._keep_weights(pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As always, and let go of the weights."""
+        super().teardown(trainer, pl_module, stage)
+        if self._trajectory is not None:
+            self._trajectory.let_go()
+
+    def _keep_weights(self, pl_module: LightningModule) -> None:
+        if self._trajectory is not None:
+            with self._faults.kept(1):
+                self._trajectory.add(find_network(pl_module, self.model))
+
+    def _ready(self, final: bool) -> bool:
+        if self._trajectory is None or self._trajectory.spans_a_plane:
+            return True
+        if final:
+            rank_zero_warn(
+                "LandscapeCallback(axes='trajectory') needs two epochs at least to span a plane; none is drawn."
+            )
+        return False
+
+    # ------------------------------------------------------------------------------------------------------ measuring
+
+    def _forget(self) -> None:
+        self.results = {}
+        if self._trajectory is not None:
+            self._trajectory.forget()
+
+    def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
+        if "adam" in self._axes:
+            _adam(trainer, network)
+        # On two points along axes that there are already.
+        options = self._options | {"update": "add", "biases": "scaled"}
+        for name in self._statistics:
+            loss_landscape(network, batches, axes=["random"], steps=2, batch_norm=name, progress=False, **options)
+
+    def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
+        options = self._options | self._grid
+        axes: Any = self._axes
+        if self._trajectory is not None:
+            axes, around = self._trajectory.plane(network)
+            options |= {"span": around} if self._whole_trajectory else {}
+        if "adam" in self._axes:
+            options["optimizer"] = _adam(trainer, network)
+        self.results = {}
+        for name in self._statistics:
+            try:
+                found = loss_landscape(network, batches, axes=axes, batch_norm=name, progress=progress, **options)
+            except LandscapeError as error:
+                self.results[name] = error.result
+                raise
+            self.results[name] = found
+            if not found.complete:
+                break
+        first = next(iter(self.results.values()))
+        finite = first.losses[first.finite]
+        return {
+            "loss": first.origin_loss,
+            "accuracy": first.origin_accuracy,
+            "lowest_loss": float(finite.min()) if len(finite) else None,
+            "complete": not self._interrupted,
+        }
+
+    @property
+    def trajectory(self) -> Tensor | None:
+        """Of the start and every epoch, coordinates in the last landscape ``(epochs + 1, 2)``; None on other axes."""
+        return None if self._trajectory is None else self._trajectory.coordinates
+
+    @property
+    def _interrupted(self) -> bool:
+        return not all(result.complete for result in self.results.values())
+
+    # ------------------------------------------------------------------------------------------------ files, figures
+
+    def _write(self, stem: Path) -> None:
+        for name, result in self.results.items():
+            result.save(f"{stem}-{name}.npz")
+        if self._trajectory is not None:
+            self._trajectory.save(f"{stem}-trajectory.npz")
+
+    def _draw(self) -> Mapping[str, Any]:
+        figures: dict[str, Any] = {}
+        for name, result in self.results.items():
+            tag = name if len(self._statistics) > 1 else ""
+            if len(result.axes) == 1:
+                figures[f"line/{tag}".rstrip("/")] = plot_line(result, cap=self.cap)[0]
+                continue
+            contour = plot_contour(result, cap=self.cap, trajectory=self.trajectory)[0]
+            figures[f"contour/{tag}".rstrip("/")] = contour
+            log = self.cap is None and _spans_tenfold(result)
+            figures[f"surface/{tag}".rstrip("/")] = plot_surface(result, cap=self.cap, log=log)[0]
+        if len(self.results) == 2:
+            pair = self.results["kept"], self.results["recomputed"]
+            figures["batch_norm"] = plot_kept_and_recomputed(*pair, cap=self.cap)[0]
+        return figures
+
+
+def _spans_tenfold(result: LandscapeResult) -> bool:
+    """Such a surface is readable in the logarithm only; contours do the same."""
+    finite = result.losses[result.finite]
+    return bool(len(finite)) and 0 < 10 * float(finite.min()) < float(finite.max())
+
+
+def _adam(trainer: Trainer, network: nn.Module) -> torch.optim.Optimizer:
+    """The Trainer's optimizer of this network, if it keeps Adam's moments.
+
+    Raises:
+        FlatnessError: there is none, or it is known to keep none.
+    """
+    own = {id(parameter) for parameter in network.parameters()}
+    fitting = [
+        optimizer
+        for optimizer in trainer.optimizers
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+    ]
+    names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+    if not fitting:
+        raise FlatnessError(f"axes='adam': no optimizer of the Trainer ({names}) has parameters of this network.")
+    if "betas" not in fitting[0].defaults or isinstance(fitting[0], torch.optim.Adamax):
+        raise FlatnessError(
+            f"axes='adam' takes the moments exp_avg and exp_avg_sq, and {type(fitting[0]).__name__} keeps none. Train "
+            " with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
+        )
+    return fitting[0]

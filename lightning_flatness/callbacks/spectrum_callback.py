@@ -1,0 +1,172 @@
+"""The spectrum of the Hessian of a network while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_flatness.callbacks.at_epochs import AtEpochs, Record
+from lightning_flatness.callbacks.root import LightningModule, Trainer
+from lightning_flatness.callbacks.source import Samples
+from lightning_flatness.functional import find_loss
+from lightning_flatness.metrics import check_spectrum_options, hessian_spectrum
+from lightning_flatness.plots import plot_density, plot_eigenvalues
+from lightning_flatness.results import SpectrumResult
+
+LOGGED = ("lambda_max", "trace", "r_e", "k_hn", "c_t")
+
+
+class SpectrumCallback(AtEpochs):
+    """Eigenvalues, trace, spectral density and criteria of the Hessian at the end of a fit, and every few epochs.
+
+    Logged are ``{prefix}/lambda_max``, ``trace``, ``r_e``, ``k_hn`` and ``c_t``; with ``every_n_epochs`` at the end of
+    these epochs, so that ``ModelCheckpoint`` and others can monitor them, and at the end of the fit to the loggers. The
+    density, and the eigenvalues over the epochs, go to TensorBoard's page *Images*; every result to a file
+    ``epoch=...-step=....npz`` for :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>`.
+
+    Training with it is bit-identical to training without it. Measured are the weights that are trained; at the end of
+    the fit those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is listed before.
+
+    Args:
+        data: ``"train"``: a fixed random subset of the training data, in evaluation mode, through a loader of its own.
+            ``"val"``: likewise of the validation data. Or a ``DataLoader`` or list of batches, of which every rank
+            measures its share. All of it is kept in memory while it is measured.
+        max_samples: size of the subset over all ranks; by default 512, or all of data that are given.
+        every_n_epochs: measure the first epoch and every n-th after it, too; None for the end of the fit only.
+        params: names or glob patterns of parameters or modules; None for all. This and the arguments to ``dtype`` are
+            those of :func:`~lightning_flatness.hessian_spectrum`.
+        loss: name, module or function.
+        label_smoothing: of cross-entropy.
+        class_weight: of cross-entropy.
+        ignore_index: of cross-entropy.
+        matrix: ``"hessian"`` or ``"gauss_newton"``.
+        top_k: eigenvalues.
+        num_steps: Lanczos steps of every probe.
+        num_probes: random vectors.
+        exponent: of ``K_Hn``.
+        tolerance: of the eigenvalues' residuals.
+        max_products: for the eigenvalues.
+        seed: of the probes.
+        dtype: to measure in.
+        prefix: of the logged keys; give several callbacks in one Trainer different ones.
+        model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
+            LightningModule to the network; by default the LightningModule.
+        batch_fn: function from a batch to ``(inputs, targets)``.
+        folder: for the files; by default ``prefix`` in the Trainer's ``log_dir``.
+        eigenvectors: write these to the files, too: ``top_k`` vectors as long as all parameters together.
+        figures: draw for TensorBoard.
+        on_error: ``"raise"``; or ``"warn"`` and train on.
+
+    Attributes:
+        history: a record of plain numbers for every measurement of a fit, with ``epoch``, ``step``, the logged keys and
+            what :func:`~lightning_flatness.plots.plot_eigenvalues` needs; kept in checkpoints.
+        result: the last measurement, a :class:`~lightning_flatness.SpectrumResult`.
+
+    Raises:
+        FlatnessError: wrong arguments; and, before the first epoch, what cannot be measured.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[SpectrumCallback()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        data: Literal["train", "val"] | Iterable[Any] = "train",
+        max_samples: int | None = None,
+        every_n_epochs: int | None = None,
+        params: str | list[str] | None = None,
+        # Functions first: a command line takes the first type that fits.
+        loss: Callable[[Tensor, Tensor], Tensor] | nn.Module | str = "cross_entropy",
+        label_smoothing: float = 0.0,
+        class_weight: list[float] | None = None,
+        ignore_index: int = -100,
+        matrix: Literal["hessian", "gauss_newton"] = "hessian",
+        top_k: int = 5,
+        num_steps: int = 50,
+        num_probes: int = 10,
+        exponent: float = 0.5,
+        tolerance: float | None = None,
+        max_products: int = 500,
+        seed: int = 0,
+        dtype: Literal["float32", "float64"] | None = None,
+        prefix: str = "spectrum",
+        model: Callable[[Any], Any] | str | None = None,
+        batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
+        folder: str | None = None,
+        eigenvectors: bool = False,
+        figures: bool = True,
+        on_error: Literal["raise", "warn"] = "raise",
+    ) -> None:
+        super().__init__(
+            data, max_samples, every_n_epochs, prefix, model, batch_fn, folder, figures, on_error, "spectrum"
+        )
+        options: dict[str, Any] = {
+            "matrix": matrix,
+            "top_k": top_k,
+            "num_steps": num_steps,
+            "num_probes": num_probes,
+            "exponent": exponent,
+            "tolerance": tolerance,
+            "max_products": max_products,
+            "seed": seed,
+            "dtype": dtype,
+        }
+        check_spectrum_options(**options)
+        criterion = find_loss(loss, label_smoothing, class_weight, ignore_index)
+        self._options = options | {"loss": criterion, "params": params}
+        self.eigenvectors = eigenvectors
+        self.result: SpectrumResult | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As always, and warn of gradient clipping."""
+        super().on_fit_start(trainer, pl_module)
+        if trainer.gradient_clip_val:
+            rank_zero_warn(
+                f"SpectrumCallback: gradients are clipped (gradient_clip_val={trainer.gradient_clip_val}). Where "
+                "gradients are manipulated, r_e, K_Hn and C_t do not tell generalization (Gabdullin 2025, arXiv "
+                "2504.17618); eigenvalues, trace and density are what they are."
+            )
+
+    def _forget(self) -> None:
+        self.result = None
+
+    def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
+        one_product = self._options | {"top_k": 0, "num_steps": 1, "num_probes": 1}
+        hessian_spectrum(network, batches, progress=False, **one_product)
+
+    def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
+        result = self.result = hessian_spectrum(network, batches, progress=progress, **self._options)
+        values = result.eigenvalues.tolist()
+        return {
+            **({"lambda_max": values[0]} if values else {}),
+            **{name: float(getattr(result, name)) for name in LOGGED[1:]},
+            "trace_stderr": result.trace_stderr,
+            "kind": result.kind,
+            "eigenvalues": values,
+            "lowest_ritz_value": float(result.ritz_values.min()),
+            "num_steps": result.num_steps,
+            "loss": result.loss,
+            "weight_norm": result.weight_norm,
+            "converged": result.converged,
+        }
+
+    def _logged(self, record: Record) -> dict[str, float]:
+        return {name: record[name] for name in LOGGED if name in record}
+
+    def _write(self, stem: Path) -> None:
+        assert self.result is not None
+        result = self.result if self.eigenvectors else replace(self.result, eigenvectors=self.result.eigenvectors[:0])
+        result.save(f"{stem}.npz")
+
+    def _draw(self) -> Mapping[str, Any]:
+        assert self.result is not None
+        return {"density": plot_density(self.result)[0]}
+
+    def _draw_history(self) -> Mapping[str, Any]:
+        return {"eigenvalues": plot_eigenvalues(self.history)[0]}
