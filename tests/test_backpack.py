@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from benchmarks.all_layers import resnet
+from benchmarks.networks import resnet20
 from tests.networks import randomise_statistics
 
 backpack = pytest.importorskip("backpack")
@@ -31,7 +31,7 @@ def diagonal_traces(net, x, y):
 
 
 def test_filter_traces_are_those_of_backpack():
-    net = randomise_statistics(resnet(20, classes=10))
+    net = randomise_statistics(resnet20())
     x, y = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
     report = lf.measure_flatness(net, [(x, y)], layers="all")
     expected = diagonal_traces(net, x, y)

@@ -200,6 +200,7 @@ class FlatnessCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note the stage: a checkpoint is loaded in every one of them."""
         self._stage = stage
+        self._live.forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of data and model."""
@@ -224,7 +225,6 @@ class FlatnessCallback(Callback):
         self._unrecorded = self._accuracy_missing = False
         self._certified = None
         self._faults.forget()
-        self._live.forget()
         self._chart_laid_out = False
         self._let_go()
         with self._measuring(trainer, pl_module):
@@ -354,10 +354,14 @@ class FlatnessCallback(Callback):
             self._live.begin()
 
     def _listen(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        if self._measurement is None or self._faults or not isinstance(self._source, Validated):
+        source = self._source
+        if self._measurement is None or self._faults or not isinstance(source, Validated) or not self._live.listens:
+            return
+        if source.why_not_live:
+            self._live.refuse(source.why_not_live)
             return
         with self._measuring(trainer, pl_module):
-            self._live.before(trainer, self._measurement, *self._source.samples_of(batch))
+            self._live.before(trainer, self._measurement, *source.samples_of(batch))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit" or not self.history:

@@ -9,13 +9,15 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_flatness.callbacks.root import Trainer
-from lightning_flatness.capture import KEEPS_TENSORS, Listener, same_inputs
+from lightning_flatness.capture import KEEPS_TENSORS, Listener, num_rows, same_inputs
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import Measurement
 
 
 class LiveForwards:
-    """Tries out once in a measurement whether forward passes can be observed, and says once in a run which are used.
+    """Tries out in every measurement whether forward passes can be observed, and says which are used, when it changes.
+
+    What the trial shows to be impossible is so for the run; what a batch shows, for the measurement.
 
     Args:
         wanted: whether they should be, if they can.
@@ -32,19 +34,26 @@ class LiveForwards:
         self._told: str | None = None
         self.begin()
 
+    @property
+    def listens(self) -> bool:
+        """Whether the next batch is to be listened to."""
+        return not (self._impossible or self._stopped)
+
     def begin(self) -> None:
         """A new measurement, with new weights."""
         self.let_go()
-        self._tried = False
+        self._tried = self._stopped = False
 
     def before(self, trainer: Trainer, measurement: Measurement, inputs: Any, targets: Tensor | None) -> None:
         """Listen for the forward pass on a batch that is about to be validated."""
         self.let_go()
-        if self._impossible:
+        if num_rows(inputs, targets) < 2:  # one sample is measured twice, side by side
             return
         if not self._tried:
             self._tried = True
-            self._decide(measurement.why_not_live(inputs, targets, trainer.precision_plugin.val_step_context))
+            reason = measurement.why_not_live(inputs, targets, trainer.precision_plugin.val_step_context)
+            self._impossible = bool(reason)
+            self.tell(reason)
         if not self._impossible:
             self._heard = measurement.listen(inputs)
             self._heard.__enter__()
@@ -70,7 +79,8 @@ class LiveForwards:
         if not reason and alive() is not None:
             reason = KEEPS_TENSORS
         if reason:
-            self._decide(reason)
+            self._stopped = True
+            self.tell(reason)
         return measured
 
     def let_go(self) -> None:
@@ -80,8 +90,14 @@ class LiveForwards:
             self._heard.release()
         self._heard = None
 
-    def _decide(self, reason: str) -> None:
-        self._impossible = bool(reason)
+    def refuse(self, reason: str) -> None:
+        """Listen no more in this run."""
+        if not self._impossible:
+            self._impossible = True
+            self.tell(reason)
+
+    def tell(self, reason: str) -> None:
+        """Which passes are used, unless that was told last."""
         if reason != self._told:
             rank_zero_info(
                 f"FlatnessCallback measures in forward passes of its own: {reason}."

@@ -78,6 +78,13 @@ class Validated:
         """Nothing is left after the last batch."""
         return iter(())
 
+    @property
+    def why_not_live(self) -> str:
+        """Why it is not known before a step what is to be measured of its batch; nothing, if it is."""
+        if self._batch_fn is not None:
+            return "batch_fn= is called after the step"
+        return "" if self._max_samples is None else "max_samples= takes parts of batches"
+
     def samples_of(self, batch: Any) -> Samples:
         """The samples of a batch."""
         return split_with(self._batch_fn, batch)

@@ -123,7 +123,7 @@ def certified_tail(
         NotClosedFormError: the tail is not what the closed form needs.
     """
     features, output = head.features, observed.output
-    operations = operations_of(features if logits is None else logits)
+    operations = operations_of(features)
     before = known.get(name)
     if before is not None and operations is not None and before.operations == operations:
         before.batches += 1

@@ -86,10 +86,10 @@ class Listener:
     def graph(self) -> weakref.ref[Any]:
         """Something that lives as long as any tensor of the observed graph."""
         token = _Token()
-        calls = [] if self.seen is None else [call for calls in self.seen.layers.values() for call in calls]
+        layers = [] if self.seen is None else [layer for calls in self.seen.layers.values() for layer in calls]
         with torch.inference_mode(False), torch.enable_grad():
-            for call in calls:
-                metadata: Any = get_gradient_edge(call.output).node.metadata
+            for layer in layers:
+                metadata: Any = get_gradient_edge(layer.output).node.metadata
                 metadata["lightning_flatness"] = token
         return weakref.ref(token)
 

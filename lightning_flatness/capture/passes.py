@@ -158,6 +158,8 @@ class ForwardPasses:
         if [use for use in seen.uses if use[0] in plan.modules] != self._uses:
             raise LayerSelectionError("the forward does something else with a kernel than before")
         logits = logits_of(heard.output)
+        if len(logits) < 2:
+            raise BatchError("one sample is measured twice, side by side")
         targets = targets if targets is None else targets.to(logits.device)
         loss = self._options.loss_function(logits.detach(), targets)
         calls = plan.calls(seen, len(logits))

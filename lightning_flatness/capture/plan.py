@@ -263,7 +263,7 @@ class Plan:
     def tails_up_to_the_classifier(
         self, layers: dict[str, Calls], seen: Observation, logits: Tensor
     ) -> dict[str, TailDerivatives]:
-        """The same for a forward pass of which the graph ends at the classifier's input; nothing is changed.
+        """The same for a forward pass of which the graph ends at the classifier's input; no layer changes its method.
 
         Raises:
             NotClosedFormError: a layer or the head is not what the closed form needs.

@@ -19,7 +19,7 @@ ROUNDINGS = 1e3
 # Names and numbers of the functions of a graph, and which comes after which.
 Operations = tuple[tuple[Any, ...], ...]
 # Functions that move or mix entries as other tensors tell.
-MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "Mm", "Bmm", "bmm")
+MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
 
 
 def operations_of(end: Tensor) -> Operations | None:

@@ -18,12 +18,13 @@ from lightning_flatness.functional.patches import (
 
 # Elements of one chunk's factors, and of the products of them that are made at a time: on a CPU the products should
 # stay in the cache, elsewhere be large.
-CHUNK_ELEMENTS = {"cpu": 2**22}
-CHUNK_ELEMENTS_DEFAULT = 2**26
 FACTOR_ELEMENTS = {"cpu": 2**24}
 PRODUCT_ELEMENTS = {"cpu": 2**20}
+ELEMENTS_ELSEWHERE = 2**26
 # With so few products of a class and a position, one matrix product over all of them beats two and an elementwise one.
 FEW = 24
+# Samples that may be summed in the precision of the factors.
+MOST_SAMPLES = 64
 # Rows of T that are made at a time, from the diagonal to the right.
 STRIP = 128
 
@@ -82,12 +83,14 @@ def closed_form_block_traces(
     patch_length = inputs.shape[1] // groups * prod(geometry.kernel_size)
     by_gram, by_sum = contraction_costs(positions, patch_length, per_group, diagonal=diagonal)
     use_gram = by_gram <= by_sum
-    budget = FACTOR_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
+    budget = FACTOR_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
     strip = min(per_group, STRIP)
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)
         chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
-    at_once = PRODUCT_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT) // (2 * groups * strip * per_group)
+        chunk_size = min(chunk_size, MOST_SAMPLES)
+    of_products = PRODUCT_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
+    samples_at_once = max(1, of_products // (2 * groups * strip * per_group))
 
     head, floor = curvature.centred(head), curvature.floor
     of_filters = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
@@ -115,8 +118,8 @@ def closed_form_block_traces(
                 of_all = _all_products(columns[:, :, rows], right[:, :, rows])
                 total[:, rows, rest] += of_all @ _all_products(signed[:, :, rest], left[:, :, rest]).mT
                 continue
-            for first in range(0, len(left), max(1, at_once)):
-                some = slice(first, first + max(1, at_once))
+            for first in range(0, len(left), samples_at_once):
+                some = slice(first, first + samples_at_once)
                 features = right[some, :, rows] @ left[some, :, rest].mT
                 products = columns[some, :, rows] @ signed[some, :, rest].mT
                 products *= features

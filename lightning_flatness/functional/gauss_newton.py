@@ -8,8 +8,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional.closed_form import CHUNK_ELEMENTS, CHUNK_ELEMENTS_DEFAULT
 from lightning_flatness.functional.patches import ConvolutionGeometry, contraction_costs, patch_gram, patches
+
+# Elements of one chunk's largest intermediates.
+CHUNK_ELEMENTS = {"cpu": 2**22}
+ELEMENTS_ELSEWHERE = 2**26
 
 
 def gauss_newton_block_traces(
@@ -57,7 +60,7 @@ def gauss_newton_block_traces(
     if chunk_size is None:
         length = positions if use_gram else patch_length
         elements = groups * length * (positions + columns * per_group) + columns * filters * positions
-        budget = CHUNK_ELEMENTS.get(inputs.device.type, CHUNK_ELEMENTS_DEFAULT)
+        budget = CHUNK_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
         chunk_size = max(1, budget // elements)
 
     shape = (groups, per_group) if diagonal else (groups, per_group, per_group)

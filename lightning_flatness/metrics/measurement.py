@@ -49,21 +49,21 @@ class Measurement:
         seed = options.get("seed", 0) + 1000 * own_rank()  # variances add up as probes of ranks are independent
         self._options = options | {"seed": seed}
         self._observer = FlatnessObserver(model, **self._options)
-        # One of its own: its copy of the model is older than a pass of the user's, where DDP may exchange buffers.
-        self._live = FlatnessObserver(model, **self._options)
+        # Apart, since its copy of the model is older than a pass of the user's, where DDP may exchange buffers.
+        self._live: FlatnessObserver | None = None
         self._model = model
         self._metrics: dict[str, FlatnessMetric] = {}
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
         """How every layer is measured; empty before the first batch."""
-        own, live = self._observer.layers, self._live.layers
-        return {name: merged([own[name], live[name]]) for name in own} if own and live else own or live
+        own, live = self._observer.layers, {} if self._live is None else self._live.layers
+        return {name: merged([found[name] for found in (own, live) if name in found]) for name in {**own, **live}}
 
     @property
     def left_out(self) -> Mapping[str, str]:
         """Layers of ``layers="all"`` that cannot be measured, and why."""
-        return self._observer.left_out or self._live.left_out
+        return self._observer.left_out or ({} if self._live is None else self._live.left_out)
 
     def update(
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
@@ -82,7 +82,8 @@ class Measurement:
         return reason
 
     def listen(self, inputs: Any) -> Listener:
-        """Hooks, to observe the user's forward pass on these inputs."""
+        """To observe the user's forward pass on these inputs, once :meth:`why_not_live` has returned nothing."""
+        assert self._live is not None
         return self._live.listen(inputs)
 
     def update_observed(self, heard: Listener, targets: Tensor | None = None) -> None:
@@ -91,9 +92,15 @@ class Measurement:
         Raises:
             FlatnessError: it was not as in the passes of our own; nothing is added.
         """
+        assert self._live is not None
         self._add(self._live.observed(heard, targets))
 
     def _add(self, found: Mapping[str, LayerStatistics]) -> None:
+        different = sorted(found.keys() ^ self._metrics.keys())
+        if found and self._metrics and different:
+            raise BatchError(
+                f"Layer '{different[0]}' is measured on some batches and not on others. Name the layers with layers=."
+            )
         for name, statistics in found.items():
             if name not in self._metrics:
                 self._metrics[name] = self._new_metric(self.layers[name])

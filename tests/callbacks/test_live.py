@@ -56,11 +56,11 @@ def nothing_is_kept():
     networks.KEPT.clear()
 
 
-def validated(folder, make, *callbacks, trainer_options=None, **noted):
+def validated(folder, make, *callbacks, trainer_options=None, val_samples=22):
     """A validation, and everything that it leaves behind."""
     seed_everything()
     module = make()
-    loader = loaders(dtype=torch.float64)[1]
+    loader = loaders(dtype=torch.float64, val_samples=val_samples)[1]
     trainer = quiet_trainer(folder, *callbacks, **(trainer_options or {}))
     trainer.validate(module, loader, verbose=False)
     logged = {key: value for key, value in trainer.callback_metrics.items() if not key.startswith("flatness")}
@@ -69,17 +69,20 @@ def validated(folder, make, *callbacks, trainer_options=None, **noted):
     )
 
 
-def assert_as_without(folder, make, told, says, *, trainer_options=None, **options):
+def assert_as_without(folder, make, told, says, *, trainer_options=None, val_samples=22, **options):
     """The run is the same without the callback; its number that of passes of its own; what is used is said once."""
-    expected = validated(folder, make, trainer_options=trainer_options)
+    run = {"trainer_options": trainer_options, "val_samples": val_samples}
+    expected = validated(folder, make, **run)
     own = lf.FlatnessCallback(live=False, **options)
-    validated(folder, make, own, trainer_options=trainer_options)
+    validated(folder, make, own, **run)
     assert told == []
     callback = lf.FlatnessCallback(**options)
-    assert_same(validated(folder, make, callback, trainer_options=trainer_options), expected)
+    assert_same(validated(folder, make, callback, **run), expected)
     for name, layer in own.report.layers.items():
         assert_close(callback.report.layers[name].block_traces, layer.block_traces, rtol=1e-9, atol=0)
-        assert_close(callback.report.layers[name].relative_flatness, layer.relative_flatness, rtol=1e-9, atol=0)
+        assert_close(
+            callback.report.layers[name].relative_flatness, layer.relative_flatness, rtol=1e-9, atol=0, equal_nan=True
+        )
     assert callback.report.num_samples == own.report.num_samples
     assert says in told[-1]
     assert len(told) <= 2
@@ -200,8 +203,36 @@ def test_two_layers_at_once(tmp_path, told, name, inference_mode, says):
     assert len(callback.report.layers) == 2
 
 
-def test_diagonals_and_subsets(tmp_path, told):
-    assert_as_without(tmp_path, make("Plain"), told, OBSERVES, max_samples=10)
+def test_diagonals(tmp_path, told):
+    assert_as_without(tmp_path, make("Plain"), told, OBSERVES, measures=("hessian_trace",))
+
+
+def test_subsets(tmp_path, told):
+    assert_as_without(tmp_path, make("Plain"), told, "takes parts of batches", max_samples=10)
+    assert len(told) == 1
+
+
+def test_batches_that_are_reshaped(tmp_path, told):
+    """The function may change the batch, so it is called when the step has had it, and once."""
+    seen = []
+
+    def reshape(batch):
+        seen.append(len(batch))
+        return batch.pop(0), batch.pop(0)
+
+    assert_as_without(tmp_path, make("Plain"), told, "batch_fn=", batch_fn=reshape)
+    assert seen == [2] * 6  # three batches of each measurement
+
+
+def test_a_reason_of_one_measurement_is_not_one_of_the_next(tmp_path, told):
+    class CallsAgainAtFirst(Module):
+        def step(self, x):
+            return self(x) if self.trainer.current_epoch or self.trainer.sanity_checking else self(x) + 0 * self(x)
+
+    module, callback = CallsAgainAtFirst(networks.Plain()), lf.FlatnessCallback(summary=False)
+    quiet_trainer(tmp_path, callback, max_epochs=2).fit(module, *loaders(dtype=torch.float64))
+    assert ["more than once" in line for line in told] == [False, True, False]
+    assert OBSERVES in told[2]
 
 
 def test_a_difference_would_be_seen(tmp_path, told):
@@ -527,7 +558,7 @@ def test_one_sample_in_the_first_batch(tmp_path, told):
     batches = [[4], [0, 1, 2, 3]]
     loader = DataLoader(dataset(5, dtype=torch.float64), batch_sampler=batches)
     quiet_trainer(tmp_path, callback).validate(Module(networks.Plain()), loader, verbose=False)
-    assert "one sample" in told[0]
+    assert OBSERVES in told[0]
     assert callback.report.num_samples == 5
 
 
@@ -678,11 +709,11 @@ def test_features_that_are_kept_later_are_told(tmp_path, told):
 
 
 def test_own_passes_see_what_changed_since_the_trial(tmp_path, told):
-    """Buffers that change when a step begins, as DDP exchanges them; the last batch is measured in part."""
+    """Buffers that change when a step begins, as DDP exchanges them; the last batch has one sample."""
 
     class Exchanges(Module):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             self.net.norm.running_mean.fill_(0.5)
             super().validation_step(batch, batch_idx)
 
-    assert_as_without(tmp_path, make("Plain", Exchanges), told, OBSERVES, max_samples=10)
+    assert_as_without(tmp_path, make("Plain", Exchanges), told, OBSERVES, val_samples=17)
