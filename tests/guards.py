@@ -1009,6 +1009,20 @@ LIVE_FORWARDS = [
         f"{LIVE}test_batches_that_are_reshaped",
     ),
     Guard(
+        "live: copies of a network have its own forward",
+        "capture/live.py",
+        "return copy.deepcopy(self.__wrapped__, memo)",
+        "return self",
+        f"{LIVE}test_copies_and_files_of_a_network_have_nothing_of_ours",
+    ),
+    Guard(
+        "live: files of a network have its own forward",
+        "capture/live.py",
+        'return getattr, (self._module, "forward")',
+        "return _Forward, (self._listener, self._module)",
+        f"{LIVE}test_copies_and_files_of_a_network_have_nothing_of_ours",
+    ),
+    Guard(
         "live: one sample is measured twice",
         "callbacks/live.py",
         "if num_rows(inputs, targets) < 2:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +64,7 @@ class Listener:
         # Not hooks: those do not run when a forward is interrupted by hand, nor for calls of `forward` itself.
         for module in self._modules:
             own = {name: value for name, value in vars(module).items() if name == "forward"}
-            ours = _Forward(self, module.forward)
+            ours = _Forward(self, module)
             vars(module)["forward"] = ours
             self._ours.append((module, ours, own))
         self._state = _state(self._model)
@@ -148,13 +149,30 @@ class Listener:
 
 
 class _Forward:
-    """Stands in for a module's forward while a listener listens."""
+    """Stands in for a module's forward while a listener listens; copies and pickles have the module's own."""
 
-    def __init__(self, listener: Listener, forward: Callable[..., Any]) -> None:
-        self.listener, self.forward = listener, forward
+    def __init__(self, listener: Listener, module: nn.Module) -> None:
+        self._listener, self._module, self.__wrapped__ = listener, module, module.forward
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.listener.hear(self.forward, arguments, keywords)
+        if torch.compiler.is_compiling():  # an export in the middle of a step
+            return self.__wrapped__(*arguments, **keywords)
+        return self._listener.hear(self.__wrapped__, arguments, keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "__wrapped__"), name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    def __reduce__(self) -> Any:
+        if getattr(self.__wrapped__, "__self__", None) is self._module:
+            return getattr, (self._module, "forward")
+        return _itself, (self.__wrapped__,)
+
+
+def _itself(forward: Any) -> Any:
+    return forward
 
 
 def same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[nn.Module]]:
@@ -260,22 +278,22 @@ def try_observing(
         What ``measure`` returned; or why the user's forward passes must not be observed; and :func:`same_calls`.
     """
     with torch.inference_mode(False):
-        copy = ModelCopy(model)
+        model_copy = ModelCopy(model)
         # The graph is as in the user's pass only if parameters ask for gradients as theirs do.
-        own = {p: copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
+        own = {p: model_copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
     with untouched(model):
-        expected, within = same_calls(model, lambda: copy(inputs, own))
+        expected, within = same_calls(model, lambda: model_copy(inputs, own))
     with untouched(model):
         heard = Listener(model, None, lambda: observe(own))
         try:
             with heard:
-                output = copy(inputs, own)
+                output = model_copy(inputs, own)
         except Exception as error:
             return None, f"the network fails when it is observed ({type(error).__name__}: {error})", []
         reason = heard.reason or _why_different(output, expected)
         if reason:
             return None, reason, []
-        if copy.keeps_graph:
+        if model_copy.keeps_graph:
             return None, "the network writes features to a buffer", []
         alive = heard.graph()
         try:

@@ -26,7 +26,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.results import LayerInfo
 
 # Samples on which it is tried out whether the user's forward passes can be observed.
-TRIAL = 8
+TRIAL = 4
 
 
 class LayerStatistics(NamedTuple):

@@ -1,6 +1,9 @@
 """Validation with its forward passes observed is the same validation, whatever the network does in them."""
 
+import copy
 import gc
+import inspect
+import io
 import weakref
 
 import lightning as L
@@ -375,6 +378,43 @@ STEPS = {
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_validation_step(tmp_path, told, step):
     assert_as_without(tmp_path, make("Plain", step), told, STEPS[step])
+
+
+class CopiesNetwork(Module):
+    """Keeps copies of the network, and files of it, from within its step."""
+
+    def __init__(self, net=None):
+        super().__init__(net)
+        self.kept = {}
+
+    def step(self, x):
+        self.kept |= {"copied before": copy.deepcopy(self.net), "saved before": saved(self.net)}
+        logits = self(x)
+        self.kept |= {"copied after": copy.deepcopy(self.net), "saved after": saved(self.net), "x": x, "y": logits}
+        assert inspect.signature(self.net.forward) == inspect.signature(type(self.net).forward.__get__(self.net))
+        return logits
+
+
+def saved(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    return file.getvalue()
+
+
+def test_copies_and_files_of_a_network_have_nothing_of_ours(tmp_path, told):
+    assert_as_without(tmp_path, make("Plain", CopiesNetwork), told, OBSERVES)
+    module = CopiesNetwork(networks.Plain())
+    quiet_trainer(tmp_path, lf.FlatnessCallback()).validate(module, loaders(dtype=torch.float64)[1], verbose=False)
+    for name in ("before", "after"):
+        copied, file = module.kept[f"copied {name}"], module.kept[f"saved {name}"]
+        assert b"lightning_flatness" not in file
+        loaded = torch.load(io.BytesIO(file), weights_only=False)
+        for network in (copied, loaded):
+            assert network.forward == type(network).forward.__get__(network)
+            assert torch.equal(network(module.kept["x"]), module.kept["y"])
+        with torch.no_grad():  # the copy's own weights, not the network's
+            copied.fc.weight.zero_()
+        assert not torch.equal(copied(module.kept["x"]), module.kept["y"])
 
 
 def test_validation_step_with_gradients(tmp_path, told):
