@@ -184,6 +184,17 @@ def test_adams_update():
     assert_close(line.losses, plane.losses[:, 1], **EXACT)
 
 
+@pytest.mark.parametrize("update", ["add", "adam"])
+@pytest.mark.parametrize("axes", ["adam", ["adam"]])
+def test_moments_of_frozen_parameters_only_move_nothing(axes, update):
+    model = net()
+    optimizer = torch.optim.Adam(model[8].parameters())
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    with pytest.raises(lf.FlatnessError, match="The axis 'exp_avg' is zero: all that it moves is frozen"):
+        lf.loss_landscape(model, BATCHES, axes=axes, update=update, optimizer=optimizer, frozen=["8"], steps=3)
+
+
 def test_hessian_axes_are_eigenvectors():
     model = net()
     spectrum = lf.hessian_spectrum(model, BATCHES, top_k=2, num_steps=1, num_probes=1)
