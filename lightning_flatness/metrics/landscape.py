@@ -239,8 +239,9 @@ def _eigenvectors(
     spectrum = hessian_spectrum(
         model, batches, loss=loss, top_k=number, num_steps=1, num_probes=1, seed=seed, dtype=dtype, progress=False
     )
-    if not spectrum.converged:
-        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=3)
+    if not spectrum.converged and own_rank() == 0:
+        # Between here and the user are the lambda, find_axes and loss_landscape.
+        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=5)
     if len(spectrum.eigenvalues) < number:
         raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
     return [spectrum.eigenvector(index) for index in range(number)]

@@ -4,6 +4,8 @@ import copy
 import math
 import signal
 import time
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
 from lightning_flatness.functional import random_direction
+from lightning_flatness.metrics import landscape
 from tests.networks import randomise_statistics
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -205,6 +208,18 @@ def test_hessian_axes_are_eigenvectors():
     line = lf.loss_landscape(model, BATCHES, axes=["hessian"], steps=3, span=1e-3)
     curvature = float(line.losses[0] - 2 * line.losses[1] + line.losses[2]) / 1e-6
     assert_close(curvature, float(spectrum.eigenvalues[0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_eigenvectors_that_have_not_converged(monkeypatch, rank):
+    spectrum = replace(lf.hessian_spectrum(net(), BATCHES, num_steps=1, num_probes=1), converged=False)
+    monkeypatch.setattr(landscape, "hessian_spectrum", lambda *_, **__: spectrum)
+    monkeypatch.setattr(landscape, "own_rank", lambda: rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lf.loss_landscape(net(), BATCHES, axes=["hessian"], steps=3)
+    found = [warning for warning in caught if "have not converged" in str(warning.message)]
+    assert [warning.filename for warning in found] == ([__file__] if rank == 0 else [])
 
 
 def test_a_plane_through_checkpoints_contains_them_with_their_statistics():
@@ -421,6 +436,16 @@ def test_what_is_resumed_is_the_same(change, named):
         lf.loss_landscape(net(1), BATCHES, resume=part, steps=3)
     with pytest.raises(lf.FlatnessError, match="differs in data"):
         lf.loss_landscape(net(), BATCHES[:1], resume=part, steps=3)
+
+
+def test_a_landscape_of_another_epsilon_is_not_resumed():
+    model = net()
+    optimizer = stepped(model)
+    options = {"axes": ["adam"], "update": "adam", "optimizer": optimizer, "steps": 3}
+    part = lf.loss_landscape(model, Interrupting(2), chunk=1, **options)
+    optimizer.param_groups[0]["eps"] = 1e-2
+    with pytest.raises(lf.FlatnessError, match="differs in weights or axes"):
+        lf.loss_landscape(model, BATCHES, resume=part, **options)
 
 
 class NotForVmap(nn.Linear):
