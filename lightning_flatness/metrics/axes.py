@@ -99,7 +99,10 @@ def find_axes(
     kinds = [axis if isinstance(axis, str) else "given" for axis in wanted]
     check_update(update, wanted, normalize)
     generator = torch.Generator().manual_seed(seed)
-    moments, epsilons = adam_moments(optimizer, tensors) if "adam" in kinds else ((), {})
+    moments: Sequence[Direction] = ()
+    epsilons: dict[str, float] | None = None
+    if "adam" in kinds:
+        moments, epsilons = adam_moments(optimizer, tensors)
     hessian = eigenvectors(kinds.count("hessian")) if "hessian" in kinds else ()
     names: list[str] = []
     directions: list[Direction] = []

@@ -48,9 +48,10 @@ def write(path: str | PathLike[str], kind: type, record: Mapping[str, Any], tens
     path = Path(path)
     if path.suffix != ".npz":
         raise FlatnessError(f"Results are kept in files .npz, and '{path}' is not one; give a name that ends so.")
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     text = np.array(json.dumps({"format": FORMAT, "result": kind.__name__, "fields": record}))
     with path.open("wb") as file:
-        np.savez_compressed(file, record=text, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        np.savez_compressed(file, record=text, **arrays)
     return path
 
 

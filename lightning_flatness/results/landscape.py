@@ -82,7 +82,7 @@ class LandscapeResult:
             FlatnessError: the name ends with something else.
 
         Example:
-            >>> import tempfile
+            >>> import tempfile, torch
             >>> from lightning_flatness import loss_landscape
             >>> batch = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
             >>> result = loss_landscape(torch.nn.Linear(2, 3), [batch], steps=3)
