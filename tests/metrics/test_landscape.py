@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
+from lightning_flatness.capture import NamedTensors, choose_parameters
 from lightning_flatness.functional import random_direction
 from lightning_flatness.metrics import landscape
 from tests.networks import randomise_statistics
@@ -280,6 +281,14 @@ def test_frozen_patterns():
     expected = {name: d for name, d in some_direction(model, 1).items() if name in ("1.weight", "4.weight", "8.weight")}
     assert_close(line.losses[1], own_loss(moved(model, (1, expected))), **EXACT)
     assert line.axis_norms[0] == pytest.approx(math.sqrt(sum(float(d.square().sum()) for d in expected.values())))
+
+
+@pytest.mark.parametrize("patterns", ["_orig_mod.0", "0", "w[[]0]", "w[0]"])
+def test_patterns_of_frozen_and_of_chosen_parameters_are_read_alike(patterns):
+    model = nn.ParameterDict({"w[0]": torch.ones(2), "w": torch.ones(2)})
+    if patterns.endswith("0"):
+        model = torch.compile(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)))
+    assert NamedTensors(model).frozen([patterns]) == set(choose_parameters(model, patterns))
 
 
 class Tied(nn.Module):
@@ -582,6 +591,7 @@ def optimizer_of(model, kind=torch.optim.Adam):
         ({"seed": -1}, "seed=-1"),
         ({"chunk": 0}, "chunk=0"),
         ({"dtype": "int"}, "dtype='int'"),
+        ({"dtype": ["float64"]}, "dtype=['float64']"),
         ({"loss": "hinge"}, "loss='hinge' is not known"),
         ({"resume": "file.npz"}, "resume is a str"),
     ],
