@@ -17,7 +17,7 @@ from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.functional import NORMALIZATIONS, Direction, Loss, direction_norm, find_loss, inner_product
 from lightning_flatness.metrics.axes import as_list, check_update, find_axes
 from lightning_flatness.metrics.grid import grid
-from lightning_flatness.metrics.passes import Data, Sums
+from lightning_flatness.metrics.loss_sums import Data, Sums
 from lightning_flatness.metrics.progress import progress_bar
 from lightning_flatness.metrics.ranks import gather, own_rank
 from lightning_flatness.metrics.spectrum import hessian_spectrum
