@@ -3,6 +3,7 @@
 from collections import namedtuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -370,3 +371,10 @@ def test_a_network_in_training_mode_is_measured_in_evaluation_mode():
     assert_close(measure(net).layers["0"].block_traces, expected, rtol=0, atol=0)
     assert [module.training for module in net] == [True, False, True, True, True, True, True]
     assert net.training
+
+
+@pytest.mark.parametrize("dtype", ["int", ["float64"], torch.float16, np.dtype("float64")])
+@pytest.mark.parametrize("measure_this", [lf.measure_flatness, lf.hessian_spectrum, lf.loss_landscape])
+def test_types_that_nothing_is_measured_in(measure_this, dtype):
+    with pytest.raises(lf.FlatnessError, match="dtype=.*: give 'float32' or 'float64', or None"):
+        measure_this(Net(), [(X, Y)], dtype=dtype)

@@ -90,6 +90,13 @@ def test_every_part_of_the_profile_is_timed(monkeypatch):
     assert {part.name for part in parts} == {live_profile.BARE, live_profile.OBSERVED, *live_profile.PARTS}
 
 
+@pytest.mark.parametrize("place", ["metrics.measurement:Measurement.gone", "capture.plan:Gone.calls", "gone:calls"])
+def test_a_part_of_the_profile_that_is_gone_is_an_error(monkeypatch, place):
+    monkeypatch.setitem(live_profile.PARTS, "gone", f"lightning_flatness.{place}")
+    with pytest.raises((AttributeError, ModuleNotFoundError), match="(?i)gone"), live_profile.timers("cpu"):
+        pass
+
+
 def test_exact_trace_is_that_of_the_hessian():
     torch.manual_seed(0)
     net = networks.resnet20(3, 8, 4).double()

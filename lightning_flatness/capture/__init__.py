@@ -6,7 +6,7 @@ from lightning_flatness.capture.isolation import isolated, measuring_device, ran
 from lightning_flatness.capture.live import KEEPS_TENSORS, Listener, same_inputs
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
 from lightning_flatness.capture.operators import Operator, operators_of
-from lightning_flatness.capture.options import MEASURES, Options
+from lightning_flatness.capture.options import MEASURES, Options, measuring_dtype
 from lightning_flatness.capture.passes import ForwardPasses
 from lightning_flatness.capture.points import Points
 from lightning_flatness.capture.rows import num_rows
@@ -31,6 +31,7 @@ __all__ = [
     "generators_kept",
     "isolated",
     "measuring_device",
+    "measuring_dtype",
     "num_rows",
     "operators_of",
     "pca_directions",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_flatness.capture.isolation import ModelCopy, isolated, measuring_device
 from lightning_flatness.capture.rows import num_rows, twice
-from lightning_flatness.capture.selection import logits_of, plain_name
+from lightning_flatness.capture.selection import lies_in, logits_of, plain_name
+from lightning_flatness.capture.tail import differentiable_once
 from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, is_out_of_memory
 from lightning_flatness.functional import Loss
 
@@ -139,8 +139,7 @@ class LossCurvature:
     def _certify(self, gradients: Sequence[Tensor | None]) -> None:
         """In the first product, refuse what autograd passes over in silence: no path leads on from such a node."""
         if not self._certified:
-            names = _node_names([gradient.grad_fn for gradient in gradients if gradient is not None])
-            if "torch::autograd::Error" in names:
+            if differentiable_once([gradient for gradient in gradients if gradient is not None]):
                 raise RuntimeError("a backward marked once_differentiable")
             self._certified = True
 
@@ -190,17 +189,6 @@ def _pulled_back(
         return [None] * len(inputs)
     some, their = zip(*pairs, strict=True)
     return torch.autograd.grad(some, inputs, their, allow_unused=True)
-
-
-def _node_names(nodes: Sequence[Any]) -> set[str]:
-    """Names of all nodes of an autograd graph."""
-    seen, left = set(), [node for node in nodes if node is not None]
-    while left:
-        node = left.pop()
-        if node not in seen:
-            seen.add(node)
-            left += [following for following, _ in node.next_functions if following is not None]
-    return {node.name() for node in seen}
 
 
 @contextmanager
@@ -253,7 +241,7 @@ def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = Non
     named = [(plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
     chosen: set[int] = set()
     for pattern in patterns:
-        matched = [(name, p) for name, p in named if _matches(plain_name(pattern), name)]
+        matched = [(name, p) for name, p in named if lies_in(pattern, name)]
         if not matched:
             raise LayerSelectionError(
                 f"params={pattern!r} matches no parameter and no module that has some. There are: {_listed(named)}."
@@ -274,13 +262,6 @@ def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = Non
     if others:
         raise LayerSelectionError(f"Parameters {', '.join(others)} are not real numbers; leave them out with params=.")
     return found
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a parameter, or one of the modules in which it lies."""
-    parts = name.split(".")
-    names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(part == pattern or fnmatchcase(part, pattern) for part in names)
 
 
 def _listed(named: Sequence[tuple[str, nn.Parameter]]) -> str:

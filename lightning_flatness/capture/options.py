@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,18 +64,34 @@ class Options:
             raise FlatnessError(f"seed={self.seed!r} and num_probes={self.num_probes!r} must be whole numbers.")
         if self.residual and self.num_probes < 2:
             raise FlatnessError(f"num_probes={self.num_probes!r}: a standard error needs two probes at least.")
-
-        if self.dtype not in (None, "float32", "float64", torch.float32, torch.float64):
-            raise FlatnessError(
-                f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's own, at least float32."
-            )
+        measuring_dtype(self.dtype)
 
     @property
     def measuring_dtype(self) -> torch.dtype | None:
         """What the model is run in; None for its own, at least float32."""
-        return getattr(torch, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        return measuring_dtype(self.dtype)
 
     @property
     def diagonal(self) -> bool:
         """Whether the diagonal of the block traces is enough for the measures."""
         return "relative_flatness" not in self.measures
+
+
+def measuring_dtype(dtype: Any) -> torch.dtype | None:
+    """What ``dtype=`` asks for; None for the model's own, at least float32.
+
+    Raises:
+        FlatnessError: another type.
+
+    Example:
+        >>> measuring_dtype("float64")
+        torch.float64
+    """
+    known: dict[Any, torch.dtype | None] = {None: None, "float32": torch.float32, "float64": torch.float64}
+    known |= {torch.float32: torch.float32, torch.float64: torch.float64}
+    try:
+        return known[dtype]
+    except (KeyError, TypeError):  # what cannot be a key
+        raise FlatnessError(
+            f"dtype={dtype!r}: give 'float32' or 'float64', or None for the model's own, at least float32."
+        ) from None

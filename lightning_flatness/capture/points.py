@@ -58,13 +58,15 @@ class Points:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the model's tensors and of the axes."""
+        """A digest of the model's tensors, of the axes and of Adam's ``ε``."""
         digest = hashlib.sha256()
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
         for axis in self._axes:
             for name, tensor in axis.items():
                 digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        if self._epsilons is not None:
+            digest.update(repr(sorted(self._epsilons.items())).encode())
         return digest.hexdigest()
 
     def at(self, coordinates: Tensor) -> State:

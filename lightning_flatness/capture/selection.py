@@ -188,7 +188,7 @@ def select_layers(execution: Execution, layers: str | Sequence[str], classifier:
 
 
 def plain_name(name: str) -> str:
-    """A module's name without what ``torch.compile`` adds to it.
+    """The name of a module or tensor without what ``torch.compile`` adds to it.
 
     Example:
         >>> plain_name("net._orig_mod.conv1"), plain_name("net.conv1._orig_mod")
@@ -197,9 +197,24 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
+def lies_in(pattern: str, name: str) -> bool:
+    """Whether a name or glob pattern is that of a tensor or of one of the modules around it.
+
+    Example:
+        >>> lies_in("net", "net.conv1.weight"), lies_in("*.bias", "net.conv1.weight")
+        (True, False)
+    """
+    parts = plain_name(name).split(".")
+    return any(_fits(plain_name(pattern), ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
+
+
 def _match(pattern: str, execution: Execution) -> list[str]:
     names = list(execution.modules)
-    matched = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+    matched = [name for name in names if _fits(pattern, name)]
     if not matched and pattern in execution.kinds:
         raise LayerSelectionError(
             f"Layer '{pattern}' is a {execution.kinds[pattern]}, not a convolution or linear layer."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatness.capture.isolation import measured, measuring_device
+from lightning_flatness.capture.selection import lies_in, plain_name
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, PrincipalDirections, principal_directions
 
@@ -73,7 +73,7 @@ class NamedTensors:
         for pattern in patterns:
             if not isinstance(pattern, str):
                 raise FlatnessError(f"frozen={pattern!r}: give names or glob patterns of parameters or modules.")
-            fitting = {first for name, first in self.first_names.items() if _fits(name, pattern)}
+            fitting = {first for name, first in self.first_names.items() if lies_in(pattern, name)}
             if not fitting:
                 raise FlatnessError(f"frozen='{pattern}' fits nothing; there are {', '.join(self.first_names)}.")
             found |= fitting
@@ -131,22 +131,6 @@ class NamedTensors:
             )
         parts = zip(self.parameters.items(), flat.split(sizes), strict=True)
         return {name: part.reshape(parameter.shape) for (name, parameter), part in parts}
-
-
-def plain_name(name: str) -> str:
-    """The name of a tensor without what ``torch.compile`` adds to it.
-
-    Example:
-        >>> plain_name("_orig_mod.fc.weight")
-        'fc.weight'
-    """
-    return name.replace("_orig_mod.", "")
-
-
-def _fits(name: str, pattern: str) -> bool:
-    """Whether a pattern is that of a parameter or of one of the modules around it."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
 def direction_between(model: nn.Module, other: State) -> Direction:

@@ -99,7 +99,10 @@ def find_axes(
     kinds = [axis if isinstance(axis, str) else "given" for axis in wanted]
     check_update(update, wanted, normalize)
     generator = torch.Generator().manual_seed(seed)
-    moments, epsilons = adam_moments(optimizer, tensors) if "adam" in kinds else ((), {})
+    moments: Sequence[Direction] = ()
+    epsilons: dict[str, float] | None = None
+    if "adam" in kinds:
+        moments, epsilons = adam_moments(optimizer, tensors)
     hessian = eigenvectors(kinds.count("hessian")) if "hessian" in kinds else ()
     names: list[str] = []
     directions: list[Direction] = []
@@ -117,26 +120,24 @@ def find_axes(
         names.append(name)
         directions.append(direction)
     units = tuple(normalize or ("filter" if kind == "random" else "none") for kind in kinds)
-    if update == "adam":
-        directions = _both_moments(directions, moments, frozen)
-        return Axes(tuple(names), tuple(directions), units, epsilons)
-    directions = [normalized(d, weights, unit, norm, biases) for d, unit in zip(directions, units, strict=True)]
+    if update != "adam":
+        directions = [normalized(d, weights, unit, norm, biases) for d, unit in zip(directions, units, strict=True)]
     for name, direction in zip(names, directions, strict=True):
-        if not any(bool(tensor.any()) for tensor in direction.values()):
-            raise FlatnessError(
-                f"The axis '{name}' is zero: all that it moves is frozen, or is a bias where biases='zero' (there is "
-                "biases='scaled'), or has weights that are zero."
-            )
-    return Axes(tuple(names), tuple(directions), units, None)
+        _check_moves(name, direction)
+    if update == "adam" and len(directions) == 1:  # along a line, too, Adam's step takes both moments
+        directions.append({key: tensor.double() for key, tensor in moments[1].items() if key not in frozen})
+    return Axes(tuple(names), tuple(directions), units, epsilons if update == "adam" else None)
 
 
 DESCRIPTIONS = {"random": "random direction", "hessian": "eigenvector", "given": "direction"}
 
 
-def _both_moments(directions: Sequence[Direction], moments: Sequence[Direction], frozen: set[str]) -> list[Direction]:
-    """Adam's step takes both moments also along a line."""
-    second = {key: tensor.double() for key, tensor in moments[1].items() if key not in frozen}
-    return [directions[0], second]
+def _check_moves(name: str, direction: Direction) -> None:
+    if not any(bool(tensor.any()) for tensor in direction.values()):
+        raise FlatnessError(
+            f"The axis '{name}' is zero: all that it moves is frozen, or is a bias where biases='zero' (there is "
+            "biases='scaled'), or has weights that are zero."
+        )
 
 
 def adam_moments(optimizer: Any, tensors: NamedTensors) -> tuple[tuple[Direction, Direction], dict[str, float]]:

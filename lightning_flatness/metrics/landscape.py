@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.capture import NamedTensors, Points, isolated
+from lightning_flatness.capture import NamedTensors, Points, isolated, measuring_dtype
 from lightning_flatness.capture.isolation import measured
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.functional import NORMALIZATIONS, Direction, Loss, direction_norm, find_loss, inner_product
 from lightning_flatness.metrics.axes import as_list, check_update, find_axes
 from lightning_flatness.metrics.grid import grid
-from lightning_flatness.metrics.passes import Data, Sums
+from lightning_flatness.metrics.loss_sums import Data, Sums
 from lightning_flatness.metrics.progress import progress_bar
 from lightning_flatness.metrics.ranks import gather, own_rank
 from lightning_flatness.metrics.spectrum import hessian_spectrum
@@ -111,7 +111,7 @@ def loss_landscape(
     check_landscape_options(words, axes=axes, span=span, steps=steps, seed=seed, dtype=dtype, chunk=chunk)
     wanted = as_list(axes)
     coordinates = grid(span, steps, len(wanted), update)
-    criterion, precision = find_loss(loss), _dtype(dtype)
+    criterion, precision = find_loss(loss), measuring_dtype(dtype)
     tensors = NamedTensors(model)
     data = Data(model, batches, criterion)
     patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
@@ -239,8 +239,9 @@ def _eigenvectors(
     spectrum = hessian_spectrum(
         model, batches, loss=loss, top_k=number, num_steps=1, num_probes=1, seed=seed, dtype=dtype, progress=False
     )
-    if not spectrum.converged:
-        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=3)
+    if not spectrum.converged and own_rank() == 0:
+        # Between here and the user are the lambda, find_axes and loss_landscape.
+        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=5)
     if len(spectrum.eigenvalues) < number:
         raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
     return [spectrum.eigenvector(index) for index in range(number)]
@@ -289,7 +290,7 @@ def check_landscape_options(
     wanted = as_list(axes)
     check_update(words["update"], wanted, words["normalize"])
     grid(span, steps, len(wanted), words["update"])
-    _dtype(dtype)
+    measuring_dtype(dtype)
 
 
 def _check_words(**given: Any) -> None:
@@ -303,12 +304,3 @@ def _check_numbers(seed: Any, chunk: Any) -> None:
         raise FlatnessError(f"{seed=} must be a whole number, not negative.")
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise FlatnessError(f"{chunk=} must be a whole number of points, one at least, or None.")
-
-
-def _dtype(dtype: Any) -> torch.dtype | None:
-    known: dict[Any, torch.dtype | None] = {None: None, "float32": torch.float32, "float64": torch.float64}
-    known |= {torch.float32: torch.float32, torch.float64: torch.float64}
-    try:
-        return known[dtype]
-    except (KeyError, TypeError):
-        raise FlatnessError(f"dtype={dtype!r} is not known; there are None, 'float32' and 'float64'.") from None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.capture import LossCurvature, LossSums, random_states_kept
+from lightning_flatness.capture import LossCurvature, LossSums, measuring_dtype, random_states_kept
 from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError
 from lightning_flatness.functional import (
     Eigenpairs,
@@ -112,9 +112,8 @@ def hessian_spectrum(
             "Hessian reads them all. Give a DataLoader, or list(batches)."
         )
     loss_function = find_loss(loss, label_smoothing, class_weight, ignore_index)
-    measuring = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with random_states_kept(model), torch.inference_mode(False), torch.no_grad():
-        curvature = LossCurvature(model, loss_function, params, matrix, measuring)
+        curvature = LossCurvature(model, loss_function, params, matrix, measuring_dtype(dtype))
         operator = _MeanOperator(model, curvature, batches)
         size, precise = curvature.size, curvature.dtype == torch.float64
         top_k = min(top_k, size)
@@ -272,7 +271,4 @@ def check_spectrum_options(
     for name, number in {"exponent": exponent, "tolerance": tolerance}.items():
         if number is not None and not (isinstance(number, (int, float)) and 0 < number < math.inf):
             raise FlatnessError(f"{name}={number!r} must be a positive number.")
-    if dtype not in (None, "float32", "float64", torch.float32, torch.float64):
-        raise FlatnessError(
-            f"dtype={dtype!r}: give 'float32' or 'float64', or None for the model's own, at least float32."
-        )
+    measuring_dtype(dtype)

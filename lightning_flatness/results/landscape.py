@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_flatness.errors import FlatnessError
+from lightning_flatness.results.files import read, write
 
 # What says how a landscape was made; two that agree in these are two parts of one.
 SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
+TENSORS = ("coordinates", "losses", "accuracies", "computed")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class LandscapeResult:
             FlatnessError: the name ends with something else.
 
         Example:
-            >>> import tempfile
+            >>> import tempfile, torch
             >>> from lightning_flatness import loss_landscape
             >>> batch = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
             >>> result = loss_landscape(torch.nn.Linear(2, 3), [batch], steps=3)
@@ -92,37 +91,19 @@ class LandscapeResult:
             >>> bool((found.losses == result.losses).all())
             True
         """
-        import numpy as np
-
-        arrays: dict[str, Any] = {f"coordinates_{index}": axis.numpy() for index, axis in enumerate(self.coordinates)}
-        arrays |= {"losses": self.losses.numpy(), "computed": self.computed.numpy()}
-        if self.accuracies is not None:
-            arrays["accuracies"] = self.accuracies.numpy()
-        plain = {name: value for name, value in vars(self).items() if name not in ("coordinates", *arrays)}
-        plain.pop("accuracies", None)
-        with _npz(path).open("wb") as file:
-            np.savez(file, settings=np.array(json.dumps(plain)), **arrays)
-        return Path(path)
+        record = {name: value for name, value in vars(self).items() if name not in TENSORS}
+        tensors = {name: getattr(self, name) for name in TENSORS if isinstance(getattr(self, name), Tensor)}
+        tensors |= {f"coordinates_{index}": axis for index, axis in enumerate(self.coordinates)}
+        return write(path, LandscapeResult, record, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> LandscapeResult:
         """What :meth:`save` wrote.
 
         Raises:
-            FlatnessError: something else is in the file.
+            FlatnessError: something else is in the file, or it is broken.
         """
-        import numpy as np
-
-        with np.load(_npz(path), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if not {"settings", "losses", "computed", "coordinates_0"} <= arrays.keys():
-            raise FlatnessError(f"There is no landscape in '{path}'; it holds {', '.join(arrays) or 'nothing'}.")
-        plain: dict[str, Any] = json.loads(str(arrays.pop("settings")))
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        for name in ("axes", "axis_norms", "frozen"):
-            plain[name] = tuple(plain[name])
-        coordinates = tuple(tensors.pop(f"coordinates_{index}") for index in range(len(plain["axes"])))
-        return cls(**{"coordinates": coordinates, "accuracies": None, **tensors, **plain})
+        return read(path, cls, _fields)
 
     def __str__(self) -> str:
         shape = " x ".join(str(len(axis)) for axis in self.coordinates)
@@ -140,7 +121,7 @@ class LandscapeResult:
         return "\n".join(lines)
 
 
-def _npz(path: str | Path) -> Path:
-    if Path(path).suffix != ".npz":
-        raise FlatnessError(f"A landscape is kept in a file .npz, and '{path}' is not one.")
-    return Path(path)
+def _fields(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    record |= {name: tuple(record[name]) for name in ("axes", "axis_norms", "frozen")}
+    coordinates = tuple(tensors.pop(f"coordinates_{index}") for index in range(len(record["axes"])))
+    return {"coordinates": coordinates, "accuracies": None, **tensors, **record}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -14,11 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.results.files import read, write
 from lightning_flatness.results.flatness import as_text
 
 CRITERIA = ("r_e", "k_hn", "c_t")
-# In files, so that later versions can tell what they read.
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -150,20 +148,18 @@ class SpectrumResult:
         return as_text(self.table())
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a compressed file of plain arrays and text (npz, without pickle), under exactly this name.
+        """Write a compressed file of plain arrays and text, without pickle, to be read with :meth:`load`.
 
         Args:
-            path: of the file.
-        """
-        import numpy as np
+            path: of the file, ``.npz``.
 
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors: dict[str, Any] = {name: value.numpy() for name, value in arrays.items() if isinstance(value, Tensor)}
-        others = {name: value for name, value in arrays.items() if not isinstance(value, Tensor)}
-        others = {name: dict(value) if isinstance(value, Mapping) else value for name, value in others.items()}
-        text = json.dumps({"format": FORMAT} | others)
-        with open(path, "wb") as file:  # an open file, as numpy adds .npz to names
-            np.savez_compressed(file, record=np.array(text), **tensors)
+        Raises:
+            FlatnessError: the name ends with something else.
+        """
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        record = {name: value for name, value in vars(self).items() if name not in tensors}
+        record |= {name: dict(record[name]) for name in ("parameters", "spread")}
+        write(path, SpectrumResult, record, tensors)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SpectrumResult:
@@ -173,24 +169,14 @@ class SpectrumResult:
             path: of the file.
 
         Raises:
-            FlatnessError: another kind of file.
+            FlatnessError: something else is in the file, or it is broken.
         """
-        import numpy as np
+        return read(path, cls, _fields)
 
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                record: dict[str, Any] = json.loads(str(file["record"]))
-                tensors: dict[str, Any] = {
-                    name: torch.from_numpy(file[name]) for name in file.files if name != "record"
-                }
-            if record.pop("format") != FORMAT:
-                raise FlatnessError(f"{path} was written by a later version of lightning_flatness.")
-            record["parameters"] = {name: tuple(shape) for name, shape in record["parameters"].items()}
-            return cls(**record, **tensors)
-        except (KeyError, TypeError, ValueError, EOFError) as error:
-            if isinstance(error, FlatnessError):
-                raise
-            raise FlatnessError(f"{path} is not a file of SpectrumResult.save: {error}") from error
+
+def _fields(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    record["parameters"] = {name: tuple(shape) for name, shape in record["parameters"].items()}
+    return {**record, **tensors}
 
 
 def _error(value: float) -> str:

@@ -185,7 +185,7 @@ def after_five_points(monkeypatch):
             return at(self, coordinates)
 
         monkeypatch.setattr(Points, "at", failing)
-        monkeypatch.setattr("lightning_flatness.metrics.passes.CHUNK", 1)
+        monkeypatch.setattr("lightning_flatness.metrics.loss_sums.CHUNK", 1)
         monkeypatch.setattr(lf.LandscapeCallback, "_try", lambda *_: None)
 
     return arrange

@@ -4,6 +4,8 @@ import copy
 import math
 import signal
 import time
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
+from lightning_flatness.capture import NamedTensors, choose_parameters
 from lightning_flatness.functional import random_direction
+from lightning_flatness.metrics import landscape
 from tests.networks import randomise_statistics
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -184,6 +188,17 @@ def test_adams_update():
     assert_close(line.losses, plane.losses[:, 1], **EXACT)
 
 
+@pytest.mark.parametrize("update", ["add", "adam"])
+@pytest.mark.parametrize("axes", ["adam", ["adam"]])
+def test_moments_of_frozen_parameters_only_move_nothing(axes, update):
+    model = net()
+    optimizer = torch.optim.Adam(model[8].parameters())
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    with pytest.raises(lf.FlatnessError, match="The axis 'exp_avg' is zero: all that it moves is frozen"):
+        lf.loss_landscape(model, BATCHES, axes=axes, update=update, optimizer=optimizer, frozen=["8"], steps=3)
+
+
 def test_hessian_axes_are_eigenvectors():
     model = net()
     spectrum = lf.hessian_spectrum(model, BATCHES, top_k=2, num_steps=1, num_probes=1)
@@ -194,6 +209,18 @@ def test_hessian_axes_are_eigenvectors():
     line = lf.loss_landscape(model, BATCHES, axes=["hessian"], steps=3, span=1e-3)
     curvature = float(line.losses[0] - 2 * line.losses[1] + line.losses[2]) / 1e-6
     assert_close(curvature, float(spectrum.eigenvalues[0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_eigenvectors_that_have_not_converged(monkeypatch, rank):
+    spectrum = replace(lf.hessian_spectrum(net(), BATCHES, num_steps=1, num_probes=1), converged=False)
+    monkeypatch.setattr(landscape, "hessian_spectrum", lambda *_, **__: spectrum)
+    monkeypatch.setattr(landscape, "own_rank", lambda: rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lf.loss_landscape(net(), BATCHES, axes=["hessian"], steps=3)
+    found = [warning for warning in caught if "have not converged" in str(warning.message)]
+    assert [warning.filename for warning in found] == ([__file__] if rank == 0 else [])
 
 
 def test_a_plane_through_checkpoints_contains_them_with_their_statistics():
@@ -254,6 +281,14 @@ def test_frozen_patterns():
     expected = {name: d for name, d in some_direction(model, 1).items() if name in ("1.weight", "4.weight", "8.weight")}
     assert_close(line.losses[1], own_loss(moved(model, (1, expected))), **EXACT)
     assert line.axis_norms[0] == pytest.approx(math.sqrt(sum(float(d.square().sum()) for d in expected.values())))
+
+
+@pytest.mark.parametrize("patterns", ["_orig_mod.0", "0", "w[[]0]", "w[0]"])
+def test_patterns_of_frozen_and_of_chosen_parameters_are_read_alike(patterns):
+    model = nn.ParameterDict({"w[0]": torch.ones(2), "w": torch.ones(2)})
+    if patterns.endswith("0"):
+        model = torch.compile(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)))
+    assert NamedTensors(model).frozen([patterns]) == set(choose_parameters(model, patterns))
 
 
 class Tied(nn.Module):
@@ -412,6 +447,16 @@ def test_what_is_resumed_is_the_same(change, named):
         lf.loss_landscape(net(), BATCHES[:1], resume=part, steps=3)
 
 
+def test_a_landscape_of_another_epsilon_is_not_resumed():
+    model = net()
+    optimizer = stepped(model)
+    options = {"axes": ["adam"], "update": "adam", "optimizer": optimizer, "steps": 3}
+    part = lf.loss_landscape(model, Interrupting(2), chunk=1, **options)
+    optimizer.param_groups[0]["eps"] = 1e-2
+    with pytest.raises(lf.FlatnessError, match="differs in weights or axes"):
+        lf.loss_landscape(model, BATCHES, resume=part, **options)
+
+
 class NotForVmap(nn.Linear):
     def forward(self, x):
         found = super().forward(x)
@@ -546,6 +591,7 @@ def optimizer_of(model, kind=torch.optim.Adam):
         ({"seed": -1}, "seed=-1"),
         ({"chunk": 0}, "chunk=0"),
         ({"dtype": "int"}, "dtype='int'"),
+        ({"dtype": ["float64"]}, "dtype=['float64']"),
         ({"loss": "hinge"}, "loss='hinge' is not known"),
         ({"resume": "file.npz"}, "resume is a str"),
     ],

@@ -306,7 +306,7 @@ def test_a_loader_that_shuffles_is_read_alike_in_every_pass():
 def test_a_saved_result_is_read_without_pickle(tmp_path):
     model, x, y = convolutional()
     result = quick(model, [(x, y)], num_probes=1, params="head")  # NaN for spreads
-    path = tmp_path / "spectrum.of.epoch 3"
+    path = tmp_path / "spectrum.of.epoch 3.npz"
     result.save(path)
     again = lf.SpectrumResult.load(path)
     for name, value in vars(result).items():
