@@ -133,7 +133,8 @@ class LossCurvature:
         for leaf, product in zip(self._leaves, products, strict=True):
             if product is not None:
                 part = found.product[start : start + leaf.numel()]
-                part.add_(product.flatten().to(part.device), alpha=share)
+                dense = product.to_dense() if product.is_sparse else product  # nn.Embedding(sparse=True)
+                part.add_(dense.flatten().to(part.device), alpha=share)
             start += leaf.numel()
 
     def _certify(self, gradients: Sequence[Tensor | None]) -> None:
@@ -246,11 +247,11 @@ def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = Non
             raise LayerSelectionError(
                 f"params={pattern!r} matches no parameter and no module that has some. There are: {_listed(named)}."
             )
-        trainable = [p for _, p in matched if p.requires_grad]
+        trainable = [p for _, p in matched if p.requires_grad and p.numel()]
         if not trainable:
             raise LayerSelectionError(
-                f"All parameters that {'there are' if params is None else f'params={pattern!r} matches'} are frozen: "
-                f"{_listed(matched)}. Frozen parameters are left out; set requires_grad on those to measure."
+                f"All parameters that {'there are' if params is None else f'params={pattern!r} matches'} are frozen or "
+                f"empty: {_listed(matched)}. Frozen parameters are left out; set requires_grad on those to measure."
             )
         chosen |= {id(p) for p in trainable}
     found: dict[str, nn.Parameter] = {}

@@ -231,8 +231,8 @@ def _certify_symmetric(quadrature: Quadrature, dtype: torch.dtype) -> None:
     if quadrature.asymmetry > 10 * math.sqrt(torch.finfo(dtype).eps):
         raise LayerSelectionError(
             f"Products with the Hessian are not symmetric (by {quadrature.asymmetry:.0e}, relative), so they are not "
-            "the Hessian's: an autograd.Function whose backward is not its derivative, or noise in the forward? "
-            "Correct it, or choose params= behind it."
+            "the Hessian's: torch's parametrizations.weight_norm, an autograd.Function whose backward is not its "
+            "derivative, or noise in the forward? Do without it, or choose params= behind it."
         )
 
 

@@ -367,3 +367,28 @@ def test_memory_does_not_grow_with_probes_or_batches():
     assert more <= most + vector / 10
     assert most >= 20 * vector  # the basis: the counting counts
     assert most <= 30 * vector
+
+
+def test_sparse_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3)).double()
+    dense = copy.deepcopy(model)
+    dense[0].sparse = False
+    batches = [(torch.randint(9, (6, 3)), torch.randint(3, (6,)))]
+    found, expected = (lf.hessian_spectrum(net, batches, top_k=3, num_steps=4, num_probes=2) for net in (model, dense))
+    assert_close(found.eigenvalues, expected.eigenvalues)
+
+
+def test_parameters_without_entries_are_named():
+    model = nn.Linear(2, 3)
+    model.z = nn.Parameter(torch.zeros(0))
+    with pytest.raises(lf.LayerSelectionError, match="frozen or empty: z"):
+        lf.hessian_spectrum(model, [(torch.zeros(1, 2), torch.tensor([0]))], params="z")
+
+
+def test_weight_norm_is_named():
+    """The double backward of its norm is not symmetric in torch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
+    with pytest.raises(lf.LayerSelectionError, match="not symmetric.*weight_norm"):
+        lf.hessian_spectrum(model, [(torch.randn(5, 3).double(), torch.randint(2, (5,)))])

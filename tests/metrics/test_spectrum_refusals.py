@@ -61,10 +61,12 @@ def test_wrong_arguments(options, message):
 def test_frozen_parameters():
     model = ConvNet()
     model.conv1.requires_grad_(False)
-    with pytest.raises(lf.LayerSelectionError, match="params='conv1' matches are frozen: conv1.weight, conv1.bias"):
+    with pytest.raises(
+        lf.LayerSelectionError, match="params='conv1' matches are frozen or empty: conv1.weight, conv1.bias"
+    ):
         measure(model, params="conv1")
     model.requires_grad_(False)
-    with pytest.raises(lf.LayerSelectionError, match="All parameters that there are are frozen"):
+    with pytest.raises(lf.LayerSelectionError, match="All parameters that there are are frozen or empty"):
         measure(model)
     with pytest.raises(lf.LayerSelectionError, match="none"):
         measure(nn.Flatten())
