@@ -920,7 +920,7 @@ LIVE_FORWARDS = [
     Guard(
         "live: the trial leaves no graph in a buffer",
         "capture/live.py",
-        "if copy.keeps_graph:",
+        "if model_copy.keeps_graph:",
         "if False:",
         f"{LIVE}test_network_that_cannot_be_observed[WritesBuffer]",
     ),

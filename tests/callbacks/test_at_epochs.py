@@ -380,7 +380,7 @@ def test_copies(tmp_path, kind):
         ({"seed": -1}, "seed"),
         ({"dtype": "float16"}, "dtype"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(getattr(value, "__name__", value)),
+    ids=lambda value: next(iter(value), "defaults") if isinstance(value, dict) else getattr(value, "__name__", value),
 )
 def test_wrong_options_are_refused_at_once(kind, options, named):
     with pytest.raises(lf.FlatnessError, match=named):
@@ -402,7 +402,7 @@ def no_samples(batch):
         ({"data": [torch.zeros(2, 1, 8, 8)]}, Classifier, "targets"),
         ({"data": [dataset(4)[:]], "max_samples": 2}, Classifier, "max_samples=... needs"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(getattr(value, "__name__", value)),
+    ids=lambda value: next(iter(value), "defaults") if isinstance(value, dict) else getattr(value, "__name__", value),
 )
 def test_what_cannot_be_measured_is_refused_before_the_first_epoch(tmp_path, kind, options, module, named):
     module = module()

@@ -454,6 +454,9 @@ class FailingInMeasurement(Classifier):
 class KeepStates(Callback):
     """Random states before the measurement that fails; goes before the callback."""
 
+    def on_validation_batch_start(self, *_, **__):
+        self.states = random_states()
+
     def on_validation_batch_end(self, *_, **__):
         self.states = random_states()
 

@@ -102,9 +102,9 @@ def test_a_batch_with_nan(tmp_path):
 
     class OneNaN(Classifier):
         def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
             if (self.current_epoch, batch_idx) == (1, 1):
                 batch[0][0] = torch.nan
+            super().validation_step(batch, batch_idx)
 
     callback = lf.FlatnessCallback(on_error="warn")
     with pytest.warns(UserWarning, match="no flatness for epoch 1; it failed: The logits contain NaN") as caught:
