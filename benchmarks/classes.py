@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
+from benchmarks.observed import forward, observed
 from benchmarks.rows import Row
 from benchmarks.timing import interleaved
 from lightning_flatness.metrics import Measurement
@@ -45,25 +46,6 @@ def spread_logits(net: nn.Module, x: Tensor, wanted: int) -> float:
         return classes_needed(net(x))
 
 
-def live(net: nn.Module, batch: networks.Batch, tolerance: float) -> Callable[[], None]:
-    """A forward pass that is observed, and what is made of it, as in the callback."""
-    x, y = batch
-    measurement = Measurement(net, tolerance=tolerance)
-    with torch.no_grad():
-        reason = measurement.why_not_live(x, y)
-    assert not reason, reason
-
-    def step() -> None:
-        heard = measurement.listen(x)
-        with torch.no_grad(), heard:
-            net(x)
-        assert not heard.reason, heard.reason
-        measurement.update_observed(heard, y)
-        heard.release()
-
-    return step
-
-
 def own(net: nn.Module, batch: networks.Batch) -> Callable[[], None]:
     """The bare forward pass, and a measurement with passes of its own."""
     measurement = Measurement(net, tolerance=0.0)
@@ -76,11 +58,6 @@ def own(net: nn.Module, batch: networks.Batch) -> Callable[[], None]:
     return step
 
 
-def forward(net: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        net(x)
-
-
 def measure(device: str, quick: bool) -> list[Row]:
     torch.manual_seed(0)
     net = networks.resnet50().to(device)
@@ -88,11 +65,15 @@ def measure(device: str, quick: bool) -> list[Row]:
     calibrate(net, x)
     repeats = 2 if quick else 7
     everything, by_mass, alone = rows(device)
-    tasks = {"observed": live(net, (x, y), 0.0), "own": own(net, (x, y)), "forward": lambda: forward(net, x)}
+    tasks = {
+        "observed": observed(net, (x, y), tolerance=0.0),
+        "own": own(net, (x, y)),
+        "forward": lambda: forward(net, x),
+    }
     times = interleaved(tasks, repeats, device)
     note = f"forward {times.median('forward'):.2f} s; "
     needed = spread_logits(net, x, 150)
-    few = interleaved({"observed": live(net, (x, y), 0.01), "forward": lambda: forward(net, x)}, repeats, device)
+    few = interleaved({"observed": observed(net, (x, y)), "forward": lambda: forward(net, x)}, repeats, device)
     return [
         everything.measured(times.ratio("observed", "forward"), note + times.spread("observed", "forward"), times.wall),
         by_mass.measured(

@@ -24,14 +24,16 @@ from torch import nn
 
 from benchmarks import machine, networks
 from benchmarks.timing import synchronize
+from lightning_flatness.capture.closed_form import FULL_EVERY
 from lightning_flatness.metrics import Measurement
 
 # Part of a batch: functions whose time it is. What one does within another is not counted twice.
 REST = "what is left of `update_observed` (metric states, checks)"
+TAIL = "certificates of the tail, slopes"
 PARTS = {
     REST: "lightning_flatness.metrics.measurement:Measurement.update_observed",
     "certificates of the layer": "lightning_flatness.capture.plan:Plan.calls",
-    "certificates of the tail, slopes": "lightning_flatness.capture.plan:Plan.tails_up_to_the_classifier",
+    TAIL: "lightning_flatness.capture.plan:Plan.tails_up_to_the_classifier",
     "certificate of the head": "lightning_flatness.capture.plan:certified_head",
     "loss derivatives": "lightning_flatness.functional.losses:CrossEntropy.__call__",
     "spectral bound of the weights": "lightning_flatness.capture.plan:Plan.gram_norm",
@@ -39,6 +41,7 @@ PARTS = {
     "patch Gram matrix": "lightning_flatness.functional.closed_form:patch_gram",
 }
 BARE, OBSERVED = "forward pass alone", "hooks and graph in the forward pass"
+WHOLE = f"whole certificate of the tail, on one batch of {FULL_EVERY}"
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,13 @@ def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> 
         "patch Gram matrix": gram,
         "contraction": contraction,
         # Slopes, channel map and one random cotangent: three passes through the tail; second derivatives are zero.
-        "certificates of the tail, slopes": (3 * samples * filters * positions, 3 * 2 * z),
+        TAIL: (3 * samples * filters * positions, 3 * 2 * z),
         "loss derivatives": (float("nan"), 4 * samples * classes + 8 * 3 * samples * classes),
     }
 
 
 def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64, classes: int = 10) -> list[Part]:
-    """The parts of a batch, in the order in which they end; medians over repeats, the first left out."""
+    """The parts of a batch, in the order in which they end; medians over repeats."""
     torch.manual_seed(0)
     net = getattr(networks, name)().to(device)
     x, y = networks.images(samples, 224 if name == "resnet50" else 32, classes, device)
@@ -140,14 +143,15 @@ def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64,
     if reason:
         raise RuntimeError(f"not observed: {reason}")
     layer = net.get_submodule(next(iter(measurement.layers)))
+    first = batch(net, measurement, x, y, device)
     raw: dict[str, list[float]] = defaultdict(list)
-    for repeat in range(3 if quick else 10):
-        seconds = batch(net, measurement, x, y, device)
-        for part, value in seconds.items() if repeat else ():
+    for _ in range(2 if quick else 9):
+        for part, value in batch(net, measurement, x, y, device).items():
             raw[part].append(value)
     needs = counted(net, layer, x, classes)
     medians = {part: statistics.median(values) for part, values in raw.items()}
     medians[OBSERVED] -= medians[BARE]
+    medians[WHOLE] = max(0.0, first[TAIL] - medians[TAIL]) / FULL_EVERY
     return [Part(part, value, *needs.get(part, ())) for part, value in medians.items()]
 
 

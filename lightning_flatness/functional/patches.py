@@ -11,6 +11,9 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+# What an addition costs that is not within a matrix product, in multiplications of one.
+ADDITION = 4
+
 
 @dataclass(frozen=True)
 class ConvolutionGeometry:
@@ -84,8 +87,9 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """Patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of every sample, by group.
 
     Overlapping patches repeat the same products. With the Gram matrix ``X`` of single pixels, ``Γ[p, p']`` is the sum
-    of ``X[p + o, p' + o]`` over the kernel offsets ``o``: nine times fewer multiplications for a 3x3 kernel of stride
-    one. With a stride the pixels outnumber the patches, so the cheaper of the two ways is chosen by counting.
+    of ``X[p + o, p' + o]`` over the kernel offsets ``o``, zero outside the image: nine times fewer multiplications for
+    a 3x3 kernel of stride one. Offsets are summed dimension by dimension, three and three in place of nine. With a
+    stride the pixels outnumber the patches, so the cheaper of the two ways is chosen by counting.
 
     Args:
         inputs: ``(N, C, *spatial)``.
@@ -102,20 +106,38 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """
     input_size = tuple(inputs.shape[2:])
     size = geometry.output_size(input_size)
-    padded_size = tuple(n + 2 * p for n, p in zip(input_size, geometry.padding, strict=True))
     channels = inputs.shape[1] // geometry.groups
-    by_pixel = prod(padded_size) ** 2 * channels + prod(geometry.kernel_size) * prod(size) ** 2
+    by_pixel = prod(input_size) ** 2 * channels
+    for axis, kernel in enumerate(geometry.kernel_size):
+        by_pixel += ADDITION * kernel * prod((*size[: axis + 1], *input_size[axis + 1 :])) ** 2
     by_patch = prod(size) ** 2 * channels * prod(geometry.kernel_size)
     if by_patch <= by_pixel:
         phi = patches(inputs, geometry)
         return phi.mT @ phi
-    pixels = geometry.pad(inputs).flatten(2).unflatten(1, (geometry.groups, -1))  # (N, G, C/G, pixels)
-    gram = (pixels.mT @ pixels).unflatten(3, padded_size).unflatten(2, padded_size)
-    offsets = geometry.windows(size)
-    total = _at(gram, next(offsets) * 2).clone()
-    for window in offsets:
-        total += _at(gram, window * 2)
-    return total.reshape(inputs.shape[0], geometry.groups, prod(size), prod(size))
+    pixels = inputs.flatten(2).unflatten(1, (geometry.groups, -1))  # (N, G, C/G, pixels)
+    gram: Tensor = (pixels.mT @ pixels).unflatten(3, input_size).unflatten(2, input_size)
+    for axis in range(len(size)):
+        gram = _sum_of_shifts(gram, axis, geometry, size[axis])
+    return gram.reshape(inputs.shape[0], geometry.groups, prod(size), prod(size))
+
+
+def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size: int) -> Tensor:
+    """``sum_o gram[p s + o, p' s + o]`` along one spatial dimension of rows and columns; outside ``gram`` is zero."""
+    stride, pixels = geometry.stride[axis], gram.shape[2 + axis]
+    axes = (2 + axis, 2 + axis + len(geometry.kernel_size))  # after samples and groups
+    total: Tensor = gram.new_zeros([size if i in axes else n for i, n in enumerate(gram.shape)])
+    for o in range(geometry.kernel_size[axis]):
+        offset = o * geometry.dilation[axis] - geometry.padding[axis]
+        first = max(0, -(offset // stride))  # the first position whose pixel is in the image, and how many are
+        count = min(size - 1, (pixels - 1 - offset) // stride) - first + 1
+        if count <= 0:
+            continue
+        start = first * stride + offset
+        into, read = [slice(None)] * gram.dim(), [slice(None)] * gram.dim()
+        for i in axes:
+            into[i], read[i] = slice(first, first + count), slice(start, start + stride * (count - 1) + 1, stride)
+        total[tuple(into)] += gram[tuple(read)]
+    return total
 
 
 def _at(tensor: Tensor, window: tuple[slice, ...]) -> Tensor:

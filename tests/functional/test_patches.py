@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -66,11 +67,13 @@ def test_output_size_is_that_of_the_convolution(case):
     assert g.output_size(case.input_size) == output.shape[2:]
 
 
+@pytest.mark.parametrize("addition", [-(10**9), 4, 10**9], ids=["by pixel", "the cheaper", "by patch"])
 @given(case=cases())
-def test_gram_holds_the_inner_products_of_the_patches(case):
+def test_gram_holds_the_inner_products_of_the_patches(case, addition):
     g, x = case.geometry, case.inputs()
     phi = patches(x, g)
-    assert_close(patch_gram(x, g), torch.einsum("ngdp,ngdq->ngpq", phi, phi), **EXACT)
+    with patch.object(sys.modules["lightning_flatness.functional.patches"], "ADDITION", addition):
+        assert_close(patch_gram(x, g), torch.einsum("ngdp,ngdq->ngpq", phi, phi), **EXACT)
 
 
 @given(case=cases())
