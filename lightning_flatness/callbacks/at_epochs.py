@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.arguments import check_arguments, check_counts
 from lightning_flatness.callbacks.faults import Faults
 from lightning_flatness.callbacks.loaders import flat_loaders
 from lightning_flatness.callbacks.logged import log, logging_muted
@@ -60,16 +61,8 @@ class AtEpochs(Callback):
         measured: str,
     ) -> None:
         name = type(self).__name__
-        many_times = isinstance(data, Iterable) and not isinstance(data, Iterator)
-        if data not in ("train", "val") if isinstance(data, str) else not many_times:
-            raise FlatnessError(f"{name}: data is 'train', 'val', or a DataLoader or list of batches, not {data!r}.")
-        if on_error not in ("raise", "warn"):
-            raise FlatnessError(f"{name}: on_error is 'raise' or 'warn', not {on_error!r}.")
-        for argument, value in {"max_samples": max_samples, "every_n_epochs": every_n_epochs}.items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise FlatnessError(f"{name}: {argument}={value!r} must be a whole number, 1 at least, or None.")
-        if not prefix or not isinstance(prefix, str):
-            raise FlatnessError(f"{name}: prefix={prefix!r} must be a string, and not empty.")
+        check_arguments(name, data, on_error, prefix)
+        check_counts(name, or_none=True, max_samples=max_samples, every_n_epochs=every_n_epochs)
         self.data = data
         self.max_samples = DEFAULT_SAMPLES if max_samples is None and isinstance(data, str) else max_samples
         self.every_n_epochs = every_n_epochs

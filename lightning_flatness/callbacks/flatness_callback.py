@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.arguments import check_arguments, check_counts
 from lightning_flatness.callbacks.faults import Faults
 from lightning_flatness.callbacks.live import LiveForwards
 from lightning_flatness.callbacks.loaders import flat_loaders
@@ -19,7 +20,6 @@ from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.source import ReadApart, Samples, Validated
 from lightning_flatness.capture import MEASURES, Options
-from lightning_flatness.errors import FlatnessError
 from lightning_flatness.metrics import Measurement
 from lightning_flatness.plots.history import DATA
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
@@ -137,20 +137,9 @@ class FlatnessCallback(Callback):
             "dtype": dtype,
         }
         self._diagonal = Options(**self._options).diagonal  # refuses what cannot be
-        many_times = isinstance(data, Iterable) and not isinstance(data, Iterator)  # read once in every measurement
-        if data not in ("val", "train") if isinstance(data, str) else not many_times:
-            raise FlatnessError(
-                f"FlatnessCallback: data is 'val', 'train', or a DataLoader or list of batches, not {data!r}."
-            )
-        if on_error not in ("raise", "warn"):
-            raise FlatnessError(f"FlatnessCallback: on_error is 'raise' or 'warn', not {on_error!r}.")
-        if every_n_epochs < 1 or (max_samples is not None and max_samples < 1):
-            raise FlatnessError(
-                f"FlatnessCallback: every_n_epochs and max_samples must be positive; got {every_n_epochs=}, "
-                f"{max_samples=}."
-            )
-        if not prefix:
-            raise FlatnessError("FlatnessCallback: prefix must not be empty.")
+        check_arguments("FlatnessCallback", data, on_error, prefix)
+        check_counts("FlatnessCallback", every_n_epochs=every_n_epochs)
+        check_counts("FlatnessCallback", or_none=True, max_samples=max_samples)
         self.data = data
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples

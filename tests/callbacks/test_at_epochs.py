@@ -367,7 +367,7 @@ def test_copies(tmp_path, kind):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"data": "test"}, "data is 'train', 'val'"),
+        ({"data": "test"}, "data is 'val', 'train'"),
         ({"data": 3}, "data is"),
         ({"data": iter([1])}, "data is"),
         ({"max_samples": 0}, "max_samples=0"),
