@@ -268,6 +268,6 @@ def _adam(trainer: Trainer, network: nn.Module) -> torch.optim.Optimizer:
     if "betas" not in fitting[0].defaults or isinstance(fitting[0], torch.optim.Adamax):
         raise FlatnessError(
             f"axes='adam' takes the moments exp_avg and exp_avg_sq, and {type(fitting[0]).__name__} keeps none. Train "
-            " with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
+            "with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
         )
     return fitting[0]
