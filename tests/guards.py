@@ -70,6 +70,9 @@ STOPPING = "callbacks/test_flatness_stopping.py::"
 METRIC = "metrics/test_flatness_metric.py::"
 LIVE = "callbacks/test_live.py::"
 LIVE_PASS = "capture/test_live.py::"
+EPOCHS = "callbacks/test_at_epochs.py::"
+SPECTRUM = "callbacks/test_spectrum_callback.py::"
+LANDSCAPE = "callbacks/test_landscape_callback.py::"
 ROOTS = "callbacks/test_import_roots.py::"
 
 ISOLATION = [
@@ -717,6 +720,100 @@ ERRORS = [
     ),
 ]
 
+AT_EPOCHS = [
+    Guard(
+        "at epochs: what a forward logs is not logged",
+        "callbacks/at_epochs.py",
+        "with self._faults.kept(trainer.world_size), logging_muted(pl_module):",
+        "with self._faults.kept(trainer.world_size):",
+        f"{EPOCHS}test_what_a_forward_logs_is_not_logged",
+    ),
+    Guard(
+        "at epochs: a trial before training",
+        "callbacks/at_epochs.py",
+        "self._try(trainer, find_network(pl_module, self.model), batches)",
+        "pass",
+        f"{SPECTRUM}test_unknown_parameters_are_refused_before_the_first_epoch",
+    ),
+    Guard(
+        "at epochs: the history goes on after a resume",
+        "callbacks/at_epochs.py",
+        "if not self._restored:",
+        "if True:",
+        f"{EPOCHS}test_a_resumed_run_goes_on_with_the_history",
+    ),
+    Guard(
+        "at epochs: the last values after a resume",
+        "callbacks/at_epochs.py",
+        "elif self.history and self.every_n_epochs is not None:",
+        "elif False:",
+        f"{SPECTRUM}test_a_resumed_run_where_nothing_is_due_has_the_last_values",
+    ),
+    Guard(
+        "at epochs: averaged weights are measured once they are in place",
+        "callbacks/at_epochs.py",
+        "elif (not done or self._averaged(trainer)) and self._ready(final=True):",
+        "elif not done and self._ready(final=True):",
+        f"{SPECTRUM}test_weight_averaging",
+    ),
+    Guard(
+        "at epochs: an error keeps what was computed",
+        "callbacks/at_epochs.py",
+        "                self._write_files(trainer, name, where)\n                raise",
+        "                raise",
+        f"{LANDSCAPE}test_an_error_at_a_point_keeps_what_was_computed",
+    ),
+    Guard(
+        "at epochs: Ctrl-C while measuring ends the training",
+        "callbacks/at_epochs.py",
+        "if self._interrupted and not final:",
+        "if False:",
+        f"{LANDSCAPE}test_an_interrupt_in_training_ends_it_and_keeps_what_was_computed",
+    ),
+    Guard(
+        "at epochs: Ctrl-C in training keeps the figures",
+        "callbacks/at_epochs.py",
+        'if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":',
+        "if False:",
+        f"{EPOCHS}test_an_interrupted_run_keeps_what_it_has",
+    ),
+    Guard(
+        "at epochs: no files in a trial run",
+        "callbacks/at_epochs.py",
+        'if getattr(trainer, "fast_dev_run", False):',
+        "if False:",
+        f"{EPOCHS}test_trial_run",
+    ),
+    Guard(
+        "trajectory: weights are copied",
+        "callbacks/trajectory.py",
+        '.to("cpu", copy=True)',
+        '.to("cpu")',
+        f"{LANDSCAPE}test_the_trajectory_is_that_of_the_weights",
+    ),
+    Guard(
+        "landscape: BatchNorm's modes are put back",
+        "capture/points.py",
+        "            norm.training, norm.momentum = training, momentum",
+        "            pass",
+        "metrics/test_landscape.py::test_recomputed_statistics",
+    ),
+    Guard(
+        "landscape: what fails in vmap is taken point by point",
+        "capture/points.py",
+        "                self._vectorized = False\n",
+        "                raise\n",
+        "metrics/test_landscape.py::test_where_vmap_fails_points_are_taken_one_by_one",
+    ),
+    Guard(
+        "spectrum: products are symmetric",
+        "metrics/spectrum.py",
+        "if quadrature.asymmetry > 10 * math.sqrt(torch.finfo(dtype).eps):",
+        "if False:",
+        "metrics/test_spectrum.py::test_weight_norm_is_named",
+    ),
+]
+
 AROUND = [
     Guard(
         "TensorBoard loggers of both roots",
@@ -1066,7 +1163,7 @@ LIVE_FORWARDS = [
     ),
 ]
 
-GUARDS = [*ISOLATION, *OBSERVATION, *LIVE_FORWARDS, *METRICS, *SAMPLES, *IN_TRAINING, *ERRORS, *AROUND]
+GUARDS = [*ISOLATION, *OBSERVATION, *LIVE_FORWARDS, *METRICS, *SAMPLES, *IN_TRAINING, *ERRORS, *AT_EPOCHS, *AROUND]
 
 
 def markdown(guards=GUARDS):
