@@ -433,14 +433,7 @@ SAMPLES = [
         "callbacks/subset.py",
         "self._loader = own_loader(loader, allowed[drawn][self._share].tolist())",
         "self._loader = loader",
-        f"{IDENTICAL}[one generator-train]",
-    ),
-    Guard(
-        "a generator of our own",
-        "callbacks/loaders.py",
-        "generator=torch.Generator(),",
-        'generator=getattr(loader, "generator", None) or torch.Generator(),',
-        f"{IDENTICAL}[one generator-train]",
+        f"{CALLBACK}test_training_loader_is_iterated_by_the_trainer_alone",
     ),
     Guard(
         "random states while a subset is read",
@@ -452,7 +445,7 @@ SAMPLES = [
     Guard(
         "generators of data sets",
         "callbacks/loaders.py",
-        "with random_states_kept(model), generators_kept([getattr(batches, name, None) for name in READ]):",
+        "with random_states_kept(model), generators_kept(drawing(batches)):",
         "with random_states_kept(model):",
         f"{IDENTICAL}[data set with a generator-train]",
     ),
@@ -806,6 +799,34 @@ AT_EPOCHS = [
         "metrics/test_landscape.py::test_where_vmap_fails_points_are_taken_one_by_one",
     ),
     Guard(
+        "generators of a loader that is read here",
+        "metrics/batches.py",
+        "    with generators_kept(drawing(batches)):\n",
+        "    if True:\n",
+        "metrics/test_spectrum.py::test_generators_of_a_loader_and_its_data_are_left_as_they_were",
+    ),
+    Guard(
+        "spectrum: autocast is off",
+        "metrics/spectrum.py",
+        "with random_states_kept(model), differentiable(model), torch.no_grad():",
+        "with random_states_kept(model), torch.inference_mode(False), torch.no_grad():",
+        "metrics/test_spectrum_refusals.py::test_inference_mode_and_autocast_around_it",
+    ),
+    Guard(
+        "landscape: a loss that changes between passes",
+        "metrics/landscape.py",
+        "data.check(float(sums[0, index]))",
+        "pass",
+        "metrics/test_landscape.py::test_a_loss_that_changes_between_passes_keeps_what_was_computed",
+    ),
+    Guard(
+        "landscape: recomputed statistics are resumed on the same batches",
+        "metrics/landscape.py",
+        'fingerprint=points.fingerprint(data.batch_sizes if batch_norm == "recomputed" else None),',
+        "fingerprint=points.fingerprint(),",
+        "metrics/test_landscape.py::test_recomputed_statistics_are_resumed_on_the_same_batches",
+    ),
+    Guard(
         "spectrum: products are symmetric",
         "metrics/spectrum.py",
         "if quadrature.asymmetry > 10 * math.sqrt(torch.finfo(dtype).eps):",
@@ -914,7 +935,7 @@ LIVE_FORWARDS = [
         "capture/live.py",
         '                del vars(module)["forward"]\n                vars(module).update(own)\n',
         "                pass\n",
-        f"{LIVE}test_nothing_stays_after_validation",
+        f"{LIVE}test_nothing_stays_after_a_batch[every batch]",
     ),
     Guard(
         "live: modes after an observed pass",
@@ -1159,7 +1180,7 @@ LIVE_FORWARDS = [
         "callbacks/flatness_callback.py",
         "        self._live.let_go()  # a batch of which nothing is to be measured was listened to, too\n",
         "",
-        f"{LIVE}test_nothing_stays_after_validation",
+        f"{LIVE}test_nothing_stays_after_a_batch[no batch]",
     ),
 ]
 

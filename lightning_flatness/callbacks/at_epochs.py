@@ -150,6 +150,7 @@ class AtEpochs(Callback):
         self._faults.forget()
         self._forget()
         self._warn_averaged_later(trainer)
+        self._warn_monitored_earlier(trainer)
         with self._measuring(trainer, pl_module):
             find_network(pl_module, self.model)
             if self._is("val") and not trainer.enable_validation:
@@ -279,6 +280,22 @@ class AtEpochs(Callback):
             rank_zero_warn(
                 f"WeightAveraging comes after {name}, which measures the trained weights at the end of the fit, not "
                 f"the averaged ones that are left. To measure these, list {name} after WeightAveraging."
+            )
+
+    def _warn_monitored_earlier(self, trainer: Trainer) -> None:
+        """Where validation is not at the end of every epoch, Lightning's monitors look there, before this callback."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [
+            type(callback).__name__
+            for callback in callbacks
+            if str(getattr(callback, "monitor", None)).startswith(f"{self.prefix}/")
+        ]
+        often = trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch != 1
+        if monitors and trainer.enable_validation and often and self.every_n_epochs is not None:
+            rank_zero_warn(
+                f"{', '.join(monitors)}: '{self.prefix}/...' is measured at the end of epochs, and as validation is "
+                "not just there, monitors look earlier and find that of an epoch before, or nothing. Give "
+                "ModelCheckpoint save_on_train_epoch_end=True, EarlyStopping check_on_train_epoch_end=True."
             )
 
     def _has_data(self, trainer: Trainer) -> bool:

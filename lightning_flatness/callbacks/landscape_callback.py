@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -250,11 +250,11 @@ def _spans_tenfold(result: LandscapeResult) -> bool:
     return bool(len(finite)) and 0 < 10 * float(finite.min()) < float(finite.max())
 
 
-def _adam(trainer: Trainer, network: nn.Module) -> torch.optim.Optimizer:
-    """The Trainer's optimizer of this network, if it keeps Adam's moments.
+def _adam(trainer: Trainer, network: nn.Module) -> list[torch.optim.Optimizer]:
+    """The Trainer's optimizers of this network that keep Adam's moments.
 
     Raises:
-        FlatnessError: there is none, or it is known to keep none.
+        FlatnessError: there is none of this network, or all of these are known to keep none.
     """
     own = {id(parameter) for parameter in network.parameters()}
     fitting = [
@@ -262,12 +262,17 @@ def _adam(trainer: Trainer, network: nn.Module) -> torch.optim.Optimizer:
         for optimizer in trainer.optimizers
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
     ]
-    names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
     if not fitting:
+        names = _names(trainer.optimizers) or "none"
         raise FlatnessError(f"axes='adam': no optimizer of the Trainer ({names}) has parameters of this network.")
-    if "betas" not in fitting[0].defaults or isinstance(fitting[0], torch.optim.Adamax):
+    found = [one for one in fitting if "betas" in one.defaults and not isinstance(one, torch.optim.Adamax)]
+    if not found:
         raise FlatnessError(
-            f"axes='adam' takes the moments exp_avg and exp_avg_sq, and {type(fitting[0]).__name__} keeps none. Train "
-            "with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
+            f"axes='adam' takes the moments exp_avg and exp_avg_sq, and {_names(fitting)} keeps none. "
+            "Train with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
         )
-    return fitting[0]
+    return found
+
+
+def _names(optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    return ", ".join(type(optimizer).__name__ for optimizer in optimizers)

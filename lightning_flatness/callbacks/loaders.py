@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from lightning_flatness.callbacks.root import LightningModule, Trainer
-from lightning_flatness.capture import generators_kept, random_states_kept
+from lightning_flatness.capture import drawing, generators_kept, random_states_kept
 from lightning_flatness.errors import FlatnessError
 
 # ---------------------------------------------------------------------------------------------------- what a loader is
@@ -170,17 +170,13 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
     """
     iterator: Iterator[Any] | None = None
     for index in count():
-        with random_states_kept(model), generators_kept([getattr(batches, name, None) for name in READ]):
+        with random_states_kept(model), generators_kept(drawing(batches)):
             _seed(index)
             iterator = iter(batches) if iterator is None else iterator
             batch = next(iterator, iterator)
         if batch is iterator:
             return
         yield batch
-
-
-# What of a loader may hold generators that are drawn from when it is iterated.
-READ = ("dataset", "sampler", "batch_sampler", "generator")
 
 
 def _seed(seed: int) -> None:

@@ -1,8 +1,8 @@
 """Level 1: everything that touches an ``nn.Module``. It hands tensors down to ``functional`` and leaves no trace."""
 
-from lightning_flatness.capture.generators import generators_kept
+from lightning_flatness.capture.generators import drawing, generators_kept
 from lightning_flatness.capture.hessian import LossCurvature, LossSums, Matrix, choose_parameters
-from lightning_flatness.capture.isolation import isolated, measuring_device, random_states_kept
+from lightning_flatness.capture.isolation import differentiable, isolated, measuring_device, random_states_kept
 from lightning_flatness.capture.live import KEEPS_TENSORS, Listener, same_inputs
 from lightning_flatness.capture.observer import FlatnessObserver, LayerStatistics
 from lightning_flatness.capture.operators import Operator, operators_of
@@ -27,7 +27,9 @@ __all__ = [
     "Options",
     "Points",
     "choose_parameters",
+    "differentiable",
     "direction_between",
+    "drawing",
     "generators_kept",
     "isolated",
     "measuring_device",

@@ -42,6 +42,19 @@ def generators_kept(owner: Any) -> Iterator[None]:
             put_back()
 
 
+def drawing(batches: Any) -> list[Any]:
+    """The parts of a loader that may hold generators, for :func:`generators_kept`.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> generator = torch.Generator()
+        >>> any(part is generator for part in drawing(DataLoader([1, 2], shuffle=True, generator=generator)))
+        True
+    """
+    parts = [batches, *(getattr(batches, name, None) for name in ("dataset", "generator", "sampler", "batch_sampler"))]
+    return parts + [getattr(part, "generator", None) for part in parts]
+
+
 def restoring(generator: Any) -> Callable[[], Any]:
     """A function that puts a generator into the state in which it is now."""
     if isinstance(generator, torch.Generator):

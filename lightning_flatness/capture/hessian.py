@@ -140,7 +140,15 @@ class LossCurvature:
     def _certify(self, gradients: Sequence[Tensor | None]) -> None:
         """In the first product, refuse what autograd passes over in silence: no path leads on from such a node."""
         if not self._certified:
-            if differentiable_once([gradient for gradient in gradients if gradient is not None]):
+            there = [gradient for gradient in gradients if gradient is not None]
+            if not there:
+                names = list(self.shapes)
+                raise LayerSelectionError(
+                    f"The loss does not depend on {', '.join(names[:5])}{', ...' if names[5:] else ''}: not used in "
+                    "the forward, behind detach() or no_grad(), or within reentrant gradient checkpointing. Choose "
+                    "others with params=."
+                )
+            if differentiable_once(there):
                 raise RuntimeError("a backward marked once_differentiable")
             self._certified = True
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from lightning_flatness.capture.isolation import ModelCopy
+from lightning_flatness.capture.selection import any_logits_of
 from lightning_flatness.capture.tensors import NamedTensors
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import Direction, adam_step
@@ -56,10 +57,9 @@ class Points:
         synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
         self._synchronized = synchronized[0] if synchronized else None
 
-    @property
-    def fingerprint(self) -> str:
-        """A digest of the model's tensors, of the axes and of Adam's ``ε``."""
-        digest = hashlib.sha256()
+    def fingerprint(self, batches: object = None) -> str:
+        """A digest of the model's tensors, of the axes and of Adam's ``ε``, and of what is said of the batches."""
+        digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
         for axis in self._axes:
@@ -94,16 +94,16 @@ class Points:
         """``(points, samples, classes)``, at the points of a state.
 
         Raises:
-            BatchError: the model returns something else.
+            BatchError: the model returns something else than logits.
         """
-        found = self._mapped(lambda one: _checked(self._copy(inputs, one)), state)
+        found = self._mapped(lambda one: any_logits_of(self._copy(inputs, one)), state)
         return found if isinstance(found, Tensor) else torch.stack(found)
 
     def own_logits(self, inputs: Any) -> Tensor:
         """``(samples, classes)``, of the model as it is."""
-        return _checked(self._copy(inputs))
+        return any_logits_of(self._copy(inputs))
 
-    def recompute_statistics(self, state: State, batches: Callable[[], Iterable[Any]]) -> State:
+    def recompute_statistics(self, state: State, batches: Iterable[Any]) -> State:
         """The state with the BatchNorm statistics that its weights have on the inputs of these batches.
 
         They are the averages over batches, each counting the same, of the means and unbiased variances of every batch,
@@ -127,7 +127,7 @@ class Points:
                 written[buffer] = (
                     torch.full_like(self._copy.copy_of(buffer), value).expand(number, *buffer.shape).clone()
                 )
-        for index, inputs in enumerate(batches()):
+        for index, inputs in enumerate(batches):
             with _averaging(self._norms, 1 / (index + 1)):
                 written = self._statistics({**state, **written}, list(written), inputs)
         return {**state, **written}
@@ -165,13 +165,6 @@ class Points:
 
 def _tracks(norm: Any) -> bool:
     return norm.running_mean is not None and norm.running_var is not None
-
-
-def _checked(logits: Any) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"type {type(logits).__name__}"
-        raise BatchError(f"The model returns something of {found}; a landscape needs logits (samples, classes).")
-    return logits
 
 
 @contextmanager

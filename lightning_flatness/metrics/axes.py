@@ -102,7 +102,7 @@ def find_axes(
     moments: Sequence[Direction] = ()
     epsilons: dict[str, float] | None = None
     if "adam" in kinds:
-        moments, epsilons = adam_moments(optimizer, tensors)
+        moments, epsilons = adam_moments(optimizer, tensors, of_step=update == "adam")
     hessian = eigenvectors(kinds.count("hessian")) if "hessian" in kinds else ()
     names: list[str] = []
     directions: list[Direction] = []
@@ -140,8 +140,15 @@ def _check_moves(name: str, direction: Direction) -> None:
         )
 
 
-def adam_moments(optimizer: Any, tensors: NamedTensors) -> tuple[tuple[Direction, Direction], dict[str, float]]:
+def adam_moments(
+    optimizer: Any, tensors: NamedTensors, of_step: bool = False
+) -> tuple[tuple[Direction, Direction], dict[str, float]]:
     """``exp_avg`` and ``exp_avg_sq`` of an optimizer, as they are, by name; and its ``eps``.
+
+    Args:
+        optimizer: one of torch's that keeps Adam's moments, or a list of such, of different parameters.
+        tensors: of the model.
+        of_step: the second moment by which the step divides: with ``amsgrad``, its largest value.
 
     Raises:
         FlatnessError: no optimizer, one without these, or one of another model.
@@ -155,7 +162,8 @@ def adam_moments(optimizer: Any, tensors: NamedTensors) -> tuple[tuple[Direction
         >>> bool((first["bias"] == optimizer.state[model.bias]["exp_avg"]).all())
         True
     """
-    if optimizer is None or not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    if not optimizers or not all(hasattr(one, "param_groups") and hasattr(one, "state") for one in optimizers):
         raise FlatnessError(
             f"axes='adam' takes the moments of an optimizer, and optimizer is a {type(optimizer).__name__}; give "
             "optimizer=, the torch.optim.Adam (AdamW, NAdam, RAdam) that has trained this model."
@@ -165,19 +173,21 @@ def adam_moments(optimizer: Any, tensors: NamedTensors) -> tuple[tuple[Direction
     second: Direction = {}
     epsilons: dict[str, float] = {}
     known = False
-    for group in optimizer.param_groups:
+    for of, group in ((each, group) for each in optimizers for group in each.param_groups):
         for parameter in group["params"]:
             known = known or id(parameter) in names
-            state = optimizer.state.get(parameter, {})
+            state = of.state.get(parameter, {})
             if id(parameter) in names and all(moment in state for moment in MOMENTS):
                 name = names[id(parameter)]
                 first[name], second[name] = (state[moment] for moment in MOMENTS)
+                if of_step and group.get("amsgrad"):
+                    second[name] = state["max_exp_avg_sq"]
                 epsilons[name] = float(group.get("eps", 1e-8))
     if not known:
         raise FlatnessError("optimizer= does not have the parameters of this model; it was made for another one.")
     if not first:
         raise FlatnessError(
-            f"The optimizer, {type(optimizer).__name__}, keeps no exp_avg and exp_avg_sq: it is not Adam, or has made "
-            "no step yet. Train, or load its state dict."
+            f"The optimizer, {', '.join(type(each).__name__ for each in optimizers)}, keeps no exp_avg and exp_avg_sq: "
+            "it is not Adam, or has made no step yet. Train, or load its state dict."
         )
     return (first, second), epsilons

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_flatness.capture import drawing, generators_kept
 from lightning_flatness.errors import BatchError
 
 # Names by which batches call what goes into a model, and what should come out.
@@ -17,16 +18,19 @@ INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "dat
 TARGETS = ("y", "target", "targets", "label", "labels")
 
 
-def batches_on(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+def batches_on(model: nn.Module, batches: Iterable[Any]) -> Generator[Any]:
     """The batches, with their tensors on the model's device.
+
+    Generators of a loader, its sampler and its data set are left as they were, once it is closed.
 
     Example:
         >>> next(batches_on(nn.Linear(2, 1), [torch.zeros(3, 2)])).device.type
         'cpu'
     """
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    for batch in batches:
-        yield apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
+    with generators_kept(drawing(batches)):
+        for batch in batches:
+            yield apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:

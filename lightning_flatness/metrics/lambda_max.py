@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 import torch
@@ -100,8 +101,8 @@ def measure_lambda_max(
         normalizer += seen.share * seen.loss.normalizer
         num_samples += round(seen.share * seen.loss.num_samples)
 
-    with random_states_kept(model):
-        for batch in batches_on(model, batches):
+    with random_states_kept(model), closing(batches_on(model, batches)) as found:
+        for batch in found:
             inputs, targets = split_batch(batch)
             list(passes(inputs, targets, keep))
     if not normalizer > 0:

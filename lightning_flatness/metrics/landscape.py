@@ -38,7 +38,10 @@ def loss_landscape(
     frozen: Sequence[str] = (),
     batch_norm: Literal["kept", "recomputed"] = "kept",
     loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
-    optimizer: torch.optim.Optimizer | None = None,
+    label_smoothing: float = 0.0,
+    class_weight: Sequence[float] | Tensor | None = None,
+    ignore_index: int = -100,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     seed: int = 0,
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
     chunk: int | None = None,
@@ -61,7 +64,8 @@ def loss_landscape(
             (a plane) of these words or of directions, which are mappings from names of parameters or buffers to
             tensors, or flat tensors. Random: normal numbers, the second orthogonal to the first before it is
             normalised. Adam: ``exp_avg`` and ``exp_avg_sq`` as the optimizer has them; a line takes the first. Hessian:
-            eigenvectors of the largest eigenvalues, of length 1. Directions: from :func:`~lightning_flatness.
+            eigenvectors of the largest eigenvalues, of length 1, with respect to the trainable parameters that are
+            not ``frozen``. Directions: from :func:`~lightning_flatness.
             direction_between` or :func:`~lightning_flatness.pca_directions`, say.
         normalize: to the weights, by ``"weight"``, ``"filter"``, ``"layer"`` (every tensor) or ``"model"``; or
             ``"none"``. By default ``"filter"`` for random axes and ``"none"`` for others. See ``docs/landscape.md``.
@@ -69,7 +73,8 @@ def loss_landscape(
         biases: what becomes of parameters with one dimension (biases, BatchNorm) in a direction that is normalised:
             ``"zero"``, they do not move, as in the paper's code; or ``"scaled"`` like all others.
         update: ``"add"``, as above; or ``"adam"``, with Adam axes: ``w + α_1 m / (sqrt(α_2 v) + ε)``; a line has
-            ``α_2 = 1``. (The optimizer's next step goes to about ``-lr`` along it.)
+            ``α_2 = 1``. (But for bias correction and weight decay, the optimizer's next step goes to about ``-lr``
+            along it.) With ``amsgrad``, ``v`` is the largest second moment, by which that step divides.
         span: of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for every
             axis. With ``update="adam"`` a number leaves ``α_2`` from 0.1 to 1.9.
         steps: points along every axis, or one number for each axis; odd, and the model itself is among them.
@@ -79,7 +84,10 @@ def loss_landscape(
             ``momentum=None``. On several ranks, those of the rank's own batches.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``; a loss module of torch with a mean; or a
             function from ``(logits, targets)`` to the loss of every sample.
-        optimizer: for Adam axes.
+        label_smoothing: of cross-entropy; this and the next two as in ``torch.nn.CrossEntropyLoss``.
+        class_weight: of cross-entropy, ``(K,)``.
+        ignore_index: of cross-entropy.
+        optimizer: for Adam axes; one, or a list of those that train different parameters.
         seed: of random axes.
         dtype: ``"float32"`` or ``"float64"``, to run copies in; by default the model's own, at least float32. Sums
             are float64.
@@ -111,13 +119,15 @@ def loss_landscape(
     check_landscape_options(words, axes=axes, span=span, steps=steps, seed=seed, dtype=dtype, chunk=chunk)
     wanted = as_list(axes)
     coordinates = grid(span, steps, len(wanted), update)
-    criterion, precision = find_loss(loss), measuring_dtype(dtype)
+    criterion = find_loss(loss, label_smoothing, class_weight, ignore_index)
+    precision = measuring_dtype(dtype)
     tensors = NamedTensors(model)
     data = Data(model, batches, criterion)
     patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
     still = tensors.frozen(patterns)
     with isolated(model), torch.no_grad():
         weights = {name: measured(tensors[name].detach(), precision) for name in set(tensors.first_names.values())}
+        moving = [name for name, tensor in tensors.parameters.items() if tensor.requires_grad and name not in still]
         found = find_axes(
             wanted,
             tensors,
@@ -129,7 +139,7 @@ def loss_landscape(
             update=update,
             optimizer=optimizer,
             seed=seed,
-            eigenvectors=lambda number: _eigenvectors(model, batches, loss, number, seed, precision),
+            eigenvectors=lambda number: _eigenvectors(model, batches, criterion, moving, number, seed, precision),
         )
         points = Points(model, tensors, found.directions, found.epsilons, precision)
         origin = data.at_origin(points)
@@ -142,7 +152,7 @@ def loss_landscape(
             accuracies=None if origin.accuracy is None else _everywhere(coordinates, math.nan),
             computed=_everywhere(coordinates, False),
             origin_loss=origin.mean,
-            origin_accuracy=origin.accuracy,
+            origin_accuracy=math.nan if origin.accuracy is not None and math.isnan(origin.mean) else origin.accuracy,
             axis_norms=tuple(norms),
             cosine=inner_product(*directions) / math.prod(norms) if len(directions) == 2 else math.nan,
             weight_norm=direction_norm({name: weights[name] for name in tensors.parameters if name not in still}),
@@ -155,7 +165,8 @@ def loss_landscape(
             loss=criterion.name,
             num_samples=origin.num_samples,
             seed=seed,
-            fingerprint=points.fingerprint,
+            # Recomputed statistics depend on which samples go together.
+            fingerprint=points.fingerprint(data.batch_sizes if batch_norm == "recomputed" else None),
         )
         if resume is not None:
             _take_over(result, resume)
@@ -180,6 +191,9 @@ def _compute(
             for start in range(0, len(todo), size):
                 part = todo[start : start + size]
                 sums[:, part] = data.at(points, every[part], result.batch_norm == "recomputed")
+                for index in part:
+                    if result.batch_norm == "kept" and result.update == "add" and not every[index].any():
+                        data.check(float(sums[0, index]))
                 done[part] = True
                 bar.update(task, advance=len(part))
         except KeyboardInterrupt:
@@ -219,12 +233,13 @@ def _take_over(result: LandscapeResult, earlier: LandscapeResult) -> None:
     same_points = [torch.equal(*pair) for pair in zip(result.coordinates, earlier.coordinates, strict=False)]
     if len(result.coordinates) != len(earlier.coordinates) or not all(same_points):
         different.append("coordinates")
-    if result.num_samples != earlier.num_samples or not math.isclose(
-        result.origin_loss, earlier.origin_loss, rel_tol=1e-5, abs_tol=1e-12
-    ):
+    same_loss = math.isclose(result.origin_loss, earlier.origin_loss, rel_tol=1e-5, abs_tol=1e-12)
+    both_nan = math.isnan(result.origin_loss) and math.isnan(earlier.origin_loss)
+    if result.num_samples != earlier.num_samples or not (same_loss or both_nan):
         different.append("data")
     if different:
-        named = ", ".join("weights or axes" if name == "fingerprint" else name for name in different)
+        meant = {"fingerprint": "weights, axes, precision or batches"}
+        named = ", ".join(meant.get(name, name) for name in different)
         raise FlatnessError(f"resume= is another landscape; it differs in {named}. Call with what it was made with.")
     result.losses.copy_(earlier.losses)
     result.computed.copy_(earlier.computed)
@@ -233,12 +248,17 @@ def _take_over(result: LandscapeResult, earlier: LandscapeResult) -> None:
 
 
 def _eigenvectors(
-    model: nn.Module, batches: Iterable[Any], loss: Any, number: int, seed: int, dtype: torch.dtype | None
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    params: Sequence[str],
+    number: int,
+    seed: int,
+    dtype: torch.dtype | None,
 ) -> list[Direction]:
-    """Of the largest eigenvalues of the Hessian with respect to all trainable parameters."""
-    spectrum = hessian_spectrum(
-        model, batches, loss=loss, top_k=number, num_steps=1, num_probes=1, seed=seed, dtype=dtype, progress=False
-    )
+    """Of the largest eigenvalues of the Hessian with respect to these parameters."""
+    options: dict[str, Any] = {"top_k": number, "num_steps": 1, "num_probes": 1, "seed": seed, "dtype": dtype}
+    spectrum = hessian_spectrum(model, batches, loss=loss, params=params or None, progress=False, **options)
     if not spectrum.converged and own_rank() == 0:
         # Between here and the user are the lambda, find_axes and loss_landscape.
         warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=5)

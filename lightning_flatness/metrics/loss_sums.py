@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_flatness.capture import Points, generators_kept, random_states_kept
+from lightning_flatness.capture import Points, random_states_kept
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import CrossEntropy, Loss
 from lightning_flatness.metrics.batches import batches_on, split_batch
@@ -77,19 +77,18 @@ class Data:
                 "list of (inputs, targets) or a DataLoader."
             )
         self._model, self._batches, self._loss = model, batches, loss
-        self._samples = 0  # of one pass
+        self._origin = Sums()  # of this rank
+        self.batch_sizes: list[list[int]] = []  # of every rank, known after the pass at the origin
         self.chunk = 1  # points that pay to be taken at once, known after the pass at the origin
 
-    def pairs(self) -> Iterator[tuple[Any, Tensor]]:
+    def pairs(self) -> Generator[tuple[Any, Tensor]]:
         """Inputs and targets of every batch with samples.
 
         Raises:
             BatchError: a batch without targets.
         """
-        with ExitStack() as stack:
-            stack.enter_context(random_states_kept(self._model))
-            stack.enter_context(generators_kept(_drawing(self._batches)))
-            for batch in batches_on(self._model, self._batches):
+        with random_states_kept(self._model), closing(batches_on(self._model, self._batches)) as batches:
+            for batch in batches:
                 inputs, targets = split_batch(batch)
                 if targets is None:
                     raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
@@ -103,22 +102,26 @@ class Data:
             BatchError: there is no sample on any rank; what the first rank that failed says.
         """
         own, failure = Sums(), None
+        sizes: list[int] = []
         try:
-            for inputs, targets in self.pairs():
-                own = own + self._own(points.own_logits(inputs), targets)
-                if not self._samples:
-                    first = inputs
-                self._samples += len(targets)
-            self.chunk = _chunk_that_pays(points, first) if self._samples else 1
+            with closing(self.pairs()) as pairs:
+                for inputs, targets in pairs:
+                    own = own + self._own(points.own_logits(inputs), targets)
+                    if not sizes:
+                        first = inputs
+                    sizes.append(len(targets))
+            self.chunk = _chunk_that_pays(points, first) if sizes else 1
         except Exception as error:
             failure = error
-        told = gather((own, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        told = gather((own, sizes, None if failure is None else f"{type(failure).__name__}: {failure}"))
         if failure is not None:
             raise failure
-        for rank, (_, reason) in enumerate(told):
+        for rank, (_, _, reason) in enumerate(told):
             if reason is not None:
                 raise BatchError(f"The loss of the model could not be computed on rank {rank}: {reason}")
-        total = sum((sums for sums, _ in told), Sums())
+        self._origin, self.batch_sizes = own, [sizes for _, sizes, _ in told]
+        self._samples = sum(sizes)
+        total = sum((sums for sums, _, _ in told), Sums())
         if not total.normalizer > 0:
             raise BatchError("No sample counts, so there is no loss. Is the data set empty?")
         return total
@@ -133,6 +136,20 @@ class Data:
         total = float(self._loss.total(logits, targets))
         return Sums(total, found.normalizer, found.num_samples, correct, 0 if kept is None else int(kept.sum()))
 
+    def check(self, loss: float) -> None:
+        """Refuse a summed loss of this rank, at the model's own weights, that is not that of the first pass.
+
+        Raises:
+            BatchError: it is another, beyond rounding.
+        """
+        first = self._origin.loss
+        if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self._origin.normalizer:
+            raise BatchError(
+                f"The mean loss of the model is {first / self._origin.normalizer:.6g} in one pass over the batches and "
+                f"{loss / self._origin.normalizer:.6g} in another: random augmentation, or noise in the forward. Give "
+                "list(loader), and switch the noise off."
+            )
+
     def at(self, points: Points, coordinates: Tensor, recompute: bool) -> Tensor:
         """Summed losses, and correct samples, of this rank, ``(2, points)``; ``coordinates`` is ``(points, axes)``.
 
@@ -144,16 +161,18 @@ class Data:
             return sums
         state = points.at(coordinates)
         if recompute:
-            state = points.recompute_statistics(state, lambda: (inputs for inputs, _ in self.pairs()))
+            with closing(self.pairs()) as pairs:
+                state = points.recompute_statistics(state, (inputs for inputs, _ in pairs))
         samples = 0
-        for inputs, targets in self.pairs():
-            logits = points.logits(state, inputs)
-            targets = targets.to(logits.device)
-            kept = self._with_class(logits[0], targets)
-            sums[0] += torch.stack([self._loss.total(one, targets) for one in logits]).cpu()
-            if kept is not None:
-                sums[1] += _correct(logits, targets, kept).cpu()
-            samples += len(targets)
+        with closing(self.pairs()) as pairs:
+            for inputs, targets in pairs:
+                logits = points.logits(state, inputs)
+                targets = targets.to(logits.device)
+                kept = self._with_class(logits[0], targets)
+                sums[0] += torch.stack([self._loss.total(one, targets) for one in logits]).cpu()
+                if kept is not None:
+                    sums[1] += _correct(logits, targets, kept).cpu()
+                samples += len(targets)
         if samples != self._samples:
             raise BatchError(
                 f"A pass over the batches has {samples} samples, and the first one had {self._samples}; give a list or "
@@ -183,12 +202,6 @@ def _chunk_that_pays(points: Points, inputs: Any) -> int:
     except Exception:
         return 1  # the counter does not know every operation; the forward itself has gone well before
     return CHUNK if counter.get_total_flops() < LIGHT_PASS else 1
-
-
-def _drawing(batches: Any) -> list[Any]:
-    """Parts of a loader that may hold generators."""
-    parts = [batches, *(getattr(batches, name, None) for name in ("dataset", "generator", "sampler", "batch_sampler"))]
-    return parts + [getattr(part, "generator", None) for part in parts]
 
 
 def _correct(logits: Tensor, targets: Tensor, kept: Tensor) -> Tensor:

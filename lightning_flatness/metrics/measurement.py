@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -244,7 +244,7 @@ def measure_flatness(
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("Flatness", total=len(batches) if isinstance(batches, Sized) else None)
         stack.enter_context(random_states_kept(model))  # a DataLoader draws its seed when it is iterated
-        for index, batch in enumerate(batches_on(model, batches)):
+        for index, batch in enumerate(stack.enter_context(closing(batches_on(model, batches)))):
             inputs, targets = split_batch(batch)
 
             def advance(part: float, index: int = index) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.capture import LossCurvature, LossSums, measuring_dtype, random_states_kept
+from lightning_flatness.capture import LossCurvature, LossSums, differentiable, measuring_dtype, random_states_kept
 from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError
 from lightning_flatness.functional import (
     Eigenpairs,
+    Loss,
     Quadrature,
     find_loss,
     lanczos_quadrature,
@@ -30,7 +32,7 @@ def hessian_spectrum(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
     label_smoothing: float = 0.0,
     class_weight: Sequence[float] | Tensor | None = None,
     ignore_index: int = -100,
@@ -112,7 +114,7 @@ def hessian_spectrum(
             "Hessian reads them all. Give a DataLoader, or list(batches)."
         )
     loss_function = find_loss(loss, label_smoothing, class_weight, ignore_index)
-    with random_states_kept(model), torch.inference_mode(False), torch.no_grad():
+    with random_states_kept(model), differentiable(model), torch.no_grad():
         curvature = LossCurvature(model, loss_function, params, matrix, measuring_dtype(dtype))
         operator = _MeanOperator(model, curvature, batches)
         size, precise = curvature.size, curvature.dtype == torch.float64
@@ -198,8 +200,9 @@ class _MeanOperator:
         error: Exception | None = None
         found = LossSums()
         try:
-            with random_states_kept(self._model):  # the same shuffle in every pass
-                found = self._curvature.sums(self._pairs(), vector)
+            # The same shuffle in every pass.
+            with random_states_kept(self._model), closing(batches_on(self._model, self._batches)) as batches:
+                found = self._curvature.sums(map(split_batch, batches), vector)
         except Exception as caught:
             error = caught
         product = torch.zeros(0 if vector is None else self._curvature.size) if found.product is None else found.product
@@ -211,9 +214,6 @@ class _MeanOperator:
         if float(total[0]):
             raise BatchError("Another rank has failed to measure its batches; its own error says why.")
         return total[1:]
-
-    def _pairs(self) -> Iterator[tuple[Any, Tensor | None]]:
-        return (split_batch(batch) for batch in batches_on(self._model, self._batches))
 
 
 def _trace(quadrature: Quadrature, probe: Tensor, found: Eigenpairs) -> float:

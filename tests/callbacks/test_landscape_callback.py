@@ -115,6 +115,35 @@ def test_of_several_optimizers_that_of_the_network_counts(tmp_path):
     assert callback.results["kept"].axes == ("exp_avg", "exp_avg_sq")
 
 
+def test_all_optimizers_with_moments_of_the_network_count(tmp_path):
+    class Parts(WithAdam):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            first, second, *others = self.net.parameters()
+            kinds = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+            groups = ([first], [second], others)
+            return [kind(group, lr=0.01) for kind, group in zip(kinds, groups, strict=True)]
+
+    batch, module = dataset(8)[:], Parts()
+    callback = lf.LandscapeCallback([batch], axes=["adam"], steps=3)
+    trainer = fit(tmp_path, callback, module=module)
+    state = {key: value for optimizer in trainer.optimizers for key, value in optimizer.state.items()}
+    moments = {name: state[p]["exp_avg"] for name, p in module.named_parameters() if "exp_avg" in state.get(p, {})}
+    assert len(moments) == len(list(module.parameters())) - 1
+    expected = lf.loss_landscape(module, [batch], axes=[moments], normalize="none", steps=3)
+    assert_close(callback.results["kept"].losses, expected.losses)
+
+
 def test_both_statistics(tmp_path):
     batch = dataset(8)[:]
     callback, module = lf.LandscapeCallback([batch], steps=3, batch_norm="both"), Classifier()

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import io
+import warnings
 import weakref
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks import live
+from lightning_flatness.callbacks.source import Validated
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
@@ -704,8 +706,11 @@ def test_nothing_is_alive_after_a_batch(tmp_path, told):
     assert not any(one() is not None or token() is not None for one, token in alive)
 
 
-def test_nothing_stays_after_validation(tmp_path, told):
-    """Also where only some batches are measured, the last ones not."""
+@pytest.mark.parametrize("of", ["every batch", "no batch"])
+def test_nothing_stays_after_a_batch(tmp_path, told, monkeypatch, of):
+    """Also where nothing of a batch is measured, as where a sampler has filled it with samples of others."""
+    if of == "no batch":
+        monkeypatch.setattr(Validated, "parts", lambda *_: iter(()))
     module = Module(networks.Plain())
     before = module_state(module)
 
@@ -717,9 +722,13 @@ def test_nothing_stays_after_validation(tmp_path, told):
             found.append("_Forward" in repr(vars(arguments[1]).get("forward")))
 
     found = []
-    callback = lf.FlatnessCallback(max_samples=1)
+    callback = lf.FlatnessCallback(on_error="warn")
     loader = loaders(dtype=torch.float64)[1]
-    quiet_trainer(tmp_path, callback, Looks()).validate(module, loader, verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*No sample was measured")
+        quiet_trainer(tmp_path, callback, Looks()).validate(module, loader, verbose=False)
+    assert len(told) == 1
+    assert "observes" in told[0]
     assert found == [False] * 4
     assert module_state(module)["hooks"] == before["hooks"]
 

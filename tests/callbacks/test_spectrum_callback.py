@@ -70,6 +70,22 @@ def test_monitors_see_the_keys_in_the_same_epoch(tmp_path):
     assert float(best.best_model_score) == max(record["lambda_max"] for record in callback.history)
 
 
+@pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
+def test_monitors_that_look_before_it_are_warned_of(tmp_path, options):
+    def run(monitor, name):
+        callback = lf.SpectrumCallback(every_n_epochs=1, **TINY)
+        best = ModelCheckpoint(tmp_path / name, monitor=monitor, save_on_train_epoch_end=True)
+        fit(tmp_path, best, callback, **options)
+        return best, callback
+
+    with pytest.warns(UserWarning, match="ModelCheckpoint: 'spectrum/...' is measured at the end of epochs"):
+        best, callback = run("spectrum/lambda_max", "a")
+    assert_close(float(best.best_model_score), min(record["lambda_max"] for record in callback.history))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is measured at the end of epochs")
+        run("val_acc", "b")
+
+
 def test_a_resumed_run_where_nothing_is_due_has_the_last_values(tmp_path):
     fit(tmp_path, lf.SpectrumCallback(every_n_epochs=3, **TINY), ModelCheckpoint(tmp_path, filename="e"), max_epochs=1)
     callback = lf.SpectrumCallback(every_n_epochs=3, **TINY)

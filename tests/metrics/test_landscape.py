@@ -188,6 +188,56 @@ def test_adams_update():
     assert_close(line.losses, plane.losses[:, 1], **EXACT)
 
 
+def test_the_next_step_of_amsgrad_is_on_adams_line():
+    """It divides by the largest second moment, which was that of the first, large loss."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True, betas=(0.0, 0.9))
+    for factor in (100.0, *[1.0] * 300):
+        optimizer.zero_grad()
+        (factor * F.cross_entropy(model(X), Y)).backward()
+        optimizer.step()
+    before = copy.deepcopy(model)
+    optimizer.zero_grad()
+    F.cross_entropy(model.train()(X), Y).backward()
+    optimizer.step()
+    after = copy.deepcopy(before)
+    for own, moved_one in zip(after.parameters(), model.parameters(), strict=True):
+        own.data = moved_one.data
+    for own, old in zip(model.parameters(), before.parameters(), strict=True):
+        own.data = old.data.clone()
+    with torch.no_grad():
+        expected = F.cross_entropy(after.eval()(X), Y) - own_loss(before)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before.get_buffer(name))
+    options = {"axes": ["adam"], "update": "adam", "optimizer": optimizer, "steps": 3, "span": 1e-3}
+    line = lf.loss_landscape(model, BATCHES, **options)
+    assert_close(line.losses[0] - line.losses[1], expected, rtol=0.05, atol=0)
+
+
+def test_several_optimizers_of_different_parameters():
+    model = net()
+    optimizers = [torch.optim.Adam(part.parameters()) for part in (model[:4], model[4:])]
+    F.cross_entropy(model(X), Y).backward()
+    moments = {}
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        (moments[name],) = (o.state[parameter]["exp_avg"] for o in optimizers if parameter in o.state)
+    found = lf.loss_landscape(model, BATCHES, axes=["adam"], optimizer=optimizers, steps=3)
+    expected = lf.loss_landscape(model, BATCHES, axes=[moments], normalize="none", steps=3)
+    assert_close(found.losses, expected.losses, **EXACT)
+
+
+def test_hessian_axes_are_eigenvectors_of_what_moves():
+    model = net()
+    line = lf.loss_landscape(model, BATCHES, axes=["hessian"], frozen=["0", "8.bias"], steps=3)
+    names = [name for name, _ in model.named_parameters() if not name.startswith("0.") and name != "8.bias"]
+    spectrum = lf.hessian_spectrum(model, BATCHES, params=names, top_k=1, num_steps=1, num_probes=1)
+    assert_close(line.axis_norms[0], 1.0)
+    expected = lf.loss_landscape(model, BATCHES, axes=[spectrum.eigenvector(0)], normalize="none", steps=3)
+    assert_close(line.losses, expected.losses)
+
+
 @pytest.mark.parametrize("update", ["add", "adam"])
 @pytest.mark.parametrize("axes", ["adam", ["adam"]])
 def test_moments_of_frozen_parameters_only_move_nothing(axes, update):
@@ -344,6 +394,13 @@ def test_losses_of_torch(loss):
     assert_close(line.losses[1], own_loss(model, loss), **EXACT)
 
 
+def test_options_of_cross_entropy():
+    weight = torch.tensor([1.0, 2.0, 0.5]).double()
+    line = lf.loss_landscape(net(), BATCHES, axes=["random"], label_smoothing=0.1, class_weight=weight, steps=3)
+    criterion = nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1)
+    assert_close(line.losses[1], own_loss(net(), criterion), **EXACT)
+
+
 def test_a_loss_of_ones_own_and_regression_have_no_accuracy_or_their_own():
     model = net()
     line = lf.loss_landscape(
@@ -430,7 +487,7 @@ def test_a_point_that_fails_keeps_what_was_computed():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 1}, "seed, weights or axes"),
+        ({"seed": 1}, "seed, weights, axes"),
         ({"steps": 4}, "coordinates"),
         ({"axes": ["random"]}, "axes"),
         ({"batch_norm": "recomputed"}, "batch_norm"),
@@ -441,7 +498,7 @@ def test_what_is_resumed_is_the_same(change, named):
     part = lf.loss_landscape(net(), Interrupting(2), steps=3, chunk=1)
     with pytest.raises(lf.FlatnessError, match=f"it differs in {named}"):
         lf.loss_landscape(net(), BATCHES, resume=part, **{"steps": 3, **change})
-    with pytest.raises(lf.FlatnessError, match="differs in weights or axes"):
+    with pytest.raises(lf.FlatnessError, match="differs in weights, axes"):
         lf.loss_landscape(net(1), BATCHES, resume=part, steps=3)
     with pytest.raises(lf.FlatnessError, match="differs in data"):
         lf.loss_landscape(net(), BATCHES[:1], resume=part, steps=3)
@@ -453,8 +510,54 @@ def test_a_landscape_of_another_epsilon_is_not_resumed():
     options = {"axes": ["adam"], "update": "adam", "optimizer": optimizer, "steps": 3}
     part = lf.loss_landscape(model, Interrupting(2), chunk=1, **options)
     optimizer.param_groups[0]["eps"] = 1e-2
-    with pytest.raises(lf.FlatnessError, match="differs in weights or axes"):
+    with pytest.raises(lf.FlatnessError, match="differs in weights, axes"):
         lf.loss_landscape(model, BATCHES, resume=part, **options)
+
+
+def test_recomputed_statistics_are_resumed_on_the_same_batches():
+    model, options = net(), {"steps": 3, "batch_norm": "recomputed"}
+    part = lf.loss_landscape(model, Interrupting(4), chunk=1, **options)
+    with pytest.raises(lf.FlatnessError, match="differs in .*batches"):
+        lf.loss_landscape(model, [(X[:5], Y[:5]), (X[5:], Y[5:])], resume=part, **options)
+    assert lf.loss_landscape(model, BATCHES, resume=part, **options).complete
+
+
+def test_a_loss_that_changes_between_passes_keeps_what_was_computed():
+    passes = []
+
+    class Augmented:
+        def __iter__(self):
+            passes.append(1)
+            return iter([(X * len(passes), Y)])
+
+    with pytest.raises(lf.LandscapeError, match="in one pass over the batches and .* in another"):
+        lf.loss_landscape(net(), Augmented(), steps=3, chunk=1)
+
+
+def test_weights_that_are_not_finite():
+    model = net()
+    model[0].weight.data[0] = math.nan
+    with pytest.warns(UserWarning, match="9 of 9 points"):
+        plane = lf.loss_landscape(model, BATCHES, steps=3)
+    assert math.isnan(plane.origin_loss)
+    assert math.isnan(plane.origin_accuracy)
+    with pytest.warns(UserWarning, match="9 of 9 points"):
+        lf.loss_landscape(model, BATCHES, steps=3, resume=replace(plane, computed=torch.zeros_like(plane.computed)))
+
+
+class InADict(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+def test_logits_in_a_dict():
+    model = net()
+    expected = lf.loss_landscape(model, BATCHES, axes=["hessian"], steps=3)
+    assert_close(lf.loss_landscape(InADict(model), BATCHES, axes=["hessian"], steps=3).losses, expected.losses)
 
 
 class NotForVmap(nn.Linear):

@@ -275,3 +275,20 @@ def test_inference_mode_and_autocast_around_it():
         assert_close(measure(model).ritz_values, plain.ritz_values, rtol=0, atol=0)
     with torch.no_grad():
         assert_close(measure(model).ritz_values, plain.ritz_values, rtol=0, atol=0)
+    single, batches = model.float(), [(data(6)[0].float(), data(6)[1])]
+    options = {"num_steps": 4, "num_probes": 2, "top_k": 1}
+    plain = lf.hessian_spectrum(single, batches, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lf.hessian_spectrum(single, batches, **options)
+    assert_close(found.ritz_values, plain.ritz_values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_parameters_that_the_loss_does_not_depend_on(detached):
+    model = WithSpot(lambda x: x)
+    model.other = nn.Linear(2, 2)
+    if detached:
+        model.forward = lambda x: model.conv1(x).detach().flatten(1)[:, :4]
+    named = "conv1.weight" if detached else "other.weight, other.bias"
+    with pytest.raises(lf.LayerSelectionError, match=f"The loss does not depend on {named}"):
+        measure(model, params="conv1" if detached else "other*")
