@@ -108,9 +108,10 @@ class LandscapeResult:
     def __str__(self) -> str:
         shape = " x ".join(str(len(axis)) for axis in self.coordinates)
         lowest = self.losses[self.finite].min() if bool(self.finite.any()) else math.nan
+        kept = " (with the statistics that it has)" if self.batch_norm == "recomputed" else ""
         lines = [
             f"Loss landscape, {shape} points along {' and '.join(self.axes)}, {self.num_samples} samples",
-            f"loss of the model {self.origin_loss:.6g}, lowest {float(lowest):.6g}",
+            f"loss of the model {self.origin_loss:.6g}{kept}, lowest {float(lowest):.6g}",
             f"normalisation {self.normalize} (L{self.norm}), update {self.update}, "
             f"BatchNorm statistics {self.batch_norm}",
         ]
