@@ -156,8 +156,7 @@ def _contracted(
     """Block traces by layer, from the columns; these are used up, which keeps memory low."""
     for name, calls in layers.items():
         cotangents = [
-            torch.stack([pulled.pop(0).movedim(call.channel_dimension, 1) for pulled in columns], dim=1)
-            for _, call in calls
+            [pulled.pop(0).movedim(call.channel_dimension, 1) for pulled in columns] for _, call in calls
         ]
         inputs = [(call.inputs, call.geometry) for _, call in calls]
         yield name, gauss_newton_block_traces(inputs, cotangents, signs, diagonal)
