@@ -12,7 +12,6 @@ from lightning_flatness.functional.patches import (
     ConvolutionGeometry,
     contraction_costs,
     patch_gram,
-    patches,
     patches_times,
 )
 

@@ -43,7 +43,9 @@ def test_single_precision_has_the_same_numbers(kernel_size, diagonal, filters, g
     # There the sums over patches are a convolution's gradient.
     generator = torch.Generator().manual_seed(0)
     dimensions = len(kernel_size)
-    geometry = ConvolutionGeometry(kernel_size, (2, *[1] * (dimensions - 1)), (1,) * dimensions, (2,) * dimensions, groups)
+    geometry = ConvolutionGeometry(
+        kernel_size, (2, *[1] * (dimensions - 1)), (1,) * dimensions, (2,) * dimensions, groups
+    )
     size = {1: (60,), 2: (14, 15), 3: (9, 8, 9)}[dimensions]
     inputs = torch.randn(5, 4, *size, generator=generator)
     columns = [torch.randn(5, filters, *geometry.output_size(size), generator=generator) for _ in range(3)]
