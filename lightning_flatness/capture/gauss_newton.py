@@ -14,7 +14,7 @@ from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newto
 from lightning_flatness.functional.curvature import MANY_CLASSES
 
 # Elements, of all layers, that are kept at a time: on a CPU about a hundred megabytes.
-ELEMENTS = {"cpu": 2**25}
+ELEMENTS = {"cpu": 3 * 2**23}
 ELEMENTS_DEFAULT = 2**29
 # The graph of a forward pass takes as much as this many columns. (That of the certificate is gone when columns come.)
 GRAPH = 4
