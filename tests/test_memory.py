@@ -103,7 +103,7 @@ def test_when_memory_runs_out_halves_are_measured(name):
 
 
 def test_memory_that_runs_out_again_is_an_error():
-    with pytest.raises(lf.BatchError, match="Out of memory while measuring 4 samples.*layers=.*measures="):
+    with pytest.raises(lf.BatchError, match="Out of memory while measuring 3 samples.*layers=.*measures="):
         lf.measure_flatness(Tight(ERRORS["GPU"], most=2), [(X, Y)])
     with pytest.raises(lf.BatchError, match="1 samples at a time.*smaller|Out of memory"):
         lf.measure_flatness(Tight(ERRORS["GPU"], most=0), [(X[:1], Y[:1])])

@@ -14,10 +14,12 @@ from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newto
 from lightning_flatness.functional.curvature import MANY_CLASSES
 
 # Elements, of all layers, that are kept at a time: on a CPU about a hundred megabytes.
-ELEMENTS = {"cpu": 2**25}
+ELEMENTS = {"cpu": 3 * 2**23}
 ELEMENTS_DEFAULT = 2**29
-# Of that, the graphs of forward pass and certificate take as much as this many columns.
-GRAPHS = 8
+# The graph of a forward pass takes as much as this many columns. (That of the certificate is gone when columns come.)
+GRAPH = 4
+# At least so many columns, if there are, fit in beside it; more would mean fewer samples at a time.
+COLUMNS = 6
 MIN_PROBES = 16
 
 Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
@@ -130,7 +132,7 @@ def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int
         num_columns: that there are.
         device: of the model.
     """
-    return max(2, _budget(device) // (elements * (min(num_columns, 16) + GRAPHS)))
+    return max(2, _budget(device) // (elements * (min(num_columns, COLUMNS) + GRAPH)))
 
 
 def _budget(device: torch.device) -> int:
@@ -140,7 +142,7 @@ def _budget(device: torch.device) -> int:
 def _pulled(layers: Mapping[str, Calls], logits: Tensor, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
     """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
     nodes = nodes_of(layers)
-    at_a_time = max(1, _budget(logits.device) // max(1, sum(node.numel() for node in nodes)) - GRAPHS)
+    at_a_time = max(1, _budget(logits.device) // max(1, sum(node.numel() for node in nodes)) - GRAPH)
     while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
         yield columns
 
@@ -155,9 +157,6 @@ def _contracted(
 ) -> Iterator[tuple[str, Tensor]]:
     """Block traces by layer, from the columns; these are used up, which keeps memory low."""
     for name, calls in layers.items():
-        cotangents = [
-            torch.stack([pulled.pop(0).movedim(call.channel_dimension, 1) for pulled in columns], dim=1)
-            for _, call in calls
-        ]
+        cotangents = [[pulled.pop(0).movedim(call.channel_dimension, 1) for pulled in columns] for _, call in calls]
         inputs = [(call.inputs, call.geometry) for _, call in calls]
         yield name, gauss_newton_block_traces(inputs, cotangents, signs, diagonal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,8 @@ from torch.utils.data import Dataset
 # Longer sequences are data, not transforms.
 MOST_PARTS = 100
 DEEPEST = 8
+PLAIN = frozenset([bool, int, float, str, bytes, type(None), Tensor, nn.Parameter])
+MAPPINGS = frozenset([dict, OrderedDict])
 OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -80,7 +83,8 @@ def _generators(owner: Any) -> list[Any]:
     waiting = [(owner, 0)]
     while waiting:
         part, depth = waiting.pop()
-        if id(part) in seen or depth > DEEPEST:
+        # Most of what a module has are flags and empty mappings of hooks; a measurement comes here for every part.
+        if type(part) in PLAIN or (type(part) in MAPPINGS and not part) or id(part) in seen or depth > DEEPEST:
             continue
         seen.add(id(part))
         if isinstance(part, kinds) and not isinstance(part, random.SystemRandom):  # which has no state

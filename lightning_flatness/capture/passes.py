@@ -74,7 +74,7 @@ class ForwardPasses:
         """
         samples, start = num_rows(inputs, targets), 0
         while start < samples:
-            rows = min(self._rows or samples, samples - start)
+            rows = self._next_rows(samples - start)
 
             def tell(part: float, start: int = start, rows: int = rows) -> None:
                 if advance is not None:
@@ -111,6 +111,16 @@ class ForwardPasses:
             elif found:
                 start += rows
                 yield from found
+
+    def _next_rows(self, left: int) -> int:
+        """How many samples to take of those that are left, so that parts have about the same size.
+
+        The first part of all is half as large, since it takes some fifteen passes to certify.
+        """
+        if self._rows is None:
+            return left
+        most = self._rows if self.plan.begun or self._halved else -(-self._rows // 2)
+        return -(-left // -(-left // most))
 
     @property
     def _is_cast(self) -> bool:
@@ -185,7 +195,7 @@ class ForwardPasses:
             logits = self._execution.logits
             most = rows_at_a_time(max(1, elements), logits.shape[1], logits.device)
             self._rows = min(most, self._rows or most)
-            if rows > self._rows:
+            if rows > self._next_rows(rows):
                 return None
         watched = {name: self._copy.copy_of(weight) for name, weight in plan.parameters().items()}
         with Observation(plan.modules, plan.classifier[1], watched) as seen:

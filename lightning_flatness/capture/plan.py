@@ -20,6 +20,7 @@ from lightning_flatness.capture.affine import (
 )
 from lightning_flatness.capture.certificate import certify_layer, certify_path, is_known, is_own_weight, own_weight
 from lightning_flatness.capture.closed_form import (
+    FULL_EVERY,
     KnownTail,
     TailDerivatives,
     certified_head,
@@ -31,7 +32,7 @@ from lightning_flatness.capture.isolation import ModelCopy
 from lightning_flatness.capture.observation import ConvolutionCall, Observation, kernel_sample
 from lightning_flatness.capture.options import Options
 from lightning_flatness.capture.selection import Execution, find_classifier, logits_of, select_layers
-from lightning_flatness.capture.tail import random_like, why_not_closed_form
+from lightning_flatness.capture.tail import cannot_curve, random_like, why_not_closed_form
 from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, NotExactError
 from lightning_flatness.functional import Curvature, contraction_costs, separating_masks, weight_gram
 from lightning_flatness.results import SAMPLED, LayerInfo
@@ -62,6 +63,7 @@ class Plan:
         self._tails: dict[str, KnownTail] = {}
         self._gram_norms: dict[str, Tensor] = {}
         self.begun = False  # set when the first samples have been certified
+        self._parts = 0  # of batches, that were certified for Gauss-Newton
         self._num_columns = 0
         self._sampled = False
 
@@ -275,7 +277,14 @@ class Plan:
         self, layers: dict[str, Calls], failures: dict[str, str], logits: Tensor, inputs: Any, first: bool
     ) -> None:
         """Certify on this batch that Gauss-Newton is exact for these layers; label those for which it is not."""
-        reasons = why_not_affine({name: calls for name, calls in layers.items() if len(calls) == 1}, logits)
+        once = {name: calls for name, calls in layers.items() if len(calls) == 1}
+        # The first samples are certified by numbers. After that it is enough that no function of the graph can have a
+        # second derivative; only hooks on tensors do not show there, so the numbers are taken again and again.
+        if first or self._parts % FULL_EVERY == 0 or not cannot_curve(logits):
+            reasons = why_not_affine(once, logits)
+        else:
+            reasons = dict.fromkeys(once, "")
+        self._parts += 1
         for name, calls in layers.items():
             why = reasons[name] if name in reasons else self._why_polynomial(calls, inputs)
             info = self.layers[name]

@@ -95,7 +95,43 @@ def is_piecewise_linear(operations: Operations) -> bool:
         >>> [is_piecewise_linear(operations_of(f(z).mean(2))) for f in (torch.relu, torch.tanh)]
         [True, False]
     """
-    return all(re.sub(r"(Backward)?\d*$", "", name.rpartition("::")[2]) in PIECEWISE_LINEAR for name, *_ in operations)
+    return all(_plain(name) in PIECEWISE_LINEAR for name, *_ in operations)
+
+
+# Functions that are linear in one of their tensors as long as the others are constants.
+LINEAR_IN_ONE = frozenset(["Addmm", "Bmm", "Convolution", "CudnnConvolution", "MkldnnConvolution", "Mm", "Mul", "Mv"])
+
+
+def cannot_curve(end: Tensor) -> bool:
+    """Whether no second derivative of a tensor can be other than zero, by the functions of its graph alone.
+
+    Every function must be known to be linear, or linear in pieces, in what the graph reaches it by. Its backward then
+    multiplies by constants and by masks, neither of which has a derivative, whatever the data are.
+
+    Example:
+        >>> z, w = torch.randn(2, 3, requires_grad=True), torch.randn(3, 4)
+        >>> [cannot_curve(f) for f in ((z @ w).relu(), (z @ w).tanh(), z @ z.T, z * z, z * z.detach())]
+        [True, False, False, False, True]
+    """
+    seen: set[Any] = set()
+    nodes: list[Any] = [end.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = [after for after, _ in node.next_functions if after is not None]
+        nodes += following
+        kind = _plain(node.name())
+        linear = kind in PIECEWISE_LINEAR or (kind in LINEAR_IN_ONE and len(following) == 1)
+        if not linear or isinstance(node, BackwardCFunction) or getattr(node, "_saved_training", False):
+            return False
+    return True
+
+
+def _plain(name: str) -> str:
+    """The name of a function of a graph without its number and namespace."""
+    return re.sub(r"(Backward)?\d*$", "", name.rpartition("::")[2])
 
 
 def _saved_numbers(node: Any) -> tuple[Any, ...]:

@@ -8,16 +8,21 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional.patches import ConvolutionGeometry, contraction_costs, patch_gram, patches
+from lightning_flatness.functional.patches import (
+    ConvolutionGeometry,
+    contraction_costs,
+    patch_gram,
+    patches_times,
+)
 
-# Elements of one chunk's largest intermediates.
-CHUNK_ELEMENTS = {"cpu": 2**22}
+# Elements of one chunk's largest intermediates: on a CPU what a core's cache holds.
+CHUNK_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 
 
 def gauss_newton_block_traces(
     calls: Sequence[tuple[Tensor, ConvolutionGeometry]],
-    cotangents: Sequence[Tensor],
+    cotangents: Sequence[Sequence[Tensor]],
     signs: Tensor | None = None,
     diagonal: bool = False,
     chunk_size: int | None = None,
@@ -34,7 +39,7 @@ def gauss_newton_block_traces(
     Args:
         calls: what the layer read, ``(N, C, *spatial)``, and how; more than one entry for a layer that runs several
             times in one forward pass, whose contributions add up inside ``J``.
-        cotangents: for every call ``δ``, ``(N, B, S, *output)``.
+        cotangents: for every call the columns of ``δ``, ``(N, S, *output)`` each.
         signs: of the columns, ``(N, B)``, where the loss's Hessian has negative directions.
         diagonal: only ``T[s, s]``, which is much less work.
         chunk_size: samples taken at a time; by default as many as fit a small budget.
@@ -45,21 +50,23 @@ def gauss_newton_block_traces(
     Example:
         >>> x, w = torch.randn(2, 3, 6, 6).double(), torch.randn(4, 3, 3, 3).double()
         >>> geometry = ConvolutionGeometry(kernel_size=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1))
-        >>> delta = torch.randn(2, 5, 4, 4, 4).double()
-        >>> gauss_newton_block_traces([(x, geometry)], [delta]).shape
+        >>> columns = [torch.randn(2, 4, 4, 4).double() for _ in range(5)]
+        >>> gauss_newton_block_traces([(x, geometry)], [columns]).shape
         torch.Size([1, 4, 4])
     """
-    samples, columns, filters = cotangents[0].shape[:3]
+    columns = len(cotangents[0])
+    samples, filters = cotangents[0][0].shape[:2]
     inputs, geometry = calls[0]
     groups = geometry.groups
     per_group = filters // groups
-    positions = sum(delta[0, 0, 0].numel() for delta in cotangents)
+    sizes = [of_call[0][0, 0].numel() for of_call in cotangents]
+    positions = sum(sizes)
     patch_length = inputs.shape[1] // groups * prod(geometry.kernel_size)
     by_gram, by_sum = contraction_costs(positions, patch_length, per_group, columns, diagonal)
     use_gram = len(calls) == 1 and by_gram <= by_sum
     if chunk_size is None:
         length = positions if use_gram else patch_length
-        elements = groups * length * (positions + columns * per_group) + columns * filters * positions
+        elements = columns * filters * (positions + length) + (groups * positions**2 if use_gram else 0)
         budget = CHUNK_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
         chunk_size = max(1, budget // elements)
 
@@ -67,23 +74,29 @@ def gauss_newton_block_traces(
     total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
-        parts = [delta[chunk].reshape(-1, columns, groups, per_group, delta[0, 0, 0].numel()) for delta in cotangents]
-        delta = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=4)).transpose(1, 2)  # (N, G, B, s, P)
-        # Columns go with the filters into one dimension, so that each sample takes part in one product.
-        rows = delta.flatten(2, 3)
+        # Columns are put together a few samples at a time, while these are in the cache.
+        parts = [
+            torch.stack([column[chunk] for column in of_call], dim=1)
+            .reshape(-1, columns, groups, per_group, size)
+            .transpose(1, 2)
+            for of_call, size in zip(cotangents, sizes, strict=True)
+        ]  # (N, G, B, s, P)
         if use_gram:
-            left = delta
-            right = (rows @ patch_gram(inputs[chunk], geometry)).view_as(delta)
-            order = (1, 3, 0, 2, 4)
+            left = parts[0]
+            # Columns go with the filters into one dimension, so that each sample takes part in one product.
+            right = (left.flatten(2, 3) @ patch_gram(inputs[chunk], geometry)).view_as(left)
         else:
-            phi = [patches(x[chunk], how) for x, how in calls]
-            joined = phi[0] if len(phi) == 1 else torch.cat(phi, dim=3)  # (N, G, D, P)
-            left = right = (joined @ rows.mT).unflatten(3, (columns, per_group))  # (N, G, D, B, s)
-            order = (1, 4, 0, 2, 3)
+            products = [
+                patches_times(delta.flatten(2, 3), x[chunk], how) for delta, (x, how) in zip(parts, calls, strict=True)
+            ]
+            left = right = sum(products[1:], products[0]).unflatten(2, (columns, per_group))  # (N, G, B, s, D)
         if signs is not None:
-            of_samples = signs[chunk]
-            left = left * (of_samples[:, None, :, None, None] if use_gram else of_samples[:, None, None, :, None])
-        # (G, s, all others); for the sum over patches of an ungrouped layer this is a view.
-        first, second = (factor.permute(*order).flatten(2) for factor in (left, right))
-        total += ((first * second).sum(2) if diagonal else first @ second.mT).double()
+            left = left * signs[chunk, None, :, None, None]
+        if diagonal:
+            total += (left * right).sum((0, 2, 4)).double()
+        elif per_group <= left.shape[-1]:
+            total += (left @ right.mT).sum((0, 2)).double()
+        else:  # one product over samples, columns and what is summed: that many small ones would be larger than it
+            first, second = (factor.permute(1, 3, 0, 2, 4).flatten(2) for factor in (left, right))
+            total += (first @ second.mT).double()
     return total

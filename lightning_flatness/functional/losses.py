@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, count
+from math import comb
 from typing import Any, NamedTuple
 
 import torch
@@ -286,18 +288,23 @@ class CustomLoss(Loss):
 
 
 def separating_masks(samples: int) -> Tensor:
-    """Masks ``(M, N)`` such that for every two samples one has the first and not the second; about ``2 log2(N)``.
+    """Masks ``(M, N)`` such that for every two samples one has the first and not the second; about ``log2(N) + 2``.
+
+    Every sample is in another set of half of the masks; of two different sets of one size none holds the other, and by
+    Sperner's theorem no more samples can do with so few masks.
 
     Example:
-        >>> separating_masks(3).int()
-        tensor([[0, 1, 0],
-                [1, 0, 1],
-                [0, 0, 1],
-                [1, 1, 0]], dtype=torch.int32)
+        >>> separating_masks(5).int()
+        tensor([[1, 1, 1, 0, 0],
+                [1, 0, 0, 1, 1],
+                [0, 1, 0, 1, 0],
+                [0, 0, 1, 0, 1]], dtype=torch.int32)
     """
-    numbers = torch.arange(samples)
-    bits = [(numbers >> bit) % 2 == 1 for bit in range(max(samples - 1, 0).bit_length())]
-    return torch.stack([mask for one in bits for mask in (one, ~one)]) if bits else numbers.new_zeros(0, samples).bool()
+    number = next(m for m in count() if comb(m, m // 2) >= samples)
+    masks = torch.zeros(number, samples, dtype=torch.bool)
+    for sample, chosen in zip(range(samples), combinations(range(number), number // 2)):  # noqa: B905
+        masks[list(chosen), sample] = True
+    return masks
 
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}

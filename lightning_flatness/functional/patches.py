@@ -140,6 +140,47 @@ def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size:
     return total
 
 
+def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    r"""Products of every sample's slopes with its patches, ``\sum_p slopes[r, p] phi[p]``, by group.
+
+    That is a convolution's gradient at its kernel, and of every sample by itself if samples are taken for groups. On a
+    CPU torch's kernels for it are about twice as fast as the products of patches, which need not be formed then.
+
+    Args:
+        slopes: ``(N, G, R, P)``.
+        inputs: ``(N, C, *spatial)``.
+        geometry: of the convolution.
+
+    Returns:
+        ``(N, G, R, D)``.
+
+    Example:
+        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
+        >>> patches_times(torch.tensor([[[[1.0, 10.0]]]]), torch.tensor([[[1.0, 2.0, 3.0]]]), geometry)
+        tensor([[[[21., 32.]]]])
+    """
+    samples, channels = inputs.shape[:2]
+    size = geometry.output_size(tuple(inputs.shape[2:]))
+    on_cpu = inputs.device.type == "cpu" and inputs.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if not on_cpu or geometry.groups > 1 or prod(geometry.kernel_size) == 1:
+        return slopes @ patches(inputs, geometry).mT
+    rows = samples * slopes.shape[2]
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        slopes.reshape(1, rows, *size),
+        inputs.reshape(1, -1, *inputs.shape[2:]),
+        slopes.new_empty(1).expand(rows, channels, *geometry.kernel_size),  # of which only the shape is looked at
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * len(size),
+        samples,
+        [False, True, False],
+    )[1]
+    return gradient.reshape(samples, 1, slopes.shape[2], -1)
+
+
 def _at(tensor: Tensor, window: tuple[slice, ...]) -> Tensor:
     index: tuple[slice | EllipsisType, ...] = (..., *window)
     return tensor[index]
