@@ -168,6 +168,20 @@ ISOLATION = [
         f"{NO_TRACE}test_compiled_code_is_not_run_and_not_lost[part]",
     ),
     Guard(
+        "float32 without TF32 or bfloat16 inside",
+        "capture/isolation.py",
+        '                owner.fp32_precision = "ieee"\n',
+        "                pass\n",
+        f"{NO_TRACE}test_float32_is_float32",
+    ),
+    Guard(
+        "precision of float32 is put back",
+        "capture/isolation.py",
+        "                owner.fp32_precision = value\n",
+        "                pass\n",
+        f"{NO_TRACE}test_float32_is_float32",
+    ),
+    Guard(
         "attention that has a second derivative",
         "capture/isolation.py",
         "stack.enter_context(sdpa_kernel(SDPBackend.MATH))",

@@ -145,7 +145,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
     Restored: the attributes of every module, ``training`` and backward hooks among them, which do not run meanwhile;
     the random states of torch (CPU and the model's accelerators), numpy and Python. Inference mode and autocast are
-    left, ``torch.compile``d parts run uncompiled, TF32 is off.
+    left, ``torch.compile``d parts run uncompiled, TF32 (and bfloat16 for float32 on a CPU) is off.
 
     Raises:
         LayerSelectionError: the weights are sharded; and, in place of torch's own error, when the model uses gradient
@@ -192,8 +192,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for device_type in device_types:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        if "cuda" in device_types:
-            stack.enter_context(_full_float32())
+        stack.enter_context(_full_float32())
         yield
 
 
@@ -280,18 +279,25 @@ BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Switch TF32 off: its ten bits of mantissa are an error of 1e-3 in the layer's output."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    owners: list[tuple[Any, str, Any]]
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later; reading the older names there may raise
-        owners = [(owner, "fp32_precision", "ieee") for owner in (matmul, getattr(cudnn, "conv"))]  # noqa: B009
+    """Float32 as it is, not in TF32 or bfloat16 inside: their few bits are errors of 1e-3 in the layer's output."""
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; reading the older names there may raise
+        owners: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul]  # type: ignore[attr-defined]
+        owners += [backends.cudnn.conv, backends.mkldnn.conv]  # type: ignore[attr-defined]
+        before = [owner.fp32_precision for owner in owners]
+        try:
+            for owner in owners:
+                owner.fp32_precision = "ieee"
+            yield
+        finally:
+            for owner, value in zip(owners, before, strict=True):
+                owner.fp32_precision = value
     else:
-        owners = [(owner, "allow_tf32", False) for owner in (matmul, cudnn)]
-    before = [getattr(owner, name) for owner, name, _ in owners]
-    try:
-        for owner, name, value in owners:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(owners, before, strict=True):
-            setattr(owner, name, value)
+        precision, of_convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        try:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            backends.cudnn.allow_tf32 = of_convolutions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -10,7 +10,9 @@ from types import EllipsisType
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+KERNEL_GRADIENT: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 # What an addition costs that is not within a matrix product, in multiplications of one.
 ADDITION = 4
 
@@ -165,19 +167,15 @@ def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry)
     if not on_cpu or geometry.groups > 1 or prod(geometry.kernel_size) == 1:
         return slopes @ patches(inputs, geometry).mT
     rows = samples * slopes.shape[2]
-    gradient: Tensor = torch.ops.aten.convolution_backward(
-        slopes.reshape(1, rows, *size),
+    gradient = KERNEL_GRADIENT[len(size)](
         inputs.reshape(1, -1, *inputs.shape[2:]),
-        slopes.new_empty(1).expand(rows, channels, *geometry.kernel_size),  # of which only the shape is looked at
-        None,
+        (rows, channels, *geometry.kernel_size),
+        slopes.reshape(1, rows, *size),
         geometry.stride,
         geometry.padding,
         geometry.dilation,
-        False,
-        [0] * len(size),
-        samples,
-        [False, True, False],
-    )[1]
+        groups=samples,
+    )
     return gradient.reshape(samples, 1, slopes.shape[2], -1)
 
 

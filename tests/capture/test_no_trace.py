@@ -591,3 +591,31 @@ def test_observing_puts_the_grad_mode_back(fails, batch):
         except UserError:
             assert fails
         assert not torch.is_grad_enabled()
+
+
+def test_float32_is_float32():
+    """Whatever ``torch.set_float32_matmul_precision`` was told; without fast bfloat16 only the setting shows it."""
+    seen = []
+
+    class Looks(nn.Sequential):
+        def forward(self, x):
+            seen.append(settings())
+            return super().forward(x)
+
+    def settings():
+        backends = torch.backends
+        owners = [backends.cudnn]
+        if hasattr(backends.cuda.matmul, "fp32_precision"):
+            owners = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv, backends.cudnn.conv]
+        name = "fp32_precision" if len(owners) > 1 else "allow_tf32"
+        return [torch.get_float32_matmul_precision(), *(getattr(owner, name) for owner in owners)]
+
+    model = Looks(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = settings()
+        lf.measure_flatness(model, [torch.randn(4, 1, 8, 8)])
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert {tuple(found[1:]) for found in seen} <= {("ieee",) * 4, (False,)}
