@@ -19,7 +19,7 @@ from lightning_flatness.functional.patches import (
 # Elements of one chunk's factors, and of the products of them that are made at a time: on a CPU the products should
 # stay in the cache, elsewhere be large.
 FACTOR_ELEMENTS = {"cpu": 2**24}
-PRODUCT_ELEMENTS = {"cpu": 2**20}
+PRODUCT_ELEMENTS = {"cpu": 2**18}
 ELEMENTS_ELSEWHERE = 2**26
 # With so few products of a class and a position, one matrix product over all of them beats two and an elementwise one.
 FEW = 24
@@ -90,7 +90,7 @@ def closed_form_block_traces(
         chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
         chunk_size = min(chunk_size, MOST_SAMPLES)
     of_products = PRODUCT_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
-    samples_at_once = max(1, of_products // (2 * groups * strip * per_group))
+    samples_at_once = max(1, of_products // (groups * strip * per_group))
 
     head, floor = curvature.centred(head), curvature.floor
     of_filters = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
@@ -118,15 +118,17 @@ def closed_form_block_traces(
                 of_all = _all_products(columns[:, :, rows], right[:, :, rows])
                 total[:, rows, rest] += of_all @ _all_products(signed[:, :, rest], left[:, :, rest]).mT
                 continue
+            sums = left.new_zeros(groups, min(strip, per_group - row), per_group - row)
             for first in range(0, len(left), samples_at_once):
                 some = slice(first, first + samples_at_once)
                 features = right[some, :, rows] @ left[some, :, rest].mT
                 products = columns[some, :, rows] @ signed[some, :, rest].mT
                 products *= features
-                total[:, rows, rest] += products.sum(0)
+                sums += products.sum(0)
                 if floor is not None:
                     floors = floor[chunk][some].to(features)
                     shared[:, rows, rest] += torch.einsum("n,ngst->gst", floors, features).double()
+            total[:, rows, rest] += sums
         if projected.rest is not None:
             of_filters += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
     if diagonal:
