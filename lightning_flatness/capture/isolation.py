@@ -240,6 +240,8 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
+    if not torch.accelerator.is_available():  # going through all tensors takes a millisecond
+        return []
     tensors = [*model.parameters(), *model.buffers()]
     return sorted({tensor.device for tensor in tensors if tensor.device.type != "cpu"}, key=str)
 
