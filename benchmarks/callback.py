@@ -100,7 +100,8 @@ def measure(device: str, quick: bool) -> list[Row]:
         tasks = {name: partial(validate, model, loader, name == "with", device) for name in ("with", "without")}
         times = interleaved(tasks, repeats, device)
         runs = len(times.wall["with"])
-        note = f"{batches} batches, {runs} runs, {times.median('without'):.2f} s without; {times.spread('with', 'without')}"
+        note = f"{batches} batches, {runs} runs, {times.median('without'):.2f} s without; "
+        note += times.spread("with", "without")
         found.append(next(expected).measured(times.ratio("with", "without"), note, times.wall))
         peaks = {
             name: peaks_apart(
