@@ -328,7 +328,7 @@ def _draw_trajectory(ax: Any, result: LandscapeResult, points: Tensor) -> list[A
     ax.plot(points[:, 0], points[:, 1], color=TRAJECTORY_COLOUR, marker="o", markersize=2.5, linewidth=1.2)
     handles = []
     for label, point, inner in (("start", points[0], "white"), ("end", points[-1], TRAJECTORY_COLOUR)):
-        style = {"marker": "o", "markersize": 7, "markerfacecolor": inner, "markeredgecolor": "black"}
+        style = {"marker": "o", "markersize": 9, "markerfacecolor": inner, "markeredgecolor": "black"}
         (marker,) = ax.plot(*point.tolist(), linestyle="none", markeredgewidth=0.8, label=label, **style)
         if all(axis[0] <= at <= axis[-1] for axis, at in zip(result.coordinates, point, strict=True)):
             handles.append(marker)

@@ -74,7 +74,7 @@ def test_all_eigenvalues_and_ritz_values_are_in_the_picture(tmp_path, num_steps,
     heights = torch.tensor(ax.get_lines()[0].get_ydata())
     assert heights.max() > 1e3 * heights.min(), "the Gaussians are wide enough to be seen"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "constrained_layout")
         figure.savefig(tmp_path / "figure.png", dpi=50)
         ax.set_xlim(1e6, 1e6 + 1)  # nor does anything hang outside when someone looks closer
         figure.savefig(tmp_path / "figure.png", dpi=50, bbox_inches="tight")
