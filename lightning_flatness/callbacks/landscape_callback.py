@@ -17,7 +17,7 @@ from lightning_flatness.callbacks.source import Samples
 from lightning_flatness.callbacks.trajectory import Trajectory
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.functional import find_loss
-from lightning_flatness.metrics import check_landscape_options, loss_landscape
+from lightning_flatness.metrics import KINDS, check_landscape_options, loss_landscape
 from lightning_flatness.plots import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface
 from lightning_flatness.results import LandscapeResult
 
@@ -120,6 +120,11 @@ class LandscapeCallback(AtEpochs):
         checked: Any = "random" if self._trajectory else axes
         if not all(isinstance(axis, str) for axis in self._axes):
             raise FlatnessError(f"{axes=}: give words; loss_landscape() takes directions, too.")
+        if self._trajectory is None and not set(self._axes) <= set(KINDS):
+            known = ", ".join(map(repr, KINDS))
+            raise FlatnessError(
+                f"{axes=}: there are {known}, or one or two of these in a list, and 'trajectory' alone."
+            )
         words = {"normalize": normalize, "norm": norm, "biases": biases, "update": update}
         width = 1.0 if span is None else span
         for name in self._statistics:
@@ -160,13 +165,17 @@ class LandscapeCallback(AtEpochs):
                 self._trajectory.add(find_network(pl_module, self.model))
 
     def _ready(self, final: bool) -> bool:
-        if self._trajectory is None or self._trajectory.spans_a_plane:
+        if self._trajectory is None:
             return True
-        if final:
-            rank_zero_warn(
-                "LandscapeCallback(axes='trajectory') needs two epochs at least to span a plane; none is drawn."
-            )
-        return False
+        reason, odd = None, self._trajectory.not_finite
+        if not self._trajectory.spans_a_plane:
+            reason = "needs two epochs at least to span a plane"
+        elif odd is not None:
+            when = f"after {odd} epoch{'s' if odd > 1 else ''} of this fit" if odd else "at the start of this fit"
+            reason = f"needs finite weights, and those {when} are not: the training has diverged"
+        if reason is not None and final:
+            rank_zero_warn(f"LandscapeCallback(axes='trajectory') {reason}; none is drawn.")
+        return reason is None
 
     # ------------------------------------------------------------------------------------------------------ measuring
 

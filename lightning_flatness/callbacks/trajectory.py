@@ -47,6 +47,12 @@ class Trajectory:
         return len(self._states) > 2
 
     @property
+    def not_finite(self) -> int | None:
+        """The number of the first state, from 0, that has numbers which are not finite."""
+        finite = [all(bool(tensor.isfinite().all()) for tensor in state.values()) for state in self._states]
+        return None if all(finite) else finite.index(False)
+
+    @property
     def coordinates(self) -> Tensor | None:
         """Of the states in the plane found last, ``(states, 2)``; None before."""
         return None if self._found is None else self._found.coordinates

@@ -10,7 +10,7 @@ from lightning_flatness.capture.options import MEASURES, Options, measuring_dtyp
 from lightning_flatness.capture.passes import ForwardPasses
 from lightning_flatness.capture.points import Points
 from lightning_flatness.capture.rows import num_rows
-from lightning_flatness.capture.tensors import NamedTensors, direction_between, pca_directions
+from lightning_flatness.capture.tensors import NamedDirection, NamedTensors, direction_between, pca_directions
 
 __all__ = [
     "KEEPS_TENSORS",
@@ -22,6 +22,7 @@ __all__ = [
     "LossCurvature",
     "LossSums",
     "Matrix",
+    "NamedDirection",
     "NamedTensors",
     "Operator",
     "Options",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,14 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, PrincipalDirections, principal_directions
 
 State = nn.Module | Mapping[str, Tensor]
+
+
+class NamedDirection(dict[str, Tensor]):
+    """A direction that says what an axis along it is called."""
+
+    def __init__(self, direction: Direction, name: str) -> None:
+        super().__init__(direction)
+        self.name = name
 
 
 class NamedTensors:
@@ -147,7 +155,7 @@ def direction_between(model: nn.Module, other: State) -> Direction:
         float64 tensors by name, for ``axes=`` of :func:`~lightning_flatness.loss_landscape`.
 
     Raises:
-        FlatnessError: tensors are missing in ``other`` or have other shapes, or nothing differs.
+        FlatnessError: tensors are missing in ``other``, have other shapes or are not finite, or nothing differs.
 
     Example:
         >>> one, other = nn.Linear(2, 1), nn.Linear(2, 1)
@@ -160,7 +168,7 @@ def direction_between(model: nn.Module, other: State) -> Direction:
     return tensors.direction(offset, "The direction between the models")
 
 
-def pca_directions(model: nn.Module, states: Sequence[State], number: int = 2) -> PrincipalDirections:
+def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -> PrincipalDirections:
     """The directions in which a trajectory differs most from the model where it ends, by PCA; and the trajectory there.
 
     The directions are orthonormal, the origin is the model. Only parameters count: BatchNorm statistics would drown
@@ -172,11 +180,12 @@ def pca_directions(model: nn.Module, states: Sequence[State], number: int = 2) -
         number: of directions.
 
     Returns:
-        ``directions`` for ``axes=`` of :func:`~lightning_flatness.loss_landscape`; ``coordinates`` ``(states, number)``
-        for ``trajectory=`` of the figures; ``explained``, their shares of the squared distances.
+        ``directions`` for ``axes=`` of :func:`~lightning_flatness.loss_landscape`, where such an axis is called
+        ``"principal direction 1 (63 %)"``; ``coordinates`` ``(states, number)`` for ``trajectory=`` of the figures;
+        ``explained``, their shares of the squared distances.
 
     Raises:
-        FlatnessError: states that do not fit, or too few that differ.
+        FlatnessError: states that do not fit or are not finite, or too few that differ.
 
     Source:
         Li et al. 2018 (arXiv 1712.09913), Section 7.2.
@@ -189,15 +198,19 @@ def pca_directions(model: nn.Module, states: Sequence[State], number: int = 2) -
     tensors = NamedTensors(model)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise FlatnessError(f"{number=} must be a whole number, one at least.")
-    names = [f"State {index} of the trajectory" for index in range(len(states))]
-    offsets = [_offset(tensors, state, tensors.parameters, name) for state, name in zip(states, names, strict=True)]
+    offsets = [
+        _offset(tensors, state, tensors.parameters, f"State {index} of the trajectory")
+        for index, state in enumerate(states)
+    ]
     found = principal_directions(offsets, number) if len(offsets) >= number else None
     if found is None or not bool((found.explained > 1e-12).all()):
         raise FlatnessError(
             f"The {len(offsets)} states of the trajectory do not span {number} directions around the model; give more "
             "states that differ, or a smaller number=."
         )
-    return found
+    shares = [f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %" for share in found.explained.tolist()]
+    names = [f"principal direction {index} ({share})" for index, share in enumerate(shares, start=1)]
+    return found._replace(directions=tuple(map(NamedDirection, found.directions, names)))
 
 
 def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], name: str) -> Direction:
@@ -215,5 +228,9 @@ def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], n
             found = f"has shape {tuple(given[key].shape)}" if isinstance(given.get(key), Tensor) else "is missing"
             raise FlatnessError(f"{name} does not fit the model: '{key}' of shape {tuple(tensor.shape)} {found} there.")
         ours = measured(tensor.detach(), torch.float64)
-        offset[key] = measured(given[key].detach(), torch.float64).to(ours.device) - ours
+        theirs = measured(given[key].detach(), torch.float64).to(ours.device)
+        for whose, numbers in (("The model", ours), (name, theirs)):
+            if not bool(numbers.isfinite().all()):
+                raise FlatnessError(f"{whose} has numbers that are not finite, in '{key}'.")
+        offset[key] = theirs - ours
     return offset

@@ -1,5 +1,6 @@
 """Level 2: sums over batches and ranks."""
 
+from lightning_flatness.metrics.axes import KINDS
 from lightning_flatness.metrics.batches import split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
 from lightning_flatness.metrics.lambda_max import measure_lambda_max
@@ -9,6 +10,7 @@ from lightning_flatness.metrics.ranks import gather
 from lightning_flatness.metrics.spectrum import check_spectrum_options, hessian_spectrum
 
 __all__ = [
+    "KINDS",
     "FlatnessMetric",
     "Measurement",
     "check_landscape_options",

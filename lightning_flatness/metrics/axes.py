@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_flatness.capture import NamedTensors
+from lightning_flatness.capture import NamedDirection, NamedTensors
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, normalized, orthogonal_to, random_direction
 
@@ -109,6 +109,8 @@ def find_axes(
     for index, (axis, kind) in enumerate(zip(wanted, kinds, strict=True)):
         turn = kinds[:index].count(kind)
         name = MOMENTS[turn] if kind == "adam" else f"{DESCRIPTIONS[kind]} {turn + 1}"
+        if isinstance(axis, NamedDirection):
+            name = axis.name
         if kind == "random":
             direction = random_direction({key: weights[key] for key in tensors.parameters}, generator)
         else:

@@ -18,7 +18,7 @@ def grid(span: Any, steps: Any, num_axes: int, update: str = "add") -> tuple[Ten
     """Equally spaced coordinates for every axis, float64; both ends are points.
 
     Args:
-        span: ``s`` for ``-s`` to ``s``, a pair, or a pair for every axis.
+        span: ``s`` for ``-s`` to ``s``, a pair, or a pair for every axis; numbers may be NumPy's, too, or tensors.
         steps: number of points, for all axes or for each.
         num_axes: 1 or 2.
         update: with ``"adam"`` the second axis is positive.
@@ -30,6 +30,7 @@ def grid(span: Any, steps: Any, num_axes: int, update: str = "add") -> tuple[Ten
         >>> grid(1.0, 3, 1)
         (tensor([-1.,  0.,  1.], dtype=torch.float64),)
     """
+    steps, span = _plain(steps), _plain(span)
     counts = [steps] * num_axes if _is_number(steps) else steps
     if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(_is_count(count) for count in counts):
         raise FlatnessError(
@@ -69,6 +70,14 @@ def _spaced(low: float, high: float, count: int) -> Tensor:
     """Both ends to the last digit; and exactly 0 in the middle of what is symmetric."""
     part = torch.arange(count, dtype=torch.float64) / (count - 1)
     return low * (1 - part) + high * part
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of Python, from those of NumPy or torch."""
+    if isinstance(value, (list, tuple)):
+        numbers = [_plain(number) for number in value]
+        return numbers if isinstance(value, list) else tuple(numbers)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_number(value: Any) -> bool:

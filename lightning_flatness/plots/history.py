@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_flatness.plots.canvas import axes_or_new
+from lightning_flatness.plots.canvas import axes_or_new, label_epochs
 
 ACCURACY_COLOUR = "#1f5fa8"
 FLATNESS_COLOUR = "#c2511b"
@@ -62,8 +62,7 @@ def plot_history(
     )
     if all(value is not None and value > 0 for value in flatness):
         right.set_yscale("log")
-    ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    label_epochs(ax, [] if burn_in else epochs)
     ax.set_ylabel(accuracy_label, color=ACCURACY_COLOUR)
     name = "relative flatness" if measure == "relative_flatness" else "Hessian trace"
     right.set_ylabel(f"{name} on {DATA.get(data, data)} data", color=FLATNESS_COLOUR)

@@ -12,9 +12,15 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import axes_or_new
 from lightning_flatness.results import LandscapeResult
 
-LOSS_COLOUR, ACCURACY_COLOUR, MISSING_COLOUR = "#1f4e9c", "#c8641e", "#d9d9d9"
+LOSS_COLOUR, ACCURACY_COLOUR, TRAJECTORY_COLOUR = "#1f4e9c", "#c8641e", "#e4572e"
+# Points without a loss to draw, by the reason.
+GAPS: dict[str, dict[str, Any]] = {
+    "not finite": {"facecolor": "#d9d9d9", "hatch": "///", "edgecolor": "white"},
+    "not computed": {"facecolor": "white", "hatch": "...", "edgecolor": "#c4c4c4"},
+}
 COLOURS = "viridis"
 NUM_LEVELS = 24
+NUM_FACETS = 20
 
 
 def plot_line(
@@ -25,7 +31,9 @@ def plot_line(
     label: str | None = None,
     ax: Any | None = None,
 ) -> tuple[Any, Any]:
-    """Draw the loss along a line, with accuracy on an axis of its own; points without a finite loss are grey bands.
+    """Draw the loss along a line, with accuracy on an axis of its own.
+
+    Points without a finite loss are bands hatched in grey, and those that were not computed, dotted bands.
 
     Args:
         result: with one axis.
@@ -57,10 +65,15 @@ def plot_line(
     ax.set_ylabel("loss")
     ax.axvline(0, color="black", linewidth=0.6, alpha=0.5)
     ax.margins(x=0)
+    ax.xaxis.get_major_locator().set_params(nbins=5)
     half = float(x[1] - x[0]) / 2
-    for missing in x[~result.finite].tolist():
-        low, high = max(missing - half, float(x[0])), min(missing + half, float(x[-1]))
-        ax.axvspan(low, high, facecolor=MISSING_COLOUR, hatch="///", edgecolor="white", linewidth=0)
+    for reason, points in _gaps(result, result.losses).items():
+        for missing in x[points].tolist():
+            low, high = max(missing - half, float(x[0])), min(missing + half, float(x[-1]))
+            known = ax.get_legend_handles_labels()[1]
+            ax.axvspan(low, high, linewidth=0, label=None if reason in known else reason, **GAPS[reason])
+    if label is None and not result.finite.all():
+        ax.legend(fontsize=8)
     if accuracy and result.accuracies is not None and label is None:
         right = ax.twinx()
         right.plot(x, 100 * result.accuracies, color=ACCURACY_COLOUR, linewidth=1.2, linestyle="--")
@@ -80,15 +93,16 @@ def plot_contour(
     levels: Tensor | None = None,
     ax: Any | None = None,
 ) -> tuple[Any, Any]:
-    """Draw the loss on a plane as filled contours, the model as a cross, what has no finite loss hatched in grey.
+    """Draw the loss on a plane as filled contours, and the model as a cross.
 
+    What has no finite loss is hatched in grey, and what was not computed, dotted.
     Levels are spaced evenly in the logarithm of the loss where that spans more than a factor of ten.
 
     Args:
         result: with two axes.
         cap: losses above are drawn as this.
         trajectory: ``(points, 2)``, coordinates to be joined, from
-            :func:`~lightning_flatness.pca_directions`; the part outside of the plane is not seen.
+            :func:`~lightning_flatness.pca_directions`, in the order of time; the part outside of the plane is not seen.
         levels: of the contours, ascending.
         ax: draw here instead of in a new figure.
 
@@ -110,21 +124,26 @@ def plot_contour(
     figure, ax = axes_or_new(ax, 5.0, 4.0)
     x, y = result.coordinates
     levels = _levels(losses) if levels is None else levels
-    masked = _masked(losses.T)
-    if not bool(result.finite.all()):
-        ax.set_facecolor(MISSING_COLOUR)
-        ax.patch.set(hatch="///", edgecolor="white")
-    norm = _norm(levels)
-    filled = ax.contourf(
-        x, y, masked, levels=levels.tolist(), cmap=COLOURS, norm=norm, extend="neither" if cap is None else "max"
-    )
-    ax.contour(x, y, masked, levels=levels[::3].tolist(), colors="white", linewidths=0.5, alpha=0.7)
-    bar = figure.colorbar(filled, ax=ax, label="loss", ticks=_ticks(levels), format="%.3g")
-    bar.minorticks_off()
+    gaps = _gaps(result, losses)
+    handles = _draw_gaps(ax, result, gaps)
+    if bool((_corners(losses.isfinite()) >= 3).any()):
+        masked = _masked(losses.T)
+        beyond = cap is not None and bool((result.losses > cap).any())
+        colours = {"cmap": COLOURS, "norm": _norm(levels), "extend": "max" if beyond else "neither"}
+        filled = ax.contourf(x, y, masked, levels=levels.tolist(), **colours)
+        ax.contour(x, y, masked, levels=levels[::3].tolist(), colors="white", linewidths=0.5, alpha=0.7)
+        _draw_bar(figure, ax, filled, levels, losses)
+    else:
+        seen = losses[losses.isfinite()]
+        text = f"too few points for contours: {len(seen)} of {losses.numel()},\nwith a loss of {float(seen.min()):.6g}"
+        ax.text(0.5, 0.75, text, transform=ax.transAxes, ha="center", fontsize=8, bbox={"color": "white"})
     if trajectory is not None:
-        points = _trajectory(trajectory)
-        ax.plot(points[:, 0], points[:, 1], color="#e4572e", marker="o", markersize=2.5, linewidth=1.2)
-    ax.plot(0, _model_at(result), marker="x", color="black", markersize=7, markeredgewidth=1.6, linestyle="none")
+        handles += _draw_trajectory(ax, result, _trajectory(trajectory))
+    model = {"marker": "x", "color": "black", "markersize": 7, "markeredgewidth": 1.6, "linestyle": "none"}
+    handles += ax.plot(0, _model_at(result), label="model", **model)
+    if len(handles) > 1:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5.5, "frameon": False}
+        ax.legend(handles=handles, ncols=len(handles), fontsize=7, handleheight=1.4, **below)
     ax.set_xlim(float(x[0]), float(x[-1]))
     ax.set_ylim(float(y[0]), float(y[-1]))
     labels = _labels(result)
@@ -136,7 +155,9 @@ def plot_contour(
 def plot_surface(
     result: LandscapeResult, *, cap: float | None = None, log: bool = False, ax: Any | None = None
 ) -> tuple[Any, Any]:
-    """Draw the loss on a plane as a surface with its contours below; what has no finite loss is a hole.
+    """Draw the loss on a plane as a surface with its contours below.
+
+    What has no finite loss, or was not computed, is a hole.
 
     Args:
         result: with two axes.
@@ -164,25 +185,35 @@ def plot_surface(
         raise FlatnessError("log=True draws the logarithm of the loss, and there are losses that are not positive.")
     heights = losses.log10() if log else losses
     figure, ax = axes_or_new(ax, 5.4, 4.4, subplot_kw={"projection": "3d"})
-    x, y = torch.meshgrid(*result.coordinates, indexing="ij")
     seen = heights[heights.isfinite()]
     low, high = float(seen.min()), float(seen.max())
-    drawn = torch.where(heights.isfinite(), heights, math.nan).numpy()
     height = high - low or 1.0
+    # A facet has one colour, so with few points there are several between them.
+    parts = [max(1, NUM_FACETS // (len(axis) - 1)) for axis in result.coordinates]
+    x, y = torch.meshgrid(*map(_refined, result.coordinates, parts), indexing="ij")
+    drawn = _refined(_refined(torch.where(heights.isfinite(), heights, math.nan), parts[0]).T, parts[1]).T
     ax.plot_surface(
-        x.numpy(), y.numpy(), drawn, cmap=COLOURS, vmin=low, vmax=high, rcount=200, ccount=200, linewidth=0.15,
+        x.numpy(), y.numpy(), drawn.numpy(), cmap=COLOURS, vmin=low, vmax=high, rcount=200, ccount=200, linewidth=0.15,
         edgecolor=(1, 1, 1, 0.35), antialiased=True,
     )  # fmt: skip
     floor = low - 0.35 * height
-    ax.contour(x.numpy(), y.numpy(), _masked(heights), levels=12, zdir="z", offset=floor, cmap=COLOURS, linewidths=0.8)
+    flat = _constant(heights)
+    if not flat and bool((_corners(heights.isfinite()) >= 3).any()):
+        x, y = torch.meshgrid(*result.coordinates, indexing="ij")
+        below = {"zdir": "z", "offset": floor, "cmap": COLOURS, "linewidths": 0.8}
+        ax.contour(x.numpy(), y.numpy(), _masked(heights), levels=12, **below)
     ax.set_zlim(floor, high)
     ax.xaxis.get_major_locator().set_params(nbins=5)
     ax.yaxis.get_major_locator().set_params(nbins=5)
-    ax.set_zticks([tick for tick in ax.get_zticks() if low - 0.05 * height <= tick <= high])
-    labels = _labels(result)
-    ax.set_xlabel(labels[0])
-    ax.set_ylabel(labels[1])
-    ax.set_zlabel("log₁₀ loss" if log else "loss")
+    ax.set_zticks([low] if flat else [tick for tick in ax.get_zticks() if low - 0.05 * height <= tick <= high])
+    named = zip((ax.xaxis, ax.yaxis, ax.zaxis), [*_labels(result), "log₁₀ loss" if log else "loss"], strict=True)
+    for axis, label in named:
+        _label(axis, label)
+    holes = [f"{int(points.sum())} {reason}" for reason, points in _gaps(result, losses).items()]
+    if holes:
+        ax.text2D(
+            0.02, 0.95, f"holes: {', '.join(holes)}, of {losses.numel()} points", transform=ax.transAxes, fontsize=8
+        )
     ax.view_init(elev=28, azim=-55)
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
         axis.pane.set_facecolor((1, 1, 1, 0))
@@ -258,11 +289,111 @@ def _capped(losses: Tensor, cap: float | None) -> Tensor:
     return torch.where(losses > cap, torch.full_like(losses, cap), losses)
 
 
+def _gaps(result: LandscapeResult, losses: Tensor) -> dict[str, Tensor]:
+    """Where there is nothing to draw, by the reason."""
+    found = {"not finite": result.computed & ~losses.isfinite(), "not computed": ~result.computed}
+    return {reason: points for reason, points in found.items() if bool(points.any())}
+
+
+def _corners(points: Tensor) -> Tensor:
+    """Of every cell between points of a plane, how many of its corners are among these."""
+    sums = points[1:].int() + points[:-1].int()
+    return sums[:, 1:] + sums[:, :-1]
+
+
+def _draw_gaps(ax: Any, result: LandscapeResult, gaps: dict[str, Tensor]) -> list[Any]:
+    """Cells with a corner among the gaps, below the contours; gives handles for a legend."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    drawn = torch.zeros_like(_corners(result.computed), dtype=torch.bool)
+    for reason, points in gaps.items():
+        style = GAPS[reason]
+        cells = (_corners(points) > 0) & ~drawn
+        drawn |= cells
+        colour, hatch = ListedColormap([style["facecolor"]]), {"hatch": style["hatch"], "edgecolor": style["edgecolor"]}
+        ax.pcolor(
+            *(axis.numpy() for axis in result.coordinates),
+            np.ma.masked_equal(cells.T.numpy(), 0),
+            cmap=colour,
+            linewidth=0,
+            **hatch,
+        )
+    return [Patch(label=reason, linewidth=0, **GAPS[reason]) for reason in gaps]
+
+
+def _draw_trajectory(ax: Any, result: LandscapeResult, points: Tensor) -> list[Any]:
+    """A line with its first and last point marked; gives handles for a legend."""
+    ax.plot(points[:, 0], points[:, 1], color=TRAJECTORY_COLOUR, marker="o", markersize=2.5, linewidth=1.2)
+    handles = []
+    for label, point, inner in (("start", points[0], "white"), ("end", points[-1], TRAJECTORY_COLOUR)):
+        style = {"marker": "o", "markersize": 9, "markerfacecolor": inner, "markeredgecolor": "black"}
+        (marker,) = ax.plot(*point.tolist(), linestyle="none", markeredgewidth=0.8, label=label, **style)
+        if all(axis[0] <= at <= axis[-1] for axis, at in zip(result.coordinates, point, strict=True)):
+            handles.append(marker)
+    return handles
+
+
+def _draw_bar(figure: Any, ax: Any, filled: Any, levels: Tensor, losses: Tensor) -> None:
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    form = None
+    if len(levels) == 2 and _constant(losses):
+        ticks, form = [float(levels.mean())], "%.6g"
+    elif isinstance(filled.norm, LogNorm):
+        ticks = [float(level) for level in levels[:: max(1, (len(levels) - 1) // 6)]]
+        # As many digits as tell them apart.
+        form = next(
+            f"%.{n}g" for n in range(3, 18) if n == 17 or len({f"{tick:.{n}g}" for tick in ticks}) == len(ticks)
+        )
+    else:
+        low, high = float(levels[0]), float(levels[-1])
+        places = MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        ticks = [float(tick) for tick in places if low <= tick <= high]  # others would be put at the ends
+    bar = figure.colorbar(filled, ax=ax, ticks=ticks, format=form)
+    bar.minorticks_off()
+    _label(bar.ax.yaxis, "loss")
+
+
+def _label(axis: Any, text: str) -> None:
+    """Name an axis; a factor or an offset of its numbers goes into the name, where it runs into nothing."""
+    formatter = axis.get_major_formatter()
+    formatter.format_ticks(axis.get_majorticklocs())
+    offset = formatter.get_offset()  # as "1e-9+9.89e-1"
+    if offset:
+        text += f"\n({'× ' if offset[0].isdigit() else ''}{offset.replace('+', ' + ').strip()})"
+        axis.labelpad += 8
+    axis.set_label_text(text)
+    axis.get_offset_text().set_visible(False)
+
+
+def _refined(values: Tensor, parts: int) -> Tensor:
+    """With more points, on straight lines between those along the first dimension; gaps become no larger.
+
+    Example:
+        >>> _refined(torch.tensor([math.nan, 1.0, 3.0]), 2)
+        tensor([nan, nan, 1., 2., 3.])
+    """
+    where = torch.arange(parts, dtype=values.dtype).reshape(-1, *[1] * (values.ndim - 1)) / parts
+    start = values[:-1, None]
+    between = torch.where(where > 0, start + (values[1:, None] - start) * where, start)
+    return torch.cat([between.flatten(0, 1), values[-1:]])
+
+
+def _constant(losses: Tensor) -> bool:
+    """But for rounding."""
+    finite = losses[losses.isfinite()]
+    return float(finite.max() - finite.min()) <= 1e-12 * float(finite.abs().max())
+
+
 def _levels(losses: Tensor) -> Tensor:
     finite = losses[losses.isfinite()]
     low, high = float(finite.min()), float(finite.max())
-    if high <= low:
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    if _constant(losses):
+        half = 0.5 * (abs(low) or 1.0)
+        return torch.tensor([low - half, low + half], dtype=torch.float64)
     if low > 0 and high > 10 * low:
         levels = torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64)
         levels[0], levels[-1] = low, high  # to the last digit, so that no point falls out
@@ -275,10 +406,6 @@ def _norm(levels: Tensor) -> Any:
 
     low, high = float(levels[0]), float(levels[-1])
     return LogNorm(low, high) if low > 0 and high > 10 * low else Normalize(low, high)
-
-
-def _ticks(levels: Tensor) -> list[float]:
-    return [float(level) for level in levels[:: max(1, (len(levels) - 1) // 6)]]
 
 
 def _masked(losses: Tensor) -> Any:

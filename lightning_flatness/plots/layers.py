@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.plots.canvas import axes_or_new
+from lightning_flatness.plots.canvas import axes_or_new, label_epochs
 from lightning_flatness.results import FlatnessReport
 
 EXACT_COLOUR = "#1f5fa8"
@@ -120,8 +120,7 @@ def plot_layer_history(
     if 0 < len(names) <= 24:
         columns = 1 if len(names) <= 12 else 2
         ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=columns)
-    ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    label_epochs(ax, epochs)
     ax.set_ylabel(LABELS[measure])
     _plain(ax, "both")
     return figure, ax

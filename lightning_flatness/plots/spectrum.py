@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.plots.canvas import axes_or_new
-from lightning_flatness.results import SpectrumResult
+from lightning_flatness.plots.canvas import axes_or_new, label_epochs
+from lightning_flatness.results import SpectrumResult, number_of
 
 DENSITY_COLOUR = "#1f5fa8"
 EIGENVALUE_COLOUR = "#c2511b"
@@ -23,7 +25,8 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
 
     Args:
         result: of :func:`~lightning_flatness.hessian_spectrum`.
-        sigma: of the Gaussians, see :meth:`~lightning_flatness.SpectrumResult.density`.
+        sigma: of the Gaussians, see :meth:`~lightning_flatness.SpectrumResult.density`; by default a hundredth of the
+            range of Ritz values and eigenvalues.
         ax: draw here instead of in a new figure.
 
     Returns:
@@ -41,7 +44,14 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
         'log'
     """
     figure, ax = axes_or_new(ax, 7.0, 3.6)
-    grid, density = result.density(sigma=sigma)
+    # With few steps, eigenvalues lie far outside of the Ritz values.
+    values = torch.cat([result.ritz_values.flatten(), result.eigenvalues]).double()
+    low, high = float(values.min()), float(values.max())
+    if sigma is None:
+        sigma = (high - low or abs(high) or 1.0) / 100
+    margin = max(4 * sigma, (high - low) / 50)
+    grid = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64)
+    grid, density = result.density(grid, sigma)
     top = float(density.max())
     floor = top / 10**DECADES
     ax.fill_between(grid.numpy(), density.clamp(min=floor).numpy(), floor, color=DENSITY_COLOUR, alpha=0.18, lw=0)
@@ -54,14 +64,13 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
         ax.plot(
             result.eigenvalues.numpy(),
             [0.0] * len(result.eigenvalues),
-            marker="|",
-            markersize=14,
+            marker=2,  # a tick upwards
+            markersize=9,
             markeredgewidth=1.2,
             linestyle="none",
             color=EIGENVALUE_COLOUR,
             transform=ax.get_xaxis_transform(),
-            clip_on=False,
-            label=f"{len(result.eigenvalues)} largest eigenvalues",
+            label=_largest(len(result.eigenvalues)),
         )
         ax.legend(frameon=False, fontsize=9, loc="upper right")
     matrix = "Hessian" if result.matrix == "hessian" else "Gauss-Newton matrix"
@@ -69,7 +78,7 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
     ax.set_ylabel("density")
     ax.set_title(
         f"{result.kind},  K_Hn = {result.k_hn:.2g},  C_t = {result.c_t:.2g}  "
-        f"({result.num_probes} probes of {result.num_steps} steps)",
+        f"({number_of(result.num_probes, 'probe')} of {number_of(result.num_steps, 'step')})",
         fontsize=10,
         loc="left",
     )
@@ -116,7 +125,8 @@ def plot_eigenvalues(
     for index in range(most):
         values = [found[index] if index < len(found) else float("nan") for _, found, _ in records]
         sizes += [abs(value) for value in values]
-        label = "λ1, the largest" if index == 0 else f"λ2 to λ{most}" if index == 1 and most > 2 else None
+        others = "λ2" if most == 2 else f"λ2 to λ{most}"
+        label = "λ1, the largest" if index == 0 else others if index == 1 else None
         alpha = 1.0 if index == 0 else max(0.25, 0.7 - 0.5 * index / most)
         line = {"color": EIGENVALUE_COLOUR, "alpha": alpha, "linewidth": 1.8 if index == 0 else 1.0}
         ax.plot(epochs, values, marker=marker, markersize=3.0, label=label, **line)
@@ -128,13 +138,16 @@ def plot_eigenvalues(
     if largest > 0:
         ax.set_yscale("symlog", linthresh=largest / 100)
         ax.set_ylim(min(2 * min(lowest), -largest / 100), 2 * largest)
-    ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    label_epochs(ax, epochs)
     ax.set_ylabel("eigenvalue  (loss per squared weight)")
     ax.legend(frameon=False, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="both", alpha=0.25, linewidth=0.6)
     return figure, ax
+
+
+def _largest(number: int) -> str:
+    return "largest eigenvalue" if number == 1 else f"{number} largest eigenvalues"
 
 
 def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> tuple[float, list[float], float]:

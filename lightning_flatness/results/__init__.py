@@ -11,7 +11,7 @@ from lightning_flatness.results.flatness import (
     summary_table,
 )
 from lightning_flatness.results.landscape import SETTINGS, LandscapeResult
-from lightning_flatness.results.spectrum import CRITERIA, SpectrumResult
+from lightning_flatness.results.spectrum import CRITERIA, SpectrumResult, number_of
 
 __all__ = [
     "CRITERIA",
@@ -25,5 +25,6 @@ __all__ = [
     "SpectrumResult",
     "as_text",
     "merged",
+    "number_of",
     "summary_table",
 ]

@@ -125,10 +125,12 @@ class SpectrumResult:
         """The result as a rich table."""
         matrix = "Hessian" if self.matrix == "hessian" else "Gauss-Newton matrix"
         table = Table(
-            title=f"Spectrum of the {matrix}, {self.num_parameters:,} parameters, {self.num_samples:,} samples",
-            caption=f"Mean {self.loss_name} {self.loss:.4g}. {self.num_probes} probes of {self.num_steps} Lanczos "
-            f"steps, {self.num_products} products; compare criteria at equal steps only. ±: standard error of the "
-            "trace, standard deviation of the criteria over probes, residual of eigenvalues."
+            title=f"Spectrum of the {matrix}, {number_of(self.num_parameters, 'parameter')}, "
+            f"{number_of(self.num_samples, 'sample')}",
+            caption=f"Mean {self.loss_name} {self.loss:.4g}. {number_of(self.num_probes, 'probe')} of "
+            f"{number_of(self.num_steps, 'Lanczos step')}, {number_of(self.num_products, 'product')}; compare "
+            "criteria at equal steps only. ±: standard error of the trace, standard deviation of the criteria over "
+            "probes, residual of eigenvalues."
             + ("" if self.converged else " Eigenvalues have not converged: allow more products (max_products=)."),
             caption_justify="left",
         )
@@ -181,6 +183,16 @@ def _fields(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
 
 def _error(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2g}"
+
+
+def number_of(number: int, thing: str) -> str:
+    """Both, in the singular or plural.
+
+    Example:
+        >>> number_of(1, "probe"), number_of(2, "probe")
+        ('1 probe', '2 probes')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def broadened(values: Tensor, weights: Tensor, grid: Tensor, sigma: float) -> Tensor:

@@ -179,6 +179,7 @@ def test_the_trajectory_is_that_of_the_weights(tmp_path):
     for axis, of_states in zip(result.coordinates, coordinates.T, strict=True):
         assert axis[0] < of_states.min() <= 0 <= of_states.max() < axis[-1]
     assert_close(coordinates[-1], torch.zeros(2, dtype=coordinates.dtype))
+    assert result.axes[0] == f"principal direction 1 ({100 * float(expected.explained[0]):.0f} %)"
     seen = EventAccumulator(str(tmp_path / "version_0")).Reload().Tags()["images"]
     assert seen == ["landscape/contour", "landscape/surface"]
 
@@ -195,6 +196,28 @@ def test_a_trajectory_of_one_epoch_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="needs two epochs at least"):
         fit(tmp_path, callback, max_epochs=1)
     assert not callback.history
+
+
+class Diverges(Classifier):
+    """Its weights are NaN from the end of an epoch on."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_train_batch_end(self, *_):
+        if self.current_epoch >= self.epoch:
+            next(self.net.parameters()).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(("epoch", "drawn"), [(0, []), (2, [1])])
+def test_a_trajectory_of_a_run_that_diverged_is_warned_of(tmp_path, epoch, drawn):
+    callback = lf.LandscapeCallback(axes="trajectory", steps=2, every_n_epochs=1)
+    with pytest.warns(
+        UserWarning, match=f"those after {epoch + 1} epochs? of this fit are not: the training has diverged"
+    ):
+        fit(tmp_path, callback, module=Diverges(epoch))
+    assert [record["epoch"] for record in callback.history] == drawn
 
 
 # --------------------------------------------------------------------------------------------------- what can go wrong
@@ -262,7 +285,9 @@ def test_points_without_a_finite_loss_are_drawn(tmp_path):
         ({"axes": "pca"}, "pca"),
         ({"axes": ["random"] * 3}, "length 3"),
         ({"axes": [{"weight": torch.ones(1)}]}, "give words"),
-        ({"axes": ["trajectory"]}, "trajectory"),
+        ({"axes": "foo"}, "axes='foo': there are 'random', 'adam', 'hessian', .*'trajectory' alone"),
+        ({"axes": ["trajectory"]}, "'random', 'adam', 'hessian', .*'trajectory' alone"),
+        ({"axes": ["random", "trajectory"]}, "'trajectory' alone"),
         ({"steps": 1}, "steps=1"),
         ({"span": -1.0}, "span=-1.0"),
         ({"normalize": "kernel"}, "normalize='kernel'"),

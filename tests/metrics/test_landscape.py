@@ -7,6 +7,7 @@ import time
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -296,6 +297,66 @@ def test_the_plane_of_a_trajectory_contains_a_trajectory_that_is_plane():
         for name, w in moved(model, (alpha, found.directions[0]), (beta, found.directions[1])).named_parameters():
             assert_close(w.detach(), state[name], rtol=1e-9, atol=1e-9)
     assert lf.loss_landscape(model, BATCHES, axes=found.directions, steps=2).complete
+
+
+@pytest.mark.parametrize("share", [0.5, 0.999])
+def test_axes_of_a_trajectory_are_named_after_their_shares(share):
+    model = net()
+    states = [
+        moved(model, (1, {"8.bias": v})) for v in (share**0.5 * torch.eye(3)[0], (1 - share) ** 0.5 * torch.eye(3)[1])
+    ]
+    found = lf.pca_directions(model, states)
+    expected = ("50 %", "50 %") if share == 0.5 else ("100 %", "< 1 %")
+    names = tuple(f"principal direction {index} ({part})" for index, part in enumerate(expected, start=1))
+    plane = lf.loss_landscape(model, BATCHES, axes=found.directions, steps=2)
+    assert plane.axes == names
+    mixed = lf.loss_landscape(model, BATCHES, axes=[some_direction(model, 1), found.directions[1]], steps=2)
+    assert mixed.axes == ("direction 1", names[1])
+    assert lf.loss_landscape(model, BATCHES, axes=found.directions[0], steps=2).axes == names[:1]
+
+
+def test_states_of_a_trajectory_may_come_from_a_generator():
+    model = net()
+    states = [net(seed).state_dict() for seed in (1, 2, 3)]
+    found, expected = lf.pca_directions(model, (state for state in states)), lf.pca_directions(model, states)
+    assert_close(found.coordinates, expected.coordinates, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_states_that_are_not_finite(value):
+    model, odd = net(), net(1)
+    with torch.no_grad():
+        odd[4].weight[0, 0, 0, 0] = value
+    with pytest.raises(
+        lf.FlatnessError, match="State 1 of the trajectory has numbers that are not finite, in '4.weight'"
+    ):
+        lf.pca_directions(model, [net(2), odd, net(3)])
+    with pytest.raises(lf.FlatnessError, match="The model has numbers that are not finite, in '4.weight'"):
+        lf.pca_directions(odd, [net(2), odd, net(3)])
+    with pytest.raises(lf.FlatnessError, match="The other model has numbers that are not finite, in '4.weight'"):
+        lf.direction_between(model, odd)
+    with pytest.raises(lf.FlatnessError, match="The model has numbers that are not finite, in '4.weight'"):
+        lf.direction_between(odd, model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": np.int64(3)},
+        {"steps": [np.int32(3), torch.tensor(3)]},
+        {"steps": np.array([3, 3])},
+        {"span": np.float32(1.0)},
+        {"span": torch.tensor(1.0)},
+        {"span": np.array([-1.0, 1.0])},
+        {"span": torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])},
+        {"span": (torch.tensor([-1.0, 1.0]), [np.float64(-1.0), 1])},
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_and_torch(options):
+    model = net()
+    found = lf.loss_landscape(model, BATCHES, **{"steps": 3, **options})
+    assert_close(found.losses, lf.loss_landscape(model, BATCHES, steps=3).losses, rtol=0, atol=0)
 
 
 def recomputed(model):
@@ -691,6 +752,8 @@ def optimizer_of(model, kind=torch.optim.Adam):
         ({"steps": 1}, "steps=1 must be"),
         ({"steps": (3, 3, 3)}, "steps=(3, 3, 3) must be"),
         ({"steps": 2.5}, "steps=2.5 must be"),
+        ({"steps": np.float64(3.0)}, "steps=3.0 must be"),
+        ({"span": torch.ones(3)}, "span=[1.0, 1.0, 1.0] must be"),
         ({"seed": -1}, "seed=-1"),
         ({"chunk": 0}, "chunk=0"),
         ({"dtype": "int"}, "dtype='int'"),

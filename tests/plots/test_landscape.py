@@ -1,6 +1,7 @@
 """Figures of landscapes."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -26,6 +27,33 @@ def with_losses(result, change):
     return dataclasses.replace(result, losses=losses)
 
 
+def partial(result, *, not_finite=()):
+    """Only the middle was computed."""
+    computed = torch.zeros_like(result.computed)
+    computed[(slice(1, 4),) * result.losses.ndim] = True
+    losses = result.losses.masked_fill(~computed, math.nan)
+    for point in not_finite:
+        losses[point] = math.inf
+    return dataclasses.replace(result, losses=losses, computed=computed)
+
+
+def gaps_of(ax):
+    return [collection.get_hatch() for collection in ax.collections if collection.get_hatch()]
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
+
+
+def ticks_of(figure):
+    """Labels of the colour bar that are seen, and its own label."""
+    figure.canvas.draw()
+    axis = figure.axes[1].yaxis
+    low, high = sorted(axis.get_view_interval())
+    labels = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+    return [label.get_text() for at, label in labels if low <= at <= high], axis.get_label_text()
+
+
 def drawn(figure, path):
     assert isinstance(figure, Figure)
     figure.savefig(path / "figure.png", dpi=50)
@@ -40,7 +68,10 @@ def test_a_line_with_accuracy_and_gaps(tmp_path):
     figure, ax = plot_line(result)
     assert_close(torch.as_tensor(ax.lines[0].get_ydata()), result.losses, equal_nan=True)
     assert_close(torch.as_tensor(figure.axes[1].lines[0].get_ydata()), 100 * result.accuracies)
-    bands = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]
+    bands = [
+        tuple(patch.get_path().transformed(patch.get_patch_transform()).get_extents().intervalx.tolist())
+        for patch in ax.patches
+    ]
     assert bands == [(-1.0, -0.75), (0.25, 0.75)]
     assert drawn(figure, tmp_path)
 
@@ -62,11 +93,11 @@ def test_contours_with_a_hole_and_a_trajectory(tmp_path):
 
     trajectory = torch.tensor([[0.5, 0.5], [0.2, 0.1], [0.0, 0.0]])
     figure, ax = plot_contour(with_losses(landscape(), spoil), trajectory=trajectory)
-    assert ax.patch.get_hatch() == "///"
+    assert gaps_of(ax) == ["///"]
     assert_close(torch.as_tensor(ax.lines[0].get_xydata()).float(), trajectory)
-    assert ax.lines[1].get_xydata().tolist() == [[0.0, 0.0]]
+    assert ax.lines[-1].get_xydata().tolist() == [[0.0, 0.0]]
     assert drawn(figure, tmp_path)
-    assert plot_contour(landscape())[1].patch.get_hatch() is None
+    assert gaps_of(plot_contour(landscape())[1]) == []
     with pytest.raises(lf.FlatnessError, match="trajectory has shape"):
         plot_contour(landscape(), trajectory=torch.ones(3))
 
@@ -103,3 +134,143 @@ def test_flat_landscapes_and_wrong_ones():
         plot_contour(landscape(["random"]))
     with pytest.raises(lf.FlatnessError, match="no finite loss"):
         plot_line(with_losses(landscape(["random"]), lambda losses: losses.fill_(math.nan)))
+
+
+def test_what_was_not_computed_looks_other_than_what_is_not_finite(tmp_path):
+    for result, hatches, reasons in (
+        (partial(landscape()), ["..."], ["not computed"]),
+        (partial(landscape(), not_finite=[(1, 1)]), ["///", "..."], ["not finite", "not computed"]),
+    ):
+        figure, ax = plot_contour(result)
+        assert gaps_of(ax) == hatches
+        assert legend(ax) == [*reasons, "model"]
+        assert drawn(figure, tmp_path)
+    _, ax = plot_surface(result)
+    assert ax.texts[0].get_text() == "holes: 1 not finite, 16 not computed, of 25 points"
+    assert not plot_surface(landscape())[1].texts
+    line = partial(landscape(["random"]), not_finite=[1])
+    figure, ax = plot_line(line)
+    assert legend(ax) == ["not finite", "not computed"]
+    assert [patch.get_hatch() for patch in ax.patches] == ["///", "...", "..."]
+    assert not legend(plot_line(landscape(["random"]))[1])
+    plot_line(line, label="again", ax=ax)
+    assert ax.get_legend_handles_labels()[1] == ["not finite", "not computed", "again"]
+
+
+def test_every_cell_with_a_gap_is_marked_by_its_reason():
+    result = partial(landscape(), not_finite=[(1, 1)])
+    _, ax = plot_contour(result)
+    starts = result.coordinates[0][:-1].tolist()
+    cells = set(itertools.product(starts, starts))
+    middle, around_the_point = (
+        set(itertools.product(starts[1:3], repeat=2)),
+        set(itertools.product(starts[:2], repeat=2)),
+    )
+    odd, missing = (c for c in ax.collections if c.get_hatch())
+    corners = [{tuple(path.vertices.min(0).tolist()) for path in drawn.get_paths()} for drawn in (odd, missing)]
+    assert corners == [around_the_point, cells - middle - around_the_point]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.984, 1.024), (0.989, 0.989 + 1e-9), (1e-8, 3e-8), (-3.0, 4.0), (0.5, 400.0), (1e3, 1e3 + 1e-4)]
+)
+@pytest.mark.filterwarnings("error")
+def test_labels_of_the_colour_bar_tell_its_levels_apart(low, high):
+    losses = torch.linspace(low, high, 25, dtype=torch.float64).reshape(5, 5)
+    figure, _ = plot_contour(dataclasses.replace(landscape(), losses=losses))
+    labels, text = ticks_of(figure)
+    assert 4 <= len(labels) == len(set(labels))
+    assert text.startswith("loss")
+    if high - low < 1e-8 < low:
+        assert text == "loss\n(× 1e−10 + 9.89e−1)"
+
+
+def test_given_levels_that_lie_close_are_told_apart():
+    levels = torch.tensor([1.0, 1.0001, 1.0002, 20.0])
+    figure, _ = plot_contour(landscape(), levels=levels)
+    assert ticks_of(figure)[0] == ["1", "1.0001", "1.0002", "20"]
+
+
+@pytest.mark.parametrize("value", [1.25, 0.0, -3.0, 1.25 + 1e-15 * torch.arange(25).double().reshape(5, 5)])
+@pytest.mark.filterwarnings("error")
+def test_constant_landscapes_have_one_label(value, tmp_path):
+    flat = dataclasses.replace(landscape(), losses=torch.zeros(5, 5).double() + value)
+    figure, _ = plot_contour(flat)
+    assert [float(label.replace("−", "-")) for label in ticks_of(figure)[0]] == [round(float(flat.losses[0, 0]), 5)]
+    figure, ax = plot_surface(flat)
+    assert drawn(figure, tmp_path)
+    assert_close(ax.get_zticks().tolist(), [float(flat.losses.min())])
+
+
+@pytest.mark.filterwarnings("error")
+def test_too_few_points_for_contours(tmp_path):
+    def spoil(losses):
+        middle = float(losses[2, 2])
+        losses.fill_(math.nan)
+        losses[2, 2] = middle
+
+    result = with_losses(landscape(), spoil)
+    figure, ax = plot_contour(result)
+    assert len(figure.axes) == 1  # no colour bar
+    assert ax.texts[0].get_text() == (
+        f"too few points for contours: 1 of 25,\nwith a loss of {float(result.losses[2, 2]):.6g}"
+    )
+    assert drawn(figure, tmp_path)
+    assert drawn(plot_surface(result)[0], tmp_path)
+
+
+def test_the_colour_bar_goes_on_where_losses_are_above_the_cap():
+    result = landscape()
+    for cap, more in ((2 * float(result.losses.max()), "neither"), (float(result.losses.median()), "max")):
+        figure, _ = plot_contour(result, cap=cap)
+        assert figure.axes[1]._colorbar.extend == more
+        ticks = figure.axes[1].yaxis.get_majorticklocs()
+        assert float(result.losses.min()) <= min(ticks) < max(ticks) <= min(cap, float(result.losses.max()))
+    infinite = with_losses(result, lambda losses: losses[0].fill_(math.inf))
+    figure, _ = plot_contour(infinite, cap=2 * float(result.losses.max()))
+    assert figure.axes[1]._colorbar.extend == "max"
+
+
+def test_the_ends_of_a_trajectory_are_marked():
+    points = torch.tensor([[0.5, 0.5], [0.2, 0.1], [0.1, 0.0]])
+    _, ax = plot_contour(landscape(), trajectory=points)
+    assert legend(ax) == ["start", "end", "model"]
+    start, end = ax.lines[1:3]
+    assert_close(torch.tensor(start.get_xydata()[0]).float(), points[0])
+    assert_close(torch.tensor(end.get_xydata()[0]).float(), points[-1])
+    assert start.get_markerfacecolor() != end.get_markerfacecolor()
+    outside = torch.cat([torch.tensor([[3.0, 0.0]]), points])
+    assert legend(plot_contour(landscape(), trajectory=outside)[1]) == ["end", "model"]
+
+
+@pytest.mark.parametrize("span", [1.0, 1e20, 1e-9])
+def test_labels_along_a_line_do_not_touch(span):
+    result = landscape(["random"])
+    figure, ax = plot_line(dataclasses.replace(result, coordinates=(span * result.coordinates[0],)))
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert all(one.x1 + 10 < other.x0 for one, other in itertools.pairwise(boxes))
+
+
+def test_a_surface_of_few_points_has_many_colours():
+    torch.manual_seed(0)
+    losses = torch.tensor([[1.0, 2.0], [3.0, 5.0]]).double()
+    corners = dataclasses.replace(
+        landscape(), losses=losses, computed=losses > 0, coordinates=(torch.tensor([-1.0, 1.0]).double(),) * 2
+    )
+    figure, ax = plot_surface(corners)
+    figure.canvas.draw()
+    colours = {tuple(map(float, colour)) for colour in ax.collections[0].get_facecolor()}
+    assert len(colours) > 20
+    assert ax.get_zlim()[1] == 5.0
+
+
+def test_offsets_and_factors_are_in_the_labels_of_a_surface():
+    result = landscape()
+    tiny = tuple(1e-9 * axis for axis in result.coordinates)
+    losses = torch.linspace(0.989, 0.989 + 1e-8, 25, dtype=torch.float64).reshape(5, 5)
+    figure, ax = plot_surface(dataclasses.replace(result, coordinates=tiny, losses=losses))
+    assert ax.get_xlabel() == "random direction 1\n(× 1e−9)"
+    assert ax.get_zlabel() == "loss\n(× 1e−8 + 9.89e−1)"
+    figure.canvas.draw()
+    assert not any(axis.get_offset_text().get_visible() for axis in (ax.xaxis, ax.yaxis, ax.zaxis))

@@ -112,11 +112,15 @@ def test_flatness_that_is_not_positive_has_a_linear_axis(flatness, tmp_path):
 
 @pytest.mark.parametrize("epochs", [0, 1, 60])
 @pytest.mark.parametrize("burn_in", [None, 0, 5])
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
 def test_length_of_the_history(epochs, burn_in, tmp_path):
     values = [1.0 + epoch for epoch in range(epochs)]
     figure, ax = plot_history(history(values, values), burn_in=burn_in)
     assert [text.get_text() for text in ax.texts] == (["burn-in"] if burn_in else [])
     assert drawn(figure, tmp_path)
+    if epochs == 1:
+        low, high = ax.get_xlim()
+        assert all(tick == int(tick) for tick in ax.get_xticks() if low <= tick <= high)
 
 
 # -------------------------------------------------------------------------------------------------------- block traces

@@ -1,6 +1,7 @@
 """What the figures of spectra show."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -54,3 +55,53 @@ def test_zero_spectra_are_drawn(result):
     zero = dataclasses.replace(zero, ritz_weights=torch.full((1, 3), 1 / 3).double())
     plot_density(zero)
     plot_eigenvalues([(0, zero)])
+
+
+def spectrum(num_steps, num_probes, top_k=4):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    batch = torch.randn(20, 5), torch.randint(3, (20,))
+    return lf.hessian_spectrum(net, [batch], top_k=top_k, num_steps=num_steps, num_probes=num_probes)
+
+
+@pytest.mark.parametrize(("num_steps", "num_probes"), [(1, 1), (1, 4), (3, 2), (15, 3)])
+def test_all_eigenvalues_and_ritz_values_are_in_the_picture(tmp_path, num_steps, num_probes):
+    result = spectrum(num_steps, num_probes)
+    figure, ax = plot_density(result)
+    low, high = ax.get_xlim()
+    for values in (result.eigenvalues, result.ritz_values):
+        assert low < values.min() <= values.max() < high
+    heights = torch.tensor(ax.get_lines()[0].get_ydata())
+    assert heights.max() > 1e3 * heights.min(), "the Gaussians are wide enough to be seen"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "constrained_layout")
+        figure.savefig(tmp_path / "figure.png", dpi=50)
+        ax.set_xlim(1e6, 1e6 + 1)  # nor does anything hang outside when someone looks closer
+        figure.savefig(tmp_path / "figure.png", dpi=50, bbox_inches="tight")
+
+
+def test_one_of_each_is_in_the_singular():
+    one = spectrum(1, 1, top_k=1)
+    assert "1 probe of 1 Lanczos step," in " ".join(str(one).split())
+    _, ax = plot_density(one)
+    assert ax.get_title(loc="left").endswith("(1 probe of 1 step)")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["largest eigenvalue"]
+    _, ax = plot_density(spectrum(3, 2, top_k=2))
+    assert ax.get_title(loc="left").endswith("(2 probes of 3 steps)")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["2 largest eigenvalues"]
+
+
+@pytest.mark.parametrize(("top_k", "named"), [(1, []), (2, ["λ2"]), (4, ["λ2 to λ4"])])
+def test_every_eigenvalue_is_in_the_legend(result, top_k, named):
+    found = dataclasses.replace(result, eigenvalues=result.eigenvalues[:top_k])
+    _, ax = plot_eigenvalues([(0, found), (1, found)])
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["λ1, the largest", *named, "lowest Ritz value"]
+
+
+def test_a_single_epoch(result):
+    figure, ax = plot_eigenvalues([(3, result)])
+    figure.canvas.draw()
+    assert ax.get_xlim() == (2.5, 3.5)
+    low, high = ax.get_xlim()
+    assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [3]
