@@ -119,6 +119,7 @@ def closed_form_block_traces(
                 total[:, rows, rest] += of_all @ _all_products(signed[:, :, rest], left[:, :, rest]).mT
                 continue
             sums = left.new_zeros(groups, min(strip, per_group - row), per_group - row)
+            sums_of_floor = torch.zeros_like(sums)
             for first in range(0, len(left), samples_at_once):
                 some = slice(first, first + samples_at_once)
                 features = right[some, :, rows] @ left[some, :, rest].mT
@@ -126,9 +127,10 @@ def closed_form_block_traces(
                 products *= features
                 sums += products.sum(0)
                 if floor is not None:
-                    floors = floor[chunk][some].to(features)
-                    shared[:, rows, rest] += torch.einsum("n,ngst->gst", floors, features).double()
+                    sums_of_floor += (floor[chunk][some].to(features) @ features.flatten(1)).view_as(sums)
             total[:, rows, rest] += sums
+            if floor is not None:
+                shared[:, rows, rest] += sums_of_floor
         if projected.rest is not None:
             of_filters += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
     if diagonal:

@@ -122,16 +122,18 @@ class ClassCurvature:
                 dropped = weights * torch.zeros_like(weights).scatter_(1, order[:, :num_dropped], 1.0)
                 rest = _sum_of_squares(dropped, matrix, mean)
                 chosen = order[:, num_dropped:]
-        if chosen is None:
-            columns = matrix.expand(len(weights), *matrix.shape)
-        else:
-            columns, weights = matrix[chosen], weights.gather(1, chosen)
+        if chosen is not None:
+            weights = weights.gather(1, chosen)
+        samples, classes = weights.shape
+        # In place, as these are many: with a thousand classes some ten megabytes for every sample.
+        columns = matrix.new_empty(samples, classes + (mean is not None and floor is not None), matrix.shape[1])
+        of_classes = columns[:, :classes]
+        of_classes.copy_(matrix if chosen is None else matrix[chosen])
         if mean is not None:
-            columns = columns - mean[:, None]
-        columns = columns * weights.sqrt().to(matrix.dtype)[:, :, None]
+            of_classes -= mean[:, None]
+        of_classes *= weights.sqrt().to(matrix.dtype)[:, :, None]
         if mean is not None and floor is not None:  # \sum_k (v_k - m)(v_k - m)ᵀ = VᵀV + K m mᵀ for a centred V
-            root = (matrix.shape[0] * floor).sqrt().to(matrix.dtype)
-            columns = torch.cat([columns, (root[:, None] * mean)[:, None]], dim=1)
+            columns[:, classes] = (matrix.shape[0] * floor).sqrt().to(matrix.dtype)[:, None] * mean
         return Projection(columns, None, rest)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
