@@ -105,7 +105,7 @@ def measure(device: str, quick: bool) -> list[Row]:
         found.append(next(expected).measured(times.ratio("with", "without"), note, times.wall))
         peaks = {
             name: peaks_apart(
-                "benchmarks.callback:epoch", device, 1 if quick else 3, network=network, batches=4, with_callback=choice
+                "benchmarks.callback:epoch", device, 1 if quick else 7, network=network, batches=4, with_callback=choice
             )
             for name, choice in {"with": True, "without": False}.items()
         }

@@ -125,6 +125,7 @@ class FlatnessObserver:
         own: dict[str, LayerStatistics] = {}
         for found in self._passes(inputs, targets, self._measure_closed_form):
             own = {name: _sum(own.get(name), part) for name, part in found.items()}
+        self._passes.let_go()  # else it would lie there while whole batches are validated
         missing = [name for name in self.layers if name not in own]
         if missing:
             return f"layer '{missing[0]}' is not measured by the closed form"

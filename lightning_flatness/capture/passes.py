@@ -50,7 +50,7 @@ class ForwardPasses:
         self.plan = Plan(model, options)
         self._options = options
         self._model = model
-        self._copy: ModelCopy
+        self._kept: ModelCopy | None = None
         self._execution: Execution | None = None
         self._rows: int | None = None  # samples that are taken at a time, once that is known
         self._halved = False
@@ -176,6 +176,16 @@ class ForwardPasses:
         tails = plan.tails_up_to_the_classifier(calls, seen, logits)
         return ObservedPass(heard.inputs, logits.detach(), loss, calls, tails, share=1.0)
 
+    @property
+    def _copy(self) -> ModelCopy:
+        if self._kept is None:
+            self._kept = ModelCopy(self._model, self._options.measuring_dtype)
+        return self._kept
+
+    def let_go(self) -> None:
+        """Drop the copy of the weights; the next pass of our own makes another."""
+        self._kept = None
+
     def _masks(self, samples: int, beginning: bool) -> Tensor:
         """All pairs are told apart at the beginning; later, half of them by chance."""
         if beginning:
@@ -187,7 +197,6 @@ class ForwardPasses:
         """Run the model and certify; None if it turns out that these samples are too many for one time."""
         plan = self.plan
         if self._execution is None:
-            self._copy = ModelCopy(self._model, self._options.measuring_dtype)
             self._execution = trace_execution(self._model, lambda: self._copy(inputs))
             plan.choose(self._execution)
             ran = [name for name in self._execution.order if name in plan.modules]
