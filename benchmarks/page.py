@@ -29,6 +29,30 @@ What measuring costs, as ratios within one run. Written by `make bench`.
 - A row without a ratio gives the reason.
 """
 
+WHY = """## Why goals are missed
+
+- **Validation epochs.** What is added per batch is some four milliseconds of Python and small tensors, whatever the
+  network, and the contraction: products of `S x S` numbers for every sample, which go through the cache a few times
+  (see the table above). A network with more work before its last convolution pays less in proportion. Two cores hardly
+  share this work, as they do the forward pass. Of an epoch of 10,000 images, the trial at its beginning is a percent.
+- **Peak memory.** In the trial, before the first batch, there are two copies of the weights.
+- **ResNet-50, 1,000 classes.** With all classes, `S² K / 2` multiplications are 2.1e9 for every image, half of the
+  4.1e9 of the forward pass: at the same speed +51 %, so +35 % cannot be. Where 150 classes carry all but 1e-6 of the
+  probability, the certified bound of 1e-6 on relative flatness keeps about 450, that is +23 % at the same speed.
+- **PyHessian.** A probe of the last convolution alone takes milliseconds and some 1,400 are needed; a
+  ten-thousandth of that is less than a thirtieth of one forward pass.
+- **The classifier's full Hessian.** For 5,000 weights it takes so little that a thousandth of it is 0.2 ms, less than
+  calling the operations of the measurement. It grows with the square of the weights: 1,000 times are reached beyond 40
+  classes of 512 features, and
+  beyond 155 it does not fit into this memory. *From images*: a forward pass and the certificates of a whole ResNet-18
+  against a Hessian of the features alone.
+- **All layers.** Nine passes of columns take 0.9 times ten bare passes, the products `J` at the highest speed seen here
+  0.4 times, and two forward passes 0.15: 1.4 before anything is certified. BackPACK takes about six times as long as
+  ten bare passes, so ten times faster would be less than the columns alone.
+- **Memory and the images in a batch.** It is that of the forward pass of so many images; over batches it is flat. With
+  all layers it grows with `K` until the budget for columns is full.
+"""
+
 PROFILE = """## Where the time goes
 
 A batch of {samples} images of a {name}, 32x32, whose forward pass is observed as in validation. *Limit*: the
@@ -76,6 +100,7 @@ def text(
         speeds = {"gflops": profile["limits"]["flops"] / 1e9, "gbytes": profile["limits"]["bytes"] / 1e9}
         head = PROFILE.format(samples=64, name=name, **speeds) if not number else f"The same of a {name}:\n\n"
         parts.append(head + "\n".join(profile_lines(profile)) + "\n")
+    parts.append(WHY)
     raw = [line for found in rows.values() for row in found for line in raw_lines(row)]
     block = "```text\n" + "\n".join(raw) + "\n```\n"
     parts.append(f"## All runs\n\nSeconds, unless MB is said. The whole run took {minutes:.0f} minutes.\n\n{block}")
