@@ -221,6 +221,7 @@ class ForwardPasses:
         beginning = not plan.begun
         if beginning:
             _certify_deterministic(self._execution.logits[:rows], logits[:rows].detach())
+            self.let_go()  # certifying makes a copy of its own
             plan.begin(calls, logits, inputs, loss.curvature)
         uses = [use for use in seen.uses if use[0] in plan.modules]
         if not beginning and uses != self._uses:

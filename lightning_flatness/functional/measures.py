@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+COLUMNS = 1024  # of the weight that are taken in float64 at a time
+
 
 def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tensor:
     """Inner products ``<w_s, w_s'>`` of the filters of one layer, within groups.
@@ -27,8 +29,13 @@ def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tens
         tensor([[[5., 6.],
                  [6., 9.]]], dtype=torch.float64)
     """
-    rows = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
-    return rows.square().sum(2) if diagonal else rows @ rows.mT
+    rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
+    # In float64 a part at a time: all of it would be twice the weight.
+    parts = (part.double() for part in rows.split(COLUMNS, dim=2))
+    return sum(
+        (part.square().sum(2) if diagonal else part @ part.mT for part in parts),
+        rows.new_zeros((), dtype=torch.float64),
+    )
 
 
 def weight_norm(gram: Tensor) -> Tensor:
