@@ -1211,13 +1211,6 @@ LIVE_FORWARDS = [
         f"{LIVE}test_nothing_is_alive_after_a_batch",
     ),
     Guard(
-        "live: own passes on a copy of their own",
-        "metrics/measurement.py",
-        "            self._live = observer\n",
-        "            self._live = self._observer = observer\n",
-        f"{LIVE}test_own_passes_see_what_changed_since_the_trial",
-    ),
-    Guard(
         "live: told once",
         "callbacks/live.py",
         "if reason != self._told:",

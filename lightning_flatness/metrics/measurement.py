@@ -49,7 +49,7 @@ class Measurement:
         seed = options.get("seed", 0) + 1000 * own_rank()  # variances add up as probes of ranks are independent
         self._options = options | {"seed": seed}
         self._observer = FlatnessObserver(model, **self._options)
-        # Apart, since its copy of the model is older than a pass of the user's, where DDP may exchange buffers.
+        # Apart, so that passes of our own are certified on their own samples, not on the few of the trial.
         self._live: FlatnessObserver | None = None
         self._model = model
         self._metrics: dict[str, FlatnessMetric] = {}
