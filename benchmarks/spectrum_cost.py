@@ -1,6 +1,6 @@
 """What a product with the Hessian costs beside a bare one by autograd, and beside curvlinops' where that is installed.
 
-    python benchmarks/spectrum_cost.py [--samples 64] [--repeats 7] [--device cpu]
+    python -m benchmarks.spectrum_cost [--samples 64] [--repeats 7] [--device cpu]
 
 A ResNet-20 for CIFAR in evaluation mode, random data, one batch. Every repeat runs all tasks in turn; medians and their
 ratios are shown, and all raw times below. With curvlinops (pip install curvlinops-for-pytorch), the largest eigenvalue
@@ -16,12 +16,12 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from all_layers import resnet
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lightning_flatness as lf
+from benchmarks import networks
 from lightning_flatness.capture import LossCurvature
 from lightning_flatness.functional import find_loss
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    net = resnet(options.depth).to(options.device)
+    net = networks.resnet20(depth=options.depth).to(options.device)
     x = torch.randn(options.samples, 3, 32, 32, device=options.device)
     y = torch.randint(10, (options.samples,), device=options.device)
     tasks = {"bare autograd": bare(net, x, y), "lightning_flatness": ours(net, x, y)}

@@ -1,7 +1,9 @@
 """The table of the benchmarks: verdicts, exponents, what becomes of a row that fails. No times are tested."""
 
+import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +114,8 @@ def test_full_hessian_gives_the_same_relative_flatness():
     head = torch.nn.Sequential(torch.nn.Linear(6, 4)).double()
     batch = torch.randn(5, 6).double(), torch.arange(5) % 4
     assert_close(classifier.ours(head, batch), classifier.from_hessian(head, "0.weight", batch), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("path", sorted(Path(command.ROOT, "benchmarks").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_can_be_imported(path):
+    importlib.import_module(f"benchmarks.{path.stem}")
