@@ -48,6 +48,16 @@ def test_weight_gram_holds_the_inner_products_within_groups(groups):
                 assert_close(gram[g, i, j], weight[g * PER_GROUP + i] @ weight[g * PER_GROUP + j])
 
 
+@pytest.mark.parametrize("length", [1023, 1024, 1025, 2500])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_long_filters_are_taken_in_parts(groups, length):
+    weight = torch.randn(4, length, dtype=torch.float64)
+    rows = weight.reshape(groups, 4 // groups, length)
+    gram = torch.einsum("gsd,gtd->gst", rows, rows)
+    assert_close(weight_gram(weight, groups), gram)
+    assert_close(weight_gram(weight, groups, diagonal=True), gram.diagonal(dim1=1, dim2=2))
+
+
 def test_weight_gram_of_a_kernel_is_float64_and_detached():
     kernel = torch.nn.Conv2d(4, 6, 3, groups=2).weight
     gram = weight_gram(kernel, 2)
