@@ -19,7 +19,7 @@ from lightning_flatness.functional.patches import (
 # Elements of one chunk's factors, and of the products of them that are made at a time: on a CPU the products should
 # stay in the cache, elsewhere be large.
 FACTOR_ELEMENTS = {"cpu": 2**24}
-PRODUCT_ELEMENTS = {"cpu": 2**18}
+PRODUCT_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 # With so few products of a class and a position, one matrix product over all of them beats two and an elementwise one.
 FEW = 24
@@ -55,9 +55,9 @@ def closed_form_block_traces(
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``.
         curvature: ``Λ``, of ``N`` samples.
-        tolerance: leave out the classes that add no more than this part of every sample's trace. What is left out is
-            a positive matrix of at most ``tolerance`` times the trace, less its diagonal, which stays. Has no effect
-            with ``diagonal`` or a dense curvature.
+        tolerance: leave out classes of samples that add no more, in all, than this part of the trace. What is left out
+            is a positive matrix of at most ``tolerance`` times the trace, less its diagonal, which stays. Has no
+            effect with ``diagonal`` or a dense curvature.
         diagonal: only ``T[s, s]``, which is much less work.
         chunk_size: samples taken at a time; by default as many as fit a small budget. The result does not depend on it
             beyond rounding, memory does.
@@ -92,10 +92,11 @@ def closed_form_block_traces(
     of_products = PRODUCT_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
     samples_at_once = max(1, of_products // (groups * strip * per_group))
 
-    head, floor = curvature.centred(head), curvature.floor
+    head = curvature.centred(head)
+    by_group = head.unflatten(1, (groups, per_group)).permute(1, 2, 0)  # (G, s, K)
     of_filters = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
-    total = torch.zeros(groups, per_group, per_group, dtype=torch.float64, device=inputs.device)
-    shared = total if floor is None else torch.zeros_like(total)  # what the floor is multiplied with
+    total = of_filters.new_zeros(groups, per_group, 0 if diagonal else per_group)
+    shared: Tensor | None = None  # what the floor is multiplied with
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
         left = right = slopes[chunk]
@@ -103,14 +104,17 @@ def closed_form_block_traces(
             right = left @ patch_gram(inputs[chunk], geometry)
         else:
             left = right = left @ patches(inputs[chunk], geometry).mT  # (N, G, s, D): sum_p a[s, p] phi[p]
-        scales = (left * right).sum(3)  # the diagonal of aΓaᵀ
+        scales = (left * right).sum(3) if diagonal or tolerance > 0 else None  # the diagonal of aΓaᵀ
         if diagonal:
             centred = curvature[chunk].diagonal(head).unflatten(1, (groups, per_group))
             of_filters += (centred * scales).sum(0)
             continue
-        projected = curvature[chunk].project(head, scales.flatten(1), tolerance)
+        projected = curvature[chunk].project(head, None if scales is None else scales.flatten(1), tolerance)
         columns = projected.columns.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # (N, G, s, C)
         signed = columns if projected.signs is None else columns * projected.signs[:, None, None]
+        floor = None if projected.floor is None else projected.floor.to(left)
+        if floor is not None and shared is None:
+            shared = torch.zeros_like(total)
         few = columns.shape[3] * left.shape[3] <= FEW and floor is None
         for row in range(0, per_group, strip):
             rows, rest = slice(row, row + strip), slice(row, None)
@@ -122,25 +126,26 @@ def closed_form_block_traces(
             sums_of_floor = torch.zeros_like(sums)
             for first in range(0, len(left), samples_at_once):
                 some = slice(first, first + samples_at_once)
+                most = max(projected.counts[some])
                 features = right[some, :, rows] @ left[some, :, rest].mT
-                products = columns[some, :, rows] @ signed[some, :, rest].mT
+                products = columns[some, :, rows, :most] @ signed[some, :, rest, :most].mT
                 products *= features
                 sums += products.sum(0)
                 if floor is not None:
-                    sums_of_floor += (floor[chunk][some].to(features) @ features.flatten(1)).view_as(sums)
+                    sums_of_floor += (floor[some] @ features.flatten(1)).view_as(sums)
             total[:, rows, rest] += sums
-            if floor is not None:
+            if shared is not None:
                 shared[:, rows, rest] += sums_of_floor
-        if projected.rest is not None:
+        if projected.rest is not None and scales is not None:
             of_filters += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
     if diagonal:
         return of_filters
-    total += torch.diag_embed(of_filters)
-    if floor is not None:
-        by_group = head.unflatten(1, (groups, per_group)).permute(1, 2, 0)  # (G, s, K)
-        total += (by_group @ by_group.mT).double() * shared
-    for row in range(0, per_group, strip):  # the lower part, strip by strip: a whole transpose is slow
-        rows, below = slice(row, row + strip), slice(row + strip, None)
+    total.diagonal(dim1=1, dim2=2).add_(of_filters)
+    for row in range(0, per_group, strip):
+        rows, rest, below = slice(row, row + strip), slice(row, None), slice(row + strip, None)
+        if shared is not None:
+            total[:, rows, rest] += (by_group[:, rows] @ by_group[:, rest].mT) * shared[:, rows, rest]
+        # The lower part, strip by strip: a whole transpose is slow.
         block = total[:, rows, rows]
         total[:, rows, rows] = block.triu() + block.triu(1).mT
         total[:, below, rows] = total[:, rows, below].mT

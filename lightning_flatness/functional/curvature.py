@@ -26,8 +26,10 @@ class Projection(NamedTuple):
     """``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)``, for every sample."""
 
     columns: Tensor  # (N, C, S)
-    signs: Tensor | None  # (N, C), or None for all +1
-    rest: Tensor | None  # (N, S): the diagonal of the columns that were dropped
+    counts: list[int]  # of every sample: its columns from there on are zero
+    signs: Tensor | None = None  # (N, C), or None for all +1
+    floor: Tensor | None = None  # (N,), what all classes of a sample share
+    rest: Tensor | None = None  # (N, S): the diagonal of the columns that were dropped
 
 
 @dataclass(frozen=True)
@@ -95,46 +97,44 @@ class ClassCurvature:
         return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        r"""Factors of ``VᵀΛV``, less ``floor · VᵀV``; classes that hardly matter are left out.
+        r"""Factors of ``VᵀΛV``; with a tolerance, what all classes share is apart, and those that matter least go.
 
-        Columns are centred, ``√w_k (v_k - πᵀV)``: ``diag(π) - π πᵀ`` cancels. Left out are classes that add no more
-        than ``tolerance`` of ``\sum_s scales[s] (VᵀΛV)[s, s]``; their diagonal comes apart, so that only entries off
-        the diagonal change.
+        Columns are centred, ``√w_k (v_k - πᵀV)``: ``diag(π) - π πᵀ`` cancels. Left out are as many classes as add no
+        more, in all, than ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``; their diagonal comes apart, so
+        that only entries off the diagonal change.
 
         Args:
             matrix: ``V``, ``(K, S)``, from :meth:`centred`.
             scales: ``(N, S)``, not negative; needed with a tolerance.
             tolerance: relative; zero keeps all classes.
         """
-        weights, floor = self.weights, self.floor
+        weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
-        if floor is not None:
-            weights = weights - floor[:, None]
-        chosen, rest = None, None
+        counts, chosen, floor, rest = [classes] * samples, None, None, None
         if tolerance > 0 and scales is not None:
-            parts, at_least = self._parts(weights, matrix, mean, scales)
-            whole = at_least.sum(1, keepdim=True)
-            if floor is not None:
-                whole = whole + floor[:, None] * (scales.double() @ matrix.double().square().sum(0)[:, None])
-            ordered, order = parts.sort(dim=1)
-            num_dropped = int((ordered.cumsum(1) <= tolerance * whole).sum(1).min())
-            if num_dropped:
-                dropped = weights * torch.zeros_like(weights).scatter_(1, order[:, :num_dropped], 1.0)
-                rest = _sum_of_squares(dropped, matrix, mean)
-                chosen = order[:, num_dropped:]
-        if chosen is not None:
-            weights = weights.gather(1, chosen)
-        samples, classes = weights.shape
+            floor = self.floor
+            weights = weights if floor is None else weights - floor[:, None]
+            kept = _kept(weights, matrix, mean, scales, floor, tolerance)
+            counts = kept.sum(1).tolist()
+            if min(counts) < classes:
+                rest = _sum_over_dropped(weights * ~kept, matrix, mean)
+                chosen = kept.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : max(counts)]
+                weights = (weights * kept).gather(1, chosen)
+        shared = int(mean is not None and floor is not None)  # columns for the mean of all classes
+        columns = matrix.new_empty(samples, shared + weights.shape[1], matrix.shape[1])
+        of_classes = columns[:, shared:]
         # In place, as these are many: with a thousand classes some ten megabytes for every sample.
-        columns = matrix.new_empty(samples, classes + (mean is not None and floor is not None), matrix.shape[1])
-        of_classes = columns[:, :classes]
-        of_classes.copy_(matrix if chosen is None else matrix[chosen])
+        if chosen is not None:
+            for rows, indices in zip(of_classes, chosen, strict=True):
+                torch.index_select(matrix, 0, indices, out=rows)
+        else:
+            of_classes.copy_(matrix)
         if mean is not None:
             of_classes -= mean[:, None]
         of_classes *= weights.sqrt().to(matrix.dtype)[:, :, None]
-        if mean is not None and floor is not None:  # \sum_k (v_k - m)(v_k - m)ᵀ = VᵀV + K m mᵀ for a centred V
-            columns[:, classes] = (matrix.shape[0] * floor).sqrt().to(matrix.dtype)[:, None] * mean
-        return Projection(columns, None, rest)
+        if shared and mean is not None and floor is not None:  # \sum_k (v_k - m)(v_k - m)ᵀ = VᵀV + K m mᵀ, V centred
+            columns[:, 0] = (classes * floor).sqrt().to(matrix.dtype)[:, None] * mean
+        return Projection(columns, [count + shared for count in counts], floor=floor, rest=rest)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
         """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
@@ -146,19 +146,6 @@ class ClassCurvature:
             return self.weights * x
         y = self.weights * (x - (self.center * x).sum(1, keepdim=True))
         return y - self.center * y.sum(1, keepdim=True)
-
-    def _parts(self, weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor) -> tuple[Tensor, Tensor]:
-        r"""What every class adds to the scaled trace, ``w_k \sum_s scales[s] (v_k - m)[s]²``: at most, and at least."""
-        squares = matrix.double().square()
-        scales = scales.double()
-        parts = scales @ squares.T
-        if mean is not None:
-            m = mean.double()
-            of_mean = (scales * m.square()).sum(1, keepdim=True)
-            parts, size = parts - 2 * (scales * m) @ matrix.double().T + of_mean, parts + of_mean
-            slack = 8 * torch.finfo(matrix.dtype).eps * size
-            return weights * (parts.clamp_min(0) + slack), weights * (parts - slack).clamp_min(0)
-        return weights * parts, weights * parts
 
 
 @dataclass(frozen=True)
@@ -177,8 +164,6 @@ class DenseCurvature:
 
     roots: Tensor  # B, (N, K, C)
     signs: Tensor  # (N, C)
-
-    floor = None
 
     @classmethod
     def of(cls, matrices: Tensor) -> DenseCurvature:
@@ -209,7 +194,8 @@ class DenseCurvature:
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
         """``Bᵀ V`` with all columns."""
-        return Projection(self.roots.mT.to(matrix.dtype) @ matrix, self.signs.to(matrix.dtype), None)
+        columns = self.roots.mT.to(matrix.dtype) @ matrix
+        return Projection(columns, [columns.shape[1]] * len(columns), signs=self.signs.to(matrix.dtype))
 
     def diagonal(self, matrix: Tensor) -> Tensor:
         """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
@@ -235,3 +221,34 @@ def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Ten
         for w, m in zip(weights.split(rows), mean.split(rows), strict=True)
     ]
     return torch.cat(parts).double()
+
+
+def _kept(
+    weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor, floor: Tensor | None, tolerance: float
+) -> Tensor:
+    r"""Which classes of which samples are kept, ``(N, K)``.
+
+    A class adds ``w_k \sum_s scales[s] (v_k - m)[s]²``. What rounding leaves open counts for what is dropped, and
+    against the whole.
+    """
+    squares, scales = matrix.square(), scales.to(matrix.dtype)
+    parts = size = scales @ squares.T
+    if mean is not None:
+        of_mean = (scales * mean.square()).sum(1, keepdim=True)
+        parts, size = parts - 2 * (scales * mean) @ matrix.T + of_mean, parts + of_mean
+    slack = (4 * matrix.shape[1] ** 0.5 + 16) * torch.finfo(matrix.dtype).eps * size
+    whole = (weights * (parts - slack).clamp_min(0)).sum()
+    if floor is not None:
+        whole = whole + (floor * (scales @ squares.sum(0))).sum()
+    ordered, order = (weights * (parts.clamp_min(0) + slack)).flatten().sort()
+    kept = ordered.cumsum(0) >= tolerance * whole
+    return torch.empty_like(kept).scatter_(0, order, kept).view_as(weights)
+
+
+def _sum_over_dropped(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
+    r"""``\sum_k w_k (v_k - m)[s]²``, ``(N, S)``, float64, where nothing of it matters that may cancel."""
+    w = weights.to(matrix.dtype)
+    total = w @ matrix.square()
+    if mean is not None:
+        total = total - 2 * mean * (w @ matrix) + w.sum(1, keepdim=True) * mean.square()
+    return total.clamp_min(0).double()

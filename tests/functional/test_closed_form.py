@@ -44,7 +44,8 @@ class Arguments:
 
     def sample(self, n):
         names = ("inputs", "slopes", "probabilities", "curvatures", "residual")
-        return replace(self, **{name: getattr(self, name)[n : n + 1] for name in names})
+        present = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: value[n : n + 1] for name, value in present.items()})
 
     def single(self):
         """In float32, but for the derivatives of the loss, which come in float64."""
@@ -180,6 +181,18 @@ def test_classes_that_hardly_matter_are_left_out(chunk_size):
         assert_close(part.diagonal(dim1=1, dim2=2), whole.diagonal(dim1=1, dim2=2), rtol=1e-10, atol=0)
         error = float(torch.linalg.svdvals(part - whole).sum())
         assert 0 < error <= 2 * tolerance * trace
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-9])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_chunks_of_many_classes_may_differ_in_what_classes_share(chunk_size, tolerance):
+    # One sample is sure of hardly anything, the others are sure: all classes share something of the first only.
+    given = random_arguments(samples=60, classes=200, per_group=5).without_curvatures()
+    given.probabilities = torch.softmax(40 * torch.randn(60, 200, dtype=torch.float64), dim=1)
+    given.probabilities[0] = torch.softmax(torch.randn(200, dtype=torch.float64), dim=0)
+    expected = sum(given.sample(n).traces() for n in range(60))
+    found = given.traces(chunk_size=chunk_size, tolerance=tolerance)
+    assert_traces_close(found, expected, rtol=max(1e-12, 2 * tolerance))
 
 
 @pytest.mark.parametrize(("groups", "per_group"), [(1, 6), (2, 3), (6, 1)])

@@ -20,11 +20,12 @@ def random_curvature(kind, samples, classes, scale=1.0):
 
 
 def assembled(curvature, matrix, projection):
-    columns, signs, rest = projection
+    columns, counts, signs, floor, rest = projection
     signed = columns if signs is None else columns * signs[:, :, None]
+    assert not any(bool(c[count:].any()) for c, count in zip(columns, counts, strict=True))
     found = columns.mT @ signed
-    if curvature.floor is not None:
-        found = found + curvature.floor[:, None, None] * (matrix.T @ matrix)
+    if floor is not None:
+        found = found + floor[:, None, None] * (matrix.T @ matrix)
     return found if rest is None else found + torch.diag_embed(rest)
 
 
@@ -35,10 +36,12 @@ def test_projection_is_vt_lambda_v(kind, classes):
     V = torch.randn(classes, 6, dtype=torch.float64)
     centred = curvature.centred(V)
     expected = V.T @ matrices @ V
-    found = assembled(curvature, centred, curvature.project(centred))
-    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    projections = [curvature.project(centred), curvature.project(centred, torch.ones(3, 6).double(), 1e-300)]
+    for projection in projections:
+        assert_close(assembled(curvature, centred, projection), expected, rtol=1e-10, atol=1e-12)
     assert_close(curvature.diagonal(centred), expected.diagonal(dim1=1, dim2=2), rtol=1e-10, atol=1e-12)
-    assert (curvature.floor is not None) == (classes >= 128 and kind != "dense")
+    floors = [projection.floor is not None for projection in projections]
+    assert floors == [False, classes >= 128 and kind != "dense"]
 
 
 @pytest.mark.parametrize("kind", ["softmax", "diagonal"])
@@ -50,7 +53,7 @@ def test_what_is_left_out_is_small_and_off_the_diagonal(kind, scale, tolerance):
     V, scales = torch.randn(200, 6, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64)
     centred = curvature.centred(V)
     projection = curvature.project(centred, scales, tolerance)
-    assert projection.columns.shape[1] < 200, "nothing was left out"
+    assert max(projection.counts) < 200, "nothing was left out"
     expected = V.T @ matrices @ V
     found = assembled(curvature, centred, projection)
     diagonal = expected.diagonal(dim1=1, dim2=2)
@@ -58,9 +61,18 @@ def test_what_is_left_out_is_small_and_off_the_diagonal(kind, scale, tolerance):
     # Entries scaled as in the closed form, where scales are the diagonal of a positive matrix, here of rank one.
     roots = scales.sqrt()
     error = (found - expected) * roots[:, :, None] * roots[:, None, :]
-    bound = tolerance * (diagonal * scales).sum(1)
-    assert bool((torch.linalg.svdvals(error).sum(1) <= 2 * bound).all())
-    assert float(error.abs().max()) > 0
+    bound = tolerance * (diagonal * scales).sum()
+    assert 0 < float(torch.linalg.svdvals(error).sum()) <= 2 * bound
+
+
+def test_a_sure_sample_keeps_few_columns_beside_an_unsure_one():
+    torch.manual_seed(1)
+    unsure, sure = torch.randn(200, dtype=torch.float64), 40 * torch.randn(200, dtype=torch.float64)
+    pi = torch.softmax(torch.stack([unsure, sure]), dim=1)
+    V = torch.randn(200, 6, dtype=torch.float64)
+    counts = ClassCurvature(pi, pi).project(V, torch.ones(2, 6).double(), 1e-6).counts
+    assert counts[0] > 150
+    assert counts[1] < 20
 
 
 @pytest.mark.parametrize("classes", [2, 3, 12])
