@@ -328,10 +328,10 @@ OBSERVATION = [
 
 METRICS = [
     Guard(
-        "sums out of place",
+        "sums in place only where that can be",
         "metrics/flatness_metric.py",
-        "self.block_traces = self.block_traces + block_traces.to(self.block_traces)",
-        "self.block_traces += block_traces.to(self.block_traces)",
+        "if state.is_inference() and not torch.is_inference_mode_enabled():",
+        "if False:",
         f"{METRIC}test_created_and_reset_inside_inference_mode",
     ),
     Guard(

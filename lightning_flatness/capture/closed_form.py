@@ -177,28 +177,35 @@ def closed_form_layer(
     Raises:
         BatchError: the tail is curved and there are no targets.
     """
-    residual: Tensor | float = 0.0
+    of_filters: Tensor | None = None
     curvatures = tail.curvatures
     if curvatures is not None and loss.residual is not None:
         of_filters = closed_form_residual(call.inputs, call.geometry, curvatures, tail.columns, loss.residual)
-        residual = of_filters if diagonal else torch.diag_embed(of_filters)
     elif curvatures is not None and bool(curvatures.any()):
         raise BatchError(
             f"Layer '{name}': the activation after it is curved, so its Hessian depends on the targets, and this "
             "batch has none. Give batches of (inputs, targets)."
         )
-    arguments = (call.inputs, call.geometry, tail.slopes, tail.columns, loss.curvature)
+
+    def traces(tolerance: float = 0.0) -> Tensor:
+        total = closed_form_block_traces(
+            call.inputs, call.geometry, tail.slopes, tail.columns, loss.curvature, tolerance, diagonal
+        )
+        if of_filters is not None:
+            (total if diagonal else total.diagonal(dim1=1, dim2=2)).add_(of_filters)
+        return total
+
     if gram_norm is not None and loss.curvature.num_classes >= MANY_CLASSES and not diagonal:
         # What is left out is a positive matrix of this share of the trace, less its diagonal; that trace times the norm
         # of the Gram matrix bounds the change. Relative flatness is about the trace times the filters' mean squared
         # norm; whether it is, is looked at after.
         mean = weight_norm(gram).square() / gram[..., 0].numel()
-        tolerance = float(TRUNCATION / 4 * mean / gram_norm)
-        total = closed_form_block_traces(*arguments, tolerance)
-        change = tolerance * hessian_trace(total) * gram_norm
-        if bool(change <= TRUNCATION * relative_flatness(total + residual, gram).abs()):
-            return total + residual
-    return closed_form_block_traces(*arguments, diagonal=diagonal) + residual
+        tolerance = float(TRUNCATION / 2 * mean / gram_norm)
+        total = traces(tolerance)
+        whole = hessian_trace(total) if of_filters is None else hessian_trace(total) - of_filters.sum()
+        if bool(tolerance * whole * gram_norm <= TRUNCATION * relative_flatness(total, gram).abs()):
+            return total
+    return traces()
 
 
 def spectral_bound(gram: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class LayerStatistics(NamedTuple):
     """What one batch adds to the measurement of one layer; sums over samples, so batches and ranks add up."""
 
     block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
-    weight_gram: Tensor  # of the same shape, float64, times the number of samples
+    weight_gram: Tensor  # of the same shape, float64
     num_samples: int
     normalizer: float  # what the sum is to be divided by: the number of samples, or the sum of their class weights
     variances: Tensor | None = None  # (4,), of the measures of the sum, where it is estimated
@@ -208,12 +208,12 @@ class FlatnessObserver:
             )
 
     def _statistics(self, name: str, found: BlockTraces, seen: ObservedPass) -> LayerStatistics:
-        if not found.total.isfinite().all():
+        if not found.total.sum().isfinite():
             raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
         samples = round(seen.share * seen.loss.num_samples)
         return LayerStatistics(
-            seen.share * found.total,
-            self._passes.plan.grams[name] * samples,
+            found.total if seen.share == 1 else seen.share * found.total,
+            self._passes.plan.grams[name],
             samples,
             seen.share * seen.loss.normalizer,
             None if found.variances is None else seen.share**2 * found.variances,
@@ -228,7 +228,7 @@ def _sum(left: LayerStatistics | None, right: LayerStatistics) -> LayerStatistic
         variances = left.variances + right.variances
     return LayerStatistics(
         left.block_traces + right.block_traces,
-        left.weight_gram + right.weight_gram,
+        right.weight_gram,
         left.num_samples + right.num_samples,
         left.normalizer + right.normalizer,
         variances,

@@ -82,7 +82,7 @@ def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
         >>> relative_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
         tensor(22.)
     """
-    return (block_traces * gram).sum()
+    return block_traces.flatten() @ gram.flatten()
 
 
 def filter_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class FlatnessMetric(Metric):
 
         Args:
             block_traces: ``(G, S/G, S/G)``, float64, summed over the batch's samples; with ``diagonal``, ``(G, S/G)``.
-            weight_gram: inner products of the filters, same shape, times the number of samples.
+            weight_gram: inner products of the filters, same shape.
             num_samples: in the batch.
             normalizer: what the sum over samples is to be divided by; the number of samples by default.
             variances: ``(4,)``, of the four measures of the batch's sum where it is an estimate.
@@ -94,9 +94,8 @@ class FlatnessMetric(Metric):
                     f"FlatnessMetric.update: {name} is {value.dtype} {tuple(value.shape)}, expected float64 "
                     f"{tuple(self.block_traces.shape)}."
                 )
-        # Out of place: a state made under inference mode cannot be written to outside it.
-        self.block_traces = self.block_traces + block_traces.to(self.block_traces)
-        self.weight_gram = self.weight_gram + weight_gram.to(self.weight_gram)
+        self.block_traces = _plus(self.block_traces, block_traces)
+        self.weight_gram = _plus(self.weight_gram, weight_gram, num_samples)
         self.num_samples = self.num_samples + num_samples
         self.normalizer = self.normalizer + (num_samples if normalizer is None else normalizer)
         if variances is not None:
@@ -118,3 +117,10 @@ class FlatnessMetric(Metric):
         """Of the measures, by name, as far as probes leave them uncertain, in the present states; zero where exact."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
         return dict(zip(MEASURES, errors, strict=True))
+
+
+def _plus(state: Tensor, value: Tensor, times: int = 1) -> Tensor:
+    """A state and a multiple of a value: in place, since another matrix costs more than the sum, where that can be."""
+    if state.is_inference() and not torch.is_inference_mode_enabled():
+        state = state.clone()
+    return state.add_(value.to(state), alpha=times)

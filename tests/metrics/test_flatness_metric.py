@@ -23,7 +23,7 @@ def batch_statistics(seed, num_samples, filters=4, groups=2):
     shape = (groups, filters // groups, filters // groups)
     kernel = torch.randn(groups, filters // groups, 3, generator=torch.Generator().manual_seed(99)).double()
     traces = num_samples * torch.randn(shape, generator=generator, dtype=torch.float64)
-    return traces, num_samples * (kernel @ kernel.mT), num_samples
+    return traces, kernel @ kernel.mT, num_samples
 
 
 BATCHES = [batch_statistics(0, 7), batch_statistics(1, 3), batch_statistics(2, 5)]
@@ -45,7 +45,7 @@ def assert_same_values(found, expected, **tolerance):
 def test_values_are_means_over_samples():
     samples = 7 + 3 + 5
     traces = sum(batch[0] for batch in BATCHES) / samples
-    gram = BATCHES[0][1] / 7
+    gram = BATCHES[0][1]
     values = filled().compute()
     assert_close(values["hessian_trace"], torch.einsum("gss->", traces))
     assert_close(values["relative_flatness"], (traces * gram).sum())
