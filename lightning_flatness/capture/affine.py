@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -150,17 +151,16 @@ def kernel_gradient(calls: Calls, cotangents: Sequence[Tensor], squares: bool = 
     if squares:
         calls = [(observed, replace(call, inputs=call.inputs.square())) for observed, call in calls]
         cotangents = [cotangent.square() for cotangent in cotangents]
-    return torch.stack(
-        [
-            gradient_of_call(call, cotangent.movedim(call.channel_dimension, 1))
-            for (_, call), cotangent in zip(calls, cotangents, strict=True)
-        ]
-    ).sum(0)
+    gradients = (
+        gradient_of_call(call, cotangent.movedim(call.channel_dimension, 1))
+        for (_, call), cotangent in zip(calls, cotangents, strict=True)
+    )
+    return reduce(torch.add, gradients)
 
 
 def gradient_of_call(call: ConvolutionCall, delta: Tensor) -> Tensor:
     r"""``\sum_n \sum_p δ[s, p] phi[p]``, the gradient at the kernel of one call, from ``δ``, channels second."""
-    kernel = call.weight.detach().clone().requires_grad_()
+    kernel = call.weight.detach().requires_grad_()
     with torch.enable_grad():
         output = convolve(call, kernel)
         (gradient,) = torch.autograd.grad(output, kernel, delta.reshape(output.shape))

@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         ...     torch.ones(1, requires_grad=True).exp().requires_grad
         True
     """
-    device_types = {"cpu"} | {device.type for device in _accelerators(model)}
+    device_types = {"cpu"} | {device.type for device in accelerators(model)}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -225,12 +226,12 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")  # user code can draw from numpy only if it was imported
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
-    accelerators = _accelerators(model)
+    devices = accelerators(model)
     with ExitStack() as stack:
         stack.enter_context(generators_kept(model))
-        for device_type in {device.type for device in accelerators} or {"cuda"}:
-            devices = [device for device in accelerators if device.type == device_type]
-            stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
+        for device_type in {device.type for device in devices} or {"cuda"}:
+            alike = [device for device in devices if device.type == device_type]
+            stack.enter_context(torch.random.fork_rng(alike, device_type=device_type))
         try:
             yield
         finally:
@@ -239,11 +240,22 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(numpy_state)
 
 
-def _accelerators(model: nn.Module) -> list[torch.device]:
-    if not torch.accelerator.is_available():  # going through all tensors takes a millisecond
+def accelerators(model: nn.Module) -> list[torch.device]:
+    """The devices other than the CPU that a model is on, in order.
+
+    Example:
+        >>> accelerators(nn.Linear(2, 1))
+        []
+    """
+    if not _any_accelerator():  # going through all tensors takes a millisecond
         return []
     tensors = [*model.parameters(), *model.buffers()]
     return sorted({tensor.device for tensor in tensors if tensor.device.type != "cpu"}, key=str)
+
+
+@cache
+def _any_accelerator() -> bool:
+    return torch.accelerator.is_available()  # looks for libraries each time
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_flatness.capture.isolation import BACKWARD_HOOKS, HALF, ModelCopy, untouched
+from lightning_flatness.capture.isolation import BACKWARD_HOOKS, HALF, ModelCopy, accelerators, untouched
 from lightning_flatness.capture.observation import Observation
 from lightning_flatness.errors import FlatnessError
 
@@ -141,7 +141,8 @@ class Listener:
             return "another callback observes the same forward pass"
         if torch.is_grad_enabled():
             return "validation records gradients"
-        if any(torch.is_autocast_enabled(device) for device in _device_types(self._model)):
+        device_types = {"cpu"} | {device.type for device in accelerators(self._model)}
+        if any(map(torch.is_autocast_enabled, device_types)):
             return "validation runs under autocast"
         if _state(self._model) != self._state:
             return "validation changes modes or hooks of modules"
@@ -349,6 +350,3 @@ def _are(inputs: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> b
         return not arguments and same_inputs(inputs, keywords)
     return not keywords and same_inputs(inputs if isinstance(inputs, (tuple, list)) else (inputs,), arguments)
 
-
-def _device_types(model: nn.Module) -> set[str]:
-    return {"cpu"} | {parameter.device.type for parameter in model.parameters()}

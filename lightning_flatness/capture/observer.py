@@ -137,6 +137,7 @@ class FlatnessObserver:
             one, other = statistics.block_traces, own[name].block_traces
             if not bool((one - other).norm() <= ROUNDINGS * torch.finfo(self._passes.dtype).eps * other.norm()):
                 return f"the numbers of layer '{name}' are others when it is observed (TF32?)"
+        self._passes.plan.know_parameters()
         return reason
 
     def listen(self, inputs: Any) -> Listener:

@@ -59,6 +59,7 @@ class Plan:
         self._model = model
         self._options = options
         self._kernels: dict[str, Tensor] = {}
+        self._samples: dict[str, Tensor] = {}  # of the kernels
         self._same_kernels: dict[str, tuple[Tensor, int]] = {}  # other tensors that were found equal, with versions
         self._tails: dict[str, KnownTail] = {}
         self._gram_norms: dict[str, Tensor] = {}
@@ -104,19 +105,29 @@ class Plan:
 
     def _certify_kernel(self, name: str, calls: Calls) -> None:
         kernel = self._kernels.setdefault(name, calls[0][1].weight.detach())
+        if name not in self._samples:
+            self._samples[name] = kernel_sample(kernel)
         for observed, _ in calls:
-            if observed.sample is not None and not torch.equal(observed.sample, kernel_sample(kernel)):
+            if observed.sample is not None and not torch.equal(observed.sample, self._samples[name]):
                 raise LayerSelectionError(f"Layer '{name}' had another kernel while it ran.")
         known = self._same_kernels.get(name)
         if known is not None and all(is_known(call.weight, known) for _, call in calls):
             return
+        if known is not None and any(call.weight is known[0] for _, call in calls):
+            raise LayerSelectionError(f"The kernel of layer '{name}' was written to since the measurement began.")
         if not all(call.weight is kernel or torch.equal(call.weight, kernel) for _, call in calls):
             raise LayerSelectionError(
                 f"Layer '{name}' applies another kernel from one call to the next (computed from its input?), so there "
                 "is no one kernel to take the Hessian of. Choose another layer with layers=."
             )
-        if isinstance(calls[0][1].weight, nn.Parameter):
-            self._same_kernels[name] = (calls[0][1].weight, calls[0][1].weight._version)
+
+    def know_parameters(self) -> None:
+        """Keep no copies of kernels that are parameters of the model, but know these again, as they are now."""
+        for name, weight in self.parameters().items():
+            kernel = self._kernels.get(name)
+            if kernel is not None and kernel.shape == weight.shape and torch.equal(kernel, weight):
+                self._kernels[name] = weight.detach()
+                self._same_kernels[name] = (weight, weight._version)
 
     def _leave_out(self, name: str, reason: str) -> None:
         """With ``layers="all"`` do without a layer that cannot be measured; else that is an error."""
@@ -184,20 +195,13 @@ class Plan:
         Raises:
             LayerSelectionError: naming a layer whose kernel reaches the logits in another way, too.
         """
-        kernels: dict[nn.Parameter, Tensor] = {}
-        parameters: dict[str, nn.Parameter] = {}
-        for name, calls in layers.items():
-            observed, call = calls[0]
-            if is_own_weight(call, observed.module):
-                parameters[name] = own_weight(observed.module)
-                kernels[parameters[name]] = call.weight.detach().clone().requires_grad_()
-        # On a copy of its own: a forward that writes to its weights would spoil the graph of the observed pass.
-        again = logits_of(self._copy()(inputs, kernels))
+        parameters = {
+            name: own_weight(calls[0][0].module)
+            for name, calls in layers.items()
+            if is_own_weight(calls[0][1], calls[0][0].module)
+        }
         u = random_like(logits)
-        found: dict[nn.Parameter, Tensor | None] = dict.fromkeys(kernels)
-        if kernels and again.requires_grad:
-            gradients = torch.autograd.grad(again, list(kernels.values()), u, allow_unused=True)
-            found = dict(zip(kernels, gradients, strict=True))
+        found = self._gradients(list(parameters.values()), inputs, u)
         pulled = iter(pull_back(logits, nodes_of(layers), u))
         deviations = {}
         for name, calls in list(layers.items()):
@@ -212,6 +216,17 @@ class Plan:
                 self._leave_out(name, str(error))
                 del layers[name]
         return deviations
+
+    def _gradients(self, parameters: list[nn.Parameter], inputs: Any, u: Tensor) -> dict[nn.Parameter, Tensor | None]:
+        """Of the sum of ``u`` times the logits, by autograd."""
+        # On a copy of its own: a forward that writes to its weights would spoil the graph of the observed pass.
+        copy = self._copy()
+        kernels = {parameter: copy.copy_of(parameter).requires_grad_() for parameter in parameters}
+        again = logits_of(copy(inputs))
+        if not kernels or not again.requires_grad:
+            return dict.fromkeys(kernels)
+        gradients = torch.autograd.grad(again, list(kernels.values()), u, allow_unused=True)
+        return dict(zip(kernels, gradients, strict=True))
 
     def certified_tails(
         self, layers: dict[str, Calls], seen: Observation, logits: Tensor, inputs: Any, masks: Tensor, first: bool
