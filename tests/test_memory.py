@@ -52,7 +52,7 @@ def test_memory_is_what_is_kept():
     measurement = Measurement(net(), layers="all")
     measurement.update(X, Y)
     memory = {name: info.memory for name, info in measurement.layers.items()}
-    assert memory == {"0": 5 * 8 * 16, "2": 5 * 8 * 2 * 9, "6": 5 * 8 * 9}
+    assert memory == {"0": 3 * 8 * 16, "2": 3 * 8 * 2 * 9, "6": 3 * 8 * 9}
     assert {info.backward_passes for info in measurement.layers.values()} == {0, 2}
     # By patch sums, the cheaper way: P = 36 positions, D = 18, S = 4, two columns.
     assert measurement.layers["0"].multiplications == 2 * 4 * 18 * (36 + 4)

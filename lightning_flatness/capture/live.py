@@ -349,4 +349,3 @@ def _are(inputs: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> b
     if isinstance(inputs, Mapping):
         return not arguments and same_inputs(inputs, keywords)
     return not keywords and same_inputs(inputs if isinstance(inputs, (tuple, list)) else (inputs,), arguments)
-

@@ -38,6 +38,25 @@ class LayerStatistics(NamedTuple):
     normalizer: float  # what the sum is to be divided by: the number of samples, or the sum of their class weights
     variances: Tensor | None = None  # (4,), of the measures of the sum, where it is estimated
 
+    def plus(self, other: LayerStatistics | None) -> LayerStatistics:
+        """The sum with those of other samples of the same layer, whose block traces are written to.
+
+        Example:
+            >>> one, two = (LayerStatistics(n * torch.ones(1, 1, 1), torch.ones(1, 1, 1), n, float(n)) for n in (1, 2))
+            >>> one.plus(two).block_traces, two.plus(None) is two
+            (tensor([[[3.]]]), True)
+        """
+        if other is None:
+            return self
+        given = [variances for variances in (self.variances, other.variances) if variances is not None]
+        return LayerStatistics(
+            other.block_traces.add_(self.block_traces),
+            self.weight_gram,
+            self.num_samples + other.num_samples,
+            self.normalizer + other.normalizer,
+            torch.stack(given).sum(0) if given else None,
+        )
+
 
 class FlatnessObserver:
     """Measures batches of one model, whose weights must stay the same meanwhile.
@@ -100,7 +119,7 @@ class FlatnessObserver:
         """
         totals: dict[str, LayerStatistics] = {}
         for found in self._passes(inputs, targets, self._measure, advance):
-            totals = {name: _sum(totals.get(name), part) for name, part in found.items()}
+            totals = {name: part.plus(totals.get(name)) for name, part in found.items()}
         return totals
 
     def why_not_live(
@@ -124,7 +143,7 @@ class FlatnessObserver:
         inputs, targets = take(inputs, few, samples), take(targets, few, samples)
         own: dict[str, LayerStatistics] = {}
         for found in self._passes(inputs, targets, self._measure_closed_form):
-            own = {name: _sum(own.get(name), part) for name, part in found.items()}
+            own = {name: part.plus(own.get(name)) for name, part in found.items()}
         self._passes.let_go()  # else it would lie there while whole batches are validated
         missing = [name for name in self.layers if name not in own]
         if missing:
@@ -219,18 +238,3 @@ class FlatnessObserver:
             seen.share * seen.loss.normalizer,
             None if found.variances is None else seen.share**2 * found.variances,
         )
-
-
-def _sum(left: LayerStatistics | None, right: LayerStatistics) -> LayerStatistics:
-    if left is None:
-        return right
-    variances = right.variances if left.variances is None else left.variances
-    if left.variances is not None and right.variances is not None:
-        variances = left.variances + right.variances
-    return LayerStatistics(
-        left.block_traces + right.block_traces,
-        right.weight_gram,
-        left.num_samples + right.num_samples,
-        left.normalizer + right.normalizer,
-        variances,
-    )

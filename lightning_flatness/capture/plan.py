@@ -37,8 +37,8 @@ from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, N
 from lightning_flatness.functional import Curvature, contraction_costs, separating_masks, weight_gram
 from lightning_flatness.results import SAMPLED, LayerInfo
 
-# Block traces and Gram matrix in the metric's states and in the values that it is reset to, and the Gram matrix here.
-KEPT = 5
+# Matrices of every layer: block traces, those of the batch, and the filters' Gram matrix.
+KEPT = 3
 
 
 class Plan:

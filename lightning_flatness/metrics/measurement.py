@@ -29,7 +29,7 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo,
 
 
 class Measurement:
-    """One measurement in progress: an observer of the model and a metric for every layer.
+    """One measurement in progress: an observer of the model and sums for every layer.
 
     Args:
         model: see :class:`~lightning_flatness.FlatnessObserver`.
@@ -52,7 +52,7 @@ class Measurement:
         # Apart, so that passes of our own are certified on their own samples, not on the few of the trial.
         self._live: FlatnessObserver | None = None
         self._model = model
-        self._metrics: dict[str, FlatnessMetric] = {}
+        self._sums: dict[str, LayerStatistics] = {}
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
@@ -96,21 +96,23 @@ class Measurement:
         self._add(self._live.observed(heard, targets))
 
     def _add(self, found: Mapping[str, LayerStatistics]) -> None:
-        different = sorted(found.keys() ^ self._metrics.keys())
-        if found and self._metrics and different:
+        different = sorted(found.keys() ^ self._sums.keys())
+        if found and self._sums and different:
             raise BatchError(
                 f"Layer '{different[0]}' is measured on some batches and not on others. Name the layers with layers=."
             )
         for name, statistics in found.items():
-            if name not in self._metrics:
-                self._metrics[name] = self._new_metric(self.layers[name])
-            self._metrics[name].update(*statistics)
+            self._sums[name] = statistics.plus(self._sums.get(name))
 
-    def _new_metric(self, info: LayerInfo) -> FlatnessMetric:
-        # On the model's device, where a backend of torch.distributed that takes no other sums it over ranks.
+    def _metric(self, info: LayerInfo) -> FlatnessMetric:
+        # Made when asked for: while a model runs there should be no more than the sums. It is on the model's device,
+        # where a backend of torch.distributed that takes no other sums it over ranks.
         tensor = next(iter(self._model.parameters()), None)
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
-        return FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
+        metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
+        if info.name in self._sums:
+            metric.update(*self._sums[info.name])
+        return metric
 
     def report(self) -> FlatnessReport:
         """The flatness over all batches so far, of all ranks. Call it on every rank or on none.
@@ -136,7 +138,7 @@ class Measurement:
         return FlatnessReport({name: self._layer(info) for name, info in infos.items()}, dict(found[0][1]))
 
     def _layer(self, info: LayerInfo) -> LayerFlatness:
-        metric = self._metrics.get(info.name) or self._new_metric(info)
+        metric = self._metric(info)
         with metric.sync_context():
             means = metric.means()
             measures = {key: float(value) for key, value in measures_of(*means).items()}

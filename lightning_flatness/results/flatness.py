@@ -38,7 +38,7 @@ class LayerInfo:
         backward_passes: for every batch, shared by all layers; one for every class, but for layers under the closed
             form. Fewer, if all goes well, where classes are sampled.
         multiplications: for every sample, on top of passes through the model.
-        memory: bytes that are kept for the whole measurement.
+        memory: bytes of its block traces, those of a batch, and its filters' Gram matrix.
     """
 
     name: str
