@@ -70,6 +70,27 @@ def test_some_samples_at_a_time_give_the_same(monkeypatch, rows, activation):
         assert_close(layer.block_traces, whole.layers[name].block_traces, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_a_forward_pass_takes_as_many_samples_as_fit(monkeypatch, layers):
+    whole = lf.measure_flatness(net(), [(X, Y)], layers=layers)
+    monkeypatch.setitem(passes.FORWARD_ELEMENTS, "cpu", 3 * 6 * 5 * 5)  # of the second convolution
+    model, seen = net(), deque()
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    parts = lf.measure_flatness(model, [(X, Y)], layers=layers)
+    assert max(list(seen)[1:]) == 3, "after what runs was traced on four samples"
+    for name, layer in parts.layers.items():
+        assert layer.num_samples == 9
+        assert_close(layer.block_traces, whole.layers[name].block_traces, rtol=1e-12, atol=1e-15)
+
+
+def test_a_model_for_so_many_samples_gets_so_many(monkeypatch):
+    monkeypatch.setitem(passes.FORWARD_ELEMENTS, "cpu", 1)
+    model = nn.Sequential(nn.Unflatten(0, (9, 1)), nn.Flatten(0, 1), *net())
+    found = lf.measure_flatness(model, [(X, Y)], layers="all")
+    for name, layer in lf.measure_flatness(net(), [(X, Y)], layers="all").layers.items():
+        assert_close(found.layers[str(int(name) + 2)].block_traces, layer.block_traces, rtol=1e-12, atol=1e-15)
+
+
 class Tight(nn.Module):
     """Runs out of memory with more than so many samples."""
 

@@ -25,6 +25,13 @@ from lightning_flatness.functional import LossDerivatives, separating_masks
 
 Result = TypeVar("Result")
 
+# Samples on which it is traced what runs.
+TRACED = 4
+# Elements of the largest output of a layer: as many samples are taken at a time as fit. Some ten times as much is
+# needed for a forward pass.
+FORWARD_ELEMENTS = {"cpu": 2**23}
+FORWARD_ELEMENTS_ELSEWHERE = 2**28
+
 
 @dataclass(frozen=True)
 class ObservedPass:
@@ -196,14 +203,16 @@ class ForwardPasses:
     def _observe(self, inputs: Any, targets: Tensor | None, rows: int, first: bool) -> ObservedPass | None:
         """Run the model and certify; None if it turns out that these samples are too many for one time."""
         plan = self.plan
+        few = take(inputs, slice(0, TRACED), max(rows, 2))
         if self._execution is None:
-            self._execution = trace_execution(self._model, lambda: self._copy(inputs))
+            try:
+                self._execution = trace_execution(self._model, lambda: self._copy(few))
+            except Exception:  # a model may be made for so many samples
+                self._execution = trace_execution(self._model, lambda: self._copy(inputs))
             plan.choose(self._execution)
-            ran = [name for name in self._execution.order if name in plan.modules]
-            elements = sum(prod(self._execution.output_shapes.get(name, ())[1:]) for name in ran)
-            logits = self._execution.logits
-            most = rows_at_a_time(max(1, elements), logits.shape[1], logits.device)
-            self._rows = min(most, self._rows or most)
+            if len(self._execution.logits) <= TRACED:
+                most = self._most_rows(self._execution)
+                self._rows = min(most, self._rows or most)
             if rows > self._next_rows(rows):
                 return None
         watched = {name: self._copy.copy_of(weight) for name, weight in plan.parameters().items()}
@@ -220,7 +229,7 @@ class ForwardPasses:
             )
         beginning = not plan.begun
         if beginning:
-            _certify_deterministic(self._execution.logits[:rows], logits[:rows].detach())
+            self._certify_deterministic(few, logits[:rows].detach())
             self.let_go()  # certifying makes a copy of its own
             plan.begin(calls, logits, inputs, loss.curvature)
         uses = [use for use in seen.uses if use[0] in plan.modules]
@@ -232,12 +241,29 @@ class ForwardPasses:
         plan.begun = True
         return ObservedPass(inputs, logits, loss, calls, tails, share=0.5 if rows == 1 else 1.0)
 
+    def _most_rows(self, execution: Execution) -> int:
+        """How many samples to take at a time, so that memory does not grow with those of a batch."""
+        sizes = {name: max(1, prod(shape[1:])) for name, shape in execution.output_shapes.items()}
+        measured = sum(sizes.get(name, 1) for name in execution.order if name in self.plan.modules)
+        logits = execution.logits
+        forward = FORWARD_ELEMENTS.get(logits.device.type, FORWARD_ELEMENTS_ELSEWHERE) // max(sizes.values(), default=1)
+        return min(rows_at_a_time(max(1, measured), logits.shape[1], logits.device), max(2, forward))
 
-def _certify_deterministic(first: Tensor, second: Tensor) -> None:
+    def _certify_deterministic(self, few: Any, logits: Tensor) -> None:
+        """Compare logits with those that were traced; if they differ, samples may mix, which is certified later."""
+        assert self._execution is not None
+        traced = self._execution.logits[: len(logits)]
+        if _alike(traced, logits[: len(traced)]):
+            return
+        again = logits_of(self._copy(few))[: len(traced)] if len(traced) <= TRACED else logits
+        if not _alike(traced, again.detach()):
+            raise LayerSelectionError(
+                "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
+                "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to "
+                "take the Hessian of."
+            )
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
     scale = first.abs().amax()
-    if not float((first - second).abs().amax()) <= 1e3 * torch.finfo(first.dtype).eps * float(scale):
-        raise LayerSelectionError(
-            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
-            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
-            "the Hessian of."
-        )
+    return float((first - second).abs().amax()) <= 1e3 * torch.finfo(first.dtype).eps * float(scale)
