@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 TRACED = 4
 # Elements of the largest output of a layer: as many samples are taken at a time as fit. Some ten times as much is
 # needed for a forward pass.
-FORWARD_ELEMENTS = {"cpu": 2**23}
+FORWARD_ELEMENTS = {"cpu": 2**22}
 FORWARD_ELEMENTS_ELSEWHERE = 2**28
 
 
@@ -60,6 +60,7 @@ class ForwardPasses:
         self._kept: ModelCopy | None = None
         self._execution: Execution | None = None
         self._rows: int | None = None  # samples that are taken at a time, once that is known
+        self._first_rows = 0
         self._halved = False
         self._uses: list[tuple[str, str]] = []
         self._chance = torch.Generator().manual_seed(options.seed)
@@ -122,11 +123,11 @@ class ForwardPasses:
     def _next_rows(self, left: int) -> int:
         """How many samples to take of those that are left, so that parts have about the same size.
 
-        The first part of all is half as large, since it takes some fifteen passes to certify.
+        The first part of all is half as large as columns would allow, since it takes some fifteen passes to certify.
         """
         if self._rows is None:
             return left
-        most = self._rows if self.plan.begun or self._halved else -(-self._rows // 2)
+        most = self._rows if self.plan.begun or self._halved else min(self._rows, self._first_rows)
         return -(-left // -(-left // most))
 
     @property
@@ -211,8 +212,9 @@ class ForwardPasses:
                 self._execution = trace_execution(self._model, lambda: self._copy(inputs))
             plan.choose(self._execution)
             if len(self._execution.logits) <= TRACED:
-                most = self._most_rows(self._execution)
-                self._rows = min(most, self._rows or most)
+                by_columns, by_forward = self._most_rows(self._execution)
+                most = min(by_columns, by_forward)
+                self._rows, self._first_rows = min(most, self._rows or most), -(-by_columns // 2)
             if rows > self._next_rows(rows):
                 return None
         watched = {name: self._copy.copy_of(weight) for name, weight in plan.parameters().items()}
@@ -241,13 +243,13 @@ class ForwardPasses:
         plan.begun = True
         return ObservedPass(inputs, logits, loss, calls, tails, share=0.5 if rows == 1 else 1.0)
 
-    def _most_rows(self, execution: Execution) -> int:
-        """How many samples to take at a time, so that memory does not grow with those of a batch."""
+    def _most_rows(self, execution: Execution) -> tuple[int, int]:
+        """How many samples to take at a time, for columns and for a forward pass, so that memory does not grow."""
         sizes = {name: max(1, prod(shape[1:])) for name, shape in execution.output_shapes.items()}
         measured = sum(sizes.get(name, 1) for name in execution.order if name in self.plan.modules)
         logits = execution.logits
         forward = FORWARD_ELEMENTS.get(logits.device.type, FORWARD_ELEMENTS_ELSEWHERE) // max(sizes.values(), default=1)
-        return min(rows_at_a_time(max(1, measured), logits.shape[1], logits.device), max(2, forward))
+        return rows_at_a_time(max(1, measured), logits.shape[1], logits.device), max(2, forward)
 
     def _certify_deterministic(self, few: Any, logits: Tensor) -> None:
         """Compare logits with those that were traced; if they differ, samples may mix, which is certified later."""

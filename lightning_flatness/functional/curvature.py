@@ -18,6 +18,8 @@ from torch import Tensor
 
 # From this many classes on, it pays to take apart what all have in common, and to sample those that matter less.
 MANY_CLASSES = 128
+# Unless so few are left, it is quicker to take all.
+WORTHWHILE = 0.9
 # Of intermediate results that are made at a time.
 ELEMENTS = 2**22
 
@@ -113,13 +115,15 @@ class ClassCurvature:
         counts, chosen, floor, rest = [classes] * samples, None, None, None
         if tolerance > 0 and scales is not None:
             floor = self.floor
-            weights = weights if floor is None else weights - floor[:, None]
-            kept = _kept(weights, matrix, mean, scales, floor, tolerance)
+            above = weights if floor is None else weights - floor[:, None]
+            kept = _kept(above, matrix, mean, scales, floor, tolerance)
             counts = kept.sum(1).tolist()
-            if min(counts) < classes:
-                rest = _sum_over_dropped(weights * ~kept, matrix, mean)
+            if sum(counts) < WORTHWHILE * samples * classes:
+                rest = _sum_over_dropped(above * ~kept, matrix, mean)
                 chosen = kept.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : max(counts)]
-                weights = (weights * kept).gather(1, chosen)
+                weights = (above * kept).gather(1, chosen)
+            else:
+                counts, floor = [classes] * samples, None
         shared = int(mean is not None and floor is not None)  # columns for the mean of all classes
         columns = matrix.new_empty(samples, shared + weights.shape[1], matrix.shape[1])
         of_classes = columns[:, shared:]

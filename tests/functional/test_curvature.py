@@ -1,10 +1,14 @@
 """Projections of the loss's curvature: columns, a floor, and what is left out."""
 
+import sys
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from lightning_flatness.functional import ClassCurvature, DenseCurvature
+
+MODULE = sys.modules["lightning_flatness.functional.curvature"]
 
 
 def random_curvature(kind, samples, classes, scale=1.0):
@@ -31,7 +35,8 @@ def assembled(curvature, matrix, projection):
 
 @pytest.mark.parametrize("kind", ["softmax", "diagonal", "dense"])
 @pytest.mark.parametrize("classes", [2, 5, 127, 128, 150])  # from 128 on the floor is taken apart
-def test_projection_is_vt_lambda_v(kind, classes):
+def test_projection_is_vt_lambda_v(monkeypatch, kind, classes):
+    monkeypatch.setattr(MODULE, "WORTHWHILE", 2.0)  # a floor, although no class is left out
     curvature, matrices = random_curvature(kind, 3, classes)
     V = torch.randn(classes, 6, dtype=torch.float64)
     centred = curvature.centred(V)
@@ -47,7 +52,8 @@ def test_projection_is_vt_lambda_v(kind, classes):
 @pytest.mark.parametrize("kind", ["softmax", "diagonal"])
 @pytest.mark.parametrize("scale", [2.0, 8.0])
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-5])
-def test_what_is_left_out_is_small_and_off_the_diagonal(kind, scale, tolerance):
+def test_what_is_left_out_is_small_and_off_the_diagonal(monkeypatch, kind, scale, tolerance):
+    monkeypatch.setattr(MODULE, "WORTHWHILE", 2.0)  # one class that goes is enough
     torch.manual_seed(1)
     curvature, matrices = random_curvature(kind, 4, 200, scale)
     V, scales = torch.randn(200, 6, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64)
@@ -63,6 +69,13 @@ def test_what_is_left_out_is_small_and_off_the_diagonal(kind, scale, tolerance):
     error = (found - expected) * roots[:, :, None] * roots[:, None, :]
     bound = tolerance * (diagonal * scales).sum()
     assert 0 < float(torch.linalg.svdvals(error).sum()) <= 2 * bound
+
+
+def test_where_hardly_any_class_can_go_all_are_taken():
+    curvature, _ = random_curvature("softmax", 3, 200)
+    projection = curvature.project(torch.randn(200, 6).double(), torch.ones(3, 6).double(), 1e-9)
+    assert projection.counts == [200] * 3
+    assert projection.floor is projection.rest is None
 
 
 def test_a_sure_sample_keeps_few_columns_beside_an_unsure_one():
