@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, str, list[int], dict[str, Any], float | None, float 
     "N": ("images in a batch", "last", [256, 512, 1024, 2048], {"samples": 0}, 1.1, 0.1),
     "batches": ("batches of 64 images", "last", [1, 2, 4, 8], {"batches": 0}, 1.1, 0.1),
     "K": ("classes, last layer", "last", [10, 30, 100, 300, 1000], {"classes": 0}, 1.0, 0.1),
-    "K of all layers": ("classes, all layers", "all", [5, 10, 20, 40], {"classes": 0, "samples": 16}, 1.1, 0.1),
+    "K of all layers": ("classes, all layers", "all", [5, 10, 20, 40], {"classes": 0}, 1.1, 0.1),
     "P": ("positions of the last layer", "last", [64, 144, 256, 576], {"positions": 0}, None, None),
     "S": ("filters of the last layer", "last", [64, 128, 256, 512], {"filters": 0, "samples": 16}, None, None),
     "depth": ("layers, all of them", "all", [8, 14, 20, 32], {"depth": 0, "samples": 16}, 1.1, None),

@@ -6,13 +6,16 @@ less from what else a machine does.
 
 Memory: a task runs in a process of its own, after a warm-up; its peak is that of resident memory above what was
 resident before. The kernel keeps that peak (VmHWM of Linux, set back before the task): a sampling thread could miss it,
-and ru_maxrss also has what importing needed. On a GPU it is the peak of what torch allocates.
+and ru_maxrss also has what importing needed. What is freed goes back to the system at once (``MALLOC``): else the peak
+is that of what glibc keeps for later, which differs by a half from one run of the same task to the next. On a GPU it is
+the peak of what torch allocates.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 MEMORY_REPEATS = 3
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # as it is at the beginning; glibc raises it
 Task = Callable[[], object]
 
 
@@ -112,7 +116,8 @@ def apart(function: str, device: str, repeats: int = 0, **arguments: Any) -> dic
         arguments: of the function; what JSON has.
     """
     command = [sys.executable, "-m", "benchmarks.timing", function, device, str(repeats), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | MALLOC
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RuntimeError(f"{function} in a process of its own: {error}")

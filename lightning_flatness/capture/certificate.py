@@ -103,12 +103,12 @@ def certify_head(
     Raises:
         NotClosedFormError: naming the classifier and whether itself or something after it is not linear.
     """
-    offset = torch.zeros(len(weight), dtype=torch.float64, device=weight.device) if bias is None else bias.double()
-    expected = features.double() @ weight.double().T + offset
-    own, eps = output.flatten(1).double(), torch.finfo(output.dtype).eps
-    # A dot product of m terms is rounded about sqrt(m) times.
-    size = features.double().abs() @ weight.double().abs().T + offset.abs()
-    allowed = (4 * features.shape[1] ** 0.5 + 16) * eps * size
+    eps, own = torch.finfo(output.dtype).eps, output.flatten(1)
+    expected, size = features @ weight.T, features.abs() @ weight.abs().T
+    if bias is not None:
+        expected, size = expected + bias, size + bias.abs()
+    # A dot product of m terms is rounded about sqrt(m) times, here and in the classifier.
+    allowed = 2 * (4 * features.shape[1] ** 0.5 + 16) * eps * size
     if own.shape != expected.shape or not bool(((own - expected).abs() <= allowed).all()):
         raise NotClosedFormError(
             f"The classifier '{name}' does not return weight @ input + bias (a cosine, normalised or adapted "
