@@ -20,8 +20,8 @@ What measuring costs, as ratios within one run. Written by `make bench`.
   of wall-clock time are compared. *Processor time* is the same ratio in seconds of all cores together; it suffers less
   from what else the machine does. All raw times are at the end of this page.
 - Memory is the peak of resident memory (of what torch allocates, on a GPU) above what was resident before, in a process
-  of its own that gives back what it frees (`MALLOC_MMAP_THRESHOLD_=131072`: what glibc keeps for later differs by a half
-  from run to run); medians.
+  of its own that gives back what it frees (`MALLOC_MMAP_THRESHOLD_=131072`; what glibc keeps for later differs by a
+  half from run to run); medians.
 - *n x faster*: the other takes n times as long. *exponent*: the slope of a straight line through the logarithms of the
   points.
 - Peers are run as their documentation says, in the newest release that installs, and a ratio is there only if they

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from lightning_flatness.capture import FlatnessObserver, Listener, same_inputs
 from lightning_flatness.capture.live import why_not_observed
 from lightning_flatness.capture.observation import Observation
-from lightning_flatness.errors import FlatnessError
+from lightning_flatness.errors import FlatnessError, LayerSelectionError
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
 from tests.networks import Network, randomise_statistics, recipes
@@ -56,6 +56,31 @@ def assert_observed_as_own(model, x, y, **options):
         assert found[name][2] == samples
     assert_same(module_state(model), before)
     return ""
+
+
+def observed(observer, model, x, y):
+    with torch.inference_mode(), observer.listen(x) as heard:
+        model(x)
+    return observer.observed(heard, y)
+
+
+@pytest.mark.parametrize("write", ["one entry", "the same", "behind autograd's back"])
+def test_a_kernel_that_is_written_to_is_known(write):
+    """No copy is kept of a kernel that is a parameter."""
+    model, (x, y) = networks.Plain().double().eval(), batch()
+    observer = FlatnessObserver(model)
+    with torch.inference_mode():
+        assert observer.why_not_live(x, y) == ""
+    before = observed(observer, model, x, y)
+    (name,) = before
+    kernel = model.get_submodule(name).weight
+    if write == "behind autograd's back":
+        kernel.data.mul_(2)
+    else:
+        with torch.no_grad():
+            kernel.flatten()[1:2].add_(write == "one entry")
+    with pytest.raises(LayerSelectionError, match="had another kernel|was written to since the measurement began"):
+        observed(observer, model, x, y)
 
 
 def test_random_networks():
