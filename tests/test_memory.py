@@ -70,25 +70,44 @@ def test_some_samples_at_a_time_give_the_same(monkeypatch, rows, activation):
         assert_close(layer.block_traces, whole.layers[name].block_traces, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("layers", ["last", "all"])
-def test_a_forward_pass_takes_as_many_samples_as_fit(monkeypatch, layers):
-    whole = lf.measure_flatness(net(), [(X, Y)], layers=layers)
-    monkeypatch.setitem(passes.FORWARD_ELEMENTS, "cpu", 3 * 6 * 5 * 5)  # of the second convolution
-    model, seen = net(), deque()
-    model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
-    parts = lf.measure_flatness(model, [(X, Y)], layers=layers)
-    assert max(list(seen)[1:]) == 3, "after what runs was traced on four samples"
-    for name, layer in parts.layers.items():
-        assert layer.num_samples == 9
-        assert_close(layer.block_traces, whole.layers[name].block_traces, rtol=1e-12, atol=1e-15)
+class Pooled(nn.Module):
+    """Does something to the pooled features, that other samples or random numbers may have a part in."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = net(), change
+
+    def forward(self, x):
+        return self.net[-1](self.change(self.net[:-1](x)))
 
 
-def test_a_model_for_so_many_samples_gets_so_many(monkeypatch):
-    monkeypatch.setitem(passes.FORWARD_ELEMENTS, "cpu", 1)
-    model = nn.Sequential(nn.Unflatten(0, (9, 1)), nn.Flatten(0, 1), *net())
-    found = lf.measure_flatness(model, [(X, Y)], layers="all")
-    for name, layer in lf.measure_flatness(net(), [(X, Y)], layers="all").layers.items():
-        assert_close(found.layers[str(int(name) + 2)].block_traces, layer.block_traces, rtol=1e-12, atol=1e-15)
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g + torch.rand_like(g),
+        lambda g: g + torch.rand(6),
+        lambda g: torch.cat([g[:4], g[4:] * torch.rand(())]),
+        lambda g: nn.functional.dropout(g, 0.5),
+        lambda g: g / g.detach().abs().amax(),
+        lambda g: g * 8 / len(g),
+        lambda g: g * torch.arange(1, 1 + len(g))[:, None],
+    ],
+    ids=["noise", "shared noise", "noise in some", "dropout", "largest", "size of the batch", "place in the batch"],
+)
+def test_what_is_random_or_of_the_batch_is_refused_in_parts(monkeypatch, rows, change):
+    monkeypatch.setattr(passes, "rows_at_a_time", lambda *args: rows)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with pytest.raises(lf.LayerSelectionError, match="Two forward passes on the same samples"):
+            lf.measure_flatness(Pooled(change), [(X, Y)], layers="all")
+
+
+def test_fewer_logits_than_samples_are_refused_in_parts(monkeypatch):
+    monkeypatch.setattr(passes, "rows_at_a_time", lambda *args: 2)
+    for targets in (Y, None):
+        with pytest.raises(lf.BatchError, match="logits"):
+            lf.measure_flatness(Pooled(lambda g: g[:2]), [(X, targets)], layers="all")
 
 
 class Tight(nn.Module):

@@ -108,7 +108,7 @@ def certify_head(
     if bias is not None:
         expected, size = expected + bias, size + bias.abs()
     # A dot product of m terms is rounded about sqrt(m) times, here and in the classifier.
-    allowed = 2 * (4 * features.shape[1] ** 0.5 + 16) * eps * size
+    allowed = (4 * features.shape[1] ** 0.5 + 16) * eps * size
     if own.shape != expected.shape or not bool(((own - expected).abs() <= allowed).all()):
         raise NotClosedFormError(
             f"The classifier '{name}' does not return weight @ input + bias (a cosine, normalised or adapted "

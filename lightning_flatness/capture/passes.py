@@ -25,13 +25,6 @@ from lightning_flatness.functional import LossDerivatives, separating_masks
 
 Result = TypeVar("Result")
 
-# Samples on which it is traced what runs.
-TRACED = 4
-# Elements of the largest output of a layer: as many samples are taken at a time as fit. Some ten times as much is
-# needed for a forward pass.
-FORWARD_ELEMENTS = {"cpu": 2**22}
-FORWARD_ELEMENTS_ELSEWHERE = 2**28
-
 
 @dataclass(frozen=True)
 class ObservedPass:
@@ -60,7 +53,6 @@ class ForwardPasses:
         self._kept: ModelCopy | None = None
         self._execution: Execution | None = None
         self._rows: int | None = None  # samples that are taken at a time, once that is known
-        self._first_rows = 0
         self._halved = False
         self._uses: list[tuple[str, str]] = []
         self._chance = torch.Generator().manual_seed(options.seed)
@@ -81,6 +73,7 @@ class ForwardPasses:
             advance: is told which part of the batch is done.
         """
         samples, start = num_rows(inputs, targets), 0
+        traced = self._execution is None  # now, so that every part can be compared with the whole
         while start < samples:
             rows = self._next_rows(samples - start)
 
@@ -95,7 +88,7 @@ class ForwardPasses:
                 part = twice(part[0]), twice(part[1])
             try:
                 with isolated(self._model):
-                    observed = self._observe(*part, rows, first=start == 0)
+                    observed = self._observe(*part, rows, start, traced)
                     found = [] if observed is None else [work(observed, tell)]
             except RuntimeError as error:
                 if "modified by an inplace operation" in str(error):
@@ -123,11 +116,11 @@ class ForwardPasses:
     def _next_rows(self, left: int) -> int:
         """How many samples to take of those that are left, so that parts have about the same size.
 
-        The first part of all is half as large as columns would allow, since it takes some fifteen passes to certify.
+        The first part of all is half as large, since it takes some fifteen passes to certify.
         """
         if self._rows is None:
             return left
-        most = self._rows if self.plan.begun or self._halved else min(self._rows, self._first_rows)
+        most = self._rows if self.plan.begun or self._halved else -(-self._rows // 2)
         return -(-left // -(-left // most))
 
     @property
@@ -201,71 +194,69 @@ class ForwardPasses:
         half = torch.rand(samples, generator=self._chance) < 0.5
         return torch.stack([half, ~half])
 
-    def _observe(self, inputs: Any, targets: Tensor | None, rows: int, first: bool) -> ObservedPass | None:
-        """Run the model and certify; None if it turns out that these samples are too many for one time."""
+    def _observe(self, inputs: Any, targets: Tensor | None, rows: int, start: int, traced: bool) -> ObservedPass | None:
+        """Run the model and certify; None if it turns out that these samples are too many for one time.
+
+        Args:
+            inputs: these samples.
+            targets: of them.
+            rows: how many they are.
+            start: where they begin in the batch.
+            traced: whether it is the batch on which it was traced what runs.
+        """
         plan = self.plan
-        few = take(inputs, slice(0, TRACED), max(rows, 2))
         if self._execution is None:
-            try:
-                self._execution = trace_execution(self._model, lambda: self._copy(few))
-            except Exception:  # a model may be made for so many samples
-                self._execution = trace_execution(self._model, lambda: self._copy(inputs))
+            self._execution = trace_execution(self._model, lambda: self._copy(inputs))
+            _certify_rows(self._execution.logits, rows)
             plan.choose(self._execution)
-            if len(self._execution.logits) <= TRACED:
-                by_columns, by_forward = self._most_rows(self._execution)
-                most = min(by_columns, by_forward)
-                self._rows, self._first_rows = min(most, self._rows or most), -(-by_columns // 2)
+            ran = [name for name in self._execution.order if name in plan.modules]
+            elements = sum(prod(self._execution.output_shapes.get(name, ())[1:]) for name in ran)
+            logits = self._execution.logits
+            most = rows_at_a_time(max(1, elements), logits.shape[1], logits.device)
+            self._rows = min(most, self._rows or most)
             if rows > self._next_rows(rows):
                 return None
+        elif (
+            not plan.begun
+        ):  # as random numbers begin anew, a pass before this one is needed to see that there are some
+            _certify_deterministic(self._execution.logits[:rows], logits_of(self._copy(inputs))[:rows].detach())
         watched = {name: self._copy.copy_of(weight) for name, weight in plan.parameters().items()}
         with Observation(plan.modules, plan.classifier[1], watched) as seen:
             logits = logits_of(self._copy(inputs))
         targets = targets if targets is None else targets.to(logits.device)
         loss = self._options.loss_function(logits.detach(), targets)
         calls = plan.calls(seen, len(logits))
-        if len(logits) != max(rows, 2):
-            raise BatchError(
-                f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "
-                "targets or, without any, by the longest of the inputs. Give targets, or keep tables that have no row "
-                "for every sample out of the inputs."
-            )
+        _certify_rows(logits, rows)
+        if traced and start + rows <= len(self._execution.logits):  # not all of it, if memory ran out
+            _certify_deterministic(self._execution.logits[start : start + rows], logits[:rows].detach())
         beginning = not plan.begun
         if beginning:
-            self._certify_deterministic(few, logits[:rows].detach())
             self.let_go()  # certifying makes a copy of its own
             plan.begin(calls, logits, inputs, loss.curvature)
         uses = [use for use in seen.uses if use[0] in plan.modules]
         if not beginning and uses != self._uses:
             plan.certify_paths(calls, logits, inputs)  # the forward does something else with a kernel than before
         self._uses = uses
-        masks = self._masks(len(logits), beginning) if first else torch.zeros(0, len(logits), dtype=torch.bool)
+        masks = self._masks(len(logits), beginning) if start == 0 else torch.zeros(0, len(logits), dtype=torch.bool)
         tails = plan.certified_tails(calls, seen, logits, inputs, masks.to(logits.device), beginning)
         plan.begun = True
         return ObservedPass(inputs, logits, loss, calls, tails, share=0.5 if rows == 1 else 1.0)
 
-    def _most_rows(self, execution: Execution) -> tuple[int, int]:
-        """How many samples to take at a time, for columns and for a forward pass, so that memory does not grow."""
-        sizes = {name: max(1, prod(shape[1:])) for name, shape in execution.output_shapes.items()}
-        measured = sum(sizes.get(name, 1) for name in execution.order if name in self.plan.modules)
-        logits = execution.logits
-        forward = FORWARD_ELEMENTS.get(logits.device.type, FORWARD_ELEMENTS_ELSEWHERE) // max(sizes.values(), default=1)
-        return rows_at_a_time(max(1, measured), logits.shape[1], logits.device), max(2, forward)
 
-    def _certify_deterministic(self, few: Any, logits: Tensor) -> None:
-        """Compare logits with those that were traced; if they differ, samples may mix, which is certified later."""
-        assert self._execution is not None
-        traced = self._execution.logits[: len(logits)]
-        if _alike(traced, logits[: len(traced)]):
-            return
-        again = logits_of(self._copy(few))[: len(traced)] if len(traced) <= TRACED else logits
-        if not _alike(traced, again.detach()):
-            raise LayerSelectionError(
-                "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
-                "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to "
-                "take the Hessian of."
-            )
+def _certify_rows(logits: Tensor, rows: int) -> None:
+    if len(logits) != max(rows, 2):
+        raise BatchError(
+            f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "
+            "targets or, without any, by the longest of the inputs. Give targets, or keep tables that have no row "
+            "for every sample out of the inputs."
+        )
 
 
-def _alike(first: Tensor, second: Tensor) -> bool:
+def _certify_deterministic(first: Tensor, second: Tensor) -> None:
     scale = first.abs().amax()
-    return float((first - second).abs().amax()) <= 1e3 * torch.finfo(first.dtype).eps * float(scale)
+    if not float((first - second).abs().amax()) <= 1e3 * torch.finfo(first.dtype).eps * float(scale):
+        raise LayerSelectionError(
+            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
+            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
+            "the Hessian of."
+        )

@@ -114,12 +114,19 @@ class Plan:
         if known is not None and all(is_known(call.weight, known) for _, call in calls):
             return
         if known is not None and any(call.weight is known[0] for _, call in calls):
-            raise LayerSelectionError(f"The kernel of layer '{name}' was written to since the measurement began.")
+            # There is no copy to compare with, but there is the Gram matrix.
+            if not torch.equal(self._weight_gram(known[0].detach(), calls[0][1]), self.grams[name]):
+                raise LayerSelectionError(f"The kernel of layer '{name}' was written to since the measurement began.")
+            self._same_kernels[name] = (known[0], known[0]._version)
+            return
         if not all(call.weight is kernel or torch.equal(call.weight, kernel) for _, call in calls):
             raise LayerSelectionError(
                 f"Layer '{name}' applies another kernel from one call to the next (computed from its input?), so there "
                 "is no one kernel to take the Hessian of. Choose another layer with layers=."
             )
+
+    def _weight_gram(self, kernel: Tensor, call: ConvolutionCall) -> Tensor:
+        return weight_gram(kernel, call.geometry.groups, self._options.diagonal)
 
     def know_parameters(self) -> None:
         """Keep no copies of kernels that are parameters of the model, but know these again, as they are now."""
@@ -162,7 +169,7 @@ class Plan:
         infos = {}
         for name, calls in layers.items():
             observed, call = calls[0]
-            self.grams[name] = weight_gram(call.weight, call.geometry.groups, self._options.diagonal)
+            self.grams[name] = self._weight_gram(call.weight, call)
             infos[name] = LayerInfo(
                 name=name,
                 kind=type(observed.module).__name__,

@@ -60,7 +60,7 @@ def closed_form_block_traces(
             effect with ``diagonal`` or a dense curvature.
         diagonal: only ``T[s, s]``, which is much less work.
         chunk_size: samples taken at a time; by default as many as fit a small budget. The result does not depend on it
-            beyond rounding, memory does.
+            beyond rounding and the tolerance, memory does.
 
     Returns:
         float64 ``(G, S/G, S/G)``, symmetric; with ``diagonal``, ``(G, S/G)``. The sum over samples, not the mean.

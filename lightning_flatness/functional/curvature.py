@@ -250,9 +250,12 @@ def _kept(
 
 
 def _sum_over_dropped(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    r"""``\sum_k w_k (v_k - m)[s]²``, ``(N, S)``, float64, where nothing of it matters that may cancel."""
+    r"""``\sum_k w_k (v_k - m)[s]²``, ``(N, S)``, float64, for weights of which all but the largest are small."""
     w = weights.to(matrix.dtype)
-    total = w @ matrix.square()
-    if mean is not None:
-        total = total - 2 * mean * (w @ matrix) + w.sum(1, keepdim=True) * mean.square()
-    return total.clamp_min(0).double()
+    if mean is None:
+        return (w @ matrix.square()).double()
+    # The class that a sample is sure of comes apart, as a difference: it is near the mean.
+    largest, top = w.max(1, keepdim=True)
+    w = w.scatter(1, top, 0.0)
+    total = w @ matrix.square() - 2 * mean * (w @ matrix) + w.sum(1, keepdim=True) * mean.square()
+    return (total.clamp_min(0) + largest * (matrix[top[:, 0]] - mean).square()).double()

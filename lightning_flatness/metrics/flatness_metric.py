@@ -94,8 +94,9 @@ class FlatnessMetric(Metric):
                     f"FlatnessMetric.update: {name} is {value.dtype} {tuple(value.shape)}, expected float64 "
                     f"{tuple(self.block_traces.shape)}."
                 )
-        self.block_traces = _plus(self.block_traces, block_traces)
-        self.weight_gram = _plus(self.weight_gram, weight_gram, num_samples)
+        # Out of place: a state made under inference mode cannot be written to outside it, and others may hold it.
+        self.block_traces = self.block_traces + block_traces.to(self.block_traces)
+        self.weight_gram = torch.add(self.weight_gram, weight_gram.to(self.weight_gram), alpha=num_samples)
         self.num_samples = self.num_samples + num_samples
         self.normalizer = self.normalizer + (num_samples if normalizer is None else normalizer)
         if variances is not None:
@@ -117,10 +118,3 @@ class FlatnessMetric(Metric):
         """Of the measures, by name, as far as probes leave them uncertain, in the present states; zero where exact."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
         return dict(zip(MEASURES, errors, strict=True))
-
-
-def _plus(state: Tensor, value: Tensor, times: int = 1) -> Tensor:
-    """A state and a multiple of a value: in place, since another matrix costs more than the sum, where that can be."""
-    if state.is_inference() and not torch.is_inference_mode_enabled():
-        state = state.clone()
-    return state.add_(value.to(state), alpha=times)

@@ -78,6 +78,20 @@ def test_where_hardly_any_class_can_go_all_are_taken():
     assert projection.floor is projection.rest is None
 
 
+def test_the_class_of_a_sure_sample_does_not_cancel():
+    """Its part is nothing beside its square, and may go beside an unsure sample; the diagonal stays as it is."""
+    torch.manual_seed(1)
+    logits = torch.randn(2, 200, dtype=torch.float64)
+    logits[0, 3] += 40
+    pi = torch.softmax(logits, dim=1)
+    curvature, V = ClassCurvature(pi, pi), 3 + torch.randn(200, 6, dtype=torch.float64)
+    centred, scales = curvature.centred(V), torch.tensor([[1e7], [1.0]], dtype=torch.float64).expand(2, 6)
+    projection = curvature.project(centred, scales, 1e-6)
+    found = assembled(curvature, centred, projection).diagonal(dim1=1, dim2=2)
+    assert projection.counts[0] < 10
+    assert_close((found * scales).sum(), (curvature.diagonal(centred) * scales).sum(), rtol=1e-13, atol=0)
+
+
 def test_a_sure_sample_keeps_few_columns_beside_an_unsure_one():
     torch.manual_seed(1)
     unsure, sure = torch.randn(200, dtype=torch.float64), 40 * torch.randn(200, dtype=torch.float64)
