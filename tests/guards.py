@@ -1099,6 +1099,20 @@ LIVE_FORWARDS = [
         f"{LIVE}test_validation_step[AveragesWeights]",
     ),
     Guard(
+        "live: what was computed counts if all conditions hold",
+        "capture/observer.py",
+        "if all_hold():",
+        "if True:",
+        f"{LIVE_PASS}test_what_does_not_hold_is_named",
+    ),
+    Guard(
+        "live: ignored targets",
+        "functional/losses.py",
+        "return None if holds(kept.all()) else kept",
+        "return None",
+        f"{LIVE_PASS}test_ignored_targets_do_not_count_when_observed",
+    ),
+    Guard(
         "live: a kernel that was written to",
         "capture/plan.py",
         "if not torch.equal(self._weight_gram(known[0].detach(), calls[0][1]), self.grams[name]):",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_flatness.capture.observation import ConvolutionCall, LayerObservation
 from lightning_flatness.capture.tail import ROUNDINGS
 from lightning_flatness.errors import BatchError, LayerSelectionError, NotClosedFormError
+from lightning_flatness.functional.conditions import holds, same
 
 
 def certify_layer(name: str, seen: LayerObservation, known: tuple[Tensor, int] | None = None) -> ConvolutionCall:
@@ -46,10 +47,10 @@ def certify_layer(name: str, seen: LayerObservation, known: tuple[Tensor, int] |
             f"{call.output.dtype}), which cannot be switched off from outside. Put autocast around the model instead, "
             "as the Trainer's precision= does."
         )
-    if not is_known(call.weight, known) and not call.weight.isfinite().all():
+    if not is_known(call.weight, known) and not holds(call.weight.isfinite().all()):
         raise BatchError(f"The weights of layer '{name}' contain NaN or infinity: training has diverged.")
-    same = call.output.data_ptr() == seen.returned.data_ptr() and call.output.stride() == seen.returned.stride()
-    if call.output.shape != seen.returned.shape or not (same or torch.equal(call.output, seen.returned)):
+    alias = call.output.data_ptr() == seen.returned.data_ptr() and call.output.stride() == seen.returned.stride()
+    if call.output.shape != seen.returned.shape or not (alias or same(call.output, seen.returned)):
         raise LayerSelectionError(
             f"Layer '{name}' ({kind}): its output is not that of its convolution or linear map; its forward or a hook "
             "changes it afterwards. Do that in a module of its own after the layer."
@@ -83,7 +84,7 @@ def certify_head(
     output: Tensor,
     logits: Tensor,
     shift_invariant: bool = True,
-) -> float:
+) -> Tensor:
     """Certify that what the loss sees equals ``V g + b``.
 
     A number added to all logits of a sample does not change cross-entropy, so log-softmax outputs pass.
@@ -109,7 +110,7 @@ def certify_head(
         expected, size = expected + bias, size + bias.abs()
     # A dot product of m terms is rounded about sqrt(m) times, here and in the classifier.
     allowed = (4 * features.shape[1] ** 0.5 + 16) * eps * size
-    if own.shape != expected.shape or not bool(((own - expected).abs() <= allowed).all()):
+    if own.shape != expected.shape or not holds(((own - expected).abs() <= allowed).all()):
         raise NotClosedFormError(
             f"The classifier '{name}' does not return weight @ input + bias (a cosine, normalised or adapted "
             "classifier?), so the closed form does not hold for it."
@@ -123,8 +124,8 @@ def certify_head(
     if shift_invariant:
         difference = difference - difference.mean(1, keepdim=True)
     scale = torch.maximum(logits.double().abs().amax(1, keepdim=True), own.abs().amax(1, keepdim=True))
-    deviation = float((difference.abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).amax())
-    if not deviation <= 16 * max(eps, torch.finfo(logits.dtype).eps):
+    deviation = (difference.abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).amax()
+    if not holds(deviation <= 16 * max(eps, torch.finfo(logits.dtype).eps)):
         rows = logits.double().sum(1)
         softmax = bool((logits >= 0).all()) and bool(((rows - 1).abs() < 1e-3).all())
         cause = (

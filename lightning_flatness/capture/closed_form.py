@@ -29,6 +29,7 @@ from lightning_flatness.functional import (
     relative_flatness,
     weight_norm,
 )
+from lightning_flatness.functional.conditions import holds
 from lightning_flatness.functional.curvature import MANY_CLASSES
 
 # Largest relative change of relative flatness, by classes that are left out.
@@ -41,7 +42,7 @@ class Head:
 
     features: Tensor  # g, (N, m), in the graph of the layers
     weight: Tensor  # V, (K, m)
-    deviation: float
+    deviation: Tensor
     shift_invariant: bool  # of the loss
 
 
@@ -66,7 +67,7 @@ def certified_head(
     """
     if classifier is None:
         identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        return Head(logits, identity, 0.0, shift_invariant)
+        return Head(logits, identity, identity.new_zeros(()), shift_invariant)
     if len(seen.features) != 1 or not isinstance(seen.features[0], Tensor) or seen.classifier_output is None:
         raise NotClosedFormError(
             f"The classifier '{name}' is called {len(seen.features)} times, or not with one tensor; the closed form "
@@ -95,6 +96,7 @@ class KnownTail:
 
     operations: Operations
     channels: Tensor  # c(s), -1 where unknown
+    unknown: Tensor  # channels for which it is
     curved: bool
     deviation: float
     batches: int = 0  # since then
@@ -130,9 +132,9 @@ def certified_tail(
         if before.batches < FULL_EVERY:
             slopes = tail_slopes(name, features, output, again=before.curved)
             curvatures = tail_curvatures(name, slopes, output) if before.curved else None
-            if not bool(slopes[:, before.channels < 0].any()):
+            if not len(before.unknown) or holds(~slopes[:, before.unknown].any()):
                 columns = head.weight[:, before.channels.clamp_min(0)] * (before.channels >= 0)
-                return _derivatives(slopes, curvatures, columns, max(before.deviation, head.deviation))
+                return _derivatives(slopes, curvatures, columns, before.deviation)
     slopes = tail_slopes(name, features, output)
     channels = channel_map(features, output, slopes)
     first = certify_channels(name, features, output, slopes, channels)
@@ -143,8 +145,10 @@ def certified_tail(
     if logits is not None:
         joint = certify_gradient(name, logits, output, slopes.detach(), columns, head.shift_invariant)
     if operations is not None:
-        known[name] = KnownTail(operations, channels, not is_piecewise_linear(operations), max(first, second, joint))
-    return _derivatives(slopes, curvatures, columns, max(first, second, joint, head.deviation))
+        unknown = (channels < 0).nonzero().flatten()
+        curved = not is_piecewise_linear(operations)
+        known[name] = KnownTail(operations, channels, unknown, curved, max(first, second, joint))
+    return _derivatives(slopes, curvatures, columns, max(first, second, joint))
 
 
 def _derivatives(slopes: Tensor, curvatures: Tensor | None, columns: Tensor, deviation: float) -> TailDerivatives:

@@ -22,7 +22,8 @@ from lightning_flatness.capture.residual import hutchinson_residual
 from lightning_flatness.capture.rows import num_rows, take
 from lightning_flatness.capture.selection import logits_of
 from lightning_flatness.capture.tail import ROUNDINGS
-from lightning_flatness.errors import BatchError
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.functional.conditions import holds, together
 from lightning_flatness.results import LayerInfo
 
 # Samples on which it is tried out whether the user's forward passes can be observed.
@@ -90,6 +91,7 @@ class FlatnessObserver:
         self._passes = ForwardPasses(model, self._options)
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self._within: list[nn.Module] = []
+        self._looks_once = True  # at the conditions on a batch that was observed
 
     @property
     def layers(self) -> dict[str, LayerInfo]:
@@ -170,6 +172,16 @@ class FlatnessObserver:
             FlatnessError: it was not as in the passes of our own.
         """
         with differentiable(self._model):
+            if self._looks_once:
+                with together() as all_hold:
+                    try:
+                        found = self._measure(self._passes.live(heard, targets), lambda part: None)
+                    except (FlatnessError, RuntimeError):
+                        if all_hold():
+                            raise
+                if all_hold():
+                    return found
+                self._looks_once = False  # one by one, to tell which does not hold; so it may be with other batches
             return self._measure(self._passes.live(heard, targets), lambda part: None)
 
     def _measure_closed_form(self, seen: ObservedPass, advance: Callable[[float], None]) -> dict[str, LayerStatistics]:
@@ -228,7 +240,7 @@ class FlatnessObserver:
             )
 
     def _statistics(self, name: str, found: BlockTraces, seen: ObservedPass) -> LayerStatistics:
-        if not found.total.sum().isfinite():
+        if not holds(found.total.sum().isfinite()):
             raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
         samples = round(seen.share * seen.loss.num_samples)
         return LayerStatistics(

@@ -35,6 +35,7 @@ from lightning_flatness.capture.selection import Execution, find_classifier, log
 from lightning_flatness.capture.tail import cannot_curve, random_like, why_not_closed_form
 from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, NotExactError
 from lightning_flatness.functional import Curvature, contraction_costs, separating_masks, weight_gram
+from lightning_flatness.functional.conditions import same
 from lightning_flatness.results import SAMPLED, LayerInfo
 
 # Matrices of every layer: block traces, those of the batch, and the filters' Gram matrix.
@@ -108,18 +109,18 @@ class Plan:
         if name not in self._samples:
             self._samples[name] = kernel_sample(kernel)
         for observed, _ in calls:
-            if observed.sample is not None and not torch.equal(observed.sample, self._samples[name]):
+            if observed.sample is not None and not same(observed.sample, self._samples[name]):
                 raise LayerSelectionError(f"Layer '{name}' had another kernel while it ran.")
         known = self._same_kernels.get(name)
         if known is not None and all(is_known(call.weight, known) for _, call in calls):
             return
         if known is not None and any(call.weight is known[0] for _, call in calls):
-            # There is no copy to compare with, but there is the Gram matrix.
+            # There is no copy to compare with, but the Gram matrix; looked at now, since what is known changes.
             if not torch.equal(self._weight_gram(known[0].detach(), calls[0][1]), self.grams[name]):
                 raise LayerSelectionError(f"The kernel of layer '{name}' was written to since the measurement began.")
             self._same_kernels[name] = (known[0], known[0]._version)
             return
-        if not all(call.weight is kernel or torch.equal(call.weight, kernel) for _, call in calls):
+        if not all(same(call.weight, kernel) for _, call in calls):
             raise LayerSelectionError(
                 f"Layer '{name}' applies another kernel from one call to the next (computed from its input?), so there "
                 "is no one kernel to take the Hessian of. Choose another layer with layers=."
@@ -275,7 +276,7 @@ class Plan:
             except NotClosedFormError as error:
                 failures[name] = str(error)
                 continue
-            deviation = max(self.layers[name].deviation, tails[name].deviation)
+            deviation = max(self.layers[name].deviation, tails[name].deviation, float(head.deviation))
             self.layers[name] = replace(self.layers[name], deviation=deviation)
         others = {name: calls for name, calls in layers.items() if name not in tails}
         if others:  # the certificates of the closed form see samples that mix

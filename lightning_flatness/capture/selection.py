@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.capture.observation import CONVOLUTIONS
 from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.functional.conditions import holds
 
 # What torch.compile puts in front of the names of a module that it wraps.
 COMPILED = "_orig_mod"
@@ -89,7 +90,7 @@ def logits_of(output: Any) -> Tensor:
     logits = any_logits_of(output)
     if not len(logits):
         raise BatchError("A batch has no samples.")
-    if not logits.isfinite().all():
+    if not holds(logits.isfinite().all()):
         raise BatchError(
             "The logits contain NaN or infinity: training has diverged, the inputs do, or classes are masked with "
             "-inf. The Hessian does not exist there."

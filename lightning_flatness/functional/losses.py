@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
+from lightning_flatness.functional.conditions import holds
 from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
 
 
@@ -104,15 +105,18 @@ class CrossEntropy(Loss):
         if targets.shape == logits.shape and targets.is_floating_point():
             kept, count = None, samples
             q, normalizer = targets.double(), float(samples)
-            if not bool((q >= 0).all()) or not bool(q.isfinite().all()):
+            if not holds(((q >= 0) & q.isfinite()).all()):
                 raise BatchError("Targets that are probabilities must be finite and not negative.")
         else:
             kept = self._kept(targets, classes, samples)
             count = samples if kept is None else int(kept.sum())
-            indices = (targets if kept is None else torch.where(kept, targets, 0)).long()
+            # A GPU does not survive an index that is out of range.
+            indices = (targets if kept is None else torch.where(kept, targets, 0)).long().clamp(0, classes - 1)
             q = torch.zeros_like(pi).scatter_(1, indices[:, None], 1.0)
-            of_samples = torch.ones_like(pi[:, 0]) if weight is None else weight[indices]
-            normalizer = float((of_samples if kept is None else of_samples * kept).sum())
+            normalizer = float(count)
+            if weight is not None:
+                of_samples = weight[indices]
+                normalizer = float((of_samples if kept is None else of_samples * kept).sum())
         q = (1 - self.label_smoothing) * q + self.label_smoothing / classes
         if weight is not None:
             q = q * weight
@@ -149,13 +153,13 @@ class CrossEntropy(Loss):
         if len(targets) != samples:
             raise BatchError(f"The batch has {samples} logits and {len(targets)} targets.")
         kept = targets != self.ignore_index
-        counted = targets[kept]
-        if len(counted) and (int(counted.min()) < 0 or int(counted.max()) >= classes):
+        if not holds(((targets >= 0) & (targets < classes) | ~kept).all()):
+            counted = targets[kept]
             raise BatchError(
                 f"The targets lie in {int(counted.min())}..{int(counted.max())}, but the model has {classes} classes "
                 f"(0..{classes - 1})."
             )
-        return None if bool(kept.all()) else kept
+        return None if holds(kept.all()) else kept
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class BinaryCrossEntropy(Loss):
         residual = None
         if targets is not None:
             y = _like_logits(targets, logits, self.name)
-            if not bool(((y >= 0) & (y <= 1)).all()):
+            if not holds(((y >= 0) & (y <= 1)).all()):
                 raise BatchError("The targets of binary_cross_entropy must lie between 0 and 1.")
             residual = ((1 - y) * on - y * off) / labels
         return LossDerivatives(ClassCurvature(on * off / labels), residual, len(f), float(len(f)))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatness.capture import FlatnessObserver, Listener, same_inputs
 from lightning_flatness.capture.live import why_not_observed
@@ -85,6 +86,77 @@ def test_a_kernel_that_is_written_to_is_known(write):
         return
     with pytest.raises(LayerSelectionError, match="had another kernel|was written to since the measurement began"):
         observed(observer, model, x, y)
+
+
+class Looks(TorchDispatchMode):
+    """Notes what has to wait for a device: a tensor's value on the host, or a shape that depends on values."""
+
+    WAIT = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "_to_copy")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        masks = [t for t in (args[1] if name == "index" else ()) if t is not None and t.dtype == torch.bool]
+        if masks or (name in self.WAIT and (name != "_to_copy" or kwargs.get("device") is not None)):
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "mse"])
+def test_a_device_is_waited_for_once_a_batch(activation, loss):
+    head = (activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    model, (x, y) = nn.Sequential(nn.Conv2d(1, 6, 3), *head).double().eval(), batch()
+    y = y if loss == "cross_entropy" else torch.rand(4, 3).double()
+    observer = FlatnessObserver(model, loss=loss)
+    with torch.inference_mode():
+        assert observer.why_not_live(x, y) == ""
+    observed(observer, model, x, y)
+    with torch.inference_mode(), observer.listen(x) as heard:
+        model(x)
+    with Looks() as looks:
+        observer.observed(heard, y)
+    assert looks.found == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda x, y: (x * torch.nan, y), "NaN|finite"),
+        (lambda x, y: (x, y + 2), "The targets lie in"),
+        (lambda x, y: (x, y - 1), "The targets lie in"),
+    ],
+    ids=["NaN", "too large", "negative"],
+)
+def test_what_does_not_hold_is_named(spoil, match):
+    model, (x, y) = networks.Plain().double().eval(), batch(samples=30)
+    observer = FlatnessObserver(model)
+    with torch.inference_mode():
+        assert observer.why_not_live(x, y) == ""
+    with pytest.raises(FlatnessError, match=match):
+        observed(observer, model, *spoil(x, y))
+    ((_, found),) = observed(observer, model, x, y).items()
+    ((_, expected),) = FlatnessObserver(model)(x, y).items()
+    assert_close(
+        found.block_traces, expected.block_traces, rtol=0, atol=1e-9 * float(expected.block_traces.abs().max())
+    )
+
+
+def test_ignored_targets_do_not_count_when_observed():
+    model, (x, y) = networks.Plain().double().eval(), batch(samples=30)
+    observer = FlatnessObserver(model)
+    with torch.inference_mode():
+        assert observer.why_not_live(x, y) == ""
+    y[7:20] = -100
+    for _ in range(2):
+        ((_, found),) = observed(observer, model, x, y).items()
+        ((_, expected),) = FlatnessObserver(model)(x, y).items()
+        assert (found.num_samples, found.normalizer) == (17, 17.0)
+        atol = 1e-9 * float(expected.block_traces.abs().max())
+        assert_close(found.block_traces, expected.block_traces, rtol=0, atol=atol)
 
 
 def test_random_networks():
