@@ -102,7 +102,8 @@ def main() -> None:
         profiles = {}
     page.show(rows, profiles)
     if not options.rows and not options.quick:
-        PAGE.write_text(page.text(rows, profiles, described, (time.monotonic() - start) / 60))
+        minutes = None if options.missing else (time.monotonic() - start) / 60
+        PAGE.write_text(page.text(rows, profiles, described, minutes))
         print(f"Written: {PAGE.relative_to(ROOT)}")
 
 
