@@ -98,7 +98,7 @@ def measure(device: str, quick: bool) -> list[Row]:
         torch.manual_seed(0)
         model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
         tasks = {name: partial(validate, model, loader, name == "with", device) for name in ("with", "without")}
-        times = interleaved(tasks, repeats, device)
+        times = interleaved(tasks, repeats, device, budget=400)  # of all epochs, since single ones scatter
         runs = len(times.wall["with"])
         note = f"{batches} batches, {runs} runs, {times.median('without'):.2f} s without; "
         note += times.spread("with", "without")
