@@ -37,8 +37,8 @@ WHY = """## Why goals are missed
   cores hardly share this work, as they do the forward pass. For a ResNet-20 the limits in the table add up to a
   millisecond, all of the goal. A network with more work before its last convolution pays less in proportion. Of an
   epoch of 10,000 images, the trial at its beginning is a percent.
-- **Noise.** Single epochs of the ResNet-18 may differ by more than what is added to them (see the single repeats). The
-  profile above is the steadier number; by it the goal of 3 % is missed.
+- **Noise.** Epochs of the ResNet-18 differ by more than what is added to them: three runs of the table on one day said
+  +6 %, -1 % and +19 %, and the profile above +8 % a batch. The goal of 3 % is missed; by how much is not settled.
 - **Peak memory.** Block traces and the filters' Gram matrix, both of `S x S` float64 numbers, are 4 of the 86 MB by
   themselves.
 - **ResNet-50, 1,000 classes.** With all classes, `S² K / 2` multiplications are 2.1e9 for every image, half of the
