@@ -99,7 +99,7 @@ def certify_head(
         shift_invariant: whether a number added to all logits of a sample does not change the loss.
 
     Returns:
-        The largest deviation of the logits, relative to the largest logit of the sample.
+        The largest deviation of the logits, relative to the largest logit of the sample: a scalar tensor.
 
     Raises:
         NotClosedFormError: naming the classifier and whether itself or something after it is not linear.

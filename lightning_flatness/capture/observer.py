@@ -34,7 +34,7 @@ class LayerStatistics(NamedTuple):
     """What one batch adds to the measurement of one layer; sums over samples, so batches and ranks add up."""
 
     block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
-    weight_gram: Tensor  # of the same shape, float64
+    weight_gram: Tensor  # of the same shape, float64; the observer's own, not to be written to
     num_samples: int
     normalizer: float  # what the sum is to be divided by: the number of samples, or the sum of their class weights
     variances: Tensor | None = None  # (4,), of the measures of the sum, where it is estimated

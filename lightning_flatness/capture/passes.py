@@ -216,9 +216,8 @@ class ForwardPasses:
             self._rows = min(most, self._rows or most)
             if rows > self._next_rows(rows):
                 return None
-        elif (
-            not plan.begun
-        ):  # as random numbers begin anew, a pass before this one is needed to see that there are some
+        elif not plan.begun:
+            # Random numbers begin anew, so that only a pass before this one shows whether there are some.
             _certify_deterministic(self._execution.logits[:rows], logits_of(self._copy(inputs))[:rows].detach())
         watched = {name: self._copy.copy_of(weight) for name, weight in plan.parameters().items()}
         with Observation(plan.modules, plan.classifier[1], watched) as seen:
