@@ -46,11 +46,6 @@ WHY = """## Why goals are missed
   probability, the certified bound of 1e-6 on relative flatness keeps about 360, that is +18 % at the same speed.
 - **PyHessian.** A probe of the last convolution alone takes milliseconds and some 1,400 are needed; a
   ten-thousandth of that is less than a thirtieth of one forward pass.
-- **The classifier's full Hessian.** For 5,000 weights it takes so little that a thousandth of it is 0.2 ms, less than
-  calling the operations of the measurement. It grows with the square of the weights: 1,000 times are reached beyond 40
-  classes of 512 features, and
-  beyond 155 it does not fit into this memory. *From images*: a forward pass and the certificates of a whole ResNet-18
-  against a Hessian of the features alone.
 - **All layers.** Nine passes of columns take 0.9 times ten bare passes, the products `J` at the highest speed seen here
   0.4 times, and two forward passes 0.15: 1.4 before anything is certified. BackPACK takes about six times as long as
   ten bare passes, so ten times faster would be less than the columns alone.

@@ -111,9 +111,11 @@ def test_exact_trace_is_that_of_the_hessian():
 
 def test_full_hessian_gives_the_same_relative_flatness():
     torch.manual_seed(0)
-    head = torch.nn.Sequential(torch.nn.Linear(6, 4)).double()
+    head = torch.nn.Linear(6, 4).double()
     batch = torch.randn(5, 6).double(), torch.arange(5) % 4
-    assert_close(classifier.ours(head, batch), classifier.from_hessian(head, "0.weight", batch), rtol=1e-9, atol=0)
+    expected = classifier.from_hessian(head, "weight", batch)
+    assert_close(classifier.from_features(head, batch), expected, rtol=1e-9, atol=0)
+    assert_close(classifier.certified(torch.nn.Sequential(head), batch), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("path", sorted(Path(command.ROOT, "benchmarks").glob("[a-z]*.py")), ids=lambda path: path.stem)

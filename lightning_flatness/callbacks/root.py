@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules:
@@ -34,7 +35,12 @@ def is_lightning_module(module: Any) -> bool:
         >>> is_lightning_module(LightningModule())
         True
     """
-    return any(f"{base.__module__}.{base.__name__}" in MODULES for base in type(module).__mro__)
+    return _is_lightning(type(module))  # type: ignore[arg-type]  # mypy does not know that classes have a hash
+
+
+@lru_cache  # a network has many modules of few classes, and is gone through with every batch
+def _is_lightning(kind: type) -> bool:
+    return any(f"{base.__module__}.{base.__name__}" in MODULES for base in kind.__mro__)
 
 
 def is_overridden(method: str, module: LightningModule) -> bool:

@@ -14,7 +14,11 @@ One set of letters is used throughout:
 ====================  ==========================================================================================
 """
 
-from lightning_flatness.functional.closed_form import closed_form_block_traces, closed_form_residual
+from lightning_flatness.functional.closed_form import (
+    classifier_block_traces,
+    closed_form_block_traces,
+    closed_form_residual,
+)
 from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
 from lightning_flatness.functional.directions import (
     NORMALIZATIONS,
@@ -85,6 +89,7 @@ __all__ = [
     "PrincipalDirections",
     "Quadrature",
     "adam_step",
+    "classifier_block_traces",
     "closed_form_block_traces",
     "closed_form_residual",
     "contraction_costs",

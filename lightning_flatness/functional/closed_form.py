@@ -25,8 +25,8 @@ ELEMENTS_ELSEWHERE = 2**26
 FEW = 24
 # Samples that may be summed in the precision of the factors.
 MOST_SAMPLES = 64
-# Rows of T that are made at a time, from the diagonal to the right.
-STRIP = 128
+# Rows of T that are made at a time, from the diagonal to the right: at least so many, and a sixteenth of all.
+STRIP = 64
 
 
 def closed_form_block_traces(
@@ -84,7 +84,7 @@ def closed_form_block_traces(
     by_gram, by_sum = contraction_costs(positions, patch_length, per_group, diagonal=diagonal)
     use_gram = by_gram <= by_sum
     budget = FACTOR_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
-    strip = min(per_group, STRIP)
+    strip = min(per_group, max(STRIP, per_group // 16))
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)
         chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
@@ -116,6 +116,9 @@ def closed_form_block_traces(
         if floor is not None and shared is None:
             shared = torch.zeros_like(total)
         few = columns.shape[3] * left.shape[3] <= FEW and floor is None
+        size = 0 if few else min(samples_at_once, len(left)) * groups * strip * per_group
+        differentiated = torch.is_grad_enabled() and (columns.requires_grad or left.requires_grad)
+        buffers = [None if differentiated else like.new_empty(size) for like in (left, columns)]
         for row in range(0, per_group, strip):
             rows, rest = slice(row, row + strip), slice(row, None)
             if few:
@@ -127,8 +130,8 @@ def closed_form_block_traces(
             for first in range(0, len(left), samples_at_once):
                 some = slice(first, first + samples_at_once)
                 most = max(projected.counts[some])
-                features = right[some, :, rows] @ left[some, :, rest].mT
-                products = columns[some, :, rows, :most] @ signed[some, :, rest, :most].mT
+                features = _product(right[some, :, rows], left[some, :, rest], buffers[0])
+                products = _product(columns[some, :, rows, :most], signed[some, :, rest, :most], buffers[1])
                 products *= features
                 sums += products.sum(0)
                 if floor is not None:
@@ -152,10 +155,42 @@ def closed_form_block_traces(
     return total
 
 
+def _product(one: Tensor, other: Tensor, buffer: Tensor | None) -> Tensor:
+    """``one @ otherᵀ`` of ``(N, G, s, C)``, in memory that is there already."""
+    if buffer is None:
+        return one @ other.mT
+    shape = (*one.shape[:3], other.shape[2])
+    return torch.matmul(one, other.mT, out=buffer[: prod(shape)].view(shape))
+
+
 def _all_products(columns: Tensor, features: Tensor) -> Tensor:
     """All products of a column with a feature, of ``(N, G, s, C)`` and ``(N, G, s, P)``: ``(G, s, N C P)``."""
     products = columns[..., None] * features[..., None, :]
     return products.flatten(3).permute(1, 2, 0, 3).flatten(2)
+
+
+def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
+    r"""Block traces of the classifier's own Hessian, summed over samples: ``T = \sum_n ‖g_n‖² Λ_n``.
+
+    All that is needed of the network is what its last linear layer reads and returns. Exact, as logits are linear in
+    the weight. Source: Petzka et al. 2021 (arXiv 2001.00939), Definition 3, where all of this Hessian is formed.
+
+    Args:
+        features: ``g``, what the classifier reads, ``(N, m)``.
+        curvature: ``Λ`` at the logits ``g Wᵀ + b``, of ``N`` samples.
+
+    Returns:
+        float64 ``(1, K, K)``. The sum over samples, not the mean.
+
+    Example:
+        >>> from lightning_flatness.functional import CrossEntropy, relative_flatness, weight_gram
+        >>> g, targets, classifier = torch.randn(8, 20), torch.arange(8) % 5, torch.nn.Linear(20, 5)
+        >>> loss = CrossEntropy()(classifier(g).detach(), targets)
+        >>> mean = classifier_block_traces(g, loss.curvature) / loss.normalizer
+        >>> bool(relative_flatness(mean, weight_gram(classifier.weight)) > 0)
+        True
+    """
+    return curvature.summed(features.square().sum(1, dtype=torch.float64))[None]
 
 
 def closed_form_residual(

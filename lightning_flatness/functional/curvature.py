@@ -144,6 +144,15 @@ class ClassCurvature:
         """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
         return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center.to(matrix) @ matrix)
 
+    def summed(self, scales: Tensor) -> Tensor:
+        r"""``\sum_n scales[n] Λ_n``, ``(K, K)``, float64."""
+        scaled = self.weights * scales[:, None]
+        if self.center is None:
+            return scaled.sum(0).diag()
+        # Rows add up to zero. As minus the sum of the others the diagonal keeps its digits when a sample is sure.
+        total = -(scaled.T @ self.center).fill_diagonal_(0)
+        return total - total.sum(1).diag()
+
     def apply(self, x: Tensor) -> Tensor:
         """``Λ x``; both ``(N, K)``, float64."""
         if self.center is None:
@@ -204,6 +213,11 @@ class DenseCurvature:
     def diagonal(self, matrix: Tensor) -> Tensor:
         """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
         return ((self.roots.mT @ matrix.double()).square() * self.signs[:, :, None]).sum(1)
+
+    def summed(self, scales: Tensor) -> Tensor:
+        r"""``\sum_n scales[n] Λ_n``, ``(K, K)``, float64."""
+        scaled = self.roots * (self.signs * scales[:, None])[:, None]
+        return (scaled @ self.roots.mT).sum(0)
 
     def apply(self, x: Tensor) -> Tensor:
         """``Λ x``; both ``(N, K)``, float64."""

@@ -1,5 +1,6 @@
 """The closed form against its definition, and against itself computed in other ways."""
 
+import math
 import sys
 from dataclasses import dataclass, replace
 
@@ -8,12 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import hessian
 from torch.testing import assert_close
 
 from lightning_flatness.functional import (
+    BinaryCrossEntropy,
     ClassCurvature,
     ConvolutionGeometry,
     CrossEntropy,
+    CustomLoss,
+    MeanSquaredError,
+    classifier_block_traces,
     closed_form_block_traces,
     closed_form_residual,
     contraction_costs,
@@ -122,6 +128,24 @@ def test_it_is_what_it_is_defined_to_be(given):
 @given(given=arguments(), chunk_size=st.integers(1, 7))
 def test_chunks_do_not_change_the_result(given, chunk_size):
     assert_traces_close(given.traces(chunk_size=chunk_size), given.traces())
+
+
+@given(given=arguments(), strip=st.integers(1, 3), elements=st.integers(1, 40), few=st.sampled_from([0, 24]))
+def test_how_much_is_made_at_a_time_does_not_change_the_result(given, strip, elements, few):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MODULE, "STRIP", strip)
+        patched.setattr(MODULE, "FEW", few)
+        patched.setitem(MODULE.PRODUCT_ELEMENTS, "cpu", elements)
+        found = given.traces()
+    assert_traces_close(found, definition(given))
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+def test_it_can_be_differentiated(monkeypatch, few):
+    monkeypatch.setattr(MODULE, "FEW", few)
+    given = random_arguments(dims=1, size=3, samples=2).without_curvatures()
+    slopes, head = given.slopes.requires_grad_(), given.head.requires_grad_()
+    torch.autograd.gradcheck(lambda a, v: replace(given, slopes=a, head=v).traces(), (slopes, head))
 
 
 @given(given=arguments())
@@ -237,3 +261,31 @@ def test_float32_keeps_its_digits_for_confident_samples(monkeypatch, by_gram, co
     )
     assert_traces_close(single.traces(), double.traces(), rtol=1e-4)
     assert_traces_close(single.without_curvatures().traces(), double.without_curvatures().traces(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CrossEntropy(),
+        CrossEntropy(label_smoothing=0.1, class_weight=(1.0, 2.0, 0.5, 3.0), ignore_index=1),
+        BinaryCrossEntropy(),
+        MeanSquaredError(),
+        CustomLoss(lambda f, y: (f.logsumexp(1) - f.gather(1, y[:, None])[:, 0]).square()),
+    ],
+    ids=["cross_entropy", "weighted", "binary", "mse", "custom"],
+)
+def test_block_traces_of_the_classifier_are_those_of_its_full_hessian(loss):
+    features, weight, bias = (torch.randn(*size).double() for size in ((6, 5), (4, 5), (4,)))
+    indices = torch.arange(6) % 4
+    several = isinstance(loss, (BinaryCrossEntropy, MeanSquaredError))
+    targets = torch.rand(6, 4).double() if several else indices
+    full = hessian(lambda w: loss.total(features @ w.T + bias, targets))(weight)
+    found = classifier_block_traces(features, loss(features @ weight.T + bias, targets).curvature)
+    assert_close(found, torch.einsum("sdtd->st", full)[None], rtol=1e-10, atol=1e-12)
+
+
+def test_block_traces_of_the_classifier_keep_their_digits_for_sure_samples():
+    features, logits = torch.ones(1, 3).double(), torch.tensor([[60.0, 0.0]]).double()
+    found = classifier_block_traces(features, CrossEntropy()(logits, torch.tensor([0])).curvature)
+    curved = 3 * math.exp(-60)  # of a sigmoid; 1 - π is beyond float64
+    assert_close(found, curved * torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]).double(), rtol=1e-12, atol=0)
