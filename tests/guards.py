@@ -1155,6 +1155,20 @@ LIVE_FORWARDS = [
         "functional/test_curvature.py::test_the_class_of_a_sure_sample_does_not_cancel",
     ),
     Guard(
+        "the classifier's diagonal does not cancel",
+        "functional/curvature.py",
+        "return total - total.sum(1).diag()",
+        "return (scaled.sum(0) - (scaled * self.center).sum(0)).diag() + total",
+        "functional/test_closed_form.py::test_block_traces_of_the_classifier_keep_their_digits_for_sure_samples",
+    ),
+    Guard(
+        "products that autograd needs are not overwritten",
+        "functional/closed_form.py",
+        "None if differentiated else like.new_empty(size)",
+        "like.new_empty(size)",
+        "functional/test_closed_form.py::test_it_can_be_differentiated",
+    ),
+    Guard(
         "what all classes of a chunk share is added",
         "functional/closed_form.py",
         "shared[:, rows, rest] += sums_of_floor",
