@@ -60,7 +60,6 @@ def module_state(module):
         "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
         "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()},
         "hooks": num_hooks(module),
-        "classes": {name: type(parameter).__name__ for name, parameter in parameters.items()},
         "attributes": {name: sorted(vars(part)) for name, part in module.named_modules()},
     }
 

@@ -489,14 +489,13 @@ def test_error_that_is_not_caught(tmp_path, told, where, error, inference_mode):
     module = Throws(networks.Bomb())
     module.where, module.error = where, error
     before = global_modes()
-    hooks, classes = (module_state(module)[key] for key in ("hooks", "classes"))
+    hooks = module_state(module)["hooks"]
     trainer = quiet_trainer(tmp_path, lf.FlatnessCallback(), inference_mode=inference_mode)
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error, match="bang|1"):
         trainer.validate(module, loaders(dtype=torch.float64)[1], verbose=False)
     assert global_modes() == before
     assert OBSERVES in told[0]
     assert module_state(module)["hooks"] == hooks
-    assert module_state(module)["classes"] == classes
     assert "_Forward" not in repr(vars(module).get("forward"))
     assert not (torch.ones(1) * 2).is_inference()
 
