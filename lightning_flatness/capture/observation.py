@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_flatness.capture.uses import KernelUses
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import ConvolutionGeometry
 
@@ -77,18 +76,14 @@ class Observation:
     layers: dict[str, list[LayerObservation]] = field(default_factory=dict)  # an entry for every call
     features: list[Any] = field(default_factory=list)  # g, (N, m), in the graph of the layers' outputs
     classifier_output: Tensor | None = None
+    uses: list[tuple[str, str]] = field(default_factory=list)  # layers and the functions that take their tensor
     failure: Exception | None = None  # of a live observation
-
-    @property
-    def uses(self) -> list[tuple[str, str]]:
-        """Layers, and the functions that took their tensor."""
-        return self._watch.found
 
     def __enter__(self) -> Observation:
         self._grad_mode = torch.is_grad_enabled()
         self._modes = ExitStack()
-        self._watch = KernelUses(self.watched)
-        self._watch.__enter__()
+        self._watch = _UseRecorder({id(tensor): name for name, tensor in self.watched.items()}, self.uses)
+        self._watch.__enter__()  # type: ignore[no-untyped-call]
         self._recorders: list[_ConvolutionRecorder] = []  # a stack: one observed layer may hold another
         self._handles: list[RemovableHandle] = []
         for name, module in self.layers_to_observe.items():
@@ -121,7 +116,7 @@ class Observation:
             handle.remove()
         while self._recorders:
             self._stop_recording()
-        self._watch.__exit__()
+        self._watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._modes.close()
         torch.set_grad_enabled(self._grad_mode)
 
@@ -199,6 +194,24 @@ class _ConvolutionRecorder(TorchFunctionMode):
         elif func is nn.functional.linear:
             self.calls.append(_linear_call(result, *args, **(kwargs or {})))
         return result
+
+
+class _UseRecorder(TorchFunctionMode):
+    """Records which functions take certain tensors."""
+
+    def __init__(self, names: Mapping[int, str], uses: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self._names = names
+        self._uses = uses
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for argument in (*args, *(kwargs or {}).values()):
+            for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
+                if id(tensor) in self._names:
+                    self._uses.append((self._names[id(tensor)], getattr(func, "__name__", str(func))))
+        return func(*args, **(kwargs or {}))
 
 
 def _convolution_call(
