@@ -192,9 +192,10 @@ def closed_form_layer(
         )
 
     def traces(tolerance: float = 0.0) -> Tensor:
-        total = closed_form_block_traces(
-            call.inputs, call.geometry, tail.slopes, tail.columns, loss.curvature, tolerance, diagonal
-        )
+        with torch.no_grad():
+            total = closed_form_block_traces(
+                call.inputs, call.geometry, tail.slopes, tail.columns, loss.curvature, tolerance, diagonal
+            )
         if of_filters is not None:
             (total if diagonal else total.diagonal(dim1=1, dim2=2)).add_(of_filters)
         return total

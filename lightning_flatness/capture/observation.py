@@ -197,7 +197,11 @@ class _ConvolutionRecorder(TorchFunctionMode):
 
 
 class _UseRecorder(TorchFunctionMode):
-    """Records which functions take certain tensors."""
+    """Records which functions take certain tensors.
+
+    It is called with every operation of the network. (A class of their own for these tensors would cost less, but users
+    would see it: in ``type``, in other classes of tensors, from other threads.)
+    """
 
     def __init__(self, names: Mapping[int, str], uses: list[tuple[str, str]]) -> None:
         super().__init__()
@@ -207,11 +211,17 @@ class _UseRecorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        for argument in (*args, *(kwargs or {}).values()):
-            for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
-                if id(tensor) in self._names:
-                    self._uses.append((self._names[id(tensor)], getattr(func, "__name__", str(func))))
-        return func(*args, **(kwargs or {}))
+        for argument in (*args, *kwargs.values()) if kwargs else args:
+            if id(argument) in self._names:
+                self._record(func, argument)
+            elif isinstance(argument, (tuple, list)):
+                for tensor in argument:
+                    if id(tensor) in self._names:
+                        self._record(func, tensor)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _record(self, func: Callable[..., Any], tensor: Tensor) -> None:
+        self._uses.append((self._names[id(tensor)], getattr(func, "__name__", str(func))))
 
 
 def _convolution_call(

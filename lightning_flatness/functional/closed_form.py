@@ -117,8 +117,7 @@ def closed_form_block_traces(
             shared = torch.zeros_like(total)
         few = columns.shape[3] * left.shape[3] <= FEW and floor is None
         size = 0 if few else min(samples_at_once, len(left)) * groups * strip * per_group
-        differentiated = torch.is_grad_enabled() and (columns.requires_grad or left.requires_grad)
-        buffers = [None if differentiated else like.new_empty(size) for like in (left, columns)]
+        buffers = [None if torch.is_grad_enabled() else like.new_empty(size) for like in (left, columns)]
         for row in range(0, per_group, strip):
             rows, rest = slice(row, row + strip), slice(row, None)
             if few:
@@ -156,7 +155,7 @@ def closed_form_block_traces(
 
 
 def _product(one: Tensor, other: Tensor, buffer: Tensor | None) -> Tensor:
-    """``one @ otherᵀ`` of ``(N, G, s, C)``, in memory that is there already."""
+    """``one @ otherᵀ`` of ``(N, G, s, C)``; in memory that is there already, which autograd does not allow."""
     if buffer is None:
         return one @ other.mT
     shape = (*one.shape[:3], other.shape[2])
@@ -190,7 +189,7 @@ def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
         >>> bool(relative_flatness(mean, weight_gram(classifier.weight)) > 0)
         True
     """
-    return curvature.summed(features.square().sum(1, dtype=torch.float64))[None]
+    return curvature.summed(features.flatten(1).square().sum(1, dtype=torch.float64))[None]
 
 
 def closed_form_residual(

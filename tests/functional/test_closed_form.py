@@ -137,15 +137,27 @@ def test_how_much_is_made_at_a_time_does_not_change_the_result(given, strip, ele
         patched.setattr(MODULE, "FEW", few)
         patched.setitem(MODULE.PRODUCT_ELEMENTS, "cpu", elements)
         found = given.traces()
+        with torch.no_grad():  # products in memory that is used again
+            again = given.traces()
     assert_traces_close(found, definition(given))
+    assert_traces_close(again, definition(given))
 
 
 @pytest.mark.parametrize("few", [0, 1000])
-def test_it_can_be_differentiated(monkeypatch, few):
+@pytest.mark.parametrize("by_gram", [True, False])
+def test_it_can_be_differentiated(monkeypatch, by_gram, few):
     monkeypatch.setattr(MODULE, "FEW", few)
+    monkeypatch.setattr(MODULE, "contraction_costs", route(by_gram))
     given = random_arguments(dims=1, size=3, samples=2).without_curvatures()
-    slopes, head = given.slopes.requires_grad_(), given.head.requires_grad_()
-    torch.autograd.gradcheck(lambda a, v: replace(given, slopes=a, head=v).traces(), (slopes, head))
+    inputs = tuple(value.requires_grad_() for value in (given.inputs, given.slopes, given.head))
+
+    def traces(x, a, v):
+        return replace(given, inputs=x, slopes=a, head=v).traces()
+
+    torch.autograd.gradcheck(traces, inputs, check_forward_ad=True)
+    for one in range(3):
+        alone = [value.requires_grad_(index == one) for index, value in enumerate(inputs)]
+        torch.autograd.gradcheck(traces, tuple(alone))
 
 
 @given(given=arguments())
