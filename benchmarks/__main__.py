@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import torch
 
 from benchmarks import machine, page
 from benchmarks.rows import Row
+from benchmarks.timing import KEEPS
 
 ROOT = Path(__file__).parents[1]
 PAGE, STORE = ROOT / "docs" / "benchmarks.md", ROOT / "build" / "benchmarks"
@@ -56,7 +58,10 @@ def measured(name: str, device: str, quick: bool, missing: bool) -> Any:
     store.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks", "--family", name, device, str(store), *["--quick"] * quick]
     try:
-        done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=LIMIT, check=False)
+        environment = os.environ | KEEPS
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=LIMIT, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"took more than {LIMIT} s"
     if store.exists():

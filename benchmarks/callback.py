@@ -1,14 +1,8 @@
-"""Validation epochs with the callback and without.
-
-An epoch takes as long as the machine makes it: two of the same task, half a minute apart, differ by more than is to be
-measured. So batches of one epoch are compared: two with the callback, two without, and so on. What an epoch needs
-beside (the trial in its first batch, its beginning and end) is measured, too, and added. Whole epochs have their row.
-"""
+"""Validation epochs with the callback and without."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,7 +29,6 @@ def rows(device: str) -> list[Row]:
     for name, (_, goal) in NETWORKS.items():
         what = f'validation epoch with the callback, {name} on 32x32, batches of {BATCH}, `layers="last"`'
         found.append(Row("callback", f"{what}: time", "the same without", "percent", goal))
-        found.append(Row("callback", f"{what}: time of whole epochs", "the same without", "percent"))
         limit = 0.05 if name == "ResNet-18" else None
         found.append(Row("callback", f"{what}: peak memory", "the same without", "percent", limit))
     if device == "cuda":
@@ -70,68 +63,9 @@ class Synthetic(Dataset):
         return self.image, index % 1000
 
 
-class OnHalfOfTheBatches(lf.FlatnessCallback):
-    """Leaves out two batches of four, and keeps the seconds of all, and of its own epoch hooks."""
-
-    def __init__(self) -> None:
-        super().__init__(summary=False, figures=False)
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}  # of batches, by whether they are measured
-        self.of_epoch = 0.0
-
-    def on_validation_epoch_start(self, *arguments: Any) -> None:
-        start = time.perf_counter()
-        super().on_validation_epoch_start(*arguments)
-        self.of_epoch += time.perf_counter() - start
-
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
-        self._start = time.perf_counter()
-        if batch_idx % 4 in (0, 3):
-            super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        measured = batch_idx % 4 in (0, 3)
-        if measured:
-            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[measured].append(time.perf_counter() - self._start)
-
-    def on_validation_epoch_end(self, *arguments: Any) -> None:
-        start = time.perf_counter()
-        super().on_validation_epoch_end(*arguments)
-        self.of_epoch += time.perf_counter() - start
-
-    def added(self) -> tuple[float, float, float]:
-        """Seconds that are added to a batch, those added to an epoch beside, and those of a batch without."""
-        (first, *measured), others = self.seconds[True], self.seconds[False]
-        batch = statistics.median(a - b for a, b in zip(measured, others, strict=False))
-        return batch, first - statistics.median(measured) + self.of_epoch, statistics.median(others)
-
-
-def compare_batches(row: Row, model: L.LightningModule, loader: DataLoader, device: str, epochs: int) -> Row:
-    """What is added to an epoch, from its batches with the callback and without."""
-    found = []
-    for _ in range(epochs + 1):  # the first is a warm-up
-        callback = OnHalfOfTheBatches()
-        validate(model, loader, callback, device)
-        found.append(callback.added())
-    batches = len(loader)
-    ratios = [1 + (batch + of_epoch / batches) / without for batch, of_epoch, without in found[1:]]
-    batch, of_epoch, without = (statistics.median(column) for column in zip(*found[1:], strict=True))
-    note = (
-        f"batches with and without in turn: {1e3 * batch:.1f} ms are added to one of {1e3 * without:.0f} ms, and "
-        f"{1e3 * of_epoch:.0f} ms to an epoch of {batches}; {epochs} epochs: "
-        + ", ".join(f"{ratio:.3f}" for ratio in ratios)
-    )
-    raw = {"added to a batch": [b for b, _, _ in found], "to an epoch": [e for _, e, _ in found]}
-    return row.measured(statistics.median(ratios), note, raw | {"a batch without": [w for _, _, w in found]})
-
-
-def validate(
-    model: L.LightningModule, loader: DataLoader, callback: L.Callback | None, device: str, **options: Any
-) -> None:
+def validate(model: L.LightningModule, loader: DataLoader, with_callback: bool, device: str, **options: Any) -> None:
     trainer = L.Trainer(
-        callbacks=[] if callback is None else [callback],
+        callbacks=[lf.FlatnessCallback(summary=False, figures=False)] if with_callback else [],
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
         logger=False,
@@ -141,11 +75,6 @@ def validate(
         **options,
     )
     trainer.validate(model, loader, verbose=False)
-
-
-def whole_epoch(model: L.LightningModule, loader: DataLoader, with_callback: bool, device: str, **options: Any) -> None:
-    callback = lf.FlatnessCallback(summary=False, figures=False) if with_callback else None
-    validate(model, loader, callback, device, **options)
 
 
 def loader_of(batches: int) -> DataLoader:
@@ -158,7 +87,7 @@ def epoch(device: str, network: str, batches: int, with_callback: bool) -> tuple
     torch.manual_seed(0)
     model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
     small = DataLoader(TensorDataset(*networks.images(2)), batch_size=2)
-    return tuple(partial(whole_epoch, model, x, with_callback, device) for x in (small, loader))
+    return tuple(partial(validate, model, x, with_callback, device) for x in (small, loader))
 
 
 def measure(device: str, quick: bool) -> list[Row]:
@@ -168,8 +97,7 @@ def measure(device: str, quick: bool) -> list[Row]:
         batches, repeats = (4, 1) if quick else (BATCHES, 5)
         torch.manual_seed(0)
         model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
-        found.append(compare_batches(next(expected), model, loader, device, repeats))
-        tasks = {name: partial(whole_epoch, model, loader, name == "with", device) for name in ("with", "without")}
+        tasks = {name: partial(validate, model, loader, name == "with", device) for name in ("with", "without")}
         times = interleaved(tasks, repeats, device, budget=400)  # of all epochs, since single ones scatter
         runs = len(times.wall["with"])
         note = f"{batches} batches, {runs} runs, {times.median('without'):.2f} s without; "
@@ -197,7 +125,7 @@ def imagenet(row: Row, samples: int) -> Row:
     model = Classifier(networks.resnet50())
     loader = DataLoader(Synthetic(samples), batch_size=256, num_workers=8, persistent_workers=True)
     tasks = {
-        name: partial(whole_epoch, model, loader, name == "with", "cuda", precision="bf16-mixed")
+        name: partial(validate, model, loader, name == "with", "cuda", precision="bf16-mixed")
         for name in ("with", "without")
     }
     times = interleaved(tasks, 1, "cuda")

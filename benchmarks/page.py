@@ -19,9 +19,13 @@ What measuring costs, as ratios within one run. Written by `make bench`.
 - In every row both sides have the same batch, threads and precision; all are run in turn, after a warm-up, and medians
   of wall-clock time are compared. *Processor time* is the same ratio in seconds of all cores together; it suffers less
   from what else the machine does. All raw times are at the end of this page.
+- What is freed stays with the process (`MALLOC_MMAP_THRESHOLD_=33554432`, `MALLOC_TRIM_THRESHOLD_=4294967296`). By
+  default glibc gives much of it back after every layer and gets it anew: a forward pass of the ResNet-18 below then has
+  20,000 to 50,000 page faults, as the heap happens to lie, and takes 200 to 260 ms instead of 180. Whatever else a
+  program does can move it from one to the other, this callback as well; epochs of the same task then differ by 15 %.
 - Memory is the peak of resident memory (of what torch allocates, on a GPU) above what was resident before, in a process
-  of its own that gives back what it frees (`MALLOC_MMAP_THRESHOLD_=131072`; what glibc keeps for later differs by a
-  half from run to run); medians.
+  of its own that gives back what it frees (both variables at 131072; what glibc keeps for later differs by a half from
+  run to run); medians.
 - *n x faster*: the other takes n times as long. *exponent*: the slope of a straight line through the logarithms of the
   points.
 - Peers are run as their documentation says, in the newest release that installs, and a ratio is there only if they
@@ -33,12 +37,12 @@ What measuring costs, as ratios within one run. Written by `make bench`.
 WHY = """## Why goals are missed
 
 - **Validation epochs.** What is added per batch is the contraction, products of `S x S` numbers for every sample, which
-  go through the cache a few times (see the table above); gradients of the tail; and 1.5 milliseconds of Python. Two
-  cores hardly share this work, as they do the forward pass. For a ResNet-20 the limits in the table add up to a
-  millisecond, all of the goal. A network with more work before its last convolution pays less in proportion. Of an
-  epoch of 10,000 images, the trial at its beginning is a percent.
-- **Noise.** Epochs of the ResNet-18 differ by more than what is added to them: three runs of the table on one day said
-  +6 %, -1 % and +19 %, and the profile above +8 % a batch. The goal of 3 % is missed; by how much is not settled.
+  go through the cache a few times (see the table above); gradients of the tail; and 1.5 milliseconds of Python, more
+  where the layers of the network empty the caches in between: that every function is asked whether it takes the kernel
+  takes 2 of the ResNet-18's by itself. Two cores hardly share this work, as they do the forward pass. At the limits of
+  the table, with no Python at all, a ResNet-18 would pay 2 %; for a ResNet-20 they add up to a millisecond, all of the
+  goal. A network with more work before its last convolution pays less in proportion. Of an epoch of 10,000 images, the
+  trial at its beginning is half a percent to one.
 - **Peak memory.** Block traces and the filters' Gram matrix, both of `S x S` float64 numbers, are 4 of the 86 MB by
   themselves.
 - **ResNet-50, 1,000 classes.** With all classes, `S² K / 2` multiplications are 2.1e9 for every image, half of the

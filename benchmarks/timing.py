@@ -2,7 +2,8 @@
 
 Time: every repeat runs all tasks in turn, after one round of warm-up, on the same batch, threads and precision. The
 medians count. Wall-clock time is what counts; the processor time of the same runs is kept beside it, since it suffers
-less from what else a machine does.
+less from what else a machine does. What is freed is kept for the next use (``KEEPS``): by default glibc gives memory
+back and gets it anew in every forward pass, as the heap happens to lie, which takes up to a third of the pass.
 
 Memory: a task runs in a process of its own, after a warm-up; its peak is that of resident memory above what was
 resident before. The kernel keeps that peak (VmHWM of Linux, set back before the task): a sampling thread could miss it,
@@ -28,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 
 MEMORY_REPEATS = 3
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # as it is at the beginning; glibc raises it
+KEEPS = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+MALLOC = dict.fromkeys(KEEPS, str(2**17))  # as they are at the beginning; glibc raises them
 Task = Callable[[], object]
 
 

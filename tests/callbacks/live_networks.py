@@ -1,5 +1,6 @@
 """Networks whose forward passes can or cannot be observed: one for each way in which gradients in it would show."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,18 @@ class Numpy(Plain):
 class NumpyUpstream(Plain):
     def tail(self, z, upstream):
         return F.silu(z) * float(upstream.numpy().max())
+
+
+class LooksAtKernels(Plain):
+    """At what a kernel is, as an average of weights may, and at no value of it."""
+
+    def before(self, x):
+        kernel = self.conv.weight
+        if type(kernel) not in (nn.Parameter, torch.Tensor):
+            raise TypeError(type(kernel))
+        nn.Parameter(kernel)
+        copy.deepcopy(self.conv)
+        return super().before(x)
 
 
 class NumpyAside(Plain):

@@ -112,6 +112,7 @@ OBSERVED = [
     "Dropouts",
     "EmbeddingsAfter",
     "KeepsEmbeddings",
+    "LooksAtKernels",
 ]
 
 NOT_OBSERVED = {
