@@ -38,11 +38,11 @@ WHY = """## Why goals are missed
 
 - **Validation epochs.** What is added per batch is the contraction, products of `S x S` numbers for every sample, which
   go through the cache a few times (see the table above); gradients of the tail; and 1.5 milliseconds of Python, more
-  where the layers of the network empty the caches in between: that every function is asked whether it takes the kernel
-  takes 2 of the ResNet-18's by itself. Two cores hardly share this work, as they do the forward pass. At the limits of
-  the table, with no Python at all, a ResNet-18 would pay 2 %; for a ResNet-20 they add up to a millisecond, all of the
-  goal. A network with more work before its last convolution pays less in proportion. Of an epoch of 10,000 images, the
-  trial at its beginning is half a percent to one.
+  where the layers of the network empty the caches in between (in the ResNet-18, asking every function whether it takes
+  the kernel is two milliseconds by itself). Two cores hardly share this work, as they do the forward pass. At the
+  limits of the table, with no Python at all, a ResNet-18 would pay 2 %; for a ResNet-20 they add up to a millisecond,
+  all of the goal. A network with more work before its last convolution pays less in proportion. Of an epoch of 10,000
+  images, the trial at its beginning is half a percent to one.
 - **Peak memory.** Block traces and the filters' Gram matrix, both of `S x S` float64 numbers, are 4 of the 86 MB by
   themselves.
 - **ResNet-50, 1,000 classes.** With all classes, `S² K / 2` multiplications are 2.1e9 for every image, half of the

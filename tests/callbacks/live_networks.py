@@ -100,6 +100,13 @@ class LooksAtKernels(Plain):
         if type(kernel) not in (nn.Parameter, torch.Tensor):
             raise TypeError(type(kernel))
         nn.Parameter(kernel)
+        return super().before(x)
+
+
+class CopiesKernels(Plain):
+    """In which a parameter goes another way than a tensor."""
+
+    def before(self, x):
         copy.deepcopy(self.conv)
         return super().before(x)
 

@@ -150,7 +150,7 @@ def make(name, module_class=Module):
 def test_every_network_is_tried():
     classes = [value for value in vars(networks).values() if isinstance(value, type)]
     names = {found.__name__ for found in classes if issubclass(found, networks.Plain)}
-    elsewhere = {"InferenceLayer", "TwoLayers", "TwoInTurn", "Bomb", "Moody"}
+    elsewhere = {"CopiesKernels", "InferenceLayer", "TwoLayers", "TwoInTurn", "Bomb", "Moody"}
     assert names == {*OBSERVED, *NOT_OBSERVED, *NOT_MEASURED} | elsewhere
 
 
@@ -158,6 +158,11 @@ def test_every_network_is_tried():
 def test_network_that_can_be_observed(tmp_path, told, name):
     assert_as_without(tmp_path, make(name), told, OBSERVES)
     assert len(told) == 1
+
+
+def test_network_that_copies_its_kernels(tmp_path, told):
+    # The trial is made on tensors, which are copied by other functions than parameters.
+    assert_as_without(tmp_path, make("CopiesKernels"), told, "does something else with a kernel")
 
 
 @pytest.mark.parametrize("name", NOT_OBSERVED)
