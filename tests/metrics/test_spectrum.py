@@ -377,6 +377,7 @@ def most_bytes(num_probes, num_batches, size=20_000):
     PASSES.clear()
     WEIGHED.clear()
     batches = [(torch.zeros(2, 1), torch.zeros(2, 1))] * num_batches
+    gc.collect()  # of tests before
     before = sum(t.untyped_storage().nbytes() for t in living_tensors())
     options = {"num_probes": num_probes, "num_steps": 20, "top_k": 0}
     lf.hessian_spectrum(Weighs(size), batches, loss=own_value, **options)
@@ -389,7 +390,7 @@ PASSES, WEIGHED = [], []
 def test_memory_does_not_grow_with_probes_or_batches():
     most, vector = most_bytes(1, 1)
     more, _ = most_bytes(2, 2)
-    assert more <= most + vector / 10
+    assert more <= most + vector / 2
     assert most >= 20 * vector  # the basis: the counting counts
     assert most <= 30 * vector
 
