@@ -189,7 +189,8 @@ def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
         >>> bool(relative_flatness(mean, weight_gram(classifier.weight)) > 0)
         True
     """
-    return curvature.summed(features.flatten(1).square().sum(1, dtype=torch.float64))[None]
+    norms = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float64)  # squares of float16 overflow
+    return curvature.summed(norms.square())[None]
 
 
 def closed_form_residual(

@@ -301,3 +301,11 @@ def test_block_traces_of_the_classifier_keep_their_digits_for_sure_samples():
     found = classifier_block_traces(features, CrossEntropy()(logits, torch.tensor([0])).curvature)
     curved = 3 * math.exp(-60)  # of a sigmoid; 1 - π is beyond float64
     assert_close(found, curved * torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]).double(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_are_squared_in_double_precision(dtype):
+    features = (300 * torch.rand(4, 20)).to(dtype)
+    curvature = CrossEntropy()(torch.randn(4, 3), torch.tensor([0, 1, 2, 0])).curvature
+    expected = classifier_block_traces(features.double(), curvature)
+    assert_close(classifier_block_traces(features, curvature), expected, rtol=1e-12, atol=0)
