@@ -1,5 +1,6 @@
 """A long run holds no more at its end than after fifty epochs."""
 
+import ctypes
 import gc
 import mmap
 import os
@@ -32,6 +33,13 @@ BOUNDS = {
 }
 
 
+def give_back_freed_pages():
+    """Where the C library is glibc, whose heap keeps some of what has been freed, more or less as it happens to lie."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def resources(model):
     """What this process holds, by kind."""
     gc.collect()
@@ -48,6 +56,7 @@ def resources(model):
     if "matplotlib.pyplot" in sys.modules:
         found["figures"] = len(sys.modules["matplotlib.pyplot"].get_fignums())
     if PROC.exists():
+        give_back_freed_pages()
         pages = int((PROC / "statm").read_text().split()[1])
         found["megabytes"] = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
         found["files"] = len(os.listdir(PROC / "fd"))

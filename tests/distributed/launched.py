@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import distributed
 from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
@@ -24,6 +25,8 @@ def main(strategy, file):
     if trainer.is_global_zero:
         logged = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("flatness/")}
         torch.save({"logged": logged, "weights": module.net.state_dict()}, file)
+    if distributed.is_initialized():  # else gloo's threads may abort the process as it exits
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
