@@ -14,6 +14,8 @@ the peak of what torch allocates.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import json
 import os
@@ -102,6 +104,8 @@ def peak(task: Task, device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         task()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up has freed is not held
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
     before = resident("VmRSS")
     task()

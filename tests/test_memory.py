@@ -1,5 +1,7 @@
 """Diagonals alone, parts of a batch, and what happens when memory runs out."""
 
+import gc
+import warnings
 from collections import deque
 
 import pytest
@@ -46,6 +48,26 @@ def test_diagonals_alone_give_the_same_measures(activation, options):
         assert "relative_flatness" not in layer.standard_errors
         assert layer.info.memory < expected.info.memory or layer.info.num_filters == layer.info.groups
     assert "nan" not in str(part)
+
+
+def float64_tensors():
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # isinstance() asks deprecated module attributes, too
+        return [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.dtype == torch.float64]
+
+
+def test_between_batches_there_is_half_of_the_block_traces():
+    filters = 256
+    layers = (nn.Conv2d(2, filters, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, 3))
+    measurement = Measurement(nn.Sequential(*layers))
+    before = float64_tensors()
+    measurement.update(X.float(), Y)
+    added = {id(tensor): tensor.numel() / filters**2 for tensor in float64_tensors()}
+    for tensor in before:
+        added.pop(id(tensor), None)
+    assert sorted(size for size in added.values() if size > 0.25) == [0.625, 1.0]  # and the filters' Gram matrix
+    assert measurement.report().layers["0"].block_traces.shape == (1, filters, filters)
 
 
 def test_memory_is_what_is_kept():

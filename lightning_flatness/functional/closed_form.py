@@ -15,6 +15,7 @@ from lightning_flatness.functional.patches import (
     patch_square_norms,
     patches,
 )
+from lightning_flatness.functional.symmetric import mirror_, strip_rows
 
 # Elements of one chunk's factors, and of the products of them that are made at a time: on a CPU the products should
 # stay in the cache, elsewhere be large.
@@ -25,8 +26,6 @@ ELEMENTS_ELSEWHERE = 2**26
 FEW = 24
 # Samples that may be summed in the precision of the factors.
 MOST_SAMPLES = 64
-# Rows of T that are made at a time, from the diagonal to the right: at least so many, and a sixteenth of all.
-STRIP = 64
 
 
 def closed_form_block_traces(
@@ -84,7 +83,7 @@ def closed_form_block_traces(
     by_gram, by_sum = contraction_costs(positions, patch_length, per_group, diagonal=diagonal)
     use_gram = by_gram <= by_sum
     budget = FACTOR_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
-    strip = min(per_group, max(STRIP, per_group // 16))
+    strip = strip_rows(per_group)
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)
         chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
@@ -143,15 +142,11 @@ def closed_form_block_traces(
     if diagonal:
         return of_filters
     total.diagonal(dim1=1, dim2=2).add_(of_filters)
-    for row in range(0, per_group, strip):
-        rows, rest, below = slice(row, row + strip), slice(row, None), slice(row + strip, None)
-        if shared is not None:
+    if shared is not None:
+        for row in range(0, per_group, strip):
+            rows, rest = slice(row, row + strip), slice(row, None)
             total[:, rows, rest] += (by_group[:, rows] @ by_group[:, rest].mT) * shared[:, rows, rest]
-        # The lower part, strip by strip: a whole transpose is slow.
-        block = total[:, rows, rows]
-        total[:, rows, rows] = block.triu() + block.triu(1).mT
-        total[:, below, rows] = total[:, rows, below].mT
-    return total
+    return mirror_(total)
 
 
 def _product(one: Tensor, other: Tensor, buffer: Tensor | None) -> Tensor:

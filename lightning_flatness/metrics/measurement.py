@@ -21,6 +21,7 @@ from lightning_flatness.capture import (
 )
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
+from lightning_flatness.functional.symmetric import folded, unfolded
 from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
 from lightning_flatness.metrics.progress import progress_bar
@@ -52,7 +53,7 @@ class Measurement:
         # Apart, so that passes of our own are certified on their own samples, not on the few of the trial.
         self._live: FlatnessObserver | None = None
         self._model = model
-        self._sums: dict[str, LayerStatistics] = {}
+        self._sums: dict[str, LayerStatistics] = {}  # block traces folded: what lies there between batches is small
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
@@ -102,6 +103,8 @@ class Measurement:
                 f"Layer '{different[0]}' is measured on some batches and not on others. Name the layers with layers=."
             )
         for name, statistics in found.items():
+            if not self._diagonal:
+                statistics = statistics._replace(block_traces=folded(statistics.block_traces))
             self._sums[name] = statistics.plus(self._sums.get(name))
 
     def _metric(self, info: LayerInfo) -> FlatnessMetric:
@@ -110,8 +113,11 @@ class Measurement:
         tensor = next(iter(self._model.parameters()), None)
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
         metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
-        if info.name in self._sums:
-            metric.update(*self._sums[info.name])
+        sums = self._sums.get(info.name)
+        if sums is not None and not self._diagonal:
+            sums = sums._replace(block_traces=unfolded(sums.block_traces, info.num_filters // info.groups))
+        if sums is not None:
+            metric.update(*sums)
         return metric
 
     def report(self) -> FlatnessReport:

@@ -24,6 +24,7 @@ from lightning_flatness.functional import (
     closed_form_residual,
     contraction_costs,
     patches,
+    symmetric,
 )
 
 MODULE = sys.modules["lightning_flatness.functional.closed_form"]
@@ -133,7 +134,7 @@ def test_chunks_do_not_change_the_result(given, chunk_size):
 @given(given=arguments(), strip=st.integers(1, 3), elements=st.integers(1, 40), few=st.sampled_from([0, 24]))
 def test_how_much_is_made_at_a_time_does_not_change_the_result(given, strip, elements, few):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(MODULE, "STRIP", strip)
+        patched.setattr(symmetric, "STRIP", strip)
         patched.setattr(MODULE, "FEW", few)
         patched.setitem(MODULE.PRODUCT_ELEMENTS, "cpu", elements)
         found = given.traces()
