@@ -30,7 +30,6 @@ from lightning_flatness.functional import (
     weight_norm,
 )
 from lightning_flatness.functional.conditions import holds
-from lightning_flatness.functional.curvature import MANY_CLASSES
 
 # Largest relative change of relative flatness, by classes that are left out.
 TRUNCATION = 1e-6
@@ -160,13 +159,12 @@ def closed_form_layer(
     call: ConvolutionCall,
     tail: TailDerivatives,
     loss: LossDerivatives,
-    gram: Tensor,
-    gram_norm: Tensor | None,
     diagonal: bool,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Block traces of one layer, ``(G, S/G, S/G)``, or their diagonals, ``(G, S/G)``; summed over a batch's samples.
 
-    With many classes those are left out that do not matter: relative flatness changes by less than
+    With ``weights`` those classes are left out that do not matter: relative flatness changes by less than
     :data:`TRUNCATION` of itself, which is certified, and the other measures not at all.
 
     Args:
@@ -174,9 +172,9 @@ def closed_form_layer(
         call: what it did.
         tail: what follows it.
         loss: derivatives at the logits.
-        gram: inner products of its filters.
-        gram_norm: a bound of their spectral norm, from :func:`spectral_bound`; None to take every class.
         diagonal: only the diagonals.
+        weights: inner products of its filters, and a bound of their spectral norm (:func:`spectral_bound`); None to
+            take every class.
 
     Raises:
         BatchError: the tail is curved and there are no targets.
@@ -200,7 +198,8 @@ def closed_form_layer(
             (total if diagonal else total.diagonal(dim1=1, dim2=2)).add_(of_filters)
         return total
 
-    if gram_norm is not None and loss.curvature.num_classes >= MANY_CLASSES and not diagonal:
+    if weights is not None:
+        gram, gram_norm = weights
         # What is left out is a positive matrix of this share of the trace, less its diagonal; that trace times the norm
         # of the Gram matrix bounds the change. Relative flatness is about the trace times the filters' mean squared
         # norm; whether it is, is looked at after.

@@ -30,7 +30,7 @@ def gauss_newton_layers(
     layers: Mapping[str, Calls],
     logits: Tensor,
     curvature: Curvature,
-    grams: Mapping[str, Tensor],
+    gram: Callable[[str], Tensor],
     tolerance: float,
     generator: torch.Generator,
     diagonal: bool,
@@ -45,14 +45,14 @@ def gauss_newton_layers(
         layers: by name.
         logits: ``(N, K)``, in the graph of the layers' outputs.
         curvature: of the loss.
-        grams: inner products of the filters, by layer.
+        gram: inner products of a layer's filters, by its name.
         tolerance: with many classes, the relative standard error that is accepted (:func:`is_sampled`); 0 for none.
         generator: of the probes.
         diagonal: only the diagonals of the block traces.
         advance: is called as columns are done.
     """
     if isinstance(curvature, ClassCurvature) and is_sampled(curvature, tolerance):
-        return _by_probes(layers, logits, curvature, grams, tolerance, generator, diagonal, advance)
+        return _by_probes(layers, logits, curvature, gram, tolerance, generator, diagonal, advance)
     totals: dict[str, Tensor] = {}
     done = 0
     every = (curvature.column(index) for index in range(curvature.num_columns))
@@ -73,7 +73,7 @@ def _by_probes(
     layers: Mapping[str, Calls],
     logits: Tensor,
     curvature: ClassCurvature,
-    grams: Mapping[str, Tensor],
+    gram: Callable[[str], Tensor],
     tolerance: float,
     generator: torch.Generator,
     diagonal: bool,
@@ -98,7 +98,7 @@ def _by_probes(
 
     take_one_by_one(range(leading))
 
-    probes = {name: Probes(grams[name]) for name in layers}
+    probes = {name: Probes(gram(name)) for name in layers}
     others = torch.ones_like(mass).scatter(1, order[:, :leading], 0.0)
     count = 0
     while leading + count < curvature.num_columns:

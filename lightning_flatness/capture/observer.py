@@ -24,6 +24,8 @@ from lightning_flatness.capture.selection import logits_of
 from lightning_flatness.capture.tail import ROUNDINGS
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional.conditions import holds, together
+from lightning_flatness.functional.curvature import MANY_CLASSES
+from lightning_flatness.functional.symmetric import folded, unfolded
 from lightning_flatness.results import LayerInfo
 
 # Samples on which it is tried out whether the user's forward passes can be observed.
@@ -34,10 +36,21 @@ class LayerStatistics(NamedTuple):
     """What one batch adds to the measurement of one layer; sums over samples, so batches and ranks add up."""
 
     block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
-    weight_gram: Tensor  # of the same shape, float64; the observer's own, not to be written to
+    weight_gram: Tensor  # of the same shape, float64
     num_samples: int
     normalizer: float  # what the sum is to be divided by: the number of samples, or the sum of their class weights
     variances: Tensor | None = None  # (4,), of the measures of the sum, where it is estimated
+
+    def unfolded(self, filters: int | None) -> LayerStatistics:
+        """With matrices in place of their halves, which is all that is kept of them meanwhile (:func:`folded`).
+
+        Args:
+            filters: ``S/G``; None for diagonals, which are whole.
+        """
+        if filters is None:
+            return self
+        block_traces, gram = (unfolded(strips, filters) for strips in (self.block_traces, self.weight_gram))
+        return self._replace(block_traces=block_traces, weight_gram=gram)
 
     def plus(self, other: LayerStatistics | None) -> LayerStatistics:
         """The sum with those of other samples of the same layer, whose block traces are written to.
@@ -119,6 +132,14 @@ class FlatnessObserver:
             LayerSelectionError: a layer that cannot be measured.
             NotExactError: with ``strict``, a layer that is not exact.
         """
+        sums = self.sums(inputs, targets, advance)
+        filters = {name: info.num_filters // info.groups for name, info in self.layers.items()}
+        return {name: sums[name].unfolded(None if self._options.diagonal else filters[name]) for name in sums}
+
+    def sums(
+        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
+    ) -> dict[str, LayerStatistics]:
+        """What a call returns, folded: half of the memory (:meth:`LayerStatistics.unfolded`)."""
         totals: dict[str, LayerStatistics] = {}
         for found in self._passes(inputs, targets, self._measure, advance):
             totals = {name: part.plus(totals.get(name)) for name, part in found.items()}
@@ -166,7 +187,7 @@ class FlatnessObserver:
         return Listener(self._model, inputs, self._passes.observation, self._within)
 
     def observed(self, heard: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
-        """Statistics of a batch that the user's forward pass was observed on.
+        """Statistics of a batch that the user's forward pass was observed on, folded as :meth:`sums` are.
 
         Raises:
             FlatnessError: it was not as in the passes of our own.
@@ -189,19 +210,19 @@ class FlatnessObserver:
 
     def _measure(self, seen: ObservedPass, advance: Callable[[float], None]) -> dict[str, LayerStatistics]:
         plan, diagonal = self._passes.plan, self._options.diagonal
+        leaves_out = plan.tolerance > 0 and seen.loss.curvature.num_classes >= MANY_CLASSES and not diagonal
         found = {}
         for name, tail in seen.tails.items():
-            gram = plan.grams[name]
-            norm = None if diagonal or not plan.tolerance else plan.gram_norm(name)
             call = seen.layers[name][0][1]
-            found[name] = BlockTraces(closed_form_layer(name, call, tail, seen.loss, gram, norm, diagonal))
+            weights = (plan.gram(name), plan.gram_norm(name)) if leaves_out else None
+            found[name] = BlockTraces(closed_form_layer(name, call, tail, seen.loss, diagonal, weights))
         others = {name: calls for name, calls in seen.layers.items() if name not in seen.tails}
         if others:
             found |= gauss_newton_layers(
                 others,
                 seen.logits,
                 seen.loss.curvature,
-                plan.grams,
+                plan.gram,
                 plan.tolerance,
                 self._generator,
                 diagonal,
@@ -224,7 +245,7 @@ class FlatnessObserver:
         estimates = hutchinson_residual(
             (logits * seen.loss.residual.to(logits.dtype)).sum(),
             {name: kernel for name, (_, kernel) in kernels.items()},
-            self._passes.plan.grams,
+            self._passes.plan.gram,
             self._options.num_probes,
             self._generator,
             self._options.diagonal,
@@ -243,9 +264,10 @@ class FlatnessObserver:
         if not holds(found.total.sum().isfinite()):
             raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
         samples = round(seen.share * seen.loss.num_samples)
+        total = found.total if seen.share == 1 else seen.share * found.total
         return LayerStatistics(
-            found.total if seen.share == 1 else seen.share * found.total,
-            self._passes.plan.grams[name],
+            total if self._options.diagonal else folded(total),
+            self._passes.plan.folded_grams[name],
             samples,
             seen.share * seen.loss.normalizer,
             None if found.variances is None else seen.share**2 * found.variances,

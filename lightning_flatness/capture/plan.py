@@ -36,6 +36,7 @@ from lightning_flatness.capture.tail import cannot_curve, random_like, why_not_c
 from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, NotExactError
 from lightning_flatness.functional import Curvature, contraction_costs, separating_masks, weight_gram
 from lightning_flatness.functional.conditions import same
+from lightning_flatness.functional.symmetric import folded, unfolded
 from lightning_flatness.results import SAMPLED, LayerInfo
 
 # Matrices of every layer: block traces, those of the batch, and the filters' Gram matrix.
@@ -55,7 +56,7 @@ class Plan:
         self.left_out: dict[str, str] = {}
         self.modules: dict[str, nn.Module] = {}
         self.classifier: tuple[str | None, nn.Module | None] = (None, None)
-        self.grams: dict[str, Tensor] = {}
+        self.folded_grams: dict[str, Tensor] = {}  # inner products of filters, folded
         self.tolerance = 0.0 if options.strict else options.tolerance
         self._model = model
         self._options = options
@@ -116,7 +117,7 @@ class Plan:
             return
         if known is not None and any(call.weight is known[0] for _, call in calls):
             # There is no copy to compare with, but the Gram matrix; looked at now, since what is known changes.
-            if not torch.equal(self._weight_gram(known[0].detach(), calls[0][1]), self.grams[name]):
+            if not torch.equal(self._weight_gram(known[0].detach(), calls[0][1]), self.folded_grams[name]):
                 raise LayerSelectionError(f"The kernel of layer '{name}' was written to since the measurement began.")
             self._same_kernels[name] = (known[0], known[0]._version)
             return
@@ -127,7 +128,8 @@ class Plan:
             )
 
     def _weight_gram(self, kernel: Tensor, call: ConvolutionCall) -> Tensor:
-        return weight_gram(kernel, call.geometry.groups, self._options.diagonal)
+        gram = weight_gram(kernel, call.geometry.groups, self._options.diagonal)
+        return gram if self._options.diagonal else folded(gram)
 
     def know_parameters(self) -> None:
         """Keep no copies of kernels that are parameters of the model, but know these again, as they are now."""
@@ -147,10 +149,15 @@ class Plan:
     def _copy(self) -> ModelCopy:
         return ModelCopy(self._model, self._options.measuring_dtype)
 
+    def gram(self, name: str) -> Tensor:
+        """Inner products of a layer's filters, ``(G, S/G, S/G)``, or their diagonal, ``(G, S/G)``."""
+        gram, info = self.folded_grams[name], self.layers[name]
+        return gram if self._options.diagonal else unfolded(gram, info.num_filters // info.groups)
+
     def gram_norm(self, name: str) -> Tensor:
         """A bound of the spectral norm of the filters' Gram matrix, made when first asked for."""
         if name not in self._gram_norms:
-            self._gram_norms[name] = spectral_bound(self.grams[name])
+            self._gram_norms[name] = spectral_bound(self.gram(name))
         return self._gram_norms[name]
 
     def begin(self, layers: dict[str, Calls], logits: Tensor, inputs: Any, curvature: Curvature) -> None:
@@ -170,11 +177,13 @@ class Plan:
         infos = {}
         for name, calls in layers.items():
             observed, call = calls[0]
-            self.grams[name] = self._weight_gram(call.weight, call)
+            self.folded_grams[name] = self._weight_gram(call.weight, call)
+            filters = call.weight.shape[0]
+            elements = filters if self._options.diagonal else filters**2 // call.geometry.groups
             infos[name] = LayerInfo(
                 name=name,
                 kind=type(observed.module).__name__,
-                num_filters=call.weight.shape[0],
+                num_filters=filters,
                 patch_length=call.weight[0].numel(),
                 groups=call.geometry.groups,
                 classifier=self.classifier[0],
@@ -183,8 +192,8 @@ class Plan:
                 reason="",
                 kernel="parameter" if is_own_weight(call, observed.module) else "effective",
                 deviation=paths[name],
-                multiplications=self._multiplications(call) + self._num_columns * self.grams[name].numel(),
-                memory=KEPT * 8 * self.grams[name].numel(),
+                multiplications=self._multiplications(call) + self._num_columns * elements,
+                memory=KEPT * 8 * elements,
             )
         self.layers = infos
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_flatness.capture.probes import BlockTraces, Probes, random_signs
 def hutchinson_residual(
     scalar: Tensor,
     kernels: Mapping[str, Tensor],
-    grams: Mapping[str, Tensor],
+    gram: Callable[[str], Tensor],
     num_probes: int,
     generator: torch.Generator,
     diagonal: bool,
@@ -26,7 +26,7 @@ def hutchinson_residual(
     Args:
         scalar: the logits times ``dloss/df``, held fixed, and summed; in the graph of the kernels.
         kernels: by layer, ``(S, ...)``.
-        grams: inner products of their filters, by layer; their shape tells the groups.
+        gram: inner products of a layer's filters, by its name; their shape tells the groups.
         num_probes: double backward passes for every layer.
         generator: of the signs.
         diagonal: only the diagonals of the block traces.
@@ -37,13 +37,14 @@ def hutchinson_residual(
     gradients = torch.autograd.grad(scalar, list(kernels.values()), create_graph=True, allow_unused=True)
     estimates: dict[str, BlockTraces | None] = {}
     for (name, kernel), gradient in zip(kernels.items(), gradients, strict=True):
-        probes, gram = Probes(grams[name]), grams[name]
+        inner = gram(name)
+        probes = Probes(inner)
         for _ in range(num_probes):
             v = random_signs(kernel, generator)
             product = _hessian_product(gradient, kernel, v)
             if product is None:
                 break
-            rows, products = (t.double().reshape(*gram.shape[:2], -1) for t in (v, product))
+            rows, products = (t.double().reshape(*inner.shape[:2], -1) for t in (v, product))
             found = (rows * products).sum(2) if diagonal else rows @ products.mT
             probes.add(found if diagonal else (found + found.mT) / 2)
         estimates[name] = probes.estimate() if probes.count == num_probes else None

@@ -7,16 +7,28 @@ from torch import Tensor
 
 # Rows of a strip: at least so many, and a sixteenth of all.
 STRIP = 64
+# The same of strips that are kept: fewer, since half of what stands in square blocks on the diagonal is kept twice.
+KEPT_STRIP = 16
 
 
 def strip_rows(rows: int) -> int:
-    """Rows of one strip.
+    """Rows of one strip, where a strip is work.
 
     Example:
         >>> strip_rows(10), strip_rows(512), strip_rows(2048)
         (10, 64, 128)
     """
     return min(rows, max(STRIP, rows // 16))
+
+
+def kept_rows(rows: int) -> int:
+    """Rows of one strip, where a strip is memory.
+
+    Example:
+        >>> kept_rows(10), kept_rows(512), kept_rows(2048)
+        (10, 16, 64)
+    """
+    return min(rows, max(KEPT_STRIP, rows // 32))
 
 
 def mirror_(upper: Tensor) -> Tensor:
@@ -51,10 +63,10 @@ def folded(symmetric: Tensor) -> Tensor:
     Example:
         >>> matrix = torch.arange(128.0)[:, None] + torch.arange(128.0)
         >>> folded(matrix[None]).shape, torch.equal(unfolded(folded(matrix[None]), 128)[0], matrix)
-        (torch.Size([1, 12288]), True)
+        (torch.Size([1, 9216]), True)
     """
     filters = symmetric.shape[1]
-    size = strip_rows(filters)
+    size = kept_rows(filters)
     return torch.cat([symmetric[:, row : row + size, row:].flatten(1) for row in range(0, filters, size)], dim=1)
 
 
@@ -65,7 +77,7 @@ def unfolded(strips: Tensor, filters: int) -> Tensor:
         strips: from :func:`folded`.
         filters: ``S``.
     """
-    matrix, size, start = strips.new_empty(len(strips), filters, filters), strip_rows(filters), 0
+    matrix, size, start = strips.new_empty(len(strips), filters, filters), kept_rows(filters), 0
     for row in range(0, filters, size):
         strip = matrix[:, row : row + size, row:]
         elements = strip[0].numel()

@@ -21,7 +21,6 @@ from lightning_flatness.capture import (
 )
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
-from lightning_flatness.functional.symmetric import folded, unfolded
 from lightning_flatness.metrics.batches import batches_on, split_batch
 from lightning_flatness.metrics.flatness_metric import FlatnessMetric
 from lightning_flatness.metrics.progress import progress_bar
@@ -53,7 +52,7 @@ class Measurement:
         # Apart, so that passes of our own are certified on their own samples, not on the few of the trial.
         self._live: FlatnessObserver | None = None
         self._model = model
-        self._sums: dict[str, LayerStatistics] = {}  # block traces folded: what lies there between batches is small
+        self._sums: dict[str, LayerStatistics] = {}  # folded
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
@@ -70,7 +69,7 @@ class Measurement:
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
     ) -> None:
         """Add one batch; one without samples adds nothing."""
-        self._add(self._observer(inputs, targets, advance))
+        self._add(self._observer.sums(inputs, targets, advance))
 
     def why_not_live(
         self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -103,8 +102,6 @@ class Measurement:
                 f"Layer '{different[0]}' is measured on some batches and not on others. Name the layers with layers=."
             )
         for name, statistics in found.items():
-            if not self._diagonal:
-                statistics = statistics._replace(block_traces=folded(statistics.block_traces))
             self._sums[name] = statistics.plus(self._sums.get(name))
 
     def _metric(self, info: LayerInfo) -> FlatnessMetric:
@@ -113,11 +110,8 @@ class Measurement:
         tensor = next(iter(self._model.parameters()), None)
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
         metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
-        sums = self._sums.get(info.name)
-        if sums is not None and not self._diagonal:
-            sums = sums._replace(block_traces=unfolded(sums.block_traces, info.num_filters // info.groups))
-        if sums is not None:
-            metric.update(*sums)
+        if info.name in self._sums:
+            metric.update(*self._sums[info.name].unfolded(None if self._diagonal else info.num_filters // info.groups))
         return metric
 
     def report(self) -> FlatnessReport:

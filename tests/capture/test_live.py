@@ -31,6 +31,13 @@ def summed(statistics):
     return {name: (found.block_traces, found.weight_gram, found.num_samples) for name, found in statistics.items()}
 
 
+def unfolded(observer, statistics):
+    if observer._options.diagonal:
+        return statistics
+    filters = {name: info.num_filters // info.groups for name, info in observer.layers.items()}
+    return {name: found.unfolded(filters[name]) for name, found in statistics.items()}
+
+
 def assert_observed_as_own(model, x, y, **options):
     """Outputs to the last bit, numbers to nine digits."""
     model.eval()
@@ -47,7 +54,7 @@ def assert_observed_as_own(model, x, y, **options):
             output = model(x)
         assert global_modes() == modes
         assert heard.reason == ""
-        found = summed(observer.observed(heard, y))
+        found = summed(unfolded(observer, observer.observed(heard, y)))
     assert output.is_inference()
     assert not output.requires_grad
     assert_close(output, expected, rtol=0, atol=0)
@@ -62,7 +69,7 @@ def assert_observed_as_own(model, x, y, **options):
 def observed(observer, model, x, y):
     with torch.inference_mode(), observer.listen(x) as heard:
         model(x)
-    return observer.observed(heard, y)
+    return unfolded(observer, observer.observed(heard, y))
 
 
 @pytest.mark.parametrize("write", ["one entry", "the same", "behind autograd's back"])
