@@ -36,7 +36,6 @@ PARTS = {
     TAIL: "lightning_flatness.capture.plan:Plan.tails_up_to_the_classifier",
     "certificate of the head": "lightning_flatness.capture.plan:certified_head",
     "loss derivatives": "lightning_flatness.functional.losses:CrossEntropy.__call__",
-    "spectral bound of the weights": "lightning_flatness.capture.plan:Plan.gram_norm",
     "contraction": "lightning_flatness.capture.observer:closed_form_layer",
     "patch Gram matrix": "lightning_flatness.functional.closed_form:patch_gram",
 }

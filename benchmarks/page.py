@@ -43,8 +43,6 @@ WHY = """## Why goals are missed
   limits of the table, with no Python at all, a ResNet-18 would pay 2 %; for a ResNet-20 they add up to a millisecond,
   all of the goal. A network with more work before its last convolution pays less in proportion. Of an epoch of 10,000
   images, the trial at its beginning is half a percent to one.
-- **Peak memory.** Block traces and the filters' Gram matrix, both of `S x S` float64 numbers, are 4 of the 86 MB by
-  themselves.
 - **ResNet-50, 1,000 classes.** With all classes, `S² K / 2` multiplications are 2.1e9 for every image, half of the
   4.1e9 of the forward pass: at the same speed +51 %, so +35 % cannot be. Where 150 classes carry all but 1e-6 of the
   probability, the certified bound of 1e-6 on relative flatness keeps about 360, that is +18 % at the same speed.

@@ -105,7 +105,9 @@ def peak(task: Task, device: str) -> int:
         task()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up has freed is not held
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if malloc_trim is not None:
+        malloc_trim(0)  # what the warm-up has freed is not held
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
     before = resident("VmRSS")
     task()

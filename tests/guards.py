@@ -349,6 +349,20 @@ METRICS = [
         f"{METRIC}test_a_rank_without_batches_reports_the_whole",
     ),
     Guard(
+        "what an observer returns is not of inference mode",
+        "capture/observer.py",
+        "with torch.inference_mode(False):\n            if diagonal:",
+        "if True:\n            if diagonal:",
+        "capture/test_observer.py::test_under_inference_mode_it_is_the_same",
+    ),
+    Guard(
+        "what an observer returns is its caller's",
+        "capture/observer.py",
+        "weight_gram=self.weight_gram.clone()",
+        "weight_gram=self.weight_gram",
+        "capture/test_observer.py::test_what_is_returned_may_be_written_to",
+    ),
+    Guard(
         "what lies there between batches is small",
         "functional/symmetric.py",
         "return torch.cat([symmetric[:, row : row + size, row:].flatten(1)",

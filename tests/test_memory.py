@@ -10,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.capture import passes
+from lightning_flatness.capture import gauss_newton, passes
+from lightning_flatness.functional import gauss_newton_block_traces
 from lightning_flatness.metrics import Measurement
 
 MEASURES = ("hessian_trace", "neuronwise_flatness", "layerwise_flatness")
@@ -70,6 +71,20 @@ def test_between_batches_there_are_halves_of_symmetric_matrices():
         added.pop(id(tensor), None)
     assert sorted(size for size in added.values() if size > 0.25) == [0.53125, 0.53125]  # and the filters' Gram matrix
     assert measurement.report().layers["0"].block_traces.shape == (1, filters, filters)
+
+
+def test_columns_are_taken_some_at_a_time(monkeypatch):
+    taken = []
+
+    def counted(calls, cotangents, *options):
+        taken.append(len(cotangents[0]))
+        return gauss_newton_block_traces(calls, cotangents, *options)
+
+    monkeypatch.setattr(gauss_newton, "gauss_newton_block_traces", counted)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 3), nn.Tanh(), nn.Linear(3, 30)).double()
+    lf.measure_flatness(model, [(X, torch.arange(9))], layers=["1"])
+    assert max(taken) == gauss_newton.MOST_COLUMNS["cpu"]
+    assert sum(taken) in (29, 30)
 
 
 def test_memory_is_what_is_kept():

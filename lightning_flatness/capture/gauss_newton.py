@@ -20,6 +20,8 @@ ELEMENTS_DEFAULT = 2**29
 GRAPH = 4
 # At least so many columns, if there are, fit in beside it; more would mean fewer samples at a time.
 COLUMNS = 6
+# And not more than so many at a time: they would not be faster, and memory is to be the same for any number of classes.
+MOST_COLUMNS = {"cpu": 12}
 MIN_PROBES = 16
 
 Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
@@ -143,6 +145,7 @@ def _pulled(layers: Mapping[str, Calls], logits: Tensor, cotangents: Iterator[Te
     """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
     nodes = nodes_of(layers)
     at_a_time = max(1, _budget(logits.device) // max(1, sum(node.numel() for node in nodes)) - GRAPH)
+    at_a_time = min(at_a_time, MOST_COLUMNS.get(logits.device.type, at_a_time))
     while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
         yield columns
 

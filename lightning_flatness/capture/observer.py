@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.capture.certificate import own_weight
-from lightning_flatness.capture.closed_form import closed_form_layer
+from lightning_flatness.capture.closed_form import TailDerivatives, closed_form_layer
 from lightning_flatness.capture.gauss_newton import gauss_newton_layers
 from lightning_flatness.capture.isolation import ModelCopy, differentiable
 from lightning_flatness.capture.live import Listener, try_observing, why_not_observed
@@ -41,16 +41,19 @@ class LayerStatistics(NamedTuple):
     normalizer: float  # what the sum is to be divided by: the number of samples, or the sum of their class weights
     variances: Tensor | None = None  # (4,), of the measures of the sum, where it is estimated
 
-    def unfolded(self, filters: int | None) -> LayerStatistics:
-        """With matrices in place of their halves, which is all that is kept of them meanwhile (:func:`folded`).
+    def whole(self, info: LayerInfo, diagonal: bool) -> LayerStatistics:
+        """Of folded statistics (:meth:`FlatnessObserver.sums`): the matrices, which share no memory with anything.
 
         Args:
-            filters: ``S/G``; None for diagonals, which are whole.
+            info: of the layer.
+            diagonal: there are only diagonals, which are not folded.
         """
-        if filters is None:
-            return self
-        block_traces, gram = (unfolded(strips, filters) for strips in (self.block_traces, self.weight_gram))
-        return self._replace(block_traces=block_traces, weight_gram=gram)
+        with torch.inference_mode(False):
+            if diagonal:
+                return self._replace(weight_gram=self.weight_gram.clone())
+            filters = info.num_filters // info.groups
+            block_traces, gram = (unfolded(strips, filters) for strips in (self.block_traces, self.weight_gram))
+            return self._replace(block_traces=block_traces, weight_gram=gram)
 
     def plus(self, other: LayerStatistics | None) -> LayerStatistics:
         """The sum with those of other samples of the same layer, whose block traces are written to.
@@ -132,14 +135,15 @@ class FlatnessObserver:
             LayerSelectionError: a layer that cannot be measured.
             NotExactError: with ``strict``, a layer that is not exact.
         """
-        sums = self.sums(inputs, targets, advance)
-        filters = {name: info.num_filters // info.groups for name, info in self.layers.items()}
-        return {name: sums[name].unfolded(None if self._options.diagonal else filters[name]) for name in sums}
+        return self._whole(self.sums(inputs, targets, advance))
+
+    def _whole(self, sums: dict[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+        return {name: one.whole(self.layers[name], self._options.diagonal) for name, one in sums.items()}
 
     def sums(
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
     ) -> dict[str, LayerStatistics]:
-        """What a call returns, folded: half of the memory (:meth:`LayerStatistics.unfolded`)."""
+        """What a call returns, for adding up: symmetric matrices are folded (:meth:`LayerStatistics.whole`)."""
         totals: dict[str, LayerStatistics] = {}
         for found in self._passes(inputs, targets, self._measure, advance):
             totals = {name: part.plus(totals.get(name)) for name, part in found.items()}
@@ -173,7 +177,7 @@ class FlatnessObserver:
             return f"layer '{missing[0]}' is not measured by the closed form"
         with forward():
             live, reason, self._within = try_observing(
-                self._model, inputs, self._passes.observation, lambda heard: self.observed(heard, targets)
+                self._model, inputs, self._passes.observation, lambda heard: self.observed_sums(heard, targets)
             )
         for name, statistics in (live or {}).items():
             one, other = statistics.block_traces, own[name].block_traces
@@ -187,11 +191,15 @@ class FlatnessObserver:
         return Listener(self._model, inputs, self._passes.observation, self._within)
 
     def observed(self, heard: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
-        """Statistics of a batch that the user's forward pass was observed on, folded as :meth:`sums` are.
+        """Statistics of a batch that the user's forward pass was observed on.
 
         Raises:
             FlatnessError: it was not as in the passes of our own.
         """
+        return self._whole(self.observed_sums(heard, targets))
+
+    def observed_sums(self, heard: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
+        """What :meth:`observed` returns, folded."""
         with differentiable(self._model):
             if self._looks_once:
                 with together() as all_hold:
@@ -210,12 +218,9 @@ class FlatnessObserver:
 
     def _measure(self, seen: ObservedPass, advance: Callable[[float], None]) -> dict[str, LayerStatistics]:
         plan, diagonal = self._passes.plan, self._options.diagonal
-        leaves_out = plan.tolerance > 0 and seen.loss.curvature.num_classes >= MANY_CLASSES and not diagonal
         found = {}
         for name, tail in seen.tails.items():
-            call = seen.layers[name][0][1]
-            weights = (plan.gram(name), plan.gram_norm(name)) if leaves_out else None
-            found[name] = BlockTraces(closed_form_layer(name, call, tail, seen.loss, diagonal, weights))
+            found[name] = BlockTraces(self._closed_form(name, tail, seen))
         others = {name: calls for name, calls in seen.layers.items() if name not in seen.tails}
         if others:
             found |= gauss_newton_layers(
@@ -230,6 +235,13 @@ class FlatnessObserver:
             )
         self._add_residuals(found, seen)
         return {name: self._statistics(name, found[name], seen) for name in seen.layers}
+
+    def _closed_form(self, name: str, tail: TailDerivatives, seen: ObservedPass) -> Tensor:
+        plan, diagonal, weights = self._passes.plan, self._options.diagonal, None
+        if plan.tolerance > 0 and seen.loss.curvature.num_classes >= MANY_CLASSES and not diagonal:
+            gram = plan.gram(name)
+            weights = gram, plan.gram_norm(name, gram)
+        return closed_form_layer(name, seen.layers[name][0][1], tail, seen.loss, diagonal, weights)
 
     def _add_residuals(self, found: dict[str, BlockTraces], seen: ObservedPass) -> None:
         kernels = {}
@@ -266,7 +278,7 @@ class FlatnessObserver:
         samples = round(seen.share * seen.loss.num_samples)
         total = found.total if seen.share == 1 else seen.share * found.total
         return LayerStatistics(
-            total if self._options.diagonal else folded(total),
+            total if self._options.diagonal else folded(total),  # symmetric but for rounding
             self._passes.plan.folded_grams[name],
             samples,
             seen.share * seen.loss.normalizer,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Rows of a strip: at least so many, and a sixteenth of all.
 STRIP = 64
-# The same of strips that are kept: fewer, since half of what stands in square blocks on the diagonal is kept twice.
+# The same of strips that are kept, but a thirty-second: the square blocks on the diagonal are kept whole.
 KEPT_STRIP = 16
 
 
@@ -52,7 +52,9 @@ def mirror_(upper: Tensor) -> Tensor:
 
 
 def folded(symmetric: Tensor) -> Tensor:
-    """The strips of symmetric matrices, one after another: little more than a half, and sums of them are sums.
+    """The strips of symmetric matrices, one after another: sums of them are sums.
+
+    They are little more than a half of large matrices, and all of matrices of :data:`KEPT_STRIP` rows or fewer.
 
     Args:
         symmetric: ``(G, S, S)``.

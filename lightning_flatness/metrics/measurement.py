@@ -93,7 +93,7 @@ class Measurement:
             FlatnessError: it was not as in the passes of our own; nothing is added.
         """
         assert self._live is not None
-        self._add(self._live.observed(heard, targets))
+        self._add(self._live.observed_sums(heard, targets))
 
     def _add(self, found: Mapping[str, LayerStatistics]) -> None:
         different = sorted(found.keys() ^ self._sums.keys())
@@ -111,7 +111,7 @@ class Measurement:
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
         metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
         if info.name in self._sums:
-            metric.update(*self._sums[info.name].unfolded(None if self._diagonal else info.num_filters // info.groups))
+            metric.update(*self._sums[info.name].whole(info, self._diagonal))
         return metric
 
     def report(self) -> FlatnessReport:

@@ -232,7 +232,7 @@ def summary_table(
     sentences.append(
         f"The largest deviation of derivatives from autograd's is {f'{deviation:.0e}' if deviation else 'zero'}, "
         "relative. M mult.: millions of multiplications for every sample, on top of passes through the model. MB: "
-        "memory kept."
+        "memory, at most."
     )
     if any(info.kernel == "effective" for info in layers.values()):
         sentences.append("*: with respect to the kernel that the layer applies, which it computes from its weight.")

@@ -31,13 +31,6 @@ def summed(statistics):
     return {name: (found.block_traces, found.weight_gram, found.num_samples) for name, found in statistics.items()}
 
 
-def unfolded(observer, statistics):
-    if observer._options.diagonal:
-        return statistics
-    filters = {name: info.num_filters // info.groups for name, info in observer.layers.items()}
-    return {name: found.unfolded(filters[name]) for name, found in statistics.items()}
-
-
 def assert_observed_as_own(model, x, y, **options):
     """Outputs to the last bit, numbers to nine digits."""
     model.eval()
@@ -54,7 +47,7 @@ def assert_observed_as_own(model, x, y, **options):
             output = model(x)
         assert global_modes() == modes
         assert heard.reason == ""
-        found = summed(unfolded(observer, observer.observed(heard, y)))
+        found = summed(observer.observed(heard, y))
     assert output.is_inference()
     assert not output.requires_grad
     assert_close(output, expected, rtol=0, atol=0)
@@ -69,7 +62,7 @@ def assert_observed_as_own(model, x, y, **options):
 def observed(observer, model, x, y):
     with torch.inference_mode(), observer.listen(x) as heard:
         model(x)
-    return unfolded(observer, observer.observed(heard, y))
+    return observer.observed(heard, y)
 
 
 @pytest.mark.parametrize("write", ["one entry", "the same", "behind autograd's back"])
@@ -200,7 +193,7 @@ def test_torchvision(name):
 def test_other_numbers_would_be_seen(monkeypatch):
     model = networks.Plain()
     assert assert_observed_as_own(model, *batch()) == ""
-    observed = FlatnessObserver.observed
+    observed = FlatnessObserver.observed_sums
 
     def larger(self, heard, targets):
         return {
@@ -208,7 +201,7 @@ def test_other_numbers_would_be_seen(monkeypatch):
             for name, s in observed(self, heard, targets).items()
         }
 
-    monkeypatch.setattr(FlatnessObserver, "observed", larger)
+    monkeypatch.setattr(FlatnessObserver, "observed_sums", larger)
     assert "numbers of layer 'conv' are others" in assert_observed_as_own(model, *batch())
     monkeypatch.setattr("lightning_flatness.capture.observer.ROUNDINGS", 1e12)
     with pytest.raises(AssertionError, match="not close"):
