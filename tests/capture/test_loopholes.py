@@ -12,7 +12,9 @@ import lightning_flatness as lf
 from lightning_flatness.testing import oracle_block_traces
 
 torch.manual_seed(0)
-X, Y = torch.randn(8, 6).double(), torch.randint(4, (8,))
+SEED = torch.Generator().manual_seed(0)
+X = torch.randn(8, 6, generator=SEED).double()
+Y = torch.randint(4, (8,), generator=SEED)
 
 
 class Two(nn.Module):
