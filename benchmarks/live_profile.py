@@ -24,19 +24,19 @@ from torch import nn
 
 from benchmarks import machine, networks
 from benchmarks.timing import synchronize
-from lightning_flatness.capture.closed_form import FULL_EVERY
-from lightning_flatness.metrics import Measurement
+from lightning_flatness.layers.closed_form import FULL_EVERY
+from lightning_flatness.measure.flatness import Measurement
 
 # Part of a batch: functions whose time it is. What one does within another is not counted twice.
 REST = "what is left of `update_observed` (metric states, checks)"
 TAIL = "certificates of the tail, slopes"
 PARTS = {
-    REST: "lightning_flatness.metrics.measurement:Measurement.update_observed",
-    "certificates of the layer": "lightning_flatness.capture.plan:Plan.calls",
-    TAIL: "lightning_flatness.capture.plan:Plan.tails_up_to_the_classifier",
-    "certificate of the head": "lightning_flatness.capture.plan:certified_head",
+    REST: "lightning_flatness.measure.flatness:Measurement.update_observed",
+    "certificates of the layer": "lightning_flatness.layers.plan:Plan.calls",
+    TAIL: "lightning_flatness.layers.plan:Plan.tails_up_to_the_classifier",
+    "certificate of the head": "lightning_flatness.layers.plan:certified_head",
     "loss derivatives": "lightning_flatness.functional.losses:CrossEntropy.__call__",
-    "contraction": "lightning_flatness.capture.observer:closed_form_layer",
+    "contraction": "lightning_flatness.layers.observer:closed_form_layer",
     "patch Gram matrix": "lightning_flatness.functional.closed_form:patch_gram",
 }
 BARE, OBSERVED = "forward pass alone", "hooks and graph in the forward pass"

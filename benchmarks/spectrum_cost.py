@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 
 import lightning_flatness as lf
 from benchmarks import networks
-from lightning_flatness.capture import LossCurvature
 from lightning_flatness.functional import find_loss
+from lightning_flatness.model.hessian import LossCurvature
 
 
 def bare(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,22 +1,30 @@
 """Exact flatness of neural networks while they train."""
 
-from lightning_flatness.callbacks import FlatnessCallback, FlatnessStopping, LandscapeCallback, SpectrumCallback
-from lightning_flatness.capture import FlatnessObserver, direction_between, pca_directions
-from lightning_flatness.errors import BatchError, FlatnessError, LandscapeError, LayerSelectionError, NotExactError
-from lightning_flatness.metrics import (
-    FlatnessMetric,
-    hessian_spectrum,
-    loss_landscape,
-    measure_flatness,
-    measure_lambda_max,
-)
-from lightning_flatness.results import (
-    FlatnessReport,
-    LandscapeResult,
-    LayerFlatness,
-    LayerLambdaMax,
-    SpectrumResult,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_flatness.callbacks.flatness_callback import FlatnessCallback
+    from lightning_flatness.callbacks.flatness_stopping import FlatnessStopping
+    from lightning_flatness.callbacks.landscape_callback import LandscapeCallback
+    from lightning_flatness.callbacks.spectrum_callback import SpectrumCallback
+    from lightning_flatness.errors import BatchError, FlatnessError, LandscapeError, LayerSelectionError, NotExactError
+    from lightning_flatness.layers.observer import FlatnessObserver
+    from lightning_flatness.measure.flatness import measure_flatness
+    from lightning_flatness.measure.lambda_max import measure_lambda_max
+    from lightning_flatness.measure.landscape import loss_landscape
+    from lightning_flatness.measure.metric import FlatnessMetric
+    from lightning_flatness.measure.spectrum import hessian_spectrum
+    from lightning_flatness.model.named_tensors import direction_between, pca_directions
+    from lightning_flatness.results import (
+        FlatnessReport,
+        LandscapeResult,
+        LayerFlatness,
+        LayerLambdaMax,
+        SpectrumResult,
+    )
 
 __version__ = "0.1.0"
 
@@ -44,3 +52,33 @@ __all__ = [
     "measure_lambda_max",
     "pca_directions",
 ]
+
+# Where each name is defined. It is imported when first asked for, so that plain PyTorch needs no Lightning.
+_MODULES = {
+    "callbacks.flatness_callback": ["FlatnessCallback"],
+    "callbacks.flatness_stopping": ["FlatnessStopping"],
+    "callbacks.landscape_callback": ["LandscapeCallback"],
+    "callbacks.spectrum_callback": ["SpectrumCallback"],
+    "errors": ["BatchError", "FlatnessError", "LandscapeError", "LayerSelectionError", "NotExactError"],
+    "layers.observer": ["FlatnessObserver"],
+    "measure.flatness": ["measure_flatness"],
+    "measure.lambda_max": ["measure_lambda_max"],
+    "measure.landscape": ["loss_landscape"],
+    "measure.metric": ["FlatnessMetric"],
+    "measure.spectrum": ["hessian_spectrum"],
+    "model.named_tensors": ["direction_between", "pca_directions"],
+    "results": ["FlatnessReport", "LandscapeResult", "LayerFlatness", "LayerLambdaMax", "SpectrumResult"],
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lightning_flatness' has no attribute '{name}'")
+    value = getattr(import_module(f"lightning_flatness.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -172,7 +172,7 @@ def test_both_methods_agree_where_both_apply(monkeypatch):
     def refuse(*args):
         raise NotClosedFormError("not today")
 
-    monkeypatch.setattr("lightning_flatness.capture.plan.certified_head", refuse)
+    monkeypatch.setattr("lightning_flatness.layers.plan.certified_head", refuse)
     gauss_newton = lf.measure_flatness(net, batch).layers["2.conv2"]
     assert (closed_form.method, gauss_newton.method) == ("closed_form", "gauss_newton")
     assert closed_form.exact
@@ -202,7 +202,7 @@ def test_columns_in_chunks_give_the_same(monkeypatch):
     net = randomise_statistics(kinds(nn.ReLU, 5)["inception"]()).double()
     batch = [torch.randn(4, 2, 4, 4).double()]
     whole = lf.measure_flatness(net, batch, layers="all")
-    monkeypatch.setattr("lightning_flatness.capture.gauss_newton.ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr("lightning_flatness.layers.gauss_newton.ELEMENTS", {"cpu": 1})
     parts = lf.measure_flatness(net, batch, layers="all")
     for name in whole.layers:
         assert_close(parts.layers[name].block_traces, whole.layers[name].block_traces, rtol=1e-12, atol=1e-15)

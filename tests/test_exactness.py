@@ -73,7 +73,7 @@ def test_oracle_assertion_can_fail(monkeypatch, factor):
     batch = torch.randn(4, 1, 8), torch.tensor([0, 1, 2, 0])
     assert_matches_oracle(net, batch, "0")
 
-    where = "lightning_flatness.capture.closed_form.closed_form_block_traces"
+    where = "lightning_flatness.layers.closed_form.closed_form_block_traces"
     monkeypatch.setattr(where, lambda *a, **k: factor * closed_form_block_traces(*a, **k))
     with pytest.raises(AssertionError):
         assert_matches_oracle(net, batch, "0")

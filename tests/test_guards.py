@@ -21,7 +21,7 @@ def test_guards_have_names_of_their_own():
 
 @pytest.mark.parametrize("before", ["nowhere", "import torch"], ids=["nowhere", "often"])
 def test_a_guard_that_is_out_of_date_is_named(before):
-    guard = Guard("flags", "capture/isolation.py", before, "", "test_guards.py")
+    guard = Guard("flags", "model/isolation.py", before, "", "test_guards.py")
     with pytest.raises(ValueError, match=r"'flags' is out of date.*occurs \d times in .*isolation.py"):
         guard.removed_from("import torch\nimport torch\n")
 

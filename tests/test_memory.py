@@ -10,9 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.capture import gauss_newton, passes
 from lightning_flatness.functional import gauss_newton_block_traces
-from lightning_flatness.metrics import Measurement
+from lightning_flatness.layers import gauss_newton, passes
+from lightning_flatness.measure.flatness import Measurement
 
 MEASURES = ("hessian_trace", "neuronwise_flatness", "layerwise_flatness")
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.capture.isolation import ModelCopy, isolated, measured, measuring_device
+from lightning_flatness.model.copy import ModelCopy, measured, measuring_device
+from lightning_flatness.model.isolation import isolated
 from lightning_flatness.testing import oracle_block_traces
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -102,7 +103,7 @@ def test_tensors_that_are_no_numbers_keep_their_type():
 
 def test_a_device_without_float64_is_left_for_another(monkeypatch):
     """The meta device stands for the one that is moved to, since it holds no numbers that could be computed here."""
-    monkeypatch.setattr("lightning_flatness.capture.isolation.measuring_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr("lightning_flatness.model.isolation.measuring_device", lambda device: torch.device("meta"))
     net = Net().eval()
     with isolated(net):
         assert ModelCopy(net)(batch()[0]).device.type == "meta"

@@ -3,7 +3,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lightning_flatness as lf
-from lightning_flatness.metrics import Measurement
+from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.results import as_text, summary_table
 
 

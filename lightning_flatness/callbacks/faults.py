@@ -10,7 +10,7 @@ from typing import Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.metrics import gather
+from lightning_flatness.measure.ranks import gather
 
 logger = logging.getLogger(__name__)
 

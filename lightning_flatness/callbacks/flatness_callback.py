@@ -19,8 +19,8 @@ from lightning_flatness.callbacks.logged import log, logging_muted, values_of, w
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.source import ReadApart, Samples, Validated
-from lightning_flatness.capture import MEASURES, Options
-from lightning_flatness.metrics import Measurement
+from lightning_flatness.layers.options import MEASURES, Options
+from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.plots.history import DATA
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 

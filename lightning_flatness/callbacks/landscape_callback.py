@@ -17,7 +17,8 @@ from lightning_flatness.callbacks.source import Samples
 from lightning_flatness.callbacks.trajectory import Trajectory
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.functional import find_loss
-from lightning_flatness.metrics import KINDS, check_landscape_options, loss_landscape
+from lightning_flatness.measure.axes import KINDS
+from lightning_flatness.measure.landscape import check_landscape_options, loss_landscape
 from lightning_flatness.plots import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface
 from lightning_flatness.results import LandscapeResult
 

@@ -9,9 +9,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_flatness.callbacks.root import Trainer
-from lightning_flatness.capture import KEEPS_TENSORS, Listener, num_rows, same_inputs
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.metrics import Measurement
+from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, same_inputs
+from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.model.rows import num_rows
 
 
 class LiveForwards:

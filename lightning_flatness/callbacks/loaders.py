@@ -21,8 +21,9 @@ from torch.utils.data import (
 )
 
 from lightning_flatness.callbacks.root import LightningModule, Trainer
-from lightning_flatness.capture import drawing, generators_kept, random_states_kept
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.model.generators import drawing, generators_kept
+from lightning_flatness.model.isolation import random_states_kept
 
 # ---------------------------------------------------------------------------------------------------- what a loader is
 

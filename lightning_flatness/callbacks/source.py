@@ -11,9 +11,9 @@ from lightning_flatness.callbacks.loaders import first_batch, is_indexed, loader
 from lightning_flatness.callbacks.root import LightningModule, Trainer
 from lightning_flatness.callbacks.stream import ValidationStream, select
 from lightning_flatness.callbacks.subset import FixedSubset, training_subset
-from lightning_flatness.capture import num_rows
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.metrics import split_batch
+from lightning_flatness.measure.batches import split_batch
+from lightning_flatness.model.rows import num_rows
 
 Samples = tuple[Any, Tensor | None]
 

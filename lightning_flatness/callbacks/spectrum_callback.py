@@ -14,7 +14,7 @@ from lightning_flatness.callbacks.at_epochs import AtEpochs, Record
 from lightning_flatness.callbacks.root import LightningModule, Trainer
 from lightning_flatness.callbacks.source import Samples
 from lightning_flatness.functional import find_loss
-from lightning_flatness.metrics import check_spectrum_options, hessian_spectrum
+from lightning_flatness.measure.spectrum import check_spectrum_options, hessian_spectrum
 from lightning_flatness.plots import plot_density, plot_eigenvalues
 from lightning_flatness.results import SpectrumResult
 

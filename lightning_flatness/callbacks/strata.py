@@ -22,7 +22,7 @@ def choose(total: int, chosen: int, labels: Tensor | None = None) -> Tensor:
         >>> labels[choose(8, 4, labels)].tolist().count(0)
         1
     """
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
     if chosen >= total:
         return order.sort().values
     if labels is None:

@@ -29,7 +29,7 @@ def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> 
         torch.Size([2, 3])
     """
     return {
-        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor.device)
         for name, tensor in like.items()
     }
 

@@ -37,7 +37,7 @@ def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
         >>> random_orthogonal(torch.tensor([[1.0, 0.0]]), torch.Generator())[0].item()
         0.0
     """
-    vector: Tensor = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64).to(basis)
+    vector: Tensor = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(basis)
     for _ in range(2):  # again, for what is left may be short
         vector, _ = orthogonalised(vector / vector.norm(), basis)
     unit: Tensor = vector / vector.norm()

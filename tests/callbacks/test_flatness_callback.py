@@ -29,7 +29,7 @@ from torch.utils.data import (
 import lightning_flatness as lf
 from lightning_flatness.callbacks.strata import choose, labels_of
 from lightning_flatness.callbacks.subset import FixedSubset, training_subset
-from lightning_flatness.capture import FlatnessObserver
+from lightning_flatness.layers.observer import FlatnessObserver
 from tests.callbacks.lightning_modules import (
     Classifier,
     MixingNet,
@@ -954,9 +954,9 @@ def test_ranks_have_probes_of_their_own(tmp_path, monkeypatch):
             seeds.append(options["seed"])
             super().__init__(*args, **options)
 
-    monkeypatch.setattr("lightning_flatness.metrics.measurement.FlatnessObserver", Recorded)
+    monkeypatch.setattr("lightning_flatness.measure.flatness.FlatnessObserver", Recorded)
     for rank in (0, 1):
-        monkeypatch.setattr("lightning_flatness.metrics.measurement.own_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("lightning_flatness.measure.flatness.own_rank", lambda rank=rank: rank)
         fit(tmp_path, flatness_callback(seed=7), max_epochs=1)
     assert len(set(seeds)) == 2
     assert seeds[0] == 7

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_flatness as lf
-from lightning_flatness.metrics import split_batch
+from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
 from tests.callbacks.test_tensorboard import charts, events

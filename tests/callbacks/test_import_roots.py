@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn.functional import cross_entropy
 
 import lightning_flatness as lf
-from lightning_flatness.metrics import split_batch
+from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
 
 CONFIG = {
@@ -125,7 +125,7 @@ def test_wrong_arguments_on_the_command_line(tmp_path, options, named, capsys):
 def test_functions_on_the_command_line(tmp_path):
     options = {
         "loss": "torch.nn.functional.cross_entropy",
-        "batch_fn": "lightning_flatness.metrics.split_batch",
+        "batch_fn": "lightning_flatness.measure.split_batch",
         "model": "copy.copy",
     }
     config = {"trainer": {"callbacks": [{"class_path": "lightning_flatness.FlatnessCallback", "init_args": options}]}}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.capture import Points
+from lightning_flatness.model.points import Points
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 from tests.callbacks.test_at_epochs import sigint_kept  # noqa: F401
 
@@ -237,7 +237,7 @@ def after_five_points(monkeypatch):
             return at(self, coordinates)
 
         monkeypatch.setattr(Points, "at", failing)
-        monkeypatch.setattr("lightning_flatness.metrics.loss_sums.CHUNK", 1)
+        monkeypatch.setattr("lightning_flatness.measure.loss_sums.CHUNK", 1)
         monkeypatch.setattr(lf.LandscapeCallback, "_try", lambda *_: None)
 
     return arrange

@@ -9,10 +9,10 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_flatness.capture import FlatnessObserver, Listener, same_inputs
-from lightning_flatness.capture.live import why_not_observed
-from lightning_flatness.capture.observation import Observation
 from lightning_flatness.errors import FlatnessError, LayerSelectionError
+from lightning_flatness.layers.live import Listener, same_inputs, why_not_observed
+from lightning_flatness.layers.observer import FlatnessObserver
+from lightning_flatness.layers.recording import Observation
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
 from tests.networks import Network, randomise_statistics, recipes
@@ -203,7 +203,7 @@ def test_other_numbers_would_be_seen(monkeypatch):
 
     monkeypatch.setattr(FlatnessObserver, "observed_sums", larger)
     assert "numbers of layer 'conv' are others" in assert_observed_as_own(model, *batch())
-    monkeypatch.setattr("lightning_flatness.capture.observer.ROUNDINGS", 1e12)
+    monkeypatch.setattr("lightning_flatness.layers.observer.ROUNDINGS", 1e12)
     with pytest.raises(AssertionError, match="not close"):
         assert_observed_as_own(model, *batch())
 
@@ -211,7 +211,7 @@ def test_other_numbers_would_be_seen(monkeypatch):
 def test_other_outputs_would_be_seen(monkeypatch):
     model = networks.Plain()
     hear = Listener.hear
-    monkeypatch.setattr("lightning_flatness.capture.live._why_different", lambda *outputs: "")
+    monkeypatch.setattr("lightning_flatness.layers.live._why_different", lambda *outputs: "")
     monkeypatch.setattr(Listener, "hear", lambda self, *call: hear(self, *call) * (1 + 2**-51))
     with pytest.raises(AssertionError, match="not equal|not close"):
         assert_observed_as_own(model, *batch())

@@ -317,7 +317,7 @@ def test_tables_among_the_inputs(monkeypatch):
     torch.manual_seed(3)
     net, table = WithTable().double(), torch.randn(20, 6).double()
     whole = lf.measure_flatness(net, [({"x": X, "table": table}, Y)], layers="a")
-    monkeypatch.setattr("lightning_flatness.capture.passes.rows_at_a_time", lambda *args: 3)
+    monkeypatch.setattr("lightning_flatness.layers.passes.rows_at_a_time", lambda *args: 3)
     parts = lf.measure_flatness(net, [({"x": X, "table": table}, Y)], layers="a")
     assert whole.num_samples == parts.num_samples == 8
     assert_close(parts.relative_flatness, whole.relative_flatness, rtol=1e-12, atol=0)
@@ -326,7 +326,7 @@ def test_tables_among_the_inputs(monkeypatch):
 
 
 def test_memory_that_runs_out_while_certifying(monkeypatch):
-    from lightning_flatness.capture import plan
+    from lightning_flatness.layers import plan
 
     net = network(lambda net, x: net.c(net.a(x).relu()))
     expected = lf.measure_flatness(net, [(X, Y)], layers="all")
@@ -360,7 +360,7 @@ def test_a_layer_that_fails_the_closed_form_late_may_not_mix_samples_either(monk
     net, x = Late().double(), torch.randn(8, 2, 9).double()
     later = x.clone()
     later[6, 0, 0] = 60.0
-    monkeypatch.setattr("lightning_flatness.capture.passes.rows_at_a_time", lambda *args: 4)
+    monkeypatch.setattr("lightning_flatness.layers.passes.rows_at_a_time", lambda *args: 4)
     assert lf.measure_flatness(net, [(x, Y), (x, Y)], layers="conv").layers["conv"].method == "closed_form"
     with pytest.raises(lf.LayerSelectionError, match="'conv'.*depend on other samples"):
         lf.measure_flatness(net, [(x, Y), (later, Y)], layers="conv")

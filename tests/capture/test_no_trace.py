@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.capture.observation import Observation
+from lightning_flatness.layers.recording import Observation
 from tests.networks import randomise_statistics
 
 

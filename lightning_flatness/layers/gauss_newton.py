@@ -1,0 +1,165 @@
+"""Layers under the Gauss-Newton method: pull columns of the loss's curvature back to all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newton_block_traces
+from lightning_flatness.functional.curvature import MANY_CLASSES
+from lightning_flatness.layers.affine import Calls, nodes_of, pull_back
+from lightning_flatness.layers.probes import BlockTraces, Probes, random_signs
+
+# Elements, of all layers, that are kept at a time: on a CPU about a hundred megabytes.
+ELEMENTS = {"cpu": 3 * 2**23}
+ELEMENTS_DEFAULT = 2**29
+# The graph of a forward pass takes as much as this many columns. (That of the certificate is gone when columns come.)
+GRAPH = 4
+# At least so many columns, if there are, fit in beside it; more would mean fewer samples at a time.
+COLUMNS = 6
+# And not more than so many at a time: they would not be faster, and memory is to be the same for any number of classes.
+MOST_COLUMNS = {"cpu": 12}
+MIN_PROBES = 16
+
+Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
+Advance = Callable[[float], None]  # is told which part of the work is done
+
+
+def gauss_newton_layers(
+    layers: Mapping[str, Calls],
+    logits: Tensor,
+    curvature: Curvature,
+    gram: Callable[[str], Tensor],
+    tolerance: float,
+    generator: torch.Generator,
+    diagonal: bool,
+    advance: Advance,
+) -> dict[str, BlockTraces]:
+    """Gauss-Newton block traces of several layers, summed over the samples of a batch.
+
+    One backward pass for every column serves all layers, and goes to activations only. Columns are taken in chunks, so
+    that memory does not grow with the number of classes.
+
+    Args:
+        layers: by name.
+        logits: ``(N, K)``, in the graph of the layers' outputs.
+        curvature: of the loss.
+        gram: inner products of a layer's filters, by its name.
+        tolerance: with many classes, the relative standard error that is accepted (:func:`is_sampled`); 0 for none.
+        generator: of the probes.
+        diagonal: only the diagonals of the block traces.
+        advance: is called as columns are done.
+    """
+    if isinstance(curvature, ClassCurvature) and is_sampled(curvature, tolerance):
+        return _by_probes(layers, logits, curvature, gram, tolerance, generator, diagonal, advance)
+    totals: dict[str, Tensor] = {}
+    done = 0
+    every = (curvature.column(index) for index in range(curvature.num_columns))
+    for columns in _pulled(layers, logits, every):
+        before, done = done, done + len(columns)
+        signs = None if curvature.signs is None else curvature.signs[:, before:done].to(logits.dtype)
+        _add(totals, _contracted(layers, columns, signs, diagonal))
+        advance(done / curvature.num_columns)
+    return {name: BlockTraces(total) for name, total in totals.items()}
+
+
+def is_sampled(curvature: Curvature, tolerance: float) -> bool:
+    """Whether classes without much mass are sampled instead of taken one by one."""
+    return tolerance > 0 and isinstance(curvature, ClassCurvature) and curvature.num_classes >= MANY_CLASSES
+
+
+def _by_probes(
+    layers: Mapping[str, Calls],
+    logits: Tensor,
+    curvature: ClassCurvature,
+    gram: Callable[[str], Tensor],
+    tolerance: float,
+    generator: torch.Generator,
+    diagonal: bool,
+    advance: Advance,
+) -> dict[str, BlockTraces]:
+    """The classes that carry the mass one by one, the sum of all others by random signs.
+
+    A probe pulls ``sum_k ±√w_k (e_k - π)`` back over the other classes; the signs make its products unbiased. There are
+    as many as the tolerance asks for, for every layer's trace and relative flatness; where that would be more than
+    there are classes, these are taken one by one, too.
+    """
+    order = curvature.weights.argsort(1, descending=True)
+    mass = curvature.weights.gather(1, order)
+    leading = _num_leading(mass.sum(0), tolerance, len(mass))
+    unit = torch.zeros_like(mass)
+    totals: dict[str, Tensor] = {}
+
+    def take_one_by_one(ranks: range) -> None:
+        units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
+        for columns in _pulled(layers, logits, (curvature.factor(x) for x in units)):
+            _add(totals, _contracted(layers, columns, None, diagonal))
+
+    take_one_by_one(range(leading))
+
+    probes = {name: Probes(gram(name)) for name in layers}
+    others = torch.ones_like(mass).scatter(1, order[:, :leading], 0.0)
+    count = 0
+    while leading + count < curvature.num_columns:
+        x = (others * random_signs(others, generator) for _ in range(MIN_PROBES))
+        for columns in _pulled(layers, logits, (curvature.factor(signs) for signs in x)):
+            for column in columns:
+                for name, part in _contracted(layers, [column], None, diagonal):
+                    probes[name].add(part)
+        count += MIN_PROBES
+        advance(min((leading + count) / curvature.num_columns, 1.0))
+        if all(probes[name].precise(tolerance, totals[name]) for name in layers):
+            advance(1.0)
+            return {name: probes[name].estimate(totals[name]) for name in layers}
+    take_one_by_one(range(leading, curvature.num_classes))
+    return {name: BlockTraces(total) for name, total in totals.items()}
+
+
+def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
+    """How many classes to take one by one so that these and the probes for the rest are few."""
+    rest = (1 - mass.cumsum(0) / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).clamp_min(0)
+    # A probe's relative variance is some tenth for one sample; it counts with the square of the part that is sampled.
+    num_probes = 0.1 / (samples * tolerance**2) * rest.square()
+    return int((torch.arange(1, len(mass) + 1, device=mass.device) + num_probes).argmin()) + 1
+
+
+def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
+    """How many samples to take at a time, at least two, so that some columns can be kept for all layers.
+
+    Args:
+        elements: of the outputs of all layers, for one sample.
+        num_columns: that there are.
+        device: of the model.
+    """
+    return max(2, _budget(device) // (elements * (min(num_columns, COLUMNS) + GRAPH)))
+
+
+def _budget(device: torch.device) -> int:
+    return ELEMENTS.get(device.type, ELEMENTS_DEFAULT)
+
+
+def _pulled(layers: Mapping[str, Calls], logits: Tensor, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
+    """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
+    nodes = nodes_of(layers)
+    at_a_time = max(1, _budget(logits.device) // max(1, sum(node.numel() for node in nodes)) - GRAPH)
+    at_a_time = min(at_a_time, MOST_COLUMNS.get(logits.device.type, at_a_time))
+    while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
+        yield columns
+
+
+def _add(totals: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]) -> None:
+    for name, part in parts:
+        totals[name] = totals[name] + part if name in totals else part
+
+
+def _contracted(
+    layers: Mapping[str, Calls], columns: Columns, signs: Tensor | None, diagonal: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Block traces by layer, from the columns; these are used up, which keeps memory low."""
+    for name, calls in layers.items():
+        cotangents = [[pulled.pop(0).movedim(call.channel_dimension, 1) for pulled in columns] for _, call in calls]
+        inputs = [(call.inputs, call.geometry) for _, call in calls]
+        yield name, gauss_newton_block_traces(inputs, cotangents, signs, diagonal)

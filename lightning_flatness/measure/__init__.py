@@ -1,0 +1,1 @@
+"""Measurements in plain PyTorch: flatness, largest eigenvalues, spectrum, landscape."""

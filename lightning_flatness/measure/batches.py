@@ -1,0 +1,83 @@
+"""Batches as users give them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_flatness.errors import BatchError
+from lightning_flatness.model.generators import drawing, generators_kept
+
+# Names by which batches call what goes into a model, and what should come out.
+INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data")
+TARGETS = ("y", "target", "targets", "label", "labels")
+
+
+def batches_on(model: nn.Module, batches: Iterable[Any]) -> Generator[Any]:
+    """The batches, with their tensors on the model's device.
+
+    Generators of a loader, its sampler and its data set are left as they were, once it is closed.
+
+    Example:
+        >>> next(batches_on(nn.Linear(2, 1), [torch.zeros(3, 2)])).device.type
+        'cpu'
+    """
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    with generators_kept(drawing(batches)):
+        for batch in batches:
+            yield apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """``(inputs, targets)`` of a batch: a pair as it is, a lone tensor as inputs without targets.
+
+    A mapping, dataclass or named tuple gives its entries named like inputs (``image``, ``x``, ``pixel_values``, ...)
+    and like targets (``label``, ``y``, ...), if there is one of each and nothing else that the model may need.
+
+    Raises:
+        BatchError: anything else.
+
+    Example:
+        >>> inputs, targets = split_batch(torch.zeros(4, 1))
+        >>> targets is None
+        True
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and (batch[1] is None or isinstance(batch[1], Tensor)):
+        return batch[0], batch[1]
+    pair = _named_pair(batch)
+    if pair is not None:
+        return pair
+    raise BatchError(
+        f"A batch is a {type(batch).__name__}"
+        + (f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+        + "; expected (inputs, targets) with a tensor of targets, a tensor of inputs, or a mapping or dataclass with "
+        "one entry like 'image' and one like 'label'. Reshape it, or give the callback batch_fn=, a function from a "
+        "batch to (inputs, targets)."
+    )
+
+
+def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
+    if is_dataclass(batch):
+        entries = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    elif hasattr(batch, "_fields"):
+        entries = batch._asdict()
+    else:
+        entries = dict(batch) if isinstance(batch, Mapping) else {}
+    found = [
+        [key for key, value in entries.items() if str(key).lower() in names and isinstance(value, Tensor)]
+        for names in (INPUTS, TARGETS)
+    ]
+    if len(found[0]) != 1 or len(found[1]) != 1:
+        return None
+    # Numbers of samples and the like may come along; what has two dimensions or more may be another input.
+    others = [value for key, value in entries.items() if key not in (*found[0], *found[1])]
+    if any(isinstance(value, Tensor) and value.ndim > 1 for value in others):
+        return None
+    return entries[found[0][0]], entries[found[1][0]]

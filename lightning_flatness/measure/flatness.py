@@ -1,0 +1,253 @@
+"""From batches to a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import BatchError
+from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
+from lightning_flatness.layers.live import Listener
+from lightning_flatness.layers.observer import FlatnessObserver, LayerStatistics
+from lightning_flatness.layers.options import MEASURES, Options
+from lightning_flatness.measure.batches import batches_on, split_batch
+from lightning_flatness.measure.metric import FlatnessMetric
+from lightning_flatness.measure.progress import progress_bar
+from lightning_flatness.measure.ranks import gather, own_rank
+from lightning_flatness.model.copy import measuring_device
+from lightning_flatness.model.isolation import random_states_kept
+from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
+
+
+class Measurement:
+    """One measurement in progress: an observer of the model and sums for every layer.
+
+    Args:
+        model: see :class:`~lightning_flatness.FlatnessObserver`.
+        options: its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        >>> measurement = Measurement(net)
+        >>> measurement.update(torch.randn(5, 1, 8, 8))
+        >>> measurement.report().num_samples
+        5
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self._diagonal = Options(**options).diagonal  # refuses what cannot be
+        seed = options.get("seed", 0) + 1000 * own_rank()  # variances add up as probes of ranks are independent
+        self._options = options | {"seed": seed}
+        self._observer = FlatnessObserver(model, **self._options)
+        # Apart, so that passes of our own are certified on their own samples, not on the few of the trial.
+        self._live: FlatnessObserver | None = None
+        self._model = model
+        self._sums: dict[str, LayerStatistics] = {}  # folded
+
+    @property
+    def layers(self) -> Mapping[str, LayerInfo]:
+        """How every layer is measured; empty before the first batch."""
+        own, live = self._observer.layers, {} if self._live is None else self._live.layers
+        return {name: merged([found[name] for found in (own, live) if name in found]) for name in {**own, **live}}
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Layers of ``layers="all"`` that cannot be measured, and why."""
+        return self._observer.left_out or ({} if self._live is None else self._live.left_out)
+
+    def update(
+        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
+    ) -> None:
+        """Add one batch; one without samples adds nothing."""
+        self._add(self._observer.sums(inputs, targets, advance))
+
+    def why_not_live(
+        self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> str:
+        """Why the user's own forward passes cannot be observed; nothing, if they can (see ``FlatnessObserver``)."""
+        observer = FlatnessObserver(self._model, **self._options)
+        reason = observer.why_not_live(inputs, targets, forward)
+        if not reason:
+            self._live = observer
+        return reason
+
+    def listen(self, inputs: Any) -> Listener:
+        """To observe the user's forward pass on these inputs, once :meth:`why_not_live` has returned nothing."""
+        assert self._live is not None
+        return self._live.listen(inputs)
+
+    def update_observed(self, heard: Listener, targets: Tensor | None = None) -> None:
+        """Add a batch that the user's forward pass was observed on.
+
+        Raises:
+            FlatnessError: it was not as in the passes of our own; nothing is added.
+        """
+        assert self._live is not None
+        self._add(self._live.observed_sums(heard, targets))
+
+    def _add(self, found: Mapping[str, LayerStatistics]) -> None:
+        different = sorted(found.keys() ^ self._sums.keys())
+        if found and self._sums and different:
+            raise BatchError(
+                f"Layer '{different[0]}' is measured on some batches and not on others. Name the layers with layers=."
+            )
+        for name, statistics in found.items():
+            self._sums[name] = statistics.plus(self._sums.get(name))
+
+    def _metric(self, info: LayerInfo) -> FlatnessMetric:
+        # Made when asked for: while a model runs there should be no more than the sums. It is on the model's device,
+        # where a backend of torch.distributed that takes no other sums it over ranks.
+        tensor = next(iter(self._model.parameters()), None)
+        device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
+        metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
+        if info.name in self._sums:
+            metric.update(*self._sums[info.name].whole(info, self._diagonal))
+        return metric
+
+    def report(self) -> FlatnessReport:
+        """The flatness over all batches so far, of all ranks. Call it on every rank or on none.
+
+        A rank may have seen no batch. What one rank has labelled is labelled.
+
+        Raises:
+            BatchError: there was no batch on any rank; or ranks have measured different layers.
+        """
+        found = [(layers, left_out) for layers, left_out in gather((self.layers, self.left_out)) if layers]
+        if not found:
+            raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
+        for layers, left_out in found:
+            if layers.keys() != found[0][0].keys():
+                different = sorted(layers.keys() ^ found[0][0].keys())
+                reasons = {**left_out, **found[0][1]}
+                raise BatchError(
+                    f"Layer '{different[0]}' is measured on some ranks and not on others"
+                    + (f" ({reasons[different[0]]})" if different[0] in reasons else "")
+                    + ", since their first batches differ. Name the layers with layers=."
+                )
+        infos = {name: merged([layers[name] for layers, _ in found]) for name in found[0][0]}
+        return FlatnessReport({name: self._layer(info) for name, info in infos.items()}, dict(found[0][1]))
+
+    def _layer(self, info: LayerInfo) -> LayerFlatness:
+        metric = self._metric(info)
+        with metric.sync_context():
+            means = metric.means()
+            measures = {key: float(value) for key, value in measures_of(*means).items()}
+            block_traces, gram = (mean.cpu() for mean in means)
+            standard_errors = metric.standard_errors()
+            num_samples = int(metric.num_samples)
+        return LayerFlatness(
+            block_traces=block_traces,
+            filter_traces=filter_traces(block_traces),
+            filter_flatness=filter_flatness(block_traces, gram),
+            num_samples=num_samples,
+            info=info,
+            standard_errors={key: error for key, error in standard_errors.items() if key in measures},
+            **{"relative_flatness": math.nan, **measures},
+        )
+
+
+def measure_flatness(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: str | Sequence[str] = "last",
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    label_smoothing: float = 0.0,
+    class_weight: Sequence[float] | Tensor | None = None,
+    ignore_index: int = -100,
+    measures: Sequence[str] = MEASURES,
+    tolerance: float = 0.01,
+    residual: Literal["hutchinson"] | None = None,
+    num_probes: int = 16,
+    seed: int = 0,
+    strict: bool = False,
+    dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+    progress: bool | None = None,
+) -> FlatnessReport:
+    """Flatness of convolutions and linear layers over all batches: exact where that is certified, else labelled.
+
+    The model is measured in evaluation mode, whatever mode it is in, and left as it was: weights, gradients, buffers,
+    modes, random states. Batches may have different sizes; every sample counts the same. In a process group of
+    ``torch.distributed`` every rank gives its own batches, or none, and gets the flatness over all: call it on every
+    rank or on none. (An error on one rank leaves the others waiting, as with any collective.)
+
+    Args:
+        model: any module that returns logits ``(N, K)``.
+        batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or inputs alone, where neither the loss's curvature
+            nor a curved activation needs targets. Tensors are moved to the model's device.
+        layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
+            and linear layer that can be measured (``report.left_out`` names the others); or names or glob patterns.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` (several labels, each yes or no; with logits) or
+            ``"mse"``, all averaged as in torch; a loss module of torch with a mean; or a function from ``(logits,
+            targets)`` to the loss of every sample, ``(N,)``, of which the mean is measured.
+        label_smoothing: of cross-entropy; this and the next two as in ``torch.nn.CrossEntropyLoss``.
+        class_weight: of cross-entropy, ``(K,)``.
+        ignore_index: of cross-entropy.
+        measures: without ``"relative_flatness"`` only diagonals of the block traces are kept, which takes less time and
+            memory.
+        tolerance: with 128 classes or more, layers under Gauss-Newton sample the classes that carry little mass, until
+            trace and relative flatness have this relative standard error; such numbers are not called exact. 0, or
+            ``strict``, takes every class.
+        residual: ``"hutchinson"`` estimates the part of the Hessian that Gauss-Newton leaves out, by random probes;
+            ``layer.standard_errors`` tells how well.
+        num_probes: for that, probes for every layer and batch.
+        seed: of the probes.
+        strict: raise an error instead of giving a number that is not the Hessian's.
+        dtype: ``"float32"`` or ``"float64"``, to run copies of weights and batches in; by default the model's own, at
+            least float32. Sums are kept in float64 always.
+        progress: show a progress bar; by default in a terminal.
+
+    Returns:
+        A :class:`~lightning_flatness.FlatnessReport`.
+
+    Raises:
+        FlatnessError: options that cannot be.
+        LayerSelectionError: no such layer, it never runs, does more than convolve, its weight is used elsewhere too,
+            samples mix, or the forward is random.
+        NotExactError: with ``strict``, a number would not be the Hessian's.
+        BatchError: logits, targets or weights that cannot be measured; no batches; no memory.
+
+    Source:
+        Taleghani et al. 2026 (arXiv 2603.09016); Petzka et al. 2021 (arXiv 2001.00939), Definition 3.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        >>> report = measure_flatness(net, [(torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]))])
+        >>> report.layers["0"].exact, report.layers["0"].block_traces.shape
+        (True, torch.Size([1, 4, 4]))
+    """
+    measurement = Measurement(
+        model,
+        layers=layers,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        measures=measures,
+        tolerance=tolerance,
+        residual=residual,
+        num_probes=num_probes,
+        seed=seed,
+        strict=strict,
+        dtype=dtype,
+    )
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(progress))
+        task = bar.add_task("Flatness", total=len(batches) if isinstance(batches, Sized) else None)
+        stack.enter_context(random_states_kept(model))  # a DataLoader draws its seed when it is iterated
+        for index, batch in enumerate(stack.enter_context(closing(batches_on(model, batches)))):
+            inputs, targets = split_batch(batch)
+
+            def advance(part: float, index: int = index) -> None:
+                bar.update(task, completed=index + part)
+
+            measurement.update(inputs, targets, advance)
+            bar.update(task, completed=index + 1)
+    return measurement.report()

@@ -1,0 +1,159 @@
+"""The largest eigenvalue of a layer's Hessian, and its relative variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.functional import largest_eigenvalues
+from lightning_flatness.layers.operators import Operator, operators_of
+from lightning_flatness.layers.options import Options
+from lightning_flatness.layers.passes import ForwardPasses
+from lightning_flatness.measure.batches import batches_on, split_batch
+from lightning_flatness.model.isolation import isolated, random_states_kept
+from lightning_flatness.results import LayerInfo, LayerLambdaMax
+
+
+def measure_lambda_max(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: str | Sequence[str] = "last",
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    label_smoothing: float = 0.0,
+    class_weight: Sequence[float] | Tensor | None = None,
+    ignore_index: int = -100,
+    by_filter: bool = True,
+    tolerance: float = 1e-3,
+    max_products: int = 100,
+    max_gigabytes: float = 2.0,
+    seed: int = 0,
+    strict: bool = False,
+    dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+) -> dict[str, LayerLambdaMax]:
+    """Largest eigenvalue of the Hessian of each layer's kernel, and how it looks relative to the weights.
+
+    The model runs once on every batch; what the products with the Hessian need is kept, so memory grows with the
+    samples: give some hundreds of them. Ranks of a process group are not summed over.
+
+    Args:
+        model: as for :func:`~lightning_flatness.measure_flatness`; so are ``batches``, ``layers`` and the loss.
+        batches: pairs ``(inputs, targets)``.
+        layers: which.
+        loss: which.
+        label_smoothing: of cross-entropy.
+        class_weight: of cross-entropy.
+        ignore_index: of cross-entropy.
+        by_filter: also the largest eigenvalue of every filter's own block, for the neuron-wise variant.
+        tolerance: stop when the residuals are this part of the values.
+        max_products: at most so many products with the Hessian.
+        max_gigabytes: at most this is kept.
+        seed: of the vectors to start with.
+        strict: refuse layers of which only the Gauss-Newton matrix can be had.
+        dtype: as for ``measure_flatness``.
+
+    Returns:
+        A :class:`~lightning_flatness.LayerLambdaMax` for every layer, by name.
+
+    Raises:
+        FlatnessError: as ``measure_flatness``; and what would be kept is too much.
+
+    Source:
+        Petzka et al. 2019 (arXiv 1912.00058) for the relative variants.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        >>> found = measure_lambda_max(net, [(torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]))])
+        >>> found["0"].exact, bool(found["0"].residual_norm <= 1e-3 * found["0"].lambda_max)
+        (True, True)
+    """
+    options = Options(
+        layers=layers,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        tolerance=0.0,
+        seed=seed,
+        strict=strict,
+        dtype=dtype,
+    )
+    if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
+        raise FlatnessError(f"measure_lambda_max: {max_products=} must be one at least, and {tolerance=} positive.")
+    passes = ForwardPasses(model, options)
+    parts: dict[str, list[tuple[float, Operator]]] = {}
+    kernels: dict[str, Tensor] = {}
+    normalizer, num_samples, left = 0.0, 0, max_gigabytes * 1e9
+
+    def keep(seen: Any, advance: Callable[[float], None]) -> None:
+        nonlocal normalizer, num_samples, left
+        for name, operator in operators_of(seen, left, advance).items():
+            parts.setdefault(name, []).append((seen.share, operator))
+            left -= operator.num_bytes
+            kernels[name] = seen.layers[name][0][1].weight.detach()
+        if left < 0:
+            raise BatchError(
+                f"measure_lambda_max keeps more than max_gigabytes={max_gigabytes:g}. Give fewer samples or layers, or "
+                "raise it."
+            )
+        normalizer += seen.share * seen.loss.normalizer
+        num_samples += round(seen.share * seen.loss.num_samples)
+
+    with random_states_kept(model), closing(batches_on(model, batches)) as found:
+        for batch in found:
+            inputs, targets = split_batch(batch)
+            list(passes(inputs, targets, keep))
+    if not normalizer > 0:
+        raise BatchError("No sample was measured, so there are no eigenvalues. Is the data set empty?")
+    infos, common = passes.plan.layers, (normalizer, num_samples, by_filter, tolerance, max_products, seed)
+    with isolated(model):
+        return {name: _lambda_max(infos[name], kernels[name], parts[name], *common) for name in parts}
+
+
+def _lambda_max(
+    info: LayerInfo,
+    kernel: Tensor,
+    parts: Sequence[tuple[float, Operator]],
+    normalizer: float,
+    num_samples: int,
+    by_filter: bool,
+    tolerance: float,
+    max_products: int,
+    seed: int,
+) -> LayerLambdaMax:
+    generator = torch.Generator().manual_seed(seed)
+
+    def start(rows: int) -> Tensor:
+        return torch.randn(rows, kernel.numel() // rows, generator=generator, dtype=torch.float64, device="cpu").to(
+            kernel.device
+        )
+
+    def product(vectors: Tensor, of_filters: bool) -> Tensor:
+        v = vectors.reshape(kernel.shape).to(kernel.dtype)
+        total = torch.zeros_like(vectors)
+        for share, operator in parts:
+            total = total + share / normalizer * operator(v, of_filters).double().reshape(vectors.shape)
+        return total
+
+    whole = largest_eigenvalues(lambda v: product(v, False), start(1), tolerance, max_products)
+    square_norms = kernel.double().flatten(1).square().sum(1)
+    lambda_max = float(whole.values)
+    of_filters, neuronwise = None, float("nan")
+    if by_filter:
+        found = largest_eigenvalues(lambda v: product(v, True), start(len(kernel)), tolerance, max_products)
+        of_filters, neuronwise = found.values.cpu(), float((square_norms * found.values).sum())
+    return LayerLambdaMax(
+        lambda_max=lambda_max,
+        residual_norm=float(whole.residuals),
+        num_products=whole.num_products,
+        layerwise_lambda_max=float(square_norms.sum()) * lambda_max,
+        neuronwise_lambda_max=neuronwise,
+        filter_lambda_max=of_filters,
+        num_samples=num_samples,
+        info=info,
+    )

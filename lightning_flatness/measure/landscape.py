@@ -1,0 +1,329 @@
+"""Loss landscapes: the loss on a line or plane through the weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import FlatnessError, LandscapeError
+from lightning_flatness.functional import NORMALIZATIONS, Direction, Loss, direction_norm, find_loss, inner_product
+from lightning_flatness.layers.options import measuring_dtype
+from lightning_flatness.measure.axes import as_list, check_update, find_axes
+from lightning_flatness.measure.grid import grid
+from lightning_flatness.measure.loss_sums import Data, Sums
+from lightning_flatness.measure.progress import progress_bar
+from lightning_flatness.measure.ranks import gather, own_rank
+from lightning_flatness.measure.spectrum import hessian_spectrum
+from lightning_flatness.model.copy import measured
+from lightning_flatness.model.isolation import isolated
+from lightning_flatness.model.named_tensors import NamedTensors
+from lightning_flatness.model.points import Points
+from lightning_flatness.results import SETTINGS, LandscapeResult
+
+
+def loss_landscape(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    axes: Any = "random",
+    normalize: Literal["none", "weight", "filter", "layer", "model"] | None = None,
+    norm: Literal[1, 2] = 2,
+    biases: Literal["zero", "scaled"] = "zero",
+    update: Literal["add", "adam"] = "add",
+    span: Any = 1.0,
+    steps: int | Sequence[int] = 25,
+    frozen: Sequence[str] = (),
+    batch_norm: Literal["kept", "recomputed"] = "kept",
+    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    label_smoothing: float = 0.0,
+    class_weight: Sequence[float] | Tensor | None = None,
+    ignore_index: int = -100,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    seed: int = 0,
+    dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+    chunk: int | None = None,
+    resume: LandscapeResult | None = None,
+    progress: bool | None = None,
+) -> LandscapeResult:
+    """Mean loss, and accuracy, at ``w + Σ_i α_i d_i`` on a line or a plane through a model's weights ``w``.
+
+    The model runs on copies, in evaluation mode, and is left as it was: weights, gradients, buffers, modes, random
+    states. Batches may have different sizes; every sample counts the same. Points are taken from the middle outwards;
+    an interrupt (Ctrl-C) ends the computation, and what was computed comes back, to go on from with ``resume=``. In a
+    process group of ``torch.distributed`` every rank gives its own batches and gets the losses over all: call it on
+    every rank or on none.
+
+    Args:
+        model: any module that returns logits ``(samples, classes)``.
+        batches: pairs ``(inputs, targets)``, to be gone through many times: a list or a ``DataLoader``. Random numbers
+            are the same every time.
+        axes: ``"random"``, ``"adam"`` or ``"hessian"``, a plane of two such axes; or a list of one (a line) or two
+            (a plane) of these words or of directions, which are mappings from names of parameters or buffers to
+            tensors, or flat tensors. Random: normal numbers, the second orthogonal to the first before it is
+            normalised. Adam: ``exp_avg`` and ``exp_avg_sq`` as the optimizer has them; a line takes the first. Hessian:
+            eigenvectors of the largest eigenvalues, of length 1, with respect to the trainable parameters that are
+            not ``frozen``. Directions: from :func:`~lightning_flatness.
+            direction_between` or :func:`~lightning_flatness.pca_directions`, say.
+        normalize: to the weights, by ``"weight"``, ``"filter"``, ``"layer"`` (every tensor) or ``"model"``; or
+            ``"none"``. By default ``"filter"`` for random axes and ``"none"`` for others. See ``docs/landscape.md``.
+        norm: of the normalisation, L1 or L2.
+        biases: what becomes of parameters with one dimension (biases, BatchNorm) in a direction that is normalised:
+            ``"zero"``, they do not move, as in the paper's code; or ``"scaled"`` like all others.
+        update: ``"add"``, as above; or ``"adam"``, with Adam axes: ``w + α_1 m / (sqrt(α_2 v) + ε)``; a line has
+            ``α_2 = 1``. (But for bias correction and weight decay, the optimizer's next step goes to about ``-lr``
+            along it.) With ``amsgrad``, ``v`` is the largest second moment, by which that step divides.
+        span: of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for every
+            axis. With ``update="adam"`` a number leaves ``α_2`` from 0.1 to 1.9.
+        steps: points along every axis, or one number for each axis; odd, and the model itself is among them.
+        frozen: names or glob patterns of parameters or modules that do not move.
+        batch_norm: ``"kept"``: BatchNorm has the model's statistics everywhere; ``"recomputed"``: at every point those
+            of its weights on these batches, whose averages count every batch the same, as torch's with
+            ``momentum=None``. On several ranks, those of the rank's own batches.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``; a loss module of torch with a mean; or a
+            function from ``(logits, targets)`` to the loss of every sample.
+        label_smoothing: of cross-entropy; this and the next two as in ``torch.nn.CrossEntropyLoss``.
+        class_weight: of cross-entropy, ``(K,)``.
+        ignore_index: of cross-entropy.
+        optimizer: for Adam axes; one, or a list of those that train different parameters.
+        seed: of random axes.
+        dtype: ``"float32"`` or ``"float64"``, to run copies in; by default the model's own, at least float32. Sums
+            are float64.
+        chunk: points that ``torch.func.vmap`` takes at once, where it can; 1 takes them one by one. By default as
+            many as were measured to pay.
+        resume: an earlier result of the same call that is not complete.
+        progress: show a progress bar; by default in a terminal.
+
+    Returns:
+        A :class:`~lightning_flatness.LandscapeResult`; ``complete`` tells whether all points are there. Where the loss
+        is not finite it is kept as it is, with a warning.
+
+    Raises:
+        FlatnessError: arguments that cannot be; all frozen; no moments for Adam axes; batches that can be gone through
+            only once; a ``resume=`` of something else.
+        BatchError: batches, targets or logits that do not fit the loss.
+        LandscapeError: the model or the loss fails at a point; its ``result`` has what was computed.
+
+    Source:
+        Li et al. 2018 (arXiv 1712.09913); Gabdullin 2024 (arXiv 2412.10146) for axes, updates and BatchNorm.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> plane = loss_landscape(net, [(torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1]))], steps=5)
+        >>> plane.losses.shape, bool((plane.losses[2, 2] - plane.origin_loss).abs() < 1e-6)
+        (torch.Size([5, 5]), True)
+    """
+    words = {"normalize": normalize, "norm": norm, "biases": biases, "update": update, "batch_norm": batch_norm}
+    check_landscape_options(words, axes=axes, span=span, steps=steps, seed=seed, dtype=dtype, chunk=chunk)
+    wanted = as_list(axes)
+    coordinates = grid(span, steps, len(wanted), update)
+    criterion = find_loss(loss, label_smoothing, class_weight, ignore_index)
+    precision = measuring_dtype(dtype)
+    tensors = NamedTensors(model)
+    data = Data(model, batches, criterion)
+    patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
+    still = tensors.frozen(patterns)
+    with isolated(model), torch.no_grad():
+        weights = {name: measured(tensors[name].detach(), precision) for name in set(tensors.first_names.values())}
+        moving = [name for name, tensor in tensors.parameters.items() if tensor.requires_grad and name not in still]
+        found = find_axes(
+            wanted,
+            tensors,
+            weights,
+            still,
+            normalize=normalize,
+            norm=norm,
+            biases=biases,
+            update=update,
+            optimizer=optimizer,
+            seed=seed,
+            eigenvectors=lambda number: _eigenvectors(model, batches, criterion, moving, number, seed, precision),
+        )
+        points = Points(model, tensors, found.directions, found.epsilons, precision)
+        origin = data.at_origin(points)
+        directions = found.directions[: len(wanted)]
+        norms = [direction_norm(direction) for direction in directions]
+        result = LandscapeResult(
+            axes=found.names,
+            coordinates=coordinates,
+            losses=_everywhere(coordinates, math.nan),
+            accuracies=None if origin.accuracy is None else _everywhere(coordinates, math.nan),
+            computed=_everywhere(coordinates, False),
+            origin_loss=origin.mean,
+            origin_accuracy=math.nan if origin.accuracy is not None and math.isnan(origin.mean) else origin.accuracy,
+            axis_norms=tuple(norms),
+            cosine=inner_product(*directions) / math.prod(norms) if len(directions) == 2 else math.nan,
+            weight_norm=direction_norm({name: weights[name] for name in tensors.parameters if name not in still}),
+            normalize=", ".join(dict.fromkeys(found.units)),
+            norm=norm,
+            biases=biases,
+            update=update,
+            batch_norm=batch_norm,
+            frozen=patterns,
+            loss=criterion.name,
+            num_samples=origin.num_samples,
+            seed=seed,
+            # Recomputed statistics depend on which samples go together.
+            fingerprint=points.fingerprint(data.batch_sizes if batch_norm == "recomputed" else None),
+        )
+        if resume is not None:
+            _take_over(result, resume)
+        _compute(result, points, data, origin, chunk, progress)
+    return result
+
+
+def _compute(
+    result: LandscapeResult, points: Points, data: Data, origin: Sums, chunk: int | None, progress: bool | None
+) -> None:
+    """Fill in the points that are missing, of all ranks."""
+    losses, computed = result.losses.flatten(), result.computed.flatten()
+    every = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
+    todo = [index for index in _outwards(result.coordinates).tolist() if not computed[index]]
+    size = chunk or data.chunk
+    sums, done = torch.zeros(2, len(losses), dtype=torch.float64), torch.zeros(len(losses), dtype=torch.bool)
+    failure: Exception | None = None
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar(progress))
+        task = bar.add_task("Landscape", total=len(losses), completed=int(computed.sum()))
+        try:
+            for start in range(0, len(todo), size):
+                part = todo[start : start + size]
+                sums[:, part] = data.at(points, every[part], result.batch_norm == "recomputed")
+                for index in part:
+                    if result.batch_norm == "kept" and result.update == "add" and not every[index].any():
+                        data.check(float(sums[0, index]))
+                done[part] = True
+                bar.update(task, advance=len(part))
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            failure = error
+    told = gather((sums, done, None if failure is None else f"{type(failure).__name__}: {failure}"))
+    new = torch.stack([of_rank for _, of_rank, _ in told]).all(0)
+    total = torch.stack([of_rank for of_rank, _, _ in told]).sum(0)
+    # The records' tensors are filled in place: flatten() of what is contiguous is a view.
+    losses[new] = (total[0] / origin.normalizer)[new]
+    computed |= new
+    if result.accuracies is not None:
+        accuracies = torch.where(losses.isnan(), math.nan, total[1] / origin.counted)
+        result.accuracies.flatten()[new] = accuracies[new]
+    reasons = [f"rank {rank}: {reason}" for rank, (_, _, reason) in enumerate(told) if reason]
+    if reasons:
+        raise LandscapeError(
+            f"The landscape failed after {int(computed.sum())} of {len(computed)} points ({'; '.join(reasons)}). What "
+            "was computed is in the error's .result; give it as resume= to go on from there.",
+            result,
+        ) from failure
+    odd = int((computed & ~losses.isfinite()).sum())
+    if odd and own_rank() == 0:
+        warnings.warn(f"{odd} of {len(losses)} points of the landscape have no finite loss.", stacklevel=3)
+
+
+def _take_over(result: LandscapeResult, earlier: LandscapeResult) -> None:
+    """The points of an earlier result.
+
+    Raises:
+        FlatnessError: it is that of other settings, weights, axes, points or data.
+    """
+    if not isinstance(earlier, LandscapeResult):
+        raise FlatnessError(f"resume is a {type(earlier).__name__}; give the LandscapeResult of an earlier call.")
+    different = [name for name in SETTINGS if getattr(result, name) != getattr(earlier, name)]
+    same_points = [torch.equal(*pair) for pair in zip(result.coordinates, earlier.coordinates, strict=False)]
+    if len(result.coordinates) != len(earlier.coordinates) or not all(same_points):
+        different.append("coordinates")
+    same_loss = math.isclose(result.origin_loss, earlier.origin_loss, rel_tol=1e-5, abs_tol=1e-12)
+    both_nan = math.isnan(result.origin_loss) and math.isnan(earlier.origin_loss)
+    if result.num_samples != earlier.num_samples or not (same_loss or both_nan):
+        different.append("data")
+    if different:
+        meant = {"fingerprint": "weights, axes, precision or batches"}
+        named = ", ".join(meant.get(name, name) for name in different)
+        raise FlatnessError(f"resume= is another landscape; it differs in {named}. Call with what it was made with.")
+    result.losses.copy_(earlier.losses)
+    result.computed.copy_(earlier.computed)
+    if result.accuracies is not None and earlier.accuracies is not None:
+        result.accuracies.copy_(earlier.accuracies)
+
+
+def _eigenvectors(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    params: Sequence[str],
+    number: int,
+    seed: int,
+    dtype: torch.dtype | None,
+) -> list[Direction]:
+    """Of the largest eigenvalues of the Hessian with respect to these parameters."""
+    options: dict[str, Any] = {"top_k": number, "num_steps": 1, "num_probes": 1, "seed": seed, "dtype": dtype}
+    spectrum = hessian_spectrum(model, batches, loss=loss, params=params or None, progress=False, **options)
+    if not spectrum.converged and own_rank() == 0:
+        # Between here and the user are the lambda, find_axes and loss_landscape.
+        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=5)
+    if len(spectrum.eigenvalues) < number:
+        raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
+    return [spectrum.eigenvector(index) for index in range(number)]
+
+
+def _everywhere(coordinates: Sequence[Tensor], value: Any) -> Tensor:
+    dtype = torch.bool if isinstance(value, bool) else torch.float64
+    return torch.full([len(axis) for axis in coordinates], value, dtype=dtype)
+
+
+def _outwards(coordinates: Sequence[Tensor]) -> Tensor:
+    """The numbers of the points, from the middle of the grid outwards."""
+    offsets = [torch.linspace(-1, 1, len(axis), dtype=torch.float64) for axis in coordinates]
+    distances = torch.cartesian_prod(*offsets).reshape(-1, len(offsets)).square().sum(1)
+    return distances.round(decimals=9).argsort(stable=True)
+
+
+WORDS: dict[str, tuple[Any, ...]] = {
+    "normalize": (None, *NORMALIZATIONS),
+    "norm": (1, 2),
+    "biases": ("zero", "scaled"),
+    "update": ("add", "adam"),
+    "batch_norm": ("kept", "recomputed"),
+}
+
+
+def check_landscape_options(
+    words: Mapping[str, Any], *, axes: Any, span: Any, steps: Any, seed: Any, dtype: Any, chunk: Any = None
+) -> None:
+    """Refuse options of :func:`loss_landscape` that cannot be, before a model is seen.
+
+    Args:
+        words: ``normalize``, ``norm``, ``biases``, ``update`` and ``batch_norm``, by name.
+        axes: as there; so are all others.
+        span: of the coordinates.
+        steps: points.
+        seed: of random axes.
+        dtype: to measure in.
+        chunk: points at once.
+
+    Raises:
+        FlatnessError: naming the option.
+    """
+    _check_words(**words)
+    _check_numbers(seed, chunk)
+    wanted = as_list(axes)
+    check_update(words["update"], wanted, words["normalize"])
+    grid(span, steps, len(wanted), words["update"])
+    measuring_dtype(dtype)
+
+
+def _check_words(**given: Any) -> None:
+    for name, value in given.items():
+        if not any(type(value) is type(word) and value == word for word in WORDS[name]):
+            raise FlatnessError(f"{name}={value!r} is not known; there are {', '.join(map(repr, WORDS[name]))}.")
+
+
+def _check_numbers(seed: Any, chunk: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise FlatnessError(f"{seed=} must be a whole number, not negative.")
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise FlatnessError(f"{chunk=} must be a whole number of points, one at least, or None.")

@@ -1,0 +1,120 @@
+"""Flatness of one layer as a ``torchmetrics.Metric``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_flatness.errors import BatchError
+from lightning_flatness.functional import measures_of
+from lightning_flatness.layers.options import MEASURES
+
+
+class FlatnessMetric(Metric):
+    """Hessian trace, relative flatness and kin of one layer, from sums over batches, in float64.
+
+    All states are sums over samples, so updates, ranks and merged copies add up, and any split of the samples gives the
+    same number. It takes tensors, never a module; :class:`~lightning_flatness.FlatnessObserver` makes them.
+
+    Args:
+        num_filters: ``S``.
+        groups: ``G`` of the convolution.
+        diagonal: keep the diagonal of the block traces only; there is no relative flatness then.
+        kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        BatchError: in ``update``, shapes that do not fit; in ``compute``, no samples.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_flatness import FlatnessObserver
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        >>> observer, metric = FlatnessObserver(net), FlatnessMetric(num_filters=4)
+        >>> for inputs in torch.randn(3, 5, 1, 8, 8):
+        ...     metric.update(*observer(inputs)["0"])
+        >>> sorted(metric.compute())
+        ['hessian_trace', 'layerwise_flatness', 'neuronwise_flatness', 'relative_flatness', 'weight_norm']
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    block_traces: Tensor
+    weight_gram: Tensor
+    num_samples: Tensor
+    normalizer: Tensor
+    variances: Tensor
+
+    def __init__(self, num_filters: int, groups: int = 1, diagonal: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if groups < 1 or num_filters < 1 or num_filters % groups:
+            raise BatchError(f"num_filters={num_filters} must be a positive multiple of groups={groups}.")
+        shape: tuple[int, ...] = (groups, num_filters // groups)
+        if not diagonal:
+            shape = (*shape, shape[-1])
+        sizes = {
+            "block_traces": shape,
+            "weight_gram": shape,
+            "num_samples": (),
+            "normalizer": (),
+            "variances": (len(MEASURES),),
+        }
+        for name, size in sizes.items():
+            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        block_traces: Tensor,
+        weight_gram: Tensor,
+        num_samples: int,
+        normalizer: float | None = None,
+        variances: Tensor | None = None,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            block_traces: ``(G, S/G, S/G)``, float64, summed over the batch's samples; with ``diagonal``, ``(G, S/G)``.
+            weight_gram: inner products of the filters, same shape.
+            num_samples: in the batch.
+            normalizer: what the sum over samples is to be divided by; the number of samples by default.
+            variances: ``(4,)``, of the four measures of the batch's sum where it is an estimate.
+        """
+        if self.block_traces.dtype != torch.float64:
+            raise BatchError(
+                f"FlatnessMetric was cast to {self.block_traces.dtype}; sums over many batches need float64. Keep it "
+                "off the modules that are cast, and move it with .to(device) only."
+            )
+        for name, value in (("block_traces", block_traces), ("weight_gram", weight_gram)):
+            if value.shape != self.block_traces.shape or value.dtype != torch.float64:
+                raise BatchError(
+                    f"FlatnessMetric.update: {name} is {value.dtype} {tuple(value.shape)}, expected float64 "
+                    f"{tuple(self.block_traces.shape)}."
+                )
+        # Out of place: a state made under inference mode cannot be written to outside it, and others may hold it.
+        self.block_traces = self.block_traces + block_traces.to(self.block_traces)
+        self.weight_gram = torch.add(self.weight_gram, weight_gram.to(self.weight_gram), alpha=num_samples)
+        self.num_samples = self.num_samples + num_samples
+        self.normalizer = self.normalizer + (num_samples if normalizer is None else normalizer)
+        if variances is not None:
+            self.variances = self.variances + variances.to(self.variances)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The measures over all samples, float64 scalars by name."""
+        return measures_of(*self.means())
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """``T`` and the weight Gram matrix, averaged over the samples of the present (local or synced) states."""
+        if not bool(self.normalizer > 0):
+            raise BatchError(
+                "No sample was measured, so there is no flatness. Is the data set empty, or are all targets ignored?"
+            )
+        return self.block_traces / self.normalizer, self.weight_gram / self.num_samples
+
+    def standard_errors(self) -> dict[str, float]:
+        """Of the measures, by name, as far as probes leave them uncertain, in the present states; zero where exact."""
+        errors = (self.variances.sqrt() / self.normalizer).tolist()
+        return dict(zip(MEASURES, errors, strict=True))

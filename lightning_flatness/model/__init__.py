@@ -1,0 +1,1 @@
+"""Running somebody's network without leaving a trace, and what can be read off it."""

@@ -1,0 +1,122 @@
+"""Copies of a model's tensors, in the precision and on the device that they are measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_flatness.errors import LayerSelectionError
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+WITHOUT_FLOAT64 = ("mps",)
+
+
+class ModelCopy:
+    """Runs a model on copies of its parameters and buffers, made once, as they are now.
+
+    No gradient can reach the user's parameters, and a forward that writes to parameters, buffers or inputs writes to
+    copies. The forward is the user's own, called through ``__call__``, so forward hooks run.
+
+    Args:
+        model: the module; enter :func:`isolated` around everything done with the copy.
+        dtype: to compute in, see :func:`measured`.
+
+    Raises:
+        LayerSelectionError: the model is TorchScript or a DataParallel wrapper.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> bool((ModelCopy(model)(torch.ones(3, 2)) == model(torch.ones(3, 2))).all())
+        True
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+            raise LayerSelectionError(
+                f"The model is a {type(model).__name__} (TorchScript or DataParallel), which cannot be observed; pass "
+                "the original module that it was made of."
+            )
+        self._model = model
+        self._dtype = dtype
+        self._copies: dict[int, Tensor] = {}
+        self._slots: dict[str, int] = {}
+        self._buffers: set[int] = set()
+        self.keeps_graph = False  # whether the last call left a graph in a buffer
+        for prefix, module in model.named_modules():
+            tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+            buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+            self._buffers |= {id(buffer) for buffer in buffers.values()}
+            for name, tensor in (tensors | buffers).items():
+                # One copy for each tensor, so that what is tied stays tied.
+                self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
+                if id(tensor) not in self._copies:
+                    self._copies[id(tensor)] = measured(tensor.detach(), dtype).clone()
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """What the model runs on in place of one of its parameters or buffers."""
+        return self._copies[id(tensor)]
+
+    def __call__(
+        self,
+        inputs: Any,
+        replacements: Mapping[nn.Parameter, Tensor] | Mapping[Tensor, Tensor] | None = None,
+        written: Collection[Tensor] = (),
+    ) -> Any:
+        """Call the model on a copy of ``inputs``.
+
+        Args:
+            inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments.
+            replacements: tensors to use in place of some of the parameters and buffers, wherever the model has them.
+            written: buffers whose replacements the forward may write to; of all others it gets a copy in every call.
+        """
+        inputs = apply_to_collection(inputs, Tensor, lambda tensor: measured(tensor, self._dtype).clone())
+        arguments: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        keywords: dict[str, Any] = {}
+        if isinstance(inputs, Mapping):
+            arguments, keywords = (), dict(inputs)
+        tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
+        begun = self._buffers - {id(buffer) for buffer in written}
+        with torch.inference_mode(False):  # they can be in a graph, as the user's can
+            tensors |= {key: tensors[key].clone() for key in begun}  # every call begins with the same
+        substitutes = {name: tensors[key] for name, key in self._slots.items()}
+        # Ties are ours: functional_call would swap a module that has two names twice, and not back.
+        output = functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
+        buffers = [name for name, key in self._slots.items() if key in self._buffers]
+        self.keeps_graph = any(substitutes[name].requires_grad for name in buffers)
+        return output
+
+
+def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor in the type and on the device that it is measured in.
+
+    Half precision is measured in float32, since a Hessian of rounded activations says nothing.
+
+    Args:
+        tensor: any.
+        dtype: of floating point numbers; by default their own, at least float32.
+
+    Example:
+        >>> measured(torch.ones(2, dtype=torch.bfloat16)), measured(torch.tensor([1]), torch.float64)
+        (tensor([1., 1.]), tensor([1]))
+    """
+    tensor = tensor.to(measuring_device(tensor.device))
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype or (torch.float32 if tensor.dtype in HALF else tensor.dtype))
+
+
+def measuring_device(device: torch.device) -> torch.device:
+    """Where a model on this device is measured: there, or, if there is no float64 to keep sums in, on the CPU.
+
+    Example:
+        >>> measuring_device(torch.device("mps"))
+        device(type='cpu')
+    """
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device

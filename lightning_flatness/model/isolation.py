@@ -1,0 +1,208 @@
+"""A forward pass of our own that leaves no trace on the model, its inputs or the random number generators."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
+
+from lightning_flatness.errors import LayerSelectionError
+from lightning_flatness.model.generators import generators_kept
+
+
+def _refuse_sharded(name: str, module: nn.Module) -> None:
+    wrapped = {"FullyShardedDataParallel", "FSDPModule"} & {base.__name__ for base in type(module).__mro__}
+    parameters = list(module.parameters(recurse=False))
+    # Tensor parallelism keeps DTensors, DeepSpeed's stage 3 empty parameters with an id; FSDP does not all the time.
+    if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
+        raise LayerSelectionError(
+            f"The weights of '{name or type(module).__name__}' are sharded over processes (FSDP, tensor parallelism, "
+            "DeepSpeed stage 3), which cannot be measured. Train with strategy='ddp', or load a full checkpoint and "
+            "call measure_flatness."
+        )
+
+
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, full float precision, eager, gradients on; everything is restored on leaving, also on an error.
+
+    Restored: the attributes of every module, ``training`` and backward hooks among them, which do not run meanwhile;
+    the random states of torch (CPU and the model's accelerators), numpy and Python. Inference mode and autocast are
+    left, ``torch.compile``d parts run uncompiled, TF32 (and bfloat16 for float32 on a CPU) is off.
+
+    Raises:
+        LayerSelectionError: the weights are sharded; and, in place of torch's own error, when the model uses gradient
+            checkpointing.
+
+    Example:
+        >>> model = nn.Dropout().train()
+        >>> with isolated(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+    for name, module in model.named_modules():
+        _refuse_sharded(name, module)
+    with ExitStack() as stack:
+        stack.enter_context(differentiable(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the other attention kernels have no second derivative
+        stack.enter_context(untouched(model))
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, CheckpointError) and "Checkpointing is not compatible" not in str(error):
+                raise
+            raise LayerSelectionError(
+                "The model's forward uses gradient checkpointing in evaluation mode, which cannot be observed. Switch "
+                "it off there: checkpoint only `if self.training`."
+            ) from error
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Gradients on, inference mode left, full float precision; what :func:`isolated` does for arithmetic.
+
+    Example:
+        >>> with torch.inference_mode(), differentiable(nn.Identity()):
+        ...     torch.ones(1, requires_grad=True).exp().requires_grad
+        True
+    """
+    device_types = {"cpu"} | {device.type for device in accelerators(model)}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in device_types:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(_full_float32())
+        yield
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, whatever else the modes are; attributes and random states as :func:`isolated` leaves them.
+
+    Example:
+        >>> model = nn.Dropout().train()
+        >>> with untouched(model):
+        ...     model.training
+        False
+    """
+    with random_states_kept(model), _evaluation_mode(model):
+        yield
+
+
+@contextmanager
+def random_states_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the random states of torch (CPU and the model's accelerators), numpy and Python on leaving.
+
+    Generators that the model holds are restored, too.
+
+    Example:
+        >>> with random_states_kept(nn.Identity()):
+        ...     inside = torch.rand(())
+        >>> bool(inside == torch.rand(()))
+        True
+    """
+    numpy = sys.modules.get("numpy")  # user code can draw from numpy only if it was imported
+    numpy_state = numpy.random.get_state() if numpy else None
+    python_state = random.getstate()
+    devices = accelerators(model)
+    with ExitStack() as stack:
+        stack.enter_context(generators_kept(model))
+        for device_type in {device.type for device in devices} or {"cuda"}:
+            alike = [device for device in devices if device.type == device_type]
+            stack.enter_context(torch.random.fork_rng(alike, device_type=device_type))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+def accelerators(model: nn.Module) -> list[torch.device]:
+    """The devices other than the CPU that a model is on, in order.
+
+    Example:
+        >>> accelerators(nn.Linear(2, 1))
+        []
+    """
+    if not _any_accelerator():  # going through all tensors takes a millisecond
+        return []
+    tensors = [*model.parameters(), *model.buffers()]
+    return sorted({tensor.device for tensor in tensors if tensor.device.type != "cpu"}, key=str)
+
+
+@cache
+def _any_accelerator() -> bool:
+    return torch.accelerator.is_available()  # looks for libraries each time
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without backward hooks; every attribute of every module is put back on leaving.
+
+    Attributes that are tensors or lists are copies meanwhile, so that a metric that a forward updates is not.
+    """
+    # The flags are set one by one: ``model.eval()`` would run the user's own ``train()`` overrides. Backward hooks are
+    # put aside, as one that changes gradients would change the derivatives; torch has no public way to do that.
+    modules = list(model.modules())
+    before = [dict(vars(module)) for module in modules]
+    try:
+        for module, attributes in zip(modules, before, strict=True):
+            module.training = False
+            for name, value in attributes.items():
+                if name in BACKWARD_HOOKS and value:
+                    vars(module)[name] = OrderedDict()
+                elif type(value) is list:
+                    vars(module)[name] = list(value)
+                elif isinstance(value, Tensor):
+                    with torch.inference_mode(value.is_inference()):
+                        vars(module)[name] = value.detach().clone()
+        yield
+    finally:
+        for module, attributes in zip(modules, before, strict=True):
+            now = vars(module)
+            for name in [name for name in now if name not in attributes]:
+                del now[name]
+            now.update(attributes)
+
+
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Float32 as it is, not in TF32 or bfloat16 inside: their few bits are errors of 1e-3 in the layer's output."""
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; reading the older names there may raise
+        owners: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul]  # type: ignore[attr-defined]
+        owners += [backends.cudnn.conv, backends.mkldnn.conv]  # type: ignore[attr-defined]
+        before = [owner.fp32_precision for owner in owners]
+        try:
+            for owner in owners:
+                owner.fp32_precision = "ieee"
+            yield
+        finally:
+            for owner, value in zip(owners, before, strict=True):
+                owner.fp32_precision = value
+    else:
+        precision, of_convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        try:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            backends.cudnn.allow_tf32 = of_convolutions

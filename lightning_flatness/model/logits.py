@@ -1,0 +1,52 @@
+"""The logits in what a model returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_flatness.errors import BatchError
+from lightning_flatness.functional.conditions import holds
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits ``(N, K)`` in a model's output: the tensor itself, or its ``logits`` attribute or key.
+
+    Raises:
+        BatchError: there are none, they are not 2-D, or not finite.
+
+    Example:
+        >>> import torch
+        >>> logits_of({"logits": torch.zeros(2, 3)}).shape
+        torch.Size([2, 3])
+    """
+    logits = any_logits_of(output)
+    if not len(logits):
+        raise BatchError("A batch has no samples.")
+    if not holds(logits.isfinite().all()):
+        raise BatchError(
+            "The logits contain NaN or infinity: training has diverged, the inputs do, or classes are masked with "
+            "-inf. The Hessian does not exist there."
+        )
+    return logits
+
+
+def any_logits_of(output: Any) -> Tensor:
+    """As :func:`logits_of`, with values that are not finite, too.
+
+    Raises:
+        BatchError: there are none, or they are not 2-D.
+    """
+    logits = output
+    if not isinstance(output, Tensor):
+        logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise BatchError(
+            f"The model returns a {type(output).__name__}; flatness needs the logits, a tensor of shape "
+            "(samples, classes), or an output with a 'logits' entry. Wrap the model so that it returns them."
+        )
+    if logits.ndim != 2:
+        hint = " Dense prediction (a class for every pixel or token) is not supported." if logits.ndim > 2 else ""
+        raise BatchError(f"The logits have shape {tuple(logits.shape)}; they must be (samples, classes).{hint}")
+    return logits

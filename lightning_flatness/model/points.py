@@ -1,0 +1,180 @@
+"""A model at other weights than its own, on copies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.functional import Direction, adam_step
+from lightning_flatness.model.copy import ModelCopy
+from lightning_flatness.model.logits import any_logits_of
+from lightning_flatness.model.named_tensors import NamedTensors
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+State = dict[Tensor, Tensor]  # by the tensor of the user's model; the first dimension is that of the points
+
+
+class Points:
+    """The model at ``w + Σ_i α_i d_i``, several points at a time; enter :func:`isolated` around all that is done.
+
+    Args:
+        model: any module.
+        tensors: its parameters and buffers by name.
+        axes: the directions ``d_i``; a tensor that is in none of them stays.
+        epsilons: if given, the axes are Adam's moments ``m`` and ``v``, ``ε`` is found here by name, and the points are
+            ``w + α_1 m / (sqrt(α_2 v) + ε)``.
+        dtype: to run copies in.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> points = Points(model, NamedTensors(model), [{"weight": torch.ones(1, 2)}])
+        >>> state = points.at(torch.tensor([[0.0], [1.0]]))
+        >>> (points.logits(state, torch.ones(1, 2)).diff(dim=0) - 2).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: NamedTensors,
+        axes: Sequence[Direction],
+        epsilons: Mapping[str, float] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._copy = ModelCopy(model, dtype)
+        self._tensors, self._axes, self._epsilons = tensors, axes, epsilons
+        self._moving = [name for name in tensors.first_names if any(name in axis for axis in axes)]
+        self._norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and _tracks(module)]
+        self._vectorized = True
+        synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+        self._synchronized = synchronized[0] if synchronized else None
+
+    def fingerprint(self, batches: object = None) -> str:
+        """A digest of the model's tensors, of the axes and of Adam's ``ε``, and of what is said of the batches."""
+        digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
+        for name in sorted(set(self._tensors.first_names.values())):
+            digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
+        for axis in self._axes:
+            for name, tensor in axis.items():
+                digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        if self._epsilons is not None:
+            digest.update(repr(sorted(self._epsilons.items())).encode())
+        return digest.hexdigest()
+
+    def at(self, coordinates: Tensor) -> State:
+        """The tensors that move, at points with these coordinates ``(points, axes)``."""
+        state: State = {}
+        for name in self._moving:
+            tensor = self._tensors[name]
+            own = self._copy.copy_of(tensor)
+            alphas = coordinates.to(own.device, torch.float64).reshape(*coordinates.shape, *[1] * own.ndim)
+            state[tensor] = (own.double() + self._displacement(name, alphas)).to(own.dtype)
+        return state
+
+    def _displacement(self, name: str, alphas: Tensor) -> Tensor:
+        if self._epsilons is not None:
+            first, second = (axis[name].double() for axis in self._axes)
+            scale = alphas[:, 1] if alphas.shape[1] > 1 else torch.ones_like(alphas[:, 0])
+            return alphas[:, 0] * adam_step(first, second, scale, self._epsilons[name])
+        # One after the other in float64: a point with a single α = 1 is the end of its direction, but for rounding.
+        return sum(
+            (alphas[:, index] * axis[name].double() for index, axis in enumerate(self._axes) if name in axis),
+            torch.zeros((), dtype=torch.float64, device=alphas.device),
+        )
+
+    def logits(self, state: State, inputs: Any) -> Tensor:
+        """``(points, samples, classes)``, at the points of a state.
+
+        Raises:
+            BatchError: the model returns something else than logits.
+        """
+        found = self._mapped(lambda one: any_logits_of(self._copy(inputs, one)), state)
+        return found if isinstance(found, Tensor) else torch.stack(found)
+
+    def own_logits(self, inputs: Any) -> Tensor:
+        """``(samples, classes)``, of the model as it is."""
+        return any_logits_of(self._copy(inputs))
+
+    def recompute_statistics(self, state: State, batches: Iterable[Any]) -> State:
+        """The state with the BatchNorm statistics that its weights have on the inputs of these batches.
+
+        They are the averages over batches, each counting the same, of the means and unbiased variances of every batch,
+        as torch makes them with ``momentum=None`` from reset ones; all else is in evaluation mode.
+
+        Raises:
+            FlatnessError: BatchNorm that is synchronized between processes; a batch too small to have a variance.
+        """
+        if self._synchronized is not None:
+            raise FlatnessError(
+                f"batch_norm='recomputed' is not possible with SyncBatchNorm ('{self._synchronized}'), whose processes "
+                "wait for each other in every forward; use 'kept', or a model with BatchNorm."
+            )
+        if not self._norms:
+            return state
+        number = len(next(iter(state.values())))
+        written: State = {}
+        for norm in self._norms:
+            for buffer, value in ((norm.running_mean, 0.0), (norm.running_var, 1.0)):
+                assert buffer is not None
+                written[buffer] = (
+                    torch.full_like(self._copy.copy_of(buffer), value).expand(number, *buffer.shape).clone()
+                )
+        for index, inputs in enumerate(batches):
+            with _averaging(self._norms, 1 / (index + 1)):
+                written = self._statistics({**state, **written}, list(written), inputs)
+        return {**state, **written}
+
+    def _statistics(self, state: State, buffers: Sequence[Tensor], inputs: Any) -> State:
+        def forward(one: State) -> tuple[Tensor, ...]:
+            one = {**one, **{buffer: one[buffer].clone() for buffer in buffers}}
+            self._copy(inputs, one, written=buffers)
+            return tuple(one[buffer] for buffer in buffers)
+
+        try:
+            found = self._mapped(forward, state)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise BatchError(
+                "batch_norm='recomputed': a batch has one value for every channel only, which has no variance; give "
+                "larger batches, without a last one of one sample (drop_last=True)."
+            ) from error
+        parts = found if isinstance(found, tuple) else tuple(torch.stack(part) for part in zip(*found, strict=True))
+        return dict(zip(buffers, parts, strict=True))
+
+    def _mapped(self, function: Callable[[State], Any], state: State) -> Any:
+        """What a function gives at every point: by ``vmap`` where that works, else as a list."""
+        keys, number = list(state), len(next(iter(state.values())))
+        if self._vectorized and number > 1:
+            try:
+                return vmap(lambda *parts: function(dict(zip(keys, parts, strict=True))))(*state.values())
+            except Exception:
+                # Not every forward goes through vmap, and memory may not do for all points; an error that is the
+                # model's own comes again.
+                self._vectorized = False
+        return [function({key: tensor[index] for key, tensor in state.items()}) for index in range(number)]
+
+
+def _tracks(norm: Any) -> bool:
+    return norm.running_mean is not None and norm.running_var is not None
+
+
+@contextmanager
+def _averaging(norms: Sequence[Any], factor: float) -> Iterator[None]:
+    """Training mode of these modules, with ``momentum = factor``."""
+    before = [(norm, norm.training, norm.momentum) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.momentum = True, factor
+        yield
+    finally:
+        for norm, training, momentum in before:
+            norm.training, norm.momentum = training, momentum

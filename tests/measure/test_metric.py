@@ -1,0 +1,376 @@
+"""The contract of a torchmetrics.Metric, and sums over batches and ranks."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+import lightning_flatness as lf
+from lightning_flatness.measure import measurement
+from lightning_flatness.measure.flatness import Measurement
+
+STATES = ("block_traces", "weight_gram", "num_samples", "normalizer", "variances")
+
+
+def batch_statistics(seed, num_samples, filters=4, groups=2):
+    """Sums over ``num_samples`` samples: traces that differ from batch to batch, the Gram matrix of one kernel."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (groups, filters // groups, filters // groups)
+    kernel = torch.randn(groups, filters // groups, 3, generator=torch.Generator().manual_seed(99)).double()
+    traces = num_samples * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return traces, kernel @ kernel.mT, num_samples
+
+
+BATCHES = [batch_statistics(0, 7), batch_statistics(1, 3), batch_statistics(2, 5)]
+
+
+def filled(batches=BATCHES, **kwargs):
+    metric = lf.FlatnessMetric(num_filters=4, groups=2, **kwargs)
+    for batch in batches:
+        metric.update(*batch)
+    return metric
+
+
+def assert_same_values(found, expected, **tolerance):
+    tolerance = tolerance or {"rtol": 1e-12, "atol": 1e-14}
+    assert found.keys() == expected.keys()
+    assert_close(found, expected, **tolerance)
+
+
+def test_values_are_means_over_samples():
+    samples = 7 + 3 + 5
+    traces = sum(batch[0] for batch in BATCHES) / samples
+    gram = BATCHES[0][1]
+    values = filled().compute()
+    assert_close(values["hessian_trace"], torch.einsum("gss->", traces))
+    assert_close(values["relative_flatness"], (traces * gram).sum())
+    assert_close(values["neuronwise_flatness"], torch.einsum("gss,gss->", traces, gram))
+    assert_close(values["layerwise_flatness"], torch.einsum("gss->", traces) * torch.einsum("gss->", gram))
+    assert_close(values["weight_norm"], torch.einsum("gss->", gram).sqrt())
+    assert {value.dtype for value in values.values()} == {torch.float64}
+
+
+# ------------------------------------------------------------------------------------------------------------ contract
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy, lambda m: m.clone()],
+    ids=["pickle", "deepcopy", "clone"],
+)
+def test_copies_carry_the_states_and_live_on_their_own(copied):
+    metric = filled(BATCHES[:2])
+    twin = copied(metric)
+    assert_same_values(twin.compute(), metric.compute(), rtol=0, atol=0)
+    before = metric.compute()
+    twin.update(*BATCHES[2])
+    assert_same_values(twin.compute(), filled().compute())
+    assert_same_values(metric.compute(), before, rtol=0, atol=0)
+
+
+def test_reset_forgets_everything():
+    metric = filled()
+    metric.reset()
+    with pytest.raises(lf.BatchError, match="No sample was measured"):
+        metric.means()
+    metric.update(*BATCHES[0])
+    assert_same_values(metric.compute(), filled(BATCHES[:1]).compute(), rtol=0, atol=0)
+
+
+def test_reset_restores_the_defaults_unharmed():
+    metric = filled()
+    metric.reset()
+    assert all(not getattr(metric, name).any() for name in STATES)
+
+
+def test_merged_states_add_up():
+    metric = filled(BATCHES[:2])
+    metric.merge_state(filled(BATCHES[2:]))
+    assert_same_values(metric.compute(), filled().compute())
+
+
+def test_forward_gives_the_batch_and_keeps_the_whole():
+    metric = lf.FlatnessMetric(num_filters=4, groups=2)
+    for batch in BATCHES:
+        assert_same_values(metric(*batch), filled([batch]).compute())
+    assert_same_values(metric.compute(), filled().compute())
+
+
+def test_hash_tells_metrics_apart():
+    first, second = filled(), filled()
+    assert hash(first) == hash(first)
+    assert hash(first) != hash(second)
+    assert len({first, second}) == 2
+
+
+def test_checkpoints_stay_small():
+    assert filled().state_dict() == {}
+    assert lf.FlatnessMetric(4).load_state_dict({}).missing_keys == []
+
+
+def test_states_are_float64_sums():
+    metric = filled()
+    assert set(metric.metric_state) == set(STATES)
+    assert {getattr(metric, name).dtype for name in STATES} == {torch.float64}
+    assert metric.num_samples == 15
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), order=st.randoms(use_true_random=False))
+def test_shards_equal_the_whole(sizes, order):
+    batches = [batch_statistics(seed, size) for seed, size in enumerate(sizes)]
+    whole = filled(batches).compute()
+    order.shuffle(batches)
+    assert_same_values(filled(batches).compute(), whole)
+    merged = filled(batches[:1])
+    for batch in batches[1:]:
+        merged.merge_state(filled([batch]))
+    assert_same_values(merged.compute(), whole)
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+def test_compute_without_samples_is_refused():
+    with (
+        pytest.warns(UserWarning, match="compute.*before the.*update"),
+        pytest.raises(lf.BatchError, match="No sample was measured"),
+    ):
+        lf.FlatnessMetric(num_filters=4).compute()
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["block_traces", "weight_gram"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda t: t[0], lambda t: t[:, :1], lambda t: t.flatten(0, 1)[None], lambda t: t.float(), lambda t: t.long()],
+    ids=["2-D", "filters", "groups", "float32", "integers"],
+)
+def test_wrong_shapes_and_dtypes_are_refused(position, spoil):
+    metric = filled(BATCHES[:1])
+    spoilt = list(BATCHES[1])
+    spoilt[position] = spoil(spoilt[position])
+    name = ("block_traces", "weight_gram")[position]
+    with pytest.raises(lf.BatchError, match=rf"{name} is .*expected float64 \(2, 2, 2\)"):
+        metric.update(*spoilt)
+    assert_close(metric.metric_state, filled(BATCHES[:1]).metric_state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("filters", "groups"), [(4, 3), (0, 1), (4, 0), (-4, 2), (2, 4)])
+def test_filters_that_do_not_divide_into_groups_are_refused(filters, groups):
+    with pytest.raises(lf.BatchError, match=f"num_filters={filters} must be a positive multiple of groups={groups}"):
+        lf.FlatnessMetric(num_filters=filters, groups=groups)
+
+
+# ------------------------------------------------------------------------------------------------- precision and modes
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.half(),
+        lambda m: m.float(),
+        lambda m: m.bfloat16(),
+        lambda m: m.type(torch.float16),
+    ],
+    ids=["half", "float", "bfloat16", "type"],
+)
+def test_states_stay_float64_when_a_module_is_converted(convert):
+    metric = convert(filled(BATCHES[:2]))
+    metric.update(*BATCHES[2])
+    assert {getattr(metric, name).dtype for name in STATES} == {torch.float64}
+    assert_same_values(metric.compute(), filled().compute(), rtol=0, atol=0)
+    metric.reset()
+    metric.update(*BATCHES[0])
+    assert_same_values(metric.compute(), filled(BATCHES[:1]).compute(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to(torch.float32),
+        lambda m: nn.ModuleDict({"metric": m}).to(torch.bfloat16)["metric"],
+    ],
+    ids=["to bfloat16", "to float32", "to bfloat16 in a module"],
+)
+def test_a_cast_that_torchmetrics_lets_through_is_refused_at_the_next_update(convert):
+    metric = convert(filled(BATCHES[:2]))
+    with pytest.raises(lf.BatchError, match="was cast to .*float64"):
+        metric.update(*BATCHES[2])
+
+
+def test_moving_keeps_states():
+    assert_same_values(filled().to("cpu").compute(), filled().compute(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("outside_first", [True, False])
+def test_updates_inside_and_outside_inference_mode_mix(outside_first):
+    metric = lf.FlatnessMetric(num_filters=4, groups=2)
+    if outside_first:
+        metric.update(*BATCHES[0])
+    with torch.inference_mode():
+        metric.update(*(part.clone() if isinstance(part, torch.Tensor) else part for part in BATCHES[1]))
+    if not outside_first:
+        metric.update(*BATCHES[0])
+    metric.update(*BATCHES[2])
+    assert_same_values(metric.compute(), filled().compute())
+
+
+def test_created_and_reset_inside_inference_mode():
+    with torch.inference_mode():
+        metric = filled(BATCHES[:1])
+        metric.reset()
+        metric.update(*BATCHES[0])
+        metric.compute()
+    metric.update(*BATCHES[1])
+    metric.update(*BATCHES[2])
+    assert_same_values(metric.compute(), filled().compute())
+
+
+def test_values_carry_no_graph():
+    traces, gram, samples = BATCHES[0]
+    metric = lf.FlatnessMetric(num_filters=4, groups=2)
+    metric.update(traces.clone().requires_grad_(), gram, samples)
+    assert not any(value.requires_grad for value in metric.compute().values())
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+
+class Ranks:
+    """Two metrics that see each other's states as if they were on two ranks; ``sync_options`` make a metric a rank."""
+
+    def __init__(self):
+        self.metrics = []
+
+    def sync_options(self):
+        return {"distributed_available_fn": lambda: True, "dist_sync_fn": self.gather}
+
+    def gather(self, tensor, group=None):
+        states = [metric.metric_state for metric in self.metrics]
+        (name,) = {name for state in states for name, value in state.items() if value is tensor}
+        return [state[name] for state in states]
+
+
+def test_synced_ranks_equal_the_whole():
+    ranks = Ranks()
+    ranks.metrics = [filled(part, **ranks.sync_options()) for part in (BATCHES[:1], BATCHES[1:])]
+    for metric, part in zip(ranks.metrics, (BATCHES[:1], BATCHES[1:]), strict=True):
+        assert_same_values(metric.compute(), filled().compute())
+        # Afterwards a rank has its own sums again, so that it can go on.
+        assert_close(metric.metric_state, filled(part).metric_state, rtol=0, atol=0)
+
+
+def test_means_of_synced_states_are_those_of_the_whole():
+    ranks = Ranks()
+    ranks.metrics = [filled(part, **ranks.sync_options()) for part in (BATCHES[:1], BATCHES[1:])]
+    with ranks.metrics[0].sync_context(dist_sync_fn=ranks.gather):
+        synced = ranks.metrics[0].means()
+    assert_close(synced, filled().means(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_rank_without_samples_does_not_matter():
+    ranks = Ranks()
+    ranks.metrics = [filled(**ranks.sync_options()), filled([], **ranks.sync_options())]
+    assert_same_values(ranks.metrics[0].compute(), filled().compute(), rtol=0, atol=0)
+
+
+def test_measurements_on_two_ranks_report_the_whole(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).double()
+    x, y = torch.randn(10, 2, 6, 6).double(), torch.arange(10) % 4
+    whole = lf.measure_flatness(net, [(x, y)])
+
+    measurements = on_two_ranks(monkeypatch, net)
+    measurements[0].update(x[:7], y[:7])
+    measurements[1].update(x[7:], y[7:])
+    for report in (rank.report() for rank in measurements):
+        assert_same_layer(report.layers["0"], whole.layers["0"])
+
+
+def on_two_ranks(monkeypatch, net):
+    """Two measurements that tell each other what they measure, as if they were on two ranks."""
+    ranks = Ranks()
+
+    class RankMetric(lf.FlatnessMetric):
+        def __init__(self, *args):
+            super().__init__(*args, **ranks.sync_options())
+            ranks.metrics.append(self)
+
+        def sync_context(self, dist_sync_fn=ranks.gather, **kwargs):
+            return super().sync_context(dist_sync_fn, **kwargs)
+
+    monkeypatch.setattr(measurement, "FlatnessMetric", RankMetric)
+    measurements = [Measurement(net), Measurement(net)]
+    monkeypatch.setattr(measurement, "gather", lambda own: [(rank.layers, rank.left_out) for rank in measurements])
+
+    made, own = {}, Measurement._metric
+
+    def of_all_ranks(self, info):
+        """The metric of one rank, when all have made theirs, as in a report they all do."""
+        for rank in measurements:
+            if (rank, info.name) not in made:
+                made[rank, info.name] = own(rank, info)
+        return made[self, info.name]
+
+    monkeypatch.setattr(Measurement, "_metric", of_all_ranks)
+    return measurements
+
+
+def assert_same_layer(found, expected):
+    assert found.num_samples == 10
+    for name in ("block_traces", "filter_traces", "filter_flatness"):
+        assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-14)
+    for name in ("hessian_trace", "relative_flatness", "neuronwise_flatness", "layerwise_flatness", "weight_norm"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12)
+
+
+def small_network(activation=nn.SiLU):
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    ).double()
+
+
+def test_a_rank_without_batches_reports_the_whole(monkeypatch):
+    net, x, y = small_network(), torch.randn(10, 2, 6, 6).double(), torch.arange(10) % 4
+    whole = lf.measure_flatness(net, [(x, y)])
+    measurements = on_two_ranks(monkeypatch, net)
+    measurements[0].update(x, y)
+    assert_same_layer(measurements[1].report().layers["0"], whole.layers["0"])
+
+
+def test_what_one_rank_has_labelled_is_labelled_on_all(monkeypatch):
+    net, x, y = small_network(), torch.randn(10, 2, 6, 6).double(), torch.arange(10) % 4
+    measurements = on_two_ranks(monkeypatch, net)
+    for rank in measurements:
+        rank.update(x, y)
+    labelled = replace(measurements[1].layers["0"], exact=False, method="gauss_newton", reason="of rank 1")
+    found = [({"0": measurements[0].layers["0"]}, {}), ({"0": labelled}, {})]
+    monkeypatch.setattr(measurement, "gather", lambda own: found)
+    assert measurements[0].report().layers["0"].info.reason == "of rank 1"
+
+
+def test_ranks_that_measure_other_layers_are_refused(monkeypatch):
+    net, x, y = small_network(nn.ReLU), torch.randn(10, 2, 6, 6).double(), torch.arange(10) % 4
+    measurements = on_two_ranks(monkeypatch, net)
+    for rank in measurements:
+        rank.update(x, y)
+    found = [({"0": measurements[0].layers["0"]}, {"4": "for a reason"}), ({"0": None, "4": None}, {})]
+    monkeypatch.setattr(measurement, "gather", lambda own: found)
+    with pytest.raises(lf.BatchError, match=r"'4' is measured on some ranks and not on others \(for a reason\)"):
+        measurements[0].report()
+
+
+def test_a_metric_fed_by_an_observer_is_a_measurement():
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).double()
+    x, y = torch.randn(10, 2, 6, 6).double(), torch.arange(10) % 4
+    observer, metric = lf.FlatnessObserver(net), lf.FlatnessMetric(num_filters=6)
+    for part in (slice(7), slice(7, 10)):
+        metric.update(*observer(x[part], y[part])["0"])
+    report = lf.measure_flatness(net, [(x, y)])
+    for name, value in metric.compute().items():
+        assert float(value) == pytest.approx(getattr(report.layers["0"], name), rel=1e-12)
