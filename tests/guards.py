@@ -57,7 +57,7 @@ class Guard:
         return source.replace(self.before, self.after)
 
 
-NO_TRACE = "capture/test_no_trace.py::"
+NO_TRACE = "properties/test_no_trace.py::"
 AS_IT_WAS = f"{NO_TRACE}test_everything_is_as_it_was"
 IN_A_MODE = f"{NO_TRACE}test_numbers_do_not_depend_on_the_mode_around"
 CALLBACK = "callbacks/test_flatness_callback.py::"
@@ -69,7 +69,7 @@ ON_ERROR = "callbacks/test_on_error.py::"
 STOPPING = "callbacks/test_flatness_stopping.py::"
 METRIC = "measure/test_metric.py::"
 LIVE = "callbacks/test_live.py::"
-LIVE_PASS = "capture/test_live.py::"
+LIVE_PASS = "layers/test_live.py::"
 EPOCHS = "callbacks/test_at_epochs.py::"
 SPECTRUM = "callbacks/test_spectrum_callback.py::"
 LANDSCAPE = "callbacks/test_landscape_callback.py::"
@@ -88,7 +88,7 @@ ISOLATION = [
         "model/isolation.py",
         "module.training = False",
         "pass",
-        "test_invariances.py::test_dropout_and_training_flags_do_not_matter",
+        "properties/test_invariances.py::test_dropout_and_training_flags_do_not_matter",
     ),
     Guard(
         "backward hooks are put aside",
@@ -186,14 +186,14 @@ ISOLATION = [
         "model/isolation.py",
         "stack.enter_context(sdpa_kernel(SDPBackend.MATH))",
         "pass",
-        "test_residual.py::test_attention_has_a_second_derivative",
+        "layers/test_residual.py::test_attention_has_a_second_derivative",
     ),
     Guard(
         "gradient checkpointing is refused by name",
         "model/isolation.py",
         'if not isinstance(error, CheckpointError) and "Checkpointing is not compatible" not in str(error):',
         "if True:",
-        "capture/test_certificates.py::test_gradient_checkpointing_is_refused_with_a_remedy",
+        "layers/certificates/test_all.py::test_gradient_checkpointing_is_refused_with_a_remedy",
     ),
     Guard(
         "every call begins with the same buffers",
@@ -228,56 +228,56 @@ ISOLATION = [
         "model/copy.py",
         "(torch.float32 if tensor.dtype in HALF else tensor.dtype)",
         "tensor.dtype",
-        "test_precision.py::test_half_precision_is_measured_in_float32",
+        "properties/test_precision.py::test_half_precision_is_measured_in_float32",
     ),
     Guard(
         "dtype=",
         "model/copy.py",
         "tensor.to(dtype or (torch.float32 if tensor.dtype in HALF else tensor.dtype))",
         "tensor.to(torch.float32 if tensor.dtype in HALF else tensor.dtype)",
-        "test_precision.py::test_any_precision_is_measured_in_float64",
+        "properties/test_precision.py::test_any_precision_is_measured_in_float64",
     ),
     Guard(
         "a device without float64",
         "model/copy.py",
         'return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device',
         "return device",
-        "test_precision.py::test_devices_without_float64_are_known",
+        "properties/test_precision.py::test_devices_without_float64_are_known",
     ),
     Guard(
         "sharded weights are refused",
         "model/isolation.py",
         "        _refuse_sharded(name, module)\n",
         "        pass\n",
-        "test_bad_input.py::test_sharded_weights",
+        "properties/test_refusals.py::test_sharded_weights",
     ),
     Guard(
         "out of memory: halves",
         "layers/passes.py",
         "if not is_out_of_memory(error):",
         "if True:",
-        "test_memory.py::test_when_memory_runs_out_halves_are_measured",
+        "layers/test_parts.py::test_when_memory_runs_out_halves_are_measured",
     ),
     Guard(
         "changes in place are refused by name",
         "layers/passes.py",
         'if "modified by an inplace operation" in str(error):',
         "if False:",
-        "capture/test_loopholes.py::test_inputs_that_are_changed_in_place_afterwards",
+        "layers/certificates/test_loopholes.py::test_inputs_that_are_changed_in_place_afterwards",
     ),
     Guard(
         "casts in the forward are refused by name",
         "layers/passes.py",
         'if not is_out_of_memory(error) and "type" in str(error) and self._is_cast:',
         "if False:",
-        "test_bad_input.py::test_forward_that_casts_to_half_precision",
+        "properties/test_refusals.py::test_forward_that_casts_to_half_precision",
     ),
     Guard(
         "a random forward is refused",
         "layers/passes.py",
         "_certify_deterministic(self._execution.logits[start : start + rows], logits[:rows].detach())",
         "pass",
-        "capture/test_certificates.py::test_noise_in_the_forward_is_refused",
+        "layers/certificates/test_all.py::test_noise_in_the_forward_is_refused",
     ),
 ]
 
@@ -322,7 +322,7 @@ OBSERVATION = [
         "layers/recording.py",
         "return output.clone()",
         "return output",
-        "test_exactness.py::test_random_networks_match_the_autograd_hessian",
+        "properties/test_exactness.py::test_random_networks_match_the_autograd_hessian",
     ),
 ]
 
@@ -353,21 +353,21 @@ METRICS = [
         "layers/observer.py",
         "with torch.inference_mode(False):\n            if diagonal:",
         "if True:\n            if diagonal:",
-        "capture/test_observer.py::test_under_inference_mode_it_is_the_same",
+        "layers/test_observer.py::test_under_inference_mode_it_is_the_same",
     ),
     Guard(
         "what an observer returns is its caller's",
         "layers/observer.py",
         "weight_gram=self.weight_gram.clone()",
         "weight_gram=self.weight_gram",
-        "capture/test_observer.py::test_what_is_returned_may_be_written_to",
+        "layers/test_observer.py::test_what_is_returned_may_be_written_to",
     ),
     Guard(
         "what lies there between batches is small",
         "functional/symmetric.py",
         "return torch.cat([symmetric[:, row : row + size, row:].flatten(1)",
         "return torch.cat([symmetric[:, row : row + size].flatten(1)",
-        "test_memory.py::test_between_batches_there_are_halves_of_symmetric_matrices",
+        "layers/test_parts.py::test_between_batches_there_are_halves_of_symmetric_matrices",
     ),
     Guard(
         "a rank without batches",
@@ -1159,7 +1159,7 @@ LIVE_FORWARDS = [
         "layers/passes.py",
         "_certify_deterministic(self._execution.logits[:rows], logits_of(self._copy(inputs))[:rows].detach())",
         "pass",
-        "test_memory.py::test_what_is_random_or_of_the_batch_is_refused_in_parts",
+        "layers/test_parts.py::test_what_is_random_or_of_the_batch_is_refused_in_parts",
     ),
     Guard(
         "classes that are left out are few",
@@ -1208,56 +1208,56 @@ LIVE_FORWARDS = [
         "layers/closed_form.py",
         "operations is not None and before.operations == operations",
         "operations is not None",
-        "capture/test_certificates.py::test_a_tail_that_becomes_another_is_certified_anew",
+        "layers/certificates/test_all.py::test_a_tail_that_becomes_another_is_certified_anew",
     ),
     Guard(
         "a tail is certified in full again and again",
         "layers/closed_form.py",
         "if before.batches < FULL_EVERY:",
         "if True:",
-        "capture/test_certificates.py::test_a_tail_is_certified_in_full_again_and_again",
+        "layers/certificates/test_all.py::test_a_tail_is_certified_in_full_again_and_again",
     ),
     Guard(
         "whether the logits are affine is certified by numbers again and again",
         "layers/plan.py",
         "or self._parts % FULL_EVERY == 0 or",
         "or",
-        "capture/test_loopholes.py::test_hooks_that_curve_later_are_noticed_in_the_end",
+        "layers/certificates/test_loopholes.py::test_hooks_that_curve_later_are_noticed_in_the_end",
     ),
     Guard(
         "functions that may curve are certified by numbers on all samples",
         "layers/plan.py",
         " or not cannot_curve(logits):",
         ":",
-        "capture/test_loopholes.py::test_curvature_that_only_later_samples_show",
+        "layers/certificates/test_loopholes.py::test_curvature_that_only_later_samples_show",
     ),
     Guard(
         "a product of two that depend on the layer is no linear function",
         "model/graph.py",
         "(kind in LINEAR_IN_ONE and len(following) == 1)",
         "kind in LINEAR_IN_ONE",
-        "capture/test_loopholes.py::test_curvature_that_only_later_samples_show[product]",
+        "layers/certificates/test_loopholes.py::test_curvature_that_only_later_samples_show[product]",
     ),
     Guard(
         "a custom function is known by its numbers, not by its name",
         "model/graph.py",
         "if not linear or isinstance(node, BackwardCFunction) or",
         "if not linear or",
-        "capture/test_loopholes.py::test_curvature_that_only_later_samples_show[custom]",
+        "layers/certificates/test_loopholes.py::test_curvature_that_only_later_samples_show[custom]",
     ),
     Guard(
         "a normalisation by statistics of the sample curves",
         "model/graph.py",
         ' or getattr(node, "_saved_training", False):',
         ":",
-        "capture/test_loopholes.py::test_curvature_that_only_later_samples_show[instance norm]",
+        "layers/certificates/test_loopholes.py::test_curvature_that_only_later_samples_show[instance norm]",
     ),
     Guard(
         "entries that indices move are certified with every batch",
         "model/graph.py",
         "or any(word in node.name() for word in MOVING)",
         "",
-        "capture/test_certificates.py::test_channels_that_are_moved_by_indices",
+        "layers/certificates/test_all.py::test_channels_that_are_moved_by_indices",
     ),
     Guard(
         "live: a pass of our own where the user's is of no use",

@@ -1,8 +1,8 @@
-"""The list of guards is in step with the source, with the tests and with the README; ``make guards`` takes them out."""
+"""The list of guards is in step with the source and with the tests; ``make guards`` takes them out."""
 
 import pytest
 
-from tests.guards import GUARDS, ROOT, Guard, markdown
+from tests.guards import GUARDS, ROOT, Guard
 
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.what)
@@ -24,8 +24,3 @@ def test_a_guard_that_is_out_of_date_is_named(before):
     guard = Guard("flags", "model/isolation.py", before, "", "test_guards.py")
     with pytest.raises(ValueError, match=r"'flags' is out of date.*occurs \d times in .*isolation.py"):
         guard.removed_from("import torch\nimport torch\n")
-
-
-def test_the_readme_lists_the_guards():
-    readme = (ROOT / "tests" / "README.md").read_text()
-    assert readme.rstrip().endswith(markdown()), "python tests/guards.py --table prints the table"

@@ -7,40 +7,9 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.testing import assert_matches_oracle
-from tests.networks import randomise_statistics
+from tests.torchvision_models import CURVED, PIECEWISE_LINEAR, random_model
 
-models = pytest.importorskip("torchvision.models")
-
-PIECEWISE_LINEAR = (
-    "resnet18",
-    "resnext50_32x4d",
-    "densenet121",
-    "mobilenet_v2",
-    "regnet_y_400mf",
-    "shufflenet_v2_x0_5",
-    "mnasnet0_5",
-    "googlenet",
-    "squeezenet1_1",
-)
-CURVED = ("efficientnet_b0",)
-
-
-def random_model(name):
-    torch.manual_seed(0)
-    options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
-    model = models.get_model(name, weights=None, num_classes=10, **options)
-    model = randomise_statistics(model).double().eval()
-    batch = torch.randn(2, 3, 64, 64).double(), torch.tensor([3, 7])
-    return soften(model, batch[0]), batch
-
-
-def soften(model, x):
-    """Scale the last weights so that logits differ by about one: neither certain nor the same for all classes."""
-    with torch.no_grad():
-        spread = float(model(x).std(1).mean())
-        last = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))][-1]
-        last.weight.div_(spread)
-    return model
+pytest.importorskip("torchvision")
 
 
 def block_traces_from_jacobians(model, x, layer):

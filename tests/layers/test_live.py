@@ -15,10 +15,8 @@ from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.recording import Observation
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
-from tests.networks import Network, randomise_statistics, recipes
-from tests.test_torchvision import CURVED, PIECEWISE_LINEAR, soften
-
-FAMILIES = PIECEWISE_LINEAR + CURVED
+from tests.networks import Network, recipes
+from tests.torchvision_models import CURVED, PIECEWISE_LINEAR, random_model
 
 
 def batch(samples=4, seed=0):
@@ -180,14 +178,11 @@ def test_random_networks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR + CURVED)
 def test_torchvision(name):
-    models = pytest.importorskip("torchvision.models")
-    options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
-    torch.manual_seed(0)
-    model = randomise_statistics(models.get_model(name, weights=None, num_classes=10, **options)).double().eval()
-    x, y = torch.randn(10, 3, 64, 64).double(), torch.arange(10) % 10
-    assert assert_observed_as_own(soften(model, x), x, y) == ""
+    pytest.importorskip("torchvision")
+    model, batch = random_model(name, samples=10)
+    assert assert_observed_as_own(model, *batch) == ""
 
 
 def test_other_numbers_would_be_seen(monkeypatch):
