@@ -59,7 +59,7 @@ class Guard:
 
 NO_TRACE = "properties/test_no_trace.py::"
 AS_IT_WAS = f"{NO_TRACE}test_everything_is_as_it_was"
-IN_A_MODE = f"{NO_TRACE}test_numbers_do_not_depend_on_the_mode_around"
+IN_A_MODE = "model/test_isolation.py::test_numbers_do_not_depend_on_the_mode_around"
 CALLBACK = "callbacks/test_flatness_callback.py::"
 IDENTICAL = "callbacks/test_bit_identical.py::test_training_is_bit_identical"
 SIDE_EFFECTS = "callbacks/test_side_effects.py::"
@@ -95,7 +95,7 @@ ISOLATION = [
         "model/isolation.py",
         "vars(module)[name] = OrderedDict()",
         "pass",
-        f"{NO_TRACE}test_backward_hooks_of_the_user_are_not_run",
+        "model/test_isolation.py::test_backward_hooks_of_the_user_are_not_run",
     ),
     Guard(
         "what a forward sets is taken away",
@@ -123,21 +123,21 @@ ISOLATION = [
         "model/isolation.py",
         "stack.enter_context(torch.random.fork_rng(alike, device_type=device_type))",
         "pass",
-        f"{NO_TRACE}test_what_a_forward_draws_is_drawn_again_afterwards",
+        "model/test_isolation.py::test_what_a_forward_draws_is_drawn_again_afterwards",
     ),
     Guard(
         "random state of numpy",
         "model/isolation.py",
         "numpy.random.set_state(numpy_state)",
         "pass",
-        f"{NO_TRACE}test_what_a_forward_draws_is_drawn_again_afterwards",
+        "model/test_isolation.py::test_what_a_forward_draws_is_drawn_again_afterwards",
     ),
     Guard(
         "random state of Python",
         "model/isolation.py",
         "random.setstate(python_state)",
         "pass",
-        f"{NO_TRACE}test_what_a_forward_draws_is_drawn_again_afterwards",
+        "model/test_isolation.py::test_what_a_forward_draws_is_drawn_again_afterwards",
     ),
     Guard(
         "inference mode is left",
@@ -165,21 +165,21 @@ ISOLATION = [
         "model/isolation.py",
         'stack.enter_context(torch.compiler.set_stance("force_eager"))',
         "pass",
-        f"{NO_TRACE}test_compiled_code_is_not_run_and_not_lost[part]",
+        "model/test_isolation.py::test_compiled_code_is_not_run_and_not_lost[part]",
     ),
     Guard(
         "float32 without TF32 or bfloat16 inside",
         "model/isolation.py",
         '                owner.fp32_precision = "ieee"\n',
         "                pass\n",
-        f"{NO_TRACE}test_float32_is_float32",
+        "model/test_isolation.py::test_float32_is_float32",
     ),
     Guard(
         "precision of float32 is put back",
         "model/isolation.py",
         "                owner.fp32_precision = value\n",
         "                pass\n",
-        f"{NO_TRACE}test_float32_is_float32",
+        "model/test_isolation.py::test_float32_is_float32",
     ),
     Guard(
         "attention that has a second derivative",
@@ -193,14 +193,14 @@ ISOLATION = [
         "model/isolation.py",
         'if not isinstance(error, CheckpointError) and "Checkpointing is not compatible" not in str(error):',
         "if True:",
-        "layers/certificates/test_all.py::test_gradient_checkpointing_is_refused_with_a_remedy",
+        "layers/test_recording.py::test_gradient_checkpointing_is_refused_with_a_remedy",
     ),
     Guard(
         "every call begins with the same buffers",
         "model/copy.py",
         "tensors |= {key: tensors[key].clone() for key in begun}",
         "pass",
-        f"{NO_TRACE}test_every_call_begins_with_the_same_buffers",
+        "model/test_copy.py::test_every_call_begins_with_the_same_buffers",
     ),
     Guard(
         "parameters and buffers are copied",
@@ -242,7 +242,7 @@ ISOLATION = [
         "model/copy.py",
         'return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device',
         "return device",
-        "properties/test_precision.py::test_devices_without_float64_are_known",
+        "model/test_copy.py::test_devices_without_float64_are_known",
     ),
     Guard(
         "sharded weights are refused",
@@ -263,7 +263,7 @@ ISOLATION = [
         "layers/passes.py",
         'if "modified by an inplace operation" in str(error):',
         "if False:",
-        "layers/certificates/test_loopholes.py::test_inputs_that_are_changed_in_place_afterwards",
+        "layers/test_recording.py::test_inputs_that_are_changed_in_place_afterwards",
     ),
     Guard(
         "casts in the forward are refused by name",
@@ -277,7 +277,7 @@ ISOLATION = [
         "layers/passes.py",
         "_certify_deterministic(self._execution.logits[start : start + rows], logits[:rows].detach())",
         "pass",
-        "layers/certificates/test_all.py::test_noise_in_the_forward_is_refused",
+        "layers/test_recording.py::test_noise_in_the_forward_is_refused",
     ),
 ]
 
@@ -315,7 +315,7 @@ OBSERVATION = [
         "layers/recording.py",
         "torch.set_grad_enabled(self._grad_mode)",
         "pass",
-        f"{NO_TRACE}test_observing_puts_the_grad_mode_back",
+        "layers/test_recording.py::test_observing_puts_the_grad_mode_back",
     ),
     Guard(
         "activations in place write to a copy",
@@ -1089,7 +1089,7 @@ LIVE_FORWARDS = [
         "layers/observer.py",
         "if not bool((one - other).norm() <= ROUNDINGS * torch.finfo(self._passes.dtype).eps * other.norm()):",
         "if False:",
-        f"{LIVE_PASS}test_other_numbers_would_be_seen",
+        "layers/test_live_numbers.py::test_other_numbers_would_be_seen",
     ),
     Guard(
         "live: the graph ends before the classifier",
@@ -1110,7 +1110,7 @@ LIVE_FORWARDS = [
         "layers/recording.py",
         "        if not self.live:\n            return hook\n",
         "        if True:\n            return hook\n",
-        f"{LIVE_PASS}test_errors_of_ours_do_not_reach_the_user",
+        "layers/test_live_numbers.py::test_errors_of_ours_do_not_reach_the_user",
     ),
     Guard(
         "live: weights of the time of the pass",
@@ -1124,28 +1124,28 @@ LIVE_FORWARDS = [
         "layers/observer.py",
         "if all_hold():\n                    return found",
         "if True:\n                    return found",
-        f"{LIVE_PASS}test_what_does_not_hold_is_named",
+        "layers/test_live_numbers.py::test_what_does_not_hold_is_named",
     ),
     Guard(
         "live: ignored targets",
         "functional/losses.py",
         "return None if holds(kept.all()) else kept",
         "return None",
-        f"{LIVE_PASS}test_ignored_targets_do_not_count_when_observed",
+        "layers/test_live_numbers.py::test_ignored_targets_do_not_count_when_observed",
     ),
     Guard(
         "live: a kernel that was written to",
         "layers/plan.py",
         "if not torch.equal(self._weight_gram(known[0].detach(), calls[0][1]), self.folded_grams[name]):",
         "if False:",
-        f"{LIVE_PASS}test_a_kernel_that_is_written_to_is_known -k entry",
+        "layers/test_live_numbers.py::test_a_kernel_that_is_written_to_is_known -k entry",
     ),
     Guard(
         "live: a kernel that was written to behind autograd's back",
         "layers/plan.py",
         "not same(observed.sample, self._samples[name])",
         "False",
-        f"{LIVE_PASS}test_a_kernel_that_is_written_to_is_known -k behind",
+        "layers/test_live_numbers.py::test_a_kernel_that_is_written_to_is_known -k behind",
     ),
     Guard(
         "live: a step that calls a part of the network",
@@ -1208,56 +1208,56 @@ LIVE_FORWARDS = [
         "layers/closed_form.py",
         "operations is not None and before.operations == operations",
         "operations is not None",
-        "layers/certificates/test_all.py::test_a_tail_that_becomes_another_is_certified_anew",
+        "layers/certificates/test_tail.py::test_a_tail_that_becomes_another_is_certified_anew",
     ),
     Guard(
         "a tail is certified in full again and again",
         "layers/closed_form.py",
         "if before.batches < FULL_EVERY:",
         "if True:",
-        "layers/certificates/test_all.py::test_a_tail_is_certified_in_full_again_and_again",
+        "layers/certificates/test_tail.py::test_a_tail_is_certified_in_full_again_and_again",
     ),
     Guard(
         "whether the logits are affine is certified by numbers again and again",
         "layers/plan.py",
         "or self._parts % FULL_EVERY == 0 or",
         "or",
-        "layers/certificates/test_loopholes.py::test_hooks_that_curve_later_are_noticed_in_the_end",
+        "layers/certificates/test_affine.py::test_hooks_that_curve_later_are_noticed_in_the_end",
     ),
     Guard(
         "functions that may curve are certified by numbers on all samples",
         "layers/plan.py",
         " or not cannot_curve(logits):",
         ":",
-        "layers/certificates/test_loopholes.py::test_curvature_that_only_later_samples_show",
+        "layers/certificates/test_affine.py::test_curvature_that_only_later_samples_show",
     ),
     Guard(
         "a product of two that depend on the layer is no linear function",
         "model/graph.py",
         "(kind in LINEAR_IN_ONE and len(following) == 1)",
         "kind in LINEAR_IN_ONE",
-        "layers/certificates/test_loopholes.py::test_curvature_that_only_later_samples_show[product]",
+        "layers/certificates/test_affine.py::test_curvature_that_only_later_samples_show[product]",
     ),
     Guard(
         "a custom function is known by its numbers, not by its name",
         "model/graph.py",
         "if not linear or isinstance(node, BackwardCFunction) or",
         "if not linear or",
-        "layers/certificates/test_loopholes.py::test_curvature_that_only_later_samples_show[custom]",
+        "layers/certificates/test_affine.py::test_curvature_that_only_later_samples_show[custom]",
     ),
     Guard(
         "a normalisation by statistics of the sample curves",
         "model/graph.py",
         ' or getattr(node, "_saved_training", False):',
         ":",
-        "layers/certificates/test_loopholes.py::test_curvature_that_only_later_samples_show[instance norm]",
+        "layers/certificates/test_affine.py::test_curvature_that_only_later_samples_show[instance norm]",
     ),
     Guard(
         "entries that indices move are certified with every batch",
         "model/graph.py",
         "or any(word in node.name() for word in MOVING)",
         "",
-        "layers/certificates/test_all.py::test_channels_that_are_moved_by_indices",
+        "layers/certificates/test_tail.py::test_channels_that_are_moved_by_indices",
     ),
     Guard(
         "live: a pass of our own where the user's is of no use",

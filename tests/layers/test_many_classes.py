@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.functional import closed_form_block_traces
 from lightning_flatness.layers import closed_form, gauss_newton
+from tests.layers.linear_net import LABELS, VECTORS
 
 CLASSES = 300
 
@@ -176,3 +178,23 @@ def test_the_certificate_of_what_is_left_out_counts_the_residual(monkeypatch):
     monkeypatch.setattr(closed_form, "closed_form_residual", lambda *args: cancelling)
     lf.measure_flatness(model, batch)
     assert tolerances[2:] == [0.0]
+
+
+def wide(outputs=150):
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, outputs)).double()
+
+
+def test_a_dense_curvature_is_never_sampled():
+    report = lf.measure_flatness(
+        wide(), [(VECTORS, LABELS)], layers="all", loss=lambda f, y: F.cross_entropy(f, y, reduction="none")
+    )
+    assert report.exact
+    by_name = lf.measure_flatness(wide(), [(VECTORS, LABELS)], layers="all", tolerance=0)
+    assert_close(report.hessian_trace, by_name.hessian_trace, rtol=1e-9, atol=0)
+
+
+def test_what_is_sampled_is_not_called_a_part():
+    text = " ".join(str(lf.measure_flatness(wide(), [(VECTORS, LABELS)], layers="all", tolerance=0.2)).split())
+    assert "Estimates, with standard errors: classes without much mass are sampled." in text
+    assert "Gauss-Newton part" not in text

@@ -13,6 +13,7 @@ import lightning_flatness as lf
 from lightning_flatness.functional import gauss_newton_block_traces
 from lightning_flatness.layers import gauss_newton, passes
 from lightning_flatness.measure.flatness import Measurement
+from tests.layers.linear_net import LABELS, VECTORS, linear_net
 
 MEASURES = ("hessian_trace", "neuronwise_flatness", "layerwise_flatness")
 
@@ -198,3 +199,44 @@ def test_halves_of_other_inputs(inputs):
     found = lf.measure_flatness(Tight(ERRORS["GPU"]), [(inputs(X), Y)], layers="net.2")
     expected = lf.measure_flatness(net(), [(X, Y)], layers="2")
     assert_close(found.relative_flatness, expected.relative_flatness, rtol=1e-12, atol=0)
+
+
+def test_tables_among_the_inputs(monkeypatch):
+    class WithTable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, x, table):
+            return self.c(self.a(x + table.mean(0)).relu())
+
+    torch.manual_seed(3)
+    net, table = WithTable().double(), torch.randn(20, 6).double()
+    whole = lf.measure_flatness(net, [({"x": VECTORS, "table": table}, LABELS)], layers="a")
+    monkeypatch.setattr("lightning_flatness.layers.passes.rows_at_a_time", lambda *args: 3)
+    parts = lf.measure_flatness(net, [({"x": VECTORS, "table": table}, LABELS)], layers="a")
+    assert whole.num_samples == parts.num_samples == 8
+    assert_close(parts.relative_flatness, whole.relative_flatness, rtol=1e-12, atol=0)
+    with pytest.raises(lf.BatchError, match="rows of logits for .* samples.*Give targets"):
+        lf.measure_flatness(net, [((VECTORS, table), None)], layers="a")
+
+
+def test_memory_that_runs_out_while_certifying(monkeypatch):
+    from lightning_flatness.layers import plan
+
+    net = linear_net()
+    expected = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="all")
+    certified, calls = plan.why_not_affine, []
+
+    def tight(layers, logits):
+        calls.append(len(logits))
+        if len(logits) > 4:
+            raise torch.OutOfMemoryError("no memory")
+        return certified(layers, logits)
+
+    monkeypatch.setattr(plan, "why_not_affine", tight)
+    found = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="all")
+    assert calls == [8, 4]  # of the second half the graph is enough
+    assert found.exact
+    for name, layer in expected.layers.items():
+        assert_close(found.layers[name].block_traces, layer.block_traces, rtol=1e-12, atol=1e-15)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.testing import assert_matches_oracle
+from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.networks import Network, randomise_statistics, recipes
 
 
@@ -141,3 +142,68 @@ def test_weighted_loss_needs_targets():
         lf.measure_flatness(net(), [X], class_weight=WEIGHT)
     randomised = randomise_statistics(net())
     assert lf.measure_flatness(randomised, [X], loss="mse").exact
+
+
+def test_a_loss_that_holds_single_precision():
+    net, weight = linear_net().float(), torch.rand(4)
+
+    def trace(weight):
+        loss = nn.CrossEntropyLoss(weight, reduction="none")
+        return lf.measure_flatness(
+            net, [(VECTORS.float(), LABELS)], layers="a", loss=lambda f, y: loss(f, y)
+        ).hessian_trace
+
+    assert_close(trace(weight), trace(weight.double()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("loss", [lambda f: f, lambda f, y: F.mse_loss(f, y, reduction="none"), lambda f, y: f @ f])
+def test_errors_in_a_loss_name_it(loss):
+    net = linear_net()
+    with pytest.raises(lf.BatchError, match="The loss '<lambda>' fails on logits of shape"):
+        lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_index": None},
+        {"ignore_index": "x"},
+        {"class_weight": "balanced"},
+        {"class_weight": torch.ones(4, 4)},
+        {"label_smoothing": "a"},
+        {"tolerance": "a"},
+        {"seed": 1.5},
+        {"seed": None},
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_type(options):
+    net = linear_net()
+    with pytest.raises(lf.FlatnessError):
+        lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", **options)
+
+
+def test_probabilities_that_are_none():
+    net = linear_net()
+    with pytest.raises(lf.BatchError, match="probabilities must be finite and not negative"):
+        lf.measure_flatness(net, [(VECTORS, torch.full((8, 4), -1.0))], layers="a")
+
+
+@pytest.mark.parametrize("options", [{"max_products": 0}, {"max_products": 1.5}, {"tolerance": -1.0}], ids=str)
+def test_eigenvalues_with_wrong_options(options):
+    net = linear_net()
+    with pytest.raises(lf.FlatnessError, match="measure_lambda_max"):
+        lf.measure_lambda_max(net, [(VECTORS, LABELS)], layers="a", **options)
+
+
+def test_a_loss_of_ones_own_may_be_derived_from_one_of_torch():
+    class Focal(nn.CrossEntropyLoss):
+        def forward(self, f, y):
+            losses = F.cross_entropy(f, y, reduction="none")
+            return (1 - (-losses).exp()) ** 2 * losses
+
+    net = linear_net()
+    focal = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=Focal())
+    by_function = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=Focal().forward)
+    assert focal.hessian_trace == by_function.hessian_trace
+    assert focal.hessian_trace != lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a").hessian_trace

@@ -6,8 +6,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.model.copy import ModelCopy, measured, measuring_device
-from lightning_flatness.model.isolation import isolated
 from lightning_flatness.testing import oracle_block_traces
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -93,23 +91,3 @@ def test_parts_of_a_model_may_have_different_precisions():
     net.fc.bfloat16()
     report = lf.measure_flatness(net, [(inputs, targets)], layers=LAYERS)
     assert_same(report, lf.measure_flatness(net.float(), [(inputs, targets)], layers=LAYERS), rtol=0, atol=0)
-
-
-def test_tensors_that_are_no_numbers_keep_their_type():
-    index = torch.tensor([1, 2])
-    assert measured(index, torch.float64).dtype == torch.int64
-    assert measured(torch.tensor([1j]), torch.float64).dtype == torch.complex64
-
-
-def test_a_device_without_float64_is_left_for_another(monkeypatch):
-    """The meta device stands for the one that is moved to, since it holds no numbers that could be computed here."""
-    monkeypatch.setattr("lightning_flatness.model.isolation.measuring_device", lambda device: torch.device("meta"))
-    net = Net().eval()
-    with isolated(net):
-        assert ModelCopy(net)(batch()[0]).device.type == "meta"
-    assert net.fc.weight.device.type == "cpu"
-
-
-def test_devices_without_float64_are_known():
-    assert measuring_device(torch.device("mps")) == torch.device("cpu")
-    assert measuring_device(torch.device("cuda", 1)) == torch.device("cuda", 1)

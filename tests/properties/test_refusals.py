@@ -1,8 +1,5 @@
 """What cannot be measured is refused by an error that names the culprit and the remedy."""
 
-from collections import namedtuple
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -10,56 +7,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-
-X, Y = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 3, 1])
-
-
-class Net(nn.Module):
-    """conv - SiLU - pooling - linear; a test changes what comes out of a part of it."""
-
-    def __init__(self, output=None, tail=None, classes=4):
-        super().__init__()
-        torch.manual_seed(3)
-        self.stem = nn.Conv2d(2, 3, 1)
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.activation = nn.SiLU()
-        self.tail = tail or (lambda x: x)
-        self.head = nn.Linear(6, classes)
-        self.idle = nn.Conv2d(3, 6, 3)
-        self.output = output or (lambda logits: logits)
-
-    def forward(self, x):
-        pooled = self.tail(self.activation(self.conv(self.stem(x)))).mean((2, 3))
-        return self.output(self.head(pooled))
-
-
-def measure(net=None, batches=((X, Y),), **kwargs):
-    return lf.measure_flatness(net or Net(), batches, **kwargs)
-
-
-def refused(error, match, *args, **kwargs):
-    with pytest.raises(error, match=match) as caught:
-        measure(*args, **kwargs)
-    assert isinstance(caught.value, lf.FlatnessError)
-    assert isinstance(caught.value, ValueError)
+from tests.refused import Net, X, Y, measure, refused
 
 
 def test_the_network_of_these_tests_is_measured():
     assert list(measure().layers) == ["conv"]
-
-
-# -------------------------------------------------------------------------------------------------------------- layers
-
-
-def test_no_convolution():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 6), nn.ReLU(), nn.Linear(6, 4))
-    refused(lf.LayerSelectionError, "layers='last': no convolution runs.*there are '1', '3'", net)
-    refused(lf.LayerSelectionError, "no convolution .*and no nn.Linear", nn.Sequential(nn.Flatten(), nn.ReLU()))
-
-
-def test_transposed_convolutions_do_not_count():
-    net = nn.Sequential(nn.ConvTranspose2d(2, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
-    refused(lf.LayerSelectionError, "no convolution", net)
 
 
 @pytest.mark.parametrize("script", [torch.jit.script, lambda net: torch.jit.trace(net, X)], ids=["script", "trace"])
@@ -89,51 +41,6 @@ def test_sharded_weights():
     refused(lf.LayerSelectionError, "'conv' are sharded over processes", net)
 
 
-def test_no_linear_classifier():
-    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten())
-    report = lf.measure_flatness(net, [(X, Y)])
-    assert (report.layers["0"].method, report.exact) == ("gauss_newton", True)
-
-
-def test_only_convolution_is_the_classifier():
-    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(2, 4, 1), nn.Flatten())
-    refused(lf.LayerSelectionError, "no convolution runs before the classifier '1'.*there are '1'", net)
-
-
-def test_layer_that_never_runs():
-    refused(lf.LayerSelectionError, "Layer 'idle' never runs.*Take it out of layers", layers=["conv", "idle"])
-
-
-@pytest.mark.parametrize(("pattern", "meant"), [("covn", "conv"), ("stemm", "stem"), ("features.3", "idle")])
-def test_pattern_without_a_match(pattern, meant):
-    refused(
-        lf.LayerSelectionError, f"layers='{pattern}' matches no convolution.*Did you mean .*'{meant}'", layers=pattern
-    )
-
-
-def test_one_pattern_of_several_without_a_match():
-    refused(lf.LayerSelectionError, "layers='nothing.*' matches no convolution", layers=["conv", "nothing.*"])
-
-
-@pytest.mark.parametrize(("layer", "kind"), [("activation", "SiLU")])
-def test_named_layer_is_no_convolution(layer, kind):
-    refused(lf.LayerSelectionError, f"Layer '{layer}' is a {kind}, not a convolution", layers=layer)
-
-
-def test_layer_that_runs_twice():
-    class Twice(Net):
-        def forward(self, x):
-            return super().forward(x) + super().forward(x.flip(3))
-
-    layer = lf.measure_flatness(Twice(), [(X, Y)]).layers["conv"]
-    assert (layer.method, layer.exact) == ("gauss_newton", False)
-
-
-@pytest.mark.parametrize("layers", ["", [], [""], None, 3, [3], ["conv", None]], ids=repr)
-def test_empty_or_senseless_layers(layers):
-    refused(lf.FlatnessError, "give 'last', 'all', 'classifier', or names or glob patterns", layers=layers)
-
-
 def test_unknown_loss():
     refused(lf.FlatnessError, "loss='hinge' is not known.*'cross_entropy'", loss="hinge")
 
@@ -145,71 +52,10 @@ def test_arguments_are_checked_before_the_model_runs():
         lf.FlatnessObserver(Net(), layers=[])
 
 
-# -------------------------------------------------------------------------------------------------------------- logits
-
-
-@pytest.mark.parametrize(
-    "output",
-    [lambda f: f[:, :, None].expand(-1, -1, 3), lambda f: f[:, :, None, None].expand(-1, -1, 6, 6)],
-    ids=["3-D", "4-D"],
-)
-def test_dense_prediction(output):
-    refused(lf.BatchError, r"logits have shape \(5, 4, .*must be \(samples, classes\).*Dense prediction", Net(output))
-
-
-def test_logits_without_classes():
-    refused(lf.BatchError, r"logits have shape \(5,\); they must be \(samples, classes\)", Net(lambda f: f[:, 0]))
-
-
-def test_one_column_of_logits():
-    refused(lf.BatchError, "one column.*for two classes train with two logits", Net(classes=1))
-
-
-@pytest.mark.parametrize(
-    ("output", "kind"),
-    [
-        (lambda f: (f, f), "tuple"),
-        (lambda f: [f], "list"),
-        (lambda f: {"out": f}, "dict"),
-        (lambda f: {"logits": None}, "dict"),
-        (lambda f: None, "NoneType"),
-        (lambda f: f.detach().numpy(), "ndarray"),
-    ],
-)
-def test_output_without_logits(output, kind):
-    refused(lf.BatchError, f"returns a {kind}; flatness needs the logits.*Wrap the model", Net(output))
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        lambda f: {"logits": f, "loss": f.sum()},
-        lambda f: SimpleNamespace(logits=f),
-        lambda f: namedtuple("Output", "loss logits")(f.sum(), f),
-    ],
-    ids=["dict", "attribute", "named tuple"],
-)
-def test_output_with_logits_is_measured(output):
-    found, expected = measure(Net(output)).layers["conv"], measure().layers["conv"]
-    assert_close(found.block_traces, expected.block_traces, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_not_finite(value):
-    refused(lf.BatchError, "logits contain NaN or infinity", Net(lambda f: torch.where(f == f.max(), value, f)))
-
-
-def test_logits_that_are_not_finite_in_a_later_batch():
-    refused(lf.BatchError, "logits contain NaN or infinity", batches=[(X, Y), (X * torch.nan, Y)])
-
-
 def test_activations_that_overflow():
     # Finite logits, but squares of the input that are not.
     net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
     refused(lf.BatchError, "block traces of layer '0' are not finite: activations overflow", net, [(1e30 * X, Y)])
-
-
-# ------------------------------------------------------------------------------------------------------------- weights
 
 
 def test_nan_in_the_weights():
@@ -250,9 +96,6 @@ class CastsWeights(Net):
 
 def test_layer_that_casts_its_weights():
     refused(lf.BatchError, "'conv' runs with weights in torch.bfloat16.*leave the casting", CastsWeights())
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("batches", [[], iter(()), torch.utils.data.DataLoader([])], ids=["list", "iterator", "loader"])
@@ -348,9 +191,6 @@ def test_an_error_of_the_users_forward_stays_itself():
 
     with pytest.raises(KeyError, match="mine"):
         measure(Net(fail))
-
-
-# --------------------------------------------------------------------------------------------------------------- modes
 
 
 def test_a_network_in_training_mode_is_measured_in_evaluation_mode():

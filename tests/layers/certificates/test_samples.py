@@ -1,0 +1,91 @@
+"""Samples that mix are refused, in whichever batch they begin to."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_flatness as lf
+from tests.layers.linear_net import LABELS, VECTORS, linear_net
+from tests.layers.pooled_net import Apply, PooledNet, X, Y, measure
+
+
+def test_samples_that_mix_are_refused():
+    with pytest.raises(lf.LayerSelectionError, match="'conv'.*one sample depend on other samples"):
+        measure(PooledNet(tail=nn.BatchNorm2d(6, track_running_stats=False)))
+
+
+def test_samples_that_mix_are_noticed_after_a_first_batch_of_one():
+    net = PooledNet(tail=Apply(lambda x: x - 0.5 * x.mean(0, keepdim=True))).double()
+    with pytest.raises(lf.LayerSelectionError, match="'conv'.*depend on other samples"):
+        lf.measure_flatness(net, [(X[:1].double(), Y[:1]), (X.double(), Y)], strict=True)
+
+
+@pytest.mark.parametrize("layers", ["conv", "head"])
+def test_samples_that_mix_in_a_later_batch_are_noticed_then(layers):
+    class Late(PooledNet):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits + (logits.mean(0, keepdim=True).abs() - 2).relu()
+
+    net = Late(tail=nn.ReLU()).double()
+    small, large = (X.double() / 10, Y), (50 * X.double(), Y)
+    assert lf.measure_flatness(net, [small], layers=layers).exact
+    with pytest.raises(lf.LayerSelectionError, match="depend on other samples"):
+        lf.measure_flatness(net, [small, large], layers=layers)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h - h[-1:],
+        lambda h: h - h[:1],
+        lambda h: torch.cat([h[:4] + h[4:], h[4:] - h[:4]]),
+        lambda h: h + h.roll(1, 0),
+        lambda h: h + h.roll(-1, 0),
+        lambda h: h + h.flip(0),
+        lambda h: h + h[[1, 0, 3, 2, 5, 4, 7, 6]],
+        lambda h: torch.cat([h[:7], h[7:] + h[3:4]]),
+    ],
+    ids=["last", "first", "halves", "next", "before", "reversed", "pairs", "one"],
+)
+def test_samples_that_mix_in_any_way(mix):
+    net = linear_net(lambda net, x: net.c(mix(net.a(x).relu())))
+    with pytest.raises(lf.LayerSelectionError, match="'a'.*depend on other samples"):
+        lf.measure_flatness(net, [(VECTORS, LABELS)], layers=["a", "c"])
+
+
+@pytest.mark.parametrize("shift", [1, -1, 4, 3])
+def test_losses_that_mix_samples(shift):
+    def pairs(f, y):
+        return F.cross_entropy(f, y, reduction="none") + (f * f.roll(shift, 0)).sum(1).square()
+
+    def one_way(f, y):
+        others = f.roll(shift, 0).detach()
+        others[1::2] = f.roll(shift, 0)[1::2]
+        return F.cross_entropy(f, y, reduction="none") + (f * others).sum(1).square()
+
+    net = linear_net()
+    for loss in (pairs, one_way):
+        with pytest.raises(lf.BatchError, match="depends on other samples"):
+            lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=loss)
+
+
+def test_a_layer_that_fails_the_closed_form_late_may_not_mix_samples_either(monkeypatch):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv1d(2, 3, 3), nn.Linear(3, 4)
+
+        def forward(self, x):
+            g = self.conv(x).relu().mean(2)
+            return self.head(g - g[:1] if bool(x.amax() > 50) else g)
+
+    torch.manual_seed(0)
+    net, x = Late().double(), torch.randn(8, 2, 9).double()
+    later = x.clone()
+    later[6, 0, 0] = 60.0
+    monkeypatch.setattr("lightning_flatness.layers.passes.rows_at_a_time", lambda *args: 4)
+    assert lf.measure_flatness(net, [(x, LABELS), (x, LABELS)], layers="conv").layers["conv"].method == "closed_form"
+    with pytest.raises(lf.LayerSelectionError, match="'conv'.*depend on other samples"):
+        lf.measure_flatness(net, [(x, LABELS), (later, LABELS)], layers="conv")

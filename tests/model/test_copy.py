@@ -1,0 +1,55 @@
+"""Copies of a model: every call begins with the same tensors, in the precision and on the device to measure in."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_flatness.model.copy import ModelCopy, measured, measuring_device
+from lightning_flatness.model.isolation import isolated
+from tests.eventful_networks import (
+    CountsItsCalls,
+    DrawsNumbers,
+    Net,
+    WritesBuffers,
+    batch,
+    block_traces,
+    mixed_flags,
+    train_mode,
+)
+
+
+@pytest.fixture(name="batch")
+def five_samples():
+    return batch()
+
+
+@pytest.mark.parametrize("model", [train_mode, mixed_flags, WritesBuffers, DrawsNumbers], ids=lambda m: m.__name__)
+def test_a_second_measurement_gives_the_same(model, batch):
+    net = model()
+    assert_close(block_traces(net, batch), block_traces(net, batch), rtol=0, atol=0)
+
+
+def test_every_call_begins_with_the_same_buffers(batch):
+    net = CountsItsCalls()
+    assert_close(block_traces(net, batch), block_traces(net, batch), rtol=0, atol=0)
+    assert net.calls == 1
+
+
+def test_tensors_that_are_no_numbers_keep_their_type():
+    index = torch.tensor([1, 2])
+    assert measured(index, torch.float64).dtype == torch.int64
+    assert measured(torch.tensor([1j]), torch.float64).dtype == torch.complex64
+
+
+def test_a_device_without_float64_is_left_for_another(monkeypatch, batch):
+    """The meta device stands for the one that is moved to, since it holds no numbers that could be computed here."""
+    monkeypatch.setattr("lightning_flatness.model.copy.measuring_device", lambda device: torch.device("meta"))
+    net = Net().eval()
+    with isolated(net):
+        assert ModelCopy(net)(batch[0]).device.type == "meta"
+    assert net.head.weight.device.type == "cpu"
+
+
+def test_devices_without_float64_are_known():
+    assert measuring_device(torch.device("mps")) == torch.device("cpu")
+    assert measuring_device(torch.device("cuda", 1)) == torch.device("cuda", 1)

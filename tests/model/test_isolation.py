@@ -1,0 +1,143 @@
+"""A measurement computes the same whatever modes it runs in, and draws and compiles nothing of the user's."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import lightning_flatness as lf
+from tests.eventful_networks import (
+    DrawsNumbers,
+    Net,
+    WritesInput,
+    batch,
+    block_traces,
+    compiled_part,
+    dropout_and_norm,
+    plain,
+)
+
+
+@pytest.fixture(name="batch")
+def five_samples():
+    return batch()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.autograd.set_detect_anomaly(True),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "anomaly"],
+)
+@pytest.mark.parametrize("model", [plain, dropout_and_norm, WritesInput, compiled_part], ids=lambda m: m.__name__)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_numbers_do_not_depend_on_the_mode_around(mode, model, batch):
+    net = model()
+    expected = block_traces(net, batch)
+    with mode():
+        assert_close(block_traces(net, tuple(part.clone() for part in batch)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_batches_made_in_a_mode_are_measured_outside(mode, batch):
+    net = Net()
+    with mode():
+        made = tuple(part.clone() for part in batch)
+    assert_close(block_traces(net, made), block_traces(net, batch), rtol=0, atol=0)
+
+
+def test_a_network_made_in_inference_mode_is_measured(batch):
+    torch.manual_seed(0)
+    expected = block_traces(Net(), batch)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        net = Net()
+        inside = block_traces(net, batch)
+    assert_close(inside, expected, rtol=0, atol=0)
+    assert_close(block_traces(net, batch), expected, rtol=0, atol=0)
+
+
+def test_an_observer_of_inference_mode_goes_on_outside(batch):
+    net = Net()
+    observer, metric = lf.FlatnessObserver(net), lf.FlatnessMetric(num_filters=6)
+    with torch.inference_mode():
+        metric.update(*observer(*batch)["conv"])
+    metric.update(*observer(*batch)["conv"])
+    assert_close(metric.means()[0], block_traces(net, batch), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "part"])
+def test_compiled_code_is_not_run_and_not_lost(whole, batch):
+    torch.compiler.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    net = Net().eval()
+    expected, outputs = block_traces(net, batch), net(batch[0])
+    if whole:
+        net = torch.compile(net, backend=backend)
+    else:
+        net.tail = torch.compile(net.tail, backend=backend)
+    assert_close(block_traces(net, batch), expected, rtol=0, atol=0)
+    assert compiled == []
+    assert_close(net(batch[0]), outputs)
+    assert len(compiled) > 0
+
+
+def test_backward_hooks_of_the_user_are_not_run(batch):
+    net = Net()
+    seen = []
+    net.tail.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(module))
+    block_traces(net, batch)
+    assert seen == []
+
+
+def test_what_a_forward_draws_is_drawn_again_afterwards(batch):
+    net = DrawsNumbers()
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    expected = torch.rand(()), np.random.rand(), random.random()  # noqa: NPY002
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    lf.measure_flatness(net, [batch])
+    assert (torch.rand(()), np.random.rand(), random.random()) == expected  # noqa: NPY002
+
+
+def test_float32_is_float32():
+    """Whatever ``torch.set_float32_matmul_precision`` was told; without fast bfloat16 only the setting shows it."""
+    seen = []
+
+    class Looks(nn.Sequential):
+        def forward(self, x):
+            seen.append(settings())
+            return super().forward(x)
+
+    def settings():
+        backends = torch.backends
+        owners = [backends.cudnn]
+        if hasattr(backends.cuda.matmul, "fp32_precision"):
+            owners = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv, backends.cudnn.conv]
+        name = "fp32_precision" if len(owners) > 1 else "allow_tf32"
+        return [torch.get_float32_matmul_precision(), *(getattr(owner, name) for owner in owners)]
+
+    model = Looks(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = settings()
+        lf.measure_flatness(model, [torch.randn(4, 1, 8, 8)])
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert {tuple(found[1:]) for found in seen} <= {("ieee",) * 4, (False,)}
