@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_flatness.callbacks.flatness_callback import FlatnessCallback
-    from lightning_flatness.callbacks.flatness_stopping import FlatnessStopping
-    from lightning_flatness.callbacks.landscape_callback import LandscapeCallback
-    from lightning_flatness.callbacks.spectrum_callback import SpectrumCallback
+    from lightning_flatness.callbacks.flatness import FlatnessCallback
+    from lightning_flatness.callbacks.landscape import LandscapeCallback
+    from lightning_flatness.callbacks.spectrum import SpectrumCallback
+    from lightning_flatness.callbacks.stopping import FlatnessStopping
     from lightning_flatness.errors import BatchError, FlatnessError, LandscapeError, LayerSelectionError, NotExactError
     from lightning_flatness.layers.observer import FlatnessObserver
     from lightning_flatness.measure.flatness import measure_flatness
@@ -55,10 +55,10 @@ __all__ = [
 
 # Where each name is defined. It is imported when first asked for, so that plain PyTorch needs no Lightning.
 _MODULES = {
-    "callbacks.flatness_callback": ["FlatnessCallback"],
-    "callbacks.flatness_stopping": ["FlatnessStopping"],
-    "callbacks.landscape_callback": ["LandscapeCallback"],
-    "callbacks.spectrum_callback": ["SpectrumCallback"],
+    "callbacks.flatness": ["FlatnessCallback"],
+    "callbacks.stopping": ["FlatnessStopping"],
+    "callbacks.landscape": ["LandscapeCallback"],
+    "callbacks.spectrum": ["SpectrumCallback"],
     "errors": ["BatchError", "FlatnessError", "LandscapeError", "LayerSelectionError", "NotExactError"],
     "layers.observer": ["FlatnessObserver"],
     "measure.flatness": ["measure_flatness"],

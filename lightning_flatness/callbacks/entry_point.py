@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from lightning_flatness.callbacks.flatness_callback import FlatnessCallback
-from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.flatness import FlatnessCallback
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 
 VARIABLE = "LIGHTNING_FLATNESS"
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_flatness.callbacks.root import Trainer
+from lightning_flatness.callbacks.lightning_imports import Trainer
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, same_inputs
 from lightning_flatness.measure.flatness import Measurement

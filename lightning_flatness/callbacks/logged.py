@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_flatness.callbacks.root import LightningModule, is_lightning_module
+from lightning_flatness.callbacks.lightning_imports import LightningModule, is_lightning_module
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.results import FlatnessReport
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_flatness.callbacks.root import LightningModule, is_overridden
+from lightning_flatness.callbacks.lightning_imports import LightningModule, is_overridden
 from lightning_flatness.errors import FlatnessError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_flatness.callbacks.root import ROOTS, Trainer
+from lightning_flatness.callbacks.lightning_imports import ROOTS, Trainer
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots import plot_block_traces, plot_history, plot_layer_history, plot_layers
 from lightning_flatness.results import FlatnessReport

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks import live
-from lightning_flatness.callbacks.source import Validated
+from lightning_flatness.callbacks.data.sources import Validated
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer

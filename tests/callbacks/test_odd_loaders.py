@@ -17,8 +17,8 @@ from torch.utils.data import (
 )
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks.loaders import reads_in_order
-from lightning_flatness.callbacks.stream import ValidationStream
+from lightning_flatness.callbacks.data.loaders import reads_in_order
+from lightning_flatness.callbacks.data.stream import ValidationStream
 from tests.callbacks.compare import assert_same, end_of, seed_all
 from tests.callbacks.lightning_modules import Classifier, WithoutValidation, dataset, loaders, quiet_trainer
 

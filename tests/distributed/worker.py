@@ -13,7 +13,7 @@ from torch import distributed
 from tests.distributed.ranks import free_port
 from tests.distributed.scenarios import SCENARIOS
 
-KINDS = ("at_epochs", "bit_identical", "fault", "harness", "landscape", "number", "sharded", "spectrum")
+KINDS = ("bit_identical", "epoch_end", "harness", "landscape", "number", "rank_error", "sharded", "spectrum")
 MODULES = [f"{kind}_scenarios" for kind in KINDS]
 
 

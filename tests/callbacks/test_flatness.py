@@ -27,8 +27,8 @@ from torch.utils.data import (
 )
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks.strata import choose, labels_of
-from lightning_flatness.callbacks.subset import FixedSubset, training_subset
+from lightning_flatness.callbacks.data.stratified import choose, labels_of
+from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from lightning_flatness.layers.observer import FlatnessObserver
 from tests.callbacks.lightning_modules import (
     Classifier,

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.callbacks.training_runs import differences
-from tests.distributed.fault_scenarios import CALLBACKS, NAN_AT
+from tests.distributed.rank_error_scenarios import CALLBACKS, NAN_AT
 from tests.distributed.ranks import returned, run_on_ranks, run_once_on_ranks
 
 pytestmark = pytest.mark.slow

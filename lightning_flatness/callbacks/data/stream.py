@@ -11,8 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_flatness.callbacks.loaders import batch_size_of, is_indexed, keeps_order, reads_in_order, sampler_of
-from lightning_flatness.callbacks.strata import choose, labels_of
+from lightning_flatness.callbacks.data.loaders import batch_size_of, is_indexed, keeps_order, reads_in_order, sampler_of
+from lightning_flatness.callbacks.data.stratified import choose, labels_of
 
 
 class ValidationStream:

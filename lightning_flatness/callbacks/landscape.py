@@ -10,10 +10,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_flatness.callbacks.at_epochs import AtEpochs, Record
+from lightning_flatness.callbacks.data.sources import Samples
+from lightning_flatness.callbacks.epoch_end import EpochEndCallback, Record
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.root import LightningModule, Trainer
-from lightning_flatness.callbacks.source import Samples
 from lightning_flatness.callbacks.trajectory import Trajectory
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.functional import find_loss
@@ -25,7 +25,7 @@ from lightning_flatness.results import LandscapeResult
 Statistics = Literal["kept", "recomputed"]
 
 
-class LandscapeCallback(AtEpochs):
+class LandscapeCallback(EpochEndCallback):
     """The loss on a line or plane through the weights at the end of a fit, and every few epochs.
 
     Contours and surface go to TensorBoard's page *Images*, every result to a file ``epoch=...-step=...-kept.npz`` (or

@@ -46,7 +46,7 @@ CONFIG = {
 
 def run(how, folder, **environment):
     """Run under ``pytorch_lightning`` in a process of its own, since what is imported counts."""
-    script = Path(__file__).with_name("import_roots.py")
+    script = Path(__file__).with_name("pytorch_lightning_run.py")
     found = subprocess.run(
         [sys.executable, script, how, folder],
         capture_output=True,

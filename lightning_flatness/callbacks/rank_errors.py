@@ -15,7 +15,7 @@ from lightning_flatness.measure.ranks import gather
 logger = logging.getLogger(__name__)
 
 
-class Faults:
+class RankErrors:
     """Keeps the first error of a measurement until all ranks can decide alike.
 
     A rank that raised alone would leave the others waiting for it.
@@ -26,7 +26,7 @@ class Faults:
         measured: what it measures.
 
     Example:
-        >>> faults = Faults("warn")
+        >>> faults = RankErrors("warn")
         >>> with faults.kept(num_ranks=1):
         ...     raise FlatnessError("no memory")
         >>> bool(faults)

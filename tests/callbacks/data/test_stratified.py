@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from lightning_flatness.callbacks.strata import choose, labels_of
+from lightning_flatness.callbacks.data.stratified import choose, labels_of
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 70))

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.arguments import check_arguments, check_counts
-from lightning_flatness.callbacks.faults import Faults
+from lightning_flatness.callbacks.data.loaders import flat_loaders
+from lightning_flatness.callbacks.data.sources import ReadApart, Samples, Validated
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.live import LiveForwards
-from lightning_flatness.callbacks.loaders import flat_loaders
 from lightning_flatness.callbacks.logged import log, logging_muted, values_of, with_logarithm
 from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer
-from lightning_flatness.callbacks.source import ReadApart, Samples, Validated
+from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.plots.history import DATA
@@ -157,7 +157,7 @@ class FlatnessCallback(Callback):
         self._left_out: dict[str, str] = {}
         self._chart_laid_out = False
         self.num_measurements = 0
-        self._faults = Faults(on_error)
+        self._faults = RankErrors(on_error)
         self._source: Validated | ReadApart = (
             Validated(batch_fn, max_samples)
             if isinstance(data, str) and data == "val"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
-from lightning_flatness.callbacks.stream import ValidationStream, select
+from lightning_flatness.callbacks.data.stream import ValidationStream, select
 
 
 def numbered(samples, start=0):

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_flatness.callbacks.loaders import first_batch, is_indexed, loaders_in_turn, to_device
-from lightning_flatness.callbacks.root import LightningModule, Trainer
-from lightning_flatness.callbacks.stream import ValidationStream, select
-from lightning_flatness.callbacks.subset import FixedSubset, training_subset
+from lightning_flatness.callbacks.data.loaders import first_batch, is_indexed, loaders_in_turn, to_device
+from lightning_flatness.callbacks.data.stream import ValidationStream, select
+from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import split_batch
 from lightning_flatness.model.rows import num_rows

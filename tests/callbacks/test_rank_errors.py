@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks.faults import Faults
+from lightning_flatness.callbacks.rank_errors import RankErrors
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders, quiet_trainer
 
@@ -161,18 +161,18 @@ def test_validation_and_tests_alone(tmp_path, run):
 
 
 def test_alone_errors_are_raised_at_once():
-    with pytest.raises(ValueError, match="as it is"), Faults("raise").kept(num_ranks=1):
+    with pytest.raises(ValueError, match="as it is"), RankErrors("raise").kept(num_ranks=1):
         raise ValueError("as it is")
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
-    faults = Faults(on_error)
+    faults = RankErrors(on_error)
     for message in ("the first", "the second"):
         with faults.kept(num_ranks=2):
             raise ValueError(message)
     assert faults
-    monkeypatch.setattr("lightning_flatness.callbacks.faults.gather", lambda own: [None, own])
+    monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own: [None, own])
     if on_error == "raise":
         with pytest.raises(lf.FlatnessError, match="failed at epoch 3 on rank 1: ValueError: the first"):
             faults.settled("epoch 3")
@@ -184,10 +184,10 @@ def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_an_error_of_another_rank_counts(monkeypatch, on_error):
-    monkeypatch.setattr("lightning_flatness.callbacks.faults.gather", lambda own: [own, "no memory"])
+    monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own: [own, "no memory"])
     if on_error == "raise":
         with pytest.raises(lf.FlatnessError, match="on rank 1: no memory"):
-            Faults(on_error).settled("epoch 3")
+            RankErrors(on_error).settled("epoch 3")
     else:
         with pytest.warns(UserWarning, match="on rank 1: no memory"):
-            assert not Faults(on_error).settled("epoch 3")
+            assert not RankErrors(on_error).settled("epoch 3")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_flatness.callbacks.loaders import (
+from lightning_flatness.callbacks.data.loaders import (
     batch_size_of,
     batches_apart,
     described,
@@ -22,7 +22,7 @@ from lightning_flatness.callbacks.loaders import (
     repeatable_batches,
     sampler_of,
 )
-from lightning_flatness.callbacks.strata import choose, labels_of
+from lightning_flatness.callbacks.data.stratified import choose, labels_of
 from lightning_flatness.errors import FlatnessError
 
 DEFAULT_TRAINING_SAMPLES = 4096

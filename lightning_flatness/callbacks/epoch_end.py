@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.arguments import check_arguments, check_counts
-from lightning_flatness.callbacks.faults import Faults
-from lightning_flatness.callbacks.loaders import flat_loaders
+from lightning_flatness.callbacks.data.loaders import flat_loaders
+from lightning_flatness.callbacks.data.sources import ReadApart, Samples
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer, is_weight_averaging
 from lightning_flatness.callbacks.logged import log, logging_muted
 from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.root import Callback, LightningModule, Trainer, is_weight_averaging
-from lightning_flatness.callbacks.source import ReadApart, Samples
+from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.errors import FlatnessError, LandscapeError
 
 DEFAULT_SAMPLES = 512
 Record = dict[str, Any]
 
 
-class AtEpochs(Callback):
+class EpochEndCallback(Callback):
     """Measures the weights that are trained at the end of epochs, and those that are left at the end of the fit.
 
     At the end of an epoch, not in validation, since there every rank arrives, with or without validation data, and
@@ -72,7 +72,7 @@ class AtEpochs(Callback):
         self.folder = folder
         self.figures = figures
         self.history: list[Record] = []
-        self._faults = Faults(on_error, name, measured)
+        self._faults = RankErrors(on_error, name, measured)
         self._stage: str | None = None
         self._restored = False
 

@@ -10,8 +10,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_flatness.callbacks.flatness_callback import FlatnessCallback
-from lightning_flatness.callbacks.root import EarlyStopping, LightningModule, Trainer
+from lightning_flatness.callbacks.flatness import FlatnessCallback
+from lightning_flatness.callbacks.lightning_imports import EarlyStopping, LightningModule, Trainer
 from lightning_flatness.errors import FlatnessError
 
 

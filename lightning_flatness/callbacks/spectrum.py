@@ -10,9 +10,9 @@ from typing import Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_flatness.callbacks.at_epochs import AtEpochs, Record
-from lightning_flatness.callbacks.root import LightningModule, Trainer
-from lightning_flatness.callbacks.source import Samples
+from lightning_flatness.callbacks.data.sources import Samples
+from lightning_flatness.callbacks.epoch_end import EpochEndCallback, Record
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.functional import find_loss
 from lightning_flatness.measure.spectrum import check_spectrum_options, hessian_spectrum
 from lightning_flatness.plots import plot_density, plot_eigenvalues
@@ -21,7 +21,7 @@ from lightning_flatness.results import SpectrumResult
 LOGGED = ("lambda_max", "trace", "r_e", "k_hn", "c_t")
 
 
-class SpectrumCallback(AtEpochs):
+class SpectrumCallback(EpochEndCallback):
     """Eigenvalues, trace, spectral density and criteria of the Hessian at the end of a fit, and every few epochs.
 
     Logged are ``{prefix}/lambda_max``, ``trace``, ``r_e``, ``k_hn`` and ``c_t``; with ``every_n_epochs`` at the end of

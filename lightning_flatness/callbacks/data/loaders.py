@@ -20,7 +20,7 @@ from torch.utils.data import (
     Subset,
 )
 
-from lightning_flatness.callbacks.root import LightningModule, Trainer
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.generators import drawing, generators_kept
 from lightning_flatness.model.isolation import random_states_kept

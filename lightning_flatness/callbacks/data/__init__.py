@@ -1,0 +1,1 @@
+"""Where the samples that are measured come from."""
