@@ -232,7 +232,8 @@ class FlatnessCallback(Callback):
                 self._certify(pl_module, samples)
         well = self._faults.settled("the start of training")
         if well and self.summary and self._certified and trainer.is_global_zero:
-            title = f"'{self.prefix}' is flatness on {DATA.get(self._data_name, self._data_name)} data, measured for"
+            data = DATA.get(self._data_name, self._data_name)
+            title = f"Flatness on {data} data is measured for these layers, under '{self.prefix}'."
             Console().print(summary_table(self._certified, self._left_out, title))
 
     def _new_measurement(self, pl_module: LightningModule) -> Measurement:

@@ -13,17 +13,18 @@ from lightning_flatness.results import LayerFlatness
 
 
 def plot_block_traces(layer: LayerFlatness, *, sort: bool = True, ax: Any | None = None) -> tuple[Any, Any]:
-    """Draw ``T[s, s']`` of a layer as a heat map: red where two filters curve the loss together, blue where opposed.
+    """Draw the block traces ``T[s, s']`` of a layer as a heat map: positive entries red, negative ones blue.
 
-    The colour scale ends at the 99th percentile of ``|T|``, so that a few sharp filters do not pale all others.
+    The colour scale ends at the 99th percentile of ``|T|``, so that a few large entries do not hide all others.
 
     Args:
-        layer: one layer of a report.
-        sort: put filters that interact side by side (within groups for a grouped convolution); otherwise by number.
-        ax: draw here instead of in a new figure.
+        layer: one layer of a report; its block traces are in units of loss per squared weight.
+        sort: place filters that interact side by side (within the groups of a grouped convolution), by the angle of
+            their entries in the two leading eigenvectors of ``T``, normalised to a unit diagonal.
+        ax: axes to draw into; by default those of a new figure.
 
     Returns:
-        The figure and the axes.
+        The figure and its axes.
 
     Raises:
         FlatnessError: matplotlib is missing, or only the diagonal was measured.
@@ -39,8 +40,7 @@ def plot_block_traces(layer: LayerFlatness, *, sort: bool = True, ax: Any | None
     """
     if layer.block_traces.ndim != 3:
         raise FlatnessError(
-            f"Of layer '{layer.info.name}' only the diagonal of the block traces was kept; measure 'relative_flatness' "
-            "too."
+            f"Layer '{layer.info.name}' has only the diagonal of its block traces; measure 'relative_flatness' too."
         )
     figure, ax = axes_or_new(ax, 5.6, 4.6)
     traces = layer.block_traces
@@ -63,7 +63,7 @@ def plot_block_traces(layer: LayerFlatness, *, sort: bool = True, ax: Any | None
 
 
 def _by_interaction(block: Tensor) -> Tensor:
-    """Order by the angle in the plane of the two leading eigenvectors of the normalised block traces."""
+    """Order filters by their angle in the plane of the two leading eigenvectors of the normalised block traces."""
     if len(block) < 3:
         return torch.arange(len(block))
     scale = block.diagonal().abs().clamp_min(torch.finfo(block.dtype).tiny).rsqrt()

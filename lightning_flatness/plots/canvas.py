@@ -1,18 +1,33 @@
-"""A figure of one's own, without touching pyplot's global state; matplotlib is imported late."""
+"""What all figures share: axes, a plain frame, curves over epochs. matplotlib is imported late, pyplot never."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from lightning_flatness.errors import FlatnessError
 
+# Curves with more points than this are drawn without markers.
+MOST_MARKERS = 40
+
 
 def axes_or_new(ax: Any | None, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """``(figure, axes)``: those of ``ax``, or new ones of this size in inches, with ``options`` of ``subplots``.
+    """Return ``ax`` and its figure, or new axes in a new figure.
+
+    Args:
+        ax: the axes to draw into; None for new ones.
+        width: of a new figure, in inches.
+        height: of a new figure, in inches.
+        options: of ``Figure.subplots``.
 
     Raises:
         FlatnessError: matplotlib is missing.
+
+    Example:
+        >>> figure, ax = axes_or_new(None, 4, 3)
+        >>> axes_or_new(ax, 8, 6) == (figure, ax)
+        True
     """
     if ax is not None:
         return ax.figure, ax
@@ -24,8 +39,20 @@ def axes_or_new(ax: Any | None, width: float, height: float, **options: Any) -> 
     return figure, figure.subplots(**options)
 
 
+def plain_frame(ax: Any, grid: str, hidden: Sequence[str] = ("top", "right")) -> None:
+    """Hide some sides of the frame, and draw a light grid across ``"x"``, ``"y"`` or ``"both"``."""
+    ax.spines[list(hidden)].set_visible(False)
+    ax.grid(axis=grid, alpha=0.25, linewidth=0.6)
+
+
+def plot_over_epochs(ax: Any, epochs: Sequence[float], values: Sequence[float | None], **style: Any) -> None:
+    """Draw a curve over epochs with gaps where values are None; few points get markers."""
+    numbers = [math.nan if value is None else value for value in values]
+    ax.plot(epochs, numbers, marker="o" if len(epochs) <= MOST_MARKERS else None, **style)
+
+
 def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
-    """An axis of epochs: whole numbers, and half an epoch on either side of a single one."""
+    """Mark whole epochs only; a single epoch gets half an epoch of room on either side."""
     ax.set_xlabel("epoch")
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(set(epochs)) == 1:

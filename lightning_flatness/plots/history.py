@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_flatness.plots.canvas import axes_or_new, label_epochs
+from lightning_flatness.plots.canvas import axes_or_new, label_epochs, plain_frame, plot_over_epochs
 
 ACCURACY_COLOUR = "#1f5fa8"
 FLATNESS_COLOUR = "#c2511b"
@@ -20,17 +20,17 @@ def plot_history(
     burn_in: int | None = None,
     ax: Any | None = None,
 ) -> tuple[Any, Any]:
-    """Draw accuracy (left axis) and relative flatness (right axis, logarithmic) over the epochs.
+    """Draw accuracy (left axis) and relative flatness (right axis, logarithmic if positive) over the epochs.
 
-    Where relative flatness was not measured, the Hessian trace.
+    If no record has a relative flatness, the Hessian trace is drawn instead.
 
     Args:
-        history: as :attr:`FlatnessCallback.history` keeps it, records of ``epoch``, ``relative_flatness`` and, where
-            known, ``accuracy``.
-        accuracy_label: name of the accuracy, for the axis.
-        data: what flatness was measured on, ``"val"``, ``"train"`` or else, for the axis.
-        burn_in: epochs to shade, in which flatness does not yet tell anything.
-        ax: draw here instead of in a new figure.
+        history: records as in :attr:`FlatnessCallback.history`, with ``epoch``, ``relative_flatness`` (in units of
+            the loss) and optionally ``accuracy``.
+        accuracy_label: label of the left axis.
+        data: the data that flatness was measured on, for the label of the right axis: ``"val"``, ``"train"`` or a name.
+        burn_in: number of epochs to shade, those that a stopping rule ignores.
+        ax: axes to draw into; by default those of a new figure.
 
     Returns:
         The figure and the left axes.
@@ -49,17 +49,9 @@ def plot_history(
     measure = "relative_flatness" if any("relative_flatness" in record for record in history) else "hessian_trace"
     flatness = [record.get(measure) for record in history]
     right = ax.twinx()
-    marker = "o" if len(epochs) <= 40 else None
     if any(value is not None for value in accuracies):
-        values = [float("nan") if value is None else value for value in accuracies]
-        ax.plot(epochs, values, color=ACCURACY_COLOUR, marker=marker, markersize=3.5)
-    right.plot(
-        epochs,
-        [float("nan") if value is None else value for value in flatness],
-        color=FLATNESS_COLOUR,
-        marker=marker,
-        markersize=3.5,
-    )
+        plot_over_epochs(ax, epochs, accuracies, color=ACCURACY_COLOUR, markersize=3.5)
+    plot_over_epochs(right, epochs, flatness, color=FLATNESS_COLOUR, markersize=3.5)
     if all(value is not None and value > 0 for value in flatness):
         right.set_yscale("log")
     label_epochs(ax, [] if burn_in else epochs)
@@ -68,11 +60,11 @@ def plot_history(
     right.set_ylabel(f"{name} on {DATA.get(data, data)} data", color=FLATNESS_COLOUR)
     ax.tick_params(axis="y", colors=ACCURACY_COLOUR)
     right.tick_params(axis="y", which="both", colors=FLATNESS_COLOUR)
-    for axes in (ax, right):
-        axes.spines[["top"]].set_visible(False)
-    ax.grid(axis="both", alpha=0.25, linewidth=0.6)
+    right.spines[["top"]].set_visible(False)
+    plain_frame(ax, "both", hidden=["top"])
     if burn_in:
-        ax.axvspan(min(epochs, default=0), burn_in - 0.5, color="0.5", alpha=0.12, linewidth=0)
-        middle = (min(epochs, default=0) + burn_in - 0.5) / 2
+        first = min(epochs, default=0)
+        ax.axvspan(first, burn_in - 0.5, color="0.5", alpha=0.12, linewidth=0)
+        middle = (first + burn_in - 0.5) / 2
         ax.annotate("burn-in", (middle, 1.01), xycoords=("data", "axes fraction"), ha="center", color="0.4", fontsize=9)
     return figure, ax

@@ -1,17 +1,10 @@
-"""Frozen records of what was measured, and their tables."""
+"""Frozen records of what was measured, their tables and their files."""
 
-from lightning_flatness.results.flatness import (
-    SAMPLED,
-    FlatnessReport,
-    LayerFlatness,
-    LayerInfo,
-    LayerLambdaMax,
-    as_text,
-    merged,
-    summary_table,
-)
+from lightning_flatness.results.flatness import FlatnessReport, LayerFlatness, LayerLambdaMax
 from lightning_flatness.results.landscape import SETTINGS, LandscapeResult
-from lightning_flatness.results.spectrum import CRITERIA, SpectrumResult, number_of
+from lightning_flatness.results.layer_info import SAMPLED, LayerInfo, merged
+from lightning_flatness.results.spectrum import CRITERIA, SpectrumResult
+from lightning_flatness.results.tables import as_text, number_of, summary_table
 
 __all__ = [
     "CRITERIA",

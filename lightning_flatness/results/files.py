@@ -1,4 +1,4 @@
-"""Records in files: numpy's npz, compressed, of plain arrays and one text in JSON, without pickle."""
+"""Records in files: compressed ``.npz`` of plain arrays and one text in JSON, without pickle."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Result = TypeVar("Result")
 Record = dict[str, Any]
 Tensors = dict[str, Tensor]
 
-# In files, so that later versions can tell what they read.
+# Written to files, so that later versions can tell how to read them.
 FORMAT = 1
 
 
 def write(path: str | PathLike[str], kind: type, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write what JSON can hold, and tensors.
+    """Write a record and its tensors to a file.
 
     Args:
-        path: of the file, ``.npz``.
-        kind: of the result.
-        record: by name; tuples become lists.
-        tensors: by name; not ``"record"``.
+        path: of the file, ending with ``.npz``.
+        kind: class of the result.
+        record: fields that JSON can hold, by name; tuples become lists.
+        tensors: fields that are tensors, by name; the name ``"record"`` is taken.
 
     Returns:
         The path.
 
     Raises:
-        FlatnessError: the name ends with something else.
+        FlatnessError: the path does not end with ``.npz``.
 
     Example:
         >>> import tempfile
@@ -47,7 +47,7 @@ def write(path: str | PathLike[str], kind: type, record: Mapping[str, Any], tens
 
     path = Path(path)
     if path.suffix != ".npz":
-        raise FlatnessError(f"Results are kept in files .npz, and '{path}' is not one; give a name that ends so.")
+        raise FlatnessError(f"Results are written to files .npz, and '{path}' is not one; end the name with .npz.")
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     text = np.array(json.dumps({"format": FORMAT, "result": kind.__name__, "fields": record}))
     with path.open("wb") as file:
@@ -58,16 +58,16 @@ def write(path: str | PathLike[str], kind: type, record: Mapping[str, Any], tens
 def read(
     path: str | PathLike[str], kind: type[Result], fields: Callable[[Record, Tensors], Mapping[str, Any]]
 ) -> Result:
-    """What :func:`write` has written.
+    """Read a result from a file that :func:`write` has written.
 
     Args:
-        path: of the file, whatever it is called now.
-        kind: of the result.
-        fields: its arguments, from record and tensors.
+        path: of the file; it may have been renamed.
+        kind: class of the result.
+        fields: turns record and tensors into the arguments of ``kind``.
 
     Raises:
-        FlatnessError: anything else is in the file, or it is broken.
-        OSError: there is no such file, or it may not be opened.
+        FlatnessError: the file is broken, holds something else, or was written by a later version.
+        OSError: there is no such file, or it cannot be opened.
     """
     import numpy as np
 
@@ -75,18 +75,18 @@ def read(
         try:
             with np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            found = json.loads(str(arrays.pop("record")))
-            _check(path, kind.__name__, found["format"], found["result"])
-            return kind(**fields(found["fields"], {name: torch.from_numpy(array) for name, array in arrays.items()}))
+            text = json.loads(str(arrays.pop("record")))
+            _check(path, kind.__name__, text["format"], text["result"])
+            return kind(**fields(text["fields"], {name: torch.from_numpy(array) for name, array in arrays.items()}))
         except FlatnessError:
             raise
-        except Exception as error:  # of numpy, zipfile, zlib, struct, json, torch: there is no end of ways to be broken
+        except Exception as error:  # numpy, zipfile, zlib, struct, json and torch raise errors of many types
             reason = f"{type(error).__name__}: {error}"
-            raise FlatnessError(f"'{path}' is not a file of {kind.__name__}.save, or broken ({reason}).") from error
+            raise FlatnessError(f"'{path}' is not a file of {kind.__name__}.save, or is broken ({reason}).") from error
 
 
-def _check(path: str | PathLike[str], wanted: str, written_by: int, found: str) -> None:
-    if written_by > FORMAT:
+def _check(path: str | PathLike[str], wanted: str, written_as: int, stored: str) -> None:
+    if written_as > FORMAT:
         raise FlatnessError(f"'{path}' was written by a later version of lightning_flatness; update this one.")
-    if found != wanted:
-        raise FlatnessError(f"There is a {found} in '{path}', not a {wanted}.")
+    if stored != wanted:
+        raise FlatnessError(f"There is a {stored} in '{path}', not a {wanted}.")

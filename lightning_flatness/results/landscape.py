@@ -1,4 +1,4 @@
-"""What a landscape gives back: losses at the points of a line or plane through the weights."""
+"""What a landscape measurement returns: a frozen record, its text and its file."""
 
 from __future__ import annotations
 
@@ -11,37 +11,47 @@ from torch import Tensor
 
 from lightning_flatness.results.files import read, write
 
-# What says how a landscape was made; two that agree in these are two parts of one.
+# Fields that say how a landscape was computed. A computation can be resumed only if all of them agree.
 SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
 TENSORS = ("coordinates", "losses", "accuracies", "computed")
 
 
 @dataclass(frozen=True)
 class LandscapeResult:
-    """Losses on a line (one axis) or plane (two axes) through the weights ``w``: at ``w + Σ_i α_i d_i``.
+    """Mean losses at points ``w + Σ_i α_i d_i`` of a line (one axis) or plane (two axes) through the weights ``w``.
 
     Attributes:
-        axes: a name for every axis.
-        coordinates: float64 ``(n_i,)`` for every axis, ``α_i``.
-        losses: float64 ``(n_1,)`` or ``(n_1, n_2)``, mean over samples as it was computed: infinite or NaN where it is;
-            NaN, too, where ``computed`` is not.
-        accuracies: likewise, between 0 and 1; None if targets are not class indices.
-        computed: which points were.
-        origin_loss: at ``w``, with the BatchNorm statistics that the model has.
-        origin_accuracy: likewise; None without class indices.
+        axes: name of every axis.
+        coordinates: ``α_i``, float64 ``(n_i,)`` for every axis.
+        losses: float64 ``(n_1,)`` or ``(n_1, n_2)``, infinite or NaN where the loss is, and NaN where not ``computed``.
+        accuracies: of the same shape, between 0 and 1; None if targets are not class indices.
+        computed: boolean, of the same shape: which points were computed.
+        origin_loss: loss at ``w``, with the BatchNorm statistics of the model.
+        origin_accuracy: accuracy there; None if targets are not class indices.
         axis_norms: L2 norm of every ``d_i``, after normalisation.
-        cosine: between the two axes; NaN for a line.
+        cosine: of the angle between the two axes; NaN for a line.
         weight_norm: L2 norm of the parameters that are not frozen.
-        normalize: unit of the normalisation.
-        norm: 1 or 2, order of its norm.
-        biases: what became of biases in it.
-        update: ``"add"``, or ``"adam"``: at ``w + α_1 m / (sqrt(α_2 v) + ε)``.
-        batch_norm: ``"kept"`` or ``"recomputed"`` statistics.
-        frozen: patterns of parameters that do not move.
-        loss: its name.
-        num_samples: that count.
+        normalize: what the directions were normalised by: ``"none"``, ``"weight"``, ``"filter"``, ``"layer"`` or
+            ``"model"``.
+        norm: order of that norm, 1 or 2.
+        biases: how biases move in normalised directions, ``"zero"`` or ``"scaled"``.
+        update: ``"add"``; or ``"adam"`` for points ``w + α_1 m / (sqrt(α_2 v) + ε)``.
+        batch_norm: BatchNorm statistics, those of the model (``"kept"``) or of every point (``"recomputed"``).
+        frozen: patterns of the names of parameters that do not move.
+        loss: name of the loss.
+        num_samples: number of samples, without ignored ones.
         seed: of random axes.
-        fingerprint: of weights, buffers and axes; a landscape is resumed only where it is the same.
+        fingerprint: of weights, buffers and axes; only a landscape with the same one can be resumed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_flatness import loss_landscape
+        >>> batch = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+        >>> result = loss_landscape(torch.nn.Linear(2, 3), [batch], steps=3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = LandscapeResult.load(result.save(f"{folder}/plane.npz"))
+        >>> loaded.losses.shape, bool((loaded.losses == result.losses).all())
+        (torch.Size([3, 3]), True)
     """
 
     axes: tuple[str, ...]
@@ -72,24 +82,17 @@ class LandscapeResult:
 
     @property
     def finite(self) -> Tensor:
-        """Which points have a finite loss."""
+        """Boolean mask of the points with a finite loss."""
         return self.losses.isfinite()
 
     def save(self, path: str | Path) -> Path:
-        """Write a file ``.npz`` of plain arrays, to be read with :meth:`load` or with ``numpy.load``.
+        """Write a compressed ``.npz`` file of plain arrays and text, without pickle; :meth:`load` reads it.
+
+        Returns:
+            The path.
 
         Raises:
-            FlatnessError: the name ends with something else.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from lightning_flatness import loss_landscape
-            >>> batch = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
-            >>> result = loss_landscape(torch.nn.Linear(2, 3), [batch], steps=3)
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     found = LandscapeResult.load(result.save(f"{folder}/plane.npz"))
-            >>> bool((found.losses == result.losses).all())
-            True
+            FlatnessError: the path does not end with ``.npz``.
         """
         record = {name: value for name, value in vars(self).items() if name not in TENSORS}
         tensors = {name: getattr(self, name) for name in TENSORS if isinstance(getattr(self, name), Tensor)}
@@ -98,17 +101,18 @@ class LandscapeResult:
 
     @classmethod
     def load(cls, path: str | Path) -> LandscapeResult:
-        """What :meth:`save` wrote.
+        """Read a file that :meth:`save` has written.
 
         Raises:
-            FlatnessError: something else is in the file, or it is broken.
+            FlatnessError: the file is broken or holds something else.
+            OSError: there is no such file, or it cannot be opened.
         """
         return read(path, cls, _fields)
 
     def __str__(self) -> str:
         shape = " x ".join(str(len(axis)) for axis in self.coordinates)
         lowest = self.losses[self.finite].min() if bool(self.finite.any()) else math.nan
-        kept = " (with the statistics that it has)" if self.batch_norm == "recomputed" else ""
+        kept = " (with its own BatchNorm statistics)" if self.batch_norm == "recomputed" else ""
         lines = [
             f"Loss landscape, {shape} points along {' and '.join(self.axes)}, {self.num_samples} samples",
             f"loss of the model {self.origin_loss:.6g}{kept}, lowest {float(lowest):.6g}",
@@ -117,8 +121,10 @@ class LandscapeResult:
         ]
         if len(self.axes) == 2:
             lines.append(f"cosine between the axes {self.cosine:.3g}")
-        missing, odd = int((~self.computed).sum()), int((self.computed & ~self.finite).sum())
-        lines += [f"{missing} points not computed"] * bool(missing) + [f"{odd} points not finite"] * bool(odd)
+        if missing := int((~self.computed).sum()):
+            lines.append(f"{missing} points not computed")
+        if not_finite := int((self.computed & ~self.finite).sum()):
+            lines.append(f"{not_finite} points not finite")
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The spectrum of a Hessian: a frozen record, its table, and its file."""
+"""What a spectrum measurement returns: a frozen record, its table and its file."""
 
 from __future__ import annotations
 
@@ -14,44 +14,52 @@ from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.results.files import read, write
-from lightning_flatness.results.flatness import as_text
+from lightning_flatness.results.tables import as_text, number_of
 
 CRITERIA = ("r_e", "k_hn", "c_t")
+# What ``SpectrumResult.matrix`` is called.
+MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 
 @dataclass(frozen=True)
 class SpectrumResult:
     """Spectrum of the Hessian of the mean loss with respect to ``D`` parameters; ``print(result)`` shows a table.
 
-    Eigenvalues and the trace are in units of loss per squared weight. The criteria are means over the probes, and
-    ``spread`` holds their standard deviations. All of them depend on ``num_steps``, ``k_hn`` strongly: compare at equal
-    steps only.
+    Eigenvalues, Ritz values and the trace are in loss per squared weight. The criteria (Gabdullin 2024, 2025) are means
+    over the ``P`` probes. They depend on ``num_steps``, ``k_hn`` strongly: compare results with equal steps only.
 
     Attributes:
-        eigenvalues: the largest (by value, not by modulus) that were asked for, descending, float64 ``(k,)``.
-        eigenvectors: orthonormal rows ``(k, D)``, in the type the products were computed in; see :meth:`eigenvector`.
+        eigenvalues: the largest ones (by value, not by modulus), descending, float64 ``(k,)``.
+        eigenvectors: orthonormal rows ``(k, D)``, in the dtype of the products; see :meth:`eigenvector`.
         residuals: ``‖H v - λ v‖``, float64 ``(k,)``: an eigenvalue of ``H`` lies within this of the value.
-        trace: estimated from the probes, with the eigenvectors' part taken exactly.
-        trace_stderr: its standard error; NaN with one probe.
-        ritz_values: of every probe, ascending, float64 ``(P, m)``.
-        ritz_weights: float64 ``(P, m)``; of every probe they add up to one.
+        trace: estimated by the probes; the part in the span of the eigenvectors is exact.
+        trace_stderr: standard error of the trace; NaN with one probe.
+        ritz_values: ``θ``, float64 ``(P, m)``, ascending for every probe.
+        ritz_weights: ``τ``, float64 ``(P, m)``; their sum is one for every probe.
         r_e: ``|θ_min / θ_max|``.
         k_hn: ``Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``.
-        c_t: ``θ_min / θ_max``; minus infinity without a positive Ritz value.
-        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``; what most probes say.
-        spread: standard deviation over the probes of ``r_e``, ``k_hn`` and ``c_t`` (NaN with one probe), and under
-            ``"kind"`` the part of the probes that say otherwise.
+        c_t: ``θ_min / θ_max``; minus infinity if no Ritz value is positive.
+        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, by majority of the probes.
+        spread: standard deviation over the probes of ``r_e``, ``k_hn`` and ``c_t`` (NaN with one probe); under
+            ``"kind"``, the share of the probes of another kind.
         exponent: ``n`` in ``k_hn``.
-        num_steps: Lanczos steps ``m`` of every probe.
+        num_steps: ``m``, the number of Lanczos steps of every probe.
         num_probes: ``P``.
-        num_products: of the matrix with vectors, each a pass over all samples.
-        parameters: shapes of the chosen parameters by name, in the order of the eigenvectors' entries.
-        weight_norm: of these parameters together.
-        num_samples: samples measured.
+        num_products: number of products of the matrix with vectors, each a pass over all samples.
+        parameters: shapes of the parameters by name, in the order of the eigenvectors' entries.
+        weight_norm: L2 norm of these parameters together.
+        num_samples: number of samples measured.
         loss: the mean loss.
-        loss_name: which loss.
+        loss_name: name of the loss.
         matrix: ``"hessian"`` or ``"gauss_newton"``.
         converged: whether all residuals are within the tolerance asked for.
+
+    Example:
+        >>> from lightning_flatness import hessian_spectrum
+        >>> batch = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> result = hessian_spectrum(torch.nn.Linear(3, 2), [batch], top_k=2)
+        >>> result.num_parameters, result.eigenvalues.shape, result.eigenvector(0)["weight"].shape
+        (8, torch.Size([2]), torch.Size([2, 3]))
     """
 
     eigenvalues: Tensor
@@ -80,52 +88,47 @@ class SpectrumResult:
 
     @property
     def num_parameters(self) -> int:
-        """``D``."""
+        """``D``, the number of parameters."""
         return sum(math.prod(shape) for shape in self.parameters.values())
 
     def eigenvector(self, index: int) -> dict[str, Tensor]:
-        """One eigenvector as tensors shaped like the parameters, by name.
-
-        Args:
-            index: 0 for that of the largest eigenvalue.
-        """
+        """Return an eigenvector as tensors shaped like the parameters, by name; index 0 has the largest eigenvalue."""
         sizes = [math.prod(shape) for shape in self.parameters.values()]
         pieces = self.eigenvectors[index].split(sizes)
         return {name: p.reshape(shape) for (name, shape), p in zip(self.parameters.items(), pieces, strict=True)}
 
     def density(self, grid: Tensor | None = None, sigma: float | None = None) -> tuple[Tensor, Tensor]:
-        """The spectral density, averaged over the probes, every Ritz value broadened to a Gaussian; integral one.
+        """Compute the spectral density, its integral one: the mean over the probes, each Ritz value a Gaussian.
 
         Args:
             grid: eigenvalues ``(G,)``; by default 2,000 that reach four ``sigma`` beyond the outermost Ritz values.
-            sigma: in units of the eigenvalues; by default a hundredth of the range of the Ritz values.
+            sigma: standard deviation of the Gaussians, in loss per squared weight; by default a hundredth of the range
+                of the Ritz values.
 
         Returns:
-            The grid and the density there, both float64 ``(G,)``.
+            The grid, and the density on it, both float64 ``(G,)``.
 
         Raises:
             FlatnessError: ``sigma`` is not positive.
 
         Source:
-            Ghorbani, Krishnan and Xiao 2019 (arXiv 1901.10159), section 3.
+            Ghorbani, Krishnan and Xiao 2019 (arXiv 1901.10159), Section 3.
         """
         low, high = float(self.ritz_values.min()), float(self.ritz_values.max())
-        if sigma is None:
-            sigma = (high - low or abs(high) or 1.0) / 100
+        sigma = default_sigma(low, high) if sigma is None else sigma
         if not sigma > 0:
             raise FlatnessError(f"sigma={sigma!r} must be positive.")
         if grid is None:
             grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, 2000, dtype=torch.float64)
         grid = grid.double()
-        # For every probe, so that memory stays that of one.
+        # One probe at a time, to save memory.
         parts = [broadened(v, w, grid, sigma) for v, w in zip(self.ritz_values, self.ritz_weights, strict=True)]
         return grid, torch.stack(parts).mean(0)
 
     def table(self) -> Table:
-        """The result as a rich table."""
-        matrix = "Hessian" if self.matrix == "hessian" else "Gauss-Newton matrix"
+        """Build a rich table of eigenvalues, trace and criteria."""
         table = Table(
-            title=f"Spectrum of the {matrix}, {number_of(self.num_parameters, 'parameter')}, "
+            title=f"Spectrum of the {MATRICES[self.matrix]}, {number_of(self.num_parameters, 'parameter')}, "
             f"{number_of(self.num_samples, 'sample')}",
             caption=f"Mean {self.loss_name} {self.loss:.4g}. {number_of(self.num_probes, 'probe')} of "
             f"{number_of(self.num_steps, 'Lanczos step')}, {number_of(self.num_products, 'product')}; compare "
@@ -150,13 +153,10 @@ class SpectrumResult:
         return as_text(self.table())
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a compressed file of plain arrays and text, without pickle, to be read with :meth:`load`.
-
-        Args:
-            path: of the file, ``.npz``.
+        """Write a compressed ``.npz`` file of plain arrays and text, without pickle; :meth:`load` reads it.
 
         Raises:
-            FlatnessError: the name ends with something else.
+            FlatnessError: the path does not end with ``.npz``.
         """
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         record = {name: value for name, value in vars(self).items() if name not in tensors}
@@ -165,13 +165,11 @@ class SpectrumResult:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> SpectrumResult:
-        """Read what :meth:`save` has written.
-
-        Args:
-            path: of the file.
+        """Read a file that :meth:`save` has written.
 
         Raises:
-            FlatnessError: something else is in the file, or it is broken.
+            FlatnessError: the file is broken or holds something else.
+            OSError: there is no such file, or it cannot be opened.
         """
         return read(path, cls, _fields)
 
@@ -185,29 +183,32 @@ def _error(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2g}"
 
 
-def number_of(number: int, thing: str) -> str:
-    """Both, in the singular or plural.
+def default_sigma(low: float, high: float) -> float:
+    """Return a hundredth of a range of eigenvalues, or of their modulus if the range is empty.
 
     Example:
-        >>> number_of(1, "probe"), number_of(2, "probe")
-        ('1 probe', '2 probes')
+        >>> default_sigma(-1.0, 3.0), default_sigma(2.0, 2.0)
+        (0.04, 0.02)
     """
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    return (high - low or abs(high) or 1.0) / 100
 
 
 def broadened(values: Tensor, weights: Tensor, grid: Tensor, sigma: float) -> Tensor:
-    """A sum of Gaussians on a grid.
+    """Sum Gaussians on a grid.
 
     Args:
-        values: where, ``(m,)``.
-        weights: integrals, ``(m,)``.
+        values: their centres, ``(m,)``.
+        weights: their integrals, ``(m,)``.
         grid: ``(G,)``.
-        sigma: the standard deviation of all.
+        sigma: the standard deviation of each.
+
+    Returns:
+        The sum at every point of the grid, ``(G,)``.
 
     Example:
         >>> grid = torch.linspace(-1, 3, 401)
-        >>> found = broadened(torch.tensor([1.0]), torch.tensor([1.0]), grid, 0.1)
-        >>> float(grid[found.argmax()]), round(float(found.sum() * 0.01), 6)
+        >>> density = broadened(torch.tensor([1.0]), torch.tensor([1.0]), grid, 0.1)
+        >>> float(grid[density.argmax()]), round(float(density.sum() * 0.01), 6)
         (1.0, 1.0)
     """
     distances = (grid[:, None] - values) / sigma

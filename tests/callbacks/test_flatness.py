@@ -841,7 +841,7 @@ def test_summary_is_printed_once(tmp_path, capsys, sanity, data):
     fit(tmp_path, lf.FlatnessCallback(data=data), num_sanity_val_steps=sanity)
     printed = capsys.readouterr().out
     named = {"val": "validation", "train": "training"}[data]
-    assert printed.count(f"'flatness' is flatness on {named} data, measured for") == 1
+    assert printed.count(f"Flatness on {named} data is measured for these layers, under 'flatness'.") == 1
     assert "net.conv2" in printed
 
 

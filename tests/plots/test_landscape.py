@@ -212,9 +212,8 @@ def test_too_few_points_for_contours(tmp_path):
     result = with_losses(landscape(), spoil)
     figure, ax = plot_contour(result)
     assert len(figure.axes) == 1  # no colour bar
-    assert ax.texts[0].get_text() == (
-        f"too few points for contours: 1 of 25,\nwith a loss of {float(result.losses[2, 2]):.6g}"
-    )
+    lowest = float(result.losses[2, 2])
+    assert ax.texts[0].get_text() == f"too few points for contours: 1 of 25,\nlowest loss {lowest:.6g}"
     assert drawn(figure, tmp_path)
     assert drawn(plot_surface(result)[0], tmp_path)
 

@@ -96,7 +96,7 @@ def test_many_layers_have_no_legend(tmp_path):
 
 def test_diagonals_have_no_heat_map():
     diagonal = report(nn.ReLU, measures=["hessian_trace"])
-    with pytest.raises(lf.FlatnessError, match=r"'0' only the diagonal.*'relative_flatness'"):
+    with pytest.raises(lf.FlatnessError, match=r"'0' has only the diagonal.*'relative_flatness'"):
         plot_block_traces(diagonal.layers["0"])
     _, ax = plot_layers(diagonal, "hessian_trace")
     assert len(ax.patches) == 3

@@ -200,14 +200,14 @@ def test_colours_are_centred_and_not_paled_by_one_filter():
 def test_pyplot_is_not_imported():
     code = """
 import sys, torch
-import lightning_flatness as lf
+from lightning_flatness import measure_flatness
 from lightning_flatness.plots import plot_block_traces, plot_history
 # torchmetrics imports pyplot where it can; from here on nobody must.
 for name in [name for name in sys.modules if name.startswith("matplotlib")]:
     del sys.modules[name]
 net = torch.nn.Sequential(
     torch.nn.Conv1d(1, 4, 3), torch.nn.AdaptiveAvgPool1d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))
-report = lf.measure_flatness(net, [torch.randn(5, 1, 8)])
+report = measure_flatness(net, [torch.randn(5, 1, 8)])
 for figure, _ in [plot_block_traces(report.layers["0"]), plot_history([{"epoch": 0, "relative_flatness": 3.0}])]:
     figure.canvas.draw()
 print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)

@@ -32,10 +32,19 @@ def test_report_prints_a_row_for_every_layer_within_80_columns():
 def test_summary_says_how_every_layer_is_measured():
     measurement = Measurement(net(nn.ReLU()), layers="all")
     measurement.update(*batch())
-    text = as_text(summary_table(measurement.layers), width=80)
+    text = as_text(summary_table(measurement.layers, verbose=True), width=80)
     assert max(map(len, text.splitlines())) <= 80
     assert "4 x 9, 2 groups" in text
     assert "2*" in text  # measured with respect to the kernel that weight_norm yields
     assert "closed form" in text
     assert "Gauss-Newton" in text
     assert " 6 " in text, "names are not folded"
+
+
+def test_summary_leaves_details_to_its_verbose_form():
+    measurement = Measurement(net(nn.ReLU()), layers="all")
+    measurement.update(*batch())
+    text = as_text(summary_table(measurement.layers), width=80)
+    assert "Flatness is measured for these layers." in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert not any(detail in text for detail in ("x 9", "mult.", "deviation"))

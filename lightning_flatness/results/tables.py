@@ -1,0 +1,136 @@
+"""Tables of layers, and tables as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_flatness.results.layer_info import SAMPLED, LayerInfo
+
+METHODS = {
+    "closed_form": "closed form",
+    "gauss_newton": "Gauss-Newton",
+    "gauss_newton+hutchinson": "Gauss-Newton + Hutchinson",
+}
+# The summary is at least this wide, where the terminal is, so that its sentences are not broken into short lines.
+WIDTH = 80
+# What the numbers of a layer are if they are not exact.
+PARTS = {
+    "gauss_newton": "the Gauss-Newton part of the Hessian",
+    "gauss_newton+hutchinson": "Gauss-Newton exactly and the rest of the Hessian estimated",
+}
+
+
+def summary_table(
+    layers: Mapping[str, LayerInfo],
+    left_out: Mapping[str, str] | None = None,
+    title: str = "Flatness is measured for these layers.",
+    verbose: bool = False,
+) -> Table:
+    """Build the table that tells before training how every layer is going to be measured.
+
+    Args:
+        layers: how every layer is measured, by name.
+        left_out: layers that cannot be measured, and why.
+        title: a sentence above the table.
+        verbose: add the size of every layer (filters x weights of one filter), the multiplications per sample, and the
+            largest deviation that the certificates have seen.
+
+    Example:
+        >>> info = LayerInfo("conv", "Conv2d", 4, 9, 1, "fc", "closed_form", True, "", "parameter", 1e-7)
+        >>> [column.header for column in summary_table({"conv": info}).columns]
+        ['layer', 'method', 'exact', 'memory (MB)']
+    """
+    caption = _caption(layers.values(), left_out or {}, verbose)
+    table = Table(title=title, caption=caption, caption_justify="left", min_width=WIDTH)
+    table.add_column("layer", overflow="fold")
+    if verbose:
+        table.add_column("filters x patch", no_wrap=True)
+    table.add_column("method", max_width=14)
+    table.add_column("exact", no_wrap=True)
+    if verbose:
+        table.add_column("M mult.", no_wrap=True, justify="right")
+    table.add_column("memory (MB)", no_wrap=True, justify="right")
+    for info in layers.values():
+        size = f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else "")
+        table.add_row(
+            info.name + ("*" if info.kernel == "effective" else ""),
+            *[size] * verbose,
+            METHODS[info.method],
+            "yes" if info.exact else "no",
+            *[_millions(info.multiplications)] * verbose,
+            _millions(info.memory),
+        )
+    return table
+
+
+def _caption(layers: Iterable[LayerInfo], left_out: Mapping[str, str], verbose: bool) -> str:
+    layers = list(layers)
+    passes = max((info.backward_passes for info in layers), default=0)
+    sentences = []
+    if any(info.method == "closed_form" for info in layers):
+        sentences.append(
+            "Closed form: certified that what follows the layer acts on every channel by itself, and that the "
+            "classifier is linear."
+        )
+    if passes:
+        sentences.append(
+            "Gauss-Newton: exact where certified that the logits are affine in the layer's weight; "
+            f"{passes} backward passes per batch, shared by all layers."
+        )
+    if verbose:
+        deviation = max((info.deviation for info in layers), default=0.0)
+        shown = f"{deviation:.0e}" if deviation else "zero"
+        sentences.append(
+            f"Largest relative deviation of derivatives from autograd's: {shown}. "
+            "M mult.: millions of multiplications per sample, in addition to passes through the model."
+        )
+    if any(info.kernel == "effective" for info in layers):
+        sentences.append("*: with respect to the kernel that the layer computes from its weight and applies.")
+    return " ".join([*sentences, *notes(layers, left_out)])
+
+
+def notes(layers: Iterable[LayerInfo], left_out: Mapping[str, str]) -> list[str]:
+    """Say in sentences which numbers are not exact or estimated, which layers are left out, and why."""
+    inexact = [info for info in layers if not info.exact]
+    sentences = []
+    for method, part in PARTS.items():
+        reasons = sorted({info.reason for info in inexact if info.method == method and info.reason != SAMPLED})
+        if reasons:
+            sentences.append(f"Not exact: {part}, since {', or '.join(reasons)}.")
+    if any(info.reason == SAMPLED for info in inexact):
+        sentences.append(f"Estimates, with standard errors: {SAMPLED}.")
+    return [*sentences, *(f"Left out: {reason}" for reason in left_out.values())]
+
+
+def _millions(number: int) -> str:
+    millions = number / 1e6
+    return "<0.1" if millions < 0.1 else f"{millions:,.1f}" if millions < 100 else f"{millions:,.0f}"
+
+
+def number_of(number: int, noun: str) -> str:
+    """Write a number with its noun, in the singular or plural.
+
+    Example:
+        >>> number_of(1, "probe"), number_of(2, "probe")
+        ('1 probe', '2 probes')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def as_text(table: Table, width: int = 110) -> str:
+    """Write a rich table as plain text, at most ``width`` characters wide.
+
+    Example:
+        >>> print(as_text(Table("a", "b"), width=20).rstrip())
+        ┏━━━┳━━━┓
+        ┃ a ┃ b ┃
+        ┡━━━╇━━━┩
+        └───┴───┘
+    """
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
