@@ -20,6 +20,7 @@ from lightning_flatness.functional.closed_form import (
     closed_form_residual,
 )
 from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
+from lightning_flatness.functional.custom_loss import CustomLoss, separating_masks
 from lightning_flatness.functional.directions import (
     NORMALIZATIONS,
     Direction,
@@ -35,15 +36,13 @@ from lightning_flatness.functional.directions import (
 from lightning_flatness.functional.eigenpairs import Eigenpairs, top_eigenpairs
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
 from lightning_flatness.functional.lanczos import LargestEigenvalues, largest_eigenvalues
+from lightning_flatness.functional.loss_argument import find_loss
 from lightning_flatness.functional.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
-    CustomLoss,
     Loss,
     LossDerivatives,
     MeanSquaredError,
-    find_loss,
-    separating_masks,
 )
 from lightning_flatness.functional.measures import (
     filter_flatness,
