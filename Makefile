@@ -1,7 +1,7 @@
 # make demo    train on the digits, with TensorBoard logs and a picture (the main job)
 # make test    all tests and doctests
 # make check   what must pass before a commit: format, lint, types, import contracts, tests with coverage
-# make guards  take every guard out, one at a time, and see its test fail (a quarter of an hour)
+# make guards  take every guard that a test declares out, one at a time, and see the test fail (half an hour)
 # make bench   cost of measuring beside others, as ratios in one run; write docs/benchmarks.md (a third of an hour)
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
@@ -42,7 +42,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 guards: $(READY)
-	$(BIN)/python tests/guards.py
+	$(BIN)/python -m tests.guarding
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

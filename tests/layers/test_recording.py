@@ -10,6 +10,7 @@ import lightning_flatness as lf
 from lightning_flatness.layers.recording import Observation
 from lightning_flatness.testing import oracle_block_traces
 from tests.eventful_networks import Net, UserError, batch, tail_fails
+from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import Apply, PooledNet, X, Y, measure
 
@@ -41,6 +42,7 @@ def test_autocast_inside_the_forward_is_refused_by_name():
             lf.measure_flatness(Autocast(), [(X, Y)], layers=layers)
 
 
+@guards("model/isolation.py", "if not isinstance(error, CheckpointError)", "if True")
 def test_gradient_checkpointing_is_refused_with_a_remedy():
     from torch.utils.checkpoint import checkpoint
 

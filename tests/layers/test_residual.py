@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.testing import oracle_block_traces
+from tests.guarding import guards
 
 
 def net():
@@ -117,6 +118,7 @@ def test_report_says_what_is_estimated():
     assert "Gauss-Newton exactly and the rest of the Hessian estimated, since the network is curved after it" in text
 
 
+@guards("model/isolation.py", "sdpa_kernel(SDPBackend.MATH)", "ExitStack()")
 def test_attention_has_a_second_derivative():
     class Attention(nn.Module):
         def __init__(self):

@@ -19,6 +19,7 @@ from tests.eventful_networks import (
     dropout_and_norm,
     plain,
 )
+from tests.guarding import guards
 
 
 @pytest.fixture(name="batch")
@@ -26,6 +27,9 @@ def five_samples():
     return batch()
 
 
+@guards("model/isolation.py", "stack.enter_context(torch.inference_mode(False))", "pass", ids="plain-inference_mode")
+@guards("model.isolation:differentiable", body="yield", ids="plain-no_grad")
+@guards("model/isolation.py", "torch.autocast(device_type, enabled=False)", "ExitStack()", ids="plain-autocast")
 @pytest.mark.parametrize(
     "mode",
     [
@@ -73,6 +77,7 @@ def test_an_observer_of_inference_mode_goes_on_outside(batch):
     assert_close(metric.means()[0], block_traces(net, batch), rtol=1e-12, atol=0)
 
 
+@guards("model/isolation.py", 'torch.compiler.set_stance("force_eager")', "ExitStack()", ids="part")
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "part"])
 def test_compiled_code_is_not_run_and_not_lost(whole, batch):
     torch.compiler.reset()
@@ -94,6 +99,7 @@ def test_compiled_code_is_not_run_and_not_lost(whole, batch):
     assert len(compiled) > 0
 
 
+@guards("model/isolation.py", "vars(module)[name] = OrderedDict()", "pass")
 def test_backward_hooks_of_the_user_are_not_run(batch):
     net = Net()
     seen = []
@@ -102,6 +108,9 @@ def test_backward_hooks_of_the_user_are_not_run(batch):
     assert seen == []
 
 
+@guards("model/isolation.py", "torch.random.fork_rng(alike, device_type=device_type)", "ExitStack()")
+@guards("model/isolation.py", "numpy.random.set_state(numpy_state)", "pass")
+@guards("model/isolation.py", "random.setstate(python_state)", "pass")
 def test_what_a_forward_draws_is_drawn_again_afterwards(batch):
     net = DrawsNumbers()
     torch.manual_seed(1)
@@ -115,6 +124,8 @@ def test_what_a_forward_draws_is_drawn_again_afterwards(batch):
     assert (torch.rand(()), np.random.rand(), random.random()) == expected  # noqa: NPY002
 
 
+@guards("model/isolation.py", 'owner.fp32_precision = "ieee"', "pass")
+@guards("model/isolation.py", "owner.fp32_precision = value", "pass")
 def test_float32_is_float32():
     """Whatever ``torch.set_float32_matmul_precision`` was told; without fast bfloat16 only the setting shows it."""
     seen = []

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from tests.guarding import guards
 from tests.networks import randomise_statistics
 
 X = torch.randn(10, 2, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -244,6 +245,7 @@ def test_an_identity_classifier_changes_nothing():
     assert_same(found, expected)
 
 
+@guards("model/isolation.py", "module.training = False", "pass")
 def test_dropout_and_training_flags_do_not_matter():
     plain = Net(nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), norm=True)
     assert_same(measure(copy.deepcopy(plain).train()), measure(plain))

@@ -29,6 +29,7 @@ from tests.eventful_networks import (
     with_gradients,
     with_hooks,
 )
+from tests.guarding import guards
 
 
 @pytest.fixture(name="batch")
@@ -93,6 +94,10 @@ def assert_unchanged(net, batch, before):
     assert_close(state, before[0], rtol=0, atol=0)
 
 
+@guards("model/copy.py", "tie_weights=False", "tie_weights=True", ids="module_with_two_names-nothing_happens")
+@guards("model/copy.py", "measured(tensor, self._dtype).clone()", "tensor", ids="WritesInput-nothing_happens")
+@guards("model/copy.py", ", dtype).clone()", ", dtype)", ids="WritesWeights-nothing_happens")
+@guards("model/isolation.py", "now.update(attributes)", "pass", ids="train_mode-nothing_happens")
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_everything_is_as_it_was(model, event, batch):

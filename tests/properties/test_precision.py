@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.testing import oracle_block_traces
+from tests.guarding import guards
 
 HALVES = [torch.bfloat16, torch.float16]
 LAYERS = ["conv1", "conv2", "fc"]
@@ -36,6 +37,7 @@ def assert_same(one, other, **tolerance):
         assert one.layers[name].relative_flatness == pytest.approx(other.layers[name].relative_flatness, rel=1e-5)
 
 
+@guards("model/copy.py", "torch.float32 if tensor.dtype in HALF else tensor.dtype", "tensor.dtype")
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_half_precision_is_measured_in_float32(half):
     inputs, targets = batch()
@@ -49,6 +51,7 @@ def test_half_precision_is_measured_in_float32(half):
     assert_close(same.layers["conv2"].block_traces, of_oracle(net, inputs.to(half), targets), rtol=1e-4, atol=1e-7)
 
 
+@guards("model/copy.py", "dtype or (torch.float32", "(torch.float32")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("wanted", ["float64", torch.float64], ids=str)
 def test_any_precision_is_measured_in_float64(dtype, wanted):

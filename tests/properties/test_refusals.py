@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from tests.guarding import guards
 from tests.refused import Net, X, Y, measure, refused
 
 
@@ -34,6 +35,7 @@ class Wrapped(FSDPModule, Net):
     pass
 
 
+@guards("model.isolation:_refuse_sharded", returns=None)
 def test_sharded_weights():
     refused(lf.LayerSelectionError, "'Wrapped' are sharded over processes.*strategy='ddp'", Wrapped())
     net = Net()

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_flatness as lf
+from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import Apply, PooledNet, X, Y
 
@@ -44,6 +45,10 @@ class Relu(torch.autograd.Function):
         return 2 * gradient * (ctx.saved_tensors[0] - 2).relu()
 
 
+@guards("model/graph.py", "(kind in LINEAR_IN_ONE and len(following) == 1)", "kind in LINEAR_IN_ONE", ids="product")
+@guards("model/graph.py", "isinstance(node, BackwardCFunction) or getattr", "getattr", ids="custom")
+@guards("model/graph.py", ' or getattr(node, "_saved_training", False)', "", ids="instance norm")
+@guards("model.graph:cannot_curve", returns=True)
 @pytest.mark.parametrize(
     "curve",
     [
