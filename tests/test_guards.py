@@ -5,7 +5,7 @@ import pytest
 from tests.guarding import ROOT, Guard, declared
 
 
-@pytest.mark.parametrize("guard", declared(), ids=str)
+@pytest.mark.parametrize("guard", list(declared()), ids=str)
 def test_every_guard_is_where_its_test_says(guard):
     source = (ROOT / guard.path).read_text()
     changed = guard.removed_from(source)
