@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,8 @@ from lightning_flatness.callbacks.lightning_imports import LightningModule, Trai
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.trajectory import Trajectory
 from lightning_flatness.errors import FlatnessError, LandscapeError
-from lightning_flatness.functional import find_loss
-from lightning_flatness.measure.axes import KINDS
-from lightning_flatness.measure.landscape import check_landscape_options, loss_landscape
+from lightning_flatness.measure.landscape import landscape_of
+from lightning_flatness.measure.landscape_options import KINDS, LandscapeOptions
 from lightning_flatness.plots import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface
 from lightning_flatness.results import LandscapeResult
 
@@ -115,7 +115,7 @@ class LandscapeCallback(EpochEndCallback):
         super().__init__(
             data, max_samples, every_n_epochs, prefix, model, batch_fn, folder, figures, on_error, "landscape"
         )
-        self._statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
+        statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
         self._trajectory = Trajectory() if axes == "trajectory" else None
         self._axes = [axes, axes] if isinstance(axes, str) else axes
         checked: Any = "random" if self._trajectory else axes
@@ -126,18 +126,25 @@ class LandscapeCallback(EpochEndCallback):
             raise FlatnessError(
                 f"{axes=}: there are {known}, or one or two of these in a list, and 'trajectory' alone."
             )
-        words = {"normalize": normalize, "norm": norm, "biases": biases, "update": update}
-        width = 1.0 if span is None else span
-        for name in self._statistics:
-            check_landscape_options(
-                words | {"batch_norm": name}, axes=checked, span=width, steps=steps, seed=seed, dtype=dtype
-            )
+        options = LandscapeOptions(
+            axes=checked,
+            normalize=normalize,
+            norm=norm,
+            biases=biases,
+            update=update,
+            span=1.0 if span is None else span,
+            steps=steps,
+            frozen=frozen or (),
+            loss=loss,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            ignore_index=ignore_index,
+            seed=seed,
+            dtype=dtype,
+        )
+        self._options = [replace(options, batch_norm=name) for name in statistics]
         if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
             raise FlatnessError(f"{cap=} must be a positive number.")
-        criterion = find_loss(loss, label_smoothing, class_weight, ignore_index)
-        still = (frozen,) if isinstance(frozen, str) else tuple(frozen or ())
-        self._options: dict[str, Any] = words | {"frozen": still, "loss": criterion, "seed": seed, "dtype": dtype}
-        self._grid: dict[str, Any] = {"span": width, "steps": steps}
         self._whole_trajectory = span is None
         self.cap = cap
         self.results: dict[Statistics, LandscapeResult] = {}
@@ -189,22 +196,23 @@ class LandscapeCallback(EpochEndCallback):
         if "adam" in self._axes:
             _adam(trainer, network)
         # On two points along axes that there are already.
-        options = self._options | {"update": "add", "biases": "scaled"}
-        for name in self._statistics:
-            loss_landscape(network, batches, axes=["random"], steps=2, batch_norm=name, progress=False, **options)
+        for options in self._options:
+            trial = replace(options, axes=["random"], span=1.0, steps=2, update="add", biases="scaled")
+            landscape_of(network, batches, trial, progress=False)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        options = self._options | self._grid
-        axes: Any = self._axes
+        plane: dict[str, Any] = {}
         if self._trajectory is not None:
             axes, around = self._trajectory.plane(network)
-            options |= {"span": around} if self._whole_trajectory else {}
-        if "adam" in self._axes:
-            options["optimizer"] = _adam(trainer, network)
+            plane = {"axes": axes} | ({"span": around} if self._whole_trajectory else {})
+        optimizer = _adam(trainer, network) if "adam" in self._axes else None
         self.results = {}
-        for name in self._statistics:
+        for options in self._options:
+            name = options.batch_norm
             try:
-                found = loss_landscape(network, batches, axes=axes, batch_norm=name, progress=progress, **options)
+                found = landscape_of(
+                    network, batches, replace(options, **plane), optimizer=optimizer, progress=progress
+                )
             except LandscapeError as error:
                 self.results[name] = error.result
                 raise
@@ -240,7 +248,7 @@ class LandscapeCallback(EpochEndCallback):
     def _draw(self) -> Mapping[str, Any]:
         figures: dict[str, Any] = {}
         for name, result in self.results.items():
-            tag = name if len(self._statistics) > 1 else ""
+            tag = name if len(self._options) > 1 else ""
             if len(result.axes) == 1:
                 figures[f"line/{tag}".rstrip("/")] = plot_line(result, cap=self.cap)[0]
                 continue

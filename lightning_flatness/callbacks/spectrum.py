@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks.data.sources import Samples
 from lightning_flatness.callbacks.epoch_end import EpochEndCallback, Record
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
-from lightning_flatness.functional import find_loss
-from lightning_flatness.measure.spectrum import check_spectrum_options, hessian_spectrum
+from lightning_flatness.measure.spectrum import SpectrumOptions, spectrum_of
 from lightning_flatness.plots import plot_density, plot_eigenvalues
 from lightning_flatness.results import SpectrumResult
 
@@ -106,20 +105,22 @@ class SpectrumCallback(EpochEndCallback):
         super().__init__(
             data, max_samples, every_n_epochs, prefix, model, batch_fn, folder, figures, on_error, "spectrum"
         )
-        options: dict[str, Any] = {
-            "matrix": matrix,
-            "top_k": top_k,
-            "num_steps": num_steps,
-            "num_probes": num_probes,
-            "exponent": exponent,
-            "tolerance": tolerance,
-            "max_products": max_products,
-            "seed": seed,
-            "dtype": dtype,
-        }
-        check_spectrum_options(**options)
-        criterion = find_loss(loss, label_smoothing, class_weight, ignore_index)
-        self._options = options | {"loss": criterion, "params": params}
+        self._options = SpectrumOptions(
+            loss=loss,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            ignore_index=ignore_index,
+            params=params,
+            matrix=matrix,
+            top_k=top_k,
+            num_steps=num_steps,
+            num_probes=num_probes,
+            exponent=exponent,
+            tolerance=tolerance,
+            max_products=max_products,
+            seed=seed,
+            dtype=dtype,
+        )
         self.eigenvectors = eigenvectors
         self.result: SpectrumResult | None = None
 
@@ -137,11 +138,11 @@ class SpectrumCallback(EpochEndCallback):
         self.result = None
 
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
-        one_product = self._options | {"top_k": 0, "num_steps": 1, "num_probes": 1}
-        hessian_spectrum(network, batches, progress=False, **one_product)
+        one_product = replace(self._options, top_k=0, num_steps=1, num_probes=1)
+        spectrum_of(network, batches, one_product, progress=False)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        result = self.result = hessian_spectrum(network, batches, progress=progress, **self._options)
+        result = self.result = spectrum_of(network, batches, self._options, progress)
         values = result.eigenvalues.tolist()
         return {
             **({"lambda_max": values[0]} if values else {}),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional.custom_loss import CustomLoss
 from lightning_flatness.functional.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError
@@ -68,8 +69,7 @@ def find_loss(
 def _cross_entropy(smoothing: float, class_weight: Sequence[float] | Tensor | None, ignore_index: int) -> CrossEntropy:
     if not isinstance(smoothing, (int, float)) or not 0 <= smoothing <= 1:
         raise FlatnessError(f"label_smoothing={smoothing} must lie between 0 and 1.")
-    if not isinstance(ignore_index, int):
-        raise FlatnessError(f"ignore_index={ignore_index!r} must be a whole number.")
+    check_whole("ignore_index", ignore_index)
     try:
         weight = None if class_weight is None else tuple(float(value) for value in class_weight)
     except (TypeError, ValueError):

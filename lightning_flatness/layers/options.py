@@ -1,26 +1,24 @@
-"""What to measure and how, checked before any model is seen."""
+"""Which layers to measure, and how; checked before a model is seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-from torch import Tensor
-
+from lightning_flatness.checks import check_whole, is_number
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.functional import CrossEntropy, Loss, find_loss
+from lightning_flatness.model.options import MeasuringOptions
 
 MEASURES = ("hessian_trace", "relative_flatness", "neuronwise_flatness", "layerwise_flatness")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Arguments of a measurement; :func:`~lightning_flatness.measure_flatness` explains them.
+@dataclass(frozen=True, kw_only=True)
+class Options(MeasuringOptions):
+    """Options of :func:`~lightning_flatness.measure_flatness`, which explains them.
 
     Raises:
-        FlatnessError: one that cannot be.
+        FlatnessError: an option that is not possible.
 
     Example:
         >>> Options(layers="all", loss="mse").diagonal
@@ -28,22 +26,15 @@ class Options:
     """
 
     layers: str | Sequence[str] = "last"
-    loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy"
-    label_smoothing: float = 0.0
-    class_weight: Sequence[float] | Tensor | None = None
-    ignore_index: int = -100
     measures: Sequence[str] = MEASURES
     tolerance: float = 0.01
     residual: Literal["hutchinson"] | None = None
     num_probes: int = 16
     seed: int = 0
     strict: bool = False
-    dtype: Literal["float32", "float64"] | torch.dtype | None = None
-    loss_function: Loss = field(default_factory=CrossEntropy, init=False)
 
     def __post_init__(self) -> None:
-        loss = find_loss(self.loss, self.label_smoothing, self.class_weight, self.ignore_index)
-        object.__setattr__(self, "loss_function", loss)
+        super().__post_init__()
         names = [self.layers] if isinstance(self.layers, str) else self.layers
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
             raise FlatnessError(
@@ -53,45 +44,19 @@ class Options:
         unknown = [name for name in self.measures if name not in MEASURES]
         if isinstance(self.measures, str) or unknown or not self.measures:
             raise FlatnessError(f"measures={self.measures!r}: give some of {', '.join(MEASURES)}.")
-        if not isinstance(self.tolerance, (int, float)) or not 0 <= self.tolerance < 1:
+        if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
             raise FlatnessError(
                 f"tolerance={self.tolerance!r}: give the relative standard error that is accepted with many classes, "
                 "e.g. 0.01, or 0 for all classes."
             )
         if self.residual not in (None, "hutchinson"):
             raise FlatnessError(f"residual={self.residual!r}: give None or 'hutchinson'.")
-        if not isinstance(self.seed, int) or not isinstance(self.num_probes, int):
-            raise FlatnessError(f"seed={self.seed!r} and num_probes={self.num_probes!r} must be whole numbers.")
+        check_whole("seed", self.seed)
+        check_whole("num_probes", self.num_probes)
         if self.residual and self.num_probes < 2:
             raise FlatnessError(f"num_probes={self.num_probes!r}: a standard error needs two probes at least.")
-        measuring_dtype(self.dtype)
-
-    @property
-    def measuring_dtype(self) -> torch.dtype | None:
-        """What the model is run in; None for its own, at least float32."""
-        return measuring_dtype(self.dtype)
 
     @property
     def diagonal(self) -> bool:
-        """Whether the diagonal of the block traces is enough for the measures."""
+        """Whether the diagonals of the block traces suffice for the measures."""
         return "relative_flatness" not in self.measures
-
-
-def measuring_dtype(dtype: Any) -> torch.dtype | None:
-    """What ``dtype=`` asks for; None for the model's own, at least float32.
-
-    Raises:
-        FlatnessError: another type.
-
-    Example:
-        >>> measuring_dtype("float64")
-        torch.float64
-    """
-    known: dict[Any, torch.dtype | None] = {None: None, "float32": torch.float32, "float64": torch.float64}
-    known |= {torch.float32: torch.float32, torch.float64: torch.float64}
-    try:
-        return known[dtype]
-    except (KeyError, TypeError):  # what cannot be a key
-        raise FlatnessError(
-            f"dtype={dtype!r}: give 'float32' or 'float64', or None for the model's own, at least float32."
-        ) from None

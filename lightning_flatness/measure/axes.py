@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, normalized, orthogonal_to, random_direction
+from lightning_flatness.measure.landscape_options import LandscapeOptions
 from lightning_flatness.model.named_tensors import NamedDirection, NamedTensors
 
-KINDS = ("random", "adam", "hessian")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -25,88 +25,38 @@ class Axes(NamedTuple):
     epsilons: dict[str, float] | None  # of Adam's update
 
 
-def as_list(axes: Any) -> list[Any]:
-    """The axes one by one; a word alone is a plane of two axes of that kind, a direction alone a line.
-
-    Raises:
-        FlatnessError: not one or two axes, or an unknown word.
-
-    Example:
-        >>> as_list("random"), as_list(["adam"])
-        (['random', 'random'], ['adam'])
-    """
-    if isinstance(axes, str):
-        axes = [axes, axes]
-    elif isinstance(axes, (Mapping, Tensor)):
-        axes = [axes]
-    if not isinstance(axes, Sequence) or not 1 <= len(axes) <= 2:
-        raise FlatnessError(
-            f"axes is a {type(axes).__name__}{f' of length {len(axes)}' if isinstance(axes, Sequence) else ''}; give "
-            "'random', 'adam' or 'hessian' for a plane, or a list of one or two of these words or directions."
-        )
-    for axis in axes:
-        if isinstance(axis, str) and axis not in KINDS:
-            raise FlatnessError(f"axes={axis!r} is not known; there are {', '.join(map(repr, KINDS))}.")
-    return list(axes)
-
-
-def check_update(update: str, wanted: Sequence[Any], normalize: str | None) -> None:
-    """Adam's update has axes of its own.
-
-    Raises:
-        FlatnessError: others are wanted, or a normalisation.
-
-    Example:
-        >>> check_update("adam", ["adam"], None)
-    """
-    others = not all(isinstance(axis, str) and axis == "adam" for axis in wanted)
-    if update == "adam" and (others or normalize not in (None, "none")):
-        raise FlatnessError("update='adam' takes axes='adam' or axes=['adam'], and no normalisation.")
-
-
 def find_axes(
-    wanted: Sequence[Any],
+    options: LandscapeOptions,
     tensors: NamedTensors,
     weights: Mapping[str, Tensor],
     frozen: set[str],
     *,
-    normalize: str | None,
-    norm: int,
-    biases: Any,
-    update: str,
     optimizer: Any,
-    seed: int,
     eigenvectors: Callable[[int], Sequence[Any]],
 ) -> Axes:
     """Directions for the axes, without what is frozen, normalised. The i-th mention of a kind is its i-th direction.
 
     Args:
-        wanted: from :func:`as_list`.
+        options: of the landscape.
         tensors: of the model.
         weights: its parameters and buffers in the precision they are measured in, by name.
         frozen: names that do not move.
-        normalize: unit; by default ``"filter"`` for random axes and ``"none"`` for others.
-        norm: order.
-        biases: see :func:`~lightning_flatness.functional.normalized`.
-        update: ``"add"`` or ``"adam"``.
         optimizer: with Adam's moments.
-        seed: of random directions.
         eigenvectors: of the Hessian, as many as are asked for.
 
     Raises:
         FlatnessError: see :func:`~lightning_flatness.loss_landscape`.
     """
-    kinds = [axis if isinstance(axis, str) else "given" for axis in wanted]
-    check_update(update, wanted, normalize)
-    generator = torch.Generator().manual_seed(seed)
+    kinds = [axis if isinstance(axis, str) else "given" for axis in options.axes]
+    generator = torch.Generator().manual_seed(options.seed)
     moments: Sequence[Direction] = ()
     epsilons: dict[str, float] | None = None
     if "adam" in kinds:
-        moments, epsilons = adam_moments(optimizer, tensors, of_step=update == "adam")
+        moments, epsilons = adam_moments(optimizer, tensors, of_step=options.update == "adam")
     hessian = eigenvectors(kinds.count("hessian")) if "hessian" in kinds else ()
     names: list[str] = []
     directions: list[Direction] = []
-    for index, (axis, kind) in enumerate(zip(wanted, kinds, strict=True)):
+    for index, (axis, kind) in enumerate(zip(options.axes, kinds, strict=True)):
         turn = kinds[:index].count(kind)
         name = MOMENTS[turn] if kind == "adam" else f"{DESCRIPTIONS[kind]} {turn + 1}"
         if isinstance(axis, NamedDirection):
@@ -121,14 +71,17 @@ def find_axes(
             direction = orthogonal_to(direction, directions[kinds.index("random")])
         names.append(name)
         directions.append(direction)
-    units = tuple(normalize or ("filter" if kind == "random" else "none") for kind in kinds)
-    if update != "adam":
-        directions = [normalized(d, weights, unit, norm, biases) for d, unit in zip(directions, units, strict=True)]
+    units = tuple(options.normalize or ("filter" if kind == "random" else "none") for kind in kinds)
+    if options.update != "adam":
+        directions = [
+            normalized(direction, weights, unit, options.norm, options.biases)
+            for direction, unit in zip(directions, units, strict=True)
+        ]
     for name, direction in zip(names, directions, strict=True):
         _check_moves(name, direction)
-    if update == "adam" and len(directions) == 1:  # along a line, too, Adam's step takes both moments
+    if options.update == "adam" and len(directions) == 1:  # along a line, too, Adam's step takes both moments
         directions.append({key: tensor.double() for key, tensor in moments[1].items() if key not in frozen})
-    return Axes(tuple(names), tuple(directions), units, epsilons if update == "adam" else None)
+    return Axes(tuple(names), tuple(directions), units, epsilons if options.update == "adam" else None)
 
 
 DESCRIPTIONS = {"random": "random direction", "hessian": "eigenvector", "given": "direction"}

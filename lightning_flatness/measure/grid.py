@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_flatness.checks import is_number
 from lightning_flatness.errors import FlatnessError
 
 SECOND_MOMENT = (0.1, 1.9)  # symmetric around 1, and positive
@@ -31,8 +32,8 @@ def grid(span: Any, steps: Any, num_axes: int, update: str = "add") -> tuple[Ten
         (tensor([-1.,  0.,  1.], dtype=torch.float64),)
     """
     steps, span = _plain(steps), _plain(span)
-    counts = [steps] * num_axes if _is_number(steps) else steps
-    if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(_is_count(count) for count in counts):
+    counts = [steps] * num_axes if is_number(steps) else steps
+    if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(map(_is_count, counts)):
         raise FlatnessError(
             f"{steps=} must be a whole number of points, two at least, or one for each of {num_axes} axes."
         )
@@ -46,15 +47,15 @@ def grid(span: Any, steps: Any, num_axes: int, update: str = "add") -> tuple[Ten
 
 
 def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
-    if _is_number(span):
+    if is_number(span):
         ranges = [(-span, span)] * num_axes
         return (
             ranges[:1] + [SECOND_MOMENT] * (num_axes - 1) if update == "adam" and span > 0 else _ordered(ranges, span)
         )
     pairs = span if isinstance(span, Sequence) and not isinstance(span, str) else []
-    if len(pairs) == 2 and all(_is_number(end) for end in pairs):
+    if len(pairs) == 2 and all(is_number(end) for end in pairs):
         pairs = [pairs] * num_axes
-    whole = all(isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pairs)
+    whole = all(isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair)) for pair in pairs)
     return _ordered([(pair[0], pair[1]) for pair in pairs] if whole and len(pairs) == num_axes else [], span)
 
 
@@ -80,9 +81,5 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 2
+    return is_number(value) and isinstance(value, int) and value >= 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import FlatnessError, LandscapeError
-from lightning_flatness.functional import NORMALIZATIONS, Direction, Loss, direction_norm, find_loss, inner_product
-from lightning_flatness.layers.options import measuring_dtype
-from lightning_flatness.measure.axes import as_list, check_update, find_axes
-from lightning_flatness.measure.grid import grid
+from lightning_flatness.functional import Direction, Loss, direction_norm, inner_product
+from lightning_flatness.measure.axes import find_axes
+from lightning_flatness.measure.landscape_options import LandscapeOptions
 from lightning_flatness.measure.loss_sums import Data, Sums
 from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.measure.ranks import gather, own_rank
-from lightning_flatness.measure.spectrum import hessian_spectrum
+from lightning_flatness.measure.spectrum import SpectrumOptions, spectrum_of
 from lightning_flatness.model.copy import measured
 from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.named_tensors import NamedTensors
@@ -118,35 +117,55 @@ def loss_landscape(
         >>> plane.losses.shape, bool((plane.losses[2, 2] - plane.origin_loss).abs() < 1e-6)
         (torch.Size([5, 5]), True)
     """
-    words = {"normalize": normalize, "norm": norm, "biases": biases, "update": update, "batch_norm": batch_norm}
-    check_landscape_options(words, axes=axes, span=span, steps=steps, seed=seed, dtype=dtype, chunk=chunk)
-    wanted = as_list(axes)
-    coordinates = grid(span, steps, len(wanted), update)
-    criterion = find_loss(loss, label_smoothing, class_weight, ignore_index)
-    precision = measuring_dtype(dtype)
+    options = LandscapeOptions(
+        axes=axes,
+        normalize=normalize,
+        norm=norm,
+        biases=biases,
+        update=update,
+        span=span,
+        steps=steps,
+        frozen=frozen,
+        batch_norm=batch_norm,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        seed=seed,
+        dtype=dtype,
+        chunk=chunk,
+    )
+    return landscape_of(model, batches, options, optimizer=optimizer, resume=resume, progress=progress)
+
+
+def landscape_of(
+    model: nn.Module,
+    batches: Iterable[Any],
+    options: LandscapeOptions,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    resume: LandscapeResult | None = None,
+    progress: bool | None = None,
+) -> LandscapeResult:
+    """:func:`loss_landscape` with options that have been checked."""
+    coordinates, criterion, precision = options.coordinates, options.loss_function, options.measuring_dtype
     tensors = NamedTensors(model)
     data = Data(model, batches, criterion)
-    patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
-    still = tensors.frozen(patterns)
+    still = tensors.frozen(options.frozen)
     with isolated(model), torch.no_grad():
         weights = {name: measured(tensors[name].detach(), precision) for name in set(tensors.first_names.values())}
         moving = [name for name, tensor in tensors.parameters.items() if tensor.requires_grad and name not in still]
         found = find_axes(
-            wanted,
+            options,
             tensors,
             weights,
             still,
-            normalize=normalize,
-            norm=norm,
-            biases=biases,
-            update=update,
             optimizer=optimizer,
-            seed=seed,
-            eigenvectors=lambda number: _eigenvectors(model, batches, criterion, moving, number, seed, precision),
+            eigenvectors=lambda number: _eigenvectors(model, batches, options, moving, number),
         )
         points = Points(model, tensors, found.directions, found.epsilons, precision)
         origin = data.at_origin(points)
-        directions = found.directions[: len(wanted)]
+        directions = found.directions[: len(coordinates)]
         norms = [direction_norm(direction) for direction in directions]
         result = LandscapeResult(
             axes=found.names,
@@ -160,20 +179,20 @@ def loss_landscape(
             cosine=inner_product(*directions) / math.prod(norms) if len(directions) == 2 else math.nan,
             weight_norm=direction_norm({name: weights[name] for name in tensors.parameters if name not in still}),
             normalize=", ".join(dict.fromkeys(found.units)),
-            norm=norm,
-            biases=biases,
-            update=update,
-            batch_norm=batch_norm,
-            frozen=patterns,
+            norm=options.norm,
+            biases=options.biases,
+            update=options.update,
+            batch_norm=options.batch_norm,
+            frozen=tuple(options.frozen),
             loss=criterion.name,
             num_samples=origin.num_samples,
-            seed=seed,
+            seed=options.seed,
             # Recomputed statistics depend on which samples go together.
-            fingerprint=points.fingerprint(data.batch_sizes if batch_norm == "recomputed" else None),
+            fingerprint=points.fingerprint(data.batch_sizes if options.batch_norm == "recomputed" else None),
         )
         if resume is not None:
             _take_over(result, resume)
-        _compute(result, points, data, origin, chunk, progress)
+        _compute(result, points, data, origin, options.chunk, progress)
     return result
 
 
@@ -221,7 +240,7 @@ def _compute(
         ) from failure
     odd = int((computed & ~losses.isfinite()).sum())
     if odd and own_rank() == 0:
-        warnings.warn(f"{odd} of {len(losses)} points of the landscape have no finite loss.", stacklevel=3)
+        warnings.warn(f"{odd} of {len(losses)} points of the landscape have no finite loss.", stacklevel=4)
 
 
 def _take_over(result: LandscapeResult, earlier: LandscapeResult) -> None:
@@ -251,20 +270,22 @@ def _take_over(result: LandscapeResult, earlier: LandscapeResult) -> None:
 
 
 def _eigenvectors(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: Loss,
-    params: Sequence[str],
-    number: int,
-    seed: int,
-    dtype: torch.dtype | None,
+    model: nn.Module, batches: Iterable[Any], options: LandscapeOptions, params: Sequence[str], number: int
 ) -> list[Direction]:
     """Of the largest eigenvalues of the Hessian with respect to these parameters."""
-    options: dict[str, Any] = {"top_k": number, "num_steps": 1, "num_probes": 1, "seed": seed, "dtype": dtype}
-    spectrum = hessian_spectrum(model, batches, loss=loss, params=params or None, progress=False, **options)
+    of_spectrum = SpectrumOptions(
+        loss=options.loss_function,
+        dtype=options.dtype,
+        seed=options.seed,
+        params=params or None,
+        top_k=number,
+        num_steps=1,
+        num_probes=1,
+    )
+    spectrum = spectrum_of(model, batches, of_spectrum, progress=False)
     if not spectrum.converged and own_rank() == 0:
-        # Between here and the user are the lambda, find_axes and loss_landscape.
-        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=5)
+        # Between here and the user are the lambda, find_axes, landscape_of and loss_landscape.
+        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=6)
     if len(spectrum.eigenvalues) < number:
         raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
     return [spectrum.eigenvector(index) for index in range(number)]
@@ -280,50 +301,3 @@ def _outwards(coordinates: Sequence[Tensor]) -> Tensor:
     offsets = [torch.linspace(-1, 1, len(axis), dtype=torch.float64) for axis in coordinates]
     distances = torch.cartesian_prod(*offsets).reshape(-1, len(offsets)).square().sum(1)
     return distances.round(decimals=9).argsort(stable=True)
-
-
-WORDS: dict[str, tuple[Any, ...]] = {
-    "normalize": (None, *NORMALIZATIONS),
-    "norm": (1, 2),
-    "biases": ("zero", "scaled"),
-    "update": ("add", "adam"),
-    "batch_norm": ("kept", "recomputed"),
-}
-
-
-def check_landscape_options(
-    words: Mapping[str, Any], *, axes: Any, span: Any, steps: Any, seed: Any, dtype: Any, chunk: Any = None
-) -> None:
-    """Refuse options of :func:`loss_landscape` that cannot be, before a model is seen.
-
-    Args:
-        words: ``normalize``, ``norm``, ``biases``, ``update`` and ``batch_norm``, by name.
-        axes: as there; so are all others.
-        span: of the coordinates.
-        steps: points.
-        seed: of random axes.
-        dtype: to measure in.
-        chunk: points at once.
-
-    Raises:
-        FlatnessError: naming the option.
-    """
-    _check_words(**words)
-    _check_numbers(seed, chunk)
-    wanted = as_list(axes)
-    check_update(words["update"], wanted, words["normalize"])
-    grid(span, steps, len(wanted), words["update"])
-    measuring_dtype(dtype)
-
-
-def _check_words(**given: Any) -> None:
-    for name, value in given.items():
-        if not any(type(value) is type(word) and value == word for word in WORDS[name]):
-            raise FlatnessError(f"{name}={value!r} is not known; there are {', '.join(map(repr, WORDS[name]))}.")
-
-
-def _check_numbers(seed: Any, chunk: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise FlatnessError(f"{seed=} must be a whole number, not negative.")
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise FlatnessError(f"{chunk=} must be a whole number of points, one at least, or None.")

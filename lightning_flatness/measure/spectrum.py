@@ -6,28 +6,60 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError
+from lightning_flatness.checks import check_positive, check_whole, check_word
+from lightning_flatness.errors import BatchError, LayerSelectionError
 from lightning_flatness.functional import (
     Eigenpairs,
     Loss,
     Quadrature,
-    find_loss,
     lanczos_quadrature,
     spectrum_criteria,
     top_eigenpairs,
 )
-from lightning_flatness.layers.options import measuring_dtype
 from lightning_flatness.measure.batches import batches_on, split_batch
 from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.measure.ranks import sum_over_ranks
 from lightning_flatness.model.hessian import LossCurvature, LossSums
 from lightning_flatness.model.isolation import differentiable, random_states_kept
+from lightning_flatness.model.options import MeasuringOptions
 from lightning_flatness.results import CRITERIA, SpectrumResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumOptions(MeasuringOptions):
+    """Options of :func:`hessian_spectrum`, which explains them.
+
+    Raises:
+        FlatnessError: an option that is not possible.
+
+    Example:
+        >>> SpectrumOptions(top_k=3).num_steps
+        50
+    """
+
+    params: str | Sequence[str] | None = None
+    matrix: Literal["hessian", "gauss_newton"] = "hessian"
+    top_k: int = 5
+    num_steps: int = 50
+    num_probes: int = 10
+    exponent: float = 0.5
+    tolerance: float | None = None
+    max_products: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_word("matrix", self.matrix, ("hessian", "gauss_newton"))
+        for name, least in {"top_k": 0, "num_steps": 1, "num_probes": 1, "max_products": 1, "seed": 0}.items():
+            check_whole(name, getattr(self, name), least)
+        check_positive("exponent", self.exponent)
+        check_positive("tolerance", self.tolerance, or_none=True)
 
 
 def hessian_spectrum(
@@ -99,7 +131,12 @@ def hessian_spectrum(
         >>> result.eigenvalues, result.kind
         (tensor([9.0000, 1.0000], dtype=torch.float64), 'mainly positive')
     """
-    check_spectrum_options(
+    options = SpectrumOptions(
+        loss=loss,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        params=params,
         matrix=matrix,
         top_k=top_k,
         num_steps=num_steps,
@@ -110,26 +147,33 @@ def hessian_spectrum(
         seed=seed,
         dtype=dtype,
     )
+    return spectrum_of(model, batches, options, progress)
+
+
+def spectrum_of(
+    model: nn.Module, batches: Iterable[Any], options: SpectrumOptions, progress: bool | None = None
+) -> SpectrumResult:
+    """:func:`hessian_spectrum` with options that have been checked."""
     if isinstance(batches, Iterator):
         raise BatchError(
             f"The batches are a {type(batches).__name__}, which can be read only once, and every product with the "
             "Hessian reads them all. Give a DataLoader, or list(batches)."
         )
-    loss_function = find_loss(loss, label_smoothing, class_weight, ignore_index)
+    num_probes, num_steps = options.num_probes, options.num_steps
     with random_states_kept(model), differentiable(model), torch.no_grad():
-        curvature = LossCurvature(model, loss_function, params, matrix, measuring_dtype(dtype))
+        curvature = LossCurvature(model, options.loss_function, options.params, options.matrix, options.measuring_dtype)
         operator = _MeanOperator(model, curvature, batches)
         size, precise = curvature.size, curvature.dtype == torch.float64
-        top_k = min(top_k, size)
+        top_k = min(options.top_k, size)
         rows = min(max(num_steps, 2 * top_k + 20), size)
         basis = torch.empty(rows, size, dtype=curvature.dtype, device=curvature.device)
-        generator = torch.Generator().manual_seed(seed)
-        tolerance = (1e-7 if precise else 1e-4) if tolerance is None else tolerance
+        generator = torch.Generator().manual_seed(options.seed)
+        tolerance = (1e-7 if precise else 1e-4) if options.tolerance is None else options.tolerance
         found = Eigenpairs(torch.zeros(0).double(), basis[:0].clone(), torch.zeros(0).double(), 0)
         with progress_bar(progress) as bar:
             if top_k:
-                operator.tell = _teller(bar, "Eigenvalues", max_products + top_k)
-                found = top_eigenpairs(operator, basis, top_k, generator, tolerance, max_products)
+                operator.tell = _teller(bar, "Eigenvalues", options.max_products + top_k)
+                found = top_eigenpairs(operator, basis, top_k, generator, tolerance, options.max_products)
             operator.tell = _teller(bar, "Density", num_probes * min(num_steps, size))
             probes, traces = [], []
             for _ in range(num_probes):
@@ -139,7 +183,7 @@ def hessian_spectrum(
                 traces.append(_trace(probes[-1], probe, found))
     values, weights = torch.stack([p.values for p in probes]), torch.stack([p.weights for p in probes])
     zero = 10 * torch.finfo(curvature.dtype).eps
-    criteria = spectrum_criteria(values, weights, exponent, curvature.weight_norm**2, zero)
+    criteria = spectrum_criteria(values, weights, options.exponent, curvature.weight_norm**2, zero)
     kind, agreeing = Counter(criteria.kinds).most_common(1)[0]
     each = {name: getattr(criteria, name) for name in CRITERIA}
     accuracy = tolerance * found.values.abs() + 100 * torch.finfo(curvature.dtype).eps * values.abs().max()
@@ -154,7 +198,7 @@ def hessian_spectrum(
         **{name: float(numbers.mean()) for name, numbers in each.items()},
         kind=kind,
         spread={name: _deviation(numbers) for name, numbers in each.items()} | {"kind": 1 - agreeing / num_probes},
-        exponent=exponent,
+        exponent=options.exponent,
         num_steps=values.shape[1],
         num_probes=num_probes,
         num_products=operator.num_products,
@@ -162,8 +206,8 @@ def hessian_spectrum(
         weight_norm=curvature.weight_norm,
         num_samples=operator.num_samples,
         loss=operator.loss,
-        loss_name=loss_function.name,
-        matrix=matrix,
+        loss_name=options.loss_function.name,
+        matrix=options.matrix,
         converged=bool((found.residuals <= 2 * accuracy).all()),
     )
 
@@ -245,32 +289,3 @@ def _deviation(numbers: Tensor) -> float:
 def _teller(bar: Any, name: str, total: int) -> Callable[[], None]:
     task = bar.add_task(name, total=total)
     return lambda: bar.advance(task)
-
-
-def check_spectrum_options(
-    *,
-    matrix: str,
-    top_k: int,
-    num_steps: int,
-    num_probes: int,
-    exponent: float,
-    tolerance: float | None,
-    max_products: int,
-    seed: int,
-    dtype: Any,
-) -> None:
-    """Refuse options of :func:`hessian_spectrum` that cannot be, before a model is seen.
-
-    Raises:
-        FlatnessError: naming the option.
-    """
-    if matrix not in ("hessian", "gauss_newton"):
-        raise FlatnessError(f"matrix={matrix!r}: give 'hessian' or 'gauss_newton'.")
-    least = {"top_k": (top_k, 0), "num_steps": (num_steps, 1), "num_probes": (num_probes, 1)}
-    for name, (value, lowest) in (least | {"max_products": (max_products, 1), "seed": (seed, 0)}).items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise FlatnessError(f"{name}={value!r} must be a whole number, {lowest} at least.")
-    for name, number in {"exponent": exponent, "tolerance": tolerance}.items():
-        if number is not None and not (isinstance(number, (int, float)) and 0 < number < math.inf):
-            raise FlatnessError(f"{name}={number!r} must be a positive number.")
-    measuring_dtype(dtype)

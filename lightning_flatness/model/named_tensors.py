@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, PrincipalDirections, principal_directions
 from lightning_flatness.model.copy import measured, measuring_device
@@ -196,8 +197,7 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
         torch.Size([3, 2])
     """
     tensors = NamedTensors(model)
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise FlatnessError(f"{number=} must be a whole number, one at least.")
+    check_whole("number", number, least=1)
     offsets = [
         _offset(tensors, state, tensors.parameters, f"State {index} of the trajectory")
         for index, state in enumerate(states)

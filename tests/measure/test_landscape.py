@@ -266,7 +266,7 @@ def test_hessian_axes_are_eigenvectors():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_eigenvectors_that_have_not_converged(monkeypatch, rank):
     spectrum = replace(lf.hessian_spectrum(net(), BATCHES, num_steps=1, num_probes=1), converged=False)
-    monkeypatch.setattr(landscape, "hessian_spectrum", lambda *_, **__: spectrum)
+    monkeypatch.setattr(landscape, "spectrum_of", lambda *_, **__: spectrum)
     monkeypatch.setattr(landscape, "own_rank", lambda: rank)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
