@@ -1,6 +1,6 @@
-"""Level 0: pure mathematics. Tensors in, tensors out; nothing here knows ``nn.Module`` or Lightning.
+"""The mathematics: functions from tensors to tensors, without modules of torch or Lightning.
 
-One set of letters is used throughout:
+The same letters are used throughout:
 
 ====================  ==========================================================================================
 ``N``, ``K``          samples; classes

@@ -1,7 +1,8 @@
-"""Closed form: block traces of a convolution under an elementwise tail, global pooling and a linear classifier."""
+"""The closed form: block traces of a convolution under an elementwise tail, global pooling, a linear classifier."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -17,12 +18,12 @@ from lightning_flatness.functional.patches import (
 )
 from lightning_flatness.functional.symmetric import mirror_, strip_rows
 
-# Elements of one chunk's factors, and of the products of them that are made at a time: on a CPU the products should
-# stay in the cache, elsewhere be large.
+# Elements of one chunk's factors, and of the products of them made at a time. On a CPU the products should fit the
+# cache; elsewhere large products are faster.
 FACTOR_ELEMENTS = {"cpu": 2**24}
 PRODUCT_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
-# With so few products of a class and a position, one matrix product over all of them beats two and an elementwise one.
+# With at most so many pairs of a class and a position, one matrix product over all pairs is fastest.
 FEW = 24
 # Samples that may be summed in the precision of the factors.
 MOST_SAMPLES = 64
@@ -38,31 +39,33 @@ def closed_form_block_traces(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Block traces of the Hessian, summed over the samples of a batch, for piecewise-linear activations.
+    r"""Compute the block traces of the Hessian, summed over samples, for piecewise-linear activations.
 
     .. math::
         T = \sum_n (V^\top \Lambda V) \circ (a \Gamma a^\top)
 
-    with slopes ``a[s, p] = dg[c(s)] / dz[s, p]``, patch Gram matrix ``Γ`` and classifier columns ``V[:, s] = weight[:,
-    c(s)]``. Exact when the classifier's input ``g[c(s)]`` is a sum of piecewise-linear functions of single entries
-    ``z[s, p]``; for curved ones add :func:`closed_form_residual`. Source: Taleghani et al. 2026 (arXiv 2603.09016) for
-    ReLU; the derivation is in ``docs/theory.md``.
+    with the slopes ``a[s, p] = dg[c(s)] / dz[s, p]``, the patch Gram matrix ``Γ`` and the classifier's columns
+    ``V[:, s] = weight[:, c(s)]``. It is exact if every input ``g[c(s)]`` of the classifier is a sum of piecewise-linear
+    functions of single entries ``z[s, p]``. For curved functions add :func:`closed_form_residual`.
 
     Args:
-        inputs: what the convolution reads, ``(N, C, *spatial)``.
+        inputs: of the convolution, ``(N, C, *spatial)``.
         geometry: of the convolution.
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``.
-        curvature: ``Λ``, of ``N`` samples.
-        tolerance: leave out classes of samples that add no more, in all, than this part of the trace. What is left out
-            is a positive matrix of at most ``tolerance`` times the trace, less its diagonal, which stays. Has no
+        curvature: ``Λ`` of ``N`` samples.
+        tolerance: leave out classes of samples that together add at most this share of the trace. What is missing then
+            is a positive semi-definite matrix with at most that trace, without its diagonal, which is kept. Has no
             effect with ``diagonal`` or a dense curvature.
-        diagonal: only ``T[s, s]``, which is much less work.
-        chunk_size: samples taken at a time; by default as many as fit a small budget. The result does not depend on it
-            beyond rounding and the tolerance, memory does.
+        diagonal: compute only ``T[s, s]``, which is much less work.
+        chunk_size: samples per chunk; by default as many as fit a small memory budget. Up to rounding and the
+            tolerance, the result does not depend on it.
 
     Returns:
-        float64 ``(G, S/G, S/G)``, symmetric; with ``diagonal``, ``(G, S/G)``. The sum over samples, not the mean.
+        The sum over samples (not the mean), float64 ``(G, S/G, S/G)``, symmetric; with ``diagonal``, ``(G, S/G)``.
+
+    Source:
+        Taleghani et al. 2026 (arXiv 2603.09016) for ReLU; derivation in ``docs/theory.md``, "The closed form".
 
     Example:
         >>> from lightning_flatness.functional import ClassCurvature
@@ -83,30 +86,28 @@ def closed_form_block_traces(
     by_gram, by_sum = contraction_costs(positions, patch_length, per_group, diagonal=diagonal)
     use_gram = by_gram <= by_sum
     budget = FACTOR_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
-    strip = strip_rows(per_group)
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)
         chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
         chunk_size = min(chunk_size, MOST_SAMPLES)
-    of_products = PRODUCT_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
-    samples_at_once = max(1, of_products // (groups * strip * per_group))
+    strip_elements = groups * strip_rows(per_group) * per_group
+    at_once = max(1, PRODUCT_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE) // strip_elements)
 
     head = curvature.centred(head)
-    by_group = head.unflatten(1, (groups, per_group)).permute(1, 2, 0)  # (G, s, K)
-    of_filters = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
-    total = of_filters.new_zeros(groups, per_group, 0 if diagonal else per_group)
-    shared: Tensor | None = None  # what the floor is multiplied with
+    on_diagonal = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
+    total = on_diagonal.new_zeros(groups, per_group, 0 if diagonal else per_group)
+    shared: Tensor | None = None  # sum over samples of floor · (a Γ aᵀ), the factor of VᵀV
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
         left = right = slopes[chunk]
         if use_gram:
             right = left @ patch_gram(inputs[chunk], geometry)
         else:
-            left = right = left @ patches(inputs[chunk], geometry).mT  # (N, G, s, D): sum_p a[s, p] phi[p]
+            left = right = left @ patches(inputs[chunk], geometry).mT  # (N, G, s, D), sum_p a[s, p] phi[p]
         scales = (left * right).sum(3) if diagonal or tolerance > 0 else None  # the diagonal of aΓaᵀ
         if diagonal:
             centred = curvature[chunk].diagonal(head).unflatten(1, (groups, per_group))
-            of_filters += (centred * scales).sum(0)
+            on_diagonal += (centred * scales).sum(0)
             continue
         projected = curvature[chunk].project(head, None if scales is None else scales.flatten(1), tolerance)
         columns = projected.columns.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # (N, G, s, C)
@@ -115,66 +116,103 @@ def closed_form_block_traces(
         if floor is not None and shared is None:
             shared = torch.zeros_like(total)
         few = columns.shape[3] * left.shape[3] <= FEW and floor is None
-        size = 0 if few else min(samples_at_once, len(left)) * groups * strip * per_group
+        size = 0 if few else min(at_once, len(left)) * strip_elements
         buffers = [None if torch.is_grad_enabled() else like.new_empty(size) for like in (left, columns)]
-        for row in range(0, per_group, strip):
-            rows, rest = slice(row, row + strip), slice(row, None)
+        for rows, rest in _strips(per_group):
+            factors = (right[:, :, rows], left[:, :, rest], columns[:, :, rows], signed[:, :, rest])
             if few:
-                of_all = _all_products(columns[:, :, rows], right[:, :, rows])
-                total[:, rows, rest] += of_all @ _all_products(signed[:, :, rest], left[:, :, rest]).mT
+                total[:, rows, rest] += _sum_of_all_products(*factors)
                 continue
-            sums = left.new_zeros(groups, min(strip, per_group - row), per_group - row)
-            sums_of_floor = torch.zeros_like(sums)
-            for first in range(0, len(left), samples_at_once):
-                some = slice(first, first + samples_at_once)
-                most = max(projected.counts[some])
-                features = _product(right[some, :, rows], left[some, :, rest], buffers[0])
-                products = _product(columns[some, :, rows, :most], signed[some, :, rest, :most], buffers[1])
-                products *= features
-                sums += products.sum(0)
-                if floor is not None:
-                    sums_of_floor += (floor[some] @ features.flatten(1)).view_as(sums)
+            sums, sums_of_floor = _sums_of_products(*factors, projected.counts, floor, at_once, buffers)
             total[:, rows, rest] += sums
             if shared is not None:
                 shared[:, rows, rest] += sums_of_floor
         if projected.rest is not None and scales is not None:
-            of_filters += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
+            on_diagonal += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
     if diagonal:
-        return of_filters
-    total.diagonal(dim1=1, dim2=2).add_(of_filters)
+        return on_diagonal
+    total.diagonal(dim1=1, dim2=2).add_(on_diagonal)
     if shared is not None:
-        for row in range(0, per_group, strip):
-            rows, rest = slice(row, row + strip), slice(row, None)
-            total[:, rows, rest] += (by_group[:, rows] @ by_group[:, rest].mT) * shared[:, rows, rest]
+        head_by_group = head.unflatten(1, (groups, per_group)).permute(1, 2, 0)  # (G, s, K)
+        for rows, rest in _strips(per_group):
+            total[:, rows, rest] += (head_by_group[:, rows] @ head_by_group[:, rest].mT) * shared[:, rows, rest]
     return mirror_(total)
 
 
+def _strips(filters: int) -> Iterator[tuple[slice, slice]]:
+    """Yield rows of the upper triangle of a matrix, a strip at a time, and the columns from the diagonal on."""
+    size = strip_rows(filters)
+    for row in range(0, filters, size):
+        yield slice(row, row + size), slice(row, None)
+
+
+def _sums_of_products(
+    right: Tensor,
+    left: Tensor,
+    columns: Tensor,
+    signed: Tensor,
+    counts: Sequence[int],
+    floor: Tensor | None,
+    at_once: int,
+    buffers: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Sum ``(columns signedᵀ) ∘ (right leftᵀ)`` over samples, and ``floor · (right leftᵀ)``: ``(G, rows, rest)`` each.
+
+    Args:
+        right: ``(N, G, rows, P or D)``.
+        left: ``(N, G, rest, P or D)``.
+        columns: ``(N, G, rows, C)``.
+        signed: ``(N, G, rest, C)``.
+        counts: of every sample, the number of columns that are not zero.
+        floor: ``(N,)``, or None for zero.
+        at_once: samples whose products are made at a time.
+        buffers: memory for the two products, or None to allocate it.
+    """
+    sums = left.new_zeros(left.shape[1], right.shape[2], left.shape[2])
+    sums_of_floor = torch.zeros_like(sums)
+    for first in range(0, len(left), at_once):
+        some = slice(first, first + at_once)
+        most = max(counts[some])
+        features = _product(right[some], left[some], buffers[0])
+        products = _product(columns[some, ..., :most], signed[some, ..., :most], buffers[1])
+        products *= features
+        sums += products.sum(0)
+        if floor is not None:
+            sums_of_floor += (floor[some] @ features.flatten(1)).view_as(sums)
+    return sums, sums_of_floor
+
+
 def _product(one: Tensor, other: Tensor, buffer: Tensor | None) -> Tensor:
-    """``one @ otherᵀ`` of ``(N, G, s, C)``; in memory that is there already, which autograd does not allow."""
+    """Compute ``one @ otherᵀ`` of ``(N, G, s, C)``, into ``buffer`` if there is one; autograd needs new memory."""
     if buffer is None:
         return one @ other.mT
     shape = (*one.shape[:3], other.shape[2])
     return torch.matmul(one, other.mT, out=buffer[: prod(shape)].view(shape))
 
 
-def _all_products(columns: Tensor, features: Tensor) -> Tensor:
-    """All products of a column with a feature, of ``(N, G, s, C)`` and ``(N, G, s, P)``: ``(G, s, N C P)``."""
-    products = columns[..., None] * features[..., None, :]
-    return products.flatten(3).permute(1, 2, 0, 3).flatten(2)
+def _sum_of_all_products(right: Tensor, left: Tensor, columns: Tensor, signed: Tensor) -> Tensor:
+    """Sum ``(columns signedᵀ) ∘ (right leftᵀ)`` over samples by one matrix product over pairs of class and position."""
+    rows, rest = (
+        (c[..., None] * f[..., None, :]).flatten(3).permute(1, 2, 0, 3).flatten(2)  # (G, s, N C P)
+        for c, f in ((columns, right), (signed, left))
+    )
+    return rows @ rest.mT
 
 
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
-    r"""Block traces of the classifier's own Hessian, summed over samples: ``T = \sum_n ‖g_n‖² Λ_n``.
+    r"""Compute the block traces of the classifier's own Hessian, summed over samples: ``T = \sum_n ‖g_n‖² Λ_n``.
 
-    All that is needed of the network is what its last linear layer reads and returns. Exact, as logits are linear in
-    the weight. Source: Petzka et al. 2021 (arXiv 2001.00939), Definition 3, where all of this Hessian is formed.
+    It is exact, since the logits are linear in the classifier's weight, and needs only its inputs and outputs.
 
     Args:
-        features: ``g``, what the classifier reads, ``(N, m)``.
+        features: ``g``, the classifier's inputs, ``(N, m)``.
         curvature: ``Λ`` at the logits ``g Wᵀ + b``, of ``N`` samples.
 
     Returns:
-        float64 ``(1, K, K)``. The sum over samples, not the mean.
+        The sum over samples (not the mean), float64 ``(1, K, K)``.
+
+    Source:
+        Petzka et al. 2021 (arXiv 2001.00939), Definition 3, which forms the whole Hessian.
 
     Example:
         >>> from lightning_flatness.functional import CrossEntropy, relative_flatness, weight_gram
@@ -184,24 +222,27 @@ def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
         >>> bool(relative_flatness(mean, weight_gram(classifier.weight)) > 0)
         True
     """
-    norms = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float64)  # squares of float16 overflow
+    norms = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float64)  # float16 squares overflow
     return curvature.summed(norms.square())[None]
 
 
 def closed_form_residual(
     inputs: Tensor, geometry: ConvolutionGeometry, curvatures: Tensor, head: Tensor, residual: Tensor
 ) -> Tensor:
-    r"""What curved activations add to the diagonal of the block traces, ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]``.
+    r"""Compute what curved activations add to the block traces: ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` at ``T[s, s]``.
 
     Args:
-        inputs: what the convolution reads, ``(N, C, *spatial)``.
+        inputs: of the convolution, ``(N, C, *spatial)``.
         geometry: of the convolution.
         curvatures: ``a' = da / dz``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``; ``r = Vᵀ dloss/df``.
         residual: ``dloss/df``, ``(N, K)``.
 
     Returns:
-        float64 ``(G, S/G)``.
+        The sum over samples, float64 ``(G, S/G)``.
+
+    Source:
+        ``docs/theory.md``, "The closed form".
 
     Example:
         >>> x = torch.randn(2, 3, 6, 6).double()

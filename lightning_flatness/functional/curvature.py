@@ -1,11 +1,10 @@
 r"""The curvature of a loss: its second derivative ``Λ_n`` with respect to the logits of every sample.
 
-Nothing needs ``Λ`` as a matrix. The closed form needs ``VᵀΛV`` for a matrix ``V``, as a product of columns; the
-Gauss-Newton method needs a factor ``B``, ``B Bᵀ = Λ``, column by column. Both are offered by the two forms in which
-losses have their curvature:
+``Λ`` is not formed as a matrix. The closed form needs factors of ``VᵀΛV`` for a matrix ``V``; the Gauss-Newton method
+needs the columns of a factor ``B`` with ``B Bᵀ = Λ``, one by one. Two classes provide both:
 
 - :class:`ClassCurvature`, a sum over classes: cross-entropy, binary cross-entropy, squared error;
-- :class:`DenseCurvature`, any symmetric matrix: a loss that somebody else has written.
+- :class:`DenseCurvature`, any symmetric matrix: a loss that the user wrote.
 """
 
 from __future__ import annotations
@@ -16,33 +15,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# From this many classes on, it pays to take apart what all have in common, and to sample those that matter less.
+# With fewer classes than this, all classes of all samples are used.
 MANY_CLASSES = 128
-# Unless so few are left, it is quicker to take all.
+# Classes are left out only if at most this share of them remains; otherwise using all is faster.
 WORTHWHILE = 0.9
-# Of intermediate results that are made at a time.
+# Elements of intermediate results made at a time.
 ELEMENTS = 2**22
 
 
 class Projection(NamedTuple):
-    """``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)``, for every sample."""
+    """Factors of ``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)`` for every sample."""
 
     columns: Tensor  # (N, C, S)
-    counts: list[int]  # of every sample: its columns from there on are zero
-    signs: Tensor | None = None  # (N, C), or None for all +1
-    floor: Tensor | None = None  # (N,), what all classes of a sample share
-    rest: Tensor | None = None  # (N, S): the diagonal of the columns that were dropped
+    counts: list[int]  # how many columns of every sample are used; those after them are zero
+    signs: Tensor | None = None  # (N, C); None if all are +1
+    floor: Tensor | None = None  # (N,), the smallest weight of every sample, if taken apart
+    rest: Tensor | None = None  # (N, S), the diagonal of what was left out
 
 
 @dataclass(frozen=True)
 class ClassCurvature:
     r"""A curvature that is a sum over classes, ``Λ_n = \sum_k w_{nk} (e_k - π_n)(e_k - π_n)ᵀ``.
 
-    Cross-entropy has ``w = c π``, which gives ``c (diag(π) - π πᵀ)``; without ``center`` it is ``diag(w)``.
+    Cross-entropy has ``w = c π``, hence ``Λ = c (diag(π) - π πᵀ)``. Without ``center``, ``Λ = diag(w)``.
 
     Args:
-        weights: ``w``, ``(N, K)``, float64, not negative; with a center, a multiple of it for every sample.
-        center: ``π``, ``(N, K)``, whose rows add up to one; or None for zero.
+        weights: ``w``, float64 ``(N, K)``, not negative. With a center, ``w_n`` is a multiple of ``π_n``.
+        center: ``π``, ``(N, K)``, rows that sum to one; None for zero.
 
     Example:
         >>> pi = torch.softmax(torch.randn(1, 4).double(), dim=1)
@@ -61,24 +60,24 @@ class ClassCurvature:
 
     @property
     def num_classes(self) -> int:
-        """``K``."""
+        """``K``, the number of classes."""
         return self.weights.shape[1]
 
     @property
     def num_columns(self) -> int:
-        """Columns of the factor that :meth:`column` gives: ``K - 1`` with a center, else ``K``."""
-        return self.weights.shape[1] - (self.center is not None)
+        """Number of columns of the factor that :meth:`column` returns: ``K - 1`` with a center, else ``K``."""
+        return self.num_classes - (self.center is not None)
 
     def factor(self, x: Tensor) -> Tensor:
-        """``B x`` with the factor ``B`` of ``K`` columns ``√w_k (e_k - π)``; both ``(N, K)``."""
+        """Compute ``B x`` with the factor ``B`` of ``K`` columns ``√w_k (e_k - π)``; both are ``(N, K)``."""
         y = self.weights.sqrt() * x
         return y if self.center is None else y - self.center * y.sum(1, keepdim=True)
 
     def column(self, index: int) -> Tensor:
-        """One column of a factor with as few columns as can be, ``(N, K)``.
+        """Return one column, ``(N, K)``, of a factor with as few columns as possible.
 
-        With a center, ``√π`` is mapped to zero. A reflection that takes the last axis to ``√π``
-        turns the last column of the factor to zero, which leaves ``K - 1`` columns to pull back.
+        With a center, the factor of :meth:`factor` maps ``√π`` to zero. Multiplied by the reflection that takes the
+        last axis to ``√π``, its last column vanishes, which leaves ``K - 1`` columns to pull back.
         """
         x = torch.zeros_like(self.weights)
         x[:, index] = 1
@@ -88,22 +87,22 @@ class ClassCurvature:
         return self.factor(x)
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """``V``, ``(K, S)``, or what can stand for it: with a center, rows matter only up to a common vector."""
+        """Return ``V``, ``(K, S)``, minus its mean row if there is a center: then ``VᵀΛV`` is the same."""
         return matrix if self.center is None else matrix - matrix.mean(0)
 
     @property
     def floor(self) -> Tensor | None:
-        """The part of the weights that all classes of a sample share, ``(N,)``; None where that is hardly anything."""
-        floor, classes = self.weights.amin(1), self.weights.shape[1]
+        """The smallest weight of every sample, ``(N,)``; None if these are a negligible part of all weights."""
+        floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        r"""Factors of ``VᵀΛV``; with a tolerance, what all classes share is apart, and those that matter least go.
+        r"""Factor ``VᵀΛV``; with a tolerance, leave out the classes that add least to its trace.
 
-        Columns are centred, ``√w_k (v_k - πᵀV)``: ``diag(π) - π πᵀ`` cancels. Left out are as many classes as add no
-        more, in all, than ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``; their diagonal comes apart, so
-        that only entries off the diagonal change.
+        Columns are ``√w_k (v_k - πᵀV)``, so ``diag(π) - π πᵀ`` does not cancel. With a tolerance, the floor is taken
+        apart, and the classes left out add at most ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``. Their
+        diagonal is returned as ``rest``, so that only entries off the diagonal change.
 
         Args:
             matrix: ``V``, ``(K, S)``, from :meth:`centred`.
@@ -124,10 +123,10 @@ class ClassCurvature:
                 weights = (above * kept).gather(1, chosen)
             else:
                 counts, floor = [classes] * samples, None
-        shared = int(mean is not None and floor is not None)  # columns for the mean of all classes
+        shared = int(mean is not None and floor is not None)  # one column more, for the floor's part in the mean
         columns = matrix.new_empty(samples, shared + weights.shape[1], matrix.shape[1])
         of_classes = columns[:, shared:]
-        # In place, as these are many: with a thousand classes some ten megabytes for every sample.
+        # In place, to save memory: with a thousand classes, a sample takes some ten megabytes.
         if chosen is not None:
             for rows, indices in zip(of_classes, chosen, strict=True):
                 torch.index_select(matrix, 0, indices, out=rows)
@@ -141,20 +140,20 @@ class ClassCurvature:
         return Projection(columns, [count + shared for count in counts], floor=floor, rest=rest)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
+        """Compute the diagonal of ``VᵀΛV``, float64 ``(N, S)``."""
         return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center.to(matrix) @ matrix)
 
     def summed(self, scales: Tensor) -> Tensor:
-        r"""``\sum_n scales[n] Λ_n``, ``(K, K)``, float64."""
+        r"""Compute ``\sum_n scales[n] Λ_n``, float64 ``(K, K)``."""
         scaled = self.weights * scales[:, None]
         if self.center is None:
             return scaled.sum(0).diag()
-        # Rows add up to zero. As minus the sum of the others the diagonal keeps its digits when a sample is sure.
+        # Rows sum to zero. As minus the sum of the others, the diagonal keeps its digits for a confident sample.
         total = -(scaled.T @ self.center).fill_diagonal_(0)
         return total - total.sum(1).diag()
 
     def apply(self, x: Tensor) -> Tensor:
-        """``Λ x``; both ``(N, K)``, float64."""
+        """Compute ``Λ x``; both are float64 ``(N, K)``."""
         if self.center is None:
             return self.weights * x
         y = self.weights * (x - (self.center * x).sum(1, keepdim=True))
@@ -163,11 +162,11 @@ class ClassCurvature:
 
 @dataclass(frozen=True)
 class DenseCurvature:
-    """Any symmetric curvature, by its eigenvectors: ``Λ_n = B_n diag(signs) B_nᵀ``; negative directions are allowed.
+    """Any symmetric curvature by its eigenvectors, ``Λ_n = B_n diag(signs_n) B_nᵀ``; it may have negative directions.
 
     Args:
-        roots: ``B``, ``(N, K, C)``, float64.
-        signs: ``(N, C)``.
+        roots: ``B``, float64 ``(N, K, C)``.
+        signs: ``(N, C)``, of the columns of ``B``.
 
     Example:
         >>> curvature = DenseCurvature.of(torch.tensor([[[2.0, 0.0], [0.0, -3.0]]]))
@@ -175,12 +174,12 @@ class DenseCurvature:
         tensor([[-1.,  1.]])
     """
 
-    roots: Tensor  # B, (N, K, C)
-    signs: Tensor  # (N, C)
+    roots: Tensor
+    signs: Tensor
 
     @classmethod
     def of(cls, matrices: Tensor) -> DenseCurvature:
-        """The curvature with these matrices, ``(N, K, K)``, float64."""
+        """Factor symmetric matrices, float64 ``(N, K, K)``."""
         values, vectors = torch.linalg.eigh(matrices)
         return cls(vectors * values.abs().sqrt()[:, None], values.sign())
 
@@ -189,38 +188,38 @@ class DenseCurvature:
 
     @property
     def num_classes(self) -> int:
-        """``K``."""
+        """``K``, the number of classes."""
         return self.roots.shape[1]
 
     @property
     def num_columns(self) -> int:
-        """Columns of the factor."""
+        """Number of columns of the factor."""
         return self.roots.shape[2]
 
     def column(self, index: int) -> Tensor:
-        """One column of the factor, ``(N, K)``."""
+        """Return one column of the factor, ``(N, K)``."""
         return self.roots[:, :, index]
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """``V`` as it is."""
+        """Return ``V`` unchanged."""
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        """``Bᵀ V`` with all columns."""
+        """Factor ``VᵀΛV`` as ``BᵀV`` with all columns; scales and tolerance have no effect."""
         columns = self.roots.mT.to(matrix.dtype) @ matrix
         return Projection(columns, [columns.shape[1]] * len(columns), signs=self.signs.to(matrix.dtype))
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """The diagonal of ``VᵀΛV``, ``(N, S)``, float64."""
+        """Compute the diagonal of ``VᵀΛV``, float64 ``(N, S)``."""
         return ((self.roots.mT @ matrix.double()).square() * self.signs[:, :, None]).sum(1)
 
     def summed(self, scales: Tensor) -> Tensor:
-        r"""``\sum_n scales[n] Λ_n``, ``(K, K)``, float64."""
+        r"""Compute ``\sum_n scales[n] Λ_n``, float64 ``(K, K)``."""
         scaled = self.roots * (self.signs * scales[:, None])[:, None]
         return (scaled @ self.roots.mT).sum(0)
 
     def apply(self, x: Tensor) -> Tensor:
-        """``Λ x``; both ``(N, K)``, float64."""
+        """Compute ``Λ x``; both are float64 ``(N, K)``."""
         y = (self.roots.mT @ x[:, :, None]) * self.signs[:, :, None]
         return (self.roots @ y)[:, :, 0]
 
@@ -229,10 +228,10 @@ Curvature = ClassCurvature | DenseCurvature
 
 
 def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    r"""``\sum_k w_k (v_k - m)[s]²`` for every sample, ``(N, S)``, float64."""
+    r"""Compute ``\sum_k w_k (v_k - m)[s]²`` for every sample, float64 ``(N, S)``."""
     if mean is None:
         return (weights.to(matrix.dtype) @ matrix.square()).double()
-    # Differences first: for a confident sample those of the products would cancel.
+    # Subtract before squaring: for a confident sample, expanded squares would cancel.
     rows = max(1, ELEMENTS // matrix.numel())
     parts = [
         torch.einsum("nk,nks->ns", w.to(matrix.dtype), (matrix - m[:, None]).square())
@@ -244,10 +243,10 @@ def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Ten
 def _kept(
     weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor, floor: Tensor | None, tolerance: float
 ) -> Tensor:
-    r"""Which classes of which samples are kept, ``(N, K)``.
+    r"""Mark which classes of which samples are kept, ``(N, K)``.
 
-    A class adds ``w_k \sum_s scales[s] (v_k - m)[s]²``. What rounding leaves open counts for what is dropped, and
-    against the whole.
+    A class adds ``w_k \sum_s scales[s] (v_k - m)[s]²``. Rounding errors are bounded: they are added to what is left out
+    and subtracted from the whole, so the tolerance holds despite them.
     """
     squares, scales = matrix.square(), scales.to(matrix.dtype)
     parts = size = scales @ squares.T
@@ -264,11 +263,11 @@ def _kept(
 
 
 def _sum_over_dropped(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    r"""``\sum_k w_k (v_k - m)[s]²``, ``(N, S)``, float64, for weights of which all but the largest are small."""
+    r"""Compute ``\sum_k w_k (v_k - m)[s]²``, float64 ``(N, S)``, where all weights but the largest are small."""
     w = weights.to(matrix.dtype)
     if mean is None:
         return (w @ matrix.square()).double()
-    # The class that a sample is sure of comes apart, as a difference: it is near the mean.
+    # The class with the largest weight is close to the mean, so its difference is taken before squaring.
     largest, top = w.max(1, keepdim=True)
     w = w.scatter(1, top, 0.0)
     total = w @ matrix.square() - 2 * mean * (w @ matrix) + w.sum(1, keepdim=True) * mean.square()

@@ -1,6 +1,6 @@
-"""Directions in weight space: random ones, their normalisation, Adam's step, the main directions of a trajectory.
+"""Directions in weight space: random, orthogonal and normalised ones, Adam's step, those of a trajectory.
 
-A direction is a mapping from the names of tensors to tensors of their shapes, ``d``; the weights are ``w``.
+A direction ``d`` maps the names of tensors to tensors of the same shapes as the weights ``w``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ NORMALIZATIONS = ("none", "weight", "filter", "layer", "model")
 
 
 def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> Direction:
-    """Independent standard normal numbers in float64, drawn on the CPU and so the same on every device.
+    """Draw independent standard normal numbers in float64, on the CPU, so that they are the same on every device.
 
     Args:
-        like: tensors whose shapes and devices are used, in this order.
+        like: tensors whose names, shapes and devices are used, in this order.
         generator: of the CPU.
 
     Example:
@@ -35,7 +35,7 @@ def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> 
 
 
 def inner_product(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """``<d, d'>`` over the names that both have, in float64.
+    """Compute ``<d, d'>`` over the names that both directions have, in float64.
 
     Example:
         >>> inner_product({"w": torch.ones(3)}, {"w": torch.ones(3), "b": torch.ones(1)})
@@ -45,7 +45,7 @@ def inner_product(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> flo
 
 
 def direction_norm(direction: Mapping[str, Tensor], order: int = 2) -> float:
-    """``(Σ |d|^p)^(1/p)`` over all tensors, in float64.
+    """Compute the norm ``(Σ |d|^p)^(1/p)`` over all tensors, ``p = order``, in float64.
 
     Example:
         >>> direction_norm({"w": torch.tensor([3.0]), "b": torch.tensor([-4.0])})
@@ -58,15 +58,15 @@ def direction_norm(direction: Mapping[str, Tensor], order: int = 2) -> float:
 
 
 def orthogonal_to(direction: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Direction:
-    """``d - d' <d, d'> / <d', d'>``: the part of a direction that is orthogonal to another one.
+    """Compute the part ``d - d' <d, d'> / <d', d'>`` of a direction that is orthogonal to another one.
 
     Example:
         >>> orthogonal_to({"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([0.0, 2.0])})["w"]
         tensor([1., 0.])
     """
     square = inner_product(other, other)
-    share = inner_product(direction, other) / square if square else 0.0
-    return {name: tensor - share * other[name] if name in other else tensor for name, tensor in direction.items()}
+    factor = inner_product(direction, other) / square if square else 0.0
+    return {name: tensor - factor * other[name] if name in other else tensor for name, tensor in direction.items()}
 
 
 def normalized(
@@ -76,22 +76,24 @@ def normalized(
     order: int = 2,
     biases: Literal["zero", "scaled"] = "zero",
 ) -> Direction:
-    """A direction whose parts have the norms of the weights' parts; a part that is zero stays zero.
+    """Rescale the parts of a direction to the norms of the same parts of the weights; zero parts stay zero.
 
-    ``"filter"``: every slice along the first dimension, ``d_f ‖w_f‖ / ‖d_f‖``. ``"layer"``: every tensor. ``"model"``:
-    all tensors together. ``"weight"``: every number, ``d w``. ``"none"``: as it is.
+    The parts are, by ``unit``:
+
+    - ``"filter"``: slices ``f`` along the first dimension, ``d_f ‖w_f‖ / ‖d_f‖``;
+    - ``"layer"``: tensors; ``"model"``: all tensors together;
+    - ``"weight"``: single numbers, which become ``d w``; ``"none"``: nothing is rescaled.
 
     Args:
         direction: to be normalised.
-        weights: tensors by the same names.
-        unit: one of the above.
-        order: 1 or 2, of the norm.
-        biases: of a direction that is normalised, tensors with one dimension or none (biases, BatchNorm) become
-            ``"zero"``, or are ``"scaled"`` too; under ``"filter"`` such a tensor is one filter.
+        weights: tensors of the same names.
+        unit: one of :data:`NORMALIZATIONS`.
+        order: of the norm, 1 or 2.
+        biases: what becomes of tensors with at most one dimension (biases, BatchNorm), unless ``unit`` is ``"none"``:
+            ``"zero"``, or ``"scaled"``, where under ``"filter"`` such a tensor is one filter.
 
     Source:
-        Li et al. 2018 (arXiv 1712.09913), Section 4, for filters; that biases do not move is the convention of the
-        code of the paper.
+        Li et al. 2018 (arXiv 1712.09913), Section 4, for filters; its published code for biases that do not move.
 
     Example:
         >>> weights = {"w": torch.tensor([[3.0, 4.0], [0.0, 1.0]])}
@@ -114,26 +116,26 @@ def normalized(
 
 
 def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
-    """Every slice along the first dimension, or the whole tensor, to the norm of that of the weights."""
+    """Rescale every slice along the first dimension, or the whole tensor, to the norm of the same part of ``w``."""
     rows = len(d) if by_filter and d.ndim > 1 else 1
-    ours = torch.linalg.vector_norm(d.reshape(rows, -1), order, dim=1, keepdim=True)
-    theirs = torch.linalg.vector_norm(w.reshape(rows, -1), order, dim=1, keepdim=True)
-    factors = torch.where(ours > 0, theirs / ours, 0.0)
+    norms_d = torch.linalg.vector_norm(d.reshape(rows, -1), order, dim=1, keepdim=True)
+    norms_w = torch.linalg.vector_norm(w.reshape(rows, -1), order, dim=1, keepdim=True)
+    factors = torch.where(norms_d > 0, norms_w / norms_d, 0.0)
     return (d.reshape(rows, -1) * factors).reshape(d.shape)
 
 
 def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: float) -> Tensor:
-    """``m / (sqrt(β v) + ε)``: Adam's step for a learning rate of 1, its second moment times ``β``.
+    """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1, with its second moment times ``β``.
 
     Args:
-        first: ``m``, as the optimizer keeps it, without the correction of its bias.
-        second: ``v``, likewise.
+        first: first moment ``m`` as the optimizer keeps it, without bias correction.
+        second: second moment ``v``, likewise.
         scale: ``β``, positive.
         epsilon: ``ε`` of the optimizer.
 
     Source:
-        Kingma and Ba 2015 (arXiv 1412.6980), Algorithm 1, for the step; Gabdullin 2024 (arXiv 2412.10146) for taking
-        it as the axes of a landscape.
+        Kingma and Ba 2015 (arXiv 1412.6980), Algorithm 1, for the step; Gabdullin 2024 (arXiv 2412.10146) for its use
+        as the axes of a landscape.
 
     Example:
         >>> adam_step(torch.tensor(3.0), torch.tensor(4.0), 1.0, 1.0)
@@ -143,12 +145,12 @@ def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: flo
 
 
 class PrincipalDirections(NamedTuple):
-    """The directions in which points differ most.
+    """The directions in which points differ most from an origin.
 
     Attributes:
         directions: orthonormal.
-        coordinates: float64 ``(points, directions)``, of the points from the origin along them.
-        explained: float64 ``(directions,)``, the share of the sum of squared distances from the origin.
+        coordinates: of the points along them, float64 ``(points, directions)``.
+        explained: share of every direction in the sum of squared distances from the origin, float64 ``(directions,)``.
     """
 
     directions: tuple[Direction, ...]
@@ -157,21 +159,21 @@ class PrincipalDirections(NamedTuple):
 
 
 def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 2) -> PrincipalDirections:
-    """The first right singular vectors of the matrix with a row for every offset; not centred.
+    """Compute the first right singular vectors of the matrix whose rows are the offsets, without centring them.
 
-    They come from the eigenvectors of the small matrix of inner products. The sign is such that the first point with a
-    coordinate that counts has a positive one.
+    They are computed from the eigenvectors of the small matrix of inner products. The sign of every direction is chosen
+    so that the first coordinate along it that is not negligible is positive.
 
     Args:
-        offsets: points minus the origin, of which ``number`` at least are linearly independent.
-        number: of directions.
+        offsets: points minus the origin, at least ``number`` of them linearly independent.
+        number: how many directions to return.
 
     Source:
         Li et al. 2018 (arXiv 1712.09913), Section 7.2.
 
     Example:
-        >>> found = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])
-        >>> found.coordinates, found.explained
+        >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])
+        >>> plane.coordinates, plane.explained
         (tensor([[2., 0.],
                 [0., 1.]], dtype=torch.float64), tensor([0.8000, 0.2000], dtype=torch.float64))
     """

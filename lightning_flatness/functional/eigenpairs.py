@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional.krylov import breaks_down, orthogonalised, random_orthogonal
+from lightning_flatness.functional.krylov import orthogonalised, random_orthogonal, rounding_error
 
 
 class Eigenpairs(NamedTuple):
-    """Ritz pairs, the largest first."""
+    """Approximate eigenvalues ``θ`` and eigenvectors ``v`` (Ritz pairs) of an operator ``A``, the largest first."""
 
-    values: Tensor  # (k,), float64
-    vectors: Tensor  # (k, D), orthonormal
-    residuals: Tensor  # (k,): ‖A v - θ v‖, from a product of its own
-    num_products: int
+    values: Tensor  # float64 (k,)
+    vectors: Tensor  # (k, D), orthonormal rows
+    residuals: Tensor  # float64 (k,), ‖A v - θ v‖, each from a separate product
+    num_products: int  # of A with a vector
 
 
 def top_eigenpairs(
@@ -29,18 +29,20 @@ def top_eigenpairs(
     tolerance: float = 1e-7,
     max_products: int = 1000,
 ) -> Eigenpairs:
-    """The ``k`` largest eigenvalues (by value, not by modulus), by thick-restart Lanczos.
+    """Find the ``k`` largest eigenvalues (by value, not by modulus) and eigenvectors by thick-restart Lanczos.
 
-    One Krylov space holds one vector of every eigenspace. So when all ``k`` have converged, the search goes on from a
-    random vector orthogonal to them, until that finds nothing larger: repeated eigenvalues come as often as they are.
+    A Krylov space holds only one vector of every eigenspace. When all ``k`` pairs have converged, the search therefore
+    goes on from a random vector orthogonal to them, until that finds no larger eigenvalue. So repeated eigenvalues are
+    found as often as they occur.
 
     Args:
         product: of the operator with a vector, ``(D,) -> (D,)``.
-        basis: ``(m, D)``, to work in; ``m`` at least ``k + 2``, or ``D``.
-        top_k: ``k``; no more than ``D`` are given.
-        generator: of the vectors to start with.
-        tolerance: of residuals, relative to their own eigenvalues.
-        max_products: after so many, what there is, with its residuals. ``k`` more are for these.
+        basis: memory ``(m, D)`` for basis vectors, overwritten; ``m`` is at least ``k + 2``, or ``D``.
+        top_k: ``k``; at most ``D`` pairs are returned.
+        generator: of the CPU, for the starting vectors.
+        tolerance: of the residuals, relative to their eigenvalues.
+        max_products: after so many products the current pairs are returned, converged or not. Their residuals take
+            ``k`` products more.
 
     Source:
         Wu and Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems".
@@ -82,20 +84,20 @@ def top_eigenpairs(
 
 
 def _is_below(values: Tensor, residuals: Tensor, accuracy: Tensor, top_k: int, length: int) -> bool:
-    """Whether the next Ritz pair is so good that a random vector has had every chance to show a larger one."""
-    # A part c of the Ritz vector in an eigenspace of the k-th value would make a residual of c times the gap. A random
-    # vector starts with c about 1/√D, and the search makes it grow.
+    """Whether the Ritz pair after the ``k``-th has converged enough to exclude another eigenvalue like the ``k``-th."""
+    # If its vector had a part c in the eigenspace of the k-th value, its residual would be at least c times the gap. A
+    # random vector starts with c of about 1/√D, and the search makes c grow.
     gap = float(values[top_k - 1] - values[top_k])
     return float(residuals[top_k]) <= max(0.1 * gap / math.sqrt(length), float(accuracy[top_k]))
 
 
 class _Search:
-    """An orthonormal basis that grows by Lanczos steps, and the operator projected to it."""
+    """An orthonormal basis that grows by Lanczos steps, and the operator projected onto it."""
 
     def __init__(self, product: Callable[[Tensor], Tensor], basis: Tensor, generator: torch.Generator) -> None:
         self._product, self._basis, self._generator = product, basis, generator
         self._projected = torch.zeros(len(basis), len(basis)).double()
-        self._coefficients = torch.zeros(0, 0).double()  # of the Ritz vectors, in columns
+        self._coefficients = torch.zeros(0, 0).double()  # columns: Ritz vectors in the basis
         self._scale = 0.0
         self.size = self.num_products = 0
         self.values = self.residuals = torch.zeros(0).double()
@@ -103,24 +105,24 @@ class _Search:
 
     @property
     def rounding(self) -> float:
-        """Residuals below this are rounding errors."""
-        return 100 * torch.finfo(self._basis.dtype).eps * self._scale
+        """Size below which residuals are rounding errors."""
+        return rounding_error(self._basis.dtype) * self._scale
 
     def step(self) -> None:
-        """Add the following vector to the basis, and update the Ritz values, the largest first."""
+        """Add one vector to the basis and update the Ritz values, in descending order."""
         assert self.following is not None
         self._basis[self.size] = self.following
         image = self._product(self._basis[self.size])
         self.num_products += 1
         self.size += 1
         self._scale = max(self._scale, float(image.norm()))
-        known = self._basis[: self.size]
-        image, column = orthogonalised(image, known)
+        basis = self._basis[: self.size]
+        image, column = orthogonalised(image, basis)
         self._projected[: self.size, self.size - 1] = self._projected[self.size - 1, : self.size] = column
         norm = float(image.norm())
-        if breaks_down(norm, self._scale, image):
+        if norm <= self.rounding:
             norm = 0.0
-            self.following = None if self.size == known.shape[1] else random_orthogonal(known, self._generator)
+            self.following = None if self.size == basis.shape[1] else random_orthogonal(basis, self._generator)
         else:
             self.following = image / norm
         values, vectors = torch.linalg.eigh(self._projected[: self.size, : self.size])
@@ -128,9 +130,9 @@ class _Search:
         self.residuals = norm * self._coefficients[-1].abs()
 
     def keep(self, number: int) -> None:
-        """Make the best Ritz vectors the basis."""
+        """Replace the basis by the ``number`` best Ritz vectors."""
         mix = self._coefficients[:, :number].T.to(self._basis)
-        for columns in self._basis[: self.size].split(2**16, dim=1):  # in parts, for memory
+        for columns in self._basis[: self.size].split(2**16, dim=1):  # in parts, to save memory
             columns[:number] = mix @ columns
         self.size = number
         self.values, self.residuals = self.values[:number], self.residuals[:number]

@@ -1,4 +1,4 @@
-"""Gauss-Newton block traces of any convolution or linear layer, from pulled-back columns of the loss's curvature."""
+"""The Gauss-Newton method: block traces of any convolution or linear layer, from pulled-back columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_flatness.functional.patches import (
     patches_times,
 )
 
-# Elements of one chunk's largest intermediates: on a CPU what a core's cache holds.
+# Elements of one chunk's largest intermediate results; on a CPU they fit the cache of a core.
 CHUNK_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 
@@ -27,25 +27,28 @@ def gauss_newton_block_traces(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Block traces of the Gauss-Newton matrix of one layer, summed over samples and over the columns given.
+    r"""Compute the block traces of one layer's Gauss-Newton matrix, summed over samples and the given columns.
 
     .. math::
         T = \sum_n \sum_b J_b J_b^\top, \qquad J_b = \sum_p \delta_b[:, p]\, \phi[p]^\top
 
     where ``δ_b`` is column ``b`` of a factor ``B Bᵀ = Λ`` of the loss's Hessian, pulled back from the logits to the
-    layer's output. With all columns this is the Gauss-Newton block; it is the Hessian's where the logits are affine in
+    layer's output. With all columns this is the Gauss-Newton matrix. It equals the Hessian if the logits are affine in
     the layer's weight. A linear layer is a convolution of kernel size one over its tokens.
 
     Args:
-        calls: what the layer read, ``(N, C, *spatial)``, and how; more than one entry for a layer that runs several
-            times in one forward pass, whose contributions add up inside ``J``.
-        cotangents: for every call the columns of ``δ``, ``(N, S, *output)`` each.
-        signs: of the columns, ``(N, B)``, where the loss's Hessian has negative directions.
-        diagonal: only ``T[s, s]``, which is much less work.
-        chunk_size: samples taken at a time; by default as many as fit a small budget.
+        calls: the layer's input ``(N, C, *spatial)`` and geometry of every call in one forward pass. The contributions
+            of several calls add up inside ``J``.
+        cotangents: for every call the columns of ``δ``, each ``(N, S, *output)``.
+        signs: of the columns, ``(N, B)``, if the loss's Hessian has negative directions.
+        diagonal: compute only ``T[s, s]``, which is much less work.
+        chunk_size: samples per chunk; by default as many as fit a small memory budget.
 
     Returns:
         float64 ``(G, S/G, S/G)``, symmetric up to rounding; with ``diagonal``, ``(G, S/G)``.
+
+    Source:
+        ``docs/theory.md``, "Any layer: Gauss-Newton".
 
     Example:
         >>> x, w = torch.randn(2, 3, 6, 6).double(), torch.randn(4, 3, 3, 3).double()
@@ -74,7 +77,7 @@ def gauss_newton_block_traces(
     total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
-        # Columns are put together a few samples at a time, while these are in the cache.
+        # Columns are stacked for one chunk at a time, while it is in the cache.
         parts = [
             torch.stack([column[chunk] for column in of_call], dim=1)
             .reshape(-1, columns, groups, per_group, size)
@@ -83,7 +86,7 @@ def gauss_newton_block_traces(
         ]  # (N, G, B, s, P)
         if use_gram:
             left = parts[0]
-            # Columns go with the filters into one dimension, so that each sample takes part in one product.
+            # Columns and filters share a dimension, so that every sample and group takes one product.
             right = (left.flatten(2, 3) @ patch_gram(inputs[chunk], geometry)).view_as(left)
         else:
             products = [
@@ -96,7 +99,7 @@ def gauss_newton_block_traces(
             total += (left * right).sum((0, 2, 4)).double()
         elif per_group <= left.shape[-1]:
             total += (left @ right.mT).sum((0, 2)).double()
-        else:  # one product over samples, columns and what is summed: that many small ones would be larger than it
+        else:  # one product over samples and columns, too: the small products together would be larger than the result
             first, second = (factor.permute(1, 3, 0, 2, 4).flatten(2) for factor in (left, right))
             total += (first @ second.mT).double()
     return total

@@ -1,4 +1,4 @@
-"""Steps that Krylov methods share."""
+"""Steps that all Krylov methods share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from torch import Tensor
 
 
 def orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """A vector minus its part in the span of orthonormal rows, and its coefficients there.
+    """Split a vector into the part orthogonal to a basis, and coefficients in the basis.
 
-    Twice, which is enough (Parlett 1998, section 6.9).
+    The projection is subtracted twice, which makes the result orthogonal to working precision.
 
     Args:
         vector: ``(D,)``.
         basis: ``(m, D)``, orthonormal rows.
 
     Returns:
-        ``(D,)`` and float64 ``(m,)`` on the CPU.
+        The orthogonal part ``(D,)``, and the coefficients, float64 ``(m,)`` on the CPU.
+
+    Source:
+        Parlett 1998, "The Symmetric Eigenvalue Problem", Section 6.9.
 
     Example:
         >>> orthogonalised(torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 0.0]]))
@@ -31,24 +34,30 @@ def orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
-    """A random unit vector ``(D,)`` orthogonal to fewer than ``D`` orthonormal rows ``(m, D)``.
+    """Draw a random unit vector ``(D,)`` orthogonal to a basis.
+
+    Args:
+        basis: ``(m, D)``, orthonormal rows, ``m < D``.
+        generator: of the CPU.
 
     Example:
         >>> random_orthogonal(torch.tensor([[1.0, 0.0]]), torch.Generator())[0].item()
         0.0
     """
     vector: Tensor = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(basis)
-    for _ in range(2):  # again, for what is left may be short
+    for _ in range(2):  # twice, since the first result may be short, so that its rounding errors count
         vector, _ = orthogonalised(vector / vector.norm(), basis)
     unit: Tensor = vector / vector.norm()
     return unit
 
 
-def breaks_down(norm: float, scale: float, vector: Tensor) -> bool:
-    """Whether a remainder of this norm is rounding error beside products of norm ``scale``: the space is invariant.
+def rounding_error(dtype: torch.dtype) -> float:
+    """Return the size, relative to a product, below which a remainder is taken for rounding error.
+
+    A Krylov space whose next vector is that small is invariant under the operator.
 
     Example:
-        >>> breaks_down(1e-15, 1.0, torch.zeros(3).double())
+        >>> rounding_error(torch.float64) < 1e-13
         True
     """
-    return norm <= 100 * torch.finfo(vector.dtype).eps * scale
+    return 100 * torch.finfo(dtype).eps

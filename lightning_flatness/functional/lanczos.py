@@ -1,4 +1,4 @@
-"""Largest eigenvalues of symmetric operators, many at once."""
+"""Largest eigenvalues of many symmetric operators at once."""
 
 from __future__ import annotations
 
@@ -8,34 +8,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_flatness.functional.krylov import rounding_error
+
+# Basis vectors that are kept before a restart.
+RESTART = 20
+
 
 class LargestEigenvalues(NamedTuple):
-    """Ritz values and how far from eigenvalues they are, one for every operator."""
+    """The largest Ritz value ``θ`` of every operator, and its distance from an eigenvalue."""
 
     values: Tensor  # (B,)
-    residuals: Tensor  # (B,): ‖H v - θ v‖ for the unit Ritz vector v
-    num_products: int  # of the operators with vectors
+    residuals: Tensor  # (B,), ‖H v - θ v‖ of the unit Ritz vector v
+    num_products: int  # of all operators with a vector each
 
 
 def largest_eigenvalues(
     operator: Callable[[Tensor], Tensor], start: Tensor, tolerance: float = 1e-3, max_products: int = 100
 ) -> LargestEigenvalues:
-    """Largest (not: largest in modulus) eigenvalues of ``B`` symmetric matrices of size ``D``, by the Lanczos method.
+    """Find the largest eigenvalues (by value, not by modulus) of ``B`` symmetric matrices of size ``D``.
 
-    With full re-orthogonalisation, and restarted from the best vector, so that memory does not grow. A residual
-    ``r`` says that there is an eigenvalue within ``r`` of the value; the value is never above the largest.
-    Source: Lanczos 1950; Parlett 1998, "The Symmetric Eigenvalue Problem", chapter 13.
+    This is the Lanczos method with full re-orthogonalisation. It restarts from the best vector, so that memory does not
+    grow. An eigenvalue lies within the residual of each value, and no value is above the largest eigenvalue.
 
     Args:
-        operator: multiplies every matrix with its vector, ``(B, D) -> (B, D)``.
+        operator: multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.
         start: random vectors, ``(B, D)``.
-        tolerance: of the residual, relative to the value.
-        max_products: products of the operator with vectors.
+        tolerance: of the residuals, relative to the values.
+        max_products: largest number of calls of ``operator``.
+
+    Source:
+        Lanczos 1950; Parlett 1998, "The Symmetric Eigenvalue Problem", Chapter 13.
 
     Example:
         >>> matrix = torch.diag(torch.arange(8.0).double())
-        >>> found = largest_eigenvalues(lambda v: v @ matrix, torch.randn(1, 8).double())
-        >>> abs(found.values.item() - 7) < 0.01
+        >>> largest = largest_eigenvalues(lambda v: v @ matrix, torch.randn(1, 8).double())
+        >>> abs(largest.values.item() - 7) < 0.01
         True
     """
     vectors = start / start.norm(dim=1, keepdim=True)
@@ -44,20 +51,20 @@ def largest_eigenvalues(
         basis = [vectors]
         diagonal: list[Tensor] = []
         beyond: list[Tensor] = []
-        ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)  # in an invariant subspace
+        ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)  # the Krylov space is invariant
         for _ in range(min(RESTART, size, max_products - done)):
             product = operator(basis[-1])
             done += 1
             rayleigh = (product * basis[-1]).sum(1)
-            if diagonal:  # what comes after the end must not look like a large eigenvalue
+            if diagonal:  # vectors after the end are zero; their entries must stay below the largest Ritz value
                 rayleigh = torch.where(ended, diagonal[0] - diagonal[0].abs() - 1, rayleigh)
             diagonal.append(rayleigh)
             before = product.norm(dim=1)
-            for _ in range(2):  # twice is enough (Parlett)
+            for _ in range(2):  # twice is enough (Parlett 1998, Section 6.9)
                 for vector in basis:
                     product = product - (product * vector).sum(1, keepdim=True) * vector
             norm = product.norm(dim=1)
-            ended = ended | (norm <= 100 * torch.finfo(start.dtype).eps * before)
+            ended = ended | (norm <= rounding_error(start.dtype) * before)
             beyond.append(torch.where(ended, 0.0, norm))
             values, residuals, ritz = _ritz(diagonal, beyond)
             if bool((residuals <= tolerance * values.abs()).all()):
@@ -67,10 +74,6 @@ def largest_eigenvalues(
             return LargestEigenvalues(values, residuals, done)
         vectors = torch.einsum("bi,ibd->bd", ritz, torch.stack(basis[:-1]))
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
-
-
-# Vectors that are kept before a restart.
-RESTART = 20
 
 
 def _ritz(diagonal: list[Tensor], beyond: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Flatness measures: contractions ``sum(Q * T)`` of the block traces with a matrix built from the weights alone.
+"""Flatness measures: sums ``sum(Q * T)`` of the block traces ``T`` with a matrix ``Q`` made of the weights alone.
 
-``T`` and the weight Gram matrix have shape ``(G, S/G, S/G)``: in a grouped convolution, filters of different groups see
-different inputs, so pairs across groups do not enter (``docs/theory.md``, "Groups"). All but relative flatness need
-their diagonals only, and take these, ``(G, S/G)``, as well.
+``T`` and the Gram matrix of the filters have shape ``(G, S/G, S/G)``. Pairs of filters of different groups do not enter
+(``docs/theory.md``, "Groups"). All measures but relative flatness need the diagonals only, and also accept them alone,
+``(G, S/G)``. Block traces are in loss per squared weight.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-COLUMNS = 1024  # of the weight that are taken in float64 at a time
+# Columns of the weight that are converted to float64 at a time.
+COLUMNS = 1024
 
 
 def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tensor:
-    """Inner products ``<w_s, w_s'>`` of the filters of one layer, within groups.
+    """Compute the inner products ``<w_s, w_s'>`` of the filters of one layer, within groups.
 
     Args:
-        weight: the kernel, shape ``(S, C/G, *kernel_size)`` (or any ``(S, ...)``).
-        groups: the number of groups ``G`` of the convolution.
-        diagonal: only the squared norms.
+        weight: the kernel, ``(S, C/G, *kernel_size)`` or any ``(S, ...)``.
+        groups: ``G``.
+        diagonal: compute only the squared norms.
 
     Returns:
-        float64 tensor of shape ``(G, S/G, S/G)``, or ``(G, S/G)`` for the diagonal.
+        float64 ``(G, S/G, S/G)``; with ``diagonal``, ``(G, S/G)``.
 
     Example:
         >>> weight_gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
@@ -30,7 +31,7 @@ def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tens
                  [6., 9.]]], dtype=torch.float64)
     """
     rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
-    # In float64 a part at a time: all of it would be twice the weight.
+    # A part at a time, since all of it in float64 would take twice the memory of the weight.
     parts = (part.double() for part in rows.split(COLUMNS, dim=2))
     return sum(
         (part.square().sum(2) if diagonal else part @ part.mT for part in parts),
@@ -39,7 +40,7 @@ def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tens
 
 
 def weight_norm(gram: Tensor) -> Tensor:
-    """Frobenius norm ``‖W‖_F`` of the kernel, from its Gram matrix ``(G, S/G, S/G)``.
+    """Compute the Frobenius norm ``‖W‖_F`` of the kernel from its Gram matrix: a scalar.
 
     Example:
         >>> weight_norm(torch.tensor([[[9.0, 1.0], [1.0, 16.0]]]))
@@ -49,7 +50,7 @@ def weight_norm(gram: Tensor) -> Tensor:
 
 
 def filter_traces(block_traces: Tensor) -> Tensor:
-    """Trace of every filter's own Hessian block, ``T[s, s]``: shape ``(S,)``, in the order of the filters.
+    """Return the trace ``T[s, s]`` of every filter's own Hessian block, ``(S,)``, in loss per squared weight.
 
     Example:
         >>> filter_traces(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]))
@@ -59,7 +60,7 @@ def filter_traces(block_traces: Tensor) -> Tensor:
 
 
 def hessian_trace(block_traces: Tensor) -> Tensor:
-    """Trace of the layer's Hessian block, ``sum_s T[s, s]``, in units of loss per squared weight.
+    """Compute the trace ``sum_s T[s, s]`` of the layer's Hessian: a scalar, in loss per squared weight.
 
     Example:
         >>> hessian_trace(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]))
@@ -69,14 +70,16 @@ def hessian_trace(block_traces: Tensor) -> Tensor:
 
 
 def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Relative flatness ``kappa_Tr = sum_{s, s'} <w_s, w_s'> T[s, s']``, in units of the loss.
+    """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``: a scalar, in units of the loss.
 
-    Invariant under rescaling of filters that leaves the network's function as it is. Source: Petzka et al. 2021
-    (arXiv 2001.00939), Definition 3; for convolutions Taleghani et al. 2026 (arXiv 2603.09016).
+    Rescaling filters in a way that leaves the network's function unchanged leaves it unchanged, too.
 
     Args:
-        block_traces: ``(G, S/G, S/G)``.
-        gram: inner products of the filters, same shape (:func:`weight_gram`).
+        block_traces: ``T``, ``(G, S/G, S/G)``.
+        gram: inner products of the filters from :func:`weight_gram`, ``(G, S/G, S/G)``.
+
+    Source:
+        Petzka et al. 2021 (arXiv 2001.00939), Definition 3; Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
 
     Example:
         >>> relative_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
@@ -86,7 +89,7 @@ def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def filter_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Every filter's own part ``‖w_s‖² T[s, s]``: shape ``(S,)``; their sum is the neuron-wise flatness.
+    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss; the sum is neuron-wise flatness.
 
     Example:
         >>> filter_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
@@ -96,7 +99,10 @@ def filter_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def neuronwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Neuron-wise flatness ``sum_s ‖w_s‖² T[s, s]``. Source: Petzka et al. 2019 (arXiv 1912.00058).
+    """Compute neuron-wise flatness ``sum_s ‖w_s‖² T[s, s]``: a scalar, in units of the loss.
+
+    Source:
+        Petzka et al. 2019 (arXiv 1912.00058).
 
     Example:
         >>> neuronwise_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
@@ -106,7 +112,10 @@ def neuronwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Layer-wise flatness ``‖W‖_F² Tr(H)``. Source: Petzka et al. 2019 (arXiv 1912.00058).
+    """Compute layer-wise flatness ``‖W‖_F² Tr(H)``: a scalar, in units of the loss.
+
+    Source:
+        Petzka et al. 2019 (arXiv 1912.00058).
 
     Example:
         >>> layerwise_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
@@ -116,21 +125,21 @@ def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """All measures, and the weight norm, by name; from diagonals, all but relative flatness.
+    """Compute all measures and the weight norm, by name; relative flatness only if ``T`` is not just its diagonals.
 
     Example:
         >>> sorted(measures_of(torch.ones(1, 2), torch.ones(1, 2)))
         ['hessian_trace', 'layerwise_flatness', 'neuronwise_flatness', 'weight_norm']
     """
-    found = {
+    measures = {
         "hessian_trace": hessian_trace(block_traces),
         "neuronwise_flatness": neuronwise_flatness(block_traces, gram),
         "layerwise_flatness": layerwise_flatness(block_traces, gram),
         "weight_norm": weight_norm(gram),
     }
     if block_traces.ndim == 3:
-        found["relative_flatness"] = relative_flatness(block_traces, gram)
-    return found
+        measures["relative_flatness"] = relative_flatness(block_traces, gram)
+    return measures
 
 
 def _diagonal(matrices: Tensor) -> Tensor:

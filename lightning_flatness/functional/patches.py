@@ -6,20 +6,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from types import EllipsisType
 
 import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 KERNEL_GRADIENT: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
-# What an addition costs that is not within a matrix product, in multiplications of one.
+# Cost of an addition outside of matrix products, in multiplications inside of them.
 ADDITION = 4
 
 
 @dataclass(frozen=True)
 class ConvolutionGeometry:
-    """How a convolution reads its input, one entry per spatial dimension; zero padding is applied on both sides.
+    """How a convolution reads its input: one number per spatial dimension, zero padding on both sides.
 
     Example:
         >>> ConvolutionGeometry(kernel_size=(3,), stride=(2,), padding=(1,), dilation=(1,)).output_size((8,))
@@ -33,17 +32,17 @@ class ConvolutionGeometry:
     groups: int = 1
 
     def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Spatial size of the output for a spatial size of the (unpadded) input."""
+        """Compute the spatial size of the output from that of the input without padding."""
         sizes = zip(input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         return tuple((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sizes)
 
     def pad(self, inputs: Tensor) -> Tensor:
-        """The zero-padded input."""
+        """Pad inputs ``(N, C, *spatial)`` with zeros."""
         widths = [width for padding in reversed(self.padding) for width in (padding, padding)]
         return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
 
     def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """For every kernel position, the slices of the padded input that it meets over all output positions."""
+        """Yield for every kernel position the slices of the padded input that it reads, over all output positions."""
         for offset in product(*map(range, self.kernel_size)):
             yield tuple(
                 slice(o * d, o * d + s * (n - 1) + 1, s)
@@ -52,14 +51,14 @@ class ConvolutionGeometry:
 
 
 def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """All input patches ``phi[p]`` of every sample, by group.
+    """Return all input patches ``phi[p]`` of every sample, by group.
 
     Args:
         inputs: ``(N, C, *spatial)``.
         geometry: of the convolution.
 
     Returns:
-        ``(N, G, D, P)``; the order of the ``D`` entries is that of ``weight.reshape(S, D)``.
+        ``(N, G, D, P)``, the ``D`` entries in the order of ``weight.reshape(S, D)``.
 
     Example:
         >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
@@ -69,12 +68,13 @@ def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """
     size = geometry.output_size(tuple(inputs.shape[2:]))
     padded = geometry.pad(inputs)
-    columns = torch.stack([_at(padded, window).flatten(2) for window in geometry.windows(size)], dim=2)
-    return columns.reshape(inputs.shape[0], geometry.groups, -1, prod(size))
+    every = slice(None)  # sample, channel
+    columns = [padded[(every, every, *window)].flatten(2) for window in geometry.windows(size)]
+    return torch.stack(columns, dim=2).reshape(inputs.shape[0], geometry.groups, -1, prod(size))
 
 
 def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Squared length ``‖phi[p]‖²`` of every patch, by group: ``(N, G, P)``.
+    """Compute the squared length ``‖phi[p]‖²`` of every patch, by group: ``(N, G, P)``.
 
     Example:
         >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
@@ -86,12 +86,12 @@ def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of every sample, by group.
+    """Compute the patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of every sample, by group.
 
-    Overlapping patches repeat the same products. With the Gram matrix ``X`` of single pixels, ``Γ[p, p']`` is the sum
-    of ``X[p + o, p' + o]`` over the kernel offsets ``o``, zero outside the image: nine times fewer multiplications for
-    a 3x3 kernel of stride one. Offsets are summed dimension by dimension, three and three in place of nine. With a
-    stride the pixels outnumber the patches, so the cheaper of the two ways is chosen by counting.
+    Overlapping patches repeat products of the same pixels. ``Γ[p, p']`` is the sum of ``X[p + o, p' + o]`` over kernel
+    offsets ``o``, where ``X`` is the Gram matrix of single pixels, zero outside the image. With a 3x3 kernel of stride
+    one this takes a ninth of the multiplications. The sum runs over one spatial dimension after the other. With larger
+    strides there are more pixels than patches, so the cheaper of the two ways is chosen by counting multiplications.
 
     Args:
         inputs: ``(N, C, *spatial)``.
@@ -99,6 +99,9 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
     Returns:
         ``(N, G, P, P)``.
+
+    Source:
+        ``docs/theory.md``, "Numerics".
 
     Example:
         >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
@@ -124,29 +127,29 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size: int) -> Tensor:
-    """``sum_o gram[p s + o, p' s + o]`` along one spatial dimension of rows and columns; outside ``gram`` is zero."""
+    """Compute ``sum_o gram[p s + o, p' s + o]`` along one spatial dimension; ``gram`` is zero outside the image."""
     stride, pixels = geometry.stride[axis], gram.shape[2 + axis]
     axes = (2 + axis, 2 + axis + len(geometry.kernel_size))  # after samples and groups
     total: Tensor = gram.new_zeros([size if i in axes else n for i, n in enumerate(gram.shape)])
     for o in range(geometry.kernel_size[axis]):
         offset = o * geometry.dilation[axis] - geometry.padding[axis]
-        first = max(0, -(offset // stride))  # the first position whose pixel is in the image, and how many are
+        first = max(0, -(offset // stride))  # first output position whose pixel is in the image
         count = min(size - 1, (pixels - 1 - offset) // stride) - first + 1
         if count <= 0:
             continue
         start = first * stride + offset
-        into, read = [slice(None)] * gram.dim(), [slice(None)] * gram.dim()
+        target, source = [slice(None)] * gram.dim(), [slice(None)] * gram.dim()
         for i in axes:
-            into[i], read[i] = slice(first, first + count), slice(start, start + stride * (count - 1) + 1, stride)
-        total[tuple(into)] += gram[tuple(read)]
+            target[i], source[i] = slice(first, first + count), slice(start, start + stride * (count - 1) + 1, stride)
+        total[tuple(target)] += gram[tuple(source)]
     return total
 
 
 def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    r"""Products of every sample's slopes with its patches, ``\sum_p slopes[r, p] phi[p]``, by group.
+    r"""Multiply every sample's slopes with its patches, ``\sum_p slopes[r, p] phi[p]``, by group.
 
-    That is a convolution's gradient at its kernel, and of every sample by itself if samples are taken for groups. On a
-    CPU torch's kernels for it are about twice as fast as the products of patches, which need not be formed then.
+    This is the gradient of a convolution at its kernel, for every sample separately if samples are taken as groups. On
+    a CPU in float32, torch's kernels for it are about twice as fast as products with patches.
 
     Args:
         slopes: ``(N, G, R, P)``.
@@ -179,18 +182,21 @@ def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry)
     return gradient.reshape(samples, 1, slopes.shape[2], -1)
 
 
-def _at(tensor: Tensor, window: tuple[slice, ...]) -> Tensor:
-    index: tuple[slice | EllipsisType, ...] = (..., *window)
-    return tensor[index]
-
-
 def contraction_costs(
     positions: int, patch_length: int, filters: int, columns: int = 1, diagonal: bool = False
 ) -> tuple[int, int]:
-    """Multiplications for the products of ``columns`` sets of slopes with patches, of one sample and group.
+    """Count the multiplications of two ways to contract ``columns`` sets of slopes ``δ`` with patches.
+
+    Args:
+        positions: ``P``.
+        patch_length: ``D``.
+        filters: of one group.
+        columns: how many sets of slopes there are.
+        diagonal: whether only the diagonal of the result is computed.
 
     Returns:
-        ``δ Γ δᵀ`` by the patch Gram matrix, and ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``.
+        Per sample and group, the multiplications for ``δ Γ δᵀ`` with the patch Gram matrix, and for ``J Jᵀ`` with
+        ``J[s] = sum_p δ[s, p] phi[p]``.
 
     Example:
         >>> contraction_costs(positions=4, patch_length=9, filters=2)

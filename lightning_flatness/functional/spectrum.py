@@ -1,4 +1,4 @@
-"""Spectra of symmetric operators from random probes: Lanczos quadrature and criteria."""
+"""Spectra of symmetric operators by random probes: Lanczos quadrature, and criteria made from it."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional.krylov import breaks_down, orthogonalised, random_orthogonal
+from lightning_flatness.functional.krylov import orthogonalised, random_orthogonal, rounding_error
 
 Product = Callable[[Tensor], Tensor]
 
-# A spectrum is mainly positive above this C_t (Gabdullin 2025).
+# A spectrum is mainly positive if C_t is above this (Gabdullin 2025).
 MAINLY_POSITIVE = -0.6
-# max |θ| ‖w‖², in units of the loss, up to which a spectrum counts as zero.
+# A spectrum counts as zero up to this max |θ| ‖w‖², in units of the loss.
 QUASI_SINGULAR = 1e-3
 
 
 class Quadrature(NamedTuple):
-    """What one probe tells of a spectrum: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``."""
+    """What one probe says of the spectrum of ``A``: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``."""
 
-    values: Tensor  # (m,) Ritz values, ascending, float64
-    weights: Tensor  # (m,), they add up to one
-    rayleigh: float  # q'Aq of the unit probe
-    asymmetry: float  # largest |q_i'A q_j - q_j'A q_i| seen, relative to the largest ‖A q‖
+    values: Tensor  # Ritz values, ascending, float64 (m,)
+    weights: Tensor  # float64 (m,), their sum is one
+    rayleigh: float  # qᵀAq of the unit probe q
+    asymmetry: float  # largest |q_iᵀA q_j - q_jᵀA q_i| of Lanczos vectors, relative to the largest ‖A q_i‖
 
 
 def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator: torch.Generator) -> Quadrature:
-    """Ritz values and weights from ``min(m, D)`` Lanczos steps with full re-orthogonalisation, done twice.
+    """Compute Ritz values and weights by ``min(m, D)`` Lanczos steps with full re-orthogonalisation, done twice.
 
-    Where the Krylov space of the probe ends before, the recurrence goes on with a random vector orthogonal to it: other
-    eigenvalues appear, with weight zero, and the quadrature is exact for the probe.
+    If the Krylov space of the probe ends early, the steps go on with a random vector orthogonal to it. This adds other
+    eigenvalues with weight zero, and the quadrature stays exact for the probe.
 
     Args:
         product: of a symmetric operator with a vector, ``(D,) -> (D,)``.
-        probe: ``(D,)``; unit length is not needed.
-        basis: ``(m, D)``, is overwritten with the orthonormal Lanczos vectors.
-        generator: of vectors to go on with.
+        probe: ``(D,)``, of any length but zero.
+        basis: memory ``(m, D)``, overwritten by the orthonormal Lanczos vectors.
+        generator: of the CPU, for random vectors.
 
     Source:
-        Golub and Meurant 1994; Ubaru, Chen and Saad 2017 for the quadrature; Parlett 1998, chapter 13.
+        Golub and Meurant 1994, and Ubaru, Chen and Saad 2017, for the quadrature; Parlett 1998, "The Symmetric
+        Eigenvalue Problem", Chapter 13, for the steps.
 
     Example:
         >>> matrix, probe = torch.diag(torch.tensor([1.0, 2.0, 4.0]).double()), torch.ones(3).double()
-        >>> found = lanczos_quadrature(lambda v: matrix @ v, probe, torch.empty(3, 3).double(), torch.Generator())
-        >>> found.values.round(decimals=6), found.weights.round(decimals=6)
+        >>> quadrature = lanczos_quadrature(lambda v: matrix @ v, probe, torch.empty(3, 3).double(), torch.Generator())
+        >>> quadrature.values.round(decimals=6), quadrature.weights.round(decimals=6)
         (tensor([1., 2., 4.], dtype=torch.float64), tensor([0.3333, 0.3333, 0.3333], dtype=torch.float64))
     """
     num_steps = min(basis.shape)
@@ -58,13 +59,13 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         scale = max(scale, float(image.norm()))
         image, coefficients = orthogonalised(image, basis[: step + 1])
         diagonal[step] = coefficients[step]
-        known = torch.zeros(step).double()  # what these are by symmetry, from the products before
-        known[-1:] = beyond[step - 1] if step else 0.0
-        asymmetry = max([asymmetry, *(coefficients[:step] - known).abs().tolist()])
+        expected = torch.zeros(step).double()  # coefficients of a symmetric operator, from the products before
+        expected[-1:] = beyond[step - 1] if step else 0.0
+        asymmetry = max([asymmetry, *(coefficients[:step] - expected).abs().tolist()])
         if step + 1 == num_steps:
             break
         norm = float(image.norm())
-        if breaks_down(norm, scale, image):
+        if norm <= rounding_error(image.dtype) * scale:
             basis[step + 1] = random_orthogonal(basis[: step + 1], generator)
         else:
             beyond[step] = norm
@@ -73,52 +74,53 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
 
 
 def _nodes(diagonal: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of the tridiagonal matrix, and squares of the first components of its eigenvectors."""
+    """Compute the eigenvalues of the tridiagonal matrix, and the squared first components of its eigenvectors."""
     matrix = torch.diag(diagonal) + torch.diag(beyond, 1) + torch.diag(beyond, -1)
-    values, vectors = torch.linalg.eigh(matrix)  # blocks between which beyond is zero are not mixed
+    values, vectors = torch.linalg.eigh(matrix)  # does not mix blocks between which beyond is zero
     return values, vectors[0].square()
 
 
 class Criteria(NamedTuple):
-    """The criteria of every probe, ``(P,)``, and the kind of spectrum that most of them see."""
+    """Gabdullin's criteria of ``P`` probes; see :func:`spectrum_criteria`."""
 
-    r_e: Tensor
-    k_hn: Tensor
-    c_t: Tensor
-    kinds: list[str]
+    r_e: Tensor  # (P,)
+    k_hn: Tensor  # (P,)
+    c_t: Tensor  # (P,)
+    kinds: list[str]  # one per probe
 
 
 def spectrum_criteria(
     values: Tensor, weights: Tensor, exponent: float = 0.5, scale: float = 1.0, zero: float = 0.0
 ) -> Criteria:
-    """Gabdullin's criteria of a spectrum, for every probe.
+    """Compute Gabdullin's criteria of a spectrum for every probe.
 
-    With ``θ`` the Ritz values and ``τ`` their weights: ``C_t = min θ / max θ``, ``r_e = |C_t|`` and ``K_Hn = Σ_{θ<0}
-    (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. Without a positive ``θ`` the ratios are minus infinity and infinity; they are NaN for a
-    zero operator. A spectrum is *mainly positive* where ``C_t > -0.6``, else *mainly negative*; it is *quasi-singular*
-    where all ``|θ| scale`` are at most ``1e-3`` (our number: the source has none that we know of).
+    With Ritz values ``θ`` and weights ``τ``: ``C_t = min θ / max θ``, ``r_e = |C_t|`` and ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ /
+    Σ_{θ>0} (θ τ)ⁿ``. If no ``θ`` is positive, ``C_t`` is minus infinity and the others infinity; if all are zero, NaN.
+
+    A spectrum is *quasi-singular* if all ``|θ| scale`` are at most ``1e-3``. Otherwise it is *mainly positive* if ``C_t
+    > -0.6``, and else *mainly negative*. The source names no number for the first; ``1e-3`` is a choice made here.
 
     Args:
-        values: ``(P, m)``.
-        weights: ``(P, m)``.
+        values: ``θ``, ``(P, m)``.
+        weights: ``τ``, ``(P, m)``.
         exponent: ``n``.
-        scale: that makes eigenvalues comparable, ``‖w‖²`` for a Hessian with respect to ``w``.
-        zero: Ritz values of at most this modulus, relative to the largest, count as zero.
+        scale: makes eigenvalues comparable: ``‖w‖²`` for a Hessian with respect to ``w``.
+        zero: Ritz values up to this modulus, relative to the largest, count as zero.
 
     Source:
         Gabdullin 2024 (arXiv 2412.10146) for ``r_e`` and ``K_Hn``; 2025 (arXiv 2504.17618) for ``C_t`` and the kinds.
 
     Example:
-        >>> found = spectrum_criteria(torch.tensor([[-1.0, 4.0]]), torch.tensor([[0.5, 0.5]]))
-        >>> found.r_e, found.k_hn, found.c_t, found.kinds
+        >>> criteria = spectrum_criteria(torch.tensor([[-1.0, 4.0]]), torch.tensor([[0.5, 0.5]]))
+        >>> criteria.r_e, criteria.k_hn, criteria.c_t, criteria.kinds
         (tensor([0.2500]), tensor([0.5000]), tensor([-0.2500]), ['mainly positive'])
     """
     largest = values.abs().amax(1)
     values = torch.where(values.abs() <= zero * largest[:, None], 0.0, values)
     negative, positive = ((part.clamp(min=0) * weights).pow(exponent).sum(1) for part in (-values, values))
     low, high = values.amin(1), values.amax(1)
-    without = torch.where(low < 0, -math.inf, math.nan).to(values)
-    c_t = torch.where(high > 0, low / high, without)
+    without_positive = torch.where(low < 0, -math.inf, math.nan).to(values)
+    c_t = torch.where(high > 0, low / high, without_positive)
     kinds = [
         "quasi-singular"
         if float(size) * scale <= QUASI_SINGULAR
