@@ -20,6 +20,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def batch():
+    """Five images of two channels with their classes, for ``eventful_networks``."""
+    return torch.randn(5, 2, 6, 6), torch.tensor([0, 1, 2, 3, 1])
+
+
 def pytest_configure(config):
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)

@@ -267,10 +267,6 @@ EVENTS = (
 )
 
 
-def batch():
-    return torch.randn(5, 2, 6, 6), torch.tensor([0, 1, 2, 3, 1])
-
-
 def block_traces(net, batch):
     (layer,) = lf.measure_flatness(net, [batch]).layers.values()
     return layer.block_traces

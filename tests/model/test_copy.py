@@ -11,17 +11,11 @@ from tests.eventful_networks import (
     DrawsNumbers,
     Net,
     WritesBuffers,
-    batch,
     block_traces,
     mixed_flags,
     train_mode,
 )
 from tests.guarding import guards
-
-
-@pytest.fixture(name="batch")
-def five_samples():
-    return batch()
 
 
 @pytest.mark.parametrize("model", [train_mode, mixed_flags, WritesBuffers, DrawsNumbers], ids=lambda m: m.__name__)

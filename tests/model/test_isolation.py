@@ -13,18 +13,12 @@ from tests.eventful_networks import (
     DrawsNumbers,
     Net,
     WritesInput,
-    batch,
     block_traces,
     compiled_part,
     dropout_and_norm,
     plain,
 )
 from tests.guarding import guards
-
-
-@pytest.fixture(name="batch")
-def five_samples():
-    return batch()
 
 
 @guards("model/isolation.py", "stack.enter_context(torch.inference_mode(False))", "pass", ids="plain-inference_mode")

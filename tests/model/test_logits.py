@@ -25,7 +25,7 @@ def test_logits_without_classes():
 
 
 def test_one_column_of_logits():
-    refused(lf.BatchError, "one column.*for two classes train with two logits", Net(classes=1))
+    refused(lf.BatchError, "one column.*For two classes, train with two logits", Net(classes=1))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from tests.eventful_networks import (
     EVENTS,
     MODELS,
     Net,
-    batch,
     block_traces,
     certificate_refuses,
     compiled_by_aot,
@@ -30,12 +29,6 @@ from tests.eventful_networks import (
     with_hooks,
 )
 from tests.guarding import guards
-
-
-@pytest.fixture(name="batch")
-def five_samples():
-    return batch()
-
 
 HOOKS = (
     "_forward_hooks",
