@@ -50,7 +50,7 @@ def test_interleaved_leaves_out_the_warm_up_and_runs_all_in_turn():
     order = []
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
     assert "".join(order) == "baabba"
-    assert {name: len(found) for name, found in times.wall.items()} == {"a": 2, "b": 2}
+    assert {name: len(seconds) for name, seconds in times.wall.items()} == {"a": 2, "b": 2}
 
 
 def test_interleaved_stops_when_its_budget_is_spent():
@@ -105,8 +105,8 @@ def test_exact_trace_is_that_of_the_hessian():
     net = networks.resnet20(3, 8, 4).double()
     x, y = networks.images(3, 8, 3)
     oracle = oracle_block_traces(net, (x.double(), y), "5.branch.3")
-    found = exact_trace(net, net.get_parameter("5.branch.3.weight"), (x, y))
-    assert_close(found, float(oracle.diagonal(dim1=-2, dim2=-1).sum()), rtol=1e-9, atol=0)
+    actual = exact_trace(net, net.get_parameter("5.branch.3.weight"), (x, y))
+    assert_close(actual, float(oracle.diagonal(dim1=-2, dim2=-1).sum()), rtol=1e-9, atol=0)
 
 
 def test_full_hessian_gives_the_same_relative_flatness():

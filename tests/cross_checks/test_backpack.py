@@ -38,6 +38,6 @@ def test_filter_traces_are_those_of_backpack():
     assert report.layers.keys() == expected.keys()
     assert len(expected) == 22
     for name, traces in expected.items():
-        found = report.layers[name].filter_traces.to(traces)
+        actual = report.layers[name].filter_traces.to(traces)
         atol = 1e-5 * float(traces.max())
-        assert_close(found, traces, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(actual, traces, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")

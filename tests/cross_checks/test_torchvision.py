@@ -37,52 +37,52 @@ def measure_last(model, batch):
     return item
 
 
-def assert_traces_close(found, expected, rtol):
-    expected = expected.to(found)
-    groups, per_group, _ = found.shape
+def assert_traces_close(actual, expected, rtol):
+    expected = expected.to(actual)
+    groups, per_group, _ = actual.shape
     for g in range(groups):
         inside = slice(g * per_group, (g + 1) * per_group)
-        assert_close(found[g], expected[inside, inside], rtol=0, atol=rtol * float(expected.abs().max()))
+        assert_close(actual[g], expected[inside, inside], rtol=0, atol=rtol * float(expected.abs().max()))
 
 
 def assert_float32_is_close(model, batch):
     _, expected = measure_last(model, batch)
-    _, found = measure_last(model.float(), (batch[0].float(), batch[1]))
-    assert_traces_close(found.block_traces, torch.block_diag(*expected.block_traces), rtol=1e-4)
-    assert found.hessian_trace == pytest.approx(expected.hessian_trace, rel=1e-4)
+    _, layer = measure_last(model.float(), (batch[0].float(), batch[1]))
+    assert_traces_close(layer.block_traces, torch.block_diag(*expected.block_traces), rtol=1e-4)
+    assert layer.hessian_trace == pytest.approx(expected.hessian_trace, rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
-def test_last_convolution_of_a_piecewise_linear_network(name):
-    model, batch = random_model(name)
-    layer, found = measure_last(model, batch)
-    assert found.exact
-    assert found.info.kernel == "parameter"
-    expected = block_traces_from_jacobians(model, batch[0], layer)
+@pytest.mark.parametrize("architecture", PIECEWISE_LINEAR)
+def test_last_convolution_of_a_piecewise_linear_network(architecture):
+    model, batch = random_model(architecture)
+    name, layer = measure_last(model, batch)
+    assert layer.exact
+    assert layer.info.kernel == "parameter"
+    expected = block_traces_from_jacobians(model, batch[0], name)
     assert expected.abs().max() > 1e-8
-    assert_traces_close(found.block_traces, expected, rtol=1e-10)
+    assert_traces_close(layer.block_traces, expected, rtol=1e-10)
     assert_float32_is_close(model, batch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CURVED)
-def test_last_convolution_of_a_curved_network(name):
-    model, batch = random_model(name)
-    layer, found = measure_last(model, batch)
-    assert found.exact
-    assert found.block_traces[0, [0, 777]].abs().max() > 1e-8
-    assert_matches_oracle(model, batch, layer, filters=[0, 777])
+@pytest.mark.parametrize("architecture", CURVED)
+def test_last_convolution_of_a_curved_network(architecture):
+    model, batch = random_model(architecture)
+    name, layer = measure_last(model, batch)
+    assert layer.exact
+    assert layer.block_traces[0, [0, 777]].abs().max() > 1e-8
+    assert_matches_oracle(model, batch, name, filters=[0, 777])
     # The residual term is what a Gauss-Newton matrix would leave out; it must not be negligible here.
-    rest = found.block_traces[0] - block_traces_from_jacobians(model, batch[0], layer)
-    assert rest.abs().max() > 1e-3 * found.block_traces.abs().max()
+    rest = layer.block_traces[0] - block_traces_from_jacobians(model, batch[0], name)
+    assert rest.abs().max() > 1e-3 * layer.block_traces.abs().max()
     assert_float32_is_close(model, batch)
 
 
 @pytest.mark.slow
 def test_jacobians_can_disagree():
     model, batch = random_model("squeezenet1_1")
-    layer, found = measure_last(model, batch)
-    expected = block_traces_from_jacobians(model, batch[0], layer)
+    name, layer = measure_last(model, batch)
+    expected = block_traces_from_jacobians(model, batch[0], name)
     with pytest.raises(AssertionError):
-        assert_traces_close((1 + 1e-8) * found.block_traces, expected, rtol=1e-10)
+        assert_traces_close((1 + 1e-8) * layer.block_traces, expected, rtol=1e-10)

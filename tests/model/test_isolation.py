@@ -96,10 +96,10 @@ def test_compiled_code_is_not_run_and_not_lost(whole, batch):
 @guards("model/isolation.py", "vars(module)[name] = OrderedDict()", "pass")
 def test_backward_hooks_of_the_user_are_not_run(batch):
     net = Net()
-    seen = []
-    net.tail.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(module))
+    calls = []
+    net.tail.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append(module))
     block_traces(net, batch)
-    assert seen == []
+    assert calls == []
 
 
 @guards("model/isolation.py", "torch.random.fork_rng(alike, device_type=device_type)", "ExitStack()")
@@ -118,31 +118,32 @@ def test_what_a_forward_draws_is_drawn_again_afterwards(batch):
     assert (torch.rand(()), np.random.rand(), random.random()) == expected  # noqa: NPY002
 
 
+def float32_settings():
+    backends = torch.backends
+    owners, name = [backends.cudnn], "allow_tf32"
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        owners = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv, backends.cudnn.conv]
+        name = "fp32_precision"
+    return [torch.get_float32_matmul_precision(), *(getattr(owner, name) for owner in owners)]
+
+
 @guards("model/isolation.py", 'owner.fp32_precision = "ieee"', "pass")
 @guards("model/isolation.py", "owner.fp32_precision = value", "pass")
 def test_float32_is_float32():
     """Whatever ``torch.set_float32_matmul_precision`` was told; without fast bfloat16 only the setting shows it."""
-    seen = []
+    settings_inside = []
 
-    class Looks(nn.Sequential):
+    class NotesSettings(nn.Sequential):
         def forward(self, x):
-            seen.append(settings())
+            settings_inside.append(float32_settings())
             return super().forward(x)
 
-    def settings():
-        backends = torch.backends
-        owners = [backends.cudnn]
-        if hasattr(backends.cuda.matmul, "fp32_precision"):
-            owners = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv, backends.cudnn.conv]
-        name = "fp32_precision" if len(owners) > 1 else "allow_tf32"
-        return [torch.get_float32_matmul_precision(), *(getattr(owner, name) for owner in owners)]
-
-    model = Looks(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    model = NotesSettings(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     torch.set_float32_matmul_precision("medium")
     try:
-        before = settings()
+        before = float32_settings()
         lf.measure_flatness(model, [torch.randn(4, 1, 8, 8)])
-        assert settings() == before
+        assert float32_settings() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert {tuple(found[1:]) for found in seen} <= {("ieee",) * 4, (False,)}
+    assert {tuple(of_owners) for _, *of_owners in settings_inside} <= {("ieee",) * 4, (False,)}

@@ -53,8 +53,8 @@ def test_output_without_logits(output, kind):
     ids=["dict", "attribute", "named tuple"],
 )
 def test_output_with_logits_is_measured(output):
-    found, expected = measure(Net(output)).layers["conv"], measure().layers["conv"]
-    assert_close(found.block_traces, expected.block_traces, rtol=0, atol=0)
+    actual, expected = measure(Net(output)).layers["conv"], measure().layers["conv"]
+    assert_close(actual.block_traces, expected.block_traces, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

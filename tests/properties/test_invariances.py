@@ -41,13 +41,13 @@ def measure(net, batches=((X, Y),), **kwargs):
     return layer
 
 
-def assert_same(found, expected, names=SCALARS):
+def assert_same(actual, expected, names=SCALARS):
     for name in names:
-        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-10), name
+        assert getattr(actual, name) == pytest.approx(getattr(expected, name), rel=1e-10), name
 
 
-def assert_traces_close(found, expected):
-    assert_close(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+def assert_traces_close(actual, expected):
+    assert_close(actual, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
 def rescaled(net, alpha):
@@ -147,8 +147,8 @@ def test_permuted_samples_and_classes_do_not_matter():
     with torch.no_grad():
         other.head.weight.copy_(other.head.weight[classes])
         other.head.bias.copy_(other.head.bias[classes])
-    found = measure(other, [(X[samples], classes.argsort()[Y[samples]])])
-    assert_traces_close(found.block_traces, measure(net).block_traces)
+    actual = measure(other, [(X[samples], classes.argsort()[Y[samples]])])
+    assert_traces_close(actual.block_traces, measure(net).block_traces)
 
 
 # -------------------------------------------------------------------------------------------------------------- splits
@@ -171,10 +171,10 @@ def test_unequal_batches_equal_the_whole(net, sizes):
 
 
 def assert_split_is_the_whole(net, batches):
-    found, whole = measure(net, batches), measure(net)
-    assert found.num_samples == 10
-    assert_traces_close(found.block_traces, whole.block_traces)
-    assert_same(found, whole)
+    actual, whole = measure(net, batches), measure(net)
+    assert actual.num_samples == 10
+    assert_traces_close(actual.block_traces, whole.block_traces)
+    assert_same(actual, whole)
 
 
 def test_repeated_samples_do_not_matter():
@@ -214,9 +214,9 @@ def test_a_convolution_with_one_output_pixel_is_a_linear_layer(kernel_size):
         return cross_entropy(torch.func.functional_call(linear, {"layer.weight": weight}, (x,)), y)
 
     hessian = torch.autograd.functional.hessian(loss, linear.layer.weight.detach())
-    found = measure(convolution, [(x, y)])
-    assert_traces_close(found.block_traces[0], torch.einsum("sdtd->st", hessian))
-    assert found.hessian_trace == pytest.approx(float(torch.einsum("sdsd->", hessian)), rel=1e-10)
+    actual = measure(convolution, [(x, y)])
+    assert_traces_close(actual.block_traces[0], torch.einsum("sdtd->st", hessian))
+    assert actual.hessian_trace == pytest.approx(float(torch.einsum("sdsd->", hessian)), rel=1e-10)
 
 
 def test_pooled_maps_as_logits_follow_the_classifiers_formula():
@@ -226,11 +226,11 @@ def test_pooled_maps_as_logits_follow_the_classifiers_formula():
     pi = net(X).softmax(1)
     each = torch.diag_embed(pi) - pi[:, :, None] * pi[:, None, :]
     expected = (phi.square().sum(1)[:, None, None] * each).mean(0).detach()
-    found = measure(net)
-    assert found.info.classifier is None
-    assert_traces_close(found.block_traces[0], expected)
+    actual = measure(net)
+    assert actual.info.classifier is None
+    assert_traces_close(actual.block_traces[0], expected)
     # Every row of T adds up to zero: a number added to all logits changes nothing.
-    assert_close(found.block_traces[0].sum(1), torch.zeros(4).double(), rtol=0, atol=1e-14)
+    assert_close(actual.block_traces[0].sum(1), torch.zeros(4).double(), rtol=0, atol=1e-14)
 
 
 def test_an_identity_classifier_changes_nothing():
@@ -239,10 +239,10 @@ def test_an_identity_classifier_changes_nothing():
     bare = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
     identity = nn.Linear(4, 4, bias=False).double()
     nn.init.eye_(identity.weight)
-    found, expected = measure(bare), measure(nn.Sequential(*bare, identity))
-    assert (found.info.classifier, expected.info.classifier) == (None, "4")
-    assert_traces_close(found.block_traces, expected.block_traces)
-    assert_same(found, expected)
+    actual, expected = measure(bare), measure(nn.Sequential(*bare, identity))
+    assert (actual.info.classifier, expected.info.classifier) == (None, "4")
+    assert_traces_close(actual.block_traces, expected.block_traces)
+    assert_same(actual, expected)
 
 
 @guards("model/isolation.py", "module.training = False", "pass")

@@ -172,8 +172,8 @@ def test_between_forward_and_backward(model, event, batch):
         with pytest.raises(error):
             lf.measure_flatness(net, [batch])
     loss.backward()
-    for (name, found), expected in zip(net.named_parameters(), twin.parameters(), strict=True):
-        assert_close(found.grad, expected.grad, rtol=0, atol=0, msg=name)
+    for (name, actual), expected in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert_close(actual.grad, expected.grad, rtol=0, atol=0, msg=name)
 
 
 def test_on_values_of_a_users_graph(batch):

@@ -77,9 +77,9 @@ def of_oracle(net, inputs, targets):
 def test_largest_eigenvalue_of_half_precision(half):
     inputs, targets = batch()
     net = Net().to(half)
-    found = lf.measure_lambda_max(net, [(inputs.to(half), targets)], layers="conv2", dtype="float64")
+    actual = lf.measure_lambda_max(net, [(inputs.to(half), targets)], layers="conv2", dtype="float64")
     same = lf.measure_lambda_max(net.double(), [(inputs.to(half).double(), targets)], layers="conv2")
-    assert found["conv2"].lambda_max == pytest.approx(same["conv2"].lambda_max, rel=1e-10)
+    assert actual["conv2"].lambda_max == pytest.approx(same["conv2"].lambda_max, rel=1e-10)
 
 
 def test_parts_of_a_model_may_have_different_precisions():

@@ -146,9 +146,9 @@ def test_a_batch_without_samples_among_others_adds_nothing(position, activation)
     batches = [(X[:3], Y[:3]), (X[3:], Y[3:])]
     expected = measure(net, batches).layers["conv"]
     batches.insert(position, (X[:0], Y[:0]))
-    found = measure(net, batches).layers["conv"]
-    assert found.num_samples == 5
-    assert_close(found.block_traces, expected.block_traces, rtol=0, atol=0)
+    actual = measure(net, batches).layers["conv"]
+    assert actual.num_samples == 5
+    assert_close(actual.block_traces, expected.block_traces, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
