@@ -1,4 +1,4 @@
-"""The errors of the package: each names the culprit, the reason and the remedy."""
+"""The errors of the package. Their messages name the culprit, the reason and a remedy."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ from typing import Any
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an accelerator or the CPU had no memory left."""
+    """Whether an error says that a GPU or the CPU had no memory left."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 class FlatnessError(ValueError):
-    """Base class of every error raised by ``lightning_flatness``."""
+    """Base class of all errors that ``lightning_flatness`` raises."""
 
 
 class LayerSelectionError(FlatnessError):
-    """A layer cannot be found or measured, or samples mix, or the forward is random."""
+    """A layer is not found or cannot be measured, samples are not independent, or the forward pass is random."""
 
 
 class NotClosedFormError(FlatnessError):
-    """A tail or head does not meet the conditions of the closed form; caught where another method can take over."""
+    """A layer does not meet the conditions of the closed form; caught where another method can be used."""
 
 
 class BatchError(FlatnessError):
-    """A batch, or what the model makes of it, cannot be measured: wrong shapes, no targets, NaN or infinity."""
+    """A batch or the model's output for it cannot be measured: wrong shapes, no targets, NaN or infinity."""
 
 
 class NotExactError(FlatnessError):
-    """With ``strict=True``: a number would not be the Hessian's."""
+    """With ``strict=True``, a number would not be the Hessian's."""
 
 
 class LandscapeError(FlatnessError):
-    """A point of a landscape failed; what was computed until then is in ``result``, for ``resume=``."""
+    """A point of a landscape failed.
+
+    Attributes:
+        result: the :class:`LandscapeResult` computed so far, to be passed as ``resume=``; None if there is none.
+    """
 
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)

@@ -158,15 +158,8 @@ def _sums_of_products(
 ) -> tuple[Tensor, Tensor]:
     """Sum ``(columns signedᵀ) ∘ (right leftᵀ)`` over samples, and ``floor · (right leftᵀ)``: ``(G, rows, rest)`` each.
 
-    Args:
-        right: ``(N, G, rows, P or D)``.
-        left: ``(N, G, rest, P or D)``.
-        columns: ``(N, G, rows, C)``.
-        signed: ``(N, G, rest, C)``.
-        counts: of every sample, the number of columns that are not zero.
-        floor: ``(N,)``, or None for zero.
-        at_once: samples whose products are made at a time.
-        buffers: memory for the two products, or None to allocate it.
+    Factors are ``(N, G, rows or rest, P or D)`` and ``(N, G, rows or rest, C)``; ``counts`` says how many of the ``C``
+    columns of every sample are used. Products are made for ``at_once`` samples, in ``buffers`` where there are any.
     """
     sums = left.new_zeros(left.shape[1], right.shape[2], left.shape[2])
     sums_of_floor = torch.zeros_like(sums)
