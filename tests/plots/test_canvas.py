@@ -1,0 +1,58 @@
+"""Axes to draw into, and matplotlib: where it is imported, and where it is missing."""
+
+import subprocess
+import sys
+
+import pytest
+from matplotlib.figure import Figure
+
+import lightning_flatness as lf
+from lightning_flatness.plots import plot_block_traces, plot_history
+
+HISTORY = [{"epoch": 0, "accuracy": 0.5, "relative_flatness": 3.0}]
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [lambda layer, ax: plot_history(HISTORY, ax=ax), lambda layer, ax: plot_block_traces(layer(), ax=ax)],
+    ids=["history", "traces"],
+)
+def test_axes_of_ones_own(plot, layer, drawn):
+    figure = Figure()
+    first, second = figure.subplots(1, 2)
+    assert plot(layer, second) == (figure, second)
+    assert not first.has_data()
+    assert second.has_data()
+    assert drawn(figure)
+
+
+@pytest.mark.slow
+def test_pyplot_is_not_imported():
+    code = """
+import sys, torch
+from lightning_flatness import measure_flatness
+from lightning_flatness.plots import plot_block_traces, plot_history
+# torchmetrics imports pyplot where it can; from here on nobody must.
+for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+    del sys.modules[name]
+net = torch.nn.Sequential(
+    torch.nn.Conv1d(1, 4, 3), torch.nn.AdaptiveAvgPool1d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))
+report = measure_flatness(net, [torch.randn(5, 1, 8)])
+for figure, _ in [plot_block_traces(report.layers["0"]), plot_history([{"epoch": 0, "relative_flatness": 3.0}])]:
+    figure.canvas.draw()
+print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize(
+    "plot", [lambda layer: plot_history(HISTORY), lambda layer: plot_block_traces(layer())], ids=["history", "traces"]
+)
+@pytest.mark.parametrize("missing", ["matplotlib", "matplotlib.figure"])
+def test_missing_matplotlib_names_the_extra(monkeypatch, layer, plot, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "matplotlib":
+        monkeypatch.delitem(sys.modules, "matplotlib.figure")
+    with pytest.raises(lf.FlatnessError, match=r"matplotlib: pip install 'lightning-flatness\[plots\]'"):
+        plot(layer)
