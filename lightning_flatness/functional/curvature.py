@@ -58,6 +58,10 @@ class ClassCurvature:
     def __getitem__(self, samples: slice) -> ClassCurvature:
         return ClassCurvature(self.weights[samples], None if self.center is None else self.center[samples])
 
+    def scaled(self, factor: float) -> ClassCurvature:
+        """The curvature of a positive multiple of the loss."""
+        return ClassCurvature(factor * self.weights, self.center)
+
     @property
     def num_classes(self) -> int:
         """``K``, the number of classes."""
@@ -185,6 +189,10 @@ class DenseCurvature:
 
     def __getitem__(self, samples: slice) -> DenseCurvature:
         return DenseCurvature(self.roots[samples], self.signs[samples])
+
+    def scaled(self, factor: float) -> DenseCurvature:
+        """The curvature of a positive multiple of the loss."""
+        return DenseCurvature(factor**0.5 * self.roots, self.signs)
 
     @property
     def num_classes(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-# Rows of a strip: at least so many, and a sixteenth of all.
+# Rows of a strip that is work: 64, or a sixteenth of the matrix, whichever is larger.
 STRIP = 64
-# The same of strips that are kept, but a thirty-second: the square blocks on the diagonal are kept whole.
+# Rows of a strip that is memory: 16, or a thirty-second of the matrix, whichever is larger.
 KEPT_STRIP = 16
 
 
@@ -51,38 +53,52 @@ def mirror_(upper: Tensor) -> Tensor:
     return upper
 
 
-def folded(symmetric: Tensor) -> Tensor:
-    """The strips of symmetric matrices, one after another: sums of them are sums.
+@dataclass(frozen=True)
+class Folded:
+    """Symmetric matrices, kept by the strips of their upper triangles; or diagonals, kept as they are.
 
-    They are little more than a half of large matrices, and all of matrices of :data:`KEPT_STRIP` rows or fewer.
+    The strips are little more than a half of large matrices, and all of matrices of :data:`KEPT_STRIP` rows or fewer.
 
     Args:
-        symmetric: ``(G, S, S)``.
-
-    Returns:
-        ``(G, F)``, of which :func:`unfolded` makes the matrices again.
+        strips: ``(G, F)``, one strip after another; or diagonals ``(G, S)``.
+        rows: ``S`` of the matrices; None for diagonals.
 
     Example:
         >>> matrix = torch.arange(128.0)[:, None] + torch.arange(128.0)
-        >>> folded(matrix[None]).shape, torch.equal(unfolded(folded(matrix[None]), 128)[0], matrix)
+        >>> folded = Folded.of(matrix[None])
+        >>> folded.strips.shape, torch.equal((folded + folded).whole()[0], 2 * matrix)
         (torch.Size([1, 9216]), True)
     """
-    filters = symmetric.shape[1]
-    size = kept_rows(filters)
-    return torch.cat([symmetric[:, row : row + size, row:].flatten(1) for row in range(0, filters, size)], dim=1)
 
+    strips: Tensor
+    rows: int | None
 
-def unfolded(strips: Tensor, filters: int) -> Tensor:
-    """The symmetric matrices ``(G, S, S)`` of their strips.
+    @classmethod
+    def of(cls, symmetric: Tensor) -> Folded:
+        """Fold ``(G, S, S)``, of which only the upper triangles count; or take diagonals ``(G, S)``."""
+        if symmetric.ndim == 2:
+            return cls(symmetric, None)
+        rows = symmetric.shape[1]
+        size = kept_rows(rows)
+        strips = [symmetric[:, row : row + size, row:].flatten(1) for row in range(0, rows, size)]
+        return cls(torch.cat(strips, dim=1), rows)
 
-    Args:
-        strips: from :func:`folded`.
-        filters: ``S``.
-    """
-    matrix, size, start = strips.new_empty(len(strips), filters, filters), kept_rows(filters), 0
-    for row in range(0, filters, size):
-        strip = matrix[:, row : row + size, row:]
-        elements = strip[0].numel()
-        strip.copy_(strips[:, start : start + elements].view_as(strip))
-        start += elements
-    return mirror_(matrix)
+    def __add__(self, other: Folded) -> Folded:
+        return Folded(self.strips + other.strips, self.rows)
+
+    def equal(self, other: Folded) -> bool:
+        """Whether all entries are the same."""
+        return torch.equal(self.strips, other.strips)
+
+    def whole(self) -> Tensor:
+        """The matrices ``(G, S, S)``, or the diagonals ``(G, S)``; they share no memory with this."""
+        if self.rows is None:
+            return self.strips.clone()
+        matrix = self.strips.new_empty(len(self.strips), self.rows, self.rows)
+        size, start = kept_rows(self.rows), 0
+        for row in range(0, self.rows, size):
+            strip = matrix[:, row : row + size, row:]
+            elements = strip[0].numel()
+            strip.copy_(self.strips[:, start : start + elements].view_as(strip))
+            start += elements
+        return mirror_(matrix)

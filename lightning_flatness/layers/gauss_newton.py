@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newton_block_traces
 from lightning_flatness.functional.curvature import MANY_CLASSES
-from lightning_flatness.layers.affine import Calls, nodes_of, pull_back
-from lightning_flatness.layers.probes import BlockTraces, Probes, random_signs
+from lightning_flatness.layers.cotangents import Calls, nodes_of, pull_back
+from lightning_flatness.layers.estimates import BlockTraces, Probes, random_signs
 
 # Elements, of all layers, that are kept at a time: on a CPU about a hundred megabytes.
 ELEMENTS = {"cpu": 3 * 2**23}
 ELEMENTS_DEFAULT = 2**29
-# The graph of a forward pass takes as much as this many columns. (That of the certificate is gone when columns come.)
+# Columns that the graph of a forward pass takes the memory of. (That of the certificate is gone when columns come.)
 GRAPH = 4
-# At least so many columns, if there are, fit in beside it; more would mean fewer samples at a time.
+# Columns that are to fit in beside it: with more, fewer samples would be taken at a time.
 COLUMNS = 6
-# And not more than so many at a time: they would not be faster, and memory is to be the same for any number of classes.
+# Columns that are taken at a time, at most: more are no faster, and memory must not grow with the number of classes.
 MOST_COLUMNS = {"cpu": 12}
 MIN_PROBES = 16
 
 Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
-Advance = Callable[[float], None]  # is told which part of the work is done
+Advance = Callable[[float], None]  # called with the part of the work that is done
 
 
 def gauss_newton_layers(
-    layers: Mapping[str, Calls],
+    calls: Calls,
     logits: Tensor,
     curvature: Curvature,
     gram: Callable[[str], Tensor],
@@ -44,7 +44,7 @@ def gauss_newton_layers(
     that memory does not grow with the number of classes.
 
     Args:
-        layers: by name.
+        calls: what the layers did.
         logits: ``(N, K)``, in the graph of the layers' outputs.
         curvature: of the loss.
         gram: inner products of a layer's filters, by its name.
@@ -54,14 +54,14 @@ def gauss_newton_layers(
         advance: is called as columns are done.
     """
     if isinstance(curvature, ClassCurvature) and is_sampled(curvature, tolerance):
-        return _by_probes(layers, logits, curvature, gram, tolerance, generator, diagonal, advance)
+        return _by_probes(calls, logits, curvature, gram, tolerance, generator, diagonal, advance)
     totals: dict[str, Tensor] = {}
     done = 0
     every = (curvature.column(index) for index in range(curvature.num_columns))
-    for columns in _pulled(layers, logits, every):
+    for columns in _pulled(calls, logits, every):
         before, done = done, done + len(columns)
         signs = None if curvature.signs is None else curvature.signs[:, before:done].to(logits.dtype)
-        _add(totals, _contracted(layers, columns, signs, diagonal))
+        _add(totals, _contracted(calls, columns, signs, diagonal))
         advance(done / curvature.num_columns)
     return {name: BlockTraces(total) for name, total in totals.items()}
 
@@ -72,7 +72,7 @@ def is_sampled(curvature: Curvature, tolerance: float) -> bool:
 
 
 def _by_probes(
-    layers: Mapping[str, Calls],
+    calls: Calls,
     logits: Tensor,
     curvature: ClassCurvature,
     gram: Callable[[str], Tensor],
@@ -95,25 +95,25 @@ def _by_probes(
 
     def take_one_by_one(ranks: range) -> None:
         units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
-        for columns in _pulled(layers, logits, (curvature.factor(x) for x in units)):
-            _add(totals, _contracted(layers, columns, None, diagonal))
+        for columns in _pulled(calls, logits, (curvature.factor(x) for x in units)):
+            _add(totals, _contracted(calls, columns, None, diagonal))
 
     take_one_by_one(range(leading))
 
-    probes = {name: Probes(gram(name)) for name in layers}
+    probes = {name: Probes(gram(name)) for name in calls}
     others = torch.ones_like(mass).scatter(1, order[:, :leading], 0.0)
     count = 0
     while leading + count < curvature.num_columns:
         x = (others * random_signs(others, generator) for _ in range(MIN_PROBES))
-        for columns in _pulled(layers, logits, (curvature.factor(signs) for signs in x)):
+        for columns in _pulled(calls, logits, (curvature.factor(signs) for signs in x)):
             for column in columns:
-                for name, part in _contracted(layers, [column], None, diagonal):
+                for name, part in _contracted(calls, [column], None, diagonal):
                     probes[name].add(part)
         count += MIN_PROBES
         advance(min((leading + count) / curvature.num_columns, 1.0))
-        if all(probes[name].precise(tolerance, totals[name]) for name in layers):
+        if all(probes[name].precise(tolerance, totals[name]) for name in calls):
             advance(1.0)
-            return {name: probes[name].estimate(totals[name]) for name in layers}
+            return {name: probes[name].estimate(totals[name]) for name in calls}
     take_one_by_one(range(leading, curvature.num_classes))
     return {name: BlockTraces(total) for name, total in totals.items()}
 
@@ -141,9 +141,9 @@ def _budget(device: torch.device) -> int:
     return ELEMENTS.get(device.type, ELEMENTS_DEFAULT)
 
 
-def _pulled(layers: Mapping[str, Calls], logits: Tensor, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
+def _pulled(calls: Calls, logits: Tensor, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
     """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
-    nodes = nodes_of(layers)
+    nodes = nodes_of(calls)
     at_a_time = max(1, _budget(logits.device) // max(1, sum(node.numel() for node in nodes)) - GRAPH)
     at_a_time = min(at_a_time, MOST_COLUMNS.get(logits.device.type, at_a_time))
     while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
@@ -155,11 +155,13 @@ def _add(totals: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]) -> None
         totals[name] = totals[name] + part if name in totals else part
 
 
-def _contracted(
-    layers: Mapping[str, Calls], columns: Columns, signs: Tensor | None, diagonal: bool
-) -> Iterator[tuple[str, Tensor]]:
+def _contracted(calls: Calls, columns: Columns, signs: Tensor | None, diagonal: bool) -> Iterator[tuple[str, Tensor]]:
     """Block traces by layer, from the columns; these are used up, which keeps memory low."""
-    for name, calls in layers.items():
-        cotangents = [[pulled.pop(0).movedim(call.channel_dimension, 1) for pulled in columns] for _, call in calls]
-        inputs = [(call.inputs, call.geometry) for _, call in calls]
+    for name, of_layer in calls.items():
+        convolutions = [call.convolution for call in of_layer]
+        cotangents = [
+            [pulled.pop(0).movedim(convolution.channel_dimension, 1) for pulled in columns]
+            for convolution in convolutions
+        ]
+        inputs = [(convolution.inputs, convolution.geometry) for convolution in convolutions]
         yield name, gauss_newton_block_traces(inputs, cotangents, signs, diagonal)

@@ -1,19 +1,19 @@
-"""Observing one forward pass: what layers really convolve or multiply, and how what follows hangs on it.
+"""Recording one forward pass: what layers convolve or multiply, and what the classifier reads and returns.
 
-An :class:`Observation` only listens. Who calls the model, and in which modes, is not its business.
+A :class:`Recorder` only listens. Who calls the model, and in which modes, is not its business. What it has recorded is
+a frozen :class:`Pass`, the same for a forward pass of ours and for one of the user's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import ConvolutionGeometry
@@ -22,11 +22,11 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class ConvolutionCall:
+class Convolution:
     """One call of ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``, as a convolution.
 
-    Padding is made explicit where it is uneven. A linear layer is a convolution of kernel size one over its tokens,
-    whose channels come last in its output.
+    Uneven padding is made explicit. A linear layer is a convolution of kernel size one over its tokens, with channels
+    last in its output.
     """
 
     inputs: Tensor  # (N, C, *spatial), detached
@@ -37,68 +37,122 @@ class ConvolutionCall:
 
 
 @dataclass(frozen=True)
-class LayerObservation:
-    """What one layer did in the observed forward pass, in one of its calls."""
+class LayerCall:
+    """What one layer did in one of its calls in a forward pass."""
 
     module: nn.Module
-    calls: list[ConvolutionCall]  # the convolutions that ran inside the module's forward
+    convolutions: tuple[Convolution, ...]  # that ran inside the module's forward
     returned: Tensor  # what the module returned, detached
-    output: Tensor  # the same values, as the node that slopes are taken with respect to
-    sample: Tensor | None = None  # of the kernel, as it was in somebody else's forward pass
+    node: Tensor  # the same values, as the node of the graph that derivatives are taken with respect to
+    kernel_sample: Tensor | None = None  # of the kernel at that time, in a forward pass of the user's
+
+    @property
+    def convolution(self) -> Convolution:
+        """The one convolution of a layer that is certified to have one."""
+        return self.convolutions[0]
 
 
-@dataclass
-class Observation:
+@dataclass(frozen=True)
+class Pass:
+    """One recorded forward pass on some samples. Its graph lives as long as this does."""
+
+    inputs: Any  # of the model
+    output: Any  # of the model
+    calls: Mapping[str, tuple[LayerCall, ...]]  # by layer, in order
+    features: tuple[Any, ...]  # what the classifier was called with, once for every call
+    classifier_output: Tensor | None
+    kernel_uses: tuple[tuple[str, str], ...]  # layers, and the functions that take their kernel
+    reaches_logits: bool  # whether the graph goes on to the logits; else it ends at the classifier's input
+
+
+class Recorder:
     """Hooks on some layers and on the classifier, for the time of a ``with`` block around one forward pass.
 
     From the first layer on, gradients are recorded. The values that the model sees stay the same. Hooks and grad mode
-    are restored on leaving, also on an error. In a forward pass that is somebody else's (``live``) gradients are
-    recorded up to the classifier's input only, whatever the modes, and no error of ours is raised.
+    are restored on leaving, also on an error. In a forward pass of the user's (``live``) gradients are recorded up to
+    the classifier's input only, whatever the modes, and an error of a hook is kept in :attr:`failure`.
 
     Args:
-        layers_to_observe: the layers, by name.
+        layers: to record, by name.
         classifier: the linear map on pooled features, or None when the model's output is the pooled layer itself.
         watched: tensors whose uses are recorded, by the name of a layer.
-        live: the forward pass is somebody else's.
+        live: the forward pass is the user's.
 
     Example:
         >>> model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
-        >>> with Observation({"0": model[0]}, model[3]) as seen:
-        ...     logits = model(torch.randn(4, 1, 8))
-        >>> seen.features[0].shape, seen.layers["0"][0].output.shape
+        >>> x = torch.randn(4, 1, 8)
+        >>> with Recorder({"0": model[0]}, model[3]) as recorder:
+        ...     logits = model(x)
+        >>> recorded = recorder.result(x, logits)
+        >>> recorded.features[0].shape, recorded.calls["0"][0].node.shape
         (torch.Size([4, 2]), torch.Size([4, 2, 6]))
     """
 
-    layers_to_observe: Mapping[str, nn.Module]
-    classifier: nn.Module | None
-    watched: Mapping[str, Tensor] = field(default_factory=dict)
-    live: bool = False
-    layers: dict[str, list[LayerObservation]] = field(default_factory=dict)  # an entry for every call
-    features: list[Any] = field(default_factory=list)  # g, (N, m), in the graph of the layers' outputs
-    classifier_output: Tensor | None = None
-    uses: list[tuple[str, str]] = field(default_factory=list)  # layers and the functions that take their tensor
-    failure: Exception | None = None  # of a live observation
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        classifier: nn.Module | None,
+        watched: Mapping[str, Tensor] | None = None,
+        live: bool = False,
+    ) -> None:
+        self.failure: Exception | None = None
+        self._layers, self._classifier, self._live = layers, classifier, live
+        self._calls: dict[str, list[LayerCall]] = {}
+        self._features: list[Any] = []
+        self._classifier_output: Tensor | None = None
+        self._kernel_uses: list[tuple[str, str]] = []
+        self._watched = {id(tensor): name for name, tensor in (watched or {}).items()}
+        self._running: list[_ConvolutionMode] = []  # a stack: one recorded layer may hold another
 
-    def __enter__(self) -> Observation:
+    @property
+    def has_layers(self) -> bool:
+        """Whether a layer has run."""
+        return bool(self._calls)
+
+    def result(self, inputs: Any, output: Any) -> Pass:
+        """What was recorded.
+
+        Args:
+            inputs: that the model was called with.
+            output: that it returned.
+        """
+        return Pass(
+            inputs=inputs,
+            output=output,
+            calls={name: tuple(calls) for name, calls in self._calls.items()},
+            features=tuple(self._features),
+            classifier_output=self._classifier_output,
+            kernel_uses=tuple(self._kernel_uses),
+            reaches_logits=not self._live,
+        )
+
+    def __enter__(self) -> Recorder:
         self._grad_mode = torch.is_grad_enabled()
-        self._modes = ExitStack()
-        self._watch = _UseRecorder({id(tensor): name for name, tensor in self.watched.items()}, self.uses)
-        self._watch.__enter__()  # type: ignore[no-untyped-call]
-        self._recorders: list[_ConvolutionRecorder] = []  # a stack: one observed layer may hold another
-        self._handles: list[RemovableHandle] = []
-        for name, module in self.layers_to_observe.items():
-            self._handles.append(module.register_forward_pre_hook(self._quiet(self._before_layer)))
-            self._handles.append(module.register_forward_hook(self._quiet(self._after_layer(name))))
-        if self.classifier is not None:
-            hook = self._quiet(self._before_classifier)
-            # In somebody else's pass before their own hooks, which may keep what they see.
-            self._handles.append(self.classifier.register_forward_pre_hook(hook, prepend=self.live))
-            self._handles.append(self.classifier.register_forward_hook(self._quiet(self._after_classifier)))
+        self._modes, self._open = ExitStack(), ExitStack()
+        self._open.enter_context(_UseMode(self._watched, self._kernel_uses))
+        for name, module in self._layers.items():
+            self._hook(module.register_forward_pre_hook(self._quiet(self._before_layer)))
+            self._hook(module.register_forward_hook(self._quiet(self._after_layer(name))))
+        if self._classifier is not None:
+            before = self._quiet(self._before_classifier)
+            # In the user's pass before hooks of their own, which may keep what they see.
+            self._hook(self._classifier.register_forward_pre_hook(before, prepend=self._live))
+            self._hook(self._classifier.register_forward_hook(self._quiet(self._after_classifier)))
         return self
 
+    def __exit__(self, *error: object) -> None:
+        while self._running:
+            self._stop_recording()
+        self._open.close()
+        self._modes.close()
+        torch.set_grad_enabled(self._grad_mode)
+
+    def _hook(self, handle: Any) -> None:
+        self._open.callback(handle.remove)
+
     def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """In somebody else's forward pass an error of ours must not be theirs."""
-        if not self.live:
+        """In the user's forward pass an error of ours must not be theirs."""
+        if not self._live:
             return hook
 
         def quiet(*arguments: Any) -> Any:
@@ -111,61 +165,53 @@ class Observation:
 
         return quiet
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        while self._recorders:
-            self._stop_recording()
-        self._watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._modes.close()
-        torch.set_grad_enabled(self._grad_mode)
-
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
-        self._recorders.append(_ConvolutionRecorder())
-        self._recorders[-1].__enter__()  # type: ignore[no-untyped-call]
+        self._running.append(_ConvolutionMode())
+        self._running[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def _stop_recording(self) -> tuple[Convolution, ...]:
+        mode = self._running.pop()
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return tuple(mode.convolutions)
 
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, arguments: Any, returned: Any) -> Any:
-            calls = self._stop_recording()
-            sample = kernel_sample(calls[0].weight) if self.live and calls else None
+            convolutions = self._stop_recording()
+            sample = kernel_sample(convolutions[0].weight) if self._live and convolutions else None
             if not isinstance(returned, Tensor):
                 raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
             self._record_gradients()
-            output = returned
+            node = returned
             if not returned.requires_grad:
-                # What was made in inference mode can be in no graph.
-                output = (returned.clone() if returned.is_inference() else returned.detach()).requires_grad_()
-            self.layers.setdefault(name, []).append(LayerObservation(module, calls, returned.detach(), output, sample))
-            return output.clone()  # an in-place activation must not write to a leaf
+                # A tensor made in inference mode cannot be in a graph.
+                node = (returned.clone() if returned.is_inference() else returned.detach()).requires_grad_()
+            call = LayerCall(module, convolutions, returned.detach(), node, sample)
+            self._calls.setdefault(name, []).append(call)
+            return node.clone()  # an in-place activation must not write to a leaf
 
         return hook
 
     def _record_gradients(self) -> None:
-        if self.live:
+        if self._live:
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
         else:
             torch.set_grad_enabled(True)
 
-    def _stop_recording(self) -> list[ConvolutionCall]:
-        recorder = self._recorders.pop()
-        recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        return recorder.calls
-
     def _before_classifier(self, module: nn.Module, arguments: Any) -> Any:
-        self.features.append(arguments[0] if len(arguments) == 1 else None)
-        if not self.live:
+        self._features.append(arguments[0] if len(arguments) == 1 else None)
+        if not self._live:
             return None
         self._modes.close()
         return tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
 
     def _after_classifier(self, module: nn.Module, arguments: Any, returned: Any) -> None:
         if isinstance(returned, Tensor):
-            self.classifier_output = returned.detach()
+            self._classifier_output = returned.detach()
 
 
 def kernel_sample(kernel: Tensor) -> Tensor:
-    """A copy of some thousand entries, to know a kernel again by: it may be another one (averages?) for a while.
+    """A copy of some thousand entries, to recognise a kernel by: averaged weights may stand in for it for a while.
 
     Example:
         >>> kernel_sample(torch.zeros(256, 1000)).shape
@@ -173,16 +219,16 @@ def kernel_sample(kernel: Tensor) -> Tensor:
     """
     # The function modes that are on would take it for a use of the kernel.
     with torch._C.DisableTorchFunction():
-        some = kernel.detach()[:: max(1, kernel.shape[0] // 64)].flatten(1)
-        return some[:, :: max(1, some.shape[1] // 64)].clone()
+        rows = kernel.detach()[:: max(1, kernel.shape[0] // 64)].flatten(1)
+        return rows[:, :: max(1, rows.shape[1] // 64)].clone()
 
 
-class _ConvolutionRecorder(TorchFunctionMode):
+class _ConvolutionMode(TorchFunctionMode):
     """Records the convolutions that run, whatever the module around them calls its padding or its weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[ConvolutionCall] = []
+        self.convolutions: list[Convolution] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -190,13 +236,13 @@ class _ConvolutionRecorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         dimensions = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}.get(func)
         if dimensions is not None:
-            self.calls.append(_convolution_call(dimensions, result, *args, **(kwargs or {})))
+            self.convolutions.append(_convolution(dimensions, result, *args, **(kwargs or {})))
         elif func is nn.functional.linear:
-            self.calls.append(_linear_call(result, *args, **(kwargs or {})))
+            self.convolutions.append(_linear(result, *args, **(kwargs or {})))
         return result
 
 
-class _UseRecorder(TorchFunctionMode):
+class _UseMode(TorchFunctionMode):
     """Records which functions take certain tensors.
 
     It is called with every operation of the network. (A class of their own for these tensors would cost less, but users
@@ -224,7 +270,7 @@ class _UseRecorder(TorchFunctionMode):
         self._uses.append((self._names[id(tensor)], getattr(func, "__name__", str(func))))
 
 
-def _convolution_call(
+def _convolution(
     dimensions: int,
     output: Tensor,
     input: Tensor,
@@ -234,7 +280,7 @@ def _convolution_call(
     padding: str | int | tuple[int, ...] = 0,
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
-) -> ConvolutionCall:
+) -> Convolution:
     def per_dimension(value: int | Iterable[int]) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)
         return values * dimensions if len(values) == 1 else values
@@ -247,11 +293,11 @@ def _convolution_call(
         inputs = nn.functional.pad(inputs, widths)
     paddings = (0,) * dimensions if isinstance(padding, str) else per_dimension(padding)
     geometry = ConvolutionGeometry(kernel_size, per_dimension(stride), paddings, dilations, groups)
-    return ConvolutionCall(inputs, weight, geometry, output)
+    return Convolution(inputs, weight, geometry, output)
 
 
-def _linear_call(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> ConvolutionCall:
+def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution:
     inputs = input.detach()
     tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]) if inputs.ndim > 1 else inputs
     geometry = ConvolutionGeometry((1,), (1,), (0,), (1,))
-    return ConvolutionCall(tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1)
+    return Convolution(tokens.mT if inputs.ndim > 1 else tokens, weight, geometry, output, channel_dimension=-1)

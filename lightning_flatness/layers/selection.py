@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,6 +72,59 @@ def trace_execution(model: nn.Module, forward: Callable[[], Any]) -> Execution:
             handle.remove()
     class_names = {plain_name(name): type(module).__name__ for name, module in named}
     return Execution(modules, order, output_shapes, input_shapes, logits.detach(), class_names)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to measure and the classifier, chosen on the first samples."""
+
+    modules: dict[str, nn.Module]  # the layers, by plain name, in the order in which they run
+    classifier_name: str | None
+    classifier: nn.Module | None  # None: the last layer that runs is not linear on pooled features
+    logits: Tensor  # (N, K), of the samples on which it was chosen
+    elements: int  # of the outputs of all calls of the layers, for one sample
+
+    def only(self, names: Collection[str]) -> Selection:
+        """Without layers that cannot be measured."""
+        return replace(self, modules={name: module for name, module in self.modules.items() if name in names})
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Weights of the layers that have one of their own, by layer."""
+        own = {name: dict(module.named_parameters(recurse=False)) for name, module in self.modules.items()}
+        return {name: parameters["weight"] for name, parameters in own.items() if "weight" in parameters}
+
+
+def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str]) -> Selection:
+    """Choose layers and classifier by what runs in one forward pass.
+
+    Args:
+        model: the network.
+        forward: a function without arguments that calls it.
+        layers: which layers, see :func:`select_layers`.
+
+    Raises:
+        BatchError: the model's output has no logits of shape ``(N, K)``.
+        LayerSelectionError: see :func:`select_layers`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
+        >>> selection = select(net, lambda: net(torch.randn(4, 1, 8)), "last")
+        >>> list(selection.modules), selection.classifier_name, selection.elements
+        (['0'], '3', 12)
+    """
+    execution = trace_execution(model, forward)
+    classifier = find_classifier(execution)
+    names = select_layers(execution, layers, classifier)
+    ran = [name for name in execution.order if name in names]
+    return Selection(
+        modules={name: execution.modules[name] for name in names},
+        classifier_name=classifier,
+        classifier=None if classifier is None else execution.modules[classifier],
+        logits=execution.logits,
+        elements=sum(prod(execution.output_shapes.get(name, ())[1:]) for name in ran),
+    )
 
 
 def find_classifier(execution: Execution) -> str | None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
 from lightning_flatness.layers.live import Listener
-from lightning_flatness.layers.observer import FlatnessObserver, LayerStatistics
+from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.options import MEASURES, Options
+from lightning_flatness.layers.sums import LayerSums, added
 from lightning_flatness.measure.batches import batches_on, split_batch
 from lightning_flatness.measure.metric import FlatnessMetric
 from lightning_flatness.measure.progress import progress_bar
@@ -41,25 +42,22 @@ class Measurement:
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        self._diagonal = Options(**options).diagonal  # refuses what cannot be
-        seed = options.get("seed", 0) + 1000 * own_rank()  # variances add up as probes of ranks are independent
-        self._options = options | {"seed": seed}
-        self._observer = FlatnessObserver(model, **self._options)
-        # Apart, so that passes of our own are certified on their own samples, not on the few of the trial.
-        self._live: FlatnessObserver | None = None
+        seed = options.get("seed", 0)
+        self._diagonal = Options(**options).diagonal  # refuses options that cannot be
+        # Variances add up, since probes of ranks are independent.
+        self._observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank()})
         self._model = model
-        self._sums: dict[str, LayerStatistics] = {}  # folded
+        self._sums: dict[str, LayerSums] = {}
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
         """How every layer is measured; empty before the first batch."""
-        own, live = self._observer.layers, {} if self._live is None else self._live.layers
-        return {name: merged([found[name] for found in (own, live) if name in found]) for name in {**own, **live}}
+        return self._observer.layers
 
     @property
     def left_out(self) -> Mapping[str, str]:
         """Layers of ``layers="all"`` that cannot be measured, and why."""
-        return self._observer.left_out or ({} if self._live is None else self._live.left_out)
+        return self._observer.left_out
 
     def update(
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
@@ -70,44 +68,37 @@ class Measurement:
     def why_not_live(
         self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> str:
-        """Why the user's own forward passes cannot be observed; nothing, if they can (see ``FlatnessObserver``)."""
-        observer = FlatnessObserver(self._model, **self._options)
-        reason = observer.why_not_live(inputs, targets, forward)
-        if not reason:
-            self._live = observer
-        return reason
+        """Why the user's forward passes cannot be observed; empty if they can (see ``FlatnessObserver``)."""
+        return self._observer.why_not_live(inputs, targets, forward)
 
     def listen(self, inputs: Any) -> Listener:
-        """To observe the user's forward pass on these inputs, once :meth:`why_not_live` has returned nothing."""
-        assert self._live is not None
-        return self._live.listen(inputs)
+        """Observe the user's forward pass on these inputs, once :meth:`why_not_live` has returned nothing."""
+        return self._observer.listen(inputs)
 
-    def update_observed(self, heard: Listener, targets: Tensor | None = None) -> None:
-        """Add a batch that the user's forward pass was observed on.
+    def update_observed(self, listener: Listener, targets: Tensor | None = None) -> None:
+        """Add a batch on which the user's forward pass was observed.
 
         Raises:
             FlatnessError: it was not as in the passes of our own; nothing is added.
         """
-        assert self._live is not None
-        self._add(self._live.observed_sums(heard, targets))
+        self._add(self._observer.observed_sums(listener, targets))
 
-    def _add(self, found: Mapping[str, LayerStatistics]) -> None:
-        different = sorted(found.keys() ^ self._sums.keys())
-        if found and self._sums and different:
+    def _add(self, sums: dict[str, LayerSums]) -> None:
+        different = sorted(sums.keys() ^ self._sums.keys())
+        if sums and self._sums and different:
             raise BatchError(
                 f"Layer '{different[0]}' is measured on some batches and not on others. Name the layers with layers=."
             )
-        for name, statistics in found.items():
-            self._sums[name] = statistics.plus(self._sums.get(name))
+        self._sums = self._sums | added(self._sums, sums)
 
     def _metric(self, info: LayerInfo) -> FlatnessMetric:
-        # Made when asked for: while a model runs there should be no more than the sums. It is on the model's device,
+        # Made when asked for, so that while a model runs there is no more than the sums. It is on the model's device,
         # where a backend of torch.distributed that takes no other sums it over ranks.
         tensor = next(iter(self._model.parameters()), None)
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
         metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
         if info.name in self._sums:
-            metric.update(*self._sums[info.name].whole(info, self._diagonal))
+            metric.update(*self._sums[info.name].statistics())
         return metric
 
     def report(self) -> FlatnessReport:

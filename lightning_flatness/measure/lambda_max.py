@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import largest_eigenvalues
+from lightning_flatness.layers.certified import Certified, CertifiedPass
 from lightning_flatness.layers.operators import Operator, operators_of
 from lightning_flatness.layers.options import Options
-from lightning_flatness.layers.passes import ForwardPasses
+from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.measure.batches import batches_on, split_batch
 from lightning_flatness.model.isolation import isolated, random_states_kept
 from lightning_flatness.results import LayerInfo, LayerLambdaMax
@@ -68,8 +69,8 @@ def measure_lambda_max(
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-        >>> found = measure_lambda_max(net, [(torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]))])
-        >>> found["0"].exact, bool(found["0"].residual_norm <= 1e-3 * found["0"].lambda_max)
+        >>> largest = measure_lambda_max(net, [(torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]))])
+        >>> largest["0"].exact, bool(largest["0"].residual_norm <= 1e-3 * largest["0"].lambda_max)
         (True, True)
     """
     options = Options(
@@ -85,40 +86,40 @@ def measure_lambda_max(
     )
     if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
         raise FlatnessError(f"measure_lambda_max: {max_products=} must be one at least, and {tolerance=} positive.")
-    passes = ForwardPasses(model, options)
-    parts: dict[str, list[tuple[float, Operator]]] = {}
+    passes = OwnPasses(model, options)
+    operators: dict[str, list[Operator]] = {}
     kernels: dict[str, Tensor] = {}
-    normalizer, num_samples, left = 0.0, 0, max_gigabytes * 1e9
+    normalizer, num_samples, bytes_left = 0.0, 0, max_gigabytes * 1e9
 
-    def keep(seen: Any, advance: Callable[[float], None]) -> None:
-        nonlocal normalizer, num_samples, left
-        for name, operator in operators_of(seen, left, advance).items():
-            parts.setdefault(name, []).append((seen.share, operator))
-            left -= operator.num_bytes
-            kernels[name] = seen.layers[name][0][1].weight.detach()
-        if left < 0:
+    def keep(certified: CertifiedPass, known: Certified, advance: Callable[[float], None]) -> None:
+        nonlocal normalizer, num_samples, bytes_left
+        for name, operator in operators_of(certified, bytes_left, advance).items():
+            operators.setdefault(name, []).append(operator)
+            bytes_left -= operator.num_bytes
+            kernels[name] = certified.calls[name][0].convolution.weight.detach()
+        if bytes_left < 0:
             raise BatchError(
                 f"measure_lambda_max keeps more than max_gigabytes={max_gigabytes:g}. Give fewer samples or layers, or "
                 "raise it."
             )
-        normalizer += seen.share * seen.loss.normalizer
-        num_samples += round(seen.share * seen.loss.num_samples)
+        normalizer += certified.loss.normalizer
+        num_samples += certified.loss.num_samples
 
-    with random_states_kept(model), closing(batches_on(model, batches)) as found:
-        for batch in found:
+    with random_states_kept(model), closing(batches_on(model, batches)) as on_device:
+        for batch in on_device:
             inputs, targets = split_batch(batch)
             list(passes(inputs, targets, keep))
     if not normalizer > 0:
         raise BatchError("No sample was measured, so there are no eigenvalues. Is the data set empty?")
-    infos, common = passes.plan.layers, (normalizer, num_samples, by_filter, tolerance, max_products, seed)
+    infos, common = passes.known.infos, (normalizer, num_samples, by_filter, tolerance, max_products, seed)
     with isolated(model):
-        return {name: _lambda_max(infos[name], kernels[name], parts[name], *common) for name in parts}
+        return {name: _lambda_max(infos[name], kernels[name], operators[name], *common) for name in operators}
 
 
 def _lambda_max(
     info: LayerInfo,
     kernel: Tensor,
-    parts: Sequence[tuple[float, Operator]],
+    operators: Sequence[Operator],
     normalizer: float,
     num_samples: int,
     by_filter: bool,
@@ -136,8 +137,8 @@ def _lambda_max(
     def product(vectors: Tensor, of_filters: bool) -> Tensor:
         v = vectors.reshape(kernel.shape).to(kernel.dtype)
         total = torch.zeros_like(vectors)
-        for share, operator in parts:
-            total = total + share / normalizer * operator(v, of_filters).double().reshape(vectors.shape)
+        for operator in operators:
+            total = total + operator(v, of_filters).double().reshape(vectors.shape) / normalizer
         return total
 
     whole = largest_eigenvalues(lambda v: product(v, False), start(1), tolerance, max_products)
@@ -145,8 +146,8 @@ def _lambda_max(
     lambda_max = float(whole.values)
     of_filters, neuronwise = None, float("nan")
     if by_filter:
-        found = largest_eigenvalues(lambda v: product(v, True), start(len(kernel)), tolerance, max_products)
-        of_filters, neuronwise = found.values.cpu(), float((square_norms * found.values).sum())
+        blocks = largest_eigenvalues(lambda v: product(v, True), start(len(kernel)), tolerance, max_products)
+        of_filters, neuronwise = blocks.values.cpu(), float((square_norms * blocks.values).sum())
     return LayerLambdaMax(
         lambda_max=lambda_max,
         residual_norm=float(whole.residuals),

@@ -1,7 +1,8 @@
-"""Estimates from random probes, with their standard errors."""
+"""Estimates from random probes, with their variances: of classes that are sampled, and of the Hessian's residual."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,49 @@ def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _measures(block_traces: Tensor, gram: Tensor) -> Tensor:
-    found = measures_of(block_traces, gram)
+    measures = measures_of(block_traces, gram)
     zero = torch.zeros((), dtype=block_traces.dtype, device=block_traces.device)
-    return torch.stack([found.get(name, zero) for name in MEASURES])
+    return torch.stack([measures.get(name, zero) for name in MEASURES])
+
+
+def hutchinson_residual(
+    scalar: Tensor,
+    kernels: Mapping[str, Tensor],
+    gram: Callable[[str], Tensor],
+    num_probes: int,
+    generator: torch.Generator,
+    diagonal: bool,
+) -> dict[str, BlockTraces]:
+    r"""Block traces of ``\sum_n \sum_k (dloss/df_k) d²f_k / dW²`` by layer, with variances.
+
+    For a kernel ``v`` of random signs ``<v_s, (Hv)_s'>`` has the mean ``T[s, s']``. Source: Hutchinson 1989, "A
+    stochastic estimator of the trace of the influence matrix".
+
+    Args:
+        scalar: the logits times ``dloss/df``, held fixed, and summed; in the graph of the kernels.
+        kernels: by layer, ``(S, ...)``; the logits have second derivatives in torch.
+        gram: inner products of a layer's filters, by its name; their shape tells the groups.
+        num_probes: double backward passes for every layer.
+        generator: of the signs.
+        diagonal: only the diagonals of the block traces.
+    """
+    gradients = torch.autograd.grad(scalar, list(kernels.values()), create_graph=True, allow_unused=True)
+    estimates = {}
+    for (name, kernel), gradient in zip(kernels.items(), gradients, strict=True):
+        inner = gram(name)
+        probes = Probes(inner)
+        for _ in range(num_probes):
+            v = random_signs(kernel, generator)
+            rows, products = (t.double().reshape(*inner.shape[:2], -1) for t in (v, _product(gradient, kernel, v)))
+            traces = (rows * products).sum(2) if diagonal else rows @ products.mT
+            probes.add(traces if diagonal else (traces + traces.mT) / 2)
+        estimates[name] = probes.estimate()
+    return estimates
+
+
+def _product(gradient: Tensor | None, kernel: Tensor, vector: Tensor) -> Tensor:
+    """The Hessian times a vector, from the gradient in its graph."""
+    if gradient is None or not gradient.requires_grad:
+        return torch.zeros_like(kernel)
+    (product,) = torch.autograd.grad(gradient, kernel, vector, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(kernel) if product is None else product

@@ -1,0 +1,99 @@
+"""Certificate 3, the head: what the loss sees is ``V g + b``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import NotClosedFormError
+from lightning_flatness.functional.conditions import holds
+from lightning_flatness.layers.recording import Pass
+
+
+@dataclass(frozen=True)
+class Head:
+    """The certified linear map from features to logits, in one forward pass."""
+
+    features: Tensor  # g, (N, m), in the graph of the layers
+    weight: Tensor  # V, (K, m)
+    deviation: Tensor  # of the logits, relative; a scalar
+    shift_invariant: bool  # a number added to all logits of a sample does not change the loss
+
+
+def certify_head(classifier: nn.Module | None, recorded: Pass, logits: Tensor, shift_invariant: bool) -> Head:
+    """Certify that the logits are linear in what the classifier read.
+
+    A number added to all logits of a sample does not change cross-entropy, so log-softmax outputs pass.
+
+    Args:
+        classifier: a linear map; None where the pooled layer itself is the model's output, and ``V`` the identity.
+        recorded: a forward pass.
+        logits: that it returned, ``(N, K)``.
+        shift_invariant: whether a number added to all logits of a sample does not change the loss.
+
+    Raises:
+        NotClosedFormError: the classifier did not run once on one vector for every sample, or the logits are not linear
+            in it.
+    """
+    if classifier is None:
+        identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        return Head(logits, identity, identity.new_zeros(()), shift_invariant)
+    features, output = recorded.features[0] if len(recorded.features) == 1 else None, recorded.classifier_output
+    if not isinstance(features, Tensor) or output is None:
+        raise NotClosedFormError(
+            f"the classifier is called {len(recorded.features)} times, or not with one tensor; the closed form needs "
+            "one linear map."
+        )
+    if features.ndim < 2 or (features.ndim > 2 and set(features.shape[2:]) != {1}):
+        raise NotClosedFormError(
+            f"the classifier's input has shape {tuple(features.shape)}; the closed form needs one vector for every "
+            "sample, as global average pooling gives."
+        )
+    features = features.flatten(1)
+    weight = classifier.weight.detach().flatten(1).to(features)  # type: ignore[operator]
+    bias = classifier.bias.detach().to(features) if isinstance(classifier.bias, Tensor) else None
+    _certify_linear(features.detach(), weight, bias, output.flatten(1))
+    return Head(features, weight, _certify_logits(logits.detach(), output.flatten(1), shift_invariant), shift_invariant)
+
+
+def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    """Certify that the classifier returned ``V g + b``."""
+    expected, size = features @ weight.T, features.abs() @ weight.abs().T
+    if bias is not None:
+        expected, size = expected + bias, size + bias.abs()
+    # A dot product of m terms is rounded about sqrt(m) times, here and in the classifier.
+    allowed = (4 * features.shape[1] ** 0.5 + 16) * torch.finfo(output.dtype).eps * size
+    if output.shape != expected.shape or not holds(((output - expected).abs() <= allowed).all()):
+        raise NotClosedFormError(
+            "the classifier does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so "
+            "the closed form does not hold for it."
+        )
+
+
+def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Tensor:
+    """Certify that the model returned the classifier's output; the deviation, relative to a sample's largest logit."""
+    if logits.shape != output.shape:
+        raise NotClosedFormError(
+            f"the model returns {logits.shape[1]} logits and its last linear layer {output.shape[1]}: it is not the "
+            "classifier, so the closed form does not hold."
+        )
+    difference = logits.double() - output
+    if shift_invariant:
+        difference = difference - difference.mean(1, keepdim=True)
+    scale = torch.maximum(logits.double().abs().amax(1, keepdim=True), output.abs().amax(1, keepdim=True))
+    deviation = (difference.abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).amax()
+    if not holds(deviation <= 16 * max(torch.finfo(tensor.dtype).eps for tensor in (output, logits))):
+        sums = logits.double().sum(1)
+        softmax = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+        cause = (
+            "the model returns probabilities; return the logits, the loss applies the softmax itself"
+            if softmax
+            else "something after it changes them, e.g. a temperature, a soft cap, added priors or masked classes"
+        )
+        raise NotClosedFormError(
+            f"the model's output is not that of its classifier (relative deviation {deviation:.1e}): {cause}. The "
+            "closed form needs the loss to see the classifier's own output."
+        )
+    return deviation

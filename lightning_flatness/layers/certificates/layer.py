@@ -1,0 +1,139 @@
+"""Certificate 1, the layer: its output is that of one convolution, with one kernel for the whole measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.functional.conditions import holds, same
+from lightning_flatness.layers.known import Known
+from lightning_flatness.layers.recording import LayerCall, kernel_sample
+
+# The parameter that a kernel was recognised as, by its identity, and its version: torch counts what is written to it.
+Identity = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel of a layer, as it was when it was certified."""
+
+    weight: Tensor  # detached
+    sample: Tensor  # some entries
+    parameter: Tensor | None = None  # of the model, that it is; kept, so that no other tensor can get its identity
+
+
+def certify_layer(call: LayerCall, kernel: Known[Kernel] | None = None) -> None:
+    """Certify that the layer's output is one convolution, ``W phi + b``.
+
+    What counts is the convolution that ran. So a layer that pads by itself or transforms its weight is measured with
+    respect to the input it reads and the kernel it applies (:func:`is_own_weight` tells).
+
+    Args:
+        call: of the layer.
+        kernel: that is known; the same one need not be looked at again.
+
+    Raises:
+        LayerSelectionError: no convolution ran in the layer, several did, or its output was changed afterwards.
+        BatchError: the kernel is not finite, or not in float32 or float64; no batch dimension; autocast in the forward.
+    """
+    if len(call.convolutions) != 1:
+        raise LayerSelectionError(
+            f"it ({type(call.module).__name__}) runs {len(call.convolutions)} convolutions or linear maps in its "
+            "forward; its Hessian is that of one only if there is one. Choose another layer with layers=."
+        )
+    convolution = call.convolution
+    output, weight = convolution.output, convolution.weight
+    if output.ndim < 2 if convolution.channel_dimension == -1 else output.ndim != weight.ndim:
+        raise BatchError("it runs on an input without a batch dimension.")
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise BatchError(
+            f"it runs with weights in {weight.dtype}, although it was given others: the forward casts them. A Hessian "
+            "needs float32 or float64; leave the casting to the Trainer's precision=."
+        )
+    if output.dtype != weight.dtype:
+        raise BatchError(
+            f"it runs under torch.autocast inside the model's forward (weights {weight.dtype}, output {output.dtype}), "
+            "which cannot be switched off from outside. Put autocast around the model instead, as the Trainer's "
+            "precision= does."
+        )
+    recognised = kernel is not None and kernel.recognises(identity(weight), every=None)
+    if not recognised and not holds(weight.isfinite().all()):
+        raise BatchError("its weights contain NaN or infinity: training has diverged.")
+    returned = call.returned
+    alias = output.data_ptr() == returned.data_ptr() and output.stride() == returned.stride()
+    if output.shape != returned.shape or not (alias or same(output, returned)):
+        raise LayerSelectionError(
+            f"its output ({type(call.module).__name__}) is not that of its convolution or linear map; its forward or a "
+            "hook changes it afterwards. Do that in a module of its own after the layer."
+        )
+
+
+def certify_kernel(
+    calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool]
+) -> Known[Kernel]:
+    """Certify that all calls apply one kernel, the one that is known.
+
+    Args:
+        calls: of the layer.
+        known: the kernel of batches before; None at first.
+        unchanged: whether a kernel has the Gram matrix that is known.
+
+    Returns:
+        The kernel, to be known with later batches.
+
+    Raises:
+        LayerSelectionError: there is another one.
+    """
+    if known is None:
+        weight = calls[0].convolution.weight
+        known = Known(Kernel(weight.detach(), kernel_sample(weight)), None)
+    kernel = known.value
+    for call in calls:
+        if call.kernel_sample is not None and not same(call.kernel_sample, kernel.sample):
+            raise LayerSelectionError("it had another kernel while it ran.")
+    weights = [call.convolution.weight for call in calls]
+    if all(known.recognises(identity(weight), every=None) for weight in weights):
+        return known
+    reference = kernel.weight
+    if kernel.parameter is not None and any(weight is kernel.parameter for weight in weights):
+        # The kept kernel is the parameter itself, so there is no copy to compare with, but the Gram matrix.
+        if not unchanged(kernel.parameter.detach()):
+            raise LayerSelectionError("its kernel was written to since the measurement began.")
+        known, reference = Known(kernel, identity(kernel.parameter)), kernel.parameter
+    if not all(same(weight, reference) for weight in weights):
+        raise LayerSelectionError(
+            "it applies another kernel from one call to the next (computed from its input?), so there is no one kernel "
+            "to take the Hessian of. Choose another layer with layers=."
+        )
+    return known
+
+
+def as_parameter(known: Known[Kernel], weight: Tensor) -> Known[Kernel]:
+    """A kernel to be recognised as a parameter of the model, where it is that: no copy of it is kept."""
+    kernel = known.value
+    if kernel.weight.shape != weight.shape or not torch.equal(kernel.weight, weight):
+        return known
+    return Known(Kernel(weight.detach(), kernel.sample, weight), identity(weight))
+
+
+def identity(weight: Tensor) -> Identity:
+    """What tells a tensor that lives as long as the model from others, and whether it was written to."""
+    return id(weight), weight._version
+
+
+def is_own_weight(call: LayerCall) -> bool:
+    """Whether the kernel that is applied is the layer's parameter itself, not something computed from it."""
+    weight = call.convolution.weight
+    own = dict(call.module.named_parameters(recurse=False)).get("weight")
+    return own is not None and own.shape == weight.shape and torch.equal(own.to(weight), weight)
+
+
+def own_weight(module: nn.Module) -> nn.Parameter:
+    """The layer's parameter, where it is the kernel that is applied."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight

@@ -1,0 +1,85 @@
+"""Certificate 5, the samples: the loss is a mean over samples, of a forward that is a function of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.layers.certificates import ROUNDINGS
+from lightning_flatness.layers.cotangents import Calls, nodes_of, pull_back
+from lightning_flatness.model.graph import random_like
+
+
+def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
+    """Layers that do not reach the logits, or not with one row of their output for every sample, and why."""
+    nodes = nodes_of(calls)
+    pulled: list[Tensor | None] = [None] * len(nodes)
+    if logits.requires_grad:
+        pulled = list(torch.autograd.grad(logits.sum(), nodes, retain_graph=True, allow_unused=True))
+    gradients = iter(pulled)
+    reasons = {}
+    for name, of_layer in calls.items():
+        reached = [call.node for call in of_layer if next(gradients) is not None]
+        rows = {node.shape[0] for node in reached}
+        if not reached:
+            reasons[name] = (
+                "the logits do not depend on its output through autograd: the forward detaches it, runs what follows "
+                "under torch.no_grad(), as TorchScript or in a checkpoint with use_reentrant=True, or does not use it. "
+                "Choose another layer with layers=."
+            )
+        elif rows != {len(logits)}:
+            reasons[name] = (
+                f"it runs on {max(rows)} rows for {len(logits)} samples (windows or tokens folded into the batch, or a "
+                "table that all samples share), so derivatives of single samples cannot be told apart. Choose another "
+                "layer with layers=."
+            )
+    return reasons
+
+
+def find_mixing_layer(calls: Calls, logits: Tensor, masks: Iterable[Tensor]) -> str | None:
+    """The first layer after which the logits of one sample depend on activations of another; None if none is found.
+
+    Args:
+        calls: what layers did.
+        logits: in their graph.
+        masks: some samples each, ``(N,)``; the logits of these must not depend on the others. Those of
+            :func:`~lightning_flatness.functional.separating_masks` leave no pair out.
+    """
+    for mask in masks:
+        pulled = iter(pull_back(logits, nodes_of(calls), random_like(logits) * mask.to(logits)[:, None]))
+        for name, of_layer in calls.items():
+            cotangents = [next(pulled) for _ in of_layer]
+            if any(bool(cotangent[~mask].any()) for cotangent in cotangents):
+                return name
+    return None
+
+
+SAMPLES_MIX = (
+    "after it, the logits of one sample depend on other samples (batch statistics in evaluation mode? pairs of "
+    "samples?), so the loss is not a mean over samples. Use running statistics, or a model that takes a pair as one "
+    "sample."
+)
+
+
+def certify_rows(logits: Tensor, rows: int) -> None:
+    """Certify that there is a row of logits for every sample; two for a sample that is alone and runs twice."""
+    if len(logits) != max(rows, 2):
+        raise BatchError(
+            f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "
+            "targets or, without any, by the longest of the inputs. Give targets, or keep tables that have no row "
+            "for every sample out of the inputs."
+        )
+
+
+def certify_deterministic(first: Tensor, second: Tensor) -> None:
+    """Certify that two forward passes on the same samples give the same logits."""
+    scale = first.abs().amax()
+    if not float((first - second).abs().amax()) <= ROUNDINGS * torch.finfo(first.dtype).eps * float(scale):
+        raise LayerSelectionError(
+            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
+            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
+            "the Hessian of."
+        )

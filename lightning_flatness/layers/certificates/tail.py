@@ -1,0 +1,278 @@
+"""Certificate 2, the tail: between the layer's output ``z`` and the classifier's input ``g`` channels do not mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import NotClosedFormError
+from lightning_flatness.functional.conditions import holds
+from lightning_flatness.layers.certificates import ROUNDINGS
+from lightning_flatness.layers.certificates.head import Head
+from lightning_flatness.layers.known import Known
+from lightning_flatness.model.graph import differentiable_once, is_piecewise_linear, operations_of, random_like
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a full certificate has shown of the tail of one layer."""
+
+    channels: Tensor  # c(s), (S,); -1 where unknown
+    unknown: Tensor  # the channels for which it is
+    curved: bool  # whether slopes may depend on the layer's output
+    deviation: float
+
+
+@dataclass(frozen=True)
+class TailDerivatives:
+    """What the closed form needs of the tail of one layer, of one batch."""
+
+    slopes: Tensor  # a, (N, S, *output)
+    curvatures: Tensor | None  # a', the same shape; None where it is zero
+    columns: Tensor  # V[:, c(s)], (K, S); zero where c(s) is unknown
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Three vector-Jacobian products from the features to the output of one layer, and what they say."""
+
+    slopes: Tensor  # a[s, p] = dg[c(s)] / dz[s, p], the shape of the output
+    channels: Tensor  # c(s), (S,); -1 for a channel without an active slope in the batch, which contributes nothing
+    cotangent: Tensor  # u, (N, m), random
+    pulled: Tensor  # u pulled back to the output
+    deviation: float  # of `pulled` from u[c(s)] a[s, p], relative to the largest entry
+
+
+def certify_tail(
+    node: Tensor, head: Head, logits: Tensor | None, known: Known[Tail] | None
+) -> tuple[TailDerivatives, Known[Tail]]:
+    """Certify the tail of one layer, and take its slopes and curvatures.
+
+    A batch with the operations of the one before needs no full certificate. Tails with operations that move entries by
+    indices, or with custom ones, have no fingerprint and get it on every batch.
+
+    Args:
+        node: ``z``, ``(N, S, *output)``.
+        head: of the same pass.
+        logits: of the same pass, if they are in the graph: tail and head are then certified together.
+        known: the tail on batches before.
+
+    Raises:
+        NotClosedFormError: the tail is not what the closed form needs.
+    """
+    operations = operations_of(head.features)
+    if known is not None:
+        tail = known.value
+        if known.recognises(operations):
+            slopes = _slopes(head.features, [node], create_graph=tail.curved)[0]
+            if slopes is None:
+                raise NotClosedFormError(NO_GRAPH)
+            curvatures = _curvatures(slopes, node) if tail.curved else None
+            if not len(tail.unknown) or holds(~slopes[:, tail.unknown].any()):
+                return _derivatives(slopes, curvatures, tail, head), known.again()
+    first = first_order(head.features, [node], create_graph=True)[0]
+    failure = _failure(first, head.features)
+    if failure is not None:
+        raise failure
+    curvatures = _curvatures(first.slopes, node)
+    deviations = [first.deviation, _certify_second_order(first, curvatures, node, head.features)]
+    channels = first.channels
+    tail = Tail(
+        channels,
+        (channels < 0).nonzero().flatten(),
+        curved=operations is None or not is_piecewise_linear(operations),
+        deviation=0.0,
+    )
+    derivatives = _derivatives(first.slopes, curvatures, tail, head)
+    if logits is not None:
+        deviations.append(_certify_joint(logits, node, derivatives, head.shift_invariant))
+    certified = Tail(tail.channels, tail.unknown, tail.curved, max(deviations))
+    return derivatives, Known(certified, operations)
+
+
+def _derivatives(slopes: Tensor, curvatures: Tensor | None, tail: Tail, head: Head) -> TailDerivatives:
+    columns = head.weight[:, tail.channels.clamp_min(0)] * (tail.channels >= 0)
+    return TailDerivatives(slopes.detach(), None if curvatures is None else curvatures.detach(), columns)
+
+
+def why_not_first_order(features: Tensor, nodes: Sequence[Tensor]) -> list[NotClosedFormError | None]:
+    """Which layers fail the first-order condition, and how; three backward passes for all of them together.
+
+    A quick look, so that most layers of a deep network need no closer one. It certifies nothing.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> why_not_first_order(z.mean(2), [z])
+        [None]
+    """
+    return [_failure(first, features) for first in first_order(features, nodes, create_graph=False)]
+
+
+def first_order(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> list[FirstOrder]:
+    """First derivatives of the features at the outputs of layers; empty slopes where there are none.
+
+    ``a`` is one vector-Jacobian product with ones. ``c(s)`` is one with the cotangent ``g_j -> j``, divided by ``a``. A
+    third one, with a random cotangent that is different for every sample, tells whether there is such a ``c(s)``.
+
+    Args:
+        features: ``g``, ``(N, m)``.
+        nodes: ``z``, ``(N, S, *output)``.
+        create_graph: whether the derivatives are to be in the graph.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> g = torch.cat([torch.zeros(2, 2), z.mean(2)], dim=1)
+        >>> (first,) = first_order(g, [z], create_graph=True)
+        >>> first.channels, bool((first.slopes == 0.25).all()), first.deviation
+        (tensor([2, 3, 4]), True, 0.0)
+    """
+    u = random_like(features)
+    entries = torch.arange(features.shape[1], dtype=features.dtype, device=features.device).expand_as(features)
+    slopes = _slopes(features, nodes, create_graph)
+    weighted, random = (_pulled(features, nodes, cotangent, create_graph) for cotangent in (entries, u))
+    results = []
+    for node, a, of_entries, of_random in zip(nodes, slopes, weighted, random, strict=True):
+        if a is None or of_entries is None or of_random is None:
+            none = node.new_empty(0)
+            results.append(FirstOrder(none, none.long(), u, none, float("nan")))
+            continue
+        channels = _channels(a.detach(), of_entries.detach(), features.shape[1])
+        deviation = _deviation(of_random.detach(), _per_channel(u, channels, node) * a.detach())
+        results.append(FirstOrder(a, channels, u, of_random, deviation))
+    return results
+
+
+def _slopes(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor | None]:
+    # With a cotangent in the graph, a once-differentiable function shows (`differentiable_once`).
+    return _pulled(features, nodes, torch.ones_like(features).requires_grad_(create_graph), create_graph)
+
+
+def _pulled(
+    features: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool
+) -> Sequence[Tensor | None]:
+    if not features.requires_grad:
+        return [None] * len(nodes)
+    return torch.autograd.grad(
+        features, list(nodes), cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+
+
+def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
+    """``c(s)``, by least squares over samples and positions; a tail that mixes channels gives meaningless entries."""
+    scale = a.abs().amax()  # products of tiny slopes must not underflow
+    a, weighted = (t.double() / scale.clamp_min(torch.finfo(a.dtype).tiny) for t in (a, weighted))
+    over = [dimension for dimension in range(a.ndim) if dimension != 1]
+    length = a.square().sum(over)
+    entries = ((weighted * a).sum(over) / length).round()
+    known = (length > 0) & (entries >= 0) & (entries < num_features)
+    return torch.where(known, entries, -1).long()
+
+
+def _failure(first: FirstOrder, features: Tensor) -> NotClosedFormError | None:
+    """How a layer fails the first-order condition: every feature depends on one channel of its own sample."""
+    if not len(first.slopes):
+        return NotClosedFormError(NO_GRAPH)
+    if first.deviation <= _tolerance(features):
+        return None
+    return NotClosedFormError(
+        "between this layer and the classifier the channels (or positions, or samples) mix, so the closed form does "
+        f"not hold (relative deviation {first.deviation:.1e}). It needs operations that act on every channel by itself, "
+        "then global pooling: no further convolution, linear layer, flattening of a map, or normalisation across "
+        "channels. Choose the last convolution before the pooling with layers=."
+    )
+
+
+def _curvatures(slopes: Tensor, node: Tensor) -> Tensor | None:
+    """Curvatures ``a' = da[s, p] / dz[s, p]``; None where no slope depends on the output."""
+    if not slopes.requires_grad:
+        return None
+    if differentiable_once([slopes]):
+        raise NotClosedFormError(_no_second_derivative("a custom function marked once_differentiable"))
+    return _along(slopes, node, torch.ones_like(slopes))
+
+
+def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
+    """The derivative of a first derivative along a vector; None where it does not depend on the output."""
+    result: Tensor | None
+    try:
+        (result,) = torch.autograd.grad(derivative, node, vector, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        raise NotClosedFormError(_no_second_derivative(str(error))) from error
+    return result
+
+
+def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Tensor, features: Tensor) -> float:
+    """Certify that positions of a channel do not interact; the deviation, relative to the largest entry.
+
+    Pulling back a random ``u`` and differentiating along a random ``v`` must give ``u[c(s)] a'[s, p] v[s, p]``. A tail
+    like InstanceNorm fulfils the first-order condition and not this one.
+    """
+    v = random_like(first.slopes)
+    along = _along(first.pulled, node, v) if first.pulled.requires_grad else None
+    zero = torch.zeros_like(first.slopes)
+    expected = zero if curvatures is None else _per_channel(first.cotangent, first.channels, node) * curvatures * v
+    deviation = _deviation(zero if along is None else along, expected)
+    if not deviation <= _tolerance(features):
+        raise NotClosedFormError(
+            "between this layer and the classifier, positions of one channel interact in a curved way (relative "
+            f"deviation {deviation:.1e}), as in InstanceNorm or attention pooling; the closed form needs elementwise "
+            "activations. Choose another layer with layers=."
+        )
+    return deviation
+
+
+def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, shift_invariant: bool) -> float:
+    """Certify tail and head together; the deviation, relative to the largest entry.
+
+    Pulling a random ``u`` back from the logits must give ``(uᵀV)[c(s)] a[s, p]``. Here something shows that changes
+    gradients and no values. ``u`` adds up to zero over the classes for a loss that does not see a number added to all
+    logits of a sample, like cross-entropy.
+    """
+    u = random_like(logits)
+    if shift_invariant:
+        u = u - u.mean(1, keepdim=True)
+    slopes, columns = derivatives.slopes, derivatives.columns
+    (pulled,) = _pulled(logits, [node], u, create_graph=False)
+    expected = (u @ columns).reshape(*slopes.shape[:2], *[1] * (slopes.ndim - 2)) * slopes
+    deviation = _deviation(torch.zeros_like(slopes) if pulled is None else pulled, expected)
+    if not deviation <= 10 * _tolerance(logits):
+        raise NotClosedFormError(
+            "gradients from the logits to it are not those of its classifier (relative deviation "
+            f"{deviation:.1e}): something between changes gradients and no values."
+        )
+    return deviation
+
+
+def _tolerance(tensor: Tensor) -> float:
+    return ROUNDINGS * torch.finfo(tensor.dtype).eps
+
+
+def _per_channel(cotangent: Tensor, channels: Tensor, node: Tensor) -> Tensor:
+    """``u[c(s)]``, shaped to multiply the layer's output; zero for channels without ``c(s)``."""
+    picked = cotangent[:, channels.clamp_min(0)] * (channels >= 0)
+    return picked.reshape(*picked.shape, *[1] * (node.ndim - 2))
+
+
+def _deviation(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual - expected).abs().amax()
+    scale = torch.maximum(expected.abs().amax(), actual.abs().amax())
+    return float(torch.where(difference == 0, difference, difference / scale))
+
+
+NO_GRAPH = (
+    "the classifier's input does not depend on its output through autograd: the forward detaches it, runs that part "
+    "under torch.no_grad() or as TorchScript, or does not use it. Choose another layer with layers=."
+)
+
+
+def _no_second_derivative(what: str) -> str:
+    return (
+        f"an operation between it and the classifier has no second derivative in torch ({what}), so the curvature "
+        "cannot be certified. Use an equivalent differentiable operation (relu6(x + 3) / 6 for hardsigmoid) or choose "
+        "another layer with layers=."
+    )

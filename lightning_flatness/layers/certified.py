@@ -1,0 +1,88 @@
+"""What is known of layers and of a forward pass, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_flatness.functional import LossDerivatives, weight_gram
+from lightning_flatness.functional.symmetric import Folded
+from lightning_flatness.layers.certificates.affine import Inexact
+from lightning_flatness.layers.certificates.layer import Kernel, as_parameter
+from lightning_flatness.layers.certificates.tail import Tail, TailDerivatives
+from lightning_flatness.layers.known import Known
+from lightning_flatness.layers.options import Options
+from lightning_flatness.layers.recording import LayerCall
+from lightning_flatness.layers.selection import Selection
+from lightning_flatness.model.copy import ModelCopy
+from lightning_flatness.results import LayerInfo
+
+Calls = dict[str, tuple[LayerCall, ...]]
+
+
+@dataclass(frozen=True)
+class CertifiedLayer:
+    """What is known of one layer from the batches so far."""
+
+    info: LayerInfo
+    kernel: Known[Kernel]
+    gram: Folded  # inner products of its filters, or their diagonal
+    gram_norm: Tensor | None = None  # a bound of its spectral norm, where classes may be left out
+    tail: Known[Tail] | None = None  # under the closed form
+    inexact: Inexact | None = None  # under Gauss-Newton: why the number is not the Hessian's
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What is known of a model from the batches so far."""
+
+    layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)  # layers of layers="all" that cannot be measured
+    paths: Known[None] | None = None  # recognised by the uses of kernels
+    affine: Known[None] | None = None  # recognised where the graph has no function that could curve
+
+    @property
+    def infos(self) -> dict[str, LayerInfo]:
+        """How every layer is measured."""
+        return {name: layer.info for name, layer in self.layers.items()}
+
+    def with_parameters(self, parameters: Mapping[str, nn.Parameter]) -> Certified:
+        """The same, with kernels recognised as parameters of the model, so that no copies are kept."""
+        layers = {
+            name: replace(layer, kernel=as_parameter(layer.kernel, parameters[name]))
+            for name, layer in self.layers.items()
+            if name in parameters
+        }
+        return replace(self, layers={**self.layers, **layers})
+
+
+@dataclass(frozen=True)
+class CertifiedPass:
+    """A forward pass on some samples, certified."""
+
+    inputs: Any
+    logits: Tensor  # (N, K), in the graph of the layers' outputs unless it ends at the classifier
+    loss: LossDerivatives
+    calls: Calls
+    tails: Mapping[str, TailDerivatives]  # of the layers under the closed form
+
+
+@dataclass(frozen=True)
+class Context:
+    """What certificates need beside a pass: the wanted layers, options, and copies of the model to run."""
+
+    selection: Selection
+    options: Options
+    copy: Callable[[], ModelCopy]
+
+    @property
+    def tolerance(self) -> float:
+        """Relative standard error that is accepted with many classes; 0 takes every class."""
+        return 0.0 if self.options.strict else self.options.tolerance
+
+    def gram(self, kernel: Tensor, groups: int) -> Folded:
+        """Inner products of a layer's filters, or their diagonal if no more is wanted."""
+        return Folded.of(weight_gram(kernel, groups, self.options.diagonal))

@@ -1,0 +1,118 @@
+"""How layers are measured: the record of a layer, by the closed form until that fails, then by Gauss-Newton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lightning_flatness.errors import NotExactError
+from lightning_flatness.functional import Curvature, contraction_costs
+from lightning_flatness.functional.curvature import MANY_CLASSES
+from lightning_flatness.layers.certificates.affine import Inexact
+from lightning_flatness.layers.certificates.layer import Kernel, is_own_weight
+from lightning_flatness.layers.certified import CertifiedLayer, Context
+from lightning_flatness.layers.closed_form import spectral_bound
+from lightning_flatness.layers.gauss_newton import is_sampled
+from lightning_flatness.layers.known import Known
+from lightning_flatness.layers.recording import Convolution, LayerCall
+from lightning_flatness.results import LayerInfo
+
+# Matrices of every layer while a batch is added: block traces, those of the batch, and the filters' Gram matrix.
+MATRICES_KEPT = 3
+
+
+def first_description(
+    name: str,
+    calls: Sequence[LayerCall],
+    kernel: Known[Kernel],
+    deviation: float,
+    curvature: Curvature,
+    context: Context,
+) -> CertifiedLayer:
+    """A layer on its first samples, described as under the closed form.
+
+    Args:
+        name: of the layer.
+        calls: what it did.
+        kernel: certified.
+        deviation: of its path.
+        curvature: of the loss.
+        context: what is wanted.
+    """
+    call, convolution = calls[0], calls[0].convolution
+    groups, filters = convolution.geometry.groups, convolution.weight.shape[0]
+    diagonal = context.options.diagonal
+    elements = filters if diagonal else filters**2 // groups
+    info = LayerInfo(
+        name=name,
+        kind=type(call.module).__name__,
+        num_filters=filters,
+        patch_length=convolution.weight[0].numel(),
+        groups=groups,
+        classifier=context.selection.classifier_name,
+        method="closed_form",
+        exact=True,
+        reason="",
+        kernel="parameter" if is_own_weight(call) else "effective",
+        deviation=deviation,
+        multiplications=_multiplications(convolution, 1, diagonal) + curvature.num_columns * elements,
+        memory=MATRICES_KEPT * 8 * elements,
+    )
+    gram = context.gram(convolution.weight, groups)
+    may_leave_out_classes = context.tolerance > 0 and curvature.num_classes >= MANY_CLASSES and not diagonal
+    return CertifiedLayer(info, kernel, gram, spectral_bound(gram.whole()) if may_leave_out_classes else None)
+
+
+def under_gauss_newton(
+    layer: CertifiedLayer,
+    calls: Sequence[LayerCall],
+    inexact: Inexact | None,
+    failure: str,
+    curvature: Curvature,
+    context: Context,
+    first: bool,
+) -> CertifiedLayer:
+    """A layer under Gauss-Newton, labelled.
+
+    Args:
+        layer: as it was.
+        calls: what it did.
+        inexact: why the logits are not certified to be affine in its kernel; None if they are.
+        failure: why the closed form does not hold, if it just failed.
+        curvature: of the loss.
+        context: what is wanted.
+        first: whether these are the first samples.
+
+    Raises:
+        NotExactError: with ``strict``, it is not exact.
+    """
+    options, info = context.options, layer.info
+    if options.strict and inexact:
+        closed_form = f" The closed form does not hold: {failure}" if failure else ""
+        raise NotExactError(
+            f"Layer '{info.name}': only the Gauss-Newton part of its Hessian can be had ({inexact.value}), and "
+            f"strict=True asks for exact numbers.{closed_form}"
+        )
+    estimated = inexact is Inexact.CURVED and options.residual is not None and is_own_weight(calls[0])
+    label = inexact or (Inexact.SAMPLED if is_sampled(curvature, context.tolerance) else None)
+    reason = "" if label is None else label.value
+    if inexact and not first:
+        reason = f"{reason} for some samples; others may count with all their Hessian"
+    columns = curvature.num_columns
+    info = replace(
+        info,
+        method="gauss_newton+hutchinson" if estimated else "gauss_newton",
+        classifier=None,
+        exact=label is None,
+        reason=reason,
+        backward_passes=columns,
+        multiplications=sum(_multiplications(call.convolution, columns, options.diagonal) for call in calls),
+    )
+    return replace(layer, info=info, inexact=label, tail=None)
+
+
+def _multiplications(convolution: Convolution, columns: int, diagonal: bool) -> int:
+    """For every sample."""
+    groups, (filters, length) = convolution.geometry.groups, convolution.weight.flatten(1).shape
+    positions = convolution.output[0].numel() // filters
+    return groups * min(contraction_costs(positions, length, filters // groups, columns, diagonal))

@@ -1,0 +1,229 @@
+"""A trial, before the user's forward passes are observed: that it changes nothing, and gives the same numbers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.layers.certificates import ROUNDINGS
+from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
+from lightning_flatness.layers.gauss_newton import Advance
+from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, is_observed, same_inputs
+from lightning_flatness.layers.options import Options
+from lightning_flatness.layers.passes import OwnPasses
+from lightning_flatness.layers.recording import Recorder
+from lightning_flatness.layers.sums import LayerSums, added
+from lightning_flatness.model.copy import HALF, ModelCopy
+from lightning_flatness.model.isolation import BACKWARD_HOOKS, untouched
+from lightning_flatness.model.rows import num_rows, take
+
+# Samples on which observing is tried out.
+TRIAL = 4
+
+
+@dataclass(frozen=True)
+class Observable:
+    """A model whose forward passes can be observed, and what is known of it."""
+
+    known: Certified
+    context: Context
+    same_calls: Sequence[nn.Module] = ()  # modules of the network whose call is as good as the network's
+
+    def recorder(self, copies: Mapping[nn.Parameter, Tensor] | None = None) -> Recorder:
+        """A recorder of a forward pass that the user makes.
+
+        Args:
+            copies: on which it runs in place of parameters.
+        """
+        selection = self.context.selection
+        watched = {name: (copies or {}).get(weight, weight) for name, weight in selection.parameters.items()}
+        return Recorder(selection.modules, selection.classifier, watched, live=True)
+
+    def with_known(self, known: Certified) -> Observable:
+        """The same after another batch."""
+        return replace(self, known=known)
+
+
+Sums = dict[str, LayerSums]
+MeasureOwn = Callable[[CertifiedPass, Certified], Sums]
+MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Observable]]
+
+
+def try_observing(
+    model: nn.Module,
+    options: Options,
+    batch: tuple[Any, Tensor | None],
+    forward: Callable[[], AbstractContextManager[Any]],
+    measure_own: MeasureOwn,
+    measure_observed: MeasureObserved,
+) -> Observable | str:
+    """Measure the first samples of a batch in a pass of our own, then in an observed one; or say why not.
+
+    Args:
+        model: the network; it is left as it was.
+        options: of the measurement.
+        batch: the first one, inputs and targets.
+        forward: a context that the user's passes run in, e.g. autocast.
+        measure_own: from a certified pass to sums.
+        measure_observed: from what a listener heard to sums, and to what is known then.
+    """
+    samples = num_rows(*batch)
+    reason = why_not_observed(model, options.measuring_dtype)
+    if reason or samples < 2:
+        return reason or "the batch has one sample"
+    inputs, targets = (take(part, slice(0, TRIAL), samples) for part in batch)
+    passes = OwnPasses(model, options)
+    expected: Sums = {}
+
+    def measure(certified: CertifiedPass, known: Certified, advance: Advance) -> Sums:
+        return measure_own(certified, known) if len(certified.tails) == len(certified.calls) else {}
+
+    for part in passes(inputs, targets, measure):
+        expected = added(expected, part)
+    passes.release()  # its copy of the model would lie there while whole batches are validated
+    missing = [name for name in passes.known.layers if name not in expected]
+    if missing:
+        return f"layer '{missing[0]}' is not measured by the closed form"
+    observable = Observable(passes.known, passes.context())
+    with forward():
+        outcome = _observe(model, inputs, targets, observable, measure_observed)
+    if isinstance(outcome, str):
+        return outcome
+    sums, observable = outcome
+    eps = torch.finfo(observable.context.selection.logits.dtype).eps
+    for name, of_layer in sums.items():
+        one, other = of_layer.block_traces.strips, expected[name].block_traces.strips
+        if not bool((one - other).norm() <= ROUNDINGS * eps * other.norm()):
+            return f"the numbers of layer '{name}' are others when it is observed (TF32?)"
+    return observable.with_known(observable.known.with_parameters(observable.context.selection.parameters))
+
+
+def _observe(
+    model: nn.Module, inputs: Any, targets: Tensor | None, observable: Observable, measure: MeasureObserved
+) -> tuple[Sums, Observable] | str:
+    """Do in a pass of our own what is to be done in the user's, under the modes that are on now."""
+    with torch.inference_mode(False):
+        model_copy = ModelCopy(model)
+        # The graph is as in the user's pass only if parameters ask for gradients as theirs do.
+        own = {p: model_copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
+    with untouched(model):
+        expected, same_calls = find_same_calls(model, lambda: model_copy(inputs, own))
+    with untouched(model):
+        listener = Listener(model, None, lambda: observable.recorder(own))
+        try:
+            with listener:
+                output = model_copy(inputs, own)
+        except Exception as error:
+            return f"the network fails when it is observed ({type(error).__name__}: {error})"
+        reason = listener.reason or _why_different(output, expected)
+        if reason:
+            return reason
+        if model_copy.keeps_graph:
+            return "the network writes features to a buffer"
+        alive = listener.graph()
+        try:
+            sums, observable = measure(observable, listener, targets)
+        except (FlatnessError, RuntimeError) as error:  # of autograd, or no memory
+            return str(error)
+        finally:
+            listener.release()
+        del output, expected
+        if alive() is not None:
+            gc.collect()
+        return KEEPS_TENSORS if alive() is not None else (sums, replace(observable, same_calls=same_calls))
+
+
+def _why_different(output: Any, expected: Any) -> str:
+    tensors: list[list[Tensor]] = [[], []]
+    for of_output, part in zip(tensors, (output, expected), strict=True):
+        apply_to_collection(part, Tensor, of_output.append)
+    if any(tensor.requires_grad for tensor in tensors[0]):
+        return "the network returns more than what its classifier makes"
+    if len(tensors[0]) != len(tensors[1]) or not all(map(_identical, *tensors)):
+        return "the network returns other values when it is observed"
+    return ""
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    kinds = [(tensor.dtype, tensor.is_inference()) for tensor in (one, other)]
+    return kinds[0] == kinds[1] and torch.equal(one.detach(), other.detach())
+
+
+def find_same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[nn.Module]]:
+    """What a model returns, and modules within it that get its very inputs, once, and return its very output.
+
+    A LightningModule's forward often is such a call; its steps may call the one or the other.
+
+    Args:
+        model: the network.
+        forward: calls it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+        >>> find_same_calls(net, lambda: net(torch.ones(3, 2, 2)))[1] == [net[0]]
+        True
+    """
+    calls: dict[nn.Module, list[tuple[Any, Any, Any]]] = {}
+
+    def note(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+        calls.setdefault(module, []).append((arguments, keywords, output))
+
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
+    try:
+        returned = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    arguments, keywords, output = calls[model][0]
+    return returned, [
+        module
+        for module, (call, *more) in calls.items()
+        if module is not model
+        and not more
+        and same_inputs(call[0], arguments)
+        and same_inputs(call[1], keywords)
+        and call[2] is output
+    ]
+
+
+def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Why the user's forward passes of a model must not be observed; empty if they may.
+
+    Args:
+        model: the network.
+        dtype: that it is to be measured in; by default its own, at least float32.
+
+    Example:
+        >>> why_not_observed(nn.Dropout().train())
+        "module 'Dropout' is in training mode"
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and (tensor.dtype in HALF or tensor.dtype != (dtype or tensor.dtype)):
+            return f"weights in {tensor.dtype} are measured in {dtype or torch.float32}"
+        if tensor.is_inference():
+            return "weights or buffers were made in inference mode"
+    for name, module in model.named_modules():
+        if is_observed(module):
+            return "another callback observes the same network"
+        what = f"module '{name or type(module).__name__}'"
+        if module.training:
+            return f"{what} is in training mode"
+        if "_orig_mod" in dict(module.named_children()) or any(vars(module).get(name) for name in COMPILERS):
+            return f"{what} is compiled"
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{what} is TorchScript"
+        if any(vars(module).get(hooks) for hooks in BACKWARD_HOOKS):
+            return f"{what} has backward hooks"
+    return ""
+
+
+# What torch's and Lightning's ways to compile a module set on it.
+COMPILERS = ("_compiled_call_impl", "_compiler_ctx")
