@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import FlatnessError, LayerSelectionError, NotClosedFormError
 from lightning_flatness.functional import LossDerivatives, separating_masks
 from lightning_flatness.layers.certificates.affine import Inexact, why_curved, why_not_affine
-from lightning_flatness.layers.certificates.head import certify_head
+from lightning_flatness.layers.certificates.head import Head, certify_head
 from lightning_flatness.layers.certificates.layer import (
     Kernel,
     certify_kernel,
@@ -100,7 +100,7 @@ def certify_observed(
     if known.paths is None or not known.paths.recognises(uses, every=None):
         raise LayerSelectionError("the forward does something else with a kernel than before")
     calls, kernels = _certified_calls(recorded, len(logits), known, context, {})
-    head = certify_head(context.selection.classifier, recorded, logits, context.options.loss_function.shift_invariant)
+    head = _certified_head(recorded, logits, context)
     layers, tails = {}, {}
     for name, layer in known.layers.items():
         tails[name], tail = certify_tail(calls[name][0].node, head, None, layer.tail)
@@ -109,12 +109,12 @@ def certify_observed(
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Add the layer's name to the errors of certificates."""
+def naming(name: str, kind: str = "Layer") -> Iterator[None]:
+    """Add the name of a layer to the errors of certificates."""
     try:
         yield
     except FlatnessError as error:
-        raise type(error)(f"Layer '{name}': {error}") from error
+        raise type(error)(f"{kind} '{name}': {error}") from error
 
 
 def _leave_out(name: str, error: LayerSelectionError, calls: Calls, left_out: dict[str, str], context: Context) -> None:
@@ -203,6 +203,12 @@ def _gradients(
     return dict(zip(kernels, gradients, strict=True))
 
 
+def _certified_head(recorded: Pass, logits: Tensor, context: Context) -> Head:
+    selection, shift_invariant = context.selection, context.options.loss_function.shift_invariant
+    with naming(selection.classifier_name or "", "Classifier"):
+        return certify_head(selection.classifier, recorded, logits, shift_invariant)
+
+
 def _certified_tails(
     recorded: Pass,
     logits: Tensor,
@@ -217,8 +223,7 @@ def _certified_tails(
     if not candidates:
         return tails, 0.0, {}
     try:
-        shift_invariant = context.options.loss_function.shift_invariant
-        head = certify_head(context.selection.classifier, recorded, logits, shift_invariant)
+        head = _certified_head(recorded, logits, context)
     except NotClosedFormError as error:
         return tails, 0.0, dict.fromkeys(candidates, str(error))
     failures = {

@@ -670,7 +670,7 @@ def rows_of(folder, *callbacks):
 
 def test_which_forward_passes_are_made(tmp_path, monkeypatch, told):
     """Beside the user's only those of the trial, on a few samples: three to certify, two to compare."""
-    monkeypatch.setattr("lightning_flatness.layers.observer.TRIAL", 3)
+    monkeypatch.setattr("lightning_flatness.layers.trial.TRIAL", 3)
     users = rows_of(tmp_path)
     assert users == [8] * 5
     assert rows_of(tmp_path, lf.FlatnessCallback()) == [3] * 5 + users

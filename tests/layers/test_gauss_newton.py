@@ -172,7 +172,7 @@ def test_both_methods_agree_where_both_apply(monkeypatch):
     def refuse(*args):
         raise NotClosedFormError("not today")
 
-    monkeypatch.setattr("lightning_flatness.layers.plan.certified_head", refuse)
+    monkeypatch.setattr("lightning_flatness.layers.certify.certify_head", refuse)
     gauss_newton = lf.measure_flatness(net, batch).layers["2.conv2"]
     assert (closed_form.method, gauss_newton.method) == ("closed_form", "gauss_newton")
     assert closed_form.exact

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_flatness.layers.live import Listener, same_inputs, why_not_observed
-from lightning_flatness.layers.recording import Observation
+import lightning_flatness as lf
+from lightning_flatness.layers.live import Listener, same_inputs
+from lightning_flatness.layers.recording import Recorder
+from lightning_flatness.layers.trial import why_not_observed
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import global_modes
 
@@ -23,7 +25,7 @@ class TwoInputs(networks.Plain):
 
 def heard_call(model, inputs, call):
     model.eval()
-    observe = lambda: Observation({"conv": model.conv}, model.fc, live=True)  # noqa: E731
+    observe = lambda: Recorder({"conv": model.conv}, model.fc, live=True)  # noqa: E731
     with torch.inference_mode(), Listener(model, inputs, observe) as heard:
         call()
     assert "forward" not in vars(model)
@@ -47,7 +49,11 @@ def test_arguments_of_every_kind():
     for kind, (inputs, call, is_heard) in calls.items():
         heard = heard_call(model, inputs, call)
         assert (heard.reason == "") == is_heard, kind
-        assert (heard.seen is not None) == is_heard, kind
+        if is_heard:
+            assert len(heard.result().features) == 1, kind
+        else:
+            with pytest.raises(lf.BatchError):
+                heard.result()
     assert not same_inputs({"x": x}, {"y": x})
     assert not same_inputs((x,), (x, x))
 
@@ -69,13 +75,13 @@ def test_network_that_calls_itself_is_heard_once():
     model, x = CallsItself(), batch()[0]
     heard = heard_call(model, x, lambda: model(x))
     assert heard.reason == ""
-    assert len(heard.seen.features) == 1
+    assert len(heard.result().features) == 1
 
 
 def test_a_forward_of_the_instance_is_put_back():
     model, x = networks.Plain(), batch()[0]
     own = vars(model)["forward"] = lambda x: networks.Plain.forward(model, x)
-    observe = lambda: Observation({"conv": model.conv}, model.fc, live=True)  # noqa: E731
+    observe = lambda: Recorder({"conv": model.conv}, model.fc, live=True)  # noqa: E731
     with torch.inference_mode(), Listener(model.eval(), x, observe) as heard:
         model(x)
         assert vars(model)["forward"] is not own
@@ -98,7 +104,7 @@ def test_modes_are_put_back_whatever_the_forward_does_to_them(inference):
             return super().tail(z, upstream)
 
     model, x = Careless().eval(), batch()[0]
-    observe = lambda: Observation({"conv": model.conv}, model.fc, live=True)  # noqa: E731
+    observe = lambda: Recorder({"conv": model.conv}, model.fc, live=True)  # noqa: E731
     for model.fails in (False, True):
         with torch.inference_mode() if inference else torch.no_grad():
             modes = global_modes()
@@ -118,7 +124,7 @@ def test_modes_are_put_back_where_a_layer_has_a_mode_of_its_own():
     model, x = networks.InferenceLayer().eval(), batch()[0]
     with torch.no_grad():
         expected, modes = model(x), global_modes()
-        with Listener(model, x, lambda: Observation({"conv": model.conv}, model.fc, live=True)) as heard:
+        with Listener(model, x, lambda: Recorder({"conv": model.conv}, model.fc, live=True)) as heard:
             assert_close(model(x), expected, rtol=0, atol=0)
         assert heard.reason == ""
         assert global_modes() == modes
@@ -141,5 +147,5 @@ def test_reasons():
     assert "inference mode" in why_not_observed(model.eval())
     assert "measured in torch.float64" in why_not_observed(networks.Plain().float().eval(), torch.float64)
     model = networks.Plain().eval()
-    with Listener(model, None, lambda: Observation({}, None, live=True)):
+    with Listener(model, None, lambda: Recorder({}, None, live=True)):
         assert "another callback" in why_not_observed(model)

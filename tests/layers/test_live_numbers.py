@@ -1,6 +1,7 @@
 """Passes of the user that are observed: the same outputs, and the numbers of passes of our own."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatness.errors import FlatnessError, LayerSelectionError
+from lightning_flatness.layers.certify import certify_observed
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.observer import FlatnessObserver
-from lightning_flatness.layers.recording import Observation
+from lightning_flatness.layers.recording import Recorder
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
 from tests.networks import Network, recipes
@@ -188,17 +190,15 @@ def test_torchvision(name):
 def test_other_numbers_would_be_seen(monkeypatch):
     model = networks.Plain()
     assert assert_observed_as_own(model, *batch()) == ""
-    observed = FlatnessObserver.observed_sums
 
-    def larger(self, heard, targets):
-        return {
-            name: s._replace(block_traces=s.block_traces * (1 + 1e-8))
-            for name, s in observed(self, heard, targets).items()
-        }
+    def larger(*arguments):
+        certified, known = certify_observed(*arguments)
+        tails = {name: replace(tail, slopes=(1 + 1e-6) * tail.slopes) for name, tail in certified.tails.items()}
+        return replace(certified, tails=tails), known
 
-    monkeypatch.setattr(FlatnessObserver, "observed_sums", larger)
+    monkeypatch.setattr("lightning_flatness.layers.observer.certify_observed", larger)
     assert "numbers of layer 'conv' are others" in assert_observed_as_own(model, *batch())
-    monkeypatch.setattr("lightning_flatness.layers.observer.ROUNDINGS", 1e12)
+    monkeypatch.setattr("lightning_flatness.layers.trial.ROUNDINGS", 1e12)
     with pytest.raises(AssertionError, match="not close"):
         assert_observed_as_own(model, *batch())
 
@@ -206,7 +206,7 @@ def test_other_numbers_would_be_seen(monkeypatch):
 def test_other_outputs_would_be_seen(monkeypatch):
     model = networks.Plain()
     hear = Listener.hear
-    monkeypatch.setattr("lightning_flatness.layers.live._why_different", lambda *outputs: "")
+    monkeypatch.setattr("lightning_flatness.layers.trial._why_different", lambda *outputs: "")
     monkeypatch.setattr(Listener, "hear", lambda self, *call: hear(self, *call) * (1 + 2**-51))
     with pytest.raises(AssertionError, match="not equal|not close"):
         assert_observed_as_own(model, *batch())
@@ -230,7 +230,7 @@ def test_errors_of_ours_do_not_reach_the_user(monkeypatch):
         def broken(self):
             raise AttributeError("ours")
 
-        monkeypatch.setattr(Observation, "_record_gradients", broken)
+        monkeypatch.setattr(Recorder, "_record_gradients", broken)
         modes = global_modes()
         with observer.listen(x) as heard:
             assert_close(model(x), expected, rtol=0, atol=0)
@@ -246,7 +246,7 @@ def test_graph_is_seen_as_long_as_it_lives():
         assert observer.why_not_live(x, y) == ""
         with observer.listen(x) as heard:
             model(x)
-        alive, kept = heard.graph(), heard.seen.features[0]
+        alive, kept = heard.graph(), heard.result().features[0]
         heard.release()
         gc.collect()
         assert alive() is not None

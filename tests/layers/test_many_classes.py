@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.errors import NotClosedFormError
 from lightning_flatness.functional import closed_form_block_traces
 from lightning_flatness.layers import closed_form, gauss_newton
 from tests.layers.linear_net import LABELS, VECTORS
@@ -40,11 +41,15 @@ def test_closed_form_agrees_with_all_columns_of_gauss_newton(confidence, monkeyp
     model, batch = net(confidence).double(), batches()
     with_closed_form = lf.measure_flatness(model, batch).layers["2"]
     assert (with_closed_form.method, with_closed_form.exact) == ("closed_form", True)
-    monkeypatch.setattr("lightning_flatness.layers.plan.why_not_closed_form", lambda *args: {"2": "not today"})
+    monkeypatch.setattr("lightning_flatness.layers.certify.certify_head", not_today)
     every_class = lf.measure_flatness(model, batch, tolerance=0).layers["2"]
     assert (every_class.method, every_class.exact) == ("gauss_newton", True)
     for measure in ("hessian_trace", "relative_flatness", "neuronwise_flatness", "layerwise_flatness"):
         assert_close(getattr(with_closed_form, measure), getattr(every_class, measure), rtol=1e-6, atol=0)
+
+
+def not_today(*arguments):
+    raise NotClosedFormError("not today")
 
 
 def counted(monkeypatch):

@@ -222,11 +222,11 @@ def test_tables_among_the_inputs(monkeypatch):
 
 
 def test_memory_that_runs_out_while_certifying(monkeypatch):
-    from lightning_flatness.layers import plan
+    from lightning_flatness.layers import certify
 
     net = linear_net()
     expected = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="all")
-    certified, calls = plan.why_not_affine, []
+    certified, calls = certify.why_not_affine, []
 
     def tight(layers, logits):
         calls.append(len(logits))
@@ -234,7 +234,7 @@ def test_memory_that_runs_out_while_certifying(monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return certified(layers, logits)
 
-    monkeypatch.setattr(plan, "why_not_affine", tight)
+    monkeypatch.setattr(certify, "why_not_affine", tight)
     found = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="all")
     assert calls == [8, 4]  # of the second half the graph is enough
     assert found.exact

@@ -69,7 +69,7 @@ def test_nan_in_the_weights():
 def test_nan_in_the_weights_that_the_tail_hides():
     net = Net(tail=torch.nan_to_num)
     net.conv.weight.data[1, 0, 0, 0] = torch.nan
-    refused(lf.BatchError, "weights of layer 'conv' contain NaN or infinity: training has diverged", net)
+    refused(lf.BatchError, "'conv': its weights contain NaN or infinity: training has diverged", net)
 
 
 class CastsItself(Net):
@@ -97,7 +97,7 @@ class CastsWeights(Net):
 
 
 def test_layer_that_casts_its_weights():
-    refused(lf.BatchError, "'conv' runs with weights in torch.bfloat16.*leave the casting", CastsWeights())
+    refused(lf.BatchError, "'conv': it runs with weights in torch.bfloat16.*leave the casting", CastsWeights())
 
 
 @pytest.mark.parametrize("batches", [[], iter(()), torch.utils.data.DataLoader([])], ids=["list", "iterator", "loader"])

@@ -43,12 +43,12 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, logits: Tensor, s
     features, output = recorded.features[0] if len(recorded.features) == 1 else None, recorded.classifier_output
     if not isinstance(features, Tensor) or output is None:
         raise NotClosedFormError(
-            f"the classifier is called {len(recorded.features)} times, or not with one tensor; the closed form needs "
+            f"it is called {len(recorded.features)} times, or not with one tensor; the closed form needs "
             "one linear map."
         )
     if features.ndim < 2 or (features.ndim > 2 and set(features.shape[2:]) != {1}):
         raise NotClosedFormError(
-            f"the classifier's input has shape {tuple(features.shape)}; the closed form needs one vector for every "
+            f"its input has shape {tuple(features.shape)}; the closed form needs one vector for every "
             "sample, as global average pooling gives."
         )
     features = features.flatten(1)
@@ -67,8 +67,8 @@ def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, outpu
     allowed = (4 * features.shape[1] ** 0.5 + 16) * torch.finfo(output.dtype).eps * size
     if output.shape != expected.shape or not holds(((output - expected).abs() <= allowed).all()):
         raise NotClosedFormError(
-            "the classifier does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so "
-            "the closed form does not hold for it."
+            "it does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so the closed form "
+            "does not hold for it."
         )
 
 
@@ -76,7 +76,7 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
     """Certify that the model returned the classifier's output; the deviation, relative to a sample's largest logit."""
     if logits.shape != output.shape:
         raise NotClosedFormError(
-            f"the model returns {logits.shape[1]} logits and its last linear layer {output.shape[1]}: it is not the "
+            f"the model returns {logits.shape[1]} logits and this last linear layer {output.shape[1]}: it is not the "
             "classifier, so the closed form does not hold."
         )
     difference = logits.double() - output
@@ -93,7 +93,7 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
             else "something after it changes them, e.g. a temperature, a soft cap, added priors or masked classes"
         )
         raise NotClosedFormError(
-            f"the model's output is not that of its classifier (relative deviation {deviation:.1e}): {cause}. The "
+            f"the model's output is not its output (relative deviation {deviation:.1e}): {cause}. The "
             "closed form needs the loss to see the classifier's own output."
         )
     return deviation

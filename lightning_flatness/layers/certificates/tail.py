@@ -153,7 +153,7 @@ def _slopes(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> Se
 def _pulled(
     features: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool
 ) -> Sequence[Tensor | None]:
-    if not features.requires_grad:
+    if not features.requires_grad or not nodes:
         return [None] * len(nodes)
     return torch.autograd.grad(
         features, list(nodes), cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
@@ -179,7 +179,7 @@ def _failure(first: FirstOrder, features: Tensor) -> NotClosedFormError | None:
         return None
     return NotClosedFormError(
         "between this layer and the classifier the channels (or positions, or samples) mix, so the closed form does "
-        f"not hold (relative deviation {first.deviation:.1e}). It needs operations that act on every channel by itself, "
+        f"not hold (relative deviation {first.deviation:.1e}). It needs operations that act on every channel alone, "
         "then global pooling: no further convolution, linear layer, flattening of a map, or normalisation across "
         "channels. Choose the last convolution before the pooling with layers=."
     )

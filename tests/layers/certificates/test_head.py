@@ -23,7 +23,7 @@ from tests.layers.pooled_net import Apply, PooledNet, X, Y, assert_not_closed_fo
     ids=["temperature", "soft cap", "priors", "masked", "clamped"],
 )
 def test_changed_logits_are_noticed(after):
-    assert_not_closed_form(PooledNet(after=Apply(after)), "output is not that of its classifier 'head'.*temperature")
+    assert_not_closed_form(PooledNet(after=Apply(after)), "'head': the model's output is not its output.*temperature")
 
 
 @pytest.mark.parametrize("after", [lambda f: f / 1.5, lambda f: f + torch.tensor([0.5, 0.0, 0.0, 0.0])])
@@ -54,7 +54,7 @@ class CosineClassifier(nn.Linear):
 
 
 def test_cosine_classifier_is_noticed():
-    assert_not_closed_form(PooledNet(head=CosineClassifier(6, 4)), "classifier 'head' does not return weight @ input")
+    assert_not_closed_form(PooledNet(head=CosineClassifier(6, 4)), "'head': it does not return weight @ input")
 
 
 def test_weight_normed_classifier_is_measured():
@@ -93,7 +93,7 @@ def test_1x1_convolution_before_the_pooling_is_the_layer():
 
 def test_two_linear_layers_are_noticed():
     head = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    assert_not_closed_form(PooledNet(head=head), "'conv': between this layer and the classifier the channels")
+    assert_not_closed_form(PooledNet(head=head), "between this layer and the classifier the channels")
     head[1] = nn.LeakyReLU()
     assert_not_closed_form(PooledNet(tail=nn.ReLU(), head=head), "", exact=True)
 

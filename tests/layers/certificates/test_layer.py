@@ -84,7 +84,7 @@ def test_layer_that_does_more_than_convolve_is_refused():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    with pytest.raises(lf.LayerSelectionError, match=r"'conv' \(Scaled\): its output is not that of its convolution"):
+    with pytest.raises(lf.LayerSelectionError, match=r"'conv': its output \(Scaled\) is not that of its convolution"):
         measure(PooledNet(conv=Scaled(2, 6, 3)))
 
 
@@ -93,7 +93,7 @@ def test_layer_of_two_convolutions_is_refused():
         def forward(self, x):
             return super().forward(x) + F.conv2d(x, 0.1 * self.weight)
 
-    with pytest.raises(lf.LayerSelectionError, match=r"'conv' \(Adapted\) runs 2 convolutions"):
+    with pytest.raises(lf.LayerSelectionError, match=r"'conv': it \(Adapted\) runs 2 convolutions"):
         measure(PooledNet(conv=Adapted(2, 6, 3)))
 
 
@@ -108,12 +108,12 @@ def test_layer_that_holds_another_is_refused_and_leaves_no_mode_behind():
 
     before = torch._C._len_torch_function_stack()
     net = PooledNet(conv=Adapted(2, 6, 3))
-    with pytest.raises(lf.LayerSelectionError, match=r"'conv' \(Adapted\) runs 2"):
+    with pytest.raises(lf.LayerSelectionError, match=r"'conv': it \(Adapted\) runs 2"):
         lf.measure_flatness(net, [(X, Y)], layers=["conv", "conv.down"])
     report = lf.measure_flatness(net, [(X, Y)], layers="all")
     assert set(report.layers) == {"conv.down", "head"}
     assert "runs 2 convolutions" in report.left_out["conv"]
-    assert "Left out: Layer 'conv' (Adapted) runs 2" in " ".join(str(report).split())
+    assert "Left out: Layer 'conv': it (Adapted) runs 2" in " ".join(str(report).split())
     assert torch._C._len_torch_function_stack() == before
 
 
@@ -143,7 +143,7 @@ class OfInput(nn.Linear):
 def test_a_kernel_that_depends_on_the_input():
     net = linear_net()
     net.a = OfInput(6, 5).double()
-    with pytest.raises(lf.LayerSelectionError, match="'a' applies another kernel from one call to the next"):
+    with pytest.raises(lf.LayerSelectionError, match="'a': it applies another kernel from one call to the next"):
         lf.measure_flatness(net, [(VECTORS - 1, LABELS), (VECTORS + 1, LABELS)], layers="a")
 
 
@@ -157,5 +157,5 @@ def test_rows_that_are_routed_in_a_later_batch_only():
 
     first, later = VECTORS.clone(), VECTORS.clone()
     first[:, 0] = 1.0
-    with pytest.raises(lf.LayerSelectionError, match="'a' runs on some samples of this batch only"):
+    with pytest.raises(lf.LayerSelectionError, match="'a': it runs on some samples of this batch only"):
         lf.measure_flatness(linear_net(forward), [(first, LABELS), (later, LABELS)], layers="a")
