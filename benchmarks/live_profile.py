@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks import machine, networks
 from benchmarks.timing import synchronize
-from lightning_flatness.layers.closed_form import FULL_EVERY
+from lightning_flatness.layers.known import FULL_EVERY
 from lightning_flatness.measure.flatness import Measurement
 
 # Part of a batch: functions whose time it is. What one does within another is not counted twice.
@@ -32,9 +32,9 @@ REST = "what is left of `update_observed` (metric states, checks)"
 TAIL = "certificates of the tail, slopes"
 PARTS = {
     REST: "lightning_flatness.measure.flatness:Measurement.update_observed",
-    "certificates of the layer": "lightning_flatness.layers.plan:Plan.calls",
-    TAIL: "lightning_flatness.layers.plan:Plan.tails_up_to_the_classifier",
-    "certificate of the head": "lightning_flatness.layers.plan:certified_head",
+    "certificates of the layer": "lightning_flatness.layers.certify:_certified_calls",
+    TAIL: "lightning_flatness.layers.certify:certify_tail",
+    "certificate of the head": "lightning_flatness.layers.certify:certify_head",
     "loss derivatives": "lightning_flatness.functional.losses:CrossEntropy.__call__",
     "contraction": "lightning_flatness.layers.observer:closed_form_layer",
     "patch Gram matrix": "lightning_flatness.functional.closed_form:patch_gram",

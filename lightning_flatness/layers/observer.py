@@ -173,9 +173,7 @@ class FlatnessObserver:
         logits = logits_of(recorded.output)
         if len(logits) < 2:
             raise BatchError("one sample is measured twice, side by side")
-        loss = self._options.loss_function(
-            logits.detach(), None if targets is None else targets.to(logits.device)
-        )
+        loss = self._options.loss_function(logits.detach(), None if targets is None else targets.to(logits.device))
         certified, known = certify_observed(recorded, logits, loss, observable.known, observable.context)
         return self._block_traces(certified, known), observable.with_known(known)
 

@@ -67,8 +67,8 @@ def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, outpu
     allowed = (4 * features.shape[1] ** 0.5 + 16) * torch.finfo(output.dtype).eps * size
     if output.shape != expected.shape or not holds(((output - expected).abs() <= allowed).all()):
         raise NotClosedFormError(
-            "it does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so the closed form "
-            "does not hold for it."
+            "it does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so the closed "
+            "form does not hold for it."
         )
 
 

@@ -48,7 +48,9 @@ def test_layer_inside_a_no_grad_block_is_refused_with_a_remedy():
                 x = self.conv(x)
             return self.head(self.tail(x).mean((2, 3)))
 
-    with pytest.raises(lf.LayerSelectionError, match=r"'conv': it runs under torch.no_grad\(\).*requires_grad_\(False\)"):
+    with pytest.raises(
+        lf.LayerSelectionError, match=r"'conv': it runs under torch.no_grad\(\).*requires_grad_\(False\)"
+    ):
         measure(Frozen())
 
 
