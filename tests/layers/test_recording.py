@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.layers.recording import Recorder
 from lightning_flatness.testing import oracle_block_traces
-from tests.eventful_networks import Net, UserError, batch, tail_fails
+from tests.eventful_networks import Net, UserError, tail_fails
 from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import Apply, PooledNet, X, Y, measure
