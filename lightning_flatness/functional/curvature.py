@@ -59,7 +59,7 @@ class ClassCurvature:
         return ClassCurvature(self.weights[samples], None if self.center is None else self.center[samples])
 
     def scaled(self, factor: float) -> ClassCurvature:
-        """The curvature of a positive multiple of the loss."""
+        """Return the curvature of the loss times a positive factor."""
         return ClassCurvature(factor * self.weights, self.center)
 
     @property
@@ -191,7 +191,7 @@ class DenseCurvature:
         return DenseCurvature(self.roots[samples], self.signs[samples])
 
     def scaled(self, factor: float) -> DenseCurvature:
-        """The curvature of a positive multiple of the loss."""
+        """Return the curvature of the loss times a positive factor."""
         return DenseCurvature(factor**0.5 * self.roots, self.signs)
 
     @property

@@ -29,7 +29,7 @@ class LossDerivatives(NamedTuple):
     normalizer: float  # the number of samples, or the sum of their class weights
 
     def halved(self) -> LossDerivatives:
-        """Those of one sample that stands in the batch twice: each of the two counts half."""
+        """Return the derivatives of a single sample that the batch holds twice: each copy counts half."""
         residual = None if self.residual is None else self.residual / 2
         return LossDerivatives(self.curvature.scaled(0.5), residual, self.num_samples // 2, self.normalizer / 2)
 

@@ -34,6 +34,14 @@ class LayerFlatness:
         num_samples: number of samples measured.
         standard_errors: of the measures, by name, if they are estimated; zero if they are not.
         info: how the layer was measured.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import measure_flatness
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> layer = measure_flatness(net, [torch.randn(6, 4)], layers="0").layers["0"]
+        >>> layer.block_traces.shape, layer.exact, layer.method
+        (torch.Size([1, 5, 5]), True, 'gauss_newton')
     """
 
     block_traces: Tensor
@@ -73,6 +81,14 @@ class LayerLambdaMax:
         filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``, in loss per squared weight; None if not measured.
         num_samples: number of samples measured.
         info: how the layer was measured; if it is not exact, the eigenvalues are those of the Gauss-Newton matrix.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import measure_lambda_max
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> layer = measure_lambda_max(net, [torch.randn(6, 4)], layers="0")["0"]
+        >>> layer.lambda_max > 0, layer.filter_lambda_max.shape
+        (True, torch.Size([5]))
     """
 
     lambda_max: float
@@ -101,9 +117,12 @@ class FlatnessReport:
     Example:
         >>> import torch
         >>> from lightning_flatness import measure_flatness
-        >>> report = measure_flatness(torch.nn.Linear(4, 3), [torch.randn(6, 4)], layers="all")
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> report = measure_flatness(net, [torch.randn(6, 4)], layers="all")
         >>> report.num_samples, report.exact, list(report.layers)
-        (6, True, [''])
+        (6, True, ['0', '2'])
+        >>> report.relative_flatness == report.layers["0"].relative_flatness + report.layers["2"].relative_flatness
+        True
     """
 
     layers: Mapping[str, LayerFlatness]

@@ -60,6 +60,9 @@ class SpectrumResult:
         >>> result = hessian_spectrum(torch.nn.Linear(3, 2), [batch], top_k=2)
         >>> result.num_parameters, result.eigenvalues.shape, result.eigenvector(0)["weight"].shape
         (8, torch.Size([2]), torch.Size([2, 3]))
+        >>> grid, density = result.density()
+        >>> round(float(torch.trapezoid(density, grid)), 3)
+        1.0
     """
 
     eigenvalues: Tensor
