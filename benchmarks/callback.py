@@ -1,4 +1,4 @@
-"""Validation epochs with and without the callback."""
+"""Validation epochs with the callback and without."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ NETWORKS: dict[str, tuple[str, float]] = {"ResNet-18": ("resnet18", 0.03), "ResN
 
 
 def rows(device: str) -> list[Row]:
-    table = []
+    found = []
     for name, (_, goal) in NETWORKS.items():
         what = f'validation epoch with the callback, {name} on 32x32, batches of {BATCH}, `layers="last"`'
-        table.append(Row("callback", f"{what}: time", "the same without", "percent", goal))
+        found.append(Row("callback", f"{what}: time", "the same without", "percent", goal))
         limit = 0.05 if name == "ResNet-18" else None
-        table.append(Row("callback", f"{what}: peak memory", "the same without", "percent", limit))
+        found.append(Row("callback", f"{what}: peak memory", "the same without", "percent", limit))
     if device == "cuda":
         what = "validation of 50,000 synthetic images, ResNet-50, bf16-mixed, 224x224, batches of 256"
-        table.append(Row("callback", what, "the same without", "percent"))
-    return table
+        found.append(Row("callback", what, "the same without", "percent"))
+    return found
 
 
 class Classifier(L.LightningModule):
@@ -50,7 +50,7 @@ class Classifier(L.LightningModule):
 
 
 class Synthetic(Dataset):
-    """A data set of equal samples, so that loading is not measured."""
+    """So many samples, all the same, so that no loading is measured."""
 
     def __init__(self, samples: int):
         self.samples = samples
@@ -82,7 +82,7 @@ def loader_of(batches: int) -> DataLoader:
 
 
 def epoch(device: str, network: str, batches: int, with_callback: bool) -> tuple[Callable[[], None], ...]:
-    """Return a warm-up and an epoch, to measure the peak of memory."""
+    """A warm-up and an epoch, for the peak of memory."""
     quiet()
     torch.manual_seed(0)
     model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
@@ -92,17 +92,17 @@ def epoch(device: str, network: str, batches: int, with_callback: bool) -> tuple
 
 def measure(device: str, quick: bool) -> list[Row]:
     quiet()
-    expected, results = iter(rows(device)), []
+    expected, found = iter(rows(device)), []
     for network, _ in NETWORKS.values():
         batches, repeats = (4, 1) if quick else (BATCHES, 5)
         torch.manual_seed(0)
         model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
         tasks = {name: partial(validate, model, loader, name == "with", device) for name in ("with", "without")}
-        times = interleaved(tasks, repeats, device, budget=400)  # whole epochs, since single batches scatter
+        times = interleaved(tasks, repeats, device, budget=400)  # of all epochs, since single ones scatter
         runs = len(times.wall["with"])
         note = f"{batches} batches, {runs} runs, {times.median('without'):.2f} s without; "
         note += times.spread("with", "without")
-        results.append(next(expected).measured(times.ratio("with", "without"), note, times.wall))
+        found.append(next(expected).measured(times.ratio("with", "without"), note, times.wall))
         peaks = {
             name: peaks_apart(
                 "benchmarks.callback:epoch", device, 1 if quick else 7, network=network, batches=4, with_callback=choice
@@ -113,12 +113,12 @@ def measure(device: str, quick: bool) -> list[Row]:
         note = (
             f"{a / 1e6:.0f} and {b / 1e6:.0f} MB above what the idle process has; 4 batches, {len(peaks['with'])} runs"
         )
-        results.append(
+        found.append(
             next(expected).measured(a / b, note, {f"{name}, MB": [x / 1e6 for x in peaks[name]] for name in peaks})
         )
     if device == "cuda":
-        results.append(imagenet(next(expected), 2_560 if quick else 50_000))
-    return results
+        found.append(imagenet(next(expected), 2_560 if quick else 50_000))
+    return found
 
 
 def imagenet(row: Row, samples: int) -> Row:

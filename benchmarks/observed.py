@@ -1,4 +1,4 @@
-"""The forward pass of a validation, and the same pass when the callback observes it."""
+"""A forward pass of validation, and the same when it is observed, as in the callback."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_flatness.measure.flatness import Measurement
 
 
 def forward(net: nn.Module, x: Tensor) -> None:
-    """Run the forward pass of a validation."""
+    """What validation does anyway."""
     with torch.no_grad():
         net(x)
 
 
 def observed(net: nn.Module, batch: networks.Batch, **options: Any) -> Callable[[], None]:
-    """Return a function that observes one forward pass and measures it; the trial before is made here."""
+    """A forward pass that is observed and what is made of it; the trial that goes before a measurement is done here."""
     x, y = batch
     measurement = Measurement(net, **options)
     with torch.no_grad():
@@ -27,11 +27,11 @@ def observed(net: nn.Module, batch: networks.Batch, **options: Any) -> Callable[
     assert not reason, reason
 
     def step() -> None:
-        observation = measurement.listen(x)
-        with torch.no_grad(), observation:
+        heard = measurement.listen(x)
+        with torch.no_grad(), heard:
             net(x)
-        assert not observation.reason, observation.reason
-        measurement.update_observed(observation, y)
-        observation.release()
+        assert not heard.reason, heard.reason
+        measurement.update_observed(heard, y)
+        heard.release()
 
     return step

@@ -18,8 +18,8 @@ def random_symmetric(groups, rows, seed=0):
     return matrix + matrix.mT
 
 
-def assert_same(actual, expected):
-    assert_close(actual, expected, rtol=0, atol=0)
+def assert_same(found, expected):
+    assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("groups", "rows"), SIZES)

@@ -7,9 +7,9 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.layers.live import Listener, same_inputs
 from lightning_flatness.layers.recording import Recorder
-from lightning_flatness.layers.trial import why_not_observed
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import global_modes
+from tests.guarding import guards
 
 
 def batch(samples=4, seed=0):
@@ -119,6 +119,7 @@ def test_modes_are_put_back_whatever_the_forward_does_to_them(inference):
     assert not torch.is_inference_mode_enabled()
 
 
+@guards("layers/live.py", "with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():", "if True:")
 def test_modes_are_put_back_where_a_layer_has_a_mode_of_its_own():
     """What it enters is left in the other order than what is entered for the graph."""
     model, x = networks.InferenceLayer().eval(), batch()[0]
@@ -128,24 +129,3 @@ def test_modes_are_put_back_where_a_layer_has_a_mode_of_its_own():
             assert_close(model(x), expected, rtol=0, atol=0)
         assert heard.reason == ""
         assert global_modes() == modes
-
-
-def test_reasons():
-    def reason(change):
-        model = networks.Plain().eval()
-        change(model)
-        return why_not_observed(model)
-
-    assert reason(lambda model: None) == ""
-    assert "training mode" in reason(lambda model: model.norm.train())
-    assert "torch.bfloat16" in reason(lambda model: model.bfloat16())
-    assert "backward hooks" in reason(lambda model: model.fc.register_full_backward_hook(print))
-    assert "compiled" in reason(lambda model: setattr(model, "norm", torch.compile(model.norm)))
-    assert "compiled" in reason(lambda model: setattr(model, "_compiler_ctx", {"compiler": "dynamo"}))
-    with torch.inference_mode():
-        model = networks.Plain()
-    assert "inference mode" in why_not_observed(model.eval())
-    assert "measured in torch.float64" in why_not_observed(networks.Plain().float().eval(), torch.float64)
-    model = networks.Plain().eval()
-    with Listener(model, None, lambda: Recorder({}, None, live=True)):
-        assert "another callback" in why_not_observed(model)

@@ -17,6 +17,7 @@ from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.recording import Recorder
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
+from tests.guarding import guards
 from tests.networks import Network, recipes
 from tests.torchvision_models import CURVED, PIECEWISE_LINEAR, random_model
 
@@ -65,6 +66,8 @@ def observed(observer, model, x, y):
     return observer.observed(heard, y)
 
 
+@guards("layers/certificates/layer.py", "same(call.kernel_sample, kernel.sample)", "True", ids="behind autograd's back")
+@guards("layers/certificates/layer.py", "if not unchanged(kernel.parameter.detach()):", "if False:", ids="one entry")
 @pytest.mark.parametrize("write", ["one entry", "the same", "behind autograd's back"])
 def test_a_kernel_that_is_written_to_is_known(write):
     """No copy is kept of a kernel that is a parameter."""
@@ -122,6 +125,9 @@ def test_a_device_is_waited_for_once_a_batch(activation, loss):
     assert looks.found == ["_local_scalar_dense"]
 
 
+@guards(
+    "layers/observer.py", "all_hold():\n                    return result", "True:\n                    return result"
+)
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
@@ -145,6 +151,7 @@ def test_what_does_not_hold_is_named(spoil, match):
     )
 
 
+@guards("functional/losses.py", "return None if holds(kept.all()) else kept", "return None")
 def test_ignored_targets_do_not_count_when_observed():
     model, (x, y) = networks.Plain().double().eval(), batch(samples=30)
     observer = FlatnessObserver(model)
@@ -187,6 +194,7 @@ def test_torchvision(name):
     assert assert_observed_as_own(model, *batch) == ""
 
 
+@guards("layers/trial.py", "if not bool((one - other).norm() <= ROUNDINGS * eps * other.norm()):", "if False:")
 def test_other_numbers_would_be_seen(monkeypatch):
     model = networks.Plain()
     assert assert_observed_as_own(model, *batch()) == ""
@@ -220,6 +228,7 @@ def test_options(options):
     assert assert_observed_as_own(networks.Plain(), x, y, **options) == ""
 
 
+@guards("layers.recording:Recorder._quiet", body="return hook")
 def test_errors_of_ours_do_not_reach_the_user(monkeypatch):
     model, x = networks.Plain().eval(), batch()[0]
     observer = FlatnessObserver(model)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from tests.guarding import guards
 
 DIAGONAL = {"measures": ("hessian_trace",)}
 
@@ -29,6 +30,7 @@ def live(observer, net, x, y):
     return observer.observed(heard, y)
 
 
+@guards("layers/sums.py", "with torch.inference_mode(False):", "if True:")
 @pytest.mark.parametrize("options", [{}, DIAGONAL, {"layers": "all"}], ids=str)
 def test_under_inference_mode_it_is_the_same(options):
     net, (x, y) = network(), batch()
@@ -43,6 +45,7 @@ def test_under_inference_mode_it_is_the_same(options):
         found.block_traces.add_(outside[name].block_traces)  # it may be written to outside that mode
 
 
+@guards("functional/symmetric.py", "return self.strips.clone()", "return self.strips")
 @pytest.mark.parametrize("options", [{}, DIAGONAL, {"layers": "all"}], ids=str)
 def test_what_is_returned_may_be_written_to(options):
     net, (x, y) = network(), batch()

@@ -15,6 +15,7 @@ from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import Apply, PooledNet, X, Y, measure
 
 
+@guards("layers.certificates.samples:certify_deterministic", returns=None)
 def test_noise_in_the_forward_is_refused():
     with pytest.raises(lf.LayerSelectionError, match="different logits in evaluation mode"):
         measure(PooledNet(tail=Apply(lambda x: F.dropout(x, 0.5))))
@@ -54,6 +55,7 @@ def test_gradient_checkpointing_is_refused_with_a_remedy():
         measure(Checkpointed())
 
 
+@guards("layers.passes:OwnPasses._explain", returns=None)
 def test_inputs_that_are_changed_in_place_afterwards():
     def forward(net, x):
         x = x[:, :5].clone()
@@ -70,6 +72,7 @@ def test_inputs_that_are_changed_in_place_afterwards():
     assert_close(layer.block_traces[0], oracle_block_traces(net, (VECTORS, LABELS), "a"), rtol=1e-10, atol=1e-14)
 
 
+@guards("layers/recording.py", "torch.set_grad_enabled(self._grad_mode)", "pass")
 @pytest.mark.parametrize("fails", [False, True])
 def test_observing_puts_the_grad_mode_back(fails, batch):
     net = Net()

@@ -87,6 +87,10 @@ def assert_unchanged(net, batch, before):
     assert_close(state, before[0], rtol=0, atol=0)
 
 
+@guards("layers/selection.py", "handle.remove()", "pass", ids="plain-tail_fails")
+@guards("layers/recording.py", "self._open.enter", "ExitStack().enter", ids="plain-tail_fails_when_observed")
+@guards("layers/recording.py", "while self._running:", "while False:", ids="plain-layer_fails_when_observed")
+@guards("layers/recording.py", "self._open.callback(handle.remove)", "pass", ids="plain-tail_fails_when_observed")
 @guards("model/copy.py", "tie_weights=False", "tie_weights=True", ids="module_with_two_names-nothing_happens")
 @guards("model/copy.py", "measured(tensor, self._dtype).clone()", "tensor", ids="WritesInput-nothing_happens")
 @guards("model/copy.py", ", dtype).clone()", ", dtype)", ids="WritesWeights-nothing_happens")
@@ -197,6 +201,7 @@ def test_results_hold_no_graph(batch):
     assert not any(t.requires_grad for t in (layer.block_traces, layer.filter_traces, layer.filter_flatness))
 
 
+@guards("measure/flatness.py", "stack.enter_context(random_states_kept(model))", "pass")
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_reading_a_loader_draws_nothing(shuffle, batch):
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch), batch_size=2, shuffle=shuffle)

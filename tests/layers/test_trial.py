@@ -1,0 +1,29 @@
+"""Networks whose passes must not be observed, and the reason that is given."""
+
+import torch
+
+from lightning_flatness.layers.live import Listener
+from lightning_flatness.layers.recording import Recorder
+from lightning_flatness.layers.trial import why_not_observed
+from tests.callbacks import live_networks as networks
+
+
+def test_reasons():
+    def reason(change):
+        model = networks.Plain().eval()
+        change(model)
+        return why_not_observed(model)
+
+    assert reason(lambda model: None) == ""
+    assert "training mode" in reason(lambda model: model.norm.train())
+    assert "torch.bfloat16" in reason(lambda model: model.bfloat16())
+    assert "backward hooks" in reason(lambda model: model.fc.register_full_backward_hook(print))
+    assert "compiled" in reason(lambda model: setattr(model, "norm", torch.compile(model.norm)))
+    assert "compiled" in reason(lambda model: setattr(model, "_compiler_ctx", {"compiler": "dynamo"}))
+    with torch.inference_mode():
+        model = networks.Plain()
+    assert "inference mode" in why_not_observed(model.eval())
+    assert "measured in torch.float64" in why_not_observed(networks.Plain().float().eval(), torch.float64)
+    model = networks.Plain().eval()
+    with Listener(model, None, lambda: Recorder({}, None, live=True)):
+        assert "another callback" in why_not_observed(model)
