@@ -5,11 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a GPU or the CPU had no memory left."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
 class FlatnessError(ValueError):
     """Base class of all errors that ``lightning_flatness`` raises."""
 
@@ -40,3 +35,38 @@ class LandscapeError(FlatnessError):
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)
         self.result = result
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a GPU or the CPU had no memory left."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def explained(error: Exception) -> FlatnessError | None:
+    """An error of autograd with its reason and remedy in plain words; None if there is nothing to add.
+
+    Example:
+        >>> explained(RuntimeError("a variable has been modified by an inplace operation")).args[0][:48]
+        'The forward changes a tensor in place that autog'
+    """
+    if "use_reentrant" in str(error):
+        return LayerSelectionError(
+            "The forward uses gradient checkpointing of the reentrant kind, which autograd cannot follow to chosen "
+            "tensors. Use checkpoint(..., use_reentrant=False), or checkpoint only `if self.training`."
+        )
+    if "modified by an inplace operation" in str(error):
+        return LayerSelectionError(
+            f"The forward changes a tensor in place that autograd needs ({error}). Use the out-of-place operation "
+            "there, e.g. x = x + y for x += y."
+        )
+    return None
+
+
+def in_one_line(error: Exception) -> str:
+    """The message of an error, with its type in front unless it is an error of this package.
+
+    Example:
+        >>> in_one_line(KeyError("w")), in_one_line(BatchError("No batch."))
+        ("KeyError: 'w'", 'No batch.')
+    """
+    return str(error) if isinstance(error, FlatnessError) else f"{type(error).__name__}: {error}"

@@ -1,8 +1,8 @@
-"""From what a user asks for to the directions of a landscape."""
+"""Directions of a landscape, from the axes that a user asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +17,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Axes(NamedTuple):
-    """The axes of a line or plane, ready to use."""
+    """The axes of a line or plane, normalised."""
 
     names: tuple[str, ...]
     directions: tuple[Direction, ...]
-    units: tuple[str, ...]  # of the normalisation, of each
-    epsilons: dict[str, float] | None  # of Adam's update
+    units: tuple[str, ...]  # of the normalisation of each
+    epsilons: dict[str, float] | None  # of Adam's update, by parameter
 
 
 def find_axes(
@@ -34,54 +34,55 @@ def find_axes(
     optimizer: Any,
     eigenvectors: Callable[[int], Sequence[Any]],
 ) -> Axes:
-    """Directions for the axes, without what is frozen, normalised. The i-th mention of a kind is its i-th direction.
+    """Directions for the axes, without frozen tensors, normalised. The i-th mention of a kind is its i-th direction.
 
     Args:
         options: of the landscape.
         tensors: of the model.
-        weights: its parameters and buffers in the precision they are measured in, by name.
-        frozen: names that do not move.
+        weights: its parameters and buffers in the precision in which they are measured, by name.
+        frozen: names of tensors that do not move.
         optimizer: with Adam's moments.
-        eigenvectors: of the Hessian, as many as are asked for.
+        eigenvectors: computes so many of the Hessian.
 
     Raises:
         FlatnessError: see :func:`~lightning_flatness.loss_landscape`.
     """
     kinds = [axis if isinstance(axis, str) else "given" for axis in options.axes]
-    generator = torch.Generator().manual_seed(options.seed)
+    as_adam = options.update == "adam"
     moments: Sequence[Direction] = ()
     epsilons: dict[str, float] | None = None
     if "adam" in kinds:
-        moments, epsilons = adam_moments(optimizer, tensors, of_step=options.update == "adam")
-    hessian = eigenvectors(kinds.count("hessian")) if "hessian" in kinds else ()
+        moments, epsilons = adam_moments(optimizer, tensors, of_step=as_adam)
+    generator = torch.Generator().manual_seed(options.seed)
+    parameters = {name: weights[name] for name in tensors.parameters}
+    sources: dict[str, Iterator[Any]] = {
+        "random": (random_direction(parameters, generator) for _ in kinds),
+        "adam": iter(moments),
+        "hessian": iter(eigenvectors(kinds.count("hessian")) if "hessian" in kinds else ()),
+        "given": (axis for axis in options.axes if not isinstance(axis, str)),
+    }
     names: list[str] = []
     directions: list[Direction] = []
     for index, (axis, kind) in enumerate(zip(options.axes, kinds, strict=True)):
         turn = kinds[:index].count(kind)
         name = MOMENTS[turn] if kind == "adam" else f"{DESCRIPTIONS[kind]} {turn + 1}"
-        if isinstance(axis, NamedDirection):
-            name = axis.name
-        if kind == "random":
-            direction = random_direction({key: weights[key] for key in tensors.parameters}, generator)
-        else:
-            given = moments[turn] if kind == "adam" else hessian[turn] if kind == "hessian" else axis
-            direction = tensors.direction(given, f"The axis '{name}'")
-        direction = {key: tensor for key, tensor in direction.items() if key not in frozen}
+        names.append(axis.name if isinstance(axis, NamedDirection) else name)
+        whole = tensors.direction(next(sources[kind]), f"The axis '{names[-1]}'")
+        direction = {key: tensor for key, tensor in whole.items() if key not in frozen}
         if kind == "random" and turn:
             direction = orthogonal_to(direction, directions[kinds.index("random")])
-        names.append(name)
         directions.append(direction)
     units = tuple(options.normalize or ("filter" if kind == "random" else "none") for kind in kinds)
-    if options.update != "adam":
+    if not as_adam:
         directions = [
             normalized(direction, weights, unit, options.norm, options.biases)
             for direction, unit in zip(directions, units, strict=True)
         ]
     for name, direction in zip(names, directions, strict=True):
         _check_moves(name, direction)
-    if options.update == "adam" and len(directions) == 1:  # along a line, too, Adam's step takes both moments
+    if as_adam and len(directions) == 1:  # along a line, too, Adam's step takes both moments
         directions.append({key: tensor.double() for key, tensor in moments[1].items() if key not in frozen})
-    return Axes(tuple(names), tuple(directions), units, epsilons if options.update == "adam" else None)
+    return Axes(tuple(names), tuple(directions), units, epsilons if as_adam else None)
 
 
 DESCRIPTIONS = {"random": "random direction", "hessian": "eigenvector", "given": "direction"}
@@ -98,12 +99,12 @@ def _check_moves(name: str, direction: Direction) -> None:
 def adam_moments(
     optimizer: Any, tensors: NamedTensors, of_step: bool = False
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
-    """``exp_avg`` and ``exp_avg_sq`` of an optimizer, as they are, by name; and its ``eps``.
+    """Adam's moments ``exp_avg`` and ``exp_avg_sq`` by parameter, and its ``eps``.
 
     Args:
-        optimizer: one of torch's that keeps Adam's moments, or a list of such, of different parameters.
+        optimizer: one of torch's that keeps these moments, or a list of such, of different parameters.
         tensors: of the model.
-        of_step: the second moment by which the step divides: with ``amsgrad``, its largest value.
+        of_step: take the second moment by which the step divides: with ``amsgrad``, its largest value.
 
     Raises:
         FlatnessError: no optimizer, one without these, or one of another model.
@@ -118,7 +119,7 @@ def adam_moments(
         True
     """
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    if not optimizers or not all(hasattr(one, "param_groups") and hasattr(one, "state") for one in optimizers):
+    if not optimizers or not all(hasattr(each, "param_groups") and hasattr(each, "state") for each in optimizers):
         raise FlatnessError(
             f"axes='adam' takes the moments of an optimizer, and optimizer is a {type(optimizer).__name__}; give "
             "optimizer=, the torch.optim.Adam (AdamW, NAdam, RAdam) that has trained this model."
@@ -127,19 +128,21 @@ def adam_moments(
     first: Direction = {}
     second: Direction = {}
     epsilons: dict[str, float] = {}
-    known = False
-    for of, group in ((each, group) for each in optimizers for group in each.param_groups):
-        for parameter in group["params"]:
-            known = known or id(parameter) in names
-            state = of.state.get(parameter, {})
-            if id(parameter) in names and all(moment in state for moment in MOMENTS):
-                name = names[id(parameter)]
-                first[name], second[name] = (state[moment] for moment in MOMENTS)
-                if of_step and group.get("amsgrad"):
-                    second[name] = state["max_exp_avg_sq"]
-                epsilons[name] = float(group.get("eps", 1e-8))
-    if not known:
+    of_model = [
+        (names[id(parameter)], each.state.get(parameter, {}), group)
+        for each in optimizers
+        for group in each.param_groups
+        for parameter in group["params"]
+        if id(parameter) in names
+    ]
+    if not of_model:
         raise FlatnessError("optimizer= does not have the parameters of this model; it was made for another one.")
+    for name, state, group in of_model:
+        if all(moment in state for moment in MOMENTS):
+            first[name], second[name] = (state[moment] for moment in MOMENTS)
+            if of_step and group.get("amsgrad"):
+                second[name] = state["max_exp_avg_sq"]
+            epsilons[name] = float(group.get("eps", 1e-8))
     if not first:
         raise FlatnessError(
             f"The optimizer, {', '.join(type(each).__name__ for each in optimizers)}, keeps no exp_avg and exp_avg_sq: "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.model.generators import drawing, generators_kept
+from lightning_flatness.model.isolation import random_states_kept
 
 # Names by which batches call what goes into a model, and what should come out.
 INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data")
@@ -31,6 +33,25 @@ def batches_on(model: nn.Module, batches: Iterable[Any]) -> Generator[Any]:
     with generators_kept(drawing(batches)):
         for batch in batches:
             yield apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
+
+
+@contextmanager
+def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterator[tuple[Any, Tensor | None]]]:
+    """Inputs and targets of batches, on the model's device, read with the same random numbers every time.
+
+    Random states, also those of the loader and its data set, are restored on leaving.
+
+    Args:
+        model: on whose device.
+        batches: as users give them, see :func:`split_batch`.
+
+    Example:
+        >>> with paired_batches(nn.Linear(2, 1), [torch.zeros(3, 2)]) as pairs:
+        ...     [(inputs.shape, targets) for inputs, targets in pairs]
+        [(torch.Size([3, 2]), None)]
+    """
+    with random_states_kept(model), closing(batches_on(model, batches)) as moved:
+        yield map(split_batch, moved)
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
@@ -70,14 +91,14 @@ def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
         entries = batch._asdict()
     else:
         entries = dict(batch) if isinstance(batch, Mapping) else {}
-    found = [
+    inputs, targets = (
         [key for key, value in entries.items() if str(key).lower() in names and isinstance(value, Tensor)]
         for names in (INPUTS, TARGETS)
-    ]
-    if len(found[0]) != 1 or len(found[1]) != 1:
+    )
+    if len(inputs) != 1 or len(targets) != 1:
         return None
-    # Numbers of samples and the like may come along; what has two dimensions or more may be another input.
-    others = [value for key, value in entries.items() if key not in (*found[0], *found[1])]
+    # Counts and the like may be left out; a tensor of two dimensions or more may be another input.
+    others = [value for key, value in entries.items() if key not in (*inputs, *targets)]
     if any(isinstance(value, Tensor) and value.ndim > 1 for value in others):
         return None
-    return entries[found[0][0]], entries[found[1][0]]
+    return entries[inputs[0]], entries[targets[0]]

@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import FlatnessError, LandscapeError
+from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, Loss, direction_norm, inner_product
 from lightning_flatness.measure.axes import find_axes
 from lightning_flatness.measure.landscape_options import LandscapeOptions
-from lightning_flatness.measure.loss_sums import Data, Sums
-from lightning_flatness.measure.progress import progress_bar
-from lightning_flatness.measure.ranks import gather, own_rank
+from lightning_flatness.measure.landscape_points import completed, resumed
+from lightning_flatness.measure.loss_sums import RepeatedBatches
+from lightning_flatness.measure.ranks import own_rank
 from lightning_flatness.measure.spectrum import SpectrumOptions, spectrum_of
 from lightning_flatness.model.copy import measured
 from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.named_tensors import NamedTensors
 from lightning_flatness.model.points import Points
-from lightning_flatness.results import SETTINGS, LandscapeResult
+from lightning_flatness.results import LandscapeResult
 
 
 def loss_landscape(
@@ -148,131 +147,65 @@ def landscape_of(
     progress: bool | None = None,
 ) -> LandscapeResult:
     """:func:`loss_landscape` with options that have been checked."""
-    coordinates, criterion, precision = options.coordinates, options.loss_function, options.measuring_dtype
+    precision = options.measuring_dtype
     tensors = NamedTensors(model)
-    data = Data(model, batches, criterion)
-    still = tensors.frozen(options.frozen)
+    repeated = RepeatedBatches(model, batches, options.loss_function)
+    frozen = tensors.frozen(options.frozen)
     with isolated(model), torch.no_grad():
-        weights = {name: measured(tensors[name].detach(), precision) for name in set(tensors.first_names.values())}
-        moving = [name for name, tensor in tensors.parameters.items() if tensor.requires_grad and name not in still]
-        found = find_axes(
+        names = set(tensors.first_names.values())
+        weights = {name: measured(tensors[name].detach(), precision) for name in names}
+        moving = [name for name, tensor in tensors.parameters.items() if tensor.requires_grad and name not in frozen]
+        axes = find_axes(
             options,
             tensors,
             weights,
-            still,
+            frozen,
             optimizer=optimizer,
             eigenvectors=lambda number: _eigenvectors(model, batches, options, moving, number),
         )
-        points = Points(model, tensors, found.directions, found.epsilons, precision)
-        origin = data.at_origin(points)
-        directions = found.directions[: len(coordinates)]
+        points = Points(model, tensors, axes.directions, axes.epsilons, precision)
+        origin = repeated.at_origin(points)
+        directions = axes.directions[: len(axes.names)]
         norms = [direction_norm(direction) for direction in directions]
+        shape = [len(coordinates) for coordinates in options.coordinates]
+        mean, accuracy = origin.sums.mean, origin.sums.accuracy
         result = LandscapeResult(
-            axes=found.names,
-            coordinates=coordinates,
-            losses=_everywhere(coordinates, math.nan),
-            accuracies=None if origin.accuracy is None else _everywhere(coordinates, math.nan),
-            computed=_everywhere(coordinates, False),
-            origin_loss=origin.mean,
-            origin_accuracy=math.nan if origin.accuracy is not None and math.isnan(origin.mean) else origin.accuracy,
+            axes=axes.names,
+            coordinates=options.coordinates,
+            losses=torch.full(shape, math.nan, dtype=torch.float64),
+            accuracies=None if accuracy is None else torch.full(shape, math.nan, dtype=torch.float64),
+            computed=torch.zeros(shape, dtype=torch.bool),
+            origin_loss=mean,
+            origin_accuracy=math.nan if accuracy is not None and math.isnan(mean) else accuracy,
             axis_norms=tuple(norms),
             cosine=inner_product(*directions) / math.prod(norms) if len(directions) == 2 else math.nan,
-            weight_norm=direction_norm({name: weights[name] for name in tensors.parameters if name not in still}),
-            normalize=", ".join(dict.fromkeys(found.units)),
+            weight_norm=direction_norm({name: weights[name] for name in tensors.parameters if name not in frozen}),
+            normalize=", ".join(dict.fromkeys(axes.units)),
             norm=options.norm,
             biases=options.biases,
             update=options.update,
             batch_norm=options.batch_norm,
             frozen=tuple(options.frozen),
-            loss=criterion.name,
-            num_samples=origin.num_samples,
+            loss=options.loss_function.name,
+            num_samples=origin.sums.num_samples,
             seed=options.seed,
             # Recomputed statistics depend on which samples go together.
-            fingerprint=points.fingerprint(data.batch_sizes if options.batch_norm == "recomputed" else None),
+            fingerprint=points.fingerprint(origin.batch_sizes if options.batch_norm == "recomputed" else None),
         )
         if resume is not None:
-            _take_over(result, resume)
-        _compute(result, points, data, origin, options.chunk, progress)
-    return result
-
-
-def _compute(
-    result: LandscapeResult, points: Points, data: Data, origin: Sums, chunk: int | None, progress: bool | None
-) -> None:
-    """Fill in the points that are missing, of all ranks."""
-    losses, computed = result.losses.flatten(), result.computed.flatten()
-    every = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
-    todo = [index for index in _outwards(result.coordinates).tolist() if not computed[index]]
-    size = chunk or data.chunk
-    sums, done = torch.zeros(2, len(losses), dtype=torch.float64), torch.zeros(len(losses), dtype=torch.bool)
-    failure: Exception | None = None
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(progress))
-        task = bar.add_task("Landscape", total=len(losses), completed=int(computed.sum()))
-        try:
-            for start in range(0, len(todo), size):
-                part = todo[start : start + size]
-                sums[:, part] = data.at(points, every[part], result.batch_norm == "recomputed")
-                for index in part:
-                    if result.batch_norm == "kept" and result.update == "add" and not every[index].any():
-                        data.check(float(sums[0, index]))
-                done[part] = True
-                bar.update(task, advance=len(part))
-        except KeyboardInterrupt:
-            pass
-        except Exception as error:
-            failure = error
-    told = gather((sums, done, None if failure is None else f"{type(failure).__name__}: {failure}"))
-    new = torch.stack([of_rank for _, of_rank, _ in told]).all(0)
-    total = torch.stack([of_rank for of_rank, _, _ in told]).sum(0)
-    # The records' tensors are filled in place: flatten() of what is contiguous is a view.
-    losses[new] = (total[0] / origin.normalizer)[new]
-    computed |= new
-    if result.accuracies is not None:
-        accuracies = torch.where(losses.isnan(), math.nan, total[1] / origin.counted)
-        result.accuracies.flatten()[new] = accuracies[new]
-    reasons = [f"rank {rank}: {reason}" for rank, (_, _, reason) in enumerate(told) if reason]
-    if reasons:
-        raise LandscapeError(
-            f"The landscape failed after {int(computed.sum())} of {len(computed)} points ({'; '.join(reasons)}). What "
-            "was computed is in the error's .result; give it as resume= to go on from there.",
-            result,
-        ) from failure
-    odd = int((computed & ~losses.isfinite()).sum())
+            result = resumed(result, resume)
+        result = completed(result, points, repeated, origin, options.chunk, progress)
+    odd = int((result.computed & ~result.losses.isfinite()).sum())
     if odd and own_rank() == 0:
-        warnings.warn(f"{odd} of {len(losses)} points of the landscape have no finite loss.", stacklevel=4)
-
-
-def _take_over(result: LandscapeResult, earlier: LandscapeResult) -> None:
-    """The points of an earlier result.
-
-    Raises:
-        FlatnessError: it is that of other settings, weights, axes, points or data.
-    """
-    if not isinstance(earlier, LandscapeResult):
-        raise FlatnessError(f"resume is a {type(earlier).__name__}; give the LandscapeResult of an earlier call.")
-    different = [name for name in SETTINGS if getattr(result, name) != getattr(earlier, name)]
-    same_points = [torch.equal(*pair) for pair in zip(result.coordinates, earlier.coordinates, strict=False)]
-    if len(result.coordinates) != len(earlier.coordinates) or not all(same_points):
-        different.append("coordinates")
-    same_loss = math.isclose(result.origin_loss, earlier.origin_loss, rel_tol=1e-5, abs_tol=1e-12)
-    both_nan = math.isnan(result.origin_loss) and math.isnan(earlier.origin_loss)
-    if result.num_samples != earlier.num_samples or not (same_loss or both_nan):
-        different.append("data")
-    if different:
-        meant = {"fingerprint": "weights, axes, precision or batches"}
-        named = ", ".join(meant.get(name, name) for name in different)
-        raise FlatnessError(f"resume= is another landscape; it differs in {named}. Call with what it was made with.")
-    result.losses.copy_(earlier.losses)
-    result.computed.copy_(earlier.computed)
-    if result.accuracies is not None and earlier.accuracies is not None:
-        result.accuracies.copy_(earlier.accuracies)
+        # Between here and the user is loss_landscape.
+        warnings.warn(f"{odd} of {result.losses.numel()} points of the landscape have no finite loss.", stacklevel=3)
+    return result
 
 
 def _eigenvectors(
     model: nn.Module, batches: Iterable[Any], options: LandscapeOptions, params: Sequence[str], number: int
 ) -> list[Direction]:
-    """Of the largest eigenvalues of the Hessian with respect to these parameters."""
+    """Eigenvectors of the largest eigenvalues of the Hessian with respect to these parameters."""
     of_spectrum = SpectrumOptions(
         loss=options.loss_function,
         dtype=options.dtype,
@@ -289,15 +222,3 @@ def _eigenvectors(
     if len(spectrum.eigenvalues) < number:
         raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
     return [spectrum.eigenvector(index) for index in range(number)]
-
-
-def _everywhere(coordinates: Sequence[Tensor], value: Any) -> Tensor:
-    dtype = torch.bool if isinstance(value, bool) else torch.float64
-    return torch.full([len(axis) for axis in coordinates], value, dtype=dtype)
-
-
-def _outwards(coordinates: Sequence[Tensor]) -> Tensor:
-    """The numbers of the points, from the middle of the grid outwards."""
-    offsets = [torch.linspace(-1, 1, len(axis), dtype=torch.float64) for axis in coordinates]
-    distances = torch.cartesian_prod(*offsets).reshape(-1, len(offsets)).square().sum(1)
-    return distances.round(decimals=9).argsort(stable=True)

@@ -1,10 +1,10 @@
-"""Passes over batches that give sums of losses, at the model's own weights and at others."""
+"""Losses summed over batches: at the model's own weights and at other points of a landscape."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import CrossEntropy, Loss
-from lightning_flatness.measure.batches import batches_on, split_batch
-from lightning_flatness.measure.ranks import gather
-from lightning_flatness.model.isolation import random_states_kept
+from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.ranks import gather, raise_on_all
 from lightning_flatness.model.points import Points
 
 CHUNK = 16
@@ -23,13 +22,13 @@ LIGHT_PASS = 5e7  # floating-point operations of one batch
 
 
 @dataclass(frozen=True)
-class Sums:
+class LossSums:
     """Sums over samples.
 
     Attributes:
-        loss: summed.
-        normalizer: what it is divided by.
-        num_samples: that count.
+        loss: of the losses.
+        normalizer: by which a mean loss divides.
+        num_samples: samples that count.
         correct: samples whose largest logit is that of their class.
         counted: samples with a class; 0 if targets are not class indices.
     """
@@ -40,34 +39,67 @@ class Sums:
     correct: float = 0.0
     counted: int = 0
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def mean(self) -> float:
-        """Of the loss."""
+        """The mean loss."""
         return self.loss / self.normalizer
 
     @property
     def accuracy(self) -> float | None:
-        """Part of the samples that is correct; None without classes."""
+        """Share of the samples with a class that are correct; None without classes."""
         return self.correct / self.counted if self.counted else None
 
 
-class Data:
-    """Batches that are gone through again and again, in the same order and with the same random numbers.
+@dataclass(frozen=True)
+class Origin:
+    """What a first pass at the model's own weights shows.
+
+    Attributes:
+        sums: over all ranks.
+        own: over the batches of this rank.
+        batch_sizes: of every rank.
+        num_samples: of this rank.
+        chunk: points that are worth computing at once.
+    """
+
+    sums: LossSums
+    own: LossSums
+    batch_sizes: list[list[int]]
+    num_samples: int
+    chunk: int
+
+    def check(self, loss: float) -> None:
+        """Refuse a summed loss of this rank, at the model's own weights, that is not that of the first pass.
+
+        Raises:
+            BatchError: they differ by more than rounding.
+        """
+        first = self.own.loss
+        if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self.own.normalizer:
+            raise BatchError(
+                f"The mean loss of the model is {self.own.mean:.6g} in one pass over the batches and "
+                f"{loss / self.own.normalizer:.6g} in another: random augmentation, or noise in the forward. Give "
+                "list(loader), and switch the noise off."
+            )
+
+
+class RepeatedBatches:
+    """Batches that are read again and again, in the same order and with the same random numbers.
 
     Args:
-        model: whose device they go to.
-        batches: as the user gives them.
+        model: on whose device.
+        batches: as users give them.
         loss: of one sample.
 
     Raises:
-        FlatnessError: they can be gone through only once.
+        FlatnessError: they can be read only once.
 
     Example:
-        >>> data = Data(nn.Identity(), [(torch.zeros(3, 4), torch.tensor([0, 1, 2]))], CrossEntropy())
-        >>> sum(len(targets) for _, targets in data.pairs())
+        >>> batches = RepeatedBatches(nn.Identity(), [(torch.zeros(3, 4), torch.tensor([0, 1, 2]))], CrossEntropy())
+        >>> sum(len(targets) for _, targets in batches.pairs())
         3
     """
 
@@ -78,87 +110,63 @@ class Data:
                 "list of (inputs, targets) or a DataLoader."
             )
         self._model, self._batches, self._loss = model, batches, loss
-        self._origin = Sums()  # of this rank
-        self.batch_sizes: list[list[int]] = []  # of every rank, known after the pass at the origin
-        self.chunk = 1  # points that pay to be taken at once, known after the pass at the origin
 
     def pairs(self) -> Generator[tuple[Any, Tensor]]:
-        """Inputs and targets of every batch with samples.
+        """Inputs and targets of every batch with samples; close it to restore random states.
 
         Raises:
             BatchError: a batch without targets.
         """
-        with random_states_kept(self._model), closing(batches_on(self._model, self._batches)) as batches:
-            for batch in batches:
-                inputs, targets = split_batch(batch)
+        with paired_batches(self._model, self._batches) as pairs:
+            for inputs, targets in pairs:
                 if targets is None:
                     raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
                 if targets.ndim == 0 or len(targets):
                     yield inputs, targets
 
-    def at_origin(self, points: Points) -> Sums:
-        """At the model's own weights, over all ranks.
+    def at_origin(self, points: Points) -> Origin:
+        """Sums at the model's own weights, over all ranks. A collective.
 
         Raises:
-            BatchError: there is no sample on any rank; what the first rank that failed says.
+            BatchError: no sample on any rank, or an error on another rank.
         """
-        own, failure = Sums(), None
+        own, failure = LossSums(), None
         sizes: list[int] = []
+        chunk = 1
         try:
             with closing(self.pairs()) as pairs:
                 for inputs, targets in pairs:
-                    own = own + self._own(points.own_logits(inputs), targets)
+                    own = own + self._sums(points.own_logits(inputs), targets)
                     if not sizes:
                         first = inputs
                     sizes.append(len(targets))
-            self.chunk = _chunk_that_pays(points, first) if sizes else 1
+            chunk = _worthwhile_chunk(points, first) if sizes else 1
         except Exception as error:
             failure = error
-        told = gather((own, sizes, None if failure is None else f"{type(failure).__name__}: {failure}"))
-        if failure is not None:
-            raise failure
-        for rank, (_, _, reason) in enumerate(told):
-            if reason is not None:
-                raise BatchError(f"The loss of the model could not be computed on rank {rank}: {reason}")
-        self._origin, self.batch_sizes = own, [sizes for _, sizes, _ in told]
-        self._samples = sum(sizes)
-        total = sum((sums for sums, _, _ in told), Sums())
+        raise_on_all(failure)
+        ranks = gather((own, sizes))
+        total = sum((sums for sums, _ in ranks), LossSums())
         if not total.normalizer > 0:
             raise BatchError("No sample counts, so there is no loss. Is the data set empty?")
-        return total
+        return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
-    def _own(self, logits: Tensor, targets: Tensor) -> Sums:
-        targets = targets.to(logits.device)
-        if targets.ndim == 0 or len(targets) != len(logits):
-            raise BatchError(f"The batch has {len(logits)} logits and targets of shape {tuple(targets.shape)}.")
-        found = self._loss(logits, targets)
-        kept = self._with_class(logits, targets)
-        correct = 0.0 if kept is None else float(_correct(logits, targets, kept))
-        total = float(self._loss.total(logits, targets))
-        return Sums(total, found.normalizer, found.num_samples, correct, 0 if kept is None else int(kept.sum()))
+    def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:
+        """Sums of this rank at other points.
 
-    def check(self, loss: float) -> None:
-        """Refuse a summed loss of this rank, at the model's own weights, that is not that of the first pass.
+        Args:
+            points: of the model.
+            coordinates: ``(points, axes)``.
+            recompute: BatchNorm's statistics, at every point.
+            origin: of the first pass.
 
-        Raises:
-            BatchError: it is another, beyond rounding.
-        """
-        first = self._origin.loss
-        if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self._origin.normalizer:
-            raise BatchError(
-                f"The mean loss of the model is {first / self._origin.normalizer:.6g} in one pass over the batches and "
-                f"{loss / self._origin.normalizer:.6g} in another: random augmentation, or noise in the forward. Give "
-                "list(loader), and switch the noise off."
-            )
-
-    def at(self, points: Points, coordinates: Tensor, recompute: bool) -> Tensor:
-        """Summed losses, and correct samples, of this rank, ``(2, points)``; ``coordinates`` is ``(points, axes)``.
+        Returns:
+            ``(2, points)``, float64: summed losses, and numbers of correct samples.
 
         Raises:
             BatchError: the batches are not those of the first pass.
         """
         sums = torch.zeros(2, len(coordinates), dtype=torch.float64)
-        if not self._samples:
+        if not origin.num_samples:
             return sums
         state = points.at(coordinates)
         if recompute:
@@ -169,17 +177,28 @@ class Data:
             for inputs, targets in pairs:
                 logits = points.logits(state, inputs)
                 targets = targets.to(logits.device)
-                kept = self._with_class(logits[0], targets)
                 sums[0] += torch.stack([self._loss.total(one, targets) for one in logits]).cpu()
-                if kept is not None:
-                    sums[1] += _correct(logits, targets, kept).cpu()
+                counted = self._with_class(logits[0], targets)
+                if counted is not None:
+                    sums[1] += _num_correct(logits, targets, counted).cpu()
                 samples += len(targets)
-        if samples != self._samples:
+        if samples != origin.num_samples:
             raise BatchError(
-                f"A pass over the batches has {samples} samples, and the first one had {self._samples}; give a list or "
-                "a DataLoader that is the same every time."
+                f"A pass over the batches has {samples} samples, and the first one had {origin.num_samples}; give a "
+                "list or a DataLoader that is the same every time."
             )
         return sums
+
+    def _sums(self, logits: Tensor, targets: Tensor) -> LossSums:
+        targets = targets.to(logits.device)
+        if targets.ndim == 0 or len(targets) != len(logits):
+            raise BatchError(f"The batch has {len(logits)} logits and targets of shape {tuple(targets.shape)}.")
+        derivatives = self._loss(logits, targets)
+        sums = LossSums(float(self._loss.total(logits, targets)), derivatives.normalizer, derivatives.num_samples)
+        counted = self._with_class(logits, targets)
+        if counted is None:
+            return sums
+        return sums + LossSums(correct=float(_num_correct(logits, targets, counted)), counted=int(counted.sum()))
 
     def _with_class(self, logits: Tensor, targets: Tensor) -> Tensor | None:
         """Which samples have a class; None where targets are not class indices, as in regression."""
@@ -190,8 +209,8 @@ class Data:
         return targets != ignored if ignored is not None else torch.ones_like(targets, dtype=torch.bool)
 
 
-def _chunk_that_pays(points: Points, inputs: Any) -> int:
-    """Many points at once where a forward pass is mostly the calling of its operations, else one.
+def _worthwhile_chunk(points: Points, inputs: Any) -> int:
+    """Many points at once where calling operations takes most of a forward pass, else one.
 
     The numbers were measured, see ``docs/landscape.md``. The rule counts operations, not seconds, so that results are
     the same in every run.
@@ -201,9 +220,10 @@ def _chunk_that_pays(points: Points, inputs: Any) -> int:
         with counter:
             points.own_logits(inputs)
     except Exception:
-        return 1  # the counter does not know every operation; the forward itself has gone well before
+        return 1  # the counter does not know every operation; the forward itself has run before
     return CHUNK if counter.get_total_flops() < LIGHT_PASS else 1
 
 
-def _correct(logits: Tensor, targets: Tensor, kept: Tensor) -> Tensor:
-    return ((logits.argmax(-1) == targets) & kept).double().sum(-1)
+def _num_correct(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """Of ``logits`` ``(..., N, K)``, ``(...)`` float64."""
+    return ((logits.argmax(-1) == targets) & counted).double().sum(-1)

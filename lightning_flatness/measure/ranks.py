@@ -1,56 +1,104 @@
-"""What the processes of a distributed run tell each other, beside the sums of the metrics."""
+"""Values, sums and errors that the processes of ``torch.distributed`` share.
+
+All functions but :func:`own_rank` are collectives: call them on every rank or on none. A rank that raised alone would
+leave the others waiting, so an error is kept until the next of these calls, which raises it on all ranks.
+"""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, distributed
+
+from lightning_flatness.errors import BatchError, in_one_line
 
 Value = TypeVar("Value")
 
 
 def own_rank() -> int:
-    """Of this process; 0 without ``torch.distributed``.
+    """Number of this process; 0 without ``torch.distributed``.
 
     Example:
         >>> own_rank()
         0
     """
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return distributed.get_rank() if _is_distributed() else 0
 
 
 def gather(value: Value) -> list[Value]:
-    """The value of every rank, in order; without ``torch.distributed``, a list of the one.
-
-    A collective: call it on every rank or on none.
+    """The values of all ranks, in order; without ``torch.distributed``, a list of the one.
 
     Args:
-        value: anything that can be pickled; small.
+        value: anything small that can be pickled.
 
     Example:
         >>> gather("here")
         ['here']
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not _is_distributed():
         return [value]
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, value)
     return gathered
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks; without ``torch.distributed``, the tensor itself.
-
-    A collective: call it on every rank or on none, with the same shape.
+def failed_ranks(error: Exception | str | None) -> dict[int, str]:
+    """Messages of the ranks that have an error, by rank.
 
     Args:
-        tensor: on a device that the process group can take; it may be overwritten.
+        error: of this rank, or its message; None if all went well.
 
     Example:
-        >>> import torch
+        >>> failed_ranks(None), failed_ranks(KeyError("w"))
+        ({}, {0: "KeyError: 'w'"})
+    """
+    messages = gather(in_one_line(error) if isinstance(error, Exception) else error)
+    return {rank: message for rank, message in enumerate(messages) if message is not None}
+
+
+def raise_on_all(error: Exception | None) -> None:
+    """Raise an error that any rank has on all ranks.
+
+    Args:
+        error: of this rank; it is raised as it is.
+
+    Raises:
+        BatchError: another rank has an error; the message names the first such rank and what it says.
+
+    Example:
+        >>> raise_on_all(None)
+    """
+    failed = failed_ranks(error)
+    if error is not None:
+        raise error
+    for rank, message in failed.items():
+        raise BatchError(f"Rank {rank} failed: {message}")
+
+
+def sum_over_ranks(tensor: Tensor, error: Exception | None = None) -> Tensor:
+    """The sum of a tensor over all ranks; without ``torch.distributed``, the tensor itself.
+
+    Args:
+        tensor: ``(n,)``, of the same length on all ranks, on a device that the process group can take.
+        error: of this rank, whose numbers then do not count.
+
+    Raises:
+        BatchError: see :func:`raise_on_all`; so is the error itself.
+
+    Example:
         >>> sum_over_ranks(torch.ones(2))
         tensor([1., 1.])
     """
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
+    if not _is_distributed():
+        raise_on_all(error)
+        return tensor
+    total = torch.cat([tensor, tensor.new_full((1,), float(error is not None))])
+    distributed.all_reduce(total)
+    if float(total[-1]):  # the messages are gathered only where there are some
+        raise_on_all(error)
+    return total[:-1]
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from lightning_flatness.checks import check_positive, check_whole, check_word
-from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import (
     Eigenpairs,
     Loss,
@@ -22,10 +22,9 @@ from lightning_flatness.functional import (
     spectrum_criteria,
     top_eigenpairs,
 )
-from lightning_flatness.measure.batches import batches_on, split_batch
+from lightning_flatness.measure.mean_hessian import MeanHessian
 from lightning_flatness.measure.progress import progress_bar
-from lightning_flatness.measure.ranks import sum_over_ranks
-from lightning_flatness.model.hessian import LossCurvature, LossSums
+from lightning_flatness.model.hessian import LossCurvature
 from lightning_flatness.model.isolation import differentiable, random_states_kept
 from lightning_flatness.model.options import MeasuringOptions
 from lightning_flatness.results import CRITERIA, SpectrumResult
@@ -154,43 +153,37 @@ def spectrum_of(
     model: nn.Module, batches: Iterable[Any], options: SpectrumOptions, progress: bool | None = None
 ) -> SpectrumResult:
     """:func:`hessian_spectrum` with options that have been checked."""
-    if isinstance(batches, Iterator):
-        raise BatchError(
-            f"The batches are a {type(batches).__name__}, which can be read only once, and every product with the "
-            "Hessian reads them all. Give a DataLoader, or list(batches)."
-        )
-    num_probes, num_steps = options.num_probes, options.num_steps
+    num_probes = options.num_probes
     with random_states_kept(model), differentiable(model), torch.no_grad():
         curvature = LossCurvature(model, options.loss_function, options.params, options.matrix, options.measuring_dtype)
-        operator = _MeanOperator(model, curvature, batches)
-        size, precise = curvature.size, curvature.dtype == torch.float64
-        top_k = min(options.top_k, size)
+        hessian = MeanHessian(model, curvature, batches)
+        size, rounding = curvature.size, torch.finfo(curvature.dtype).eps
+        top_k, num_steps = min(options.top_k, size), min(options.num_steps, size)
         rows = min(max(num_steps, 2 * top_k + 20), size)
         basis = torch.empty(rows, size, dtype=curvature.dtype, device=curvature.device)
         generator = torch.Generator().manual_seed(options.seed)
-        tolerance = (1e-7 if precise else 1e-4) if options.tolerance is None else options.tolerance
-        found = Eigenpairs(torch.zeros(0).double(), basis[:0].clone(), torch.zeros(0).double(), 0)
+        tolerance = options.tolerance or (1e-7 if curvature.dtype == torch.float64 else 1e-4)
+        top = Eigenpairs(torch.zeros(0).double(), basis[:0].clone(), torch.zeros(0).double(), 0)
         with progress_bar(progress) as bar:
             if top_k:
-                operator.tell = _teller(bar, "Eigenvalues", options.max_products + top_k)
-                found = top_eigenpairs(operator, basis, top_k, generator, tolerance, options.max_products)
-            operator.tell = _teller(bar, "Density", num_probes * min(num_steps, size))
+                product = _advancing(bar, "Eigenvalues", options.max_products + top_k, hessian)
+                top = top_eigenpairs(product, basis, top_k, generator, tolerance, options.max_products)
+            product = _advancing(bar, "Density", num_probes * num_steps, hessian)
             probes, traces = [], []
             for _ in range(num_probes):
                 probe = torch.randint(2, (size,), generator=generator, device="cpu").mul(2).sub(1).to(basis)
-                probes.append(lanczos_quadrature(operator, probe, basis[:num_steps], generator))
-                _certify_symmetric(probes[-1], curvature.dtype)
-                traces.append(_trace(probes[-1], probe, found))
+                probes.append(lanczos_quadrature(product, probe, basis[:num_steps], generator))
+                _certify_symmetric(probes[-1], rounding)
+                traces.append(_trace(probes[-1], probe, top))
     values, weights = torch.stack([p.values for p in probes]), torch.stack([p.weights for p in probes])
-    zero = 10 * torch.finfo(curvature.dtype).eps
-    criteria = spectrum_criteria(values, weights, options.exponent, curvature.weight_norm**2, zero)
+    criteria = spectrum_criteria(values, weights, options.exponent, curvature.weight_norm**2, zero=10 * rounding)
     kind, agreeing = Counter(criteria.kinds).most_common(1)[0]
     each = {name: getattr(criteria, name) for name in CRITERIA}
-    accuracy = tolerance * found.values.abs() + 100 * torch.finfo(curvature.dtype).eps * values.abs().max()
+    accuracy = tolerance * top.values.abs() + 100 * rounding * values.abs().max()
     return SpectrumResult(
-        eigenvalues=found.values,
-        eigenvectors=found.vectors.cpu(),
-        residuals=found.residuals,
+        eigenvalues=top.values,
+        eigenvectors=top.vectors.cpu(),
+        residuals=top.residuals,
         trace=sum(traces) / num_probes,
         trace_stderr=_deviation(torch.tensor(traces, dtype=torch.float64)) / math.sqrt(num_probes),
         ritz_values=values,
@@ -201,80 +194,30 @@ def spectrum_of(
         exponent=options.exponent,
         num_steps=values.shape[1],
         num_probes=num_probes,
-        num_products=operator.num_products,
+        num_products=hessian.num_products,
         parameters=curvature.shapes,
         weight_norm=curvature.weight_norm,
-        num_samples=operator.num_samples,
-        loss=operator.loss,
+        num_samples=hessian.num_samples,
+        loss=hessian.loss,
         loss_name=options.loss_function.name,
         matrix=options.matrix,
-        converged=bool((found.residuals <= 2 * accuracy).all()),
+        converged=bool((top.residuals <= 2 * accuracy).all()),
     )
 
 
-class _MeanOperator:
-    """Products of the matrix of the mean loss over all batches of all ranks with vectors."""
-
-    def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any]) -> None:
-        self._model, self._curvature, self._batches = model, curvature, batches
-        self.tell: Callable[[], None] = lambda: None
-        self.num_products = 0
-        loss, normalizer, num_samples = self._pass(None)[:3].tolist()
-        if not normalizer > 0:
-            raise BatchError("No sample was measured, so there is no spectrum. Is the data set empty?")
-        self._loss, self._normalizer, self.num_samples = loss, normalizer, round(num_samples)
-        self.loss = loss / normalizer
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        sums = self._pass(vector)
-        self.num_products += 1
-        self.tell()
-        loss = float(sums[0])
-        # The loss comes with every product, so data that change are seen. In float32 the order of samples matters.
-        error = max(1e-9, 1e3 * torch.finfo(self._curvature.dtype).eps)
-        if abs(loss - self._loss) > error * max(abs(self._loss), abs(loss)):
-            raise BatchError(
-                f"The mean loss over all batches is {loss / self._normalizer:.9g} in one pass and {self.loss:.9g} in "
-                "another, so there is no one Hessian: random augmentation, a loader with a generator of its own and "
-                "drop_last, or noise in the forward. Give list(loader), and switch the noise off."
-            )
-        mean: Tensor = sums[3:] / self._normalizer
-        return mean.to(vector)
-
-    def _pass(self, vector: Tensor | None) -> Tensor:
-        """``[loss, normalizer, samples, product...]``, summed over batches and ranks; an error is one on all ranks."""
-        error: Exception | None = None
-        found = LossSums()
-        try:
-            # The same shuffle in every pass.
-            with random_states_kept(self._model), closing(batches_on(self._model, self._batches)) as batches:
-                found = self._curvature.sums(map(split_batch, batches), vector)
-        except Exception as caught:
-            error = caught
-        product = torch.zeros(0 if vector is None else self._curvature.size) if found.product is None else found.product
-        failed = float(error is not None)
-        numbers = torch.tensor([failed, found.loss, found.normalizer, found.num_samples], dtype=torch.float64)
-        total = sum_over_ranks(torch.cat([numbers.to(self._curvature.device), product.to(self._curvature.device)]))
-        if error is not None:
-            raise error
-        if float(total[0]):
-            raise BatchError("Another rank has failed to measure its batches; its own error says why.")
-        return total[1:]
-
-
-def _trace(quadrature: Quadrature, probe: Tensor, found: Eigenpairs) -> float:
+def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
     """Hutchinson's estimate from one probe, with the part of known vectors exact instead of estimated.
 
     The vectors do not depend on the probe, so the mean is the trace however well they have converged.
     """
     size = len(probe)
-    overlaps = (found.vectors @ (probe / math.sqrt(size))).double().cpu().square()
-    return size * quadrature.rayleigh - float((found.values * (size * overlaps - 1)).sum())
+    overlaps = (top.vectors @ (probe / math.sqrt(size))).double().cpu().square()
+    return size * quadrature.rayleigh - float((top.values * (size * overlaps - 1)).sum())
 
 
-def _certify_symmetric(quadrature: Quadrature, dtype: torch.dtype) -> None:
+def _certify_symmetric(quadrature: Quadrature, rounding: float) -> None:
     """Every Hessian is symmetric; what autograd makes of wrong derivatives need not be."""
-    if quadrature.asymmetry > 10 * math.sqrt(torch.finfo(dtype).eps):
+    if quadrature.asymmetry > 10 * math.sqrt(rounding):
         raise LayerSelectionError(
             f"Products with the Hessian are not symmetric (by {quadrature.asymmetry:.0e}, relative), so they are not "
             "the Hessian's: torch's parametrizations.weight_norm, an autograd.Function whose backward is not its "
@@ -286,6 +229,13 @@ def _deviation(numbers: Tensor) -> float:
     return float(numbers.std()) if len(numbers) > 1 else math.nan
 
 
-def _teller(bar: Any, name: str, total: int) -> Callable[[], None]:
+def _advancing(bar: Progress, name: str, total: int, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same product, which advances a task of the bar."""
     task = bar.add_task(name, total=total)
-    return lambda: bar.advance(task)
+
+    def advancing(vector: Tensor) -> Tensor:
+        image = product(vector)
+        bar.advance(task)
+        return image
+
+    return advancing

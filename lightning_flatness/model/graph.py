@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,19 +154,77 @@ def random_like(tensor: Tensor, stream: int = 0) -> Tensor:
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor)
 
 
-def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
-    """Whether first derivatives hide that a custom function behind it cannot be differentiated again.
+@dataclass(frozen=True)
+class NoSecondDerivative:
+    """Why torch cannot differentiate first derivatives again.
 
-    Autograd raises an error only when it passes the mark that such a function leaves, and there is no way past it to
-    the layer's output; so the mark itself is looked for.
+    Attributes:
+        marked: a custom function is marked ``once_differentiable``; else torch lacks the derivative of an operation.
+        message: which, in torch's words.
     """
-    seen: set[Any] = set()
+
+    marked: bool
+    message: str
+
+
+def second_derivatives(
+    derivatives: Sequence[Tensor | None],
+    directions: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    retain_graph: bool = False,
+) -> Sequence[Tensor | None] | NoSecondDerivative:
+    """Gradients of ``sum_i <derivatives[i], directions[i]>``, or why torch has none.
+
+    Args:
+        derivatives: first derivatives, in their graph; those that are None or constant add nothing.
+        directions: of the same shapes.
+        inputs: with respect to which to differentiate.
+        retain_graph: keep the graph for further derivatives.
+
+    Returns:
+        One gradient for every input; None for an input that the derivatives do not depend on.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> (first,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
+        >>> second_derivatives([first], [torch.ones(2)], [x])
+        (tensor([ 6., 12.]),)
+    """
+    pairs = [
+        (derivative, direction)
+        for derivative, direction in zip(derivatives, directions, strict=True)
+        if derivative is not None and derivative.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    curved, along = zip(*pairs, strict=True)
+    if differentiable_once(curved):
+        return NoSecondDerivative(True, "a backward marked once_differentiable")
+    try:
+        return torch.autograd.grad(curved, inputs, along, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:  # NotImplementedError is one
+        if not any(text in str(error) for text in NOT_DIFFERENTIABLE):
+            raise
+        return NoSecondDerivative(False, str(error))
+
+
+# What torch says where an operation has a first derivative and no second.
+NOT_DIFFERENTIABLE = ("derivative for", "not implemented", "double backward", "double-backward")
+
+
+def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
+    """Whether the graph of first derivatives has a custom function that cannot be differentiated again.
+
+    Such a function leaves an error node, which ends the graph: autograd raises it only where a path leads to it, and
+    passes over in silence that no path leads on to the inputs.
+    """
+    visited: set[Any] = set()
     nodes = [derivative.grad_fn for derivative in derivatives]
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if node.name().endswith("Error"):
             return True
         nodes += [following for following, _ in node.next_functions]

@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, is_out_of_memory
+from lightning_flatness.errors import BatchError, LayerSelectionError, explained, is_out_of_memory
 from lightning_flatness.functional import Loss
 from lightning_flatness.model.copy import ModelCopy, measuring_device
-from lightning_flatness.model.graph import differentiable_once
+from lightning_flatness.model.graph import NoSecondDerivative, second_derivatives
 from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.logits import logits_of
-from lightning_flatness.model.names import lies_in, plain_name
+from lightning_flatness.model.parameters import choose_parameters
 from lightning_flatness.model.rows import num_rows, twice
 
 Matrix = Literal["hessian", "gauss_newton"]
-# What torch says where an operation has a first derivative and no second.
-NO_SECOND_DERIVATIVE = ("derivative for", "once_differentiable", "double backward", "double-backward")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossSums:
-    """Sums over the samples of some batches; means follow by division by ``normalizer``."""
+    """Sums over samples; means follow by division by ``normalizer``."""
 
     loss: float = 0.0
     normalizer: float = 0.0
@@ -44,7 +43,7 @@ class LossCurvature:
     Args:
         model: any module that returns logits ``(N, K)``.
         loss: of :func:`~lightning_flatness.functional.find_loss`.
-        params: which parameters, see :func:`choose_parameters`.
+        params: which parameters, see :func:`~lightning_flatness.model.parameters.choose_parameters`.
         matrix: ``"hessian"`` or ``"gauss_newton"``, that is ``Σ Jᵀ Λ J`` with ``Λ`` the loss's Hessian at the logits.
         dtype: to compute in; by default the model's own, at least float32.
 
@@ -73,26 +72,31 @@ class LossCurvature:
             self._copy = ModelCopy(model, dtype)
             # They share memory with the copies.
             self._leaves = [self._copy.copy_of(parameter).detach().requires_grad_() for parameter in chosen.values()]
-        self._certified = False
         self._replacements = dict(zip(chosen.values(), self._leaves, strict=True))
+        self._sizes = [leaf.numel() for leaf in self._leaves]
+        self._depends = False  # the loss on the parameters, as a product has shown
         self.shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
         self.dtype = torch.float32
         for leaf in self._leaves:
             self.dtype = torch.promote_types(self.dtype, leaf.dtype)
         self.device = measuring_device(self._leaves[0].device)
-        self.size = sum(leaf.numel() for leaf in self._leaves)
+        self.size = sum(self._sizes)
         self.weight_norm = float(torch.stack([leaf.detach().double().norm().cpu() for leaf in self._leaves]).norm())
 
     def sums(self, batches: Iterable[tuple[Any, Tensor | None]], vector: Tensor | None = None) -> LossSums:
-        """The loss summed over batches and, with a vector ``(D,)``, the product; without one, the checked normalizer.
+        """The loss summed over batches, and its product with a vector.
+
+        Args:
+            batches: inputs and targets.
+            vector: ``(D,)``; without one, targets are checked and the normalizer is computed instead of a product.
 
         Raises:
             BatchError: logits or targets that cannot be measured, a loss or product that is not finite, no memory.
             LayerSelectionError: the forward has no second derivative.
         """
-        found = LossSums()
-        if vector is not None:
-            found.product = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        loss = normalizer = 0.0
+        num_samples = 0
+        product = None if vector is None else torch.zeros(self.size, dtype=torch.float64, device=self.device)
         for index, (inputs, targets) in enumerate(batches):
             samples = num_rows(inputs, targets)
             if not samples:
@@ -104,78 +108,71 @@ class LossCurvature:
             if samples == 1:
                 inputs, targets = twice(inputs), twice(targets)
             with _explained(index), isolated(self._model):
-                self._add(found, inputs, targets, share, vector)
-            if not abs(found.loss) < float("inf"):
+                with torch.set_grad_enabled(vector is not None):
+                    logits = logits_of(self._copy(inputs, self._replacements))
+                targets = targets.to(logits.device, copy=True)  # an ordinary tensor also under inference mode
+                if vector is None or product is None:
+                    derivatives = self._loss(logits, targets)
+                    loss += share * float(self._loss.total(logits, targets))
+                    normalizer += share * derivatives.normalizer
+                    num_samples += round(share * derivatives.num_samples)
+                else:
+                    loss += share * self._add_product(product, logits, targets, vector, share)
+            if not isfinite(loss):
                 raise BatchError(f"The loss of batch {index} is not finite, so it has no Hessian.")
-        if found.product is not None and not bool(found.product.isfinite().all()):
+        if product is not None and not bool(product.isfinite().all()):
             raise BatchError(
                 "A product with the Hessian is not finite: the second derivative does not exist there (a square root "
                 "or norm at zero?) or overflows. dtype='float64' may help."
             )
-        return found
+        return LossSums(loss, normalizer, num_samples, product)
 
-    def _add(self, found: LossSums, inputs: Any, targets: Tensor, share: float, vector: Tensor | None) -> None:
-        with torch.set_grad_enabled(vector is not None):
-            logits = logits_of(self._copy(inputs, self._replacements))
-        targets = targets.to(logits.device, copy=True)  # an ordinary tensor also under inference mode
-        if vector is None or found.product is None:
-            derivatives = self._loss(logits, targets)
-            found.loss += share * float(self._loss.total(logits, targets))
-            found.normalizer += share * derivatives.normalizer
-            found.num_samples += round(share * derivatives.num_samples)
-            return
-        pieces = [
-            piece.reshape(leaf.shape).to(leaf)
-            for piece, leaf in zip(vector.split([leaf.numel() for leaf in self._leaves]), self._leaves, strict=True)
+    def _add_product(self, total: Tensor, logits: Tensor, targets: Tensor, vector: Tensor, share: float) -> float:
+        """Add ``share`` of the product for one batch to ``total`` ``(D,)`` in place, and return the batch's loss."""
+        parts = [
+            part.reshape(leaf.shape).to(leaf)
+            for part, leaf in zip(vector.split(self._sizes), self._leaves, strict=True)
         ]
-        of_batch = self._hessian if self._matrix == "hessian" else self._gauss_newton
-        value, products = of_batch(logits, targets, pieces)
-        found.loss += share * value
-        start = 0
-        for leaf, product in zip(self._leaves, products, strict=True):
-            if product is not None:
-                part = found.product[start : start + leaf.numel()]
-                dense = product.to_dense() if product.is_sparse else product  # nn.Embedding(sparse=True)
-                part.add_(dense.flatten().to(part.device), alpha=share)
-            start += leaf.numel()
+        product = self._hessian_product if self._matrix == "hessian" else self._gauss_newton_product
+        loss, products = product(logits, targets, parts)
+        for sums, gradient in zip(total.split(self._sizes), products, strict=True):
+            if gradient is not None:
+                dense = gradient.to_dense() if gradient.is_sparse else gradient  # nn.Embedding(sparse=True)
+                sums.add_(dense.flatten().to(sums.device), alpha=share)
+        return float(loss.detach())
 
-    def _certify(self, gradients: Sequence[Tensor | None]) -> None:
-        """In the first product, refuse what autograd passes over in silence: no path leads on from such a node."""
-        if not self._certified:
-            there = [gradient for gradient in gradients if gradient is not None]
-            if not there:
-                names = list(self.shapes)
-                raise LayerSelectionError(
-                    f"The loss does not depend on {', '.join(names[:5])}{', ...' if names[5:] else ''}: not used in "
-                    "the forward, behind detach() or no_grad(), or within reentrant gradient checkpointing. Choose "
-                    "others with params=."
-                )
-            if differentiable_once(there):
-                raise RuntimeError("a backward marked once_differentiable")
-            self._certified = True
-
-    def _hessian(
+    def _hessian_product(
         self, logits: Tensor, targets: Tensor, vector: Sequence[Tensor]
-    ) -> tuple[float, Sequence[Tensor | None]]:
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
         loss = self._loss.total(logits, targets)
-        gradients = _gradients(loss, self._leaves, create_graph=True)
-        self._certify(gradients)
-        return float(loss.detach()), _pulled_back(gradients, vector, self._leaves)
+        gradients = self._certified(_gradients(loss, self._leaves, create_graph=True))
+        return loss, _second(gradients, vector, self._leaves)
 
-    def _gauss_newton(
+    def _gauss_newton_product(
         self, logits: Tensor, targets: Tensor, vector: Sequence[Tensor]
-    ) -> tuple[float, Sequence[Tensor | None]]:
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
         f = logits.detach().requires_grad_()
         loss = self._loss.total(f, targets)
         # J v from reverse mode alone, which every operation has: Jᵀu is linear in u, and its derivative there is J.
         u = torch.zeros_like(f, requires_grad=True)
-        gradients = _gradients(logits, self._leaves, u, create_graph=True)
-        self._certify(gradients)
-        (forward,) = _pulled_back(gradients, vector, [u])
+        gradients = self._certified(_gradients(logits, self._leaves, u, create_graph=True))
+        (forward,) = _second(gradients, vector, [u])
         if forward is None:
-            return float(loss.detach()), [None] * len(self._leaves)
-        (column,) = _pulled_back(_gradients(loss, [f], create_graph=True), [forward], [f])
-        return float(loss.detach()), _gradients(logits, self._leaves, column)
+            return loss, [None] * len(self._leaves)
+        (column,) = _second(_gradients(loss, [f], create_graph=True), [forward], [f])
+        return loss, _gradients(logits, self._leaves, column)
+
+    def _certified(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients, once the first batch has shown that there are some."""
+        self._depends = self._depends or any(gradient is not None for gradient in gradients)
+        if not self._depends:
+            names = list(self.shapes)
+            raise LayerSelectionError(
+                f"The loss does not depend on {', '.join(names[:5])}{', ...' if names[5:] else ''}: not used in "
+                "the forward, behind detach() or no_grad(), or within reentrant gradient checkpointing. Choose "
+                "others with params=."
+            )
+        return gradients
 
 
 def _gradients(
@@ -187,94 +184,27 @@ def _gradients(
     return torch.autograd.grad(output, inputs, weight, create_graph=create_graph, allow_unused=True)
 
 
-def _pulled_back(
-    outputs: Sequence[Tensor | None], weights: Sequence[Tensor], inputs: Sequence[Tensor]
+def _second(
+    gradients: Sequence[Tensor | None], vector: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    """Gradients of several outputs at once, leaving out those that are constants."""
-    pairs = [
-        (output, weight)
-        for output, weight in zip(outputs, weights, strict=True)
-        if output is not None and output.requires_grad
-    ]
-    if not pairs:
-        return [None] * len(inputs)
-    some, their = zip(*pairs, strict=True)
-    return torch.autograd.grad(some, inputs, their, allow_unused=True)
+    second = second_derivatives(gradients, vector, inputs)
+    if isinstance(second, NoSecondDerivative):
+        raise LayerSelectionError(
+            f"The model or the loss has an operation without a second derivative ({second.message}). Replace it for "
+            "the measurement, or choose params= behind it, whose gradient does not pass it."
+        )
+    return second
 
 
 @contextmanager
 def _explained(index: int) -> Iterator[None]:
-    """Errors of torch that have a reason and a remedy."""
+    """Raise errors of torch that have a reason and a remedy in plain words."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one
         if is_out_of_memory(error):
             raise BatchError(f"Out of memory in batch {index}. Give smaller batches, or choose params=.") from error
-        if any(text in str(error) for text in NO_SECOND_DERIVATIVE):
-            raise LayerSelectionError(
-                f"The model or the loss has an operation without a second derivative ({error}). Replace it for the "
-                "measurement, or choose params= behind it, whose gradient does not pass it."
-            ) from error
-        if "use_reentrant" in str(error):
-            raise LayerSelectionError(
-                "The forward uses gradient checkpointing of the reentrant kind, which has no second derivative. Use "
-                "checkpoint(..., use_reentrant=False), or checkpoint only `if self.training`."
-            ) from error
-        if "modified by an inplace operation" in str(error):
-            raise LayerSelectionError(
-                f"The forward changes a tensor in place that autograd needs ({error}). Use the out-of-place operation "
-                "there, e.g. x = x + y for x += y."
-            ) from error
-        raise
-
-
-def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, by name, in the model's order; tied ones once.
-
-    Args:
-        model: any.
-        params: names or glob patterns, or a list of them, of parameters or of modules (all parameters in them); None
-            for all. Frozen parameters are left out.
-
-    Raises:
-        LayerSelectionError: a pattern matches nothing, or only what is frozen.
-        FlatnessError: something else than names.
-
-    Example:
-        >>> list(choose_parameters(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)), ["0", "*.bias"]))
-        ['0.weight', '0.bias', '2.bias']
-    """
-    patterns = [params] if isinstance(params, str) else ["*"] if params is None else params
-    if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) and p for p in patterns):
-        raise FlatnessError(
-            f"params={params!r}: give None for all parameters, or names or glob patterns of parameters or modules."
-        )
-    named = [(plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
-    chosen: set[int] = set()
-    for pattern in patterns:
-        matched = [(name, p) for name, p in named if lies_in(pattern, name)]
-        if not matched:
-            raise LayerSelectionError(
-                f"params={pattern!r} matches no parameter and no module that has some. There are: {_listed(named)}."
-            )
-        trainable = [p for _, p in matched if p.requires_grad and p.numel()]
-        if not trainable:
-            raise LayerSelectionError(
-                f"All parameters that {'there are' if params is None else f'params={pattern!r} matches'} are frozen or "
-                f"empty: {_listed(matched)}. Frozen parameters are left out; set requires_grad on those to measure."
-            )
-        chosen |= {id(p) for p in trainable}
-    found: dict[str, nn.Parameter] = {}
-    for name, parameter in named:
-        if id(parameter) in chosen:
-            chosen.discard(id(parameter))
-            found[name] = parameter
-    others = [name for name, p in found.items() if not p.is_floating_point()]
-    if others:
-        raise LayerSelectionError(f"Parameters {', '.join(others)} are not real numbers; leave them out with params=.")
-    return found
-
-
-def _listed(named: Sequence[tuple[str, nn.Parameter]]) -> str:
-    names = [name for name, _ in named]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") if names else "none"
+        in_plain_words = explained(error)
+        if in_plain_words is None:
+            raise
+        raise in_plain_words from error

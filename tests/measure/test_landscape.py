@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_flatness as lf
 from lightning_flatness.functional import random_direction
 from lightning_flatness.measure import landscape
-from lightning_flatness.model.hessian import choose_parameters
 from lightning_flatness.model.named_tensors import NamedTensors
+from lightning_flatness.model.parameters import choose_parameters
 from tests.networks import randomise_statistics
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -1,0 +1,118 @@
+"""The points of a landscape: which are missing, and their losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import FlatnessError, LandscapeError
+from lightning_flatness.measure.loss_sums import Origin, RepeatedBatches
+from lightning_flatness.measure.progress import progress_bar
+from lightning_flatness.measure.ranks import failed_ranks, gather
+from lightning_flatness.model.points import Points
+from lightning_flatness.results import SETTINGS, LandscapeResult
+
+
+def completed(
+    result: LandscapeResult,
+    points: Points,
+    batches: RepeatedBatches,
+    origin: Origin,
+    chunk: int | None,
+    progress: bool | None,
+) -> LandscapeResult:
+    """The result with the losses at all points, or at those before an interrupt (Ctrl-C). A collective.
+
+    Args:
+        result: in which some points, or all, are missing.
+        points: of the model.
+        batches: over which losses are summed.
+        origin: what the first pass over the batches has shown.
+        chunk: points at once; None for as many as are worthwhile.
+        progress: show a progress bar.
+
+    Raises:
+        LandscapeError: a point failed on any rank; its ``result`` has the points that all ranks have computed.
+    """
+    grid = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
+    known = result.computed.flatten()
+    outwards = _outwards(result.coordinates)
+    missing = outwards[~known[outwards]]
+    sums, done = torch.zeros(2, len(grid), dtype=torch.float64), torch.zeros(len(grid), dtype=torch.bool)
+    failure: Exception | None = None
+    with progress_bar(progress) as bar:
+        task = bar.add_task("Landscape", total=len(grid), completed=int(known.sum()))
+        try:
+            for part in missing.split(chunk or origin.chunk) if len(missing) else ():
+                sums[:, part] = batches.at(points, grid[part], result.batch_norm == "recomputed", origin)
+                if result.batch_norm == "kept" and result.update == "add":
+                    for index in part[~grid[part].any(1)]:
+                        origin.check(float(sums[0, index]))
+                done[part] = True
+                bar.update(task, advance=len(part))
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            failure = error
+    ranks = gather((sums, done))
+    new = torch.stack([done for _, done in ranks]).all(0)
+    loss, correct = torch.stack([sums for sums, _ in ranks]).sum(0)
+    losses = torch.where(new, loss / origin.sums.normalizer, result.losses.flatten())
+    accuracies = result.accuracies
+    if accuracies is not None:
+        shares = torch.where(losses.isnan(), math.nan, correct / origin.sums.counted)
+        accuracies = torch.where(new, shares, accuracies.flatten()).reshape(accuracies.shape)
+    result = replace(
+        result,
+        losses=losses.reshape(result.losses.shape),
+        accuracies=accuracies,
+        computed=(known | new).reshape(result.computed.shape),
+    )
+    failed = failed_ranks(failure)
+    if failed:
+        reasons = "; ".join(f"rank {rank}: {message}" for rank, message in failed.items())
+        raise LandscapeError(
+            f"The landscape failed after {int(result.computed.sum())} of {len(grid)} points ({reasons}). What was "
+            "computed is in the error's .result; give it as resume= to go on from there.",
+            result,
+        ) from failure
+    return result
+
+
+def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResult:
+    """The result with the points of an earlier one.
+
+    Args:
+        result: without points.
+        earlier: of the same settings, weights, axes, coordinates and data.
+
+    Raises:
+        FlatnessError: they are not the same; the message names what differs.
+    """
+    if not isinstance(earlier, LandscapeResult):
+        raise FlatnessError(f"resume is a {type(earlier).__name__}; give the LandscapeResult of an earlier call.")
+    different = [name for name in SETTINGS if getattr(result, name) != getattr(earlier, name)]
+    same_points = [torch.equal(*pair) for pair in zip(result.coordinates, earlier.coordinates, strict=False)]
+    if len(result.coordinates) != len(earlier.coordinates) or not all(same_points):
+        different.append("coordinates")
+    same_loss = math.isclose(result.origin_loss, earlier.origin_loss, rel_tol=1e-5, abs_tol=1e-12)
+    both_nan = math.isnan(result.origin_loss) and math.isnan(earlier.origin_loss)
+    if result.num_samples != earlier.num_samples or not (same_loss or both_nan):
+        different.append("data")
+    if different:
+        meanings = {"fingerprint": "weights, axes, precision or batches"}
+        named = ", ".join(meanings.get(name, name) for name in different)
+        raise FlatnessError(f"resume= is another landscape; it differs in {named}. Call with what it was made with.")
+    accuracies = result.accuracies if earlier.accuracies is None else earlier.accuracies
+    return replace(result, losses=earlier.losses, computed=earlier.computed, accuracies=accuracies)
+
+
+def _outwards(coordinates: Sequence[Tensor]) -> Tensor:
+    """The numbers of the points, from the middle of the grid outwards."""
+    offsets = [torch.linspace(-1, 1, len(axis), dtype=torch.float64) for axis in coordinates]
+    distances = torch.cartesian_prod(*offsets).reshape(-1, len(offsets)).square().sum(1)
+    return distances.round(decimals=9).argsort(stable=True)
