@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,26 +20,12 @@ INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "dat
 TARGETS = ("y", "target", "targets", "label", "labels")
 
 
-def batches_on(model: nn.Module, batches: Iterable[Any]) -> Generator[Any]:
-    """The batches, with their tensors on the model's device.
-
-    Generators of a loader, its sampler and its data set are left as they were, once it is closed.
-
-    Example:
-        >>> next(batches_on(nn.Linear(2, 1), [torch.zeros(3, 2)])).device.type
-        'cpu'
-    """
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    with generators_kept(drawing(batches)):
-        for batch in batches:
-            yield apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
-
-
 @contextmanager
 def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterator[tuple[Any, Tensor | None]]]:
     """Inputs and targets of batches, on the model's device, read with the same random numbers every time.
 
-    Random states, also those of the loader and its data set, are restored on leaving.
+    Random states are restored on leaving, also those of generators that the loader, its sampler and its data set hold:
+    a ``DataLoader`` draws a seed whenever it is iterated.
 
     Args:
         model: on whose device.
@@ -50,8 +36,13 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
         ...     [(inputs.shape, targets) for inputs, targets in pairs]
         [(torch.Size([3, 2]), None)]
     """
-    with random_states_kept(model), closing(batches_on(model, batches)) as moved:
-        yield map(split_batch, moved)
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+    def moved(batch: Any) -> Any:
+        return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
+
+    with random_states_kept(model), generators_kept(drawing(batches)):
+        yield (split_batch(moved(batch)) for batch in batches)
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,12 +16,11 @@ from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.layers.sums import LayerSums, added
-from lightning_flatness.measure.batches import batches_on, split_batch
+from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.metric import FlatnessMetric
 from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.measure.ranks import gather, own_rank
 from lightning_flatness.model.copy import measuring_device
-from lightning_flatness.model.isolation import random_states_kept
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
 
 
@@ -229,12 +228,9 @@ def measure_flatness(
         strict=strict,
         dtype=dtype,
     )
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(progress))
+    with progress_bar(progress) as bar, paired_batches(model, batches) as pairs:
         task = bar.add_task("Flatness", total=len(batches) if isinstance(batches, Sized) else None)
-        stack.enter_context(random_states_kept(model))  # a DataLoader draws its seed when it is iterated
-        for index, batch in enumerate(stack.enter_context(closing(batches_on(model, batches)))):
-            inputs, targets = split_batch(batch)
+        for index, (inputs, targets) in enumerate(pairs):
 
             def advance(part: float, index: int = index) -> None:
                 bar.update(task, completed=index + part)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from typing import Any, Literal
 
 import torch
@@ -15,8 +14,8 @@ from lightning_flatness.layers.certified import Certified, CertifiedPass
 from lightning_flatness.layers.operators import Operator, operators_of
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
-from lightning_flatness.measure.batches import batches_on, split_batch
-from lightning_flatness.model.isolation import isolated, random_states_kept
+from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.model.isolation import isolated
 from lightning_flatness.results import LayerInfo, LayerLambdaMax
 
 
@@ -105,9 +104,8 @@ def measure_lambda_max(
         normalizer += certified.loss.normalizer
         num_samples += certified.loss.num_samples
 
-    with random_states_kept(model), closing(batches_on(model, batches)) as on_device:
-        for batch in on_device:
-            inputs, targets = split_batch(batch)
+    with paired_batches(model, batches) as pairs:
+        for inputs, targets in pairs:
             list(passes(inputs, targets, keep))
     if not normalizer > 0:
         raise BatchError("No sample was measured, so there are no eigenvalues. Is the data set empty?")
