@@ -1,5 +1,7 @@
 """Every measure against its definition, written as loops over a dense Hessian or over filters."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -28,11 +30,13 @@ def dense(groups, seed=0):
     hessian = (flat + flat.T).reshape(filters, LENGTH, filters, LENGTH)
     weight = torch.randn(filters, LENGTH, generator=generator, dtype=torch.float64)
     block_traces = torch.zeros(groups, PER_GROUP, PER_GROUP, dtype=torch.float64)
-    for s in range(filters):
-        for t in range(filters):
-            if s // PER_GROUP == t // PER_GROUP:
-                block_traces[s // PER_GROUP, s % PER_GROUP, t % PER_GROUP] = hessian[s, :, t, :].trace()
+    for g, s, t in entries(groups):
+        block_traces[g, s, t] = hessian[g * PER_GROUP + s, :, g * PER_GROUP + t, :].trace()
     return hessian, weight, block_traces, weight_gram(weight, groups)
+
+
+def entries(groups):
+    return itertools.product(range(groups), range(PER_GROUP), range(PER_GROUP))
 
 
 groups = pytest.mark.parametrize("groups", [1, 2, 4])
@@ -42,10 +46,8 @@ groups = pytest.mark.parametrize("groups", [1, 2, 4])
 def test_weight_gram_holds_the_inner_products_within_groups(groups):
     _, weight, _, gram = dense(groups)
     assert gram.shape == (groups, PER_GROUP, PER_GROUP)
-    for g in range(groups):
-        for i in range(PER_GROUP):
-            for j in range(PER_GROUP):
-                assert_close(gram[g, i, j], weight[g * PER_GROUP + i] @ weight[g * PER_GROUP + j])
+    for g, s, t in entries(groups):
+        assert_close(gram[g, s, t], weight[g * PER_GROUP + s] @ weight[g * PER_GROUP + t])
 
 
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2500])
@@ -67,48 +69,21 @@ def test_weight_gram_of_a_kernel_is_float64_and_detached():
 
 
 @groups
-def test_weight_norm_is_that_of_the_kernel(groups):
-    _, weight, _, gram = dense(groups)
+def test_measures_are_what_they_are_defined_to_be(groups):
+    hessian, weight, block_traces, gram = dense(groups)
+    traces = torch.stack([hessian[s, :, s, :].trace() for s in range(len(weight))])
+    whole = hessian.reshape(weight.numel(), -1)
+    relative = torch.zeros((), dtype=torch.float64)
+    for s, t in itertools.product(range(len(weight)), repeat=2):
+        if s // PER_GROUP == t // PER_GROUP:
+            relative += weight[s] @ weight[t] * hessian[s, :, t, :].trace()
     assert_close(weight_norm(gram), weight.norm())
-
-
-@groups
-def test_filter_traces_are_the_traces_of_the_diagonal_blocks(groups):
-    hessian, weight, block_traces, _ = dense(groups)
-    expected = torch.stack([hessian[s, :, s, :].trace() for s in range(len(weight))])
-    assert_close(filter_traces(block_traces), expected)
-
-
-@groups
-def test_hessian_trace_is_the_trace_of_the_whole_matrix(groups):
-    hessian, weight, block_traces, _ = dense(groups)
-    assert_close(hessian_trace(block_traces), hessian.reshape(weight.numel(), -1).trace())
-
-
-@groups
-def test_relative_flatness_is_definition_3_within_groups(groups):
-    hessian, weight, block_traces, gram = dense(groups)
-    expected = torch.zeros((), dtype=torch.float64)
-    for s in range(len(weight)):
-        for t in range(len(weight)):
-            if s // PER_GROUP == t // PER_GROUP:
-                expected += weight[s] @ weight[t] * hessian[s, :, t, :].trace()
-    assert_close(relative_flatness(block_traces, gram), expected)
-
-
-@groups
-def test_filter_and_neuronwise_flatness(groups):
-    hessian, weight, block_traces, gram = dense(groups)
-    expected = torch.stack([weight[s] @ weight[s] * hessian[s, :, s, :].trace() for s in range(len(weight))])
-    assert_close(filter_flatness(block_traces, gram), expected)
-    assert_close(neuronwise_flatness(block_traces, gram), expected.sum())
-
-
-@groups
-def test_layerwise_flatness(groups):
-    hessian, weight, block_traces, gram = dense(groups)
-    expected = weight.square().sum() * hessian.reshape(weight.numel(), -1).trace()
-    assert_close(layerwise_flatness(block_traces, gram), expected)
+    assert_close(filter_traces(block_traces), traces)
+    assert_close(hessian_trace(block_traces), whole.trace())
+    assert_close(relative_flatness(block_traces, gram), relative)
+    assert_close(filter_flatness(block_traces, gram), weight.square().sum(1) * traces)
+    assert_close(neuronwise_flatness(block_traces, gram), (weight.square().sum(1) * traces).sum())
+    assert_close(layerwise_flatness(block_traces, gram), weight.square().sum() * whole.trace())
 
 
 @given(groups=st.integers(1, 4), seed=st.integers(0, 2**16))
