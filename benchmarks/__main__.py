@@ -1,10 +1,10 @@
-"""Measures what flatness costs, prints a table and writes docs/benchmarks.md.
+"""Measure what flatness costs, print a table and write docs/benchmarks.md.
 
     python -m benchmarks [--rows FAMILY ...] [--quick] [--missing]
 
-Every family of rows runs in a process of its own, so that one that fails, or that the system kills for its memory,
-leaves a reason in the table and the others as they are. Results are kept in build/benchmarks; --missing goes on with an
-interrupted run. The page is written when all families were measured; with --rows or --quick there is only the table.
+Every family of rows runs in a separate process. If one fails, or the system kills it for its memory, the table shows
+the reason, and the other families are not affected. Results are kept in build/benchmarks; --missing continues an
+interrupted run. The page is written when all families were measured; --rows and --quick only print the table.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ LIMIT = 900  # seconds for a family
 
 
 def family(name: str, device: str, quick: bool, store: Path) -> None:
-    """Measure one family in this process and keep the result."""
+    """Measure one family in this process and write the result to a file."""
     warnings.filterwarnings("ignore")
     if name == "live_profile":
         from benchmarks import live_profile
 
         limits = machine.limits(device)
-        found: Any = {
+        result: Any = {
             title: {"limits": limits, "parts": [p.as_dict() for p in live_profile.measure(device, quick, network)]}
             for title, network in PROFILES.items()
         }
     else:
         rows = importlib.import_module(f"benchmarks.{name}").measure(device, quick)
-        found = [row.as_dict() for row in rows]
-    store.write_text(json.dumps(found, indent=1))
+        result = [row.as_dict() for row in rows]
+    store.write_text(json.dumps(result, indent=1))
 
 
 def measured(name: str, device: str, quick: bool, missing: bool) -> Any:
-    """The result of a family as JSON has it, from a process of its own; a string is the reason why there is none."""
+    """Measure a family in a separate process; return its result as JSON, or the reason for having none as a string."""
     store = STORE / f"{name}-{device}{'-quick' if quick else ''}.json"
     if missing and store.exists():
         return json.loads(store.read_text())
@@ -74,10 +74,10 @@ def rows_of(name: str, device: str, quick: bool, missing: bool) -> list[Row]:
     expected = importlib.import_module(f"benchmarks.{name}").rows(device)
     if device == "cuda" and not torch.cuda.is_available():
         return page.without_gpu(expected)
-    found = measured(name, device, quick, missing)
-    if isinstance(found, str):
-        return [row.failed(found) for row in expected]
-    return [Row(**row) for row in found]
+    result = measured(name, device, quick, missing)
+    if isinstance(result, str):
+        return [row.failed(result) for row in expected]
+    return [Row(**row) for row in result]
 
 
 def main() -> None:
@@ -96,11 +96,11 @@ def main() -> None:
     start, described = time.monotonic(), machine.described()
     rows: dict[str, list[Row]] = {"cpu": [], "cuda": []}
     wanted = options.rows or [*FAMILIES, "live_profile"]
-    for device, found in rows.items():
+    for device, of_device in rows.items():
         for name in FAMILIES:
             if name in wanted:
                 print(f"{device}: {name} ...", file=sys.stderr, flush=True)
-                found += rows_of(name, device, options.quick, options.missing)
+                of_device += rows_of(name, device, options.quick, options.missing)
     profiles: Any = measured("live_profile", "cpu", options.quick, options.missing) if "live_profile" in wanted else {}
     if isinstance(profiles, str):
         print(f"No profile: {profiles}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""All layers of a ResNet-20: beside BackPACK, bare backward passes and a training step."""
+"""All layers of a ResNet-20, compared with BackPACK, bare backward passes and a training step."""
 
 from __future__ import annotations
 

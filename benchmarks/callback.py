@@ -1,4 +1,4 @@
-"""Validation epochs with the callback and without."""
+"""Validation epochs with and without the callback."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ NETWORKS: dict[str, tuple[str, float]] = {"ResNet-18": ("resnet18", 0.03), "ResN
 
 
 def rows(device: str) -> list[Row]:
-    found = []
+    table = []
     for name, (_, goal) in NETWORKS.items():
         what = f'validation epoch with the callback, {name} on 32x32, batches of {BATCH}, `layers="last"`'
-        found.append(Row("callback", f"{what}: time", "the same without", "percent", goal))
+        table.append(Row("callback", f"{what}: time", "the same without", "percent", goal))
         limit = 0.05 if name == "ResNet-18" else None
-        found.append(Row("callback", f"{what}: peak memory", "the same without", "percent", limit))
+        table.append(Row("callback", f"{what}: peak memory", "the same without", "percent", limit))
     if device == "cuda":
         what = "validation of 50,000 synthetic images, ResNet-50, bf16-mixed, 224x224, batches of 256"
-        found.append(Row("callback", what, "the same without", "percent"))
-    return found
+        table.append(Row("callback", what, "the same without", "percent"))
+    return table
 
 
 class Classifier(L.LightningModule):
@@ -50,7 +50,7 @@ class Classifier(L.LightningModule):
 
 
 class Synthetic(Dataset):
-    """So many samples, all the same, so that no loading is measured."""
+    """A data set of equal samples, so that loading is not measured."""
 
     def __init__(self, samples: int):
         self.samples = samples
@@ -82,7 +82,7 @@ def loader_of(batches: int) -> DataLoader:
 
 
 def epoch(device: str, network: str, batches: int, with_callback: bool) -> tuple[Callable[[], None], ...]:
-    """A warm-up and an epoch, for the peak of memory."""
+    """Return a warm-up and an epoch, to measure the peak of memory."""
     quiet()
     torch.manual_seed(0)
     model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
@@ -92,17 +92,17 @@ def epoch(device: str, network: str, batches: int, with_callback: bool) -> tuple
 
 def measure(device: str, quick: bool) -> list[Row]:
     quiet()
-    expected, found = iter(rows(device)), []
+    expected, results = iter(rows(device)), []
     for network, _ in NETWORKS.values():
         batches, repeats = (4, 1) if quick else (BATCHES, 5)
         torch.manual_seed(0)
         model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
         tasks = {name: partial(validate, model, loader, name == "with", device) for name in ("with", "without")}
-        times = interleaved(tasks, repeats, device, budget=400)  # of all epochs, since single ones scatter
+        times = interleaved(tasks, repeats, device, budget=400)  # whole epochs, since single batches scatter
         runs = len(times.wall["with"])
         note = f"{batches} batches, {runs} runs, {times.median('without'):.2f} s without; "
         note += times.spread("with", "without")
-        found.append(next(expected).measured(times.ratio("with", "without"), note, times.wall))
+        results.append(next(expected).measured(times.ratio("with", "without"), note, times.wall))
         peaks = {
             name: peaks_apart(
                 "benchmarks.callback:epoch", device, 1 if quick else 7, network=network, batches=4, with_callback=choice
@@ -113,12 +113,12 @@ def measure(device: str, quick: bool) -> list[Row]:
         note = (
             f"{a / 1e6:.0f} and {b / 1e6:.0f} MB above what the idle process has; 4 batches, {len(peaks['with'])} runs"
         )
-        found.append(
+        results.append(
             next(expected).measured(a / b, note, {f"{name}, MB": [x / 1e6 for x in peaks[name]] for name in peaks})
         )
     if device == "cuda":
-        found.append(imagenet(next(expected), 2_560 if quick else 50_000))
-    return found
+        results.append(imagenet(next(expected), 2_560 if quick else 50_000))
+    return results
 
 
 def imagenet(row: Row, samples: int) -> Row:

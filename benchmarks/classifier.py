@@ -1,8 +1,8 @@
-"""Relative flatness of the classifier layer, beside its full Hessian by autograd (``torch.func.hessian``).
+"""Relative flatness of the classifier layer, compared with its full Hessian by autograd (``torch.func.hessian``).
 
-The full Hessian is the way of the code of Petzka et al. 2021: all second derivatives, then their traces over blocks.
-Both begin with the features of the network before the classifier, formula beside formula: neither asks whether that is
-the classifier. In a row of its own the whole measurement, with its certificates, begins with images.
+The full Hessian is what the code of Petzka et al. 2021 computes: all second derivatives, then traces of blocks. Both
+start from the features before the classifier, and neither checks that they are its input. One more row starts from
+images, and includes the whole measurement with its certificates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES = {
 
 def rows(device: str) -> list[Row]:
     against = "its full Hessian, torch.func.hessian"
-    found = [
+    from_features_only = [
         Row(
             "classifier",
             f"relative flatness of the classifier, {name}, {SAMPLES} images, from features",
@@ -44,11 +44,14 @@ def rows(device: str) -> list[Row]:
         for name in SIZES.values()
     ]
     whole = f"relative flatness of the classifier, ResNet-18, 10 classes, {SAMPLES} images, from images"
-    return [*found, Row("classifier", whole, against, "faster")]  # no goal: both begin with the forward pass
+    return [
+        *from_features_only,
+        Row("classifier", whole, against, "faster"),
+    ]  # no goal: both begin with the forward pass
 
 
 def from_hessian(net: nn.Module, name: str, batch: networks.Batch) -> float:
-    """sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) from all entries of the Hessian."""
+    """Compute sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) from all entries of the Hessian."""
     x, y = batch
     weight = net.get_parameter(name).detach()  # the rows are the neurons
     full = hessian(lambda w: cross_entropy(functional_call(net, {name: w}, (x,)), y))(weight)
@@ -57,7 +60,7 @@ def from_hessian(net: nn.Module, name: str, batch: networks.Batch) -> float:
 
 
 def from_features(classifier: nn.Linear, batch: networks.Batch) -> float:
-    """As in the example of :func:`classifier_block_traces`."""
+    """Compute the same as in the example of :func:`classifier_block_traces`."""
     features, targets = batch
     loss = CrossEntropy()(classifier(features).detach(), targets)
     traces = classifier_block_traces(features, loss.curvature) / loss.normalizer
@@ -69,7 +72,7 @@ def certified(net: nn.Module, batch: networks.Batch) -> float:
 
 
 def stops_fitting(device: str) -> str:
-    """The largest classifier whose Hessian, once, is not more than the memory there is."""
+    """Describe the largest classifier whose Hessian fits the memory once."""
     there = torch.cuda.mem_get_info()[1] if device == "cuda" else machine.memory()
     weights = int((there / 4) ** 0.5)
     return (
@@ -79,7 +82,7 @@ def stops_fitting(device: str) -> str:
 
 
 def measure(device: str, quick: bool) -> list[Row]:
-    found, expected = [], rows(device)
+    results, expected = [], rows(device)
     repeats = 1 if quick else 5
     for (width, classes), row in zip(SIZES, expected, strict=False):
         torch.manual_seed(0)
@@ -87,11 +90,11 @@ def measure(device: str, quick: bool) -> list[Row]:
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(SAMPLES, width, generator=generator).relu().to(device)
         batch = features, torch.randint(classes, (SAMPLES,), generator=generator).to(device)
-        found.append(compared(row, from_features, head, "weight", batch, repeats, device, CALLS))
+        results.append(compared(row, from_features, head, "weight", batch, repeats, device, CALLS))
     torch.manual_seed(0)
     net = networks.resnet18().to(device)
     batch = networks.images(SAMPLES, device=device)
-    return [*found, compared(expected[-1], certified, net, "fc.weight", batch, repeats, device)]
+    return [*results, compared(expected[-1], certified, net, "fc.weight", batch, repeats, device)]
 
 
 def compared(

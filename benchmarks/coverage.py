@@ -1,9 +1,9 @@
-"""Measures the classifiers of torchvision and some of timm, checks the numbers, and writes docs/coverage.md.
+"""Measure the classifiers of torchvision and some of timm, check the numbers, and write docs/coverage.md.
 
     python benchmarks/coverage.py [--all] [--missing] [--only NAME ...] [--limit SECONDS]
 
-Results are kept in runs/coverage.json, and the page is written again, after every model; --missing goes on with an
-interrupted run. --all takes every size of torchvision's families, which needs much memory and hours.
+Results are written to runs/coverage.json, and the page anew, after every model; --missing continues an interrupted run.
+--all measures every size of torchvision's families, which needs much memory and hours.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def build(name: str, library: str) -> tuple[nn.Module, Batch, list[str]]:
-    """A random model, a batch, and the names of the convolutions and linear layers that run, in order."""
+    """Build a random model and a batch; name the convolutions and linear layers that run, in order."""
     torch.manual_seed(0)
     size = SIZES.get(name, 64)
     if library == "timm":
@@ -105,7 +105,7 @@ def build(name: str, library: str) -> tuple[nn.Module, Batch, list[str]]:
         spread = float(model(batch[0]).std(1).mean())
         for handle in handles:
             handle.remove()
-        model.get_submodule(list(ran)[-1]).weight.div_(spread)  # neither certain nor all the same
+        model.get_submodule(list(ran)[-1]).weight.div_(spread)  # so that predictions are neither certain nor all alike
     return model, batch, list(ran)
 
 
@@ -116,7 +116,7 @@ def logits_and_kernels(model: nn.Module, x: Tensor, layers: list[str]) -> tuple[
 
 
 def jacobian_rows(model: nn.Module, x: Tensor, filters: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Rows of the Gauss-Newton block traces: one backward pass for every sample and class."""
+    """Compute rows of the Gauss-Newton block traces by one backward pass for every sample and class."""
     rows = {layer: torch.zeros(()).double() for layer in filters}
     logits, kernels = logits_and_kernels(model, x, list(filters))
     pi = logits.detach().softmax(1)
@@ -132,7 +132,7 @@ def jacobian_rows(model: nn.Module, x: Tensor, filters: dict[str, list[int]]) ->
 
 
 def curved_part(model: nn.Module, batch: Batch, layer: str) -> float | None:
-    """``|Hv - Gv| / |Hv|`` for a random ``v``; None where torch has no second derivative."""
+    """Compute ``|Hv - Gv| / |Hv|`` for a random ``v``; None if torch has no second derivative."""
     logits, (kernel,) = logits_and_kernels(model, batch[0], [layer])
     v, u, pi = torch.randn_like(kernel), torch.zeros_like(logits, requires_grad=True), logits.detach().softmax(1)
     try:
@@ -149,7 +149,7 @@ def curved_part(model: nn.Module, batch: Batch, layer: str) -> float | None:
 
 
 def hessian_rows(model: nn.Module, batch: Batch, layer: str, chosen: list[int]) -> Tensor:
-    """Rows of the Hessian's block traces: a double backward pass for every weight of a filter."""
+    """Compute rows of the Hessian's block traces by a double backward pass for every weight of a filter."""
     logits, (kernel,) = logits_and_kernels(model, batch[0], [layer])
     (gradient,) = torch.autograd.grad(cross_entropy(logits, batch[1]), kernel, create_graph=True)
     rows = torch.zeros(len(chosen), len(kernel)).double()
@@ -159,11 +159,11 @@ def hessian_rows(model: nn.Module, batch: Batch, layer: str, chosen: list[int]) 
     return rows
 
 
-def row_error(found: Tensor, expected: Tensor, chosen: list[int]) -> float:
-    """Largest difference over largest number expected, among the filters of one group."""
-    size = found.shape[1]
+def row_error(actual: Tensor, expected: Tensor, chosen: list[int]) -> float:
+    """Compute the largest difference over the largest expected entry, within the groups of the filters."""
+    size = actual.shape[1]
     expected = torch.stack([row.unflatten(0, (-1, size))[s // size] for s, row in zip(chosen, expected, strict=True)])
-    difference = torch.stack([found[s // size, s % size] for s in chosen]) - expected
+    difference = torch.stack([actual[s // size, s % size] for s in chosen]) - expected
     return float(difference.abs().max() / expected.abs().max().clamp_min(1e-300))
 
 
@@ -188,27 +188,27 @@ def checked(model: nn.Module, batch: Batch, layers: dict[str, lf.LayerFlatness])
 def measure(
     model: nn.Module, batch: Batch, layers: str | list[str]
 ) -> tuple[dict[str, lf.LayerFlatness], str, dict[str, str]]:
-    """The layers, or none and the reason; and what was left out."""
+    """Measure layers; return them, or none and the reason; and what was left out."""
     try:
         report = lf.measure_flatness(model, [batch], layers=layers)
         return dict(report.layers), "", dict(report.left_out)
     except lf.FlatnessError as error:
         return {}, str(error), {}
-    except Exception as error:  # what this script is to find
+    except Exception as error:  # crashes are what this script looks for
         return {}, f"CRASH {type(error).__name__}: {error}", {}
 
 
 def measure_all(
     model: nn.Module, batch: Batch, names: list[str], every: bool
 ) -> tuple[dict[str, lf.LayerFlatness], dict[str, str]]:
-    """Measure, and again without the layer that was refused, until what is left is measured."""
+    """Measure layers, again without each one that is refused, until the rest is measured."""
     refused: dict[str, str] = {}
     while left := [name for name in names if name not in refused]:
         layers, reason, left_out = measure(model, batch, "all" if every and not refused else left)
         if layers:
             return layers, refused | left_out
-        found = re.search(r"Layer '([^']+)'", reason)
-        refused |= {found[1]: reason} if found and found[1] in left else dict.fromkeys(left, reason)
+        named = re.search(r"Layer '([^']+)'", reason)
+        refused |= {named[1]: reason} if named and named[1] in left else dict.fromkeys(left, reason)
     return {}, refused
 
 
@@ -236,7 +236,7 @@ def run(name: str, library: str, limit: int) -> dict:
 
 
 def brief(reason: str) -> str:
-    """The reason without names and remedies."""
+    """Shorten a reason: without names and remedies."""
     reason = re.sub(r"^Layer '[^']+'( \(\w+\))?:? ", "", reason.splitlines()[0])
     return reason[:150] if reason.startswith("CRASH") else re.split(r"[;(]|\. |\.$", reason)[0].strip()
 

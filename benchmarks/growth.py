@@ -1,7 +1,7 @@
-"""How time and memory grow: exponents, the slopes of straight lines through logarithms of measured points.
+"""How time and memory grow: exponents, the slopes of straight lines through the logarithms of measured points.
 
-Every point is a process of its own: the peak of memory above the batch and the network, then times, of which the
-median counts. Time grows more slowly than its leading term where constant parts are not small yet.
+Every point is measured in a separate process: first the peak of memory beyond the batch and the network, then times,
+of which the median counts. Time grows more slowly than its leading term while constant parts are not small.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ FUNCTION = "benchmarks.growth:point"
 
 
 def rows(device: str) -> list[Row]:
-    found = []
+    table = []
     for name, (what, _, points, _, time, memory) in CASES.items():
         shown = f"growth with {name} ({what}: {points[0]} to {points[-1]})"
-        found.append(Row("growth", f"{shown}: time", "exponent", "exponent", time))
-        found.append(Row("growth", f"{shown}: memory", "exponent", "exponent", memory))
-    return found
+        table.append(Row("growth", f"{shown}: time", "exponent", "exponent", time))
+        table.append(Row("growth", f"{shown}: memory", "exponent", "exponent", memory))
+    return table
 
 
 def point(
@@ -52,7 +52,7 @@ def point(
     filters: int = 64,
     depth: int = 14,  # of 8, the last convolution to run is a shortcut of 1x1
 ) -> tuple[Callable[[], object], ...]:
-    """A warm-up and a measurement of a CIFAR ResNet; positions are (image size / 4)²."""
+    """Return a warm-up and a measurement of a CIFAR ResNet; positions are (image size / 4)²."""
     torch.manual_seed(0)
     net = networks.resnet20(classes, depth, filters // 4).to(device)
     data = networks.images(samples, 4 * math.isqrt(positions), classes, device)
@@ -65,7 +65,7 @@ def taken(net: nn.Module, batches: list[networks.Batch], layers: str) -> None:
 
 
 def slope(points: list[int], values: list[float]) -> float:
-    """Of a straight line through the logarithms, by least squares.
+    """Fit a straight line through the logarithms by least squares; return its slope.
 
     Example:
         >>> round(slope([1, 2, 4], [3.0, 6.0, 12.0]), 6)
@@ -78,7 +78,7 @@ def slope(points: list[int], values: list[float]) -> float:
 
 
 def measure(device: str, quick: bool) -> list[Row]:
-    found, expected = [], iter(rows(device))
+    results, expected = [], iter(rows(device))
     for _, layers, points, fixed, _, _ in CASES.values():
         points = points[:2] if quick else points
         (varied,) = (key for key, value in fixed.items() if value == 0)
@@ -89,7 +89,7 @@ def measure(device: str, quick: bool) -> list[Row]:
         peaks = [one["peak"] / 1e6 for one in measured]
         raw = {f"{varied}={value}, s": one["seconds"] for value, one in zip(points, measured, strict=True)}
         shown = ", ".join(f"{value}: {s:.2f} s" for value, s in zip(points, seconds, strict=True))
-        found.append(next(expected).measured(slope(points, seconds), shown, raw))
+        results.append(next(expected).measured(slope(points, seconds), shown, raw))
         shown = ", ".join(f"{value}: {m:.0f} MB" for value, m in zip(points, peaks, strict=True))
-        found.append(next(expected).measured(slope(points, peaks), shown))
-    return found
+        results.append(next(expected).measured(slope(points, peaks), shown))
+    return results

@@ -1,8 +1,7 @@
-"""Where the time of a batch goes that is observed in validation, and how far each part is from the machine's limit.
+"""Where the time of an observed validation batch goes, and how far each part is from the machine's limit.
 
-Timers are put around the functions that do the work, for the time of this measurement. What a part needs is counted:
-multiplications, and bytes read and written at least once. The limit is whichever takes longer at the speeds that this
-machine shows in the same run.
+Timers are put around the functions that do the work. What a part needs is counted: multiplications, and bytes that must
+be read and written at least once. The limit is whichever takes longer at the speeds measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from benchmarks.timing import synchronize
 from lightning_flatness.layers.known import FULL_EVERY
 from lightning_flatness.measure.flatness import Measurement
 
-# Part of a batch: functions whose time it is. What one does within another is not counted twice.
+# Parts of a batch, and the functions that are timed for them. Time of a part within another is counted once.
 REST = "what is left of `update_observed` (metric states, checks)"
 TAIL = "certificates of the tail, slopes"
 PARTS = {
@@ -45,7 +44,7 @@ WHOLE = f"whole certificate of the tail, on one batch of {FULL_EVERY}"
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a batch, in seconds, and what it needs; nan where that is not counted."""
+    """One part of a batch: its seconds, and the operations and bytes it needs; NaN if these are not counted."""
 
     name: str
     seconds: float
@@ -58,8 +57,8 @@ class Part:
 
 @contextmanager
 def timers(device: str) -> Iterator[dict[str, float]]:
-    """Seconds by part, without those of parts within; a function that is no longer there is an error."""
-    found: dict[str, float] = defaultdict(float)
+    """Record seconds by part, without parts inside of it; a function that does not exist is an error."""
+    seconds_of: dict[str, float] = defaultdict(float)
     inner: list[float] = []
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +71,7 @@ def timers(device: str) -> Iterator[dict[str, float]]:
             finally:
                 synchronize(device)
                 whole = time.perf_counter() - start
-                found[name] += whole - inner.pop()
+                seconds_of[name] += whole - inner.pop()
                 if inner:
                     inner[-1] += whole
 
@@ -86,17 +85,17 @@ def timers(device: str) -> Iterator[dict[str, float]]:
             for attribute in outer:
                 owner = getattr(owner, attribute)
             stack.enter_context(patch.object(owner, last, timed(name, getattr(owner, last))))
-        yield found
+        yield seconds_of
 
 
 def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> dict[str, tuple[float, float]]:
-    """Operations (two for a multiplication and an addition) and bytes, of a batch in float32."""
-    flops, seen = 0, {}
+    """Count operations (two for a multiplication with an addition) and bytes of a batch in float32."""
+    flops, shapes = 0, {}
 
     def of_layer(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         nonlocal flops
         flops += 2 * output.numel() * prod(module.weight.shape[1:])
-        seen[module] = inputs[0].shape, output.shape
+        shapes[module] = inputs[0].shape, output.shape
 
     layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     handles = [module.register_forward_hook(of_layer) for module in layers]
@@ -104,8 +103,8 @@ def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> 
         net(x)
     for handle in handles:
         handle.remove()
-    (samples, channels, *size), (_, filters, *output) = seen[layer]
-    moved = 4 * sum(prod(a) + prod(b) for a, b in seen.values()) + 4 * sum(p.numel() for p in net.parameters())
+    (samples, channels, *size), (_, filters, *output) = shapes[layer]
+    moved = 4 * sum(prod(a) + prod(b) for a, b in shapes.values()) + 4 * sum(p.numel() for p in net.parameters())
     pixels, positions, offsets = (
         prod(n + 2 * p for n, p in zip(size, layer.padding, strict=True)),
         prod(output),
@@ -117,7 +116,7 @@ def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> 
         4 * samples * (channels * prod(size) + pixels**2 + positions**2),
     )
     contraction = (
-        # a Γ, then half of (aΓ)aᵀ and of VᵀΛV, and the product of the two, which are symmetric
+        # a Γ; half of (aΓ)aᵀ, of VᵀΛV, and of their product, since these are symmetric
         samples * (2 * filters * positions**2 + filters**2 * (positions + classes + 1)),
         z + 4 * samples * positions**2 + 8 * filters**2,
     )
@@ -132,7 +131,7 @@ def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> 
 
 
 def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64, classes: int = 10) -> list[Part]:
-    """The parts of a batch, in the order in which they end; medians over repeats."""
+    """Measure the parts of a batch, in the order in which they end: medians over repeats."""
     torch.manual_seed(0)
     net = getattr(networks, name)().to(device)
     x, y = networks.images(samples, 224 if name == "resnet50" else 32, classes, device)
@@ -155,7 +154,7 @@ def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64,
 
 
 def batch(net: nn.Module, measurement: Measurement, x: torch.Tensor, y: torch.Tensor, device: str) -> dict[str, float]:
-    """One batch without being observed, and the same observed."""
+    """Time one batch that is not observed, and the parts of the same batch observed."""
 
     def seconds(call: Callable[[], object]) -> float:
         synchronize(device)
@@ -165,20 +164,20 @@ def batch(net: nn.Module, measurement: Measurement, x: torch.Tensor, y: torch.Te
         return time.perf_counter() - start
 
     with torch.no_grad():
-        found = {BARE: seconds(partial(net, x))}
-        heard = measurement.listen(x)
-        with heard:
-            found[OBSERVED] = seconds(partial(net, x))
-    if heard.reason:
-        raise RuntimeError(f"not observed: {heard.reason}")
+        seconds_of = {BARE: seconds(partial(net, x))}
+        observation = measurement.listen(x)
+        with observation:
+            seconds_of[OBSERVED] = seconds(partial(net, x))
+    if observation.reason:
+        raise RuntimeError(f"not observed: {observation.reason}")
     with timers(device) as parts:
-        measurement.update_observed(heard, y)
-    heard.release()
-    return found | parts
+        measurement.update_observed(observation, y)
+    observation.release()
+    return seconds_of | parts
 
 
 def lines(parts: list[Part], limits: dict[str, float]) -> list[str]:
-    """A table in Markdown."""
+    """Format the parts as a table in Markdown."""
     forward = next(part.seconds for part in parts if part.name == BARE)
     text = [
         "| part | ms | of a forward pass | GFLOP | MB | limit, ms | times the limit |",

@@ -1,4 +1,4 @@
-"""The machine: what it is, and how fast it multiplies and copies."""
+"""The machine that is measured on: its description, and how fast it multiplies and copies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = [
 
 
 def described() -> dict[str, str]:
-    """Processor, cores, threads, memory, versions."""
+    """Describe processor, threads, memory and versions."""
     return {
         "processor": processor(),
         "cores": f"{os.cpu_count()}, of which {len(os.sched_getaffinity(0))} may be used",
@@ -39,7 +39,7 @@ def described() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -47,12 +47,12 @@ def processor() -> str:
 
 
 def memory() -> int:
-    """Bytes of memory."""
+    """Return the size of the memory, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def installed(name: str) -> str:
-    """Version of a package."""
+    """Return the version of a package."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -60,9 +60,9 @@ def installed(name: str) -> str:
 
 
 def limits(device: str = "cpu") -> dict[str, float]:
-    """Measured speed of float32: multiplications and additions per second, and bytes per second of copying.
+    """Measure the speed in float32: multiplications and additions per second, and bytes copied per second.
 
-    A matrix product of 2048x2048, and a copy of 256 MB (read and written: 512 MB moved).
+    Tasks are a matrix product of 2048x2048, and a copy of 256 MB, which moves 512 MB (read and written).
     """
     a = torch.randn(2048, 2048, device=device)
     b, out = torch.randn_like(a), torch.empty_like(a)
@@ -70,5 +70,5 @@ def limits(device: str = "cpu") -> dict[str, float]:
     target = torch.empty_like(source)
     tasks = {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
     times = interleaved(tasks, 7, device)
-    best = {name: min(found) for name, found in times.wall.items()}
+    best = {name: min(seconds) for name, seconds in times.wall.items()}
     return {"flops": 2 * 2048**3 / best["product"], "bytes": 2 * 4 * source.numel() / best["copy"]}

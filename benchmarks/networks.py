@@ -1,4 +1,4 @@
-"""Networks and data of the measurements."""
+"""Networks and data that are measured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Residual(nn.Module):
 
 
 def resnet20(classes: int = 10, depth: int = 20, width: int = 16) -> nn.Module:
-    """The ResNet for CIFAR of He et al. 2016, with 1x1 convolutions as shortcuts where the shape changes."""
+    """Build the ResNet for CIFAR of He et al. 2016, with 1x1 convolutions as shortcuts where the shape changes."""
     layers = [*convolution(3, width, 3, 1), nn.ReLU()]
     inputs = width
     for outputs in (width, 2 * width, 4 * width):
@@ -40,7 +40,7 @@ def resnet20(classes: int = 10, depth: int = 20, width: int = 16) -> nn.Module:
 
 
 def resnet18(classes: int = 10) -> nn.Module:
-    """torchvision's, with the stem for small images."""
+    """Build torchvision's ResNet-18 with the stem for small images."""
     from torchvision.models import resnet18 as of_torchvision
 
     net = of_torchvision(num_classes=classes)
@@ -49,31 +49,31 @@ def resnet18(classes: int = 10) -> nn.Module:
 
 
 def resnet50() -> nn.Module:
-    """torchvision's, a thousand classes."""
+    """Build torchvision's ResNet-50 with a thousand classes."""
     from torchvision.models import resnet50 as of_torchvision
 
     return of_torchvision().eval()
 
 
 def images(samples: int, size: int = 32, classes: int = 10, device: str = "cpu") -> Batch:
-    """Random images and labels, always the same."""
+    """Draw random images and labels, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 3, size, size, generator=generator)
     return x.to(device), torch.randint(classes, (samples,), generator=generator).to(device)
 
 
 def digits() -> Batch:
-    """The 1,797 digits of scikit-learn, as images of 32x32 in three equal channels."""
+    """Load the 1,797 digits of scikit-learn as images of 32x32 with three equal channels."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    x = torch.tensor(found.images).float()[:, None] / 8 - 1
+    data = load_digits()
+    x = torch.tensor(data.images).float()[:, None] / 8 - 1
     x = interpolate(x, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
-    return x, torch.tensor(found.target)
+    return x, torch.tensor(data.target)
 
 
 def trained(net: nn.Module, data: Batch, steps: int, batch_size: int = 64) -> nn.Module:
-    """A few steps of training, and BatchNorm statistics of the trained weights."""
+    """Train for a few steps, and compute the BatchNorm statistics of the trained weights."""
     generator = torch.Generator().manual_seed(0)
 
     def batches(number: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""A forward pass of validation, and the same when it is observed, as in the callback."""
+"""The forward pass of a validation, and the same pass when the callback observes it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_flatness.measure.flatness import Measurement
 
 
 def forward(net: nn.Module, x: Tensor) -> None:
-    """What validation does anyway."""
+    """Run the forward pass of a validation."""
     with torch.no_grad():
         net(x)
 
 
 def observed(net: nn.Module, batch: networks.Batch, **options: Any) -> Callable[[], None]:
-    """A forward pass that is observed and what is made of it; the trial that goes before a measurement is done here."""
+    """Return a function that observes one forward pass and measures it; the trial before is made here."""
     x, y = batch
     measurement = Measurement(net, **options)
     with torch.no_grad():
@@ -27,11 +27,11 @@ def observed(net: nn.Module, batch: networks.Batch, **options: Any) -> Callable[
     assert not reason, reason
 
     def step() -> None:
-        heard = measurement.listen(x)
-        with torch.no_grad(), heard:
+        observation = measurement.listen(x)
+        with torch.no_grad(), observation:
             net(x)
-        assert not heard.reason, heard.reason
-        measurement.update_observed(heard, y)
-        heard.release()
+        assert not observation.reason, observation.reason
+        measurement.update_observed(observation, y)
+        observation.release()
 
     return step

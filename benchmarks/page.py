@@ -69,7 +69,7 @@ A cell is empty where a part is mostly Python and small tensors.
 
 
 def table(rows: list[Row], title: str) -> Table:
-    """For a terminal."""
+    """Build the table for a terminal."""
     shown = Table(*(Column(heading, overflow="fold") for heading in HEADINGS), title=title, show_lines=True)
     for row in rows:
         shown.add_row(*(cell.replace("**", "") for cell in row.cells()))
@@ -78,9 +78,9 @@ def table(rows: list[Row], title: str) -> Table:
 
 def show(rows: dict[str, list[Row]], profiles: dict[str, dict[str, Any]]) -> None:
     console = Console(width=None if Console().is_terminal else 160)
-    for device, found in rows.items():
-        if found:
-            console.print(table(found, "On the CPU" if device == "cpu" else "On a GPU"))
+    for device, of_device in rows.items():
+        if of_device:
+            console.print(table(of_device, "On the CPU" if device == "cpu" else "On a GPU"))
     for name, profile in profiles.items():
         console.print(name, *profile_lines(profile), sep="\n", markup=False, soft_wrap=True)
 
@@ -92,20 +92,20 @@ def profile_lines(profile: dict[str, Any]) -> list[str]:
 def text(
     rows: dict[str, list[Row]], profiles: dict[str, dict[str, Any]], machine: dict[str, str], minutes: float | None
 ) -> str:
-    """The page."""
+    """Write the page in Markdown."""
     parts = [HEAD, "| machine | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in machine.items())]
-    for device, found in rows.items():
-        missed = sum(row.met is False for row in found)
-        met, goals = sum(row.met is True for row in found), sum(row.goal is not None for row in found)
+    for device, of_device in rows.items():
+        missed = sum(row.met is False for row in of_device)
+        met, goals = sum(row.met is True for row in of_device), sum(row.goal is not None for row in of_device)
         title = "On the CPU" if device == "cpu" else "On a GPU"
         summary = f"{met} of {goals} goals are met, {missed} are not, {goals - met - missed} were not measured."
-        parts.append(f"## {title}\n\n{summary}\n\n" + markdown(found))
+        parts.append(f"## {title}\n\n{summary}\n\n" + markdown(of_device))
     for number, (name, profile) in enumerate(profiles.items()):
         speeds = {"gflops": profile["limits"]["flops"] / 1e9, "gbytes": profile["limits"]["bytes"] / 1e9}
         head = PROFILE.format(samples=64, name=name, **speeds) if not number else f"The same of a {name}:\n\n"
         parts.append(head + "\n".join(profile_lines(profile)) + "\n")
     parts.append(WHY)
-    raw = [line for found in rows.values() for row in found for line in raw_lines(row)]
+    raw = [line for of_device in rows.values() for row in of_device for line in raw_lines(row)]
     block = "```text\n" + "\n".join(raw) + "\n```\n"
     took = f" The whole run took {minutes:.0f} minutes." if minutes else ""
     parts.append(f"## All runs\n\nSeconds, unless MB is said.{took}\n\n{block}")
@@ -121,8 +121,8 @@ def markdown(rows: list[Row]) -> str:
 def raw_lines(row: Row) -> list[str]:
     if not row.raw:
         return []
-    found = [f"{row.what}; against: {row.against}"]
-    return found + [f"  {name}: " + " ".join(f"{value:.4g}" for value in values) for name, values in row.raw.items()]
+    head = f"{row.what}; against: {row.against}"
+    return [head] + [f"  {name}: " + " ".join(f"{value:.4g}" for value in values) for name, values in row.raw.items()]
 
 
 def without_gpu(rows: list[Row]) -> list[Row]:

@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 NO_GPU = "no GPU at hand"
-# How a ratio is shown: more than the other by so many percent, so many times the other, so many times faster; the
-# exponent of a power law.
+# How a ratio is shown: percent more than the other, times the other, times faster, or the exponent of a power law.
 Form = Literal["percent", "times", "faster", "exponent"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row; ``ratio`` is what the goal is about, None when it was not measured.
+    """One row; its goal is about ``ratio``, which is None if it was not measured.
 
     Example:
         >>> Row("callback", "validation", "without", "percent", 0.03).measured(1.021, "24 batches").cells()
@@ -30,11 +29,11 @@ class Row:
     raw: dict[str, list[float]] = field(default_factory=dict)
 
     def measured(self, ratio: float, note: str = "", raw: dict[str, list[float]] | None = None) -> Row:
-        """The row with what was found; for ``"percent"`` the ratio is new over old."""
+        """Add a result; for ``"percent"``, give the ratio of new to old."""
         return replace(self, ratio=ratio - 1 if self.form == "percent" else ratio, note=note, raw=raw or {})
 
     def failed(self, why: str) -> Row:
-        """The row with the reason why there is no number."""
+        """Add the reason why there is no result."""
         return replace(self, note=why)
 
     @property
@@ -45,7 +44,7 @@ class Row:
         return self.ratio >= self.goal if self.form == "faster" else self.ratio <= self.goal
 
     def cells(self) -> tuple[str, ...]:
-        """What, against, ratio, goal, met, note."""
+        """Format the cells: what, against, ratio, goal, met, note."""
         sign = ">=" if self.form == "faster" else "<="
         goal = "" if self.goal is None else f"{sign} {self._shown(self.goal)}"
         ratio = "" if self.ratio is None else self._shown(self.ratio)
@@ -61,5 +60,5 @@ class Row:
         return f"{number:,.0f}{unit}" if abs(number) >= 100 else f"{number:.3g}{unit}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to a dictionary that JSON can hold."""
         return asdict(self)

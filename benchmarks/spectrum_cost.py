@@ -1,10 +1,10 @@
-"""What a product with the Hessian costs beside a bare one by autograd, and beside curvlinops' where that is installed.
+"""Compare products with the Hessian: of this package, of bare autograd, and of curvlinops if it is installed.
 
     python -m benchmarks.spectrum_cost [--samples 64] [--repeats 7] [--device cpu]
 
-A ResNet-20 for CIFAR in evaluation mode, random data, one batch. Every repeat runs all tasks in turn; medians and their
-ratios are shown, and all raw times below. With curvlinops (pip install curvlinops-for-pytorch), the largest eigenvalue
-and the trace are compared with it, too.
+The network is a ResNet-20 for CIFAR in evaluation mode, on one batch of random data. Every repeat runs all tasks in
+turn. Shown are medians, their ratios, and all times. With curvlinops (pip install curvlinops-for-pytorch), the largest
+eigenvalue is checked with its products, too.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, matrix: str = "hessian") -> Calla
     curvature = LossCurvature(net, find_loss("cross_entropy"), None, matrix)
 
     def product(vector: Tensor) -> Tensor:
-        found = curvature.sums([(x, y)], vector).product
-        assert found is not None
-        return found.to(vector) / len(y)
+        image = curvature.sums([(x, y)], vector).product
+        assert image is not None
+        return image.to(vector) / len(y)
 
     return product
 
@@ -51,7 +51,7 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, matrix: str = "hessian") -> Calla
 def curvlinops(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     from curvlinops import HessianLinearOperator
 
-    # Its check for determinism is left out here, as it happens once and not with every product.
+    # Without its check for determinism, which runs once and not with every product.
     parameters = list(net.parameters())
     operator = HessianLinearOperator(net, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False)
     return lambda vector: operator @ vector

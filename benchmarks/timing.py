@@ -1,15 +1,14 @@
-"""Time and memory of tasks, as ratios within one run.
+"""Time and memory of tasks, compared as ratios within one run.
 
-Time: every repeat runs all tasks in turn, after one round of warm-up, on the same batch, threads and precision. The
-medians count. Wall-clock time is what counts; the processor time of the same runs is kept beside it, since it suffers
-less from what else a machine does. What is freed is kept for the next use (``KEEPS``): by default glibc gives memory
-back and gets it anew in every forward pass, as the heap happens to lie, which takes up to a third of the pass.
+Time: after one round of warm-up, every repeat runs all tasks in turn, on the same batch, threads and precision. Medians
+of wall-clock time are compared. Processor time is recorded, too, since it depends less on what else the machine does.
+Freed memory stays with the process (``KEEPS``). By default, glibc may return it and request it again in every forward
+pass, depending on how the heap is laid out, which takes up to a third of the pass.
 
-Memory: a task runs in a process of its own, after a warm-up; its peak is that of resident memory above what was
-resident before. The kernel keeps that peak (VmHWM of Linux, set back before the task): a sampling thread could miss it,
-and ru_maxrss also has what importing needed. What is freed goes back to the system at once (``MALLOC``): else the peak
-is that of what glibc keeps for later, which differs by a half from one run of the same task to the next. On a GPU it is
-the peak of what torch allocates.
+Memory: a task runs in a separate process, after a warm-up. Its peak is that of resident memory, minus what was resident
+before. The kernel records this peak (VmHWM of Linux, reset before the task); a sampling thread could miss it, and
+ru_maxrss includes imports. Freed memory returns to the system at once (``MALLOC``), since what glibc keeps differs by
+half between runs of the same task. On a GPU, the peak is that of torch's allocations.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import torch
 
 MEMORY_REPEATS = 3
 KEEPS = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-MALLOC = dict.fromkeys(KEEPS, str(2**17))  # as they are at the beginning; glibc raises them
+MALLOC = dict.fromkeys(KEEPS, str(2**17))  # glibc's values at the start, which it raises later
 Task = Callable[[], object]
 
 
@@ -47,11 +46,11 @@ class Times(NamedTuple):
         return statistics.median(self.wall[name])
 
     def ratio(self, name: str, other: str) -> float:
-        """Of the medians of two tasks."""
+        """Ratio of the medians of two tasks."""
         return self.median(name) / self.median(other)
 
     def spread(self, name: str, other: str) -> str:
-        """The ratios of single repeats, and that of processor time."""
+        """Describe the ratios of single repeats, and the ratio of processor times."""
         pairs = sorted(a / b for a, b in zip(self.wall[name], self.wall[other], strict=True))
         processor = statistics.median(self.processor[name]) / statistics.median(self.processor[other])
         return f"single repeats {pairs[0]:.3g} to {pairs[-1]:.3g}, processor time {processor:.3g}"
@@ -64,7 +63,7 @@ def synchronize(device: str) -> None:
 
 
 def once(task: Task, device: str) -> tuple[float, float]:
-    """Seconds of one run: wall clock, processor."""
+    """Run a task once; return wall-clock and processor time, in seconds."""
     synchronize(device)
     start, processor = time.perf_counter(), time.process_time()
     task()
@@ -73,9 +72,9 @@ def once(task: Task, device: str) -> tuple[float, float]:
 
 
 def interleaved(tasks: Mapping[str, Task], repeats: int, device: str = "cpu", budget: float = 120.0) -> Times:
-    """Times of tasks that are run in turn; the order is turned round in every other repeat.
+    """Time tasks in turn, in reverse order in every other repeat.
 
-    After three repeats no other is begun when the budget, in seconds, is spent.
+    After three repeats, no other starts once the budget, in seconds, is spent.
     """
     times = Times({name: [] for name in tasks}, {name: [] for name in tasks})
     start = time.perf_counter()
@@ -92,13 +91,13 @@ def interleaved(tasks: Mapping[str, Task], repeats: int, device: str = "cpu", bu
 
 
 def resident(key: str) -> int:
-    """Bytes of ``VmRSS`` or ``VmHWM``."""
+    """Return ``VmRSS`` or ``VmHWM`` of this process, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1]) * 1024
 
 
 def peak(task: Task, device: str) -> int:
-    """Bytes at the peak of a task above what was there before."""
+    """Run a task; return its peak of memory minus what was in use before, in bytes."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -107,33 +106,33 @@ def peak(task: Task, device: str) -> int:
     gc.collect()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if malloc_trim is not None:
-        malloc_trim(0)  # what the warm-up has freed is not held
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+        malloc_trim(0)  # return what the warm-up has freed
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")
     task()
     return resident("VmHWM") - before
 
 
 def apart(function: str, device: str, repeats: int = 0, **arguments: Any) -> dict[str, Any]:
-    """Peak in bytes, and seconds, of a task in a process of its own.
+    """Measure a task in a separate process: ``"peak"`` in bytes, ``"seconds"`` of every repeat.
 
     Args:
-        function: ``"module:name"``; called with the arguments it returns a warm-up and the task.
+        function: ``"module:name"`` of a function that returns a warm-up and the task.
         device: ``"cpu"`` or ``"cuda"``.
-        repeats: times the task is timed, after its peak was measured.
-        arguments: of the function; what JSON has.
+        repeats: how often the task is timed, after its peak was measured.
+        arguments: of the function, such that JSON can hold them.
     """
     command = [sys.executable, "-m", "benchmarks.timing", function, device, str(repeats), json.dumps(arguments)]
     environment = os.environ | MALLOC
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"{function} in a process of its own: {error}")
+        raise RuntimeError(f"{function} in a separate process: {error}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peaks_apart(function: str, device: str, repeats: int = MEMORY_REPEATS, **arguments: Any) -> list[float]:
-    """Peaks of so many processes, in bytes."""
+    """Measure the peak of a task in several processes, in bytes."""
     return [apart(function, device, **arguments)["peak"] for _ in range(repeats)]
 
 
@@ -143,9 +142,9 @@ def main() -> None:
     module, name = function.split(":")
     warm_up, task = getattr(importlib.import_module(module), name)(device=device, **json.loads(arguments))
     warm_up()
-    found: dict[str, Any] = {"peak": peak(task, device)}
-    found["seconds"] = [once(task, device)[0] for _ in range(int(repeats))]
-    print(json.dumps(found))
+    result: dict[str, Any] = {"peak": peak(task, device)}
+    result["seconds"] = [once(task, device)[0] for _ in range(int(repeats))]
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""The trace of the last layer's Hessian, beside estimates by Hessian-vector products: curvlinops and PyHessian.
+"""The trace of the last layer's Hessian, compared with the estimates of curvlinops and PyHessian.
 
-A ResNet-20, trained for a few steps on scikit-learn's digits: with random weights all samples are alike, and the
-Hessian has so low a rank that estimates have it easy. One batch, one precision, one loss for all.
+The network is a ResNet-20, trained for a few steps on scikit-learn's digits. With random weights all samples are alike,
+and the rank of the Hessian would be so low that estimates are easy. Batch, precision and loss are the same for all.
 
 - curvlinops: ``xtrace(HessianLinearOperator(model, loss, [weight], [batch]), num_matvecs)``. The number of products is
-  doubled until the error is below 1e-5 for the first time, or time runs out; then it is as many as the Hessian's rank
-  has, at most, at the measured cost of one, and the row says so.
-- PyHessian: ``hessian(model, loss, data=batch, cuda=False).trace()``, which takes the parameters that require
-  gradients: the layer's weight only. The number of probes follows from the measured variance.
+  doubled until the error is below 1e-5 or time runs out. In the latter case the row says so, and the number of products
+  is taken to be twice the rank of the Hessian, at the measured cost of one product.
+- PyHessian: ``hessian(model, loss, data=batch, cuda=False).trace()``, for the parameters that require gradients: the
+  layer's weight only. The number of probes follows from the measured variance.
 
-Ours is measured twice: alone, with its own forward pass and all certificates; and as what the callback adds to the
-forward passes of an epoch of validation, which are made anyway: per batch, over an epoch with the trial before it.
+This package is measured in two ways: alone, with its own forward pass and all certificates; and as the time that the
+callback adds to the forward passes of a validation epoch, per batch, including the trial at its start.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def rows(device: str) -> list[Row]:
 
 @contextmanager
 def only(net: nn.Module, weight: nn.Parameter):
-    """No other parameter requires a gradient."""
+    """Let only one parameter require a gradient meanwhile."""
     required = {parameter: parameter.requires_grad for parameter in net.parameters()}
     for parameter in required:
         parameter.requires_grad_(parameter is weight)
@@ -71,7 +71,7 @@ def ours(net: nn.Module, batch: networks.Batch) -> lf.FlatnessReport:
 
 
 def epoch(net: nn.Module, batch: networks.Batch, batches: int) -> None:
-    """An epoch of validation that is observed."""
+    """Observe an epoch of validation."""
     step = observed(net, batch, measures=("hessian_trace",))
     for _ in range(batches):
         step()
@@ -80,7 +80,7 @@ def epoch(net: nn.Module, batch: networks.Batch, batches: int) -> None:
 def with_curvlinops(
     net: nn.Module, weight: nn.Parameter, batch: networks.Batch, expected: float, limit: float
 ) -> tuple[float, str, list[float]]:
-    """Seconds that XTrace needs, how they were found, and all measured times."""
+    """Return the seconds that XTrace needs, how they were measured, and all measured times."""
     from curvlinops import HessianLinearOperator
     from curvlinops.trace.epperly2024xtrace import xtrace
 
@@ -90,9 +90,9 @@ def with_curvlinops(
     xtrace(operator := HessianLinearOperator(net, nn.CrossEntropyLoss(), [weight], [batch]), 4)  # a warm-up
     products = 16
     while True:
-        found: list[float] = []
-        seconds, _ = once(lambda n=products, found=found: found.append(float(xtrace(operator, n))), device)
-        error = abs(found[0] / expected - 1)
+        traces: list[float] = []
+        seconds, _ = once(lambda n=products, traces=traces: traces.append(float(xtrace(operator, n))), device)
+        error = abs(traces[0] / expected - 1)
         spent += seconds
         raw.append(seconds)
         tried.append(f"{products}: {error:.0e}")
@@ -108,29 +108,29 @@ def with_curvlinops(
 def with_pyhessian(
     net: nn.Module, batch: networks.Batch, expected: float, probes: int
 ) -> tuple[float, float, str, list[float]]:
-    """Seconds to a standard error of 1 %, seconds of all but the first backward pass, and how they were found."""
+    """Return seconds to a standard error of 1 %, those without the first backward pass, how, and all times."""
     from pyhessian import hessian
 
     made: list = []
 
     def build() -> None:
-        net.zero_grad()  # it adds to the gradients that are there
+        net.zero_grad()  # hessian() adds to existing gradients
         made.append(hessian(net, nn.CrossEntropyLoss(), data=batch, cuda=batch[0].is_cuda))
 
     device = str(batch[0].device.type)
     once(build, device)
     start, _ = once(build, device)
     torch.manual_seed(1)
-    found: list[float] = []
-    # tol=0 takes every probe: the rule by which it stops compares two means in a row, which is no standard error.
-    seconds, _ = once(lambda: found.extend(made[-1].trace(maxIter=probes, tol=0)), device)
-    values = torch.tensor(found, dtype=torch.float64)
-    mean, deviation = float(values.mean()), float(values.std())
-    apart = abs(mean - expected) / (deviation / math.sqrt(len(found)))
+    values: list[float] = []
+    # tol=0 uses every probe; its stopping rule compares two successive means, which is not a standard error.
+    seconds, _ = once(lambda: values.extend(made[-1].trace(maxIter=probes, tol=0)), device)
+    estimates = torch.tensor(values, dtype=torch.float64)
+    mean, deviation = float(estimates.mean()), float(estimates.std())
+    apart = abs(mean - expected) / (deviation / math.sqrt(len(values)))
     needed = max(2.0, (deviation / expected / 0.01) ** 2)
-    total = seconds / len(found) * needed
+    total = seconds / len(values) * needed
     note = (
-        f"EXTRAPOLATED to {needed:,.0f} probes from {len(found)} of {1e3 * seconds / len(found):.1f} ms with a "
+        f"EXTRAPOLATED to {needed:,.0f} probes from {len(values)} of {1e3 * seconds / len(values):.1f} ms with a "
         f"standard deviation of {deviation / expected:.2f}: {start + total:.1f} s; mean of these {apart:.1f} standard "
         "errors from ours"
     )
@@ -156,7 +156,7 @@ def measure(device: str, quick: bool) -> list[Row]:
     head = f"ours {1e3 * times.median('ours'):.0f} ms, a forward pass {1e3 * plain:.0f} ms; "
     epochs = f"{1e3 * added:.1f} ms a batch are added to an epoch of {batches}"
     raw_epochs = {name: times.wall[name] for name in ("observed", "validation")}
-    found, expected = [], report.hessian_trace
+    results, expected = [], report.hessian_trace
     whole, in_epoch, probing, probing_in_epoch = rows(device)
     with only(net, weight):
         check = exact_trace(net, weight, batch)
@@ -164,29 +164,29 @@ def measure(device: str, quick: bool) -> list[Row]:
         try:
             seconds, note, raw = with_curvlinops(net, weight, batch, check, 5 if quick else SECONDS)
             raws = {"ours": times.wall["ours"], "curvlinops": raw}
-            found += [
+            results += [
                 whole.measured(seconds / times.median("ours"), head + note, raws),
                 in_epoch.measured(seconds / added, epochs, raw_epochs),
             ]
         except Exception as error:
-            found += [row.failed(f"{type(error).__name__}: {error}") for row in (whole, in_epoch)]
+            results += [row.failed(f"{type(error).__name__}: {error}") for row in (whole, in_epoch)]
         try:
             seconds, probes, note, raw = with_pyhessian(net, batch, check, 20 if quick else PROBES)
             raws = {"ours": times.wall["ours"], "PyHessian, first pass and probes": raw}
-            found += [
+            results += [
                 probing.measured(seconds / times.median("ours"), head + note, raws),
                 probing_in_epoch.measured(probes / added, epochs),
             ]
         except Exception as error:
-            found += [row.failed(f"{type(error).__name__}: {error}") for row in (probing, probing_in_epoch)]
-    return found
+            results += [row.failed(f"{type(error).__name__}: {error}") for row in (probing, probing_in_epoch)]
+    return results
 
 
 def exact_trace(net: nn.Module, weight: nn.Parameter, batch: networks.Batch) -> float:
-    """The trace by autograd in float64: where logits are affine in the weight, from their Jacobian, row by row.
+    """Compute the trace by autograd in float64, from the logits' Jacobian, if the logits are affine in the weight.
 
-    Tr H = mean over samples of sum_{k,l} Λ[k,l] <J_k, J_l>, one backward pass for every sample and class: slow, and
-    nothing of ours in it.
+    Tr H = mean over samples of sum_{k,l} Λ[k,l] <J_k, J_l>, by one backward pass for every sample and class: slow, but
+    independent of the package.
     """
     from copy import deepcopy
 

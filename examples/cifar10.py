@@ -1,10 +1,10 @@
 """Train a ResNet-18 on CIFAR-10, watch its flatness, and stop when flatness and accuracy have both stalled.
 
     python examples/cifar10.py --root data --download      # torchvision downloads the images
-    python examples/cifar10.py --arrays folder             # or: train_images.npy, train_labels.npy, test_images.npy,
+    python examples/cifar10.py --arrays folder             # with train_images.npy, train_labels.npy, test_images.npy,
                                                            # test_labels.npy; images uint8 (N, 32, 32, 3)
 
-This wants a GPU. On a CPU try --limit 2000 --max-epochs 3. Afterwards:
+This needs a GPU; on a CPU try --limit 2000 --max-epochs 3. Afterwards:
 
     tensorboard --logdir runs/cifar10
 """
@@ -36,7 +36,7 @@ NORMALISE = v2.Normalize(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2
 
 
 class CifarResNet(L.LightningModule):
-    """torchvision's ResNet-18 with the stem for 32x32 images: a 3x3 convolution of stride 1, no max-pooling."""
+    """torchvision's ResNet-18 with a stem for 32x32 images: a 3x3 convolution of stride 1, no max pooling."""
 
     def __init__(self, learning_rate: float = 0.1):
         super().__init__()
@@ -73,7 +73,7 @@ class CifarResNet(L.LightningModule):
 
 
 class Augmented(Dataset):
-    """Images through a transform, one by one."""
+    """A data set whose images go through a transform."""
 
     def __init__(self, dataset: Dataset, transform):
         self.dataset, self.transform = dataset, transform
@@ -87,7 +87,7 @@ class Augmented(Dataset):
 
 
 def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """Training and test images, through torchvision's class or from a folder of arrays."""
+    """Load training and test images by torchvision, or from a folder of arrays."""
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), NORMALISE]
     augment = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *to_tensor])
     plain = v2.Compose(to_tensor)

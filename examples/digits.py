@@ -2,8 +2,8 @@
 
     python examples/digits.py [--max-epochs 60] [--out runs/digits]
 
-The 1,797 images (8x8, Alpaydin and Kaynak 1998) come with scikit-learn, so nothing is downloaded. Half a minute on two
-CPU cores. Afterwards:
+The 1,797 images (8x8, Alpaydin and Kaynak 1998) come with scikit-learn, so nothing is downloaded. It takes half a
+minute on two CPU cores. Afterwards:
 
     tensorboard --logdir runs/digits
 """
@@ -73,7 +73,7 @@ def load_data():
 
 
 def row(model, train, val) -> list[str]:
-    """Accuracy on the validation data; loss and flatness on the training data."""
+    """Format the accuracy on the validation data, and loss and flatness on the training data."""
     model.eval()
     with torch.no_grad():
         (train_images, train_labels), (val_images, val_labels) = (

@@ -1,8 +1,8 @@
-"""Train a small CNN on handwritten digits, and look at the Hessian and the loss around the weights that it finds.
+"""Train a small CNN on handwritten digits; measure the spectrum of its Hessian and the loss around its weights.
 
     python examples/landscape.py [--max-epochs 12] [--steps 25] [--out runs/landscape]
 
-One or two minutes on two CPU cores; nothing is downloaded. Afterwards:
+It takes one or two minutes on two CPU cores, and nothing is downloaded. Afterwards:
 
     tensorboard --logdir runs/landscape
 """
@@ -61,7 +61,7 @@ def main() -> None:
     model = WithAdam()
     trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True), DataLoader(val, batch_size=256))
 
-    # The same after training, in plain PyTorch: along one eigenvector, and along Adam's moments.
+    # After training, in plain PyTorch: the loss along an eigenvector, and along Adam's moments.
     batches = [next(iter(DataLoader(train, options.samples)))]
     line = lf.loss_landscape(model, batches, axes=["hessian"], steps=41)
     adam = lf.loss_landscape(
@@ -69,11 +69,10 @@ def main() -> None:
     )
 
     kept, recomputed = random.results["kept"], random.results["recomputed"]
-    moved = trajectory.results["recomputed"]
-    path = trajectory.trajectory
+    plane = trajectory.results["recomputed"]
     both = Figure(figsize=(11, 4.2), layout="constrained")
     plot_surface(kept, log=True, ax=both.add_subplot(1, 2, 1, projection="3d"))
-    plot_contour(moved, trajectory=path, ax=both.add_subplot(1, 2, 2))
+    plot_contour(plane, trajectory=trajectory.trajectory, ax=both.add_subplot(1, 2, 2))
     figures = {
         "landscape": (both, None),
         "density": plot_density(spectrum.result),

@@ -118,8 +118,8 @@ def definition(given):
     return total
 
 
-def assert_traces_close(found, expected, rtol=1e-12):
-    assert_close(found, expected, rtol=0, atol=rtol * float(expected.abs().max()))
+def assert_traces_close(actual, expected, rtol=1e-12):
+    assert_close(actual, expected, rtol=0, atol=rtol * float(expected.abs().max()))
 
 
 @given(given=arguments())
@@ -138,10 +138,10 @@ def test_how_much_is_made_at_a_time_does_not_change_the_result(given, strip, ele
         patched.setattr(symmetric, "STRIP", strip)
         patched.setattr(MODULE, "FEW", few)
         patched.setitem(MODULE.PRODUCT_ELEMENTS, "cpu", elements)
-        found = given.traces()
+        actual = given.traces()
         with torch.no_grad():  # products in memory that is used again
             again = given.traces()
-    assert_traces_close(found, definition(given))
+    assert_traces_close(actual, definition(given))
     assert_traces_close(again, definition(given))
 
 
@@ -175,14 +175,14 @@ def route(by_gram):
 
 @given(given=arguments())
 def test_gram_route_and_summed_route_agree(given):
-    found = {}
+    by_route = {}
     for by_gram in (True, False):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(MODULE, "contraction_costs", route(by_gram))
             # The route not taken must not run.
             patched.delattr(MODULE, "patches" if by_gram else "patch_gram")
-            found[by_gram] = given.traces()
-    assert_traces_close(found[True], found[False])
+            by_route[by_gram] = given.traces()
+    assert_traces_close(by_route[True], by_route[False])
 
 
 @given(given=arguments())
@@ -231,8 +231,8 @@ def test_chunks_of_many_classes_may_differ_in_what_classes_share(chunk_size, tol
     given.probabilities = torch.softmax(40 * torch.randn(60, 200, dtype=torch.float64), dim=1)
     given.probabilities[0] = torch.softmax(torch.randn(200, dtype=torch.float64), dim=0)
     expected = sum(given.sample(n).traces() for n in range(60))
-    found = given.traces(chunk_size=chunk_size, tolerance=tolerance)
-    assert_traces_close(found, expected, rtol=max(1e-12, 2 * tolerance))
+    actual = given.traces(chunk_size=chunk_size, tolerance=tolerance)
+    assert_traces_close(actual, expected, rtol=max(1e-12, 2 * tolerance))
 
 
 @pytest.mark.parametrize(("groups", "per_group"), [(1, 6), (2, 3), (6, 1)])
@@ -296,16 +296,16 @@ def test_block_traces_of_the_classifier_are_those_of_its_full_hessian(loss):
     several = isinstance(loss, (BinaryCrossEntropy, MeanSquaredError))
     targets = torch.rand(6, 4).double() if several else indices
     full = hessian(lambda w: loss.total(features @ w.T + bias, targets))(weight)
-    found = classifier_block_traces(features, loss(features @ weight.T + bias, targets).curvature)
-    assert_close(found, torch.einsum("sdtd->st", full)[None], rtol=1e-10, atol=1e-12)
+    actual = classifier_block_traces(features, loss(features @ weight.T + bias, targets).curvature)
+    assert_close(actual, torch.einsum("sdtd->st", full)[None], rtol=1e-10, atol=1e-12)
 
 
 @guards("functional/curvature.py", "- total.sum(1).diag()", "+ (scaled - scaled * self.center).sum(0).diag()")
 def test_block_traces_of_the_classifier_keep_their_digits_for_sure_samples():
     features, logits = torch.ones(1, 3).double(), torch.tensor([[60.0, 0.0]]).double()
-    found = classifier_block_traces(features, CrossEntropy()(logits, torch.tensor([0])).curvature)
+    actual = classifier_block_traces(features, CrossEntropy()(logits, torch.tensor([0])).curvature)
     curved = 3 * math.exp(-60)  # of a sigmoid; 1 - π is beyond float64
-    assert_close(found, curved * torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]).double(), rtol=1e-12, atol=0)
+    assert_close(actual, curved * torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]).double(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

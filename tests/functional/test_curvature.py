@@ -28,10 +28,10 @@ def assembled(curvature, matrix, projection):
     columns, counts, signs, floor, rest = projection
     signed = columns if signs is None else columns * signs[:, :, None]
     assert not any(bool(c[count:].any()) for c, count in zip(columns, counts, strict=True))
-    found = columns.mT @ signed
+    actual = columns.mT @ signed
     if floor is not None:
-        found = found + floor[:, None, None] * (matrix.T @ matrix)
-    return found if rest is None else found + torch.diag_embed(rest)
+        actual = actual + floor[:, None, None] * (matrix.T @ matrix)
+    return actual if rest is None else actual + torch.diag_embed(rest)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "diagonal", "dense"])
@@ -63,12 +63,12 @@ def test_what_is_left_out_is_small_and_off_the_diagonal(monkeypatch, kind, scale
     projection = curvature.project(centred, scales, tolerance)
     assert max(projection.counts) < 200, "nothing was left out"
     expected = V.T @ matrices @ V
-    found = assembled(curvature, centred, projection)
+    actual = assembled(curvature, centred, projection)
     diagonal = expected.diagonal(dim1=1, dim2=2)
-    assert_close(found.diagonal(dim1=1, dim2=2), diagonal, rtol=1e-10, atol=1e-12)
+    assert_close(actual.diagonal(dim1=1, dim2=2), diagonal, rtol=1e-10, atol=1e-12)
     # Entries scaled as in the closed form, where scales are the diagonal of a positive matrix, here of rank one.
     roots = scales.sqrt()
-    error = (found - expected) * roots[:, :, None] * roots[:, None, :]
+    error = (actual - expected) * roots[:, :, None] * roots[:, None, :]
     bound = tolerance * (diagonal * scales).sum()
     assert 0 < float(torch.linalg.svdvals(error).sum()) <= 2 * bound
 
@@ -90,9 +90,9 @@ def test_the_class_of_a_sure_sample_does_not_cancel():
     curvature, V = ClassCurvature(pi, pi), 3 + torch.randn(200, 6, dtype=torch.float64)
     centred, scales = curvature.centred(V), torch.tensor([[1e7], [1.0]], dtype=torch.float64).expand(2, 6)
     projection = curvature.project(centred, scales, 1e-6)
-    found = assembled(curvature, centred, projection).diagonal(dim1=1, dim2=2)
+    actual = assembled(curvature, centred, projection).diagonal(dim1=1, dim2=2)
     assert projection.counts[0] < 10
-    assert_close((found * scales).sum(), (curvature.diagonal(centred) * scales).sum(), rtol=1e-13, atol=0)
+    assert_close((actual * scales).sum(), (curvature.diagonal(centred) * scales).sum(), rtol=1e-13, atol=0)
 
 
 def test_a_sure_sample_keeps_few_columns_beside_an_unsure_one():

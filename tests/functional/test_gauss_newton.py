@@ -31,8 +31,8 @@ def brute_force(calls, deltas):
 @pytest.mark.parametrize("chunk_size", [None, 1, 2, 100])
 def test_equals_the_sum_over_columns_of_j_jt(size, groups, chunk_size):
     inputs, geometry, delta = case(size, groups)
-    found = gauss_newton_block_traces([(inputs, geometry)], [delta.unbind(1)], chunk_size=chunk_size)
-    assert_close(found, brute_force([(inputs, geometry)], [delta]), rtol=1e-12, atol=1e-12)
+    actual = gauss_newton_block_traces([(inputs, geometry)], [delta.unbind(1)], chunk_size=chunk_size)
+    assert_close(actual, brute_force([(inputs, geometry)], [delta]), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -51,9 +51,9 @@ def test_single_precision_has_the_same_numbers(kernel_size, diagonal, filters, g
     columns = [torch.randn(5, filters, *geometry.output_size(size), generator=generator) for _ in range(3)]
     doubled = [column.double() for column in columns]
     for chunk_size in (None, 2):
-        found = gauss_newton_block_traces([(inputs, geometry)], [columns], None, diagonal, chunk_size)
+        actual = gauss_newton_block_traces([(inputs, geometry)], [columns], None, diagonal, chunk_size)
         expected = gauss_newton_block_traces([(inputs.double(), geometry)], [doubled], None, diagonal, chunk_size)
-        assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_calls_of_a_shared_layer_add_up_inside_j():
@@ -62,19 +62,19 @@ def test_calls_of_a_shared_layer_add_up_inside_j():
         inputs, geometry, delta = case(size)
         calls.append((inputs, geometry))
         deltas.append(delta)
-    found = gauss_newton_block_traces(calls, [delta.unbind(1) for delta in deltas])
-    assert_close(found, brute_force(calls, deltas), rtol=1e-12, atol=1e-12)
+    actual = gauss_newton_block_traces(calls, [delta.unbind(1) for delta in deltas])
+    assert_close(actual, brute_force(calls, deltas), rtol=1e-12, atol=1e-12)
     apart = sum(gauss_newton_block_traces([call], [delta.unbind(1)]) for call, delta in zip(calls, deltas, strict=True))
-    assert float((found - apart).abs().max()) > 1.0
+    assert float((actual - apart).abs().max()) > 1.0
 
 
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("size", [2, 9])
 def test_the_diagonal_alone_is_the_diagonal(groups, size):
     inputs, geometry, delta = case(size, groups)
-    found = gauss_newton_block_traces([(inputs, geometry)], [delta.unbind(1)], diagonal=True)
+    actual = gauss_newton_block_traces([(inputs, geometry)], [delta.unbind(1)], diagonal=True)
     expected = gauss_newton_block_traces([(inputs, geometry)], [delta.unbind(1)]).diagonal(dim1=1, dim2=2)
-    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_signs_of_columns_count():
@@ -84,5 +84,5 @@ def test_signs_of_columns_count():
     negative = [delta[2:, 1:2].unbind(1)]
     positive = gauss_newton_block_traces([(inputs, geometry)], [delta.unbind(1)])
     apart = gauss_newton_block_traces([(inputs[2:], geometry)], negative)
-    found = gauss_newton_block_traces([(inputs, geometry)], [delta.unbind(1)], signs)
-    assert_close(found, positive - 2 * apart, rtol=1e-12, atol=1e-12)
+    actual = gauss_newton_block_traces([(inputs, geometry)], [delta.unbind(1)], signs)
+    assert_close(actual, positive - 2 * apart, rtol=1e-12, atol=1e-12)

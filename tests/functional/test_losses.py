@@ -104,8 +104,8 @@ def test_assertion_can_fail():
 def test_one_logit_takes_a_vector_of_targets():
     logits, targets = torch.randn(5, 1), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
     for name in ("binary_cross_entropy", "mse"):
-        found, expected = (find_loss(name)(logits, t) for t in (targets, targets[:, None]))
-        assert_close(found.residual, expected.residual, rtol=0, atol=0)
+        actual, expected = (find_loss(name)(logits, t) for t in (targets, targets[:, None]))
+        assert_close(actual.residual, expected.residual, rtol=0, atol=0)
 
 
 def test_without_targets_there_is_no_residual():

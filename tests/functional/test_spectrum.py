@@ -37,12 +37,12 @@ SPREAD = torch.cat([torch.logspace(-8, 2, 150).double(), -torch.logspace(-6, 0, 
 
 def test_quadrature_is_the_ritz_decomposition_of_the_krylov_space():
     matrix = symmetric(SPREAD)
-    found, _, probe = quadrature(matrix, 15)
+    ritz, _, probe = quadrature(matrix, 15)
     values, weights = dense_ritz(matrix, probe, 15)
-    assert_close(found.values, values, rtol=1e-9, atol=1e-10)
-    assert_close(found.weights, weights, rtol=1e-7, atol=1e-12)
+    assert_close(ritz.values, values, rtol=1e-9, atol=1e-10)
+    assert_close(ritz.weights, weights, rtol=1e-7, atol=1e-12)
     unit = probe / probe.norm()
-    assert_close(found.rayleigh, float(unit @ matrix @ unit), rtol=1e-12, atol=0)
+    assert_close(ritz.rayleigh, float(unit @ matrix @ unit), rtol=1e-12, atol=0)
 
 
 def test_basis_stays_orthonormal_long_after_eigenvalues_have_converged():
@@ -52,17 +52,17 @@ def test_basis_stays_orthonormal_long_after_eigenvalues_have_converged():
 
 def test_quadrature_is_exact_for_polynomials_of_twice_the_steps():
     matrix = symmetric(torch.linspace(-1, 1, 60))
-    found, _, probe = quadrature(matrix, 8)
+    ritz, _, probe = quadrature(matrix, 8)
     unit = probe / probe.norm()
     for power in range(16):
         exact = float(unit @ torch.linalg.matrix_power(matrix, power) @ unit)
-        assert_close(float(found.weights @ found.values**power), exact, rtol=0, atol=1e-12)
+        assert_close(float(ritz.weights @ ritz.values**power), exact, rtol=0, atol=1e-12)
 
 
 def test_with_all_steps_the_spectrum_is_exact():
     spectrum = torch.linspace(-3, 5, 40).double()
-    found, _, _ = quadrature(symmetric(spectrum), 64)
-    assert_close(found.values, spectrum, rtol=0, atol=1e-10)
+    ritz, _, _ = quadrature(symmetric(spectrum), 64)
+    assert_close(ritz.values, spectrum, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -73,16 +73,16 @@ def test_with_all_steps_the_spectrum_is_exact():
 def test_invariant_subspaces_leave_the_weights_right(spectrum):
     spectrum = torch.tensor(spectrum).double()
     matrix = symmetric(spectrum)
-    found, basis, probe = quadrature(matrix, len(matrix))
+    ritz, basis, probe = quadrature(matrix, len(matrix))
     assert_close(basis @ basis.T, torch.eye(len(matrix)).double(), rtol=0, atol=1e-12)
-    assert_close(found.values, spectrum.sort().values, rtol=0, atol=1e-10)
+    assert_close(ritz.values, spectrum.sort().values, rtol=0, atol=1e-10)
     values, vectors = torch.linalg.eigh(matrix)
     parts = (vectors.T @ (probe / probe.norm())) ** 2
     for value in spectrum.unique():
-        of_values = found.weights[(found.values - value).abs() < 1e-6].sum()
+        of_values = ritz.weights[(ritz.values - value).abs() < 1e-6].sum()
         assert_close(of_values, parts[(values - value).abs() < 1e-6].sum(), rtol=0, atol=1e-10)
     # One Ritz value carries all the weight of an eigenspace, so that K_Hn does not depend on what came after.
-    assert int((found.weights > 1e-12).sum()) == len(spectrum.unique())
+    assert int((ritz.weights > 1e-12).sum()) == len(spectrum.unique())
 
 
 def test_wasserstein_distance_of_known_measures():
@@ -121,12 +121,12 @@ def test_exponent_and_what_counts_as_zero():
 @pytest.mark.parametrize("top_k", [1, 5, 10])
 def test_eigenpairs_of_a_spectrum_like_that_of_a_network(top_k):
     matrix = symmetric(SPREAD)
-    found = eigenpairs(matrix, top_k)
+    pairs = eigenpairs(matrix, top_k)
     expected = SPREAD.sort(descending=True).values[:top_k]
-    assert_close(found.values, expected, rtol=1e-10, atol=0)
-    assert_close(found.vectors @ found.vectors.T, torch.eye(top_k).double(), rtol=0, atol=1e-10)
-    residuals = (found.vectors @ matrix - found.values[:, None] * found.vectors).norm(dim=1)
-    assert_close(found.residuals, residuals, rtol=1e-3, atol=1e-10)
+    assert_close(pairs.values, expected, rtol=1e-10, atol=0)
+    assert_close(pairs.vectors @ pairs.vectors.T, torch.eye(top_k).double(), rtol=0, atol=1e-10)
+    residuals = (pairs.vectors @ matrix - pairs.values[:, None] * pairs.vectors).norm(dim=1)
+    assert_close(pairs.residuals, residuals, rtol=1e-3, atol=1e-10)
     assert bool((residuals <= 1e-6 * expected).all())
 
 
@@ -134,8 +134,8 @@ def test_eigenpairs_of_a_spectrum_like_that_of_a_network(top_k):
 @pytest.mark.parametrize("copies", [2, 3, 6])
 def test_repeated_eigenvalues_come_as_often_as_they_are(copies, size):
     spectrum = torch.cat([torch.full((copies,), 7.0), torch.linspace(-3, 6.5, size - copies)]).double()
-    found = eigenpairs(symmetric(spectrum), copies + 2)
-    assert_close(found.values, spectrum.sort(descending=True).values[: copies + 2], rtol=1e-9, atol=0)
+    pairs = eigenpairs(symmetric(spectrum), copies + 2)
+    assert_close(pairs.values, spectrum.sort(descending=True).values[: copies + 2], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_repeated_eigenvalues_come_as_often_as_they_are(copies, size):
 )
 def test_eigenpairs_where_krylov_spaces_end(spectrum):
     spectrum = torch.tensor(spectrum).double()
-    found = eigenpairs(symmetric(spectrum), 4, rows=len(spectrum))
-    assert_close(found.values, spectrum.sort(descending=True).values[:4], rtol=0, atol=1e-10)
-    assert bool((found.residuals <= 1e-10).all())
+    pairs = eigenpairs(symmetric(spectrum), 4, rows=len(spectrum))
+    assert_close(pairs.values, spectrum.sort(descending=True).values[:4], rtol=0, atol=1e-10)
+    assert bool((pairs.residuals <= 1e-10).all())
 
 
 def test_many_restarts():
     spectrum = torch.linspace(0, 1, 300).double()  # nothing stands out
-    found = eigenpairs(symmetric(spectrum), 3, rows=12, tolerance=1e-8, max_products=3000)
-    assert_close(found.values, spectrum.flip(0)[:3], rtol=1e-10, atol=0)
+    pairs = eigenpairs(symmetric(spectrum), 3, rows=12, tolerance=1e-8, max_products=3000)
+    assert_close(pairs.values, spectrum.flip(0)[:3], rtol=1e-10, atol=0)
 
 
 def test_products_are_limited_and_counted():
@@ -163,13 +163,13 @@ def test_products_are_limited_and_counted():
         calls.append(1)
         return matrix @ vector
 
-    found = top_eigenpairs(product, torch.empty(12, 300).double(), 3, generator(), max_products=40)
-    assert found.num_products == len(calls) == 43
-    assert float(found.residuals.max()) > 1e-4  # and they say so
+    pairs = top_eigenpairs(product, torch.empty(12, 300).double(), 3, generator(), max_products=40)
+    assert pairs.num_products == len(calls) == 43
+    assert float(pairs.residuals.max()) > 1e-4  # and they say so
 
 
 def test_eigenpairs_in_single_precision():
     matrix = symmetric(SPREAD).float()
     basis = torch.empty(40, len(matrix))
-    found = top_eigenpairs(lambda v: matrix @ v, basis, 5, generator(), tolerance=1e-4)
-    assert_close(found.values, SPREAD.sort(descending=True).values[:5], rtol=1e-5, atol=0)
+    pairs = top_eigenpairs(lambda v: matrix @ v, basis, 5, generator(), tolerance=1e-4)
+    assert_close(pairs.values, SPREAD.sort(descending=True).values[:5], rtol=1e-5, atol=0)

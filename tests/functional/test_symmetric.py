@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from lightning_flatness.functional import symmetric
-from lightning_flatness.functional.symmetric import folded, mirror_, unfolded
+from lightning_flatness.functional.symmetric import Folded, mirror_
 from tests.guarding import guards
 
 SIZES = [(1, 1), (3, 5), (1, 64), (2, 65), (1, 200), (1, 512)]
@@ -18,20 +18,20 @@ def random_symmetric(groups, rows, seed=0):
     return matrix + matrix.mT
 
 
-def assert_same(found, expected):
-    assert_close(found, expected, rtol=0, atol=0)
+def assert_same(actual, expected):
+    assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("groups", "rows"), SIZES)
 def test_unfolding_gives_the_matrices_back(groups, rows):
     matrices = random_symmetric(groups, rows)
-    assert_same(unfolded(folded(matrices), rows), matrices)
+    assert_same(Folded.of(matrices).whole(), matrices)
 
 
 @pytest.mark.parametrize(("groups", "rows"), SIZES)
 def test_sums_of_folded_matrices_are_sums(groups, rows):
     one, other = random_symmetric(groups, rows), random_symmetric(groups, rows, seed=1)
-    assert_same(unfolded(folded(one).add_(folded(other)), rows), one + other)
+    assert_same((Folded.of(one) + Folded.of(other)).whole(), one + other)
 
 
 @given(groups=st.integers(1, 3), rows=st.integers(1, 20), strip=st.integers(1, 25), kept=st.integers(1, 25))
@@ -40,21 +40,21 @@ def test_it_does_not_depend_on_the_strips(groups, rows, strip, kept):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(symmetric, "STRIP", strip)
         patched.setattr(symmetric, "KEPT_STRIP", kept)
-        assert_same(unfolded(folded(matrices), rows), matrices)
+        assert_same(Folded.of(matrices).whole(), matrices)
         assert_same(mirror_(matrices.triu()), matrices)
 
 
 def test_what_is_folded_does_not_share_memory():
     matrices = random_symmetric(1, 4)
     before = matrices.clone()
-    folded(matrices).zero_()
+    Folded.of(matrices).strips.zero_()
     assert_same(matrices, before)
 
 
 @pytest.mark.parametrize("rows", [256, 512, 4096])
 def test_folded_matrices_are_little_more_than_a_half(rows):
     half = rows * (rows + 1) / 2
-    assert half < folded(torch.empty(1, rows, rows, dtype=torch.uint8)).numel() < 1.07 * half
+    assert half < Folded.of(torch.empty(1, rows, rows, dtype=torch.uint8)).strips.numel() < 1.07 * half
 
 
 @guards("functional/symmetric.py", "upper[:, below, rows] = upper[:, rows, below].mT", "pass")

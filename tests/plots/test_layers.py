@@ -30,10 +30,10 @@ def report(activation=nn.SiLU, **options):
 
 @pytest.mark.parametrize("measure", ["hessian_trace", "relative_flatness", "neuronwise_flatness", "layerwise_flatness"])
 def test_bars_are_the_measures_in_order(drawn, measure):
-    found = report(nn.ReLU)
-    figure, ax = plot_layers(found, measure)
+    measured = report(nn.ReLU)
+    figure, ax = plot_layers(measured, measure)
     widths = [bar.get_width() for bar in ax.patches]
-    assert widths == [getattr(layer, measure) for layer in found.layers.values()]
+    assert widths == [getattr(layer, measure) for layer in measured.layers.values()]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "2", "6"]
     assert ax.yaxis_inverted(), "the first layer is on top"
     assert ax.get_xscale() == "log"

@@ -93,8 +93,8 @@ def test_one_of_each_is_in_the_singular():
 
 @pytest.mark.parametrize(("top_k", "named"), [(1, []), (2, ["λ2"]), (4, ["λ2 to λ4"])])
 def test_every_eigenvalue_is_in_the_legend(result, top_k, named):
-    found = dataclasses.replace(result, eigenvalues=result.eigenvalues[:top_k])
-    _, ax = plot_eigenvalues([(0, found), (1, found)])
+    some = dataclasses.replace(result, eigenvalues=result.eigenvalues[:top_k])
+    _, ax = plot_eigenvalues([(0, some), (1, some)])
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts == ["λ1, the largest", *named, "lowest Ritz value"]
 
