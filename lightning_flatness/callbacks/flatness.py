@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -11,24 +10,26 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
-from lightning_flatness.callbacks.arguments import check_arguments, check_counts
+from lightning_flatness.callbacks.arguments import check_counts
+from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
-from lightning_flatness.callbacks.data.sources import ReadApart, Samples, Validated
-from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
-from lightning_flatness.callbacks.live import LiveForwards
-from lightning_flatness.callbacks.logged import log, logging_muted, values_of, with_logarithm
+from lightning_flatness.callbacks.data.sources import Samples, first_samples, new_source, split_with
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
+from lightning_flatness.callbacks.live import PassesOfRun, new_live_forwards
+from lightning_flatness.callbacks.logged import accuracy_key, log, values_of, with_logarithm
 from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.rank_errors import RankErrors
+from lightning_flatness.callbacks.running import Running
+from lightning_flatness.callbacks.schedule import epochs_have_passed
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.plots.history import DATA
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 
-# What a record of the history says beside the measures.
+# Fields of a record that are not measures.
 ABOUT = ("epoch", "step", "accuracy")
 
 
-class FlatnessCallback(Callback):
+class FlatnessCallback(MeasuringCallback):
     """Log the Hessian trace and relative flatness of convolutions and linear layers at every validation.
 
     Logged, so that ``ModelCheckpoint``, schedulers and :class:`~lightning_flatness.FlatnessStopping` can monitor it:
@@ -136,126 +137,102 @@ class FlatnessCallback(Callback):
             "strict": strict,
             "dtype": dtype,
         }
-        self._diagonal = Options(**self._options).diagonal  # refuses what cannot be
-        check_arguments("FlatnessCallback", data, on_error, prefix)
-        check_counts("FlatnessCallback", every_n_epochs=every_n_epochs)
-        check_counts("FlatnessCallback", or_none=True, max_samples=max_samples)
-        self.data = data
-        self.every_n_epochs = every_n_epochs
-        self.max_samples = max_samples
-        self.prefix = prefix
-        self.accuracy = accuracy
-        self.model = model
-        self.batch_fn = batch_fn
-        self.summary = summary
-        self.figures = figures
-        self.history: list[dict[str, float | None]] = []
-        self.report: FlatnessReport | None = None
-        self._stage: str | None = None
-        self._restored = False
-        self._certified: dict[str, LayerInfo] | None = None
-        self._left_out: dict[str, str] = {}
-        self._chart_laid_out = False
-        self.num_measurements = 0
-        self._faults = RankErrors(on_error)
-        self._source: Validated | ReadApart = (
-            Validated(batch_fn, max_samples)
-            if isinstance(data, str) and data == "val"
-            else ReadApart(batch_fn, max_samples, data)
+        diagonal = Options(**self._options).diagonal  # checks the options
+        self._measures = ["hessian_trace"] if diagonal else ["hessian_trace", "relative_flatness"]
+        super().__init__(
+            name="FlatnessCallback",
+            measured="flatness",
+            data=data,
+            max_samples=max_samples,
+            prefix=prefix,
+            model=model,
+            batch_fn=batch_fn,
+            figures=figures,
+            on_error=on_error,
         )
-        self._live = LiveForwards(wanted=live)
-        self._due = False
-        self._measurement: Measurement | None = None
-        self._unrecorded = False
-        self._accuracy_missing = False
+        check_counts("FlatnessCallback", every_n_epochs=every_n_epochs)
+        self.every_n_epochs = every_n_epochs
+        self.accuracy = accuracy
+        self.summary = summary
+        self.report: FlatnessReport | None = None
+        self.num_measurements = 0
+        self._wants_live = live
+        self._passes = PassesOfRun(live)
+        # How every layer is measured, and why others are not, as certified before training.
+        self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
+        self._running: Running | None = None
+        self._awaits_accuracy: Record | None = None
+        self._has_chart = False
 
-    # ---------------------------------------------------------------------------------------------------------- state
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether to measure at the validation that begins, or at the end of an epoch of a fit without validation.
 
-    @property
-    def state_key(self) -> str:
-        """Tells several instances apart in a checkpoint."""
-        return f"FlatnessCallback[prefix={self.prefix}]"
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history, as plain numbers."""
-        return {"history": [dict(record) for record in self.history]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the history of a checkpoint, to go on with it; validating a checkpoint does not change the history."""
-        if self._stage in (None, "fit"):
-            self.history = [dict(record) for record in state_dict["history"]]
-            self._restored = True
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the stage: a checkpoint is loaded in every one of them."""
-        self._stage = stage
-        self._live.forget()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of data and model."""
-        self._stage = None
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._source.let_go()
-        self._live.let_go()
-        self._measurement = None
-        self._due = False
-        self._faults.clear()
+        Override it for another schedule than ``every_n_epochs``. All ranks must return the same.
+        """
+        last = self.history[-1]["epoch"] if trainer.state.fn == "fit" and self.history else None
+        return epochs_have_passed(trainer.current_epoch, last, self.every_n_epochs)
 
     # ------------------------------------------------------------------------------------------------ before training
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the stage; what was found out about forward passes is found out anew."""
+        super().setup(trainer, pl_module, stage)
+        self._passes = PassesOfRun(self._wants_live)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a new history, and refuse or warn about what is clear already."""
-        if not self._restored:
-            self.history = []
-        self._restored = False
-        self.report = None
-        self._unrecorded = self._accuracy_missing = False
-        self._certified = None
-        self._faults.forget()
-        self._chart_laid_out = False
-        self._let_go()
-        with self._measuring(trainer, pl_module):
-            find_network(pl_module, self.model)
-        if self._of_validation and not trainer.enable_validation:
+        """Start a new history; refuse or warn of what is already known to be wrong."""
+        self.report = self._certified = self._awaits_accuracy = None
+        self._has_chart = False
+        super().on_fit_start(trainer, pl_module)
+        if self._data_name == "val" and not trainer.enable_validation:
             self._warn_no_validation()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Certify on one batch, unless the sanity check has, and print the summary."""
+        """Certify the layers on one batch, unless the sanity check has, and print the summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
-        if self._of_validation and has_loaders and not sum(trainer.num_val_batches):
+        if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             self._warn_no_validation()
         with self._measuring(trainer, pl_module):
-            samples = None if self._certified else self._source.preview(trainer, pl_module)
-            if samples is not None and not self._faults:
+            data = (self.data, self.max_samples, self.batch_fn)
+            samples = None if self._certified else first_samples(trainer, pl_module, *data)
+            if samples is not None and not self._errors.pending:
                 self._certify(pl_module, samples)
-        well = self._faults.settled("the start of training")
-        if well and self.summary and self._certified and trainer.is_global_zero:
+        if self._errors.settle("the start of training") and self.summary and self._certified and trainer.is_global_zero:
             data = DATA.get(self._data_name, self._data_name)
             title = f"Flatness on {data} data is measured for these layers, under '{self.prefix}'."
-            Console().print(summary_table(self._certified, self._left_out, title))
-
-    def _new_measurement(self, pl_module: LightningModule) -> Measurement:
-        return Measurement(find_network(pl_module, self.model), **self._options)
+            Console().print(summary_table(*self._certified, title))
 
     def _certify(self, pl_module: LightningModule, samples: Samples) -> None:
         measurement = self._new_measurement(pl_module)
         measurement.update(*samples)
-        self._certified = dict(measurement.layers)
-        self._left_out = dict(measurement.left_out)
+        self._certified = (measurement.layers, measurement.left_out) if measurement.layers else None
 
-    # ------------------------------------------------------------------------------------------------------- measuring
+    def _new_measurement(self, pl_module: LightningModule) -> Measurement:
+        return Measurement(find_network(pl_module, self.model), **self._options)
+
+    def _warn_no_validation(self) -> None:
+        rank_zero_warn(
+            "FlatnessCallback measures at validation, and this fit runs none (no validation_step, no validation data, "
+            f"or limit_val_batches=0): '{self.prefix}/hessian_trace' and its kin will not be logged, and what monitors "
+            "them will fail. Add validation data, or use FlatnessCallback(data='train')."
+        )
+
+    # ------------------------------------------------------------------------------------- validation and tests alike
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a measurement, if one is due."""
-        self._begin(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
+        """Start a measurement, if one is due."""
+        if trainer.testing:
+            self._start(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
+        elif not trainer.sanity_checking:
+            self._start(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Listen for the forward pass on this batch."""
-        self._listen(trainer, pl_module, batch)
+        if self._running is not None and not self._errors.pending:
+            with self._measuring(trainer, pl_module):
+                self._running.before_step(batch)
 
     def on_validation_batch_end(
         self,
@@ -266,215 +243,124 @@ class FlatnessCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Measure the batch that was validated, or the next part of the training subset."""
+        """Measure the batch that was validated, or the next part of other data; in the sanity check, certify on it.
+
+        Not at the end of the epoch, when weight averaging has swapped the weights back.
+        """
         if trainer.sanity_checking:
             with self._measuring(trainer, pl_module):
-                if self._certified is None and isinstance(self._source, Validated) and not self._faults:
-                    self._certify(pl_module, self._source.samples_of(batch))
-            return
-        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx)
+                if self._data_name == "val" and self._certified is None and not self._errors.pending:
+                    self._certify(pl_module, split_with(self.batch_fn, batch))
+        elif self._running is not None and not self._errors.pending:
+            with self._measuring(trainer, pl_module):
+                self._running.after_step(batch, batch_idx, dataloader_idx)
+            self._running.release()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log; this early, every callback and scheduler that monitors sees it in the same epoch."""
-        self._finish(trainer, pl_module)
+        """Log; this early, every callback and scheduler that monitors a key finds the value of this epoch."""
+        if not trainer.sanity_checking:
+            self._finish(trainer, pl_module)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    # -------------------------------------------------------------------------------------------- history and figures
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Pair flatness with accuracy, which the module may log later than this callback."""
-        self._record(trainer)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in validation."""
-        self._begin(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """As in validation."""
-        self._listen(trainer, pl_module, batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """As in validation."""
-        self._advance(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in validation."""
-        self._finish(trainer, pl_module)
+        """Add flatness to the history with the accuracy, which the module may log later than flatness is logged."""
+        if self._awaits_accuracy is not None:
+            self._add_to_history(trainer, self._awaits_accuracy)
+            self._pair_accuracy(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Without validation, measure here what is read apart."""
-        if not self._of_validation and not trainer.enable_validation:
-            self._begin(trainer, pl_module, None, [])
+        """Without validation, measure other data here. The module logs its accuracy after this hook."""
+        if self._data_name != "val" and not trainer.enable_validation:
+            self._start(trainer, pl_module, None, [])
             self._finish(trainer, pl_module)
-            if self._unrecorded:
-                self._record(trainer)
-                # The module logs its accuracy after this hook; what is there now is the last epoch's.
-                self._accuracy_missing = True
-                self.history[-1]["accuracy"] = None
+            if self._awaits_accuracy is not None:
+                self._add_to_history(trainer, self._awaits_accuracy)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Pair the accuracy that the module logged at the end of the epoch before."""
-        self._pair_missing_accuracy(trainer)
+        """Without validation, pair flatness with the accuracy that was logged at the end of the last epoch."""
+        self._pair_accuracy(trainer)
 
-    def _pair_missing_accuracy(self, trainer: Trainer) -> None:
-        if self._accuracy_missing and self.history:
-            self._accuracy_missing = False
-            self.history[-1]["accuracy"] = self._logged_accuracy(trainer)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curves on two axes, and the last block traces."""
+        self._draw_run(trainer)
 
-    def _begin(
-        self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[int | float]
-    ) -> None:
-        self._measurement = None
-        self._due = not trainer.sanity_checking and self._is_due(trainer)
-        if self._due and self._data_name == "train" and trainer.state.fn != "fit":
+    def _draw_run(self, trainer: Trainer) -> None:
+        self._pair_accuracy(trainer)
+        report, accuracy = self.report, self._accuracy_key(trainer)
+        if self.history and report is not None:
+            draw = tensorboard.flatness_figures
+            self._add_figures(trainer, lambda: draw(self.history, report, accuracy, self._data_name))
+
+    def _add_to_history(self, trainer: Trainer, record: Record) -> None:
+        self.history.append(record)
+        registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = [callback for callback in registered if isinstance(callback, FlatnessCallback)]
+        if not any(callback._has_chart for callback in callbacks):
+            self._has_chart = True
+            tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
+            tensorboard.add_joint_charts(trainer, tags, [callback._accuracy_key(trainer) for callback in callbacks])
+
+    def _pair_accuracy(self, trainer: Trainer) -> None:
+        record, self._awaits_accuracy = self._awaits_accuracy, None
+        if record is not None:
+            logged = trainer.callback_metrics.get(self._accuracy_key(trainer) or "")
+            record["accuracy"] = None if logged is None else float(logged)
+
+    def _accuracy_key(self, trainer: Trainer) -> str | None:
+        return accuracy_key(trainer.callback_metrics, self.accuracy)
+
+    # ------------------------------------------------------------------------------------------------- the measurement
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[float]) -> None:
+        self._running = self._awaits_accuracy = None
+        if not self.is_due(trainer):
+            return
+        if self._data_name == "train" and trainer.state.fn != "fit":
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
-            self._due = False
-        if not self._due:
             return
         with self._measuring(trainer, pl_module):
-            self._source.begin(trainer, pl_module, loaders, num_batches)
-            self._measurement = self._new_measurement(pl_module)
-            self._live.begin()
-
-    def _listen(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        source = self._source
-        if self._measurement is None or self._faults or not isinstance(source, Validated) or not self._live.listens:
-            return
-        if source.why_not_live:
-            self._live.refuse(source.why_not_live)
-            return
-        with self._measuring(trainer, pl_module):
-            self._live.before(trainer, self._measurement, *source.samples_of(batch))
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.state.fn != "fit" or not self.history:
-            return True
-        last = int(self.history[-1]["epoch"] or 0)
-        return trainer.current_epoch == last or trainer.current_epoch - last >= self.every_n_epochs
-
-    def _advance(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        # In batch_end, since weight averaging swaps the weights between epoch_start and epoch_end.
-        if self._measurement is None or self._faults:
-            return
-        with self._measuring(trainer, pl_module):
-            for samples in self._source.parts(trainer, pl_module, batch, batch_idx, dataloader_idx):
-                if not self._live.after(self._measurement, *samples):
-                    self._measurement.update(*samples)
-        self._live.let_go()  # a batch of which nothing is to be measured was listened to, too
+            data = (self.data, self.max_samples, self.batch_fn)
+            source = new_source(trainer, pl_module, *data, loaders, num_batches)
+            measurement = self._new_measurement(pl_module)
+            self._running = Running(measurement, source, new_live_forwards(self._passes, trainer, measurement, *data))
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._due:
+        running, self._running = self._running, None
+        if running is None and not self._errors.pending:  # nothing was due
             self._log_again(trainer, pl_module)
             return
-        self._due = False
-        measurement, self._measurement = self._measurement, None
-        if measurement is not None and not self._faults:
-            with self._measuring(trainer, pl_module):
-                for samples in self._source.rest(trainer, pl_module):
-                    measurement.update(*samples)
         where = f"epoch {trainer.current_epoch}"
-        if not self._faults.settled(where):
-            return
-        assert measurement is not None
         with self._measuring(trainer, pl_module):
-            self.report = measurement.report()
-        if not self._faults.settled(where):
+            if running is not None and not self._errors.pending:
+                running.measure_rest()
+        if not self._errors.settle(where) or running is None:
+            return
+        with self._measuring(trainer, pl_module):
+            self.report = report = running.measurement.report()
+        if not self._errors.settle(where):
             return
         self.num_measurements += 1
-        self._unrecorded = trainer.state.fn == "fit"
-        values = values_of(self.report, self._measures)
+        values = values_of(report, self._measures)
+        if trainer.state.fn == "fit":
+            about = dict(zip(ABOUT, (trainer.current_epoch, trainer.global_step, None), strict=True))
+            self._awaits_accuracy = {**about, **values}
         log(pl_module, self.prefix, with_logarithm(values, self._measures[-1]))
 
     def _log_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a resume where nothing is due, let monitors find the last values, as they would without the stop."""
-        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if fitting and self.history and f"{self.prefix}/{self._measures[-1]}" not in trainer.callback_metrics:
+        """After a resume where nothing is due, log the last values, so that monitors find them as in a run without."""
+        is_logged = f"{self.prefix}/{self._measures[-1]}" in trainer.callback_metrics
+        if trainer.state.fn == "fit" and self.history and not is_logged:
             last = {key: value for key, value in self.history[-1].items() if key not in ABOUT and value is not None}
             log(pl_module, self.prefix, with_logarithm(last, self._measures[-1]))
 
-    @property
-    def _measures(self) -> list[str]:
-        return ["hessian_trace", "relative_flatness"][: 1 if self._diagonal else 2]
-
-    # ------------------------------------------------------------------------------------------------------- pictures
-
-    def _record(self, trainer: Trainer) -> None:
-        if not self._unrecorded or self.report is None or trainer.sanity_checking:
-            return
-        self._unrecorded = False
-        about = (trainer.current_epoch, trainer.global_step, self._logged_accuracy(trainer))
-        self.history.append({**dict(zip(ABOUT, about, strict=True)), **values_of(self.report, self._measures)})
-        registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks = [callback for callback in registered if isinstance(callback, FlatnessCallback)]
-        if not any(callback._chart_laid_out for callback in callbacks):
-            self._chart_laid_out = True
-            tensorboard.add_joint_charts(trainer, _joint_charts(trainer, callbacks))
-
-    def _logged_accuracy(self, trainer: Trainer) -> float | None:
-        logged = trainer.callback_metrics.get(self._accuracy_key(trainer) or "")
-        return None if logged is None else float(logged)
-
-    def _accuracy_key(self, trainer: Trainer) -> str | None:
-        names = [name for name in trainer.callback_metrics if "acc" in name.lower()]
-        key = self.accuracy or next((name for name in names if "val" in name.lower()), next(iter(names), None))
-        # Logged on steps and on epochs, the loggers know it by this name only.
-        return f"{key}_epoch" if f"{key}_epoch" in trainer.callback_metrics else key
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves on two axes, and the block traces as they are now."""
-        self._pair_missing_accuracy(trainer)
-        if self.figures and self.history and self.report is not None:
-            accuracy = self._accuracy_key(trainer)
-            tensorboard.add_figures(trainer, self.prefix, self.history, self.report, accuracy, self._data_name)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop an unfinished measurement; keep the figures of a run that was interrupted by hand."""
-        self._let_go()
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
-            self.on_train_end(trainer, pl_module)
-
-    # -------------------------------------------------------------------------------------------------------- details
-
-    @contextmanager
-    def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        with self._faults.kept(trainer.world_size), logging_muted(pl_module):
-            yield
-
-    @property
-    def _of_validation(self) -> bool:
-        return isinstance(self._source, Validated)
-
-    @property
-    def _data_name(self) -> str:
-        return self.data if isinstance(self.data, str) else "given"
-
-    def _warn_no_validation(self) -> None:
-        rank_zero_warn(
-            "FlatnessCallback measures at validation, and this fit runs none (no validation_step, no validation data, "
-            f"or limit_val_batches=0): '{self.prefix}/hessian_trace' and its kin will not be logged, and what monitors "
-            "them will fail. Add validation data, or use FlatnessCallback(data='train')."
-        )
-
-
-def _joint_charts(trainer: Trainer, callbacks: Sequence[FlatnessCallback]) -> list[list[str]]:
-    """Accuracy and flatness together: of every callback, and, if there are several, of all."""
-    accuracies = [callback._accuracy_key(trainer) for callback in callbacks]
-    tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
-    pairs = [([] if key is None else [key], tag) for key, tag in zip(accuracies, tags, strict=True)]
-    charts = [[*key, tag] for key, tag in pairs]
-    keys = [key for of_callback, _ in pairs for key in of_callback]
-    return [[*dict.fromkeys(keys), *tags], *charts] if len(callbacks) > 1 else charts
+    def _release(self) -> None:
+        super()._release()
+        if self._running is not None:
+            self._running.release()
+        self._running = None

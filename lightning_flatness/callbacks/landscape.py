@@ -11,8 +11,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_flatness.callbacks.base import Record
 from lightning_flatness.callbacks.data.sources import Samples
-from lightning_flatness.callbacks.epoch_end import EpochEndCallback, Record
+from lightning_flatness.callbacks.epoch_end import EpochEndCallback
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.trajectory import Trajectory
@@ -113,7 +114,16 @@ class LandscapeCallback(EpochEndCallback):
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         super().__init__(
-            data, max_samples, every_n_epochs, prefix, model, batch_fn, folder, figures, on_error, "landscape"
+            measured="landscape",
+            data=data,
+            max_samples=max_samples,
+            every_n_epochs=every_n_epochs,
+            prefix=prefix,
+            model=model,
+            batch_fn=batch_fn,
+            folder=folder,
+            figures=figures,
+            on_error=on_error,
         )
         statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
         self._trajectory = Trajectory() if axes == "trajectory" else None
@@ -151,28 +161,34 @@ class LandscapeCallback(EpochEndCallback):
 
     # ------------------------------------------------------------------------------------------------- the trajectory
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new history and trajectory."""
+        self.results = {}
+        self._trajectory = None if self._trajectory is None else Trajectory()
+        super().on_fit_start(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As always, and keep the weights of the start."""
+        """Try to measure one batch, and keep the initial weights for the trajectory."""
         super().on_train_start(trainer, pl_module)
         self._keep_weights(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As always, and keep the weights of the epoch."""
+        """Keep the weights for the trajectory; measure, if due."""
         self._keep_weights(pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """As always, and let go of the weights."""
+        """Release data, model and the weights of the trajectory."""
         super().teardown(trainer, pl_module, stage)
         if self._trajectory is not None:
-            self._trajectory.let_go()
+            self._trajectory.release()
 
     def _keep_weights(self, pl_module: LightningModule) -> None:
         if self._trajectory is not None:
-            with self._faults.kept(1):
+            with self._errors.kept(1):
                 self._trajectory.add(find_network(pl_module, self.model))
 
-    def _ready(self, final: bool) -> bool:
+    def _is_ready(self, final: bool) -> bool:
         if self._trajectory is None:
             return True
         reason, odd = None, self._trajectory.not_finite
@@ -186,11 +202,6 @@ class LandscapeCallback(EpochEndCallback):
         return reason is None
 
     # ------------------------------------------------------------------------------------------------------ measuring
-
-    def _forget(self) -> None:
-        self.results = {}
-        if self._trajectory is not None:
-            self._trajectory.forget()
 
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
         if "adam" in self._axes:
@@ -225,7 +236,7 @@ class LandscapeCallback(EpochEndCallback):
             "loss": first.origin_loss,
             "accuracy": first.origin_accuracy,
             "lowest_loss": float(finite.min()) if len(finite) else None,
-            "complete": not self._interrupted,
+            "complete": not self._is_interrupted,
         }
 
     @property
@@ -234,7 +245,7 @@ class LandscapeCallback(EpochEndCallback):
         return None if self._trajectory is None else self._trajectory.coordinates
 
     @property
-    def _interrupted(self) -> bool:
+    def _is_interrupted(self) -> bool:
         return not all(result.complete for result in self.results.values())
 
     # ------------------------------------------------------------------------------------------------ files, figures

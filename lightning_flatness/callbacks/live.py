@@ -1,8 +1,10 @@
-"""Observing the forward passes of validation steps in place of some of our own, where that changes nothing."""
+"""Observing the forward passes of validation steps in place of extra ones, where that changes nothing."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -15,90 +17,24 @@ from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.model.rows import num_rows
 
 
-class LiveForwards:
-    """Tries out in every measurement whether forward passes can be observed, and says which are used, when it changes.
-
-    What the trial shows to be impossible is so for the run; what a batch shows, for the measurement.
+class PassesOfRun:
+    """Whether forward passes can be observed in a run. Tells the user which passes are used, whenever that changes.
 
     Args:
-        wanted: whether they should be, if they can.
+        possible: False to observe none, and to tell nothing.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._heard: Listener | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        """In a new run everything is tried and told anew."""
-        self._impossible = not self._wanted
+    def __init__(self, possible: bool) -> None:
+        self.possible = possible
         self._told: str | None = None
-        self.begin()
 
-    @property
-    def listens(self) -> bool:
-        """Whether the next batch is to be listened to."""
-        return not (self._impossible or self._stopped)
-
-    def begin(self) -> None:
-        """A new measurement, with new weights."""
-        self.let_go()
-        self._tried = self._stopped = False
-
-    def before(self, trainer: Trainer, measurement: Measurement, inputs: Any, targets: Tensor | None) -> None:
-        """Listen for the forward pass on a batch that is about to be validated."""
-        self.let_go()
-        if num_rows(inputs, targets) < 2:  # one sample is measured twice, side by side
-            return
-        if not self._tried:
-            self._tried = True
-            reason = measurement.why_not_live(inputs, targets, trainer.precision_plugin.val_step_context)
-            self._impossible = bool(reason)
-            self.tell(reason)
-        if not self._impossible:
-            self._heard = measurement.listen(inputs)
-            self._heard.__enter__()
-
-    def after(self, measurement: Measurement, inputs: Any, targets: Tensor | None) -> bool:
-        """Add what was heard of these inputs to a measurement; False, if a pass of our own must do it."""
-        heard = self._heard
-        if heard is None:
-            return False
-        heard.__exit__()
-        reason, measured = heard.reason, False
-        try:
-            if not reason and same_inputs(inputs, heard.inputs):
-                measurement.update_observed(heard, targets)
-                measured = True
-        except (FlatnessError, RuntimeError) as error:
-            # A pass of our own will say what is wrong, if anything is; or it takes less memory.
-            reason = f"the forward pass of a batch could not be used ({error})"
-        alive = heard.graph()
-        self.let_go()
-        if alive() is not None:
-            gc.collect()
-        if not reason and alive() is not None:
-            reason = KEEPS_TENSORS
-        if reason:
-            self._stopped = True
-            self.tell(reason)
-        return measured
-
-    def let_go(self) -> None:
-        """Remove hooks, and forget what was heard."""
-        if self._heard is not None:
-            self._heard.__exit__()
-            self._heard.release()
-        self._heard = None
-
-    def refuse(self, reason: str) -> None:
-        """Listen no more in this run."""
-        if not self._impossible:
-            self._impossible = True
-            self.tell(reason)
+    def rule_out(self, reason: str) -> None:
+        """Observe no more passes in this run."""
+        self.possible = False
+        self.tell(reason)
 
     def tell(self, reason: str) -> None:
-        """Which passes are used, unless that was told last."""
+        """Tell why extra passes are made; an empty reason means that none are."""
         if reason != self._told:
             rank_zero_info(
                 f"FlatnessCallback measures in forward passes of its own: {reason}."
@@ -106,3 +42,88 @@ class LiveForwards:
                 else "FlatnessCallback observes the forward passes of validation and needs none of its own."
             )
         self._told = reason
+
+
+class LiveForwards:
+    """Observes the forward passes of validation steps for one measurement.
+
+    The first batch is tried out in extra passes. If the trial fails, observing is ruled out for the run; if a later
+    batch cannot be used, for this measurement.
+
+    Args:
+        run: the passes of this run.
+        measurement: to which the batches are added.
+        step_context: makes the context in which the Trainer runs validation steps (autocast).
+    """
+
+    def __init__(
+        self, run: PassesOfRun, measurement: Measurement, step_context: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self._run = run
+        self._measurement = measurement
+        self._step_context = step_context
+        self._usable: bool | None = None  # None before the trial
+        self._listener: Listener | None = None
+
+    def before_step(self, inputs: Any, targets: Tensor | None) -> None:
+        """Listen for the forward pass on a batch that is about to be validated."""
+        self.release()
+        if num_rows(inputs, targets) < 2:  # a single sample is measured twice, in an extra pass
+            return
+        if self._usable is None:
+            reason = self._measurement.why_not_live(inputs, targets, self._step_context)
+            self._usable = not reason
+            self._run.rule_out(reason) if reason else self._run.tell("")
+        if self._usable:
+            self._listener = self._measurement.listen(inputs)
+            self._listener.__enter__()
+
+    def after_step(self, inputs: Any, targets: Tensor | None) -> bool:
+        """Add the observed pass on a batch to the measurement. Return False if an extra pass must do it."""
+        listener = self._listener
+        if listener is None:
+            return False
+        listener.__exit__()
+        reason, is_measured = listener.reason, False
+        try:
+            if not reason and same_inputs(inputs, listener.inputs):
+                self._measurement.update_observed(listener, targets)
+                is_measured = True
+        except (FlatnessError, RuntimeError) as error:
+            # The extra pass reports the error, if there is one; or it succeeds because it takes less memory.
+            reason = f"the forward pass of a batch could not be used ({error})"
+        alive = listener.graph()
+        del listener
+        self.release()
+        if alive() is not None:
+            gc.collect()
+        if not reason and alive() is not None:
+            reason = KEEPS_TENSORS
+        if reason:
+            self._usable = False
+            self._run.tell(reason)
+        return is_measured
+
+    def release(self) -> None:
+        """Remove hooks from the network, and drop the tensors of an observed pass."""
+        if self._listener is not None:
+            self._listener.__exit__()
+            self._listener.release()
+        self._listener = None
+
+
+def new_live_forwards(
+    run: PassesOfRun, trainer: Trainer, measurement: Measurement, data: Any, max_samples: int | None, batch_fn: Any
+) -> LiveForwards | None:
+    """Make what observes the validation steps for one measurement.
+
+    Returns:
+        None where nothing can be observed: it must be known before a step what of its batch is to be measured.
+    """
+    if not (isinstance(data, str) and data == "val") or not run.possible:
+        return None
+    if batch_fn is not None:
+        run.rule_out("batch_fn= is called after the step")
+    elif max_samples is not None:
+        run.rule_out("max_samples= takes parts of batches")
+    return LiveForwards(run, measurement, trainer.precision_plugin.val_step_context) if run.possible else None

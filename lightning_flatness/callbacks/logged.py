@@ -1,4 +1,4 @@
-"""What is logged of a report, and what is not while measuring."""
+"""Logging values of a report, and nothing else while measuring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_flatness.results import FlatnessReport
 
 
 def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, float]:
-    """Measures of the whole and, if there are several layers, of each, by key without prefix."""
+    """Return measures of all layers together and, if there are several, of each, by key without prefix."""
     values = {measure: getattr(report, measure) for measure in measures}
     values["weight_norm"] = report.weight_norm
     if len(report.layers) > 1:
@@ -28,7 +28,7 @@ def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, floa
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
-    """The values and the logarithm of one of them, which fits into a chart beside an accuracy.
+    """Add the logarithm of one value, which fits into a chart with an accuracy; NaN where it is not positive.
 
     Example:
         >>> with_logarithm({"hessian_trace": 100.0}, "hessian_trace")
@@ -38,8 +38,25 @@ def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float
     return {**values, f"log10_{measure}": math.log10(value) if value > 0 else math.nan}
 
 
+def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
+    """Return the key under which loggers know an accuracy.
+
+    Args:
+        metrics: all that is logged, by name.
+        name: of the accuracy; by default the first that has ``acc`` in it, one with ``val`` if there is one.
+
+    Example:
+        >>> accuracy_key({"train_acc": 0, "val_acc": 0, "val_acc_epoch": 0}, None)
+        'val_acc_epoch'
+    """
+    names = [key for key in metrics if "acc" in key.lower()]
+    name = name or next((key for key in names if "val" in key.lower()), next(iter(names), None))
+    # A metric that is logged on steps and on epochs has only this name in loggers.
+    return f"{name}_epoch" if f"{name}_epoch" in metrics else name
+
+
 def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:
-    """Log values that all ranks have alike."""
+    """Log values that are the same on all ranks."""
     device = pl_module.device
     kind = torch.float64 if measuring_device(device) == device else torch.float32
     for key, value in values.items():
@@ -48,14 +65,16 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
             torch.tensor(value, dtype=kind),
             on_step=False,
             on_epoch=True,
-            sync_dist=True,  # they are alike, but Lightning warns of what it is not told to synchronise
+            sync_dist=True,  # the values are the same, but Lightning warns where it is not told to synchronise
             batch_size=1,
         )
 
 
 @contextmanager
 def logging_muted(pl_module: LightningModule) -> Iterator[None]:
-    """A forward that logs would otherwise log what it is measured on, or may not log at all at this time.
+    """Make ``log`` and ``log_dict`` of all LightningModules within this one do nothing.
+
+    A forward that logs would log values of the samples that are measured, or raise at times when Lightning allows none.
 
     Example:
         >>> module = LightningModule()
@@ -65,7 +84,7 @@ def logging_muted(pl_module: LightningModule) -> Iterator[None]:
     modules = [vars(module) for module in pl_module.modules() if is_lightning_module(module)]
     own = [{name: attributes[name] for name in LOGGING if name in attributes} for attributes in modules]
     for attributes in modules:
-        attributes.update(dict.fromkeys(LOGGING, _nothing))
+        attributes.update(dict.fromkeys(LOGGING, _do_nothing))
     try:
         yield
     finally:
@@ -78,5 +97,5 @@ def logging_muted(pl_module: LightningModule) -> Iterator[None]:
 LOGGING = ("log", "log_dict")
 
 
-def _nothing(*arguments: Any, **options: Any) -> None:
+def _do_nothing(*arguments: Any, **options: Any) -> None:
     pass

@@ -1,4 +1,4 @@
-"""Errors of a measurement: raised or warned about, by all ranks alike."""
+"""Errors while measuring, raised or warned about on all ranks alike."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ logger = logging.getLogger(__name__)
 
 
 class RankErrors:
-    """Keeps the first error of a measurement until all ranks can decide alike.
+    """Keeps the first error of a measurement on this rank until all ranks decide together.
 
     A rank that raised alone would leave the others waiting for it.
 
     Args:
-        on_error: ``"raise"``, or ``"warn"`` and go on without this measurement.
-        name: of the callback, for messages.
-        measured: what it measures.
+        on_error: ``"raise"``, or ``"warn"`` and skip this measurement.
+        name: name of the callback, for messages.
+        measured: what the callback measures, for messages.
 
     Example:
-        >>> faults = RankErrors("warn")
-        >>> with faults.kept(num_ranks=1):
+        >>> errors = RankErrors("warn")
+        >>> with errors.kept(num_ranks=1):
         ...     raise FlatnessError("no memory")
-        >>> bool(faults)
-        True
+        >>> errors.pending
+        'no memory'
     """
 
     def __init__(
@@ -38,26 +38,18 @@ class RankErrors:
     ) -> None:
         self._on_error = on_error
         self._name, self._measured = name, measured
-        self._message: str | None = None
-        self._warned: str | None = None
+        self.pending: str | None = None
+        self._last_warning: str | None = None
 
-    def __bool__(self) -> bool:
-        """Whether an error is kept."""
-        return self._message is not None
-
-    def clear(self) -> None:
-        """Drop the error that is kept."""
-        self._message = None
-
-    def forget(self) -> None:
-        """In a new run everything is told anew."""
-        self._message = self._warned = None
+    def start_run(self) -> None:
+        """Drop a pending error, and warn again of what an earlier run has warned of."""
+        self.pending = self._last_warning = None
 
     @contextmanager
     def kept(self, num_ranks: int) -> Iterator[None]:
-        """Keep an error of the block; a process that is alone raises it at once, if it is to be raised.
+        """Keep an error that the block raises. With one rank and ``on_error="raise"``, let it through instead.
 
-        As text, since an error holds the frames it came through, and these the tensors.
+        The error is kept as text: the exception itself would keep all tensors of its frames alive.
         """
         try:
             yield
@@ -67,31 +59,31 @@ class RankErrors:
                     error.add_note(f"This happened while {self._name} was measuring.")
                 raise
             kind = "" if isinstance(error, FlatnessError) else f"{type(error).__name__}: "
-            self._message = self._message or f"{kind}{error}"
+            self.pending = self.pending or f"{kind}{error}"
             logger.debug("An error while measuring flatness", exc_info=True)
 
-    def settled(self, where: str) -> bool:
-        """Whether all went well on every rank; else raise, or warn. A collective.
+    def settle(self, where: str) -> bool:
+        """Return True if no rank has an error pending; otherwise raise or warn on every rank. A collective.
 
         Args:
-            where: in the training, for the message.
+            where: time in the training, for the message.
 
         Raises:
-            FlatnessError: on every rank, naming the one that failed.
+            FlatnessError: with ``on_error="raise"``, on every rank, naming the first rank that failed.
         """
-        messages = gather(self._message)
-        self.clear()
+        messages = gather(self.pending)
+        self.pending = None
         failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
         if not failed:
-            self._warned = None
+            self._last_warning = None
             return True
         rank, message = failed[0]
         on_rank = f" on rank {rank}" if len(messages) > 1 else ""
         if self._on_error == "raise":
             raise FlatnessError(f"{self._name} failed at {where}{on_rank}: {message}")
-        if message != self._warned:  # once for a failure that lasts
+        if message != self._last_warning:  # an error that persists is warned of once
             rank_zero_warn(
                 f"{self._name}(on_error='warn') has no {self._measured} for {where}; it failed{on_rank}: {message}"
             )
-        self._warned = message
+        self._last_warning = message
         return False

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_flatness.callbacks.base import Record
 from lightning_flatness.callbacks.data.sources import Samples
-from lightning_flatness.callbacks.epoch_end import EpochEndCallback, Record
+from lightning_flatness.callbacks.epoch_end import EpochEndCallback
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.measure.spectrum import SpectrumOptions, spectrum_of
 from lightning_flatness.plots import plot_density, plot_eigenvalues
@@ -103,7 +104,16 @@ class SpectrumCallback(EpochEndCallback):
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         super().__init__(
-            data, max_samples, every_n_epochs, prefix, model, batch_fn, folder, figures, on_error, "spectrum"
+            measured="spectrum",
+            data=data,
+            max_samples=max_samples,
+            every_n_epochs=every_n_epochs,
+            prefix=prefix,
+            model=model,
+            batch_fn=batch_fn,
+            folder=folder,
+            figures=figures,
+            on_error=on_error,
         )
         self._options = SpectrumOptions(
             loss=loss,
@@ -125,7 +135,8 @@ class SpectrumCallback(EpochEndCallback):
         self.result: SpectrumResult | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As always, and warn of gradient clipping."""
+        """Start a new history; warn of gradient clipping."""
+        self.result = None
         super().on_fit_start(trainer, pl_module)
         if trainer.gradient_clip_val:
             rank_zero_warn(
@@ -133,9 +144,6 @@ class SpectrumCallback(EpochEndCallback):
                 "gradients are manipulated, r_e, K_Hn and C_t do not tell generalization (Gabdullin 2025, arXiv "
                 "2504.17618); eigenvalues, trace and density are what they are."
             )
-
-    def _forget(self) -> None:
-        self.result = None
 
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
         one_product = replace(self._options, top_k=0, num_steps=1, num_probes=1)

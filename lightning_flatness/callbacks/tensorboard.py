@@ -1,4 +1,4 @@
-"""What goes to TensorBoard beside the scalars; other loggers are passed over."""
+"""Charts and figures for TensorBoard; other loggers are passed over."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots import plot_block_traces, plot_history, plot_layer_history, plot_layers
 from lightning_flatness.results import FlatnessReport
 
-# More heat maps than this are for plot_block_traces.
+# Of many layers the user can draw more with plot_block_traces.
 MOST_HEAT_MAPS = 8
 
 
 def writers(trainer: Trainer) -> list[Any]:
-    """The ``SummaryWriter`` of every TensorBoard logger; none on other ranks than zero."""
+    """Return the ``SummaryWriter`` of every TensorBoard logger; none on other ranks than zero."""
     if not trainer.is_global_zero:
         return []
     loaded = [sys.modules[f"{root}.loggers"] for root in ROOTS if f"{root}.loggers" in sys.modules]
@@ -27,48 +27,59 @@ def writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, kinds)]
 
 
-def add_joint_charts(trainer: Trainer, charts: Sequence[Sequence[str]]) -> None:
-    """Lay out charts, each of several scalars, on the Custom Scalars page; TensorBoard reads one layout of a run.
+def add_joint_charts(trainer: Trainer, tags: Sequence[str], accuracies: Sequence[str | None]) -> None:
+    """Lay out charts of accuracy and flatness on the Custom Scalars page.
 
-    A chart has one linear axis for all its tags, so they must be of one order of magnitude.
+    There is a chart for every callback and, if there are several, one for all, in a single layout, since TensorBoard
+    reads one for a run. A chart has one linear axis, so its values must be of one order of magnitude.
+
+    Args:
+        trainer: with loggers.
+        tags: of the flatness of every callback.
+        accuracies: tag of the accuracy that belongs to it, or None.
     """
-    layout = {" and ".join(tags): ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]] for tags in charts}
+    charts = [[tag] if accuracy is None else [accuracy, tag] for tag, accuracy in zip(tags, accuracies, strict=True)]
+    if len(charts) > 1:
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        charts = [[*dict.fromkeys(known), *tags], *charts]
+    layout = {" and ".join(chart): ["Multiline", [f"^{re.escape(tag)}$" for tag in chart]] for chart in charts}
     for writer in writers(trainer):
         writer.add_custom_scalars({"flatness": layout})
 
 
-def add_figures(
-    trainer: Trainer,
-    prefix: str,
-    history: Sequence[Mapping[str, float | None]],
-    report: FlatnessReport,
-    accuracy: str | None,
-    data: str,
-) -> None:
-    """Add curves, layers side by side and heat maps of block traces to the Images page, at the present step."""
+def flatness_figures(
+    history: Sequence[Mapping[str, float | None]], report: FlatnessReport, accuracy: str | None, data: str
+) -> dict[str, Any]:
+    """Draw curves over the epochs, layers side by side and heat maps of block traces.
 
-    def draw() -> dict[str, Any]:
-        figures = {"history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
-        measure = "relative_flatness" if "relative_flatness" in history[-1] else "hessian_trace"
-        if len(report.layers) > 1:
-            figures["layers"] = plot_layers(report, measure)[0]
-            figures["layer_history"] = plot_layer_history(history, measure)[0]
-        whole = {name: layer for name, layer in report.layers.items() if layer.block_traces.ndim == 3}
-        for name, layer in list(whole.items())[:MOST_HEAT_MAPS]:
-            figures[f"block_traces/{name}"] = plot_block_traces(layer)[0]
-        return figures
+    Args:
+        history: records of the run.
+        report: the last measurement.
+        accuracy: name of the accuracy, for the axis.
+        data: ``"val"``, ``"train"`` or ``"given"``.
 
-    add_drawn(trainer, prefix, draw, "FlatnessCallback")
+    Returns:
+        Figures of matplotlib, by tag without prefix.
+    """
+    figures = {"history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
+    measure = "relative_flatness" if "relative_flatness" in history[-1] else "hessian_trace"
+    if len(report.layers) > 1:
+        figures["layers"] = plot_layers(report, measure)[0]
+        figures["layer_history"] = plot_layer_history(history, measure)[0]
+    whole = {name: layer for name, layer in report.layers.items() if layer.block_traces.ndim == 3}
+    for name, layer in list(whole.items())[:MOST_HEAT_MAPS]:
+        figures[f"block_traces/{name}"] = plot_block_traces(layer)[0]
+    return figures
 
 
 def add_drawn(trainer: Trainer, prefix: str, draw: Callable[[], Mapping[str, Any]], callback: str) -> None:
-    """Add figures to the Images page, at the present step; they are drawn only where there is one.
+    """Add figures to the Images page, at the present step. They are drawn only if there is a TensorBoard logger.
 
     Args:
         trainer: with loggers.
         prefix: of the tags.
-        draw: to figures by tag.
-        callback: its name, for a warning where they cannot be drawn.
+        draw: returns figures by tag.
+        callback: its name, for the warning where they cannot be drawn.
     """
     if not writers(trainer):
         return
@@ -83,5 +94,5 @@ def add_drawn(trainer: Trainer, prefix: str, draw: Callable[[], Mapping[str, Any
 
 
 def last_step(trainer: Trainer) -> int:
-    """Where Lightning puts the scalars of the last step."""
+    """Return the step at which Lightning logs the scalars of the last step."""
     return max(0, trainer.global_step - 1)

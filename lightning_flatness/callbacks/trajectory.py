@@ -25,15 +25,11 @@ class Trajectory:
     """
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop all copies, and the plane found last."""
         self._found: PrincipalDirections | None = None
-        self.let_go()
+        self.release()
 
-    def let_go(self) -> None:
-        """Drop all copies; coordinates remain."""
+    def release(self) -> None:
+        """Drop all copies; the coordinates found last remain."""
         self._states: list[dict[str, Tensor]] = []
 
     def add(self, network: nn.Module) -> None:

@@ -430,7 +430,7 @@ def test_failing_steps(tmp_path, failure, step, data):
     assert_same(end, bare)
     assert error is FAILURES[failure] or isinstance(error, SystemExit)
     assert [record["epoch"] for record in callback.history] == [0]
-    assert callback._measurement is None
+    assert callback._running is None
     fit(Classifier(), tmp_path, callback, max_epochs=2)
     assert len(callback.history) == 2
 
@@ -477,7 +477,7 @@ def test_failing_while_measuring(tmp_path, failure, data):
     assert end["hooks"] == 0
     assert not any(end["training flags"].values())  # as validation had set them
     assert all(end["requires_grad"].values())
-    assert callback._measurement is None
+    assert callback._running is None
     assert [record["epoch"] for record in callback.history] == [0]
     again = Classifier()
     again.net.load_state_dict({key.removeprefix("net."): value for key, value in end["weights"].items()})

@@ -460,8 +460,7 @@ def test_training_data_without_validation(tmp_path, how):
 
 
 def batches_of(subset):
-    subset.restart(Net())
-    return list(subset.up_to(1.0))
+    return list(subset.batches(Net()))
 
 
 class Augmented(Dataset):
@@ -484,8 +483,7 @@ def test_random_transforms_draw_the_same_in_every_epoch(workers):
     subset = FixedSubset(loader, 10)
     epochs = []
     for _ in range(2):
-        subset.restart(Net())
-        epochs.append([x for x, _ in subset.up_to(1.0)])
+        epochs.append([x for x, _ in subset.batches(Net())])
         torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
     assert [len(x) for x in epochs[0]] == [4, 4, 2]
     assert_close(epochs[0], epochs[1], rtol=0, atol=0)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks import live
-from lightning_flatness.callbacks.data.sources import Validated
+from lightning_flatness.callbacks.data.sources import ValidationBatches
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
@@ -716,7 +716,7 @@ def test_nothing_is_alive_after_a_batch(tmp_path, told):
 def test_nothing_stays_after_a_batch(tmp_path, told, monkeypatch, of):
     """Also where nothing of a batch is measured, as where a sampler has filled it with samples of others."""
     if of == "no batch":
-        monkeypatch.setattr(Validated, "parts", lambda *_: iter(()))
+        monkeypatch.setattr(ValidationBatches, "after_step", lambda *_: iter(()))
     module = Module(networks.Plain())
     before = module_state(module)
 

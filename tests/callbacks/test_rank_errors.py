@@ -167,19 +167,19 @@ def test_alone_errors_are_raised_at_once():
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
-    faults = RankErrors(on_error)
+    errors = RankErrors(on_error)
     for message in ("the first", "the second"):
-        with faults.kept(num_ranks=2):
+        with errors.kept(num_ranks=2):
             raise ValueError(message)
-    assert faults
+    assert errors.pending
     monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own: [None, own])
     if on_error == "raise":
         with pytest.raises(lf.FlatnessError, match="failed at epoch 3 on rank 1: ValueError: the first"):
-            faults.settled("epoch 3")
+            errors.settle("epoch 3")
     else:
         with pytest.warns(UserWarning, match="no flatness for epoch 3; it failed on rank 1: ValueError: the first"):
-            assert not faults.settled("epoch 3")
-    assert not faults
+            assert not errors.settle("epoch 3")
+    assert not errors.pending
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
@@ -187,7 +187,7 @@ def test_an_error_of_another_rank_counts(monkeypatch, on_error):
     monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own: [own, "no memory"])
     if on_error == "raise":
         with pytest.raises(lf.FlatnessError, match="on rank 1: no memory"):
-            RankErrors(on_error).settled("epoch 3")
+            RankErrors(on_error).settle("epoch 3")
     else:
         with pytest.warns(UserWarning, match="on rank 1: no memory"):
-            assert not RankErrors(on_error).settled("epoch 3")
+            assert not RankErrors(on_error).settle("epoch 3")

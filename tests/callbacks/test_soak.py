@@ -165,4 +165,4 @@ def test_two_hundred_epochs(tmp_path, data):
     del trainer, checkpoint, watch
     gc.collect()
     assert not [thing for thing in gc.get_objects() if type(thing) is Figure]
-    assert callback._measurement is None
+    assert callback._running is None

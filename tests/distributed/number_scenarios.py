@@ -137,7 +137,7 @@ def fit(case):
         "logged": flatness_of(trainer),
         "num_samples": {name: layer.num_samples for name, layer in callback.report.layers.items()},
         "history": history,
-        "why own passes": callback._live._told,
+        "why own passes": callback._passes._told,
         "weights": module.net.state_dict(),
     }
 

@@ -1,35 +1,17 @@
-"""What loaders read, and reading the same without a trace on them."""
+"""What a loader reads, found out without iterating over it."""
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Iterator, Sequence
-from itertools import count
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-)
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
-from lightning_flatness.errors import FlatnessError
-from lightning_flatness.model.generators import drawing, generators_kept
-from lightning_flatness.model.isolation import random_states_kept
-
-# ---------------------------------------------------------------------------------------------------- what a loader is
+if TYPE_CHECKING:
+    from lightning_flatness.callbacks.lightning_imports import Trainer
 
 
 def flat_loaders(loaders: Any) -> list[Any]:
-    """One loader, or a list or dict of them, as a list.
+    """Return the loaders of a nested list or dict, or a single one, as a list.
 
     Example:
         >>> flat_loaders({"one": 1, "others": [2, 3]})
@@ -43,14 +25,14 @@ def flat_loaders(loaders: Any) -> list[Any]:
 
 
 def loaders_in_turn(trainer: Trainer, loaders: Any) -> list[Any]:
-    """The loaders whose batches come one after the other; none if Lightning combines them into batches of its own."""
+    """Return the loaders, if their batches come one after the other; none if Lightning combines them into batches."""
     # Lightning has no public name for this.
     combined = getattr(getattr(trainer, "_evaluation_loop", None), "_combined_loader", None)
     return flat_loaders(loaders) if getattr(combined, "_mode", "sequential") == "sequential" else []
 
 
 def is_indexed(loader: Any) -> bool:
-    """Whether it is a ``DataLoader`` over a data set that can be read at any index, without an iterator's state.
+    """Whether a loader is a ``DataLoader`` over a data set whose samples can be read by index.
 
     Example:
         >>> is_indexed(DataLoader([1, 2])), is_indexed([1, 2])
@@ -63,7 +45,7 @@ def is_indexed(loader: Any) -> bool:
 
 
 def sampler_of(loader: Any) -> Any:
-    """The sampler of a loader, or the one in its batch sampler; None in a batch sampler that has none.
+    """Return the sampler of single samples, which may be inside a batch sampler; None if there is none.
 
     Example:
         >>> type(sampler_of(DataLoader([1, 2, 3]))).__name__
@@ -74,7 +56,7 @@ def sampler_of(loader: Any) -> Any:
 
 
 def batch_size_of(loader: Any) -> int | None:
-    """Samples of a batch; None where every item of the data set is a batch, or a batch sampler does not say.
+    """Return the samples of a batch; None where every item of the data set is a batch, or the size is not known.
 
     Example:
         >>> batch_size_of(DataLoader([1, 2, 3], batch_sampler=BatchSampler(range(3), 2, False)))
@@ -85,7 +67,7 @@ def batch_size_of(loader: Any) -> int | None:
 
 
 def keeps_order(loader: Any) -> bool:
-    """Whether batches are what the sampler gives, one after the other.
+    """Whether batches hold the samples in the order of the sampler.
 
     Example:
         >>> keeps_order(DataLoader([1, 2, 3], batch_sampler=[[0, 2], [1]]))
@@ -95,7 +77,7 @@ def keeps_order(loader: Any) -> bool:
 
 
 def reads_in_order(loader: Any) -> bool:
-    """Whether the samples come in the order of the data set, on several ranks together too.
+    """Whether batches hold the samples in the order of the data set, taking all ranks together.
 
     Example:
         >>> reads_in_order(DataLoader([1, 2, 3])), reads_in_order(DataLoader([1, 2, 3], shuffle=True))
@@ -108,7 +90,7 @@ def reads_in_order(loader: Any) -> bool:
 
 
 def described(loader: Any) -> str:
-    """What a loader is, for messages.
+    """Name the types of a loader and its data set, for messages.
 
     Example:
         >>> described([1, 2])
@@ -116,101 +98,3 @@ def described(loader: Any) -> str:
     """
     dataset = getattr(loader, "dataset", None)
     return type(loader).__name__ + (f" over a {type(dataset).__name__}" if dataset is not None else "")
-
-
-# ---------------------------------------------------------------------------------------------- reading without a trace
-
-
-def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[Any]:
-    """A loader over the user's data set, which shares no iterator, worker or generator with theirs.
-
-    Args:
-        loader: the user's.
-        indices: of the samples that it reads, in this order; None for a stream.
-    """
-    # A batch sampler that does not say its size still gives batches.
-    size = batch_size_of(loader) or (64 if getattr(loader, "batch_sampler", None) is not None else None)
-    return DataLoader(
-        loader.dataset if indices is None else Subset(loader.dataset, indices),
-        batch_size=size,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers if indices is None else min(1, loader.num_workers),
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        drop_last=indices is None and size is not None and loader.drop_last,
-        generator=torch.Generator(),  # an iterator draws its base seed here, not from the global generator
-    )
-
-
-def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[Any]:
-    """The batches of a loader of our own, with the same random numbers every time; random states are kept.
-
-    Raises:
-        FlatnessError: the data set cannot be read so.
-    """
-    batches = batches_apart(loader, model)
-    while True:
-        try:
-            batch = next(batches, batches)
-        except Exception as error:
-            raise FlatnessError(
-                f"There is a {type(error).__name__}: {error} where the data set is asked for samples by "
-                "their number. Use data='val', or data= with a loader or batches of your own."
-            ) from error
-        if batch is batches:
-            return
-        yield batch
-
-
-def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
-    """The batches of an iterable, with the same random numbers every time; random states are kept.
-
-    Args:
-        batches: anything that can be iterated.
-        model: tells on which devices there are random states.
-    """
-    iterator: Iterator[Any] | None = None
-    for index in count():
-        with random_states_kept(model), generators_kept(drawing(batches)):
-            _seed(index)
-            iterator = iter(batches) if iterator is None else iterator
-            batch = next(iterator, iterator)
-        if batch is iterator:
-            return
-        yield batch
-
-
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
-
-
-def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
-    """The first batch of the data set of the first loader, without touching that loader.
-
-    None where it cannot be told what that loader would read.
-    """
-    loader = next(iter(loaders), None)
-    known = (SequentialSampler, RandomSampler, DistributedSampler)
-    if not is_indexed(loader) or not keeps_order(loader) or type(sampler_of(loader)) not in known:
-        return None
-    indices = list(range(min(batch_size_of(loader) or 1, len(cast(Any, loader).dataset))))
-    try:
-        return next(repeatable_batches(own_loader(loader, indices), model), None)
-    except FlatnessError:
-        return None
-
-
-def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """Do to a batch what the Trainer's loops do, precision and transfer hooks included, with the same random numbers.
-
-    Those of the CPU, that is; hooks that draw on an accelerator draw others every time.
-    """
-    batch = trainer.precision_plugin.convert_input(batch)
-    with random_states_kept(pl_module):
-        _seed(0)
-        # The public name would pass over a DataModule's hook.
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

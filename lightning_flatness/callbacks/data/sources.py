@@ -1,25 +1,30 @@
-"""Where the samples come from: the batches that are validated, or a part of other data, read in step with them."""
+"""Where the samples of one measurement come from: the validated batches, or other data read in step with them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_flatness.callbacks.data.loaders import first_batch, is_indexed, loaders_in_turn, to_device
+from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_turn
+from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream, select
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
-from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import split_batch
 from lightning_flatness.model.rows import num_rows
 
+if TYPE_CHECKING:
+    from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
+
 Samples = tuple[Any, Tensor | None]
+BatchFunction = Callable[[Any], Samples]
 
 
-def split_with(batch_fn: Callable[[Any], Samples] | None, batch: Any) -> Samples:
-    """``(inputs, targets)`` of a batch.
+def split_with(batch_fn: BatchFunction | None, batch: Any) -> Samples:
+    """Return ``(inputs, targets)`` of a batch.
 
     Raises:
         FlatnessError: the user's function returns something else.
@@ -37,124 +42,130 @@ def split_with(batch_fn: Callable[[Any], Samples] | None, batch: Any) -> Samples
     return pair[0], pair[1]
 
 
-class Validated:
+class ValidationBatches:
     """The batches that are validated, each sample once.
 
     Args:
-        batch_fn: from a batch to samples.
-        max_samples: only so many, over all ranks.
+        trainer: that validates them.
+        loaders: of the batches.
+        num_batches: how many batches of each loader are run.
+        max_samples: measure only so many, over all ranks.
+        batch_fn: function from a batch to samples.
     """
 
-    def __init__(self, batch_fn: Callable[[Any], Samples] | None, max_samples: int | None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        loaders: Any,
+        num_batches: Sequence[float],
+        max_samples: int | None,
+        batch_fn: BatchFunction | None,
+    ) -> None:
+        in_turn = loaders_in_turn(trainer, loaders)
+        self._stream = ValidationStream(in_turn, num_batches, max_samples, trainer.global_rank, trainer.world_size)
         self._batch_fn = batch_fn
-        self._max_samples = max_samples
-        self._stream: ValidationStream | None = None
 
-    def preview(self, trainer: Trainer, pl_module: LightningModule) -> Samples | None:
-        """Samples to certify on before training, unless Lightning has not set up validation yet."""
-        if not trainer.enable_validation:
-            return None
-        batch = first_batch(loaders_in_turn(trainer, trainer.val_dataloaders), pl_module)
-        return None if batch is None else self.samples_of(to_device(trainer, pl_module, batch))
-
-    def begin(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, counts: Sequence[float]) -> None:
-        """Begin at the first batch of the loaders, of which so many batches are run."""
-        share = trainer.global_rank, trainer.world_size
-        self._stream = ValidationStream(loaders_in_turn(trainer, loaders), counts, self._max_samples, *share)
-
-    def parts(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> Iterator[Samples]:
-        """What is to be measured of a batch that was validated."""
-        assert self._stream is not None
-        inputs, targets = self.samples_of(batch)
+    def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Iterator[Samples]:
+        """Yield what is to be measured of a batch that was validated."""
+        inputs, targets = split_with(self._batch_fn, batch)
         mask = self._stream.mask(num_rows(inputs, targets), batch_idx, dataloader_idx)
         if mask.all():
             yield inputs, targets
         elif mask.any():
             yield select(inputs, targets, mask)
 
-    def rest(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Samples]:
-        """Nothing is left after the last batch."""
+    def rest(self) -> Iterator[Samples]:
+        """Yield nothing: all has been measured after the last batch."""
         return iter(())
 
-    @property
-    def why_not_live(self) -> str:
-        """Why it is not known before a step what is to be measured of its batch; nothing, if it is."""
-        if self._batch_fn is not None:
-            return "batch_fn= is called after the step"
-        return "" if self._max_samples is None else "max_samples= takes parts of batches"
 
-    def samples_of(self, batch: Any) -> Samples:
-        """The samples of a batch."""
-        return split_with(self._batch_fn, batch)
+class SeparateData:
+    """Data other than the validated batches, or a fixed part of them.
 
-    def let_go(self) -> None:
-        """Let go of the loaders."""
-        self._stream = None
-
-
-class ReadApart:
-    """A part of other data, in step with the batches that are validated, so that their progress bar tells the truth.
+    They are measured in step with the validated batches, so that the progress bar of validation stays truthful.
 
     Args:
-        batch_fn: from a batch to samples.
-        max_samples: only so many, over all ranks.
+        trainer: whose ranks share the data, and whose hooks move batches to the device.
+        pl_module: the LightningModule.
         data: ``"train"``, or a loader or batches.
+        max_samples: measure only so many, over all ranks.
+        batch_fn: function from a batch to samples.
+        loaders: of the validated batches.
+        num_batches: how many batches of each loader are validated.
     """
 
     def __init__(
         self,
-        batch_fn: Callable[[Any], Samples] | None,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        data: str | Iterable[Any],
         max_samples: int | None,
-        data: Literal["train"] | Iterable[Any],
+        batch_fn: BatchFunction | None,
+        loaders: Any = None,
+        num_batches: Sequence[float] = (),
     ) -> None:
-        self._batch_fn = batch_fn
-        self._max_samples = max_samples
-        self._data = data
-        self._subset: FixedSubset | None = None
-        self._seen = 0
-        self._expected: float = 1
-
-    def preview(self, trainer: Trainer, pl_module: LightningModule) -> Samples | None:
-        """Samples to certify on before training; None of a rank that has none."""
-        self.begin(trainer, pl_module, None, [])
-        first = next(self._up_to(1.0, trainer, pl_module), None)
-        assert self._subset is not None
-        self._subset.restart(pl_module)  # lets go of a worker process
-        return first
-
-    def begin(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, counts: Sequence[float]) -> None:
-        """Begin at the first sample, to be done with the last batch of the loaders."""
-        if self._subset is None:
-            share = trainer.global_rank, trainer.world_size
-            if isinstance(self._data, str):
-                batches = trainer.num_training_batches
-                self._subset = training_subset(trainer.train_dataloader, self._max_samples, *share, batches)
-            else:
-                self._subset = FixedSubset(self._data, self._max_samples, *share)
-        self._subset.restart(pl_module)
+        share = trainer.global_rank, trainer.world_size
+        if isinstance(data, str):
+            subset = training_subset(trainer.train_dataloader, max_samples, *share, trainer.num_training_batches)
+        else:
+            subset = FixedSubset(data, max_samples, *share)
+        self._trainer, self._pl_module, self._batch_fn = trainer, pl_module, batch_fn
+        self._batches = subset.batches(pl_module)
+        self._num_batches = subset.num_batches
+        self._num_read = 0
+        self._num_validated = 0
         in_turn = loaders_in_turn(trainer, loaders)
-        # How many batches a stream has, only its end tells: then all is measured with the first.
-        known = in_turn and all(is_indexed(loader) for loader in in_turn)
-        self._seen, self._expected = 0, sum(counts) if known else 1
+        # The length of a stream is known only at its end: then everything is measured with its first batch.
+        self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
 
-    def parts(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> Iterator[Samples]:
-        """The next part, after a batch was validated."""
-        self._seen += 1
-        return self._up_to(self._seen / self._expected, trainer, pl_module)
+    def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Iterator[Samples]:
+        """Yield the next part, after a batch was validated."""
+        self._num_validated += 1
+        fraction = self._num_validated / self._num_to_validate
+        if fraction >= 1:
+            return self.rest()
+        return self._read_until(0 if math.isinf(self._num_batches) else math.ceil(self._num_batches * fraction))
 
-    def rest(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Samples]:
-        """What is left: of a rank that has no batches, all."""
-        return self._up_to(1.0, trainer, pl_module)
+    def rest(self) -> Iterator[Samples]:
+        """Yield what is left; without validation, or on a rank that validates no batch, this is everything."""
+        return self._read_until(math.inf)
 
-    def _up_to(self, fraction: float, trainer: Trainer, pl_module: LightningModule) -> Iterator[Samples]:
-        assert self._subset is not None
-        for batch in self._subset.up_to(fraction):
-            yield split_with(self._batch_fn, to_device(trainer, pl_module, batch))
+    def _read_until(self, goal: float) -> Iterator[Samples]:
+        while self._num_read < goal and (batch := next(self._batches, self)) is not self:
+            self._num_read += 1
+            yield split_with(self._batch_fn, to_device(self._trainer, self._pl_module, batch))
 
-    def let_go(self) -> None:
-        """Let go of the data."""
-        self._subset = None
+
+def new_source(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    data: str | Iterable[Any],
+    max_samples: int | None,
+    batch_fn: BatchFunction | None,
+    loaders: Any = None,
+    num_batches: Sequence[float] = (),
+) -> ValidationBatches | SeparateData:
+    """Make the source for one measurement; the arguments are those of :class:`SeparateData`."""
+    if isinstance(data, str) and data == "val":
+        return ValidationBatches(trainer, loaders, num_batches, max_samples, batch_fn)
+    return SeparateData(trainer, pl_module, data, max_samples, batch_fn, loaders, num_batches)
+
+
+def first_samples(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    data: str | Iterable[Any],
+    max_samples: int | None,
+    batch_fn: BatchFunction | None,
+) -> Samples | None:
+    """Read the first batch before training, without a trace on its loader.
+
+    Returns:
+        None where that cannot be done, where Lightning has not set up validation yet, or on a rank without samples.
+    """
+    if not (isinstance(data, str) and data == "val"):
+        return next(SeparateData(trainer, pl_module, data, max_samples, batch_fn).rest(), None)
+    if not trainer.enable_validation:
+        return None
+    batch = first_batch(loaders_in_turn(trainer, trainer.val_dataloaders), pl_module)
+    return None if batch is None else split_with(batch_fn, to_device(trainer, pl_module, batch))

@@ -1,4 +1,4 @@
-"""A fixed random choice of samples, with every class in its share where labels are at hand."""
+"""A fixed random choice of samples in which every class has its share, where labels are known."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 
 def choose(total: int, chosen: int, labels: Tensor | None = None) -> Tensor:
-    """Indices of some of ``total`` samples, sorted, always the same.
+    """Choose samples at random, the same ones in every call.
 
     Args:
-        total: how many there are.
-        chosen: how many are wanted; all of them if there are not more.
-        labels: ``(total,)``; every class gets its share, rounded up or down.
+        total: number of samples to choose from.
+        chosen: number of samples to choose; all of them if there are not more.
+        labels: class of every sample, ``(total,)``; every class gets its share, rounded up or down.
+
+    Returns:
+        Indices of the chosen samples, sorted.
 
     Example:
         >>> labels = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1])
@@ -27,16 +30,16 @@ def choose(total: int, chosen: int, labels: Tensor | None = None) -> Tensor:
         return order.sort().values
     if labels is None:
         return order[:chosen].sort().values
-    # Sorted by class and shuffled within, evenly spaced samples meet every class in its share.
+    # Sorted by class, and shuffled within a class: evenly spaced samples give every class its share.
     by_class = order[labels[order].argsort(stable=True)]
     spaced = (2 * torch.arange(chosen) + 1) * total // (2 * chosen)
     return by_class[spaced].sort().values
 
 
 def labels_of(dataset: Any) -> Tensor | None:
-    """Class of every sample, if the data set keeps them in memory; none is read for it.
+    """Return the class of every sample, if the data set has them in memory; no sample is read.
 
-    Known are ``targets`` and ``labels``, as torchvision's data sets have, ``TensorDataset``, and ``Subset`` and
+    Known are the attributes ``targets`` and ``labels`` (as in torchvision), ``TensorDataset``, and ``Subset`` and
     ``ConcatDataset`` of these.
 
     Example:
@@ -51,21 +54,21 @@ def labels_of(dataset: Any) -> Tensor | None:
         known = [part for part in parts if part is not None]
         return torch.cat(known) if len(known) == len(parts) else None
     if isinstance(dataset, TensorDataset):
-        return _classes(dataset.tensors[-1], len(dataset))
+        return _as_classes(dataset.tensors[-1], len(dataset))
     for name in ("targets", "labels"):
-        labels = _classes(getattr(dataset, name, None), len(dataset))
+        labels = _as_classes(getattr(dataset, name, None), len(dataset))
         if labels is not None:
             return labels
     return None
 
 
-def _classes(values: Any, total: int) -> Tensor | None:
-    """As a tensor of whole numbers, if they are that, one for every sample."""
+def _as_classes(values: Any, total: int) -> Tensor | None:
+    """Return the values as ``(total,)`` whole numbers; None if they are anything else."""
     if values is None or not hasattr(values, "__len__"):
         return None
     try:
         labels = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
         return None
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    return labels.cpu().long() if whole and labels.shape == (total,) else None
+    is_whole = not labels.is_floating_point() and not labels.is_complex()
+    return labels.cpu().long() if is_whole and labels.shape == (total,) else None

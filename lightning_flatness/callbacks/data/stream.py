@@ -1,4 +1,4 @@
-"""Which samples of the batches that are validated are measured: none twice, and only some if so wanted."""
+"""Which samples of the validated batches are measured: none twice, and only some with ``max_samples``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_flatness.callbacks.data.loaders import batch_size_of, is_indexed, keeps_order, reads_in_order, sampler_of
+from lightning_flatness.callbacks.data.loaders import (
+    batch_size_of,
+    is_indexed,
+    keeps_order,
+    reads_in_order,
+    sampler_of,
+)
 from lightning_flatness.callbacks.data.stratified import choose, labels_of
 
 
 class ValidationStream:
-    """The samples that all ranks together validate, as they come from one loader after the other.
+    """The samples that all ranks together validate, one loader after the other.
 
-    A ``DistributedSampler`` repeats samples until every rank has as many; the repeated ones are found by their position
-    and left out, so that the measurement is that of one process. ``max_samples`` are positions too, the same in every
-    epoch, so they are the same samples as long as the loader does not shuffle.
+    A ``DistributedSampler`` repeats samples until every rank has as many. The repeated ones are found by their position
+    and left out, so that several processes measure the same samples as one. ``max_samples`` chooses positions too: the
+    same samples in every epoch, as long as the loader does not shuffle.
 
     Args:
-        loaders: those that are validated, in turn; none where that is not known.
-        num_batches: how many batches of each are run.
-        max_samples: size of the part that is measured, over all ranks; all by default.
+        loaders: that are validated, in turn; none where that is not known.
+        num_batches: how many batches of each loader are run.
+        max_samples: number of samples to measure, over all ranks; all by default.
         rank: of this process.
-        num_ranks: how many there are.
+        num_ranks: number of processes.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -45,112 +51,117 @@ class ValidationStream:
         num_ranks: int = 1,
     ) -> None:
         pairs = list(zip(loaders, num_batches, strict=True)) if len(loaders) == len(num_batches) else []
-        self._shards = [_Shard(loader, count, rank, num_ranks) for loader, count in pairs]
-        self._warned = False
+        self._shards = [_Shard(loader, number, rank, num_ranks) for loader, number in pairs]
         self._num_ranks = num_ranks
-        self._chosen: list[Tensor | None] = [None] * len(pairs)
-        self._left: int | None = None  # of a stream of unknown length the first samples are taken
+        self._has_warned = False
+        self._chosen: list[Tensor | None] = [None] * len(pairs)  # by loader, True at the positions to measure
+        self._num_left: int | None = None  # to measure, where the length of a loader is not known: the first ones
         if max_samples is None:
             return
-        totals = [shard.total for shard in self._shards]
-        known = [total for total in totals if total is not None]
-        if len(known) < len(totals) or not totals:
-            self._left = max_samples // num_ranks + (rank < max_samples % num_ranks)
+        totals = [shard.total for shard in self._shards if shard.total is not None]
+        if len(totals) < len(self._shards) or not totals:
+            self._num_left = max_samples // num_ranks + (rank < max_samples % num_ranks)
             return
         labels = [shard.labels() for shard in self._shards]
-        with_labels = [part for part in labels if part is not None]
-        known_labels = torch.cat(with_labels) if len(with_labels) == len(labels) else None
-        whole = torch.zeros(sum(known), dtype=torch.bool)
-        whole[choose(len(whole), max_samples, known_labels)] = True
-        self._chosen = [shard.share(part) for shard, part in zip(self._shards, whole.split(known), strict=True)]
+        known_labels = [of_shard for of_shard in labels if of_shard is not None]
+        all_labels = torch.cat(known_labels) if len(known_labels) == len(labels) else None
+        chosen = torch.zeros(sum(totals), dtype=torch.bool)
+        chosen[choose(len(chosen), max_samples, all_labels)] = True
+        self._chosen = [shard.share(part) for shard, part in zip(self._shards, chosen.split(totals), strict=True)]
 
     def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Which rows of a batch are measured, ``(rows,)``.
+        """Return which rows of a batch are measured, ``(rows,)``.
 
         Args:
             rows: of the batch.
             batch_idx: number of the batch in its loader.
             dataloader_idx: number of the loader.
         """
-        everything = torch.ones(rows, dtype=torch.bool)
-        if self._left is not None:
-            everything[self._left :] = False
-            self._left -= int(everything.sum())
+        mask = torch.ones(rows, dtype=torch.bool)
+        if self._num_left is not None:
+            mask[self._num_left :] = False
+            self._num_left -= int(mask.sum())
         if dataloader_idx >= len(self._shards):
             if self._num_ranks > 1:
                 self._warn("the loaders are combined")
-            return everything
+            return mask
         shard, chosen = self._shards[dataloader_idx], self._chosen[dataloader_idx]
         if shard.repeats or chosen is not None:
             positions = shard.positions(rows, batch_idx)
             if positions is None:
                 self._warn("their sizes are not those of the sampler; max_samples has no effect on them")
-                return everything
-            everything &= positions < shard.length
+                return mask
+            mask &= positions < shard.length
             if chosen is not None:
-                everything &= chosen[positions.clamp_max(len(chosen) - 1)] & (positions < len(chosen))
-        return everything
+                mask &= chosen[positions.clamp_max(len(chosen) - 1)] & (positions < len(chosen))
+        return mask
 
     def _warn(self, reason: str) -> None:
-        if not self._warned:
+        if not self._has_warned:
             rank_zero_warn(
                 f"FlatnessCallback cannot tell which samples these validation batches are ({reason}), so samples that "
                 "a DistributedSampler repeats count twice."
             )
-        self._warned = True
+        self._has_warned = True
 
 
 class _Shard:
-    """One loader's part of the stream."""
+    """One loader's part of the stream.
+
+    Attributes:
+        length: number of different samples, over all ranks; 0 where that is not known.
+        repeats: whether the sampler repeats samples.
+        total: number of samples that are run, over all ranks; None where that is not known.
+    """
 
     def __init__(self, loader: Any, num_batches: float, rank: int, num_ranks: int) -> None:
         self._loader = loader
         self._batches = getattr(loader, "batch_sampler", None)  # None: every item of the data set is a batch
         self._batch_size = batch_size_of(loader) or 1
+        self._in_order = keeps_order(loader)
         sampler = sampler_of(loader)
-        self._step, self._first = 1, 0
-        self._rank, self._num_ranks = rank, num_ranks
         self.length = len(loader.dataset) if is_indexed(loader) else 0
+        self.repeats = False
         if isinstance(sampler, DistributedSampler):
             self._step, self._first = sampler.num_replicas, sampler.rank
-            self._rank, self._num_ranks = 0, 1  # every position is of one rank only
+            self._rank, self._num_ranks = 0, 1  # every position is on one rank only
             self.length = sampler.total_size if sampler.drop_last else len(sampler.dataset)  # type: ignore[arg-type]
-        elif self.length and hasattr(sampler, "__len__"):
-            self.length = len(sampler)
-        self.repeats = (
-            isinstance(sampler, DistributedSampler) and not sampler.drop_last and self.length % self._step > 0
-        )
-        self._in_order = keeps_order(loader)
-        drawn = min(num_batches * self._batch_size * self._step, self.length)
-        self.total = int(drawn) if self.length and self._in_order and self._batches is not None else None
+            self.repeats = not sampler.drop_last and self.length % self._step > 0
+        else:
+            self._step, self._first = 1, 0
+            self._rank, self._num_ranks = rank, num_ranks
+            if self.length and hasattr(sampler, "__len__"):
+                self.length = len(sampler)
+        num_run = min(num_batches * self._batch_size * self._step, self.length)
+        self.total = int(num_run) if self.length and self._in_order and self._batches is not None else None
 
     def labels(self) -> Tensor | None:
-        """Class of every sample of the stream, where the data set has them and they come in its order."""
+        """Return the class of every sample that is run, if known and the loader keeps the order of the data set."""
         labels = labels_of(self._loader.dataset) if reads_in_order(self._loader) else None
         return None if labels is None else labels[: self.total]
 
     def share(self, chosen: Tensor) -> Tensor:
-        """Without a DistributedSampler every rank may see all: each measures its part of what is chosen."""
+        """Return which chosen positions this rank measures: its share where all ranks may have all samples."""
         positions = chosen.nonzero().flatten()
         share = torch.zeros_like(chosen)
         share[positions[self._rank :: self._num_ranks]] = True
         return share
 
     def positions(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Of the rows of a batch, in the stream of this loader over all ranks; None where that cannot be told."""
+        """Return the positions of a batch's rows in the stream of this loader over all ranks; None where not known."""
         if not self._in_order:
             return None
         if self._batches is None:
             return torch.full((rows,), batch_idx * self._step + self._first)
         before = batch_idx * self._batch_size
-        own = -(-self.length // self._step)  # samples of this rank, repeated ones included
-        if rows != min(self._batch_size, own - before):
+        own_length = -(-self.length // self._step)  # samples of this rank, repeated ones included
+        if rows != min(self._batch_size, own_length - before):
             return None
         return (before + torch.arange(rows)) * self._step + self._first
 
 
 def select(inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-    """The rows of a batch where the mask is true.
+    """Return the rows of a batch where the mask is true.
 
     Example:
         >>> select({"x": torch.arange(3), "scale": torch.ones(1)}, None, torch.tensor([True, False, True]))[0]["x"]

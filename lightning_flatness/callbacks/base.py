@@ -1,0 +1,143 @@
+"""What all measuring callbacks share: arguments, history, checkpoints, errors on all ranks, figures."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.arguments import check_arguments, check_counts
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.logged import logging_muted
+from lightning_flatness.callbacks.network import find_network
+from lightning_flatness.callbacks.rank_errors import RankErrors
+
+Record = dict[str, Any]
+
+
+class MeasuringCallback(Callback):
+    """Base of the callbacks that measure a network while it trains.
+
+    Args:
+        name: of the callback, in messages and in the key of its state in checkpoints.
+        measured: what it measures, in messages.
+        data: ``"train"``, ``"val"``, or a loader or batches.
+        max_samples: size of a fixed random subset of the data, over all ranks.
+        prefix: of logged keys and tags of figures.
+        model: attribute of the LightningModule that is the network, or a function from the LightningModule to it; None
+            for the LightningModule.
+        batch_fn: function from a batch to ``(inputs, targets)``.
+        figures: draw for TensorBoard.
+        on_error: ``"raise"``; or ``"warn"`` and train on.
+
+    Attributes:
+        history: a record for every measurement of a fit; kept in checkpoints.
+
+    Raises:
+        FlatnessError: invalid arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        measured: str,
+        data: str | Iterable[Any],
+        max_samples: int | None,
+        prefix: str,
+        model: Callable[[Any], Any] | str | None,
+        batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None,
+        figures: bool,
+        on_error: Literal["raise", "warn"],
+    ) -> None:
+        check_arguments(name, data, on_error, prefix)
+        check_counts(name, or_none=True, max_samples=max_samples)
+        self.data = data
+        self.max_samples = max_samples
+        self.prefix = prefix
+        self.model = model
+        self.batch_fn = batch_fn
+        self.figures = figures
+        self.history: list[Record] = []
+        self._name = name
+        self._errors = RankErrors(on_error, name, measured)
+        self._stage: str | None = None
+        self._is_restored = False
+
+    # ------------------------------------------------------------------------------------------------------- overrides
+
+    @abstractmethod
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether to measure now. Override it for another schedule; all ranks must return the same."""
+
+    def _release(self) -> None:
+        """Drop what a measurement in progress holds: data, model, a pending error."""
+        self._errors.pending = None
+
+    @abstractmethod
+    def _draw_run(self, trainer: Trainer) -> None:
+        """Draw the figures of the whole run, at its end or when it is interrupted."""
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints; callbacks with different prefixes have different ones."""
+        return f"{self._name}[prefix={self.prefix}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history, as plain numbers, text and lists."""
+        return {"history": [dict(record) for record in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history of a checkpoint; one that is loaded to validate or test leaves the history as it is."""
+        if self._stage in (None, "fit"):
+            self.history = [dict(record) for record in state_dict["history"]]
+            self._is_restored = True
+
+    # ---------------------------------------------------------------------------------------------------------- hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the stage, since Lightning loads the state of callbacks in every stage."""
+        self._stage = stage
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release data and model."""
+        self._stage = None
+        self._release()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new history, unless one was restored, and look for the network."""
+        if not self._is_restored:
+            self.history = []
+        self._is_restored = False
+        self._release()
+        self._errors.start_run()
+        with self._measuring(trainer, pl_module):
+            find_network(pl_module, self.model)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop an unfinished measurement; draw the figures of a run that is interrupted with Ctrl-C."""
+        self._release()
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+            self._draw_run(trainer)
+
+    # -------------------------------------------------------------------------------------------------------- helpers
+
+    @contextmanager
+    def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Keep errors for all ranks, and log nothing that the network logs."""
+        with self._errors.kept(trainer.world_size), logging_muted(pl_module):
+            yield
+
+    @property
+    def _data_name(self) -> str:
+        return self.data if isinstance(self.data, str) else "given"
+
+    def _add_figures(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]]) -> None:
+        if self.figures:
+            tensorboard.add_drawn(trainer, self.prefix, draw, self._name)
