@@ -15,10 +15,9 @@ from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, first_samples, new_source, split_with
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
-from lightning_flatness.callbacks.live import PassesOfRun, new_live_forwards
 from lightning_flatness.callbacks.logged import accuracy_key, log, values_of, with_logarithm
 from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.running import Running
+from lightning_flatness.callbacks.running import PassesOfRun, Running
 from lightning_flatness.callbacks.schedule import epochs_have_passed
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
@@ -328,7 +327,7 @@ class FlatnessCallback(MeasuringCallback):
             data = (self.data, self.max_samples, self.batch_fn)
             source = new_source(trainer, pl_module, *data, loaders, num_batches)
             measurement = self._new_measurement(pl_module)
-            self._running = Running(measurement, source, new_live_forwards(self._passes, trainer, measurement, *data))
+            self._running = Running(measurement, source, self._passes, trainer.precision_plugin.val_step_context)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         running, self._running = self._running, None

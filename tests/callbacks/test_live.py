@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks import live
+from lightning_flatness.callbacks import running
 from lightning_flatness.callbacks.data.sources import ValidationBatches
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
@@ -51,7 +51,7 @@ class Module(Classifier):
 def told(monkeypatch):
     """What is said about forward passes."""
     lines = []
-    monkeypatch.setattr(live, "rank_zero_info", lines.append)
+    monkeypatch.setattr(running, "rank_zero_info", lines.append)
     return lines
 
 

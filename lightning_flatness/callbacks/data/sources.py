@@ -51,6 +51,9 @@ class ValidationBatches:
         num_batches: how many batches of each loader are run.
         max_samples: measure only so many, over all ranks.
         batch_fn: function from a batch to samples.
+
+    Attributes:
+        why_not_observed: why it is not known before a step what of its batch is to be measured; empty if it is.
     """
 
     def __init__(
@@ -64,6 +67,9 @@ class ValidationBatches:
         in_turn = loaders_in_turn(trainer, loaders)
         self._stream = ValidationStream(in_turn, num_batches, max_samples, trainer.global_rank, trainer.world_size)
         self._batch_fn = batch_fn
+        self.why_not_observed = "batch_fn= is called after the step" if batch_fn is not None else ""
+        if batch_fn is None and max_samples is not None:
+            self.why_not_observed = "max_samples= takes parts of batches"
 
     def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Iterator[Samples]:
         """Yield what is to be measured of a batch that was validated."""
