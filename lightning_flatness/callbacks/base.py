@@ -10,11 +10,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_flatness.callbacks import tensorboard
-from lightning_flatness.callbacks.arguments import check_arguments, check_counts
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.rank_errors import RankErrors
+from lightning_flatness.checks import check_whole
+from lightning_flatness.errors import FlatnessError
 
 Record = dict[str, Any]
 
@@ -54,8 +55,14 @@ class MeasuringCallback(Callback):
         figures: bool,
         on_error: Literal["raise", "warn"],
     ) -> None:
-        check_arguments(name, data, on_error, prefix)
-        check_counts(name, or_none=True, max_samples=max_samples)
+        can_be_read_again = isinstance(data, Iterable) and not isinstance(data, Iterator)
+        if data not in ("val", "train") if isinstance(data, str) else not can_be_read_again:
+            raise FlatnessError(f"{name}: data is 'val', 'train', or a DataLoader or list of batches, not {data!r}.")
+        if on_error not in ("raise", "warn"):
+            raise FlatnessError(f"{name}: on_error is 'raise' or 'warn', not {on_error!r}.")
+        if not prefix or not isinstance(prefix, str):
+            raise FlatnessError(f"{name}: prefix={prefix!r} must be a string, and not empty.")
+        check_whole(f"{name}: max_samples", max_samples, least=1, or_none=True)
         self.data = data
         self.max_samples = max_samples
         self.prefix = prefix

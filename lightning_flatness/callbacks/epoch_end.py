@@ -11,7 +11,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_flatness.callbacks import tensorboard
-from lightning_flatness.callbacks.arguments import check_counts
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData
@@ -19,6 +18,7 @@ from lightning_flatness.callbacks.lightning_imports import LightningModule, Trai
 from lightning_flatness.callbacks.logged import log
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.schedule import is_nth_epoch
+from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError, LandscapeError
 
 DEFAULT_SAMPLES = 512
@@ -55,7 +55,7 @@ class EpochEndCallback(MeasuringCallback):
         name = type(self).__name__
         max_samples = DEFAULT_SAMPLES if max_samples is None and isinstance(data, str) else max_samples
         super().__init__(name=name, measured=measured, data=data, max_samples=max_samples, **arguments)
-        check_counts(name, or_none=True, every_n_epochs=every_n_epochs)
+        check_whole(f"{name}: every_n_epochs", every_n_epochs, least=1, or_none=True)
         self.every_n_epochs = every_n_epochs
         self.folder = folder
 

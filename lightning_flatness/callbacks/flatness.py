@@ -10,7 +10,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
-from lightning_flatness.callbacks.arguments import check_counts
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, first_samples, new_source, split_with
@@ -19,28 +18,23 @@ from lightning_flatness.callbacks.logged import accuracy_key, log, values_of, wi
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.running import PassesOfRun, Running
 from lightning_flatness.callbacks.schedule import epochs_have_passed
+from lightning_flatness.checks import check_whole
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.plots.history import DATA
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 
-# Fields of a record that are not measures.
-ABOUT = ("epoch", "step", "accuracy")
-
 
 class FlatnessCallback(MeasuringCallback):
     """Log the Hessian trace and relative flatness of convolutions and linear layers at every validation.
 
-    Logged, so that ``ModelCheckpoint``, schedulers and :class:`~lightning_flatness.FlatnessStopping` can monitor it:
+    Logged, for ``ModelCheckpoint``, schedulers and :class:`~lightning_flatness.FlatnessStopping`, are
 
-    ===========================================  ======================================================================
-    ``{prefix}/hessian_trace``                   loss per squared weight, sum over the measured layers
-    ``{prefix}/relative_flatness``               loss, sum over the measured layers
-    ``{prefix}/log10_relative_flatness``         for charts that have accuracy in them too; NaN where not positive
-    ``{prefix}/weight_norm``                     norm of the measured kernels, the baseline to compare with
-    ``{prefix}/{layer}/hessian_trace``           with more than one layer
-    ``{prefix}/{layer}/relative_flatness``       with more than one layer
-    ===========================================  ======================================================================
+    - ``{prefix}/hessian_trace``: sum over the measured layers, loss per squared weight;
+    - ``{prefix}/relative_flatness``: sum over the measured layers, loss;
+    - ``{prefix}/log10_relative_flatness``: for charts with accuracy; NaN where not positive;
+    - ``{prefix}/weight_norm``: of the measured kernels, to compare with;
+    - ``{prefix}/{layer}/hessian_trace``, ``{prefix}/{layer}/relative_flatness``: with more than one layer.
 
     Training with it is bit-identical to training without it.
 
@@ -53,20 +47,20 @@ class FlatnessCallback(MeasuringCallback):
             evaluation mode, through a loader of its own; the papers define flatness on the training loss. Or a
             ``DataLoader`` or list of batches, of which every rank measures its share.
         every_n_epochs: epochs from one measurement to the next; the first validation is always measured.
-        max_samples: measure a fixed random subset of this size, over all ranks, in which every class has its share
-            where the data set has ``targets`` or ``labels``. By default all, or 4,096 samples of the training data.
-            (So many batches of a ``DataLoader`` with ``batch_size=None``.)
+        max_samples: size of a fixed random subset to measure, over all ranks; every class has its share where the data
+            set has ``targets`` or ``labels``. By default all samples, or 4,096 of the training data. (For a
+            ``DataLoader`` with ``batch_size=None``, a number of batches.)
         prefix: of the logged keys; give several callbacks in one Trainer different ones.
-        accuracy: logged name of the accuracy that belongs beside flatness in charts; by default the first logged name
-            that has ``acc`` in it, one with ``val`` if there is one.
+        accuracy: logged name of the accuracy to show with flatness; by default the first logged name that contains
+            ``acc``, preferably with ``val``.
         model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
             LightningModule to the network; by default the LightningModule.
         batch_fn: function from a batch to ``(inputs, targets)``; by default a batch is such a pair, or has one entry
             like ``image`` and one like ``label``.
         summary: print before training which layers are measured, and how that was certified.
         figures: draw accuracy and flatness, and the block traces, for TensorBoard at the end of training.
-        strict: refuse layers whose number would not be the Hessian's: before the first epoch, or with the batch that
-            shows it.
+        strict: refuse layers whose number is not the Hessian's: before the first epoch, or with the batch that shows
+            it.
         label_smoothing: of cross-entropy.
         class_weight: of cross-entropy.
         ignore_index: of cross-entropy.
@@ -74,21 +68,20 @@ class FlatnessCallback(MeasuringCallback):
             logarithm and the weight norm. All other measures are in :attr:`report`.
         tolerance: relative standard error that is accepted with many classes.
         residual: ``"hutchinson"`` to estimate what Gauss-Newton leaves out.
-        num_probes: for that.
+        num_probes: of that estimate.
         seed: of the probes.
         dtype: ``"float32"`` or ``"float64"``, to measure in; by default the model's own, at least float32.
-        live: observe the forward passes of the validation step, where that is shown to change nothing, in place of
-            passes of the callback's own. False: always its own.
+        live: observe the forward passes of validation steps where that changes nothing; False for extra passes always.
         on_error: ``"raise"``; or ``"warn"`` and train on: a measurement that fails logs nothing.
 
     Attributes:
         history: a record (plain numbers, by name) for every measurement of a fit; kept in checkpoints.
-        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. (After a fit with a strategy that
-            spawns processes, both are left behind in these; what was logged comes back.)
-        num_measurements: how many there were, in validation and tests, too.
+        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. (A strategy that spawns processes
+            leaves history and report in these; what was logged comes back.)
+        num_measurements: number of measurements, those in validation and tests included.
 
     Raises:
-        FlatnessError: wrong arguments; and, before the first epoch, anything that cannot be measured.
+        FlatnessError: invalid arguments; and, before the first epoch, anything that cannot be measured.
 
     Example:
         >>> import lightning as L
@@ -149,7 +142,7 @@ class FlatnessCallback(MeasuringCallback):
             figures=figures,
             on_error=on_error,
         )
-        check_counts("FlatnessCallback", every_n_epochs=every_n_epochs)
+        check_whole("FlatnessCallback: every_n_epochs", every_n_epochs, least=1)
         self.every_n_epochs = every_n_epochs
         self.accuracy = accuracy
         self.summary = summary
@@ -173,11 +166,6 @@ class FlatnessCallback(MeasuringCallback):
 
     # ------------------------------------------------------------------------------------------------ before training
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the stage; what was found out about forward passes is found out anew."""
-        super().setup(trainer, pl_module, stage)
-        self._passes = PassesOfRun(self._wants_live)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history; refuse or warn of what is already known to be wrong."""
         self.report = self._certified = self._awaits_accuracy = None
@@ -192,10 +180,10 @@ class FlatnessCallback(MeasuringCallback):
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             self._warn_no_validation()
         with self._measuring(trainer, pl_module):
-            data = (self.data, self.max_samples, self.batch_fn)
-            samples = None if self._certified else first_samples(trainer, pl_module, *data)
-            if samples is not None and not self._errors.pending:
-                self._certify(pl_module, samples)
+            if not self._certified:
+                samples = first_samples(trainer, pl_module, self.data, self.max_samples, self.batch_fn)
+                if samples is not None and not self._errors.pending:
+                    self._certify(pl_module, samples)
         if self._errors.settle("the start of training") and self.summary and self._certified and trainer.is_global_zero:
             data = DATA.get(self._data_name, self._data_name)
             title = f"Flatness on {data} data is measured for these layers, under '{self.prefix}'."
@@ -229,7 +217,7 @@ class FlatnessCallback(MeasuringCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Listen for the forward pass on this batch."""
-        if self._running is not None and not self._errors.pending:
+        if self._running is not None and self._running.observes and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._running.before_step(batch)
 
@@ -265,8 +253,6 @@ class FlatnessCallback(MeasuringCallback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    # -------------------------------------------------------------------------------------------- history and figures
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add flatness to the history with the accuracy, which the module may log later than flatness is logged."""
         if self._awaits_accuracy is not None:
@@ -291,10 +277,10 @@ class FlatnessCallback(MeasuringCallback):
 
     def _draw_run(self, trainer: Trainer) -> None:
         self._pair_accuracy(trainer)
-        report, accuracy = self.report, self._accuracy_key(trainer)
-        if self.history and report is not None:
-            draw = tensorboard.flatness_figures
-            self._add_figures(trainer, lambda: draw(self.history, report, accuracy, self._data_name))
+        if self.history and self.report is not None:
+            accuracy = accuracy_key(trainer.callback_metrics, self.accuracy)
+            arguments = (self.history, self.report, accuracy, self._data_name)
+            self._add_figures(trainer, lambda: tensorboard.flatness_figures(*arguments))
 
     def _add_to_history(self, trainer: Trainer, record: Record) -> None:
         self.history.append(record)
@@ -303,16 +289,14 @@ class FlatnessCallback(MeasuringCallback):
         if not any(callback._has_chart for callback in callbacks):
             self._has_chart = True
             tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
-            tensorboard.add_joint_charts(trainer, tags, [callback._accuracy_key(trainer) for callback in callbacks])
+            names = [accuracy_key(trainer.callback_metrics, callback.accuracy) for callback in callbacks]
+            tensorboard.add_joint_charts(trainer, tags, names)
 
     def _pair_accuracy(self, trainer: Trainer) -> None:
         record, self._awaits_accuracy = self._awaits_accuracy, None
         if record is not None:
-            logged = trainer.callback_metrics.get(self._accuracy_key(trainer) or "")
+            logged = trainer.callback_metrics.get(accuracy_key(trainer.callback_metrics, self.accuracy) or "")
             record["accuracy"] = None if logged is None else float(logged)
-
-    def _accuracy_key(self, trainer: Trainer) -> str | None:
-        return accuracy_key(trainer.callback_metrics, self.accuracy)
 
     # ------------------------------------------------------------------------------------------------- the measurement
 
@@ -324,8 +308,8 @@ class FlatnessCallback(MeasuringCallback):
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return
         with self._measuring(trainer, pl_module):
-            data = (self.data, self.max_samples, self.batch_fn)
-            source = new_source(trainer, pl_module, *data, loaders, num_batches)
+            own = (self.data, self.max_samples, self.batch_fn)
+            source = new_source(trainer, pl_module, *own, loaders, num_batches)
             measurement = self._new_measurement(pl_module)
             self._running = Running(measurement, source, self._passes, trainer.precision_plugin.val_step_context)
 
@@ -347,19 +331,20 @@ class FlatnessCallback(MeasuringCallback):
         self.num_measurements += 1
         values = values_of(report, self._measures)
         if trainer.state.fn == "fit":
-            about = dict(zip(ABOUT, (trainer.current_epoch, trainer.global_step, None), strict=True))
-            self._awaits_accuracy = {**about, **values}
+            about = {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None}
+            self._awaits_accuracy = about | values
         log(pl_module, self.prefix, with_logarithm(values, self._measures[-1]))
 
     def _log_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a resume where nothing is due, log the last values, so that monitors find them as in a run without."""
+        """After a resume where nothing is due, let monitors find the last values, as they would without the stop."""
         is_logged = f"{self.prefix}/{self._measures[-1]}" in trainer.callback_metrics
         if trainer.state.fn == "fit" and self.history and not is_logged:
-            last = {key: value for key, value in self.history[-1].items() if key not in ABOUT and value is not None}
-            log(pl_module, self.prefix, with_logarithm(last, self._measures[-1]))
+            values = {key: value for key, value in self.history[-1].items() if key not in ("epoch", "step", "accuracy")}
+            log(pl_module, self.prefix, with_logarithm(values, self._measures[-1]))
 
     def _release(self) -> None:
         super()._release()
         if self._running is not None:
             self._running.release()
         self._running = None
+        self._passes = PassesOfRun(self._wants_live)

@@ -29,13 +29,14 @@ Statistics = Literal["kept", "recomputed"]
 class LandscapeCallback(EpochEndCallback):
     """The loss on a line or plane through the weights at the end of a fit, and every few epochs.
 
-    Contours and surface go to TensorBoard's page *Images*, every result to a file ``epoch=...-step=...-kept.npz`` (or
-    ``-recomputed``) for :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>`. An interrupt
-    (Ctrl-C) ends a landscape, and what was computed of it is kept.
+    TensorBoard's page *Images* shows contours and surface. Every result is written to a file
+    ``epoch=...-step=...-kept.npz`` (or ``-recomputed``) for
+    :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>`. Ctrl-C ends a landscape, and the points
+    computed until then are kept.
 
-    Training with it is bit-identical to training without it. The middle of a landscape are the weights that are
-    trained; at the end of the fit those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is
-    listed before.
+    Training with it is bit-identical to training without it. The middle of a landscape is at the weights in training;
+    at the end of the fit at those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is listed
+    before it.
 
     Args:
         data: ``"train"``: a fixed random subset of the training data, in evaluation mode, through a loader of its own.
@@ -77,7 +78,7 @@ class LandscapeCallback(EpochEndCallback):
             :class:`~lightning_flatness.LandscapeResult`.
 
     Raises:
-        FlatnessError: wrong arguments; and, before the first epoch, what cannot be measured.
+        FlatnessError: invalid arguments; and, before the first epoch, what cannot be measured.
 
     Example:
         >>> import lightning as L
@@ -126,18 +127,16 @@ class LandscapeCallback(EpochEndCallback):
             on_error=on_error,
         )
         statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
-        self._trajectory = Trajectory() if axes == "trajectory" else None
-        self._axes = [axes, axes] if isinstance(axes, str) else axes
-        checked: Any = "random" if self._trajectory else axes
-        if not all(isinstance(axis, str) for axis in self._axes):
+        words = [axes] if isinstance(axes, str) else axes
+        if not all(isinstance(word, str) for word in words):
             raise FlatnessError(f"{axes=}: give words; loss_landscape() takes directions, too.")
-        if self._trajectory is None and not set(self._axes) <= set(KINDS):
+        if axes != "trajectory" and not set(words) <= set(KINDS):
             known = ", ".join(map(repr, KINDS))
             raise FlatnessError(
                 f"{axes=}: there are {known}, or one or two of these in a list, and 'trajectory' alone."
             )
         options = LandscapeOptions(
-            axes=checked,
+            axes="random" if axes == "trajectory" else axes,  # those of a trajectory are not known yet
             normalize=normalize,
             norm=norm,
             biases=biases,
@@ -152,12 +151,14 @@ class LandscapeCallback(EpochEndCallback):
             seed=seed,
             dtype=dtype,
         )
-        self._options = [replace(options, batch_norm=name) for name in statistics]
         if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
             raise FlatnessError(f"{cap=} must be a positive number.")
-        self._whole_trajectory = span is None
         self.cap = cap
         self.results: dict[Statistics, LandscapeResult] = {}
+        self._options = {name: replace(options, batch_norm=name) for name in statistics}
+        self._needs_adam = "adam" in words
+        self._trajectory = Trajectory() if axes == "trajectory" else None
+        self._spans_trajectory = axes == "trajectory" and span is None
 
     # ------------------------------------------------------------------------------------------------- the trajectory
 
@@ -191,11 +192,11 @@ class LandscapeCallback(EpochEndCallback):
     def _is_ready(self, final: bool) -> bool:
         if self._trajectory is None:
             return True
-        reason, odd = None, self._trajectory.not_finite
+        reason, epochs = None, self._trajectory.not_finite
         if not self._trajectory.spans_a_plane:
             reason = "needs two epochs at least to span a plane"
-        elif odd is not None:
-            when = f"after {odd} epoch{'s' if odd > 1 else ''} of this fit" if odd else "at the start of this fit"
+        elif epochs is not None:
+            when = f"after {epochs} epoch{'s' * (epochs > 1)} of this fit" if epochs else "at the start of this fit"
             reason = f"needs finite weights, and those {when} are not: the training has diverged"
         if reason is not None and final:
             rank_zero_warn(f"LandscapeCallback(axes='trajectory') {reason}; none is drawn.")
@@ -204,31 +205,30 @@ class LandscapeCallback(EpochEndCallback):
     # ------------------------------------------------------------------------------------------------------ measuring
 
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
-        if "adam" in self._axes:
+        if self._needs_adam:
             _adam(trainer, network)
-        # On two points along axes that there are already.
-        for options in self._options:
+        for options in self._options.values():
+            # Two points along a random axis, which is known before training.
             trial = replace(options, axes=["random"], span=1.0, steps=2, update="add", biases="scaled")
             landscape_of(network, batches, trial, progress=False)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
         plane: dict[str, Any] = {}
         if self._trajectory is not None:
-            axes, around = self._trajectory.plane(network)
-            plane = {"axes": axes} | ({"span": around} if self._whole_trajectory else {})
-        optimizer = _adam(trainer, network) if "adam" in self._axes else None
+            axes, span = self._trajectory.plane(network)
+            plane = {"axes": axes, "span": span} if self._spans_trajectory else {"axes": axes}
+        optimizer = _adam(trainer, network) if self._needs_adam else None
         self.results = {}
-        for options in self._options:
-            name = options.batch_norm
+        for name, options in self._options.items():
             try:
-                found = landscape_of(
+                result = landscape_of(
                     network, batches, replace(options, **plane), optimizer=optimizer, progress=progress
                 )
             except LandscapeError as error:
                 self.results[name] = error.result
                 raise
-            self.results[name] = found
-            if not found.complete:
+            self.results[name] = result
+            if not result.complete:
                 break
         first = next(iter(self.results.values()))
         finite = first.losses[first.finite]
@@ -241,7 +241,7 @@ class LandscapeCallback(EpochEndCallback):
 
     @property
     def trajectory(self) -> Tensor | None:
-        """Of the start and every epoch, coordinates in the last landscape ``(epochs + 1, 2)``; None on other axes."""
+        """Coordinates of the initial weights and of those of all epochs in the last landscape, ``(epochs + 1, 2)``."""
         return None if self._trajectory is None else self._trajectory.coordinates
 
     @property
@@ -274,16 +274,16 @@ class LandscapeCallback(EpochEndCallback):
 
 
 def _spans_tenfold(result: LandscapeResult) -> bool:
-    """Such a surface is readable in the logarithm only; contours do the same."""
+    """Whether the finite losses differ by a factor of ten; contours are logarithmic then, too."""
     finite = result.losses[result.finite]
     return bool(len(finite)) and 0 < 10 * float(finite.min()) < float(finite.max())
 
 
 def _adam(trainer: Trainer, network: nn.Module) -> list[torch.optim.Optimizer]:
-    """The Trainer's optimizers of this network that keep Adam's moments.
+    """Return the Trainer's optimizers that have parameters of this network and keep Adam's moments.
 
     Raises:
-        FlatnessError: there is none of this network, or all of these are known to keep none.
+        FlatnessError: there is none.
     """
     own = {id(parameter) for parameter in network.parameters()}
     fitting = [
@@ -294,13 +294,13 @@ def _adam(trainer: Trainer, network: nn.Module) -> list[torch.optim.Optimizer]:
     if not fitting:
         names = _names(trainer.optimizers) or "none"
         raise FlatnessError(f"axes='adam': no optimizer of the Trainer ({names}) has parameters of this network.")
-    found = [one for one in fitting if "betas" in one.defaults and not isinstance(one, torch.optim.Adamax)]
-    if not found:
+    with_moments = [one for one in fitting if "betas" in one.defaults and not isinstance(one, torch.optim.Adamax)]
+    if not with_moments:
         raise FlatnessError(
             f"axes='adam' takes the moments exp_avg and exp_avg_sq, and {_names(fitting)} keeps none. "
             "Train with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
         )
-    return found
+    return with_moments
 
 
 def _names(optimizers: Sequence[torch.optim.Optimizer]) -> str:

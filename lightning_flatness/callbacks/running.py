@@ -56,6 +56,9 @@ class Running:
         source: of the samples.
         passes: of this run.
         step_context: makes the context in which the Trainer runs validation steps (autocast).
+
+    Attributes:
+        observes: whether :meth:`before_step` is to be called before the next validation step.
     """
 
     def __init__(
@@ -71,17 +74,15 @@ class Running:
         self._step_context = step_context
         self._is_tried = False
         self._listener: Listener | None = None
-        self._observes = False
+        self.observes = False
         if passes.possible and isinstance(source, ValidationBatches):
             if source.why_not_observed:
                 passes.rule_out(source.why_not_observed)
-            self._observes = passes.possible
+            self.observes = passes.possible
 
     def before_step(self, batch: Any) -> None:
         """Listen for the forward pass on a batch that is about to be validated."""
         self.release()
-        if not self._observes:
-            return
         inputs, targets = split_with(None, batch)
         if num_rows(inputs, targets) < 2:  # a single sample is measured twice, in an extra pass
             return
@@ -89,7 +90,7 @@ class Running:
             self._is_tried = True
             reason = self.measurement.why_not_live(inputs, targets, self._step_context)
             if reason:
-                self._observes = False
+                self.observes = False
                 self._passes.rule_out(reason)
                 return
             self._passes.tell("")
@@ -135,6 +136,6 @@ class Running:
         if not reason and alive() is not None:
             reason = KEEPS_TENSORS
         if reason:
-            self._observes = False
+            self.observes = False
             self._passes.tell(reason)
         return is_measured

@@ -24,13 +24,13 @@ LOGGED = ("lambda_max", "trace", "r_e", "k_hn", "c_t")
 class SpectrumCallback(EpochEndCallback):
     """Eigenvalues, trace, spectral density and criteria of the Hessian at the end of a fit, and every few epochs.
 
-    Logged are ``{prefix}/lambda_max``, ``trace``, ``r_e``, ``k_hn`` and ``c_t``; with ``every_n_epochs`` at the end of
-    these epochs, so that ``ModelCheckpoint`` and others can monitor them, and at the end of the fit to the loggers. The
-    density, and the eigenvalues over the epochs, go to TensorBoard's page *Images*; every result to a file
+    It logs ``{prefix}/lambda_max``, ``trace``, ``r_e``, ``k_hn`` and ``c_t``: at the end of every n-th epoch, where
+    ``ModelCheckpoint`` and others can monitor them, and at the end of the fit, to the loggers only. TensorBoard's page
+    *Images* shows the density, and the eigenvalues over the epochs. Every result is written to a file
     ``epoch=...-step=....npz`` for :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>`.
 
-    Training with it is bit-identical to training without it. Measured are the weights that are trained; at the end of
-    the fit those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is listed before.
+    Training with it is bit-identical to training without it. It measures the weights in training; at the end of the fit
+    those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is listed before it.
 
     Args:
         data: ``"train"``: a fixed random subset of the training data, in evaluation mode, through a loader of its own.
@@ -58,7 +58,7 @@ class SpectrumCallback(EpochEndCallback):
             LightningModule to the network; by default the LightningModule.
         batch_fn: function from a batch to ``(inputs, targets)``.
         folder: for the files; by default ``prefix`` in the Trainer's ``log_dir``.
-        eigenvectors: write these to the files, too: ``top_k`` vectors as long as all parameters together.
+        eigenvectors: write them to the files, too: ``top_k`` vectors as long as all parameters together.
         figures: draw for TensorBoard.
         on_error: ``"raise"``; or ``"warn"`` and train on.
 
@@ -68,7 +68,7 @@ class SpectrumCallback(EpochEndCallback):
         result: the last measurement, a :class:`~lightning_flatness.SpectrumResult`.
 
     Raises:
-        FlatnessError: wrong arguments; and, before the first epoch, what cannot be measured.
+        FlatnessError: invalid arguments; and, before the first epoch, what cannot be measured.
 
     Example:
         >>> import lightning as L
