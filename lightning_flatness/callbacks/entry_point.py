@@ -1,4 +1,4 @@
-"""A callback in every Trainer of the environment, for those who ask for it with ``LIGHTNING_FLATNESS=1``."""
+"""A FlatnessCallback in every Trainer, where the environment variable ``LIGHTNING_FLATNESS=1`` asks for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VARIABLE = "LIGHTNING_FLATNESS"
 
 
 def callbacks() -> list[Callback]:
-    """What Lightning adds to every Trainer: nothing, unless the environment variable is set to something but 0.
+    """Return the callbacks that Lightning adds to every Trainer: none if the variable is unset, empty or 0.
 
     Example:
         >>> callbacks()
@@ -21,16 +21,16 @@ def callbacks() -> list[Callback]:
 
 
 class _FromEnvironment(FlatnessCallback):
-    """Steps back where the Trainer has a FlatnessCallback already."""
+    """Leaves a Trainer that has another FlatnessCallback."""
 
     @property
     def state_key(self) -> str:
         return "FlatnessCallback[environment]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave, if there is another."""
+        """Note the stage; leave the Trainer if it has another FlatnessCallback."""
         super().setup(trainer, pl_module, stage)
         registered: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, FlatnessCallback) and callback is not self for callback in registered):
-            # Another list, as Lightning is running through this one.
+            # A new list, since Lightning is iterating over the old one.
             trainer.callbacks = [callback for callback in registered if callback is not self]  # type: ignore[attr-defined]

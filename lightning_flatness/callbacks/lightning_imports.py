@@ -1,4 +1,4 @@
-"""Lightning, under that of its two names by which the user has imported it."""
+"""Lightning, imported under the name that the user has imported: ``lightning.pytorch`` or ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def is_lightning_module(module: Any) -> bool:
-    """Whether it is a LightningModule, of either name.
+    """Whether a module is a LightningModule of either name.
 
     Example:
         >>> is_lightning_module(LightningModule())
@@ -38,13 +38,13 @@ def is_lightning_module(module: Any) -> bool:
     return _is_lightning(type(module))  # type: ignore[arg-type]  # mypy does not know that classes have a hash
 
 
-@lru_cache  # a network has many modules of few classes, and is gone through with every batch
+@lru_cache  # asked for every module of a network with every batch; modules are of few classes
 def _is_lightning(kind: type) -> bool:
     return any(f"{base.__module__}.{base.__name__}" in MODULES for base in kind.__mro__)
 
 
 def is_overridden(method: str, module: LightningModule) -> bool:
-    """Whether a LightningModule, of either name, has a method of its own.
+    """Whether a LightningModule of either name overrides a method.
 
     Example:
         >>> is_overridden("forward", LightningModule())
@@ -55,7 +55,7 @@ def is_overridden(method: str, module: LightningModule) -> bool:
 
 
 def is_weight_averaging(callback: Any) -> bool:
-    """Whether it is Lightning's weight averaging, of either name, or made from it.
+    """Whether a callback is Lightning's ``WeightAveraging`` of either name, or a subclass.
 
     Example:
         >>> is_weight_averaging(Callback())

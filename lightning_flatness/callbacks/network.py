@@ -12,14 +12,14 @@ from lightning_flatness.errors import FlatnessError
 
 
 def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> nn.Module:
-    """The module that is measured.
+    """Find the module to measure.
 
     Args:
         pl_module: the LightningModule.
-        model: an attribute of it, a function of it that returns a module, or None for itself.
+        model: attribute of the LightningModule, or a function from it to a module; None for the LightningModule itself.
 
     Raises:
-        FlatnessError: there is no such module, or nothing given and no ``forward``.
+        FlatnessError: there is no such module; or ``model`` is None and the LightningModule has no ``forward``.
 
     Example:
         >>> module = LightningModule()
@@ -43,6 +43,6 @@ def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mod
             network = getattr(network, attribute, None)
     if not isinstance(network, nn.Module):
         name = type(pl_module).__name__
-        found = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
-        raise FlatnessError(f"model={model!r}: {found}; there are: {children}.")
+        problem = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
+        raise FlatnessError(f"model={model!r}: {problem}; there are: {children}.")
     return network

@@ -1,4 +1,4 @@
-"""Early stopping on flatness that does not stop at once."""
+"""Early stopping on flatness and accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_flatness.errors import FlatnessError
 
 @dataclass
 class _Watched:
-    """One metric, its best value so far, and how many validations ago that was."""
+    """A metric, its best value so far, and for how many validations it has not improved."""
 
     key: str
     mode: str
@@ -26,7 +26,7 @@ class _Watched:
     best: Tensor
     wait_count: int = 0
 
-    def look(self, value: Tensor) -> None:
+    def update(self, value: Tensor) -> None:
         best = self.best.cpu()
         margin = self.min_delta * (abs(float(best)) if self.relative else 1.0)
         better = value < best - margin if self.mode == "min" else value > best + margin
@@ -42,28 +42,26 @@ class _Watched:
 class FlatnessStopping(EarlyStopping):
     """Stop when neither flatness nor accuracy has improved for some validations, after a burn-in.
 
-    Relative flatness rises from initialisation, while the network begins to tell classes apart at all. A plain
-    ``EarlyStopping`` on it takes the first epochs for the best and stops after a few, at a fraction of the accuracy.
-    This one ignores both during the burn-in, and then waits until *both* have stalled: as long as one of them gets
-    better, training goes on. A validation at which flatness was not measured (``every_n_epochs``, or a measurement that
-    failed) does not count.
+    Relative flatness rises from initialisation, while the network learns to tell classes apart. A plain
+    ``EarlyStopping`` on it takes the first epochs for the best, and stops after a few, at a low accuracy. This one
+    ignores both metrics during the burn-in, and then trains on as long as one of them improves. A validation at which
+    flatness was not measured (``every_n_epochs``, or a measurement that failed) does not count.
 
     Args:
-        monitor: flatness, a key that :class:`~lightning_flatness.FlatnessCallback` logs, or several, which must all
-            have stalled. Best measured on the training data, ``FlatnessCallback(data="train")``.
+        monitor: key of a flatness that :class:`~lightning_flatness.FlatnessCallback` logs, or several keys, which must
+            all have stalled. Best measured on the training data, ``FlatnessCallback(data="train")``.
         accuracy: another metric, which must have stalled as well; its mean over ranks.
-        burn_in: epochs at the start that do not count. About as many as the accuracy needs for its steep rise.
-        patience: validations without an improvement of either, after which to stop.
-        min_delta: what counts as an improvement of flatness, as a fraction of the best value (its scale is not known
-            beforehand).
-        accuracy_min_delta: what counts as an improvement of accuracy, absolute.
+        burn_in: epochs at the start that do not count; about as many as the accuracy rises steeply.
+        patience: number of validations without an improvement of either, after which to stop.
+        min_delta: smallest improvement of flatness that counts, as a fraction of the best value.
+        accuracy_min_delta: smallest improvement of accuracy that counts, absolute.
         mode: ``"min"`` or ``"max"``, for flatness.
         accuracy_mode: ``"min"`` or ``"max"``, for the second metric (``"min"`` for a loss).
         check_finite: after the burn-in, stop at once when either is NaN or infinite.
-        verbose: say every time which of the two improved.
+        verbose: print at every validation which metric has improved.
 
     Raises:
-        FlatnessError: wrong arguments; or, at a validation, a metric that nobody logs.
+        FlatnessError: invalid arguments; or, at a validation, a metric that is not logged.
 
     Example:
         >>> stopping = FlatnessStopping(accuracy="val_acc", burn_in=10, patience=5)
@@ -112,7 +110,7 @@ class FlatnessStopping(EarlyStopping):
         self.burn_in = burn_in
         self._watched = [_Watched(key, mode, min_delta, True, _worst(mode)) for key in keys]
         self._watched.append(_Watched(accuracy, accuracy_mode, accuracy_min_delta, False, _worst(accuracy_mode)))
-        self._seen: dict[str, int] = {}
+        self._num_measured: dict[str, int] = {}
 
     @property
     def best_accuracy(self) -> Tensor:
@@ -121,34 +119,34 @@ class FlatnessStopping(EarlyStopping):
 
     @property
     def accuracy_wait_count(self) -> int:
-        """Validations since then."""
+        """Number of validations since then."""
         return self._watched[-1].wait_count
 
     @property
     def state_key(self) -> str:
-        """Tells several instances apart in a checkpoint."""
+        """Key of the state in checkpoints; instances with different metrics have different ones."""
         return f"FlatnessStopping[{', '.join(f'{watched.mode} {watched.key}' for watched in self._watched)}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and best values, as plain types."""
+        """Return counters and best values, as plain types."""
         watched = {watched.key: {"best": watched.best, "wait_count": watched.wait_count} for watched in self._watched}
         return {**super().state_dict(), "watched": watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint left off; the patience is the one given now."""
+        """Continue from a checkpoint, with the patience given now."""
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience
         for watched in self._watched:
-            kept = state_dict["watched"][watched.key]
-            watched.best, watched.wait_count = kept["best"], kept["wait_count"]
+            state = state_dict["watched"][watched.key]
+            watched.best, watched.wait_count = state["best"], state["wait_count"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at both metrics after every validation."""
+        """Check the metrics after every validation."""
         self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Without validation, look at both metrics after every epoch."""
+        """Without validation, check the metrics after every epoch."""
         if not trainer.enable_validation:
             self._check(trainer)
 
@@ -158,7 +156,7 @@ class FlatnessStopping(EarlyStopping):
         if not self._is_new(trainer):
             return
         logged = [self._logged(trainer.callback_metrics, watched.key) for watched in self._watched]
-        # The mean over ranks, so that all count alike also where a metric is not logged with sync_dist.
+        # Metrics may be logged without sync_dist; all ranks count the mean.
         values = [trainer.strategy.reduce(value, reduce_op="mean").cpu() for value in logged]
         if trainer.current_epoch < self.burn_in:
             return
@@ -169,7 +167,7 @@ class FlatnessStopping(EarlyStopping):
         ]
         for watched, value in zip(self._watched, values, strict=True):
             if not broken:
-                watched.look(value)
+                watched.update(value)
         self.best_score, self.wait_count = self._watched[0].best, self._watched[0].wait_count
         if self.verbose and not broken:
             states = [
@@ -183,15 +181,15 @@ class FlatnessStopping(EarlyStopping):
         self._stop(trainer, reason, stop=bool(broken) or stalled)
 
     def _is_new(self, trainer: Trainer) -> bool:
-        """Whether the callbacks that measure what is monitored have done so since the last look."""
+        """Whether the callbacks that log the monitored keys have measured since the last check."""
         new = True
         registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in registered:
             if not isinstance(callback, FlatnessCallback):
                 continue
             if any(watched.key.startswith(f"{callback.prefix}/") for watched in self._watched):
-                new = new and callback.num_measurements != self._seen.get(callback.prefix, 0)
-                self._seen[callback.prefix] = callback.num_measurements
+                new = new and callback.num_measurements != self._num_measured.get(callback.prefix, 0)
+                self._num_measured[callback.prefix] = callback.num_measurements
         return new
 
     def _logged(self, metrics: Mapping[str, Tensor], key: str) -> Tensor:
@@ -204,7 +202,7 @@ class FlatnessStopping(EarlyStopping):
         return metrics[key].detach().clone()
 
     def _stop(self, trainer: Trainer, reason: str, *, stop: bool) -> None:
-        # All ranks stop as soon as one wants to.
+        # All ranks stop as soon as one has to.
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch

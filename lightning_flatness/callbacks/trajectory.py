@@ -1,4 +1,4 @@
-"""The weights of all epochs, and the plane in which they moved most."""
+"""The weights of all epochs, and the plane that contains most of their path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Trajectory:
     """
 
     def __init__(self) -> None:
-        self._found: PrincipalDirections | None = None
+        self._principal: PrincipalDirections | None = None
         self.release()
 
     def release(self) -> None:
@@ -39,36 +39,36 @@ class Trajectory:
 
     @property
     def spans_a_plane(self) -> bool:
-        """Whether there are two states beside the last one."""
+        """Whether there are at least three states."""
         return len(self._states) > 2
 
     @property
     def not_finite(self) -> int | None:
-        """The number of the first state, from 0, that has numbers which are not finite."""
+        """Index of the first state that is not finite; None if all are."""
         finite = [all(bool(tensor.isfinite().all()) for tensor in state.values()) for state in self._states]
         return None if all(finite) else finite.index(False)
 
     @property
     def coordinates(self) -> Tensor | None:
-        """Of the states in the plane found last, ``(states, 2)``; None before."""
-        return None if self._found is None else self._found.coordinates
+        """Coordinates of the states in the plane found last, ``(states, 2)``; None before the first."""
+        return None if self._principal is None else self._principal.coordinates
 
     def plane(self, network: nn.Module) -> tuple[list[Any], list[list[float]]]:
-        """Axes through the network, and the span that holds all states and a quarter more on every side.
+        """Return axes through the network's weights, and a span of all states and a quarter more around.
 
         Raises:
             FlatnessError: the states do not span a plane.
         """
-        found = pca_directions(network, self._states)
-        self._found = found._replace(directions=())  # these are as large as the network
-        points = torch.cat([found.coordinates.double(), torch.zeros(1, 2, dtype=torch.float64)])
+        principal = pca_directions(network, self._states)
+        self._principal = principal._replace(directions=())  # they are as large as the network
+        points = torch.cat([principal.coordinates.double(), torch.zeros(1, 2, dtype=torch.float64)])
         low, high = points.min(0).values, points.max(0).values
         margin = 0.25 * (high - low)
-        return list(found.directions), torch.stack([low - margin, high + margin], 1).tolist()
+        return list(principal.directions), torch.stack([low - margin, high + margin], 1).tolist()
 
     def save(self, path: str) -> None:
-        """Write coordinates and explained shares as plain arrays."""
+        """Write coordinates and explained shares of the variance to an npz file."""
         import numpy as np
 
-        assert self._found is not None
-        np.savez(path, coordinates=self._found.coordinates.numpy(), explained=self._found.explained.numpy())
+        assert self._principal is not None
+        np.savez(path, coordinates=self._principal.coordinates.numpy(), explained=self._principal.explained.numpy())

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import signal
 import warnings
 from collections import Counter
 
@@ -366,13 +365,6 @@ def test_other_kinds_of_modules(tmp_path, make, options, network, data):
 
 
 # ---------------------------------------------------------------------------------------- runs that fail or are stopped
-
-
-@pytest.fixture
-def sigint_kept():
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 class UserError(Exception):

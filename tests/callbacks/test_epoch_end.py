@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import pickle
-import signal
 import warnings
 from functools import partial
 
@@ -27,9 +26,8 @@ from tests.callbacks.lightning_modules import (
     loaders,
     quiet_trainer,
 )
-from tests.callbacks.test_bit_identical import RUNS, DrawsOneNumber, assert_identical, end_without  # noqa: F401
-from tests.callbacks.test_bit_identical import end_of as end_of_run
-from tests.callbacks.test_soak import Watch, growth
+from tests.callbacks.resources import Watch, growth
+from tests.callbacks.training_runs import RUNS, DrawsOneNumber, assert_identical, end_of_run
 
 KINDS = {
     "spectrum": partial(lf.SpectrumCallback, top_k=1, num_steps=3, num_probes=2, max_products=3),
@@ -60,7 +58,7 @@ def epochs(callback):
 @pytest.mark.parametrize(
     "run", [run if run in QUICK else pytest.param(run, marks=pytest.mark.slow) for run in RUNS if "workers" not in run]
 )
-def test_training_is_bit_identical(tmp_path, end_without, run, data):  # noqa: F811
+def test_training_is_bit_identical(tmp_path, end_without, run, data):
     callbacks = [make(data=data, every_n_epochs=1) for make in KINDS.values()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(WeightAveraging|clipped)")
@@ -69,7 +67,7 @@ def test_training_is_bit_identical(tmp_path, end_without, run, data):  # noqa: F
 
 
 @pytest.mark.slow
-def test_training_is_bit_identical_with_workers(tmp_path, end_without):  # noqa: F811
+def test_training_is_bit_identical_with_workers(tmp_path, end_without):
     callbacks = [make(every_n_epochs=1) for make in KINDS.values()]
     assert_identical(end_of_run("workers", tmp_path, *callbacks), end_without("workers"))
 
@@ -79,7 +77,7 @@ class DrawsAtTheEndOfAnEpoch(DrawsOneNumber):
         self.draw()
 
 
-def test_a_trace_would_be_seen(tmp_path, end_without):  # noqa: F811
+def test_a_trace_would_be_seen(tmp_path, end_without):
     draws = DrawsAtTheEndOfAnEpoch(lambda: torch.rand(()))
     with pytest.raises(AssertionError, match="different"):
         assert_identical(end_of_run("augmentation", tmp_path, draws), end_without("augmentation"))
@@ -468,13 +466,6 @@ def test_thirty_epochs(tmp_path):
     fit(tmp_path, *callbacks, watch, max_epochs=32, logger=logger, limit_train_batches=2, limit_val_batches=1)
     assert all(len(callback.history) == 32 for callback in callbacks)
     assert not growth(watch.found[12], watch.found[30])
-
-
-@pytest.fixture
-def sigint_kept():
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 @kinds

@@ -17,7 +17,7 @@ import lightning_flatness as lf
 from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
-from tests.callbacks.test_tensorboard import charts, events
+from tests.callbacks.tensorboard_events import charts, events
 
 GIVEN = dataset(19, seed=5)
 

@@ -13,7 +13,6 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.model.points import Points
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
-from tests.callbacks.test_epoch_end import sigint_kept  # noqa: F401
 
 
 class WithAdam(Classifier):

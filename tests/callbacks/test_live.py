@@ -19,8 +19,13 @@ from lightning_flatness.callbacks.data.sources import ValidationBatches
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
-from tests.callbacks.test_bit_identical import assert_identical
-from tests.callbacks.training_runs import HAS_WEIGHT_AVERAGING, averaged_weights, end_of_training, seed_everything
+from tests.callbacks.training_runs import (
+    HAS_WEIGHT_AVERAGING,
+    assert_identical,
+    averaged_weights,
+    end_of_training,
+    seed_everything,
+)
 
 OBSERVES = "observes the forward passes"
 OWN = "in forward passes of its own"

@@ -3,22 +3,19 @@
 import contextlib
 import csv
 import re
-import signal
 import sys
 import warnings
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 
 import lightning_flatness as lf
 from tests.callbacks.lightning_modules import Classifier, TwoLayerNet, loaders, quiet_trainer
+from tests.callbacks.tensorboard_events import charts, events
 
 KEYS = [f"flatness/{key}" for key in ("hessian_trace", "log10_relative_flatness", "relative_flatness", "weight_norm")]
 FIGURES = ["flatness/block_traces/net.conv2", "flatness/history"]
-LAYOUT = "custom_scalars__config__"
 
 
 def fit(folder, *callbacks, module=None, logger=None, **options):
@@ -26,19 +23,6 @@ def fit(folder, *callbacks, module=None, logger=None, **options):
     trainer = quiet_trainer(folder, *callbacks, logger=logger, **options)
     trainer.fit(Classifier() if module is None else module, *loaders())
     return trainer
-
-
-def events(folder):
-    accumulator = EventAccumulator(str(folder / "version_0"), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
-    return accumulator.Reload()
-
-
-def charts(accumulator):
-    """Tag patterns of every chart of the one layout, by title."""
-    assert list(accumulator.PluginTagToContent("custom_scalars")) == [LAYOUT]
-    (event,) = accumulator.Tensors(LAYOUT)
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
 
 
 def matches(pattern, accumulator):
@@ -119,13 +103,6 @@ def test_figures_are_drawn_at_the_end(tmp_path, data):
 def test_figures_can_be_left_out(tmp_path):
     fit(tmp_path, lf.FlatnessCallback(summary=False, figures=False))
     assert events(tmp_path).Tags()["images"] == []
-
-
-@pytest.fixture
-def sigint_kept():
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.usefixtures("sigint_kept")

@@ -3,11 +3,13 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset
 
-from tests.callbacks.lightning_modules import Classifier, dataset
+from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 
 
 class Augmented(Dataset):
@@ -119,3 +121,56 @@ def differences(one, other):
             else value is other[key] or value == other[key]
         )
     ]
+
+
+# name: module, loaders, options of the Trainer
+RUNS = {
+    "plain": (WithoutDropout, unshuffled, {}),
+    "dropout and shuffling": (Classifier, loaders, {}),
+    "augmentation": (Classifier, augmented, {}),
+    "frozen BatchNorm": (WithFrozenNorm, loaders, {}),
+    "accumulation": (Classifier, loaders, {"accumulate_grad_batches": 4, "val_check_interval": 2}),
+    "validation in the epoch": (Classifier, augmented, {"val_check_interval": 1}),
+    "no sanity check": (Classifier, augmented, {"num_sanity_val_steps": 0}),
+    "clipping": (Classifier, loaders, {"gradient_clip_val": 0.1}),
+    "workers": (Classifier, lambda: augmented(workers_in_train=1), {"val_check_interval": 2}),
+    "workers in validation": (Classifier, lambda: augmented(workers_in_val=1), {}),
+    "workers, no sanity check": (Classifier, lambda: augmented(workers_in_val=1), {"num_sanity_val_steps": 0}),
+    "one generator": (Classifier, with_one_generator, {}),
+    "one generator, no sanity check": (Classifier, with_one_generator, {"num_sanity_val_steps": 0}),
+    "data set with a generator": (Classifier, with_own_generators, {}),
+    "averaged weights": (Classifier, loaders, {}),
+}
+WITH_FIGURES = ("dropout and shuffling", "validation in the epoch")
+
+
+def others(run):
+    if run != "averaged weights":
+        return []
+    if not HAS_WEIGHT_AVERAGING:
+        pytest.skip("this Lightning has no WeightAveraging")
+    return [averaged_weights()]
+
+
+def end_of_run(run, folder, *callbacks):
+    """Everything that training leaves behind, by name."""
+    seed_everything()
+    module_class, data, options = RUNS[run]
+    module = module_class()
+    logger = TensorBoardLogger(folder) if run in WITH_FIGURES else False
+    trainer = quiet_trainer(folder, *callbacks, *others(run), max_epochs=3, logger=logger, **options)
+    trainer.fit(module, *data())
+    return end_of_training(trainer, module)
+
+
+def assert_identical(one, other):
+    different = differences(one, other)
+    assert not different, f"different: {different}"
+
+
+class DrawsOneNumber(lightning_callbacks.Callback):
+    def __init__(self, draw):
+        self.draw = draw
+
+    def on_validation_end(self, trainer, pl_module):
+        self.draw()
