@@ -2,6 +2,8 @@ import signal
 
 import pytest
 
+from lightning_flatness.callbacks import running
+from tests.callbacks import live_networks as networks
 from tests.callbacks.training_runs import end_of_run
 
 
@@ -24,3 +26,17 @@ def sigint_kept():
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What is said about forward passes."""
+    lines = []
+    monkeypatch.setattr(running, "rank_zero_info", lines.append)
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept():
+    yield
+    networks.KEPT.clear()

@@ -1,0 +1,118 @@
+"""Which samples of validated batches are measured, and how a batch is split."""
+
+import pytest
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+import lightning_flatness as lf
+from lightning_flatness.callbacks.data.stratified import choose, labels_of
+from tests.callbacks.flatness_runs import Recorder, Stream, expected, fit, flatness_callback
+from tests.callbacks.lightning_modules import Classifier, dataset, loaders
+
+
+def chosen_samples(max_samples, *datasets):
+    whole = ConcatDataset(datasets)
+    return DataLoader(Subset(whole, choose(len(whole), max_samples, labels_of(whole)).tolist()), batch_size=8)
+
+
+def test_max_samples_measures_the_same_subset_in_every_epoch(tmp_path):
+    recorder, (train, val) = Recorder(), loaders()
+    callback = flatness_callback(max_samples=5)
+    fit(tmp_path, callback, recorder, data=(train, val), max_epochs=3)
+    for logged, net in zip(recorder.flatness(), recorder.nets, strict=True):
+        assert logged == pytest.approx(expected(net, chosen_samples(5, val.dataset)), rel=1e-6)
+    assert callback.report.num_samples == 5
+
+
+@pytest.mark.parametrize("max_samples", [22, 1000])
+def test_max_samples_of_all_samples_is_everything(tmp_path, max_samples):
+    recorder, (train, val) = Recorder(), loaders()
+    callback = flatness_callback(max_samples=max_samples)
+    fit(tmp_path, callback, recorder, data=(train, val))
+    assert callback.report.num_samples == 22
+    assert recorder.flatness()[-1] == pytest.approx(expected(recorder.nets[-1], val), rel=1e-6)
+
+
+@pytest.mark.parametrize("max_samples", [1, 4, 100])
+@pytest.mark.parametrize("options", [{"limit_val_batches": 1}, {"fast_dev_run": True}], ids=str)
+def test_max_samples_are_chosen_among_the_batches_that_are_run(tmp_path, options, max_samples):
+    callback = flatness_callback(max_samples=max_samples)
+    fit(tmp_path, callback, **options)
+    assert callback.report.num_samples == min(max_samples, 8)
+
+
+def test_max_samples_of_a_stream_are_its_first(tmp_path):
+    recorder, callback = Recorder(), flatness_callback(max_samples=5)
+    fit(tmp_path, callback, recorder, data=(loaders()[0], DataLoader(Stream(), batch_size=8)))
+    x, y = dataset(16)[:5]
+    assert recorder.flatness()[-1] == pytest.approx(expected(recorder.nets[-1], [(x, y)]), rel=1e-6)
+
+
+class Batches(Dataset):
+    """Has batches ready, for a loader with batch_size=None."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return dataset(32)[8 * index : 8 * index + 8]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_samples": 5}, {"data": "train"}], ids=str)
+def test_loaders_of_ready_batches(tmp_path, options):
+    recorder, loader = Recorder(), DataLoader(Batches(), batch_size=None)
+    callback = flatness_callback(**options)
+    fit(tmp_path, callback, recorder, data=(loader, loader))
+    assert callback.report.num_samples == options.get("max_samples", 32)
+    if "max_samples" not in options:
+        wanted = expected(recorder.nets[-1], DataLoader(dataset(32), batch_size=8))
+        assert recorder.flatness()[-1] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("max_samples", [None, 7])
+@pytest.mark.parametrize("kind", [list, lambda parts: dict(enumerate(parts))], ids=["list", "dict"])
+def test_several_validation_loaders_are_measured_as_one(tmp_path, kind, max_samples):
+    recorder, (train, val) = Recorder(), loaders()
+    other = DataLoader(dataset(9, seed=5), batch_size=8)
+    callback = flatness_callback(max_samples=max_samples)
+    fit(tmp_path, callback, recorder, data=(train, kind([val, other])))
+    batches = [*val, *other] if max_samples is None else chosen_samples(7, val.dataset, other.dataset)
+    assert callback.report.num_samples == (max_samples or 31)
+    assert recorder.flatness()[-1] == pytest.approx(expected(recorder.nets[-1], batches), rel=1e-6)
+
+
+class DictData(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        x, y = dataset(20)[index]
+        return {"face": x, "person": y, "id": str(index)}
+
+
+class DictClassifier(Classifier):
+    def split(self, batch):
+        return batch["face"], batch["person"]
+
+
+@pytest.mark.parametrize("options", [{}, {"data": "train"}, {"max_samples": 20}], ids=str)
+def test_dict_batches(tmp_path, options):
+    recorder, loader = Recorder(), DataLoader(DictData(), batch_size=8)
+    callback = flatness_callback(batch_fn=lambda batch: (batch["face"], batch["person"]), **options)
+    fit(tmp_path, callback, recorder, module=DictClassifier(), data=(loader, loader))
+    wanted = expected(recorder.nets[-1], DataLoader(dataset(20), batch_size=8))
+    assert recorder.flatness()[-1] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_batches_of_another_structure_are_refused(tmp_path, data, sanity):
+    module, loader = DictClassifier(), DataLoader(DictData(), batch_size=8)
+    with pytest.raises(lf.BatchError, match="A batch is a dict.*batch_fn="):
+        fit(tmp_path, flatness_callback(data=data), module=module, data=(loader, loader), num_sanity_val_steps=sanity)
+    assert module.training_steps == 0
+
+
+def test_targets_that_are_not_classes_are_refused(tmp_path):
+    callback = flatness_callback(batch_fn=lambda batch: (batch[0], batch[1].double()))
+    with pytest.raises(lf.BatchError, match="class indices"):
+        fit(tmp_path, callback)

@@ -1,0 +1,147 @@
+"""The history: records, checkpoints, copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.callbacks.flatness_runs import MONITOR, Recorder, fit, flatness_callback
+from tests.callbacks.lightning_modules import Classifier, WithoutValidation, loaders, quiet_trainer
+
+
+def test_history_is_plain_numbers(tmp_path):
+    recorder, callback = Recorder(), flatness_callback()
+    fit(tmp_path, callback, recorder, max_epochs=3)
+    assert len(callback.history) == 3
+    for epoch, (record, logged) in enumerate(zip(callback.history, recorder.logged, strict=True)):
+        assert {key: type(value) for key, value in record.items()} == {
+            "epoch": int,
+            "step": int,
+            "accuracy": float,
+            "hessian_trace": float,
+            "relative_flatness": float,
+            "weight_norm": float,
+        }
+        assert (record["epoch"], record["step"]) == (epoch, 4 * (epoch + 1))
+        assert record["accuracy"] == logged["val_acc"]
+        for key in ("hessian_trace", "relative_flatness", "weight_norm"):
+            assert record[key] == logged[f"flatness/{key}"]
+
+
+class LateAccuracy(Classifier):
+    """Logs one accuracy in training, and that of the validation at the end of its epoch."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("acc", 0.125)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def on_validation_epoch_end(self):
+        self.log("val/Accuracy", 0.25 * (1 + self.current_epoch))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "values"), [(None, [0.25, 0.5]), ("acc", [0.125, 0.125]), ("nowhere", [None, None])]
+)
+def test_history_pairs_flatness_with_accuracy(tmp_path, accuracy, values):
+    callback = flatness_callback(accuracy=accuracy)
+    fit(tmp_path, callback, module=LateAccuracy())
+    assert [record["accuracy"] for record in callback.history] == values
+
+
+def test_history_without_validation_pairs_flatness_with_accuracy_of_the_epoch(tmp_path):
+    class Late(WithoutValidation):
+        def on_train_epoch_end(self):
+            self.log("acc", 0.25 * (1 + self.current_epoch))
+
+    callback = flatness_callback(data="train")
+    fit(tmp_path, callback, module=Late(), data=loaders()[:1])
+    assert [record["accuracy"] for record in callback.history] == [0.25, 0.5]
+
+
+def test_history_without_any_accuracy(tmp_path):
+    class Silent(Classifier):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    callback = flatness_callback()
+    fit(tmp_path, callback, module=Silent())
+    assert [record["accuracy"] for record in callback.history] == [None, None]
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_resume_continues_the_history(tmp_path, data):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    first, second = flatness_callback(data=data), flatness_callback(data=data)
+    fit(tmp_path, first, checkpoint)
+    path = tmp_path / "epoch=1.ckpt"
+    state = torch.load(path, weights_only=True)["callbacks"]["FlatnessCallback[prefix=flatness]"]
+    assert state == {"history": first.history}
+
+    quiet_trainer(tmp_path, second, max_epochs=4).fit(Classifier(), *loaders(), ckpt_path=path)
+    assert second.history[:2] == first.history
+    assert [record["epoch"] for record in second.history] == [0, 1, 2, 3]
+
+
+def test_checkpoint_of_an_epoch_contains_its_measurement(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor=MONITOR, filename="{epoch}", save_top_k=-1)
+    callback = flatness_callback(data="train")
+    fit(tmp_path, checkpoint, callback)
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert saved["history"] == callback.history[:1]
+
+
+def test_second_fit_starts_a_new_history(tmp_path):
+    callback = flatness_callback()
+    for epochs in (3, 2):
+        fit(tmp_path, callback, max_epochs=epochs)
+        assert [record["epoch"] for record in callback.history] == list(range(epochs))
+
+
+def test_a_fit_after_a_resumed_one_starts_a_new_history(tmp_path):
+    trainer, callback = fit(tmp_path, flatness_callback()), flatness_callback()
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    quiet_trainer(tmp_path, callback, max_epochs=3).fit(Classifier(), *loaders(), ckpt_path=tmp_path / "two.ckpt")
+    fit(tmp_path, callback)
+    assert [record["epoch"] for record in callback.history] == [0, 1]
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_what_was_measured_before_fit_is_not_in_the_history(tmp_path, run, sanity):
+    callback, module, (train, val) = flatness_callback(), Classifier(), loaders()
+    trainer = quiet_trainer(tmp_path, callback, num_sanity_val_steps=sanity)
+    getattr(trainer, run)(module, val, verbose=False)
+    trainer.fit(module, train, val)
+    assert [(record["epoch"], record["step"]) for record in callback.history] == [(0, 4), (1, 8)]
+
+
+def test_validating_a_checkpoint_leaves_the_history(tmp_path):
+    callback, module, (train, val) = flatness_callback(), Classifier(), loaders()
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer = fit(tmp_path, callback, checkpoint, module=module, data=(train, val))
+    history = copy.deepcopy(callback.history)
+    for run in (trainer.validate, trainer.test):
+        (logged,) = run(module, val, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+        assert logged[MONITOR] == history[0]["relative_flatness"]
+        assert callback.history == history
+    fit(tmp_path, callback, max_epochs=1)
+    assert len(callback.history) == 1
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("data", [None, "val", "train"], ids=["fresh", "val", "train"])
+def test_callback_can_be_copied_and_pickled(tmp_path, data, duplicate):
+    callback = flatness_callback(data=data or "val", max_samples=9)
+    if data:
+        fit(tmp_path, callback)
+    copied = duplicate(callback)
+    assert copied.history == callback.history
+    fit(tmp_path, copied)
+    assert len(copied.history) == 2

@@ -1,0 +1,220 @@
+"""What callbacks that measure at the end of epochs write, keep and refuse."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lightning_flatness as lf
+from tests.callbacks.epoch_end_runs import KINDS, epochs, fit, kinds
+from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders, quiet_trainer
+
+# --------------------------------------------------------------------------------------------------- loggers and files
+
+
+@kinds
+def test_files_load_without_pickle(tmp_path, kind):
+    fit(tmp_path, KINDS[kind](every_n_epochs=2))
+    names = sorted(path.name for path in (tmp_path / kind).iterdir())
+    suffixes = [".npz"] if kind == "spectrum" else ["-kept.npz", "-recomputed.npz"]
+    assert names == [f"epoch={epoch}-step={4 * epoch + 4}{suffix}" for epoch in (0, 2) for suffix in suffixes]
+    record = lf.SpectrumResult if kind == "spectrum" else lf.LandscapeResult
+    assert record.load(tmp_path / kind / names[-1]).num_samples == 32
+
+
+@kinds
+def test_files_go_where_they_are_wanted(tmp_path, kind):
+    fit(tmp_path, KINDS[kind](folder=str(tmp_path / "here" / "there")))
+    assert list((tmp_path / "here" / "there").glob("*.npz"))
+
+
+@kinds
+def test_files_that_cannot_be_written(tmp_path, kind):
+    (tmp_path / "file").touch()
+    callback = KINDS[kind](folder=str(tmp_path / "file"), on_error="warn")
+    with pytest.warns(UserWarning, match=f"has no {kind} for the files of the end of the fit; it failed"):
+        fit(tmp_path, callback)
+    assert epochs(callback) == [2]
+
+
+@kinds
+def test_figures(tmp_path, kind):
+    fit(tmp_path, KINDS[kind](every_n_epochs=2), logger=TensorBoardLogger(tmp_path))
+    seen = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), {"images": 0}).Reload()
+    tags = {
+        "spectrum": ["spectrum/density", "spectrum/eigenvalues"],
+        "landscape": [
+            "landscape/batch_norm",
+            *(f"landscape/{name}/{which}" for name in ("contour", "surface") for which in ("kept", "recomputed")),
+        ],
+    }[kind]
+    assert sorted(seen.Tags()["images"]) == tags
+    assert [image.step for image in seen.Images(tags[0])] == [3, 11]
+    assert (tmp_path / "lightning_logs" / "version_0" / kind).exists()
+
+
+@kinds
+def test_no_figures(tmp_path, kind):
+    fit(tmp_path, KINDS[kind](figures=False), logger=TensorBoardLogger(tmp_path))
+    assert not EventAccumulator(str(tmp_path / "lightning_logs" / "version_0")).Reload().Tags()["images"]
+
+
+@kinds
+def test_other_loggers(tmp_path, kind):
+    fit(tmp_path, KINDS[kind](), logger=CSVLogger(tmp_path))
+    assert (tmp_path / "lightning_logs" / "version_0" / kind).exists()
+
+
+@kinds
+def test_what_a_forward_logs_is_not_logged(tmp_path, kind):
+    class Logs(Classifier):
+        def forward(self, x):
+            self.log("from forward", 1.0)
+            return self.net(x)
+
+    trainer = fit(tmp_path, KINDS[kind](every_n_epochs=1), module=Logs())
+    assert "from forward" not in trainer.callback_metrics
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+@kinds
+def test_a_resumed_run_goes_on_with_the_history(tmp_path, kind):
+    whole = KINDS[kind](every_n_epochs=1)
+    fit(tmp_path, whole, max_epochs=4)
+    first = KINDS[kind](every_n_epochs=1)
+    fit(tmp_path, first, ModelCheckpoint(tmp_path, filename="last"), max_epochs=2)
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+    second = KINDS[kind](every_n_epochs=1)
+    trainer = quiet_trainer(tmp_path, second, max_epochs=4, num_sanity_val_steps=0)
+    trainer.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
+    assert epochs(second) == [0, 1, 2, 3]
+    assert second.history[:2] == whole.history[:2]
+
+
+@kinds
+def test_a_second_fit_begins_anew(tmp_path, kind):
+    callback = KINDS[kind]()
+    for _ in range(2):
+        fit(tmp_path, callback, max_epochs=2)
+    assert epochs(callback) == [1]
+
+
+@kinds
+def test_two_of_a_kind(tmp_path, kind):
+    pair = [KINDS[kind](prefix=prefix) for prefix in ("one", "two")]
+    fit(tmp_path, *pair, ModelCheckpoint(tmp_path))
+    assert pair[0].history == pair[1].history
+    assert (tmp_path / "one").exists()
+    assert (tmp_path / "two").exists()
+
+
+@kinds
+def test_copies(tmp_path, kind):
+    callback = KINDS[kind]()
+    fit(tmp_path, callback)
+    for copied in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert copied.history == callback.history
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"data": "test"}, "data is 'val', 'train'"),
+        ({"data": 3}, "data is"),
+        ({"data": iter([1])}, "data is"),
+        ({"max_samples": 0}, "max_samples=0"),
+        ({"every_n_epochs": 0}, "every_n_epochs=0"),
+        ({"every_n_epochs": 1.5}, "every_n_epochs=1.5"),
+        ({"prefix": ""}, "prefix=''"),
+        ({"on_error": "ignore"}, "on_error"),
+        ({"loss": "hinge"}, "loss='hinge'"),
+        ({"loss": "mse", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"seed": -1}, "seed"),
+        ({"dtype": "float16"}, "dtype"),
+    ],
+    ids=lambda value: next(iter(value), "defaults") if isinstance(value, dict) else getattr(value, "__name__", value),
+)
+def test_wrong_options_are_refused_at_once(kind, options, named):
+    with pytest.raises(lf.FlatnessError, match=named):
+        KINDS[kind](**options)
+
+
+def no_samples(batch):
+    return 3
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("options", "module", "named"),
+    [
+        ({}, WithoutForward, "has no forward"),
+        ({"model": "network"}, Classifier, "no such module"),
+        ({"batch_fn": no_samples}, Classifier, "batch_fn=... returned a int"),
+        ({"loss": "binary_cross_entropy"}, Classifier, "targets"),
+        ({"data": [torch.zeros(2, 1, 8, 8)]}, Classifier, "targets"),
+        ({"data": [dataset(4)[:]], "max_samples": 2}, Classifier, "max_samples=... needs"),
+    ],
+    ids=lambda value: next(iter(value), "defaults") if isinstance(value, dict) else getattr(value, "__name__", value),
+)
+def test_what_cannot_be_measured_is_refused_before_the_first_epoch(tmp_path, kind, options, module, named):
+    module = module()
+    with pytest.raises(lf.FlatnessError, match=named):
+        fit(tmp_path, KINDS[kind](**options), module=module)
+    assert module.training_steps == 0
+    module.training_steps = 0
+    with pytest.warns(UserWarning, match=f"has no {kind} for the start of training; it failed: .*{named}"):
+        fit(tmp_path, KINDS[kind](**options, on_error="warn"), module=module)
+    assert module.training_steps == 12
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+class Configured(Classifier):
+    def __init__(self, lr: float = 0.02):
+        super().__init__(lr=lr)
+
+    def train_dataloader(self):
+        return loaders()[0]
+
+    def val_dataloader(self):
+        return loaders()[1]
+
+
+OPTIONS = {
+    "spectrum": {"params": ["net.conv1"], "top_k": 1, "num_steps": 3, "num_probes": 1, "loss": "cross_entropy"},
+    "landscape": {"axes": ["hessian"], "span": [-0.5, 1.0], "steps": 3, "frozen": ["*.bias"], "normalize": "filter"},
+}
+
+
+@kinds
+def test_command_line(tmp_path, kind):
+    path = f"lightning_flatness.{kind.title()}Callback"
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "enable_progress_bar": False,
+            "logger": False,
+            "enable_checkpointing": False,
+            "default_root_dir": str(tmp_path),
+            "callbacks": [
+                {"class_path": path, "init_args": {"every_n_epochs": 1, "dtype": "float64", **OPTIONS[kind]}}
+            ],
+        }
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    found = LightningCLI(Configured, args=["fit", "--config", str(tmp_path / "config.yaml")], save_config_callback=None)
+    assert epochs(found.trainer.callbacks[0]) == [0, 1]

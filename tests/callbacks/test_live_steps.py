@@ -1,0 +1,267 @@
+"""What validation steps may do while the network is observed."""
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+
+import lightning_flatness as lf
+from tests.callbacks import live_networks as networks
+from tests.callbacks.compare import global_modes, module_state
+from tests.callbacks.lightning_modules import loaders, quiet_trainer
+from tests.callbacks.live_runs import OBSERVES, OWN, Module, assert_as_without, make
+
+# -------------------------------------------------------------------------------------------- what validation steps do
+
+
+class CallsNetwork(Module):
+    def step(self, x):
+        return self.net(x)
+
+
+class CallsPart(CallsNetwork):
+    """What its step calls is not all of the network."""
+
+    def forward(self, x):
+        return self.net(x).clone()
+
+
+class CallsForward(Module):
+    def step(self, x):
+        return self.forward(x)
+
+
+class ChangesInputs(Module):
+    def step(self, x):
+        return self(x + 0.0)
+
+
+class CallsAgain(Module):
+    def step(self, x):
+        first = self(x)
+        return (first + self(x)) / 2
+
+
+class CallsOnOthersToo(Module):
+    """Test-time augmentation."""
+
+    def step(self, x):
+        flipped = self(x.flip(3))
+        return (self(x) + flipped) / 2
+
+
+class Adversarial(Module):
+    def step(self, x):
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(self(x).square().sum(), x)
+        return self((x + 0.01 * gradient.sign()).detach())
+
+
+class WithGradients(Module):
+    def step(self, x):
+        with torch.enable_grad():
+            return self(x)
+
+
+class Autocast(Module):
+    def step(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self(x).double()
+
+
+class HooksInStep(Module):
+    """Takes features by a hook that is there in the step only."""
+
+    def step(self, x):
+        features = []
+        handle = self.net.norm.register_forward_hook(lambda module, arguments, output: features.append(output))
+        logits = self(x)
+        handle.remove()
+        self.noted.append(features[0].numpy().copy().sum())
+        return logits
+
+
+class TrainsDropout(Module):
+    """Dropout stays on in validation, for the uncertainty."""
+
+    def step(self, x):
+        self.net.dropout.train()
+        try:
+            with torch.random.fork_rng():
+                return self(x)
+        finally:
+            self.net.dropout.eval()
+
+
+class AveragesWeights(Module):
+    """Swaps weights for the time of the step, past autograd's counters."""
+
+    name = "net.conv.weight"
+
+    def step(self, x):
+        weight = self.get_parameter(self.name).data
+        before = weight.clone()
+        weight.mul_(1.5)
+        try:
+            return self(x)
+        finally:
+            weight.copy_(before)
+
+
+class AveragesClassifier(AveragesWeights):
+    name = "net.fc.weight"
+
+
+STEPS = {
+    CallsForward: OBSERVES,
+    CallsOnOthersToo: OBSERVES,
+    CallsNetwork: OBSERVES,
+    CallsPart: "does not call the network",
+    ChangesInputs: "on other inputs",
+    CallsAgain: "more than once",
+    Adversarial: "on other inputs",
+    Autocast: "runs under autocast",
+    HooksInStep: "changes modes or hooks",
+    AveragesWeights: "had another kernel",
+    AveragesClassifier: "could not be used",
+}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+def test_validation_step(tmp_path, told, step):
+    assert_as_without(tmp_path, make("Plain", step), told, STEPS[step])
+
+
+class CopiesNetwork(Module):
+    """Keeps copies of the network, and files of it, from within its step."""
+
+    def __init__(self, net=None):
+        super().__init__(net)
+        self.kept = {}
+
+    def step(self, x):
+        self.kept |= {"copied before": copy.deepcopy(self.net), "saved before": saved(self.net)}
+        logits = self(x)
+        self.kept |= {"copied after": copy.deepcopy(self.net), "saved after": saved(self.net), "x": x, "y": logits}
+        assert inspect.signature(self.net.forward) == inspect.signature(type(self.net).forward.__get__(self.net))
+        return logits
+
+
+def saved(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    return file.getvalue()
+
+
+def test_copies_and_files_of_a_network_have_nothing_of_ours(tmp_path, told):
+    assert_as_without(tmp_path, make("Plain", CopiesNetwork), told, OBSERVES)
+    module = CopiesNetwork(networks.Plain())
+    quiet_trainer(tmp_path, lf.FlatnessCallback()).validate(module, loaders(dtype=torch.float64)[1], verbose=False)
+    x, y = module.kept["x"], module.kept["y"]
+    for name in ("before", "after"):
+        copied, file = module.kept[f"copied {name}"], module.kept[f"saved {name}"]
+        assert b"lightning_flatness" not in file
+        loaded = torch.load(io.BytesIO(file), weights_only=False)
+        for network in (copied, loaded):
+            assert network.forward == type(network).forward.__get__(network)
+            with torch.no_grad():
+                assert torch.equal(network(x), y)
+        copied.fc = torch.nn.Identity()  # its own, not the network's
+        with torch.no_grad():
+            assert copied(x).shape != y.shape
+
+
+def test_validation_step_with_gradients(tmp_path, told):
+    options = {"inference_mode": False}
+    assert_as_without(tmp_path, make("Plain", WithGradients), told, "records gradients", trainer_options=options)
+
+
+def test_validation_step_with_dropout(tmp_path, told):
+    assert_as_without(tmp_path, make("Dropouts", TrainsDropout), told, "changes modes or hooks")
+
+
+def test_dropout_that_stays_in_training_mode(tmp_path, told):
+    class Keeps(Module):
+        def on_validation_model_eval(self):
+            super().on_validation_model_eval()
+            self.net.dropout.train()
+
+    assert_as_without(tmp_path, make("Dropouts", Keeps), told, "'net.dropout' is in training mode")
+
+
+def test_network_is_an_attribute(tmp_path, told):
+    assert_as_without(tmp_path, make("Plain", CallsNetwork), told, OBSERVES, model="net")
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+WHERE = ["before the layer", "in the tail", "after the classifier"]
+
+
+class Catches(Module):
+    """The network raises an error in the second batch's step; the step goes on without it."""
+
+    where, error = None, ValueError
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.net.where, self.net.error = self.where if batch_idx == 1 else None, self.error
+        try:
+            super().validation_step(batch, batch_idx)
+        except BaseException as error:
+            assert str(error) == "bang"  # noqa: PT017
+            fresh = torch.ones(2) * 2
+            self.noted.append([global_modes(), fresh.is_inference(), fresh.requires_grad])
+        finally:
+            self.net.where = None
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", WHERE)
+def test_error_that_is_caught(tmp_path, told, where, error):
+    def make_one():
+        module = Catches(networks.Bomb())
+        module.where, module.error = where, error
+        return module
+
+    assert_as_without(tmp_path, make_one, told, "raised an error" if error is not RuntimeError else OWN)
+
+
+class Throws(Catches):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.net.where, self.net.error = self.where if batch_idx == 1 else None, self.error
+        Module.validation_step(self, batch, batch_idx)
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", WHERE)
+def test_error_that_is_not_caught(tmp_path, told, where, error, inference_mode):
+    module = Throws(networks.Bomb())
+    module.where, module.error = where, error
+    before = global_modes()
+    hooks = module_state(module)["hooks"]
+    trainer = quiet_trainer(tmp_path, lf.FlatnessCallback(), inference_mode=inference_mode)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else error, match="bang|1"):
+        trainer.validate(module, loaders(dtype=torch.float64)[1], verbose=False)
+    assert global_modes() == before
+    assert OBSERVES in told[0]
+    assert module_state(module)["hooks"] == hooks
+    assert "_Forward" not in repr(vars(module).get("forward"))
+    assert not (torch.ones(1) * 2).is_inference()
+
+
+class FailsUnderGradients(Module):
+    """In one batch the network does what autograd does not allow."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.net.moody = batch_idx == 1
+        super().validation_step(batch, batch_idx)
+        self.net.moody = False
+
+
+def test_forward_that_fails_with_gradients_on_some_batches_only(tmp_path, told):
+    assert_as_without(tmp_path, make("Moody", FailsUnderGradients), told, "Can't call numpy")
+    assert OBSERVES in told[0]

@@ -1,0 +1,126 @@
+"""Other kinds of modules, and precisions."""
+
+import copy
+import dataclasses
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_flatness as lf
+from tests.callbacks.compare import assert_same, end_of, module_state
+from tests.callbacks.lightning_modules import Classifier, Net, TwoLayerNet, WithoutForward, loaders
+from tests.callbacks.seeded_runs import assert_reports_equal, fit, flatness_callback, measured
+
+# ----------------------------------------------------------------------------------------------- other kinds of modules
+
+
+class Gan(L.LightningModule):
+    """Two networks, an optimizer for each, no forward; the discriminator also tells classes apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.discriminator = TwoLayerNet()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.generator = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 64), nn.Unflatten(1, (1, 8, 8)))
+
+    def training_step(self, batch, batch_idx):
+        of_generator, of_discriminator = self.optimizers()
+        made = self.generator(torch.randn(len(batch[0]), 3))
+        of_generator.zero_grad()
+        self.manual_backward(self.discriminator(made).logsumexp(1).mean())
+        of_generator.step()
+        of_discriminator.zero_grad()
+        self.manual_backward(F.cross_entropy(self.discriminator(batch[0]), batch[1]))
+        of_discriminator.step()
+
+    def validation_step(self, batch, batch_idx):
+        self.discriminator(self.generator(torch.randn(2, 3)))
+        self.log("val_acc", (self.discriminator(batch[0]).argmax(1) == batch[1]).double().mean())
+
+    def configure_optimizers(self):
+        networks = (self.generator, self.discriminator)
+        return [torch.optim.Adam(network.parameters(), lr=0.01) for network in networks]
+
+
+class TwoForwards(Classifier):
+    """Looks at a batch in several ways, in both modes of gradients."""
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self.net(x) + self.net(x.flip(-1))
+        with torch.enable_grad():
+            self.net(x[:1])
+        self.log("val_acc", (logits.argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "network"),
+    [
+        (Gan, {"model": "discriminator", "layers": "all"}, "discriminator"),
+        (TwoForwards, {}, "net"),
+        (WithoutForward, {"model": "net"}, "net"),
+    ],
+    ids=["gan", "two forwards", "without forward"],
+)
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_other_kinds_of_modules(tmp_path, make, options, network, data):
+    callback, module, batches = flatness_callback(data=data, **options), make(), loaders()
+    end = end_of(fit(module, tmp_path, callback, data=batches), module)
+    bare = make()
+    assert_same(end, end_of(fit(bare, tmp_path), bare))
+    expected = measured(getattr(module, network), batches[data == "val"], options.get("layers", "last"))
+    assert_reports_equal(callback.report, expected, prefix="" if "model" in options else "net.")
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+LOW = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+@pytest.mark.parametrize(("data", "layers"), [("val", "all"), ("train", "last")])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.filterwarnings("ignore:You passed `Trainer")
+def test_mixed_precision(tmp_path, precision, data, layers):
+    callback, module, batches = flatness_callback(data=data, layers=layers), Classifier(TwoLayerNet()), loaders()
+    end = end_of(fit(module, tmp_path, callback, data=batches, precision=precision), module)
+    bare = Classifier(TwoLayerNet())
+    assert_same(end, end_of(fit(bare, tmp_path, precision=precision), bare))
+    in_double = [(x.double(), y) for x, y in batches[data == "val"]]
+    assert_reports_equal(callback.report, measured(module.net.double(), in_double, layers), rtol=0.02)
+
+
+@pytest.mark.parametrize(("data", "layers"), [("val", "all"), ("train", "last")])
+@pytest.mark.parametrize("precision", LOW)
+def test_low_precision_is_measured_in_float32(tmp_path, precision, data, layers):
+    callback, module, batches = flatness_callback(data=data, layers=layers), Classifier(TwoLayerNet()), loaders()
+    end = end_of(fit(module, tmp_path, callback, data=batches, precision=precision), module)
+    bare = Classifier(TwoLayerNet())
+    assert_same(end, end_of(fit(bare, tmp_path, precision=precision), bare))
+    assert {parameter.dtype for parameter in module.parameters()} == {LOW[precision]}
+    as_given = [(x.to(LOW[precision]).float(), y) for x, y in batches[data == "val"]]
+    assert_reports_equal(callback.report, measured(copy.deepcopy(module.net).float(), as_given, layers))
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=str)
+def test_plain_low_precision_is_measured_in_float32(dtype):
+    net = TwoLayerNet().to(dtype)
+    state = module_state(net)
+    batches = [(x.to(dtype), y) for x, y in loaders()[1]]
+    found = measured(net, batches, "all")
+    assert_same(module_state(net), state)
+    expected = measured(copy.deepcopy(net).float(), [(x.float(), y) for x, y in batches], "all")
+    assert_reports_equal(found, expected, prefix="")
+
+
+def test_reports_that_differ_would_be_seen():
+    one = measured(Net(), loaders()[1])
+    layer = one.layers["conv2"]
+    other = dataclasses.replace(layer, hessian_trace=layer.hessian_trace * 1.001)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_reports_equal(one, lf.FlatnessReport({"conv2": other}), prefix="")

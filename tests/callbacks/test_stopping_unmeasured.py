@@ -1,0 +1,84 @@
+"""FlatnessStopping at validations without a measurement."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+
+import lightning_flatness as lf
+from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+
+
+class FailingAt(nn.Module):
+    """Its measurement fails in some epochs; validation itself does not."""
+
+    def __init__(self, net, epochs):
+        super().__init__()
+        self.net, self.epochs, self.epoch = net, epochs, 0
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and not self.training and self.epoch in self.epochs:
+            raise RuntimeError("no memory")
+        return self.net(x)
+
+
+class WithFailures(Classifier):
+    def __init__(self, epochs):
+        super().__init__(lr=0.0)
+        self.net = FailingAt(self.net, epochs)
+
+    def on_train_epoch_start(self):
+        self.net.epoch = self.current_epoch
+
+    def on_validation_epoch_end(self):
+        self.net.epoch = self.current_epoch
+
+    def validation_step(self, batch, batch_idx):
+        self.net.epoch = self.current_epoch
+        return super().validation_step(batch, batch_idx)
+
+
+def counting(folder, callback, module, **options):
+    """Epochs until a run stops in which nothing ever gets better."""
+    stopping = lf.FlatnessStopping(burn_in=0, patience=3)
+    trainer = quiet_trainer(folder, stopping, callback, max_epochs=20, num_sanity_val_steps=0, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, *loaders())
+    return trainer.current_epoch
+
+
+def test_a_stale_value_does_not_count(tmp_path):
+    """One better value, the first, and three that are not."""
+    assert counting(tmp_path, lf.FlatnessCallback(), Classifier(lr=0.0)) == 4
+    assert counting(tmp_path, lf.FlatnessCallback(every_n_epochs=3), Classifier(lr=0.0)) == 10
+
+
+def test_the_next_fit_may_have_another_callback(tmp_path):
+    """The number of its measurements is not less because it is a new one."""
+    stopping = lf.FlatnessStopping(burn_in=0, patience=3)
+    for _ in range(2):
+        trainer = quiet_trainer(tmp_path, lf.FlatnessCallback(summary=False), stopping, max_epochs=20)
+        trainer.fit(Classifier(lr=0.0), *loaders())
+    assert trainer.current_epoch == 1  # patience is used up already, as that of Lightning's EarlyStopping
+
+
+def test_a_failed_measurement_does_not_count(tmp_path):
+    assert counting(tmp_path, lf.FlatnessCallback(on_error="warn"), WithFailures({0, 1, 3})) == 7
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_stale_values_of_resumed_runs_do_not_count(tmp_path, data):
+    def callbacks():
+        return lf.FlatnessCallback(every_n_epochs=3, data=data), lf.FlatnessStopping(burn_in=0, patience=3)
+
+    checkpoint = ModelCheckpoint(tmp_path, filename="part")
+    quiet_trainer(tmp_path, *callbacks(), checkpoint, max_epochs=5).fit(Classifier(lr=0.0), *loaders())
+    early = EarlyStopping(
+        "flatness/relative_flatness", patience=100
+    )  # would fail if nothing were logged in a resumed run
+    trainer = quiet_trainer(tmp_path, *callbacks(), early, max_epochs=20)
+    trainer.fit(Classifier(lr=0.0), *loaders(), ckpt_path=tmp_path / "part.ckpt")
+    assert trainer.current_epoch == 10
