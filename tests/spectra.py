@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn.functional import cross_entropy
 
+import lightning_flatness as lf
 from tests.networks import randomise_statistics
 
 
@@ -115,3 +116,25 @@ class Quadratic(nn.Module):
 def own_value(logits, targets):
     """A loss of every sample that is what the model returns."""
     return logits[:, 0]
+
+
+def convolutional(width=6):
+    torch.manual_seed(0)
+    return ConvNet(width).double(), *data(24)
+
+
+def perceptron():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.Tanh(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    return net.double(), *data(30)
+
+
+def split(x, y, *sizes):
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+def quick(net, batches, **options):
+    return lf.hessian_spectrum(net, batches, **({"num_steps": 5, "num_probes": 2, "top_k": 1} | options))
+
+
+NETS = {"convolutions and norm": convolutional, "perceptron": perceptron, "wide": lambda: convolutional(9)}

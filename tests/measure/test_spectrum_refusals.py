@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import lightning_flatness as lf
+from tests.guarding import guards
 from tests.spectra import ConvNet, data
 
 
@@ -268,6 +269,11 @@ def test_no_trace(training, fails_in_pass):
     assert_close(batch[0], inputs, rtol=0, atol=0)
 
 
+@guards(
+    "measure/spectrum.py",
+    "with random_states_kept(model), differentiable(model), torch.no_grad():",
+    "with random_states_kept(model), torch.inference_mode(False), torch.no_grad():",
+)
 def test_inference_mode_and_autocast_around_it():
     model = ConvNet().double()
     plain = measure(model)

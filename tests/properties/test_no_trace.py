@@ -201,7 +201,7 @@ def test_results_hold_no_graph(batch):
     assert not any(t.requires_grad for t in (layer.block_traces, layer.filter_traces, layer.filter_flatness))
 
 
-@guards("measure/flatness.py", "stack.enter_context(random_states_kept(model))", "pass")
+@guards("measure/batches.py", "with random_states_kept(model), generators_kept", "with generators_kept")
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_reading_a_loader_draws_nothing(shuffle, batch):
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch), batch_size=2, shuffle=shuffle)
