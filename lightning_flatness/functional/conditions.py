@@ -1,7 +1,7 @@
-"""Conditions on tensors that decide whether a result may be used: looked at one by one, or all together at the end.
+"""Checks of tensors that decide whether a result may be used: evaluated one by one, or deferred and evaluated together.
 
-Whoever looks at a number waits for the device that computes it. In somebody else's validation that should happen once a
-batch.
+Evaluating a check waits for the device that computes it. In the user's validation that should happen once a batch: an
+observed batch has some twelve checks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _pending: ContextVar[list[Tensor] | None] = ContextVar("pending", default=None)
 
 
 def holds(condition: Tensor) -> bool:
-    """Whether a condition holds; within :func:`together` every one is taken to hold for the time being.
+    """Whether a condition holds; within :func:`deferred_checks` it is assumed to hold until all are evaluated.
 
     Args:
         condition: a single truth value.
@@ -34,7 +34,7 @@ def holds(condition: Tensor) -> bool:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same shape and entries; the entries as :func:`holds` has it.
+    """Whether two tensors have the same shape and entries; the entries are a check, see :func:`holds`.
 
     Example:
         >>> zeros = torch.zeros(2)
@@ -45,13 +45,13 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def together() -> Iterator[Callable[[], bool]]:
-    """Look at no condition meanwhile; yields a function that looks at all, once.
+def deferred_checks() -> Iterator[Callable[[], bool]]:
+    """Defer checks; the yielded function evaluates them together.
 
-    What was computed counts only if that returns true: it was computed as if every condition held.
+    What was computed meanwhile counts only if it returns True.
 
     Example:
-        >>> with together() as all_hold:
+        >>> with deferred_checks() as all_hold:
         ...     taken = holds(torch.tensor(True)), holds(torch.tensor(False))
         >>> taken, all_hold()
         ((True, True), False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from lightning_flatness.layers.certificates.layer import Kernel, as_parameter
 from lightning_flatness.layers.certificates.tail import Tail, TailDerivatives
 from lightning_flatness.layers.known import Known
 from lightning_flatness.layers.options import Options
-from lightning_flatness.layers.recording import LayerCall
+from lightning_flatness.layers.recording import LayerCall, Pass
 from lightning_flatness.layers.selection import Selection
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.results import LayerInfo
@@ -63,8 +62,7 @@ class Certified:
 class CertifiedPass:
     """A forward pass on some samples, certified."""
 
-    inputs: Any
-    logits: Tensor  # (N, K), in the graph of the layers' outputs unless it ends at the classifier
+    recorded: Pass
     loss: LossDerivatives
     calls: Calls
     tails: Mapping[str, TailDerivatives]  # of the layers under the closed form

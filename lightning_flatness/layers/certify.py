@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -38,17 +38,9 @@ Tails = dict[str, tuple[TailDerivatives, Known[Tail]]]
 
 
 def certify(
-    recorded: Pass, logits: Tensor, loss: LossDerivatives, known: Certified, context: Context, masks: Tensor
+    recorded: Pass, loss: LossDerivatives, known: Certified, context: Context, masks: Tensor
 ) -> tuple[CertifiedPass, Certified]:
     """Certify a forward pass of our own, with all certificates, and how its layers are to be measured.
-
-    Args:
-        recorded: the pass.
-        logits: that it returned.
-        loss: its derivatives there.
-        known: from batches before.
-        context: what is wanted.
-        masks: samples that must not depend on the others, see ``find_mixing_layer``.
 
     Raises:
         LayerSelectionError: a layer that cannot be measured, or samples mix.
@@ -56,14 +48,13 @@ def certify(
     """
     first = not known.layers
     left_out = dict(known.left_out)
-    calls, kernels = _certified_calls(recorded, len(logits), known, context, left_out)
-    uses = tuple(use for use in recorded.kernel_uses if use[0] in calls)
+    calls, kernels = _certified_calls(recorded, len(recorded.logits), known, context, left_out)
     if first:
-        for name, reason in why_out_of_reach(calls, logits).items():
+        for name, reason in why_out_of_reach(calls, recorded.logits).items():
             _leave_out(name, LayerSelectionError(f"Layer '{name}': {reason}"), calls, left_out, context)
-    if known.paths is None or not known.paths.recognises(uses, every=None):
-        deviations = _certified_paths(recorded, logits, calls, context, left_out if first else None)
-        known = replace(known, paths=Known(None, uses))
+    if known.paths is None or not known.paths.recognises(_uses(recorded, calls), every=None):
+        deviations = _certified_paths(recorded, calls, context, left_out if first else None)
+        known = replace(known, paths=Known(None, _uses(recorded, calls)))
     if first:
         layers = {
             name: first_description(name, calls[name], kernels[name], deviations[name], loss.curvature, context)
@@ -71,41 +62,45 @@ def certify(
         }
     else:
         layers = {name: replace(known.layers[name], kernel=kernels[name]) for name in calls}
-    tails, deviation, failures = _certified_tails(recorded, logits, calls, layers, context, first)
+    tails, deviation, failures = _certified_tails(recorded, calls, layers, context, first)
     layers |= {name: _with_tail(layers[name], tail, deviation) for name, (_, tail) in tails.items()}
     others = {name: of_layer for name, of_layer in calls.items() if name not in tails}
     if others:  # tails are certified for all samples
-        every_pair = separating_masks(len(logits)).to(logits.device)
-        mixing = find_mixing_layer(others, logits, every_pair if failures else masks)
+        every_pair = separating_masks(len(recorded.logits)).to(recorded.logits.device)
+        mixing = find_mixing_layer(others, recorded.logits, every_pair if failures else masks)
         if mixing is not None:
             raise LayerSelectionError(f"Layer '{mixing}': {SAMPLES_MIX}")
-    reasons, affine = _why_not_affine(recorded, logits, others, layers, known.affine, context, first)
+    reasons, affine = _why_not_affine(recorded, others, layers, known.affine, context, first)
     for name, inexact in reasons.items():
         failure = failures.get(name, "")
         layers[name] = under_gauss_newton(layers[name], calls[name], inexact, failure, loss.curvature, context, first)
     known = replace(known, layers=layers, left_out=left_out, affine=affine)
     derivatives = {name: of_batch for name, (of_batch, _) in tails.items()}
-    return CertifiedPass(recorded.inputs, logits, loss, calls, derivatives), known
+    return CertifiedPass(recorded, loss, calls, derivatives), known
 
 
 def certify_observed(
-    recorded: Pass, logits: Tensor, loss: LossDerivatives, known: Certified, context: Context
+    recorded: Pass, loss: LossDerivatives, known: Certified, context: Context
 ) -> tuple[CertifiedPass, Certified]:
     """Certify a forward pass of the user's, whose graph ends at the classifier; no layer changes its method.
 
     Raises:
         FlatnessError: it is not as in the passes of our own.
     """
-    uses = tuple(use for use in recorded.kernel_uses if use[0] in known.layers)
-    if known.paths is None or not known.paths.recognises(uses, every=None):
+    if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
         raise LayerSelectionError("the forward does something else with a kernel than before")
-    calls, kernels = _certified_calls(recorded, len(logits), known, context, {})
-    head = _certified_head(recorded, logits, context)
+    calls, kernels = _certified_calls(recorded, len(recorded.logits), known, context, {})
+    head = _certified_head(recorded, context)
     layers, tails = {}, {}
     for name, layer in known.layers.items():
         tails[name], tail = certify_tail(calls[name][0].node, head, None, layer.tail)
         layers[name] = replace(layer, kernel=kernels[name], tail=tail)
-    return CertifiedPass(recorded.inputs, logits, loss, calls, tails), replace(known, layers=layers)
+    return CertifiedPass(recorded, loss, calls, tails), replace(known, layers=layers)
+
+
+def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """The functions that take the kernels of these layers."""
+    return tuple(use for use in recorded.kernel_uses if use[0] in layers)
 
 
 @contextmanager
@@ -168,13 +163,13 @@ def _certified_kernel(calls: Sequence[LayerCall], layer: CertifiedLayer | None, 
 
 
 def _certified_paths(
-    recorded: Pass, logits: Tensor, calls: Calls, context: Context, left_out: dict[str, str] | None
+    recorded: Pass, calls: Calls, context: Context, left_out: dict[str, str] | None
 ) -> dict[str, float]:
     """Deviations of gradients at the kernels from autograd's through the whole model, for all layers in one pass."""
     own = {name: own_weight(of_layer[0].module) for name, of_layer in calls.items() if is_own_weight(of_layer[0])}
-    u = random_like(logits)
+    u = random_like(recorded.logits)
     gradients = _gradients(list(own.values()), recorded.inputs, u, context.copy())
-    pulled = iter(pull_back(logits, nodes_of(calls), u))
+    pulled = iter(pull_back(recorded.logits, nodes_of(calls), u))
     deviations = {}
     for name, of_layer in list(calls.items()):
         cotangents = [next(pulled) for _ in of_layer]
@@ -203,19 +198,14 @@ def _gradients(
     return dict(zip(kernels, gradients, strict=True))
 
 
-def _certified_head(recorded: Pass, logits: Tensor, context: Context) -> Head:
+def _certified_head(recorded: Pass, context: Context) -> Head:
     selection, shift_invariant = context.selection, context.options.loss_function.shift_invariant
     with naming(selection.classifier_name or "", "Classifier"):
-        return certify_head(selection.classifier, recorded, logits, shift_invariant)
+        return certify_head(selection.classifier, recorded, shift_invariant)
 
 
 def _certified_tails(
-    recorded: Pass,
-    logits: Tensor,
-    calls: Calls,
-    layers: Mapping[str, CertifiedLayer],
-    context: Context,
-    first: bool,
+    recorded: Pass, calls: Calls, layers: Mapping[str, CertifiedLayer], context: Context, first: bool
 ) -> tuple[Tails, float, dict[str, str]]:
     """Tails of the layers under the closed form, the head's deviation, and why others are not under it any more."""
     candidates = [name for name, layer in layers.items() if layer.info.method == "closed_form"]
@@ -223,7 +213,7 @@ def _certified_tails(
     if not candidates:
         return tails, 0.0, {}
     try:
-        head = _certified_head(recorded, logits, context)
+        head = _certified_head(recorded, context)
     except NotClosedFormError as error:
         return tails, 0.0, dict.fromkeys(candidates, str(error))
     failures = {
@@ -238,7 +228,7 @@ def _certified_tails(
     for name in candidates:
         if name not in failures:
             try:
-                tails[name] = certify_tail(calls[name][0].node, head, logits, layers[name].tail)
+                tails[name] = certify_tail(calls[name][0].node, head, recorded.logits, layers[name].tail)
             except NotClosedFormError as error:
                 failures[name] = str(error)
     return tails, float(head.deviation), failures
@@ -251,7 +241,6 @@ def _with_tail(layer: CertifiedLayer, tail: Known[Tail], of_head: float) -> Cert
 
 def _why_not_affine(
     recorded: Pass,
-    logits: Tensor,
     calls: Calls,
     layers: Mapping[str, CertifiedLayer],
     known: Known[None] | None,
@@ -265,12 +254,12 @@ def _why_not_affine(
     """
     checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in (None, Inexact.SAMPLED)}
     once = {name: of_layer for name, of_layer in checked.items() if len(of_layer) == 1}
-    fingerprint = CANNOT_CURVE if checked and not first and cannot_curve(logits) else None
+    fingerprint = CANNOT_CURVE if checked and not first and cannot_curve(recorded.logits) else None
     if known is not None and known.recognises(fingerprint):
         reasons: dict[str, Inexact | None] = dict.fromkeys(once)
         known = known.again()
     else:
-        reasons, known = why_not_affine(once, logits), Known(None, CANNOT_CURVE)
+        reasons, known = why_not_affine(once, recorded.logits), Known(None, CANNOT_CURVE)
     repeated = {name: of_layer for name, of_layer in checked.items() if name not in once}
     return reasons | {name: _why_polynomial(calls, recorded.inputs, context) for name, calls in repeated.items()}, known
 

@@ -127,13 +127,7 @@ def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
 
 
 def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
-    """How many samples to take at a time, at least two, so that some columns can be kept for all layers.
-
-    Args:
-        elements: of the outputs of all layers, for one sample.
-        num_columns: that there are.
-        device: of the model.
-    """
+    """How many samples to take at a time, at least two, so that some columns can be kept for all layers."""
     return max(2, _budget(device) // (elements * (min(num_columns, COLUMNS) + GRAPH)))
 
 

@@ -53,8 +53,8 @@ class Listener:
         self.reason = NOT_HEARD
         self._model = model
         self._recorder = recorder
-        self._recorded: Pass | None = None
-        self._failure: Exception | None = None  # of a hook of ours
+        self._recorded: Recorder | None = None  # of the call
+        self._output: Any = None  # of the call
         self._num_calls = 0
         self._is_called = False  # while the call that counts runs
         self._modules = [model, *same_calls]
@@ -67,9 +67,10 @@ class Listener:
         Raises:
             BatchError: there was none.
         """
-        if self._recorded is None or self.reason or self._failure is not None:
-            raise BatchError(self.reason or f"observing failed ({self._failure})")
-        return self._recorded
+        recorder = self._recorded
+        if recorder is None or self.reason or recorder.failure is not None:
+            raise BatchError(self.reason or f"observing failed ({recorder and recorder.failure})")
+        return recorder.result(self.inputs, self._output)
 
     def __enter__(self) -> Listener:
         # Not hooks: those do not run when a forward is interrupted by hand, nor for calls of `forward` itself.
@@ -90,17 +91,15 @@ class Listener:
 
     def release(self) -> None:
         """Drop all tensors."""
-        self._recorded = self.inputs = None
+        self._recorded = self._output = self.inputs = None
 
     def graph(self) -> weakref.ref[Any]:
         """A reference that is alive as long as any tensor of the observed graph."""
         token = _Token()
-        calls = {} if self._recorded is None else self._recorded.calls
         with torch.inference_mode(False), torch.enable_grad():
-            for of_layer in calls.values():
-                for call in of_layer:
-                    metadata: Any = get_gradient_edge(call.node).node.metadata
-                    metadata["lightning_flatness"] = token
+            for node in [] if self._recorded is None else self._recorded.nodes:
+                metadata: Any = get_gradient_edge(node).node.metadata
+                metadata["lightning_flatness"] = token
         return weakref.ref(token)
 
     def hear(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -108,41 +107,38 @@ class Listener:
         if self._is_called or not _are(self.inputs, arguments, keywords):
             return forward(*arguments, **keywords)
         self._num_calls += 1
-        self._recorded = None
+        self._recorded = self._output = None
         self.reason = self._why_not_now()
         self._is_called = True
-        output = None
         try:
             if not self.reason:
                 # A guard around all: what a forward enters and leaves cannot change the modes that come after.
                 with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
-                    output = self._observe(forward, arguments, keywords)
+                    self._observe(forward, arguments, keywords)
             if self.reason:
                 return forward(*arguments, **keywords)
         finally:
             self._is_called = False
-        if self._recorded is None or self._recorded.features:
-            return output
+        if self._recorded is None or self._recorded.has_classifier:
+            return self._output
         # Without a classifier the graph goes on to the output. In inference mode a clone is what it would have been.
-        return apply_to_collection(output, Tensor, lambda made: made.detach().clone())
+        return apply_to_collection(self._output, Tensor, lambda made: made.detach().clone())
 
-    def _observe(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    def _observe(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         recorder = self._recorder()
         Listener._observing = True
         try:
             with recorder:
-                output = forward(*arguments, **keywords)
+                self._output = forward(*arguments, **keywords)
+            self._recorded = recorder
         except BaseException as error:
             self.reason = f"the network fails when it is observed ({type(error).__name__}: {error})"
             # Autograd refuses by RuntimeErrors what a graph cannot have.
-            if not (recorder.has_layers and isinstance(error, RuntimeError)):
+            if not (recorder.nodes and isinstance(error, RuntimeError)):
                 self.reason = "the network raised an error"
                 raise
-            return None
         finally:
             Listener._observing = False
-        self._recorded, self._failure = recorder.result(self.inputs, output), recorder.failure
-        return output
 
     def _why_not_now(self) -> str:
         if self._num_calls > 1:

@@ -29,16 +29,7 @@ def first_description(
     curvature: Curvature,
     context: Context,
 ) -> CertifiedLayer:
-    """A layer on its first samples, described as under the closed form.
-
-    Args:
-        name: of the layer.
-        calls: what it did.
-        kernel: certified.
-        deviation: of its path.
-        curvature: of the loss.
-        context: what is wanted.
-    """
+    """A layer on its first samples, described as under the closed form; ``deviation`` is that of its path."""
     call, convolution = calls[0], calls[0].convolution
     groups, filters = convolution.geometry.groups, convolution.weight.shape[0]
     diagonal = context.options.diagonal
@@ -72,16 +63,9 @@ def under_gauss_newton(
     context: Context,
     first: bool,
 ) -> CertifiedLayer:
-    """A layer under Gauss-Newton, labelled.
+    """A layer under Gauss-Newton, labelled where the logits are not affine in its kernel (``inexact``).
 
-    Args:
-        layer: as it was.
-        calls: what it did.
-        inexact: why the logits are not certified to be affine in its kernel; None if they are.
-        failure: why the closed form does not hold, if it just failed.
-        curvature: of the loss.
-        context: what is wanted.
-        first: whether these are the first samples.
+    ``failure`` says why the closed form does not hold, if it just failed.
 
     Raises:
         NotExactError: with ``strict``, it is not exact.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError
-from lightning_flatness.functional.conditions import holds, together
+from lightning_flatness.functional.conditions import deferred_checks, holds
 from lightning_flatness.functional.symmetric import Folded
 from lightning_flatness.layers.certificates.layer import own_weight
 from lightning_flatness.layers.certified import Certified, CertifiedPass
@@ -109,11 +109,6 @@ class FlatnessObserver:
 
         That is tried out on the first samples of a batch: a pass of our own, observed in the way theirs would be and
         under the modes that are on now, must return bit-identical values, keep nothing, and give the same numbers.
-
-        Args:
-            inputs: of the first batch.
-            targets: of the first batch.
-            forward: a context that the user's passes run in, e.g. autocast.
         """
         outcome = try_observing(
             self._model, self._options, (inputs, targets), forward, self._block_traces, self._sums_observed
@@ -155,7 +150,7 @@ class FlatnessObserver:
         """
         with differentiable(self._model):
             if self._defers_checks:
-                with together() as all_hold:
+                with deferred_checks() as all_hold:
                     try:
                         result = self._certified_sums(observable, listener, targets)
                     except (FlatnessError, RuntimeError):
@@ -170,11 +165,11 @@ class FlatnessObserver:
         self, observable: Observable, listener: Listener, targets: Tensor | None
     ) -> tuple[dict[str, LayerSums], Observable]:
         recorded = listener.result()
-        logits = logits_of(recorded.output)
+        logits = recorded.logits.detach()
         if len(logits) < 2:
             raise BatchError("one sample is measured twice, side by side")
-        loss = self._options.loss_function(logits.detach(), None if targets is None else targets.to(logits.device))
-        certified, known = certify_observed(recorded, logits, loss, observable.known, observable.context)
+        loss = self._options.loss_function(logits, None if targets is None else targets.to(logits.device))
+        certified, known = certify_observed(recorded, loss, observable.known, observable.context)
         return self._block_traces(certified, known), observable.with_known(known)
 
     def _block_traces(
@@ -186,7 +181,7 @@ class FlatnessObserver:
         if others:
             traces |= gauss_newton_layers(
                 others,
-                certified.logits,
+                certified.recorded.logits,
                 certified.loss.curvature,
                 lambda name: known.layers[name].gram.whole(),
                 self._tolerance,
@@ -221,7 +216,7 @@ class FlatnessObserver:
         if certified.loss.residual is None:
             raise BatchError("residual='hutchinson' depends on the targets, and this batch has none.")
         copy = ModelCopy(self._model, self._options.measuring_dtype)
-        logits = logits_of(copy(certified.inputs, dict(kernels.values())))
+        logits = logits_of(copy(certified.recorded.inputs, dict(kernels.values())))
         return hutchinson_residual(
             (logits * certified.loss.residual.to(logits.dtype)).sum(),
             {name: kernel for name, (_, kernel) in kernels.items()},

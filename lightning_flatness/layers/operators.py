@@ -85,11 +85,6 @@ Operator = ColumnOperator | TailOperator
 def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[float], None]) -> dict[str, Operator]:
     """The operators of all layers, for the samples of one forward pass.
 
-    Args:
-        certified: the pass.
-        max_bytes: that may be kept of it.
-        advance: called with the part of the work that is done.
-
     Raises:
         BatchError: they would keep more.
     """
@@ -100,7 +95,7 @@ def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[
     if needed > max_bytes:
         raise BatchError(
             f"The largest eigenvalues of {', '.join(map(repr, list(others)[:3]))} need {needed / 1e9:.2g} GB of "
-            f"cotangents for {len(certified.logits)} samples and {num_columns} columns of the loss's curvature. Give "
+            f"cotangents for {len(certified.recorded.logits)} samples and {num_columns} columns of the curvature. Give "
             "fewer samples, fewer layers (layers=), or raise max_gigabytes=."
         )
     columns = _column_operators(others, certified, advance) if others else {}
@@ -120,7 +115,7 @@ def _tail_operator(name: str, certified: CertifiedPass) -> TailOperator:
 def _column_operators(
     calls: Calls, certified: CertifiedPass, advance: Callable[[float], None]
 ) -> dict[str, ColumnOperator]:
-    curvature, logits = certified.loss.curvature, certified.logits
+    curvature, logits = certified.loss.curvature, certified.recorded.logits
     pulled = []
     for index in range(curvature.num_columns):
         pulled.append(pull_back(logits, nodes_of(calls), curvature.column(index).to(logits.dtype)))

@@ -32,10 +32,6 @@ class PartSize:
         """How many samples to take of those that are left, so that parts have about the same size.
 
         The first part of all is half as large, since it takes some fifteen passes to certify.
-
-        Args:
-            left: samples of the batch that are left.
-            begun: whether the first part has been measured.
         """
         if self.most is None:
             return left

@@ -29,10 +29,6 @@ Result = TypeVar("Result")
 class OwnPasses:
     """Runs a copy of a model on batches, some samples at a time.
 
-    Args:
-        model: any module that returns logits ``(N, K)``.
-        options: what is wanted.
-
     Attributes:
         known: what is certified of the model so far.
         selection: the wanted layers and the classifier; None before the first pass.
@@ -115,15 +111,7 @@ class OwnPasses:
     def _certified(
         self, inputs: Any, targets: Tensor | None, rows: int, start: int, first_batch: bool
     ) -> CertifiedPass | None:
-        """Run the model and certify; None if these samples turn out to be too many for one time.
-
-        Args:
-            inputs: these samples.
-            targets: of them.
-            rows: how many they are.
-            start: where they begin in the batch.
-            first_batch: whether layers were selected on this batch, whose logits are then known.
-        """
+        """Run the model and certify; None if these samples turn out to be too many for one time."""
         first = not self.known.layers
         if self.selection is None:
             self.selection = select(self._model, lambda: self._copy()(inputs), self._options.layers)
@@ -137,7 +125,7 @@ class OwnPasses:
             # Random numbers begin anew, so that only a pass before this one shows whether there are some.
             certify_deterministic(self.selection.logits[:rows], logits_of(self._copy()(inputs))[:rows].detach())
         recorded = self._recorded(inputs)
-        logits = logits_of(recorded.output)
+        logits = recorded.logits
         loss = self._options.loss_function(logits.detach(), None if targets is None else targets.to(logits.device))
         if rows == 1:
             loss = loss.halved()
@@ -149,7 +137,7 @@ class OwnPasses:
             self.release()  # certifying makes a copy of its own
         masks = self._masks(len(logits), first) if start == 0 else torch.zeros(0, len(logits), dtype=torch.bool)
         masks = masks.to(logits.device)
-        certified, self.known = certify(recorded, logits, loss, self.known, self.context(), masks)
+        certified, self.known = certify(recorded, loss, self.known, self.context(), masks)
         self.selection = self.selection.only(self.known.layers)
         return certified
 

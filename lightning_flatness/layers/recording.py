@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import ConvolutionGeometry
+from lightning_flatness.model.logits import logits_of
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -57,12 +58,11 @@ class Pass:
     """One recorded forward pass on some samples. Its graph lives as long as this does."""
 
     inputs: Any  # of the model
-    output: Any  # of the model
+    logits: Tensor  # (N, K), that the model returned
     calls: Mapping[str, tuple[LayerCall, ...]]  # by layer, in order
     features: tuple[Any, ...]  # what the classifier was called with, once for every call
     classifier_output: Tensor | None
     kernel_uses: tuple[tuple[str, str], ...]  # layers, and the functions that take their kernel
-    reaches_logits: bool  # whether the graph goes on to the logits; else it ends at the classifier's input
 
 
 class Recorder:
@@ -105,25 +105,28 @@ class Recorder:
         self._running: list[_ConvolutionMode] = []  # a stack: one recorded layer may hold another
 
     @property
-    def has_layers(self) -> bool:
-        """Whether a layer has run."""
-        return bool(self._calls)
+    def nodes(self) -> list[Tensor]:
+        """The outputs of the layers that have run, in the graph."""
+        return [call.node for calls in self._calls.values() for call in calls]
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the graph ends at a classifier."""
+        return self._classifier is not None
 
     def result(self, inputs: Any, output: Any) -> Pass:
-        """What was recorded.
+        """What was recorded of a forward pass on ``inputs`` that returned ``output``.
 
-        Args:
-            inputs: that the model was called with.
-            output: that it returned.
+        Raises:
+            BatchError: the output has no logits ``(N, K)``, or they are not finite.
         """
         return Pass(
             inputs=inputs,
-            output=output,
+            logits=logits_of(output),
             calls={name: tuple(calls) for name, calls in self._calls.items()},
             features=tuple(self._features),
             classifier_output=self._classifier_output,
             kernel_uses=tuple(self._kernel_uses),
-            reaches_logits=not self._live,
         )
 
     def __enter__(self) -> Recorder:

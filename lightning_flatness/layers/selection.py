@@ -31,10 +31,6 @@ class Execution:
 def trace_execution(model: nn.Module, forward: Callable[[], Any]) -> Execution:
     """Run ``forward`` once and record which convolutions and linear layers of ``model`` run.
 
-    Args:
-        model: the network.
-        forward: a function without arguments that calls it.
-
     Returns:
         An :class:`Execution`; names come without ``_orig_mod.``.
 
@@ -97,11 +93,6 @@ class Selection:
 
 def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str]) -> Selection:
     """Choose layers and classifier by what runs in one forward pass.
-
-    Args:
-        model: the network.
-        forward: a function without arguments that calls it.
-        layers: which layers, see :func:`select_layers`.
 
     Raises:
         BatchError: the model's output has no logits of shape ``(N, K)``.

@@ -38,11 +38,7 @@ class Observable:
     same_calls: Sequence[nn.Module] = ()  # modules of the network whose call is as good as the network's
 
     def recorder(self, copies: Mapping[nn.Parameter, Tensor] | None = None) -> Recorder:
-        """A recorder of a forward pass that the user makes.
-
-        Args:
-            copies: on which it runs in place of parameters.
-        """
+        """A recorder of a forward pass that the user makes."""
         selection = self.context.selection
         watched = {name: (copies or {}).get(weight, weight) for name, weight in selection.parameters.items()}
         return Recorder(selection.modules, selection.classifier, watched, live=True)
@@ -161,10 +157,6 @@ def find_same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, 
     """What a model returns, and modules within it that get its very inputs, once, and return its very output.
 
     A LightningModule's forward often is such a call; its steps may call the one or the other.
-
-    Args:
-        model: the network.
-        forward: calls it.
 
     Example:
         >>> net = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))

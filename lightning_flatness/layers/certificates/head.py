@@ -22,21 +22,16 @@ class Head:
     shift_invariant: bool  # a number added to all logits of a sample does not change the loss
 
 
-def certify_head(classifier: nn.Module | None, recorded: Pass, logits: Tensor, shift_invariant: bool) -> Head:
+def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: bool) -> Head:
     """Certify that the logits are linear in what the classifier read.
 
     A number added to all logits of a sample does not change cross-entropy, so log-softmax outputs pass.
-
-    Args:
-        classifier: a linear map; None where the pooled layer itself is the model's output, and ``V`` the identity.
-        recorded: a forward pass.
-        logits: that it returned, ``(N, K)``.
-        shift_invariant: whether a number added to all logits of a sample does not change the loss.
 
     Raises:
         NotClosedFormError: the classifier did not run once on one vector for every sample, or the logits are not linear
             in it.
     """
+    logits = recorded.logits
     if classifier is None:
         identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         return Head(logits, identity, identity.new_zeros(()), shift_invariant)

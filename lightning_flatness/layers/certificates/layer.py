@@ -32,10 +32,6 @@ def certify_layer(call: LayerCall, kernel: Known[Kernel] | None = None) -> None:
     What counts is the convolution that ran. So a layer that pads by itself or transforms its weight is measured with
     respect to the input it reads and the kernel it applies (:func:`is_own_weight` tells).
 
-    Args:
-        call: of the layer.
-        kernel: that is known; the same one need not be looked at again.
-
     Raises:
         LayerSelectionError: no convolution ran in the layer, several did, or its output was changed afterwards.
         BatchError: the kernel is not finite, or not in float32 or float64; no batch dimension; autocast in the forward.

@@ -116,11 +116,7 @@ def first_order(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -
 
     ``a`` is one vector-Jacobian product with ones. ``c(s)`` is one with the cotangent ``g_j -> j``, divided by ``a``. A
     third one, with a random cotangent that is different for every sample, tells whether there is such a ``c(s)``.
-
-    Args:
-        features: ``g``, ``(N, m)``.
-        nodes: ``z``, ``(N, S, *output)``.
-        create_graph: whether the derivatives are to be in the graph.
+    ``features`` are ``(N, m)``, the outputs ``(N, S, *output)``.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)

@@ -116,7 +116,7 @@ def test_skip_around_the_classifier_is_noticed():
             g = self.tail(self.conv(x)).mean((2, 3))
             return self.head(g) + g[:, :4]
 
-    assert_not_closed_form(Bypass(), "output is not that of its classifier")
+    assert_not_closed_form(Bypass(), "output is not its output")
 
 
 def test_logits_that_are_clamped_later_are_noticed_then():
