@@ -48,6 +48,14 @@ class Certified:
         """How every layer is measured."""
         return {name: layer.info for name, layer in self.layers.items()}
 
+    def with_deviations(self, deviations: Mapping[str, float]) -> Certified:
+        """The same, with deviations of layers that are larger than those known."""
+        layers = {}
+        for name, layer in self.layers.items():
+            deviation = max(layer.info.deviation, deviations[name])
+            layers[name] = replace(layer, info=replace(layer.info, deviation=deviation))
+        return replace(self, layers=layers)
+
     def with_parameters(self, parameters: Mapping[str, nn.Parameter]) -> Certified:
         """The same, with kernels recognised as parameters of the model, so that no copies are kept."""
         layers = {

@@ -17,7 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import ConvolutionGeometry
+from lightning_flatness.model.isolation import float32_is_reduced
 from lightning_flatness.model.logits import logits_of
+
+# The rounding of TF32, which has ten bits.
+REDUCED_EPS = 2.0**-10
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -63,6 +67,7 @@ class Pass:
     features: tuple[Any, ...]  # what the classifier was called with, once for every call
     classifier_output: Tensor | None
     kernel_uses: tuple[tuple[str, str], ...]  # layers, and the functions that take their kernel
+    eps: float  # the rounding of products: of the logits' type, or more where the user lets float32 run in TF32
 
 
 class Recorder:
@@ -102,6 +107,7 @@ class Recorder:
         self._classifier_output: Tensor | None = None
         self._kernel_uses: list[tuple[str, str]] = []
         self._watched = {id(tensor): name for name, tensor in (watched or {}).items()}
+        self._reduced: set[str] = set()  # devices on which the user lets float32 run in TF32
         self._running: list[_ConvolutionMode] = []  # a stack: one recorded layer may hold another
 
     @property
@@ -120,16 +126,21 @@ class Recorder:
         Raises:
             BatchError: the output has no logits ``(N, K)``, or they are not finite.
         """
+        logits = logits_of(output)
+        reduced = logits.device.type in self._reduced and logits.dtype == torch.float32
         return Pass(
             inputs=inputs,
-            logits=logits_of(output),
+            logits=logits,
             calls={name: tuple(calls) for name, calls in self._calls.items()},
             features=tuple(self._features),
             classifier_output=self._classifier_output,
             kernel_uses=tuple(self._kernel_uses),
+            eps=REDUCED_EPS if reduced else torch.finfo(logits.dtype).eps,
         )
 
     def __enter__(self) -> Recorder:
+        if self._live:
+            self._reduced = {kind for kind in ("cpu", "cuda") if float32_is_reduced(torch.device(kind))}
         self._grad_mode = torch.is_grad_enabled()
         self._modes, self._open = ExitStack(), ExitStack()
         self._open.enter_context(_UseMode(self._watched, self._kernel_uses))

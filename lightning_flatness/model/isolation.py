@@ -182,6 +182,24 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
+def float32_is_reduced(device: torch.device) -> bool:
+    """Whether torch's flags let float32 products run in TF32 or bfloat16 there; on a GPU that is so by default.
+
+    Example:
+        >>> float32_is_reduced(torch.device("cpu"))
+        False
+    """
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        of_gpu = device.type == "cuda"
+        owners: list[Any] = (
+            [backends.cuda.matmul, backends.cudnn.conv] if of_gpu else [backends.mkldnn.matmul, backends.mkldnn.conv]  # type: ignore[attr-defined]
+        )
+        return any(owner.fp32_precision not in ("ieee", "none") for owner in owners)
+    reduced = torch.get_float32_matmul_precision() != "highest"
+    return device.type == "cuda" and (reduced or backends.cudnn.allow_tf32)
+
+
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Float32 as it is, not in TF32 or bfloat16 inside: their few bits are errors of 1e-3 in the layer's output."""

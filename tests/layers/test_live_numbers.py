@@ -205,10 +205,28 @@ def test_other_numbers_would_be_seen(monkeypatch):
         return replace(certified, tails=tails), known
 
     monkeypatch.setattr("lightning_flatness.layers.observer.certify_observed", larger)
-    assert "numbers of layer 'conv' are others" in assert_observed_as_own(model, *batch())
+    assert "numbers of layer 'conv' differ by" in assert_observed_as_own(model, *batch())
     monkeypatch.setattr("lightning_flatness.layers.trial.ROUNDINGS", 1e12)
     with pytest.raises(AssertionError, match="not close"):
         assert_observed_as_own(model, *batch())
+
+
+@pytest.mark.parametrize(("factor", "is_observed"), [(1.05, True), (2.0, False)])
+def test_reduced_float32_of_the_user_is_accepted_with_its_deviation(monkeypatch, factor, is_observed):
+    def as_in_tf32(*arguments):
+        certified, known = certify_observed(*arguments)
+        tails = {name: replace(tail, slopes=factor * tail.slopes) for name, tail in certified.tails.items()}
+        return replace(certified, tails=tails), known
+
+    monkeypatch.setattr("lightning_flatness.layers.observer.certify_observed", as_in_tf32)
+    model, (x, y) = networks.Plain().float().eval(), batch()
+    observer = FlatnessObserver(model)
+    with torch.inference_mode():
+        assert "differ by" in observer.why_not_live(x.float(), y)
+        monkeypatch.setattr("lightning_flatness.layers.trial.float32_is_reduced", lambda device: True)
+        assert (observer.why_not_live(x.float(), y) == "") == is_observed
+    if is_observed:
+        assert 1e-5 < observer.layers["conv"].deviation < 0.02
 
 
 def test_other_outputs_would_be_seen(monkeypatch):

@@ -49,17 +49,17 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
     features = features.flatten(1)
     weight = classifier.weight.detach().flatten(1).to(features)  # type: ignore[operator]
     bias = classifier.bias.detach().to(features) if isinstance(classifier.bias, Tensor) else None
-    _certify_linear(features.detach(), weight, bias, output.flatten(1))
+    _certify_linear(features.detach(), weight, bias, output.flatten(1), recorded.eps)
     return Head(features, weight, _certify_logits(logits.detach(), output.flatten(1), shift_invariant), shift_invariant)
 
 
-def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, eps: float) -> None:
     """Certify that the classifier returned ``V g + b``."""
     expected, size = features @ weight.T, features.abs() @ weight.abs().T
     if bias is not None:
         expected, size = expected + bias, size + bias.abs()
     # A dot product of m terms is rounded about sqrt(m) times, here and in the classifier.
-    allowed = (4 * features.shape[1] ** 0.5 + 16) * torch.finfo(output.dtype).eps * size
+    allowed = (4 * features.shape[1] ** 0.5 + 16) * max(eps, torch.finfo(output.dtype).eps) * size
     if output.shape != expected.shape or not holds(((output - expected).abs() <= allowed).all()):
         raise NotClosedFormError(
             "it does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so the closed "
