@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_flatness.measure.landscape import loss_landscape
     from lightning_flatness.measure.metric import FlatnessMetric
     from lightning_flatness.measure.spectrum import hessian_spectrum
-    from lightning_flatness.model.named_tensors import direction_between, pca_directions
+    from lightning_flatness.model.directions import direction_between, pca_directions
     from lightning_flatness.results import (
         FlatnessReport,
         LandscapeResult,
@@ -66,7 +66,7 @@ _MODULES = {
     "measure.landscape": ["loss_landscape"],
     "measure.metric": ["FlatnessMetric"],
     "measure.spectrum": ["hessian_spectrum"],
-    "model.named_tensors": ["direction_between", "pca_directions"],
+    "model.directions": ["direction_between", "pca_directions"],
     "results": ["FlatnessReport", "LandscapeResult", "LayerFlatness", "LayerLambdaMax", "SpectrumResult"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

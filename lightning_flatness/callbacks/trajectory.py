@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.functional import PrincipalDirections
-from lightning_flatness.model.named_tensors import pca_directions
+from lightning_flatness.model.directions import pca_directions
 
 
 class Trajectory:

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, normalized, orthogonal_to, random_direction
 from lightning_flatness.measure.landscape_options import LandscapeOptions
-from lightning_flatness.model.named_tensors import NamedDirection, NamedTensors
+from lightning_flatness.model.directions import NamedDirection
+from lightning_flatness.model.named_tensors import NamedTensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

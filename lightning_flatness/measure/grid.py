@@ -19,7 +19,7 @@ def grid(span: Any, steps: Any, num_axes: int, update: str = "add") -> tuple[Ten
     """Equally spaced coordinates for every axis, float64; both ends are points.
 
     Args:
-        span: ``s`` for ``-s`` to ``s``, a pair, or a pair for every axis; numbers may be NumPy's, too, or tensors.
+        span: ``s`` for ``-s`` to ``s``, a pair, or a pair for every axis; also numbers of NumPy, or tensors.
         steps: number of points, for all axes or for each.
         num_axes: 1 or 2.
         update: with ``"adam"`` the second axis is positive.
@@ -47,28 +47,26 @@ def grid(span: Any, steps: Any, num_axes: int, update: str = "add") -> tuple[Ten
 
 
 def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
+    """Both ends of every axis."""
+    ranges = span if isinstance(span, Sequence) and not isinstance(span, str) else []
     if is_number(span):
-        ranges = [(-span, span)] * num_axes
-        return (
-            ranges[:1] + [SECOND_MOMENT] * (num_axes - 1) if update == "adam" and span > 0 else _ordered(ranges, span)
-        )
-    pairs = span if isinstance(span, Sequence) and not isinstance(span, str) else []
-    if len(pairs) == 2 and all(is_number(end) for end in pairs):
-        pairs = [pairs] * num_axes
-    whole = all(isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair)) for pair in pairs)
-    return _ordered([(pair[0], pair[1]) for pair in pairs] if whole and len(pairs) == num_axes else [], span)
-
-
-def _ordered(ranges: list[tuple[float, float]], span: Any) -> list[tuple[float, float]]:
-    if not ranges or not all(-math.inf < low < high < math.inf for low, high in ranges):
+        ranges = [(-span, span), SECOND_MOMENT if update == "adam" else (-span, span)][:num_axes]
+    elif len(ranges) == 2 and all(map(is_number, ranges)):
+        ranges = [ranges] * num_axes
+    if len(ranges) != num_axes or not all(map(_is_range, ranges)):
         raise FlatnessError(
             f"{span=} must be a positive number, a pair (from, to) in order, or such a pair for every axis."
         )
-    return ranges
+    return [(low, high) for low, high in ranges]
+
+
+def _is_range(pair: Any) -> bool:
+    whole = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair))
+    return whole and -math.inf < pair[0] < pair[1] < math.inf
 
 
 def _spaced(low: float, high: float, count: int) -> Tensor:
-    """Both ends to the last digit; and exactly 0 in the middle of what is symmetric."""
+    """Points between both ends; these are exact, and so is 0 in the middle of a symmetric range."""
     part = torch.arange(count, dtype=torch.float64) / (count - 1)
     return low * (1 - part) + high * part
 

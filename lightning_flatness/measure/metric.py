@@ -14,15 +14,15 @@ from lightning_flatness.layers.options import MEASURES
 
 
 class FlatnessMetric(Metric):
-    """Hessian trace, relative flatness and kin of one layer, from sums over batches, in float64.
+    """Hessian trace and flatness measures of one layer, from sums over batches in float64.
 
     All states are sums over samples, so updates, ranks and merged copies add up, and any split of the samples gives the
-    same number. It takes tensors, never a module; :class:`~lightning_flatness.FlatnessObserver` makes them.
+    same number. It takes tensors from a :class:`~lightning_flatness.FlatnessObserver`, never a module.
 
     Args:
-        num_filters: ``S``.
-        groups: ``G`` of the convolution.
-        diagonal: keep the diagonal of the block traces only; there is no relative flatness then.
+        num_filters: number of filters ``S``.
+        groups: of the convolution, ``G``.
+        diagonal: keep only the diagonal of the block traces; there is no relative flatness then.
         kwargs: of ``torchmetrics.Metric``.
 
     Raises:
@@ -80,8 +80,8 @@ class FlatnessMetric(Metric):
             block_traces: ``(G, S/G, S/G)``, float64, summed over the batch's samples; with ``diagonal``, ``(G, S/G)``.
             weight_gram: inner products of the filters, same shape.
             num_samples: in the batch.
-            normalizer: what the sum over samples is to be divided by; the number of samples by default.
-            variances: ``(4,)``, of the four measures of the batch's sum where it is an estimate.
+            normalizer: by which to divide the sum over samples; by default the number of samples.
+            variances: ``(4,)``, of the four measures of the batch's sum, where it is an estimate.
         """
         if self.block_traces.dtype != torch.float64:
             raise BatchError(
@@ -107,7 +107,7 @@ class FlatnessMetric(Metric):
         return measures_of(*self.means())
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """``T`` and the weight Gram matrix, averaged over the samples of the present (local or synced) states."""
+        """Block traces and weight Gram matrix, averaged over the samples of the present (local or synced) states."""
         if not bool(self.normalizer > 0):
             raise BatchError(
                 "No sample was measured, so there is no flatness. Is the data set empty, or are all targets ignored?"
@@ -115,6 +115,6 @@ class FlatnessMetric(Metric):
         return self.block_traces / self.normalizer, self.weight_gram / self.num_samples
 
     def standard_errors(self) -> dict[str, float]:
-        """Of the measures, by name, as far as probes leave them uncertain, in the present states; zero where exact."""
+        """Standard errors of the measures by name, from probes, for the present states; zero where exact."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
         return dict(zip(MEASURES, errors, strict=True))

@@ -1,4 +1,4 @@
-"""A progress bar for those who watch."""
+"""A progress bar in a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def progress_bar(show: bool | None) -> Progress:
     """A bar on stderr.
 
     Args:
-        show: whether; None for only in a terminal.
+        show: whether to show it; None for in a terminal only.
 
     Example:
         >>> progress_bar(False).disable

@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,9 +25,9 @@ OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 
 @contextmanager
 def generators_kept(owner: Any) -> Iterator[None]:
-    """Restore the states of generators that an object holds on leaving, those of the objects it holds too.
+    """On leaving, restore the states of all generators that an object holds, directly or through other objects.
 
-    Found are generators of torch, numpy and Python in attributes, and in short lists, tuples and mappings there; of a
+    These are generators of torch, numpy and Python in attributes, and in short lists, tuples and mappings there; for a
     module, in those of all its modules.
 
     Example:
@@ -46,7 +47,7 @@ def generators_kept(owner: Any) -> Iterator[None]:
 
 
 def drawing(batches: Any) -> list[Any]:
-    """The parts of a loader that may hold generators, for :func:`generators_kept`.
+    """Parts of a loader that may hold generators, for :func:`generators_kept`.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -59,50 +60,43 @@ def drawing(batches: Any) -> list[Any]:
 
 
 def restoring(generator: Any) -> Callable[[], Any]:
-    """A function that puts a generator into the state in which it is now."""
-    if isinstance(generator, torch.Generator):
-        state: Any = generator.get_state()
-        return lambda: generator.set_state(state)
+    """A function that puts a generator back into the state in which it is now."""
     if isinstance(generator, random.Random):
-        state = generator.getstate()
-        return lambda: generator.setstate(state)
-    if hasattr(generator, "bit_generator"):
-        state = generator.bit_generator.state
-        return lambda: setattr(generator.bit_generator, "state", state)
-    state = generator.get_state()
-    return lambda: generator.set_state(state)
+        return partial(generator.setstate, generator.getstate())
+    if hasattr(generator, "bit_generator"):  # numpy.random.Generator
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return partial(generator.set_state, generator.get_state())  # torch.Generator, numpy.random.RandomState
 
 
 def _generators(owner: Any) -> list[Any]:
+    """All generators that an object holds, at most ``DEEPEST`` attributes or entries away."""
     numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if numpy is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState)
-    found: list[Any] = []
-    seen: set[int] = set()
+    generators: list[Any] = []
+    visited: set[int] = set()
     waiting = [(owner, 0)]
     while waiting:
         part, depth = waiting.pop()
-        # Most of what a module has are flags and empty mappings of hooks; a measurement comes here for every part.
-        if type(part) in PLAIN or (type(part) in MAPPINGS and not part) or id(part) in seen or depth > DEEPEST:
+        # Most attributes of modules are flags and empty mappings of hooks: they are passed over first, for speed.
+        if type(part) in PLAIN or (type(part) in MAPPINGS and not part) or id(part) in visited or depth > DEEPEST:
             continue
-        seen.add(id(part))
+        visited.add(id(part))
         if isinstance(part, kinds) and not isinstance(part, random.SystemRandom):  # which has no state
-            found.append(part)
+            generators.append(part)
         else:
             waiting += [(inner, depth + 1) for inner in _parts(part)]
-    return found
+    return generators
 
 
 def _parts(part: Any) -> list[Any]:
-    """What an object holds, if it is of a kind that may hold generators: not the inside of Python's and torch's own."""
+    """Objects that an object holds and that may hold generators; none within Python's and torch's own types."""
+    if isinstance(part, (dict, list, tuple)):
+        return list(part.values() if isinstance(part, dict) else part) if len(part) <= MOST_PARTS else []
     if isinstance(part, nn.Module):
         modules = list(part.modules()) if not isinstance(part, torch.jit.ScriptModule) else []
         return [value for module in modules for value in vars(module).values()]
-    if isinstance(part, dict):
-        return list(part.values()) if len(part) <= MOST_PARTS else []
-    if isinstance(part, (list, tuple)):
-        return list(part) if len(part) <= MOST_PARTS else []
     if isinstance(part, (type, ModuleType, Tensor)):
         return []
     root = type(part).__module__.partition(".")[0]

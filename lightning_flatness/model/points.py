@@ -1,4 +1,4 @@
-"""A model at other weights than its own, on copies."""
+"""A model at other points in weight space than its own, on copies."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ State = dict[Tensor, Tensor]  # by the tensor of the user's model; the first dim
 
 
 class Points:
-    """The model at ``w + Σ_i α_i d_i``, several points at a time; enter :func:`isolated` around all that is done.
+    """The model at points ``w + Σ_i α_i d_i``, several at a time. Use it within :func:`isolated`.
 
     Args:
         model: any module.
         tensors: its parameters and buffers by name.
-        axes: the directions ``d_i``; a tensor that is in none of them stays.
-        epsilons: if given, the axes are Adam's moments ``m`` and ``v``, ``ε`` is found here by name, and the points are
+        axes: the directions ``d_i``; a tensor that is in none of them does not move.
+        epsilons: ``ε`` by parameter, if the axes are Adam's moments ``m`` and ``v``. The points are then
             ``w + α_1 m / (sqrt(α_2 v) + ε)``.
-        dtype: to run copies in.
+        dtype: in which the copies run.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -58,7 +58,7 @@ class Points:
         self._synchronized = synchronized[0] if synchronized else None
 
     def fingerprint(self, batches: object = None) -> str:
-        """A digest of the model's tensors, of the axes and of Adam's ``ε``, and of what is said of the batches."""
+        """A digest of the model's tensors, the axes, Adam's ``ε``, and a description of the batches."""
         digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
@@ -70,7 +70,7 @@ class Points:
         return digest.hexdigest()
 
     def at(self, coordinates: Tensor) -> State:
-        """The tensors that move, at points with these coordinates ``(points, axes)``."""
+        """The moving tensors at points with these coordinates ``(points, axes)``."""
         state: State = {}
         for name in self._moving:
             tensor = self._tensors[name]
@@ -84,30 +84,30 @@ class Points:
             first, second = (axis[name].double() for axis in self._axes)
             scale = alphas[:, 1] if alphas.shape[1] > 1 else torch.ones_like(alphas[:, 0])
             return alphas[:, 0] * adam_step(first, second, scale, self._epsilons[name])
-        # One after the other in float64: a point with a single α = 1 is the end of its direction, but for rounding.
+        # In float64, so that a point with a single α = 1 is the end of its direction, up to rounding.
         return sum(
             (alphas[:, index] * axis[name].double() for index, axis in enumerate(self._axes) if name in axis),
             torch.zeros((), dtype=torch.float64, device=alphas.device),
         )
 
     def logits(self, state: State, inputs: Any) -> Tensor:
-        """``(points, samples, classes)``, at the points of a state.
+        """Logits ``(points, samples, classes)`` at the points of a state.
 
         Raises:
             BatchError: the model returns something else than logits.
         """
-        found = self._mapped(lambda one: any_logits_of(self._copy(inputs, one)), state)
-        return found if isinstance(found, Tensor) else torch.stack(found)
+        logits = self._mapped(lambda point: any_logits_of(self._copy(inputs, point)), state)
+        return logits if isinstance(logits, Tensor) else torch.stack(logits)
 
     def own_logits(self, inputs: Any) -> Tensor:
-        """``(samples, classes)``, of the model as it is."""
+        """Logits ``(samples, classes)`` of the model itself."""
         return any_logits_of(self._copy(inputs))
 
     def recompute_statistics(self, state: State, batches: Iterable[Any]) -> State:
-        """The state with the BatchNorm statistics that its weights have on the inputs of these batches.
+        """The state with the BatchNorm statistics that its weights give on these inputs.
 
-        They are the averages over batches, each counting the same, of the means and unbiased variances of every batch,
-        as torch makes them with ``momentum=None`` from reset ones; all else is in evaluation mode.
+        These are averages over batches, with equal weights, of each batch's means and unbiased variances, as torch
+        computes them with ``momentum=None`` after a reset. All else is in evaluation mode.
 
         Raises:
             FlatnessError: BatchNorm that is synchronized between processes; a batch too small to have a variance.
@@ -133,13 +133,13 @@ class Points:
         return {**state, **written}
 
     def _statistics(self, state: State, buffers: Sequence[Tensor], inputs: Any) -> State:
-        def forward(one: State) -> tuple[Tensor, ...]:
-            one = {**one, **{buffer: one[buffer].clone() for buffer in buffers}}
-            self._copy(inputs, one, written=buffers)
-            return tuple(one[buffer] for buffer in buffers)
+        def forward(point: State) -> tuple[Tensor, ...]:
+            point = {**point, **{buffer: point[buffer].clone() for buffer in buffers}}
+            self._copy(inputs, point, written=buffers)
+            return tuple(point[buffer] for buffer in buffers)
 
         try:
-            found = self._mapped(forward, state)
+            statistics = self._mapped(forward, state)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -147,18 +147,18 @@ class Points:
                 "batch_norm='recomputed': a batch has one value for every channel only, which has no variance; give "
                 "larger batches, without a last one of one sample (drop_last=True)."
             ) from error
-        parts = found if isinstance(found, tuple) else tuple(torch.stack(part) for part in zip(*found, strict=True))
-        return dict(zip(buffers, parts, strict=True))
+        if isinstance(statistics, list):
+            statistics = [torch.stack(of_buffer) for of_buffer in zip(*statistics, strict=True)]
+        return dict(zip(buffers, statistics, strict=True))
 
     def _mapped(self, function: Callable[[State], Any], state: State) -> Any:
-        """What a function gives at every point: by ``vmap`` where that works, else as a list."""
+        """The values of a function at all points: stacked by ``vmap`` where that works, else a list of them."""
         keys, number = list(state), len(next(iter(state.values())))
         if self._vectorized and number > 1:
             try:
                 return vmap(lambda *parts: function(dict(zip(keys, parts, strict=True))))(*state.values())
             except Exception:
-                # Not every forward goes through vmap, and memory may not do for all points; an error that is the
-                # model's own comes again.
+                # Not every forward works in vmap, and memory may not suffice. An error of the model itself comes again.
                 self._vectorized = False
         return [function({key: tensor[index] for key, tensor in state.items()}) for index in range(number)]
 
@@ -169,7 +169,7 @@ def _tracks(norm: Any) -> bool:
 
 @contextmanager
 def _averaging(norms: Sequence[Any], factor: float) -> Iterator[None]:
-    """Training mode of these modules, with ``momentum = factor``."""
+    """Put modules in training mode, with ``momentum = factor``."""
     before = [(norm, norm.training, norm.momentum) for norm in norms]
     try:
         for norm in norms:

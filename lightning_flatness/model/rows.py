@@ -1,4 +1,4 @@
-"""Parts of a batch: some of its samples."""
+"""Samples of a batch: their number, some of them, one of them twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
-    """Samples of a batch: as many as targets, or the largest first dimension of its tensors.
+    """Number of samples of a batch: the length of its targets, or the largest first dimension of its tensors.
 
     Example:
         >>> import torch
@@ -25,7 +25,7 @@ def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
 
 
 def take(batch: Any, rows: slice, num_samples: int) -> Any:
-    """Some samples of a batch; what has not a row for every sample goes along whole.
+    """Some samples of a batch; tensors without a row for every sample stay whole.
 
     Example:
         >>> import torch
@@ -40,7 +40,7 @@ def take(batch: Any, rows: slice, num_samples: int) -> Any:
 
 
 def twice(batch: Any) -> Any:
-    """A batch of one sample with that sample twice.
+    """A batch that has its one sample twice.
 
     Example:
         >>> import torch

@@ -1,0 +1,119 @@
+"""Directions between states of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.checks import check_whole
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.functional import Direction, PrincipalDirections, principal_directions
+from lightning_flatness.model.copy import measured
+from lightning_flatness.model.named_tensors import NamedTensors
+from lightning_flatness.model.names import plain_name
+
+State = nn.Module | Mapping[str, Tensor]
+
+
+class NamedDirection(dict[str, Tensor]):
+    """A direction that says what an axis along it is called."""
+
+    def __init__(self, direction: Direction, name: str) -> None:
+        super().__init__(direction)
+        self.name = name
+
+
+def direction_between(model: nn.Module, other: State) -> Direction:
+    """The direction from a model to another one of the same architecture: ``w' - w`` for parameters and buffers.
+
+    The other model lies at 1 along it, with its BatchNorm statistics. Elsewhere, statistics lie on the straight line,
+    too; ``batch_norm="recomputed"`` computes those that belong to the weights at every point.
+
+    Args:
+        model: the model at 0, whose landscape is wanted.
+        other: the model at 1, or its ``state_dict()``.
+
+    Returns:
+        float64 tensors by name, for ``axes=`` of :func:`~lightning_flatness.loss_landscape`.
+
+    Raises:
+        FlatnessError: tensors are missing in ``other``, have other shapes or are not finite, or nothing differs.
+
+    Example:
+        >>> one, other = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> direction = direction_between(one, other.state_dict())
+        >>> bool(((one.bias + direction["bias"]) - other.bias).abs().max() < 1e-6)
+        True
+    """
+    tensors = NamedTensors(model)
+    offset = _offset(tensors, other, {**tensors.parameters, **tensors.buffers}, "The other model")
+    return tensors.direction(offset, "The direction between the models")
+
+
+def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -> PrincipalDirections:
+    """The directions in which a trajectory differs most from the model where it ends, by PCA.
+
+    They are orthonormal, with the model as origin. Only parameters count, since BatchNorm statistics would outweigh
+    them.
+
+    Args:
+        model: the origin, usually the trained model.
+        states: models or state dicts along the way; the model itself may be among them.
+        number: number of directions.
+
+    Returns:
+        ``directions`` for ``axes=`` of :func:`~lightning_flatness.loss_landscape`, where such an axis is called
+        ``"principal direction 1 (63 %)"``; ``coordinates`` ``(states, number)`` for ``trajectory=`` of the figures;
+        ``explained``, their shares of the squared distances.
+
+    Raises:
+        FlatnessError: states that do not fit or are not finite, or too few that differ.
+
+    Source:
+        Li et al. 2018 (arXiv 1712.09913), Section 7.2.
+
+    Example:
+        >>> model, states = nn.Linear(2, 1), [nn.Linear(2, 1).state_dict() for _ in range(3)]
+        >>> pca_directions(model, states).coordinates.shape
+        torch.Size([3, 2])
+    """
+    tensors = NamedTensors(model)
+    check_whole("number", number, least=1)
+    offsets = [
+        _offset(tensors, state, tensors.parameters, f"State {index} of the trajectory")
+        for index, state in enumerate(states)
+    ]
+    principal = principal_directions(offsets, number) if len(offsets) >= number else None
+    if principal is None or not bool((principal.explained > 1e-12).all()):
+        raise FlatnessError(
+            f"The {len(offsets)} states of the trajectory do not span {number} directions around the model; give more "
+            "states that differ, or a smaller number=."
+        )
+    shares = [f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %" for share in principal.explained.tolist()]
+    names = [f"principal direction {index} ({share})" for index, share in enumerate(shares, start=1)]
+    return principal._replace(directions=tuple(map(NamedDirection, principal.directions, names)))
+
+
+def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], name: str) -> Direction:
+    """``state`` minus the model, float64."""
+    if isinstance(state, nn.Module):
+        state = {**dict(state.named_parameters(remove_duplicate=False)), **dict(state.named_buffers())}
+    if not isinstance(state, Mapping):
+        raise FlatnessError(f"{name} is a {type(state).__name__}; give a model or its state_dict().")
+    given = {tensors.first_names.get(plain_name(key), key): value for key, value in state.items()}
+    offset: Direction = {}
+    for key, tensor in wanted.items():
+        if key not in given and key in tensors.buffers:
+            continue  # not kept in state dicts
+        if key not in given or not isinstance(given[key], Tensor) or given[key].shape != tensor.shape:
+            there = f"has shape {tuple(given[key].shape)}" if isinstance(given.get(key), Tensor) else "is missing"
+            raise FlatnessError(f"{name} does not fit the model: '{key}' of shape {tuple(tensor.shape)} {there} there.")
+        ours = measured(tensor.detach(), torch.float64)
+        theirs = measured(given[key].detach(), torch.float64).to(ours.device)
+        for whose, numbers in (("The model", ours), (name, theirs)):
+            if not bool(numbers.isfinite().all()):
+                raise FlatnessError(f"{whose} has numbers that are not finite, in '{key}'.")
+        offset[key] = theirs - ours
+    return offset
