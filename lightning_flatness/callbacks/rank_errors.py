@@ -9,7 +9,7 @@ from typing import Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_flatness.errors import FlatnessError
+from lightning_flatness.errors import FlatnessError, in_one_line
 from lightning_flatness.measure.ranks import gather
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,7 @@ class RankErrors:
                 if not isinstance(error, FlatnessError) and hasattr(error, "add_note"):  # from Python 3.11 on
                     error.add_note(f"This happened while {self._name} was measuring.")
                 raise
-            kind = "" if isinstance(error, FlatnessError) else f"{type(error).__name__}: "
-            self.pending = self.pending or f"{kind}{error}"
+            self.pending = self.pending or in_one_line(error)
             logger.debug("An error while measuring flatness", exc_info=True)
 
     def settle(self, where: str) -> bool:

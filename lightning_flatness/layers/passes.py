@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError, FlatnessError, LayerSelectionError, is_out_of_memory
+from lightning_flatness.errors import BatchError, explained, is_out_of_memory
 from lightning_flatness.functional import separating_masks
 from lightning_flatness.layers.certificates.samples import certify_deterministic, certify_rows
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
@@ -158,21 +158,15 @@ class OwnPasses:
 
     def _explain(self, error: RuntimeError) -> None:
         """Raise an error with a remedy in place of torch's own, where there is one."""
-        explained: FlatnessError
-        if "modified by an inplace operation" in str(error):
-            explained = LayerSelectionError(
-                "A tensor that a measured layer reads or returns is changed in place after it ran, which autograd "
-                f"cannot follow ({error}). Use the out-of-place operation there, e.g. x = x + y for x += y."
-            )
-        elif "type" in str(error) and self._is_cast:
-            explained = BatchError(
+        in_plain_words = explained(error)
+        if in_plain_words is not None:
+            raise in_plain_words from error
+        if self._is_cast and "type" in str(error):
+            raise BatchError(
                 f"The model's forward fails in {self._options.measuring_dtype or torch.float32}, in which it is "
                 f"measured ({error}). It seems to cast to a type of its own; cast to the type of a weight instead, "
                 "e.g. x.to(self.conv.weight.dtype), or set dtype=."
-            )
-        else:
-            return
-        raise explained from error
+            ) from error
 
     @property
     def _is_cast(self) -> bool:

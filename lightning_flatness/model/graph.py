@@ -199,7 +199,7 @@ def second_derivatives(
         return [None] * len(inputs)
     curved, along = zip(*pairs, strict=True)
     if differentiable_once(curved):
-        return NoSecondDerivative(True, "a backward marked once_differentiable")
+        return NoSecondDerivative(True, "a custom function marked once_differentiable")
     try:
         return torch.autograd.grad(curved, inputs, along, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:  # NotImplementedError is one

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from lightning_flatness.layers.cotangents import Calls, nodes_of, pull_back, random_direction
-from lightning_flatness.model.graph import differentiable_once, random_like
+from lightning_flatness.model.graph import NoSecondDerivative, random_like, second_derivatives
 from lightning_flatness.results import SAMPLED
 
 
@@ -67,11 +66,7 @@ def _second_derivatives(
     deltas: Sequence[Tensor], directions: Sequence[Tensor], nodes: Sequence[Tensor]
 ) -> Sequence[Tensor | None] | Inexact:
     """Derivatives at all nodes of the sum of ``deltas`` along ``directions``, or why torch has none."""
-    if differentiable_once(deltas):
-        return Inexact.ONCE_DIFFERENTIABLE
-    try:
-        return torch.autograd.grad(deltas, nodes, directions, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        return Inexact.NO_SECOND_DERIVATIVE
+    second = second_derivatives(deltas, directions, nodes, retain_graph=True)
+    if isinstance(second, NoSecondDerivative):
+        return Inexact.ONCE_DIFFERENTIABLE if second.marked else Inexact.NO_SECOND_DERIVATIVE
+    return second

@@ -13,7 +13,13 @@ from lightning_flatness.functional.conditions import holds
 from lightning_flatness.layers.certificates import ROUNDINGS
 from lightning_flatness.layers.certificates.head import Head
 from lightning_flatness.layers.known import Known
-from lightning_flatness.model.graph import differentiable_once, is_piecewise_linear, operations_of, random_like
+from lightning_flatness.model.graph import (
+    NoSecondDerivative,
+    is_piecewise_linear,
+    operations_of,
+    random_like,
+    second_derivatives,
+)
 
 
 @dataclass(frozen=True)
@@ -183,23 +189,15 @@ def _failure(first: FirstOrder, features: Tensor) -> NotClosedFormError | None:
 
 def _curvatures(slopes: Tensor, node: Tensor) -> Tensor | None:
     """Curvatures ``a' = da[s, p] / dz[s, p]``; None where no slope depends on the output."""
-    if not slopes.requires_grad:
-        return None
-    if differentiable_once([slopes]):
-        raise NotClosedFormError(_no_second_derivative("a custom function marked once_differentiable"))
     return _along(slopes, node, torch.ones_like(slopes))
 
 
 def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
     """The derivative of a first derivative along a vector; None where it does not depend on the output."""
-    result: Tensor | None
-    try:
-        (result,) = torch.autograd.grad(derivative, node, vector, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        raise NotClosedFormError(_no_second_derivative(str(error))) from error
-    return result
+    second = second_derivatives([derivative], [vector], [node], retain_graph=True)
+    if isinstance(second, NoSecondDerivative):
+        raise NotClosedFormError(_no_second_derivative(second.message))
+    return second[0]
 
 
 def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Tensor, features: Tensor) -> float:
@@ -209,7 +207,7 @@ def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Te
     like InstanceNorm fulfils the first-order condition and not this one.
     """
     v = random_like(first.slopes)
-    along = _along(first.pulled, node, v) if first.pulled.requires_grad else None
+    along = _along(first.pulled, node, v)
     zero = torch.zeros_like(first.slopes)
     expected = zero if curvatures is None else _per_channel(first.cotangent, first.channels, node) * curvatures * v
     deviation = _deviation(zero if along is None else along, expected)
