@@ -49,40 +49,41 @@ def loss_landscape(
     resume: LandscapeResult | None = None,
     progress: bool | None = None,
 ) -> LandscapeResult:
-    """Mean loss, and accuracy, at ``w + Σ_i α_i d_i`` on a line or a plane through a model's weights ``w``.
+    """Compute mean loss and accuracy at ``w + Σ_i α_i d_i`` on a line or a plane through a model's weights ``w``.
 
     The model runs on copies, in evaluation mode, and is left as it was: weights, gradients, buffers, modes, random
-    states. Batches may have different sizes; every sample counts the same. Points are taken from the middle outwards;
-    an interrupt (Ctrl-C) ends the computation, and what was computed comes back, to go on from with ``resume=``. In a
-    process group of ``torch.distributed`` every rank gives its own batches and gets the losses over all: call it on
-    every rank or on none.
+    states. Batches may have different sizes; every sample counts the same. Points are computed from the middle
+    outwards; an interrupt (Ctrl-C) returns those computed so far, to be completed with ``resume=``. In a process group
+    of ``torch.distributed`` every rank gives its own batches and gets the losses over all: call it on every rank or on
+    none.
 
     Args:
         model: any module that returns logits ``(samples, classes)``.
-        batches: pairs ``(inputs, targets)``, to be gone through many times: a list or a ``DataLoader``. Random numbers
-            are the same every time.
+        batches: pairs ``(inputs, targets)`` that can be read many times: a list or a ``DataLoader``. Random numbers are
+            the same every time.
         axes: ``"random"``, ``"adam"`` or ``"hessian"``, a plane of two such axes; or a list of one (a line) or two
             (a plane) of these words or of directions, which are mappings from names of parameters or buffers to
             tensors, or flat tensors. Random: normal numbers, the second orthogonal to the first before it is
-            normalised. Adam: ``exp_avg`` and ``exp_avg_sq`` as the optimizer has them; a line takes the first. Hessian:
-            eigenvectors of the largest eigenvalues, of length 1, with respect to the trainable parameters that are
-            not ``frozen``. Directions: from :func:`~lightning_flatness.
-            direction_between` or :func:`~lightning_flatness.pca_directions`, say.
-        normalize: to the weights, by ``"weight"``, ``"filter"``, ``"layer"`` (every tensor) or ``"model"``; or
-            ``"none"``. By default ``"filter"`` for random axes and ``"none"`` for others. See ``docs/landscape.md``.
-        norm: of the normalisation, L1 or L2.
-        biases: what becomes of parameters with one dimension (biases, BatchNorm) in a direction that is normalised:
-            ``"zero"``, they do not move, as in the paper's code; or ``"scaled"`` like all others.
+            normalised. Adam: ``exp_avg`` and ``exp_avg_sq`` of the optimizer; a line takes the first. Hessian: unit
+            eigenvectors of the largest eigenvalues, with respect to the trainable parameters that are not ``frozen``.
+            Directions: e.g. from :func:`~lightning_flatness.direction_between` or
+            :func:`~lightning_flatness.pca_directions`.
+        normalize: scale directions to the weights, by ``"weight"``, ``"filter"``, ``"layer"`` (every tensor) or
+            ``"model"``; or ``"none"``. By default ``"filter"`` for random axes and ``"none"`` for others. See
+            ``docs/landscape.md``.
+        norm: 1 or 2, order of the norm in this.
+        biases: in a normalised direction, parameters with one dimension (biases, BatchNorm) do not move (``"zero"``, as
+            in the paper's code) or are ``"scaled"`` like all others.
         update: ``"add"``, as above; or ``"adam"``, with Adam axes: ``w + α_1 m / (sqrt(α_2 v) + ε)``; a line has
-            ``α_2 = 1``. (But for bias correction and weight decay, the optimizer's next step goes to about ``-lr``
-            along it.) With ``amsgrad``, ``v`` is the largest second moment, by which that step divides.
+            ``α_2 = 1``. (The optimizer's next step goes to about ``-lr`` along it, apart from bias correction and
+            weight decay.) With ``amsgrad``, ``v`` is the largest second moment, as in that step.
         span: of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for every
             axis. With ``update="adam"`` a number leaves ``α_2`` from 0.1 to 1.9.
-        steps: points along every axis, or one number for each axis; odd, and the model itself is among them.
+        steps: points along every axis, or one number for each axis. With odd numbers the model itself is a point.
         frozen: names or glob patterns of parameters or modules that do not move.
-        batch_norm: ``"kept"``: BatchNorm has the model's statistics everywhere; ``"recomputed"``: at every point those
-            of its weights on these batches, whose averages count every batch the same, as torch's with
-            ``momentum=None``. On several ranks, those of the rank's own batches.
+        batch_norm: ``"kept"``: BatchNorm uses the model's statistics at all points. ``"recomputed"``: statistics are
+            computed anew at every point from these batches, with equal weights, as torch does with ``momentum=None``;
+            on several ranks, from the rank's own batches.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``; a loss module of torch with a mean; or a
             function from ``(logits, targets)`` to the loss of every sample.
         label_smoothing: of cross-entropy; this and the next two as in ``torch.nn.CrossEntropyLoss``.
@@ -92,18 +93,17 @@ def loss_landscape(
         seed: of random axes.
         dtype: ``"float32"`` or ``"float64"``, to run copies in; by default the model's own, at least float32. Sums
             are float64.
-        chunk: points that ``torch.func.vmap`` takes at once, where it can; 1 takes them one by one. By default as
-            many as were measured to pay.
+        chunk: points that ``torch.func.vmap`` computes at once, where it can; by default 16 for light passes, else 1.
         resume: an earlier result of the same call that is not complete.
         progress: show a progress bar; by default in a terminal.
 
     Returns:
-        A :class:`~lightning_flatness.LandscapeResult`; ``complete`` tells whether all points are there. Where the loss
-        is not finite it is kept as it is, with a warning.
+        A :class:`~lightning_flatness.LandscapeResult`; ``complete`` tells whether all points are there. Losses that
+        are not finite are kept, with a warning.
 
     Raises:
-        FlatnessError: arguments that cannot be; all frozen; no moments for Adam axes; batches that can be gone through
-            only once; a ``resume=`` of something else.
+        FlatnessError: an option that is not possible; all parameters frozen; no moments for Adam axes; batches that can
+            be read only once; a ``resume=`` of another landscape.
         BatchError: batches, targets or logits that do not fit the loss.
         LandscapeError: the model or the loss fails at a point; its ``result`` has what was computed.
 

@@ -81,18 +81,18 @@ def hessian_spectrum(
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
     progress: bool | None = None,
 ) -> SpectrumResult:
-    """Largest eigenvalues, trace, spectral density and criteria of the Hessian of the mean loss over all batches.
+    """Compute largest eigenvalues, trace, spectral density and criteria of the Hessian of the mean loss.
 
     The model is measured in evaluation mode and left as it was. Every product of the Hessian with a vector is a pass
-    over all batches, exactly weighted; there are ``num_probes * num_steps`` of them for the density, and up to
-    ``max_products + top_k`` for the eigenvalues. Kept are ``max(num_steps, 2 top_k + 20) + top_k`` vectors as long as
-    all parameters together, in the model's type, and nothing that grows with batches or probes. In a process group of
+    over all batches, weighted by their samples: ``num_probes * num_steps`` products for the density, and up to
+    ``max_products + top_k`` for the eigenvalues. Memory holds ``max(num_steps, 2 top_k + 20) + top_k`` vectors of the
+    length of all parameters, in the model's type; it does not grow with batches or probes. In a process group of
     ``torch.distributed`` every rank gives its own batches, or none: call it on every rank or on none.
 
     Args:
         model: any module that returns logits ``(N, K)``.
-        batches: pairs ``(inputs, targets)`` that can be read many times, a list or a ``DataLoader``, the same samples
-            each time. (The random state is the same in every pass, so a loader may shuffle.)
+        batches: pairs ``(inputs, targets)`` that can be read many times, a list or a ``DataLoader``, with the same
+            samples each time. A loader may shuffle, since random numbers are the same in every pass.
         loss: as for :func:`~lightning_flatness.measure_flatness`; so are the next three.
         label_smoothing: of cross-entropy.
         class_weight: of cross-entropy.
@@ -106,7 +106,7 @@ def hessian_spectrum(
         num_probes: random vectors of signs.
         exponent: ``n`` of ``K_Hn``.
         tolerance: of the eigenvalues' residuals, relative to them; by default 1e-7 in float64 and 1e-4 in float32.
-        max_products: for the eigenvalues; then ``result.converged`` is False, and the residuals tell how good they are.
+        max_products: most products for the eigenvalues. Where they do not suffice, ``result.converged`` is False.
         seed: of the probes.
         dtype: ``"float32"`` or ``"float64"``, to run copies of weights and batches in; by default the model's own, at
             least float32.
@@ -116,7 +116,7 @@ def hessian_spectrum(
         A :class:`~lightning_flatness.SpectrumResult`.
 
     Raises:
-        FlatnessError: options that cannot be.
+        FlatnessError: an option that is not possible.
         LayerSelectionError: no such parameter, all are frozen, or the forward has no second derivative.
         BatchError: batches that cannot be read twice or differ from pass to pass, are missing, or cannot be measured.
 
@@ -206,9 +206,9 @@ def spectrum_of(
 
 
 def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
-    """Hutchinson's estimate from one probe, with the part of known vectors exact instead of estimated.
+    """Hutchinson's estimate of the trace from one probe, with the part along known eigenvectors computed exactly.
 
-    The vectors do not depend on the probe, so the mean is the trace however well they have converged.
+    The vectors do not depend on the probe, so the estimate is unbiased even where they have not converged.
     """
     size = len(probe)
     overlaps = (top.vectors @ (probe / math.sqrt(size))).double().cpu().square()
@@ -216,7 +216,7 @@ def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
 
 
 def _certify_symmetric(quadrature: Quadrature, rounding: float) -> None:
-    """Every Hessian is symmetric; what autograd makes of wrong derivatives need not be."""
+    """Refuse products that are not those of a symmetric matrix, as wrong second derivatives give."""
     if quadrature.asymmetry > 10 * math.sqrt(rounding):
         raise LayerSelectionError(
             f"Products with the Hessian are not symmetric (by {quadrature.asymmetry:.0e}, relative), so they are not "
