@@ -9,8 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.callbacks.flatness_runs import MONITOR, Recorder, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, WithoutValidation, loaders, quiet_trainer
+from tests.guarding import guards
 
 
+@guards("callbacks/flatness.py", "None if logged is None else float(logged)", "logged")
 def test_history_is_plain_numbers(tmp_path):
     recorder, callback = Recorder(), flatness_callback()
     fit(tmp_path, callback, recorder, max_epochs=3)
@@ -53,6 +55,7 @@ def test_history_pairs_flatness_with_accuracy(tmp_path, accuracy, values):
     assert [record["accuracy"] for record in callback.history] == values
 
 
+@guards("callbacks.flatness:FlatnessCallback.on_train_epoch_start", body="pass")
 def test_history_without_validation_pairs_flatness_with_accuracy_of_the_epoch(tmp_path):
     class Late(WithoutValidation):
         def on_train_epoch_end(self):
@@ -95,6 +98,7 @@ def test_checkpoint_of_an_epoch_contains_its_measurement(tmp_path):
     assert saved["history"] == callback.history[:1]
 
 
+@guards("callbacks/base.py", "if not self._is_restored:", "if False:")
 def test_second_fit_starts_a_new_history(tmp_path):
     callback = flatness_callback()
     for epochs in (3, 2):
@@ -102,6 +106,7 @@ def test_second_fit_starts_a_new_history(tmp_path):
         assert [record["epoch"] for record in callback.history] == list(range(epochs))
 
 
+@guards("callbacks/base.py", "self._is_restored = False\n        self._release()", "self._release()")
 def test_a_fit_after_a_resumed_one_starts_a_new_history(tmp_path):
     trainer, callback = fit(tmp_path, flatness_callback()), flatness_callback()
     trainer.save_checkpoint(tmp_path / "two.ckpt")
@@ -120,6 +125,7 @@ def test_what_was_measured_before_fit_is_not_in_the_history(tmp_path, run, sanit
     assert [(record["epoch"], record["step"]) for record in callback.history] == [(0, 4), (1, 8)]
 
 
+@guards("callbacks/base.py", 'if self._stage in (None, "fit"):', "if True:")
 def test_validating_a_checkpoint_leaves_the_history(tmp_path):
     callback, module, (train, val) = flatness_callback(), Classifier(), loaders()
     checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)

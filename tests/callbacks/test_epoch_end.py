@@ -16,6 +16,7 @@ from tests.callbacks.epoch_end_runs import KINDS, epochs, fit, kinds
 from tests.callbacks.lightning_modules import Classifier, WithoutValidation, dataset, loaders
 from tests.callbacks.resources import Watch, growth
 from tests.callbacks.training_runs import RUNS, DrawsOneNumber, assert_identical, end_of_run
+from tests.guarding import guards
 
 # The others are slow only because there are many.
 QUICK = ("plain", "dropout and shuffling", "augmentation", "frozen BatchNorm", "averaged weights")
@@ -195,6 +196,7 @@ def test_two_validation_loaders_are_refused(tmp_path, kind):
         fit(tmp_path, KINDS[kind](data="val"), data=(train, [val, val]))
 
 
+@guards("callbacks/epoch_end.py", 'if getattr(trainer, "fast_dev_run", False):', "if False:")
 @kinds
 def test_trial_run(tmp_path, kind):
     callback = KINDS[kind]()
@@ -233,6 +235,7 @@ def test_thirty_epochs(tmp_path):
     assert not growth(watch.found[12], watch.found[30])
 
 
+@guards("callbacks/base.py", 'if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":', "if False:")
 @kinds
 @pytest.mark.usefixtures("sigint_kept")
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, kind):

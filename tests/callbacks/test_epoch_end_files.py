@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lightning_flatness as lf
 from tests.callbacks.epoch_end_runs import KINDS, epochs, fit, kinds
 from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders, quiet_trainer
+from tests.guarding import guards
 
 # --------------------------------------------------------------------------------------------------- loggers and files
 
@@ -71,6 +72,7 @@ def test_other_loggers(tmp_path, kind):
     assert (tmp_path / "lightning_logs" / "version_0" / kind).exists()
 
 
+@guards("callbacks.logged:logging_muted", body="yield")
 @kinds
 def test_what_a_forward_logs_is_not_logged(tmp_path, kind):
     class Logs(Classifier):
@@ -85,6 +87,7 @@ def test_what_a_forward_logs_is_not_logged(tmp_path, kind):
 # --------------------------------------------------------------------------------------------------------------- state
 
 
+@guards("callbacks/base.py", "if not self._is_restored:", "if True:")
 @kinds
 def test_a_resumed_run_goes_on_with_the_history(tmp_path, kind):
     whole = KINDS[kind](every_n_epochs=1)

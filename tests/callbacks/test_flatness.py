@@ -23,6 +23,7 @@ from tests.callbacks.lightning_modules import (
     loaders,
     quiet_trainer,
 )
+from tests.guarding import guards
 
 KEYS = ["hessian_trace", "log10_relative_flatness", "relative_flatness", "weight_norm"]
 
@@ -81,6 +82,7 @@ def test_validate_before_and_after_fit(tmp_path):
         trainer.fit(module, train, val)
 
 
+@guards("callbacks.data.sources:SeparateData.after_step", body="return iter(())")
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 def test_averaged_weights_are_measured(tmp_path, first):
     if not hasattr(lightning_callbacks, "WeightAveraging"):
@@ -147,6 +149,7 @@ def test_prefix(tmp_path):
     assert sorted(recorder.logged[-1]) == [*(f"sharp/{key}" for key in KEYS), "val_acc"]
 
 
+@guards("callbacks.base:MeasuringCallback.state_key", body="return self._name")
 def test_two_callbacks_with_different_prefixes(tmp_path):
     def pair():
         return flatness_callback(), flatness_callback(prefix="train_flatness", data="train")
@@ -170,6 +173,7 @@ def test_two_callbacks_with_one_prefix_are_refused_by_lightning(tmp_path):
         quiet_trainer(tmp_path, flatness_callback(), flatness_callback())
 
 
+@guards("callbacks.data.sources:first_samples", returns=None, ids="0-{}-val")
 @pytest.mark.parametrize("data", ["val", "train"])
 @pytest.mark.parametrize("options", [{}, {"check_val_every_n_epoch": 2}, {"val_check_interval": 0.5}], ids=str)
 @pytest.mark.parametrize("sanity", [0, 2])
@@ -269,6 +273,7 @@ def test_summary_is_printed_once(tmp_path, capsys, sanity, data):
     assert "net.conv2" in printed
 
 
+@guards("callbacks/flatness.py", "self._certified and trainer.is_global_zero", "self._certified")
 def test_summary_is_printed_on_rank_zero_only(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(L.Trainer, "is_global_zero", property(lambda trainer: False))
     fit(tmp_path, lf.FlatnessCallback())
@@ -318,6 +323,7 @@ def test_options_reach_the_measurement(tmp_path):
         assert_close(found.standard_errors["hessian_trace"], layer.standard_errors["hessian_trace"], rtol=1e-5, atol=0)
 
 
+@guards("measure/flatness.py", " + 1000 * own_rank()", "")
 def test_ranks_have_probes_of_their_own(tmp_path, monkeypatch):
     seeds = []
 

@@ -18,6 +18,7 @@ from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
 from tests.callbacks.tensorboard_events import charts, events
+from tests.guarding import guards
 
 GIVEN = dataset(19, seed=5)
 
@@ -43,6 +44,7 @@ def fit(folder, module, *callbacks, data=None, **options):
     return trainer
 
 
+@guards("callbacks/data/reading.py", "random_states_kept(model), gen", "gen", ids="stream")
 @pytest.mark.parametrize("source", SOURCES)
 def test_given_data_is_measured_without_a_trace(tmp_path, source):
     torch.manual_seed(0)

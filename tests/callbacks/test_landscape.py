@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.model.points import Points
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
+from tests.guarding import guards
 
 
 class WithAdam(Classifier):
@@ -156,6 +157,7 @@ def test_both_statistics(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- trajectory
 
 
+@guards("callbacks/trajectory.py", ", copy=True", "")
 def test_the_trajectory_is_that_of_the_weights(tmp_path):
     states = []
 
@@ -252,6 +254,7 @@ def test_an_interrupt_at_the_end_keeps_what_was_computed(tmp_path, after_five_po
     assert lf.LandscapeResult.load(path).computed.sum() == 5
 
 
+@guards("callbacks/epoch_end.py", "if self._is_interrupted and not final:", "if False:")
 @pytest.mark.usefixtures("sigint_kept")
 def test_an_interrupt_in_training_ends_it_and_keeps_what_was_computed(tmp_path, after_five_points):
     after_five_points(KeyboardInterrupt())
@@ -263,6 +266,7 @@ def test_an_interrupt_in_training_ends_it_and_keeps_what_was_computed(tmp_path, 
     assert lf.LandscapeResult.load(path).computed.sum() == 5
 
 
+@guards("callbacks/epoch_end.py", "except LandscapeError:", "except ZeroDivisionError:")
 def test_an_error_at_a_point_keeps_what_was_computed(tmp_path, after_five_points):
     after_five_points(RuntimeError("no memory"))
     with pytest.raises(lf.LandscapeError, match="no memory"):

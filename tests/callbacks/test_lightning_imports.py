@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import lightning_flatness as lf
 from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+from tests.guarding import guards
 
 CONFIG = {
     "trainer": {
@@ -58,6 +59,7 @@ def run(how, folder, **environment):
     return found.stdout
 
 
+@guards("callbacks/tensorboard.py", "for root in ROOTS if", "for root in ROOTS[:1] if", ids="second-pytorch_lightning")
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "root"), [("first", "lightning.pytorch"), ("second", "pytorch_lightning")])
 def test_both_names_of_lightning(tmp_path, how, root):
@@ -158,6 +160,7 @@ def flatness_of(trainer):
     return [callback for callback in trainer.callbacks if isinstance(callback, lf.FlatnessCallback)]
 
 
+@guards("callbacks/entry_point.py", 'os.environ.get(VARIABLE, "0") in ("", "0")', "False")
 @pytest.mark.parametrize("value", [None, "", "0"])
 def test_no_callback_unless_the_environment_asks(tmp_path, monkeypatch, value):
     monkeypatch.delenv("LIGHTNING_FLATNESS", raising=False)
@@ -174,6 +177,7 @@ def test_the_environment_asks(tmp_path, monkeypatch):
     assert len(callback.history) == 2
 
 
+@guards("callbacks.entry_point:_FromEnvironment.setup", body="super().setup(trainer, pl_module, stage)")
 @pytest.mark.parametrize("prefix", ["flatness", "other"])
 def test_a_callback_of_the_user_comes_before_that_of_the_environment(tmp_path, monkeypatch, prefix):
     monkeypatch.setenv("LIGHTNING_FLATNESS", "1")

@@ -23,10 +23,12 @@ from tests.callbacks.training_runs import (
     end_of_training,
     seed_everything,
 )
+from tests.guarding import guards
 
 # ---------------------------------------------------------------------------------------------------- around the steps
 
 
+@guards("layers.live:is_observed", returns=False)
 def test_two_callbacks(tmp_path, told):
     expected = validated(tmp_path, make("TwoInTurn"))
     reports = {}
@@ -48,6 +50,7 @@ class Clones(Module):
         return self.net(x).clone()
 
 
+@guards("layers/live.py", "if Listener._observing:", "if False:")
 @pytest.mark.parametrize("module", [Module, Clones])
 def test_two_callbacks_one_within_the_other(tmp_path, told, module):
     expected = validated(tmp_path, make("Plain", module))
@@ -107,6 +110,7 @@ def test_backward_hooks(tmp_path, told):
     assert_as_without(tmp_path, make_one, told, "'net.norm' has backward hooks")
 
 
+@guards("callbacks/running.py", "if num_rows(inputs, targets) < 2:", "if False:")
 def test_one_sample_in_the_first_batch(tmp_path, told):
     callback = lf.FlatnessCallback()
     batches = [[4], [0, 1, 2, 3]]
@@ -136,6 +140,7 @@ def test_training_is_bit_identical(tmp_path, told, is_live, averaged):
     assert not is_live or OBSERVES in told[0]
 
 
+@guards("callbacks/running.py", "if reason != self._told:", "if True:")
 def test_told_once_in_every_run(tmp_path, told):
     callback = lf.FlatnessCallback(summary=False)
     module = Module(networks.Plain())
@@ -182,6 +187,7 @@ def test_which_forward_passes_are_made(tmp_path, monkeypatch, told):
     assert own == [8] * (2 * 5 + 2)
 
 
+@guards("layers.live:Listener.release", returns=None)
 def test_nothing_is_alive_after_a_batch(tmp_path, told):
     """Neither nodes of the graph nor features, with collections of garbage switched off."""
     alive, counts = [], []
@@ -216,6 +222,8 @@ def test_nothing_is_alive_after_a_batch(tmp_path, told):
     assert not any(one() is not None or token() is not None for one, token in alive)
 
 
+@guards("callbacks/running.py", "self.release()\n        inputs, targets", "inputs, targets", ids="no batch")
+@guards("layers.live:Listener.__exit__", returns=None, ids="every batch")
 @pytest.mark.parametrize("of", ["every batch", "no batch"])
 def test_nothing_stays_after_a_batch(tmp_path, told, monkeypatch, of):
     """Also where nothing of a batch is measured, as where a sampler has filled it with samples of others."""
@@ -243,6 +251,7 @@ def test_nothing_stays_after_a_batch(tmp_path, told, monkeypatch, of):
     assert module_state(module)["hooks"] == before["hooks"]
 
 
+@guards("callbacks/running.py", "if not reason and alive() is not None:", "if False:")
 def test_features_that_are_kept_later_are_told(tmp_path, told):
     """A network that begins to keep them when the trial is over: then it is no longer observed."""
 

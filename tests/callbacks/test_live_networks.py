@@ -8,6 +8,7 @@ from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same
 from tests.callbacks.lightning_modules import loaders, quiet_trainer
 from tests.callbacks.live_runs import OBSERVES, OWN, Module, assert_as_without, make, validated
+from tests.guarding import guards
 
 OBSERVED = [
     "Plain",
@@ -65,6 +66,9 @@ def test_every_network_is_tried():
     assert names == {*OBSERVED, *NOT_OBSERVED, *NOT_MEASURED} | elsewhere
 
 
+@guards("layers/live.py", "self._recorded is None or self._recorded.has_classifier", "True", ids="WithoutClassifier")
+@guards("layers/recording.py", "value.detach() if isinstance(value, Tensor) else value", "value", ids="KeepsEmbeddings")
+@guards("layers/recording.py", "returned.clone() if returned.is_inference() else", "", ids="Plain")
 @pytest.mark.parametrize("name", OBSERVED)
 def test_network_that_can_be_observed(tmp_path, told, name):
     assert_as_without(tmp_path, make(name), told, OBSERVES)
@@ -76,6 +80,10 @@ def test_network_that_copies_its_kernels(tmp_path, told):
     assert_as_without(tmp_path, make("CopiesKernels"), told, "does something else with a kernel")
 
 
+@guards("layers/trial.py", "if model_copy.keeps_graph:", "if False:", ids="WritesBuffer")
+@guards("layers/trial.py", "KEEPS_TENSORS if alive() is not None else", "", ids="KeepsInList")
+@guards("layers/trial.py", "if any(tensor.requires_grad for tensor in tensors[0]):", "if False:", ids="Embeddings")
+@guards("layers/trial.py", "not all(map(_identical, *tensors))", "False", ids="AsksForGradients")
 @pytest.mark.parametrize("name", NOT_OBSERVED)
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_network_that_cannot_be_observed(tmp_path, told, name):
@@ -134,6 +142,7 @@ def test_subsets(tmp_path, told):
     assert len(told) == 1
 
 
+@guards("callbacks/running.py", "if source.why_not_observed:", "if False:")
 def test_batches_that_are_reshaped(tmp_path, told):
     """The function may change the batch, so it is called when the step has had it, and once."""
     seen = []

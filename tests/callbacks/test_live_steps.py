@@ -12,6 +12,7 @@ from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import global_modes, module_state
 from tests.callbacks.lightning_modules import loaders, quiet_trainer
 from tests.callbacks.live_runs import OBSERVES, OWN, Module, assert_as_without, make
+from tests.guarding import guards
 
 # -------------------------------------------------------------------------------------------- what validation steps do
 
@@ -130,6 +131,12 @@ STEPS = {
 }
 
 
+@guards("callbacks/running.py", "(FlatnessError, RuntimeError) as", "ZeroDivisionError as", ids="AveragesClassifier")
+@guards("layers.recording:kernel_sample", returns=None, ids="AveragesWeights")
+@guards("layers/trial.py", "and call[2] is output", "", ids="CallsPart")
+@guards("layers/live.py", "any(map(torch.is_autocast_enabled, device_types))", "False", ids="Autocast")
+@guards("layers.live:_are", returns=True, ids="CallsOnOthersToo")
+@guards("layers/live.py", "if self._num_calls > 1:", "if False:", ids="CallsAgain")
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_validation_step(tmp_path, told, step):
     assert_as_without(tmp_path, make("Plain", step), told, STEPS[step])
@@ -156,6 +163,8 @@ def saved(net):
     return file.getvalue()
 
 
+@guards("layers/live.py", 'getattr, (self._module, "forward")', "_Forward, (self._listener, self._module)")
+@guards("layers.live:_Forward.__deepcopy__", body="return self")
 def test_copies_and_files_of_a_network_have_nothing_of_ours(tmp_path, told):
     assert_as_without(tmp_path, make("Plain", CopiesNetwork), told, OBSERVES)
     module = CopiesNetwork(networks.Plain())
@@ -174,15 +183,18 @@ def test_copies_and_files_of_a_network_have_nothing_of_ours(tmp_path, told):
             assert copied(x).shape != y.shape
 
 
+@guards("layers/live.py", "if torch.is_grad_enabled():", "if False:")
 def test_validation_step_with_gradients(tmp_path, told):
     options = {"inference_mode": False}
     assert_as_without(tmp_path, make("Plain", WithGradients), told, "records gradients", trainer_options=options)
 
 
+@guards("layers.live:_state", returns=None)
 def test_validation_step_with_dropout(tmp_path, told):
     assert_as_without(tmp_path, make("Dropouts", TrainsDropout), told, "changes modes or hooks")
 
 
+@guards("layers/trial.py", "if module.training:", "if False:")
 def test_dropout_that_stays_in_training_mode(tmp_path, told):
     class Keeps(Module):
         def on_validation_model_eval(self):
@@ -218,6 +230,7 @@ class Catches(Module):
             self.net.where = None
 
 
+@guards("layers/live.py", 'self.reason = "the network raised an error"\n                raise', "pass")
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", WHERE)
 def test_error_that_is_caught(tmp_path, told, where, error):
@@ -262,6 +275,7 @@ class FailsUnderGradients(Module):
         self.net.moody = False
 
 
+@guards("layers/live.py", "recorder.nodes and isinstance(error, RuntimeError)", "False")
 def test_forward_that_fails_with_gradients_on_some_batches_only(tmp_path, told):
     assert_as_without(tmp_path, make("Moody", FailsUnderGradients), told, "Can't call numpy")
     assert OBSERVES in told[0]

@@ -21,6 +21,7 @@ from lightning_flatness.callbacks.data.loaders import reads_in_order
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from tests.callbacks.compare import assert_same, end_of, seed_all
 from tests.callbacks.lightning_modules import Classifier, WithoutValidation, dataset, loaders, quiet_trainer
+from tests.guarding import guards
 
 
 class Stream(IterableDataset):
@@ -214,6 +215,7 @@ def test_validation_data_that_is_part_of_the_training_data(tmp_path, sanity):
     assert_same(*ends)
 
 
+@guards("callbacks.data.loaders:loaders_in_turn", body="return flat_loaders(loaders)")
 @pytest.mark.parametrize("max_samples", [None, 7])
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("mode", ["sequential", "min_size", "max_size"])
@@ -226,6 +228,7 @@ def test_combined_validation_loaders(tmp_path, mode, sanity, max_samples):
     assert callback.report.num_samples == (max_samples or available)
 
 
+@guards("callbacks/data/stream.py", 'self._warn("the loaders are combined")', "pass")
 def test_combined_loaders_on_several_ranks_are_warned_of():
     with pytest.warns(UserWarning, match="the loaders are combined.*repeats count twice"):
         assert ValidationStream([], [], num_ranks=2).mask(3, 0).all()
@@ -248,6 +251,7 @@ class Backwards:
         return -(-self.length // self.batch_size)
 
 
+@guards("callbacks/data/loaders.py", "return keeps_order(loader) and isinstance(", "return isinstance(")
 def test_classes_of_batches_in_an_order_of_their_own():
     """Which sample is of which class is not known of them, so that no class can be given its share."""
     data = dataset(22)
@@ -276,6 +280,7 @@ class Permuted(SequentialSampler):
         return iter(range(4, len(self.data_source)))
 
 
+@guards("callbacks/data/reading.py", " or type(sampler_of(loader)) not in known", "")
 def test_samples_that_an_unknown_sampler_leaves_out_are_not_certified_on(tmp_path):
     data = dataset(22, seed=1)
     data.tensors[0][:4] = torch.nan

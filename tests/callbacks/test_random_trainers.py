@@ -30,6 +30,7 @@ from tests.callbacks.random_draws import (
     Module,
     loaders,
 )
+from tests.guarding import guards
 
 
 def flatness_callbacks(draw):
@@ -238,6 +239,7 @@ def test_many_random_trainers(draw):
     check_in_folder(draw)
 
 
+@guards("callbacks.flatness:FlatnessCallback._log_again", returns=None)
 @pytest.mark.parametrize("what", ["checkpoint", "early", "flatness"])
 def test_resume_at_an_epoch_that_is_not_measured(tmp_path, what):
     # As without an interruption: monitors see the last value that was measured.

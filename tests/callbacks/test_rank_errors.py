@@ -12,6 +12,7 @@ import lightning_flatness as lf
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders, quiet_trainer
+from tests.guarding import guards
 
 
 class FailingWhenMeasured(nn.Module):
@@ -47,6 +48,7 @@ def warned(caught):
     return [str(warning.message) for warning in caught if "FlatnessCallback" in str(warning.message)]
 
 
+@guards("callbacks/rank_errors.py", "if message != self._last_warning:", "if True:")
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_training_goes_on_with_a_warning(tmp_path, data):
     torch.manual_seed(0)
@@ -63,6 +65,7 @@ def test_training_goes_on_with_a_warning(tmp_path, data):
     assert "\n" not in message
 
 
+@guards("callbacks.rank_errors:RankErrors.start_run", returns=None)
 def test_a_new_fit_tells_a_failure_anew(tmp_path):
     callback = lf.FlatnessCallback(on_error="warn", summary=False)
     for _ in range(2):
@@ -160,11 +163,15 @@ def test_validation_and_tests_alone(tmp_path, run):
 # ----------------------------------------------------------------------------------------------------- on several ranks
 
 
+@guards("callbacks/rank_errors.py", "if num_ranks == 1 and", "if False and")
 def test_alone_errors_are_raised_at_once():
     with pytest.raises(ValueError, match="as it is"), RankErrors("raise").kept(num_ranks=1):
         raise ValueError("as it is")
 
 
+@guards("callbacks/rank_errors.py", "(self.pending)\n        self.pending = None", "(self.pending)")
+@guards("callbacks/rank_errors.py", "self.pending or f", "f")
+@guards("callbacks/rank_errors.py", "if num_ranks == 1 and", "if", ids="raise")
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
     errors = RankErrors(on_error)
@@ -182,6 +189,8 @@ def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
     assert not errors.pending
 
 
+@guards("callbacks/rank_errors.py", "gather(self.pending)", "[self.pending]")
+@guards("callbacks/rank_errors.py", 'if self._on_error == "raise":', "if True:", ids="warn")
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_an_error_of_another_rank_counts(monkeypatch, on_error):
     monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own: [own, "no memory"])

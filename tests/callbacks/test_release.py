@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 import lightning_flatness as lf
 from tests.callbacks.flatness_runs import fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders
+from tests.guarding import guards
 
 
 def hooks(model):
@@ -37,6 +38,8 @@ def test_failing_validation_step_leaves_no_trace(tmp_path):
     assert len(callback.history) == 2
 
 
+@guards("callbacks.base:MeasuringCallback.on_exception", body="pass", ids="val-Failing")
+@guards("callbacks.base:MeasuringCallback.teardown", body="self._stage = None", ids="train-Classifier")
 @pytest.mark.parametrize("module", [Classifier, Failing])
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_data_and_model_are_let_go(tmp_path, module, data):

@@ -9,10 +9,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 import lightning_flatness as lf
 from tests.callbacks.flatness_runs import MONITOR, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, WithoutValidation, loaders, quiet_trainer
+from tests.guarding import guards
 
 # ------------------------------------------------------------------------------------------------------------ monitors
 
 
+@guards("callbacks.flatness:FlatnessCallback.on_validation_epoch_end", body="pass", ids="{}-last")
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}], ids=str)
 def test_monitors_see_the_value_of_this_validation(tmp_path, first, options):
@@ -81,6 +83,7 @@ def test_flatness_stopping_sees_the_training_data_without_validation(tmp_path, f
 # -------------------------------------------------------------------------------------------------- when, how many
 
 
+@guards("callbacks.schedule:epochs_have_passed", returns=True)
 def test_every_n_epochs(tmp_path):
     callback = flatness_callback(every_n_epochs=2)
     fit(tmp_path, callback, max_epochs=5)

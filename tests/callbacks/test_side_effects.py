@@ -13,6 +13,7 @@ import lightning_flatness as lf
 from lightning_flatness.model.isolation import isolated
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
+from tests.guarding import guards
 
 
 def fit(folder, module, *callbacks, data=None, **options):
@@ -60,12 +61,14 @@ class LoggingWithoutValidation(Logging, WithoutValidation):
     pass
 
 
+@guards("callbacks.logged:logging_muted", body="yield", ids="val-2")
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_forward_that_logs(tmp_path, data, sanity):
     assert_without_trace(tmp_path, LoggingInValidation, data, num_sanity_val_steps=sanity)
 
 
+@guards("callbacks/logged.py", "attributes.update(before)", "pass")
 def test_a_modules_own_way_to_log_is_put_back(tmp_path):
     module, logged = Classifier(), []
     module.log = lambda name, *args, **options: logged.append(name)
@@ -108,6 +111,7 @@ class Counting(Classifier):
         self.log("calls", float(self.calls + len(self.sizes) + self.total))
 
 
+@guards("model/isolation.py", "elif type(value) is list:", "elif False:", ids="val-2")
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_forward_that_counts(tmp_path, data, sanity):
@@ -116,6 +120,7 @@ def test_forward_that_counts(tmp_path, data, sanity):
     assert not module.features.requires_grad  # of the last validation step, not of a graph of ours
 
 
+@guards("model/isolation.py", "del now[name]", "pass")
 def test_attributes_are_put_back_when_the_forward_fails():
     class Failing(Net):
         def forward(self, x):
@@ -146,6 +151,7 @@ class Drawing(Net):
         return super().forward(x) * (1 + 0.1 * drawn * self.training)
 
 
+@guards("model/isolation.py", "stack.enter_context(generators_kept(model))", "pass", ids="val-2")
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_network_with_generators_of_its_own(tmp_path, data, sanity):
@@ -165,6 +171,7 @@ def test_network_that_holds_modules_of_python(tmp_path):
     assert_without_trace(tmp_path, lambda: Classifier(Holding()), "val")
 
 
+@guards("callbacks/data/subset.py", "if reads_in_order(loader) else", "if False else")
 @pytest.mark.parametrize("options", [{"overfit_batches": 2}, {"limit_train_batches": 2}], ids=str)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_training_data_that_is_never_trained_on_is_not_measured(tmp_path, options, shuffle):

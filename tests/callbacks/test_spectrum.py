@@ -12,6 +12,7 @@ import lightning_flatness as lf
 from lightning_flatness.plots import plot_eigenvalues
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 from tests.callbacks.training_runs import HAS_WEIGHT_AVERAGING, averaged_weights
+from tests.guarding import guards
 from tests.spectra import dense_hessian
 
 TINY = {"top_k": 2, "num_steps": 4, "num_probes": 2}
@@ -86,6 +87,7 @@ def test_monitors_that_look_before_it_are_warned_of(tmp_path, options):
         run("val_acc", "b")
 
 
+@guards("callbacks/epoch_end.py", "elif self.history and self.every_n_epochs is not None:", "elif False:")
 def test_a_resumed_run_where_nothing_is_due_has_the_last_values(tmp_path):
     fit(tmp_path, lf.SpectrumCallback(every_n_epochs=3, **TINY), ModelCheckpoint(tmp_path, filename="e"), max_epochs=1)
     callback = lf.SpectrumCallback(every_n_epochs=3, **TINY)
@@ -134,6 +136,7 @@ def test_gradient_clipping_is_warned_of_once(tmp_path):
         fit(tmp_path, lf.SpectrumCallback(**TINY))
 
 
+@guards("callbacks/epoch_end.py", "(not is_done or self._is_averaged(trainer)) and", "not is_done and")
 @pytest.mark.skipif(not HAS_WEIGHT_AVERAGING, reason="this Lightning has no WeightAveraging")
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_averaging(tmp_path, first):
@@ -171,6 +174,7 @@ def test_wrong_options(options, named):
         lf.SpectrumCallback(**options)
 
 
+@guards("callbacks/epoch_end.py", "self._try(trainer, find_network(pl_module, self.model), batches)", "pass")
 def test_unknown_parameters_are_refused_before_the_first_epoch(tmp_path):
     module = Classifier()
     with pytest.raises(lf.LayerSelectionError, match="conv9"):

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
 from tests.callbacks.lightning_modules import Scripted, quiet_trainer
+from tests.guarding import guards
 
 MONITOR = "flatness/relative_flatness"
 
@@ -51,6 +52,7 @@ def test_early_stopping_stops_on_the_rise_and_this_one_does_not(tmp_path):
     assert f"neither {MONITOR} (best 20) nor val_acc (best 0.9)" in stopping.stopping_reason_message
 
 
+@guards("callbacks/stopping.py", "if trainer.current_epoch < self.burn_in:", "if False:", ids="1")
 @pytest.mark.parametrize("burn_in", [0, 1, 5])
 def test_burn_in_is_ignored(tmp_path, burn_in):
     # Values of the burn-in that are never reached again, by a margin.
@@ -62,6 +64,7 @@ def test_burn_in_is_ignored(tmp_path, burn_in):
     assert float(stopping.best_accuracy) == 0.5
 
 
+@guards("callbacks/stopping.py", "stalled = min(", "stalled = max(")
 @pytest.mark.parametrize(
     ("flatness", "accuracy", "epochs"),
     [
@@ -123,6 +126,7 @@ def test_flatness_to_be_maximised(tmp_path):
     assert epochs_run(tmp_path, flatness, constant(0.5), lf.FlatnessStopping(burn_in=0, patience=3, mode="max")) == 7
 
 
+@guards("callbacks/stopping.py", "self.check_finite and not torch.isfinite(value)", "False", ids="flatness-nan")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["flatness", "accuracy"])
 def test_values_that_are_not_finite_stop_at_once(tmp_path, which, value):
@@ -176,6 +180,7 @@ def test_several_validations_in_an_epoch(tmp_path):
     assert trainer.current_epoch == 2
 
 
+@guards("callbacks/stopping.py", "trainer.sanity_checking or", "", ids="2")
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_sanity_check_does_not_count(tmp_path, sanity):
     stopping = lf.FlatnessStopping(burn_in=0, patience=2)
@@ -198,6 +203,7 @@ def test_min_epochs_is_respected(tmp_path):
     assert epochs_run(tmp_path, constant(5.0), constant(0.5), stopping, min_epochs=6) == 6
 
 
+@guards("callbacks/stopping.py", 'trainer.strategy.reduce(value, reduce_op="mean")', "value")
 def test_the_mean_over_ranks_counts(tmp_path, monkeypatch):
     # The other rank has three times as much of everything.
     monkeypatch.setattr(SingleDeviceStrategy, "reduce", lambda strategy, value, *args, **kwargs: 2 * value)
@@ -207,6 +213,7 @@ def test_the_mean_over_ranks_counts(tmp_path, monkeypatch):
     assert float(stopping.best_accuracy) == 0.5
 
 
+@guards("callbacks/stopping.py", "trainer.strategy.reduce_boolean_decision(stop, all=False)", "stop")
 def test_all_ranks_stop_with_one(tmp_path, monkeypatch):
     monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", lambda *args, **kwargs: True)
     stopping = lf.FlatnessStopping(burn_in=2, patience=3)
@@ -216,6 +223,7 @@ def test_all_ranks_stop_with_one(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- state
 
 
+@guards("callbacks/stopping.py", '= state["best"], state["wait_count"]', "= watched.best, watched.wait_count", ids="10")
 @pytest.mark.parametrize("interrupted_after", range(1, 11))
 def test_resume_equals_an_uninterrupted_run(tmp_path, interrupted_after):
     def stopping():
@@ -234,6 +242,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, interrupted_after):
     assert second.state_dict() == whole.state_dict()
 
 
+@guards("callbacks/stopping.py", "self.patience = patience", "pass")
 def test_patience_of_a_resumed_run_is_the_one_given_now(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="part")
     run(tmp_path, constant(5.0), constant(0.5), lf.FlatnessStopping(burn_in=0, patience=3), checkpoint, max_epochs=2)

@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_flatness as lf
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+from tests.guarding import guards
 
 
 class FailingAt(nn.Module):
@@ -50,12 +51,14 @@ def counting(folder, callback, module, **options):
     return trainer.current_epoch
 
 
+@guards("callbacks.stopping:FlatnessStopping._is_new", returns=True)
 def test_a_stale_value_does_not_count(tmp_path):
     """One better value, the first, and three that are not."""
     assert counting(tmp_path, lf.FlatnessCallback(), Classifier(lr=0.0)) == 4
     assert counting(tmp_path, lf.FlatnessCallback(every_n_epochs=3), Classifier(lr=0.0)) == 10
 
 
+@guards("callbacks/stopping.py", "callback.num_measurements != self", "callback.num_measurements > self")
 def test_the_next_fit_may_have_another_callback(tmp_path):
     """The number of its measurements is not less because it is a new one."""
     stopping = lf.FlatnessStopping(burn_in=0, patience=3)

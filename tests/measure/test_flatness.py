@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.measure import flatness
 from lightning_flatness.measure.flatness import Measurement
+from tests.guarding import guards
 from tests.measure.ranks import Ranks
 
 
@@ -71,6 +72,8 @@ def assert_same_layer(found, expected):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12)
 
 
+@guards("measure/flatness.py", "if info.name in self._sums:", "if True:")
+@guards("measure/flatness.py", "gather((self.layers, self.left_out))", "[(self.layers, self.left_out)]")
 def test_a_rank_without_batches_reports_the_whole(monkeypatch):
     net, x, y = small_network(), *data()
     whole = lf.measure_flatness(net, [(x, y)])
@@ -79,6 +82,7 @@ def test_a_rank_without_batches_reports_the_whole(monkeypatch):
     assert_same_layer(measurements[1].report().layers["0"], whole.layers["0"])
 
 
+@guards("measure/flatness.py", "merged([layers[name] for layers, _ in found])", "found[0][0][name]")
 def test_what_one_rank_has_labelled_is_labelled_on_all(monkeypatch):
     net, x, y = small_network(), *data()
     measurements = on_two_ranks(monkeypatch, net)
@@ -90,6 +94,7 @@ def test_what_one_rank_has_labelled_is_labelled_on_all(monkeypatch):
     assert measurements[0].report().layers["0"].info.reason == "of rank 1"
 
 
+@guards("measure/flatness.py", "if layers.keys() != found[0][0].keys():", "if False:")
 def test_ranks_that_measure_other_layers_are_refused(monkeypatch):
     net, x, y = small_network(nn.ReLU), *data()
     measurements = on_two_ranks(monkeypatch, net)

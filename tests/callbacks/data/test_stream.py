@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_flatness.callbacks.data.stream import ValidationStream, select
+from tests.guarding import guards
 
 
 def numbered(samples, start=0):
@@ -36,6 +37,7 @@ def measured(loaders, rank=0, ranks=1, limit=10**6, **options):
 SIZES = st.lists(st.integers(1, 23), min_size=1, max_size=3)
 
 
+@guards("callbacks/data/stream.py", "mask &= positions < shard.length", "pass")
 @given(SIZES, st.integers(1, 5), st.integers(1, 4), st.booleans())
 def test_all_ranks_together_measure_every_sample_once(sizes, batch_size, ranks, shuffle):
     data = [numbered(size, 100 * index) for index, size in enumerate(sizes)]
@@ -52,6 +54,7 @@ def test_repeated_samples_would_be_seen():
     assert sorted(found) == [0, 0, 1, 2, 3, 4]
 
 
+@guards("callbacks.data.stream:_Shard.share", body="return chosen")
 @given(SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 40))
 def test_ranks_share_the_samples_that_one_process_measures(sizes, batch_size, ranks, max_samples):
     data = [numbered(size, 100 * index) for index, size in enumerate(sizes)]
@@ -117,6 +120,8 @@ class Reversed(BatchSampler):
         return reversed(list(super().__iter__()))
 
 
+@guards("callbacks.data.stream:ValidationStream._warn", returns=None)
+@guards("callbacks/data/stream.py", "if not self._in_order:", "if False:", ids="even batches")
 @pytest.mark.parametrize(("samples", "of_rank"), [(5, 3), (7, 4)], ids=["uneven batches", "even batches"])
 def test_batches_in_an_order_of_their_own_are_all_measured_with_a_warning(samples, of_rank):
     data = numbered(samples)
@@ -125,6 +130,7 @@ def test_batches_in_an_order_of_their_own_are_all_measured_with_a_warning(sample
         assert len(measured([loader], 1, 2)) == of_rank
 
 
+@guards("callbacks/data/stream.py", "if rows != min(self._batch_size, own_length - before):", "if False:")
 def test_a_collate_function_that_drops_samples():
     def all_but_the_first(samples):
         return torch.utils.data.default_collate(samples[1:] or samples)

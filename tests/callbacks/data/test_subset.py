@@ -13,6 +13,7 @@ import lightning_flatness as lf
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from tests.callbacks.flatness_runs import Recorder, Stream, expected, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
+from tests.guarding import guards
 
 
 @pytest.mark.parametrize("max_samples", [None, 10])
@@ -67,6 +68,7 @@ class Augmented(Dataset):
         return x + 0.1 * torch.randn(()) + 0.1 * float(np.random.randn()) + 0.1 * random.gauss(0, 1), y  # noqa: NPY002
 
 
+@guards("callbacks/data/reading.py", "_seed(index)", "pass", ids="0")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_random_transforms_draw_the_same_in_every_epoch(workers):
     loader = DataLoader(Augmented(dataset(12)), batch_size=4, shuffle=True, num_workers=workers)
@@ -87,6 +89,7 @@ def test_training_data_with_random_transforms(tmp_path):
     assert recorder.flatness()[-1] == pytest.approx(expected(recorder.nets[-1], batches), rel=1e-6)
 
 
+@guards("callbacks/data/subset.py", 'getattr(sampler, "indices", None)', "None", ids="sampler")
 @pytest.mark.parametrize("batched", [False, True], ids=["sampler", "batch_sampler"])
 def test_samples_that_a_sampler_leaves_out_are_not_measured(tmp_path, batched):
     data, kept = dataset(32), list(range(0, 32, 3))
@@ -118,6 +121,7 @@ def test_training_data_that_cannot_be_indexed_is_refused(tmp_path, train, found)
     assert module.training_steps == 0
 
 
+@guards("callbacks/data/subset.py", "own_loader(loader, indices.tolist())", "loader")
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_training_loader_is_iterated_by_the_trainer_alone(tmp_path, data):
     class Counting(DataLoader):
@@ -136,6 +140,7 @@ def test_training_loader_is_iterated_by_the_trainer_alone(tmp_path, data):
     assert counts[0] == counts[1] > 0
 
 
+@guards("callbacks/flatness.py", 'self._data_name == "train" and trainer.state.fn != "fit"', "False")
 def test_training_data_is_not_measured_by_validate(tmp_path):
     trainer = quiet_trainer(tmp_path, flatness_callback(data="train"))
     with pytest.warns(UserWarning, match="data='train'.*fit only"):
