@@ -18,13 +18,17 @@ def forward(net: nn.Module, x: Tensor) -> None:
         net(x)
 
 
-def observed(net: nn.Module, batch: networks.Batch, **options: Any) -> Callable[[], None]:
-    """Return a function that observes one forward pass and measures it; the trial before is made here."""
+def observed(net: nn.Module, batch: networks.Batch, defers_checks: bool = True, **options: Any) -> Callable[[], None]:
+    """Return a function that observes one forward pass and measures it; the trial before is made here.
+
+    Without ``defers_checks`` every check of a tensor waits for the device by itself.
+    """
     x, y = batch
     measurement = Measurement(net, **options)
     with torch.no_grad():
         reason = measurement.why_not_live(x, y)
     assert not reason, reason
+    measurement._observer._defers_checks = defers_checks
 
     def step() -> None:
         observation = measurement.listen(x)

@@ -23,7 +23,7 @@ from benchmarks.gpu import page
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = ("families", "all_layers", "tf32", "default_device", "live", "identical", "synchronisations", "products")
-TABLES = ("validation", "profile", "training")
+TABLES = ("profile", "validation", "training")
 
 
 def main() -> None:
@@ -59,6 +59,8 @@ def begin(name: str, options: argparse.Namespace, seconds: float) -> subprocess.
     command = [sys.executable, "-m", "benchmarks.gpu", "--one", name, "--out", str(options.out)]
     command += ["--device", options.device, "--seconds", str(seconds), *["--quick"] * options.quick]
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if name == "identical" else dict(os.environ)
+    if name in CHECKS:  # they run side by side
+        environment["OMP_NUM_THREADS"] = "2"
     log = (options.out / f"{name}.log").open("wb")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 

@@ -120,9 +120,11 @@ def profile(device: str, quick: bool, until: float) -> Iterator[Row]:
         yield tried(f"milliseconds of the parts, each waited for, {what}", parts)
 
         def whole() -> Row:
-            step = observed(net, (x, y))  # noqa: B023
-            times = interleaved({"with": step, "without": partial(forward, net, x)}, 5 if quick else 30, device)  # noqa: B023
+            step, at_once = observed(net, (x, y)), observed(net, (x, y), defers_checks=False)  # noqa: B023
+            tasks = {"with": step, "checks one by one": at_once, "without": partial(forward, net, x)}  # noqa: B023
+            times = interleaved(tasks, 5 if quick else 50, device)
             return {
+                "with, checks evaluated one by one, ms": 1e3 * times.median("checks one by one"),
                 "with, ms": 1e3 * times.median("with"),
                 "without, ms": 1e3 * times.median("without"),
                 "processor, with, ms": 1e3 * sorted(times.processor["with"])[len(times.processor["with"]) // 2],
