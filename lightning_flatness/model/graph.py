@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-# Names and numbers of the functions of a graph, and which comes after which.
+# Of every function of a graph: its name, its saved numbers, and the numbers of the functions that follow.
 Operations = tuple[tuple[Any, ...], ...]
 
 
-# Functions that move or mix entries as other tensors tell.
+# Functions that move or mix entries as other tensors say.
 MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
 
 
 def operations_of(end: Tensor) -> Operations | None:
-    """What is done on the way to a tensor; None where names and numbers do not tell.
+    """Operations on the way to a tensor; None where their names and numbers do not determine them.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -29,21 +29,15 @@ def operations_of(end: Tensor) -> Operations | None:
         >>> operations_of(z.relu().mean(2)) == operations_of(z.detach().requires_grad_().relu().mean(2))
         True
     """
-    numbers: dict[Any, int] = {}
-    found: list[tuple[Any, ...]] = []
-    nodes: list[Any] = [end.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in numbers:
-            continue
-        numbers[node] = len(numbers)
+    nodes = []
+    for node in _functions([end]):
         if isinstance(node, BackwardCFunction) or any(word in node.name() for word in MOVING):
             return None
-        following = [after for after, _ in node.next_functions]
-        nodes += following
-        found.append((node, following))
+        nodes.append(node)
+    numbers = {node: number for number, node in enumerate(nodes)}
     return tuple(
-        (node.name(), _saved_numbers(node), *(numbers.get(after) for after in following)) for node, following in found
+        (node.name(), _saved_numbers(node), *(numbers.get(following) for following, _ in node.next_functions))
+        for node in nodes
     )
 
 
@@ -85,7 +79,7 @@ PIECEWISE_LINEAR = frozenset(
 
 
 def is_piecewise_linear(operations: Operations) -> bool:
-    """Whether slopes cannot depend on the output, however it is.
+    """Whether slopes cannot depend on the output, whatever its values.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -100,7 +94,7 @@ LINEAR_IN_ONE = frozenset(["Addmm", "Bmm", "Convolution", "CudnnConvolution", "M
 
 
 def cannot_curve(end: Tensor) -> bool:
-    """Whether no second derivative of a tensor can be other than zero, by the functions of its graph alone.
+    """Whether the functions of a tensor's graph alone show that all its second derivatives are zero.
 
     Every function must be known to be linear, or linear in pieces, in what the graph reaches it by. Its backward then
     multiplies by constants and by masks, neither of which has a derivative, whatever the data are.
@@ -110,20 +104,25 @@ def cannot_curve(end: Tensor) -> bool:
         >>> [cannot_curve(f) for f in ((z @ w).relu(), (z @ w).tanh(), z @ z.T, z * z, z * z.detach())]
         [True, False, False, False, True]
     """
-    seen: set[Any] = set()
-    nodes: list[Any] = [end.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        following = [after for after, _ in node.next_functions if after is not None]
-        nodes += following
+    for node in _functions([end]):
         kind = _plain(node.name())
-        linear = kind in PIECEWISE_LINEAR or (kind in LINEAR_IN_ONE and len(following) == 1)
+        num_inputs = sum(following is not None for following, _ in node.next_functions)
+        linear = kind in PIECEWISE_LINEAR or (kind in LINEAR_IN_ONE and num_inputs == 1)
         if not linear or isinstance(node, BackwardCFunction) or getattr(node, "_saved_training", False):
             return False
     return True
+
+
+def _functions(ends: Sequence[Tensor]) -> Iterator[Any]:
+    """Functions of the graph that leads to some tensors, each once."""
+    visited: set[Any] = set()
+    waiting = [end.grad_fn for end in ends]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in visited:
+            visited.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
 
 
 def _plain(name: str) -> str:
@@ -218,14 +217,4 @@ def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
     Such a function leaves an error node, which ends the graph: autograd raises it only where a path leads to it, and
     passes over in silence that no path leads on to the inputs.
     """
-    visited: set[Any] = set()
-    nodes = [derivative.grad_fn for derivative in derivatives]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if node.name().endswith("Error"):
-            return True
-        nodes += [following for following, _ in node.next_functions]
-    return False
+    return any(node.name().endswith("Error") for node in _functions(derivatives))

@@ -45,7 +45,7 @@ class Relu(torch.autograd.Function):
         return 2 * gradient * (ctx.saved_tensors[0] - 2).relu()
 
 
-@guards("model/graph.py", "(kind in LINEAR_IN_ONE and len(following) == 1)", "kind in LINEAR_IN_ONE", ids="product")
+@guards("model/graph.py", "(kind in LINEAR_IN_ONE and num_inputs == 1)", "kind in LINEAR_IN_ONE", ids="product")
 @guards("model/graph.py", "isinstance(node, BackwardCFunction) or getattr", "getattr", ids="custom")
 @guards("model/graph.py", ' or getattr(node, "_saved_training", False)', "", ids="instance norm")
 @guards("model.graph:cannot_curve", returns=True)
