@@ -22,7 +22,7 @@ def random_axis(model, seed=0):
 
 def by_hand(direction, weights, order=2, biases="zero"):
     """Filter normalisation, filter by filter, number by number."""
-    found = {}
+    scaled = {}
     for name, w in weights.items():
         d = direction[name].clone()
         if w.ndim <= 1:
@@ -33,8 +33,8 @@ def by_hand(direction, weights, order=2, biases="zero"):
                 ours = sum(abs(float(v)) ** order for v in d[f].flatten()) ** (1 / order)
                 theirs = sum(abs(float(v)) ** order for v in w[f].flatten()) ** (1 / order)
                 d[f] *= theirs / ours
-        found[name] = d
-    return found
+        scaled[name] = d
+    return scaled
 
 
 @pytest.mark.parametrize("biases", ["zero", "scaled"])
@@ -139,9 +139,9 @@ def test_several_optimizers_of_different_parameters():
         optimizer.step()
     for name, parameter in model.named_parameters():
         (moments[name],) = (o.state[parameter]["exp_avg"] for o in optimizers if parameter in o.state)
-    found = lf.loss_landscape(model, BATCHES, axes=["adam"], optimizer=optimizers, steps=3)
+    actual = lf.loss_landscape(model, BATCHES, axes=["adam"], optimizer=optimizers, steps=3)
     expected = lf.loss_landscape(model, BATCHES, axes=[moments], normalize="none", steps=3)
-    assert_close(found.losses, expected.losses, **EXACT)
+    assert_close(actual.losses, expected.losses, **EXACT)
 
 
 def test_hessian_axes_are_eigenvectors_of_what_moves():
@@ -185,8 +185,8 @@ def test_eigenvectors_that_have_not_converged(monkeypatch, rank):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lf.loss_landscape(net(), BATCHES, axes=["hessian"], steps=3)
-    found = [warning for warning in caught if "have not converged" in str(warning.message)]
-    assert [warning.filename for warning in found] == ([__file__] if rank == 0 else [])
+    unconverged = [warning for warning in caught if "have not converged" in str(warning.message)]
+    assert [warning.filename for warning in unconverged] == ([__file__] if rank == 0 else [])
 
 
 def test_frozen_patterns():

@@ -25,5 +25,5 @@ from tests.measure.landscapes import BATCHES, net
 )
 def test_numbers_of_numpy_and_torch(options):
     model = net()
-    found = lf.loss_landscape(model, BATCHES, **{"steps": 3, **options})
-    assert_close(found.losses, lf.loss_landscape(model, BATCHES, steps=3).losses, rtol=0, atol=0)
+    actual = lf.loss_landscape(model, BATCHES, **{"steps": 3, **options})
+    assert_close(actual.losses, lf.loss_landscape(model, BATCHES, steps=3).losses, rtol=0, atol=0)

@@ -157,13 +157,13 @@ def test_precisions():
 
 def test_files(tmp_path):
     plane = lf.loss_landscape(net(), BATCHES, steps=3, frozen=["0"])
-    found = lf.LandscapeResult.load(plane.save(tmp_path / "plane.npz"))
+    loaded = lf.LandscapeResult.load(plane.save(tmp_path / "plane.npz"))
     for name, value in vars(plane).items():
         if name in ("coordinates", "losses", "accuracies", "computed"):
-            assert_close(getattr(found, name), value, rtol=0, atol=0)
+            assert_close(getattr(loaded, name), value, rtol=0, atol=0)
         else:
-            assert getattr(found, name) == value, name
-    assert "3 x 3 points along random direction 1 and random direction 2, 10 samples" in str(found)
+            assert getattr(loaded, name) == value, name
+    assert "3 x 3 points along random direction 1 and random direction 2, 10 samples" in str(loaded)
     with pytest.raises(lf.FlatnessError, match=".npz"):
         plane.save(tmp_path / "plane.pt")
 

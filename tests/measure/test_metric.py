@@ -36,10 +36,10 @@ def filled(batches=BATCHES, **kwargs):
     return metric
 
 
-def assert_same_values(found, expected, **tolerance):
+def assert_same_values(actual, expected, **tolerance):
     tolerance = tolerance or {"rtol": 1e-12, "atol": 1e-14}
-    assert found.keys() == expected.keys()
-    assert_close(found, expected, **tolerance)
+    assert actual.keys() == expected.keys()
+    assert_close(actual, expected, **tolerance)
 
 
 def test_values_are_means_over_samples():

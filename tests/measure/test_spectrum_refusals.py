@@ -285,8 +285,8 @@ def test_inference_mode_and_autocast_around_it():
     options = {"num_steps": 4, "num_probes": 2, "top_k": 1}
     plain = lf.hessian_spectrum(single, batches, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = lf.hessian_spectrum(single, batches, **options)
-    assert_close(found.ritz_values, plain.ritz_values, rtol=0, atol=0)
+        actual = lf.hessian_spectrum(single, batches, **options)
+    assert_close(actual.ritz_values, plain.ritz_values, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("detached", [True, False])

@@ -25,14 +25,14 @@ def test_the_plane_of_a_trajectory_contains_a_trajectory_that_is_plane():
     one, other = some_direction(model, 1), some_direction(model, 2)
     places = [(1.0, 0.2), (0.3, -0.4), (0.0, 0.0)]
     states = [moved(model, (a, one), (b, other)).state_dict() for a, b in places]
-    found = lf.pca_directions(model, states)
-    gram = [[sum(float((d[n] * e[n]).sum()) for n in d) for e in found.directions] for d in found.directions]
+    actual = lf.pca_directions(model, states)
+    gram = [[sum(float((d[n] * e[n]).sum()) for n in d) for e in actual.directions] for d in actual.directions]
     assert_close(torch.tensor(gram), torch.eye(2), rtol=0, atol=1e-7)
-    assert_close(found.explained.sum(), torch.tensor(1.0).double(), **EXACT)
-    for state, (alpha, beta) in zip(states, found.coordinates.tolist(), strict=True):
-        for name, w in moved(model, (alpha, found.directions[0]), (beta, found.directions[1])).named_parameters():
+    assert_close(actual.explained.sum(), torch.tensor(1.0).double(), **EXACT)
+    for state, (alpha, beta) in zip(states, actual.coordinates.tolist(), strict=True):
+        for name, w in moved(model, (alpha, actual.directions[0]), (beta, actual.directions[1])).named_parameters():
             assert_close(w.detach(), state[name], rtol=1e-9, atol=1e-9)
-    assert lf.loss_landscape(model, BATCHES, axes=found.directions, steps=2).complete
+    assert lf.loss_landscape(model, BATCHES, axes=actual.directions, steps=2).complete
 
 
 @pytest.mark.parametrize("share", [0.5, 0.999])
@@ -41,21 +41,21 @@ def test_axes_of_a_trajectory_are_named_after_their_shares(share):
     states = [
         moved(model, (1, {"8.bias": v})) for v in (share**0.5 * torch.eye(3)[0], (1 - share) ** 0.5 * torch.eye(3)[1])
     ]
-    found = lf.pca_directions(model, states)
+    actual = lf.pca_directions(model, states)
     expected = ("50 %", "50 %") if share == 0.5 else ("100 %", "< 1 %")
     names = tuple(f"principal direction {index} ({part})" for index, part in enumerate(expected, start=1))
-    plane = lf.loss_landscape(model, BATCHES, axes=found.directions, steps=2)
+    plane = lf.loss_landscape(model, BATCHES, axes=actual.directions, steps=2)
     assert plane.axes == names
-    mixed = lf.loss_landscape(model, BATCHES, axes=[some_direction(model, 1), found.directions[1]], steps=2)
+    mixed = lf.loss_landscape(model, BATCHES, axes=[some_direction(model, 1), actual.directions[1]], steps=2)
     assert mixed.axes == ("direction 1", names[1])
-    assert lf.loss_landscape(model, BATCHES, axes=found.directions[0], steps=2).axes == names[:1]
+    assert lf.loss_landscape(model, BATCHES, axes=actual.directions[0], steps=2).axes == names[:1]
 
 
 def test_states_of_a_trajectory_may_come_from_a_generator():
     model = net()
     states = [net(seed).state_dict() for seed in (1, 2, 3)]
-    found, expected = lf.pca_directions(model, (state for state in states)), lf.pca_directions(model, states)
-    assert_close(found.coordinates, expected.coordinates, rtol=0, atol=0)
+    actual, expected = lf.pca_directions(model, (state for state in states)), lf.pca_directions(model, states)
+    assert_close(actual.coordinates, expected.coordinates, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

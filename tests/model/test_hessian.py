@@ -22,8 +22,8 @@ def test_products_are_those_of_the_dense_matrix(net, matrix):
     curvature = LossCurvature(model, find_loss("cross_entropy"), None, matrix)
     for _ in range(3):
         vector = torch.randn(curvature.size, dtype=torch.float64)
-        found = curvature.sums(split(x, y, 5, len(x) - 5), vector)
-        assert_close(found.product / len(x), dense @ vector, rtol=1e-10, atol=1e-13)
+        actual = curvature.sums(split(x, y, 5, len(x) - 5), vector)
+        assert_close(actual.product / len(x), dense @ vector, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize(("loss", "function"), [("mse", mse_loss), ("cross_entropy", cross_entropy)])
@@ -81,5 +81,5 @@ def test_sparse_gradients():
     dense = copy.deepcopy(model)
     dense[0].sparse = False
     batches = [(torch.randint(9, (6, 3)), torch.randint(3, (6,)))]
-    found, expected = (lf.hessian_spectrum(net, batches, top_k=3, num_steps=4, num_probes=2) for net in (model, dense))
-    assert_close(found.eigenvalues, expected.eigenvalues)
+    actual, expected = (lf.hessian_spectrum(net, batches, top_k=3, num_steps=4, num_probes=2) for net in (model, dense))
+    assert_close(actual.eigenvalues, expected.eigenvalues)

@@ -65,8 +65,8 @@ def test_tied_weights_move_together():
 
 class NotForVmap(nn.Linear):
     def forward(self, x):
-        found = super().forward(x)
-        return found if found.sum().item() else -found
+        actual = super().forward(x)
+        return actual if actual.sum().item() else -actual
 
 
 @pytest.mark.parametrize("batch_norm", ["kept", "recomputed"])
