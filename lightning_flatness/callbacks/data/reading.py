@@ -68,18 +68,13 @@ def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[An
     Raises:
         FlatnessError: the data set cannot be read by index.
     """
-    batches = batches_apart(loader, model)
-    while True:
-        try:
-            batch = next(batches, batches)
-        except Exception as error:
-            raise FlatnessError(
-                f"There is a {type(error).__name__}: {error} where the data set is asked for samples by "
-                "their number. Use data='val', or data= with a loader or batches of your own."
-            ) from error
-        if batch is batches:
-            return
-        yield batch
+    try:
+        yield from batches_apart(loader, model)
+    except Exception as error:
+        raise FlatnessError(
+            f"There is a {type(error).__name__}: {error} where the data set is asked for samples by "
+            "their number. Use data='val', or data= with a loader or batches of your own."
+        ) from error
 
 
 def _seed(seed: int) -> None:
