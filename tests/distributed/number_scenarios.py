@@ -127,8 +127,16 @@ def flatness_of(trainer):
     return {key: value.cpu() for key, value in trainer.callback_metrics.items() if key.startswith("flatness/")}
 
 
+class KeepsReason(lf.FlatnessCallback):
+    """Keeps why it makes forward passes of its own, which it forgets at the end of a run."""
+
+    def on_train_end(self, trainer, pl_module):
+        super().on_train_end(trainer, pl_module)
+        self.why_own_passes = self._passes._told
+
+
 def fit(case):
-    callback = lf.FlatnessCallback(summary=False, **case.options)
+    callback = KeepsReason(summary=False, **case.options)
     trainer = trainer_on_ranks(callback, precision="64-true", **case.trainer)
     module = Classifier(case.net())
     trainer.fit(module, DataLoader(dataset(case.training_samples), 4, shuffle=True), case.loaders())
@@ -137,7 +145,7 @@ def fit(case):
         "logged": flatness_of(trainer),
         "num_samples": {name: layer.num_samples for name, layer in callback.report.layers.items()},
         "history": history,
-        "why own passes": callback._passes._told,
+        "why own passes": callback.why_own_passes,
         "weights": module.net.state_dict(),
     }
 
