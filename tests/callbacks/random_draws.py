@@ -11,8 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-# ------------------------------------------------------------------------------------------------------------ networks
-
 
 def head(channels, classes):
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]

@@ -127,7 +127,7 @@ def test_wrong_arguments_on_the_command_line(tmp_path, options, named, capsys):
 def test_functions_on_the_command_line(tmp_path):
     options = {
         "loss": "torch.nn.functional.cross_entropy",
-        "batch_fn": "lightning_flatness.measure.split_batch",
+        "batch_fn": "lightning_flatness.measure.batches.split_batch",
         "model": "copy.copy",
     }
     config = {"trainer": {"callbacks": [{"class_path": "lightning_flatness.FlatnessCallback", "init_args": options}]}}
