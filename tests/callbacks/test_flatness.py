@@ -82,7 +82,6 @@ def test_validate_before_and_after_fit(tmp_path):
         trainer.fit(module, train, val)
 
 
-@guards("callbacks.data.sources:SeparateData.after_step", body="return iter(())")
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 def test_averaged_weights_are_measured(tmp_path, first):
     if not hasattr(lightning_callbacks, "WeightAveraging"):
