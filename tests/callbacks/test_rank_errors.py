@@ -170,7 +170,7 @@ def test_alone_errors_are_raised_at_once():
 
 
 @guards("callbacks/rank_errors.py", "(self.pending)\n        self.pending = None", "(self.pending)")
-@guards("callbacks/rank_errors.py", "self.pending or f", "f")
+@guards("callbacks/rank_errors.py", "self.pending or in_one_line", "in_one_line")
 @guards("callbacks/rank_errors.py", "if num_ranks == 1 and", "if", ids="raise")
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
