@@ -62,7 +62,7 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
     for key, value in values.items():
         pl_module.log(
             f"{prefix}/{key}",
-            torch.tensor(value, dtype=kind),
+            torch.tensor(value, dtype=kind, device="cpu"),
             on_step=False,
             on_epoch=True,
             sync_dist=True,  # the values are the same, but Lightning warns where it is not told to synchronise

@@ -211,4 +211,4 @@ class FlatnessStopping(EarlyStopping):
 
 
 def _worst(mode: str) -> Tensor:
-    return torch.tensor(torch.inf if mode == "min" else -torch.inf)
+    return torch.tensor(torch.inf if mode == "min" else -torch.inf, device="cpu")

@@ -61,7 +61,7 @@ class Trajectory:
         """
         principal = pca_directions(network, self._states)
         self._principal = principal._replace(directions=())  # they are as large as the network
-        points = torch.cat([principal.coordinates.double(), torch.zeros(1, 2, dtype=torch.float64)])
+        points = torch.cat([principal.coordinates.double(), torch.zeros(1, 2, dtype=torch.float64, device="cpu")])
         low, high = points.min(0).values, points.max(0).values
         margin = 0.25 * (high - low)
         return list(principal.directions), torch.stack([low - margin, high + margin], 1).tolist()

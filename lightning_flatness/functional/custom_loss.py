@@ -118,7 +118,7 @@ def separating_masks(samples: int) -> Tensor:
                 [0, 0, 1, 0, 1]], dtype=torch.int32)
     """
     number = next(m for m in count() if comb(m, m // 2) >= samples)
-    masks = torch.zeros(number, samples, dtype=torch.bool)
+    masks = torch.zeros(number, samples, dtype=torch.bool, device="cpu")
     for sample, chosen in zip(range(samples), combinations(range(number), number // 2)):  # noqa: B905
         masks[list(chosen), sample] = True
     return masks

@@ -177,7 +177,9 @@ def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 
         (tensor([[2., 0.],
                 [0., 1.]], dtype=torch.float64), tensor([0.8000, 0.2000], dtype=torch.float64))
     """
-    gram = torch.tensor([[inner_product(one, other) for other in offsets] for one in offsets], dtype=torch.float64)
+    gram = torch.tensor(
+        [[inner_product(one, other) for other in offsets] for one in offsets], dtype=torch.float64, device="cpu"
+    )
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:number], vectors.flip(1)[:, :number]
     coordinates = vectors * values.clamp_min(0).sqrt()

@@ -96,11 +96,11 @@ class _Search:
 
     def __init__(self, product: Callable[[Tensor], Tensor], basis: Tensor, generator: torch.Generator) -> None:
         self._product, self._basis, self._generator = product, basis, generator
-        self._projected = torch.zeros(len(basis), len(basis)).double()
-        self._coefficients = torch.zeros(0, 0).double()  # columns: Ritz vectors in the basis
+        self._projected = torch.zeros(len(basis), len(basis), device="cpu").double()
+        self._coefficients = torch.zeros(0, 0, device="cpu").double()  # columns: Ritz vectors in the basis
         self._scale = 0.0
         self.size = self.num_products = 0
-        self.values = self.residuals = torch.zeros(0).double()
+        self.values = self.residuals = torch.zeros(0, device="cpu").double()
         self.following: Tensor | None = random_orthogonal(basis[:0], generator)
 
     @property
@@ -136,6 +136,6 @@ class _Search:
             columns[:number] = mix @ columns
         self.size = number
         self.values, self.residuals = self.values[:number], self.residuals[:number]
-        self._coefficients = torch.eye(number).double()
+        self._coefficients = torch.eye(number, device="cpu").double()
         self._projected.zero_()
         self._projected[:number, :number] = torch.diag(self.values)

@@ -25,7 +25,7 @@ def orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         >>> orthogonalised(torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 0.0]]))
         (tensor([0., 4.]), tensor([3.], dtype=torch.float64))
     """
-    total = torch.zeros(len(basis)).double()
+    total = torch.zeros(len(basis), device="cpu").double()
     for _ in range(2):
         coefficients = basis @ vector
         vector = torch.addmv(vector, basis.T, coefficients, alpha=-1)

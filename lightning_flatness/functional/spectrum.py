@@ -51,7 +51,10 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         (tensor([1., 2., 4.], dtype=torch.float64), tensor([0.3333, 0.3333, 0.3333], dtype=torch.float64))
     """
     num_steps = min(basis.shape)
-    diagonal, beyond = torch.zeros(num_steps).double(), torch.zeros(max(num_steps - 1, 0)).double()
+    diagonal, beyond = (
+        torch.zeros(num_steps, device="cpu").double(),
+        torch.zeros(max(num_steps - 1, 0), device="cpu").double(),
+    )
     basis[0] = probe / probe.norm()
     scale = asymmetry = 0.0
     for step in range(num_steps):
@@ -59,7 +62,9 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         scale = max(scale, float(image.norm()))
         image, coefficients = orthogonalised(image, basis[: step + 1])
         diagonal[step] = coefficients[step]
-        expected = torch.zeros(step).double()  # coefficients of a symmetric operator, from the products before
+        expected = torch.zeros(
+            step, device="cpu"
+        ).double()  # coefficients of a symmetric operator, from the products before
         expected[-1:] = beyond[step - 1] if step else 0.0
         asymmetry = max([asymmetry, *(coefficients[:step] - expected).abs().tolist()])
         if step + 1 == num_steps:

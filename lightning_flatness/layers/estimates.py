@@ -37,7 +37,7 @@ class Probes:
     def __init__(self, gram: Tensor) -> None:
         self.count = 0
         self._gram = gram
-        self._sum: Tensor | float = 0.0
+        self._sum = torch.zeros_like(gram)
         self._measures: list[Tensor] = []
 
     def add(self, block_traces: Tensor) -> None:
@@ -48,7 +48,7 @@ class Probes:
 
     def estimate(self, known: Tensor | None = None) -> BlockTraces:
         """The mean of the estimates, added to what is ``known`` exactly."""
-        mean = torch.as_tensor(self._sum / self.count)
+        mean = self._sum / self.count
         return BlockTraces(mean if known is None else known + mean, self._variances())
 
     def precise(self, tolerance: float, known: Tensor | None = None) -> bool:

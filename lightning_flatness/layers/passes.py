@@ -135,7 +135,11 @@ class OwnPasses:
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if first:
             self.release()  # certifying makes a copy of its own
-        masks = self._masks(len(logits), first) if start == 0 else torch.zeros(0, len(logits), dtype=torch.bool)
+        masks = (
+            self._masks(len(logits), first)
+            if start == 0
+            else torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
+        )
         masks = masks.to(logits.device)
         certified, self.known = certify(recorded, loss, self.known, self.context(), masks)
         self.selection = self.selection.only(self.known.layers)

@@ -95,7 +95,9 @@ class Measurement:
         # where a backend of torch.distributed that takes no other sums it over ranks.
         tensor = next(iter(self._model.parameters()), None)
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
-        metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal).to(device)
+        with torch.device("cpu"):  # whatever the default device is
+            metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal)
+        metric = metric.to(device)
         if info.name in self._sums:
             metric.update(*self._sums[info.name].statistics())
         return metric

@@ -67,7 +67,7 @@ def _is_range(pair: Any) -> bool:
 
 def _spaced(low: float, high: float, count: int) -> Tensor:
     """Points between both ends; these are exact, and so is 0 in the middle of a symmetric range."""
-    part = torch.arange(count, dtype=torch.float64) / (count - 1)
+    part = torch.arange(count, dtype=torch.float64, device="cpu") / (count - 1)
     return low * (1 - part) + high * part
 
 

@@ -172,9 +172,9 @@ def landscape_of(
         result = LandscapeResult(
             axes=axes.names,
             coordinates=options.coordinates,
-            losses=torch.full(shape, math.nan, dtype=torch.float64),
-            accuracies=None if accuracy is None else torch.full(shape, math.nan, dtype=torch.float64),
-            computed=torch.zeros(shape, dtype=torch.bool),
+            losses=torch.full(shape, math.nan, dtype=torch.float64, device="cpu"),
+            accuracies=None if accuracy is None else torch.full(shape, math.nan, dtype=torch.float64, device="cpu"),
+            computed=torch.zeros(shape, dtype=torch.bool, device="cpu"),
             origin_loss=mean,
             origin_accuracy=math.nan if accuracy is not None and math.isnan(mean) else accuracy,
             axis_norms=tuple(norms),

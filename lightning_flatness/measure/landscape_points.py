@@ -42,7 +42,10 @@ def completed(
     known = result.computed.flatten()
     outwards = _outwards(result.coordinates)
     missing = outwards[~known[outwards]]
-    sums, done = torch.zeros(2, len(grid), dtype=torch.float64), torch.zeros(len(grid), dtype=torch.bool)
+    sums, done = (
+        torch.zeros(2, len(grid), dtype=torch.float64, device="cpu"),
+        torch.zeros(len(grid), dtype=torch.bool, device="cpu"),
+    )
     failure: Exception | None = None
     with progress_bar(progress) as bar:
         task = bar.add_task("Landscape", total=len(grid), completed=int(known.sum()))
@@ -113,6 +116,6 @@ def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResul
 
 def _outwards(coordinates: Sequence[Tensor]) -> Tensor:
     """The numbers of the points, from the middle of the grid outwards."""
-    offsets = [torch.linspace(-1, 1, len(axis), dtype=torch.float64) for axis in coordinates]
+    offsets = [torch.linspace(-1, 1, len(axis), dtype=torch.float64, device="cpu") for axis in coordinates]
     distances = torch.cartesian_prod(*offsets).reshape(-1, len(offsets)).square().sum(1)
     return distances.round(decimals=9).argsort(stable=True)

@@ -165,7 +165,7 @@ class RepeatedBatches:
         Raises:
             BatchError: the batches are not those of the first pass.
         """
-        sums = torch.zeros(2, len(coordinates), dtype=torch.float64)
+        sums = torch.zeros(2, len(coordinates), dtype=torch.float64, device="cpu")
         if not origin.num_samples:
             return sums
         state = points.at(coordinates)

@@ -64,7 +64,7 @@ class FlatnessMetric(Metric):
             "variances": (len(MEASURES),),
         }
         for name, size in sizes.items():
-            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(size, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(
         self,

@@ -163,7 +163,9 @@ def spectrum_of(
         basis = torch.empty(rows, size, dtype=curvature.dtype, device=curvature.device)
         generator = torch.Generator().manual_seed(options.seed)
         tolerance = options.tolerance or (1e-7 if curvature.dtype == torch.float64 else 1e-4)
-        top = Eigenpairs(torch.zeros(0).double(), basis[:0].clone(), torch.zeros(0).double(), 0)
+        top = Eigenpairs(
+            torch.zeros(0, device="cpu").double(), basis[:0].clone(), torch.zeros(0, device="cpu").double(), 0
+        )
         with progress_bar(progress) as bar:
             if top_k:
                 product = _advancing(bar, "Eigenvalues", options.max_products + top_k, hessian)
@@ -185,7 +187,7 @@ def spectrum_of(
         eigenvectors=top.vectors.cpu(),
         residuals=top.residuals,
         trace=sum(traces) / num_probes,
-        trace_stderr=_deviation(torch.tensor(traces, dtype=torch.float64)) / math.sqrt(num_probes),
+        trace_stderr=_deviation(torch.tensor(traces, dtype=torch.float64, device="cpu")) / math.sqrt(num_probes),
         ritz_values=values,
         ritz_weights=weights,
         **{name: float(numbers.mean()) for name, numbers in each.items()},

@@ -32,7 +32,7 @@ def choose(total: int, chosen: int, labels: Tensor | None = None) -> Tensor:
         return order[:chosen].sort().values
     # Sorted by class, and shuffled within a class: evenly spaced samples give every class its share.
     by_class = order[labels[order].argsort(stable=True)]
-    spaced = (2 * torch.arange(chosen) + 1) * total // (2 * chosen)
+    spaced = (2 * torch.arange(chosen, device="cpu") + 1) * total // (2 * chosen)
     return by_class[spaced].sort().values
 
 
@@ -48,7 +48,9 @@ def labels_of(dataset: Any) -> Tensor | None:
     """
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)
-        return None if labels is None else labels[torch.as_tensor(list(dataset.indices), dtype=torch.long)]
+        return (
+            None if labels is None else labels[torch.as_tensor(list(dataset.indices), dtype=torch.long, device="cpu")]
+        )
     if isinstance(dataset, ConcatDataset):
         parts = [labels_of(part) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
@@ -67,7 +69,7 @@ def _as_classes(values: Any, total: int) -> Tensor | None:
     if values is None or not hasattr(values, "__len__"):
         return None
     try:
-        labels = torch.as_tensor(values)
+        labels = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
     is_whole = not labels.is_floating_point() and not labels.is_complex()

@@ -65,7 +65,7 @@ class ValidationStream:
         labels = [shard.labels() for shard in self._shards]
         known_labels = [of_shard for of_shard in labels if of_shard is not None]
         all_labels = torch.cat(known_labels) if len(known_labels) == len(labels) else None
-        chosen = torch.zeros(sum(totals), dtype=torch.bool)
+        chosen = torch.zeros(sum(totals), dtype=torch.bool, device="cpu")
         chosen[choose(len(chosen), max_samples, all_labels)] = True
         self._chosen = [shard.share(part) for shard, part in zip(self._shards, chosen.split(totals), strict=True)]
 
@@ -77,7 +77,7 @@ class ValidationStream:
             batch_idx: number of the batch in its loader.
             dataloader_idx: number of the loader.
         """
-        mask = torch.ones(rows, dtype=torch.bool)
+        mask = torch.ones(rows, dtype=torch.bool, device="cpu")
         if self._num_left is not None:
             mask[self._num_left :] = False
             self._num_left -= int(mask.sum())
@@ -152,12 +152,12 @@ class _Shard:
         if not self._in_order:
             return None
         if self._batches is None:
-            return torch.full((rows,), batch_idx * self._step + self._first)
+            return torch.full((rows,), batch_idx * self._step + self._first, device="cpu")
         before = batch_idx * self._batch_size
         own_length = -(-self.length // self._step)  # samples of this rank, repeated ones included
         if rows != min(self._batch_size, own_length - before):
             return None
-        return (before + torch.arange(rows)) * self._step + self._first
+        return (before + torch.arange(rows, device="cpu")) * self._step + self._first
 
 
 def select(inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:

@@ -80,7 +80,11 @@ def _chosen(loader: Any, max_samples: int | None, first: float) -> torch.Tensor:
     sampler = sampler_of(loader)
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     indices = getattr(sampler, "indices", None)
-    allowed = torch.arange(len(loader.dataset)) if indices is None else torch.tensor(list(indices), dtype=torch.long)
+    allowed = (
+        torch.arange(len(loader.dataset), device="cpu")
+        if indices is None
+        else torch.tensor(list(indices), dtype=torch.long, device="cpu")
+    )
     allowed = allowed[: int(min(first, len(allowed)))]
     labels = labels_of(loader.dataset)
     total = len(allowed)

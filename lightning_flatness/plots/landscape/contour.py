@@ -99,12 +99,12 @@ def contour_levels(losses: Tensor) -> Tensor:
     low, high = float(finite.min()), float(finite.max())
     if is_constant(losses):
         half = 0.5 * (abs(low) or 1.0)
-        return torch.tensor([low - half, low + half], dtype=torch.float64)
+        return torch.tensor([low - half, low + half], dtype=torch.float64, device="cpu")
     if _is_logarithmic(low, high):
         levels = torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64)
         levels[0], levels[-1] = low, high  # to the last digit, so that every point lies between two levels
         return levels
-    return torch.linspace(low, high, NUM_LEVELS, dtype=torch.float64)
+    return torch.linspace(low, high, NUM_LEVELS, dtype=torch.float64, device="cpu")
 
 
 def _is_logarithmic(low: float, high: float) -> bool:
@@ -141,7 +141,7 @@ def _draw_gaps(ax: Any, result: LandscapeResult, masks: dict[str, Tensor]) -> li
 
 
 def _checked_trajectory(trajectory: Any) -> Tensor:
-    points = torch.as_tensor(trajectory)
+    points = torch.as_tensor(trajectory, device="cpu")
     if points.ndim != 2 or points.shape[1] != 2 or not bool(points.isfinite().all()):
         raise FlatnessError(f"trajectory has shape {tuple(points.shape)}; give finite coordinates (points, 2).")
     return points

@@ -99,7 +99,7 @@ def _refined(values: Tensor, parts: int) -> Tensor:
         >>> _refined(torch.tensor([math.nan, 1.0, 3.0]), 2)
         tensor([nan, nan, 1., 2., 3.])
     """
-    where = torch.arange(parts, dtype=values.dtype).reshape(-1, *[1] * (values.ndim - 1)) / parts
+    where = torch.arange(parts, dtype=values.dtype, device="cpu").reshape(-1, *[1] * (values.ndim - 1)) / parts
     start = values[:-1, None]
     between = torch.where(where > 0, start + (values[1:, None] - start) * where, start)
     return torch.cat([between.flatten(0, 1), values[-1:]])
