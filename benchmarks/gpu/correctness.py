@@ -115,12 +115,10 @@ def tf32(device: str, quick: bool, until: float) -> Iterator[Row]:
         expected = on(net, batch, "cpu", torch.float64, layers=layers)
         for allowed in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-            yield tried(
-                f"ResNet-18, layers='{layers}', float32, TF32 {'allowed' if allowed else 'off'} by the user",
-                lambda: compared(on(net, batch, device, torch.float32, layers=layers), expected),  # noqa: B023
-            )
+            what = f"ResNet-18, layers='{layers}', float32, TF32 {'allowed' if allowed else 'off'} by the user"
+            row = tried(what, lambda: compared(on(net, batch, device, torch.float32, layers=layers), expected))  # noqa: B023
             kept = torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
-            yield {"what": "the user's TF32 flags are as they were", "holds": kept}
+            yield {**row, "flags as they were": kept}
 
 
 class Classifier(L.LightningModule):

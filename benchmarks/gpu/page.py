@@ -1,22 +1,24 @@
-"""The results as Markdown."""
+"""The results as Markdown: a table for every check and every kind of cost."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 HEAD = """# On one GPU
 
-Written by `python -m benchmarks.gpu`. Errors are relative to the same network in float64 on the CPU; times are
-medians of runs in turn.
+Written by `python -m benchmarks.gpu`, which needs PyTorch, Lightning, torchmetrics and torchvision only. Errors are
+relative to the same network in float64 on the CPU. Times are medians of runs in turn.
 """
+REMARKS = Path(__file__).with_name("remarks.md")  # on the last run
 TITLES = {
-    "families": "Ten families of torchvision",
+    "families": "Ten families of torchvision, last convolution, random weights",
     "all_layers": "Every layer",
     "tf32": "TF32",
     "default_device": "With torch.set_default_device",
     "live": "Observed and own passes",
-    "identical": "Training is bit-identical",
-    "synchronisations": "Waits for the device",
+    "identical": "Training with the callback is bit-identical",
+    "synchronisations": "Waits for the device in a batch",
     "products": "Products with the Hessian, points of the landscape",
     "validation": "Time and memory of validation, with over without",
     "training": "Time of a training epoch, with over without",
@@ -24,20 +26,39 @@ TITLES = {
 }
 
 
-def text(found: dict[str, list[dict[str, Any]]], machine: dict[str, str], minutes: float) -> str:
+def text(results: dict[str, list[dict[str, Any]]], machine: dict[str, str], minutes: float) -> str:
+    """The page."""
     parts = [HEAD, "| machine | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in machine.items())]
+    parts.append(REMARKS.read_text())
     for name, title in TITLES.items():
-        if name in found:
-            parts.append(f"## {title}\n\n" + "\n".join(line(row) for row in found[name]) + "\n")
+        if name in results:
+            parts.append(f"## {title}\n\n{section(results[name])}\n")
     return "\n".join([*parts, f"The run took {minutes:.1f} minutes.\n"])
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row as an item of a list; a list of rows within it as items below."""
-    cells = [f"{key} {shown(value)}" for key, value in row.items() if key not in ("what", "top")]
-    below = [f"  - {' · '.join(map(str, item))}" for item in row.get("top", [])]
-    return "\n".join([f"- **{row['what']}**: {'; '.join(cells)}", *below])
+def section(rows: list[dict[str, Any]]) -> str:
+    """A table for all rows with the same columns; kernels in tables of their own."""
+    tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault(tuple(key for key in row if key not in ("what", "top")), []).append(row)
+    parts = []
+    for keys, alike in tables.items():
+        parts.append(f"| | {' | '.join(keys)} |\n|---|{'---|' * len(keys)}")
+        for row in alike:
+            cells = [row["what"], *(shown(row[key]) for key in keys)]
+            parts.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        parts.append("")
+        for row in alike:
+            if "top" in row:
+                parts += [f"Kernels, {row['what']}:", "", "| kernel | calls | ms |", "|---|--:|--:|"]
+                parts += [f"| `{kernel}` | {calls} | {ms} |" for kernel, calls, ms in row["top"]] + [""]
+    return "\n".join(parts).strip()
 
 
 def shown(value: Any) -> str:
+    """A cell."""
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
