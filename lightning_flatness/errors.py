@@ -26,11 +26,7 @@ class NotExactError(FlatnessError):
 
 
 class LandscapeError(FlatnessError):
-    """A point of a landscape failed.
-
-    Attributes:
-        result: the :class:`LandscapeResult` computed so far, to be passed as ``resume=``; None if there is none.
-    """
+    """A point of a landscape failed; ``result`` is what was computed so far, to be passed as ``resume=``, or None."""
 
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)
@@ -43,12 +39,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def explained(error: Exception) -> FlatnessError | None:
-    """An error of autograd with its reason and remedy in plain words; None if there is nothing to add.
-
-    Example:
-        >>> explained(RuntimeError("a variable has been modified by an inplace operation")).args[0][:48]
-        'The forward changes a tensor in place that autog'
-    """
+    """An error of autograd with its reason and remedy in plain words; None if there is nothing to add."""
     if "use_reentrant" in str(error):
         return LayerSelectionError(
             "The forward uses gradient checkpointing of the reentrant kind, which autograd cannot follow to chosen "
@@ -63,10 +54,5 @@ def explained(error: Exception) -> FlatnessError | None:
 
 
 def in_one_line(error: Exception) -> str:
-    """The message of an error, with its type in front unless it is an error of this package.
-
-    Example:
-        >>> in_one_line(KeyError("w")), in_one_line(BatchError("No batch."))
-        ("KeyError: 'w'", 'No batch.')
-    """
+    """The message of an error, with its type in front unless it is an error of this package."""
     return str(error) if isinstance(error, FlatnessError) else f"{type(error).__name__}: {error}"

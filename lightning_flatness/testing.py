@@ -1,10 +1,13 @@
 """A slow and obvious check: block traces from autograd's own Hessian, without any code of the package.
 
-Use it on a small model of your own to check the numbers of the package::
+Use it on a small model of your own to check the numbers of the package.
 
-    from lightning_flatness.testing import assert_matches_oracle
-
-    assert_matches_oracle(model, (inputs, targets), layer="conv2")
+Example:
+    >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
+    >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
+    >>> assert_matches_oracle(net, batch, layer="0")
+    >>> oracle_block_traces(net.double(), batch, "0").shape, hessian_rows(net, batch, "0", filters=[0, 1]).shape
+    (torch.Size([2, 2]), torch.Size([2, 3, 2, 3]))
 """
 
 from __future__ import annotations
@@ -32,21 +35,10 @@ def hessian_rows(
 ) -> Tensor:
     """Compute rows of the Hessian of the mean loss with respect to one layer's weight, by double backward.
 
-    Args:
-        model: in evaluation mode and float64.
-        batch: ``(inputs, targets)``.
-        layer: name of the module, whose ``weight`` has shape ``(S, ...)``; ``D`` is the number of weights of a filter.
-        filters: indices of the filters whose rows are computed.
-        loss_function: maps ``(logits, targets)`` to the mean loss.
-
-    Returns:
-        ``(len(filters), D, S, D)``: ``H[i, d, s', d']`` is ``d²L / dw[filters[i], d] dw[s', d']``.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3)).double()
-        >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
-        >>> hessian_rows(net, batch, "0", [0, 1]).shape
-        torch.Size([2, 3, 2, 3])
+    The model is in evaluation mode and float64, the batch is inputs and targets, and ``layer`` names a module whose
+    weight has the shape ``(S, ...)``, ``D`` weights in a filter. ``loss_function`` maps logits and targets to the mean
+    loss. The result is ``(len(filters), D, S, D)``: its entry ``H[i, d, s', d']`` is ``d²L / dw[filters[i], d] dw[s',
+    d']``.
     """
     inputs, targets = batch
     weight = model.get_submodule(layer).weight
@@ -63,8 +55,8 @@ def hessian_rows(
                 if entry.requires_grad:
                     (row,) = torch.autograd.grad(entry, kernel, retain_graph=True, allow_unused=True)
                 rows.append(torch.zeros_like(kernel) if row is None else row)
-    num_filters, length = kernel.shape[0], kernel[0].numel()
-    return torch.stack(rows).reshape(len(filters), length, num_filters, length).detach()
+    length = kernel[0].numel()
+    return torch.stack(rows).reshape(len(filters), length, len(kernel), length).detach()
 
 
 def oracle_block_traces(
@@ -74,23 +66,10 @@ def oracle_block_traces(
     filters: Sequence[int] | None = None,
     loss_function: LossFunction = cross_entropy,
 ) -> Tensor:
-    """Compute block traces ``T[s, s']`` for some filters ``s`` and all filters ``s'``, from :func:`hessian_rows`.
+    """Compute block traces ``T[s, s']`` for some filters ``s`` (by default all) and all filters ``s'``.
 
-    Args:
-        model: in evaluation mode and float64.
-        batch: ``(inputs, targets)``.
-        layer: name of the module.
-        filters: indices of the filters ``s``; by default all.
-        loss_function: maps ``(logits, targets)`` to the mean loss.
-
-    Returns:
-        ``(len(filters), S)``, for a grouped convolution with the pairs across groups.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3)).double()
-        >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
-        >>> oracle_block_traces(net, batch, "0").shape
-        torch.Size([2, 2])
+    The arguments are those of :func:`hessian_rows`. The result is ``(len(filters), S)``, for a grouped convolution with
+    the pairs across groups.
     """
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
@@ -113,24 +92,11 @@ def assert_matches_oracle(
 ) -> None:
     """Assert that ``measure_flatness`` returns the numbers of autograd's Hessian for one layer, in float64.
 
-    The model is copied. It takes one backward pass for every weight of the filters, so choose a small layer or a few
-    filters. A parametrised weight is replaced by its value in the copy.
-
-    Args:
-        model: any model that ``measure_flatness`` accepts.
-        batch: ``(inputs, targets)``, the inputs a tensor.
-        layer: name of the module.
-        filters: compare only the block traces of these filters; by default all, and the measures.
-        rtol: largest error allowed, relative to the largest block trace.
-        loss_function: maps ``(logits, targets)`` to the mean loss that ``options`` ask for.
-        options: of ``measure_flatness``, such as ``loss`` or ``label_smoothing``.
-
-    Raises:
-        AssertionError: the numbers differ, or the layer computes its kernel in a way that cannot be undone here.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
-        >>> assert_matches_oracle(net, (torch.randn(4, 1, 8), torch.tensor([0, 1, 2, 0])), "0")
+    The model, any that ``measure_flatness`` accepts, is copied, and the inputs must be a tensor. It takes one backward
+    pass for every weight of the filters, so choose a small layer, or a few filters: then only their block traces are
+    compared, and not the measures. A parametrised weight is replaced by its value in the copy; another kernel that the
+    layer computes cannot be checked here. Errors up to ``rtol`` of the largest block trace are allowed. ``options`` are
+    those of ``measure_flatness``, such as ``loss``, and ``loss_function`` is the mean loss that they ask for.
     """
     from lightning_flatness import measure_flatness
 

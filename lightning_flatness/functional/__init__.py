@@ -20,7 +20,6 @@ from lightning_flatness.functional.closed_form import (
     closed_form_residual,
 )
 from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
-from lightning_flatness.functional.custom_loss import CustomLoss, separating_masks
 from lightning_flatness.functional.directions import (
     NORMALIZATIONS,
     Direction,
@@ -33,10 +32,9 @@ from lightning_flatness.functional.directions import (
     principal_directions,
     random_direction,
 )
-from lightning_flatness.functional.eigenpairs import Eigenpairs, top_eigenpairs
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
-from lightning_flatness.functional.lanczos import LargestEigenvalues, largest_eigenvalues
-from lightning_flatness.functional.loss_argument import find_loss
+from lightning_flatness.functional.lanczos import Eigenpairs, LargestEigenvalues, largest_eigenvalues, top_eigenpairs
+from lightning_flatness.functional.loss_argument import CustomLoss, find_loss, separating_masks
 from lightning_flatness.functional.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -62,59 +60,15 @@ from lightning_flatness.functional.patches import (
     patch_square_norms,
     patches,
 )
-from lightning_flatness.functional.spectrum import (
-    Criteria,
-    Quadrature,
-    lanczos_quadrature,
-    spectrum_criteria,
-)
+from lightning_flatness.functional.spectrum import Criteria, Quadrature, lanczos_quadrature, spectrum_criteria
 
 __all__ = [
-    "NORMALIZATIONS",
-    "BinaryCrossEntropy",
-    "ClassCurvature",
-    "ConvolutionGeometry",
-    "Criteria",
-    "CrossEntropy",
-    "Curvature",
-    "CustomLoss",
-    "DenseCurvature",
-    "Direction",
-    "Eigenpairs",
-    "LargestEigenvalues",
-    "Loss",
-    "LossDerivatives",
-    "MeanSquaredError",
-    "PrincipalDirections",
-    "Quadrature",
-    "adam_step",
-    "classifier_block_traces",
-    "closed_form_block_traces",
-    "closed_form_residual",
-    "contraction_costs",
-    "direction_norm",
-    "filter_flatness",
-    "filter_traces",
-    "find_loss",
-    "gauss_newton_block_traces",
-    "hessian_trace",
-    "inner_product",
-    "lanczos_quadrature",
-    "largest_eigenvalues",
-    "layerwise_flatness",
-    "measures_of",
-    "neuronwise_flatness",
-    "normalized",
-    "orthogonal_to",
-    "patch_gram",
-    "patch_square_norms",
-    "patches",
-    "principal_directions",
-    "random_direction",
-    "relative_flatness",
-    "separating_masks",
-    "spectrum_criteria",
-    "top_eigenpairs",
-    "weight_gram",
-    "weight_norm",
-]
+    "NORMALIZATIONS", "BinaryCrossEntropy", "ClassCurvature", "ConvolutionGeometry", "Criteria", "CrossEntropy",
+    "Curvature", "CustomLoss", "DenseCurvature", "Direction", "Eigenpairs", "LargestEigenvalues", "Loss",
+    "LossDerivatives", "MeanSquaredError", "PrincipalDirections", "Quadrature", "adam_step", "classifier_block_traces",
+    "closed_form_block_traces", "closed_form_residual", "contraction_costs", "direction_norm", "filter_flatness",
+    "filter_traces", "find_loss", "gauss_newton_block_traces", "hessian_trace", "inner_product", "lanczos_quadrature",
+    "largest_eigenvalues", "layerwise_flatness", "measures_of", "neuronwise_flatness", "normalized", "orthogonal_to",
+    "patch_gram", "patch_square_norms", "patches", "principal_directions", "random_direction", "relative_flatness",
+    "separating_masks", "spectrum_criteria", "top_eigenpairs", "weight_gram", "weight_norm",
+]  # fmt: skip

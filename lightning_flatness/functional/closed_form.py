@@ -46,7 +46,9 @@ def closed_form_block_traces(
 
     with the slopes ``a[s, p] = dg[c(s)] / dz[s, p]``, the patch Gram matrix ``Γ`` and the classifier's columns
     ``V[:, s] = weight[:, c(s)]``. It is exact if every input ``g[c(s)]`` of the classifier is a sum of piecewise-linear
-    functions of single entries ``z[s, p]``. For curved functions add :func:`closed_form_residual`.
+    functions of single entries ``z[s, p]``. For curved functions add :func:`closed_form_residual`. The result is
+    float64 ``(G, S/G, S/G)``, symmetric; with ``diagonal``, ``(G, S/G)``. Taleghani et al. 2026 (arXiv 2603.09016) for
+    ReLU; derivation in ``docs/theory.md``, "The closed form".
 
     Args:
         inputs: of the convolution, ``(N, C, *spatial)``.
@@ -58,14 +60,7 @@ def closed_form_block_traces(
             is a positive semi-definite matrix with at most that trace, without its diagonal, which is kept. Has no
             effect with ``diagonal`` or a dense curvature.
         diagonal: compute only ``T[s, s]``, which is much less work.
-        chunk_size: samples per chunk; by default as many as fit a small memory budget. Up to rounding and the
-            tolerance, the result does not depend on it.
-
-    Returns:
-        The sum over samples (not the mean), float64 ``(G, S/G, S/G)``, symmetric; with ``diagonal``, ``(G, S/G)``.
-
-    Source:
-        Taleghani et al. 2026 (arXiv 2603.09016) for ReLU; derivation in ``docs/theory.md``, "The closed form".
+        chunk_size: samples per chunk; by default as many as fit a small memory budget.
 
     Example:
         >>> from lightning_flatness.functional import ClassCurvature
@@ -195,17 +190,9 @@ def _sum_of_all_products(right: Tensor, left: Tensor, columns: Tensor, signed: T
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
     r"""Compute the block traces of the classifier's own Hessian, summed over samples: ``T = \sum_n ‖g_n‖² Λ_n``.
 
-    It is exact, since the logits are linear in the classifier's weight, and needs only its inputs and outputs.
-
-    Args:
-        features: ``g``, the classifier's inputs, ``(N, m)``.
-        curvature: ``Λ`` at the logits ``g Wᵀ + b``, of ``N`` samples.
-
-    Returns:
-        The sum over samples (not the mean), float64 ``(1, K, K)``.
-
-    Source:
-        Petzka et al. 2021 (arXiv 2001.00939), Definition 3, which forms the whole Hessian.
+    It is exact, since the logits are linear in the classifier's weight. Inputs of the classifier are ``g``, ``(N, m)``,
+    and ``Λ`` is that at ``g Wᵀ + b``; the result is float64 ``(1, K, K)``. Petzka et al. 2021 (arXiv 2001.00939),
+    Definition 3, which forms the whole Hessian.
 
     Example:
         >>> from lightning_flatness.functional import CrossEntropy, relative_flatness, weight_gram
@@ -224,18 +211,9 @@ def closed_form_residual(
 ) -> Tensor:
     r"""Compute what curved activations add to the block traces: ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` at ``T[s, s]``.
 
-    Args:
-        inputs: of the convolution, ``(N, C, *spatial)``.
-        geometry: of the convolution.
-        curvatures: ``a' = da / dz``, ``(N, S, *output)``.
-        head: ``V``, ``(K, S)``; ``r = Vᵀ dloss/df``.
-        residual: ``dloss/df``, ``(N, K)``.
-
-    Returns:
-        The sum over samples, float64 ``(G, S/G)``.
-
-    Source:
-        ``docs/theory.md``, "The closed form".
+    Here ``r = Vᵀ dloss/df``, ``residual`` is ``dloss/df``, ``(N, K)``, and ``curvatures`` are ``a' = da / dz``, of the
+    shape ``(N, S, *output)``; the other arguments are those of :func:`closed_form_block_traces`. The result is float64
+    ``(G, S/G)``, summed over samples (``docs/theory.md``, "The closed form").
 
     Example:
         >>> x = torch.randn(2, 3, 6, 6).double()

@@ -1,7 +1,6 @@
 """Checks of tensors that decide whether a result may be used: evaluated one by one, or deferred and evaluated together.
 
-Evaluating a check waits for the device that computes it. In the user's validation that should happen once a batch: an
-observed batch has some twelve checks.
+Evaluating waits for the device. In the user's validation that should happen once for the twelve checks of a batch.
 """
 
 from __future__ import annotations
@@ -17,15 +16,7 @@ _pending: ContextVar[list[Tensor] | None] = ContextVar("pending", default=None)
 
 
 def holds(condition: Tensor) -> bool:
-    """Whether a condition holds; within :func:`deferred_checks` it is assumed to hold until all are evaluated.
-
-    Args:
-        condition: a single truth value.
-
-    Example:
-        >>> holds(torch.tensor(1.0).isfinite()), holds(torch.tensor(1.0).isnan())
-        (True, False)
-    """
+    """Whether a condition, a single truth value, holds; within :func:`deferred_checks` this is assumed at first."""
     pending = _pending.get()
     if pending is None:
         return bool(condition)
@@ -34,13 +25,7 @@ def holds(condition: Tensor) -> bool:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same shape and entries; the entries are a check, see :func:`holds`.
-
-    Example:
-        >>> zeros = torch.zeros(2)
-        >>> same(zeros, zeros), same(zeros, torch.zeros(2)), same(zeros, torch.ones(2)), same(zeros, torch.zeros(3))
-        (True, True, False, False)
-    """
+    """Whether two tensors have the same shape and entries; the entries are a check, see :func:`holds`."""
     return one is other or (one.shape == other.shape and holds((one == other).all()))
 
 

@@ -1,10 +1,7 @@
-r"""The curvature of a loss: its second derivative ``Λ_n`` with respect to the logits of every sample.
+"""The curvature of a loss: its second derivative ``Λ_n`` with respect to the logits of every sample.
 
-``Λ`` is not formed as a matrix. The closed form needs factors of ``VᵀΛV`` for a matrix ``V``; the Gauss-Newton method
-needs the columns of a factor ``B`` with ``B Bᵀ = Λ``, one by one. Two classes provide both:
-
-- :class:`ClassCurvature`, a sum over classes: cross-entropy, binary cross-entropy, squared error;
-- :class:`DenseCurvature`, any symmetric matrix: a loss that the user wrote.
+``Λ`` is not formed as a matrix. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``; the
+Gauss-Newton method needs the columns of a factor ``B`` with ``B Bᵀ = Λ``, one by one. Two classes provide both.
 """
 
 from __future__ import annotations
@@ -102,16 +99,12 @@ class ClassCurvature:
         return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        r"""Factor ``VᵀΛV``; with a tolerance, leave out the classes that add least to its trace.
+        r"""Factor ``VᵀΛV`` for a matrix from :meth:`centred`; with a tolerance, leave out what adds least to its trace.
 
         Columns are ``√w_k (v_k - πᵀV)``, so ``diag(π) - π πᵀ`` does not cancel. With a tolerance, the floor is taken
-        apart, and the classes left out add at most ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``. Their
-        diagonal is returned as ``rest``, so that only entries off the diagonal change.
-
-        Args:
-            matrix: ``V``, ``(K, S)``, from :meth:`centred`.
-            scales: ``(N, S)``, not negative; needed with a tolerance.
-            tolerance: relative; zero keeps all classes.
+        apart, and the classes left out add at most ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, with
+        scales ``(N, S)`` not negative. Their diagonal is returned as ``rest``, so that only entries off the diagonal
+        change.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
@@ -168,9 +161,7 @@ class ClassCurvature:
 class DenseCurvature:
     """Any symmetric curvature by its eigenvectors, ``Λ_n = B_n diag(signs_n) B_nᵀ``; it may have negative directions.
 
-    Args:
-        roots: ``B``, float64 ``(N, K, C)``.
-        signs: ``(N, C)``, of the columns of ``B``.
+    ``roots`` are ``B``, float64 ``(N, K, C)``, and ``signs`` those of its columns, ``(N, C)``.
 
     Example:
         >>> curvature = DenseCurvature.of(torch.tensor([[[2.0, 0.0], [0.0, -3.0]]]))

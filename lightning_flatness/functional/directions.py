@@ -1,6 +1,15 @@
 """Directions in weight space: random, orthogonal and normalised ones, Adam's step, those of a trajectory.
 
 A direction ``d`` maps the names of tensors to tensors of the same shapes as the weights ``w``.
+
+Example:
+    >>> d, other = {"w": torch.tensor([3.0, -4.0]), "b": torch.zeros(1)}, {"w": torch.tensor([0.0, 2.0])}
+    >>> inner_product(d, other), direction_norm(d), direction_norm(d, 1), orthogonal_to(d, other)["w"]
+    (-8.0, 5.0, 7.0, tensor([3., 0.]))
+    >>> random_direction(d, torch.Generator().manual_seed(0))["w"].shape
+    torch.Size([2])
+    >>> adam_step(torch.tensor(3.0), torch.tensor(4.0), scale=1.0, epsilon=1.0)
+    tensor(1.)
 """
 
 from __future__ import annotations
@@ -20,13 +29,7 @@ NORMALIZATIONS = ("none", "weight", "filter", "layer", "model")
 def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> Direction:
     """Draw independent standard normal numbers in float64, on the CPU, so that they are the same on every device.
 
-    Args:
-        like: tensors whose names, shapes and devices are used, in this order.
-        generator: of the CPU.
-
-    Example:
-        >>> random_direction({"w": torch.zeros(2, 3)}, torch.Generator().manual_seed(0))["w"].shape
-        torch.Size([2, 3])
+    Names, shapes and devices are those of ``like``, in this order; ``generator`` is of the CPU.
     """
     return {
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor.device)
@@ -35,35 +38,18 @@ def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> 
 
 
 def inner_product(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Compute ``<d, d'>`` over the names that both directions have, in float64.
-
-    Example:
-        >>> inner_product({"w": torch.ones(3)}, {"w": torch.ones(3), "b": torch.ones(1)})
-        3.0
-    """
+    """Compute ``<d, d'>`` over the names that both directions have, in float64."""
     return sum(float((one[name].double() * other[name].double()).sum()) for name in one if name in other)
 
 
 def direction_norm(direction: Mapping[str, Tensor], order: int = 2) -> float:
-    """Compute the norm ``(Σ |d|^p)^(1/p)`` over all tensors, ``p = order``, in float64.
-
-    Example:
-        >>> direction_norm({"w": torch.tensor([3.0]), "b": torch.tensor([-4.0])})
-        5.0
-        >>> direction_norm({"w": torch.tensor([3.0]), "b": torch.tensor([-4.0])}, 1)
-        7.0
-    """
+    """Compute the norm ``(Σ |d|^p)^(1/p)`` over all tensors, ``p = order``, in float64."""
     norms = [torch.linalg.vector_norm(tensor.double(), order) for tensor in direction.values()]
     return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]), order)) if norms else 0.0
 
 
 def orthogonal_to(direction: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Direction:
-    """Compute the part ``d - d' <d, d'> / <d', d'>`` of a direction that is orthogonal to another one.
-
-    Example:
-        >>> orthogonal_to({"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([0.0, 2.0])})["w"]
-        tensor([1., 0.])
-    """
+    """Compute the part ``d - d' <d, d'> / <d', d'>`` of a direction that is orthogonal to another one."""
     square = inner_product(other, other)
     factor = inner_product(direction, other) / square if square else 0.0
     return {name: tensor - factor * other[name] if name in other else tensor for name, tensor in direction.items()}
@@ -78,22 +64,11 @@ def normalized(
 ) -> Direction:
     """Rescale the parts of a direction to the norms of the same parts of the weights; zero parts stay zero.
 
-    The parts are, by ``unit``:
-
-    - ``"filter"``: slices ``f`` along the first dimension, ``d_f ‖w_f‖ / ‖d_f‖``;
-    - ``"layer"``: tensors; ``"model"``: all tensors together;
-    - ``"weight"``: single numbers, which become ``d w``; ``"none"``: nothing is rescaled.
-
-    Args:
-        direction: to be normalised.
-        weights: tensors of the same names.
-        unit: one of :data:`NORMALIZATIONS`.
-        order: of the norm, 1 or 2.
-        biases: what becomes of tensors with at most one dimension (biases, BatchNorm), unless ``unit`` is ``"none"``:
-            ``"zero"``, or ``"scaled"``, where under ``"filter"`` such a tensor is one filter.
-
-    Source:
-        Li et al. 2018 (arXiv 1712.09913), Section 4, for filters; its published code for biases that do not move.
+    By ``unit``, the parts are: ``"filter"``, slices ``f`` along the first dimension, ``d_f ‖w_f‖ / ‖d_f‖`` (Li et al.
+    2018, arXiv 1712.09913, Section 4); ``"layer"``, tensors; ``"model"``, all tensors together; ``"weight"``, single
+    numbers, which become ``d w``; ``"none"``: nothing is rescaled. The norm has the order 1 or 2. Unless ``unit`` is
+    ``"none"``, tensors with at most one dimension (biases, BatchNorm) become zero, as in the published code of Li et
+    al., or are ``"scaled"``, where under ``"filter"`` such a tensor is one filter.
 
     Example:
         >>> weights = {"w": torch.tensor([[3.0, 4.0], [0.0, 1.0]])}
@@ -125,51 +100,28 @@ def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
 
 
 def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: float) -> Tensor:
-    """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1, with its second moment times ``β``.
+    """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1 and a second moment times ``scale``, ``β``.
 
-    Args:
-        first: first moment ``m`` as the optimizer keeps it, without bias correction.
-        second: second moment ``v``, likewise.
-        scale: ``β``, positive.
-        epsilon: ``ε`` of the optimizer.
-
-    Source:
-        Kingma and Ba 2015 (arXiv 1412.6980), Algorithm 1, for the step; Gabdullin 2024 (arXiv 2412.10146) for its use
-        as the axes of a landscape.
-
-    Example:
-        >>> adam_step(torch.tensor(3.0), torch.tensor(4.0), 1.0, 1.0)
-        tensor(1.)
+    ``m`` and ``v`` are the moments as the optimizer keeps them, without bias correction. Kingma and Ba 2015 (arXiv
+    1412.6980), Algorithm 1; as the axes of a landscape: Gabdullin 2024 (arXiv 2412.10146).
     """
     return first / ((scale * second).sqrt() + epsilon)
 
 
 class PrincipalDirections(NamedTuple):
-    """The directions in which points differ most from an origin.
+    """The directions in which points differ most from an origin."""
 
-    Attributes:
-        directions: orthonormal.
-        coordinates: of the points along them, float64 ``(points, directions)``.
-        explained: share of every direction in the sum of squared distances from the origin, float64 ``(directions,)``.
-    """
-
-    directions: tuple[Direction, ...]
-    coordinates: Tensor
-    explained: Tensor
+    directions: tuple[Direction, ...]  # orthonormal
+    coordinates: Tensor  # of the points along them, float64 (points, directions)
+    explained: Tensor  # share of every direction in the sum of squared distances, float64 (directions,)
 
 
 def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 2) -> PrincipalDirections:
     """Compute the first right singular vectors of the matrix whose rows are the offsets, without centring them.
 
-    They are computed from the eigenvectors of the small matrix of inner products. The sign of every direction is chosen
-    so that the first coordinate along it that is not negligible is positive.
-
-    Args:
-        offsets: points minus the origin, at least ``number`` of them linearly independent.
-        number: how many directions to return.
-
-    Source:
-        Li et al. 2018 (arXiv 1712.09913), Section 7.2.
+    Offsets are points minus the origin, at least ``number`` of them linearly independent. The vectors come from the
+    eigenvectors of the small matrix of inner products. Of every direction, the first coordinate that is not negligible
+    is positive. Li et al. 2018 (arXiv 1712.09913), Section 7.2.
 
     Example:
         >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])
@@ -177,9 +129,8 @@ def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 
         (tensor([[2., 0.],
                 [0., 1.]], dtype=torch.float64), tensor([0.8000, 0.2000], dtype=torch.float64))
     """
-    gram = torch.tensor(
-        [[inner_product(one, other) for other in offsets] for one in offsets], dtype=torch.float64, device="cpu"
-    )
+    products = [[inner_product(one, other) for other in offsets] for one in offsets]
+    gram = torch.tensor(products, dtype=torch.float64, device="cpu")
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:number], vectors.flip(1)[:, :number]
     coordinates = vectors * values.clamp_min(0).sqrt()

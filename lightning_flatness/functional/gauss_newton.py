@@ -8,12 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional.patches import (
-    ConvolutionGeometry,
-    contraction_costs,
-    patch_gram,
-    patches_times,
-)
+from lightning_flatness.functional.patches import ConvolutionGeometry, contraction_costs, patch_gram, patches_times
 
 # Elements of one chunk's largest intermediate results; on a CPU they fit the cache of a core.
 CHUNK_ELEMENTS = {"cpu": 2**19}
@@ -34,7 +29,8 @@ def gauss_newton_block_traces(
 
     where ``δ_b`` is column ``b`` of a factor ``B Bᵀ = Λ`` of the loss's Hessian, pulled back from the logits to the
     layer's output. With all columns this is the Gauss-Newton matrix. It equals the Hessian if the logits are affine in
-    the layer's weight. A linear layer is a convolution of kernel size one over its tokens.
+    the layer's weight (``docs/theory.md``, "Any layer: Gauss-Newton"). A linear layer is a convolution of kernel size
+    one over its tokens. The result is float64, symmetric up to rounding: ``(G, S/G, S/G)``, or ``(G, S/G)``.
 
     Args:
         calls: the layer's input ``(N, C, *spatial)`` and geometry of every call in one forward pass. The contributions
@@ -43,12 +39,6 @@ def gauss_newton_block_traces(
         signs: of the columns, ``(N, B)``, if the loss's Hessian has negative directions.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: samples per chunk; by default as many as fit a small memory budget.
-
-    Returns:
-        float64 ``(G, S/G, S/G)``, symmetric up to rounding; with ``diagonal``, ``(G, S/G)``.
-
-    Source:
-        ``docs/theory.md``, "Any layer: Gauss-Newton".
 
     Example:
         >>> x, w = torch.randn(2, 3, 6, 6).double(), torch.randn(4, 3, 3, 3).double()

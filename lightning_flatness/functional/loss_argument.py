@@ -1,16 +1,26 @@
-"""The ``loss=`` argument: from a name, a module of torch or a function to a loss with derivatives."""
+"""The ``loss=`` argument: from a name, a module of torch or a function of the user's to a loss with derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations, count
+from math import comb
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_flatness.checks import check_whole
-from lightning_flatness.errors import FlatnessError
-from lightning_flatness.functional.custom_loss import CustomLoss
-from lightning_flatness.functional.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanSquaredError
+from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
+from lightning_flatness.functional.curvature import DenseCurvature
+from lightning_flatness.functional.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Loss,
+    LossDerivatives,
+    MeanSquaredError,
+)
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}
 
@@ -21,18 +31,11 @@ def find_loss(
     class_weight: Sequence[float] | Tensor | None = None,
     ignore_index: int = -100,
 ) -> Loss:
-    """Find the loss that a user names, or gives as a module or function.
+    """Find the loss that a user names, or gives as a module or function; a :class:`FlatnessError` says what is wrong.
 
-    Args:
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"``; ``nn.CrossEntropyLoss``, ``nn.MSELoss`` or
-            ``nn.BCEWithLogitsLoss`` without weights, with the mean as their reduction; or a function from ``(logits,
-            targets)`` to the loss of every sample, ``(N,)``.
-        label_smoothing: option of ``"cross_entropy"``; see :class:`CrossEntropy`.
-        class_weight: likewise, ``(K,)``.
-        ignore_index: likewise.
-
-    Raises:
-        FlatnessError: the loss is unknown, or does not have the options given.
+    Names are ``"cross_entropy"``, ``"binary_cross_entropy"`` and ``"mse"``. Modules are ``nn.CrossEntropyLoss``,
+    ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` without weights, with the mean as their reduction. Functions are those
+    of :class:`CustomLoss`. The other arguments are options of ``"cross_entropy"``; see :class:`CrossEntropy`.
 
     Example:
         >>> find_loss("cross_entropy", label_smoothing=0.1)
@@ -86,3 +89,104 @@ def _mean(loss: nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss) -> Any:
             "use reduction='mean'."
         )
     return loss
+
+
+@dataclass(frozen=True)
+class CustomLoss(Loss):
+    """A loss that the user wrote; autograd computes its derivatives, the second one as a ``K x K`` matrix per sample.
+
+    The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is their mean. It
+    is called with float64 logits of a part of a batch, so it must not use statistics of the batch.
+
+    Example:
+        >>> from torch.nn.functional import cross_entropy
+        >>> loss = CustomLoss(lambda f, y: cross_entropy(f, y, reduction="none"))
+        >>> loss(torch.zeros(1, 4), torch.tensor([2])).residual
+        tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]], dtype=torch.float64)
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name of the function."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
+        """Compute the derivatives at ``logits`` ``(N, K)``."""
+        if targets is None:
+            raise BatchError(f"The loss '{self.name}' needs targets, but this batch has none.")
+        with torch.enable_grad():
+            f, losses = self._losses(logits.detach(), targets)
+            self._check_shape(losses, len(f))
+            (residual,) = torch.autograd.grad(losses.sum(), f, create_graph=True)
+            matrices = torch.zeros(*f.shape, f.shape[1], dtype=f.dtype, device=f.device)
+            for k in range(f.shape[1]) if residual.requires_grad else ():
+                (row,) = torch.autograd.grad(residual[:, k].sum(), f, retain_graph=True, allow_unused=True)
+                if row is not None:
+                    matrices[:, k] = row
+            if not matrices.isfinite().all():
+                raise BatchError(f"The second derivative of the loss '{self.name}' is not finite.")
+            self._check_samples_are_separate(losses, f)
+        matrices = matrices.double()
+        curvature = DenseCurvature.of((matrices + matrices.mT) / 2)
+        return LossDerivatives(curvature, residual.detach().double(), len(f), float(len(f)))
+
+    def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.function(logits, targets.clone()).double().sum()
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+        """Return logits and losses in float64, or in the logits' dtype if the function holds tensors of that dtype."""
+        first_error: Exception | None = None
+        for dtype in dict.fromkeys((torch.float64, logits.dtype)):
+            f = logits.to(dtype, copy=True).requires_grad_()
+            try:
+                return f, self.function(f, targets.clone())
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                first_error = first_error or error
+        raise BatchError(
+            f"The loss '{self.name}' fails on logits of shape {tuple(logits.shape)} and targets of shape "
+            f"{tuple(targets.shape)}: {type(first_error).__name__}: {first_error}"
+        ) from first_error
+
+    def _check_shape(self, losses: Any, samples: int) -> None:
+        if not isinstance(losses, Tensor) or losses.shape != (samples,):
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise BatchError(
+                f"The loss '{self.name}' returns {shape} for {samples} samples; it must return one loss per sample, "
+                "shape (samples,). With a loss of torch use reduction='none', and average over all dimensions but the "
+                "first."
+            )
+        if not losses.requires_grad:
+            raise BatchError(f"The loss '{self.name}' does not depend on the logits through autograd.")
+
+    def _check_samples_are_separate(self, losses: Tensor, logits: Tensor) -> None:
+        for mask in separating_masks(len(logits)).to(logits.device):
+            (gradient,) = torch.autograd.grad(losses[mask].sum(), logits, retain_graph=True)
+            if bool(gradient[~mask].any()):
+                raise BatchError(
+                    f"The loss '{self.name}' of one sample depends on other samples of the batch (a contrastive loss? "
+                    "a mean inside?), so the loss is not a mean over samples."
+                )
+
+
+def separating_masks(samples: int) -> Tensor:
+    """Choose masks ``(M, N)`` such that for every ordered pair of samples, one mask has the first and not the second.
+
+    Every sample is in a different set of half of the ``M``, about ``log2(N) + 2``, masks. Distinct sets of equal size
+    never contain each other, and by Sperner's theorem fewer masks cannot do.
+
+    Example:
+        >>> separating_masks(5).int()
+        tensor([[1, 1, 1, 0, 0],
+                [1, 0, 0, 1, 1],
+                [0, 1, 0, 1, 0],
+                [0, 0, 1, 0, 1]], dtype=torch.int32)
+    """
+    number = next(m for m in count() if comb(m, m // 2) >= samples)
+    masks = torch.zeros(number, samples, dtype=torch.bool, device="cpu")
+    for sample, chosen in zip(range(samples), combinations(range(number), number // 2)):  # noqa: B905
+        masks[list(chosen), sample] = True
+    return masks

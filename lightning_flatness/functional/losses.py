@@ -18,10 +18,7 @@ from lightning_flatness.functional.curvature import ClassCurvature, Curvature
 
 
 class LossDerivatives(NamedTuple):
-    """Derivatives of the loss of every sample of a batch.
-
-    Divide a sum over samples by the sum of ``normalizer`` to get the mean.
-    """
+    """Derivatives of the loss of every sample of a batch; sums over samples divided by ``normalizer`` are means."""
 
     curvature: Curvature  # Λ of every sample
     residual: Tensor | None  # dloss/df, float64 (N, K); None without targets
@@ -35,31 +32,17 @@ class LossDerivatives(NamedTuple):
 
 
 class Loss:
-    """Base class of all losses.
-
-    Attributes:
-        name: of the loss.
-        shift_invariant: whether adding a number to all logits of a sample leaves the loss unchanged.
-    """
+    """Base class of all losses; ``shift_invariant``: adding a number to all logits of a sample changes nothing."""
 
     shift_invariant = False
     name: str
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at ``logits`` ``(N, K)``.
-
-        Raises:
-            BatchError: targets do not fit, or are missing where the derivatives depend on them.
-        """
+        """Compute the derivatives at ``logits`` ``(N, K)``; a :class:`BatchError` says what is wrong with targets."""
         raise NotImplementedError
 
     def total(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum the loss over samples: float64 and differentiable. Targets are not checked.
-
-        Example:
-            >>> MeanSquaredError().total(torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]))
-            tensor(5., dtype=torch.float64)
-        """
+        """Sum the loss over samples: float64 and differentiable. Targets are not checked."""
         return self._summed(logits.double(), targets)
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -159,18 +142,15 @@ class CrossEntropy(Loss):
         if targets.ndim != 1 or wrong_type:
             raise BatchError(
                 f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}. Cross-entropy takes class "
-                "indices, integers of shape (samples,), or probabilities, floating-point numbers of shape (samples, "
-                "classes)."
+                "indices, integers (samples,), or probabilities, floating-point numbers (samples, classes)."
             )
         if len(targets) != samples:
             raise BatchError(f"The batch has {samples} logits and {len(targets)} targets.")
         kept = targets != self.ignore_index
         if not holds(((targets >= 0) & (targets < classes) | ~kept).all()):
             counted = targets[kept]
-            raise BatchError(
-                f"The targets lie in {int(counted.min())}..{int(counted.max())}, but the model has {classes} classes "
-                f"(0..{classes - 1})."
-            )
+            span = f"{int(counted.min())}..{int(counted.max())}"
+            raise BatchError(f"The targets lie in {span}, but the model has {classes} classes (0..{classes - 1}).")
         return None if holds(kept.all()) else kept
 
 

@@ -1,8 +1,18 @@
 """Flatness measures: sums ``sum(Q * T)`` of the block traces ``T`` with a matrix ``Q`` made of the weights alone.
 
-``T`` and the Gram matrix of the filters have shape ``(G, S/G, S/G)``. Pairs of filters of different groups do not enter
-(``docs/theory.md``, "Groups"). All measures but relative flatness need the diagonals only, and also accept them alone,
-``(G, S/G)``. Block traces are in loss per squared weight.
+``T`` (in loss per squared weight) and the Gram matrix of the filters have shape ``(G, S/G, S/G)``. Pairs of filters of
+different groups do not enter (``docs/theory.md``, "Groups"). All measures but relative flatness need the diagonals
+only, and also accept them alone, ``(G, S/G)``.
+
+Example:
+    >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
+    >>> hessian_trace(T), relative_flatness(T, gram), neuronwise_flatness(T, gram), layerwise_flatness(T, gram)
+    (tensor(5.), tensor(22.), tensor(8.), tensor(15.))
+    >>> filter_traces(T), filter_flatness(T, gram), weight_norm(gram)
+    (tensor([2., 3.]), tensor([2., 6.]), tensor(1.7321))
+    >>> weight_gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+    tensor([[[5., 6.],
+             [6., 9.]]], dtype=torch.float64)
 """
 
 from __future__ import annotations
@@ -15,20 +25,9 @@ COLUMNS = 1024
 
 
 def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tensor:
-    """Compute the inner products ``<w_s, w_s'>`` of the filters of one layer, within groups.
+    """Compute the inner products ``<w_s, w_s'>`` of the filters of a kernel ``(S, ...)``, within groups.
 
-    Args:
-        weight: the kernel, ``(S, C/G, *kernel_size)`` or any ``(S, ...)``.
-        groups: ``G``.
-        diagonal: compute only the squared norms.
-
-    Returns:
-        float64 ``(G, S/G, S/G)``; with ``diagonal``, ``(G, S/G)``.
-
-    Example:
-        >>> weight_gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
-        tensor([[[5., 6.],
-                 [6., 9.]]], dtype=torch.float64)
+    The result is float64 ``(G, S/G, S/G)``; with ``diagonal``, only the squared norms, ``(G, S/G)``.
     """
     rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
     # A part at a time, since all of it in float64 would take twice the memory of the weight.
@@ -40,97 +39,46 @@ def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tens
 
 
 def weight_norm(gram: Tensor) -> Tensor:
-    """Compute the Frobenius norm ``‖W‖_F`` of the kernel from its Gram matrix: a scalar.
-
-    Example:
-        >>> weight_norm(torch.tensor([[[9.0, 1.0], [1.0, 16.0]]]))
-        tensor(5.)
-    """
+    """Compute the Frobenius norm ``‖W‖_F`` of the kernel from its Gram matrix: a scalar."""
     return _diagonal(gram).sum().sqrt()
 
 
 def filter_traces(block_traces: Tensor) -> Tensor:
-    """Return the trace ``T[s, s]`` of every filter's own Hessian block, ``(S,)``, in loss per squared weight.
-
-    Example:
-        >>> filter_traces(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]))
-        tensor([2., 3.])
-    """
+    """Return the trace ``T[s, s]`` of every filter's own Hessian block, ``(S,)``, in loss per squared weight."""
     return _diagonal(block_traces).flatten()
 
 
 def hessian_trace(block_traces: Tensor) -> Tensor:
-    """Compute the trace ``sum_s T[s, s]`` of the layer's Hessian: a scalar, in loss per squared weight.
-
-    Example:
-        >>> hessian_trace(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]))
-        tensor(5.)
-    """
+    """Compute the trace ``sum_s T[s, s]`` of the layer's Hessian: a scalar, in loss per squared weight."""
     return _diagonal(block_traces).sum()
 
 
 def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
     """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``: a scalar, in units of the loss.
 
-    Rescaling filters in a way that leaves the network's function unchanged leaves it unchanged, too.
-
-    Args:
-        block_traces: ``T``, ``(G, S/G, S/G)``.
-        gram: inner products of the filters from :func:`weight_gram`, ``(G, S/G, S/G)``.
-
-    Source:
-        Petzka et al. 2021 (arXiv 2001.00939), Definition 3; Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
-
-    Example:
-        >>> relative_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
-        tensor(22.)
+    Rescaling filters in a way that leaves the network's function unchanged leaves it unchanged, too. Petzka et al. 2021
+    (arXiv 2001.00939), Definition 3; Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
     """
     return block_traces.flatten() @ gram.flatten()
 
 
 def filter_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss; the sum is neuron-wise flatness.
-
-    Example:
-        >>> filter_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
-        tensor([2., 6.])
-    """
+    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss; the sum is neuron-wise flatness."""
     return (_diagonal(block_traces) * _diagonal(gram)).flatten()
 
 
 def neuronwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute neuron-wise flatness ``sum_s ‖w_s‖² T[s, s]``: a scalar, in units of the loss.
-
-    Source:
-        Petzka et al. 2019 (arXiv 1912.00058).
-
-    Example:
-        >>> neuronwise_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
-        tensor(8.)
-    """
+    """Compute ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019, arXiv 1912.00058): a scalar, in units of the loss."""
     return filter_flatness(block_traces, gram).sum()
 
 
 def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute layer-wise flatness ``‖W‖_F² Tr(H)``: a scalar, in units of the loss.
-
-    Source:
-        Petzka et al. 2019 (arXiv 1912.00058).
-
-    Example:
-        >>> layerwise_flatness(torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]]))
-        tensor(15.)
-    """
+    """Compute ``‖W‖_F² Tr(H)`` (Petzka et al. 2019, arXiv 1912.00058): a scalar, in units of the loss."""
     return _diagonal(gram).sum() * hessian_trace(block_traces)
 
 
 def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Compute all measures and the weight norm, by name; relative flatness only if ``T`` is not just its diagonals.
-
-    Example:
-        >>> sorted(measures_of(torch.ones(1, 2), torch.ones(1, 2)))
-        ['hessian_trace', 'layerwise_flatness', 'neuronwise_flatness', 'weight_norm']
-    """
+    """Compute all measures and the weight norm, by name; relative flatness only if ``T`` is not just its diagonals."""
     measures = {
         "hessian_trace": hessian_trace(block_traces),
         "neuronwise_flatness": neuronwise_flatness(block_traces, gram),
@@ -143,6 +91,4 @@ def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
 
 
 def _diagonal(matrices: Tensor) -> Tensor:
-    if matrices.ndim == 2:
-        return matrices
-    return torch.diagonal(matrices, dim1=-2, dim2=-1)
+    return matrices if matrices.ndim == 2 else torch.diagonal(matrices, dim1=-2, dim2=-1)

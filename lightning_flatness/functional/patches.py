@@ -1,4 +1,17 @@
-"""Input patches of a convolution in 1, 2 or 3 dimensions, and their Gram matrix."""
+"""Input patches of a convolution in 1, 2 or 3 dimensions, and their Gram matrix.
+
+Example:
+    >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
+    >>> inputs = torch.tensor([[[1.0, 2.0, 3.0]]])
+    >>> geometry.output_size((3,)), patches(inputs, geometry), patch_square_norms(inputs, geometry)
+    ((2,), tensor([[[[1., 2.],
+              [2., 3.]]]]), tensor([[[ 5., 13.]]]))
+    >>> patch_gram(inputs, geometry)
+    tensor([[[[ 5.,  8.],
+              [ 8., 13.]]]])
+    >>> contraction_costs(positions=4, patch_length=9, filters=2)
+    (192, 108)
+"""
 
 from __future__ import annotations
 
@@ -18,12 +31,7 @@ ADDITION = 4
 
 @dataclass(frozen=True)
 class ConvolutionGeometry:
-    """How a convolution reads its input: one number per spatial dimension, zero padding on both sides.
-
-    Example:
-        >>> ConvolutionGeometry(kernel_size=(3,), stride=(2,), padding=(1,), dilation=(1,)).output_size((8,))
-        (4,)
-    """
+    """How a convolution reads its input: one number per spatial dimension, zero padding on both sides."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -51,21 +59,7 @@ class ConvolutionGeometry:
 
 
 def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Return all input patches ``phi[p]`` of every sample, by group.
-
-    Args:
-        inputs: ``(N, C, *spatial)``.
-        geometry: of the convolution.
-
-    Returns:
-        ``(N, G, D, P)``, the ``D`` entries in the order of ``weight.reshape(S, D)``.
-
-    Example:
-        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
-        >>> patches(torch.tensor([[[1.0, 2.0, 3.0]]]), geometry)
-        tensor([[[[1., 2.],
-                  [2., 3.]]]])
-    """
+    """Return the patches ``phi[p]`` of inputs ``(N, C, *spatial)``: ``(N, G, D, P)``, entries as in the weight."""
     size = geometry.output_size(tuple(inputs.shape[2:]))
     padded = geometry.pad(inputs)
     every = slice(None)  # sample, channel
@@ -74,40 +68,19 @@ def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the squared length ``‖phi[p]‖²`` of every patch, by group: ``(N, G, P)``.
-
-    Example:
-        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
-        >>> patch_square_norms(torch.tensor([[[1.0, 2.0, 3.0]]]), geometry)
-        tensor([[[ 5., 13.]]])
-    """
+    """Compute the squared length ``‖phi[p]‖²`` of every patch, by group: ``(N, G, P)``."""
     squares = inputs.square().unflatten(1, (geometry.groups, -1)).sum(2)
     return patches(squares, geometry).sum(2)
 
 
 def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of every sample, by group.
+    """Compute the patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of inputs ``(N, C, *spatial)``: ``(N, G, P, P)``.
 
     Overlapping patches repeat products of the same pixels. ``Γ[p, p']`` is the sum of ``X[p + o, p' + o]`` over kernel
     offsets ``o``, where ``X`` is the Gram matrix of single pixels, zero outside the image. With a 3x3 kernel of stride
     one this takes a ninth of the multiplications. The sum runs over one spatial dimension after the other. With larger
-    strides there are more pixels than patches, so the cheaper of the two ways is chosen by counting multiplications.
-
-    Args:
-        inputs: ``(N, C, *spatial)``.
-        geometry: of the convolution.
-
-    Returns:
-        ``(N, G, P, P)``.
-
-    Source:
-        ``docs/theory.md``, "Numerics".
-
-    Example:
-        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
-        >>> patch_gram(torch.tensor([[[1.0, 2.0, 3.0]]]), geometry)
-        tensor([[[[ 5.,  8.],
-                  [ 8., 13.]]]])
+    strides there are more pixels than patches, so the cheaper of the two ways is chosen by counting multiplications
+    (``docs/theory.md``, "Numerics").
     """
     input_size = tuple(inputs.shape[2:])
     size = geometry.output_size(input_size)
@@ -146,23 +119,10 @@ def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size:
 
 
 def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    r"""Multiply every sample's slopes with its patches, ``\sum_p slopes[r, p] phi[p]``, by group.
+    r"""Multiply slopes ``(N, G, R, P)`` with patches, ``\sum_p slopes[r, p] phi[p]``: ``(N, G, R, D)``.
 
     This is the gradient of a convolution at its kernel, for every sample separately if samples are taken as groups. On
     a CPU in float32, torch's kernels for it are about twice as fast as products with patches.
-
-    Args:
-        slopes: ``(N, G, R, P)``.
-        inputs: ``(N, C, *spatial)``.
-        geometry: of the convolution.
-
-    Returns:
-        ``(N, G, R, D)``.
-
-    Example:
-        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
-        >>> patches_times(torch.tensor([[[[1.0, 10.0]]]]), torch.tensor([[[1.0, 2.0, 3.0]]]), geometry)
-        tensor([[[[21., 32.]]]])
     """
     samples, channels = inputs.shape[:2]
     size = geometry.output_size(tuple(inputs.shape[2:]))
@@ -185,22 +145,10 @@ def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry)
 def contraction_costs(
     positions: int, patch_length: int, filters: int, columns: int = 1, diagonal: bool = False
 ) -> tuple[int, int]:
-    """Count the multiplications of two ways to contract ``columns`` sets of slopes ``δ`` with patches.
+    """Count, per sample and group, the multiplications of two ways to contract ``columns`` sets of slopes ``δ``.
 
-    Args:
-        positions: ``P``.
-        patch_length: ``D``.
-        filters: of one group.
-        columns: how many sets of slopes there are.
-        diagonal: whether only the diagonal of the result is computed.
-
-    Returns:
-        Per sample and group, the multiplications for ``δ Γ δᵀ`` with the patch Gram matrix, and for ``J Jᵀ`` with
-        ``J[s] = sum_p δ[s, p] phi[p]``.
-
-    Example:
-        >>> contraction_costs(positions=4, patch_length=9, filters=2)
-        (192, 108)
+    They are ``δ Γ δᵀ`` with the patch Gram matrix, and ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``. ``positions`` is
+    ``P``, ``patch_length`` ``D``, ``filters`` ``S/G``; with ``diagonal`` only the diagonal of the result is computed.
     """
     width = 1 if diagonal else filters
     by_gram = positions**2 * (patch_length + columns * filters) + columns * positions * filters * width

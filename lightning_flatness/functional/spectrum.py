@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional.krylov import orthogonalised, random_orthogonal, rounding_error
+from lightning_flatness.functional.lanczos import orthogonalised, random_orthogonal, rounding_error
 
 Product = Callable[[Tensor], Tensor]
 
@@ -31,18 +31,11 @@ class Quadrature(NamedTuple):
 def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator: torch.Generator) -> Quadrature:
     """Compute Ritz values and weights by ``min(m, D)`` Lanczos steps with full re-orthogonalisation, done twice.
 
-    If the Krylov space of the probe ends early, the steps go on with a random vector orthogonal to it. This adds other
-    eigenvalues with weight zero, and the quadrature stays exact for the probe.
-
-    Args:
-        product: of a symmetric operator with a vector, ``(D,) -> (D,)``.
-        probe: ``(D,)``, of any length but zero.
-        basis: memory ``(m, D)``, overwritten by the orthonormal Lanczos vectors.
-        generator: of the CPU, for random vectors.
-
-    Source:
-        Golub and Meurant 1994, and Ubaru, Chen and Saad 2017, for the quadrature; Parlett 1998, "The Symmetric
-        Eigenvalue Problem", Chapter 13, for the steps.
+    The probe ``(D,)`` has any length but zero, and ``basis``, memory ``(m, D)``, is overwritten by the orthonormal
+    Lanczos vectors. If the Krylov space of the probe ends early, the steps go on with a random vector orthogonal to it.
+    This adds other eigenvalues with weight zero, and the quadrature stays exact for the probe. Golub and Meurant 1994,
+    and Ubaru, Chen and Saad 2017, for the quadrature; Parlett 1998, "The Symmetric Eigenvalue Problem", Chapter 13, for
+    the steps.
 
     Example:
         >>> matrix, probe = torch.diag(torch.tensor([1.0, 2.0, 4.0]).double()), torch.ones(3).double()
@@ -51,10 +44,7 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         (tensor([1., 2., 4.], dtype=torch.float64), tensor([0.3333, 0.3333, 0.3333], dtype=torch.float64))
     """
     num_steps = min(basis.shape)
-    diagonal, beyond = (
-        torch.zeros(num_steps, device="cpu").double(),
-        torch.zeros(max(num_steps - 1, 0), device="cpu").double(),
-    )
+    diagonal, beyond = (torch.zeros(n, device="cpu").double() for n in (num_steps, max(num_steps - 1, 0)))
     basis[0] = probe / probe.norm()
     scale = asymmetry = 0.0
     for step in range(num_steps):
@@ -62,9 +52,8 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         scale = max(scale, float(image.norm()))
         image, coefficients = orthogonalised(image, basis[: step + 1])
         diagonal[step] = coefficients[step]
-        expected = torch.zeros(
-            step, device="cpu"
-        ).double()  # coefficients of a symmetric operator, from the products before
+        # Coefficients of a symmetric operator, from the products before.
+        expected = torch.zeros(step, device="cpu").double()
         expected[-1:] = beyond[step - 1] if step else 0.0
         asymmetry = max([asymmetry, *(coefficients[:step] - expected).abs().tolist()])
         if step + 1 == num_steps:
@@ -97,23 +86,15 @@ class Criteria(NamedTuple):
 def spectrum_criteria(
     values: Tensor, weights: Tensor, exponent: float = 0.5, scale: float = 1.0, zero: float = 0.0
 ) -> Criteria:
-    """Compute Gabdullin's criteria of a spectrum for every probe.
+    """Compute Gabdullin's criteria of every probe (2024, arXiv 2412.10146; ``C_t`` and kinds 2025, arXiv 2504.17618).
 
-    With Ritz values ``θ`` and weights ``τ``: ``C_t = min θ / max θ``, ``r_e = |C_t|`` and ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ /
-    Σ_{θ>0} (θ τ)ⁿ``. If no ``θ`` is positive, ``C_t`` is minus infinity and the others infinity; if all are zero, NaN.
+    With Ritz values ``θ`` and weights ``τ``, ``(P, m)`` each, ``C_t = min θ / max θ``, ``r_e = |C_t|`` and
+    ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. If no ``θ`` is positive, ``C_t`` is minus infinity and the others
+    infinity; if all are zero, NaN. ``θ`` up to the modulus ``zero``, relative to the largest, count as zero.
 
-    A spectrum is *quasi-singular* if all ``|θ| scale`` are at most ``1e-3``. Otherwise it is *mainly positive* if ``C_t
-    > -0.6``, and else *mainly negative*. The source names no number for the first; ``1e-3`` is a choice made here.
-
-    Args:
-        values: ``θ``, ``(P, m)``.
-        weights: ``τ``, ``(P, m)``.
-        exponent: ``n``.
-        scale: makes eigenvalues comparable: ``‖w‖²`` for a Hessian with respect to ``w``.
-        zero: Ritz values up to this modulus, relative to the largest, count as zero.
-
-    Source:
-        Gabdullin 2024 (arXiv 2412.10146) for ``r_e`` and ``K_Hn``; 2025 (arXiv 2504.17618) for ``C_t`` and the kinds.
+    A spectrum is *quasi-singular* if all ``|θ| scale`` are at most ``1e-3``, a choice made here; the ``scale`` of a
+    Hessian with respect to ``w`` is ``‖w‖²``. Otherwise it is *mainly positive* if ``C_t > -0.6``, and else *mainly
+    negative*.
 
     Example:
         >>> criteria = spectrum_criteria(torch.tensor([[-1.0, 4.0]]), torch.tensor([[0.5, 0.5]]))

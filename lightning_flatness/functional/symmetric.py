@@ -14,36 +14,17 @@ KEPT_STRIP = 16
 
 
 def strip_rows(rows: int) -> int:
-    """Rows of one strip, where a strip is work.
-
-    Example:
-        >>> strip_rows(10), strip_rows(512), strip_rows(2048)
-        (10, 64, 128)
-    """
+    """Rows of one strip, where a strip is work."""
     return min(rows, max(STRIP, rows // 16))
 
 
 def kept_rows(rows: int) -> int:
-    """Rows of one strip, where a strip is memory.
-
-    Example:
-        >>> kept_rows(10), kept_rows(512), kept_rows(2048)
-        (10, 16, 64)
-    """
+    """Rows of one strip, where a strip is memory."""
     return min(rows, max(KEPT_STRIP, rows // 32))
 
 
 def mirror_(upper: Tensor) -> Tensor:
-    """Fill the lower triangles from the upper ones, in place.
-
-    Args:
-        upper: ``(G, S, S)``; below the diagonal it may hold anything.
-
-    Example:
-        >>> mirror_(torch.tensor([[[1, 2], [7, 3]]]))
-        tensor([[[1, 2],
-                 [2, 3]]])
-    """
+    """Fill the lower triangles of ``(G, S, S)`` from the upper ones, in place."""
     size = strip_rows(upper.shape[1])
     for row in range(0, upper.shape[1], size):  # a whole transpose is slow
         rows, below = slice(row, row + size), slice(row + size, None)
@@ -55,19 +36,9 @@ def mirror_(upper: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Folded:
-    """Symmetric matrices, kept by the strips of their upper triangles; or diagonals, kept as they are.
+    """Symmetric matrices ``(G, S, S)``, kept by the strips of their upper triangles; or diagonals, kept as they are.
 
     The strips are little more than a half of large matrices, and all of matrices of :data:`KEPT_STRIP` rows or fewer.
-
-    Args:
-        strips: ``(G, F)``, one strip after another; or diagonals ``(G, S)``.
-        rows: ``S`` of the matrices; None for diagonals.
-
-    Example:
-        >>> matrix = torch.arange(128.0)[:, None] + torch.arange(128.0)
-        >>> folded = Folded.of(matrix[None])
-        >>> folded.strips.shape, torch.equal((folded + folded).whole()[0], 2 * matrix)
-        (torch.Size([1, 9216]), True)
     """
 
     strips: Tensor

@@ -1,26 +1,34 @@
-"""Figures of results: each function draws into ``ax=`` or a new figure, and returns ``(figure, axes)``.
+"""Figures of results: each function draws into axes ``ax`` or a new figure, and returns the figure and its axes.
 
-Nothing is shown or written to files. Needs matplotlib: ``pip install 'lightning-flatness[plots]'``.
+Nothing is shown or written to files. Without matplotlib (``pip install 'lightning-flatness[plots]'``), or given what
+cannot be drawn, a function raises :class:`FlatnessError`. Figures of landscapes draw losses above ``cap`` as ``cap``.
+
+Example:
+    >>> import torch
+    >>> from lightning_flatness import hessian_spectrum, loss_landscape, measure_flatness
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    >>> batches = [(torch.randn(6, 2), torch.arange(6) % 3)]
+    >>> report = measure_flatness(net, batches, layers="all")
+    >>> figures = [plot_layers(report), plot_block_traces(report.layers["0"])]
+    >>> history = [{"epoch": 0, "accuracy": 0.5, "relative_flatness": 3.0, "0/hessian_trace": 2.0}]
+    >>> figures += [plot_history(history), plot_layer_history(history, "hessian_trace")]
+    >>> spectrum = hessian_spectrum(net, batches, top_k=2)
+    >>> figures += [plot_density(spectrum), plot_eigenvalues([(0, spectrum), (1, spectrum)])]
+    >>> line, plane = (loss_landscape(net, batches, axes=n, steps=5) for n in (["random"], ["random", "random"]))
+    >>> figures += [plot_line(line), plot_contour(plane), plot_surface(plane)]
+    >>> net.append(torch.nn.BatchNorm1d(3))  # doctest: +ELLIPSIS
+    Sequential(...
+    >>> pair = (loss_landscape(net, batches, steps=5, batch_norm=name) for name in ("kept", "recomputed"))
+    >>> figures += [plot_kept_and_recomputed(*pair)]
+    >>> figures[0][1].get_xlabel(), figures[1][1].get_xlabel()
+    ('relative flatness  (loss)', "filter s' (ordered by interaction)")
 """
 
-from lightning_flatness.plots.block_traces import plot_block_traces
-from lightning_flatness.plots.history import plot_history
-from lightning_flatness.plots.landscape.contour import plot_contour
-from lightning_flatness.plots.landscape.line import plot_line
-from lightning_flatness.plots.landscape.pair import plot_kept_and_recomputed
-from lightning_flatness.plots.landscape.surface import plot_surface
-from lightning_flatness.plots.layers import plot_layer_history, plot_layers
+from lightning_flatness.plots.flatness import plot_block_traces, plot_history, plot_layer_history, plot_layers
+from lightning_flatness.plots.landscape import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface
 from lightning_flatness.plots.spectrum import plot_density, plot_eigenvalues
 
 __all__ = [
-    "plot_block_traces",
-    "plot_contour",
-    "plot_density",
-    "plot_eigenvalues",
-    "plot_history",
-    "plot_kept_and_recomputed",
-    "plot_layer_history",
-    "plot_layers",
-    "plot_line",
-    "plot_surface",
-]
+    "plot_block_traces", "plot_contour", "plot_density", "plot_eigenvalues", "plot_history",
+    "plot_kept_and_recomputed", "plot_layer_history", "plot_layers", "plot_line", "plot_surface",
+]  # fmt: skip

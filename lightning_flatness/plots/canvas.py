@@ -12,23 +12,8 @@ from lightning_flatness.errors import FlatnessError
 MOST_MARKERS = 40
 
 
-def axes_or_new(ax: Any | None, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """Return ``ax`` and its figure, or new axes in a new figure.
-
-    Args:
-        ax: the axes to draw into; None for new ones.
-        width: of a new figure, in inches.
-        height: of a new figure, in inches.
-        options: of ``Figure.subplots``.
-
-    Raises:
-        FlatnessError: matplotlib is missing.
-
-    Example:
-        >>> figure, ax = axes_or_new(None, 4, 3)
-        >>> axes_or_new(ax, 8, 6) == (figure, ax)
-        True
-    """
+def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """Return ``ax`` and its figure, or new axes in a new figure of this size in inches."""
     if ax is not None:
         return ax.figure, ax
     try:

@@ -20,30 +20,12 @@ NEGATIVE_COLOUR = "#7a4fa3"
 DECADES = 7
 
 
-def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any | None = None) -> tuple[Any, Any]:
+def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any = None) -> tuple[Any, Any]:
     """Draw the spectral density on a logarithmic scale, and mark the largest eigenvalues on the horizontal axis.
 
     One eigenvalue among ``D`` is a bump of height ``1 / (D sigma √(2π))``, so outliers and bulk are visible together.
-
-    Args:
-        result: from :func:`~lightning_flatness.hessian_spectrum`.
-        sigma: standard deviation of the Gaussians, in loss per squared weight; by default a hundredth of the range of
-            Ritz values and eigenvalues. See :meth:`~lightning_flatness.SpectrumResult.density`.
-        ax: axes to draw into; by default those of a new figure.
-
-    Returns:
-        The figure and its axes.
-
-    Raises:
-        FlatnessError: ``sigma`` is not positive, or matplotlib is missing.
-
-    Example:
-        >>> import torch
-        >>> from lightning_flatness import hessian_spectrum
-        >>> batch = torch.randn(8, 3), torch.randint(2, (8,))
-        >>> figure, ax = plot_density(hessian_spectrum(torch.nn.Linear(3, 2), [batch], top_k=2))
-        >>> ax.get_yscale()
-        'log'
+    By default ``sigma``, the standard deviation of the Gaussians in loss per squared weight, is a hundredth of the
+    range of Ritz values and eigenvalues. See :meth:`~lightning_flatness.SpectrumResult.density`.
     """
     figure, ax = axes_or_new(ax, 7.0, 3.6)
     # After few Lanczos steps, eigenvalues can lie far outside of the Ritz values.
@@ -51,15 +33,13 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
     low, high = float(values.min()), float(values.max())
     sigma = default_sigma(low, high) if sigma is None else sigma
     margin = max(4 * sigma, (high - low) / 50)
-    grid = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64, device="cpu")
+    grid = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64)
     grid, density = result.density(grid, sigma)
     top = float(density.max())
     floor = top / 10**DECADES
     ax.fill_between(grid.numpy(), density.clamp(min=floor).numpy(), floor, color=DENSITY_COLOUR, alpha=0.18, lw=0)
     ax.plot(grid.numpy(), density.clamp(min=floor).numpy(), color=DENSITY_COLOUR, linewidth=1.2)
-    ax.set_yscale("log")
-    ax.set_ylim(floor, 3 * top)
-    ax.set_xlim(float(grid[0]), float(grid[-1]))
+    ax.set(yscale="log", ylim=(floor, 3 * top), xlim=(float(grid[0]), float(grid[-1])))
     ax.axvline(0.0, color="0.5", linewidth=0.7, linestyle=":")
     if number := len(result.eigenvalues):
         ax.plot(
@@ -87,30 +67,12 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
 
 
 def plot_eigenvalues(
-    history: Iterable[tuple[float, SpectrumResult] | Mapping[str, Any]], *, ax: Any | None = None
+    history: Iterable[tuple[float, SpectrumResult] | Mapping[str, Any]], *, ax: Any = None
 ) -> tuple[Any, Any]:
     """Draw the largest eigenvalues over the epochs, and the lowest Ritz value of all probes.
 
-    Eigenvalues have both signs, so the axis is linear near zero and logarithmic beyond.
-
-    Args:
-        history: pairs of epoch and result, or the records of ``SpectrumCallback.history``, in any order.
-        ax: axes to draw into; by default those of a new figure.
-
-    Returns:
-        The figure and its axes.
-
-    Raises:
-        FlatnessError: the history is empty, or matplotlib is missing.
-
-    Example:
-        >>> import torch
-        >>> from lightning_flatness import hessian_spectrum
-        >>> batch = torch.randn(8, 3), torch.randint(2, (8,))
-        >>> result = hessian_spectrum(torch.nn.Linear(3, 2), [batch], top_k=2)
-        >>> figure, ax = plot_eigenvalues([(0, result), (1, result)])
-        >>> len(ax.get_lines())
-        4
+    The history has pairs of epoch and result, or the records of ``SpectrumCallback.history``, in any order. Eigenvalues
+    have both signs, so the axis is linear near zero and logarithmic beyond.
     """
     records = sorted((_numbers(entry) for entry in history), key=lambda record: record[0])
     if not records:

@@ -2,22 +2,10 @@
 
 from lightning_flatness.results.flatness import FlatnessReport, LayerFlatness, LayerLambdaMax
 from lightning_flatness.results.landscape import SETTINGS, LandscapeResult
-from lightning_flatness.results.layer_info import SAMPLED, LayerInfo, merged
 from lightning_flatness.results.spectrum import CRITERIA, SpectrumResult
-from lightning_flatness.results.tables import as_text, number_of, summary_table
+from lightning_flatness.results.tables import SAMPLED, LayerInfo, as_text, merged, number_of, summary_table
 
 __all__ = [
-    "CRITERIA",
-    "SAMPLED",
-    "SETTINGS",
-    "FlatnessReport",
-    "LandscapeResult",
-    "LayerFlatness",
-    "LayerInfo",
-    "LayerLambdaMax",
-    "SpectrumResult",
-    "as_text",
-    "merged",
-    "number_of",
-    "summary_table",
-]
+    "CRITERIA", "SAMPLED", "SETTINGS", "FlatnessReport", "LandscapeResult", "LayerFlatness", "LayerInfo",
+    "LayerLambdaMax", "SpectrumResult", "as_text", "merged", "number_of", "summary_table",
+]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,80 +12,59 @@ from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
 
-Result = TypeVar("Result")
-Record = dict[str, Any]
-Tensors = dict[str, Tensor]
+Result = TypeVar("Result", bound="Saved")
 
 # Written to files, so that later versions can tell how to read them.
 FORMAT = 1
 
 
-def write(path: str | PathLike[str], kind: type, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write a record and its tensors to a file.
+class Saved:
+    """A record of tensors and of what JSON can hold. In JSON tuples become lists; ``_unpack`` undoes it."""
 
-    Args:
-        path: of the file, ending with ``.npz``.
-        kind: class of the result.
-        record: fields that JSON can hold, by name; tuples become lists.
-        tensors: fields that are tensors, by name; the name ``"record"`` is taken.
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write a compressed file ``.npz`` of plain arrays and text, without pickle, and return its path."""
+        import numpy as np
 
-    Returns:
-        The path.
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise FlatnessError(f"Results are written to files .npz, and '{path}' is not one; end the name with .npz.")
+        fields, tensors = self._pack()
+        text = json.dumps({"format": FORMAT, "result": type(self).__name__, "fields": fields}, default=dict)
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        with path.open("wb") as file:
+            np.savez_compressed(file, record=np.array(text), **arrays)
+        return path
 
-    Raises:
-        FlatnessError: the path does not end with ``.npz``.
+    @classmethod
+    def load(cls: type[Result], path: str | PathLike[str]) -> Result:
+        """Read a file of :meth:`save`; a :class:`FlatnessError` says that it is broken or holds something else."""
+        import numpy as np
 
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = write(f"{folder}/a.npz", complex, {"real": 1.0}, {"imag": torch.tensor(2.0)})
-        ...     read(path, complex, lambda record, tensors: {**record, "imag": float(tensors["imag"])})
-        (1+2j)
-    """
-    import numpy as np
+        with Path(path).open("rb") as stream:
+            try:
+                with np.load(stream, allow_pickle=False) as file:
+                    arrays = {name: file[name] for name in file.files}
+                text = json.loads(str(arrays.pop("record")))
+                if text["format"] > FORMAT:
+                    raise FlatnessError(f"'{path}' was written by a later version of lightning_flatness; update it.")
+                if text["result"] != cls.__name__:
+                    raise FlatnessError(f"There is a {text['result']} in '{path}', not a {cls.__name__}.")
+                tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+                return cls(**cls._unpack({**text["fields"], **tensors}))
+            except FlatnessError:
+                raise
+            except Exception as error:  # numpy, zipfile, zlib, struct, json and torch raise errors of many types
+                reason = f"{type(error).__name__}: {error}"
+                raise FlatnessError(
+                    f"'{path}' is not a file of {cls.__name__}.save, or is broken ({reason})."
+                ) from error
 
-    path = Path(path)
-    if path.suffix != ".npz":
-        raise FlatnessError(f"Results are written to files .npz, and '{path}' is not one; end the name with .npz.")
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-    text = np.array(json.dumps({"format": FORMAT, "result": kind.__name__, "fields": record}))
-    with path.open("wb") as file:
-        np.savez_compressed(file, record=text, **arrays)
-    return path
+    def _pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What goes into JSON, and the arrays."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if name not in tensors}, tensors
 
-
-def read(
-    path: str | PathLike[str], kind: type[Result], fields: Callable[[Record, Tensors], Mapping[str, Any]]
-) -> Result:
-    """Read a result from a file that :func:`write` has written.
-
-    Args:
-        path: of the file; it may have been renamed.
-        kind: class of the result.
-        fields: turns record and tensors into the arguments of ``kind``.
-
-    Raises:
-        FlatnessError: the file is broken, holds something else, or was written by a later version.
-        OSError: there is no such file, or it cannot be opened.
-    """
-    import numpy as np
-
-    with Path(path).open("rb") as stream:
-        try:
-            with np.load(stream, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            text = json.loads(str(arrays.pop("record")))
-            _check(path, kind.__name__, text["format"], text["result"])
-            return kind(**fields(text["fields"], {name: torch.from_numpy(array) for name, array in arrays.items()}))
-        except FlatnessError:
-            raise
-        except Exception as error:  # numpy, zipfile, zlib, struct, json and torch raise errors of many types
-            reason = f"{type(error).__name__}: {error}"
-            raise FlatnessError(f"'{path}' is not a file of {kind.__name__}.save, or is broken ({reason}).") from error
-
-
-def _check(path: str | PathLike[str], wanted: str, written_as: int, stored: str) -> None:
-    if written_as > FORMAT:
-        raise FlatnessError(f"'{path}' was written by a later version of lightning_flatness; update this one.")
-    if stored != wanted:
-        raise FlatnessError(f"There is a {stored} in '{path}', not a {wanted}.")
+    @staticmethod
+    def _unpack(fields: dict[str, Any]) -> dict[str, Any]:
+        """From what was packed to the arguments of the class."""
+        raise NotImplementedError

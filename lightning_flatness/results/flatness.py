@@ -9,15 +9,12 @@ from dataclasses import dataclass, field
 from rich.table import Table
 from torch import Tensor
 
-from lightning_flatness.results.layer_info import LayerInfo
-from lightning_flatness.results.tables import as_text, notes
+from lightning_flatness.results.tables import LayerInfo, as_text, notes
 
 
 @dataclass(frozen=True)
 class LayerFlatness:
-    """Flatness of one layer, of the mean loss over ``num_samples`` samples.
-
-    ``S`` is the number of filters and ``G`` the number of groups of the layer.
+    """Flatness of one layer with ``S`` filters in ``G`` groups, of the mean loss over ``num_samples`` samples.
 
     Attributes:
         block_traces: ``T``, float64 ``(G, S/G, S/G)``, loss per squared weight; ``T[g, s, s']`` is the trace of the
@@ -31,17 +28,8 @@ class LayerFlatness:
         neuronwise_flatness: ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019), in units of the loss.
         layerwise_flatness: ``‖W‖_F² Tr(H)`` (Petzka et al. 2019), in units of the loss.
         weight_norm: ``‖W‖_F``.
-        num_samples: number of samples measured.
         standard_errors: of the measures, by name, if they are estimated; zero if they are not.
         info: how the layer was measured.
-
-    Example:
-        >>> import torch
-        >>> from lightning_flatness import measure_flatness
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
-        >>> layer = measure_flatness(net, [torch.randn(6, 4)], layers="0").layers["0"]
-        >>> layer.block_traces.shape, layer.exact, layer.method
-        (torch.Size([1, 5, 5]), True, 'gauss_newton')
     """
 
     block_traces: Tensor
@@ -74,21 +62,10 @@ class LayerLambdaMax:
     Attributes:
         lambda_max: of the layer's whole block, in loss per squared weight.
         residual_norm: ``‖H v - λ v‖`` of the unit vector ``v`` found: an eigenvalue lies within this of ``lambda_max``.
-        num_products: number of products of the Hessian with vectors.
         layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
-        neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss; NaN if not
-            measured.
+        neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss, or NaN.
         filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``, in loss per squared weight; None if not measured.
-        num_samples: number of samples measured.
         info: how the layer was measured; if it is not exact, the eigenvalues are those of the Gauss-Newton matrix.
-
-    Example:
-        >>> import torch
-        >>> from lightning_flatness import measure_lambda_max
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
-        >>> layer = measure_lambda_max(net, [torch.randn(6, 4)], layers="0")["0"]
-        >>> layer.lambda_max > 0, layer.filter_lambda_max.shape
-        (True, torch.Size([5]))
     """
 
     lambda_max: float
@@ -110,19 +87,16 @@ class LayerLambdaMax:
 class FlatnessReport:
     """Flatness of the measured layers of a model; ``print(report)`` shows a table.
 
-    Attributes:
-        layers: by module name, in the order in which they run.
-        left_out: layers of ``layers="all"`` that cannot be measured, and why.
+    ``layers`` stand by module name in the order in which they run; ``left_out`` says which layers of ``layers="all"``
+    cannot be measured, and why.
 
     Example:
         >>> import torch
         >>> from lightning_flatness import measure_flatness
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
         >>> report = measure_flatness(net, [torch.randn(6, 4)], layers="all")
-        >>> report.num_samples, report.exact, list(report.layers)
-        (6, True, ['0', '2'])
-        >>> report.relative_flatness == report.layers["0"].relative_flatness + report.layers["2"].relative_flatness
-        True
+        >>> report.num_samples, report.exact, list(report.layers), report.layers["0"].method
+        (6, True, ['0', '2'], 'gauss_newton')
     """
 
     layers: Mapping[str, LayerFlatness]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.results.files import read, write
+from lightning_flatness.results.files import Saved
 from lightning_flatness.results.tables import as_text, number_of
 
 CRITERIA = ("r_e", "k_hn", "c_t")
@@ -22,7 +21,7 @@ MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 
 @dataclass(frozen=True)
-class SpectrumResult:
+class SpectrumResult(Saved):
     """Spectrum of the Hessian of the mean loss with respect to ``D`` parameters; ``print(result)`` shows a table.
 
     Eigenvalues, Ritz values and the trace are in loss per squared weight. The criteria (Gabdullin 2024, 2025) are means
@@ -44,13 +43,9 @@ class SpectrumResult:
             ``"kind"``, the share of the probes of another kind.
         exponent: ``n`` in ``k_hn``.
         num_steps: ``m``, the number of Lanczos steps of every probe.
-        num_probes: ``P``.
-        num_products: number of products of the matrix with vectors, each a pass over all samples.
+        num_products: of the matrix with vectors, each a pass over all samples.
         parameters: shapes of the parameters by name, in the order of the eigenvectors' entries.
         weight_norm: L2 norm of these parameters together.
-        num_samples: number of samples measured.
-        loss: the mean loss.
-        loss_name: name of the loss.
         matrix: ``"hessian"`` or ``"gauss_newton"``.
         converged: whether all residuals are within the tolerance asked for.
 
@@ -103,29 +98,22 @@ class SpectrumResult:
     def density(self, grid: Tensor | None = None, sigma: float | None = None) -> tuple[Tensor, Tensor]:
         """Compute the spectral density, its integral one: the mean over the probes, each Ritz value a Gaussian.
 
-        Args:
-            grid: eigenvalues ``(G,)``; by default 2,000 that reach four ``sigma`` beyond the outermost Ritz values.
-            sigma: standard deviation of the Gaussians, in loss per squared weight; by default a hundredth of the range
-                of the Ritz values.
-
-        Returns:
-            The grid, and the density on it, both float64 ``(G,)``.
-
-        Raises:
-            FlatnessError: ``sigma`` is not positive.
-
-        Source:
-            Ghorbani, Krishnan and Xiao 2019 (arXiv 1901.10159), Section 3.
+        Grid and density are float64 ``(G,)``. By default, the grid has 2,000 eigenvalues and reaches four ``sigma``
+        beyond the outermost Ritz values; ``sigma`` is a hundredth of their range, in loss per squared weight, and must
+        be positive. Ghorbani, Krishnan and Xiao 2019 (arXiv 1901.10159), Section 3.
         """
         low, high = float(self.ritz_values.min()), float(self.ritz_values.max())
         sigma = default_sigma(low, high) if sigma is None else sigma
         if not sigma > 0:
             raise FlatnessError(f"sigma={sigma!r} must be positive.")
         if grid is None:
-            grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, 2000, dtype=torch.float64, device="cpu")
+            grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, 2000, dtype=torch.float64)
         grid = grid.double()
         # One probe at a time, to save memory.
-        parts = [broadened(v, w, grid, sigma) for v, w in zip(self.ritz_values, self.ritz_weights, strict=True)]
+        parts = [
+            torch.exp(-((grid[:, None] - values) / sigma).square() / 2) @ weights / (sigma * math.sqrt(2 * math.pi))
+            for values, weights in zip(self.ritz_values, self.ritz_weights, strict=True)
+        ]
         return grid, torch.stack(parts).mean(0)
 
     def table(self) -> Table:
@@ -155,31 +143,9 @@ class SpectrumResult:
     def __str__(self) -> str:
         return as_text(self.table())
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a compressed ``.npz`` file of plain arrays and text, without pickle; :meth:`load` reads it.
-
-        Raises:
-            FlatnessError: the path does not end with ``.npz``.
-        """
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        record = {name: value for name, value in vars(self).items() if name not in tensors}
-        record |= {name: dict(record[name]) for name in ("parameters", "spread")}
-        write(path, SpectrumResult, record, tensors)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> SpectrumResult:
-        """Read a file that :meth:`save` has written.
-
-        Raises:
-            FlatnessError: the file is broken or holds something else.
-            OSError: there is no such file, or it cannot be opened.
-        """
-        return read(path, cls, _fields)
-
-
-def _fields(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    record["parameters"] = {name: tuple(shape) for name, shape in record["parameters"].items()}
-    return {**record, **tensors}
+    @staticmethod
+    def _unpack(fields: dict[str, Any]) -> dict[str, Any]:
+        return fields | {"parameters": {name: tuple(shape) for name, shape in fields["parameters"].items()}}
 
 
 def _error(value: float) -> str:
@@ -187,32 +153,5 @@ def _error(value: float) -> str:
 
 
 def default_sigma(low: float, high: float) -> float:
-    """Return a hundredth of a range of eigenvalues, or of their modulus if the range is empty.
-
-    Example:
-        >>> default_sigma(-1.0, 3.0), default_sigma(2.0, 2.0)
-        (0.04, 0.02)
-    """
+    """Return a hundredth of a range of eigenvalues, or of their modulus if the range is empty."""
     return (high - low or abs(high) or 1.0) / 100
-
-
-def broadened(values: Tensor, weights: Tensor, grid: Tensor, sigma: float) -> Tensor:
-    """Sum Gaussians on a grid.
-
-    Args:
-        values: their centres, ``(m,)``.
-        weights: their integrals, ``(m,)``.
-        grid: ``(G,)``.
-        sigma: the standard deviation of each.
-
-    Returns:
-        The sum at every point of the grid, ``(G,)``.
-
-    Example:
-        >>> grid = torch.linspace(-1, 3, 401)
-        >>> density = broadened(torch.tensor([1.0]), torch.tensor([1.0]), grid, 0.1)
-        >>> float(grid[density.argmax()]), round(float(density.sum() * 0.01), 6)
-        (1.0, 1.0)
-    """
-    distances = (grid[:, None] - values) / sigma
-    return torch.exp(-distances.square() / 2) @ weights / (sigma * math.sqrt(2 * math.pi))

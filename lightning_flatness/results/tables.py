@@ -1,14 +1,16 @@
-"""Tables of layers, and tables as text."""
+"""How layers are measured, in records and tables; tables as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from lightning_flatness.results.layer_info import SAMPLED, LayerInfo
-
+# The reason of a layer whose numbers estimate the whole Hessian, with standard errors.
+SAMPLED = "classes without much mass are sampled"
 METHODS = {
     "closed_form": "closed form",
     "gauss_newton": "Gauss-Newton",
@@ -23,27 +25,48 @@ PARTS = {
 }
 
 
+@dataclass(frozen=True)
+class LayerInfo:
+    """How a layer is measured; batches measured later may change it.
+
+    ``"closed_form"`` gives the Hessian; ``"gauss_newton"`` its Gauss-Newton part, which is the whole Hessian if
+    ``exact``; ``"gauss_newton+hutchinson"`` that part, and an estimate of the rest.
+    """
+
+    name: str  # of the module, without "_orig_mod.", which torch.compile adds
+    kind: str  # name of the module's class
+    num_filters: int  # S
+    patch_length: int  # D
+    groups: int  # G
+    classifier: str | None  # None under Gauss-Newton, or if the pooled output of the layer is the logits
+    method: Literal["closed_form", "gauss_newton", "gauss_newton+hutchinson"]
+    exact: bool  # whether the numbers are the Hessian's
+    reason: str  # why they are not; empty if they are
+    kernel: Literal["parameter", "effective"]  # effective: computed by the layer, which derivatives are then taken at
+    deviation: float  # largest relative deviation that the certificates have seen
+    backward_passes: int = 0  # per batch, shared by all layers; an upper bound if classes are sampled
+    multiplications: int = 0  # per sample, in addition to passes through the model
+    memory: int = 0  # bytes for the sums of block traces, those of a batch, and the Gram matrix of the filters
+
+
+def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
+    """Merge what several processes say of one layer: exact only if all say so, with the largest deviation."""
+    least_exact = min(infos, key=lambda info: (info.exact, info.method == "closed_form"))
+    return replace(least_exact, deviation=max(info.deviation for info in infos))
+
+
 def summary_table(
     layers: Mapping[str, LayerInfo],
     left_out: Mapping[str, str] | None = None,
     title: str = "Flatness is measured for these layers.",
     verbose: bool = False,
 ) -> Table:
-    """Build the table that tells before training how every layer is going to be measured.
+    """Build the table that tells before training how every layer is going to be measured, and what is left out.
 
-    Args:
-        layers: how every layer is measured, by name.
-        left_out: layers that cannot be measured, and why.
-        title: a sentence above the table.
-        verbose: add the size of every layer (filters x weights of one filter), the multiplications per sample, and the
-            largest deviation that the certificates have seen.
-
-    Example:
-        >>> info = LayerInfo("conv", "Conv2d", 4, 9, 1, "fc", "closed_form", True, "", "parameter", 1e-7)
-        >>> [column.header for column in summary_table({"conv": info}).columns]
-        ['layer', 'method', 'exact', 'memory (MB)']
+    With ``verbose``, it adds the size of every layer (filters x weights of one filter), the multiplications per sample,
+    and the largest deviation that the certificates have seen.
     """
-    caption = _caption(layers.values(), left_out or {}, verbose)
+    caption = _caption(list(layers.values()), left_out or {}, verbose)
     table = Table(title=title, caption=caption, caption_justify="left", min_width=WIDTH)
     table.add_column("layer", overflow="fold")
     if verbose:
@@ -66,8 +89,7 @@ def summary_table(
     return table
 
 
-def _caption(layers: Iterable[LayerInfo], left_out: Mapping[str, str], verbose: bool) -> str:
-    layers = list(layers)
+def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: bool) -> str:
     passes = max((info.backward_passes for info in layers), default=0)
     sentences = []
     if any(info.method == "closed_form" for info in layers):
@@ -111,25 +133,12 @@ def _millions(number: int) -> str:
 
 
 def number_of(number: int, noun: str) -> str:
-    """Write a number with its noun, in the singular or plural.
-
-    Example:
-        >>> number_of(1, "probe"), number_of(2, "probe")
-        ('1 probe', '2 probes')
-    """
+    """Write a number with its noun, in the singular or plural: ``"2 probes"``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def as_text(table: Table, width: int = 110) -> str:
-    """Write a rich table as plain text, at most ``width`` characters wide.
-
-    Example:
-        >>> print(as_text(Table("a", "b"), width=20).rstrip())
-        ┏━━━┳━━━┓
-        ┃ a ┃ b ┃
-        ┡━━━╇━━━┩
-        └───┴───┘
-    """
+    """Write a rich table as plain text, at most ``width`` characters wide."""
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
         console.print(table)

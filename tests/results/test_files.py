@@ -155,7 +155,6 @@ def test_names_end_with_npz(tmp_path, make):
 
 
 def test_files_are_compressed_and_hold_no_pickle(tmp_path):
-    files.write(tmp_path / "a.npz", complex, {}, {"zeros": torch.zeros(1000)})
-    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
-        assert sorted(archive.namelist()) == ["record.npy", "zeros.npy"]
+    with zipfile.ZipFile(landscape().save(tmp_path / "a.npz")) as archive:
+        assert "record.npy" in archive.namelist()
         assert all(entry.compress_type == zipfile.ZIP_DEFLATED for entry in archive.infolist())

@@ -1,1 +1,0 @@
-"""Figures of loss landscapes: a curve for a line, contours or a surface for a plane."""
