@@ -21,7 +21,7 @@ from lightning_flatness.callbacks.schedule import epochs_have_passed
 from lightning_flatness.checks import check_whole
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
-from lightning_flatness.plots.history import DATA
+from lightning_flatness.plots.flatness import DATA
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 
 

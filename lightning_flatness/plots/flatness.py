@@ -175,7 +175,7 @@ def plot_block_traces(layer: LayerFlatness, *, sort: bool = True, ax: Any = None
 def _by_interaction(block: Tensor) -> Tensor:
     """Order filters by their angle in the plane of the two leading eigenvectors of the normalised block traces."""
     if len(block) < 3:
-        return torch.arange(len(block))
+        return torch.arange(len(block), device="cpu")
     scale = block.diagonal().abs().clamp_min(torch.finfo(block.dtype).tiny).rsqrt()
     _, vectors = torch.linalg.eigh(block * scale[:, None] * scale)
     return torch.atan2(vectors[:, -2], vectors[:, -1]).argsort()

@@ -113,12 +113,12 @@ def contour_levels(losses: Tensor) -> Tensor:
     low, high = float(finite.min()), float(finite.max())
     if is_constant(losses):
         half = 0.5 * (abs(low) or 1.0)
-        return torch.tensor([low - half, low + half], dtype=torch.float64)
+        return torch.tensor([low - half, low + half], dtype=torch.float64, device="cpu")
     if _is_logarithmic(low, high):
-        levels = torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64)
+        levels = torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64, device="cpu")
         levels[0], levels[-1] = low, high  # to the last digit, so that every point lies between two levels
         return levels
-    return torch.linspace(low, high, NUM_LEVELS, dtype=torch.float64)
+    return torch.linspace(low, high, NUM_LEVELS, dtype=torch.float64, device="cpu")
 
 
 def _is_logarithmic(low: float, high: float) -> bool:
@@ -156,7 +156,7 @@ def _draw_gaps(ax: Any, result: LandscapeResult, masks: dict[str, Tensor]) -> li
 
 def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[Any]:
     """Draw a line, and mark its first and last point; return handles for a legend."""
-    points = torch.as_tensor(trajectory)
+    points = torch.as_tensor(trajectory, device="cpu")
     if points.ndim != 2 or points.shape[1] != 2 or not bool(points.isfinite().all()):
         raise FlatnessError(f"trajectory has shape {tuple(points.shape)}; give finite coordinates (points, 2).")
     ax.plot(points[:, 0], points[:, 1], color=TRAJECTORY_COLOUR, marker="o", markersize=2.5, linewidth=1.2)
@@ -270,7 +270,7 @@ def plot_surface(
 
 def _refined(values: Tensor, parts: int) -> Tensor:
     """Interpolate linearly along the first dimension, ``parts`` intervals for each; gaps do not grow."""
-    where = torch.arange(parts, dtype=values.dtype).reshape(-1, *[1] * (values.ndim - 1)) / parts
+    where = torch.arange(parts, dtype=values.dtype, device="cpu").reshape(-1, *[1] * (values.ndim - 1)) / parts
     start = values[:-1, None]
     between = torch.where(where > 0, start + (values[1:, None] - start) * where, start)
     return torch.cat([between.flatten(0, 1), values[-1:]])

@@ -33,7 +33,7 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
     low, high = float(values.min()), float(values.max())
     sigma = default_sigma(low, high) if sigma is None else sigma
     margin = max(4 * sigma, (high - low) / 50)
-    grid = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64)
+    grid = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64, device="cpu")
     grid, density = result.density(grid, sigma)
     top = float(density.max())
     floor = top / 10**DECADES

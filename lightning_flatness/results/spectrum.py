@@ -107,7 +107,7 @@ class SpectrumResult(Saved):
         if not sigma > 0:
             raise FlatnessError(f"sigma={sigma!r} must be positive.")
         if grid is None:
-            grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, 2000, dtype=torch.float64)
+            grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, 2000, dtype=torch.float64, device="cpu")
         grid = grid.double()
         # One probe at a time, to save memory.
         parts = [
