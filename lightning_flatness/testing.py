@@ -37,8 +37,7 @@ def hessian_rows(
 
     The model is in evaluation mode and float64, the batch is inputs and targets, and ``layer`` names a module whose
     weight has the shape ``(S, ...)``, ``D`` weights in a filter. ``loss_function`` maps logits and targets to the mean
-    loss. The result is ``(len(filters), D, S, D)``: its entry ``H[i, d, s', d']`` is ``d²L / dw[filters[i], d] dw[s',
-    d']``.
+    loss. The result ``H[i, d, s', d']``, ``d²L / dw[filters[i], d] dw[s', d']``, is ``(len(filters), D, S, D)``.
     """
     inputs, targets = batch
     weight = model.get_submodule(layer).weight

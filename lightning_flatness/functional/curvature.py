@@ -103,8 +103,7 @@ class ClassCurvature:
 
         Columns are ``√w_k (v_k - πᵀV)``, so ``diag(π) - π πᵀ`` does not cancel. With a tolerance, the floor is taken
         apart, and the classes left out add at most ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, with
-        scales ``(N, S)`` not negative. Their diagonal is returned as ``rest``, so that only entries off the diagonal
-        change.
+        scales ``(N, S)`` not negative. Their diagonal is returned as ``rest``: only entries off the diagonal change.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)

@@ -52,8 +52,7 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         scale = max(scale, float(image.norm()))
         image, coefficients = orthogonalised(image, basis[: step + 1])
         diagonal[step] = coefficients[step]
-        # Coefficients of a symmetric operator, from the products before.
-        expected = torch.zeros(step, device="cpu").double()
+        expected = torch.zeros(step, device="cpu").double()  # if the operator is symmetric, from products before
         expected[-1:] = beyond[step - 1] if step else 0.0
         asymmetry = max([asymmetry, *(coefficients[:step] - expected).abs().tolist()])
         if step + 1 == num_steps:
