@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.plots import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface
+from lightning_flatness.plots.landscape import _refined
 
 
 def landscape(axes="random", **options):
@@ -99,6 +100,11 @@ def test_surfaces(drawn, log):
     negative = with_losses(landscape(), {...: -landscape().losses})
     with pytest.raises(lf.FlatnessError, match="not positive"):
         plot_surface(negative, log=True)
+
+
+def test_gaps_do_not_grow_between_facets():
+    refined = _refined(torch.tensor([math.nan, 1.0, 3.0]), 2)
+    assert_close(refined, torch.tensor([math.nan, math.nan, 1.0, 2.0, 3.0]), equal_nan=True)
 
 
 def test_kept_and_recomputed_in_equal_colours(drawn):
