@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks import machine, networks
 from benchmarks.timing import synchronize
-from lightning_flatness.layers.known import FULL_EVERY
+from lightning_flatness.layers.certificates import FULL_EVERY
 from lightning_flatness.measure.flatness import Measurement
 
 # Parts of a batch, and the functions that are timed for them. Time of a part within another is counted once.
@@ -31,7 +31,7 @@ REST = "what is left of `update_observed` (metric states, checks)"
 TAIL = "certificates of the tail, slopes"
 PARTS = {
     REST: "lightning_flatness.measure.flatness:Measurement.update_observed",
-    "certificates of the layer": "lightning_flatness.layers.certify:_certified_calls",
+    "certificates of the layer": "lightning_flatness.layers.certify:_Certificates.certified_calls",
     TAIL: "lightning_flatness.layers.certify:certify_tail",
     "certificate of the head": "lightning_flatness.layers.certify:certify_head",
     "loss derivatives": "lightning_flatness.functional.losses:CrossEntropy.__call__",

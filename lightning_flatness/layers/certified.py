@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_flatness.functional import LossDerivatives, weight_gram
 from lightning_flatness.functional.symmetric import Folded
+from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.certificates.affine import Inexact
-from lightning_flatness.layers.certificates.layer import Kernel, as_parameter
+from lightning_flatness.layers.certificates.layer import Kernel
 from lightning_flatness.layers.certificates.tail import Tail, TailDerivatives
-from lightning_flatness.layers.known import Known
 from lightning_flatness.layers.options import Options
-from lightning_flatness.layers.recording import LayerCall, Pass
+from lightning_flatness.layers.recording import LayerCall, Pass, Recorder
 from lightning_flatness.layers.selection import Selection
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.results import LayerInfo
@@ -33,6 +33,10 @@ class CertifiedLayer:
     tail: Known[Tail] | None = None  # under the closed form
     inexact: Inexact | None = None  # under Gauss-Newton: why the number is not the Hessian's
 
+    def with_deviation(self, *deviations: float) -> CertifiedLayer:
+        """The same, with the largest of these deviations if it is larger than the one known."""
+        return replace(self, info=replace(self.info, deviation=max(self.info.deviation, *deviations)))
+
 
 @dataclass(frozen=True)
 class Certified:
@@ -48,23 +52,6 @@ class Certified:
         """How every layer is measured."""
         return {name: layer.info for name, layer in self.layers.items()}
 
-    def with_deviations(self, deviations: Mapping[str, float]) -> Certified:
-        """The same, with deviations of layers that are larger than those known."""
-        layers = {}
-        for name, layer in self.layers.items():
-            deviation = max(layer.info.deviation, deviations[name])
-            layers[name] = replace(layer, info=replace(layer.info, deviation=deviation))
-        return replace(self, layers=layers)
-
-    def with_parameters(self, parameters: Mapping[str, nn.Parameter]) -> Certified:
-        """The same, with kernels recognised as parameters of the model, so that no copies are kept."""
-        layers = {
-            name: replace(layer, kernel=as_parameter(layer.kernel, parameters[name]))
-            for name, layer in self.layers.items()
-            if name in parameters
-        }
-        return replace(self, layers={**self.layers, **layers})
-
 
 @dataclass(frozen=True)
 class CertifiedPass:
@@ -75,6 +62,11 @@ class CertifiedPass:
     calls: Calls
     tails: Mapping[str, TailDerivatives]  # of the layers under the closed form
 
+    @property
+    def others(self) -> Calls:
+        """Calls of the layers under Gauss-Newton."""
+        return {name: calls for name, calls in self.calls.items() if name not in self.tails}
+
 
 @dataclass(frozen=True)
 class Context:
@@ -84,10 +76,10 @@ class Context:
     options: Options
     copy: Callable[[], ModelCopy]
 
-    @property
-    def tolerance(self) -> float:
-        """Relative standard error that is accepted with many classes; 0 takes every class."""
-        return 0.0 if self.options.strict else self.options.tolerance
+    def recorder(self, copy: ModelCopy | None = None) -> Recorder:
+        """A recorder of a forward pass of ours on a copy of the model, or of one of the user's that begins now."""
+        watched = {name: copy.copy_of(p) if copy else p for name, p in self.selection.parameters.items()}
+        return Recorder(self.selection.modules, self.selection.classifier, watched, live=copy is None)
 
     def gram(self, kernel: Tensor, groups: int) -> Folded:
         """Inner products of a layer's filters, or their diagonal if no more is wanted."""

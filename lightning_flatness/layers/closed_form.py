@@ -15,36 +15,21 @@ from lightning_flatness.functional import (
     weight_norm,
 )
 from lightning_flatness.layers.certificates.tail import TailDerivatives
-from lightning_flatness.layers.recording import Convolution
+from lightning_flatness.layers.certified import Certified, CertifiedPass
+from lightning_flatness.layers.estimates import BlockTraces
 
 # Largest relative change of relative flatness, by classes that are left out.
 TRUNCATION = 1e-6
 
 
-def closed_form_layer(
-    convolution: Convolution,
-    tail: TailDerivatives,
-    loss: LossDerivatives,
-    diagonal: bool,
-    weights: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Block traces of one layer, ``(G, S/G, S/G)``, or their diagonals, ``(G, S/G)``; summed over a batch's samples.
+def closed_form_layer(name: str, certified: CertifiedPass, known: Certified, diagonal: bool) -> BlockTraces:
+    """Block traces of one layer, or their diagonals, summed over the samples of a pass.
 
-    With ``weights``, classes that do not matter are left out: relative flatness changes by less than
-    :data:`TRUNCATION` of itself, which is certified, and the other measures not at all.
-
-    Args:
-        convolution: of the layer.
-        tail: what follows it.
-        loss: derivatives at the logits.
-        diagonal: only the diagonals.
-        weights: inner products of its filters, and a bound of their spectral norm (:func:`spectral_bound`); None to
-            take every class.
-
-    Raises:
-        BatchError: the tail is curved and there are no targets.
+    With many classes (:attr:`CertifiedLayer.gram_norm`), those that do not matter are left out: relative flatness
+    changes by less than :data:`TRUNCATION` of itself, which is certified, and the other measures not at all.
     """
-    curved = curved_part(tail, loss)
+    convolution, tail, loss = certified.calls[name][0].convolution, certified.tails[name], certified.loss
+    layer, curved = known.layers[name], curved_part(tail, loss)
     of_filters = None
     if curved is not None:
         of_filters = closed_form_residual(convolution.inputs, convolution.geometry, curved[0], tail.columns, curved[1])
@@ -60,8 +45,8 @@ def closed_form_layer(
             (part if diagonal else part.diagonal(dim1=1, dim2=2)).add_(of_filters)
         return part
 
-    if weights is not None:
-        gram, gram_norm = weights
+    if layer.gram_norm is not None:
+        gram, gram_norm = layer.gram.whole(), layer.gram_norm
         # What is left out is a positive matrix of at most this share of the trace. Its trace times the norm of the Gram
         # matrix bounds the change of relative flatness, which is about the trace times the filters' mean squared norm.
         mean = weight_norm(gram).square() / gram[..., 0].numel()
@@ -70,16 +55,12 @@ def closed_form_layer(
         trace = hessian_trace(part)
         total = whole(part)
         if bool(tolerance * trace * gram_norm <= TRUNCATION * relative_flatness(total, gram).abs()):
-            return total
-    return whole(gauss_newton(0.0))
+            return BlockTraces(total)
+    return BlockTraces(whole(gauss_newton(0.0)))
 
 
 def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, Tensor] | None:
-    """Curvatures of the tail and ``dloss/df``, which make the part beside Gauss-Newton; None if there is none.
-
-    Raises:
-        BatchError: it has, and there are no targets.
-    """
+    """Curvatures of the tail and ``dloss/df``, which make the part beside Gauss-Newton; None if there is none."""
     if tail.curvatures is None:
         return None
     if loss.residual is not None:
@@ -93,12 +74,7 @@ def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, T
 
 
 def spectral_bound(gram: Tensor) -> Tensor:
-    """An upper bound of the spectral norm of symmetric matrices, by the Schatten norm of order eight.
-
-    Example:
-        >>> bool(3 <= spectral_bound(torch.diag(torch.tensor([1.0, 2.0, 3.0]))[None]) < 3.1)
-        True
-    """
+    """An upper bound of the spectral norm of symmetric matrices, by the Schatten norm of order eight."""
     scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
     fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
     bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # float32 is rounded

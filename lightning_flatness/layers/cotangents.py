@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,12 +21,19 @@ def nodes_of(calls: Calls) -> list[Tensor]:
 
 def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> list[Tensor]:
     """Vector-Jacobian products of the logits with one cotangent ``(N, K)``, at all nodes; zeros where none arrives."""
-    if not logits.requires_grad:
-        return [torch.zeros_like(node) for node in nodes]
-    pulled = torch.autograd.grad(
-        logits, nodes, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
+    pulled = pull_back_where_used(logits, nodes, cotangent, create_graph)
     return [torch.zeros_like(node) if p is None else p for p, node in zip(pulled, nodes, strict=True)]
+
+
+def pull_back_where_used(
+    end: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """The same of any tensor, with None at nodes that it does not depend on."""
+    if not end.requires_grad or not nodes:
+        return [None] * len(nodes)
+    return torch.autograd.grad(
+        end, list(nodes), cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
 
 
 def kernel_gradient(calls: Sequence[LayerCall], cotangents: Sequence[Tensor], squares: bool = False) -> Tensor:
@@ -35,17 +41,13 @@ def kernel_gradient(calls: Sequence[LayerCall], cotangents: Sequence[Tensor], sq
 
     With ``squares``, the sum of the squares of its terms.
     """
-    convolutions = [call.convolution for call in calls]
-    if squares:
-        convolutions = [replace(convolution, inputs=convolution.inputs.square()) for convolution in convolutions]
-        cotangents = [cotangent.square() for cotangent in cotangents]
-    return reduce(
-        torch.add,
-        (
-            gradient_of_convolution(convolution, cotangent.movedim(convolution.channel_dimension, 1))
-            for convolution, cotangent in zip(convolutions, cotangents, strict=True)
-        ),
-    )
+    total = torch.zeros_like(calls[0].convolution.weight)
+    for call, cotangent in zip(calls, cotangents, strict=True):
+        convolution, delta = call.convolution, cotangent.movedim(call.convolution.channel_dimension, 1)
+        if squares:
+            convolution, delta = replace(convolution, inputs=convolution.inputs.square()), delta.square()
+        total = total + gradient_of_convolution(convolution, delta)
+    return total
 
 
 def gradient_of_convolution(convolution: Convolution, delta: Tensor) -> Tensor:
@@ -59,18 +61,16 @@ def gradient_of_convolution(convolution: Convolution, delta: Tensor) -> Tensor:
 
 def convolve(convolution: Convolution, kernel: Tensor) -> Tensor:
     """The recorded convolution with another kernel, of the shape of the first, and no bias; channels second."""
-    geometry = convolution.geometry
-    return torch.convolution(
-        convolution.inputs,
-        kernel if convolution.channel_dimension == 1 else kernel[..., None],
-        None,
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-        False,
-        [0] * len(geometry.stride),
-        geometry.groups,
-    )
+    inputs, geometry = convolution.inputs, convolution.geometry
+    kernel = kernel if convolution.channel_dimension == 1 else kernel[..., None]
+    stride, padding, dilation = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
+    output_padding = [0] * len(stride)
+    return torch.convolution(inputs, kernel, None, stride, padding, dilation, False, output_padding, geometry.groups)
+
+
+def to_positions(per_channel: Tensor, output: Tensor) -> Tensor:
+    """``(N, S)``, shaped to multiply a layer's output ``(N, S, *output)``."""
+    return per_channel.reshape(*per_channel.shape, *[1] * (output.ndim - 2))
 
 
 def random_direction(tensor: Tensor, stream: int = 0) -> Tensor:

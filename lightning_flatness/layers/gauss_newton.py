@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newton_block_traces
 from lightning_flatness.functional.curvature import MANY_CLASSES
-from lightning_flatness.layers.cotangents import Calls, nodes_of, pull_back
+from lightning_flatness.layers.certified import Calls, Certified, CertifiedPass
+from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.estimates import BlockTraces, Probes, random_signs
+from lightning_flatness.layers.options import Options
 
 # Elements, of all layers, that are kept at a time: on a CPU about a hundred megabytes.
 ELEMENTS = {"cpu": 3 * 2**23}
@@ -29,39 +32,23 @@ Advance = Callable[[float], None]  # called with the part of the work that is do
 
 
 def gauss_newton_layers(
-    calls: Calls,
-    logits: Tensor,
-    curvature: Curvature,
-    gram: Callable[[str], Tensor],
-    tolerance: float,
-    generator: torch.Generator,
-    diagonal: bool,
-    advance: Advance,
+    certified: CertifiedPass, known: Certified, options: Options, generator: torch.Generator, advance: Advance
 ) -> dict[str, BlockTraces]:
-    """Gauss-Newton block traces of several layers, summed over the samples of a batch.
+    """Block traces of the layers under Gauss-Newton, summed over the samples of a pass; probes are from ``generator``.
 
     One backward pass for every column serves all layers, and goes to activations only. Columns are taken in chunks, so
     that memory does not grow with the number of classes.
-
-    Args:
-        calls: what the layers did.
-        logits: ``(N, K)``, in the graph of the layers' outputs.
-        curvature: of the loss.
-        gram: inner products of a layer's filters, by its name.
-        tolerance: with many classes, the relative standard error that is accepted (:func:`is_sampled`); 0 for none.
-        generator: of the probes.
-        diagonal: only the diagonals of the block traces.
-        advance: is called as columns are done.
     """
+    curvature, tolerance = certified.loss.curvature, options.class_tolerance
+    layers = _Layers(certified.others, certified.recorded.logits, options.diagonal)
     if isinstance(curvature, ClassCurvature) and is_sampled(curvature, tolerance):
-        return _by_probes(calls, logits, curvature, gram, tolerance, generator, diagonal, advance)
+        return _by_probes(layers, curvature, known, tolerance, generator, advance)
     totals: dict[str, Tensor] = {}
     done = 0
-    every = (curvature.column(index) for index in range(curvature.num_columns))
-    for columns in _pulled(calls, logits, every):
+    for columns in layers.pulled(curvature.column(index) for index in range(curvature.num_columns)):
         before, done = done, done + len(columns)
-        signs = None if curvature.signs is None else curvature.signs[:, before:done].to(logits.dtype)
-        _add(totals, _contracted(calls, columns, signs, diagonal))
+        signs = None if curvature.signs is None else curvature.signs[:, before:done].to(layers.logits.dtype)
+        layers.add(totals, columns, signs)
         advance(done / curvature.num_columns)
     return {name: BlockTraces(total) for name, total in totals.items()}
 
@@ -71,14 +58,52 @@ def is_sampled(curvature: Curvature, tolerance: float) -> bool:
     return tolerance > 0 and isinstance(curvature, ClassCurvature) and curvature.num_classes >= MANY_CLASSES
 
 
+def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
+    """How many samples to take at a time, at least two, so that some columns can be kept for all layers."""
+    kept = ELEMENTS.get(device.type, ELEMENTS_DEFAULT)
+    return max(2, kept // (elements * (min(num_columns, COLUMNS) + GRAPH)))
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The layers that columns are pulled back to, in one pass."""
+
+    calls: Calls
+    logits: Tensor  # (N, K), in the graph of the layers' outputs
+    diagonal: bool  # only the diagonals of the block traces
+
+    def pulled(self, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
+        """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
+        logits, nodes = self.logits, nodes_of(self.calls)
+        kept = ELEMENTS.get(logits.device.type, ELEMENTS_DEFAULT)
+        at_a_time = max(1, kept // max(1, sum(node.numel() for node in nodes)) - GRAPH)
+        at_a_time = min(at_a_time, MOST_COLUMNS.get(logits.device.type, at_a_time))
+        while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
+            yield columns
+
+    def contracted(self, columns: Columns, signs: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Block traces by layer, from the columns; these are used up, which keeps memory low."""
+        for name, of_layer in self.calls.items():
+            convolutions = [call.convolution for call in of_layer]
+            cotangents = [
+                [pulled.pop(0).movedim(convolution.channel_dimension, 1) for pulled in columns]
+                for convolution in convolutions
+            ]
+            inputs = [(convolution.inputs, convolution.geometry) for convolution in convolutions]
+            yield name, gauss_newton_block_traces(inputs, cotangents, signs, self.diagonal)
+
+    def add(self, totals: dict[str, Tensor], columns: Columns, signs: Tensor | None = None) -> None:
+        """Add the block traces from some columns to those from others."""
+        for name, part in self.contracted(columns, signs):
+            totals[name] = totals[name] + part if name in totals else part
+
+
 def _by_probes(
-    calls: Calls,
-    logits: Tensor,
+    layers: _Layers,
     curvature: ClassCurvature,
-    gram: Callable[[str], Tensor],
+    known: Certified,
     tolerance: float,
     generator: torch.Generator,
-    diagonal: bool,
     advance: Advance,
 ) -> dict[str, BlockTraces]:
     """The classes that carry the mass one by one, the sum of all others by random signs.
@@ -95,25 +120,24 @@ def _by_probes(
 
     def take_one_by_one(ranks: range) -> None:
         units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
-        for columns in _pulled(calls, logits, (curvature.factor(x) for x in units)):
-            _add(totals, _contracted(calls, columns, None, diagonal))
+        for columns in layers.pulled(curvature.factor(x) for x in units):
+            layers.add(totals, columns)
 
     take_one_by_one(range(leading))
-
-    probes = {name: Probes(gram(name)) for name in calls}
+    probes = {name: Probes(known.layers[name].gram.whole()) for name in layers.calls}
     others = torch.ones_like(mass).scatter(1, order[:, :leading], 0.0)
     count = 0
     while leading + count < curvature.num_columns:
         x = (others * random_signs(others, generator) for _ in range(MIN_PROBES))
-        for columns in _pulled(calls, logits, (curvature.factor(signs) for signs in x)):
+        for columns in layers.pulled(curvature.factor(signs) for signs in x):
             for column in columns:
-                for name, part in _contracted(calls, [column], None, diagonal):
+                for name, part in layers.contracted([column]):
                     probes[name].add(part)
         count += MIN_PROBES
         advance(min((leading + count) / curvature.num_columns, 1.0))
-        if all(probes[name].precise(tolerance, totals[name]) for name in calls):
+        if all(of_layer.precise(tolerance, totals[name]) for name, of_layer in probes.items()):
             advance(1.0)
-            return {name: probes[name].estimate(totals[name]) for name in calls}
+            return {name: of_layer.estimate(totals[name]) for name, of_layer in probes.items()}
     take_one_by_one(range(leading, curvature.num_classes))
     return {name: BlockTraces(total) for name, total in totals.items()}
 
@@ -124,38 +148,3 @@ def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
     # A probe's relative variance is some tenth for one sample; it counts with the square of the part that is sampled.
     num_probes = 0.1 / (samples * tolerance**2) * rest.square()
     return int((torch.arange(1, len(mass) + 1, device=mass.device) + num_probes).argmin()) + 1
-
-
-def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
-    """How many samples to take at a time, at least two, so that some columns can be kept for all layers."""
-    return max(2, _budget(device) // (elements * (min(num_columns, COLUMNS) + GRAPH)))
-
-
-def _budget(device: torch.device) -> int:
-    return ELEMENTS.get(device.type, ELEMENTS_DEFAULT)
-
-
-def _pulled(calls: Calls, logits: Tensor, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
-    """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
-    nodes = nodes_of(calls)
-    at_a_time = max(1, _budget(logits.device) // max(1, sum(node.numel() for node in nodes)) - GRAPH)
-    at_a_time = min(at_a_time, MOST_COLUMNS.get(logits.device.type, at_a_time))
-    while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
-        yield columns
-
-
-def _add(totals: dict[str, Tensor], parts: Iterable[tuple[str, Tensor]]) -> None:
-    for name, part in parts:
-        totals[name] = totals[name] + part if name in totals else part
-
-
-def _contracted(calls: Calls, columns: Columns, signs: Tensor | None, diagonal: bool) -> Iterator[tuple[str, Tensor]]:
-    """Block traces by layer, from the columns; these are used up, which keeps memory low."""
-    for name, of_layer in calls.items():
-        convolutions = [call.convolution for call in of_layer]
-        cotangents = [
-            [pulled.pop(0).movedim(convolution.channel_dimension, 1) for pulled in columns]
-            for convolution in convolutions
-        ]
-        inputs = [(convolution.inputs, convolution.geometry) for convolution in convolutions]
-        yield name, gauss_newton_block_traces(inputs, cotangents, signs, diagonal)

@@ -20,28 +20,9 @@ from lightning_flatness.model.isolation import accelerators
 class Listener:
     """Listens, for the time of a ``with`` block, for the one call of a model on given inputs, and observes it.
 
-    Calls on other inputs are left alone. Errors of ours are kept in :attr:`reason` and never raised. Modes are as they
-    were when the call is done, also when it raises. If the observed forward fails, it is run again unobserved.
-
-    Args:
-        model: the network; meanwhile its ``forward`` is ours, which calls it.
-        inputs: of the call: one tensor, a tuple or list of positional arguments, or a mapping of keyword arguments;
-            None for any.
-        recorder: makes a :class:`Recorder` (``live=True``).
-        same_calls: modules of the network whose call is as good.
-
-    Attributes:
-        inputs: of the call.
-        reason: why the call was not observed; empty if it was.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
-        >>> x = torch.randn(4, 1, 8)
-        >>> recorder = lambda: Recorder({"0": net[0]}, net[3], live=True)
-        >>> with torch.inference_mode(), Listener(net, x, recorder) as listener:
-        ...     logits = net(x)
-        >>> listener.reason, listener.result().features[0].requires_grad, logits.requires_grad
-        ('', True, False)
+    Meanwhile the ``forward`` of the model, and of modules whose call is as good, is ours, which calls theirs. Calls on
+    other inputs are left alone; None are any. Errors of ours are kept in :attr:`reason` and never raised. Modes are as
+    they were when the call is done, also when it raises. If the observed forward fails, it is run again unobserved.
     """
 
     _observing: ClassVar[bool] = False  # one at a time: two would put their nodes into each other's graphs
@@ -50,9 +31,8 @@ class Listener:
         self, model: nn.Module, inputs: Any, recorder: Callable[[], Recorder], same_calls: Sequence[nn.Module] = ()
     ) -> None:
         self.inputs = inputs
-        self.reason = NOT_HEARD
-        self._model = model
-        self._recorder = recorder
+        self.reason = NOT_HEARD  # why the call was not observed; empty if it was
+        self._model, self._recorder = model, recorder
         self._recorded: Recorder | None = None  # of the call
         self._output: Any = None  # of the call
         self._num_calls = 0
@@ -62,11 +42,7 @@ class Listener:
         self._state: list[Any] = []
 
     def result(self) -> Pass:
-        """The forward pass that was observed.
-
-        Raises:
-            BatchError: there was none.
-        """
+        """The forward pass that was observed; an error if there was none."""
         recorder = self._recorded
         if recorder is None or self.reason or recorder.failure is not None:
             raise BatchError(self.reason or f"observing failed ({recorder and recorder.failure})")
@@ -76,9 +52,8 @@ class Listener:
         # Not hooks: those do not run when a forward is interrupted by hand, nor for calls of `forward` itself.
         for module in self._modules:
             own = {name: value for name, value in vars(module).items() if name == "forward"}
-            ours = _Forward(self, module)
-            vars(module)["forward"] = ours
-            self._ours.append((module, ours, own))
+            self._ours.append((module, _Forward(self, module), own))
+            vars(module)["forward"] = self._ours[-1][1]
         self._state = _state(self._model)
         return self
 
@@ -201,13 +176,7 @@ def is_observed(module: nn.Module) -> bool:
 
 
 def same_inputs(one: Any, other: Any) -> bool:
-    """Whether two inputs of a model are the very same tensors.
-
-    Example:
-        >>> x = torch.ones(2)
-        >>> same_inputs((x, 1), (x, 1)), same_inputs(x, x.clone())
-        (True, False)
-    """
+    """Whether two inputs of a model are the very same tensors."""
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(map(same_inputs, one, other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -217,8 +186,7 @@ def same_inputs(one: Any, other: Any) -> bool:
 
 def _are(inputs: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
     """Whether a call with these arguments is the one on these inputs; ``None`` are any."""
-    if inputs is None:
-        return True
     if isinstance(inputs, Mapping):
         return not arguments and same_inputs(inputs, keywords)
-    return not keywords and same_inputs(inputs if isinstance(inputs, (tuple, list)) else (inputs,), arguments)
+    positional = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return inputs is None or (not keywords and same_inputs(positional, arguments))

@@ -8,12 +8,13 @@ from dataclasses import replace
 from lightning_flatness.errors import NotExactError
 from lightning_flatness.functional import Curvature, contraction_costs
 from lightning_flatness.functional.curvature import MANY_CLASSES
+from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.certificates.affine import Inexact
 from lightning_flatness.layers.certificates.layer import Kernel, is_own_weight
-from lightning_flatness.layers.certified import CertifiedLayer, Context
+from lightning_flatness.layers.certified import CertifiedLayer, CertifiedPass, Context
 from lightning_flatness.layers.closed_form import spectral_bound
 from lightning_flatness.layers.gauss_newton import is_sampled
-from lightning_flatness.layers.known import Known
+from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.recording import Convolution, LayerCall
 from lightning_flatness.results import LayerInfo
 
@@ -50,27 +51,25 @@ def first_description(
         memory=MATRICES_KEPT * 8 * elements,
     )
     gram = context.gram(convolution.weight, groups)
-    may_leave_out_classes = context.tolerance > 0 and curvature.num_classes >= MANY_CLASSES and not diagonal
+    may_leave_out_classes = (
+        context.options.class_tolerance > 0 and curvature.num_classes >= MANY_CLASSES and not diagonal
+    )
     return CertifiedLayer(info, kernel, gram, spectral_bound(gram.whole()) if may_leave_out_classes else None)
 
 
 def under_gauss_newton(
     layer: CertifiedLayer,
-    calls: Sequence[LayerCall],
+    certified: CertifiedPass,
     inexact: Inexact | None,
     failure: str,
-    curvature: Curvature,
-    context: Context,
+    options: Options,
     first: bool,
 ) -> CertifiedLayer:
     """A layer under Gauss-Newton, labelled where the logits are not affine in its kernel (``inexact``).
 
     ``failure`` says why the closed form does not hold, if it just failed.
-
-    Raises:
-        NotExactError: with ``strict``, it is not exact.
     """
-    options, info = context.options, layer.info
+    info, calls, curvature = layer.info, certified.calls[layer.info.name], certified.loss.curvature
     if options.strict and inexact:
         closed_form = f" The closed form does not hold: {failure}" if failure else ""
         raise NotExactError(
@@ -78,7 +77,7 @@ def under_gauss_newton(
             f"strict=True asks for exact numbers.{closed_form}"
         )
     estimated = inexact is Inexact.CURVED and options.residual is not None and is_own_weight(calls[0])
-    label = inexact or (Inexact.SAMPLED if is_sampled(curvature, context.tolerance) else None)
+    label = inexact or (Inexact.SAMPLED if is_sampled(curvature, options.class_tolerance) else None)
     reason = "" if label is None else label.value
     if inexact and not first:
         reason = f"{reason} for some samples; others may count with all their Hessian"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,14 +39,7 @@ class FlatnessObserver:
     and modes, the batch and all random states as they were.
 
     Beside that, it can observe forward passes that the user makes: :meth:`why_not_live`, :meth:`listen`,
-    :meth:`observed`.
-
-    Args:
-        model: any module that returns logits ``(N, K)``.
-        options: keyword arguments of :func:`~lightning_flatness.measure_flatness`: ``layers``, ``loss``, ...
-
-    Raises:
-        FlatnessError: options that cannot be; on the first call, whatever does not allow a measurement.
+    :meth:`observed`. The model, the options and the errors are those of :func:`~lightning_flatness.measure_flatness`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -57,7 +51,6 @@ class FlatnessObserver:
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         self._options = Options(**options)
-        self._tolerance = 0.0 if self._options.strict else self._options.tolerance
         self._model = model
         self._own = OwnPasses(model, self._options)
         # Known apart, so that passes of our own are certified on their own samples, not on the few of the trial.
@@ -68,9 +61,8 @@ class FlatnessObserver:
     @property
     def layers(self) -> dict[str, LayerInfo]:
         """How every layer is measured; empty before the first batch."""
-        infos = [self._own.known.infos, {} if self._observable is None else self._observable.known.infos]
-        names = {**infos[0], **infos[1]}
-        return {name: merged([of_pass[name] for of_pass in infos if name in of_pass]) for name in names}
+        own, observed = self._own.known.infos, {} if self._observable is None else self._observable.known.infos
+        return {name: merged([infos[name] for infos in (own, observed) if name in infos]) for name in own | observed}
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -80,20 +72,12 @@ class FlatnessObserver:
     def __call__(
         self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None
     ) -> dict[str, LayerStatistics]:
-        """Statistics of one batch, by layer.
+        """Statistics of one batch, by layer; ``advance`` is called with the part of it that is done.
 
-        Args:
-            inputs: for the model: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
-            targets: as the loss takes them; without them, what needs them raises an error.
-            advance: called with the part of the batch that is done.
-
-        Raises:
-            BatchError: targets that do not fit the logits or are missing where needed, values that are not finite; or
-                memory runs out for half as many samples at a time, too.
-            LayerSelectionError: a layer that cannot be measured.
-            NotExactError: with ``strict``, a layer that is not exact.
+        ``inputs`` are a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. ``targets``
+        are as the loss takes them; without them, what needs them raises an error.
         """
-        return {name: sums.statistics() for name, sums in self.sums(inputs, targets, advance).items()}
+        return _statistics(self.sums(inputs, targets, advance))
 
     def sums(self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None) -> dict[str, LayerSums]:
         """What a call returns, for adding up: symmetric matrices are folded."""
@@ -110,21 +94,17 @@ class FlatnessObserver:
         That is tried out on the first samples of a batch: a pass of our own, observed in the way theirs would be and
         under the modes that are on now, must return bit-identical values, keep nothing, and give the same numbers.
         """
-        outcome = try_observing(
-            self._model, self._options, (inputs, targets), forward, self._block_traces, self._sums_observed
-        )
+        batch = inputs, targets
+        outcome = try_observing(self._model, self._options, batch, forward, self._block_traces, self._sums_observed)
         if isinstance(outcome, str):
             return outcome
         self._observable = outcome
         return ""
 
     def listen(self, inputs: Any) -> Listener:
-        """Hooks on the model, to observe the user's forward pass on these inputs.
-
-        Call it after :meth:`why_not_live` has returned nothing.
-        """
+        """Observe the user's forward pass on these inputs, once :meth:`why_not_live` has returned nothing."""
         assert self._observable is not None
-        return Listener(self._model, inputs, self._observable.recorder, self._observable.same_calls)
+        return Listener(self._model, inputs, self._observable.context.recorder, self._observable.same_calls)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
         """Statistics of a batch on which the user's forward pass was observed.
@@ -132,17 +112,18 @@ class FlatnessObserver:
         Raises:
             FlatnessError: it was not as in the passes of our own.
         """
-        return {name: sums.statistics() for name, sums in self.observed_sums(listener, targets).items()}
+        return _statistics(self.observed_sums(listener, targets))
 
     def observed_sums(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerSums]:
         """What :meth:`observed` returns, for adding up."""
         assert self._observable is not None
-        sums, self._observable = self._sums_observed(self._observable, listener, targets)
+        sums, known = self._sums_observed(self._observable, listener, targets)
+        self._observable = replace(self._observable, known=known)
         return sums
 
     def _sums_observed(
         self, observable: Observable, listener: Listener, targets: Tensor | None
-    ) -> tuple[dict[str, LayerSums], Observable]:
+    ) -> tuple[dict[str, LayerSums], Certified]:
         """Sums of an observed batch, and what is known after it.
 
         Checks of tensors are evaluated together at the end, so that a GPU is waited for once. If one fails, they are
@@ -163,77 +144,51 @@ class FlatnessObserver:
 
     def _certified_sums(
         self, observable: Observable, listener: Listener, targets: Tensor | None
-    ) -> tuple[dict[str, LayerSums], Observable]:
+    ) -> tuple[dict[str, LayerSums], Certified]:
         recorded = listener.result()
         logits = recorded.logits.detach()
         if len(logits) < 2:
             raise BatchError("one sample is measured twice, side by side")
         loss = self._options.loss_function(logits, None if targets is None else targets.to(logits.device))
         certified, known = certify_observed(recorded, loss, observable.known, observable.context)
-        return self._block_traces(certified, known), observable.with_known(known)
+        return self._block_traces(certified, known), known
 
     def _block_traces(
         self, certified: CertifiedPass, known: Certified, advance: Advance = lambda part: None
     ) -> dict[str, LayerSums]:
         """Block traces of all layers, summed over the samples of a pass."""
-        traces = {name: BlockTraces(self._closed_form(name, certified, known)) for name in certified.tails}
-        others = {name: calls for name, calls in certified.calls.items() if name not in certified.tails}
-        if others:
-            traces |= gauss_newton_layers(
-                others,
-                certified.recorded.logits,
-                certified.loss.curvature,
-                lambda name: known.layers[name].gram.whole(),
-                self._tolerance,
-                self._generator,
-                self._options.diagonal,
-                advance,
-            )
+        traces = {}
+        for name in certified.tails:
+            with naming(name):
+                traces[name] = closed_form_layer(name, certified, known, self._options.diagonal)
+        if certified.others:
+            traces |= gauss_newton_layers(certified, known, self._options, self._generator, advance)
         for name, residual in self._residuals(certified, known).items():
-            total, variances = traces[name]
-            assert residual.variances is not None
-            variances = residual.variances if variances is None else variances + residual.variances
-            traces[name] = BlockTraces(total + residual.total, variances)
-        return {name: self._layer_sums(name, traces[name], certified, known) for name in certified.calls}
-
-    def _closed_form(self, name: str, certified: CertifiedPass, known: Certified) -> Tensor:
-        layer, convolution = known.layers[name], certified.calls[name][0].convolution
-        weights = None if layer.gram_norm is None else (layer.gram.whole(), layer.gram_norm)
-        with naming(name):
-            return closed_form_layer(
-                convolution, certified.tails[name], certified.loss, self._options.diagonal, weights
-            )
+            traces[name] = traces[name].plus(residual)
+        return {name: _layer_sums(name, traces[name], certified, known) for name in certified.calls}
 
     def _residuals(self, certified: CertifiedPass, known: Certified) -> dict[str, BlockTraces]:
         """Estimates of what Gauss-Newton leaves out, of the layers that are measured so."""
-        kernels = {}
-        for name, layer in known.layers.items():
-            if layer.info.method == "gauss_newton+hutchinson":
-                call = certified.calls[name][0]
-                kernels[name] = own_weight(call.module), call.convolution.weight.detach().clone().requires_grad_()
-        if not kernels:
+        wanted = [name for name, info in known.infos.items() if info.method == "gauss_newton+hutchinson"]
+        if not wanted:
             return {}
+        calls = {name: certified.calls[name][0] for name in wanted}
+        kernels = {name: call.convolution.weight.detach().clone().requires_grad_() for name, call in calls.items()}
+        parameters = {own_weight(call.module): kernels[name] for name, call in calls.items()}
+        grams = {name: known.layers[name].gram.whole() for name in wanted}
         if certified.loss.residual is None:
             raise BatchError("residual='hutchinson' depends on the targets, and this batch has none.")
-        copy = ModelCopy(self._model, self._options.measuring_dtype)
-        logits = logits_of(copy(certified.recorded.inputs, dict(kernels.values())))
-        return hutchinson_residual(
-            (logits * certified.loss.residual.to(logits.dtype)).sum(),
-            {name: kernel for name, (_, kernel) in kernels.items()},
-            lambda name: known.layers[name].gram.whole(),
-            self._options.num_probes,
-            self._generator,
-            self._options.diagonal,
-        )
+        logits = logits_of(ModelCopy(self._model, self._options.measuring_dtype)(certified.recorded.inputs, parameters))
+        scalar = (logits * certified.loss.residual.to(logits.dtype)).sum()
+        return hutchinson_residual(scalar, kernels, grams, self._options, self._generator)
 
-    def _layer_sums(self, name: str, traces: BlockTraces, certified: CertifiedPass, known: Certified) -> LayerSums:
-        if not holds(traces.total.sum().isfinite()):
-            raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
-        loss = certified.loss
-        return LayerSums(
-            Folded.of(traces.total),  # symmetric but for rounding
-            known.layers[name].gram,
-            loss.num_samples,
-            loss.normalizer,
-            traces.variances,
-        )
+
+def _layer_sums(name: str, traces: BlockTraces, certified: CertifiedPass, known: Certified) -> LayerSums:
+    if not holds(traces.total.sum().isfinite()):
+        raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
+    folded, loss = Folded.of(traces.total), certified.loss  # symmetric but for rounding
+    return LayerSums(folded, known.layers[name].gram, loss.num_samples, loss.normalizer, traces.variances)
+
+
+def _statistics(sums: dict[str, LayerSums]) -> dict[str, LayerStatistics]:
+    return {name: of_layer.statistics() for name, of_layer in sums.items()}

@@ -11,10 +11,10 @@ from torch import Tensor
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import Curvature
 from lightning_flatness.layers.certificates.tail import TailDerivatives
-from lightning_flatness.layers.certified import Calls, CertifiedPass
+from lightning_flatness.layers.certified import CertifiedPass
 from lightning_flatness.layers.certify import naming
 from lightning_flatness.layers.closed_form import curved_part
-from lightning_flatness.layers.cotangents import convolve, gradient_of_convolution, nodes_of, pull_back
+from lightning_flatness.layers.cotangents import convolve, gradient_of_convolution, nodes_of, pull_back, to_positions
 from lightning_flatness.layers.recording import Convolution
 
 
@@ -58,7 +58,7 @@ class TailOperator:
     pulled: Tensor | None  # r = Vᵀ dloss/df, (N, S)
 
     def __call__(self, kernel: Tensor, by_filter: bool) -> Tensor:
-        """The product with a kernel, ``(S, ...)``; ``by_filter``, of every filter's own block with that filter."""
+        """As of :class:`ColumnOperator`."""
         output = convolve(self.convolution, kernel)
         over = list(range(2, output.ndim))
         columns = self.tail.columns
@@ -67,14 +67,14 @@ class TailOperator:
             back = self.diagonal * features
         else:
             back = self.curvature.apply((features @ columns.T).double()).to(features.dtype) @ columns
-        delta = _to_positions(back, output) * self.tail.slopes
+        delta = to_positions(back, output) * self.tail.slopes
         if self.tail.curvatures is not None and self.pulled is not None:
-            delta = delta + _to_positions(self.pulled, output) * self.tail.curvatures * output
+            delta = delta + to_positions(self.pulled, output) * self.tail.curvatures * output
         return gradient_of_convolution(self.convolution, delta)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are kept."""
+        """As of :class:`ColumnOperator`."""
         twice = 1 if self.tail.curvatures is None else 2
         return twice * self.tail.slopes.nbytes + self.convolution.inputs.nbytes + self.diagonal.nbytes
 
@@ -83,13 +83,9 @@ Operator = ColumnOperator | TailOperator
 
 
 def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[float], None]) -> dict[str, Operator]:
-    """The operators of all layers, for the samples of one forward pass.
-
-    Raises:
-        BatchError: they would keep more.
-    """
+    """The operators of all layers, for the samples of one forward pass; an error if they would keep more bytes."""
     tails = {name: _tail_operator(name, certified) for name in certified.tails}
-    others = {name: calls for name, calls in certified.calls.items() if name not in tails}
+    others = certified.others
     num_columns = certified.loss.curvature.num_columns
     needed = sum(node.nbytes for node in nodes_of(others)) * num_columns
     if needed > max_bytes:
@@ -98,7 +94,7 @@ def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[
             f"cotangents for {len(certified.recorded.logits)} samples and {num_columns} columns of the curvature. Give "
             "fewer samples, fewer layers (layers=), or raise max_gigabytes=."
         )
-    columns = _column_operators(others, certified, advance) if others else {}
+    columns = _column_operators(certified, advance) if others else {}
     return {name: tails[name] if name in tails else columns[name] for name in certified.calls}
 
 
@@ -112,18 +108,16 @@ def _tail_operator(name: str, certified: CertifiedPass) -> TailOperator:
     return TailOperator(convolution, tail, loss.curvature, diagonal, pulled)
 
 
-def _column_operators(
-    calls: Calls, certified: CertifiedPass, advance: Callable[[float], None]
-) -> dict[str, ColumnOperator]:
-    curvature, logits = certified.loss.curvature, certified.recorded.logits
+def _column_operators(certified: CertifiedPass, advance: Callable[[float], None]) -> dict[str, ColumnOperator]:
+    curvature, logits, others = certified.loss.curvature, certified.recorded.logits, certified.others
     pulled = []
     for index in range(curvature.num_columns):
-        pulled.append(pull_back(logits, nodes_of(calls), curvature.column(index).to(logits.dtype)))
+        pulled.append(pull_back(logits, nodes_of(others), curvature.column(index).to(logits.dtype)))
         advance((index + 1) / curvature.num_columns)
     signs = None if curvature.signs is None else curvature.signs.to(logits.dtype)
     by_node = iter(list(zip(*pulled, strict=True)))
     operators = {}
-    for name, of_layer in calls.items():
+    for name, of_layer in others.items():
         convolutions = [call.convolution for call in of_layer]
         columns = [
             torch.stack([delta.movedim(one.channel_dimension, 1) for delta in next(by_node)], dim=1)
@@ -135,7 +129,3 @@ def _column_operators(
 
 def _without_graph(convolution: Convolution) -> Convolution:
     return replace(convolution, output=convolution.output.new_empty(0))
-
-
-def _to_positions(per_channel: Tensor, output: Tensor) -> Tensor:
-    return per_channel.reshape(*per_channel.shape, *[1] * (output.ndim - 2))

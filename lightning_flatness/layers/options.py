@@ -15,15 +15,7 @@ MEASURES = ("hessian_trace", "relative_flatness", "neuronwise_flatness", "layerw
 
 @dataclass(frozen=True, kw_only=True)
 class Options(MeasuringOptions):
-    """Options of :func:`~lightning_flatness.measure_flatness`, which explains them.
-
-    Raises:
-        FlatnessError: an option that is not possible.
-
-    Example:
-        >>> Options(layers="all", loss="mse").diagonal
-        False
-    """
+    """Options of :func:`~lightning_flatness.measure_flatness`, which explains them."""
 
     layers: str | Sequence[str] = "last"
     measures: Sequence[str] = MEASURES
@@ -60,3 +52,8 @@ class Options(MeasuringOptions):
     def diagonal(self) -> bool:
         """Whether the diagonals of the block traces suffice for the measures."""
         return "relative_flatness" not in self.measures
+
+    @property
+    def class_tolerance(self) -> float:
+        """Relative standard error that is accepted with many classes; 0 takes every class."""
+        return 0.0 if self.strict else self.tolerance

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError, explained, is_out_of_memory
+from lightning_flatness.errors import BatchError, FlatnessError, explained, is_out_of_memory
 from lightning_flatness.functional import separating_masks
 from lightning_flatness.layers.certificates.samples import certify_deterministic, certify_rows
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
 from lightning_flatness.layers.certify import certify
 from lightning_flatness.layers.gauss_newton import Advance, rows_at_a_time
 from lightning_flatness.layers.options import Options
-from lightning_flatness.layers.parts import PartSize
-from lightning_flatness.layers.recording import Pass, Recorder
+from lightning_flatness.layers.recording import Pass
 from lightning_flatness.layers.selection import Selection, select
 from lightning_flatness.model.copy import HALF, ModelCopy
 from lightning_flatness.model.isolation import isolated
@@ -26,20 +27,43 @@ from lightning_flatness.model.rows import num_rows, take, twice
 Result = TypeVar("Result")
 
 
-class OwnPasses:
-    """Runs a copy of a model on batches, some samples at a time.
+@dataclass(frozen=True)
+class PartSize:
+    """How many samples are taken at a time, at ``most``; a batch is taken whole as long as that is not known."""
 
-    Attributes:
-        known: what is certified of the model so far.
-        selection: the wanted layers and the classifier; None before the first pass.
-    """
+    most: int | None = None
+    halved: bool = False  # memory ran out once
+
+    def next_rows(self, left: int, begun: bool) -> int:
+        """How many samples to take of those that are left, so that parts have about the same size.
+
+        The first part of all is half as large, since it takes some fifteen passes to certify.
+        """
+        if self.most is None:
+            return left
+        most = self.most if begun or self.halved else -(-self.most // 2)
+        return -(-left // -(-left // most))
+
+    def half_of(self, rows: int, known: Certified) -> PartSize:
+        """Half as many from now on, since memory ran out for ``rows``; an error if that was done before."""
+        if self.halved or rows == 1:
+            largest = max(known.infos.values(), key=lambda info: info.memory, default=None)
+            where = "" if largest is None else f" The largest layer is '{largest.name}'."
+            raise BatchError(
+                f"Out of memory while measuring {rows} samples at a time.{where} Measure fewer layers (layers=), or "
+                "measures=('hessian_trace',), which keeps diagonals only, or give smaller batches."
+            )
+        return PartSize(rows // 2, halved=True)
+
+
+class OwnPasses:
+    """Runs a copy of a model on batches, some samples at a time."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        self.known = Certified()
-        self.selection: Selection | None = None
+        self.known = Certified()  # of the model, so far
+        self._selection: Selection | None = None  # none before the first pass
         self._model = model
         self._options = options
-        self._model_copy: ModelCopy | None = None
         self._size = PartSize()
         self._chance = torch.Generator().manual_seed(options.seed)
 
@@ -52,18 +76,11 @@ class OwnPasses:
     ) -> Iterator[Result]:
         """The results of some work on every part of a batch.
 
-        Args:
-            inputs: of the model.
-            targets: of the loss.
-            work: called under :func:`isolated` with a certified pass, what is known of the layers, and a function to
-                call with its progress.
-            advance: called with the part of the batch that is done.
-
-        Raises:
-            FlatnessError: the model cannot be measured, or memory runs out for half as many samples, too.
+        ``work`` is called under :func:`isolated` with a certified pass, what is known of the layers, and a function to
+        call with its progress; ``advance`` with that of the batch.
         """
         samples, start = num_rows(inputs, targets), 0
-        first_batch = self.selection is None
+        first_batch = self._selection is None
         while start < samples:
             rows = self._size.next_rows(samples - start, begun=bool(self.known.layers))
 
@@ -76,81 +93,76 @@ class OwnPasses:
             if rows == 1:
                 # Twice: the backward pass of torch's BatchNorm is wrong for one sample in some memory layouts.
                 part = twice(part[0]), twice(part[1])
-            results: list[Result] = []
             try:
                 with isolated(self._model):
                     certified = self._certified(*part, rows, start, first_batch)
-                    if certified is not None:
-                        results.append(work(certified, self.known, tell))
+                    if certified is None:
+                        continue
+                    result = work(certified, self.known, tell)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
-                    self._explain(error)
+                    in_plain_words = self._explained(error)
+                    if in_plain_words is not None:
+                        raise in_plain_words from error
                     raise
                 self._size = self._size.half_of(rows, self.known)
                 continue
             finally:
                 certified = None  # its graph must not outlive the part
-            if results:
-                start += rows
-                yield from results
+            start += rows
+            yield result
 
     def release(self) -> None:
         """Drop the copy of the model; the next pass makes another."""
-        self._model_copy = None
+        vars(self).pop("_copy", None)
 
+    @property
     def context(self) -> Context:
-        """What certificates need beside a pass."""
-        assert self.selection is not None
-        return Context(self.selection, self._options, lambda: ModelCopy(self._model, self._options.measuring_dtype))
+        """What certificates need beside a pass, after the first one."""
+        assert self._selection is not None
+        return Context(self._selection, self._options, lambda: ModelCopy(self._model, self._options.measuring_dtype))
 
+    @cached_property
     def _copy(self) -> ModelCopy:
-        if self._model_copy is None:
-            self._model_copy = ModelCopy(self._model, self._options.measuring_dtype)
-        return self._model_copy
+        return ModelCopy(self._model, self._options.measuring_dtype)
 
     def _certified(
         self, inputs: Any, targets: Tensor | None, rows: int, start: int, first_batch: bool
     ) -> CertifiedPass | None:
         """Run the model and certify; None if these samples turn out to be too many for one time."""
         first = not self.known.layers
-        if self.selection is None:
-            self.selection = select(self._model, lambda: self._copy()(inputs), self._options.layers)
-            whole = self.selection.logits
+        if self._selection is None:
+            self._selection = select(self._model, lambda: self._copy(inputs), self._options.layers)
+            whole = self._selection.logits
             certify_rows(whole, rows)
-            elements = max(1, self.selection.elements)
-            self._size = self._size.at_most(rows_at_a_time(elements, whole.shape[1], whole.device))
+            most = rows_at_a_time(max(1, self._selection.elements), whole.shape[1], whole.device)
+            self._size = replace(self._size, most=min(most, self._size.most or most))
             if rows > self._size.next_rows(rows, begun=False):
                 return None
         elif first:
             # Random numbers begin anew, so that only a pass before this one shows whether there are some.
-            certify_deterministic(self.selection.logits[:rows], logits_of(self._copy()(inputs))[:rows].detach())
+            certify_deterministic(self._selection.logits[:rows], logits_of(self._copy(inputs))[:rows].detach())
         recorded = self._recorded(inputs)
         logits = recorded.logits
         loss = self._options.loss_function(logits.detach(), None if targets is None else targets.to(logits.device))
         if rows == 1:
             loss = loss.halved()
         certify_rows(logits, rows)
-        whole = self.selection.logits
+        whole = self._selection.logits
         if first_batch and start + rows <= len(whole):  # not all of it, if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if first:
             self.release()  # certifying makes a copy of its own
-        masks = (
-            self._masks(len(logits), first)
-            if start == 0
-            else torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
-        )
-        masks = masks.to(logits.device)
-        certified, self.known = certify(recorded, loss, self.known, self.context(), masks)
-        self.selection = self.selection.only(self.known.layers)
+        no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
+        masks = self._masks(len(logits), first) if start == 0 else no_masks
+        certified, self.known = certify(recorded, loss, self.known, self.context, masks.to(logits.device))
+        modules = self._selection.modules  # of which some may be left out
+        self._selection = replace(self._selection, modules={name: modules[name] for name in self.known.layers})
         return certified
 
     def _recorded(self, inputs: Any) -> Pass:
-        assert self.selection is not None
-        copy = self._copy()
-        watched = {name: copy.copy_of(weight) for name, weight in self.selection.parameters.items()}
-        with Recorder(self.selection.modules, self.selection.classifier, watched) as recorder:
-            output = copy(inputs)
+        with self.context.recorder(self._copy) as recorder:
+            output = self._copy(inputs)
         return recorder.result(inputs, output)
 
     def _masks(self, samples: int, first: bool) -> Tensor:
@@ -160,17 +172,16 @@ class OwnPasses:
         half = torch.rand(samples, generator=self._chance, device="cpu") < 0.5
         return torch.stack([half, ~half])
 
-    def _explain(self, error: RuntimeError) -> None:
-        """Raise an error with a remedy in place of torch's own, where there is one."""
+    def _explained(self, error: RuntimeError) -> FlatnessError | None:
+        """An error with a remedy in place of torch's own, where there is one."""
         in_plain_words = explained(error)
-        if in_plain_words is not None:
-            raise in_plain_words from error
-        if self._is_cast and "type" in str(error):
-            raise BatchError(
+        if in_plain_words is None and "type" in str(error) and self._is_cast:
+            in_plain_words = BatchError(
                 f"The model's forward fails in {self._options.measuring_dtype or torch.float32}, in which it is "
                 f"measured ({error}). It seems to cast to a type of its own; cast to the type of a weight instead, "
                 "e.g. x.to(self.conv.weight.dtype), or set dtype=."
-            ) from error
+            )
+        return in_plain_words
 
     @property
     def _is_cast(self) -> bool:

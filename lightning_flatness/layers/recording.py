@@ -1,14 +1,11 @@
-"""Recording one forward pass: what layers convolve or multiply, and what the classifier reads and returns.
-
-A :class:`Recorder` only listens. Who calls the model, and in which modes, is not its business. What it has recorded is
-a frozen :class:`Pass`, the same for a forward pass of ours and for one of the user's.
-"""
+"""Recording one forward pass: what layers convolve or multiply, and what the classifier reads and returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +27,7 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Convolution:
     """One call of ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``, as a convolution.
 
-    Uneven padding is made explicit. A linear layer is a convolution of kernel size one over its tokens, with channels
-    last in its output.
+    Uneven padding is made explicit. A linear layer is one of kernel size one over its tokens, with channels last.
     """
 
     inputs: Tensor  # (N, C, *spatial), detached
@@ -71,26 +67,12 @@ class Pass:
 
 
 class Recorder:
-    """Hooks on some layers and on the classifier, for the time of a ``with`` block around one forward pass.
+    """Listens, for the time of a ``with`` block, to one forward pass of ours or, with ``live``, of the user's.
 
     From the first layer on, gradients are recorded. The values that the model sees stay the same. Hooks and grad mode
-    are restored on leaving, also on an error. In a forward pass of the user's (``live``) gradients are recorded up to
-    the classifier's input only, whatever the modes, and an error of a hook is kept in :attr:`failure`.
-
-    Args:
-        layers: to record, by name.
-        classifier: the linear map on pooled features, or None when the model's output is the pooled layer itself.
-        watched: tensors whose uses are recorded, by the name of a layer.
-        live: the forward pass is the user's.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 5))
-        >>> x = torch.randn(4, 1, 8)
-        >>> with Recorder({"0": model[0]}, model[3]) as recorder:
-        ...     logits = model(x)
-        >>> recorded = recorder.result(x, logits)
-        >>> recorded.features[0].shape, recorded.calls["0"][0].node.shape
-        (torch.Size([4, 2]), torch.Size([4, 2, 6]))
+    are restored on leaving, also on an error. In a forward pass of the user's gradients are recorded up to the
+    classifier's input only, whatever the modes, and an error of a hook is kept in :attr:`failure`. Of ``watched``
+    tensors, by the name of a layer, all uses are recorded.
     """
 
     def __init__(
@@ -101,68 +83,51 @@ class Recorder:
         live: bool = False,
     ) -> None:
         self.failure: Exception | None = None
+        self.has_classifier = classifier is not None  # at which the graph of a live pass ends
         self._layers, self._classifier, self._live = layers, classifier, live
         self._calls: dict[str, list[LayerCall]] = {}
         self._features: list[Any] = []
         self._classifier_output: Tensor | None = None
-        self._kernel_uses: list[tuple[str, str]] = []
-        self._watched = {id(tensor): name for name, tensor in (watched or {}).items()}
         self._reduced: set[str] = set()  # devices on which the user lets float32 run in TF32
-        self._running: list[_ConvolutionMode] = []  # a stack: one recorded layer may hold another
+        self._functions = _FunctionMode({id(tensor): name for name, tensor in (watched or {}).items()})
 
     @property
     def nodes(self) -> list[Tensor]:
         """The outputs of the layers that have run, in the graph."""
         return [call.node for calls in self._calls.values() for call in calls]
 
-    @property
-    def has_classifier(self) -> bool:
-        """Whether the graph ends at a classifier."""
-        return self._classifier is not None
-
     def result(self, inputs: Any, output: Any) -> Pass:
-        """What was recorded of a forward pass on ``inputs`` that returned ``output``.
-
-        Raises:
-            BatchError: the output has no logits ``(N, K)``, or they are not finite.
-        """
+        """What was recorded of a forward pass on ``inputs`` that returned ``output``."""
         logits = logits_of(output)
         reduced = logits.device.type in self._reduced and logits.dtype == torch.float32
-        return Pass(
-            inputs=inputs,
-            logits=logits,
-            calls={name: tuple(calls) for name, calls in self._calls.items()},
-            features=tuple(self._features),
-            classifier_output=self._classifier_output,
-            kernel_uses=tuple(self._kernel_uses),
-            eps=REDUCED_EPS if reduced else torch.finfo(logits.dtype).eps,
-        )
+        eps = REDUCED_EPS if reduced else torch.finfo(logits.dtype).eps
+        calls = {name: tuple(of_layer) for name, of_layer in self._calls.items()}
+        uses = tuple(self._functions.uses)
+        return Pass(inputs, logits, calls, tuple(self._features), self._classifier_output, uses, eps)
 
     def __enter__(self) -> Recorder:
         if self._live:
             self._reduced = {kind for kind in ("cpu", "cuda") if float32_is_reduced(torch.device(kind))}
         self._grad_mode = torch.is_grad_enabled()
         self._modes, self._open = ExitStack(), ExitStack()
-        self._open.enter_context(_UseMode(self._watched, self._kernel_uses))
+        self._open.enter_context(self._functions)
+        handles = []
         for name, module in self._layers.items():
-            self._hook(module.register_forward_pre_hook(self._quiet(self._before_layer)))
-            self._hook(module.register_forward_hook(self._quiet(self._after_layer(name))))
+            handles.append(module.register_forward_pre_hook(self._quiet(self._before_layer)))
+            handles.append(module.register_forward_hook(self._quiet(partial(self._after_layer, name))))
         if self._classifier is not None:
             before = self._quiet(self._before_classifier)
             # In the user's pass before hooks of their own, which may keep what they see.
-            self._hook(self._classifier.register_forward_pre_hook(before, prepend=self._live))
-            self._hook(self._classifier.register_forward_hook(self._quiet(self._after_classifier)))
+            handles.append(self._classifier.register_forward_pre_hook(before, prepend=self._live))
+            handles.append(self._classifier.register_forward_hook(self._quiet(self._after_classifier)))
+        for handle in handles:
+            self._open.callback(handle.remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        while self._running:
-            self._stop_recording()
         self._open.close()
         self._modes.close()
         torch.set_grad_enabled(self._grad_mode)
-
-    def _hook(self, handle: Any) -> None:
-        self._open.callback(handle.remove)
 
     def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """In the user's forward pass an error of ours must not be theirs."""
@@ -180,30 +145,21 @@ class Recorder:
         return quiet
 
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
-        self._running.append(_ConvolutionMode())
-        self._running[-1].__enter__()  # type: ignore[no-untyped-call]
+        self._functions.running.append([])
 
-    def _stop_recording(self) -> tuple[Convolution, ...]:
-        mode = self._running.pop()
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        return tuple(mode.convolutions)
-
-    def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, arguments: Any, returned: Any) -> Any:
-            convolutions = self._stop_recording()
-            sample = kernel_sample(convolutions[0].weight) if self._live and convolutions else None
-            if not isinstance(returned, Tensor):
-                raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
-            self._record_gradients()
-            node = returned
-            if not returned.requires_grad:
-                # A tensor made in inference mode cannot be in a graph.
-                node = (returned.clone() if returned.is_inference() else returned.detach()).requires_grad_()
-            call = LayerCall(module, convolutions, returned.detach(), node, sample)
-            self._calls.setdefault(name, []).append(call)
-            return node.clone()  # an in-place activation must not write to a leaf
-
-        return hook
+    def _after_layer(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> Any:
+        convolutions = tuple(self._functions.running.pop())
+        sample = kernel_sample(convolutions[0].weight) if self._live and convolutions else None
+        if not isinstance(returned, Tensor):
+            raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
+        self._record_gradients()
+        node = returned
+        if not returned.requires_grad:
+            # A tensor made in inference mode cannot be in a graph.
+            node = (returned.clone() if returned.is_inference() else returned.detach()).requires_grad_()
+        call = LayerCall(module, convolutions, returned.detach(), node, sample)
+        self._calls.setdefault(name, []).append(call)
+        return node.clone()  # an in-place activation must not write to a leaf
 
     def _record_gradients(self) -> None:
         if self._live:
@@ -225,63 +181,44 @@ class Recorder:
 
 
 def kernel_sample(kernel: Tensor) -> Tensor:
-    """A copy of some thousand entries, to recognise a kernel by: averaged weights may stand in for it for a while.
-
-    Example:
-        >>> kernel_sample(torch.zeros(256, 1000)).shape
-        torch.Size([64, 67])
-    """
+    """A copy of some thousand entries, to recognise a kernel by: averaged weights may stand in for it for a while."""
     # The function modes that are on would take it for a use of the kernel.
     with torch._C.DisableTorchFunction():
         rows = kernel.detach()[:: max(1, kernel.shape[0] // 64)].flatten(1)
         return rows[:, :: max(1, rows.shape[1] // 64)].clone()
 
 
-class _ConvolutionMode(TorchFunctionMode):
-    """Records the convolutions that run, whatever the module around them calls its padding or its weight."""
+class _FunctionMode(TorchFunctionMode):
+    """Records the convolutions that run, whatever modules call them, and which functions take watched tensors.
 
-    def __init__(self) -> None:
+    It is called with every operation of the network. A subclass for these tensors would cost less, but users would see
+    it: in ``type``, in other subclasses, from other threads.
+    """
+
+    def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
-        self.convolutions: list[Convolution] = []
+        self.uses: list[tuple[str, str]] = []
+        self.running: list[list[Convolution]] = []  # of the layers that run: a recorded layer may hold another
+        self._watched = watched
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        dimensions = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}.get(func)
-        if dimensions is not None:
-            self.convolutions.append(_convolution(dimensions, result, *args, **(kwargs or {})))
-        elif func is nn.functional.linear:
-            self.convolutions.append(_linear(result, *args, **(kwargs or {})))
+        keywords = kwargs or {}
+        for argument in (*args, *keywords.values()):
+            for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
+                if id(tensor) in self._watched:
+                    self.uses.append((self._watched[id(tensor)], getattr(func, "__name__", str(func))))
+        result = func(*args, **keywords)
+        if self.running and func in CONVOLVING:
+            of_func = _linear if func is nn.functional.linear else partial(_convolution, CONVOLVING.index(func))
+            for convolutions in self.running:
+                convolutions.append(of_func(result, *args, **keywords))
         return result
 
 
-class _UseMode(TorchFunctionMode):
-    """Records which functions take certain tensors.
-
-    It is called with every operation of the network. (A class of their own for these tensors would cost less, but users
-    would see it: in ``type``, in other classes of tensors, from other threads.)
-    """
-
-    def __init__(self, names: Mapping[int, str], uses: list[tuple[str, str]]) -> None:
-        super().__init__()
-        self._names = names
-        self._uses = uses
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        for argument in (*args, *kwargs.values()) if kwargs else args:
-            if id(argument) in self._names:
-                self._record(func, argument)
-            elif isinstance(argument, (tuple, list)):
-                for tensor in argument:
-                    if id(tensor) in self._names:
-                        self._record(func, tensor)
-        return func(*args, **kwargs) if kwargs else func(*args)
-
-    def _record(self, func: Callable[..., Any], tensor: Tensor) -> None:
-        self._uses.append((self._names[id(tensor)], getattr(func, "__name__", str(func))))
+# Functions that convolve, by the number of spatial dimensions.
+CONVOLVING = (nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 def _convolution(
@@ -295,7 +232,7 @@ def _convolution(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Convolution:
-    def per_dimension(value: int | Iterable[int]) -> tuple[int, ...]:
+    def per_dimension(value: int | tuple[int, ...]) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)
         return values * dimensions if len(values) == 1 else values
 

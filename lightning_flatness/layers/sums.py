@@ -23,13 +23,7 @@ class LayerStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSums:
-    """The same with symmetric matrices folded, for adding up.
-
-    Example:
-        >>> traces, gram = Folded.of(torch.ones(1, 1, 1)), Folded.of(torch.ones(1, 1, 1))
-        >>> (LayerSums(traces, gram, 1, 1.0) + LayerSums(traces, gram, 2, 2.0)).statistics().num_samples
-        3
-    """
+    """The same with symmetric matrices folded, for adding up."""
 
     block_traces: Folded
     weight_gram: Folded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.layers.certificates import ROUNDINGS
+from lightning_flatness.layers.certificates.layer import as_parameter
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
-from lightning_flatness.layers.gauss_newton import Advance
 from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, is_observed, same_inputs
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
-from lightning_flatness.layers.recording import Recorder
 from lightning_flatness.layers.sums import LayerSums, added
 from lightning_flatness.model.copy import HALF, ModelCopy
 from lightning_flatness.model.isolation import BACKWARD_HOOKS, float32_is_reduced, untouched
@@ -29,6 +28,11 @@ from lightning_flatness.model.rows import num_rows, take
 TRIAL = 4
 # The largest relative difference between block traces in full float32 and in the user's TF32.
 REDUCED = 0.02
+# What torch's and Lightning's ways to compile a module set on it.
+COMPILERS = ("_compiled_call_impl", "_compiler_ctx")
+
+
+Sums = dict[str, LayerSums]
 
 
 @dataclass(frozen=True)
@@ -39,20 +43,8 @@ class Observable:
     context: Context
     same_calls: Sequence[nn.Module] = ()  # modules of the network whose call is as good as the network's
 
-    def recorder(self, copies: Mapping[nn.Parameter, Tensor] | None = None) -> Recorder:
-        """A recorder of a forward pass that the user makes."""
-        selection = self.context.selection
-        watched = {name: (copies or {}).get(weight, weight) for name, weight in selection.parameters.items()}
-        return Recorder(selection.modules, selection.classifier, watched, live=True)
 
-    def with_known(self, known: Certified) -> Observable:
-        """The same after another batch."""
-        return replace(self, known=known)
-
-
-Sums = dict[str, LayerSums]
-MeasureOwn = Callable[[CertifiedPass, Certified], Sums]
-MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Observable]]
+MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Certified]]
 
 
 def try_observing(
@@ -60,18 +52,12 @@ def try_observing(
     options: Options,
     batch: tuple[Any, Tensor | None],
     forward: Callable[[], AbstractContextManager[Any]],
-    measure_own: MeasureOwn,
+    measure_own: Callable[[CertifiedPass, Certified], Sums],
     measure_observed: MeasureObserved,
 ) -> Observable | str:
     """Measure the first samples of a batch in a pass of our own, then in an observed one; or say why not.
 
-    Args:
-        model: the network; it is left as it was.
-        options: of the measurement.
-        batch: the first one, inputs and targets.
-        forward: a context that the user's passes run in, e.g. autocast.
-        measure_own: from a certified pass to sums.
-        measure_observed: from what a listener heard to sums, and to what is known then.
+    ``forward`` makes a context that the user's passes run in, e.g. autocast.
     """
     samples = num_rows(*batch)
     reason = why_not_observed(model, options.measuring_dtype)
@@ -80,33 +66,30 @@ def try_observing(
     inputs, targets = (take(part, slice(0, TRIAL), samples) for part in batch)
     passes = OwnPasses(model, options)
     expected: Sums = {}
-
-    def measure(certified: CertifiedPass, known: Certified, advance: Advance) -> Sums:
-        return measure_own(certified, known) if len(certified.tails) == len(certified.calls) else {}
-
-    for part in passes(inputs, targets, measure):
+    for part in passes(inputs, targets, lambda seen, known, _: {} if seen.others else measure_own(seen, known)):
         expected = added(expected, part)
     passes.release()  # its copy of the model would lie there while whole batches are validated
-    missing = [name for name in passes.known.layers if name not in expected]
-    if missing:
-        return f"layer '{missing[0]}' is not measured by the closed form"
-    observable = Observable(passes.known, passes.context())
+    for name in passes.known.layers:
+        if name not in expected:
+            return f"layer '{name}' is not measured by the closed form"
+    context = passes.context
     with forward():
-        outcome = _observe(model, inputs, targets, observable, measure_observed)
+        outcome = _observe(model, inputs, targets, Observable(passes.known, context), measure_observed)
     if isinstance(outcome, str):
         return outcome
     sums, observable = outcome
-    eps = torch.finfo(observable.context.selection.logits.dtype).eps
-    reduced = eps > 1e-8 and float32_is_reduced(observable.context.selection.logits.device)
-    deviations = {
-        name: _relative(of_layer.block_traces.strips, expected[name].block_traces.strips)
-        for name, of_layer in sums.items()
-    }
-    for name, deviation in deviations.items():
+    logits, parameters = context.selection.logits, context.selection.parameters
+    layers = dict(observable.known.layers)
+    eps = torch.finfo(logits.dtype).eps
+    reduced = eps > 1e-8 and float32_is_reduced(logits.device)
+    for name, of_layer in sums.items():
+        deviation = _relative(of_layer.block_traces.strips, expected[name].block_traces.strips)
         if not deviation <= (REDUCED if reduced else ROUNDINGS * eps):
             return f"the numbers of layer '{name}' differ by {deviation:.1e} when it is observed"
-    known = observable.known.with_parameters(observable.context.selection.parameters)
-    return observable.with_known(known.with_deviations(deviations))
+        layers[name] = layers[name].with_deviation(deviation)
+        if name in parameters:
+            layers[name] = replace(layers[name], kernel=as_parameter(layers[name].kernel, parameters[name]))
+    return replace(observable, known=replace(observable.known, layers=layers))
 
 
 def _relative(one: Tensor, other: Tensor) -> float:
@@ -125,7 +108,7 @@ def _observe(
     with untouched(model):
         expected, same_calls = find_same_calls(model, lambda: model_copy(inputs, own))
     with untouched(model):
-        listener = Listener(model, None, lambda: observable.recorder(own))
+        listener = Listener(model, None, observable.context.recorder)
         try:
             with listener:
                 output = model_copy(inputs, own)
@@ -138,7 +121,7 @@ def _observe(
             return "the network writes features to a buffer"
         alive = listener.graph()
         try:
-            sums, observable = measure(observable, listener, targets)
+            sums, known = measure(observable, listener, targets)
         except (FlatnessError, RuntimeError) as error:  # of autograd, or no memory
             return str(error)
         finally:
@@ -146,16 +129,17 @@ def _observe(
         del output, expected
         if alive() is not None:
             gc.collect()
-        return KEEPS_TENSORS if alive() is not None else (sums, replace(observable, same_calls=same_calls))
+        return KEEPS_TENSORS if alive() is not None else (sums, Observable(known, observable.context, same_calls))
 
 
 def _why_different(output: Any, expected: Any) -> str:
-    tensors: list[list[Tensor]] = [[], []]
-    for of_output, part in zip(tensors, (output, expected), strict=True):
-        apply_to_collection(part, Tensor, of_output.append)
-    if any(tensor.requires_grad for tensor in tensors[0]):
+    tensors: list[Tensor] = []
+    expected_tensors: list[Tensor] = []
+    apply_to_collection(output, Tensor, tensors.append)
+    apply_to_collection(expected, Tensor, expected_tensors.append)
+    if any(tensor.requires_grad for tensor in tensors):
         return "the network returns more than what its classifier makes"
-    if len(tensors[0]) != len(tensors[1]) or not all(map(_identical, *tensors)):
+    if len(tensors) != len(expected_tensors) or not all(map(_identical, tensors, expected_tensors)):
         return "the network returns other values when it is observed"
     return ""
 
@@ -169,11 +153,6 @@ def find_same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, 
     """What a model returns, and modules within it that get its very inputs, once, and return its very output.
 
     A LightningModule's forward often is such a call; its steps may call the one or the other.
-
-    Example:
-        >>> net = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
-        >>> find_same_calls(net, lambda: net(torch.ones(3, 2, 2)))[1] == [net[0]]
-        True
     """
     calls: dict[nn.Module, list[tuple[Any, Any, Any]]] = {}
 
@@ -186,29 +165,16 @@ def find_same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, 
     finally:
         for handle in handles:
             handle.remove()
-    arguments, keywords, output = calls[model][0]
+    arguments, keywords, output = calls.pop(model)[0]
     return returned, [
         module
         for module, (call, *more) in calls.items()
-        if module is not model
-        and not more
-        and same_inputs(call[0], arguments)
-        and same_inputs(call[1], keywords)
-        and call[2] is output
+        if not more and same_inputs(call[:2], (arguments, keywords)) and call[2] is output
     ]
 
 
 def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Why the user's forward passes of a model must not be observed; empty if they may.
-
-    Args:
-        model: the network.
-        dtype: that it is to be measured in; by default its own, at least float32.
-
-    Example:
-        >>> why_not_observed(nn.Dropout().train())
-        "module 'Dropout' is in training mode"
-    """
+    """Why a model, measured in ``dtype``, must not be observed in the user's forward passes; empty if it may be."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and (tensor.dtype in HALF or tensor.dtype != (dtype or tensor.dtype)):
             return f"weights in {tensor.dtype} are measured in {dtype or torch.float32}"
@@ -227,7 +193,3 @@ def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         if any(vars(module).get(hooks) for hooks in BACKWARD_HOOKS):
             return f"{what} has backward hooks"
     return ""
-
-
-# What torch's and Lightning's ways to compile a module set on it.
-COMPILERS = ("_compiled_call_impl", "_compiler_ctx")

@@ -25,20 +25,7 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo,
 
 
 class Measurement:
-    """One measurement in progress: an observer of the model and sums for every layer.
-
-    Args:
-        model: see :class:`~lightning_flatness.FlatnessObserver`.
-        options: its keyword arguments.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-        >>> measurement = Measurement(net)
-        >>> measurement.update(torch.randn(5, 1, 8, 8))
-        >>> measurement.report().num_samples
-        5
-    """
+    """One measurement in progress: an observer of the model and sums for every layer."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         seed = options.get("seed", 0)
@@ -75,11 +62,7 @@ class Measurement:
         return self._observer.listen(inputs)
 
     def update_observed(self, listener: Listener, targets: Tensor | None = None) -> None:
-        """Add a batch on which the user's forward pass was observed.
-
-        Raises:
-            FlatnessError: it was not as in the passes of our own; nothing is added.
-        """
+        """Add a batch on which the user's forward pass was observed; nothing, if that raises an error."""
         self._add(self._observer.observed_sums(listener, targets))
 
     def _add(self, sums: dict[str, LayerSums]) -> None:
@@ -103,12 +86,9 @@ class Measurement:
         return metric
 
     def report(self) -> FlatnessReport:
-        """The flatness over all batches so far, of all ranks. Call it on every rank or on none.
+        """The flatness over all batches so far, of all ranks; call it on every rank, also on one that saw no batch.
 
-        A rank may have seen no batch. What one rank has labelled is labelled.
-
-        Raises:
-            BatchError: there was no batch on any rank; or ranks have measured different layers.
+        What one rank has labelled is labelled.
         """
         found = [(layers, left_out) for layers, left_out in gather((self.layers, self.left_out)) if layers]
         if not found:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError
-from lightning_flatness.functional import largest_eigenvalues
+from lightning_flatness.functional import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.layers.certified import Certified, CertifiedPass
 from lightning_flatness.layers.operators import Operator, operators_of
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.model.isolation import isolated
-from lightning_flatness.results import LayerInfo, LayerLambdaMax
+from lightning_flatness.results import LayerLambdaMax
 
 
 def measure_lambda_max(
@@ -41,27 +42,14 @@ def measure_lambda_max(
     The model runs once on every batch; what the products with the Hessian need is kept, so memory grows with the
     samples: give some hundreds of them. Ranks of a process group are not summed over.
 
-    Args:
-        model: as for :func:`~lightning_flatness.measure_flatness`; so are ``batches``, ``layers`` and the loss.
-        batches: pairs ``(inputs, targets)``.
-        layers: which.
-        loss: which.
-        label_smoothing: of cross-entropy.
-        class_weight: of cross-entropy.
-        ignore_index: of cross-entropy.
-        by_filter: also the largest eigenvalue of every filter's own block, for the neuron-wise variant.
-        tolerance: stop when the residuals are this part of the values.
-        max_products: at most so many products with the Hessian.
-        max_gigabytes: at most this is kept.
-        seed: of the vectors to start with.
-        strict: refuse layers of which only the Gauss-Newton matrix can be had.
-        dtype: as for ``measure_flatness``.
+    It stops when residuals are ``tolerance`` of the values, or after ``max_products`` products with the Hessian. At
+    most ``max_gigabytes`` are kept. ``by_filter`` also finds the largest eigenvalue of every filter's own block, for
+    the neuron-wise variant. ``seed`` is of the vectors to start with; ``strict`` refuses layers of which only the
+    Gauss-Newton matrix can be had. The other arguments, and the errors, are those of
+    :func:`~lightning_flatness.measure_flatness`.
 
     Returns:
         A :class:`~lightning_flatness.LayerLambdaMax` for every layer, by name.
-
-    Raises:
-        FlatnessError: as ``measure_flatness``; and what would be kept is too much.
 
     Source:
         Petzka et al. 2019 (arXiv 1912.00058) for the relative variants.
@@ -109,50 +97,48 @@ def measure_lambda_max(
             list(passes(inputs, targets, keep))
     if not normalizer > 0:
         raise BatchError("No sample was measured, so there are no eigenvalues. Is the data set empty?")
-    infos, common = passes.known.infos, (normalizer, num_samples, by_filter, tolerance, max_products, seed)
+    found = {}
     with isolated(model):
-        return {name: _lambda_max(infos[name], kernels[name], operators[name], *common) for name in operators}
+        for name, info in passes.known.infos.items():
+            hessian = _MeanHessian(kernels[name], operators[name], normalizer)
+            generator, limits = torch.Generator().manual_seed(seed), (tolerance, max_products)
+            whole = hessian.largest(False, generator, *limits)
+            blocks = hessian.largest(True, generator, *limits).values if by_filter else None
+            square_norms, lambda_max = kernels[name].double().flatten(1).square().sum(1), float(whole.values)
+            found[name] = LayerLambdaMax(
+                lambda_max=lambda_max,
+                residual_norm=float(whole.residuals),
+                num_products=whole.num_products,
+                layerwise_lambda_max=float(square_norms.sum()) * lambda_max,
+                neuronwise_lambda_max=float("nan") if blocks is None else float((square_norms * blocks).sum()),
+                filter_lambda_max=None if blocks is None else blocks.cpu(),
+                num_samples=num_samples,
+                info=info,
+            )
+    return found
 
 
-def _lambda_max(
-    info: LayerInfo,
-    kernel: Tensor,
-    operators: Sequence[Operator],
-    normalizer: float,
-    num_samples: int,
-    by_filter: bool,
-    tolerance: float,
-    max_products: int,
-    seed: int,
-) -> LayerLambdaMax:
-    generator = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class _MeanHessian:
+    """The mean over samples of a layer's Hessian, from what batches left behind."""
 
-    def start(rows: int) -> Tensor:
-        return torch.randn(rows, kernel.numel() // rows, generator=generator, dtype=torch.float64, device="cpu").to(
-            kernel.device
-        )
+    kernel: Tensor
+    operators: Sequence[Operator]
+    normalizer: float
 
-    def product(vectors: Tensor, of_filters: bool) -> Tensor:
-        v = vectors.reshape(kernel.shape).to(kernel.dtype)
-        total = torch.zeros_like(vectors)
-        for operator in operators:
-            total = total + operator(v, of_filters).double().reshape(vectors.shape) / normalizer
-        return total
+    def largest(
+        self, by_filter: bool, generator: torch.Generator, tolerance: float, max_products: int
+    ) -> LargestEigenvalues:
+        """The largest eigenvalue, or that of every filter's own block."""
+        rows = len(self.kernel) if by_filter else 1
+        shape = rows, self.kernel.numel() // rows
+        start = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.kernel.device)
 
-    whole = largest_eigenvalues(lambda v: product(v, False), start(1), tolerance, max_products)
-    square_norms = kernel.double().flatten(1).square().sum(1)
-    lambda_max = float(whole.values)
-    of_filters, neuronwise = None, float("nan")
-    if by_filter:
-        blocks = largest_eigenvalues(lambda v: product(v, True), start(len(kernel)), tolerance, max_products)
-        of_filters, neuronwise = blocks.values.cpu(), float((square_norms * blocks.values).sum())
-    return LayerLambdaMax(
-        lambda_max=lambda_max,
-        residual_norm=float(whole.residuals),
-        num_products=whole.num_products,
-        layerwise_lambda_max=float(square_norms.sum()) * lambda_max,
-        neuronwise_lambda_max=neuronwise,
-        filter_lambda_max=of_filters,
-        num_samples=num_samples,
-        info=info,
-    )
+        def product(vectors: Tensor) -> Tensor:
+            v = vectors.reshape(self.kernel.shape).to(self.kernel.dtype)
+            total = torch.zeros_like(vectors)
+            for operator in self.operators:
+                total = total + operator(v, by_filter).double().reshape(vectors.shape) / self.normalizer
+            return total
+
+        return largest_eigenvalues(product, start, tolerance, max_products)

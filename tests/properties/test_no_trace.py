@@ -89,7 +89,6 @@ def assert_unchanged(net, batch, before):
 
 @guards("layers/selection.py", "handle.remove()", "pass", ids="plain-tail_fails")
 @guards("layers/recording.py", "self._open.enter", "ExitStack().enter", ids="plain-tail_fails_when_observed")
-@guards("layers/recording.py", "while self._running:", "while False:", ids="plain-layer_fails_when_observed")
 @guards("layers/recording.py", "self._open.callback(handle.remove)", "pass", ids="plain-tail_fails_when_observed")
 @guards("model/copy.py", "tie_weights=False", "tie_weights=True", ids="module_with_two_names-nothing_happens")
 @guards("model/copy.py", "measured(tensor, self._dtype).clone()", "tensor", ids="WritesInput-nothing_happens")

@@ -23,13 +23,9 @@ class Head:
 
 
 def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: bool) -> Head:
-    """Certify that the logits are linear in what the classifier read.
+    """Certify that the logits are linear in the one vector for every sample that the classifier read.
 
     A number added to all logits of a sample does not change cross-entropy, so log-softmax outputs pass.
-
-    Raises:
-        NotClosedFormError: the classifier did not run once on one vector for every sample, or the logits are not linear
-            in it.
     """
     logits = recorded.logits
     if classifier is None:

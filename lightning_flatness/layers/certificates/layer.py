@@ -10,11 +10,8 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, LayerSelectionError
 from lightning_flatness.functional.conditions import holds, same
-from lightning_flatness.layers.known import Known
+from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.recording import LayerCall, kernel_sample
-
-# The parameter that a kernel was recognised as, by its identity, and its version: torch counts what is written to it.
-Identity = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -26,15 +23,23 @@ class Kernel:
     parameter: Tensor | None = None  # of the model, that it is; kept, so that no other tensor can get its identity
 
 
-def certify_layer(call: LayerCall, kernel: Known[Kernel] | None = None) -> None:
+def certify_layer(
+    calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool]
+) -> Known[Kernel]:
+    """Certify that all calls of a layer are one convolution each, of one kernel; the kernel, to be known later.
+
+    It must be the one that is known from batches before; ``unchanged`` compares its Gram matrix with theirs.
+    """
+    for call in calls:
+        _certify_convolution(call, known)
+    return _certified_kernel(calls, known, unchanged)
+
+
+def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None) -> None:
     """Certify that the layer's output is one convolution, ``W phi + b``.
 
-    What counts is the convolution that ran. So a layer that pads by itself or transforms its weight is measured with
-    respect to the input it reads and the kernel it applies (:func:`is_own_weight` tells).
-
-    Raises:
-        LayerSelectionError: no convolution ran in the layer, several did, or its output was changed afterwards.
-        BatchError: the kernel is not finite, or not in float32 or float64; no batch dimension; autocast in the forward.
+    What counts is the convolution that ran: a layer that pads by itself or transforms its weight is measured with
+    respect to the input it reads and the kernel it applies.
     """
     if len(call.convolutions) != 1:
         raise LayerSelectionError(
@@ -68,22 +73,9 @@ def certify_layer(call: LayerCall, kernel: Known[Kernel] | None = None) -> None:
         )
 
 
-def certify_kernel(
+def _certified_kernel(
     calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool]
 ) -> Known[Kernel]:
-    """Certify that all calls apply one kernel, the one that is known.
-
-    Args:
-        calls: of the layer.
-        known: the kernel of batches before; None at first.
-        unchanged: whether a kernel has the Gram matrix that is known.
-
-    Returns:
-        The kernel, to be known with later batches.
-
-    Raises:
-        LayerSelectionError: there is another one.
-    """
     if known is None:
         weight = calls[0].convolution.weight
         known = Known(Kernel(weight.detach(), kernel_sample(weight)), None)
@@ -116,8 +108,8 @@ def as_parameter(known: Known[Kernel], weight: Tensor) -> Known[Kernel]:
     return Known(Kernel(weight.detach(), kernel.sample, weight), identity(weight))
 
 
-def identity(weight: Tensor) -> Identity:
-    """What tells a tensor that lives as long as the model from others, and whether it was written to."""
+def identity(weight: Tensor) -> tuple[int, int]:
+    """Tells a tensor that lives as long as the model from others, and by its version whether it was written to."""
     return id(weight), weight._version
 
 
@@ -130,6 +122,5 @@ def is_own_weight(call: LayerCall) -> bool:
 
 def own_weight(module: nn.Module) -> nn.Parameter:
     """The layer's parameter, where it is the kernel that is applied."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+    assert isinstance(module.weight, nn.Parameter)
+    return module.weight

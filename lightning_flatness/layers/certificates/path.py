@@ -16,19 +16,10 @@ from lightning_flatness.layers.recording import LayerCall
 def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents: Sequence[Tensor]) -> float:
     """Certify that a gradient by autograd is the one that follows from the cotangents at the layer.
 
-    A kernel that the model also uses elsewhere (tied weights, a functional call) fails here.
-
-    Args:
-        gradient: of a random combination of logits with respect to the kernel, by autograd through the whole model;
-            None if there is no path from the kernel to the logits.
-        calls: of the layer.
-        cotangents: of the same combination, at the layer's outputs.
-
-    Returns:
-        The deviation, relative to the norm of the gradient, or to that of its terms where these cancel.
-
-    Raises:
-        LayerSelectionError: the two gradients differ, or autograd finds no path from the kernel to the logits.
+    Both are of one random combination of logits: the gradient at the kernel, through the whole model, and the
+    cotangents at the layer's outputs. A kernel that the model also uses elsewhere (tied weights, a functional call)
+    fails here. The deviation that is returned is relative to the norm of the gradient, or to that of its terms where
+    these cancel.
     """
     expected = kernel_gradient(calls, cotangents)
     if gradient is None and bool(expected.any()):

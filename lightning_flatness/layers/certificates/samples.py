@@ -9,17 +9,13 @@ from torch import Tensor
 
 from lightning_flatness.errors import BatchError, LayerSelectionError
 from lightning_flatness.layers.certificates import ROUNDINGS
-from lightning_flatness.layers.cotangents import Calls, nodes_of, pull_back
+from lightning_flatness.layers.cotangents import Calls, nodes_of, pull_back, pull_back_where_used
 from lightning_flatness.model.graph import random_like
 
 
 def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
     """Layers that do not reach the logits, or not with one row of their output for every sample, and why."""
-    nodes = nodes_of(calls)
-    pulled: list[Tensor | None] = [None] * len(nodes)
-    if logits.requires_grad:
-        pulled = list(torch.autograd.grad(logits.sum(), nodes, retain_graph=True, allow_unused=True))
-    gradients = iter(pulled)
+    gradients = iter(pull_back_where_used(logits, nodes_of(calls), torch.ones_like(logits)))
     reasons = {}
     for name, of_layer in calls.items():
         reached = [call.node for call in of_layer if next(gradients) is not None]
@@ -40,19 +36,14 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
 
 
 def find_mixing_layer(calls: Calls, logits: Tensor, masks: Iterable[Tensor]) -> str | None:
-    """The first layer after which the logits of one sample depend on activations of another; None if none is found.
+    """The first layer after which logits of the samples of a mask, ``(N,)``, depend on others; None if none is found.
 
-    Args:
-        calls: what layers did.
-        logits: in their graph.
-        masks: some samples each, ``(N,)``; the logits of these must not depend on the others. Those of
-            :func:`~lightning_flatness.functional.separating_masks` leave no pair out.
+    The masks of :func:`~lightning_flatness.functional.separating_masks` leave no pair of samples out.
     """
     for mask in masks:
         pulled = iter(pull_back(logits, nodes_of(calls), random_like(logits) * mask.to(logits)[:, None]))
         for name, of_layer in calls.items():
-            cotangents = [next(pulled) for _ in of_layer]
-            if any(bool(cotangent[~mask].any()) for cotangent in cotangents):
+            if any(bool(next(pulled)[~mask].any()) for _ in of_layer):
                 return name
     return None
 

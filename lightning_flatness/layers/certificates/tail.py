@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_flatness.errors import NotClosedFormError
 from lightning_flatness.functional.conditions import holds
-from lightning_flatness.layers.certificates import ROUNDINGS
+from lightning_flatness.layers.certificates import ROUNDINGS, Known
 from lightning_flatness.layers.certificates.head import Head
-from lightning_flatness.layers.known import Known
+from lightning_flatness.layers.cotangents import pull_back, pull_back_where_used, to_positions
 from lightning_flatness.model.graph import (
     NoSecondDerivative,
     is_piecewise_linear,
@@ -57,17 +57,9 @@ def certify_tail(
 ) -> tuple[TailDerivatives, Known[Tail]]:
     """Certify the tail of one layer, and take its slopes and curvatures.
 
-    A batch with the operations of the one before needs no full certificate. Tails with operations that move entries by
-    indices, or with custom ones, have no fingerprint and get it on every batch.
-
-    Args:
-        node: ``z``, ``(N, S, *output)``.
-        head: of the same pass.
-        logits: of the same pass, if they are in the graph: tail and head are then certified together.
-        known: the tail on batches before.
-
-    Raises:
-        NotClosedFormError: the tail is not what the closed form needs.
+    ``node`` is ``z``, ``(N, S, *output)``. With logits in the graph, tail and head are certified together, too. A batch
+    with the operations of the one before needs no full certificate. Tails with operations that move entries by indices,
+    or with custom ones, have no fingerprint and get it on every batch.
     """
     operations = operations_of(head.features)
     if known is not None:
@@ -76,27 +68,21 @@ def certify_tail(
             slopes = _slopes(head.features, [node], create_graph=tail.curved)[0]
             if slopes is None:
                 raise NotClosedFormError(NO_GRAPH)
-            curvatures = _curvatures(slopes, node) if tail.curved else None
+            curvatures = _along(slopes, node, torch.ones_like(slopes)) if tail.curved else None
             if not len(tail.unknown) or holds(~slopes[:, tail.unknown].any()):
                 return _derivatives(slopes, curvatures, tail, head), known.again()
     first = first_order(head.features, [node], create_graph=True)[0]
     failure = _failure(first, head.features)
-    if failure is not None:
-        raise failure
-    curvatures = _curvatures(first.slopes, node)
+    if first is None or failure:
+        raise NotClosedFormError(failure)
+    curvatures = _along(first.slopes, node, torch.ones_like(first.slopes))
     deviations = [first.deviation, _certify_second_order(first, curvatures, node, head.features)]
-    channels = first.channels
-    tail = Tail(
-        channels,
-        (channels < 0).nonzero().flatten(),
-        curved=operations is None or not is_piecewise_linear(operations),
-        deviation=0.0,
-    )
+    curved = operations is None or not is_piecewise_linear(operations)
+    tail = Tail(first.channels, (first.channels < 0).nonzero().flatten(), curved, deviation=0.0)
     derivatives = _derivatives(first.slopes, curvatures, tail, head)
     if logits is not None:
         deviations.append(_certify_joint(logits, node, derivatives, head.shift_invariant))
-    certified = Tail(tail.channels, tail.unknown, tail.curved, max(deviations))
-    return derivatives, Known(certified, operations)
+    return derivatives, Known(replace(tail, deviation=max(deviations)), operations)
 
 
 def _derivatives(slopes: Tensor, curvatures: Tensor | None, tail: Tail, head: Head) -> TailDerivatives:
@@ -104,42 +90,25 @@ def _derivatives(slopes: Tensor, curvatures: Tensor | None, tail: Tail, head: He
     return TailDerivatives(slopes.detach(), None if curvatures is None else curvatures.detach(), columns)
 
 
-def why_not_first_order(features: Tensor, nodes: Sequence[Tensor]) -> list[NotClosedFormError | None]:
-    """Which layers fail the first-order condition, and how; three backward passes for all of them together.
-
-    A quick look, so that most layers of a deep network need no closer one. It certifies nothing.
-
-    Example:
-        >>> z = torch.randn(2, 3, 4, requires_grad=True)
-        >>> why_not_first_order(z.mean(2), [z])
-        [None]
-    """
+def why_not_first_order(features: Tensor, nodes: Sequence[Tensor]) -> list[str]:
+    """How layers fail the first-order condition; empty for those that do not. It certifies nothing yet."""
     return [_failure(first, features) for first in first_order(features, nodes, create_graph=False)]
 
 
-def first_order(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> list[FirstOrder]:
-    """First derivatives of the features at the outputs of layers; empty slopes where there are none.
+def first_order(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> list[FirstOrder | None]:
+    """First derivatives of features ``(N, m)`` at the outputs ``(N, S, *output)`` of layers; None where there are none.
 
     ``a`` is one vector-Jacobian product with ones. ``c(s)`` is one with the cotangent ``g_j -> j``, divided by ``a``. A
     third one, with a random cotangent that is different for every sample, tells whether there is such a ``c(s)``.
-    ``features`` are ``(N, m)``, the outputs ``(N, S, *output)``.
-
-    Example:
-        >>> z = torch.randn(2, 3, 4, requires_grad=True)
-        >>> g = torch.cat([torch.zeros(2, 2), z.mean(2)], dim=1)
-        >>> (first,) = first_order(g, [z], create_graph=True)
-        >>> first.channels, bool((first.slopes == 0.25).all()), first.deviation
-        (tensor([2, 3, 4]), True, 0.0)
     """
     u = random_like(features)
     entries = torch.arange(features.shape[1], dtype=features.dtype, device=features.device).expand_as(features)
     slopes = _slopes(features, nodes, create_graph)
-    weighted, random = (_pulled(features, nodes, cotangent, create_graph) for cotangent in (entries, u))
-    results = []
+    weighted, random = (pull_back_where_used(features, nodes, v, create_graph) for v in (entries, u))
+    results: list[FirstOrder | None] = []
     for node, a, of_entries, of_random in zip(nodes, slopes, weighted, random, strict=True):
         if a is None or of_entries is None or of_random is None:
-            none = node.new_empty(0)
-            results.append(FirstOrder(none, none.long(), u, none, float("nan")))
+            results.append(None)
             continue
         channels = _channels(a.detach(), of_entries.detach(), features.shape[1])
         deviation = _deviation(of_random.detach(), _per_channel(u, channels, node) * a.detach())
@@ -148,18 +117,8 @@ def first_order(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -
 
 
 def _slopes(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor | None]:
-    # With a cotangent in the graph, a once-differentiable function shows (`differentiable_once`).
-    return _pulled(features, nodes, torch.ones_like(features).requires_grad_(create_graph), create_graph)
-
-
-def _pulled(
-    features: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool
-) -> Sequence[Tensor | None]:
-    if not features.requires_grad or not nodes:
-        return [None] * len(nodes)
-    return torch.autograd.grad(
-        features, list(nodes), cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
+    # With a cotangent in the graph, a once-differentiable function shows (`second_derivatives`).
+    return pull_back_where_used(features, nodes, torch.ones_like(features).requires_grad_(create_graph), create_graph)
 
 
 def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
@@ -173,13 +132,13 @@ def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
     return torch.where(known, entries, -1).long()
 
 
-def _failure(first: FirstOrder, features: Tensor) -> NotClosedFormError | None:
+def _failure(first: FirstOrder | None, features: Tensor) -> str:
     """How a layer fails the first-order condition: every feature depends on one channel of its own sample."""
-    if not len(first.slopes):
-        return NotClosedFormError(NO_GRAPH)
+    if first is None:
+        return NO_GRAPH
     if first.deviation <= _tolerance(features):
-        return None
-    return NotClosedFormError(
+        return ""
+    return (
         "between this layer and the classifier the channels (or positions, or samples) mix, so the closed form does "
         f"not hold (relative deviation {first.deviation:.1e}). It needs operations that act on every channel alone, "
         "then global pooling: no further convolution, linear layer, flattening of a map, or normalisation across "
@@ -187,16 +146,15 @@ def _failure(first: FirstOrder, features: Tensor) -> NotClosedFormError | None:
     )
 
 
-def _curvatures(slopes: Tensor, node: Tensor) -> Tensor | None:
-    """Curvatures ``a' = da[s, p] / dz[s, p]``; None where no slope depends on the output."""
-    return _along(slopes, node, torch.ones_like(slopes))
-
-
 def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
     """The derivative of a first derivative along a vector; None where it does not depend on the output."""
     second = second_derivatives([derivative], [vector], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):
-        raise NotClosedFormError(_no_second_derivative(second.message))
+        raise NotClosedFormError(
+            f"an operation between it and the classifier has no second derivative in torch ({second.message}), so the "
+            "curvature cannot be certified. Use an equivalent differentiable operation (relu6(x + 3) / 6 for "
+            "hardsigmoid) or choose another layer with layers=."
+        )
     return second[0]
 
 
@@ -231,9 +189,9 @@ def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, s
     if shift_invariant:
         u = u - u.mean(1, keepdim=True)
     slopes, columns = derivatives.slopes, derivatives.columns
-    (pulled,) = _pulled(logits, [node], u, create_graph=False)
-    expected = (u @ columns).reshape(*slopes.shape[:2], *[1] * (slopes.ndim - 2)) * slopes
-    deviation = _deviation(torch.zeros_like(slopes) if pulled is None else pulled, expected)
+    (pulled,) = pull_back(logits, [node], u)
+    expected = to_positions(u @ columns, slopes) * slopes
+    deviation = _deviation(pulled, expected)
     if not deviation <= 10 * _tolerance(logits):
         raise NotClosedFormError(
             "gradients from the logits to it are not those of its classifier (relative deviation "
@@ -248,8 +206,7 @@ def _tolerance(tensor: Tensor) -> float:
 
 def _per_channel(cotangent: Tensor, channels: Tensor, node: Tensor) -> Tensor:
     """``u[c(s)]``, shaped to multiply the layer's output; zero for channels without ``c(s)``."""
-    picked = cotangent[:, channels.clamp_min(0)] * (channels >= 0)
-    return picked.reshape(*picked.shape, *[1] * (node.ndim - 2))
+    return to_positions(cotangent[:, channels.clamp_min(0)] * (channels >= 0), node)
 
 
 def _deviation(actual: Tensor, expected: Tensor) -> float:
@@ -262,11 +219,3 @@ NO_GRAPH = (
     "the classifier's input does not depend on its output through autograd: the forward detaches it, runs that part "
     "under torch.no_grad() or as TorchScript, or does not use it. Choose another layer with layers=."
 )
-
-
-def _no_second_derivative(what: str) -> str:
-    return (
-        f"an operation between it and the classifier has no second derivative in torch ({what}), so the curvature "
-        "cannot be certified. Use an equivalent differentiable operation (relu6(x + 3) / 6 for hardsigmoid) or choose "
-        "another layer with layers=."
-    )

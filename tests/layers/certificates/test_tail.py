@@ -77,7 +77,7 @@ def assert_noticed(tail, num_batches):
     assert not layer.exact
 
 
-@guards("layers/known.py", " and fingerprint == self.fingerprint", "")
+@guards("layers/certificates/__init__.py", " and fingerprint == self.fingerprint", "")
 def test_a_tail_that_becomes_another_is_certified_anew():
     assert_noticed(lambda x: F.silu(x.cumsum(1) if x.detach().abs().mean() > 2 else x), 1)
 
@@ -92,7 +92,7 @@ def test_channels_that_are_moved_by_indices():
     assert_noticed(tail, 1)
 
 
-@guards("layers/known.py", " and not due", "")
+@guards("layers/certificates/__init__.py", " and not due", "")
 def test_a_tail_is_certified_in_full_again_and_again():
     """The same operations with the same constants; only what they are multiplied with is another."""
 
