@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from torch import Tensor
-
 from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.data.sources import BatchFunction, Wanted
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.network import find_network
@@ -21,37 +20,20 @@ Record = dict[str, Any]
 
 
 class MeasuringCallback(Callback):
-    """Base of the callbacks that measure a network while it trains.
+    """Base of the callbacks that measure a network while it trains; they explain its arguments.
 
-    Args:
-        name: of the callback, in messages and in the key of its state in checkpoints.
-        measured: what it measures, in messages.
-        data: ``"train"``, ``"val"``, or a loader or batches.
-        max_samples: size of a fixed random subset of the data, over all ranks.
-        prefix: of logged keys and tags of figures.
-        model: attribute of the LightningModule that is the network, or a function from the LightningModule to it; None
-            for the LightningModule.
-        batch_fn: function from a batch to ``(inputs, targets)``.
-        figures: draw for TensorBoard.
-        on_error: ``"raise"``; or ``"warn"`` and train on.
-
-    Attributes:
-        history: a record for every measurement of a fit; kept in checkpoints.
-
-    Raises:
-        FlatnessError: invalid arguments.
+    ``name`` of the callback stands in messages and in the key of its state in checkpoints, ``measured`` in messages.
     """
 
     def __init__(
         self,
-        *,
         name: str,
         measured: str,
         data: str | Iterable[Any],
         max_samples: int | None,
         prefix: str,
         model: Callable[[Any], Any] | str | None,
-        batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None,
+        batch_fn: BatchFunction | None,
         figures: bool,
         on_error: Literal["raise", "warn"],
     ) -> None:
@@ -75,8 +57,6 @@ class MeasuringCallback(Callback):
         self._stage: str | None = None
         self._is_restored = False
 
-    # ------------------------------------------------------------------------------------------------------- overrides
-
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
         """Whether to measure now. Override it for another schedule; all ranks must return the same."""
@@ -88,8 +68,6 @@ class MeasuringCallback(Callback):
     @abstractmethod
     def _draw_run(self, trainer: Trainer) -> None:
         """Draw the figures of the whole run, at its end or when it is interrupted."""
-
-    # ---------------------------------------------------------------------------------------------------- checkpoints
 
     @property
     def state_key(self) -> str:
@@ -105,8 +83,6 @@ class MeasuringCallback(Callback):
         if self._stage in (None, "fit"):
             self.history = [dict(record) for record in state_dict["history"]]
             self._is_restored = True
-
-    # ---------------------------------------------------------------------------------------------------------- hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note the stage, since Lightning loads the state of callbacks in every stage."""
@@ -133,13 +109,15 @@ class MeasuringCallback(Callback):
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self._draw_run(trainer)
 
-    # -------------------------------------------------------------------------------------------------------- helpers
-
     @contextmanager
     def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """Keep errors for all ranks, and log nothing that the network logs."""
         with self._errors.kept(trainer.world_size), logging_muted(pl_module):
             yield
+
+    @property
+    def _wanted(self) -> Wanted:
+        return Wanted(self.data, self.max_samples, self.batch_fn)
 
     @property
     def _data_name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from lightning_flatness.callbacks.data.sources import Samples, SeparateData
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_weight_averaging
 from lightning_flatness.callbacks.logged import log
 from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.schedule import is_nth_epoch
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError, LandscapeError
 
@@ -29,44 +29,28 @@ class EpochEndCallback(MeasuringCallback):
 
     Every rank gets to the end of an epoch, with or without validation data, and weight averaging swaps no weights
     there. Samples are kept in memory while they are measured, since every measurement passes over them many times.
-
-    Args:
-        measured: what is measured, for messages.
-        data: ``"train"``, ``"val"``, or a loader or batches.
-        max_samples: size of a fixed random subset; by default 512 of training or validation data, all of given data.
-        every_n_epochs: the first epoch and every n-th after it; None for the end of the fit only.
-        folder: for files; by default ``prefix`` in the Trainer's ``log_dir``.
-        arguments: the others of :class:`MeasuringCallback`.
-
-    Raises:
-        FlatnessError: invalid arguments.
+    ``arguments`` are the others of :class:`MeasuringCallback`.
     """
 
     def __init__(
         self,
-        *,
         measured: str,
-        data: str | Iterable[Any],
-        max_samples: int | None,
         every_n_epochs: int | None,
         folder: str | Path | None,
-        **arguments: Any,
+        data: str | Iterable[Any],
+        max_samples: int | None,
+        *arguments: Any,
     ) -> None:
         name = type(self).__name__
         max_samples = DEFAULT_SAMPLES if max_samples is None and isinstance(data, str) else max_samples
-        super().__init__(name=name, measured=measured, data=data, max_samples=max_samples, **arguments)
+        super().__init__(name, measured, data, max_samples, *arguments)
         check_whole(f"{name}: every_n_epochs", every_n_epochs, least=1, or_none=True)
         self.every_n_epochs = every_n_epochs
         self.folder = folder
 
-    # ------------------------------------------------------------------------------------------------------- overrides
-
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether to measure at the end of this epoch.
-
-        Override it for another schedule than ``every_n_epochs``. All ranks must return the same.
-        """
-        return is_nth_epoch(trainer.current_epoch, self.every_n_epochs)
+        """Whether to measure at the end of this epoch. Override it for another schedule, the same on all ranks."""
+        return self.every_n_epochs is not None and trainer.current_epoch % self.every_n_epochs == 0
 
     @abstractmethod
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
@@ -100,8 +84,6 @@ class EpochEndCallback(MeasuringCallback):
     def _is_interrupted(self) -> bool:
         """Whether the user has ended the last measurement with Ctrl-C."""
         return False
-
-    # ---------------------------------------------------------------------------------------------------------- hooks
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history; refuse or warn of what is already known to be wrong."""
@@ -143,8 +125,6 @@ class EpochEndCallback(MeasuringCallback):
         elif (not is_done or self._is_averaged(trainer)) and self._is_ready(final=True):
             self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
         self._draw_run(trainer)
-
-    # ------------------------------------------------------------------------------------------------------- measuring
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, final: bool) -> None:
         where = "the end of the fit" if final else f"epoch {epoch}"
@@ -198,22 +178,20 @@ class EpochEndCallback(MeasuringCallback):
         if len(self.history) > 1:
             self._add_figures(trainer, self._draw_history)
 
-    # ----------------------------------------------------------------------------------------- data, other callbacks
-
     def _has_data(self, trainer: Trainer) -> bool:
         """Whether the data can be read: Lightning sets up validation data only before the first validation."""
         return self._data_name != "val" or trainer.val_dataloaders is not None
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> SeparateData:
-        data = self.data
+        wanted = self._wanted
         if self._data_name == "val":
             loaders = flat_loaders(trainer.val_dataloaders)
             if len(loaders) != 1:
                 raise FlatnessError(
                     f"data='val' needs one validation loader, and there are {len(loaders)}. Give one of them as data=."
                 )
-            data = loaders[0]
-        return SeparateData(trainer, pl_module, data, self.max_samples, self.batch_fn)
+            wanted = replace(wanted, data=loaders[0])
+        return SeparateData(trainer, pl_module, wanted)
 
     def _is_averaged(self, trainer: Trainer) -> bool:
         """Whether weight averaging puts its weights in place before this callback comes at the end of the fit."""

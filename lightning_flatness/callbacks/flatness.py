@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
-from lightning_flatness.callbacks.data.sources import Samples, first_samples, new_source, split_with
+from lightning_flatness.callbacks.data.sources import Samples, SeparateData, ValidationBatches, first_samples
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.logged import accuracy_key, log, values_of, with_logarithm
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.running import PassesOfRun, Running
-from lightning_flatness.callbacks.schedule import epochs_have_passed
 from lightning_flatness.checks import check_whole
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
@@ -38,11 +37,12 @@ class FlatnessCallback(MeasuringCallback):
 
     Training with it is bit-identical to training without it.
 
+    ``layers``, ``loss``, ``strict`` and the arguments from ``label_smoothing`` to ``dtype`` are those of
+    :func:`~lightning_flatness.measure_flatness`. With ``strict``, a number that is not the Hessian's is refused before
+    the first epoch, or with the batch that shows it. ``measures`` without ``"relative_flatness"`` leave the Hessian
+    trace, its logarithm and the weight norm to be logged; those that are not logged are in :attr:`report`.
+
     Args:
-        layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
-            and linear layer; or names or glob patterns.
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function to per-sample losses; this and
-            the arguments after ``figures`` are those of :func:`~lightning_flatness.measure_flatness`.
         data: ``"val"``: the batches that are validated. ``"train"``: a fixed random subset of the training data, in
             evaluation mode, through a loader of its own; the papers define flatness on the training loss. Or a
             ``DataLoader`` or list of batches, of which every rank measures its share.
@@ -59,18 +59,6 @@ class FlatnessCallback(MeasuringCallback):
             like ``image`` and one like ``label``.
         summary: print before training which layers are measured, and how that was certified.
         figures: draw accuracy and flatness, and the block traces, for TensorBoard at the end of training.
-        strict: refuse layers whose number is not the Hessian's: before the first epoch, or with the batch that shows
-            it.
-        label_smoothing: of cross-entropy.
-        class_weight: of cross-entropy.
-        ignore_index: of cross-entropy.
-        measures: without ``"relative_flatness"`` only diagonals are kept; logged are then the Hessian trace, its
-            logarithm and the weight norm. All other measures are in :attr:`report`.
-        tolerance: relative standard error that is accepted with many classes.
-        residual: ``"hutchinson"`` to estimate what Gauss-Newton leaves out.
-        num_probes: of that estimate.
-        seed: of the probes.
-        dtype: ``"float32"`` or ``"float64"``, to measure in; by default the model's own, at least float32.
         live: observe the forward passes of validation steps where that changes nothing; False for extra passes always.
         on_error: ``"raise"``; or ``"warn"`` and train on: a measurement that fails logs nothing.
 
@@ -131,17 +119,8 @@ class FlatnessCallback(MeasuringCallback):
         }
         diagonal = Options(**self._options).diagonal  # checks the options
         self._measures = ["hessian_trace"] if diagonal else ["hessian_trace", "relative_flatness"]
-        super().__init__(
-            name="FlatnessCallback",
-            measured="flatness",
-            data=data,
-            max_samples=max_samples,
-            prefix=prefix,
-            model=model,
-            batch_fn=batch_fn,
-            figures=figures,
-            on_error=on_error,
-        )
+        shared = (data, max_samples, prefix, model, batch_fn, figures, on_error)
+        super().__init__("FlatnessCallback", "flatness", *shared)
         check_whole("FlatnessCallback: every_n_epochs", every_n_epochs, least=1)
         self.every_n_epochs = every_n_epochs
         self.accuracy = accuracy
@@ -159,12 +138,12 @@ class FlatnessCallback(MeasuringCallback):
     def is_due(self, trainer: Trainer) -> bool:
         """Whether to measure at the validation that begins, or at the end of an epoch of a fit without validation.
 
-        Override it for another schedule than ``every_n_epochs``. All ranks must return the same.
+        Override it for another schedule, the same on all ranks.
         """
-        last = self.history[-1]["epoch"] if trainer.state.fn == "fit" and self.history else None
-        return epochs_have_passed(trainer.current_epoch, last, self.every_n_epochs)
-
-    # ------------------------------------------------------------------------------------------------ before training
+        if trainer.state.fn != "fit" or not self.history:
+            return True
+        passed: int = trainer.current_epoch - self.history[-1]["epoch"]
+        return passed == 0 or passed >= self.every_n_epochs  # an epoch that is measured is so at all its validations
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history; refuse or warn of what is already known to be wrong."""
@@ -181,7 +160,7 @@ class FlatnessCallback(MeasuringCallback):
             self._warn_no_validation()
         with self._measuring(trainer, pl_module):
             if not self._certified:
-                samples = first_samples(trainer, pl_module, self.data, self.max_samples, self.batch_fn)
+                samples = first_samples(trainer, pl_module, self._wanted)
                 if samples is not None and not self._errors.pending:
                     self._certify(pl_module, samples)
         if self._errors.settle("the start of training") and self.summary and self._certified and trainer.is_global_zero:
@@ -203,8 +182,6 @@ class FlatnessCallback(MeasuringCallback):
             f"or limit_val_batches=0): '{self.prefix}/hessian_trace' and its kin will not be logged, and what monitors "
             "them will fail. Add validation data, or use FlatnessCallback(data='train')."
         )
-
-    # ------------------------------------------------------------------------------------- validation and tests alike
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a measurement, if one is due."""
@@ -237,7 +214,7 @@ class FlatnessCallback(MeasuringCallback):
         if trainer.sanity_checking:
             with self._measuring(trainer, pl_module):
                 if self._data_name == "val" and self._certified is None and not self._errors.pending:
-                    self._certify(pl_module, split_with(self.batch_fn, batch))
+                    self._certify(pl_module, self._wanted.split(batch))
         elif self._running is not None and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._running.after_step(batch, batch_idx, dataloader_idx)
@@ -298,8 +275,6 @@ class FlatnessCallback(MeasuringCallback):
             logged = trainer.callback_metrics.get(accuracy_key(trainer.callback_metrics, self.accuracy) or "")
             record["accuracy"] = None if logged is None else float(logged)
 
-    # ------------------------------------------------------------------------------------------------- the measurement
-
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[float]) -> None:
         self._running = self._awaits_accuracy = None
         if not self.is_due(trainer):
@@ -308,8 +283,11 @@ class FlatnessCallback(MeasuringCallback):
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return
         with self._measuring(trainer, pl_module):
-            own = (self.data, self.max_samples, self.batch_fn)
-            source = new_source(trainer, pl_module, *own, loaders, num_batches)
+            source: ValidationBatches | SeparateData
+            if self._data_name == "val":
+                source = ValidationBatches(trainer, self._wanted, loaders, num_batches)
+            else:
+                source = SeparateData(trainer, pl_module, self._wanted, loaders, num_batches)
             measurement = self._new_measurement(pl_module)
             self._running = Running(measurement, source, self._passes, trainer.precision_plugin.val_step_context)
 

@@ -29,12 +29,7 @@ __all__ = [
 
 
 def is_lightning_module(module: Any) -> bool:
-    """Whether a module is a LightningModule of either name.
-
-    Example:
-        >>> is_lightning_module(LightningModule())
-        True
-    """
+    """Whether a module is a LightningModule of either name."""
     return _is_lightning(type(module))  # type: ignore[arg-type]  # mypy does not know that classes have a hash
 
 
@@ -44,21 +39,11 @@ def _is_lightning(kind: type) -> bool:
 
 
 def is_overridden(method: str, module: LightningModule) -> bool:
-    """Whether a LightningModule of either name overrides a method.
-
-    Example:
-        >>> is_overridden("forward", LightningModule())
-        False
-    """
+    """Whether a LightningModule of either name overrides a method."""
     base = next(base for base in type(module).__mro__ if f"{base.__module__}.{base.__name__}" in MODULES)
     return getattr(type(module), method) is not getattr(base, method)
 
 
 def is_weight_averaging(callback: Any) -> bool:
-    """Whether a callback is Lightning's ``WeightAveraging`` of either name, or a subclass.
-
-    Example:
-        >>> is_weight_averaging(Callback())
-        False
-    """
+    """Whether a callback is Lightning's ``WeightAveraging`` of either name, or a subclass."""
     return any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__)

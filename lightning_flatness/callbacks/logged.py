@@ -13,37 +13,27 @@ from lightning_flatness.callbacks.lightning_imports import LightningModule, is_l
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.results import FlatnessReport
 
+LOGGING = ("log", "log_dict")
+
 
 def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, float]:
     """Return measures of all layers together and, if there are several, of each, by key without prefix."""
     values = {measure: getattr(report, measure) for measure in measures}
     values["weight_norm"] = report.weight_norm
     if len(report.layers) > 1:
-        values |= {
-            f"{name}/{measure}": getattr(layer, measure)
-            for name, layer in report.layers.items()
-            for measure in measures
-        }
+        for name, layer in report.layers.items():
+            values |= {f"{name}/{measure}": getattr(layer, measure) for measure in measures}
     return values
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
-    """Add the logarithm of one value, which fits into a chart with an accuracy; NaN where it is not positive.
-
-    Example:
-        >>> with_logarithm({"hessian_trace": 100.0}, "hessian_trace")
-        {'hessian_trace': 100.0, 'log10_hessian_trace': 2.0}
-    """
+    """Add the logarithm of one value, which fits into a chart with an accuracy; NaN where it is not positive."""
     value = values[measure]
     return {**values, f"log10_{measure}": math.log10(value) if value > 0 else math.nan}
 
 
 def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
-    """Return the key under which loggers know an accuracy.
-
-    Args:
-        metrics: all that is logged, by name.
-        name: of the accuracy; by default the first that has ``acc`` in it, one with ``val`` if there is one.
+    """Return the key under which loggers know an accuracy: by default the first with ``acc``, preferably with ``val``.
 
     Example:
         >>> accuracy_key({"train_acc": 0, "val_acc": 0, "val_acc_epoch": 0}, None)
@@ -75,16 +65,11 @@ def logging_muted(pl_module: LightningModule) -> Iterator[None]:
     """Make ``log`` and ``log_dict`` of all LightningModules within this one do nothing.
 
     A forward that logs would log values of the samples that are measured, or raise at times when Lightning allows none.
-
-    Example:
-        >>> module = LightningModule()
-        >>> with logging_muted(module):
-        ...     module.log("key", 1.0)
     """
     modules = [vars(module) for module in pl_module.modules() if is_lightning_module(module)]
     own = [{name: attributes[name] for name in LOGGING if name in attributes} for attributes in modules]
     for attributes in modules:
-        attributes.update(dict.fromkeys(LOGGING, _do_nothing))
+        attributes.update(dict.fromkeys(LOGGING, lambda *arguments, **options: None))
     try:
         yield
     finally:
@@ -92,10 +77,3 @@ def logging_muted(pl_module: LightningModule) -> Iterator[None]:
             for name in LOGGING:
                 del attributes[name]
             attributes.update(before)
-
-
-LOGGING = ("log", "log_dict")
-
-
-def _do_nothing(*arguments: Any, **options: Any) -> None:
-    pass

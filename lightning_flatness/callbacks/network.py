@@ -12,21 +12,7 @@ from lightning_flatness.errors import FlatnessError
 
 
 def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> nn.Module:
-    """Find the module to measure.
-
-    Args:
-        pl_module: the LightningModule.
-        model: attribute of the LightningModule, or a function from it to a module; None for the LightningModule itself.
-
-    Raises:
-        FlatnessError: there is no such module; or ``model`` is None and the LightningModule has no ``forward``.
-
-    Example:
-        >>> module = LightningModule()
-        >>> module.net = nn.Identity()
-        >>> find_network(module, "net"), find_network(module, lambda module: module.net)
-        (Identity(), Identity())
-    """
+    """Find the module that ``model`` names or returns; without a ``model``, the LightningModule itself."""
     children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
     if model is None:
         if not is_overridden("forward", pl_module):

@@ -19,18 +19,6 @@ class RankErrors:
     """Keeps the first error of a measurement on this rank until all ranks decide together.
 
     A rank that raised alone would leave the others waiting for it.
-
-    Args:
-        on_error: ``"raise"``, or ``"warn"`` and skip this measurement.
-        name: name of the callback, for messages.
-        measured: what the callback measures, for messages.
-
-    Example:
-        >>> errors = RankErrors("warn")
-        >>> with errors.kept(num_ranks=1):
-        ...     raise FlatnessError("no memory")
-        >>> errors.pending
-        'no memory'
     """
 
     def __init__(
@@ -64,11 +52,7 @@ class RankErrors:
     def settle(self, where: str) -> bool:
         """Return True if no rank has an error pending; otherwise raise or warn on every rank. A collective.
 
-        Args:
-            where: time in the training, for the message.
-
-        Raises:
-            FlatnessError: with ``on_error="raise"``, on every rank, naming the first rank that failed.
+        The message names ``where`` in the training that is, and the first rank that failed.
         """
         messages = gather(self.pending)
         self.pending = None

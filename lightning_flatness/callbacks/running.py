@@ -10,19 +10,16 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_flatness.callbacks.data.sources import SeparateData, ValidationBatches, split_with
+from lightning_flatness.callbacks.data.sources import SeparateData, ValidationBatches
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, same_inputs
+from lightning_flatness.measure.batches import split_batch
 from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.model.rows import num_rows
 
 
 class PassesOfRun:
-    """Whether forward passes can be observed in a run. Tells the user which passes are used, whenever that changes.
-
-    Args:
-        possible: False to observe none, and to tell nothing.
-    """
+    """Whether forward passes can be observed in a run. Tells the user which passes are used, whenever that changes."""
 
     def __init__(self, possible: bool) -> None:
         self.possible = possible
@@ -49,16 +46,8 @@ class Running:
 
     Forward passes of validation steps are observed in place of extra passes, if a trial on the first batch shows that
     this changes nothing. A failed trial rules observing out for the run; a batch that cannot be used, for this
-    measurement.
-
-    Args:
-        measurement: the sums so far.
-        source: of the samples.
-        passes: of this run.
-        step_context: makes the context in which the Trainer runs validation steps (autocast).
-
-    Attributes:
-        observes: whether :meth:`before_step` is to be called before the next validation step.
+    measurement. ``observes`` tells whether to call :meth:`before_step`; ``step_context`` makes the context in which the
+    Trainer runs validation steps (autocast).
     """
 
     def __init__(
@@ -83,7 +72,7 @@ class Running:
     def before_step(self, batch: Any) -> None:
         """Listen for the forward pass on a batch that is about to be validated."""
         self.release()
-        inputs, targets = split_with(None, batch)
+        inputs, targets = split_batch(batch)
         if num_rows(inputs, targets) < 2:  # a single sample is measured twice, in an extra pass
             return
         if not self._is_tried:

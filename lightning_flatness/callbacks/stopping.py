@@ -23,8 +23,10 @@ class _Watched:
     mode: str
     min_delta: float
     relative: bool  # whether min_delta is a fraction of the best value
-    best: Tensor
     wait_count: int = 0
+
+    def __post_init__(self) -> None:
+        self.best = torch.tensor(torch.inf if self.mode == "min" else -torch.inf, device="cpu")
 
     def update(self, value: Tensor) -> None:
         best = self.best.cpu()
@@ -108,8 +110,8 @@ class FlatnessStopping(EarlyStopping):
         self.stopping_reason_message: str | None = None
         self.accuracy = accuracy
         self.burn_in = burn_in
-        self._watched = [_Watched(key, mode, min_delta, True, _worst(mode)) for key in keys]
-        self._watched.append(_Watched(accuracy, accuracy_mode, accuracy_min_delta, False, _worst(accuracy_mode)))
+        self._watched = [_Watched(key, mode, min_delta, True) for key in keys]
+        self._watched.append(_Watched(accuracy, accuracy_mode, accuracy_min_delta, False))
         self._num_measured: dict[str, int] = {}
 
     @property
@@ -151,9 +153,8 @@ class FlatnessStopping(EarlyStopping):
             self._check(trainer)
 
     def _check(self, trainer: Trainer) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
-            return
-        if not self._is_new(trainer):
+        is_fit = trainer.state.fn == "fit" and not (trainer.sanity_checking or getattr(trainer, "fast_dev_run", False))
+        if not is_fit or not self._is_new(trainer):
             return
         logged = [self._logged(trainer.callback_metrics, watched.key) for watched in self._watched]
         # Metrics may be logged without sync_dist; all ranks count the mean.
@@ -178,7 +179,13 @@ class FlatnessStopping(EarlyStopping):
         stalled = min(watched.wait_count for watched in self._watched) >= self.patience
         none_of = " nor ".join(str(watched) for watched in self._watched)
         reason = broken[0] if broken else f"neither {none_of} has improved for {self.patience} validations"
-        self._stop(trainer, reason, stop=bool(broken) or stalled)
+        # All ranks stop as soon as one has to.
+        stop = bool(broken) or stalled
+        if trainer.strategy.reduce_boolean_decision(stop, all=False):
+            trainer.should_stop = True
+            self.stopped_epoch = trainer.current_epoch
+            self.stopping_reason_message = reason
+            rank_zero_info(f"FlatnessStopping: stopping after epoch {trainer.current_epoch}: {reason}.")
 
     def _is_new(self, trainer: Trainer) -> bool:
         """Whether the callbacks that log the monitored keys have measured since the last check."""
@@ -200,15 +207,3 @@ class FlatnessStopping(EarlyStopping):
                 "a self.log in validation_step."
             )
         return metrics[key].detach().clone()
-
-    def _stop(self, trainer: Trainer, reason: str, *, stop: bool) -> None:
-        # All ranks stop as soon as one has to.
-        if trainer.strategy.reduce_boolean_decision(stop, all=False):
-            trainer.should_stop = True
-            self.stopped_epoch = trainer.current_epoch
-            self.stopping_reason_message = reason
-            rank_zero_info(f"FlatnessStopping: stopping after epoch {trainer.current_epoch}: {reason}.")
-
-
-def _worst(mode: str) -> Tensor:
-    return torch.tensor(torch.inf if mode == "min" else -torch.inf, device="cpu")

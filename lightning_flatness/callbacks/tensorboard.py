@@ -28,15 +28,10 @@ def writers(trainer: Trainer) -> list[Any]:
 
 
 def add_joint_charts(trainer: Trainer, tags: Sequence[str], accuracies: Sequence[str | None]) -> None:
-    """Lay out charts of accuracy and flatness on the Custom Scalars page.
+    """Lay out charts of every callback's flatness, by tag, and accuracy, if any, on the Custom Scalars page.
 
     There is a chart for every callback and, if there are several, one for all, in a single layout, since TensorBoard
     reads one for a run. A chart has one linear axis, so its values must be of one order of magnitude.
-
-    Args:
-        trainer: with loggers.
-        tags: of the flatness of every callback.
-        accuracies: tag of the accuracy that belongs to it, or None.
     """
     charts = [[tag] if accuracy is None else [accuracy, tag] for tag, accuracy in zip(tags, accuracies, strict=True)]
     if len(charts) > 1:
@@ -50,17 +45,7 @@ def add_joint_charts(trainer: Trainer, tags: Sequence[str], accuracies: Sequence
 def flatness_figures(
     history: Sequence[Mapping[str, float | None]], report: FlatnessReport, accuracy: str | None, data: str
 ) -> dict[str, Any]:
-    """Draw curves over the epochs, layers side by side and heat maps of block traces.
-
-    Args:
-        history: records of the run.
-        report: the last measurement.
-        accuracy: name of the accuracy, for the axis.
-        data: ``"val"``, ``"train"`` or ``"given"``.
-
-    Returns:
-        Figures of matplotlib, by tag without prefix.
-    """
+    """Draw curves over the epochs, layers side by side and heat maps of block traces; by tag without prefix."""
     figures = {"history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
     measure = "relative_flatness" if "relative_flatness" in history[-1] else "hessian_trace"
     if len(report.layers) > 1:
@@ -73,14 +58,7 @@ def flatness_figures(
 
 
 def add_drawn(trainer: Trainer, prefix: str, draw: Callable[[], Mapping[str, Any]], callback: str) -> None:
-    """Add figures to the Images page, at the present step. They are drawn only if there is a TensorBoard logger.
-
-    Args:
-        trainer: with loggers.
-        prefix: of the tags.
-        draw: returns figures by tag.
-        callback: its name, for the warning where they cannot be drawn.
-    """
+    """Add figures to the Images page, at the present step. They are drawn only if there is a TensorBoard logger."""
     if not writers(trainer):
         return
     try:

@@ -12,17 +12,7 @@ from lightning_flatness.model.directions import pca_directions
 
 
 class Trajectory:
-    """Keeps copies of a network's parameters on the CPU, one for every call of :meth:`add`.
-
-    Example:
-        >>> path, net = Trajectory(), nn.Linear(2, 1)
-        >>> for _ in range(4):
-        ...     path.add(net)
-        ...     _ = nn.init.normal_(net.weight)
-        >>> directions, span = path.plane(net)
-        >>> len(directions), path.coordinates.shape
-        (2, torch.Size([4, 2]))
-    """
+    """Copies of a network's parameters on the CPU, one for every call of :meth:`add`."""
 
     def __init__(self) -> None:
         self._principal: PrincipalDirections | None = None
@@ -54,11 +44,7 @@ class Trajectory:
         return None if self._principal is None else self._principal.coordinates
 
     def plane(self, network: nn.Module) -> tuple[list[Any], list[list[float]]]:
-        """Return axes through the network's weights, and a span of all states and a quarter more around.
-
-        Raises:
-            FlatnessError: the states do not span a plane.
-        """
+        """Return axes through the network's weights, and a span of all states and a quarter more around."""
         principal = pca_directions(network, self._states)
         self._principal = principal._replace(directions=())  # they are as large as the network
         points = torch.cat([principal.coordinates.double(), torch.zeros(1, 2, dtype=torch.float64, device="cpu")])

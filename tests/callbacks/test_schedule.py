@@ -83,7 +83,7 @@ def test_flatness_stopping_sees_the_training_data_without_validation(tmp_path, f
 # -------------------------------------------------------------------------------------------------- when, how many
 
 
-@guards("callbacks.schedule:epochs_have_passed", returns=True)
+@guards("callbacks.flatness:FlatnessCallback.is_due", returns=True)
 def test_every_n_epochs(tmp_path):
     callback = flatness_callback(every_n_epochs=2)
     fit(tmp_path, callback, max_epochs=5)

@@ -11,12 +11,7 @@ if TYPE_CHECKING:
 
 
 def flat_loaders(loaders: Any) -> list[Any]:
-    """Return the loaders of a nested list or dict, or a single one, as a list.
-
-    Example:
-        >>> flat_loaders({"one": 1, "others": [2, 3]})
-        [1, 2, 3]
-    """
+    """Return the loaders of a nested list or dict, or a single one, as a list."""
     if isinstance(loaders, dict):
         loaders = list(loaders.values())
     if isinstance(loaders, (list, tuple)):
@@ -32,12 +27,7 @@ def loaders_in_turn(trainer: Trainer, loaders: Any) -> list[Any]:
 
 
 def is_indexed(loader: Any) -> bool:
-    """Whether a loader is a ``DataLoader`` over a data set whose samples can be read by index.
-
-    Example:
-        >>> is_indexed(DataLoader([1, 2])), is_indexed([1, 2])
-        (True, False)
-    """
+    """Whether a loader is a ``DataLoader`` over a data set whose samples can be read by index."""
     dataset = getattr(loader, "dataset", None)
     has_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     in_bulk = getattr(loader, "batch_sampler", None) is None and isinstance(sampler_of(loader), BatchSampler)
@@ -45,44 +35,24 @@ def is_indexed(loader: Any) -> bool:
 
 
 def sampler_of(loader: Any) -> Any:
-    """Return the sampler of single samples, which may be inside a batch sampler; None if there is none.
-
-    Example:
-        >>> type(sampler_of(DataLoader([1, 2, 3]))).__name__
-        'SequentialSampler'
-    """
+    """Return the sampler of single samples, which may be inside a batch sampler; None if there is none."""
     batches = getattr(loader, "batch_sampler", None)
     return getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", None)
 
 
 def batch_size_of(loader: Any) -> int | None:
-    """Return the samples of a batch; None where every item of the data set is a batch, or the size is not known.
-
-    Example:
-        >>> batch_size_of(DataLoader([1, 2, 3], batch_sampler=BatchSampler(range(3), 2, False)))
-        2
-    """
+    """Return the samples of a batch; None where every item of the data set is a batch, or the size is not known."""
     size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return size if isinstance(size, int) else None
 
 
 def keeps_order(loader: Any) -> bool:
-    """Whether batches hold the samples in the order of the sampler.
-
-    Example:
-        >>> keeps_order(DataLoader([1, 2, 3], batch_sampler=[[0, 2], [1]]))
-        False
-    """
+    """Whether batches hold the samples in the order of the sampler."""
     return getattr(loader, "batch_sampler", None) is None or type(loader.batch_sampler) is BatchSampler
 
 
 def reads_in_order(loader: Any) -> bool:
-    """Whether batches hold the samples in the order of the data set, taking all ranks together.
-
-    Example:
-        >>> reads_in_order(DataLoader([1, 2, 3])), reads_in_order(DataLoader([1, 2, 3], shuffle=True))
-        (True, False)
-    """
+    """Whether batches hold the samples in the order of the data set, taking all ranks together."""
     sampler = sampler_of(loader)
     if isinstance(sampler, DistributedSampler):  # Lightning's own may have another sampler in place of a data set
         return keeps_order(loader) and not sampler.shuffle and sampler.dataset is loader.dataset
@@ -90,11 +60,6 @@ def reads_in_order(loader: Any) -> bool:
 
 
 def described(loader: Any) -> str:
-    """Name the types of a loader and its data set, for messages.
-
-    Example:
-        >>> described([1, 2])
-        'list'
-    """
+    """Name the types of a loader and its data set, for messages."""
     dataset = getattr(loader, "dataset", None)
     return type(loader).__name__ + (f" over a {type(dataset).__name__}" if dataset is not None else "")

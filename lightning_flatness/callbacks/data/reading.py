@@ -26,9 +26,7 @@ DEFAULT_BATCH_SIZE = 64
 def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[Any]:
     """Make a loader over the user's data set that shares no iterator, worker or generator with the user's.
 
-    Args:
-        loader: the user's.
-        indices: of the samples to read, in this order; None for a stream.
+    It reads the samples of ``indices``, in this order; or a stream, without indices.
     """
     # A batch sampler whose size is not known makes batches all the same.
     size = batch_size_of(loader) or (DEFAULT_BATCH_SIZE if getattr(loader, "batch_sampler", None) is not None else None)
@@ -47,9 +45,7 @@ def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[
 def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
     """Yield the batches of an iterable, drawing the same random numbers every time, and restore all random states.
 
-    Args:
-        batches: any iterable.
-        model: random states of the devices that it is on are restored, too.
+    Those of the devices that the model is on are restored, too.
     """
     iterator: Iterator[Any] | None = None
     for index in count():
@@ -63,11 +59,7 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[Any]:
-    """Yield the batches of :func:`own_loader` as :func:`batches_apart` does.
-
-    Raises:
-        FlatnessError: the data set cannot be read by index.
-    """
+    """Yield the batches of :func:`own_loader` as :func:`batches_apart` does."""
     try:
         yield from batches_apart(loader, model)
     except Exception as error:
@@ -87,8 +79,7 @@ def _seed(seed: int) -> None:
 def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
     """Read as many samples as a batch has from the data set of the first loader, without touching that loader.
 
-    Returns:
-        None where it is not known which samples that loader would read.
+    None where it is not known which samples that loader would read.
     """
     loader = next(iter(loaders), None)
     known = (SequentialSampler, RandomSampler, DistributedSampler)

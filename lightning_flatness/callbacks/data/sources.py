@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -23,57 +24,43 @@ Samples = tuple[Any, Tensor | None]
 BatchFunction = Callable[[Any], Samples]
 
 
-def split_with(batch_fn: BatchFunction | None, batch: Any) -> Samples:
-    """Return ``(inputs, targets)`` of a batch.
+@dataclass(frozen=True)
+class Wanted:
+    """What a callback is told to measure: ``"val"``, ``"train"`` or given data; of these so many, over all ranks."""
 
-    Raises:
-        FlatnessError: the user's function returns something else.
+    data: str | Iterable[Any]
+    max_samples: int | None
+    batch_fn: BatchFunction | None
 
-    Example:
-        >>> split_with(lambda batch: (batch["x"], None), {"x": 3})
-        (3, None)
-    """
-    pair = split_batch(batch) if batch_fn is None else batch_fn(batch)
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise FlatnessError(
-            f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), "
-            "with None for targets that are not there."
-        )
-    return pair[0], pair[1]
+    def split(self, batch: Any) -> Samples:
+        """Return ``(inputs, targets)`` of a batch."""
+        pair = split_batch(batch) if self.batch_fn is None else self.batch_fn(batch)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise FlatnessError(
+                f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), "
+                "with None for targets that are not there."
+            )
+        return pair[0], pair[1]
 
 
 class ValidationBatches:
-    """The batches that are validated, each sample once.
+    """The batches that are validated, ``num_batches`` of each loader, and each sample once.
 
-    Args:
-        trainer: that validates them.
-        loaders: of the batches.
-        num_batches: how many batches of each loader are run.
-        max_samples: measure only so many, over all ranks.
-        batch_fn: function from a batch to samples.
-
-    Attributes:
-        why_not_observed: why it is not known before a step what of its batch is to be measured; empty if it is.
+    ``why_not_observed`` tells why it is not known before a step what of its batch is to be measured; it is empty if it
+    is known.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        loaders: Any,
-        num_batches: Sequence[float],
-        max_samples: int | None,
-        batch_fn: BatchFunction | None,
-    ) -> None:
-        in_turn = loaders_in_turn(trainer, loaders)
-        self._stream = ValidationStream(in_turn, num_batches, max_samples, trainer.global_rank, trainer.world_size)
-        self._batch_fn = batch_fn
-        self.why_not_observed = "batch_fn= is called after the step" if batch_fn is not None else ""
-        if batch_fn is None and max_samples is not None:
+    def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
+        in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
+        self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
+        self._wanted = wanted
+        self.why_not_observed = "batch_fn= is called after the step" if wanted.batch_fn is not None else ""
+        if wanted.batch_fn is None and wanted.max_samples is not None:
             self.why_not_observed = "max_samples= takes parts of batches"
 
     def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Iterator[Samples]:
         """Yield what is to be measured of a batch that was validated."""
-        inputs, targets = split_with(self._batch_fn, batch)
+        inputs, targets = self._wanted.split(batch)
         mask = self._stream.mask(num_rows(inputs, targets), batch_idx, dataloader_idx)
         if mask.all():
             yield inputs, targets
@@ -88,34 +75,24 @@ class ValidationBatches:
 class SeparateData:
     """Data other than the validated batches, or a fixed part of them.
 
-    They are measured in step with the validated batches, so that the progress bar of validation stays truthful.
-
-    Args:
-        trainer: whose ranks share the data, and whose hooks move batches to the device.
-        pl_module: the LightningModule.
-        data: ``"train"``, or a loader or batches.
-        max_samples: measure only so many, over all ranks.
-        batch_fn: function from a batch to samples.
-        loaders: of the validated batches.
-        num_batches: how many batches of each loader are validated.
+    They are measured in step with the validated batches, ``num_batches`` of each of the ``loaders``, so that the
+    progress bar of validation stays truthful.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        data: str | Iterable[Any],
-        max_samples: int | None,
-        batch_fn: BatchFunction | None,
+        wanted: Wanted,
         loaders: Any = None,
         num_batches: Sequence[float] = (),
     ) -> None:
         share = trainer.global_rank, trainer.world_size
-        if isinstance(data, str):
-            subset = training_subset(trainer.train_dataloader, max_samples, *share, trainer.num_training_batches)
+        if isinstance(wanted.data, str):
+            subset = training_subset(trainer.train_dataloader, wanted.max_samples, *share, trainer.num_training_batches)
         else:
-            subset = FixedSubset(data, max_samples, *share)
-        self._trainer, self._pl_module, self._batch_fn = trainer, pl_module, batch_fn
+            subset = FixedSubset(wanted.data, wanted.max_samples, *share)
+        self._trainer, self._pl_module, self._wanted = trainer, pl_module, wanted
         self._batches = subset.batches(pl_module)
         self._num_batches = subset.num_batches
         self._num_read = 0
@@ -139,39 +116,17 @@ class SeparateData:
     def _read_until(self, goal: float) -> Iterator[Samples]:
         while self._num_read < goal and (batch := next(self._batches, self)) is not self:
             self._num_read += 1
-            yield split_with(self._batch_fn, to_device(self._trainer, self._pl_module, batch))
+            yield self._wanted.split(to_device(self._trainer, self._pl_module, batch))
 
 
-def new_source(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    data: str | Iterable[Any],
-    max_samples: int | None,
-    batch_fn: BatchFunction | None,
-    loaders: Any = None,
-    num_batches: Sequence[float] = (),
-) -> ValidationBatches | SeparateData:
-    """Make the source for one measurement; the arguments are those of :class:`SeparateData`."""
-    if isinstance(data, str) and data == "val":
-        return ValidationBatches(trainer, loaders, num_batches, max_samples, batch_fn)
-    return SeparateData(trainer, pl_module, data, max_samples, batch_fn, loaders, num_batches)
-
-
-def first_samples(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    data: str | Iterable[Any],
-    max_samples: int | None,
-    batch_fn: BatchFunction | None,
-) -> Samples | None:
+def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:
     """Read the first batch before training, without a trace on its loader.
 
-    Returns:
-        None where that cannot be done, where Lightning has not set up validation yet, or on a rank without samples.
+    None where that cannot be done, where Lightning has not set up validation yet, or on a rank without samples.
     """
-    if not (isinstance(data, str) and data == "val"):
-        return next(SeparateData(trainer, pl_module, data, max_samples, batch_fn).rest(), None)
+    if not (isinstance(wanted.data, str) and wanted.data == "val"):
+        return next(SeparateData(trainer, pl_module, wanted).rest(), None)
     if not trainer.enable_validation:
         return None
     batch = first_batch(loaders_in_turn(trainer, trainer.val_dataloaders), pl_module)
-    return None if batch is None else split_with(batch_fn, to_device(trainer, pl_module, batch))
+    return None if batch is None else wanted.split(to_device(trainer, pl_module, batch))

@@ -10,20 +10,9 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 
 def choose(total: int, chosen: int, labels: Tensor | None = None) -> Tensor:
-    """Choose samples at random, the same ones in every call.
+    """Choose samples at random, the same ones in every call: their indices, sorted; all if there are not more.
 
-    Args:
-        total: number of samples to choose from.
-        chosen: number of samples to choose; all of them if there are not more.
-        labels: class of every sample, ``(total,)``; every class gets its share, rounded up or down.
-
-    Returns:
-        Indices of the chosen samples, sorted.
-
-    Example:
-        >>> labels = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1])
-        >>> labels[choose(8, 4, labels)].tolist().count(0)
-        1
+    By ``labels``, ``(total,)``, every class gets its share, rounded up or down.
     """
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
     if chosen >= total:
@@ -41,27 +30,19 @@ def labels_of(dataset: Any) -> Tensor | None:
 
     Known are the attributes ``targets`` and ``labels`` (as in torchvision), ``TensorDataset``, and ``Subset`` and
     ``ConcatDataset`` of these.
-
-    Example:
-        >>> labels_of(Subset(TensorDataset(torch.zeros(3, 1), torch.tensor([5, 6, 7])), [2, 0]))
-        tensor([7, 5])
     """
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)
-        return (
-            None if labels is None else labels[torch.as_tensor(list(dataset.indices), dtype=torch.long, device="cpu")]
-        )
+        indices = torch.as_tensor(list(dataset.indices), dtype=torch.long, device="cpu")
+        return None if labels is None else labels[indices]
     if isinstance(dataset, ConcatDataset):
         parts = [labels_of(part) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
         return torch.cat(known) if len(known) == len(parts) else None
     if isinstance(dataset, TensorDataset):
         return _as_classes(dataset.tensors[-1], len(dataset))
-    for name in ("targets", "labels"):
-        labels = _as_classes(getattr(dataset, name, None), len(dataset))
-        if labels is not None:
-            return labels
-    return None
+    found = (_as_classes(getattr(dataset, name, None), len(dataset)) for name in ("targets", "labels"))
+    return next((labels for labels in found if labels is not None), None)
 
 
 def _as_classes(values: Any, total: int) -> Tensor | None:

@@ -11,13 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_flatness.callbacks.data.loaders import (
-    batch_size_of,
-    is_indexed,
-    keeps_order,
-    reads_in_order,
-    sampler_of,
-)
+from lightning_flatness.callbacks.data.loaders import batch_size_of, is_indexed, keeps_order, reads_in_order, sampler_of
 from lightning_flatness.callbacks.data.stratified import choose, labels_of
 
 
@@ -26,14 +20,8 @@ class ValidationStream:
 
     A ``DistributedSampler`` repeats samples until every rank has as many. The repeated ones are found by their position
     and left out, so that several processes measure the same samples as one. ``max_samples`` chooses positions too: the
-    same samples in every epoch, as long as the loader does not shuffle.
-
-    Args:
-        loaders: that are validated, in turn; none where that is not known.
-        num_batches: how many batches of each loader are run.
-        max_samples: number of samples to measure, over all ranks; all by default.
-        rank: of this process.
-        num_ranks: number of processes.
+    same samples in every epoch, as long as the loader does not shuffle. There are no ``loaders`` where these are not
+    known to come in turn; ``num_batches`` of each are run.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -63,20 +51,14 @@ class ValidationStream:
             self._num_left = max_samples // num_ranks + (rank < max_samples % num_ranks)
             return
         labels = [shard.labels() for shard in self._shards]
-        known_labels = [of_shard for of_shard in labels if of_shard is not None]
-        all_labels = torch.cat(known_labels) if len(known_labels) == len(labels) else None
+        known = [of_shard for of_shard in labels if of_shard is not None]
+        all_labels = torch.cat(known) if len(known) == len(labels) else None
         chosen = torch.zeros(sum(totals), dtype=torch.bool, device="cpu")
         chosen[choose(len(chosen), max_samples, all_labels)] = True
         self._chosen = [shard.share(part) for shard, part in zip(self._shards, chosen.split(totals), strict=True)]
 
     def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return which rows of a batch are measured, ``(rows,)``.
-
-        Args:
-            rows: of the batch.
-            batch_idx: number of the batch in its loader.
-            dataloader_idx: number of the loader.
-        """
+        """Return which rows of a batch are measured, ``(rows,)``."""
         mask = torch.ones(rows, dtype=torch.bool, device="cpu")
         if self._num_left is not None:
             mask[self._num_left :] = False
@@ -108,10 +90,8 @@ class ValidationStream:
 class _Shard:
     """One loader's part of the stream.
 
-    Attributes:
-        length: number of different samples, over all ranks; 0 where that is not known.
-        repeats: whether the sampler repeats samples.
-        total: number of samples that are run, over all ranks; None where that is not known.
+    Over all ranks, ``length`` different samples (0 where that is not known), which the sampler ``repeats`` or does not,
+    and ``total`` that are run (None where that is not known).
     """
 
     def __init__(self, loader: Any, num_batches: float, rank: int, num_ranks: int) -> None:
@@ -161,12 +141,7 @@ class _Shard:
 
 
 def select(inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-    """Return the rows of a batch where the mask is true.
-
-    Example:
-        >>> select({"x": torch.arange(3), "scale": torch.ones(1)}, None, torch.tensor([True, False, True]))[0]["x"]
-        tensor([0, 2])
-    """
+    """Return the rows of a batch where the mask is true; tensors without such rows as they are."""
 
     def take(tensor: Tensor) -> Tensor:
         return tensor[mask.to(tensor.device)] if tensor.ndim and len(tensor) == len(mask) else tensor

@@ -28,18 +28,8 @@ class FixedSubset:
     restored, those of the data set's own generators too. Any other iterable of batches is iterated as it is, and random
     states are restored.
 
-    Args:
-        loader: a ``DataLoader``, or an iterable of batches that can be iterated many times.
-        max_samples: size of the subset over all ranks, with every class in its share; by default all samples.
-        rank: of this process.
-        num_ranks: number of processes that share the samples.
-        first: leave out all samples after so many.
-
-    Attributes:
-        num_batches: of this rank; infinite where that is not known.
-
-    Raises:
-        FlatnessError: ``max_samples`` of something without an index.
+    ``max_samples`` are the size of the subset over all ranks, with every class in its share, among the ``first``
+    samples; ``num_batches`` are those of this rank, infinite where that is not known.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.arange(10.0))
@@ -80,17 +70,13 @@ def _chosen(loader: Any, max_samples: int | None, first: float) -> torch.Tensor:
     sampler = sampler_of(loader)
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     indices = getattr(sampler, "indices", None)
-    allowed = (
-        torch.arange(len(loader.dataset), device="cpu")
-        if indices is None
-        else torch.tensor(list(indices), dtype=torch.long, device="cpu")
-    )
+    allowed = torch.arange(len(loader.dataset), device="cpu")
+    if indices is not None:
+        allowed = torch.tensor(list(indices), dtype=torch.long, device="cpu")
     allowed = allowed[: int(min(first, len(allowed)))]
     labels = labels_of(loader.dataset)
-    total = len(allowed)
-    return allowed[
-        choose(total, total if max_samples is None else max_samples, None if labels is None else labels[allowed])
-    ]
+    number = len(allowed) if max_samples is None else max_samples
+    return allowed[choose(len(allowed), number, None if labels is None else labels[allowed])]
 
 
 def training_subset(
@@ -98,16 +84,7 @@ def training_subset(
 ) -> FixedSubset:
     """Choose a subset of the training data, by default of 4,096 samples.
 
-    Args:
-        loader: of the training data.
-        max_samples: size of the subset over all ranks.
-        rank: of this process.
-        num_ranks: number of processes that share the samples.
-        num_batches: that every rank trains on in an epoch. Without shuffling, later batches are never trained on, and
-            are left out.
-
-    Raises:
-        FlatnessError: several loaders, or a data set without an index.
+    Without shuffling, batches after the ``num_batches`` of an epoch are never trained on, and are left out.
     """
     if not is_indexed(loader):
         raise FlatnessError(
