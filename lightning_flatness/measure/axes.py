@@ -14,6 +14,7 @@ from lightning_flatness.measure.landscape_options import LandscapeOptions
 from lightning_flatness.model.directions import NamedDirection
 from lightning_flatness.model.named_tensors import NamedTensors
 
+DESCRIPTIONS = {"random": "random direction", "hessian": "eigenvector", "given": "direction"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -37,16 +38,7 @@ def find_axes(
 ) -> Axes:
     """Directions for the axes, without frozen tensors, normalised. The i-th mention of a kind is its i-th direction.
 
-    Args:
-        options: of the landscape.
-        tensors: of the model.
-        weights: its parameters and buffers in the precision in which they are measured, by name.
-        frozen: names of tensors that do not move.
-        optimizer: with Adam's moments.
-        eigenvectors: computes so many of the Hessian.
-
-    Raises:
-        FlatnessError: see :func:`~lightning_flatness.loss_landscape`.
+    ``weights`` are the parameters and buffers in the precision that is measured in; ``eigenvectors`` computes so many.
     """
     kinds = [axis if isinstance(axis, str) else "given" for axis in options.axes]
     as_adam = options.update == "adam"
@@ -80,44 +72,22 @@ def find_axes(
             for direction, unit in zip(directions, units, strict=True)
         ]
     for name, direction in zip(names, directions, strict=True):
-        _check_moves(name, direction)
+        if not any(bool(tensor.any()) for tensor in direction.values()):
+            raise FlatnessError(
+                f"The axis '{name}' is zero: all that it moves is frozen, or is a bias where biases='zero' (there is "
+                "biases='scaled'), or has weights that are zero."
+            )
     if as_adam and len(directions) == 1:  # along a line, too, Adam's step takes both moments
         directions.append({key: tensor.double() for key, tensor in moments[1].items() if key not in frozen})
     return Axes(tuple(names), tuple(directions), units, epsilons if as_adam else None)
 
 
-DESCRIPTIONS = {"random": "random direction", "hessian": "eigenvector", "given": "direction"}
-
-
-def _check_moves(name: str, direction: Direction) -> None:
-    if not any(bool(tensor.any()) for tensor in direction.values()):
-        raise FlatnessError(
-            f"The axis '{name}' is zero: all that it moves is frozen, or is a bias where biases='zero' (there is "
-            "biases='scaled'), or has weights that are zero."
-        )
-
-
 def adam_moments(
-    optimizer: Any, tensors: NamedTensors, of_step: bool = False
+    optimizer: Any, tensors: NamedTensors, of_step: bool
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
-    """Adam's moments ``exp_avg`` and ``exp_avg_sq`` by parameter, and its ``eps``.
+    """Adam's moments ``exp_avg`` and ``exp_avg_sq`` by parameter, and its ``eps``, of one optimizer or several.
 
-    Args:
-        optimizer: one of torch's that keeps these moments, or a list of such, of different parameters.
-        tensors: of the model.
-        of_step: take the second moment by which the step divides: with ``amsgrad``, its largest value.
-
-    Raises:
-        FlatnessError: no optimizer, one without these, or one of another model.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = torch.optim.Adam(model.parameters())
-        >>> model(torch.ones(1, 2)).sum().backward()
-        >>> optimizer.step()
-        >>> (first, second), _ = adam_moments(optimizer, NamedTensors(model))
-        >>> bool((first["bias"] == optimizer.state[model.bias]["exp_avg"]).all())
-        True
+    With ``of_step`` the second moment is that by which the step divides: with ``amsgrad``, its largest value.
     """
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers or not all(hasattr(each, "param_groups") and hasattr(each, "state") for each in optimizers):

@@ -26,23 +26,10 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
 
     Random states are restored on leaving, also those of generators that the loader, its sampler and its data set hold:
     a ``DataLoader`` draws a seed whenever it is iterated.
-
-    Args:
-        model: on whose device.
-        batches: as users give them, see :func:`split_batch`.
-
-    Example:
-        >>> with paired_batches(nn.Linear(2, 1), [torch.zeros(3, 2)]) as pairs:
-        ...     [(inputs.shape, targets) for inputs, targets in pairs]
-        [(torch.Size([3, 2]), None)]
     """
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-
-    def moved(batch: Any) -> Any:
-        return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))
-
     with random_states_kept(model), generators_kept(drawing(batches)):
-        yield (split_batch(moved(batch)) for batch in batches)
+        yield (split_batch(apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))) for batch in batches)
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
@@ -50,14 +37,6 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
     A mapping, dataclass or named tuple gives its entries named like inputs (``image``, ``x``, ``pixel_values``, ...)
     and like targets (``label``, ``y``, ...), if there is one of each and nothing else that the model may need.
-
-    Raises:
-        BatchError: anything else.
-
-    Example:
-        >>> inputs, targets = split_batch(torch.zeros(4, 1))
-        >>> targets is None
-        True
     """
     if isinstance(batch, Tensor):
         return batch, None

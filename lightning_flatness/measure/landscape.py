@@ -21,6 +21,7 @@ from lightning_flatness.measure.spectrum import SpectrumOptions, spectrum_of
 from lightning_flatness.model.copy import measured
 from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.named_tensors import NamedTensors
+from lightning_flatness.model.options import of_arguments
 from lightning_flatness.model.points import Points
 from lightning_flatness.results import LandscapeResult
 
@@ -51,11 +52,10 @@ def loss_landscape(
 ) -> LandscapeResult:
     """Compute mean loss and accuracy at ``w + Σ_i α_i d_i`` on a line or a plane through a model's weights ``w``.
 
-    The model runs on copies, in evaluation mode, and is left as it was: weights, gradients, buffers, modes, random
-    states. Batches may have different sizes; every sample counts the same. Points are computed from the middle
-    outwards; an interrupt (Ctrl-C) returns those computed so far, to be completed with ``resume=``. In a process group
-    of ``torch.distributed`` every rank gives its own batches and gets the losses over all: call it on every rank or on
-    none.
+    The model runs on copies, in evaluation mode, and is left as it was; every sample counts the same. Points are
+    computed from the middle outwards; an interrupt (Ctrl-C) returns those computed so far, to be completed with
+    ``resume=``. In a process group every rank gives its own batches and gets the losses over all: call it on every rank
+    or on none. ``docs/landscape.md`` has the formulas.
 
     Args:
         model: any module that returns logits ``(samples, classes)``.
@@ -66,17 +66,14 @@ def loss_landscape(
             tensors, or flat tensors. Random: normal numbers, the second orthogonal to the first before it is
             normalised. Adam: ``exp_avg`` and ``exp_avg_sq`` of the optimizer; a line takes the first. Hessian: unit
             eigenvectors of the largest eigenvalues, with respect to the trainable parameters that are not ``frozen``.
-            Directions: e.g. from :func:`~lightning_flatness.direction_between` or
-            :func:`~lightning_flatness.pca_directions`.
+            Directions: e.g. from ``direction_between`` or ``pca_directions``.
         normalize: scale directions to the weights, by ``"weight"``, ``"filter"``, ``"layer"`` (every tensor) or
-            ``"model"``; or ``"none"``. By default ``"filter"`` for random axes and ``"none"`` for others. See
-            ``docs/landscape.md``.
+            ``"model"``; or ``"none"``. By default ``"filter"`` for random axes and ``"none"`` for others.
         norm: 1 or 2, order of the norm in this.
         biases: in a normalised direction, parameters with one dimension (biases, BatchNorm) do not move (``"zero"``, as
             in the paper's code) or are ``"scaled"`` like all others.
         update: ``"add"``, as above; or ``"adam"``, with Adam axes: ``w + α_1 m / (sqrt(α_2 v) + ε)``; a line has
-            ``α_2 = 1``. (The optimizer's next step goes to about ``-lr`` along it, apart from bias correction and
-            weight decay.) With ``amsgrad``, ``v`` is the largest second moment, as in that step.
+            ``α_2 = 1``.
         span: of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for every
             axis. With ``update="adam"`` a number leaves ``α_2`` from 0.1 to 1.9.
         steps: points along every axis, or one number for each axis. With odd numbers the model itself is a point.
@@ -84,22 +81,19 @@ def loss_landscape(
         batch_norm: ``"kept"``: BatchNorm uses the model's statistics at all points. ``"recomputed"``: statistics are
             computed anew at every point from these batches, with equal weights, as torch does with ``momentum=None``;
             on several ranks, from the rank's own batches.
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``; a loss module of torch with a mean; or a
-            function from ``(logits, targets)`` to the loss of every sample.
-        label_smoothing: of cross-entropy; this and the next two as in ``torch.nn.CrossEntropyLoss``.
-        class_weight: of cross-entropy, ``(K,)``.
+        loss: as for :func:`~lightning_flatness.measure_flatness`; so are the next three.
+        label_smoothing: of cross-entropy.
+        class_weight: of cross-entropy.
         ignore_index: of cross-entropy.
         optimizer: for Adam axes; one, or a list of those that train different parameters.
         seed: of random axes.
-        dtype: ``"float32"`` or ``"float64"``, to run copies in; by default the model's own, at least float32. Sums
-            are float64.
+        dtype: as for ``measure_flatness``; so is ``progress``.
         chunk: points that ``torch.func.vmap`` computes at once, where it can; by default 16 for light passes, else 1.
-        resume: an earlier result of the same call that is not complete.
-        progress: show a progress bar; by default in a terminal.
+        resume: an earlier result of the same call that is not ``complete``.
+        progress: show a progress bar.
 
     Returns:
-        A :class:`~lightning_flatness.LandscapeResult`; ``complete`` tells whether all points are there. Losses that
-        are not finite are kept, with a warning.
+        A :class:`~lightning_flatness.LandscapeResult`. Losses that are not finite are kept, with a warning.
 
     Raises:
         FlatnessError: an option that is not possible; all parameters frozen; no moments for Adam axes; batches that can
@@ -116,24 +110,7 @@ def loss_landscape(
         >>> plane.losses.shape, bool((plane.losses[2, 2] - plane.origin_loss).abs() < 1e-6)
         (torch.Size([5, 5]), True)
     """
-    options = LandscapeOptions(
-        axes=axes,
-        normalize=normalize,
-        norm=norm,
-        biases=biases,
-        update=update,
-        span=span,
-        steps=steps,
-        frozen=frozen,
-        batch_norm=batch_norm,
-        loss=loss,
-        label_smoothing=label_smoothing,
-        class_weight=class_weight,
-        ignore_index=ignore_index,
-        seed=seed,
-        dtype=dtype,
-        chunk=chunk,
-    )
+    options = of_arguments(LandscapeOptions, locals())
     return landscape_of(model, batches, options, optimizer=optimizer, resume=resume, progress=progress)
 
 
@@ -147,8 +124,7 @@ def landscape_of(
     progress: bool | None = None,
 ) -> LandscapeResult:
     """:func:`loss_landscape` with options that have been checked."""
-    precision = options.measuring_dtype
-    tensors = NamedTensors(model)
+    tensors, precision = NamedTensors(model), options.measuring_dtype
     repeated = RepeatedBatches(model, batches, options.loss_function)
     frozen = tensors.frozen(options.frozen)
     with isolated(model), torch.no_grad():
@@ -166,18 +142,19 @@ def landscape_of(
         points = Points(model, tensors, axes.directions, axes.epsilons, precision)
         origin = repeated.at_origin(points)
         directions = axes.directions[: len(axes.names)]
-        norms = [direction_norm(direction) for direction in directions]
+        norms = tuple(direction_norm(direction) for direction in directions)
         shape = [len(coordinates) for coordinates in options.coordinates]
+        unknown = torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
         mean, accuracy = origin.sums.mean, origin.sums.accuracy
         result = LandscapeResult(
             axes=axes.names,
             coordinates=options.coordinates,
-            losses=torch.full(shape, math.nan, dtype=torch.float64, device="cpu"),
-            accuracies=None if accuracy is None else torch.full(shape, math.nan, dtype=torch.float64, device="cpu"),
-            computed=torch.zeros(shape, dtype=torch.bool, device="cpu"),
+            losses=unknown,
+            accuracies=None if accuracy is None else unknown,
+            computed=torch.zeros_like(unknown, dtype=torch.bool),
             origin_loss=mean,
             origin_accuracy=math.nan if accuracy is not None and math.isnan(mean) else accuracy,
-            axis_norms=tuple(norms),
+            axis_norms=norms,
             cosine=inner_product(*directions) / math.prod(norms) if len(directions) == 2 else math.nan,
             weight_norm=direction_norm({name: weights[name] for name in tensors.parameters if name not in frozen}),
             normalize=", ".join(dict.fromkeys(axes.units)),

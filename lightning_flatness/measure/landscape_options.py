@@ -1,19 +1,21 @@
-"""What a landscape is asked for; checked before a model is seen."""
+"""What a landscape is asked for, its points too; checked before a model is seen."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from lightning_flatness.checks import check_whole, check_word
+from lightning_flatness.checks import check_whole, check_word, is_number
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import NORMALIZATIONS
-from lightning_flatness.measure.grid import grid
 from lightning_flatness.model.options import MeasuringOptions
 
+SECOND_MOMENT = (0.1, 1.9)  # symmetric around 1, and positive
 KINDS = ("random", "adam", "hessian")
 WORDS: dict[str, tuple[Any, ...]] = {
     "normalize": (None, *NORMALIZATIONS),
@@ -26,21 +28,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LandscapeOptions(MeasuringOptions):
-    """Options of :func:`~lightning_flatness.loss_landscape`, which explains them.
-
-    Attributes:
-        axes: one entry for each axis: a word of ``KINDS`` or a direction.
-        frozen: patterns.
-        coordinates: of the points, float64 ``(n_i,)`` for every axis.
-
-    Raises:
-        FlatnessError: an option that is not possible.
-
-    Example:
-        >>> options = LandscapeOptions(axes="random", steps=3)
-        >>> options.axes, len(options.coordinates)
-        (['random', 'random'], 2)
-    """
+    """Options of :func:`~lightning_flatness.loss_landscape`, which explains them."""
 
     axes: Any = "random"
     normalize: Literal["none", "weight", "filter", "layer", "model"] | None = None
@@ -69,20 +57,12 @@ class LandscapeOptions(MeasuringOptions):
 
     @property
     def coordinates(self) -> tuple[Tensor, ...]:
-        """Coordinates of the points on every axis; see :func:`~lightning_flatness.measure.grid.grid`."""
+        """Coordinates of the points, float64 ``(n_i,)`` for every axis."""
         return grid(self.span, self.steps, len(self.axes), self.update)
 
 
 def as_list(axes: Any) -> list[Any]:
-    """The axes one by one; a word alone is a plane of two axes of that kind, a direction alone a line.
-
-    Raises:
-        FlatnessError: not one or two axes, or an unknown word.
-
-    Example:
-        >>> as_list("random"), as_list(["adam"])
-        (['random', 'random'], ['adam'])
-    """
+    """The axes one by one; a word alone is a plane of two axes of that kind, a direction alone a line."""
     if isinstance(axes, str):
         axes = [axes, axes]
     elif isinstance(axes, (Mapping, Tensor)):
@@ -96,3 +76,57 @@ def as_list(axes: Any) -> list[Any]:
         if isinstance(axis, str):
             check_word("axes", axis, KINDS)
     return list(axes)
+
+
+def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...]:
+    """Equally spaced coordinates for every axis, float64; both ends are points."""
+    steps, span = _plain(steps), _plain(span)
+    counts = [steps] * num_axes if is_number(steps) else steps
+    if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(map(_is_count, counts)):
+        raise FlatnessError(
+            f"{steps=} must be a whole number of points, two at least, or one for each of {num_axes} axes."
+        )
+    ranges = _ranges(span, num_axes, update)
+    if update == "adam" and num_axes == 2 and not ranges[1][0] > 0:
+        raise FlatnessError(
+            f"{span=}: with update='adam' the second coordinate is a factor of the second moment, whose root is taken, "
+            "so it must be positive; give a pair for every axis."
+        )
+    return tuple(_spaced(low, high, count) for (low, high), count in zip(ranges, counts, strict=True))
+
+
+def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
+    """Both ends of every axis."""
+    ranges = span if isinstance(span, Sequence) and not isinstance(span, str) else []
+    if is_number(span):
+        ranges = [(-span, span), SECOND_MOMENT if update == "adam" else (-span, span)][:num_axes]
+    elif len(ranges) == 2 and all(map(is_number, ranges)):
+        ranges = [ranges] * num_axes
+    if len(ranges) != num_axes or not all(map(_is_range, ranges)):
+        raise FlatnessError(
+            f"{span=} must be a positive number, a pair (from, to) in order, or such a pair for every axis."
+        )
+    return [(low, high) for low, high in ranges]
+
+
+def _is_range(pair: Any) -> bool:
+    whole = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair))
+    return whole and -math.inf < pair[0] < pair[1] < math.inf
+
+
+def _spaced(low: float, high: float, count: int) -> Tensor:
+    """Points between both ends; these are exact, and so is 0 in the middle of a symmetric range."""
+    part = torch.arange(count, dtype=torch.float64, device="cpu") / (count - 1)
+    return low * (1 - part) + high * part
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of Python, from those of NumPy or torch."""
+    if isinstance(value, (list, tuple)):
+        numbers = [_plain(number) for number in value]
+        return numbers if isinstance(value, list) else tuple(numbers)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value) and isinstance(value, int) and value >= 2

@@ -25,27 +25,16 @@ def completed(
     chunk: int | None,
     progress: bool | None,
 ) -> LandscapeResult:
-    """The result with the losses at all points, or at those before an interrupt (Ctrl-C). A collective.
+    """The result with the losses at its missing points, or at those before an interrupt (Ctrl-C). A collective.
 
-    Args:
-        result: in which some points, or all, are missing.
-        points: of the model.
-        batches: over which losses are summed.
-        origin: what the first pass over the batches has shown.
-        chunk: points at once; None for as many as are worthwhile.
-        progress: show a progress bar.
-
-    Raises:
-        LandscapeError: a point failed on any rank; its ``result`` has the points that all ranks have computed.
+    ``chunk`` points are computed at once; None for as many as are worthwhile. If one fails on any rank, the
+    ``LandscapeError`` has the result with the points that all ranks have computed.
     """
     grid = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
     known = result.computed.flatten()
     outwards = _outwards(result.coordinates)
     missing = outwards[~known[outwards]]
-    sums, done = (
-        torch.zeros(2, len(grid), dtype=torch.float64, device="cpu"),
-        torch.zeros(len(grid), dtype=torch.bool, device="cpu"),
-    )
+    sums, done = torch.zeros(2, len(grid), dtype=torch.float64, device="cpu"), torch.zeros_like(known)
     failure: Exception | None = None
     with progress_bar(progress) as bar:
         task = bar.add_task("Landscape", total=len(grid), completed=int(known.sum()))
@@ -87,15 +76,7 @@ def completed(
 
 
 def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResult:
-    """The result with the points of an earlier one.
-
-    Args:
-        result: without points.
-        earlier: of the same settings, weights, axes, coordinates and data.
-
-    Raises:
-        FlatnessError: they are not the same; the message names what differs.
-    """
+    """The result with the points of an earlier one, which must have the same settings, weights, axes and data."""
     if not isinstance(earlier, LandscapeResult):
         raise FlatnessError(f"resume is a {type(earlier).__name__}; give the LandscapeResult of an earlier call.")
     different = [name for name in SETTINGS if getattr(result, name) != getattr(earlier, name)]

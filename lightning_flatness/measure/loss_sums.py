@@ -23,21 +23,13 @@ LIGHT_PASS = 5e7  # floating-point operations of one batch
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over samples.
-
-    Attributes:
-        loss: of the losses.
-        normalizer: by which a mean loss divides.
-        num_samples: samples that count.
-        correct: samples whose largest logit is that of their class.
-        counted: samples with a class; 0 if targets are not class indices.
-    """
+    """Sums over samples."""
 
     loss: float = 0.0
-    normalizer: float = 0.0
-    num_samples: int = 0
-    correct: float = 0.0
-    counted: int = 0
+    normalizer: float = 0.0  # by which a mean loss divides
+    num_samples: int = 0  # samples that count
+    correct: float = 0.0  # samples whose largest logit is that of their class
+    counted: int = 0  # samples with a class; 0 if targets are not class indices
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
@@ -55,28 +47,16 @@ class LossSums:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a first pass at the model's own weights shows.
+    """What a first pass at the model's own weights shows."""
 
-    Attributes:
-        sums: over all ranks.
-        own: over the batches of this rank.
-        batch_sizes: of every rank.
-        num_samples: of this rank.
-        chunk: points that are worth computing at once.
-    """
-
-    sums: LossSums
-    own: LossSums
-    batch_sizes: list[list[int]]
-    num_samples: int
-    chunk: int
+    sums: LossSums  # over all ranks
+    own: LossSums  # over the batches of this rank
+    batch_sizes: list[list[int]]  # of every rank
+    num_samples: int  # of this rank, those that do not count among them
+    chunk: int  # points that are worth computing at once
 
     def check(self, loss: float) -> None:
-        """Refuse a summed loss of this rank, at the model's own weights, that is not that of the first pass.
-
-        Raises:
-            BatchError: they differ by more than rounding.
-        """
+        """Refuse a summed loss of this rank, at the model's own weights, that is not that of the first pass."""
         first = self.own.loss
         if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self.own.normalizer:
             raise BatchError(
@@ -87,21 +67,7 @@ class Origin:
 
 
 class RepeatedBatches:
-    """Batches that are read again and again, in the same order and with the same random numbers.
-
-    Args:
-        model: on whose device.
-        batches: as users give them.
-        loss: of one sample.
-
-    Raises:
-        FlatnessError: they can be read only once.
-
-    Example:
-        >>> batches = RepeatedBatches(nn.Identity(), [(torch.zeros(3, 4), torch.tensor([0, 1, 2]))], CrossEntropy())
-        >>> sum(len(targets) for _, targets in batches.pairs())
-        3
-    """
+    """Batches that are read again and again, in the same order and with the same random numbers."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss) -> None:
         if not isinstance(batches, Iterable) or isinstance(batches, (Iterator, Tensor, dict, str)):
@@ -112,11 +78,7 @@ class RepeatedBatches:
         self._model, self._batches, self._loss = model, batches, loss
 
     def pairs(self) -> Generator[tuple[Any, Tensor]]:
-        """Inputs and targets of every batch with samples; close it to restore random states.
-
-        Raises:
-            BatchError: a batch without targets.
-        """
+        """Inputs and targets of every batch with samples; close it to restore random states."""
         with paired_batches(self._model, self._batches) as pairs:
             for inputs, targets in pairs:
                 if targets is None:
@@ -125,14 +87,9 @@ class RepeatedBatches:
                     yield inputs, targets
 
     def at_origin(self, points: Points) -> Origin:
-        """Sums at the model's own weights, over all ranks. A collective.
-
-        Raises:
-            BatchError: no sample on any rank, or an error on another rank.
-        """
-        own, failure = LossSums(), None
+        """Sums at the model's own weights, over all ranks. A collective."""
+        own, failure, chunk = LossSums(), None, 1
         sizes: list[int] = []
-        chunk = 1
         try:
             with closing(self.pairs()) as pairs:
                 for inputs, targets in pairs:
@@ -140,7 +97,8 @@ class RepeatedBatches:
                     if not sizes:
                         first = inputs
                     sizes.append(len(targets))
-            chunk = _worthwhile_chunk(points, first) if sizes else 1
+            if sizes:
+                chunk = _worthwhile_chunk(points, first)
         except Exception as error:
             failure = error
         raise_on_all(failure)
@@ -151,19 +109,9 @@ class RepeatedBatches:
         return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:
-        """Sums of this rank at other points.
+        """Sums of this rank at points with these coordinates ``(points, axes)``, with BatchNorm recomputed or not.
 
-        Args:
-            points: of the model.
-            coordinates: ``(points, axes)``.
-            recompute: BatchNorm's statistics, at every point.
-            origin: of the first pass.
-
-        Returns:
-            ``(2, points)``, float64: summed losses, and numbers of correct samples.
-
-        Raises:
-            BatchError: the batches are not those of the first pass.
+        Returned are summed losses and numbers of correct samples, ``(2, points)``, float64.
         """
         sums = torch.zeros(2, len(coordinates), dtype=torch.float64, device="cpu")
         if not origin.num_samples:

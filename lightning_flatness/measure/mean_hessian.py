@@ -17,22 +17,8 @@ from lightning_flatness.model.hessian import LossCurvature
 class MeanHessian:
     """Multiplies the Hessian (or Gauss-Newton matrix) of the mean loss with vectors ``(D,)``.
 
-    Every product is a pass over all batches, with the same random numbers each time. All ranks must take the same
-    products.
-
-    Args:
-        model: whose loss it is.
-        curvature: products for single batches.
-        batches: as users give them, to be read many times.
-
-    Attributes:
-        loss: mean over samples.
-        num_samples: samples that count, over all ranks.
-        num_products: products so far.
-
-    Raises:
-        BatchError: batches that can be read only once, no samples, batches that differ from pass to pass, or an error
-            on another rank.
+    Every product is a pass over all batches, with the same random numbers each time, and a collective. ``loss`` is the
+    mean over samples, ``num_samples`` counts those of all ranks, ``num_products`` the products so far.
     """
 
     def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any]) -> None:

@@ -7,15 +7,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 
 def progress_bar(show: bool | None) -> Progress:
-    """A bar on stderr.
-
-    Args:
-        show: whether to show it; None for in a terminal only.
-
-    Example:
-        >>> progress_bar(False).disable
-        True
-    """
+    """A bar on stderr; ``show=None`` shows it in a terminal only."""
     console = Console(stderr=True)
     show = console.is_terminal if show is None else show
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())

@@ -17,25 +17,12 @@ Value = TypeVar("Value")
 
 
 def own_rank() -> int:
-    """Number of this process; 0 without ``torch.distributed``.
-
-    Example:
-        >>> own_rank()
-        0
-    """
+    """Number of this process; 0 without ``torch.distributed``."""
     return distributed.get_rank() if _is_distributed() else 0
 
 
 def gather(value: Value) -> list[Value]:
-    """The values of all ranks, in order; without ``torch.distributed``, a list of the one.
-
-    Args:
-        value: anything small that can be pickled.
-
-    Example:
-        >>> gather("here")
-        ['here']
-    """
+    """The values (small, to be pickled) of all ranks, in order; without ``torch.distributed``, a list of the one."""
     if not _is_distributed():
         return [value]
     gathered: list[Any] = [None] * distributed.get_world_size()
@@ -44,31 +31,13 @@ def gather(value: Value) -> list[Value]:
 
 
 def failed_ranks(error: Exception | str | None) -> dict[int, str]:
-    """Messages of the ranks that have an error, by rank.
-
-    Args:
-        error: of this rank, or its message; None if all went well.
-
-    Example:
-        >>> failed_ranks(None), failed_ranks(KeyError("w"))
-        ({}, {0: "KeyError: 'w'"})
-    """
+    """Messages of the ranks that have an error, by rank; ``error`` is that of this rank, or its message."""
     messages = gather(in_one_line(error) if isinstance(error, Exception) else error)
     return {rank: message for rank, message in enumerate(messages) if message is not None}
 
 
 def raise_on_all(error: Exception | None) -> None:
-    """Raise an error that any rank has on all ranks.
-
-    Args:
-        error: of this rank; it is raised as it is.
-
-    Raises:
-        BatchError: another rank has an error; the message names the first such rank and what it says.
-
-    Example:
-        >>> raise_on_all(None)
-    """
+    """Raise an error that any rank has on all ranks: this rank's own as it is, another's as a ``BatchError``."""
     failed = failed_ranks(error)
     if error is not None:
         raise error
@@ -76,19 +45,10 @@ def raise_on_all(error: Exception | None) -> None:
         raise BatchError(f"Rank {rank} failed: {message}")
 
 
-def sum_over_ranks(tensor: Tensor, error: Exception | None = None) -> Tensor:
-    """The sum of a tensor over all ranks; without ``torch.distributed``, the tensor itself.
+def sum_over_ranks(tensor: Tensor, error: Exception | None) -> Tensor:
+    """The sum over all ranks of a tensor ``(n,)``, on a device that the process group can take.
 
-    Args:
-        tensor: ``(n,)``, of the same length on all ranks, on a device that the process group can take.
-        error: of this rank, whose numbers then do not count.
-
-    Raises:
-        BatchError: see :func:`raise_on_all`; so is the error itself.
-
-    Example:
-        >>> sum_over_ranks(torch.ones(2))
-        tensor([1., 1.])
+    If a rank has an error, :func:`raise_on_all` raises it.
     """
     if not _is_distributed():
         raise_on_all(error)

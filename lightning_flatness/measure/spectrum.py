@@ -26,21 +26,13 @@ from lightning_flatness.measure.mean_hessian import MeanHessian
 from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.model.hessian import LossCurvature
 from lightning_flatness.model.isolation import differentiable, random_states_kept
-from lightning_flatness.model.options import MeasuringOptions
+from lightning_flatness.model.options import MeasuringOptions, of_arguments
 from lightning_flatness.results import CRITERIA, SpectrumResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumOptions(MeasuringOptions):
-    """Options of :func:`hessian_spectrum`, which explains them.
-
-    Raises:
-        FlatnessError: an option that is not possible.
-
-    Example:
-        >>> SpectrumOptions(top_k=3).num_steps
-        50
-    """
+    """Options of :func:`hessian_spectrum`, which explains them."""
 
     params: str | Sequence[str] | None = None
     matrix: Literal["hessian", "gauss_newton"] = "hessian"
@@ -86,8 +78,8 @@ def hessian_spectrum(
     The model is measured in evaluation mode and left as it was. Every product of the Hessian with a vector is a pass
     over all batches, weighted by their samples: ``num_probes * num_steps`` products for the density, and up to
     ``max_products + top_k`` for the eigenvalues. Memory holds ``max(num_steps, 2 top_k + 20) + top_k`` vectors of the
-    length of all parameters, in the model's type; it does not grow with batches or probes. In a process group of
-    ``torch.distributed`` every rank gives its own batches, or none: call it on every rank or on none.
+    length of all parameters, in the model's type; it does not grow with batches or probes. In a process group every
+    rank gives its own batches, or none: call it on every rank or on none.
 
     Args:
         model: any module that returns logits ``(N, K)``.
@@ -108,12 +100,8 @@ def hessian_spectrum(
         tolerance: of the eigenvalues' residuals, relative to them; by default 1e-7 in float64 and 1e-4 in float32.
         max_products: most products for the eigenvalues. Where they do not suffice, ``result.converged`` is False.
         seed: of the probes.
-        dtype: ``"float32"`` or ``"float64"``, to run copies of weights and batches in; by default the model's own, at
-            least float32.
-        progress: show a progress bar; by default in a terminal.
-
-    Returns:
-        A :class:`~lightning_flatness.SpectrumResult`.
+        dtype: as for ``measure_flatness``; so is ``progress``.
+        progress: show a progress bar.
 
     Raises:
         FlatnessError: an option that is not possible.
@@ -130,30 +118,13 @@ def hessian_spectrum(
         >>> result.eigenvalues, result.kind
         (tensor([9.0000, 1.0000], dtype=torch.float64), 'mainly positive')
     """
-    options = SpectrumOptions(
-        loss=loss,
-        label_smoothing=label_smoothing,
-        class_weight=class_weight,
-        ignore_index=ignore_index,
-        params=params,
-        matrix=matrix,
-        top_k=top_k,
-        num_steps=num_steps,
-        num_probes=num_probes,
-        exponent=exponent,
-        tolerance=tolerance,
-        max_products=max_products,
-        seed=seed,
-        dtype=dtype,
-    )
-    return spectrum_of(model, batches, options, progress)
+    return spectrum_of(model, batches, of_arguments(SpectrumOptions, locals()), progress)
 
 
 def spectrum_of(
     model: nn.Module, batches: Iterable[Any], options: SpectrumOptions, progress: bool | None = None
 ) -> SpectrumResult:
     """:func:`hessian_spectrum` with options that have been checked."""
-    num_probes = options.num_probes
     with random_states_kept(model), differentiable(model), torch.no_grad():
         curvature = LossCurvature(model, options.loss_function, options.params, options.matrix, options.measuring_dtype)
         hessian = MeanHessian(model, curvature, batches)
@@ -163,20 +134,20 @@ def spectrum_of(
         basis = torch.empty(rows, size, dtype=curvature.dtype, device=curvature.device)
         generator = torch.Generator().manual_seed(options.seed)
         tolerance = options.tolerance or (1e-7 if curvature.dtype == torch.float64 else 1e-4)
-        top = Eigenpairs(
-            torch.zeros(0, device="cpu").double(), basis[:0].clone(), torch.zeros(0, device="cpu").double(), 0
-        )
+        none = torch.zeros(0, dtype=torch.float64, device="cpu")
+        top = Eigenpairs(none, basis[:0].clone(), none, 0)
         with progress_bar(progress) as bar:
             if top_k:
                 product = _advancing(bar, "Eigenvalues", options.max_products + top_k, hessian)
                 top = top_eigenpairs(product, basis, top_k, generator, tolerance, options.max_products)
-            product = _advancing(bar, "Density", num_probes * num_steps, hessian)
+            product = _advancing(bar, "Density", options.num_probes * num_steps, hessian)
             probes, traces = [], []
-            for _ in range(num_probes):
+            for _ in range(options.num_probes):
                 probe = torch.randint(2, (size,), generator=generator, device="cpu").mul(2).sub(1).to(basis)
                 probes.append(lanczos_quadrature(product, probe, basis[:num_steps], generator))
                 _certify_symmetric(probes[-1], rounding)
                 traces.append(_trace(probes[-1], probe, top))
+    num_probes = len(probes)
     values, weights = torch.stack([p.values for p in probes]), torch.stack([p.weights for p in probes])
     criteria = spectrum_criteria(values, weights, options.exponent, curvature.weight_norm**2, zero=10 * rounding)
     kind, agreeing = Counter(criteria.kinds).most_common(1)[0]

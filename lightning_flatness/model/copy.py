@@ -13,8 +13,6 @@ from torch.func import functional_call
 from lightning_flatness.errors import LayerSelectionError
 
 HALF = (torch.float16, torch.bfloat16)
-
-
 WITHOUT_FLOAT64 = ("mps",)
 
 
@@ -22,19 +20,8 @@ class ModelCopy:
     """Runs a model on copies of its parameters and buffers, made once, as they are now.
 
     No gradient can reach the user's parameters, and a forward that writes to parameters, buffers or inputs writes to
-    copies. The forward is the user's own, called through ``__call__``, so forward hooks run.
-
-    Args:
-        model: the module; enter :func:`isolated` around everything done with the copy.
-        dtype: to compute in, see :func:`measured`.
-
-    Raises:
-        LayerSelectionError: the model is TorchScript or a DataParallel wrapper.
-
-    Example:
-        >>> model = nn.Linear(2, 1)
-        >>> bool((ModelCopy(model)(torch.ones(3, 2)) == model(torch.ones(3, 2))).all())
-        True
+    copies. The forward is the user's own, called through ``__call__``, so forward hooks run. Use it within
+    :func:`isolated`.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -43,8 +30,7 @@ class ModelCopy:
                 f"The model is a {type(model).__name__} (TorchScript or DataParallel), which cannot be observed; pass "
                 "the original module that it was made of."
             )
-        self._model = model
-        self._dtype = dtype
+        self._model, self._dtype = model, dtype
         self._copies: dict[int, Tensor] = {}
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
@@ -69,12 +55,10 @@ class ModelCopy:
         replacements: Mapping[nn.Parameter, Tensor] | Mapping[Tensor, Tensor] | None = None,
         written: Collection[Tensor] = (),
     ) -> Any:
-        """Call the model on a copy of ``inputs``.
+        """Call the model on a copy of a tensor, of a tuple or list of arguments, or of a mapping of keyword arguments.
 
-        Args:
-            inputs: a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments.
-            replacements: tensors to use in place of some of the parameters and buffers, wherever the model has them.
-            written: buffers whose replacements the forward may write to; of all others it gets a copy in every call.
+        ``replacements`` stand in for parameters and buffers wherever the model has them. The forward may write to those
+        of ``written`` buffers; of all others it gets a copy in every call.
         """
         inputs = apply_to_collection(inputs, Tensor, lambda tensor: measured(tensor, self._dtype).clone())
         arguments: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -94,17 +78,9 @@ class ModelCopy:
 
 
 def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor in the type and on the device that it is measured in.
+    """A tensor on the device that it is measured on, and if it is of floating point in ``dtype``, by default its own.
 
-    Half precision is measured in float32, since a Hessian of rounded activations says nothing.
-
-    Args:
-        tensor: any.
-        dtype: of floating point numbers; by default their own, at least float32.
-
-    Example:
-        >>> measured(torch.ones(2, dtype=torch.bfloat16)), measured(torch.tensor([1]), torch.float64)
-        (tensor([1., 1.]), tensor([1]))
+    Half precision becomes float32, since a Hessian of rounded activations says nothing.
     """
     tensor = tensor.to(measuring_device(tensor.device))
     if not tensor.is_floating_point():
@@ -113,10 +89,5 @@ def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def measuring_device(device: torch.device) -> torch.device:
-    """Where a model on this device is measured: there, or, if there is no float64 to keep sums in, on the CPU.
-
-    Example:
-        >>> measuring_device(torch.device("mps"))
-        device(type='cpu')
-    """
+    """Where a model on this device is measured: there, or, if there is no float64 to keep sums in, on the CPU."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device

@@ -31,12 +31,8 @@ def direction_between(model: nn.Module, other: State) -> Direction:
     The other model lies at 1 along it, with its BatchNorm statistics. Elsewhere, statistics lie on the straight line,
     too; ``batch_norm="recomputed"`` computes those that belong to the weights at every point.
 
-    Args:
-        model: the model at 0, whose landscape is wanted.
-        other: the model at 1, or its ``state_dict()``.
-
-    Returns:
-        float64 tensors by name, for ``axes=`` of :func:`~lightning_flatness.loss_landscape`.
+    ``other`` is the model at 1, or its ``state_dict()``. Returned are float64 tensors by name, for ``axes=`` of
+    :func:`~lightning_flatness.loss_landscape`.
 
     Raises:
         FlatnessError: tensors are missing in ``other``, have other shapes or are not finite, or nothing differs.
@@ -55,18 +51,12 @@ def direction_between(model: nn.Module, other: State) -> Direction:
 def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -> PrincipalDirections:
     """The directions in which a trajectory differs most from the model where it ends, by PCA.
 
-    They are orthonormal, with the model as origin. Only parameters count, since BatchNorm statistics would outweigh
-    them.
-
-    Args:
-        model: the origin, usually the trained model.
-        states: models or state dicts along the way; the model itself may be among them.
-        number: number of directions.
+    They are orthonormal, with ``model`` (usually the trained one) as origin. Only parameters count, since BatchNorm
+    statistics would outweigh them. ``states`` are models or state dicts along the way.
 
     Returns:
-        ``directions`` for ``axes=`` of :func:`~lightning_flatness.loss_landscape`, where such an axis is called
-        ``"principal direction 1 (63 %)"``; ``coordinates`` ``(states, number)`` for ``trajectory=`` of the figures;
-        ``explained``, their shares of the squared distances.
+        ``directions`` for ``axes=`` of :func:`~lightning_flatness.loss_landscape`; ``coordinates`` ``(states, number)``
+        for ``trajectory=`` of the figures; ``explained``, their shares of the squared distances.
 
     Raises:
         FlatnessError: states that do not fit or are not finite, or too few that differ.

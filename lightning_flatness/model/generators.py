@@ -29,14 +29,6 @@ def generators_kept(owner: Any) -> Iterator[None]:
 
     These are generators of torch, numpy and Python in attributes, and in short lists, tuples and mappings there; for a
     module, in those of all its modules.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> data = SimpleNamespace(transform=[random.Random(0)])
-        >>> with generators_kept(data):
-        ...     inside = data.transform[0].random()
-        >>> data.transform[0].random() == inside
-        True
     """
     restore = [restoring(generator) for generator in _generators(owner)]
     try:
@@ -47,14 +39,7 @@ def generators_kept(owner: Any) -> Iterator[None]:
 
 
 def drawing(batches: Any) -> list[Any]:
-    """Parts of a loader that may hold generators, for :func:`generators_kept`.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> generator = torch.Generator()
-        >>> any(part is generator for part in drawing(DataLoader([1, 2], shuffle=True, generator=generator)))
-        True
-    """
+    """Parts of a loader that may hold generators, for :func:`generators_kept`."""
     parts = [batches, *(getattr(batches, name, None) for name in ("dataset", "generator", "sampler", "batch_sampler"))]
     return parts + [getattr(part, "generator", None) for part in parts]
 

@@ -14,7 +14,6 @@ from torch.autograd.function import BackwardCFunction
 # Of every function of a graph: its name, its saved numbers, and the numbers of the functions that follow.
 Operations = tuple[tuple[Any, ...], ...]
 
-
 # Functions that move or mix entries as other tensors say.
 MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
 
@@ -42,50 +41,18 @@ def operations_of(end: Tensor) -> Operations | None:
 
 
 # Functions whose second derivative is zero wherever there is one.
-PIECEWISE_LINEAR = frozenset(
-    [
-        "AccumulateGrad",
-        "AdaptiveAvgPool2D",
-        "Add",
-        "AsStrided",
-        "AvgPool2D",
-        "AvgPool3D",
-        "Cat",
-        "Clone",
-        "CudnnBatchNorm",
-        "Expand",
-        "Hardtanh",
-        "LeakyRelu",
-        "MaxPool2DWithIndices",
-        "Mean",
-        "NativeBatchNorm",
-        "Neg",
-        "Permute",
-        "Relu",
-        "ReshapeAlias",
-        "Select",
-        "Slice",
-        "Squeeze",
-        "Sub",
-        "Sum",
-        "T",
-        "Threshold",
-        "Transpose",
-        "UnsafeView",
-        "Unsqueeze",
-        "View",
-    ]
-)
+# fmt: off
+PIECEWISE_LINEAR = frozenset([
+    "AccumulateGrad", "AdaptiveAvgPool2D", "Add", "AsStrided", "AvgPool2D", "AvgPool3D", "Cat", "Clone",
+    "CudnnBatchNorm", "Expand", "Hardtanh", "LeakyRelu", "MaxPool2DWithIndices", "Mean", "NativeBatchNorm", "Neg",
+    "Permute", "Relu", "ReshapeAlias", "Select", "Slice", "Squeeze", "Sub", "Sum", "T", "Threshold", "Transpose",
+    "UnsafeView", "Unsqueeze", "View",
+])
+# fmt: on
 
 
 def is_piecewise_linear(operations: Operations) -> bool:
-    """Whether slopes cannot depend on the output, whatever its values.
-
-    Example:
-        >>> z = torch.randn(2, 3, 4, requires_grad=True)
-        >>> [is_piecewise_linear(operations_of(f(z).mean(2))) for f in (torch.relu, torch.tanh)]
-        [True, False]
-    """
+    """Whether slopes cannot depend on the output, whatever its values."""
     return all(_plain(name) in PIECEWISE_LINEAR for name, *_ in operations)
 
 
@@ -143,10 +110,6 @@ def random_like(tensor: Tensor, stream: int = 0) -> Tensor:
     """Standard normal numbers of the shape, type and device of a tensor, always the same; no generator is touched.
 
     Those of different streams are independent.
-
-    Example:
-        >>> random_like(torch.zeros(2, 3)).shape
-        torch.Size([2, 3])
     """
     generator = torch.Generator().manual_seed(10 * stream + tensor.ndim)
     # In float64 it would take six times as long.
@@ -155,15 +118,10 @@ def random_like(tensor: Tensor, stream: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class NoSecondDerivative:
-    """Why torch cannot differentiate first derivatives again.
+    """Why torch cannot differentiate first derivatives again."""
 
-    Attributes:
-        marked: a custom function is marked ``once_differentiable``; else torch lacks the derivative of an operation.
-        message: which, in torch's words.
-    """
-
-    marked: bool
-    message: str
+    marked: bool  # a custom function is marked once_differentiable; else torch lacks the derivative of an operation
+    message: str  # which, in torch's words
 
 
 def second_derivatives(
@@ -172,22 +130,9 @@ def second_derivatives(
     inputs: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Sequence[Tensor | None] | NoSecondDerivative:
-    """Gradients of ``sum_i <derivatives[i], directions[i]>``, or why torch has none.
+    """Gradients of ``sum_i <derivatives[i], directions[i]>`` with respect to the inputs, or why torch has none.
 
-    Args:
-        derivatives: first derivatives, in their graph; those that are None or constant add nothing.
-        directions: of the same shapes.
-        inputs: with respect to which to differentiate.
-        retain_graph: keep the graph for further derivatives.
-
-    Returns:
-        One gradient for every input; None for an input that the derivatives do not depend on.
-
-    Example:
-        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> (first,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
-        >>> second_derivatives([first], [torch.ones(2)], [x])
-        (tensor([ 6., 12.]),)
+    First derivatives that are None or constant add nothing; an input that they do not depend on has None.
     """
     pairs = [
         (derivative, direction)

@@ -17,10 +17,8 @@ from lightning_flatness.model.copy import ModelCopy, measuring_device
 from lightning_flatness.model.graph import NoSecondDerivative, second_derivatives
 from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.logits import logits_of
-from lightning_flatness.model.parameters import choose_parameters
+from lightning_flatness.model.names import choose_parameters
 from lightning_flatness.model.rows import num_rows, twice
-
-Matrix = Literal["hessian", "gauss_newton"]
 
 
 @dataclass(frozen=True)
@@ -34,28 +32,11 @@ class LossSums:
 
 
 class LossCurvature:
-    """Products of the matrix of the summed loss, over batches, with vectors of all chosen parameters.
+    """Products of the matrix of the summed loss, over batches, with vectors ``(D,)`` of all chosen parameters.
 
-    The model runs in evaluation mode on copies and is left as it was. A product takes, for every batch, one forward
-    pass, one backward pass and one through both (the Gauss-Newton matrix one more), and its graph lives no longer than
-    its batch.
-
-    Args:
-        model: any module that returns logits ``(N, K)``.
-        loss: of :func:`~lightning_flatness.functional.find_loss`.
-        params: which parameters, see :func:`~lightning_flatness.model.parameters.choose_parameters`.
-        matrix: ``"hessian"`` or ``"gauss_newton"``, that is ``Σ Jᵀ Λ J`` with ``Λ`` the loss's Hessian at the logits.
-        dtype: to compute in; by default the model's own, at least float32.
-
-    Raises:
-        LayerSelectionError: no such parameter, all are frozen, or the model cannot be copied.
-
-    Example:
-        >>> from lightning_flatness.functional import MeanSquaredError
-        >>> net = nn.Linear(1, 1, bias=False)
-        >>> curvature = LossCurvature(net, MeanSquaredError())
-        >>> curvature.sums([(torch.tensor([[3.0]]), torch.tensor([[1.0]]))], torch.ones(1)).product
-        tensor([18.], dtype=torch.float64)
+    ``"gauss_newton"`` is ``Σ Jᵀ Λ J``, with ``Λ`` the loss's Hessian at the logits. The model runs in evaluation mode
+    on copies and is left as it was. A product takes, for every batch, one forward pass, one backward pass and one
+    through both (the Gauss-Newton matrix one more), and its graph lives no longer than its batch.
     """
 
     def __init__(
@@ -63,7 +44,7 @@ class LossCurvature:
         model: nn.Module,
         loss: Loss,
         params: str | Sequence[str] | None = None,
-        matrix: Matrix = "hessian",
+        matrix: Literal["hessian", "gauss_newton"] = "hessian",
         dtype: torch.dtype | None = None,
     ) -> None:
         self._model, self._loss, self._matrix = model, loss, matrix
@@ -84,15 +65,9 @@ class LossCurvature:
         self.weight_norm = float(torch.stack([leaf.detach().double().norm().cpu() for leaf in self._leaves]).norm())
 
     def sums(self, batches: Iterable[tuple[Any, Tensor | None]], vector: Tensor | None = None) -> LossSums:
-        """The loss summed over batches, and its product with a vector.
+        """The loss summed over batches, and the product with a vector.
 
-        Args:
-            batches: inputs and targets.
-            vector: ``(D,)``; without one, targets are checked and the normalizer is computed instead of a product.
-
-        Raises:
-            BatchError: logits or targets that cannot be measured, a loss or product that is not finite, no memory.
-            LayerSelectionError: the forward has no second derivative.
+        Without a vector, targets are checked and the normalizer is computed instead of a product.
         """
         loss = normalizer = 0.0
         num_samples = 0

@@ -38,18 +38,6 @@ def isolated(model: nn.Module) -> Iterator[None]:
     Restored: the attributes of every module, ``training`` and backward hooks among them, which do not run meanwhile;
     the random states of torch (CPU and the model's accelerators), numpy and Python. Inference mode and autocast are
     left, ``torch.compile``d parts run uncompiled, TF32 (and bfloat16 for float32 on a CPU) is off.
-
-    Raises:
-        LayerSelectionError: the weights are sharded; and, in place of torch's own error, when the model uses gradient
-            checkpointing.
-
-    Example:
-        >>> model = nn.Dropout().train()
-        >>> with isolated(model):
-        ...     model.training
-        False
-        >>> model.training
-        True
     """
     for name, module in model.named_modules():
         _refuse_sharded(name, module)
@@ -71,13 +59,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients on, inference mode left, full float precision; what :func:`isolated` does for arithmetic.
-
-    Example:
-        >>> with torch.inference_mode(), differentiable(nn.Identity()):
-        ...     torch.ones(1, requires_grad=True).exp().requires_grad
-        True
-    """
+    """Gradients on, inference mode left, full float precision; what :func:`isolated` does for arithmetic."""
     device_types = {"cpu"} | {device.type for device in accelerators(model)}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -90,30 +72,14 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, whatever else the modes are; attributes and random states as :func:`isolated` leaves them.
-
-    Example:
-        >>> model = nn.Dropout().train()
-        >>> with untouched(model):
-        ...     model.training
-        False
-    """
+    """Evaluation mode, whatever else the modes are; attributes and random states as :func:`isolated` leaves them."""
     with random_states_kept(model), _evaluation_mode(model):
         yield
 
 
 @contextmanager
 def random_states_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the random states of torch (CPU and the model's accelerators), numpy and Python on leaving.
-
-    Generators that the model holds are restored, too.
-
-    Example:
-        >>> with random_states_kept(nn.Identity()):
-        ...     inside = torch.rand(())
-        >>> bool(inside == torch.rand(()))
-        True
-    """
+    """On leaving, restore the random states of torch (CPU, accelerators), numpy, Python and the model's generators."""
     numpy = sys.modules.get("numpy")  # user code can draw from numpy only if it was imported
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
@@ -132,12 +98,7 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
 
 
 def accelerators(model: nn.Module) -> list[torch.device]:
-    """The devices other than the CPU that a model is on, in order.
-
-    Example:
-        >>> accelerators(nn.Linear(2, 1))
-        []
-    """
+    """The devices other than the CPU that a model is on, in order."""
     if not _any_accelerator():  # going through all tensors takes a millisecond
         return []
     tensors = [*model.parameters(), *model.buffers()]
@@ -183,12 +144,7 @@ BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def float32_is_reduced(device: torch.device) -> bool:
-    """Whether torch's flags let float32 products run in TF32 or bfloat16 there; on a GPU that is so by default.
-
-    Example:
-        >>> float32_is_reduced(torch.device("cpu"))
-        False
-    """
+    """Whether torch's flags let float32 products run in TF32 or bfloat16 there; on a GPU that is so by default."""
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         of_gpu = device.type == "cuda"

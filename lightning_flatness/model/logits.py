@@ -11,16 +11,7 @@ from lightning_flatness.functional.conditions import holds
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits ``(N, K)`` in a model's output: the tensor itself, or its ``logits`` attribute or key.
-
-    Raises:
-        BatchError: there are none, they are not 2-D, or not finite.
-
-    Example:
-        >>> import torch
-        >>> logits_of({"logits": torch.zeros(2, 3)}).shape
-        torch.Size([2, 3])
-    """
+    """The finite logits ``(N, K)`` in a model's output: the tensor itself, or its ``logits`` attribute or key."""
     logits = any_logits_of(output)
     if not len(logits):
         raise BatchError("A batch has no samples.")
@@ -33,11 +24,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def any_logits_of(output: Any) -> Tensor:
-    """As :func:`logits_of`, with values that are not finite, too.
-
-    Raises:
-        BatchError: there are none, or they are not 2-D.
-    """
+    """As :func:`logits_of`, with values that are not finite, too."""
     logits = output
     if not isinstance(output, Tensor):
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)

@@ -15,19 +15,9 @@ from lightning_flatness.model.names import lies_in, plain_name
 
 
 class NamedTensors:
-    """Parameters and floating-point buffers of a model, each once under its first name, without ``_orig_mod.``.
+    """``parameters`` (in the model's order) and floating-point ``buffers`` of a model, without ``_orig_mod.``.
 
-    Attributes:
-        parameters: in the order of ``model.parameters()``.
-        buffers: those with floating-point numbers.
-        first_names: of every name, the one under which the tensor is found here.
-
-    Raises:
-        FlatnessError: no parameters, complex ones, or ones whose shape is not known yet.
-
-    Example:
-        >>> list(NamedTensors(nn.BatchNorm1d(2)).buffers)
-        ['running_mean', 'running_var']
+    Each is there once under its first name; ``first_names`` has, for every name, that one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,15 +48,7 @@ class NamedTensors:
         return self.parameters[name] if name in self.parameters else self.buffers[name]
 
     def frozen(self, patterns: Sequence[str]) -> set[str]:
-        """Names of tensors that a pattern fits, or whose module it fits.
-
-        Raises:
-            FlatnessError: a pattern is no string or fits nothing, or all parameters are frozen.
-
-        Example:
-            >>> sorted(NamedTensors(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))).frozen(["0", "*.bias"]))
-            ['0.bias', '0.weight', '1.bias']
-        """
+        """Names of tensors that a pattern fits, or whose module it fits."""
         names: set[str] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -80,15 +62,10 @@ class NamedTensors:
         return names
 
     def direction(self, given: Any, name: str) -> Direction:
-        """A direction as a user gives it: tensors by name, or all parameters as one flat tensor.
+        """A direction as a user gives it, checked; ``name`` is for messages.
 
-        Args:
-            given: a mapping from names of parameters or floating-point buffers, of which any may be missing; or a
-                tensor with a number for every parameter, in the order of ``torch.nn.utils.parameters_to_vector``.
-            name: of the direction, for messages.
-
-        Raises:
-            FlatnessError: other names, shapes or types; numbers that are not finite; all of them zero.
+        It is a mapping from names of parameters or floating-point buffers, of which any may be missing; or a tensor
+        with a number for every parameter, in the order of ``torch.nn.utils.parameters_to_vector``.
         """
         if isinstance(given, Tensor):
             given = self._split(given, name)

@@ -23,22 +23,10 @@ State = dict[Tensor, Tensor]  # by the tensor of the user's model; the first dim
 
 
 class Points:
-    """The model at points ``w + Σ_i α_i d_i``, several at a time. Use it within :func:`isolated`.
+    """The model at points ``w + Σ_i α_i d_i`` along its axes, several at a time. Use it within :func:`isolated`.
 
-    Args:
-        model: any module.
-        tensors: its parameters and buffers by name.
-        axes: the directions ``d_i``; a tensor that is in none of them does not move.
-        epsilons: ``ε`` by parameter, if the axes are Adam's moments ``m`` and ``v``. The points are then
-            ``w + α_1 m / (sqrt(α_2 v) + ε)``.
-        dtype: in which the copies run.
-
-    Example:
-        >>> model = nn.Linear(2, 1, bias=False)
-        >>> points = Points(model, NamedTensors(model), [{"weight": torch.ones(1, 2)}])
-        >>> state = points.at(torch.tensor([[0.0], [1.0]]))
-        >>> (points.logits(state, torch.ones(1, 2)).diff(dim=0) - 2).abs().max() < 1e-6
-        tensor(True)
+    A tensor that is in no axis does not move. With Adam's ``ε`` by parameter, the axes are its moments ``m`` and ``v``,
+    and the points are ``w + α_1 m / (sqrt(α_2 v) + ε)``.
     """
 
     def __init__(
@@ -52,10 +40,10 @@ class Points:
         self._copy = ModelCopy(model, dtype)
         self._tensors, self._axes, self._epsilons = tensors, axes, epsilons
         self._moving = [name for name in tensors.first_names if any(name in axis for axis in axes)]
-        self._norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and _tracks(module)]
+        norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+        self._norms = [norm for norm in norms if norm.running_mean is not None and norm.running_var is not None]
         self._vectorized = True
-        synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
-        self._synchronized = synchronized[0] if synchronized else None
+        self._synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
 
     def fingerprint(self, batches: object = None) -> str:
         """A digest of the model's tensors, the axes, Adam's ``ε``, and a description of the batches."""
@@ -91,11 +79,7 @@ class Points:
         )
 
     def logits(self, state: State, inputs: Any) -> Tensor:
-        """Logits ``(points, samples, classes)`` at the points of a state.
-
-        Raises:
-            BatchError: the model returns something else than logits.
-        """
+        """Logits ``(points, samples, classes)`` at the points of a state."""
         logits = self._mapped(lambda point: any_logits_of(self._copy(inputs, point)), state)
         return logits if isinstance(logits, Tensor) else torch.stack(logits)
 
@@ -108,14 +92,11 @@ class Points:
 
         These are averages over batches, with equal weights, of each batch's means and unbiased variances, as torch
         computes them with ``momentum=None`` after a reset. All else is in evaluation mode.
-
-        Raises:
-            FlatnessError: BatchNorm that is synchronized between processes; a batch too small to have a variance.
         """
-        if self._synchronized is not None:
+        if self._synchronized:
             raise FlatnessError(
-                f"batch_norm='recomputed' is not possible with SyncBatchNorm ('{self._synchronized}'), whose processes "
-                "wait for each other in every forward; use 'kept', or a model with BatchNorm."
+                f"batch_norm='recomputed' is not possible with SyncBatchNorm ('{self._synchronized[0]}'), whose "
+                "processes wait for each other in every forward; use 'kept', or a model with BatchNorm."
             )
         if not self._norms:
             return state
@@ -124,9 +105,8 @@ class Points:
         for norm in self._norms:
             for buffer, value in ((norm.running_mean, 0.0), (norm.running_var, 1.0)):
                 assert buffer is not None
-                written[buffer] = (
-                    torch.full_like(self._copy.copy_of(buffer), value).expand(number, *buffer.shape).clone()
-                )
+                start = torch.full_like(self._copy.copy_of(buffer), value)
+                written[buffer] = start.expand(number, *buffer.shape).clone()
         for index, inputs in enumerate(batches):
             with _averaging(self._norms, 1 / (index + 1)):
                 written = self._statistics({**state, **written}, list(written), inputs)
@@ -161,10 +141,6 @@ class Points:
                 # Not every forward works in vmap, and memory may not suffice. An error of the model itself comes again.
                 self._vectorized = False
         return [function({key: tensor[index] for key, tensor in state.items()}) for index in range(number)]
-
-
-def _tracks(norm: Any) -> bool:
-    return norm.running_mean is not None and norm.running_var is not None
 
 
 @contextmanager

@@ -10,13 +10,7 @@ from torch import Tensor
 
 
 def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
-    """Number of samples of a batch: the length of its targets, or the largest first dimension of its tensors.
-
-    Example:
-        >>> import torch
-        >>> num_rows((torch.zeros(5, 3), torch.tensor(2.0)))
-        5
-    """
+    """Number of samples of a batch: the length of its targets, or the largest first dimension of its tensors."""
     if targets is not None and targets.ndim and not isinstance(inputs, Tensor):
         return targets.shape[0]
     sizes: list[int] = []
@@ -40,11 +34,5 @@ def take(batch: Any, rows: slice, num_samples: int) -> Any:
 
 
 def twice(batch: Any) -> Any:
-    """A batch that has its one sample twice.
-
-    Example:
-        >>> import torch
-        >>> twice((torch.zeros(1, 3), torch.tensor([2])))[1]
-        tensor([2, 2])
-    """
+    """A batch that has its one sample twice."""
     return apply_to_collection(batch, Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_flatness.model.named_tensors import NamedTensors
-from lightning_flatness.model.parameters import choose_parameters
+from lightning_flatness.model.names import choose_parameters
 
 
 @pytest.mark.parametrize("patterns", ["_orig_mod.0", "0", "w[[]0]", "w[0]"])
