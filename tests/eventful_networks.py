@@ -185,86 +185,37 @@ def compiled_by_aot():
 
 
 MODELS = (
-    plain,
-    train_mode,
-    mixed_flags,
-    dropout_and_norm,
-    with_hooks,
-    with_backward_hooks,
-    with_gradients,
-    partly_frozen,
-    tied_parameter,
-    module_with_two_names,
-    WritesInput,
-    WritesBuffers,
-    WritesWeights,
-    DrawsNumbers,
-    compiled_part,
-    compiled_and_used,
-    compiled_by_aot,
-)
+    plain, train_mode, mixed_flags, dropout_and_norm, with_hooks, with_backward_hooks, with_gradients, partly_frozen,
+    tied_parameter, module_with_two_names, WritesInput, WritesBuffers, WritesWeights, DrawsNumbers, compiled_part,
+    compiled_and_used, compiled_by_aot,
+)  # fmt: skip
 
 
 def fail(x):
     raise UserError("in the forward")
 
 
-# In a measurement the model is called to see what runs, then to observe, then to certify.
-def nothing_happens(net):
-    return None
+# By name: a spot, what it does, from which call on, and the error that a measurement ends with. In a measurement the
+# model is called to see what runs, then to observe, then to certify.
+EVENTS = {
+    "nothing_happens": ("upstream", None, 1, None),
+    "upstream_fails": ("upstream", fail, 1, UserError),
+    "layer_fails": ("conv.spot", fail, 1, UserError),
+    "layer_fails_when_observed": ("conv.spot", fail, 2, UserError),
+    "tail_fails": ("downstream", fail, 1, UserError),
+    "tail_fails_when_observed": ("downstream", fail, 2, UserError),
+    "tail_fails_when_certified": ("downstream", fail, 3, UserError),
+    "certificate_refuses": ("downstream", lambda x: x - x.mean(0, keepdim=True), 1, lf.LayerSelectionError),
+    "data_are_refused": ("downstream", lambda x: x * torch.nan, 1, lf.BatchError),
+}
 
 
-def upstream_fails(net):
-    net.upstream.action = fail
-    return UserError
-
-
-def layer_fails(net):
-    net.conv.spot.action = fail
-    return UserError
-
-
-def layer_fails_when_observed(net):
-    net.conv.spot.action, net.conv.spot.on_call = fail, 2
-    return UserError
-
-
-def tail_fails(net):
-    net.downstream.action = fail
-    return UserError
-
-
-def tail_fails_when_observed(net):
-    net.downstream.action, net.downstream.on_call = fail, 2
-    return UserError
-
-
-def tail_fails_when_certified(net):
-    net.downstream.action, net.downstream.on_call = fail, 3
-    return UserError
-
-
-def certificate_refuses(net):
-    net.downstream.action = lambda x: x - x.mean(0, keepdim=True)
-    return lf.LayerSelectionError
-
-
-def data_are_refused(net):
-    net.downstream.action = lambda x: x * torch.nan
-    return lf.BatchError
-
-
-EVENTS = (
-    nothing_happens,
-    upstream_fails,
-    layer_fails,
-    layer_fails_when_observed,
-    tail_fails,
-    tail_fails_when_observed,
-    tail_fails_when_certified,
-    certificate_refuses,
-    data_are_refused,
-)
+def arrange(net, event):
+    """Let something happen in a measurement of the network, and return the error that it ends with."""
+    name, action, on_call, error = EVENTS[event]
+    spot = net.get_submodule(name)
+    spot.action, spot.on_call = action, on_call
+    return error
 
 
 def block_traces(net, batch):

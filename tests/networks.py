@@ -1,10 +1,11 @@
-"""Random networks that end in an elementwise tail, global average pooling and a linear classifier."""
+"""Random networks that end in an elementwise tail, pooling and a linear classifier; a plain one, and a loss."""
 
 from dataclasses import dataclass, field
 
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Identity)
 CURVED = (nn.SiLU, nn.GELU, nn.Hardswish, nn.Tanh, nn.Softplus, nn.ELU, nn.Sigmoid)
@@ -83,6 +84,21 @@ class Network(nn.Module):
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         y = torch.randint(self.recipe.classes, (self.recipe.batch,), generator=generator)
         return x, y
+
+
+def two_convolutions(channels, sizes, classes, activation=nn.ReLU, groups=1):
+    """Convolutions "0" and "2", the second with groups, global average pooling, and the classifier "6"; seed 0."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(channels[0], channels[1], sizes[0])
+    second = nn.Conv2d(channels[1], channels[2], sizes[1], groups=groups)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[2], classes)
+    return nn.Sequential(first, activation(), second, activation(), *head)
+
+
+def focal(logits, targets):
+    """The focal loss of every sample, which is not convex."""
+    cross_entropy = F.cross_entropy(logits, targets, reduction="none")
+    return (1 - (-cross_entropy).exp()) ** 2 * cross_entropy
 
 
 def randomise_statistics(model: nn.Module) -> nn.Module:

@@ -6,16 +6,9 @@ from torch import nn
 from tests.networks import randomise_statistics
 
 PIECEWISE_LINEAR = (
-    "resnet18",
-    "resnext50_32x4d",
-    "densenet121",
-    "mobilenet_v2",
-    "regnet_y_400mf",
-    "shufflenet_v2_x0_5",
-    "mnasnet0_5",
-    "googlenet",
-    "squeezenet1_1",
-)
+    "resnet18", "resnext50_32x4d", "densenet121", "mobilenet_v2", "regnet_y_400mf", "shufflenet_v2_x0_5", "mnasnet0_5",
+    "googlenet", "squeezenet1_1",
+)  # fmt: skip
 CURVED = ("efficientnet_b0",)
 
 

@@ -12,8 +12,6 @@ KINDS = {
     "spectrum": partial(lf.SpectrumCallback, top_k=1, num_steps=3, num_probes=2, max_products=3),
     "landscape": partial(lf.LandscapeCallback, steps=3, batch_norm="both"),
 }
-
-
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 

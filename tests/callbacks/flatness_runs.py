@@ -3,9 +3,11 @@
 import copy
 
 from lightning.pytorch.callbacks import Callback
+from torch.testing import assert_close
 from torch.utils.data import IterableDataset
 
 import lightning_flatness as lf
+from tests.callbacks.compare import assert_same, end_of, seed_all
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 
 MONITOR = "flatness/relative_flatness"
@@ -41,6 +43,30 @@ def fit(folder, *callbacks, module=None, data=None, **options):
 
 def flatness_callback(**options):
     return lf.FlatnessCallback(**({"summary": False} | options))
+
+
+def seeded_fit(folder, *callbacks, **options):
+    """Runs alike, but for what callbacks do."""
+    seed_all()
+    return fit(folder, *callbacks, **({"max_epochs": 4} | options))
+
+
+def run_without_a_trace(folder, make, callback, data=None, **options):
+    """The module after a run with the callback, which ends as one without it."""
+    module, bare = make(), make()
+    end = end_of(seeded_fit(folder, callback, module=module, data=data, **options), module)
+    assert_same(end, end_of(seeded_fit(folder, module=bare, **options), bare))
+    return module
+
+
+def assert_reports_equal(found, expected, prefix="net.", rtol=1e-5):
+    assert list(found.layers) == [prefix + name for name in expected.layers]
+    for name, layer in expected.layers.items():
+        one = found.layers[prefix + name]
+        scale = abs(layer.hessian_trace) + abs(layer.relative_flatness)
+        for measure in ("hessian_trace", "relative_flatness", "weight_norm"):
+            assert_close(getattr(one, measure), getattr(layer, measure), rtol=rtol, atol=rtol * scale)
+        assert one.exact == layer.exact
 
 
 class Stream(IterableDataset):

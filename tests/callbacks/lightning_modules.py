@@ -90,6 +90,57 @@ class WithoutValidation(Classifier):
     validation_step = L.LightningModule.validation_step
 
 
+class WithData(Classifier):
+    """Has its loaders, and an argument for the command line."""
+
+    def __init__(self, lr: float = 0.02):
+        super().__init__(lr=lr)
+
+    def train_dataloader(self):
+        return loaders()[0]
+
+    def val_dataloader(self):
+        return loaders()[1]
+
+
+class Interrupted(Classifier):
+    """Ctrl-C in the first step of an epoch."""
+
+    def __init__(self, epoch=2):
+        super().__init__()
+        self.epoch = epoch
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch == self.epoch:
+            raise KeyboardInterrupt
+        return super().training_step(batch, batch_idx)
+
+
+class FailingNet(nn.Module):
+    """Validation succeeds; the callback's own forward, the only one with gradients in evaluation mode, fails."""
+
+    def __init__(self, net, epochs, error):
+        super().__init__()
+        self.net, self.epochs, self.error, self.epoch = net, epochs, error, 0
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and not self.training and self.epoch in self.epochs:
+            raise self.error
+        return self.net(x)
+
+
+class FailingWhenMeasured(Classifier):
+    """Its measurement fails in some epochs."""
+
+    def __init__(self, epochs=(), error=None, lr=0.02):
+        super().__init__(lr=lr)
+        self.net = FailingNet(self.net, epochs, error or RuntimeError("something of the model's own"))
+
+    def training_step(self, batch, batch_idx):
+        self.net.epoch = self.current_epoch
+        return super().training_step(batch, batch_idx)
+
+
 class Scripted(L.LightningModule):
     """Logs given values, the same in whatever order or part the epochs are run; better ones in the sanity check."""
 

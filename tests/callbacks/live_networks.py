@@ -13,6 +13,12 @@ from tests.callbacks.lightning_modules import CLASSES
 KEPT = []  # what networks keep outside of themselves
 
 
+def batch(samples=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randint(CLASSES, (samples,), generator=generator)
+
+
 class Plain(nn.Module):
     """A convolution to be measured, a tail, global average pooling and a linear classifier; float64."""
 

@@ -10,8 +10,6 @@ from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
 from tests.callbacks.training_runs import seed_everything
 
 OBSERVES = "observes the forward passes"
-
-
 OWN = "in forward passes of its own"
 
 

@@ -53,8 +53,6 @@ NETS = {
     "conv1d": lambda k: [nn.Flatten(2), nn.Conv1d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
                          nn.Linear(4, k)],
 }  # fmt: skip
-
-
 INEXACT = {"group norm", "silu", "linear", "shared"}  # may have layers whose number is not the Hessian's
 
 
@@ -100,8 +98,6 @@ BATCHES = {
     "dataclass": (AsDataclass, lambda batch: (batch.image, batch.label)),
     "triple": (lambda x, y: (x, y, torch.arange(len(y))), lambda batch: (batch[0], batch[1])),
 }
-
-
 NEED_NO_FUNCTION = {"tuple", "list", "named tuple", "nested"}
 
 
@@ -253,8 +249,6 @@ LOSSES = {
     "residual": {"residual": "hutchinson", "num_probes": 3},
     "strict": {"strict": True},
 }
-
-
 LAYERS = {"last": "last", "all": "all", "classifier": "classifier", "glob": ["*body.*"]}
 
 

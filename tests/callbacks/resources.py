@@ -16,15 +16,7 @@ from tests.callbacks.compare import num_hooks
 PROC = Path("/proc/self")
 
 # By how much a run may grow from epoch 50 to epoch 200. The history grows by a record an epoch: a dict, ten numbers.
-BOUNDS = {
-    "megabytes": 12.0,
-    "files": 0,
-    "threads": 0,
-    "tensors": 0,
-    "objects": 2000,
-    "figures": 0,
-    "hooks": 0,
-}
+BOUNDS = {"megabytes": 12.0, "files": 0, "threads": 0, "tensors": 0, "objects": 2000, "figures": 0, "hooks": 0}
 
 
 def give_back_freed_pages():

@@ -14,12 +14,7 @@ from tests.guarding import guards
 
 
 @guards("callbacks/data/reading.py", ", generators_kept(drawing(batches))", "", ids="data set with a generator-train")
-@guards(
-    "callbacks/data/reading.py",
-    "random_states_kept(model), gen",
-    "gen",
-    ids="augmentation-train",
-)
+@guards("callbacks/data/reading.py", "random_states_kept(model), gen", "gen", ids="augmentation-train")
 @pytest.mark.parametrize("data", ["val", "train"])
 @pytest.mark.parametrize("run", RUNS)
 def test_training_is_bit_identical(tmp_path, end_without, run, data):

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.plots import plot_history, plot_layer_history
 from tests.callbacks.compare import assert_same, end_of, num_hooks
+from tests.callbacks.flatness_runs import assert_reports_equal, flatness_callback, run_without_a_trace, seeded_fit
 from tests.callbacks.lightning_modules import CLASSES, Classifier, loaders
-from tests.callbacks.seeded_runs import assert_reports_equal, fit, flatness_callback, measured
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:The number of training batches")
 
@@ -106,30 +106,18 @@ def low_rank(net):
 
 
 CHANGES = [
-    wider,
-    narrower,
-    frozen,
-    all_frozen_but_classifier,
-    pruned,
-    pruned_for_good,
-    weight_normed,
-    weight_normed_the_old_way,
-    doubled,
-    last_layer_removed,
-    low_rank,
-]
+    wider, narrower, frozen, all_frozen_but_classifier, pruned, pruned_for_good, weight_normed,
+    weight_normed_the_old_way, doubled, last_layer_removed, low_rank,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_model_that_changes(tmp_path, change):
     data = "train" if CHANGES.index(change) % 2 else "val"
-    callback, module, batches = flatness_callback(data=data), Changing(change), loaders()
-    end = end_of(fit(module, tmp_path, callback, data=batches), module)
-    bare = Changing(change)
-    assert_same(end, end_of(fit(bare, tmp_path), bare))
-    assert_reports_equal(callback.report, measured(module.net, batches[0] if data == "train" else batches[1]))
+    callback, batches = flatness_callback(data=data), loaders()
+    module = run_without_a_trace(tmp_path, lambda: Changing(change), callback, data=batches)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, batches[data == "val"]))
     assert [record["epoch"] for record in callback.history] == [0, 1, 2, 3]
-    assert num_hooks(module) == num_hooks(bare)
 
 
 @pytest.mark.parametrize("change", [wider, pruned, last_layer_removed, low_rank], ids=lambda change: change.__name__)
@@ -140,8 +128,8 @@ def test_figures_of_a_model_that_changes(tmp_path, change):
     callback, module, logger = flatness_callback(layers="all"), Changing(change), TensorBoardLogger(tmp_path, name="")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="FlatnessCallback draws no figures")
-        fit(module, tmp_path, callback, logger=logger)
-    assert_reports_equal(callback.report, measured(module.net, loaders()[1], layers="all"))
+        seeded_fit(tmp_path, callback, module=module, logger=logger)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1], layers="all"))
     tags = EventAccumulator(str(tmp_path / "version_0"), size_guidance={"images": 0}).Reload().Tags()["images"]
     assert {"flatness/history", "flatness/layers", "flatness/layer_history"} <= set(tags)
 
@@ -160,7 +148,7 @@ def test_figures_where_at_the_end_one_layer_is_left(tmp_path):
         net.fc = nn.Linear(1, CLASSES)
 
     callback, module = flatness_callback(layers=["net.*"]), Changing(only_one)
-    fit(module, tmp_path, callback, logger=TensorBoardLogger(tmp_path, name=""))
+    seeded_fit(tmp_path, callback, module=module, logger=TensorBoardLogger(tmp_path, name=""))
     assert list(callback.report.layers) == ["net.fc"]
     plot_layer_history(callback.history)
     plot_history(callback.history)
@@ -168,7 +156,7 @@ def test_figures_where_at_the_end_one_layer_is_left(tmp_path):
 
 def test_what_is_logged_for_a_layer_that_is_gone_does_not_stay(tmp_path):
     callback, module = flatness_callback(layers="all"), Changing(last_layer_removed)
-    trainer = fit(module, tmp_path, callback)
+    trainer = seeded_fit(tmp_path, callback, module=module)
     assert "net.conv2/hessian_trace" in callback.history[1]
     assert "net.conv2/hessian_trace" not in callback.history[-1]
     assert_close(float(trainer.callback_metrics["flatness/hessian_trace"]), callback.history[-1]["hessian_trace"])
@@ -177,7 +165,7 @@ def test_what_is_logged_for_a_layer_that_is_gone_does_not_stay(tmp_path):
 def test_named_layer_that_is_gone_is_an_error_that_names_it(tmp_path):
     module = Changing(last_layer_removed)
     with pytest.raises(lf.LayerSelectionError, match="net.conv2.*Did you mean|net.conv2.* is a Identity"):
-        fit(module, tmp_path, flatness_callback(layers="net.conv2"))
+        seeded_fit(tmp_path, flatness_callback(layers="net.conv2"), module=module)
     assert num_hooks(module) == 0
 
 
@@ -212,12 +200,12 @@ def test_callbacks_that_change_the_model(tmp_path, other, layers, first):
     class Keep(Callback):
         def on_validation_end(self, trainer, pl_module):
             self.state = {key: value.clone() for key, value in pl_module.state_dict().items()}
-            self.report = measured(pl_module.net, batches[1], layers)
+            self.report = lf.measure_flatness(pl_module.net, batches[1], layers=layers)
 
     keep = Keep()
-    end = end_of(fit(module, tmp_path, *pair, keep, data=batches), module)
+    end = end_of(seeded_fit(tmp_path, *pair, keep, module=module, data=batches), module)
     bare = OfTrainable()
-    assert_same(end, end_of(fit(bare, tmp_path, other()), bare))
+    assert_same(end, end_of(seeded_fit(tmp_path, other(), module=bare), bare))
     assert_reports_equal(callback.report, keep.report)
 
 
@@ -231,11 +219,9 @@ def test_models_with_computed_weights_from_the_start(tmp_path, change, layers):
             change(module.net)
         return module
 
-    callback, module, batches = flatness_callback(layers=layers), make(), loaders()
-    end = end_of(fit(module, tmp_path, callback, data=batches), module)
-    bare = make()
-    assert_same(end, end_of(fit(bare, tmp_path), bare))
-    assert_reports_equal(callback.report, measured(module.net, batches[1], layers))
+    callback, batches = flatness_callback(layers=layers), loaders()
+    module = run_without_a_trace(tmp_path, make, callback, data=batches)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, batches[1], layers=layers))
 
 
 def test_model_whose_dtype_changes(tmp_path):
@@ -249,12 +235,9 @@ def test_model_whose_dtype_changes(tmp_path):
         def split(self, batch):
             return batch[0].to(self.net.fc.weight.dtype), batch[1]
 
-    def in_double_when_the_model_is(batch):
-        return batch[0].to(module.net.fc.weight.dtype), batch[1]
-
-    module, batches = Widened(), loaders()
-    callback = flatness_callback(batch_fn=in_double_when_the_model_is)
-    end = end_of(fit(module, tmp_path, callback, data=batches), module)
-    bare = Widened()
-    assert_same(end, end_of(fit(bare, tmp_path), bare))
-    assert_reports_equal(callback.report, measured(module.net, [(x.double(), y) for x, y in batches[1]]), rtol=1e-10)
+    module, bare, batches = Widened(), Widened(), loaders()
+    callback = flatness_callback(batch_fn=module.split)
+    end = end_of(seeded_fit(tmp_path, callback, module=module, data=batches), module)
+    assert_same(end, end_of(seeded_fit(tmp_path, module=bare), bare))
+    in_double = [(x.double(), y) for x, y in batches[1]]
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, in_double), rtol=1e-10)

@@ -21,35 +21,6 @@ class Counting:
         return graph.forward
 
 
-def submodule(module, backend):
-    module.net = torch.compile(module.net, backend=backend)
-    return module
-
-
-def submodule_in_place(module, backend):
-    module.net.compile(backend=backend)
-    return module
-
-
-def measured_layer(module, backend):
-    module.net.conv2 = torch.compile(module.net.conv2, backend=backend)
-    return module
-
-
-def measured_layer_in_place(module, backend):
-    module.net.conv2.compile(backend=backend)
-    return module
-
-
-def whole(module, backend):
-    return torch.compile(module, backend=backend)
-
-
-def whole_in_place(module, backend):
-    module.compile(backend=backend)
-    return module
-
-
 def late(module, backend):
     """In configure_model, which runs after the setup of callbacks."""
 
@@ -58,10 +29,17 @@ def late(module, backend):
             module.net = torch.compile(module.net, backend=backend)
 
     module.configure_model = configure_model
-    return module
 
 
-FORMS = [submodule, submodule_in_place, measured_layer, measured_layer_in_place, whole, whole_in_place, late]
+FORMS = {  # change the module, or return another
+    "submodule": lambda module, backend: setattr(module, "net", torch.compile(module.net, backend=backend)),
+    "submodule in place": lambda module, backend: module.net.compile(backend=backend),
+    "layer": lambda module, backend: setattr(module.net, "conv2", torch.compile(module.net.conv2, backend=backend)),
+    "layer in place": lambda module, backend: module.net.conv2.compile(backend=backend),
+    "whole": lambda module, backend: torch.compile(module, backend=backend),
+    "whole in place": lambda module, backend: module.compile(backend=backend),
+    "late": late,
+}
 
 
 def run(folder, form, *callbacks, **options):
@@ -70,7 +48,8 @@ def run(folder, form, *callbacks, **options):
     torch.manual_seed(0)
     backend, module = Counting(), Classifier()
     trainer = quiet_trainer(folder, *callbacks, max_epochs=3, **options)
-    trainer.fit(form(module, backend), *loaders())
+    changed = FORMS[form](module, backend)
+    trainer.fit(module if changed is None else changed, *loaders())
     return end_of(trainer, module), backend.graphs, module
 
 
@@ -84,7 +63,10 @@ class LogsOneNumber(Callback):
 
 @pytest.mark.parametrize(
     ("form", "sanity", "guarded"),
-    [*((form, 2, False) for form in FORMS), (submodule, 0, False), (submodule, 2, True), (submodule_in_place, 0, True)],
+    [
+        *((form, 2, False) for form in FORMS),
+        *[("submodule", 0, False), ("submodule", 2, True), ("submodule in place", 0, True)],
+    ],
 )
 def test_compiled(tmp_path, form, sanity, guarded):
     """With hooks guarded, a hook that is left on a compiled module, if only for a time, costs a compilation."""
@@ -93,7 +75,7 @@ def test_compiled(tmp_path, form, sanity, guarded):
         callback = lf.FlatnessCallback(layers="all", summary=False)
         end, graphs_with_callback, module = run(tmp_path, form, callback, num_sanity_val_steps=sanity)
     # The steps of a whole module do not go through its __call__, and older torch leaves modules of its own alone.
-    assert graphs > 0 or form in (whole_in_place, measured_layer_in_place)
+    assert graphs > 0 or form in ("whole in place", "layer in place")
     assert graphs_with_callback == graphs
     assert_same(end, bare)
     assert list(callback.report.layers) == ["net.conv1", "net.conv2", "net.fc"]
@@ -116,16 +98,14 @@ class Hooked(Callback):
 
 def test_a_compilation_on_our_account_would_be_seen(tmp_path):
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-        _, graphs, _ = run(tmp_path, submodule)
-        _, with_hook, _ = run(tmp_path, submodule, Hooked())
+        _, graphs, _ = run(tmp_path, "submodule")
+        _, with_hook, _ = run(tmp_path, "submodule", Hooked())
     assert with_hook > graphs
 
 
 @pytest.mark.parametrize("layers", ["_orig_mod.conv2", "net.conv2", "net._orig_mod.conv2", "net.c*2"])
 def test_layers_may_be_named_with_or_without_what_compiling_adds(tmp_path, layers):
-    if layers.startswith("_orig_mod"):
-        callback = lf.FlatnessCallback(layers=layers, model="net", summary=False)
-    else:
-        callback = lf.FlatnessCallback(layers=layers, summary=False)
-    run(tmp_path, submodule, callback)
+    model = "net" if layers.startswith("_orig_mod") else None
+    callback = lf.FlatnessCallback(layers=layers, model=model, summary=False)
+    run(tmp_path, "submodule", callback)
     assert [name.removeprefix("net.") for name in callback.report.layers] == ["conv2"]

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 import lightning_flatness as lf
 from tests.callbacks.compare import assert_same, end_of, num_hooks
 from tests.callbacks.epoch_end_runs import KINDS, epochs, fit, kinds
-from tests.callbacks.lightning_modules import Classifier, WithoutValidation, dataset, loaders
+from tests.callbacks.flatness_runs import Stream
+from tests.callbacks.lightning_modules import Classifier, Interrupted, WithoutValidation, dataset, loaders
 from tests.callbacks.resources import Watch, growth
 from tests.callbacks.training_runs import RUNS, DrawsOneNumber, assert_identical, end_of_run
 from tests.guarding import guards
@@ -239,12 +240,6 @@ def test_thirty_epochs(tmp_path):
 @kinds
 @pytest.mark.usefixtures("sigint_kept")
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, kind):
-    class Interrupted(Classifier):
-        def training_step(self, batch, batch_idx):
-            if self.current_epoch == 2:
-                raise KeyboardInterrupt
-            return super().training_step(batch, batch_idx)
-
     callback = KINDS[kind](every_n_epochs=1)
     with contextlib.suppress(SystemExit):  # of recent Lightning; older ones return
         fit(tmp_path, callback, module=Interrupted(), logger=TensorBoardLogger(tmp_path), max_epochs=5)
@@ -255,9 +250,5 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, kind):
 
 @kinds
 def test_a_stream_of_training_data_is_refused(tmp_path, kind):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(dataset(8))
-
     with pytest.raises(lf.FlatnessError, match="data='train' reads a fixed subset"):
         fit(tmp_path, KINDS[kind](), data=(DataLoader(Stream(), 4), loaders()[1]))

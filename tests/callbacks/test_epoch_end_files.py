@@ -5,13 +5,12 @@ import pickle
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_flatness as lf
+from tests.callbacks.command_lines import trainer_of
 from tests.callbacks.epoch_end_runs import KINDS, epochs, fit, kinds
 from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders, quiet_trainer
 from tests.guarding import guards
@@ -185,17 +184,6 @@ def test_what_cannot_be_measured_is_refused_before_the_first_epoch(tmp_path, kin
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-class Configured(Classifier):
-    def __init__(self, lr: float = 0.02):
-        super().__init__(lr=lr)
-
-    def train_dataloader(self):
-        return loaders()[0]
-
-    def val_dataloader(self):
-        return loaders()[1]
-
-
 OPTIONS = {
     "spectrum": {"params": ["net.conv1"], "top_k": 1, "num_steps": 3, "num_probes": 1, "loss": "cross_entropy"},
     "landscape": {"axes": ["hessian"], "span": [-0.5, 1.0], "steps": 3, "frozen": ["*.bias"], "normalize": "filter"},
@@ -204,20 +192,6 @@ OPTIONS = {
 
 @kinds
 def test_command_line(tmp_path, kind):
-    path = f"lightning_flatness.{kind.title()}Callback"
-    config = {
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 2,
-            "enable_progress_bar": False,
-            "logger": False,
-            "enable_checkpointing": False,
-            "default_root_dir": str(tmp_path),
-            "callbacks": [
-                {"class_path": path, "init_args": {"every_n_epochs": 1, "dtype": "float64", **OPTIONS[kind]}}
-            ],
-        }
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    found = LightningCLI(Configured, args=["fit", "--config", str(tmp_path / "config.yaml")], save_config_callback=None)
-    assert epochs(found.trainer.callbacks[0]) == [0, 1]
+    options = {"every_n_epochs": 1, "dtype": "float64", **OPTIONS[kind]}
+    trainer = trainer_of(tmp_path, {f"{kind.title()}Callback": options})
+    assert epochs(trainer.callbacks[0]) == [0, 1]

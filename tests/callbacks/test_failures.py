@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 
 import lightning_flatness as lf
 from tests.callbacks.compare import assert_same, end_of, global_modes, module_state, random_states
+from tests.callbacks.flatness_runs import assert_reports_equal, flatness_callback, seeded_fit
 from tests.callbacks.lightning_modules import Classifier, Net, loaders
-from tests.callbacks.seeded_runs import assert_reports_equal, fit, flatness_callback, measured
 
 
 class UserError(Exception):
@@ -46,7 +46,7 @@ def end_of_failure(make, folder, *callbacks):
     module, error = make(), None
     before = global_modes()
     try:
-        fit(module, folder, *callbacks, logger=False)
+        seeded_fit(folder, *callbacks, module=module)
     except BaseException as raised:
         error = raised
     assert error is not None
@@ -69,7 +69,7 @@ def test_failing_steps(tmp_path, failure, step, data):
     assert error is FAILURES[failure] or isinstance(error, SystemExit)
     assert [record["epoch"] for record in callback.history] == [0]
     assert callback._running is None
-    fit(Classifier(), tmp_path, callback, max_epochs=2)
+    seeded_fit(tmp_path, callback, max_epochs=2)
     assert len(callback.history) == 2
 
 
@@ -119,7 +119,7 @@ def test_failing_while_measuring(tmp_path, failure, data):
     assert [record["epoch"] for record in callback.history] == [0]
     again = Classifier()
     again.net.load_state_dict({key.removeprefix("net."): value for key, value in end["weights"].items()})
-    fit(again, tmp_path, callback, max_epochs=2)
+    seeded_fit(tmp_path, callback, module=again, max_epochs=2)
     assert len(callback.history) == 2
 
 
@@ -129,11 +129,11 @@ def test_memory_that_runs_out_once(tmp_path, data):
         return FailingInMeasurement(torch.OutOfMemoryError("simulated: out of memory"), times)
 
     module, callback, batches = make(1), flatness_callback(data=data), loaders()
-    end = end_of(fit(module, tmp_path, callback, data=batches, max_epochs=2), module)
+    end = end_of(seeded_fit(tmp_path, callback, module=module, data=batches, max_epochs=2), module)
     assert module.counter["calls"] > 1
     bare = make(0)
-    assert_same(end, end_of(fit(bare, tmp_path, max_epochs=2), bare))
-    assert_reports_equal(callback.report, measured(module.net, batches[data == "val"]))
+    assert_same(end, end_of(seeded_fit(tmp_path, module=bare, max_epochs=2), bare))
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, batches[data == "val"]))
 
 
 @pytest.mark.usefixtures("sigint_kept")

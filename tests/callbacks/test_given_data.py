@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import lightning_flatness as lf
 from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.compare import assert_same, end_of
-from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
+from tests.callbacks.flatness_runs import fit
+from tests.callbacks.lightning_modules import Classifier, WithoutValidation, dataset, loaders, quiet_trainer
 from tests.callbacks.tensorboard_events import charts, events
 from tests.guarding import guards
 
@@ -38,22 +39,16 @@ SOURCES = {
 }
 
 
-def fit(folder, module, *callbacks, data=None, **options):
-    trainer = quiet_trainer(folder, *callbacks, max_epochs=2, **options)
-    trainer.fit(module, *(data or loaders()))
-    return trainer
-
-
 @guards("callbacks/data/reading.py", "random_states_kept(model), gen", "gen", ids="stream")
 @pytest.mark.parametrize("source", SOURCES)
 def test_given_data_is_measured_without_a_trace(tmp_path, source):
     torch.manual_seed(0)
     bare = Classifier()
-    end = end_of(fit(tmp_path, bare), bare)
+    end = end_of(fit(tmp_path, module=bare), bare)
     callback = lf.FlatnessCallback(data=SOURCES[source](), prefix="given", summary=False)
     torch.manual_seed(0)
     module = Classifier()
-    trainer = fit(tmp_path, module, callback)
+    trainer = fit(tmp_path, callback, module=module)
     assert_same(end_of(trainer, module), end)
     wanted = lf.measure_flatness(module.net, DataLoader(GIVEN, 4)).relative_flatness
     assert callback.report.num_samples == len(GIVEN)
@@ -71,7 +66,7 @@ def test_no_worker_runs_on_beside_training(tmp_path):
             return super().training_step(batch, batch_idx)
 
     callback = lf.FlatnessCallback(data=DataLoader(GIVEN, 4, num_workers=1), summary=False)
-    fit(tmp_path, Looking(), callback)
+    fit(tmp_path, callback, module=Looking())
     assert callback.report.num_samples == len(GIVEN)
 
 
@@ -91,7 +86,7 @@ class Countdown(IterableDataset):
 def test_a_loader_with_persistent_workers_is_validated_and_given(tmp_path):
     val = DataLoader(Countdown(), 4, num_workers=1, persistent_workers=True)
     callbacks = [lf.FlatnessCallback(data=val, prefix="given", summary=False), lf.FlatnessCallback(summary=False)]
-    fit(tmp_path, Classifier(), *callbacks, data=(loaders()[0], val), num_sanity_val_steps=2)
+    fit(tmp_path, *callbacks, data=(loaders()[0], val), num_sanity_val_steps=2)
     given, validated = [callback.report for callback in callbacks]
     assert given.num_samples == validated.num_samples == len(GIVEN)
     assert given.relative_flatness == pytest.approx(validated.relative_flatness, rel=1e-5)
@@ -128,35 +123,32 @@ def test_given_data_is_measured_in_validation_and_tests_alone(tmp_path, run):
 
 def test_given_data_without_validation(tmp_path):
     callback = lf.FlatnessCallback(data=SOURCES["list of batches"]())
-    fit(tmp_path, WithoutValidation(), callback, data=loaders()[:1])
+    fit(tmp_path, callback, module=WithoutValidation(), data=loaders()[:1])
     assert [record["epoch"] for record in callback.history] == [0, 1]
 
 
 def test_a_part_of_given_data(tmp_path):
     callback = lf.FlatnessCallback(data=SOURCES["loader"](), max_samples=6)
-    fit(tmp_path, Classifier(), callback)
+    fit(tmp_path, callback)
     assert callback.report.num_samples == 6
     with pytest.raises(lf.FlatnessError, match=r"max_samples=... needs a DataLoader.*data= is a list"):
-        fit(tmp_path, Classifier(), lf.FlatnessCallback(data=SOURCES["list of batches"](), max_samples=6))
+        fit(tmp_path, lf.FlatnessCallback(data=SOURCES["list of batches"](), max_samples=6))
 
 
 def test_bad_given_data_is_refused_before_training(tmp_path):
     module = Classifier()
     with pytest.raises(lf.BatchError, match="A batch is a str"):
-        fit(tmp_path, module, lf.FlatnessCallback(data=["a", "b"]))
+        fit(tmp_path, lf.FlatnessCallback(data=["a", "b"]), module=module)
     assert module.training_steps == 0
 
 
 def test_validation_and_training_data_are_in_one_chart(tmp_path):
     callbacks = [lf.FlatnessCallback(summary=False), lf.FlatnessCallback(data="train", prefix="train", summary=False)]
-    fit(tmp_path, Classifier(), *callbacks, logger=TensorBoardLogger(tmp_path, name=""))
+    fit(tmp_path, *callbacks, logger=TensorBoardLogger(tmp_path, name=""))
     shown = charts(events(tmp_path))
     assert ["^val_acc$", "^flatness/log10_relative_flatness$", "^train/log10_relative_flatness$"] in shown.values()
     assert callbacks[0].report.num_samples == 22
     assert callbacks[1].report.num_samples == 32
-
-
-# ---------------------------------------------------------------------------------------------------------- the network
 
 
 def net_of(module):
@@ -166,7 +158,7 @@ def net_of(module):
 @pytest.mark.parametrize("model", ["net", net_of], ids=["name", "function"])
 def test_network_within_the_module(tmp_path, model):
     callback = lf.FlatnessCallback(model=model)
-    fit(tmp_path, Classifier(), callback)
+    fit(tmp_path, callback)
     assert list(callback.report.layers) == ["conv2"]
     pickle.dumps(callback)
 
@@ -174,47 +166,8 @@ def test_network_within_the_module(tmp_path, model):
 def test_function_that_returns_no_network(tmp_path):
     module = Classifier()
     with pytest.raises(lf.FlatnessError, match="returned a float; there are: 'net'"):
-        fit(tmp_path, module, lf.FlatnessCallback(model=lambda module: module.lr))
+        fit(tmp_path, lf.FlatnessCallback(model=lambda module: module.lr), module=module)
     assert module.training_steps == 0
-
-
-class Adversaries(L.LightningModule):
-    """Two networks, optimised by hand, and no forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.generator, self.discriminator = torch.nn.Linear(4, 64), Net()
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        fake = self.generator(torch.randn(len(batch[0]), 4)).view(-1, 1, 8, 8)
-        for optimizer, images, sign in ((first, fake, -1), (second, batch[0], 1)):
-            optimizer.zero_grad()
-            self.manual_backward(sign * self.discriminator(images).logsumexp(1).mean())
-            optimizer.step()
-
-    def validation_step(self, batch, batch_idx):
-        self.discriminator(batch[0])
-        self.discriminator(batch[0].flip(-1))
-        self.log("val_acc", 0.5)
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.generator, self.discriminator)]
-
-
-def test_one_network_of_several(tmp_path):
-    torch.manual_seed(0)
-    bare = Adversaries()
-    end = end_of(fit(tmp_path, bare), bare)
-    torch.manual_seed(0)
-    module, callback = Adversaries(), lf.FlatnessCallback(model="discriminator", layers="all", summary=False)
-    assert_same(end_of(fit(tmp_path, module, callback), module), end)
-    wanted = lf.measure_flatness(module.discriminator, loaders()[1], layers="all")
-    assert callback.report.hessian_trace == pytest.approx(wanted.hessian_trace, rel=1e-6)
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
 
 
 @dataclass
@@ -280,7 +233,7 @@ def test_batches_with_names_in_a_run(tmp_path, options):
 
     module, loader = OfNames(), DataLoader(Samples(), 8)
     callback = lf.FlatnessCallback(**options)
-    fit(tmp_path, module, callback, data=(loader, loader))
+    fit(tmp_path, callback, module=module, data=(loader, loader))
     if "max_samples" not in options:
         wanted = lf.measure_flatness(module.net, loaders()[1])
         assert_close(callback.report.layers["net.conv2"].block_traces, wanted.layers["conv2"].block_traces)

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.model.points import Points
-from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
+from tests.callbacks.epoch_end_runs import epochs, fit
+from tests.callbacks.lightning_modules import Classifier, dataset
 from tests.guarding import guards
 
 
@@ -23,15 +24,6 @@ class WithAdam(Classifier):
 
     def configure_optimizers(self):
         return self.kind(self.parameters(), lr=0.01)
-
-
-def fit(folder, *callbacks, module=None, **options):
-    options = {"max_epochs": 3, "num_sanity_val_steps": 0, **options}
-    trainer = quiet_trainer(folder, *callbacks, **options)
-    module = module or Classifier()
-    torch.manual_seed(0)
-    trainer.fit(module, *loaders())
-    return trainer
 
 
 @pytest.mark.parametrize("axes", ["random", "hessian", ["random"], ["hessian", "random"]])
@@ -94,8 +86,6 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
 
 def test_of_several_optimizers_that_of_the_network_counts(tmp_path):
     class Two(WithAdam):
-        automatic_optimization = False
-
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
@@ -154,9 +144,6 @@ def test_both_statistics(tmp_path):
     assert not torch.equal(*(result.losses for result in callback.results.values()))
 
 
-# ---------------------------------------------------------------------------------------------------------- trajectory
-
-
 @guards("callbacks/trajectory.py", ", copy=True", "")
 def test_the_trajectory_is_that_of_the_weights(tmp_path):
     states = []
@@ -188,7 +175,7 @@ def test_the_trajectory_is_that_of_the_weights(tmp_path):
 def test_a_trajectory_of_every_epoch_begins_when_it_spans_a_plane(tmp_path):
     callback = lf.LandscapeCallback(axes="trajectory", steps=2, every_n_epochs=1)
     fit(tmp_path, callback)
-    assert [record["epoch"] for record in callback.history] == [1, 2]
+    assert epochs(callback) == [1, 2]
     assert not callback._trajectory._states  # let go of after the fit
 
 
@@ -218,10 +205,7 @@ def test_a_trajectory_of_a_run_that_diverged_is_warned_of(tmp_path, epoch, drawn
         UserWarning, match=f"those after {epoch + 1} epochs? of this fit are not: the training has diverged"
     ):
         fit(tmp_path, callback, module=Diverges(epoch))
-    assert [record["epoch"] for record in callback.history] == drawn
-
-
-# --------------------------------------------------------------------------------------------------- what can go wrong
+    assert epochs(callback) == drawn
 
 
 @pytest.fixture

@@ -8,40 +8,24 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import yaml
-from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
 import lightning_flatness as lf
 from lightning_flatness.measure.batches import split_batch
+from tests.callbacks.command_lines import trainer_of, write_config
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
 from tests.guarding import guards
 
-CONFIG = {
-    "trainer": {
-        "accelerator": "cpu",
-        "max_epochs": 2,
-        "enable_progress_bar": False,
-        "logger": False,
-        "enable_checkpointing": False,
-        "callbacks": [
-            {
-                "class_path": "lightning_flatness.FlatnessCallback",
-                "init_args": {
-                    "layers": ["net.*"],
-                    "max_samples": 10,
-                    "measures": ["hessian_trace", "relative_flatness"],
-                    "on_error": "warn",
-                    "dtype": "float64",
-                },
-            },
-            {
-                "class_path": "lightning_flatness.FlatnessStopping",
-                "init_args": {"monitor": ["flatness/hessian_trace", "flatness/relative_flatness"], "burn_in": 1},
-            },
-        ],
-    }
+CALLBACKS = {
+    "FlatnessCallback": {
+        "layers": ["net.*"],
+        "max_samples": 10,
+        "measures": ["hessian_trace", "relative_flatness"],
+        "on_error": "warn",
+        "dtype": "float64",
+    },
+    "FlatnessStopping": {"monitor": ["flatness/hessian_trace", "flatness/relative_flatness"], "burn_in": 1},
 }
 
 
@@ -75,31 +59,12 @@ def test_both_names_of_lightning(tmp_path, how, root):
 
 @pytest.mark.slow
 def test_command_line_of_pytorch_lightning(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    write_config(tmp_path, CALLBACKS)
     assert "root: pytorch_lightning" in run("cli", tmp_path)
 
 
-class Configured(Classifier):
-    def __init__(self, lr: float = 0.02):
-        super().__init__(lr=lr)
-
-    def train_dataloader(self):
-        return loaders()[0]
-
-    def val_dataloader(self):
-        return loaders()[1]
-
-
-def cli(folder, config, *arguments, run=True):
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    arguments = ["fit", *arguments] if run else list(arguments)
-    return LightningCLI(Configured, args=[*arguments, "--config", str(path)], run=run, save_config_callback=None)
-
-
 def test_command_line(tmp_path):
-    found = cli(tmp_path, CONFIG)
-    callback, stopping = found.trainer.callbacks[:2]
+    callback, stopping = trainer_of(tmp_path, CALLBACKS).callbacks[:2]
     assert isinstance(callback, lf.FlatnessCallback)
     assert isinstance(stopping, lf.FlatnessStopping)
     assert list(callback.report.layers) == ["net.conv1", "net.conv2", "net.fc"]
@@ -118,9 +83,8 @@ def test_command_line(tmp_path):
     ids=str,
 )
 def test_wrong_arguments_on_the_command_line(tmp_path, options, named, capsys):
-    config = {"trainer": {"callbacks": [{"class_path": "lightning_flatness.FlatnessCallback", "init_args": options}]}}
     with pytest.raises((SystemExit, lf.FlatnessError)) as caught:
-        cli(tmp_path, config, run=False)
+        trainer_of(tmp_path, {"FlatnessCallback": options}, run=False)
     assert named in capsys.readouterr().err + str(caught.value)
 
 
@@ -130,8 +94,7 @@ def test_functions_on_the_command_line(tmp_path):
         "batch_fn": "lightning_flatness.measure.batches.split_batch",
         "model": "copy.copy",
     }
-    config = {"trainer": {"callbacks": [{"class_path": "lightning_flatness.FlatnessCallback", "init_args": options}]}}
-    callback = cli(tmp_path, config, run=False).trainer.callbacks[0]
+    callback = trainer_of(tmp_path, {"FlatnessCallback": options}, run=False).callbacks[0]
     assert callback.batch_fn is split_batch
     assert callback.model is copy.copy
     assert callback._options["loss"] is cross_entropy
@@ -140,12 +103,8 @@ def test_functions_on_the_command_line(tmp_path):
 @pytest.mark.parametrize("model", ["net", "net.conv1"])
 def test_names_on_the_command_line(tmp_path, model):
     options = {"loss": "mse", "model": model}
-    config = {"trainer": {"callbacks": [{"class_path": "lightning_flatness.FlatnessCallback", "init_args": options}]}}
-    callback = cli(tmp_path, config, run=False).trainer.callbacks[0]
+    callback = trainer_of(tmp_path, {"FlatnessCallback": options}, run=False).callbacks[0]
     assert (callback.model, callback._options["loss"]) == (model, "mse")
-
-
-# --------------------------------------------------------------------------------------------------------- entry points
 
 
 @pytest.mark.parametrize("root", ["lightning.pytorch", "pytorch_lightning"])

@@ -25,8 +25,6 @@ from tests.callbacks.training_runs import (
 )
 from tests.guarding import guards
 
-# ---------------------------------------------------------------------------------------------------- around the steps
-
 
 @guards("layers.live:is_observed", returns=False)
 def test_two_callbacks(tmp_path, told):
@@ -81,33 +79,28 @@ def test_precision(tmp_path, told, precision, says):
     assert says in told[0]
 
 
-def test_compiled_parts(tmp_path, told):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda norm: norm.compile(backend="eager"), "'net.norm' is compiled"),
+        (lambda norm: norm.register_full_backward_hook(lambda *arguments: None), "'net.norm' has backward hooks"),
+    ],
+    ids=["compiled", "backward hooks"],
+)
+def test_parts_that_are_not_to_be_observed(tmp_path, told, change, says):
     def make_one():
         module = Module(networks.Plain())
-        module.net.norm.compile(backend="eager")
+        change(module.net.norm)
         return module
 
-    assert_as_without(tmp_path, make_one, told, "'net.norm' is compiled")
+    assert_as_without(tmp_path, make_one, told, says)
 
 
 def test_compiled_by_lightning(tmp_path, told):
-    def make_one():
-        return torch.compile(Module(networks.Plain()), backend="eager")
-
-    seed_everything()
-    module = make_one()
+    module = torch.compile(Module(networks.Plain()), backend="eager")
     callback = lf.FlatnessCallback()
     quiet_trainer(tmp_path, callback).validate(module, loaders(dtype=torch.float64)[1], verbose=False)
     assert "is compiled" in told[0]
-
-
-def test_backward_hooks(tmp_path, told):
-    def make_one():
-        module = Module(networks.Plain())
-        module.net.norm.register_full_backward_hook(lambda *arguments: None)
-        return module
-
-    assert_as_without(tmp_path, make_one, told, "'net.norm' has backward hooks")
 
 
 @guards("callbacks/running.py", "if num_rows(inputs, targets) < 2:", "if False:")
@@ -155,9 +148,6 @@ def test_test_steps(tmp_path, told):
     quiet_trainer(tmp_path, callback).test(Module(networks.Plain()), loaders(dtype=torch.float64)[1], verbose=False)
     assert OBSERVES in told[0]
     assert callback.report.num_samples == 22
-
-
-# -------------------------------------------------------------------------------------------------- what it really does
 
 
 ROWS = []  # of every call

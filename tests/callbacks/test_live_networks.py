@@ -11,25 +11,10 @@ from tests.callbacks.live_runs import OBSERVES, OWN, Module, assert_as_without, 
 from tests.guarding import guards
 
 OBSERVED = [
-    "Plain",
-    "Gate",
-    "Mask",
-    "Residual",
-    "InPlaceActivation",
-    "InPlaceResidual",
-    "NumpyUpstream",
-    "Checkpointed",
-    "Branches",
-    "NoGradUpstream",
-    "WithoutClassifier",
-    "ConvolutionalClassifier",
-    "Dropouts",
-    "EmbeddingsAfter",
-    "KeepsEmbeddings",
-    "LooksAtKernels",
-]
-
-
+    "Plain", "Gate", "Mask", "Residual", "InPlaceActivation", "InPlaceResidual", "NumpyUpstream", "Checkpointed",
+    "Branches", "NoGradUpstream", "WithoutClassifier", "ConvolutionalClassifier", "Dropouts", "EmbeddingsAfter",
+    "KeepsEmbeddings", "LooksAtKernels",
+]  # fmt: skip
 NOT_OBSERVED = {
     "GateFromBefore": "Inference tensors cannot be saved for backward",
     "InPlaceUpstream": "Inplace update to inference tensor",
@@ -49,8 +34,6 @@ NOT_OBSERVED = {
     "ChangesEmbeddings": "",
     "CallsTwice": "not measured by the closed form",
 }
-
-
 NOT_MEASURED = {
     "Out": "out=... arguments",
     "Numpy": "Can't call numpy",

@@ -14,8 +14,6 @@ from tests.callbacks.lightning_modules import loaders, quiet_trainer
 from tests.callbacks.live_runs import OBSERVES, OWN, Module, assert_as_without, make
 from tests.guarding import guards
 
-# -------------------------------------------------------------------------------------------- what validation steps do
-
 
 class CallsNetwork(Module):
     def step(self, x):
@@ -207,8 +205,6 @@ def test_dropout_that_stays_in_training_mode(tmp_path, told):
 def test_network_is_an_attribute(tmp_path, told):
     assert_as_without(tmp_path, make("Plain", CallsNetwork), told, OBSERVES, model="net")
 
-
-# -------------------------------------------------------------------------------------------------------------- errors
 
 WHERE = ["before the layer", "in the tail", "after the classifier"]
 

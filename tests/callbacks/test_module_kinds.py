@@ -1,6 +1,5 @@
 """Other kinds of modules, and precisions."""
 
-import copy
 import dataclasses
 
 import lightning as L
@@ -10,11 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_flatness as lf
-from tests.callbacks.compare import assert_same, end_of, module_state
+from tests.callbacks.compare import assert_same, module_state
+from tests.callbacks.flatness_runs import assert_reports_equal, flatness_callback, run_without_a_trace
 from tests.callbacks.lightning_modules import Classifier, Net, TwoLayerNet, WithoutForward, loaders
-from tests.callbacks.seeded_runs import assert_reports_equal, fit, flatness_callback, measured
-
-# ----------------------------------------------------------------------------------------------- other kinds of modules
 
 
 class Gan(L.LightningModule):
@@ -69,15 +66,10 @@ class TwoForwards(Classifier):
 )
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_other_kinds_of_modules(tmp_path, make, options, network, data):
-    callback, module, batches = flatness_callback(data=data, **options), make(), loaders()
-    end = end_of(fit(module, tmp_path, callback, data=batches), module)
-    bare = make()
-    assert_same(end, end_of(fit(bare, tmp_path), bare))
-    expected = measured(getattr(module, network), batches[data == "val"], options.get("layers", "last"))
+    callback, batches = flatness_callback(data=data, **options), loaders()
+    network = getattr(run_without_a_trace(tmp_path, make, callback, data=batches), network)
+    expected = lf.measure_flatness(network, batches[data == "val"], layers=options.get("layers", "last"))
     assert_reports_equal(callback.report, expected, prefix="" if "model" in options else "net.")
-
-
-# ------------------------------------------------------------------------------------------------------------ precision
 
 
 LOW = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -87,24 +79,23 @@ LOW = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.filterwarnings("ignore:You passed `Trainer")
 def test_mixed_precision(tmp_path, precision, data, layers):
-    callback, module, batches = flatness_callback(data=data, layers=layers), Classifier(TwoLayerNet()), loaders()
-    end = end_of(fit(module, tmp_path, callback, data=batches, precision=precision), module)
-    bare = Classifier(TwoLayerNet())
-    assert_same(end, end_of(fit(bare, tmp_path, precision=precision), bare))
+    callback, batches = flatness_callback(data=data, layers=layers), loaders()
+    run = {"data": batches, "precision": precision}
+    module = run_without_a_trace(tmp_path, lambda: Classifier(TwoLayerNet()), callback, **run)
     in_double = [(x.double(), y) for x, y in batches[data == "val"]]
-    assert_reports_equal(callback.report, measured(module.net.double(), in_double, layers), rtol=0.02)
+    expected = lf.measure_flatness(module.net.double(), in_double, layers=layers)
+    assert_reports_equal(callback.report, expected, rtol=0.02)
 
 
 @pytest.mark.parametrize(("data", "layers"), [("val", "all"), ("train", "last")])
 @pytest.mark.parametrize("precision", LOW)
 def test_low_precision_is_measured_in_float32(tmp_path, precision, data, layers):
-    callback, module, batches = flatness_callback(data=data, layers=layers), Classifier(TwoLayerNet()), loaders()
-    end = end_of(fit(module, tmp_path, callback, data=batches, precision=precision), module)
-    bare = Classifier(TwoLayerNet())
-    assert_same(end, end_of(fit(bare, tmp_path, precision=precision), bare))
+    callback, batches = flatness_callback(data=data, layers=layers), loaders()
+    run = {"data": batches, "precision": precision}
+    module = run_without_a_trace(tmp_path, lambda: Classifier(TwoLayerNet()), callback, **run)
     assert {parameter.dtype for parameter in module.parameters()} == {LOW[precision]}
     as_given = [(x.to(LOW[precision]).float(), y) for x, y in batches[data == "val"]]
-    assert_reports_equal(callback.report, measured(copy.deepcopy(module.net).float(), as_given, layers))
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net.float(), as_given, layers=layers))
 
 
 @pytest.mark.parametrize("dtype", LOW.values(), ids=str)
@@ -112,14 +103,14 @@ def test_plain_low_precision_is_measured_in_float32(dtype):
     net = TwoLayerNet().to(dtype)
     state = module_state(net)
     batches = [(x.to(dtype), y) for x, y in loaders()[1]]
-    found = measured(net, batches, "all")
+    found = lf.measure_flatness(net, batches, layers="all")
     assert_same(module_state(net), state)
-    expected = measured(copy.deepcopy(net).float(), [(x.float(), y) for x, y in batches], "all")
+    expected = lf.measure_flatness(net.float(), [(x.float(), y) for x, y in batches], layers="all")
     assert_reports_equal(found, expected, prefix="")
 
 
 def test_reports_that_differ_would_be_seen():
-    one = measured(Net(), loaders()[1])
+    one = lf.measure_flatness(Net(), loaders()[1])
     layer = one.layers["conv2"]
     other = dataclasses.replace(layer, hessian_trace=layer.hessian_trace * 1.001)
     with pytest.raises(AssertionError, match="not close"):

@@ -6,31 +6,16 @@ import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.testing import assert_close
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset, SubsetRandomSampler
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks.data.loaders import reads_in_order
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from tests.callbacks.compare import assert_same, end_of, seed_all
-from tests.callbacks.lightning_modules import Classifier, WithoutValidation, dataset, loaders, quiet_trainer
+from tests.callbacks.flatness_runs import Stream, flatness_callback
+from tests.callbacks.lightning_modules import Classifier, WithData, WithoutValidation, dataset, loaders, quiet_trainer
+from tests.callbacks.training_runs import Wrapped
 from tests.guarding import guards
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(dataset(20))
-
-
-def flatness_callback(**options):
-    return lf.FlatnessCallback(**({"summary": False} | options))
 
 
 def fit(folder, callback, val, module=None, **options):
@@ -101,14 +86,7 @@ def test_validation_by_steps_across_epochs(tmp_path, data):
 
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_reloaded_loaders(tmp_path, data):
-    class Reloading(Classifier):
-        def train_dataloader(self):
-            return loaders()[0]
-
-        def val_dataloader(self):
-            return loaders()[1]
-
-    callback, module = flatness_callback(data=data), Reloading()
+    callback, module = flatness_callback(data=data), WithData()
     quiet_trainer(tmp_path, callback, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(module)
     assert len(callback.history) == 3
     expected = lf.measure_flatness(module.net, loaders()[data == "val"])
@@ -132,27 +110,18 @@ def test_going_on_with_the_same_trainer(tmp_path, data):
     assert [record["epoch"] for record in callback.history][-2:] == [2, 3]
 
 
-class InBulk(Dataset):
+class InBulk(Wrapped):
     """Reads whole batches: is given the list of their indices."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, indices):
         return self.data[torch.tensor(indices)]
 
 
-class ByName(Dataset):
+class ByName(Wrapped):
     """Samples have names; only the sampler knows them."""
 
     def __init__(self, data):
-        self.data = {f"sample {index}": data[index] for index in range(len(data))}
-
-    def __len__(self):
-        return len(self.data)
+        super().__init__({f"sample {index}": data[index] for index in range(len(data))})
 
     def __getitem__(self, name):
         return self.data[name]
@@ -187,14 +156,12 @@ def test_data_sets_that_are_not_read_by_number(tmp_path, kind, data, sanity):
     assert_close(callback.report.relative_flatness, expected.relative_flatness, rtol=1e-5, atol=0)
 
 
-class WithOwnGenerator(Dataset):
-    """Draws from a generator of its own."""
+class WithOwnGenerator(Wrapped):
+    """Draws from a generator of torch of its own."""
 
     def __init__(self, data):
-        self.data, self.generator = data, torch.Generator().manual_seed(0)
-
-    def __len__(self):
-        return len(self.data)
+        super().__init__(data)
+        self.generator = torch.Generator().manual_seed(0)
 
     def __getitem__(self, index):
         x, y = self.data[index]

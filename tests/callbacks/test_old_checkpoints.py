@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
+from tests.callbacks.lightning_modules import quiet_trainer
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoint_0_1.ckpt"
 STOPPING = "FlatnessStopping[min flatness/relative_flatness, max val_acc]"
@@ -57,17 +58,7 @@ def callbacks():
 
 def fit(folder, max_epochs, **options):
     """A fit whose Trainer has all callbacks that keep something."""
-    trainer = L.Trainer(
-        max_epochs=max_epochs,
-        callbacks=callbacks(),
-        default_root_dir=folder,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(folder, *callbacks(), max_epochs=max_epochs)
     if options and "weights_only" in inspect.signature(trainer.fit).parameters:
         options["weights_only"] = True
     trainer.fit(Classifier(), loader(), loader(), **options)

@@ -5,37 +5,20 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from tests.callbacks.compare import assert_same, end_of
-from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders, quiet_trainer
+from tests.callbacks.lightning_modules import (
+    Classifier,
+    FailingWhenMeasured,
+    WithoutForward,
+    dataset,
+    loaders,
+    quiet_trainer,
+)
 from tests.guarding import guards
-
-
-class FailingWhenMeasured(nn.Module):
-    """Validation succeeds; the callback's own forward, the only one with gradients in evaluation mode, fails."""
-
-    def __init__(self, net, epochs, error):
-        super().__init__()
-        self.net, self.epochs, self.error, self.epoch = net, epochs, error, 0
-
-    def forward(self, x):
-        if torch.is_grad_enabled() and not self.training and self.epoch in self.epochs:
-            raise self.error
-        return self.net(x)
-
-
-class Module(Classifier):
-    def __init__(self, epochs=(), error=None):
-        super().__init__()
-        self.net = FailingWhenMeasured(self.net, epochs, error or RuntimeError("something of the model's own"))
-
-    def training_step(self, batch, batch_idx):
-        self.net.epoch = self.current_epoch
-        return super().training_step(batch, batch_idx)
 
 
 def fit(folder, module, *callbacks, data=None, **options):
@@ -52,10 +35,10 @@ def warned(caught):
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_training_goes_on_with_a_warning(tmp_path, data):
     torch.manual_seed(0)
-    bare = Module()
+    bare = FailingWhenMeasured()
     end = end_of(fit(tmp_path, bare), bare)
     torch.manual_seed(0)
-    module, callback = Module({1, 2}), lf.FlatnessCallback(data=data, on_error="warn", summary=False)
+    module, callback = FailingWhenMeasured({1, 2}), lf.FlatnessCallback(data=data, on_error="warn", summary=False)
     with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
         trainer = fit(tmp_path, module, callback)
     assert_same(end_of(trainer, module), end)
@@ -70,18 +53,18 @@ def test_a_new_fit_tells_a_failure_anew(tmp_path):
     callback = lf.FlatnessCallback(on_error="warn", summary=False)
     for _ in range(2):
         with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
-            fit(tmp_path, Module({0, 1, 2, 3}), callback)
+            fit(tmp_path, FailingWhenMeasured({0, 1, 2, 3}), callback)
         assert len(warned(caught)) == 1
 
 
 def test_a_failure_after_a_success_is_told_again(tmp_path):
     with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
-        fit(tmp_path, Module({1, 3}), lf.FlatnessCallback(on_error="warn", summary=False))
+        fit(tmp_path, FailingWhenMeasured({1, 3}), lf.FlatnessCallback(on_error="warn", summary=False))
     assert ["epoch 1" in warned(caught)[0], "epoch 3" in warned(caught)[1]] == [True, True]
 
 
 def test_nothing_is_logged_for_a_measurement_that_failed(tmp_path):
-    class Logged(Module):
+    class Logged(FailingWhenMeasured):
         def on_validation_epoch_end(self):
             seen.append("flatness/hessian_trace" in self.trainer.callback_metrics)
 
@@ -120,20 +103,20 @@ def test_a_batch_with_nan(tmp_path):
 def test_errors_are_raised_as_they_are(tmp_path):
     error = RuntimeError("something of the model's own")
     with pytest.raises(RuntimeError) as caught:
-        fit(tmp_path, Module({1}, error), lf.FlatnessCallback())
+        fit(tmp_path, FailingWhenMeasured({1}, error), lf.FlatnessCallback())
     assert caught.value is error
 
 
 def test_ctrl_c_is_no_error_of_the_measurement(tmp_path):
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(tmp_path, Module({1}, KeyboardInterrupt()), lf.FlatnessCallback(on_error="warn"))
+        fit(tmp_path, FailingWhenMeasured({1}, KeyboardInterrupt()), lf.FlatnessCallback(on_error="warn"))
 
 
 def test_monitors_keep_the_last_value(tmp_path):
     """As with every_n_epochs: what is monitored was logged once, and stays."""
     checkpoint = ModelCheckpoint(tmp_path, monitor="flatness/relative_flatness", save_top_k=1)
     with pytest.warns(UserWarning, match="no flatness for epoch 1"):
-        fit(tmp_path, Module({1}), lf.FlatnessCallback(on_error="warn"), checkpoint)
+        fit(tmp_path, FailingWhenMeasured({1}), lf.FlatnessCallback(on_error="warn"), checkpoint)
     assert checkpoint.best_model_score is not None
 
 
@@ -144,12 +127,12 @@ def test_an_error_is_not_kept_for_the_next_run(tmp_path, on_error):
         warnings.simplefilter("ignore")
         if on_error == "raise":
             with pytest.raises(RuntimeError):
-                fit(tmp_path, Module({0}), callback)
+                fit(tmp_path, FailingWhenMeasured({0}), callback)
         else:
-            fit(tmp_path, Module({3}), callback)
+            fit(tmp_path, FailingWhenMeasured({3}), callback)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="FlatnessCallback")
-        fit(tmp_path, Module(), callback)
+        fit(tmp_path, FailingWhenMeasured(), callback)
     assert len(callback.history) == 4
 
 
@@ -157,10 +140,7 @@ def test_an_error_is_not_kept_for_the_next_run(tmp_path, on_error):
 def test_validation_and_tests_alone(tmp_path, run):
     trainer = quiet_trainer(tmp_path, lf.FlatnessCallback(on_error="warn"))
     with pytest.warns(UserWarning, match="no flatness for epoch 0"):
-        getattr(trainer, run)(Module({0}), loaders()[1], verbose=False)
-
-
-# ----------------------------------------------------------------------------------------------------- on several ranks
+        getattr(trainer, run)(FailingWhenMeasured({0}), loaders()[1], verbose=False)
 
 
 @guards("callbacks/rank_errors.py", "if num_ranks == 1 and", "if False and")

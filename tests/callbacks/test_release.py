@@ -8,17 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
+from tests.callbacks.compare import num_hooks
 from tests.callbacks.flatness_runs import fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders
 from tests.guarding import guards
-
-
-def hooks(model):
-    return [
-        name
-        for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    ]
 
 
 class Failing(Classifier):
@@ -32,7 +25,7 @@ def test_failing_validation_step_leaves_no_trace(tmp_path):
     module, callback = Failing(), flatness_callback()
     with pytest.raises(RuntimeError, match="the user's own"):
         fit(tmp_path, callback, module=module)
-    assert not hooks(module)
+    assert num_hooks(module) == 0
     assert callback.history == []
     fit(tmp_path, callback)
     assert len(callback.history) == 2
@@ -62,5 +55,5 @@ def test_failing_measurement_leaves_no_trace(tmp_path):
     module = Classifier()
     with pytest.raises(lf.BatchError, match="NaN"):
         fit(tmp_path, flatness_callback(), module=module, data=(loaders()[0], DataLoader(broken, batch_size=8)))
-    assert not hooks(module)
+    assert num_hooks(module) == 0
     assert all(parameter.requires_grad for parameter in module.parameters())

@@ -11,8 +11,6 @@ from tests.callbacks.flatness_runs import MONITOR, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, WithoutValidation, loaders, quiet_trainer
 from tests.guarding import guards
 
-# ------------------------------------------------------------------------------------------------------------ monitors
-
 
 @guards("callbacks.flatness:FlatnessCallback.on_validation_epoch_end", body="pass", ids="{}-last")
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
@@ -78,9 +76,6 @@ def test_flatness_stopping_sees_the_training_data_without_validation(tmp_path, f
     pair = [callback, stopping] if first else [stopping, callback]
     fit(tmp_path, *pair, module=WithTrainAccuracy(), data=loaders()[:1])
     assert float(stopping.best_score) == min(record["relative_flatness"] for record in callback.history)
-
-
-# -------------------------------------------------------------------------------------------------- when, how many
 
 
 @guards("callbacks.flatness:FlatnessCallback.is_due", returns=True)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.plots import plot_eigenvalues
+from tests.callbacks.epoch_end_runs import epochs, fit
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 from tests.callbacks.training_runs import HAS_WEIGHT_AVERAGING, averaged_weights
 from tests.guarding import guards
@@ -17,15 +18,6 @@ from tests.spectra import dense_hessian
 
 TINY = {"top_k": 2, "num_steps": 4, "num_probes": 2}
 KEYS = {f"spectrum/{name}" for name in ("lambda_max", "trace", "r_e", "k_hn", "c_t")}
-
-
-def fit(folder, *callbacks, module=None, **options):
-    options = {"max_epochs": 3, "num_sanity_val_steps": 0, **options}
-    trainer = quiet_trainer(folder, *callbacks, **options)
-    module = module or Classifier()
-    torch.manual_seed(0)
-    trainer.fit(module, *loaders())
-    return trainer
 
 
 def test_numbers_are_those_of_the_dense_hessian_of_the_weights_that_are_left(tmp_path):
@@ -158,7 +150,7 @@ def test_weight_averaging(tmp_path, first):
     other.load_state_dict(trained)
     of_trained, of_left = (lf.hessian_spectrum(network, [batch], **TINY).trace for network in (other, module))
     assert abs(of_trained - of_left) > 1e-3
-    assert [record["epoch"] for record in callback.history] == ([0, 1, 2, 2] if first else [0, 1, 2])
+    assert epochs(callback) == ([0, 1, 2, 2] if first else [0, 1, 2])
     assert_close(callback.history[2]["trace"], of_trained)
     assert_close(callback.history[-1]["trace"], of_left if first else of_trained)
     assert bool(list((tmp_path / "spectrum").glob("*-averaged.npz"))) == first

@@ -11,15 +11,9 @@ from tests.callbacks.lightning_modules import Scripted, quiet_trainer
 from tests.guarding import guards
 
 MONITOR = "flatness/relative_flatness"
-
-
 LOADER = DataLoader(TensorDataset(torch.zeros(1, 1)))
-
-
 # Up, down, and from epoch 9 on neither gets better.
 FLATNESS = [1.0, 20.0, 50.0, 80.0, 60.0, 50.0, 40.0, 30.0, 20.0, 20.0, 21.0, 20.0, 22.0, 20.0, 23.0, 20.0]
-
-
 ACCURACY = [0.3, 0.5, 0.7, 0.8, 0.8, 0.9, 0.8, 0.9, 0.9, 0.9, 0.8, 0.9, 0.7, 0.9, 0.8, 0.9]
 
 

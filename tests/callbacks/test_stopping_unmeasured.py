@@ -3,42 +3,11 @@
 import warnings
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import nn
 
 import lightning_flatness as lf
-from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+from tests.callbacks.lightning_modules import Classifier, FailingWhenMeasured, loaders, quiet_trainer
 from tests.guarding import guards
-
-
-class FailingAt(nn.Module):
-    """Its measurement fails in some epochs; validation itself does not."""
-
-    def __init__(self, net, epochs):
-        super().__init__()
-        self.net, self.epochs, self.epoch = net, epochs, 0
-
-    def forward(self, x):
-        if torch.is_grad_enabled() and not self.training and self.epoch in self.epochs:
-            raise RuntimeError("no memory")
-        return self.net(x)
-
-
-class WithFailures(Classifier):
-    def __init__(self, epochs):
-        super().__init__(lr=0.0)
-        self.net = FailingAt(self.net, epochs)
-
-    def on_train_epoch_start(self):
-        self.net.epoch = self.current_epoch
-
-    def on_validation_epoch_end(self):
-        self.net.epoch = self.current_epoch
-
-    def validation_step(self, batch, batch_idx):
-        self.net.epoch = self.current_epoch
-        return super().validation_step(batch, batch_idx)
 
 
 def counting(folder, callback, module, **options):
@@ -69,7 +38,7 @@ def test_the_next_fit_may_have_another_callback(tmp_path):
 
 
 def test_a_failed_measurement_does_not_count(tmp_path):
-    assert counting(tmp_path, lf.FlatnessCallback(on_error="warn"), WithFailures({0, 1, 3})) == 7
+    assert counting(tmp_path, lf.FlatnessCallback(on_error="warn"), FailingWhenMeasured({0, 1, 3}, lr=0.0)) == 7
 
 
 @pytest.mark.parametrize("data", ["val", "train"])
@@ -79,9 +48,8 @@ def test_stale_values_of_resumed_runs_do_not_count(tmp_path, data):
 
     checkpoint = ModelCheckpoint(tmp_path, filename="part")
     quiet_trainer(tmp_path, *callbacks(), checkpoint, max_epochs=5).fit(Classifier(lr=0.0), *loaders())
-    early = EarlyStopping(
-        "flatness/relative_flatness", patience=100
-    )  # would fail if nothing were logged in a resumed run
+    # This one would fail if nothing were logged in a resumed run.
+    early = EarlyStopping("flatness/relative_flatness", patience=100)
     trainer = quiet_trainer(tmp_path, *callbacks(), early, max_epochs=20)
     trainer.fit(Classifier(lr=0.0), *loaders(), ckpt_path=tmp_path / "part.ckpt")
     assert trainer.current_epoch == 10

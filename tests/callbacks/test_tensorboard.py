@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lightning_flatness as lf
-from tests.callbacks.lightning_modules import Classifier, TwoLayerNet, loaders, quiet_trainer
+from tests.callbacks.lightning_modules import Classifier, Interrupted, TwoLayerNet, loaders, quiet_trainer
 from tests.callbacks.tensorboard_events import charts, events
 from tests.guarding import guards
 
@@ -110,12 +110,6 @@ def test_figures_can_be_left_out(tmp_path):
 @pytest.mark.usefixtures("sigint_kept")
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_figures_of_an_interrupted_run(tmp_path, data):
-    class Interrupted(Classifier):
-        def training_step(self, batch, batch_idx):
-            if self.current_epoch == 2:
-                raise KeyboardInterrupt
-            return super().training_step(batch, batch_idx)
-
     callback = lf.FlatnessCallback(data=data, summary=False)
     with contextlib.suppress(SystemExit):  # of recent Lightning; older ones return
         fit(tmp_path, callback, module=Interrupted(), max_epochs=5)
@@ -125,12 +119,8 @@ def test_figures_of_an_interrupted_run(tmp_path, data):
 
 @pytest.mark.usefixtures("sigint_kept")
 def test_interruption_before_the_first_measurement(tmp_path):
-    class Interrupted(Classifier):
-        def training_step(self, batch, batch_idx):
-            raise KeyboardInterrupt
-
     with contextlib.suppress(SystemExit):
-        fit(tmp_path, lf.FlatnessCallback(summary=False), module=Interrupted())
+        fit(tmp_path, lf.FlatnessCallback(summary=False), module=Interrupted(epoch=0))
     assert events(tmp_path).Tags()["images"] == []
 
 

@@ -12,14 +12,18 @@ from torch.utils.data import DataLoader, Dataset
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 
 
-class Augmented(Dataset):
-    """Draws from the global generators of torch, numpy and Python."""
+class Wrapped(Dataset):
+    """Another data set, of which samples are made into others."""
 
     def __init__(self, data):
         self.data = data
 
     def __len__(self):
         return len(self.data)
+
+
+class Augmented(Wrapped):
+    """Draws from the global generators of torch, numpy and Python."""
 
     def __getitem__(self, index):
         x, y = self.data[index]
@@ -28,14 +32,12 @@ class Augmented(Dataset):
         return x + 0.1 * torch.randn_like(x), y
 
 
-class WithOwnGenerator(Dataset):
+class WithOwnGenerator(Wrapped):
     """Draws from a generator of its own, as is usual with numpy."""
 
     def __init__(self, data):
-        self.data, self.generator = data, np.random.default_rng(0)
-
-    def __len__(self):
-        return len(self.data)
+        super().__init__(data)
+        self.generator = np.random.default_rng(0)
 
     def __getitem__(self, index):
         x, y = self.data[index]

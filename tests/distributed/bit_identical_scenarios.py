@@ -13,7 +13,9 @@ from tests.callbacks.lightning_modules import Classifier, dataset
 from tests.callbacks.training_runs import (
     HAS_WEIGHT_AVERAGING,
     Augmented,
+    DrawsOneNumber,
     WithFrozenNorm,
+    WithoutDropout,
     averaged_weights,
     end_of_training,
     seed_everything,
@@ -28,12 +30,6 @@ class WithFrozenBackbone(Classifier):
         self.net.norm1.requires_grad_(False)
 
 
-class WithoutDropout(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.net.dropout = torch.nn.Identity()
-
-
 def plain_data():
     return DataLoader(dataset(64), 8, shuffle=True), DataLoader(dataset(22, seed=1), 8)
 
@@ -45,11 +41,7 @@ def augmented_data(workers=0):
 
 # name: module, data, options of the Trainer; with two ranks, too, an epoch has four batches
 RUNS = {
-    "accumulation": (
-        WithoutDropout,
-        plain_data,
-        {"accumulate_grad_batches": 4, "val_check_interval": 2},
-    ),
+    "accumulation": (WithoutDropout, plain_data, {"accumulate_grad_batches": 4, "val_check_interval": 2}),
     "averaged weights": (WithoutDropout, plain_data, {}),
     "frozen backbone": (WithFrozenBackbone, plain_data, {}),
     "frozen BatchNorm": (WithFrozenNorm, plain_data, {}),
@@ -62,30 +54,13 @@ if not HAS_WEIGHT_AVERAGING:
     del RUNS["averaged weights"]
 
 
-def replaced_network(module, backend):
-    module.net = torch.compile(module.net, backend=backend)
-
-
-def network_in_place(module, backend):
-    module.net.compile(backend=backend)
-
-
-def module_in_place(module, backend):
-    module.compile(backend=backend)
-
-
 FORMS = {
     "not compiled": lambda module, backend: None,
-    "torch.compile(net)": replaced_network,
-    "net.compile()": network_in_place,
-    "module.compile()": module_in_place,
+    "torch.compile(net)": lambda module, backend: setattr(module, "net", torch.compile(module.net, backend=backend)),
+    "net.compile()": lambda module, backend: module.net.compile(backend=backend),
+    "module.compile()": lambda module, backend: module.compile(backend=backend),
 }
 PRECISIONS = ("32-true", "bf16-mixed")
-
-
-class DrawsOneNumber(Callback):
-    def on_validation_end(self, trainer, pl_module):
-        torch.rand(())
 
 
 class TouchesGradients(Callback):
@@ -102,7 +77,7 @@ CALLBACKS = {
     "val and train": lambda: [
         lf.FlatnessCallback(data=data, prefix=f"flatness/{data}", summary=False) for data in ("val", "train")
     ],
-    "draws one number": lambda: [DrawsOneNumber()],
+    "draws one number": lambda: [DrawsOneNumber(lambda: torch.rand(()))],
     "touches gradients": lambda: [TouchesGradients()],
 }
 

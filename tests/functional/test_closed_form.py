@@ -202,10 +202,7 @@ def test_both_routes_are_cheaper_somewhere():
 def test_the_diagonal_alone_is_the_diagonal(given):
     traces = given.traces()
     assert_close(
-        given.traces(diagonal=True),
-        traces.diagonal(dim1=1, dim2=2),
-        rtol=0,
-        atol=1e-12 * float(traces.abs().max()),
+        given.traces(diagonal=True), traces.diagonal(dim1=1, dim2=2), rtol=0, atol=1e-12 * float(traces.abs().max())
     )
 
 
@@ -272,8 +269,7 @@ def test_float32_keeps_its_digits_for_confident_samples(monkeypatch, by_gram, co
     # The same numbers in both precisions, so that only the arithmetic differs.
     single = given.single()
     double = replace(
-        single,
-        **{name: getattr(single, name).double() for name in ("inputs", "slopes", "head", "curvatures")},
+        single, **{name: getattr(single, name).double() for name in ("inputs", "slopes", "head", "curvatures")}
     )
     assert_traces_close(single.traces(), double.traces(), rtol=1e-4)
     assert_traces_close(single.without_curvatures().traces(), double.without_curvatures().traces(), rtol=1e-4)

@@ -2,11 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_flatness.functional import (
-    ConvolutionGeometry,
-    gauss_newton_block_traces,
-    patches,
-)
+from lightning_flatness.functional import ConvolutionGeometry, gauss_newton_block_traces, patches
 
 
 def case(size, groups=1, filters=4, columns=3, samples=5):

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import CrossEntropy, CustomLoss, MeanSquaredError, find_loss
+from tests.networks import focal
 
 
 def matrices(curvature, classes):
@@ -82,11 +83,6 @@ def test_squared_error(batch):
     targets = torch.randn_like(logits)
     assert_derivatives_are_autograds(find_loss("mse"), nn.MSELoss(), logits, targets)
     assert_derivatives_are_autograds(find_loss(nn.MSELoss()), nn.MSELoss(), logits, targets)
-
-
-def focal(logits, targets):
-    cross_entropy = F.cross_entropy(logits, targets, reduction="none")
-    return (1 - (-cross_entropy).exp()) ** 2 * cross_entropy
 
 
 @given(batch=logits_and_indices())
@@ -166,10 +162,7 @@ def test_a_common_shift_of_the_logits_changes_nothing():
         ({"loss": "mse", "label_smoothing": 0.1}, "options of loss='cross_entropy'"),
         ({"loss": nn.CrossEntropyLoss(), "ignore_index": 0}, "options of loss='cross_entropy'"),
         ({"loss": "cross_entropy", "label_smoothing": 1.5}, "label_smoothing=1.5 must lie between"),
-        (
-            {"loss": "cross_entropy", "class_weight": [1.0, -1.0]},
-            "class_weight must be a number for every class",
-        ),
+        ({"loss": "cross_entropy", "class_weight": [1.0, -1.0]}, "class_weight must be a number for every class"),
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "reduction='sum'.*mean over samples"),
         ({"loss": nn.MSELoss(reduction="none")}, "reduction='none'.*mean over samples"),
     ],

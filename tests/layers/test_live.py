@@ -9,13 +9,8 @@ from lightning_flatness.layers.live import Listener, same_inputs
 from lightning_flatness.layers.recording import Recorder
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import global_modes
+from tests.callbacks.live_networks import batch
 from tests.guarding import guards
-
-
-def batch(samples=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 1, 8, 8, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (samples,), generator=generator)
 
 
 class TwoInputs(networks.Plain):
@@ -23,10 +18,12 @@ class TwoInputs(networks.Plain):
         return super().forward(scale * x + shift)
 
 
+def listener(model, inputs):
+    return Listener(model.eval(), inputs, lambda: Recorder({"conv": model.conv}, model.fc, live=True))
+
+
 def heard_call(model, inputs, call):
-    model.eval()
-    observe = lambda: Recorder({"conv": model.conv}, model.fc, live=True)  # noqa: E731
-    with torch.inference_mode(), Listener(model, inputs, observe) as heard:
+    with torch.inference_mode(), listener(model, inputs) as heard:
         call()
     assert "forward" not in vars(model)
     return heard
@@ -81,13 +78,12 @@ def test_network_that_calls_itself_is_heard_once():
 def test_a_forward_of_the_instance_is_put_back():
     model, x = networks.Plain(), batch()[0]
     own = vars(model)["forward"] = lambda x: networks.Plain.forward(model, x)
-    observe = lambda: Recorder({"conv": model.conv}, model.fc, live=True)  # noqa: E731
-    with torch.inference_mode(), Listener(model.eval(), x, observe) as heard:
+    with torch.inference_mode(), listener(model, x) as heard:
         model(x)
         assert vars(model)["forward"] is not own
     assert vars(model)["forward"] is own
     assert heard.reason == ""
-    with Listener(model, x, observe):
+    with listener(model, x):
         later = vars(model)["forward"] = lambda x: x
     assert vars(model)["forward"] is later
 
@@ -104,12 +100,11 @@ def test_modes_are_put_back_whatever_the_forward_does_to_them(inference):
             return super().tail(z, upstream)
 
     model, x = Careless().eval(), batch()[0]
-    observe = lambda: Recorder({"conv": model.conv}, model.fc, live=True)  # noqa: E731
     for model.fails in (False, True):
         with torch.inference_mode() if inference else torch.no_grad():
             modes = global_modes()
             try:
-                with Listener(model, x, observe):
+                with listener(model, x):
                     model(x)
             except KeyboardInterrupt:
                 pass
@@ -125,7 +120,7 @@ def test_modes_are_put_back_where_a_layer_has_a_mode_of_its_own():
     model, x = networks.InferenceLayer().eval(), batch()[0]
     with torch.no_grad():
         expected, modes = model(x), global_modes()
-        with Listener(model, x, lambda: Recorder({"conv": model.conv}, model.fc, live=True)) as heard:
+        with listener(model, x) as heard:
             assert_close(model(x), expected, rtol=0, atol=0)
         assert heard.reason == ""
         assert global_modes() == modes

@@ -17,15 +17,10 @@ from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.recording import Recorder
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
+from tests.callbacks.live_networks import batch
 from tests.guarding import guards
 from tests.networks import Network, recipes
 from tests.torchvision_models import CURVED, PIECEWISE_LINEAR, random_model
-
-
-def batch(samples=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 1, 8, 8, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (samples,), generator=generator)
 
 
 def summed(statistics):
@@ -60,6 +55,14 @@ def assert_observed_as_own(model, x, y, **options):
     return ""
 
 
+def tried(model, x, y, **options):
+    """An observer, and its trial was a success."""
+    observer = FlatnessObserver(model, **options)
+    with torch.inference_mode():
+        assert observer.why_not_live(x, y) == ""
+    return observer
+
+
 def observed(observer, model, x, y):
     with torch.inference_mode(), observer.listen(x) as heard:
         model(x)
@@ -74,9 +77,7 @@ def test_a_kernel_that_is_written_to_is_known(write):
     torch.manual_seed(0)
     head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(130, 3))
     model, (x, y) = nn.Sequential(nn.Conv2d(1, 130, 3), *head).double().eval(), batch()
-    observer = FlatnessObserver(model)
-    with torch.inference_mode():
-        assert observer.why_not_live(x, y) == ""
+    observer = tried(model, x, y)
     before, kernel = observed(observer, model, x, y), model[0].weight
     if write == "behind autograd's back":
         kernel.data.mul_(2)
@@ -114,9 +115,7 @@ def test_a_device_is_waited_for_once_a_batch(activation, loss):
     head = (activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     model, (x, y) = nn.Sequential(nn.Conv2d(1, 6, 3), *head).double().eval(), batch()
     y = y if loss == "cross_entropy" else torch.rand(4, 3).double()
-    observer = FlatnessObserver(model, loss=loss)
-    with torch.inference_mode():
-        assert observer.why_not_live(x, y) == ""
+    observer = tried(model, x, y, loss=loss)
     observed(observer, model, x, y)
     with torch.inference_mode(), observer.listen(x) as heard:
         model(x)
@@ -139,9 +138,7 @@ def test_a_device_is_waited_for_once_a_batch(activation, loss):
 )
 def test_what_does_not_hold_is_named(spoil, match):
     model, (x, y) = networks.Plain().double().eval(), batch(samples=30)
-    observer = FlatnessObserver(model)
-    with torch.inference_mode():
-        assert observer.why_not_live(x, y) == ""
+    observer = tried(model, x, y)
     with pytest.raises(FlatnessError, match=match):
         observed(observer, model, *spoil(x, y))
     ((_, found),) = observed(observer, model, x, y).items()
@@ -154,9 +151,7 @@ def test_what_does_not_hold_is_named(spoil, match):
 @guards("functional/losses.py", "return None if holds(kept.all()) else kept", "return None")
 def test_ignored_targets_do_not_count_when_observed():
     model, (x, y) = networks.Plain().double().eval(), batch(samples=30)
-    observer = FlatnessObserver(model)
-    with torch.inference_mode():
-        assert observer.why_not_live(x, y) == ""
+    observer = tried(model, x, y)
     y[7:20] = -100
     for _ in range(2):
         ((_, found),) = observed(observer, model, x, y).items()
@@ -248,11 +243,10 @@ def test_options(options):
 
 @guards("layers.recording:Recorder._quiet", body="return hook")
 def test_errors_of_ours_do_not_reach_the_user(monkeypatch):
-    model, x = networks.Plain().eval(), batch()[0]
-    observer = FlatnessObserver(model)
+    model, (x, y) = networks.Plain().eval(), batch()
+    observer = tried(model, x, y)
     with torch.inference_mode():
         expected = model(x)
-        assert observer.why_not_live(x, batch()[1]) == ""
 
         def broken(self):
             raise AttributeError("ours")
@@ -263,14 +257,13 @@ def test_errors_of_ours_do_not_reach_the_user(monkeypatch):
             assert_close(model(x), expected, rtol=0, atol=0)
         assert global_modes() == modes
         with pytest.raises(FlatnessError, match="observing failed"):
-            observer.observed(heard, batch()[1])
+            observer.observed(heard, y)
 
 
 def test_graph_is_seen_as_long_as_it_lives():
     model, (x, y) = networks.Plain().eval(), batch()
-    observer = FlatnessObserver(model)
+    observer = tried(model, x, y)
     with torch.inference_mode():
-        assert observer.why_not_live(x, y) == ""
         with observer.listen(x) as heard:
             model(x)
         alive, kept = heard.graph(), heard.result().features[0]

@@ -11,21 +11,13 @@ from lightning_flatness.errors import NotClosedFormError
 from lightning_flatness.functional import closed_form_block_traces
 from lightning_flatness.layers import closed_form, gauss_newton
 from tests.layers.linear_net import LABELS, VECTORS
+from tests.networks import two_convolutions
 
 CLASSES = 300
 
 
 def net(confidence=1.0, activation=nn.ReLU):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3),
-        activation(),
-        nn.Conv2d(6, 8, 2),
-        activation(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, CLASSES),
-    )
+    model = two_convolutions((2, 6, 8), (3, 2), CLASSES, activation)
     with torch.no_grad():
         model[6].weight.mul_(confidence * 20)
     return model

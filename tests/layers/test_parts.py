@@ -15,21 +15,13 @@ from lightning_flatness.layers import gauss_newton, passes
 from lightning_flatness.measure.flatness import Measurement
 from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
+from tests.networks import two_convolutions
 
 MEASURES = ("hessian_trace", "neuronwise_flatness", "layerwise_flatness")
 
 
 def net(activation=nn.ReLU):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        activation(),
-        nn.Conv2d(4, 6, 2, groups=2),
-        activation(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 3),
-    ).double()
+    return two_convolutions((2, 4, 6), (3, 2), 3, activation, groups=2).double()
 
 
 SEED = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.layers.recording import Recorder
 from lightning_flatness.testing import oracle_block_traces
-from tests.eventful_networks import Net, UserError, tail_fails
+from tests.eventful_networks import Net, UserError, arrange
 from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import Apply, PooledNet, X, Y, measure
@@ -77,7 +77,7 @@ def test_inputs_that_are_changed_in_place_afterwards():
 def test_observing_puts_the_grad_mode_back(fails, batch):
     net = Net()
     if fails:
-        tail_fails(net)
+        arrange(net, "tail_fails")
     with torch.no_grad():
         try:
             with Recorder({"conv": net.conv}, net.head):

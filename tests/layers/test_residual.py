@@ -9,19 +9,11 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.testing import oracle_block_traces
 from tests.guarding import guards
+from tests.networks import two_convolutions
 
 
 def net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 2),
-        nn.Tanh(),
-        nn.Conv2d(3, 4, 2, groups=1),
-        nn.Tanh(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 3),
-    ).double()
+    return two_convolutions((2, 3, 4), (2, 2), 3, nn.Tanh).double()
 
 
 X = 2 * torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(0)).double()
@@ -31,6 +23,14 @@ BATCH = [(X, Y)]
 
 def measure(model=None, layers="0", **options):
     return lf.measure_flatness(model or net(), BATCH, layers=layers, residual="hutchinson", **options)
+
+
+def assert_estimated(model, name):
+    """Within four standard errors."""
+    layer = measure(model, name, num_probes=400).layers[name]
+    expected = float(oracle_block_traces(model, (X, Y), name).trace())
+    assert layer.method == "gauss_newton+hutchinson"
+    assert abs(layer.hessian_trace - expected) < 4 * layer.standard_errors["hessian_trace"]
 
 
 def test_it_is_the_hessian_within_its_standard_error():
@@ -74,11 +74,7 @@ def test_a_kernel_that_runs_on_its_own_output():
             return self.head(self.conv(self.conv(x).relu()).mean((2, 3)))
 
     torch.manual_seed(0)
-    model = Recurrent().double()
-    layer = measure(model, "conv", num_probes=400).layers["conv"]
-    expected = float(oracle_block_traces(model, (X, Y), "conv").trace())
-    assert layer.method == "gauss_newton+hutchinson"
-    assert abs(layer.hessian_trace - expected) < 4 * layer.standard_errors["hessian_trace"]
+    assert_estimated(Recurrent().double(), "conv")
 
 
 def test_probes_are_repeatable_and_leave_the_generators_alone():
@@ -130,11 +126,7 @@ def test_attention_has_a_second_derivative():
             return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
 
     torch.manual_seed(0)
-    model = Attention().double()
-    layer = measure(model, "qkv", num_probes=400).layers["qkv"]
-    expected = float(oracle_block_traces(model, (X, Y), "qkv").trace())
-    assert layer.method == "gauss_newton+hutchinson"
-    assert abs(layer.hessian_trace - expected) < 4 * layer.standard_errors["hessian_trace"]
+    assert_estimated(Attention().double(), "qkv")
 
 
 def test_a_sample_alone_has_the_error_of_the_same_sample_twice():

@@ -30,8 +30,6 @@ def net(seed=0, head=None):
 
 
 X, Y = torch.randn(10, 2, 5, 5, generator=torch.Generator().manual_seed(1)).double(), torch.arange(10) % 3
-
-
 BATCHES = [(X[:7], Y[:7]), (X[7:], Y[7:])]
 
 

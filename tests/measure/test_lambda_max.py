@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.testing import hessian_rows
+from tests.networks import focal
 
 
 def net(activation=nn.ReLU, groups=1):
@@ -29,11 +30,6 @@ def net(activation=nn.ReLU, groups=1):
 X = 2 * torch.randn(7, 2, 5, 5, generator=torch.Generator().manual_seed(0)).double()
 Y = torch.tensor([0, 1, 2, 2, 1, 0, 1])
 PRECISE = {"tolerance": 1e-9, "max_products": 2000}
-
-
-def focal(logits, targets):
-    cross_entropy = F.cross_entropy(logits, targets, reduction="none")
-    return (1 - (-cross_entropy).exp()) ** 2 * cross_entropy
 
 
 def dense(model, layer, loss=F.cross_entropy, targets=Y):
@@ -76,17 +72,9 @@ def test_curved_activations_under_the_closed_form(activation):
     ("options", "of_torch", "targets"),
     [
         ({"loss": "mse"}, F.mse_loss, torch.randn(7, 3).double()),
-        (
-            {"loss": "binary_cross_entropy"},
-            F.binary_cross_entropy_with_logits,
-            torch.rand(7, 3).round().double(),
-        ),
+        ({"loss": "binary_cross_entropy"}, F.binary_cross_entropy_with_logits, torch.rand(7, 3).round().double()),
         ({"loss": focal}, lambda f, y: focal(f, y).mean(), Y),
-        (
-            {"class_weight": [1.0, 2.0, 0.5]},
-            nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).double()),
-            Y,
-        ),
+        ({"class_weight": [1.0, 2.0, 0.5]}, nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).double()), Y),
     ],
     ids=["mse", "binary", "focal", "weighted"],
 )

@@ -161,12 +161,7 @@ def test_filters_that_do_not_divide_into_groups_are_refused(filters, groups):
 
 @pytest.mark.parametrize(
     "convert",
-    [
-        lambda m: m.half(),
-        lambda m: m.float(),
-        lambda m: m.bfloat16(),
-        lambda m: m.type(torch.float16),
-    ],
+    [lambda m: m.half(), lambda m: m.float(), lambda m: m.bfloat16(), lambda m: m.type(torch.float16)],
     ids=["half", "float", "bfloat16", "type"],
 )
 def test_states_stay_float64_when_a_module_is_converted(convert):

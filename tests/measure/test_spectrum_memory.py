@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 import lightning_flatness as lf
-from tests.spectra import (
-    own_value,
-)
+from tests.spectra import own_value
 
 
 class Weighs(nn.Module):

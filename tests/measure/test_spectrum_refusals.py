@@ -247,9 +247,7 @@ def test_no_trace(training, fails_in_pass):
 
     model = WithSpot(action).double().train(training)
     model.norm.eval()
-    model.conv2.bias.requires_grad_(False)
     batch = data(6)
-    model.requires_grad_(True)
     cross_entropy(model(batch[0].clone()), batch[1]).backward()
     model.conv2.bias.requires_grad_(False)
     inputs, before = batch[0].clone(), snapshot(model)

@@ -9,15 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from tests.eventful_networks import (
-    DrawsNumbers,
-    Net,
-    WritesInput,
-    block_traces,
-    compiled_part,
-    dropout_and_norm,
-    plain,
-)
+from tests.eventful_networks import DrawsNumbers, Net, WritesInput, block_traces, compiled_part, dropout_and_norm, plain
 from tests.guarding import guards
 
 

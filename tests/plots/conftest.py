@@ -1,9 +1,9 @@
 import pytest
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 import lightning_flatness as lf
+from tests.networks import two_convolutions
 
 
 @pytest.fixture
@@ -23,15 +23,7 @@ def layer():
     """Measure the last convolution of a small network."""
 
     def measured(filters=6, groups=1):
-        net = nn.Sequential(
-            nn.Conv2d(1, 4, 3),
-            nn.ReLU(),
-            nn.Conv2d(4, filters, 3, groups=groups),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(filters, 3),
-        )
+        net = two_convolutions((1, 4, filters), (3, 3), 3, groups=groups)
         return lf.measure_flatness(net, [(torch.randn(8, 1, 8, 8), torch.arange(8) % 3)]).layers["2"]
 
     return measured

@@ -11,6 +11,7 @@ from torch import nn
 import lightning_flatness as lf
 from lightning_flatness.plots import plot_block_traces, plot_history, plot_layer_history, plot_layers
 from lightning_flatness.plots.flatness import EXACT_COLOUR, INEXACT_COLOUR
+from tests.networks import two_convolutions
 
 
 def history(flatness=(3.0, 80.0, 40.0), accuracy=(0.3, 0.8, 0.9)):
@@ -87,16 +88,7 @@ def test_length_of_the_history(epochs, burn_in, drawn):
 
 
 def report(activation=nn.SiLU, **options):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        activation(),
-        nn.Conv2d(4, 6, 3),
-        activation(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 3),
-    )
+    net = two_convolutions((1, 4, 6), (3, 3), 3, activation)
     batch = torch.randn(8, 1, 8, 8), torch.arange(8) % 3
     return lf.measure_flatness(net, [batch], layers="all", **options)
 

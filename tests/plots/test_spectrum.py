@@ -12,12 +12,16 @@ import lightning_flatness as lf
 from lightning_flatness.plots import plot_density, plot_eigenvalues
 
 
-@pytest.fixture(scope="module")
-def result():
+def spectrum(num_steps, num_probes, top_k=4):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     batch = torch.randn(20, 5), torch.randint(3, (20,))
-    return lf.hessian_spectrum(net, [batch], top_k=4, num_steps=15, num_probes=3)
+    return lf.hessian_spectrum(net, [batch], top_k=top_k, num_steps=num_steps, num_probes=num_probes)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return spectrum(15, 3)
 
 
 def test_density(result):
@@ -55,13 +59,6 @@ def test_zero_spectra_are_drawn(result):
     zero = dataclasses.replace(zero, ritz_weights=torch.full((1, 3), 1 / 3).double())
     plot_density(zero)
     plot_eigenvalues([(0, zero)])
-
-
-def spectrum(num_steps, num_probes, top_k=4):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-    batch = torch.randn(20, 5), torch.randint(3, (20,))
-    return lf.hessian_spectrum(net, [batch], top_k=top_k, num_steps=num_steps, num_probes=num_probes)
 
 
 @pytest.mark.parametrize(("num_steps", "num_probes"), [(1, 1), (1, 4), (3, 2), (15, 3)])

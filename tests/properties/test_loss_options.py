@@ -11,25 +11,11 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.testing import assert_matches_oracle
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
-from tests.networks import Network, randomise_statistics, recipes
-
-
-def focal(logits, targets):
-    cross_entropy = F.cross_entropy(logits, targets, reduction="none")
-    return (1 - (-cross_entropy).exp()) ** 2 * cross_entropy
+from tests.networks import Network, focal, randomise_statistics, recipes, two_convolutions
 
 
 def net(activation=nn.ReLU, classes=4):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3),
-        activation(),
-        nn.Conv2d(3, 4, 2),
-        activation(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, classes),
-    )
+    return two_convolutions((2, 3, 4), (3, 2), classes, activation)
 
 
 X = torch.randn(6, 2, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -199,11 +185,10 @@ def test_eigenvalues_with_wrong_options(options):
 def test_a_loss_of_ones_own_may_be_derived_from_one_of_torch():
     class Focal(nn.CrossEntropyLoss):
         def forward(self, f, y):
-            losses = F.cross_entropy(f, y, reduction="none")
-            return (1 - (-losses).exp()) ** 2 * losses
+            return focal(f, y)
 
     net = linear_net()
-    focal = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=Focal())
-    by_function = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=Focal().forward)
-    assert focal.hessian_trace == by_function.hessian_trace
-    assert focal.hessian_trace != lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a").hessian_trace
+    by_module = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=Focal())
+    by_function = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a", loss=focal)
+    assert by_module.hessian_trace == by_function.hessian_trace
+    assert by_module.hessian_trace != lf.measure_flatness(net, [(VECTORS, LABELS)], layers="a").hessian_trace

@@ -15,14 +15,12 @@ from tests.eventful_networks import (
     EVENTS,
     MODELS,
     Net,
+    arrange,
     block_traces,
-    certificate_refuses,
     compiled_by_aot,
     dropout_and_norm,
     module_with_two_names,
-    nothing_happens,
     plain,
-    tail_fails_when_observed,
     tied_parameter,
     train_mode,
     with_gradients,
@@ -94,12 +92,12 @@ def assert_unchanged(net, batch, before):
 @guards("model/copy.py", "measured(tensor, self._dtype).clone()", "tensor", ids="WritesInput-nothing_happens")
 @guards("model/copy.py", ", dtype).clone()", ", dtype)", ids="WritesWeights-nothing_happens")
 @guards("model/isolation.py", "now.update(attributes)", "pass", ids="train_mode-nothing_happens")
-@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+@pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_everything_is_as_it_was(model, event, batch):
     torch.compiler.reset()
     net = model()
-    error = event(net)
+    error = arrange(net, event)
     before = snapshot(net, batch)
     if error is None:
         assert lf.measure_flatness(net, [batch, batch]).num_samples == 10
@@ -109,7 +107,7 @@ def test_everything_is_as_it_was(model, event, batch):
     assert_unchanged(net, batch, before)
 
 
-@pytest.mark.parametrize("event", [nothing_happens, tail_fails_when_observed, certificate_refuses])
+@pytest.mark.parametrize("event", ["nothing_happens", "tail_fails_when_observed", "certificate_refuses"])
 @pytest.mark.parametrize(
     "mode",
     [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
@@ -117,7 +115,7 @@ def test_everything_is_as_it_was(model, event, batch):
 )
 def test_modes_are_as_they_were(mode, event, batch):
     net = Net()
-    error = event(net)
+    error = arrange(net, event)
     with mode():
         before = snapshot(net, batch)
         if error is None:
@@ -158,7 +156,7 @@ def test_a_trace_would_be_seen(change, batch):
     [plain, train_mode, with_hooks, tied_parameter, module_with_two_names, compiled_by_aot],
     ids=lambda m: m.__name__,
 )
-@pytest.mark.parametrize("event", [nothing_happens, tail_fails_when_observed], ids=lambda event: event.__name__)
+@pytest.mark.parametrize("event", ["nothing_happens", "tail_fails_when_observed"])
 def test_between_forward_and_backward(model, event, batch):
     torch.compiler.reset()
     net = model()
@@ -167,7 +165,7 @@ def test_between_forward_and_backward(model, event, batch):
     cross_entropy(twin(x), y).backward()
 
     loss = cross_entropy(net(x), y)
-    error = event(net)
+    error = arrange(net, event)
     net.downstream.calls = 0
     if error is None:
         lf.measure_flatness(net, [batch])

@@ -197,15 +197,8 @@ def test_an_error_of_the_users_forward_stays_itself():
 
 
 def test_a_network_in_training_mode_is_measured_in_evaluation_mode():
-    net = nn.Sequential(
-        nn.Conv2d(2, 6, 3),
-        nn.BatchNorm2d(6),
-        nn.SiLU(),
-        nn.Dropout(0.5),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 4),
-    )
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.SiLU(), nn.Dropout(0.5), *head)
     for _ in range(3):
         net(X)  # so that running statistics differ from those of the batch
     expected = measure(net.eval()).layers["0"].block_traces

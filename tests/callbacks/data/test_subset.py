@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Subset, SubsetRandomSampler
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from tests.callbacks.flatness_runs import Recorder, Stream, expected, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
+from tests.callbacks.training_runs import Augmented
 from tests.guarding import guards
 
 
@@ -52,20 +53,6 @@ def test_training_data_without_validation(tmp_path, how):
 
 def batches_of(subset):
     return list(subset.batches(Net()))
-
-
-class Augmented(Dataset):
-    """Noise from all three global generators."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        x, y = self.data[index]
-        return x + 0.1 * torch.randn(()) + 0.1 * float(np.random.randn()) + 0.1 * random.gauss(0, 1), y  # noqa: NPY002
 
 
 @guards("callbacks/data/reading.py", "_seed(index)", "pass", ids="0")
