@@ -68,7 +68,7 @@ class LandscapeCallback(EpochEndCallback):
 
     def __init__(
         self,
-        data: Literal["train", "val"] | Iterable[Any] = "train",
+        data: Literal["val", "train"] | Iterable[Any] = "train",
         max_samples: int | None = None,
         every_n_epochs: int | None = None,
         axes: str | list[str] = "random",

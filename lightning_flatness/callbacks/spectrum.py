@@ -59,7 +59,7 @@ class SpectrumCallback(EpochEndCallback):
 
     def __init__(
         self,
-        data: Literal["train", "val"] | Iterable[Any] = "train",
+        data: Literal["val", "train"] | Iterable[Any] = "train",
         max_samples: int | None = None,
         every_n_epochs: int | None = None,
         params: str | list[str] | None = None,
