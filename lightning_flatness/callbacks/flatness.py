@@ -37,12 +37,9 @@ class FlatnessCallback(MeasuringCallback):
 
     Training with it is bit-identical to training without it.
 
-    ``layers``, ``loss``, ``strict`` and the arguments from ``label_smoothing`` to ``dtype`` are those of
-    :func:`~lightning_flatness.measure_flatness`. With ``strict``, a number that is not the Hessian's is refused before
-    the first epoch, or with the batch that shows it. ``measures`` without ``"relative_flatness"`` leave the Hessian
-    trace, its logarithm and the weight norm to be logged; those that are not logged are in :attr:`report`.
-
     Args:
+        layers: which, see :func:`~lightning_flatness.measure_flatness`, as for all arguments after ``figures``.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function to per-sample losses.
         data: ``"val"``: the batches that are validated. ``"train"``: a fixed random subset of the training data, in
             evaluation mode, through a loader of its own; the papers define flatness on the training loss. Or a
             ``DataLoader`` or list of batches, of which every rank measures its share.
@@ -59,6 +56,16 @@ class FlatnessCallback(MeasuringCallback):
             like ``image`` and one like ``label``.
         summary: print before training which layers are measured, and how that was certified.
         figures: draw accuracy and flatness, and the block traces, for TensorBoard at the end of training.
+        strict: refuse a number that is not the Hessian's, before the first epoch or with the batch that shows it.
+        label_smoothing: of cross-entropy.
+        class_weight: of cross-entropy.
+        ignore_index: of cross-entropy.
+        measures: without ``"relative_flatness"`` only the Hessian trace, its logarithm and the weight norm are logged.
+        tolerance: relative standard error that is accepted with many classes.
+        residual: ``"hutchinson"`` to estimate what Gauss-Newton leaves out.
+        num_probes: of that estimate.
+        seed: of the probes.
+        dtype: ``"float32"`` or ``"float64"``, to measure in; by default the model's own, at least float32.
         live: observe the forward passes of validation steps where that changes nothing; False for extra passes always.
         on_error: ``"raise"``; or ``"warn"`` and train on: a measurement that fails logs nothing.
 

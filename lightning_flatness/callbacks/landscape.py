@@ -38,19 +38,38 @@ class LandscapeCallback(EpochEndCallback):
     at the end of the fit at those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is listed
     before it.
 
-    The arguments from ``normalize`` to ``dtype`` are those of :func:`~lightning_flatness.loss_landscape`; ``data``,
-    ``max_samples``, ``every_n_epochs`` and ``folder`` those of :class:`~lightning_flatness.SpectrumCallback`;
-    ``prefix`` (of the figures), ``model``, ``batch_fn``, ``figures`` and ``on_error`` those of
-    :class:`~lightning_flatness.FlatnessCallback`.
-
     Args:
+        data: ``"train"``: a fixed random subset of the training data, in evaluation mode, through a loader of its own.
+            ``"val"``: likewise of the validation data. Or a ``DataLoader`` or list of batches, of which every rank
+            measures its share. All of it is kept in memory while it is measured.
+        max_samples: size of the subset over all ranks; by default 512, or all of data that are given.
+        every_n_epochs: measure the first epoch and every n-th after it, too; None for the end of the fit only.
         axes: ``"random"``, ``"adam"`` (moments of the Trainer's optimizer) or ``"hessian"``, a plane of two such axes;
             a list of one (a line) or two of these words; or ``"trajectory"``: the plane of the two principal directions
             of the weights of all epochs, which are drawn into it. For this a copy of the network's parameters, of the
             start and of every epoch of this fit, is kept in the memory of the CPU, on every rank; not in checkpoints.
-        span: by default 1, or what the trajectory takes and a quarter of it on every side.
+        normalize: this and the arguments to ``dtype`` are those of :func:`~lightning_flatness.loss_landscape`.
+        norm: L1 or L2.
+        biases: ``"zero"`` or ``"scaled"``.
+        update: ``"add"`` or ``"adam"``.
+        span: of the coordinates; by default 1, or what the trajectory takes and a quarter of it on every side.
+        steps: points along every axis.
+        frozen: what does not move.
         batch_norm: ``"kept"``, ``"recomputed"``, or ``"both"``, one after the other, drawn side by side.
+        loss: name, module or function.
+        label_smoothing: of cross-entropy; so are the next two.
+        class_weight: of cross-entropy.
+        ignore_index: of cross-entropy.
+        seed: of random axes.
+        dtype: to measure in.
         cap: losses above are drawn as this.
+        prefix: of the figures; give several callbacks in one Trainer different ones.
+        model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
+            LightningModule to the network; by default the LightningModule.
+        batch_fn: function from a batch to ``(inputs, targets)``.
+        folder: for the files; by default ``prefix`` in the Trainer's ``log_dir``.
+        figures: draw for TensorBoard.
+        on_error: ``"raise"``; or ``"warn"`` and train on.
 
     Attributes:
         history: a record of plain numbers for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy``

@@ -32,17 +32,35 @@ class SpectrumCallback(EpochEndCallback):
     Training with it is bit-identical to training without it. It measures the weights in training; at the end of the fit
     those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is listed before it.
 
-    The arguments from ``params`` to ``dtype`` are those of :func:`~lightning_flatness.hessian_spectrum`; ``prefix``,
-    ``model``, ``batch_fn``, ``figures`` and ``on_error`` those of :class:`~lightning_flatness.FlatnessCallback`.
-
     Args:
         data: ``"train"``: a fixed random subset of the training data, in evaluation mode, through a loader of its own.
             ``"val"``: likewise of the validation data. Or a ``DataLoader`` or list of batches, of which every rank
             measures its share. All of it is kept in memory while it is measured.
         max_samples: size of the subset over all ranks; by default 512, or all of data that are given.
         every_n_epochs: measure the first epoch and every n-th after it, too; None for the end of the fit only.
+        params: names or glob patterns of parameters or modules; None for all. This and the arguments to ``dtype`` are
+            those of :func:`~lightning_flatness.hessian_spectrum`.
+        loss: name, module or function.
+        label_smoothing: of cross-entropy.
+        class_weight: of cross-entropy.
+        ignore_index: of cross-entropy.
+        matrix: ``"hessian"`` or ``"gauss_newton"``.
+        top_k: eigenvalues.
+        num_steps: Lanczos steps of every probe.
+        num_probes: random vectors.
+        exponent: of ``K_Hn``.
+        tolerance: of the eigenvalues' residuals.
+        max_products: for the eigenvalues.
+        seed: of the probes.
+        dtype: to measure in.
+        prefix: of the logged keys; give several callbacks in one Trainer different ones.
+        model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
+            LightningModule to the network; by default the LightningModule.
+        batch_fn: function from a batch to ``(inputs, targets)``.
         folder: for the files; by default ``prefix`` in the Trainer's ``log_dir``.
         eigenvectors: write them to the files, too: ``top_k`` vectors as long as all parameters together.
+        figures: draw for TensorBoard.
+        on_error: ``"raise"``; or ``"warn"`` and train on.
 
     Attributes:
         history: a record of plain numbers for every measurement of a fit, with ``epoch``, ``step``, the logged keys and
