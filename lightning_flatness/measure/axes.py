@@ -1,4 +1,4 @@
-"""Directions of a landscape, from the axes that a user asks for."""
+"""Find the directions of a landscape for the axes that a user asks for."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Axes(NamedTuple):
 
     names: tuple[str, ...]
     directions: tuple[Direction, ...]
-    units: tuple[str, ...]  # of the normalisation of each
-    epsilons: dict[str, float] | None  # of Adam's update, by parameter
+    units: tuple[str, ...]  # the unit of normalisation of each axis
+    epsilons: dict[str, float] | None  # the eps of Adam's update, by parameter name
 
 
 def find_axes(
@@ -36,9 +36,10 @@ def find_axes(
     optimizer: Any,
     eigenvectors: Callable[[int], Sequence[Any]],
 ) -> Axes:
-    """Directions for the axes, without frozen tensors, normalised. The i-th mention of a kind is its i-th direction.
+    """Return the normalised directions of the axes, without frozen tensors.
 
-    ``weights`` are the parameters and buffers in the precision that is measured in; ``eigenvectors`` computes so many.
+    If a kind of axis is named several times, the i-th mention takes the i-th direction of that kind. ``weights`` are
+    the parameters and buffers in the precision of the measurement. ``eigenvectors(n)`` computes ``n`` eigenvectors.
     """
     kinds = [axis if isinstance(axis, str) else "given" for axis in options.axes]
     as_adam = options.update == "adam"
@@ -77,7 +78,7 @@ def find_axes(
                 f"The axis '{name}' is zero: all that it moves is frozen, or is a bias where biases='zero' (there is "
                 "biases='scaled'), or has weights that are zero."
             )
-    if as_adam and len(directions) == 1:  # along a line, too, Adam's step takes both moments
+    if as_adam and len(directions) == 1:  # Adam's step needs both moments, also along a line
         directions.append({key: tensor.double() for key, tensor in moments[1].items() if key not in frozen})
     return Axes(tuple(names), tuple(directions), units, epsilons if as_adam else None)
 
@@ -85,9 +86,10 @@ def find_axes(
 def adam_moments(
     optimizer: Any, tensors: NamedTensors, of_step: bool
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
-    """Adam's moments ``exp_avg`` and ``exp_avg_sq`` by parameter, and its ``eps``, of one optimizer or several.
+    """Return the moments ``exp_avg`` and ``exp_avg_sq`` and the ``eps`` of one or several Adam optimizers.
 
-    With ``of_step`` the second moment is that by which the step divides: with ``amsgrad``, its largest value.
+    All are mappings from parameter names. With ``of_step`` and ``amsgrad``, the second moment is ``max_exp_avg_sq``, by
+    which the optimizer's step divides.
     """
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers or not all(hasattr(each, "param_groups") and hasattr(each, "state") for each in optimizers):

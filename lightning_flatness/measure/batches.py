@@ -1,4 +1,4 @@
-"""Batches as users give them."""
+"""Split batches in the formats that users give them in into inputs and targets."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.model.generators import drawing, generators_kept
 from lightning_flatness.model.isolation import random_states_kept
 
-# Names by which batches call what goes into a model, and what should come out.
+# Common names of entries of a batch that hold the inputs of a model, and its targets.
 INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data")
 TARGETS = ("y", "target", "targets", "label", "labels")
 
 
 @contextmanager
 def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterator[tuple[Any, Tensor | None]]]:
-    """Inputs and targets of batches, on the model's device, read with the same random numbers every time.
+    """Yield an iterator over the inputs and targets of batches, moved to the model's device.
 
-    Random states are restored on leaving, also those of generators that the loader, its sampler and its data set hold:
-    a ``DataLoader`` draws a seed whenever it is iterated.
+    On leaving, random states are restored, so that every call reads the batches with the same random numbers. This
+    includes generators of the loader, its sampler and its data set: a ``DataLoader`` draws a seed at each iteration.
     """
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     with random_states_kept(model), generators_kept(drawing(batches)):
@@ -33,10 +33,10 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """``(inputs, targets)`` of a batch: a pair as it is, a lone tensor as inputs without targets.
+    """Return ``(inputs, targets)`` of a batch; a single tensor is taken as inputs without targets.
 
-    A mapping, dataclass or named tuple gives its entries named like inputs (``image``, ``x``, ``pixel_values``, ...)
-    and like targets (``label``, ``y``, ...), if there is one of each and nothing else that the model may need.
+    A mapping, dataclass or named tuple must have exactly one entry named like inputs (``image``, ``x``, ...), exactly
+    one named like targets (``label``, ``y``, ...), and no other tensor of two or more dimensions.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -67,7 +67,7 @@ def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
     )
     if len(inputs) != 1 or len(targets) != 1:
         return None
-    # Counts and the like may be left out; a tensor of two dimensions or more may be another input.
+    # Other entries, such as counts, are ignored; but a tensor of two or more dimensions may be another input.
     others = [value for key, value in entries.items() if key not in (*inputs, *targets)]
     if any(isinstance(value, Tensor) and value.ndim > 1 for value in others):
         return None

@@ -1,4 +1,4 @@
-"""From batches to a report."""
+"""Measure the flatness of layers over batches, and report it."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo,
 
 
 class Measurement:
-    """One measurement in progress: an observer of the model and sums for every layer."""
+    """One measurement in progress: an observer of the model, and the sums over samples for every layer."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         seed = options.get("seed", 0)
-        self._diagonal = Options(**options).diagonal  # refuses options that cannot be
-        # Variances add up, since probes of ranks are independent.
+        self._diagonal = Options(**options).diagonal  # raises an error for invalid options
+        # Every rank has its own seed: variances may be summed over ranks only if their probes are independent.
         self._observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank()})
         self._model = model
         self._sums: dict[str, LayerSums] = {}
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
-        """How every layer is measured; empty before the first batch."""
+        """How each layer is measured, by layer name; empty before the first batch."""
         return self._observer.layers
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        """Layers of ``layers="all"`` that cannot be measured, and why."""
+        """Reasons why layers cannot be measured, by layer name, for ``layers="all"``."""
         return self._observer.left_out
 
     def update(
         self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
     ) -> None:
-        """Add one batch; one without samples adds nothing."""
+        """Add one batch. A batch without samples adds nothing."""
         self._add(self._observer.sums(inputs, targets, advance))
 
     def why_not_live(
         self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> str:
-        """Why the user's forward passes cannot be observed; empty if they can (see ``FlatnessObserver``)."""
+        """Return why the user's forward passes cannot be observed, or ``""`` if they can (see ``FlatnessObserver``)."""
         return self._observer.why_not_live(inputs, targets, forward)
 
     def listen(self, inputs: Any) -> Listener:
-        """Observe the user's forward pass on these inputs, once :meth:`why_not_live` has returned nothing."""
+        """Observe the user's forward pass on these inputs. Before, :meth:`why_not_live` must have returned ``""``."""
         return self._observer.listen(inputs)
 
     def update_observed(self, listener: Listener, targets: Tensor | None = None) -> None:
-        """Add a batch on which the user's forward pass was observed; nothing, if that raises an error."""
+        """Add a batch on which the user's forward pass was observed. If this raises an error, nothing is added."""
         self._add(self._observer.observed_sums(listener, targets))
 
     def _add(self, sums: dict[str, LayerSums]) -> None:
@@ -74,8 +74,8 @@ class Measurement:
         self._sums = self._sums | added(self._sums, sums)
 
     def _metric(self, info: LayerInfo) -> FlatnessMetric:
-        # Made when asked for, so that while a model runs there is no more than the sums. It is on the model's device,
-        # where a backend of torch.distributed that takes no other sums it over ranks.
+        # The metric is created only here, so that only the sums take memory while the model runs. It is on the model's
+        # device, since a backend such as NCCL sums only tensors on its own kind of device over ranks.
         tensor = next(iter(self._model.parameters()), None)
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
         with torch.device("cpu"):  # whatever the default device is
@@ -86,9 +86,10 @@ class Measurement:
         return metric
 
     def report(self) -> FlatnessReport:
-        """The flatness over all batches so far, of all ranks; call it on every rank, also on one that saw no batch.
+        """Return the flatness over all batches so far of all ranks.
 
-        What one rank has labelled is labelled.
+        Call it on every rank, also on a rank without batches. A label (a reason why a layer's numbers are not exact)
+        that any rank has given is in the report of all ranks.
         """
         found = [(layers, left_out) for layers, left_out in gather((self.layers, self.left_out)) if layers]
         if not found:
@@ -142,48 +143,49 @@ def measure_flatness(
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
     progress: bool | None = None,
 ) -> FlatnessReport:
-    """Flatness of convolutions and linear layers over all batches: exact where that is certified, else labelled.
+    """Measure the flatness of convolutions and linear layers over all batches.
 
-    The model is measured in evaluation mode, whatever mode it is in, and left as it was: weights, gradients, buffers,
-    modes, random states. Batches may have different sizes; every sample counts the same. In a process group of
-    ``torch.distributed`` every rank gives its own batches, or none, and gets the flatness over all: call it on every
-    rank or on none. (An error on one rank leaves the others waiting, as with any collective.)
+    Numbers are exact where that is certified; otherwise they are labelled. The model is measured in evaluation mode,
+    and its weights, gradients, buffers, modes and random states are left as they were. Batches may have different
+    sizes, and every sample has the same weight. In a process group of ``torch.distributed``, every rank passes its own
+    batches, or none, and gets the flatness over the batches of all ranks: call the function on every rank or on none.
+    (If one rank raises an error, the other ranks keep waiting, as with any collective.)
 
     Args:
         model: any module that returns logits ``(N, K)``.
-        batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or inputs alone, where neither the loss's curvature
-            nor a curved activation needs targets. Tensors are moved to the model's device.
+        batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or only inputs, if neither the loss's curvature nor
+            the curvature of an activation depends on targets. Tensors are moved to the model's device.
         layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
             and linear layer that can be measured (``report.left_out`` names the others); or names or glob patterns.
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` (several labels, each yes or no; with logits) or
-            ``"mse"``, all averaged as in torch; a loss module of torch with a mean; or a function from ``(logits,
-            targets)`` to the loss of every sample, ``(N,)``, of which the mean is measured.
-        label_smoothing: of cross-entropy; this and the next two as in ``torch.nn.CrossEntropyLoss``.
-        class_weight: of cross-entropy, ``(K,)``.
-        ignore_index: of cross-entropy.
-        measures: without ``"relative_flatness"`` only diagonals of the block traces are kept, which takes less time and
-            memory.
-        tolerance: with 128 classes or more, layers under Gauss-Newton sample the classes that carry little mass, until
-            trace and relative flatness have this relative standard error; such numbers are not called exact. 0, or
-            ``strict``, takes every class.
-        residual: ``"hutchinson"`` estimates the part of the Hessian that Gauss-Newton leaves out, by random probes;
-            ``layer.standard_errors`` tells how well.
-        num_probes: for that, probes for every layer and batch.
-        seed: of the probes.
-        strict: raise an error instead of giving a number that is not the Hessian's.
-        dtype: ``"float32"`` or ``"float64"``, to run copies of weights and batches in; by default the model's own, at
-            least float32. Sums are kept in float64 always.
-        progress: show a progress bar; by default in a terminal.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` (with logits, for several binary labels) or ``"mse"``, all
+            averaged as in torch; a loss module of torch with ``reduction="mean"``; or a function of ``(logits,
+            targets)`` that returns the loss of every sample, ``(N,)``, whose mean is measured.
+        label_smoothing: label smoothing of cross-entropy, as in ``torch.nn.CrossEntropyLoss``.
+        class_weight: class weights ``(K,)`` of cross-entropy, as in ``torch.nn.CrossEntropyLoss(weight=...)``.
+        ignore_index: target value that cross-entropy ignores.
+        measures: the measures to compute. Without ``"relative_flatness"``, only the diagonals of the block traces are
+            kept, which takes less time and memory.
+        tolerance: relative standard error of trace and relative flatness for layers whose Gauss-Newton matrix is
+            measured, with 128 classes or more: classes with little probability mass are sampled until it is reached.
+            Such numbers are not called exact. With 0, or with ``strict``, all classes are computed.
+        residual: ``"hutchinson"`` estimates, by random probes, the part of the Hessian that the Gauss-Newton matrix
+            leaves out; ``layer.standard_errors`` has the standard errors.
+        num_probes: number of these probes for every layer and batch.
+        seed: seed of the probes.
+        strict: raise an error instead of returning numbers that are not those of the Hessian.
+        dtype: ``"float32"`` or ``"float64"``, the precision in which copies of weights and batches run; by default the
+            model's own, but at least float32. Sums are always kept in float64.
+        progress: show a progress bar; by default only in a terminal.
 
     Returns:
         A :class:`~lightning_flatness.FlatnessReport`.
 
     Raises:
-        FlatnessError: options that cannot be.
-        LayerSelectionError: no such layer, it never runs, does more than convolve, its weight is used elsewhere too,
-            samples mix, or the forward is random.
-        NotExactError: with ``strict``, a number would not be the Hessian's.
-        BatchError: logits, targets or weights that cannot be measured; no batches; no memory.
+        FlatnessError: an option is invalid.
+        LayerSelectionError: a layer does not exist, never runs, or does more than convolve; its weight is also used
+            elsewhere; samples of a batch affect each other; or the forward is random.
+        NotExactError: with ``strict``, a number would not be that of the Hessian.
+        BatchError: logits, targets or weights cannot be measured, there are no batches, or memory does not suffice.
 
     Source:
         Taleghani et al. 2026 (arXiv 2603.09016); Petzka et al. 2021 (arXiv 2001.00939), Definition 3.

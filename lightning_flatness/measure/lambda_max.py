@@ -1,4 +1,4 @@
-"""The largest eigenvalue of a layer's Hessian, and its relative variants."""
+"""Measure the largest eigenvalue of a layer's Hessian, and its relative variants."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def measure_lambda_max(
     strict: bool = False,
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
 ) -> dict[str, LayerLambdaMax]:
-    """Largest eigenvalue of the Hessian of each layer's kernel, and how it looks relative to the weights.
+    """Compute the largest eigenvalue of the Hessian of each layer's kernel, and its variants relative to the weights.
 
-    The model runs once on every batch; what the products with the Hessian need is kept, so memory grows with the
-    samples: give some hundreds of them. Ranks of a process group are not summed over.
+    The model runs once on every batch. The tensors that products with the Hessian need are kept, so memory grows with
+    the number of samples; some hundreds are advisable. In a process group, every rank measures only its own batches.
 
-    It stops when residuals are ``tolerance`` of the values, or after ``max_products`` products with the Hessian. At
-    most ``max_gigabytes`` are kept. ``by_filter`` also finds the largest eigenvalue of every filter's own block, for
-    the neuron-wise variant. ``seed`` is of the vectors to start with; ``strict`` refuses layers of which only the
-    Gauss-Newton matrix can be had. The other arguments, and the errors, are those of
-    :func:`~lightning_flatness.measure_flatness`.
+    The iteration stops when residuals are at most ``tolerance`` times the eigenvalues, or after ``max_products``
+    products with the Hessian. If more than ``max_gigabytes`` would be kept, an error is raised. ``by_filter`` also
+    computes the largest eigenvalue of each filter's own block, for the neuron-wise variant. ``seed`` determines the
+    starting vectors. ``strict`` raises an error for layers of which only the Gauss-Newton matrix can be computed. The
+    other arguments, and the errors, are those of :func:`~lightning_flatness.measure_flatness`.
 
     Returns:
         A :class:`~lightning_flatness.LayerLambdaMax` for every layer, by name.
@@ -120,7 +120,7 @@ def measure_lambda_max(
 
 @dataclass(frozen=True)
 class _MeanHessian:
-    """The mean over samples of a layer's Hessian, from what batches left behind."""
+    """The mean over samples of a layer's Hessian, as the sum of the operators kept for each batch."""
 
     kernel: Tensor
     operators: Sequence[Operator]
@@ -129,7 +129,7 @@ class _MeanHessian:
     def largest(
         self, by_filter: bool, generator: torch.Generator, tolerance: float, max_products: int
     ) -> LargestEigenvalues:
-        """The largest eigenvalue, or that of every filter's own block."""
+        """Return the largest eigenvalue of the Hessian, or with ``by_filter`` that of each filter's own block."""
         rows = len(self.kernel) if by_filter else 1
         shape = rows, self.kernel.numel() // rows
         start = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.kernel.device)

@@ -52,54 +52,56 @@ def loss_landscape(
 ) -> LandscapeResult:
     """Compute mean loss and accuracy at ``w + Σ_i α_i d_i`` on a line or a plane through a model's weights ``w``.
 
-    The model runs on copies, in evaluation mode, and is left as it was; every sample counts the same. Points are
-    computed from the middle outwards; an interrupt (Ctrl-C) returns those computed so far, to be completed with
-    ``resume=``. In a process group every rank gives its own batches and gets the losses over all: call it on every rank
-    or on none. ``docs/landscape.md`` has the formulas.
+    The model runs on copies, in evaluation mode, and is left as it was. Every sample has the same weight. Points are
+    computed from the middle outwards. After an interrupt (Ctrl-C), the points computed so far are returned, and
+    ``resume=`` completes them. In a process group, every rank passes its own batches and gets the losses over the
+    batches of all ranks: call it on every rank or on none. ``docs/landscape.md`` has the formulas.
 
     Args:
         model: any module that returns logits ``(samples, classes)``.
-        batches: pairs ``(inputs, targets)`` that can be read many times: a list or a ``DataLoader``. Random numbers are
-            the same every time.
-        axes: ``"random"``, ``"adam"`` or ``"hessian"``, a plane of two such axes; or a list of one (a line) or two
-            (a plane) of these words or of directions, which are mappings from names of parameters or buffers to
-            tensors, or flat tensors. Random: normal numbers, the second orthogonal to the first before it is
-            normalised. Adam: ``exp_avg`` and ``exp_avg_sq`` of the optimizer; a line takes the first. Hessian: unit
-            eigenvectors of the largest eigenvalues, with respect to the trainable parameters that are not ``frozen``.
-            Directions: e.g. from ``direction_between`` or ``pca_directions``.
-        normalize: scale directions to the weights, by ``"weight"``, ``"filter"``, ``"layer"`` (every tensor) or
-            ``"model"``; or ``"none"``. By default ``"filter"`` for random axes and ``"none"`` for others.
-        norm: 1 or 2, order of the norm in this.
+        batches: pairs ``(inputs, targets)`` that can be read many times, as a list or a ``DataLoader``. Every pass uses
+            the same random numbers.
+        axes: ``"random"``, ``"adam"`` or ``"hessian"`` for a plane of two axes of this kind; or a list of one (a line)
+            or two (a plane) of these strings or of directions. Random axes are normal random numbers; the second one is
+            made orthogonal to the first before it is normalised. Adam axes are the optimizer's ``exp_avg`` and
+            ``exp_avg_sq``; a line takes ``exp_avg``. Hessian axes are unit eigenvectors of the largest eigenvalues for
+            the trainable parameters that are not ``frozen``. A direction is a mapping from names of
+            parameters or buffers to tensors, e.g. from ``direction_between`` or ``pca_directions``, or a flat tensor.
+        normalize: scale every ``"weight"``, ``"filter"``, ``"layer"`` (tensor) or the whole ``"model"`` of a direction
+            to the norm of the weights; or ``"none"``. By default ``"filter"`` for random axes, ``"none"`` for others.
+        norm: order of this norm, 1 or 2.
         biases: in a normalised direction, parameters with one dimension (biases, BatchNorm) do not move (``"zero"``, as
             in the paper's code) or are ``"scaled"`` like all others.
-        update: ``"add"``, as above; or ``"adam"``, with Adam axes: ``w + α_1 m / (sqrt(α_2 v) + ε)``; a line has
-            ``α_2 = 1``.
-        span: of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for every
-            axis. With ``update="adam"`` a number leaves ``α_2`` from 0.1 to 1.9.
-        steps: points along every axis, or one number for each axis. With odd numbers the model itself is a point.
+        update: ``"add"`` for the points above; or ``"adam"``, with Adam axes, for the points
+            ``w + α_1 m / (sqrt(α_2 v) + ε)``, on a line with ``α_2 = 1``.
+        span: range of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for
+            every axis. With ``update="adam"``, a number applies to ``α_1`` only, and ``α_2`` goes from 0.1 to 1.9.
+        steps: number of points along every axis, or a list of one number per axis. If it is odd, the middle of a
+            symmetric span, which is the model itself, is a point.
         frozen: names or glob patterns of parameters or modules that do not move.
-        batch_norm: ``"kept"``: BatchNorm uses the model's statistics at all points. ``"recomputed"``: statistics are
-            computed anew at every point from these batches, with equal weights, as torch does with ``momentum=None``;
-            on several ranks, from the rank's own batches.
-        loss: as for :func:`~lightning_flatness.measure_flatness`; so are the next three.
-        label_smoothing: of cross-entropy.
-        class_weight: of cross-entropy.
-        ignore_index: of cross-entropy.
-        optimizer: for Adam axes; one, or a list of those that train different parameters.
-        seed: of random axes.
-        dtype: as for ``measure_flatness``; so is ``progress``.
-        chunk: points that ``torch.func.vmap`` computes at once, where it can; by default 16 for light passes, else 1.
+        batch_norm: with ``"kept"``, BatchNorm uses the model's statistics at all points. With ``"recomputed"``,
+            statistics are computed anew at every point from these batches, with equal weights, as torch does with
+            ``momentum=None``; on several ranks, from each rank's own batches.
+        loss: as for :func:`~lightning_flatness.measure_flatness`.
+        label_smoothing: label smoothing of cross-entropy.
+        class_weight: class weights of cross-entropy.
+        ignore_index: target value that cross-entropy ignores.
+        optimizer: the optimizer for Adam axes, or a list of optimizers that train different parameters.
+        seed: seed of random axes.
+        dtype: precision in which the model runs, as for ``measure_flatness``.
+        chunk: number of points that ``torch.func.vmap`` computes at once, if it supports the model; by default 16 if
+            forward passes are cheap, otherwise 1.
         resume: an earlier result of the same call that is not ``complete``.
-        progress: show a progress bar.
+        progress: show a progress bar; by default only in a terminal.
 
     Returns:
         A :class:`~lightning_flatness.LandscapeResult`. Losses that are not finite are kept, with a warning.
 
     Raises:
-        FlatnessError: an option that is not possible; all parameters frozen; no moments for Adam axes; batches that can
-            be read only once; a ``resume=`` of another landscape.
-        BatchError: batches, targets or logits that do not fit the loss.
-        LandscapeError: the model or the loss fails at a point; its ``result`` has what was computed.
+        FlatnessError: an option is invalid, all parameters are frozen, the optimizer has no moments for Adam axes,
+            batches can be read only once, or ``resume=`` is another landscape.
+        BatchError: batches, targets or logits do not fit the loss.
+        LandscapeError: the model or the loss fails at a point; the error's ``result`` has the points computed so far.
 
     Source:
         Li et al. 2018 (arXiv 1712.09913); Gabdullin 2024 (arXiv 2412.10146) for axes, updates and BatchNorm.
@@ -123,7 +125,7 @@ def landscape_of(
     resume: LandscapeResult | None = None,
     progress: bool | None = None,
 ) -> LandscapeResult:
-    """:func:`loss_landscape` with options that have been checked."""
+    """Compute what :func:`loss_landscape` returns, from options that have been checked."""
     tensors, precision = NamedTensors(model), options.measuring_dtype
     repeated = RepeatedBatches(model, batches, options.loss_function)
     frozen = tensors.frozen(options.frozen)
@@ -166,7 +168,7 @@ def landscape_of(
             loss=options.loss_function.name,
             num_samples=origin.sums.num_samples,
             seed=options.seed,
-            # Recomputed statistics depend on which samples go together.
+            # Recomputed statistics depend on which samples are in the same batch.
             fingerprint=points.fingerprint(origin.batch_sizes if options.batch_norm == "recomputed" else None),
         )
         if resume is not None:
@@ -174,7 +176,7 @@ def landscape_of(
         result = completed(result, points, repeated, origin, options.chunk, progress)
     odd = int((result.computed & ~result.losses.isfinite()).sum())
     if odd and own_rank() == 0:
-        # Between here and the user is loss_landscape.
+        # The user called loss_landscape, which called this function.
         warnings.warn(f"{odd} of {result.losses.numel()} points of the landscape have no finite loss.", stacklevel=3)
     return result
 
@@ -182,7 +184,7 @@ def landscape_of(
 def _eigenvectors(
     model: nn.Module, batches: Iterable[Any], options: LandscapeOptions, params: Sequence[str], number: int
 ) -> list[Direction]:
-    """Eigenvectors of the largest eigenvalues of the Hessian with respect to these parameters."""
+    """Return ``number`` eigenvectors of the largest eigenvalues of the Hessian with respect to ``params``."""
     of_spectrum = SpectrumOptions(
         loss=options.loss_function,
         dtype=options.dtype,
@@ -194,7 +196,7 @@ def _eigenvectors(
     )
     spectrum = spectrum_of(model, batches, of_spectrum, progress=False)
     if not spectrum.converged and own_rank() == 0:
-        # Between here and the user are the lambda, find_axes, landscape_of and loss_landscape.
+        # The user called loss_landscape, which called landscape_of, find_axes, the lambda and this function.
         warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=6)
     if len(spectrum.eigenvalues) < number:
         raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")

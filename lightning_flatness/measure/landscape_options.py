@@ -1,4 +1,4 @@
-"""What a landscape is asked for, its points too; checked before a model is seen."""
+"""Options of a landscape, and the coordinates that follow from them; all are checked before a model is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LandscapeOptions(MeasuringOptions):
-    """Options of :func:`~lightning_flatness.loss_landscape`, which explains them."""
+    """Options of :func:`~lightning_flatness.loss_landscape`, which documents them."""
 
     axes: Any = "random"
     normalize: Literal["none", "weight", "filter", "layer", "model"] | None = None
@@ -57,12 +57,12 @@ class LandscapeOptions(MeasuringOptions):
 
     @property
     def coordinates(self) -> tuple[Tensor, ...]:
-        """Coordinates of the points, float64 ``(n_i,)`` for every axis."""
+        """Coordinates of the points along each axis, float64 ``(n_i,)``."""
         return grid(self.span, self.steps, len(self.axes), self.update)
 
 
 def as_list(axes: Any) -> list[Any]:
-    """The axes one by one; a word alone is a plane of two axes of that kind, a direction alone a line."""
+    """Return a list of axes: a single string means two axes of that kind, a single direction means one axis."""
     if isinstance(axes, str):
         axes = [axes, axes]
     elif isinstance(axes, (Mapping, Tensor)):
@@ -79,7 +79,7 @@ def as_list(axes: Any) -> list[Any]:
 
 
 def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...]:
-    """Equally spaced coordinates for every axis, float64; both ends are points."""
+    """Return equally spaced coordinates for every axis, float64, including both ends."""
     steps, span = _plain(steps), _plain(span)
     counts = [steps] * num_axes if is_number(steps) else steps
     if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(map(_is_count, counts)):
@@ -96,7 +96,7 @@ def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...
 
 
 def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
-    """Both ends of every axis."""
+    """Return the two ends of every axis."""
     ranges = span if isinstance(span, Sequence) and not isinstance(span, str) else []
     if is_number(span):
         ranges = [(-span, span), SECOND_MOMENT if update == "adam" else (-span, span)][:num_axes]
@@ -115,13 +115,13 @@ def _is_range(pair: Any) -> bool:
 
 
 def _spaced(low: float, high: float, count: int) -> Tensor:
-    """Points between both ends; these are exact, and so is 0 in the middle of a symmetric range."""
+    """Return equally spaced numbers; the ends, and 0 in the middle of a symmetric range, are exact."""
     part = torch.arange(count, dtype=torch.float64, device="cpu") / (count - 1)
     return low * (1 - part) + high * part
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of Python, from those of NumPy or torch."""
+    """Convert numbers of NumPy or torch, also within lists and tuples, to numbers of Python."""
     if isinstance(value, (list, tuple)):
         numbers = [_plain(number) for number in value]
         return numbers if isinstance(value, list) else tuple(numbers)

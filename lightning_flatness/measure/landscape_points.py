@@ -1,4 +1,4 @@
-"""The points of a landscape: which are missing, and their losses."""
+"""Compute the losses at the points of a landscape that are missing."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def completed(
     chunk: int | None,
     progress: bool | None,
 ) -> LandscapeResult:
-    """The result with the losses at its missing points, or at those before an interrupt (Ctrl-C). A collective.
+    """Return the result with the losses at its missing points added.
 
-    ``chunk`` points are computed at once; None for as many as are worthwhile. If one fails on any rank, the
-    ``LandscapeError`` has the result with the points that all ranks have computed.
+    This is a collective: call it on every rank. ``chunk`` points are computed at once; None chooses the number. After
+    an interrupt (Ctrl-C), the result has the points computed before. If a point fails on any rank, a ``LandscapeError``
+    is raised; its ``result`` has the points that all ranks have computed.
     """
     grid = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
     known = result.computed.flatten()
@@ -76,7 +77,7 @@ def completed(
 
 
 def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResult:
-    """The result with the points of an earlier one, which must have the same settings, weights, axes and data."""
+    """Return the result with the points of an earlier one of the same settings, weights, axes and data."""
     if not isinstance(earlier, LandscapeResult):
         raise FlatnessError(f"resume is a {type(earlier).__name__}; give the LandscapeResult of an earlier call.")
     different = [name for name in SETTINGS if getattr(result, name) != getattr(earlier, name)]
@@ -96,7 +97,7 @@ def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResul
 
 
 def _outwards(coordinates: Sequence[Tensor]) -> Tensor:
-    """The numbers of the points, from the middle of the grid outwards."""
+    """Return the indices of the points, ordered from the middle of the grid outwards."""
     offsets = [torch.linspace(-1, 1, len(axis), dtype=torch.float64, device="cpu") for axis in coordinates]
     distances = torch.cartesian_prod(*offsets).reshape(-1, len(offsets)).square().sum(1)
     return distances.round(decimals=9).argsort(stable=True)

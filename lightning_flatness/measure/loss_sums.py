@@ -1,4 +1,4 @@
-"""Losses summed over batches: at the model's own weights and at other points of a landscape."""
+"""Sum losses over batches, at the model's own weights and at other points of a landscape."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LIGHT_PASS = 5e7  # floating-point operations of one batch
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over samples."""
+    """Sums of losses and numbers of samples."""
 
     loss: float = 0.0
-    normalizer: float = 0.0  # by which a mean loss divides
-    num_samples: int = 0  # samples that count
-    correct: float = 0.0  # samples whose largest logit is that of their class
-    counted: int = 0  # samples with a class; 0 if targets are not class indices
+    normalizer: float = 0.0  # the mean loss is loss / normalizer
+    num_samples: int = 0  # samples whose targets are not ignored
+    correct: float = 0.0  # samples whose largest logit is at their class
+    counted: int = 0  # samples whose target is a class index that is not ignored
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
@@ -41,22 +41,22 @@ class LossSums:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the samples with a class that are correct; None without classes."""
+        """The share ``correct / counted``; None if targets are not class indices."""
         return self.correct / self.counted if self.counted else None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a first pass at the model's own weights shows."""
+    """Results of a first pass over the batches at the model's own weights."""
 
     sums: LossSums  # over all ranks
     own: LossSums  # over the batches of this rank
     batch_sizes: list[list[int]]  # of every rank
-    num_samples: int  # of this rank, those that do not count among them
-    chunk: int  # points that are worth computing at once
+    num_samples: int  # samples of this rank, including those with ignored targets
+    chunk: int  # number of points to compute at once
 
     def check(self, loss: float) -> None:
-        """Refuse a summed loss of this rank, at the model's own weights, that is not that of the first pass."""
+        """Raise an error if this rank's summed loss at the model's own weights differs from that of the first pass."""
         first = self.own.loss
         if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self.own.normalizer:
             raise BatchError(
@@ -67,7 +67,7 @@ class Origin:
 
 
 class RepeatedBatches:
-    """Batches that are read again and again, in the same order and with the same random numbers."""
+    """Batches that are read in many passes, each with the same order and the same random numbers."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss) -> None:
         if not isinstance(batches, Iterable) or isinstance(batches, (Iterator, Tensor, dict, str)):
@@ -78,7 +78,7 @@ class RepeatedBatches:
         self._model, self._batches, self._loss = model, batches, loss
 
     def pairs(self) -> Generator[tuple[Any, Tensor]]:
-        """Inputs and targets of every batch with samples; close it to restore random states."""
+        """Yield inputs and targets of every batch with samples. Closing the generator restores random states."""
         with paired_batches(self._model, self._batches) as pairs:
             for inputs, targets in pairs:
                 if targets is None:
@@ -87,7 +87,7 @@ class RepeatedBatches:
                     yield inputs, targets
 
     def at_origin(self, points: Points) -> Origin:
-        """Sums at the model's own weights, over all ranks. A collective."""
+        """Compute the sums at the model's own weights over all ranks. This is a collective: call it on every rank."""
         own, failure, chunk = LossSums(), None, 1
         sizes: list[int] = []
         try:
@@ -109,9 +109,9 @@ class RepeatedBatches:
         return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:
-        """Sums of this rank at points with these coordinates ``(points, axes)``, with BatchNorm recomputed or not.
+        """Return this rank's summed losses and numbers of correct samples, ``(2, points)``, float64.
 
-        Returned are summed losses and numbers of correct samples, ``(2, points)``, float64.
+        ``coordinates`` ``(points, axes)`` are those of the points. ``recompute`` recomputes BatchNorm's statistics.
         """
         sums = torch.zeros(2, len(coordinates), dtype=torch.float64, device="cpu")
         if not origin.num_samples:
@@ -149,7 +149,7 @@ class RepeatedBatches:
         return sums + LossSums(correct=float(_num_correct(logits, targets, counted)), counted=int(counted.sum()))
 
     def _with_class(self, logits: Tensor, targets: Tensor) -> Tensor | None:
-        """Which samples have a class; None where targets are not class indices, as in regression."""
+        """Return a mask of the samples with a class, or None if targets are not class indices, as in regression."""
         whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
         if not whole or targets.ndim != 1 or logits.shape[1] < 2 or self._loss.name in ("mse", "binary_cross_entropy"):
             return None
@@ -158,20 +158,20 @@ class RepeatedBatches:
 
 
 def _worthwhile_chunk(points: Points, inputs: Any) -> int:
-    """Many points at once where calling operations takes most of a forward pass, else one.
+    """Return how many points to compute at once: ``CHUNK`` if a forward pass has few operations, otherwise 1.
 
-    The numbers were measured, see ``docs/landscape.md``. The rule counts operations, not seconds, so that results are
-    the same in every run.
+    In a small forward pass, most time is spent on calling operations; the limit was measured (``docs/landscape.md``).
+    Floating-point operations are counted instead of seconds, so that every run gives the same result.
     """
     counter = FlopCounterMode(display=False)
     try:
         with counter:
             points.own_logits(inputs)
     except Exception:
-        return 1  # the counter does not know every operation; the forward itself has run before
+        return 1  # the counter does not support every operation; the forward itself has succeeded before
     return CHUNK if counter.get_total_flops() < LIGHT_PASS else 1
 
 
 def _num_correct(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Of ``logits`` ``(..., N, K)``, ``(...)`` float64."""
+    """Count correct samples: from logits ``(..., N, K)``, return ``(...)``, float64."""
     return ((logits.argmax(-1) == targets) & counted).double().sum(-1)

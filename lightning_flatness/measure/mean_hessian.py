@@ -1,4 +1,4 @@
-"""The Hessian of the mean loss over all batches of all ranks, as a product with vectors."""
+"""Multiply the Hessian of the mean loss over all batches of all ranks with vectors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_flatness.model.hessian import LossCurvature
 
 
 class MeanHessian:
-    """Multiplies the Hessian (or Gauss-Newton matrix) of the mean loss with vectors ``(D,)``.
+    """The Hessian (or Gauss-Newton matrix) of the mean loss, as a function that multiplies it with vectors ``(D,)``.
 
-    Every product is a pass over all batches, with the same random numbers each time, and a collective. ``loss`` is the
-    mean over samples, ``num_samples`` counts those of all ranks, ``num_products`` the products so far.
+    Every product reads all batches, with the same random numbers. It is a collective: call it on every rank. ``loss``
+    is the mean over samples, ``num_samples`` is their number on all ranks, ``num_products`` the number of products.
     """
 
     def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any]) -> None:
@@ -36,11 +36,11 @@ class MeanHessian:
         self.loss = self._sum / self._normalizer
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """The product with a vector, in its type."""
+        """Return the product with a vector, in the vector's dtype."""
         sums = self._pass(vector)
         self.num_products += 1
         loss = float(sums[0])
-        # The loss comes with every product and shows data that change. In float32 the order of samples matters.
+        # A loss that differs between products reveals changed data. Float32 rounding depends on the order of samples.
         rounding = max(1e-9, 1e3 * torch.finfo(self._curvature.dtype).eps)
         if abs(loss - self._sum) > rounding * max(abs(self._sum), abs(loss)):
             raise BatchError(
@@ -52,7 +52,7 @@ class MeanHessian:
         return mean.to(vector)
 
     def _pass(self, vector: Tensor | None) -> Tensor:
-        """``[loss, normalizer, samples, product...]``, float64, summed over batches and ranks."""
+        """Return ``[loss, normalizer, samples, product...]``, float64, summed over batches and ranks."""
         error: Exception | None = None
         size = 0 if vector is None else self._curvature.size
         sums = torch.zeros(3 + size, dtype=torch.float64, device=self._curvature.device)

@@ -1,4 +1,4 @@
-"""Flatness of one layer as a ``torchmetrics.Metric``."""
+"""A ``torchmetrics.Metric`` for the flatness of one layer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_flatness.layers.options import MEASURES
 class FlatnessMetric(Metric):
     """Hessian trace and flatness measures of one layer, from sums over batches in float64.
 
-    All states are sums over samples, so updates, ranks and merged copies add up, and any split of the samples gives the
-    same number. It takes tensors from a :class:`~lightning_flatness.FlatnessObserver`, never a module.
+    All states are sums over samples. So the result does not depend on how samples are split into updates, ranks or
+    merged copies. The metric takes tensors from a :class:`~lightning_flatness.FlatnessObserver`, never a module.
 
     Args:
         num_filters: number of filters ``S``.
-        groups: of the convolution, ``G``.
-        diagonal: keep only the diagonal of the block traces; there is no relative flatness then.
-        kwargs: of ``torchmetrics.Metric``.
+        groups: number of groups ``G`` of the convolution.
+        diagonal: keep only the diagonal of the block traces. Then no relative flatness is computed.
+        kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
-        BatchError: in ``update``, shapes that do not fit; in ``compute``, no samples.
+        BatchError: in ``update``, shapes do not fit; in ``compute``, there are no samples.
 
     Example:
         >>> from torch import nn
@@ -78,10 +78,10 @@ class FlatnessMetric(Metric):
 
         Args:
             block_traces: ``(G, S/G, S/G)``, float64, summed over the batch's samples; with ``diagonal``, ``(G, S/G)``.
-            weight_gram: inner products of the filters, same shape.
-            num_samples: in the batch.
-            normalizer: by which to divide the sum over samples; by default the number of samples.
-            variances: ``(4,)``, of the four measures of the batch's sum, where it is an estimate.
+            weight_gram: inner products of the filters, in the same shape.
+            num_samples: number of samples in the batch.
+            normalizer: number by which to divide the sum over samples; by default the number of samples.
+            variances: variances ``(4,)`` of the four measures of the batch's sum, if the sum is an estimate.
         """
         if self.block_traces.dtype != torch.float64:
             raise BatchError(
@@ -94,7 +94,7 @@ class FlatnessMetric(Metric):
                     f"FlatnessMetric.update: {name} is {value.dtype} {tuple(value.shape)}, expected float64 "
                     f"{tuple(self.block_traces.shape)}."
                 )
-        # Out of place: a state made under inference mode cannot be written to outside it, and others may hold it.
+        # Not in place: a tensor created in inference mode cannot be changed outside it, and others may refer to it.
         self.block_traces = self.block_traces + block_traces.to(self.block_traces)
         self.weight_gram = torch.add(self.weight_gram, weight_gram.to(self.weight_gram), alpha=num_samples)
         self.num_samples = self.num_samples + num_samples
@@ -103,11 +103,11 @@ class FlatnessMetric(Metric):
             self.variances = self.variances + variances.to(self.variances)
 
     def compute(self) -> dict[str, Tensor]:
-        """The measures over all samples, float64 scalars by name."""
+        """Return the measures over all samples, as a mapping from names to float64 scalars."""
         return measures_of(*self.means())
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Block traces and weight Gram matrix, averaged over the samples of the present (local or synced) states."""
+        """Return the block traces and the weight Gram matrix, averaged over the samples in the metric's states."""
         if not bool(self.normalizer > 0):
             raise BatchError(
                 "No sample was measured, so there is no flatness. Is the data set empty, or are all targets ignored?"
@@ -115,6 +115,6 @@ class FlatnessMetric(Metric):
         return self.block_traces / self.normalizer, self.weight_gram / self.num_samples
 
     def standard_errors(self) -> dict[str, float]:
-        """Standard errors of the measures by name, from probes, for the present states; zero where exact."""
+        """Return the standard errors of the measures by name; they are zero for exact measures."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
         return dict(zip(MEASURES, errors, strict=True))

@@ -1,4 +1,4 @@
-"""A progress bar in a terminal."""
+"""Show a progress bar in a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 
 def progress_bar(show: bool | None) -> Progress:
-    """A bar on stderr; ``show=None`` shows it in a terminal only."""
+    """Return a progress bar on stderr. With ``show=None`` it is shown only in a terminal."""
     console = Console(stderr=True)
     show = console.is_terminal if show is None else show
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())

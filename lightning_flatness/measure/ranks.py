@@ -1,7 +1,7 @@
-"""Values, sums and errors that the processes of ``torch.distributed`` share.
+"""Share values, sums and errors between the processes (ranks) of ``torch.distributed``.
 
-All functions but :func:`own_rank` are collectives: call them on every rank or on none. A rank that raised alone would
-leave the others waiting, so an error is kept until the next of these calls, which raises it on all ranks.
+All functions except :func:`own_rank` are collectives: call them on every rank or on none. If one rank raised an error
+alone, the others would wait for it. So an error is kept until the next collective, which raises it on all ranks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Value = TypeVar("Value")
 
 
 def own_rank() -> int:
-    """Number of this process; 0 without ``torch.distributed``."""
+    """Return the rank of this process; 0 without ``torch.distributed``."""
     return distributed.get_rank() if _is_distributed() else 0
 
 
 def gather(value: Value) -> list[Value]:
-    """The values (small, to be pickled) of all ranks, in order; without ``torch.distributed``, a list of the one."""
+    """Return the values of all ranks, ordered by rank. They are pickled, so they should be small."""
     if not _is_distributed():
         return [value]
     gathered: list[Any] = [None] * distributed.get_world_size()
@@ -31,13 +31,13 @@ def gather(value: Value) -> list[Value]:
 
 
 def failed_ranks(error: Exception | str | None) -> dict[int, str]:
-    """Messages of the ranks that have an error, by rank; ``error`` is that of this rank, or its message."""
+    """Return the error messages of all ranks that failed, by rank. ``error`` is this rank's error or message."""
     messages = gather(in_one_line(error) if isinstance(error, Exception) else error)
     return {rank: message for rank, message in enumerate(messages) if message is not None}
 
 
 def raise_on_all(error: Exception | None) -> None:
-    """Raise an error that any rank has on all ranks: this rank's own as it is, another's as a ``BatchError``."""
+    """Raise an error on all ranks if any rank failed: its own error on that rank, a ``BatchError`` on the others."""
     failed = failed_ranks(error)
     if error is not None:
         raise error
@@ -46,16 +46,16 @@ def raise_on_all(error: Exception | None) -> None:
 
 
 def sum_over_ranks(tensor: Tensor, error: Exception | None) -> Tensor:
-    """The sum over all ranks of a tensor ``(n,)``, on a device that the process group can take.
+    """Return the sum over all ranks of a tensor ``(n,)``, on a device that the process group supports.
 
-    If a rank has an error, :func:`raise_on_all` raises it.
+    If a rank has an error, :func:`raise_on_all` raises it on all ranks.
     """
     if not _is_distributed():
         raise_on_all(error)
         return tensor
     total = torch.cat([tensor, tensor.new_full((1,), float(error is not None))])
     distributed.all_reduce(total)
-    if float(total[-1]):  # the messages are gathered only where there are some
+    if float(total[-1]):  # messages are gathered only after a failure
         raise_on_all(error)
     return total[:-1]
 

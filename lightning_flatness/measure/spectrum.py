@@ -1,4 +1,4 @@
-"""From batches to the spectrum of the Hessian."""
+"""Compute the spectrum of the Hessian of the mean loss over batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lightning_flatness.results import CRITERIA, SpectrumResult
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumOptions(MeasuringOptions):
-    """Options of :func:`hessian_spectrum`, which explains them."""
+    """Options of :func:`hessian_spectrum`, which documents them."""
 
     params: str | Sequence[str] | None = None
     matrix: Literal["hessian", "gauss_newton"] = "hessian"
@@ -76,37 +76,38 @@ def hessian_spectrum(
     """Compute largest eigenvalues, trace, spectral density and criteria of the Hessian of the mean loss.
 
     The model is measured in evaluation mode and left as it was. Every product of the Hessian with a vector is a pass
-    over all batches, weighted by their samples: ``num_probes * num_steps`` products for the density, and up to
-    ``max_products + top_k`` for the eigenvalues. Memory holds ``max(num_steps, 2 top_k + 20) + top_k`` vectors of the
-    length of all parameters, in the model's type; it does not grow with batches or probes. In a process group every
-    rank gives its own batches, or none: call it on every rank or on none.
+    over all batches, in which every sample has the same weight. The density takes ``num_probes * num_steps`` products,
+    the eigenvalues at most ``max_products + top_k``. Memory holds ``max(num_steps, 2 top_k + 20) + top_k`` vectors of
+    the length of all parameters, in the model's dtype; it does not grow with batches or probes. In a process group,
+    every rank passes its own batches, or none: call the function on every rank or on none.
 
     Args:
         model: any module that returns logits ``(N, K)``.
-        batches: pairs ``(inputs, targets)`` that can be read many times, a list or a ``DataLoader``, with the same
-            samples each time. A loader may shuffle, since random numbers are the same in every pass.
-        loss: as for :func:`~lightning_flatness.measure_flatness`; so are the next three.
-        label_smoothing: of cross-entropy.
-        class_weight: of cross-entropy.
-        ignore_index: of cross-entropy.
-        params: names or glob patterns, or a list of them, of parameters or modules, ``"layer4.1.conv2"`` or
-            ``"*.bias"``; None for all. Frozen parameters (``requires_grad=False``) are left out always.
-        matrix: ``"hessian"``, or ``"gauss_newton"``, which leaves out the curvature of the network itself and is never
-            negative for the losses known by name.
-        top_k: how many of the largest eigenvalues, with eigenvectors; 0 for none.
-        num_steps: of the Lanczos method, for every probe.
-        num_probes: random vectors of signs.
-        exponent: ``n`` of ``K_Hn``.
-        tolerance: of the eigenvalues' residuals, relative to them; by default 1e-7 in float64 and 1e-4 in float32.
-        max_products: most products for the eigenvalues. Where they do not suffice, ``result.converged`` is False.
-        seed: of the probes.
-        dtype: as for ``measure_flatness``; so is ``progress``.
-        progress: show a progress bar.
+        batches: pairs ``(inputs, targets)`` that can be read many times with the same samples, as a list or a
+            ``DataLoader``. A loader may shuffle, since random numbers are the same in every pass.
+        loss: as for :func:`~lightning_flatness.measure_flatness`.
+        label_smoothing: label smoothing of cross-entropy.
+        class_weight: class weights of cross-entropy.
+        ignore_index: target value that cross-entropy ignores.
+        params: name or glob pattern of parameters or modules, such as ``"layer4.1.conv2"`` or ``"*.bias"``, or a list
+            of them; None for all parameters. Frozen parameters (``requires_grad=False``) are always left out.
+        matrix: ``"hessian"``, or ``"gauss_newton"``, which leaves out the curvature of the network itself and, for the
+            losses that are given by name, has no negative eigenvalues.
+        top_k: number of largest eigenvalues to compute, with their eigenvectors; 0 for none.
+        num_steps: number of steps of the Lanczos method for every probe.
+        num_probes: number of probes, which are vectors of random signs.
+        exponent: exponent ``n`` of the criterion ``K_Hn``.
+        tolerance: largest residual of an eigenvalue, relative to it; by default 1e-7 in float64 and 1e-4 in float32.
+        max_products: maximal number of products for the eigenvalues. If it does not suffice, ``result.converged`` is
+            False.
+        seed: seed of the probes.
+        dtype: precision in which the model runs, as for ``measure_flatness``.
+        progress: show a progress bar; by default only in a terminal.
 
     Raises:
-        FlatnessError: an option that is not possible.
-        LayerSelectionError: no such parameter, all are frozen, or the forward has no second derivative.
-        BatchError: batches that cannot be read twice or differ from pass to pass, are missing, or cannot be measured.
+        FlatnessError: an option is invalid.
+        LayerSelectionError: a parameter does not exist, all are frozen, or the forward has no second derivative.
+        BatchError: batches can be read only once, differ between passes, are missing, or cannot be measured.
 
     Source:
         Gabdullin 2024 (arXiv 2412.10146) and 2025 (arXiv 2504.17618) for the criteria; Ghorbani, Krishnan and Xiao 2019
@@ -124,7 +125,7 @@ def hessian_spectrum(
 def spectrum_of(
     model: nn.Module, batches: Iterable[Any], options: SpectrumOptions, progress: bool | None = None
 ) -> SpectrumResult:
-    """:func:`hessian_spectrum` with options that have been checked."""
+    """Compute what :func:`hessian_spectrum` returns, from options that have been checked."""
     with random_states_kept(model), differentiable(model), torch.no_grad():
         curvature = LossCurvature(model, options.loss_function, options.params, options.matrix, options.measuring_dtype)
         hessian = MeanHessian(model, curvature, batches)
@@ -179,9 +180,9 @@ def spectrum_of(
 
 
 def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
-    """Hutchinson's estimate of the trace from one probe, with the part along known eigenvectors computed exactly.
+    """Return Hutchinson's estimate of the trace from one probe; the part along known eigenvectors is exact.
 
-    The vectors do not depend on the probe, so the estimate is unbiased even where they have not converged.
+    The eigenvectors do not depend on the probe, so the estimate is unbiased even if they have not converged.
     """
     size = len(probe)
     overlaps = (top.vectors @ (probe / math.sqrt(size))).double().cpu().square()
@@ -189,7 +190,7 @@ def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
 
 
 def _certify_symmetric(quadrature: Quadrature, rounding: float) -> None:
-    """Refuse products that are not those of a symmetric matrix, as wrong second derivatives give."""
+    """Raise an error if products are not those of a symmetric matrix, since then second derivatives are wrong."""
     if quadrature.asymmetry > 10 * math.sqrt(rounding):
         raise LayerSelectionError(
             f"Products with the Hessian are not symmetric (by {quadrature.asymmetry:.0e}, relative), so they are not "
@@ -203,7 +204,7 @@ def _deviation(numbers: Tensor) -> float:
 
 
 def _advancing(bar: Progress, name: str, total: int, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same product, which advances a task of the bar."""
+    """Return a function that computes the same product and advances a task of the progress bar."""
     task = bar.add_task(name, total=total)
 
     def advancing(vector: Tensor) -> Tensor:
