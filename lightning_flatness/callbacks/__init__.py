@@ -1,1 +1,1 @@
-"""Lightning callbacks. They measure through ``measure`` and hold no mathematics."""
+"""Lightning callbacks. The computations are in the package ``measure``; the callbacks contain no mathematics."""

@@ -1,4 +1,4 @@
-"""What all measuring callbacks share: arguments, history, checkpoints, errors on all ranks, figures."""
+"""The base class of all measuring callbacks: arguments, history, checkpoints, errors on all ranks, figures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ Record = dict[str, Any]
 
 
 class MeasuringCallback(Callback):
-    """Base of the callbacks that measure a network while it trains; they explain its arguments.
+    """Base class of the callbacks that measure a network while it trains. Its subclasses document the arguments.
 
-    ``name`` of the callback stands in messages and in the key of its state in checkpoints, ``measured`` in messages.
+    Messages contain ``name``, the callback's name, and ``measured``, the measured quantity. The key of the callback's
+    state in checkpoints contains ``name``, too.
     """
 
     def __init__(
@@ -59,42 +60,42 @@ class MeasuringCallback(Callback):
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether to measure now. Override it for another schedule; all ranks must return the same."""
+        """Return whether to measure now. Override it for another schedule; all ranks must return the same value."""
 
     def _release(self) -> None:
-        """Drop what a measurement in progress holds: data, model, a pending error."""
+        """Release the data and model of a measurement in progress, and drop a pending error."""
         self._errors.pending = None
 
     @abstractmethod
     def _draw_run(self, trainer: Trainer) -> None:
-        """Draw the figures of the whole run, at its end or when it is interrupted."""
+        """Draw the figures of the whole run. Called when the run ends or is interrupted."""
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints; callbacks with different prefixes have different ones."""
+        """Key of the state in checkpoints. Callbacks with different prefixes have different keys."""
         return f"{self._name}[prefix={self.prefix}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history, as plain numbers, text and lists."""
+        """Return the history as plain numbers, strings and lists."""
         return {"history": [dict(record) for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history of a checkpoint; one that is loaded to validate or test leaves the history as it is."""
+        """Restore the history from a checkpoint, unless the checkpoint is loaded to validate or test."""
         if self._stage in (None, "fit"):
             self.history = [dict(record) for record in state_dict["history"]]
             self._is_restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the stage, since Lightning loads the state of callbacks in every stage."""
+        """Store the stage, since Lightning loads the state of callbacks in every stage."""
         self._stage = stage
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release data and model."""
+        """Release the data and the model."""
         self._stage = None
         self._release()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history, unless one was restored, and look for the network."""
+        """Start a new history, unless a history was restored, and check that the network is found."""
         if not self._is_restored:
             self.history = []
         self._is_restored = False
@@ -104,14 +105,14 @@ class MeasuringCallback(Callback):
             find_network(pl_module, self.model)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop an unfinished measurement; draw the figures of a run that is interrupted with Ctrl-C."""
+        """Drop an unfinished measurement. If the run was interrupted with Ctrl-C, draw its figures."""
         self._release()
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self._draw_run(trainer)
 
     @contextmanager
     def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Keep errors for all ranks, and log nothing that the network logs."""
+        """Store errors until all ranks handle them together, and suppress what the network logs."""
         with self._errors.kept(trainer.world_size), logging_muted(pl_module):
             yield
 

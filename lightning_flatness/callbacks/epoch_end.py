@@ -1,4 +1,4 @@
-"""Measuring at the end of a fit, and every few epochs: data, records, files, loggers."""
+"""The base class of callbacks that measure at the end of a fit and, optionally, at the end of epochs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ DEFAULT_SAMPLES = 512
 
 
 class EpochEndCallback(MeasuringCallback):
-    """Measures the weights in training at the end of epochs, and those that are left at the end of the fit.
+    """Base class of callbacks that measure the network at the end of epochs and at the end of the fit.
 
-    Every rank gets to the end of an epoch, with or without validation data, and weight averaging swaps no weights
-    there. Samples are kept in memory while they are measured, since every measurement passes over them many times.
-    ``arguments`` are the others of :class:`MeasuringCallback`.
+    At the end of an epoch, all ranks call this callback, with or without validation data, and Lightning's weight
+    averaging has not swapped the weights. At the end of the fit the callback measures the final weights. Samples stay
+    in memory during a measurement, since a measurement iterates over them many times. ``arguments`` are the remaining
+    arguments of :class:`MeasuringCallback`.
     """
 
     def __init__(
@@ -49,16 +50,16 @@ class EpochEndCallback(MeasuringCallback):
         self.folder = folder
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether to measure at the end of this epoch. Override it for another schedule, the same on all ranks."""
+        """Return whether to measure after this epoch. Override it for another schedule, the same on all ranks."""
         return self.every_n_epochs is not None and trainer.current_epoch % self.every_n_epochs == 0
 
     @abstractmethod
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
-        """Measure as little as possible on one batch, to find errors before training. Called on every rank."""
+        """Make a minimal measurement on one batch, to find errors before training. Called on every rank."""
 
     @abstractmethod
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        """Measure, keep the result, and return a record for the history. Called on every rank."""
+        """Measure, store the result, and return a record for the history. Called on every rank."""
 
     @abstractmethod
     def _write(self, stem: Path) -> None:
@@ -66,27 +67,27 @@ class EpochEndCallback(MeasuringCallback):
 
     @abstractmethod
     def _draw(self) -> Mapping[str, Any]:
-        """Draw the result; figures by tag."""
+        """Draw the result, and return a mapping from tags to figures."""
 
     def _draw_history(self) -> Mapping[str, Any]:
-        """Draw the history; figures by tag."""
+        """Draw the history, and return a mapping from tags to figures."""
         return {}
 
     def _logged(self, record: Record) -> dict[str, float]:
-        """Return what is logged of a record, by key without prefix."""
+        """Return the values of a record to log, as a dict whose keys have no prefix."""
         return {}
 
     def _is_ready(self, final: bool) -> bool:
-        """Whether there is something to measure."""
+        """Return whether everything that the measurement needs is available."""
         return True
 
     @property
     def _is_interrupted(self) -> bool:
-        """Whether the user has ended the last measurement with Ctrl-C."""
+        """Return whether the user has ended the last measurement with Ctrl-C."""
         return False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history; refuse or warn of what is already known to be wrong."""
+        """Start a new history, and raise errors or warn of problems that can be found before training."""
         self._warn_averaged_later(trainer)
         self._warn_monitored_earlier(trainer)
         super().on_fit_start(trainer, pl_module)
@@ -95,7 +96,7 @@ class EpochEndCallback(MeasuringCallback):
                 raise FlatnessError("data='val', and this fit has no validation. Use data='train' or data of your own.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try to measure one batch, so that an error comes now and not at the end of training."""
+        """Measure one batch as a trial, so that errors are raised now and not at the end of training."""
         has_data, where = self._has_data(trainer), "the start of training"
         batches: list[Samples] = []
         if has_data:
@@ -108,17 +109,17 @@ class EpochEndCallback(MeasuringCallback):
             self._errors.settle(where)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log, if due; this early, callbacks that monitor a key find the value of this epoch."""
+        """Measure and log if due, before callbacks that monitor a key read it at the end of the same epoch."""
         if self.is_due(trainer) and self._has_data(trainer) and self._is_ready(final=False):
             self._measure(trainer, pl_module, trainer.current_epoch, final=False)
         elif self.history and self.every_n_epochs is not None:
-            # After a resume where nothing is due, monitors find the last values, as in a run without the stop.
+            # After a resume, log the last values again, so that callbacks that monitor them find them.
             values = self._logged(self.history[-1]).items()
             known = trainer.callback_metrics
             log(pl_module, self.prefix, {key: value for key, value in values if f"{self.prefix}/{key}" not in known})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the weights that are left, unless the last epoch has, and draw the history."""
+        """Measure the final weights, unless they were measured after the last epoch, and draw the history."""
         is_done = bool(self.history) and self.history[-1]["step"] == trainer.global_step
         if not self._has_data(trainer):
             rank_zero_warn(f"{self._name}(data='val') has measured nothing, as there was no validation in this fit.")
@@ -131,7 +132,7 @@ class EpochEndCallback(MeasuringCallback):
         batches: list[Samples] = []
         with self._measuring(trainer, pl_module):
             batches = list(self._source(trainer, pl_module).rest())
-        if not self._errors.settle(where):  # on all ranks, before they compute together
+        if not self._errors.settle(where):  # all ranks must agree before a computation that communicates
             return
         is_averaged = final and self._is_averaged(trainer)
         name = f"epoch={epoch}-step={trainer.global_step}{'-averaged' if is_averaged else ''}"
@@ -155,7 +156,7 @@ class EpochEndCallback(MeasuringCallback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float], final: bool) -> None:
         if not final:
             log(pl_module, self.prefix, values)
-        elif values:  # Lightning's log() is not allowed any more
+        elif values:  # Lightning does not allow log() at the end of the fit
             for logger in trainer.loggers:
                 metrics = {f"{self.prefix}/{key}": value for key, value in values.items()}
                 logger.log_metrics(metrics, step=tensorboard.last_step(trainer))
@@ -163,7 +164,7 @@ class EpochEndCallback(MeasuringCallback):
 
     def _write_files(self, trainer: Trainer, name: str, where: str) -> None:
         """Write the result, except in a trial run (``fast_dev_run``)."""
-        log_dir = trainer.log_dir  # a collective
+        log_dir = trainer.log_dir  # all ranks must read it, since it communicates
         if getattr(trainer, "fast_dev_run", False):
             return
         if trainer.is_global_zero:
@@ -179,7 +180,7 @@ class EpochEndCallback(MeasuringCallback):
             self._add_figures(trainer, self._draw_history)
 
     def _has_data(self, trainer: Trainer) -> bool:
-        """Whether the data can be read: Lightning sets up validation data only before the first validation."""
+        """Return whether the data can be read. Lightning sets up validation data just before the first validation."""
         return self._data_name != "val" or trainer.val_dataloaders is not None
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> SeparateData:
@@ -194,7 +195,7 @@ class EpochEndCallback(MeasuringCallback):
         return SeparateData(trainer, pl_module, wanted)
 
     def _is_averaged(self, trainer: Trainer) -> bool:
-        """Whether weight averaging puts its weights in place before this callback comes at the end of the fit."""
+        """Return whether Lightning loads averaged weights at the end of the fit before it calls this callback."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return any(map(is_weight_averaging, callbacks[: callbacks.index(self)]))
 
@@ -207,7 +208,7 @@ class EpochEndCallback(MeasuringCallback):
             )
 
     def _warn_monitored_earlier(self, trainer: Trainer) -> None:
-        """Warn where Lightning's monitors look before this callback: where validation is not just at an epoch's end."""
+        """Warn if a callback such as ModelCheckpoint would read a value before this callback logs the value."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         monitors = [
             type(callback).__name__

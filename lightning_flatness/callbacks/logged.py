@@ -1,4 +1,4 @@
-"""Logging values of a report, and nothing else while measuring."""
+"""Logging of measured values, and suppression of all other logging during a measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ LOGGING = ("log", "log_dict")
 
 
 def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, float]:
-    """Return measures of all layers together and, if there are several, of each, by key without prefix."""
+    """Return a dict of the measures of the network and, if there are several layers, of each layer.
+
+    The keys have no prefix.
+    """
     values = {measure: getattr(report, measure) for measure in measures}
     values["weight_norm"] = report.weight_norm
     if len(report.layers) > 1:
@@ -27,13 +30,15 @@ def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, floa
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
-    """Add the logarithm of one value, which fits into a chart with an accuracy; NaN where it is not positive."""
+    """Return the values and the base-10 logarithm of one value, which is NaN unless that value is positive."""
     value = values[measure]
     return {**values, f"log10_{measure}": math.log10(value) if value > 0 else math.nan}
 
 
 def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
-    """Return the key under which loggers know an accuracy: by default the first with ``acc``, preferably with ``val``.
+    """Return the key under which loggers have the accuracy with this name.
+
+    Without a name, the first key that contains ``acc`` is used, preferably one that contains ``val``, too.
 
     Example:
         >>> accuracy_key({"train_acc": 0, "val_acc": 0, "val_acc_epoch": 0}, None)
@@ -41,12 +46,12 @@ def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
     """
     names = [key for key in metrics if "acc" in key.lower()]
     name = name or next((key for key in names if "val" in key.lower()), next(iter(names), None))
-    # A metric that is logged on steps and on epochs has only this name in loggers.
+    # Loggers have only this key if a metric is logged both on steps and on epochs.
     return f"{name}_epoch" if f"{name}_epoch" in metrics else name
 
 
 def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:
-    """Log values that are the same on all ranks."""
+    """Log values, which must be the same on all ranks."""
     device = pl_module.device
     kind = torch.float64 if measuring_device(device) == device else torch.float32
     for key, value in values.items():
@@ -55,16 +60,16 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
             torch.tensor(value, dtype=kind, device="cpu"),
             on_step=False,
             on_epoch=True,
-            sync_dist=True,  # the values are the same, but Lightning warns where it is not told to synchronise
+            sync_dist=True,  # the values are the same on all ranks, but Lightning warns without it
             batch_size=1,
         )
 
 
 @contextmanager
 def logging_muted(pl_module: LightningModule) -> Iterator[None]:
-    """Make ``log`` and ``log_dict`` of all LightningModules within this one do nothing.
+    """Disable ``log`` and ``log_dict`` of this LightningModule and all LightningModules inside it.
 
-    A forward that logs would log values of the samples that are measured, or raise at times when Lightning allows none.
+    Otherwise a forward that logs would log values of the measured samples, or raise when Lightning forbids logging.
     """
     modules = [vars(module) for module in pl_module.modules() if is_lightning_module(module)]
     own = [{name: attributes[name] for name in LOGGING if name in attributes} for attributes in modules]

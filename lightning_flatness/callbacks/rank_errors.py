@@ -1,4 +1,4 @@
-"""Errors while measuring, raised or warned about on all ranks alike."""
+"""Errors during a measurement: all ranks raise them, or warn of them, together."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 class RankErrors:
-    """Keeps the first error of a measurement on this rank until all ranks decide together.
+    """A store for the first error of a measurement on this rank, until all ranks handle their errors together.
 
-    A rank that raised alone would leave the others waiting for it.
+    If one rank raised alone, the other ranks would wait for it forever.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class RankErrors:
         self._last_warning: str | None = None
 
     def start_run(self) -> None:
-        """Drop a pending error, and warn again of what an earlier run has warned of."""
+        """Drop a pending error, and forget the last warning, so that a new run repeats it."""
         self.pending = self._last_warning = None
 
     @contextmanager
     def kept(self, num_ranks: int) -> Iterator[None]:
-        """Keep an error that the block raises. With one rank and ``on_error="raise"``, let it through instead.
+        """Store an error that the block raises. With one rank and ``on_error="raise"``, let the error propagate.
 
-        The error is kept as text: the exception itself would keep all tensors of its frames alive.
+        The error is stored as a string, since the exception itself would keep all tensors of its frames alive.
         """
         try:
             yield
@@ -50,9 +50,10 @@ class RankErrors:
             logger.debug("An error while measuring flatness", exc_info=True)
 
     def settle(self, where: str) -> bool:
-        """Return True if no rank has an error pending; otherwise raise or warn on every rank. A collective.
+        """Return True if no rank has a pending error; otherwise raise or warn on every rank.
 
-        The message names ``where`` in the training that is, and the first rank that failed.
+        All ranks must call this method, since it communicates. The message contains ``where``, the point in training,
+        and the first rank that failed.
         """
         messages = gather(self.pending)
         self.pending = None
@@ -64,7 +65,7 @@ class RankErrors:
         on_rank = f" on rank {rank}" if len(messages) > 1 else ""
         if self._on_error == "raise":
             raise FlatnessError(f"{self._name} failed at {where}{on_rank}: {message}")
-        if message != self._last_warning:  # an error that persists is warned of once
+        if message != self._last_warning:  # warn only once of an error that persists
             rank_zero_warn(
                 f"{self._name}(on_error='warn') has no {self._measured} for {where}; it failed{on_rank}: {message}"
             )

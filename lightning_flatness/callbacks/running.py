@@ -1,4 +1,4 @@
-"""A measurement in progress, which observes the forward passes of validation steps where that changes nothing."""
+"""A measurement in progress, which observes the forward passes of validation if this does not change them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lightning_flatness.model.rows import num_rows
 
 
 class PassesOfRun:
-    """Whether forward passes can be observed in a run. Tells the user which passes are used, whenever that changes."""
+    """A record of whether forward passes can be observed in a run. It informs the user whenever this changes."""
 
     def __init__(self, possible: bool) -> None:
         self.possible = possible
         self._told: str | None = None
 
     def rule_out(self, reason: str) -> None:
-        """Observe no more passes in this run."""
+        """Stop observing passes for the rest of this run, and tell the user the reason."""
         self.possible = False
         self.tell(reason)
 
     def tell(self, reason: str) -> None:
-        """Tell why extra passes are made; an empty reason means that none are."""
+        """Tell the user why extra passes are made. An empty reason means that no extra passes are made."""
         if reason != self._told:
             rank_zero_info(
                 f"FlatnessCallback measures in forward passes of its own: {reason}."
@@ -44,10 +44,11 @@ class PassesOfRun:
 class Running:
     """A measurement in progress.
 
-    Forward passes of validation steps are observed in place of extra passes, if a trial on the first batch shows that
-    this changes nothing. A failed trial rules observing out for the run; a batch that cannot be used, for this
-    measurement. ``observes`` tells whether to call :meth:`before_step`; ``step_context`` makes the context in which the
-    Trainer runs validation steps (autocast).
+    It observes the forward passes of validation steps instead of making extra passes, if a trial on the first batch
+    shows that observing changes nothing. If the trial fails, no passes are observed in the rest of the run. If the pass
+    of a later batch cannot be used, no passes are observed in the rest of this measurement. ``observes`` tells whether
+    to call :meth:`before_step`. ``step_context`` returns the context manager (autocast) in which the Trainer runs
+    validation steps.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class Running:
             self.observes = passes.possible
 
     def before_step(self, batch: Any) -> None:
-        """Listen for the forward pass on a batch that is about to be validated."""
+        """Start to observe the forward pass on a batch that is about to be validated."""
         self.release()
         inputs, targets = split_batch(batch)
-        if num_rows(inputs, targets) < 2:  # a single sample is measured twice, in an extra pass
+        if num_rows(inputs, targets) < 2:  # a single sample needs an extra pass, which duplicates the sample
             return
         if not self._is_tried:
             self._is_tried = True
@@ -87,25 +88,25 @@ class Running:
         self._listener.__enter__()
 
     def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """Measure what is due after a batch was validated."""
+        """Measure the samples that the source yields after a batch was validated."""
         for inputs, targets in self._source.after_step(batch, batch_idx, dataloader_idx):
             if not self._add_observed(inputs, targets):
                 self.measurement.update(inputs, targets)
 
     def measure_rest(self) -> None:
-        """Measure what is left when all batches have been validated."""
+        """Measure the remaining samples when all batches have been validated."""
         for inputs, targets in self._source.rest():
             self.measurement.update(inputs, targets)
 
     def release(self) -> None:
-        """Remove hooks from the network, and drop the tensors of an observed pass."""
+        """Remove hooks from the network, and release the tensors of an observed pass."""
         if self._listener is not None:
             self._listener.__exit__()
             self._listener.release()
         self._listener = None
 
     def _add_observed(self, inputs: Any, targets: Tensor | None) -> bool:
-        """Add the observed pass on a batch. Return False if an extra pass must be made."""
+        """Add the observed pass on a batch to the measurement. Return False if an extra pass must be made."""
         listener = self._listener
         if listener is None:
             return False
@@ -116,7 +117,7 @@ class Running:
                 self.measurement.update_observed(listener, targets)
                 is_measured = True
         except (FlatnessError, RuntimeError) as error:
-            # The extra pass reports the error, if there is one; or it succeeds because it takes less memory.
+            # An extra pass follows. It raises the same error, or succeeds because it needs less memory.
             reason = f"the forward pass of a batch could not be used ({error})"
         alive = listener.graph()
         self.release()

@@ -17,7 +17,7 @@ from lightning_flatness.errors import FlatnessError
 
 @dataclass
 class _Watched:
-    """A metric, its best value so far, and for how many validations it has not improved."""
+    """A metric, its best value so far, and the number of validations since it last improved."""
 
     key: str
     mode: str
@@ -42,28 +42,30 @@ class _Watched:
 
 
 class FlatnessStopping(EarlyStopping):
-    """Stop when neither flatness nor accuracy has improved for some validations, after a burn-in.
+    """Early stopping when neither flatness nor accuracy has improved for several validations after a burn-in.
 
-    Relative flatness rises from initialisation, while the network learns to tell classes apart. A plain
-    ``EarlyStopping`` on it takes the first epochs for the best, and stops after a few, at a low accuracy. This one
-    ignores both metrics during the burn-in, and then trains on as long as one of them improves. A validation at which
-    flatness was not measured (``every_n_epochs``, or a measurement that failed) does not count.
+    In the first epochs relative flatness rises, while the network learns to tell classes apart. A plain
+    ``EarlyStopping`` on relative flatness takes these epochs for the best ones, and stops early, at a low accuracy.
+    ``FlatnessStopping`` ignores both metrics during the burn-in. Then it lets training continue as long as one of the
+    metrics improves. Validations at which flatness was not measured (because of ``every_n_epochs``, or because a
+    measurement failed) are not counted.
 
     Args:
-        monitor: key of a flatness that :class:`~lightning_flatness.FlatnessCallback` logs, or several keys, which must
-            all have stalled. Best measured on the training data, ``FlatnessCallback(data="train")``.
-        accuracy: another metric, which must have stalled as well; its mean over ranks.
-        burn_in: epochs at the start that do not count; about as many as the accuracy rises steeply.
-        patience: number of validations without an improvement of either, after which to stop.
-        min_delta: smallest improvement of flatness that counts, as a fraction of the best value.
-        accuracy_min_delta: smallest improvement of accuracy that counts, absolute.
+        monitor: key of a flatness measure that :class:`~lightning_flatness.FlatnessCallback` logs, or a list of keys.
+            Training stops only if none of them improves. They are best measured on the training data, with
+            ``FlatnessCallback(data="train")``.
+        accuracy: key of a second metric. Training stops only if its mean over ranks does not improve either.
+        burn_in: number of initial epochs to ignore; about as long as the accuracy rises steeply.
+        patience: number of validations without an improvement of any metric, after which training stops.
+        min_delta: smallest change of flatness that counts as an improvement, as a fraction of the best value.
+        accuracy_min_delta: smallest absolute change of the second metric that counts as an improvement.
         mode: ``"min"`` or ``"max"``, for flatness.
         accuracy_mode: ``"min"`` or ``"max"``, for the second metric (``"min"`` for a loss).
-        check_finite: after the burn-in, stop at once when either is NaN or infinite.
-        verbose: print at every validation which metric has improved.
+        check_finite: after the burn-in, stop at once if a metric is NaN or infinite.
+        verbose: print at every validation which metrics have improved.
 
     Raises:
-        FlatnessError: invalid arguments; or, at a validation, a metric that is not logged.
+        FlatnessError: An argument is invalid, or a metric is not logged at a validation.
 
     Example:
         >>> stopping = FlatnessStopping(accuracy="val_acc", burn_in=10, patience=5)
@@ -106,7 +108,7 @@ class FlatnessStopping(EarlyStopping):
             verbose=verbose,
             check_on_train_epoch_end=False,
         )
-        self.min_delta = min_delta  # the base class keeps it with the sign of the mode
+        self.min_delta = min_delta  # the base class gives min_delta the sign of the mode
         self.stopping_reason_message: str | None = None
         self.accuracy = accuracy
         self.burn_in = burn_in
@@ -121,21 +123,21 @@ class FlatnessStopping(EarlyStopping):
 
     @property
     def accuracy_wait_count(self) -> int:
-        """Number of validations since then."""
+        """Number of validations since the second metric last improved."""
         return self._watched[-1].wait_count
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints; instances with different metrics have different ones."""
+        """Key of the state in checkpoints. Instances with different metrics have different keys."""
         return f"FlatnessStopping[{', '.join(f'{watched.mode} {watched.key}' for watched in self._watched)}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counters and best values, as plain types."""
+        """Return the counters and best values of all metrics."""
         watched = {watched.key: {"best": watched.best, "wait_count": watched.wait_count} for watched in self._watched}
         return {**super().state_dict(), "watched": watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint, with the patience given now."""
+        """Restore the state from a checkpoint, except for the patience, which stays as given to this instance."""
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience
@@ -148,7 +150,7 @@ class FlatnessStopping(EarlyStopping):
         self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Without validation, check the metrics after every epoch."""
+        """Check the metrics after every epoch if there is no validation."""
         if not trainer.enable_validation:
             self._check(trainer)
 
@@ -157,7 +159,7 @@ class FlatnessStopping(EarlyStopping):
         if not is_fit or not self._is_new(trainer):
             return
         logged = [self._logged(trainer.callback_metrics, watched.key) for watched in self._watched]
-        # Metrics may be logged without sync_dist; all ranks count the mean.
+        # Metrics may have been logged without sync_dist, so all ranks use the mean.
         values = [trainer.strategy.reduce(value, reduce_op="mean").cpu() for value in logged]
         if trainer.current_epoch < self.burn_in:
             return
@@ -179,7 +181,7 @@ class FlatnessStopping(EarlyStopping):
         stalled = min(watched.wait_count for watched in self._watched) >= self.patience
         none_of = " nor ".join(str(watched) for watched in self._watched)
         reason = broken[0] if broken else f"neither {none_of} has improved for {self.patience} validations"
-        # All ranks stop as soon as one has to.
+        # All ranks stop as soon as one rank has a reason to stop.
         stop = bool(broken) or stalled
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
             trainer.should_stop = True
@@ -188,7 +190,7 @@ class FlatnessStopping(EarlyStopping):
             rank_zero_info(f"FlatnessStopping: stopping after epoch {trainer.current_epoch}: {reason}.")
 
     def _is_new(self, trainer: Trainer) -> bool:
-        """Whether the callbacks that log the monitored keys have measured since the last check."""
+        """Return whether the callbacks that log the monitored keys have measured since the last check."""
         new = True
         registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in registered:

@@ -1,4 +1,4 @@
-"""What a loader reads, found out without iterating over it."""
+"""Properties of a data loader, determined without iterating over it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def flat_loaders(loaders: Any) -> list[Any]:
-    """Return the loaders of a nested list or dict, or a single one, as a list."""
+    """Return as a flat list the loaders of a nested list or dict, or a single loader."""
     if isinstance(loaders, dict):
         loaders = list(loaders.values())
     if isinstance(loaders, (list, tuple)):
@@ -20,14 +20,14 @@ def flat_loaders(loaders: Any) -> list[Any]:
 
 
 def loaders_in_turn(trainer: Trainer, loaders: Any) -> list[Any]:
-    """Return the loaders, if their batches come one after the other; none if Lightning combines them into batches."""
+    """Return the loaders if Lightning iterates over them one after the other; an empty list if it combines them."""
     # Lightning has no public name for this.
     combined = getattr(getattr(trainer, "_evaluation_loop", None), "_combined_loader", None)
     return flat_loaders(loaders) if getattr(combined, "_mode", "sequential") == "sequential" else []
 
 
 def is_indexed(loader: Any) -> bool:
-    """Whether a loader is a ``DataLoader`` over a data set whose samples can be read by index."""
+    """Return whether a loader is a ``DataLoader`` over a data set whose samples can be read by index."""
     dataset = getattr(loader, "dataset", None)
     has_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     in_bulk = getattr(loader, "batch_sampler", None) is None and isinstance(sampler_of(loader), BatchSampler)
@@ -35,31 +35,31 @@ def is_indexed(loader: Any) -> bool:
 
 
 def sampler_of(loader: Any) -> Any:
-    """Return the sampler of single samples, which may be inside a batch sampler; None if there is none."""
+    """Return the sampler of single samples, which may be inside a batch sampler, or None if there is no sampler."""
     batches = getattr(loader, "batch_sampler", None)
     return getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", None)
 
 
 def batch_size_of(loader: Any) -> int | None:
-    """Return the samples of a batch; None where every item of the data set is a batch, or the size is not known."""
+    """Return the batch size, or None if every item of the data set is a batch or the size is not known."""
     size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return size if isinstance(size, int) else None
 
 
 def keeps_order(loader: Any) -> bool:
-    """Whether batches hold the samples in the order of the sampler."""
+    """Return whether batches contain the samples in the order of the sampler."""
     return getattr(loader, "batch_sampler", None) is None or type(loader.batch_sampler) is BatchSampler
 
 
 def reads_in_order(loader: Any) -> bool:
-    """Whether batches hold the samples in the order of the data set, taking all ranks together."""
+    """Return whether the batches of all ranks together contain the samples in the order of the data set."""
     sampler = sampler_of(loader)
-    if isinstance(sampler, DistributedSampler):  # Lightning's own may have another sampler in place of a data set
+    if isinstance(sampler, DistributedSampler):  # Lightning's subclass may wrap a sampler, not the data set
         return keeps_order(loader) and not sampler.shuffle and sampler.dataset is loader.dataset
     return keeps_order(loader) and isinstance(sampler, SequentialSampler)
 
 
 def described(loader: Any) -> str:
-    """Name the types of a loader and its data set, for messages."""
+    """Return the type names of a loader and its data set, for messages."""
     dataset = getattr(loader, "dataset", None)
     return type(loader).__name__ + (f" over a {type(dataset).__name__}" if dataset is not None else "")

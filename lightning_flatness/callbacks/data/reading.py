@@ -1,4 +1,4 @@
-"""Reading data without a trace on the user's loaders and random states."""
+"""Reading data without changing the user's loaders and random states."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ DEFAULT_BATCH_SIZE = 64
 
 
 def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[Any]:
-    """Make a loader over the user's data set that shares no iterator, worker or generator with the user's.
+    """Create a loader over the user's data set that shares no iterator, worker or generator with the user's loader.
 
-    It reads the samples of ``indices``, in this order; or a stream, without indices.
+    The new loader reads the samples with these ``indices``, in this order. Without ``indices`` it reads the whole data
+    set, which may be an ``IterableDataset``.
     """
-    # A batch sampler whose size is not known makes batches all the same.
+    # A loader with a batch sampler of unknown batch size yields batches, too.
     size = batch_size_of(loader) or (DEFAULT_BATCH_SIZE if getattr(loader, "batch_sampler", None) is not None else None)
     return DataLoader(
         loader.dataset if indices is None else Subset(loader.dataset, indices),
@@ -38,14 +39,15 @@ def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         drop_last=indices is None and size is not None and loader.drop_last,
-        generator=torch.Generator(),  # an iterator draws its base seed here, not from the global generator
+        generator=torch.Generator(),  # so that no base seed is drawn from the global generator
     )
 
 
 def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
-    """Yield the batches of an iterable, drawing the same random numbers every time, and restore all random states.
+    """Yield the batches of an iterable with fixed random seeds, and restore all random states after every batch.
 
-    Those of the devices that the model is on are restored, too.
+    Random transforms therefore give the same samples in every call. The random states of the devices that the model is
+    on are restored, too.
     """
     iterator: Iterator[Any] | None = None
     for index in count():
@@ -59,13 +61,13 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[Any]:
-    """Yield the batches of :func:`own_loader` as :func:`batches_apart` does."""
+    """Yield the batches of a loader from :func:`own_loader` with :func:`batches_apart`, and explain errors."""
     try:
         yield from batches_apart(loader, model)
     except Exception as error:
         raise FlatnessError(
             f"There is a {type(error).__name__}: {error} where the data set is asked for samples by "
-            "their number. Use data='val', or data= with a loader or batches of your own."
+            "their index. Use data='val', or data= with a loader or batches of your own."
         ) from error
 
 
@@ -77,9 +79,9 @@ def _seed(seed: int) -> None:
 
 
 def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
-    """Read as many samples as a batch has from the data set of the first loader, without touching that loader.
+    """Return one batch of samples from the data set of the first loader, without iterating over that loader.
 
-    None where it is not known which samples that loader would read.
+    Return None if it is not known which samples that loader would read.
     """
     loader = next(iter(loaders), None)
     known = (SequentialSampler, RandomSampler, DistributedSampler)
@@ -93,13 +95,13 @@ def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """Convert and move a batch as the Trainer's loops do, with transfer hooks, and the same random numbers every time.
+    """Convert a batch and move it to the device as the Trainer's loops do, with transfer hooks and a fixed seed.
 
-    Hooks that draw on an accelerator draw others every time.
+    Hooks that draw random numbers on the CPU draw the same numbers every time. Draws on an accelerator are not fixed.
     """
     batch = trainer.precision_plugin.convert_input(batch)
     with random_states_kept(pl_module):
         _seed(0)
-        # The public name would pass over a DataModule's hook.
+        # The public method would skip the hooks of a DataModule.
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -1,4 +1,4 @@
-"""Where the samples of one measurement come from: the validated batches, or other data read in step with them."""
+"""The sources of the samples of a measurement: the validated batches, or other data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BatchFunction = Callable[[Any], Samples]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a callback is told to measure: ``"val"``, ``"train"`` or given data; of these so many, over all ranks."""
+    """The data to measure (``"val"``, ``"train"`` or given data), and the number of samples over all ranks."""
 
     data: str | Iterable[Any]
     max_samples: int | None
@@ -44,10 +44,11 @@ class Wanted:
 
 
 class ValidationBatches:
-    """The batches that are validated, ``num_batches`` of each loader, and each sample once.
+    """The validated batches as a source. It yields every sample once, though Lightning may repeat samples.
 
-    ``why_not_observed`` tells why it is not known before a step what of its batch is to be measured; it is empty if it
-    is known.
+    Lightning validates ``num_batches`` batches of each loader. To observe the forward pass of a validation step, a
+    callback must know before the step which samples of the batch to measure. If it cannot know this,
+    ``why_not_observed`` contains the reason; otherwise it is empty.
     """
 
     def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
@@ -59,7 +60,7 @@ class ValidationBatches:
             self.why_not_observed = "max_samples= takes parts of batches"
 
     def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Iterator[Samples]:
-        """Yield what is to be measured of a batch that was validated."""
+        """Yield the samples to measure of a batch that was validated."""
         inputs, targets = self._wanted.split(batch)
         mask = self._stream.mask(num_rows(inputs, targets), batch_idx, dataloader_idx)
         if mask.all():
@@ -68,15 +69,15 @@ class ValidationBatches:
             yield select(inputs, targets, mask)
 
     def rest(self) -> Iterator[Samples]:
-        """Yield nothing: all has been measured after the last batch."""
+        """Yield nothing, since all samples were measured with their batches."""
         return iter(())
 
 
 class SeparateData:
-    """Data other than the validated batches, or a fixed part of them.
+    """A source that reads training data or given data, separately from the validated batches.
 
-    They are measured in step with the validated batches, ``num_batches`` of each of the ``loaders``, so that the
-    progress bar of validation stays truthful.
+    Its samples are measured in equal parts, one part after each validated batch, so that validation's progress bar
+    shows the true progress. Lightning validates ``num_batches`` batches of each of the ``loaders``.
     """
 
     def __init__(
@@ -98,11 +99,11 @@ class SeparateData:
         self._num_read = 0
         self._num_validated = 0
         in_turn = loaders_in_turn(trainer, loaders)
-        # The length of a stream is known only at its end: then everything is measured with its first batch.
+        # If the number of validated batches is not known before, everything is measured after the first batch.
         self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
 
     def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Iterator[Samples]:
-        """Yield the next part, after a batch was validated."""
+        """Yield the next part of the samples after a batch was validated."""
         self._num_validated += 1
         fraction = self._num_validated / self._num_to_validate
         if fraction >= 1:
@@ -110,7 +111,7 @@ class SeparateData:
         return self._read_until(0 if math.isinf(self._num_batches) else math.ceil(self._num_batches * fraction))
 
     def rest(self) -> Iterator[Samples]:
-        """Yield what is left; without validation, or on a rank that validates no batch, this is everything."""
+        """Yield the remaining samples: all samples if there was no validation or this rank validated no batch."""
         return self._read_until(math.inf)
 
     def _read_until(self, goal: float) -> Iterator[Samples]:
@@ -120,9 +121,9 @@ class SeparateData:
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:
-    """Read the first batch before training, without a trace on its loader.
+    """Return the first batch of samples before training, without changing its loader.
 
-    None where that cannot be done, where Lightning has not set up validation yet, or on a rank without samples.
+    Return None if this is not possible, if Lightning has not set up validation yet, or if this rank has no samples.
     """
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return next(SeparateData(trainer, pl_module, wanted).rest(), None)

@@ -1,4 +1,4 @@
-"""A fixed random choice of samples in which every class has its share, where labels are known."""
+"""A fixed random choice of samples, stratified by class if the labels are known."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 
 def choose(total: int, chosen: int, labels: Tensor | None = None) -> Tensor:
-    """Choose samples at random, the same ones in every call: their indices, sorted; all if there are not more.
+    """Return the sorted indices of ``chosen`` random samples of ``total``, which are the same in every call.
 
-    By ``labels``, ``(total,)``, every class gets its share, rounded up or down.
+    If ``chosen`` is at least ``total``, all indices are returned. With ``labels``, ``(total,)``, the number of samples
+    of a class is proportional to the size of the class, rounded up or down.
     """
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
     if chosen >= total:
         return order.sort().values
     if labels is None:
         return order[:chosen].sort().values
-    # Sorted by class, and shuffled within a class: evenly spaced samples give every class its share.
+    # The samples are sorted by class and shuffled within a class, so evenly spaced ones are stratified.
     by_class = order[labels[order].argsort(stable=True)]
     spaced = (2 * torch.arange(chosen, device="cpu") + 1) * total // (2 * chosen)
     return by_class[spaced].sort().values
 
 
 def labels_of(dataset: Any) -> Tensor | None:
-    """Return the class of every sample, if the data set has them in memory; no sample is read.
+    """Return the class of every sample, ``(samples,)``, or None if the data set does not have all labels in memory.
 
-    Known are the attributes ``targets`` and ``labels`` (as in torchvision), ``TensorDataset``, and ``Subset`` and
-    ``ConcatDataset`` of these.
+    No sample is read. Supported are data sets with an attribute ``targets`` or ``labels`` (as in torchvision),
+    ``TensorDataset``, and ``Subset`` and ``ConcatDataset`` of these.
     """
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)
@@ -46,7 +47,7 @@ def labels_of(dataset: Any) -> Tensor | None:
 
 
 def _as_classes(values: Any, total: int) -> Tensor | None:
-    """Return the values as ``(total,)`` whole numbers; None if they are anything else."""
+    """Return the values as a ``(total,)`` integer tensor, or None if they are not ``total`` integers."""
     if values is None or not hasattr(values, "__len__"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Which samples of the validated batches are measured: none twice, and only some with ``max_samples``."""
+"""Selects the samples of validated batches to measure: no sample twice, and at most ``max_samples``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_flatness.callbacks.data.stratified import choose, labels_of
 
 
 class ValidationStream:
-    """The samples that all ranks together validate, one loader after the other.
+    """The sequence of samples that all ranks together validate, one loader after the other.
 
-    A ``DistributedSampler`` repeats samples until every rank has as many. The repeated ones are found by their position
-    and left out, so that several processes measure the same samples as one. ``max_samples`` chooses positions too: the
-    same samples in every epoch, as long as the loader does not shuffle. There are no ``loaders`` where these are not
-    known to come in turn; ``num_batches`` of each are run.
+    A ``DistributedSampler`` repeats samples until every rank has equally many. The position of a sample in the sequence
+    tells whether it is repeated. Repeated samples are not measured, so several processes measure the same samples as
+    one process. ``max_samples`` selects positions as well. These are the same samples in every epoch, unless the loader
+    shuffles. ``loaders`` is empty if Lightning may combine the loaders. ``num_batches`` batches of each loader are run.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -42,8 +42,8 @@ class ValidationStream:
         self._shards = [_Shard(loader, number, rank, num_ranks) for loader, number in pairs]
         self._num_ranks = num_ranks
         self._has_warned = False
-        self._chosen: list[Tensor | None] = [None] * len(pairs)  # by loader, True at the positions to measure
-        self._num_left: int | None = None  # to measure, where the length of a loader is not known: the first ones
+        self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, True at the positions to measure
+        self._num_left: int | None = None  # samples still to measure, if a length is not known
         if max_samples is None:
             return
         totals = [shard.total for shard in self._shards if shard.total is not None]
@@ -58,7 +58,7 @@ class ValidationStream:
         self._chosen = [shard.share(part) for shard, part in zip(self._shards, chosen.split(totals), strict=True)]
 
     def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return which rows of a batch are measured, ``(rows,)``."""
+        """Return a Boolean mask, ``(rows,)``, of the rows of a batch to measure."""
         mask = torch.ones(rows, dtype=torch.bool, device="cpu")
         if self._num_left is not None:
             mask[self._num_left :] = False
@@ -88,10 +88,10 @@ class ValidationStream:
 
 
 class _Shard:
-    """One loader's part of the stream.
+    """The part of the stream that comes from one loader, over all ranks.
 
-    Over all ranks, ``length`` different samples (0 where that is not known), which the sampler ``repeats`` or does not,
-    and ``total`` that are run (None where that is not known).
+    ``length`` is the number of different samples, 0 if it is not known. ``repeats`` tells whether the sampler repeats
+    samples. ``total`` is the number of samples that are run, None if it is not known.
     """
 
     def __init__(self, loader: Any, num_batches: float, rank: int, num_ranks: int) -> None:
@@ -116,19 +116,19 @@ class _Shard:
         self.total = int(num_run) if self.length and self._in_order and self._batches is not None else None
 
     def labels(self) -> Tensor | None:
-        """Return the class of every sample that is run, if known and the loader keeps the order of the data set."""
+        """Return the class of every sample that is run, or None if labels or their order are not known."""
         labels = labels_of(self._loader.dataset) if reads_in_order(self._loader) else None
         return None if labels is None else labels[: self.total]
 
     def share(self, chosen: Tensor) -> Tensor:
-        """Return which chosen positions this rank measures: its share where all ranks may have all samples."""
+        """Return a mask of the chosen positions that this rank measures, if ranks do not have different samples."""
         positions = chosen.nonzero().flatten()
         share = torch.zeros_like(chosen)
         share[positions[self._rank :: self._num_ranks]] = True
         return share
 
     def positions(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Return the positions of a batch's rows in the stream of this loader over all ranks; None where not known."""
+        """Return the positions of a batch's rows in the stream of this loader, ``(rows,)``, or None if not known."""
         if not self._in_order:
             return None
         if self._batches is None:
@@ -141,7 +141,7 @@ class _Shard:
 
 
 def select(inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-    """Return the rows of a batch where the mask is true; tensors without such rows as they are."""
+    """Return the rows of a batch where the mask is true. Tensors with another number of rows stay unchanged."""
 
     def take(tensor: Tensor) -> Tensor:
         return tensor[mask.to(tensor.device)] if tensor.ndim and len(tensor) == len(mask) else tensor

@@ -1,4 +1,4 @@
-"""A fixed part of some data, read without a trace on the user's loader."""
+"""A fixed subset of data, read without changing the user's loader."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ DEFAULT_TRAINING_SAMPLES = 4096
 
 
 class FixedSubset:
-    """The same samples every time, read apart from the user's iteration.
+    """A subset that consists of the same samples every time it is read.
 
-    A ``DataLoader`` over a data set with an index is read for its settings and never iterated. Samples pass the data
-    set's own transforms and the loader's own ``collate_fn``; random transforms draw the same numbers every time. If the
-    loader has workers, the subset is read by one worker of its own; else in the main process, and random states are
-    restored, those of the data set's own generators too. Any other iterable of batches is iterated as it is, and random
-    states are restored.
+    If ``loader`` is a ``DataLoader`` over an indexed data set, it is never iterated: a new loader with its settings
+    reads the samples. The data set's transforms and the loader's ``collate_fn`` are applied, and random transforms draw
+    the same numbers every time. If the user's loader has workers, one new worker reads the subset. Otherwise the main
+    process reads it and restores all random states, also of the data set's own generators. Any other iterable of
+    batches is iterated directly, and random states are restored.
 
-    ``max_samples`` are the size of the subset over all ranks, with every class in its share, among the ``first``
-    samples; ``num_batches`` are those of this rank, infinite where that is not known.
+    ``max_samples`` is the size of the subset over all ranks. It is stratified by class and chosen from the ``first``
+    samples. ``num_batches`` is the number of batches of this rank, infinite if it is not known.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.arange(10.0))
@@ -58,15 +58,15 @@ class FixedSubset:
         self.num_batches = math.inf
 
     def batches(self, model: nn.Module) -> Iterator[Any]:
-        """Yield this rank's batches; random states of the devices that the model is on are restored."""
+        """Yield this rank's batches, and restore random states, also of the devices that the model is on."""
         if self._is_indexed:
             return repeatable_batches(self._loader, model)
         return islice(batches_apart(self._loader, model), self._rank, None, self._num_ranks)
 
 
 def _chosen(loader: Any, max_samples: int | None, first: float) -> torch.Tensor:
-    """Indices into the data set of a loader, ``(samples,)``, sorted by their place in the sampler."""
-    # A sampler may leave samples out for good (SubsetRandomSampler). Lightning's DistributedSampler has it inside.
+    """Return the chosen indices into the data set of a loader, ``(samples,)``, in the order of the sampler."""
+    # A sampler may exclude samples (SubsetRandomSampler). Lightning's DistributedSampler wraps the user's sampler.
     sampler = sampler_of(loader)
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     indices = getattr(sampler, "indices", None)
@@ -82,9 +82,9 @@ def _chosen(loader: Any, max_samples: int | None, first: float) -> torch.Tensor:
 def training_subset(
     loader: Any, max_samples: int | None, rank: int, num_ranks: int, num_batches: float = math.inf
 ) -> FixedSubset:
-    """Choose a subset of the training data, by default of 4,096 samples.
+    """Return a fixed subset of the training data, by default of 4,096 samples.
 
-    Without shuffling, batches after the ``num_batches`` of an epoch are never trained on, and are left out.
+    Without shuffling, samples after the first ``num_batches`` batches are never trained on, so they are not chosen.
     """
     if not is_indexed(loader):
         raise FlatnessError(
