@@ -1,4 +1,4 @@
-"""What is known of layers and of a forward pass, as frozen values."""
+"""The certified properties of layers and of a forward pass, as frozen values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Calls = dict[str, tuple[LayerCall, ...]]
 
 @dataclass(frozen=True)
 class CertifiedLayer:
-    """What is known of one layer from the batches so far."""
+    """The properties of one layer that the batches so far have certified."""
 
     info: LayerInfo
     kernel: Known[Kernel]
@@ -34,13 +34,13 @@ class CertifiedLayer:
     inexact: Inexact | None = None  # under Gauss-Newton: why the number is not the Hessian's
 
     def with_deviation(self, *deviations: float) -> CertifiedLayer:
-        """The same, with the largest of these deviations if it is larger than the one known."""
+        """Return the same layer, with the largest of its deviation and these."""
         return replace(self, info=replace(self.info, deviation=max(self.info.deviation, *deviations)))
 
 
 @dataclass(frozen=True)
 class Certified:
-    """What is known of a model from the batches so far."""
+    """The properties of a model that the batches so far have certified."""
 
     layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # layers of layers="all" that cannot be measured
@@ -55,7 +55,7 @@ class Certified:
 
 @dataclass(frozen=True)
 class CertifiedPass:
-    """A forward pass on some samples, certified."""
+    """A certified forward pass on some samples."""
 
     recorded: Pass
     loss: LossDerivatives
@@ -70,17 +70,17 @@ class CertifiedPass:
 
 @dataclass(frozen=True)
 class Context:
-    """What certificates need beside a pass: the wanted layers, options, and copies of the model to run."""
+    """The context of certificates: the layers to measure, the options, and a function that copies the model."""
 
     selection: Selection
     options: Options
     copy: Callable[[], ModelCopy]
 
     def recorder(self, copy: ModelCopy | None = None) -> Recorder:
-        """A recorder of a forward pass of ours on a copy of the model, or of one of the user's that begins now."""
+        """Return a recorder for our forward pass on ``copy``, or, without a copy, for a forward pass of the user's."""
         watched = {name: copy.copy_of(p) if copy else p for name, p in self.selection.parameters.items()}
         return Recorder(self.selection.modules, self.selection.classifier, watched, live=copy is None)
 
     def gram(self, kernel: Tensor, groups: int) -> Folded:
-        """Inner products of a layer's filters, or their diagonal if no more is wanted."""
+        """Return the inner products of a layer's filters, or only their diagonal if the options need no more."""
         return Folded.of(weight_gram(kernel, groups, self.options.diagonal))

@@ -1,4 +1,4 @@
-"""From a recorded forward pass, and what is known, to a certified one, and what is known then. Nothing else changes."""
+"""Certifying a recorded forward pass, given the certificates of earlier batches, which are updated and returned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_flatness.model.logits import logits_of
 def certify(
     recorded: Pass, loss: LossDerivatives, known: Certified, context: Context, masks: Tensor
 ) -> tuple[CertifiedPass, Certified]:
-    """Certify a forward pass of our own, with all certificates, and how its layers are to be measured."""
+    """Certify a forward pass of our own with all certificates, and decide how each layer is measured."""
     certificates = _Certificates(recorded, known, context)
     first, left_out = certificates.first, dict(known.left_out)
     calls, kernels = certificates.certified_calls(left_out)
@@ -64,7 +64,7 @@ def certify(
 def certify_observed(
     recorded: Pass, loss: LossDerivatives, known: Certified, context: Context
 ) -> tuple[CertifiedPass, Certified]:
-    """Certify a forward pass of the user's, whose graph ends at the classifier; no layer changes its method."""
+    """Certify the user's forward pass, whose graph ends at the classifier; the layers keep their methods."""
     if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
         raise LayerSelectionError("the forward does something else with a kernel than before")
     certificates = _Certificates(recorded, known, context)
@@ -78,13 +78,13 @@ def certify_observed(
 
 
 def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """The functions that take the kernels of these layers."""
+    """Return the recorded uses of the kernels of these layers, as pairs of a layer and the function that took it."""
     return tuple(use for use in recorded.kernel_uses if use[0] in layers)
 
 
 @contextmanager
 def naming(name: str, kind: str = "Layer") -> Iterator[None]:
-    """Add the name of a layer to the errors of certificates."""
+    """Put the name of a layer in front of the errors that are raised in the block."""
     try:
         yield
     except FlatnessError as error:
@@ -101,11 +101,11 @@ class _Certificates:
 
     @property
     def first(self) -> bool:
-        """Whether these are the first samples, on which it is decided how layers are measured."""
+        """Whether these are the first samples, which decide how layers are measured."""
         return not self.known.layers
 
     def leave_out(self, name: str, error: LayerSelectionError, calls: Calls, left_out: dict[str, str]) -> None:
-        """On the first samples, with ``layers="all"``, do without a layer that cannot be measured; else raise."""
+        """Leave out a layer that cannot be measured, if ``layers="all"`` on the first samples; else raise."""
         wanted = self.context.selection.modules
         if not self.first or self.context.options.layers != "all" or len(wanted) - len(left_out) == 1:
             raise error
@@ -113,7 +113,7 @@ class _Certificates:
         calls.pop(name, None)
 
     def certified_calls(self, left_out: dict[str, str]) -> tuple[Calls, dict[str, Known[Kernel]]]:
-        """The calls of every layer, certified to be one convolution each, of one kernel."""
+        """Return the calls and kernels of all layers; every call is certified to be one convolution."""
         calls: Calls = {}
         kernels: dict[str, Known[Kernel]] = {}
         samples = len(self.recorded.logits)
@@ -147,7 +147,7 @@ class _Certificates:
         return certify_layer(calls, None if layer is None else layer.kernel, unchanged)
 
     def certified_paths(self, calls: Calls, left_out: dict[str, str]) -> dict[str, float]:
-        """Deviations of gradients at the kernels from autograd's through the whole model, all in one pass."""
+        """Certify the paths of all layers in one backward pass; return the deviation by layer."""
         own = [name for name, of_layer in calls.items() if is_own_weight(of_layer[0])]
         u = random_like(self.recorded.logits)
         gradients = self._gradients({name: calls[name][0] for name in own}, u)
@@ -164,7 +164,7 @@ class _Certificates:
         return deviations
 
     def _gradients(self, layers: Mapping[str, LayerCall], u: Tensor) -> dict[str, Tensor | None]:
-        """Of the sum of ``u`` times the logits, at the layers' parameters, by autograd through a copy."""
+        """Return gradients of the sum of ``u`` times the logits at the layers' weights, from a copy of the model."""
         copy = self.context.copy()
         parameters = {name: own_weight(call.module) for name, call in layers.items()}
         kernels = [copy.copy_of(parameter).requires_grad_() for parameter in parameters.values()]
@@ -181,7 +181,7 @@ class _Certificates:
     def certified_tails(
         self, calls: Calls, layers: dict[str, CertifiedLayer]
     ) -> tuple[dict[str, TailDerivatives], dict[str, str]]:
-        """Tails of the layers under the closed form, which are described by them, and why others are not any more."""
+        """Return the certified tails by layer, and why the closed form fails for other layers; update ``layers``."""
         candidates = [name for name, layer in layers.items() if layer.info.method == "closed_form"]
         if not candidates:
             return {}, {}
@@ -214,10 +214,10 @@ class _Certificates:
     def why_not_affine(
         self, calls: Calls, layers: Mapping[str, CertifiedLayer]
     ) -> tuple[dict[str, Inexact | None], Known[None]]:
-        """Why the logits are not certified to be affine in the kernels of layers that are not labelled inexact yet.
+        """Return why the logits are not affine in the kernels, for the layers that are not labelled inexact yet.
 
-        On the first samples that is shown by numbers. After that it is enough that no function of the graph can have a
-        second derivative. Hooks on tensors do not show there, so the numbers are taken again and again.
+        On the first samples, second derivatives are computed. Later it is enough that no function of the graph can have
+        one. The graph does not show hooks on tensors, so the derivatives are computed again once in a while.
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}
@@ -234,7 +234,7 @@ class _Certificates:
     def _why_polynomial(self, calls: Sequence[LayerCall]) -> Inexact | None:
         if not is_own_weight(calls[0]):
             return Inexact.COMPUTED_KERNEL
-        # What one call returns may reach the next, so only the whole model as a function of the kernel tells.
+        # The output of one call may be input to the next, so the whole model is tested as a function of the kernel.
         kernel = calls[0].convolution.weight.detach().clone().requires_grad_()
         replacement = {own_weight(calls[0].module): kernel}
         return why_curved(logits_of(self.context.copy()(self.recorded.inputs, replacement)), kernel)

@@ -1,4 +1,7 @@
-"""Layers under the Gauss-Newton method: pull columns of the loss's curvature back to all of them at once."""
+"""Block traces of layers under the Gauss-Newton method.
+
+The columns of the factor ``B`` of the loss's curvature ``Λ`` are pulled back to all layers at once.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.estimates import BlockTraces, Probes, random_signs
 from lightning_flatness.layers.options import Options
 
-# Elements, of all layers, that are kept at a time: on a CPU about a hundred megabytes.
+# How many elements, over all layers, are kept in memory at a time: on a CPU about a hundred megabytes.
 ELEMENTS = {"cpu": 3 * 2**23}
 ELEMENTS_DEFAULT = 2**29
-# Columns that the graph of a forward pass takes the memory of. (That of the certificate is gone when columns come.)
+# The memory of the graph of a forward pass, in columns. (The certificate's graph is freed before columns are taken.)
 GRAPH = 4
-# Columns that are to fit in beside it: with more, fewer samples would be taken at a time.
+# How many columns must fit into memory besides the graph: with more, fewer samples would be taken at a time.
 COLUMNS = 6
-# Columns that are taken at a time, at most: more are no faster, and memory must not grow with the number of classes.
+# At most so many columns are taken at a time: more are no faster, and memory must not grow with the classes.
 MOST_COLUMNS = {"cpu": 12}
 MIN_PROBES = 16
 
@@ -34,10 +37,10 @@ Advance = Callable[[float], None]  # called with the part of the work that is do
 def gauss_newton_layers(
     certified: CertifiedPass, known: Certified, options: Options, generator: torch.Generator, advance: Advance
 ) -> dict[str, BlockTraces]:
-    """Block traces of the layers under Gauss-Newton, summed over the samples of a pass; probes are from ``generator``.
+    """Return block traces of the layers under Gauss-Newton, summed over the samples of a pass.
 
-    One backward pass for every column serves all layers, and goes to activations only. Columns are taken in chunks, so
-    that memory does not grow with the number of classes.
+    One backward pass per column, down to activations only, serves all layers. Columns are taken in chunks, so that
+    memory does not grow with the number of classes. Random probes are drawn from ``generator``.
     """
     curvature, tolerance = certified.loss.curvature, options.class_tolerance
     layers = _Layers(certified.others, certified.recorded.logits, options.diagonal)
@@ -54,26 +57,26 @@ def gauss_newton_layers(
 
 
 def is_sampled(curvature: Curvature, tolerance: float) -> bool:
-    """Whether classes without much mass are sampled instead of taken one by one."""
+    """Return whether classes of small weight in the curvature are sampled instead of taken one by one."""
     return tolerance > 0 and isinstance(curvature, ClassCurvature) and curvature.num_classes >= MANY_CLASSES
 
 
 def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
-    """How many samples to take at a time, at least two, so that some columns can be kept for all layers."""
+    """Return how many samples to take at a time, at least two, so that some columns of all layers fit in memory."""
     kept = ELEMENTS.get(device.type, ELEMENTS_DEFAULT)
     return max(2, kept // (elements * (min(num_columns, COLUMNS) + GRAPH)))
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers that columns are pulled back to, in one pass."""
+    """The layers to which columns are pulled back, in one pass."""
 
     calls: Calls
     logits: Tensor  # (N, K), in the graph of the layers' outputs
     diagonal: bool  # only the diagonals of the block traces
 
     def pulled(self, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
-        """Cotangents ``(N, K)`` pulled back to all calls of all layers, some at a time."""
+        """Yield chunks of the cotangents ``(N, K)``, each pulled back to all calls of all layers."""
         logits, nodes = self.logits, nodes_of(self.calls)
         kept = ELEMENTS.get(logits.device.type, ELEMENTS_DEFAULT)
         at_a_time = max(1, kept // max(1, sum(node.numel() for node in nodes)) - GRAPH)
@@ -82,7 +85,7 @@ class _Layers:
             yield columns
 
     def contracted(self, columns: Columns, signs: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Block traces by layer, from the columns; these are used up, which keeps memory low."""
+        """Yield block traces by layer, from the columns; the lists of columns are emptied, which keeps memory low."""
         for name, of_layer in self.calls.items():
             convolutions = [call.convolution for call in of_layer]
             cotangents = [
@@ -93,7 +96,7 @@ class _Layers:
             yield name, gauss_newton_block_traces(inputs, cotangents, signs, self.diagonal)
 
     def add(self, totals: dict[str, Tensor], columns: Columns, signs: Tensor | None = None) -> None:
-        """Add the block traces from some columns to those from others."""
+        """Add the block traces from these columns to the totals by layer."""
         for name, part in self.contracted(columns, signs):
             totals[name] = totals[name] + part if name in totals else part
 
@@ -106,11 +109,11 @@ def _by_probes(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, BlockTraces]:
-    """The classes that carry the mass one by one, the sum of all others by random signs.
+    """Return block traces: classes of large weight are taken one by one, the sum over the others is estimated.
 
-    A probe pulls ``sum_k ±√w_k (e_k - π)`` back over the other classes; the signs make its products unbiased. There are
-    as many as the tolerance asks for, for every layer's trace and relative flatness; where that would be more than
-    there are classes, these are taken one by one, too.
+    A probe pulls ``sum_k ±√w_k (e_k - π)`` over the other classes back; random signs make the estimate unbiased. Probes
+    are added until trace and relative flatness of every layer reach the tolerance. If that would take more probes than
+    there are classes, these classes are taken one by one, too.
     """
     order = curvature.weights.argsort(1, descending=True)
     mass = curvature.weights.gather(1, order)
@@ -143,8 +146,8 @@ def _by_probes(
 
 
 def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
-    """How many classes to take one by one so that these and the probes for the rest are few."""
+    """Return how many classes to take one by one, so that their number plus that of the probes is smallest."""
     rest = (1 - mass.cumsum(0) / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).clamp_min(0)
-    # A probe's relative variance is some tenth for one sample; it counts with the square of the part that is sampled.
+    # The relative variance of a probe is about 0.1 for one sample, times the square of the sampled share of the weight.
     num_probes = 0.1 / (samples * tolerance**2) * rest.square()
     return int((torch.arange(1, len(mass) + 1, device=mass.device) + num_probes).argmin()) + 1

@@ -1,4 +1,4 @@
-"""Observing a forward pass that the user makes, once a forward pass of our own has shown that this changes nothing."""
+"""Observing a forward pass of the user's, after a trial on a pass of our own has shown that this changes nothing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lightning_flatness.model.isolation import accelerators
 
 
 class Listener:
-    """Listens, for the time of a ``with`` block, for the one call of a model on given inputs, and observes it.
+    """A context manager that observes the one call of a model on given inputs.
 
-    Meanwhile the ``forward`` of the model, and of modules whose call is as good, is ours, which calls theirs. Calls on
-    other inputs are left alone; None are any. Errors of ours are kept in :attr:`reason` and never raised. Modes are as
-    they were when the call is done, also when it raises. If the observed forward fails, it is run again unobserved.
+    Inside the ``with`` block, the ``forward`` of the model, and of modules with the same inputs and output, is replaced
+    by a wrapper of it. Calls on other inputs are not observed; inputs of None match every call. Our own errors are kept
+    in :attr:`reason` and never raised. After the call, modes are as they were before it, even if it raises. If the
+    observed forward fails, it is run again unobserved.
     """
 
     _observing: ClassVar[bool] = False  # one at a time: two would put their nodes into each other's graphs
@@ -42,14 +43,14 @@ class Listener:
         self._state: list[Any] = []
 
     def result(self) -> Pass:
-        """The forward pass that was observed; an error if there was none."""
+        """Return the observed forward pass; raise an error if there is none."""
         recorder = self._recorded
         if recorder is None or self.reason or recorder.failure is not None:
             raise BatchError(self.reason or f"observing failed ({recorder and recorder.failure})")
         return recorder.result(self.inputs, self._output)
 
     def __enter__(self) -> Listener:
-        # Not hooks: those do not run when a forward is interrupted by hand, nor for calls of `forward` itself.
+        # Hooks would not run when the user interrupts a forward, nor for direct calls of `forward`.
         for module in self._modules:
             own = {name: value for name, value in vars(module).items() if name == "forward"}
             self._ours.append((module, _Forward(self, module), own))
@@ -65,11 +66,11 @@ class Listener:
         self._ours = []
 
     def release(self) -> None:
-        """Drop all tensors."""
+        """Drop all references to tensors."""
         self._recorded = self._output = self.inputs = None
 
     def graph(self) -> weakref.ref[Any]:
-        """A reference that is alive as long as any tensor of the observed graph."""
+        """Return a weak reference that is alive as long as any tensor of the observed graph."""
         token = _Token()
         with torch.inference_mode(False), torch.enable_grad():
             for node in [] if self._recorded is None else self._recorded.nodes:
@@ -78,7 +79,7 @@ class Listener:
         return weakref.ref(token)
 
     def hear(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Call a forward, and observe it if it is the one."""
+        """Call a module's forward, and observe the call if its arguments are the inputs of this listener."""
         if self._is_called or not _are(self.inputs, arguments, keywords):
             return forward(*arguments, **keywords)
         self._num_calls += 1
@@ -87,7 +88,7 @@ class Listener:
         self._is_called = True
         try:
             if not self.reason:
-                # A guard around all: what a forward enters and leaves cannot change the modes that come after.
+                # Whatever modes the forward enters or leaves, these contexts restore them afterwards.
                 with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
                     self._observe(forward, arguments, keywords)
             if self.reason:
@@ -96,7 +97,7 @@ class Listener:
             self._is_called = False
         if self._recorded is None or self._recorded.has_classifier:
             return self._output
-        # Without a classifier the graph goes on to the output. In inference mode a clone is what it would have been.
+        # Without a classifier the output is in the graph. In inference mode the clone is an inference tensor.
         return apply_to_collection(self._output, Tensor, lambda made: made.detach().clone())
 
     def _observe(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ class Listener:
             self._recorded = recorder
         except BaseException as error:
             self.reason = f"the network fails when it is observed ({type(error).__name__}: {error})"
-            # Autograd refuses by RuntimeErrors what a graph cannot have.
+            # Autograd raises RuntimeErrors for operations that a graph cannot contain.
             if not (recorder.nodes and isinstance(error, RuntimeError)):
                 self.reason = "the network raised an error"
                 raise
@@ -131,7 +132,7 @@ class Listener:
 
 
 class _Forward:
-    """Stands in for a module's forward while a listener listens; copies and pickles get the module's own."""
+    """A wrapper of a module's forward while a listener is active; copies and pickles contain the original forward."""
 
     def __init__(self, listener: Listener, module: nn.Module) -> None:
         self._listener, self._module, self.__wrapped__ = listener, module, module.forward
@@ -162,21 +163,21 @@ NOT_HEARD = "validation does not call the network, or on other inputs than those
 
 
 class _Token:
-    """Alive as long as the graph that holds it."""
+    """An object that is alive as long as the graph that holds it."""
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """Modes and numbers of hooks, of all modules."""
+    """Return the training modes and the numbers of hooks of all modules."""
     return [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether a listener listens to a module."""
+    """Return whether a listener observes a module."""
     return isinstance(module.forward, _Forward)
 
 
 def same_inputs(one: Any, other: Any) -> bool:
-    """Whether two inputs of a model are the very same tensors."""
+    """Return whether two inputs of a model consist of identical tensor objects."""
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(map(same_inputs, one, other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -185,7 +186,7 @@ def same_inputs(one: Any, other: Any) -> bool:
 
 
 def _are(inputs: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-    """Whether a call with these arguments is the one on these inputs; ``None`` are any."""
+    """Return whether a call with these arguments is a call on ``inputs``; ``None`` matches every call."""
     if isinstance(inputs, Mapping):
         return not arguments and same_inputs(inputs, keywords)
     positional = inputs if isinstance(inputs, (tuple, list)) else (inputs,)

@@ -1,4 +1,4 @@
-"""One batch in, block traces out."""
+"""The observer, which computes block traces of batches of one model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from lightning_flatness.results import LayerInfo, merged
 
 
 class FlatnessObserver:
-    """Measures batches of one model, whose weights must stay the same meanwhile.
+    """An observer that measures batches of one model, whose weights must not change between batches.
 
-    The first call finds the layers, and certifies on its batch how each can be measured: by the closed form, where it
-    holds; else by the Gauss-Newton method, which is exact where the logits are affine in the layer's weight, and is
-    labelled where they are not. :attr:`layers` then describes them. Every call leaves the model, its gradients, buffers
-    and modes, the batch and all random states as they were.
+    The first call finds the layers, and certifies on its batch how each can be measured: by the closed form, if it
+    holds, else by the Gauss-Newton method. Gauss-Newton is exact if the logits are affine in the layer's weight; if
+    not, the layer is labelled inexact. :attr:`layers` then describes the layers. Every call leaves the model, its
+    gradients, buffers and modes, the batch and all random states as they were.
 
-    Beside that, it can observe forward passes that the user makes: :meth:`why_not_live`, :meth:`listen`,
+    An observer can also observe forward passes that the user makes: :meth:`why_not_live`, :meth:`listen`,
     :meth:`observed`. The model, the options and the errors are those of :func:`~lightning_flatness.measure_flatness`.
 
     Example:
@@ -53,34 +53,34 @@ class FlatnessObserver:
         self._options = Options(**options)
         self._model = model
         self._own = OwnPasses(model, self._options)
-        # Known apart, so that passes of our own are certified on their own samples, not on the few of the trial.
+        # Its certificates are separate: passes of our own must not rely on the few samples of the trial.
         self._observable: Observable | None = None
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self._defers_checks = True
 
     @property
     def layers(self) -> dict[str, LayerInfo]:
-        """How every layer is measured; empty before the first batch."""
+        """How each layer is measured; empty before the first batch."""
         own, observed = self._own.known.infos, {} if self._observable is None else self._observable.known.infos
         return {name: merged([infos[name] for infos in (own, observed) if name in infos]) for name in own | observed}
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Layers of ``"all"`` that cannot be measured, and why."""
+        """The layers that ``layers="all"`` leaves out since they cannot be measured, and why."""
         return dict(self._own.known.left_out)
 
     def __call__(
         self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None
     ) -> dict[str, LayerStatistics]:
-        """Statistics of one batch, by layer; ``advance`` is called with the part of it that is done.
+        """Return statistics of one batch, by layer; ``advance`` is called with the fraction of it that is done.
 
         ``inputs`` are a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. ``targets``
-        are as the loss takes them; without them, what needs them raises an error.
+        have the form that the loss takes. Layers whose Hessian depends on them raise an error without them.
         """
         return _statistics(self.sums(inputs, targets, advance))
 
     def sums(self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None) -> dict[str, LayerSums]:
-        """What a call returns, for adding up: symmetric matrices are folded."""
+        """Return the results of a call in a form that can be added: symmetric matrices are kept as upper triangles."""
         totals: dict[str, LayerSums] = {}
         for part in self._own(inputs, targets, self._block_traces, advance):
             totals = added(totals, part)
@@ -89,10 +89,11 @@ class FlatnessObserver:
     def why_not_live(
         self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> str:
-        """Why the user's forward passes cannot be observed; empty if they can.
+        """Return why the user's forward passes cannot be observed, or an empty string if they can.
 
-        That is tried out on the first samples of a batch: a pass of our own, observed in the way theirs would be and
-        under the modes that are on now, must return bit-identical values, keep nothing, and give the same numbers.
+        A trial on the first samples of a batch decides. It observes a pass of our own as it would observe the user's,
+        under the current modes. The pass must return bit-identical outputs, keep no tensors of the graph, and give the
+        same block traces.
         """
         batch = inputs, targets
         outcome = try_observing(self._model, self._options, batch, forward, self._block_traces, self._sums_observed)
@@ -102,20 +103,20 @@ class FlatnessObserver:
         return ""
 
     def listen(self, inputs: Any) -> Listener:
-        """Observe the user's forward pass on these inputs, once :meth:`why_not_live` has returned nothing."""
+        """Return a context that observes the user's forward pass on ``inputs``; :meth:`why_not_live` comes first."""
         assert self._observable is not None
         return Listener(self._model, inputs, self._observable.context.recorder, self._observable.same_calls)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
-        """Statistics of a batch on which the user's forward pass was observed.
+        """Return statistics of a batch on which the user's forward pass was observed.
 
         Raises:
-            FlatnessError: it was not as in the passes of our own.
+            FlatnessError: The pass differed from the passes of our own.
         """
         return _statistics(self.observed_sums(listener, targets))
 
     def observed_sums(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerSums]:
-        """What :meth:`observed` returns, for adding up."""
+        """Return the results of :meth:`observed` in a form that can be added, like :meth:`sums`."""
         assert self._observable is not None
         sums, known = self._sums_observed(self._observable, listener, targets)
         self._observable = replace(self._observable, known=known)
@@ -124,10 +125,10 @@ class FlatnessObserver:
     def _sums_observed(
         self, observable: Observable, listener: Listener, targets: Tensor | None
     ) -> tuple[dict[str, LayerSums], Certified]:
-        """Sums of an observed batch, and what is known after it.
+        """Return sums of an observed batch, and the updated certificates.
 
-        Checks of tensors are evaluated together at the end, so that a GPU is waited for once. If one fails, they are
-        evaluated one by one, to tell which; so they are with the batches that follow.
+        Checks of tensors are evaluated together at the end, so that the CPU waits for a GPU only once. If one fails,
+        the checks of this batch and of all later batches are evaluated one by one, to find out which one fails.
         """
         with differentiable(self._model):
             if self._defers_checks:
@@ -156,7 +157,7 @@ class FlatnessObserver:
     def _block_traces(
         self, certified: CertifiedPass, known: Certified, advance: Advance = lambda part: None
     ) -> dict[str, LayerSums]:
-        """Block traces of all layers, summed over the samples of a pass."""
+        """Return block traces of all layers, summed over the samples of a pass."""
         traces = {}
         for name in certified.tails:
             with naming(name):
@@ -168,7 +169,7 @@ class FlatnessObserver:
         return {name: _layer_sums(name, traces[name], certified, known) for name in certified.calls}
 
     def _residuals(self, certified: CertifiedPass, known: Certified) -> dict[str, BlockTraces]:
-        """Estimates of what Gauss-Newton leaves out, of the layers that are measured so."""
+        """Return estimates of the Hessian minus the Gauss-Newton matrix, for the layers measured with this residual."""
         wanted = [name for name, info in known.infos.items() if info.method == "gauss_newton+hutchinson"]
         if not wanted:
             return {}

@@ -1,4 +1,4 @@
-"""What batches add to the measurement of a layer: sums over samples, so batches and ranks add up."""
+"""Sums over the samples of a layer, which can be added up over batches and ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LayerStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSums:
-    """The same with symmetric matrices folded, for adding up."""
+    """The same sums in a form that can be added: symmetric matrices are folded, i.e. kept as upper triangles."""
 
     block_traces: Folded
     weight_gram: Folded
@@ -42,12 +42,12 @@ class LayerSums:
         )
 
     def statistics(self) -> LayerStatistics:
-        """With whole matrices, which share no memory with anything."""
+        """Return the sums with whole matrices, which share no memory with these."""
         with torch.inference_mode(False):
             traces, gram = self.block_traces.whole(), self.weight_gram.whole()
             return LayerStatistics(traces, gram, self.num_samples, self.normalizer, self.variances)
 
 
 def added(one: dict[str, LayerSums], other: dict[str, LayerSums]) -> dict[str, LayerSums]:
-    """Sums by layer, added up."""
+    """Add the per-layer sums of ``other`` to those of ``one``."""
     return {name: one[name] + sums if name in one else sums for name, sums in other.items()}

@@ -1,4 +1,4 @@
-"""A trial, before the user's forward passes are observed: that it changes nothing, and gives the same numbers."""
+"""A trial of whether observing the user's forward passes changes nothing and gives the same block traces."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lightning_flatness.model.copy import HALF, ModelCopy
 from lightning_flatness.model.isolation import BACKWARD_HOOKS, float32_is_reduced, untouched
 from lightning_flatness.model.rows import num_rows, take
 
-# Samples on which observing is tried out.
+# The number of samples of the trial.
 TRIAL = 4
 # The largest relative difference between block traces in full float32 and in the user's TF32.
 REDUCED = 0.02
-# What torch's and Lightning's ways to compile a module set on it.
+# Attributes that torch and Lightning set on a module when they compile it.
 COMPILERS = ("_compiled_call_impl", "_compiler_ctx")
 
 
@@ -37,7 +37,7 @@ Sums = dict[str, LayerSums]
 
 @dataclass(frozen=True)
 class Observable:
-    """A model whose forward passes can be observed, and what is known of it."""
+    """A model whose forward passes can be observed, with its certificates."""
 
     known: Certified
     context: Context
@@ -55,9 +55,10 @@ def try_observing(
     measure_own: Callable[[CertifiedPass, Certified], Sums],
     measure_observed: MeasureObserved,
 ) -> Observable | str:
-    """Measure the first samples of a batch in a pass of our own, then in an observed one; or say why not.
+    """Measure the first samples of a batch in a pass of our own, then in an observed one, and compare them.
 
-    ``forward`` makes a context that the user's passes run in, e.g. autocast.
+    Return the observable model, or why it cannot be observed. ``forward`` makes the context that the user's passes run
+    in, e.g. autocast.
     """
     samples = num_rows(*batch)
     reason = why_not_observed(model, options.measuring_dtype)
@@ -68,7 +69,7 @@ def try_observing(
     expected: Sums = {}
     for part in passes(inputs, targets, lambda seen, known, _: {} if seen.others else measure_own(seen, known)):
         expected = added(expected, part)
-    passes.release()  # its copy of the model would lie there while whole batches are validated
+    passes.release()  # its copy of the model would stay in memory during validation
     for name in passes.known.layers:
         if name not in expected:
             return f"layer '{name}' is not measured by the closed form"
@@ -100,10 +101,10 @@ def _relative(one: Tensor, other: Tensor) -> float:
 def _observe(
     model: nn.Module, inputs: Any, targets: Tensor | None, observable: Observable, measure: MeasureObserved
 ) -> tuple[Sums, Observable] | str:
-    """Do in a pass of our own what is to be done in the user's, under the modes that are on now."""
+    """Observe a pass of our own as the user's would be, under the current modes; return sums, or why that fails."""
     with torch.inference_mode(False):
         model_copy = ModelCopy(model)
-        # The graph is as in the user's pass only if parameters ask for gradients as theirs do.
+        # The graph equals that of the user's pass only if the same parameters require gradients.
         own = {p: model_copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
     with untouched(model):
         expected, same_calls = find_same_calls(model, lambda: model_copy(inputs, own))
@@ -150,9 +151,9 @@ def _identical(one: Tensor, other: Tensor) -> bool:
 
 
 def find_same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[nn.Module]]:
-    """What a model returns, and modules within it that get its very inputs, once, and return its very output.
+    """Return a model's output, and its submodules that are called once, with its inputs, and return its output.
 
-    A LightningModule's forward often is such a call; its steps may call the one or the other.
+    A LightningModule's forward often only calls a network; its steps may call either of the two.
     """
     calls: dict[nn.Module, list[tuple[Any, Any, Any]]] = {}
 
@@ -174,7 +175,7 @@ def find_same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, 
 
 
 def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Why a model, measured in ``dtype``, must not be observed in the user's forward passes; empty if it may be."""
+    """Return why a model, measured in ``dtype``, must not be observed in the user's passes; empty if it may be."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and (tensor.dtype in HALF or tensor.dtype != (dtype or tensor.dtype)):
             return f"weights in {tensor.dtype} are measured in {dtype or torch.float32}"

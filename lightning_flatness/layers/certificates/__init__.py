@@ -1,6 +1,6 @@
-"""Certificates, in the order of docs/theory.md: each compares two ways to the same number.
+"""Certificates, in the order of docs/theory.md: each computes the same number in two ways and compares them.
 
-What they raise or return says why a certificate fails and names no layer; the caller knows it and adds it.
+Their messages say why a certificate fails and call the layer "it"; the caller puts the layer's name in front.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-# The largest relative difference allowed between the two ways, in rounding errors of the precision.
+# The largest relative difference allowed between the two ways, in units of the machine epsilon.
 ROUNDINGS = 1e3
-# A value that may change with the data is certified in full at least once in so many batches.
+# A value that may change with the data is certified in full at least once in this many batches.
 FULL_EVERY = 16
 
 Value = TypeVar("Value")
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Known(Generic[Value]):
-    """A certified value, and the fingerprint of its batch: later ones with the same need not be certified in full.
+    """A certified value, and the fingerprint of its batch: a later batch with the same one needs no full certificate.
 
     Example:
         >>> known = Known(1.0, fingerprint="relu, mean")
@@ -32,10 +32,10 @@ class Known(Generic[Value]):
     batches: int = 0  # that were recognised since
 
     def recognises(self, fingerprint: Hashable, every: int | None = FULL_EVERY) -> bool:
-        """Whether a batch needs no full certificate; once in ``every`` batches it does all the same."""
+        """Return whether a batch needs no full certificate; once in ``every`` batches it needs one in any case."""
         due = every is not None and self.batches + 1 >= every
         return fingerprint is not None and fingerprint == self.fingerprint and not due
 
     def again(self) -> Known[Value]:
-        """The same, recognised once more."""
+        """Return the same value, with one more recognised batch counted."""
         return replace(self, batches=self.batches + 1)

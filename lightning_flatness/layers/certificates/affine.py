@@ -1,4 +1,4 @@
-"""Is the Gauss-Newton block the Hessian's? It is where the logits are affine in the layer's kernel."""
+"""Whether the Gauss-Newton matrix of a layer is its Hessian: it is if the logits are affine in its kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_flatness.results import SAMPLED
 
 
 class Inexact(Enum):
-    """Why a layer's number is not the Hessian's, or an estimate of it; the value is the text that users read."""
+    """Reasons why a layer's numbers are not, or only estimate, those of the Hessian; users read the values."""
 
     CURVED = "the network is curved after it"
     ONCE_DIFFERENTIABLE = "a custom function after it is marked once_differentiable"
@@ -22,13 +22,13 @@ class Inexact(Enum):
 
 
 def why_not_affine(calls: Calls, logits: Tensor) -> dict[str, Inexact | None]:
-    """Why the logits are not certified to be affine in the kernels of layers that ran once; None where they are.
+    """Return why the logits are not affine in the kernel, for each layer that ran once; None if they are.
 
     The second derivative of a random combination of logits, along a random direction, must be exactly zero at every
-    output of the layer. For piecewise-linear networks it is; one curved operation makes it non-zero. One double
-    backward serves all layers: at the output of a layer it gives the sum of second derivatives with respect to this and
-    any other one, and sums of random numbers are zero only if all are. A layer where it is not zero is looked at alone:
-    among these are layers that only other layers interact with, like those before a gate.
+    output of the layer. It is zero in piecewise-linear networks; one curved operation makes it non-zero. One double
+    backward pass serves all layers: at the output of a layer it gives the sum of the second derivatives with respect to
+    this output and every other one. A sum of random numbers is zero only if all of them are. If the sum is not zero,
+    the layer is tested alone, since its output may only interact with other layers, as before a gate.
     """
     nodes = nodes_of(calls)
     deltas = pull_back(logits, nodes, random_like(logits).requires_grad_(), create_graph=True)
@@ -44,7 +44,7 @@ def why_not_affine(calls: Calls, logits: Tensor) -> dict[str, Inexact | None]:
 
 
 def why_curved(logits: Tensor, node: Tensor) -> Inexact | None:
-    """Why a random combination of logits is not affine in ``node`` along a random direction; None if it is."""
+    """Return why a random combination of logits is not affine in ``node`` along a random direction; None if it is."""
     deltas = pull_back(logits, [node], random_like(logits).requires_grad_(), create_graph=True)
     second = second_derivatives(deltas, [random_direction(node)], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):

@@ -1,4 +1,4 @@
-"""Certificate 3, the head: what the loss sees is ``V g + b``."""
+"""Certificate 3, the head: the loss is computed from ``V g + b``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Head:
 
 
 def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: bool) -> Head:
-    """Certify that the logits are linear in the one vector for every sample that the classifier read.
+    """Certify that the logits are a linear map of the classifier's input, one vector for every sample.
 
-    A number added to all logits of a sample does not change cross-entropy, so log-softmax outputs pass.
+    With ``shift_invariant``, a number may be added to all logits of a sample: log-softmax outputs pass.
     """
     logits = recorded.logits
     if classifier is None:
@@ -64,7 +64,7 @@ def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, outpu
 
 
 def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Tensor:
-    """Certify that the model returned the classifier's output; the deviation, relative to a sample's largest logit."""
+    """Certify that the model returned the classifier's output; return the deviation relative to the largest logit."""
     if logits.shape != output.shape:
         raise NotClosedFormError(
             f"the model returns {logits.shape[1]} logits and this last linear layer {output.shape[1]}: it is not the "

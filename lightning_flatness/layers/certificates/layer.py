@@ -1,4 +1,4 @@
-"""Certificate 1, the layer: its output is that of one convolution, with one kernel for the whole measurement."""
+"""Certificate 1, the layer: its output is that of one convolution, whose kernel stays the same throughout."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Kernel:
 def certify_layer(
     calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool]
 ) -> Known[Kernel]:
-    """Certify that all calls of a layer are one convolution each, of one kernel; the kernel, to be known later.
+    """Certify that every call of a layer is one convolution with the same kernel, and return that kernel.
 
-    It must be the one that is known from batches before; ``unchanged`` compares its Gram matrix with theirs.
+    If earlier batches have certified a kernel (``known``), it must be the same. ``unchanged`` returns whether a kernel
+    has the Gram matrix of the earlier batches.
     """
     for call in calls:
         _certify_convolution(call, known)
@@ -38,8 +39,8 @@ def certify_layer(
 def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None) -> None:
     """Certify that the layer's output is one convolution, ``W phi + b``.
 
-    What counts is the convolution that ran: a layer that pads by itself or transforms its weight is measured with
-    respect to the input it reads and the kernel it applies.
+    A layer that pads its input or transforms its weight is measured with respect to the padded input that its
+    convolution reads and the transformed kernel that it applies.
     """
     if len(call.convolutions) != 1:
         raise LayerSelectionError(
@@ -101,7 +102,7 @@ def _certified_kernel(
 
 
 def as_parameter(known: Known[Kernel], weight: Tensor) -> Known[Kernel]:
-    """A kernel to be recognised as a parameter of the model, where it is that: no copy of it is kept."""
+    """Return the kernel as a parameter of the model if it equals ``weight``, so that no copy of it is kept."""
     kernel = known.value
     if kernel.weight.shape != weight.shape or not torch.equal(kernel.weight, weight):
         return known
@@ -109,18 +110,18 @@ def as_parameter(known: Known[Kernel], weight: Tensor) -> Known[Kernel]:
 
 
 def identity(weight: Tensor) -> tuple[int, int]:
-    """Tells a tensor that lives as long as the model from others, and by its version whether it was written to."""
+    """Return an identifier of a tensor that lives as long as the model, which changes when the tensor is written to."""
     return id(weight), weight._version
 
 
 def is_own_weight(call: LayerCall) -> bool:
-    """Whether the kernel that is applied is the layer's parameter itself, not something computed from it."""
+    """Return whether the kernel that is applied is the layer's parameter itself, not computed from it."""
     weight = call.convolution.weight
     own = dict(call.module.named_parameters(recurse=False)).get("weight")
     return own is not None and own.shape == weight.shape and torch.equal(own.to(weight), weight)
 
 
 def own_weight(module: nn.Module) -> nn.Parameter:
-    """The layer's parameter, where it is the kernel that is applied."""
+    """Return the weight of a layer that applies this parameter itself as its kernel."""
     assert isinstance(module.weight, nn.Parameter)
     return module.weight

@@ -1,4 +1,4 @@
-"""Certificate 4, the path: the kernel reaches the logits through its layer alone."""
+"""Certificate 4, the path: the logits depend on the kernel only through the outputs of its layer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_flatness.layers.recording import LayerCall
 
 
 def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents: Sequence[Tensor]) -> float:
-    """Certify that a gradient by autograd is the one that follows from the cotangents at the layer.
+    """Certify that autograd's gradient at the kernel equals the one computed from the cotangents at the layer.
 
-    Both are of one random combination of logits: the gradient at the kernel, through the whole model, and the
+    Both belong to one random combination of logits: the gradient at the kernel, through the whole model, and the
     cotangents at the layer's outputs. A kernel that the model also uses elsewhere (tied weights, a functional call)
-    fails here. The deviation that is returned is relative to the norm of the gradient, or to that of its terms where
-    these cancel.
+    fails here. The returned deviation is relative to the norm of the gradient, or, if its terms cancel, to the norm of
+    the terms.
     """
     expected = kernel_gradient(calls, cotangents)
     if gradient is None and bool(expected.any()):

@@ -1,4 +1,4 @@
-"""Certificate 5, the samples: the loss is a mean over samples, of a forward that is a function of each."""
+"""Certificate 5, the samples: the loss is a mean over samples, and the logits of each depend on no other sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_flatness.model.graph import random_like
 
 
 def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
-    """Layers that do not reach the logits, or not with one row of their output for every sample, and why."""
+    """Return the layers that the logits do not depend on, or whose output has no row for every sample, and why."""
     gradients = iter(pull_back_where_used(logits, nodes_of(calls), torch.ones_like(logits)))
     reasons = {}
     for name, of_layer in calls.items():
@@ -36,9 +36,9 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
 
 
 def find_mixing_layer(calls: Calls, logits: Tensor, masks: Iterable[Tensor]) -> str | None:
-    """The first layer after which logits of the samples of a mask, ``(N,)``, depend on others; None if none is found.
+    """Return the first layer after which the logits of the samples in a mask ``(N,)`` depend on samples outside it.
 
-    The masks of :func:`~lightning_flatness.functional.separating_masks` leave no pair of samples out.
+    Return None if none is found. :func:`~lightning_flatness.functional.separating_masks` tests every pair of samples.
     """
     for mask in masks:
         pulled = iter(pull_back(logits, nodes_of(calls), random_like(logits) * mask.to(logits)[:, None]))
@@ -56,7 +56,7 @@ SAMPLES_MIX = (
 
 
 def certify_rows(logits: Tensor, rows: int) -> None:
-    """Certify that there is a row of logits for every sample; two for a sample that is alone and runs twice."""
+    """Certify that there is one row of logits for every sample; a single sample is run twice and has two rows."""
     if len(logits) != max(rows, 2):
         raise BatchError(
             f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "

@@ -1,4 +1,4 @@
-"""Certificate 2, the tail: between the layer's output ``z`` and the classifier's input ``g`` channels do not mix."""
+"""Certificate 2, the tail: from the layer's output ``z`` to the classifier's input ``g``, channels do not mix."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lightning_flatness.model.graph import (
 
 @dataclass(frozen=True)
 class Tail:
-    """What a full certificate has shown of the tail of one layer."""
+    """The properties of the tail of one layer that a full certificate has established."""
 
     channels: Tensor  # c(s), (S,); -1 where unknown
-    unknown: Tensor  # the channels for which it is
+    unknown: Tensor  # the channels whose c(s) is unknown
     curved: bool  # whether slopes may depend on the layer's output
     deviation: float
 
 
 @dataclass(frozen=True)
 class TailDerivatives:
-    """What the closed form needs of the tail of one layer, of one batch."""
+    """The derivatives of the tail of one layer that the closed form needs, for one batch."""
 
     slopes: Tensor  # a, (N, S, *output)
     curvatures: Tensor | None  # a', the same shape; None where it is zero
@@ -43,7 +43,7 @@ class TailDerivatives:
 
 @dataclass(frozen=True)
 class FirstOrder:
-    """Three vector-Jacobian products from the features to the output of one layer, and what they say."""
+    """Three vector-Jacobian products from the features to the output of one layer, and what follows from them."""
 
     slopes: Tensor  # a[s, p] = dg[c(s)] / dz[s, p], the shape of the output
     channels: Tensor  # c(s), (S,); -1 for a channel without an active slope in the batch, which contributes nothing
@@ -55,11 +55,11 @@ class FirstOrder:
 def certify_tail(
     node: Tensor, head: Head, logits: Tensor | None, known: Known[Tail] | None
 ) -> tuple[TailDerivatives, Known[Tail]]:
-    """Certify the tail of one layer, and take its slopes and curvatures.
+    """Certify the tail of one layer, and return its slopes and curvatures.
 
-    ``node`` is ``z``, ``(N, S, *output)``. With logits in the graph, tail and head are certified together, too. A batch
-    with the operations of the one before needs no full certificate. Tails with operations that move entries by indices,
-    or with custom ones, have no fingerprint and get it on every batch.
+    ``node`` is ``z``, ``(N, S, *output)``. If ``logits`` in the graph are given, tail and head are also certified
+    together. A batch whose tail has the same operations as the previous batch needs no full certificate. Tails with
+    custom operations, or operations that move entries by indices, are certified in full on every batch.
     """
     operations = operations_of(head.features)
     if known is not None:
@@ -91,15 +91,15 @@ def _derivatives(slopes: Tensor, curvatures: Tensor | None, tail: Tail, head: He
 
 
 def why_not_first_order(features: Tensor, nodes: Sequence[Tensor]) -> list[str]:
-    """How layers fail the first-order condition; empty for those that do not. It certifies nothing yet."""
+    """Return how each layer fails the first-order condition, or an empty string; passing certifies nothing yet."""
     return [_failure(first, features) for first in first_order(features, nodes, create_graph=False)]
 
 
 def first_order(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> list[FirstOrder | None]:
-    """First derivatives of features ``(N, m)`` at the outputs ``(N, S, *output)`` of layers; None where there are none.
+    """Return first derivatives of features ``(N, m)`` at outputs ``(N, S, *output)`` of layers; None if not connected.
 
-    ``a`` is one vector-Jacobian product with ones. ``c(s)`` is one with the cotangent ``g_j -> j``, divided by ``a``. A
-    third one, with a random cotangent that is different for every sample, tells whether there is such a ``c(s)``.
+    The vector-Jacobian product with ones is ``a``. The product with the cotangent ``g_j -> j``, divided by ``a``, is
+    ``c(s)``. A third product, with a random cotangent that differs between samples, tests whether such ``c(s)`` exist.
     """
     u = random_like(features)
     entries = torch.arange(features.shape[1], dtype=features.dtype, device=features.device).expand_as(features)
@@ -122,7 +122,7 @@ def _slopes(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> Se
 
 
 def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
-    """``c(s)``, by least squares over samples and positions; a tail that mixes channels gives meaningless entries."""
+    """Return ``c(s)``, by least squares over samples and positions; it is meaningless if the tail mixes channels."""
     scale = a.abs().amax()  # products of tiny slopes must not underflow
     a, weighted = (t.double() / scale.clamp_min(torch.finfo(a.dtype).tiny) for t in (a, weighted))
     over = [dimension for dimension in range(a.ndim) if dimension != 1]
@@ -133,7 +133,7 @@ def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
 
 
 def _failure(first: FirstOrder | None, features: Tensor) -> str:
-    """How a layer fails the first-order condition: every feature depends on one channel of its own sample."""
+    """Return how a layer fails the first-order condition: every feature depends on one channel of its own sample."""
     if first is None:
         return NO_GRAPH
     if first.deviation <= _tolerance(features):
@@ -147,7 +147,7 @@ def _failure(first: FirstOrder | None, features: Tensor) -> str:
 
 
 def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
-    """The derivative of a first derivative along a vector; None where it does not depend on the output."""
+    """Return the derivative of a first derivative along a vector; None if it does not depend on the layer's output."""
     second = second_derivatives([derivative], [vector], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):
         raise NotClosedFormError(
@@ -159,10 +159,10 @@ def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
 
 
 def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Tensor, features: Tensor) -> float:
-    """Certify that positions of a channel do not interact; the deviation, relative to the largest entry.
+    """Certify that positions of a channel do not interact; return the deviation, relative to the largest entry.
 
     Pulling back a random ``u`` and differentiating along a random ``v`` must give ``u[c(s)] a'[s, p] v[s, p]``. A tail
-    like InstanceNorm fulfils the first-order condition and not this one.
+    like InstanceNorm fulfils the first-order condition but not this one.
     """
     v = random_like(first.slopes)
     along = _along(first.pulled, node, v)
@@ -179,11 +179,11 @@ def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Te
 
 
 def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, shift_invariant: bool) -> float:
-    """Certify tail and head together; the deviation, relative to the largest entry.
+    """Certify tail and head together; return the deviation, relative to the largest entry.
 
-    Pulling a random ``u`` back from the logits must give ``(uᵀV)[c(s)] a[s, p]``. Here something shows that changes
-    gradients and no values. ``u`` adds up to zero over the classes for a loss that does not see a number added to all
-    logits of a sample, like cross-entropy.
+    Pulling a random ``u`` back from the logits must give ``(uᵀV)[c(s)] a[s, p]``. This detects operations that change
+    gradients but not values. If adding a number to all logits of a sample does not change the loss, as in
+    cross-entropy, ``u`` sums to zero over the classes.
     """
     u = random_like(logits)
     if shift_invariant:
@@ -194,8 +194,8 @@ def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, s
     deviation = _deviation(pulled, expected)
     if not deviation <= 10 * _tolerance(logits):
         raise NotClosedFormError(
-            "gradients from the logits to it are not those of its classifier (relative deviation "
-            f"{deviation:.1e}): something between changes gradients and no values."
+            "the gradients that reach it from the logits differ from those that the classifier implies (relative "
+            f"deviation {deviation:.1e}): an operation in between changes gradients but not values."
         )
     return deviation
 
@@ -205,7 +205,7 @@ def _tolerance(tensor: Tensor) -> float:
 
 
 def _per_channel(cotangent: Tensor, channels: Tensor, node: Tensor) -> Tensor:
-    """``u[c(s)]``, shaped to multiply the layer's output; zero for channels without ``c(s)``."""
+    """Return ``u[c(s)]``, shaped to multiply the layer's output; zero for channels without ``c(s)``."""
     return to_positions(cotangent[:, channels.clamp_min(0)] * (channels >= 0), node)
 
 
