@@ -65,8 +65,8 @@ def loss_landscape(
             or two (a plane) of these strings or of directions. Random axes are normal random numbers; the second one is
             made orthogonal to the first before it is normalised. Adam axes are the optimizer's ``exp_avg`` and
             ``exp_avg_sq``; a line takes ``exp_avg``. Hessian axes are unit eigenvectors of the largest eigenvalues for
-            the trainable parameters that are not ``frozen``. A direction is a mapping from names of
-            parameters or buffers to tensors, e.g. from ``direction_between`` or ``pca_directions``, or a flat tensor.
+            the trainable parameters that are not ``frozen``. A direction is a mapping from names of parameters or
+            buffers to tensors, e.g. from ``direction_between`` or ``pca_directions``, or a flat tensor.
         normalize: scale every ``"weight"``, ``"filter"``, ``"layer"`` (tensor) or the whole ``"model"`` of a direction
             to the norm of the weights; or ``"none"``. By default ``"filter"`` for random axes, ``"none"`` for others.
         norm: order of this norm, 1 or 2.

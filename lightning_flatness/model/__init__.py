@@ -1,1 +1,1 @@
-"""Running somebody's network without leaving a trace, and what can be read off it."""
+"""Run a user's network without leaving a trace on it, and analyse its outputs and graph."""

@@ -1,4 +1,4 @@
-"""Copies of a model's tensors, in the precision and on the device that they are measured in."""
+"""Copy a model's tensors, in the precision and on the device of the measurement."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ WITHOUT_FLOAT64 = ("mps",)
 
 
 class ModelCopy:
-    """Runs a model on copies of its parameters and buffers, made once, as they are now.
+    """A model that runs on copies of its parameters and buffers, which are made on construction.
 
-    No gradient can reach the user's parameters, and a forward that writes to parameters, buffers or inputs writes to
-    copies. The forward is the user's own, called through ``__call__``, so forward hooks run. Use it within
+    No gradient can reach the user's parameters. A forward that writes to parameters, buffers or inputs writes to their
+    copies. The user's model is called through ``__call__``, so forward hooks run. Use a ``ModelCopy`` within
     :func:`isolated`.
     """
 
@@ -34,19 +34,19 @@ class ModelCopy:
         self._copies: dict[int, Tensor] = {}
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
-        self.keeps_graph = False  # whether the last call left a graph in a buffer
+        self.keeps_graph = False  # whether a buffer requires gradients after the last call
         for prefix, module in model.named_modules():
             tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             self._buffers |= {id(buffer) for buffer in buffers.values()}
             for name, tensor in (tensors | buffers).items():
-                # One copy for each tensor, so that what is tied stays tied.
+                # One copy for each tensor, so that tied parameters stay tied.
                 self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
                 if id(tensor) not in self._copies:
                     self._copies[id(tensor)] = measured(tensor.detach(), dtype).clone()
 
     def copy_of(self, tensor: Tensor) -> Tensor:
-        """What the model runs on in place of one of its parameters or buffers."""
+        """Return the copy of one of the model's parameters or buffers."""
         return self._copies[id(tensor)]
 
     def __call__(
@@ -57,8 +57,8 @@ class ModelCopy:
     ) -> Any:
         """Call the model on a copy of a tensor, of a tuple or list of arguments, or of a mapping of keyword arguments.
 
-        ``replacements`` stand in for parameters and buffers wherever the model has them. The forward may write to those
-        of ``written`` buffers; of all others it gets a copy in every call.
+        ``replacements`` maps parameters and buffers to the tensors used in their place. The forward may write to the
+        replacements of the buffers ``written``; of every other buffer, each call gets a new copy.
         """
         inputs = apply_to_collection(inputs, Tensor, lambda tensor: measured(tensor, self._dtype).clone())
         arguments: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -67,10 +67,10 @@ class ModelCopy:
             arguments, keywords = (), dict(inputs)
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
         begun = self._buffers - {id(buffer) for buffer in written}
-        with torch.inference_mode(False):  # they can be in a graph, as the user's can
-            tensors |= {key: tensors[key].clone() for key in begun}  # every call begins with the same
+        with torch.inference_mode(False):  # so that these tensors can be in a graph, as the user's can
+            tensors |= {key: tensors[key].clone() for key in begun}  # so that every call begins with the same buffers
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
-        # Ties are ours: functional_call would swap a module that has two names twice, and not back.
+        # Ties are handled above: with tie_weights, functional_call swaps a module with two names twice, and not back.
         output = functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
         buffers = [name for name, key in self._slots.items() if key in self._buffers]
         self.keeps_graph = any(substitutes[name].requires_grad for name in buffers)
@@ -78,9 +78,10 @@ class ModelCopy:
 
 
 def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on the device that it is measured on, and if it is of floating point in ``dtype``, by default its own.
+    """Move a tensor to the device of the measurement, and convert a floating-point tensor to ``dtype``.
 
-    Half precision becomes float32, since a Hessian of rounded activations says nothing.
+    Without ``dtype`` a tensor keeps its own, except that half precision becomes float32: a Hessian of activations
+    rounded to half precision has no meaning.
     """
     tensor = tensor.to(measuring_device(tensor.device))
     if not tensor.is_floating_point():
@@ -89,5 +90,5 @@ def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def measuring_device(device: torch.device) -> torch.device:
-    """Where a model on this device is measured: there, or, if there is no float64 to keep sums in, on the CPU."""
+    """Return the device to measure on: the model's own, or the CPU if its own does not support float64."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device

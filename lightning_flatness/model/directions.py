@@ -1,4 +1,4 @@
-"""Directions between states of a model."""
+"""Compute directions between states of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = nn.Module | Mapping[str, Tensor]
 
 
 class NamedDirection(dict[str, Tensor]):
-    """A direction that says what an axis along it is called."""
+    """A direction with a name for the axis along it."""
 
     def __init__(self, direction: Direction, name: str) -> None:
         super().__init__(direction)
@@ -26,16 +26,17 @@ class NamedDirection(dict[str, Tensor]):
 
 
 def direction_between(model: nn.Module, other: State) -> Direction:
-    """The direction from a model to another one of the same architecture: ``w' - w`` for parameters and buffers.
+    """Return the direction ``w' - w`` from a model to another model of the same architecture.
 
-    The other model lies at 1 along it, with its BatchNorm statistics. Elsewhere, statistics lie on the straight line,
-    too; ``batch_norm="recomputed"`` computes those that belong to the weights at every point.
+    The direction includes parameters and buffers, so the other model, with its BatchNorm statistics, lies at the
+    coordinate 1. At other coordinates, statistics are interpolated linearly like the weights; with
+    ``batch_norm="recomputed"`` they are computed for the weights at every point.
 
-    ``other`` is the model at 1, or its ``state_dict()``. Returned are float64 tensors by name, for ``axes=`` of
-    :func:`~lightning_flatness.loss_landscape`.
+    ``other`` is the other model or its ``state_dict()``. The result maps names to float64 tensors; pass it in ``axes=``
+    of :func:`~lightning_flatness.loss_landscape`.
 
     Raises:
-        FlatnessError: tensors are missing in ``other``, have other shapes or are not finite, or nothing differs.
+        FlatnessError: tensors are missing in ``other``, have other shapes or are not finite, or the models are equal.
 
     Example:
         >>> one, other = nn.Linear(2, 1), nn.Linear(2, 1)
@@ -49,17 +50,17 @@ def direction_between(model: nn.Module, other: State) -> Direction:
 
 
 def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -> PrincipalDirections:
-    """The directions in which a trajectory differs most from the model where it ends, by PCA.
+    """Compute the principal directions (PCA) of the differences between states of a trajectory and ``model``.
 
-    They are orthonormal, with ``model`` (usually the trained one) as origin. Only parameters count, since BatchNorm
-    statistics would outweigh them. ``states`` are models or state dicts along the way.
+    The directions are orthonormal. ``model``, usually the trained one, is the origin. ``states`` are models or state
+    dicts along the trajectory. Only parameters are used, since BatchNorm statistics would outweigh them.
 
     Returns:
         ``directions`` for ``axes=`` of :func:`~lightning_flatness.loss_landscape`; ``coordinates`` ``(states, number)``
-        for ``trajectory=`` of the figures; ``explained``, their shares of the squared distances.
+        for ``trajectory=`` of the figures; ``explained``, each direction's share of the squared distances.
 
     Raises:
-        FlatnessError: states that do not fit or are not finite, or too few that differ.
+        FlatnessError: states do not fit the model or are not finite, or too few of them differ.
 
     Source:
         Li et al. 2018 (arXiv 1712.09913), Section 7.2.
@@ -87,7 +88,7 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
 
 
 def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], name: str) -> Direction:
-    """``state`` minus the model, float64."""
+    """Return ``state`` minus the model for the tensors ``wanted``, float64."""
     if isinstance(state, nn.Module):
         state = {**dict(state.named_parameters(remove_duplicate=False)), **dict(state.named_buffers())}
     if not isinstance(state, Mapping):
@@ -96,7 +97,7 @@ def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], n
     offset: Direction = {}
     for key, tensor in wanted.items():
         if key not in given and key in tensors.buffers:
-            continue  # not kept in state dicts
+            continue  # a buffer that is not persistent is not in state dicts
         if key not in given or not isinstance(given[key], Tensor) or given[key].shape != tensor.shape:
             there = f"has shape {tuple(given[key].shape)}" if isinstance(given.get(key), Tensor) else "is missing"
             raise FlatnessError(f"{name} does not fit the model: '{key}' of shape {tuple(tensor.shape)} {there} there.")

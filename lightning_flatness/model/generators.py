@@ -1,4 +1,4 @@
-"""Random generators that a data set or a model keeps as its own attributes."""
+"""Find and restore random generators that a data set or a model holds in its attributes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-# Longer sequences are data, not transforms.
+# Longer sequences are taken for data, in which no generators are searched.
 MOST_PARTS = 100
 DEEPEST = 8
 PLAIN = frozenset([bool, int, float, str, bytes, type(None), Tensor, nn.Parameter])
@@ -27,8 +27,8 @@ OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 def generators_kept(owner: Any) -> Iterator[None]:
     """On leaving, restore the states of all generators that an object holds, directly or through other objects.
 
-    These are generators of torch, numpy and Python in attributes, and in short lists, tuples and mappings there; for a
-    module, in those of all its modules.
+    Generators of torch, numpy and Python are found in attributes of the object (of a module, also of its submodules),
+    and in short lists, tuples and mappings that are attributes.
     """
     restore = [restoring(generator) for generator in _generators(owner)]
     try:
@@ -39,13 +39,13 @@ def generators_kept(owner: Any) -> Iterator[None]:
 
 
 def drawing(batches: Any) -> list[Any]:
-    """Parts of a loader that may hold generators, for :func:`generators_kept`."""
+    """Return the parts of a loader that may hold generators, for :func:`generators_kept`."""
     parts = [batches, *(getattr(batches, name, None) for name in ("dataset", "generator", "sampler", "batch_sampler"))]
     return parts + [getattr(part, "generator", None) for part in parts]
 
 
 def restoring(generator: Any) -> Callable[[], Any]:
-    """A function that puts a generator back into the state in which it is now."""
+    """Return a function that restores a generator's present state."""
     if isinstance(generator, random.Random):
         return partial(generator.setstate, generator.getstate())
     if hasattr(generator, "bit_generator"):  # numpy.random.Generator
@@ -54,7 +54,7 @@ def restoring(generator: Any) -> Callable[[], Any]:
 
 
 def _generators(owner: Any) -> list[Any]:
-    """All generators that an object holds, at most ``DEEPEST`` attributes or entries away."""
+    """Return all generators that an object holds, at most ``DEEPEST`` attributes or entries deep."""
     numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if numpy is not None:
@@ -64,11 +64,11 @@ def _generators(owner: Any) -> list[Any]:
     waiting = [(owner, 0)]
     while waiting:
         part, depth = waiting.pop()
-        # Most attributes of modules are flags and empty mappings of hooks: they are passed over first, for speed.
+        # Most attributes of modules are flags and empty mappings of hooks: for speed, they are skipped first.
         if type(part) in PLAIN or (type(part) in MAPPINGS and not part) or id(part) in visited or depth > DEEPEST:
             continue
         visited.add(id(part))
-        if isinstance(part, kinds) and not isinstance(part, random.SystemRandom):  # which has no state
+        if isinstance(part, kinds) and not isinstance(part, random.SystemRandom):  # a SystemRandom has no state
             generators.append(part)
         else:
             waiting += [(inner, depth + 1) for inner in _parts(part)]
@@ -76,7 +76,7 @@ def _generators(owner: Any) -> list[Any]:
 
 
 def _parts(part: Any) -> list[Any]:
-    """Objects that an object holds and that may hold generators; none within Python's and torch's own types."""
+    """Return the attributes or entries to search for generators; none for objects of Python's and torch's own types."""
     if isinstance(part, (dict, list, tuple)):
         return list(part.values() if isinstance(part, dict) else part) if len(part) <= MOST_PARTS else []
     if isinstance(part, nn.Module):

@@ -1,4 +1,4 @@
-"""What autograd's graph of a tensor shows: the operations in it, and whether they can be differentiated twice."""
+"""Analyse a tensor's autograd graph: which operations it has, and whether they can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-# Of every function of a graph: its name, its saved numbers, and the numbers of the functions that follow.
+# For each function of a graph: its name, its saved values that are not tensors, and the indices of its next functions.
 Operations = tuple[tuple[Any, ...], ...]
 
-# Functions that move or mix entries as other tensors say.
+# Functions that move or mix entries depending on another tensor, such as indices or weights.
 MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
 
 
 def operations_of(end: Tensor) -> Operations | None:
-    """Operations on the way to a tensor; None where their names and numbers do not determine them.
+    """Return the operations that compute a tensor, or None if names and saved values do not determine what they do.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -40,7 +40,7 @@ def operations_of(end: Tensor) -> Operations | None:
     )
 
 
-# Functions whose second derivative is zero wherever there is one.
+# Functions whose second derivative is zero wherever it exists.
 # fmt: off
 PIECEWISE_LINEAR = frozenset([
     "AccumulateGrad", "AdaptiveAvgPool2D", "Add", "AsStrided", "AvgPool2D", "AvgPool3D", "Cat", "Clone",
@@ -52,19 +52,19 @@ PIECEWISE_LINEAR = frozenset([
 
 
 def is_piecewise_linear(operations: Operations) -> bool:
-    """Whether slopes cannot depend on the output, whatever its values."""
+    """Return whether all operations are piecewise linear."""
     return all(_plain(name) in PIECEWISE_LINEAR for name, *_ in operations)
 
 
-# Functions that are linear in one of their tensors as long as the others are constants.
+# Functions that are linear in one of their tensors if all their other tensors are constants.
 LINEAR_IN_ONE = frozenset(["Addmm", "Bmm", "Convolution", "CudnnConvolution", "MkldnnConvolution", "Mm", "Mul", "Mv"])
 
 
 def cannot_curve(end: Tensor) -> bool:
-    """Whether the functions of a tensor's graph alone show that all its second derivatives are zero.
+    """Return whether the functions in a tensor's graph imply that all its second derivatives are zero.
 
-    Every function must be known to be linear, or linear in pieces, in what the graph reaches it by. Its backward then
-    multiplies by constants and by masks, neither of which has a derivative, whatever the data are.
+    Every function must be known to be linear or piecewise linear in those of its inputs that are in the graph. Then its
+    backward only multiplies by constants and masks, whose derivatives are zero for any data.
 
     Example:
         >>> z, w = torch.randn(2, 3, requires_grad=True), torch.randn(3, 4)
@@ -81,7 +81,7 @@ def cannot_curve(end: Tensor) -> bool:
 
 
 def _functions(ends: Sequence[Tensor]) -> Iterator[Any]:
-    """Functions of the graph that leads to some tensors, each once."""
+    """Yield each function in the graph of the tensors once."""
     visited: set[Any] = set()
     waiting = [end.grad_fn for end in ends]
     while waiting:
@@ -93,7 +93,7 @@ def _functions(ends: Sequence[Tensor]) -> Iterator[Any]:
 
 
 def _plain(name: str) -> str:
-    """The name of a function of a graph without its number and namespace."""
+    """Return the name of a function of a graph without namespace, ``Backward`` and number."""
     return re.sub(r"(Backward)?\d*$", "", name.rpartition("::")[2])
 
 
@@ -107,21 +107,21 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def random_like(tensor: Tensor, stream: int = 0) -> Tensor:
-    """Standard normal numbers of the shape, type and device of a tensor, always the same; no generator is touched.
+    """Return standard normal numbers in the shape, dtype and device of a tensor, without using global generators.
 
-    Those of different streams are independent.
+    The numbers are the same in every call. Numbers of different streams are independent.
     """
     generator = torch.Generator().manual_seed(10 * stream + tensor.ndim)
-    # In float64 it would take six times as long.
+    # Drawing in float64 would take six times as long.
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor)
 
 
 @dataclass(frozen=True)
 class NoSecondDerivative:
-    """Why torch cannot differentiate first derivatives again."""
+    """The reason why torch cannot differentiate first derivatives again."""
 
-    marked: bool  # a custom function is marked once_differentiable; else torch lacks the derivative of an operation
-    message: str  # which, in torch's words
+    marked: bool  # True: a custom function is marked once_differentiable; False: torch lacks a derivative
+    message: str  # which operation, in torch's words
 
 
 def second_derivatives(
@@ -130,9 +130,9 @@ def second_derivatives(
     inputs: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Sequence[Tensor | None] | NoSecondDerivative:
-    """Gradients of ``sum_i <derivatives[i], directions[i]>`` with respect to the inputs, or why torch has none.
+    """Return the gradients of ``sum_i <derivatives[i], directions[i]>`` by the inputs, or why torch has none.
 
-    First derivatives that are None or constant add nothing; an input that they do not depend on has None.
+    First derivatives that are None or constant are skipped. The gradient is None for inputs without influence.
     """
     pairs = [
         (derivative, direction)
@@ -152,14 +152,14 @@ def second_derivatives(
         return NoSecondDerivative(False, str(error))
 
 
-# What torch says where an operation has a first derivative and no second.
+# Parts of torch's messages for operations that have a first derivative but no second one.
 NOT_DIFFERENTIABLE = ("derivative for", "not implemented", "double backward", "double-backward")
 
 
 def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
-    """Whether the graph of first derivatives has a custom function that cannot be differentiated again.
+    """Return whether the graph of first derivatives has a custom function that cannot be differentiated again.
 
-    Such a function leaves an error node, which ends the graph: autograd raises it only where a path leads to it, and
-    passes over in silence that no path leads on to the inputs.
+    Such a function leaves an error node, which ends the graph. Autograd raises its error only if it visits the node;
+    otherwise gradients behind the node are silently missing.
     """
     return any(node.name().endswith("Error") for node in _functions(derivatives))

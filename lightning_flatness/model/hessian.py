@@ -1,4 +1,4 @@
-"""The Hessian, or the Gauss-Newton matrix, of the loss with respect to chosen parameters, as products with vectors."""
+"""Multiply the Hessian or Gauss-Newton matrix of the loss, with respect to chosen parameters, with vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_flatness.model.rows import num_rows, twice
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over samples; means follow by division by ``normalizer``."""
+    """Sums over samples. Divided by ``normalizer``, they are means."""
 
     loss: float = 0.0
     normalizer: float = 0.0
@@ -32,11 +32,12 @@ class LossSums:
 
 
 class LossCurvature:
-    """Products of the matrix of the summed loss, over batches, with vectors ``(D,)`` of all chosen parameters.
+    """The Hessian or Gauss-Newton matrix of the loss summed over batches, as products with vectors ``(D,)``.
 
-    ``"gauss_newton"`` is ``Σ Jᵀ Λ J``, with ``Λ`` the loss's Hessian at the logits. The model runs in evaluation mode
-    on copies and is left as it was. A product takes, for every batch, one forward pass, one backward pass and one
-    through both (the Gauss-Newton matrix one more), and its graph lives no longer than its batch.
+    ``D`` is the number of entries of all chosen parameters. The Gauss-Newton matrix is ``Σ Jᵀ Λ J``, where ``Λ`` is the
+    loss's Hessian at the logits. The model runs in evaluation mode on copies and is left as it was. For every batch, a
+    product takes one forward pass, one backward pass and one backward pass through both (with the Gauss-Newton matrix
+    one more backward pass). The graph of a batch is freed before the next batch.
     """
 
     def __init__(
@@ -51,11 +52,11 @@ class LossCurvature:
         chosen = choose_parameters(model, params)
         with torch.inference_mode(False):
             self._copy = ModelCopy(model, dtype)
-            # They share memory with the copies.
+            # The leaves share memory with the copies.
             self._leaves = [self._copy.copy_of(parameter).detach().requires_grad_() for parameter in chosen.values()]
         self._replacements = dict(zip(chosen.values(), self._leaves, strict=True))
         self._sizes = [leaf.numel() for leaf in self._leaves]
-        self._depends = False  # the loss on the parameters, as a product has shown
+        self._depends = False  # whether a product has shown that the loss depends on the parameters
         self.shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
         self.dtype = torch.float32
         for leaf in self._leaves:
@@ -65,9 +66,9 @@ class LossCurvature:
         self.weight_norm = float(torch.stack([leaf.detach().double().norm().cpu() for leaf in self._leaves]).norm())
 
     def sums(self, batches: Iterable[tuple[Any, Tensor | None]], vector: Tensor | None = None) -> LossSums:
-        """The loss summed over batches, and the product with a vector.
+        """Return the loss summed over batches, and the product with a vector.
 
-        Without a vector, targets are checked and the normalizer is computed instead of a product.
+        Without a vector, check targets and compute the normalizer instead of the product.
         """
         loss = normalizer = 0.0
         num_samples = 0
@@ -78,14 +79,14 @@ class LossCurvature:
                 continue
             if targets is None:
                 raise BatchError(f"Batch {index} has no targets, and the Hessian of the loss needs them.")
-            # One sample runs twice: the backward pass of torch's BatchNorm is wrong for it in some memory layouts.
+            # One sample is duplicated: otherwise the backward of torch's BatchNorm is wrong in some memory layouts.
             share = 0.5 if samples == 1 else 1.0
             if samples == 1:
                 inputs, targets = twice(inputs), twice(targets)
             with _explained(index), isolated(self._model):
                 with torch.set_grad_enabled(vector is not None):
                     logits = logits_of(self._copy(inputs, self._replacements))
-                targets = targets.to(logits.device, copy=True)  # an ordinary tensor also under inference mode
+                targets = targets.to(logits.device, copy=True)  # no inference tensor
                 if vector is None or product is None:
                     derivatives = self._loss(logits, targets)
                     loss += share * float(self._loss.total(logits, targets))
@@ -103,7 +104,7 @@ class LossCurvature:
         return LossSums(loss, normalizer, num_samples, product)
 
     def _add_product(self, total: Tensor, logits: Tensor, targets: Tensor, vector: Tensor, share: float) -> float:
-        """Add ``share`` of the product for one batch to ``total`` ``(D,)`` in place, and return the batch's loss."""
+        """Add ``share`` times the product for one batch to ``total`` ``(D,)`` in place, and return the batch's loss."""
         parts = [
             part.reshape(leaf.shape).to(leaf)
             for part, leaf in zip(vector.split(self._sizes), self._leaves, strict=True)
@@ -128,7 +129,7 @@ class LossCurvature:
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         f = logits.detach().requires_grad_()
         loss = self._loss.total(f, targets)
-        # J v from reverse mode alone, which every operation has: Jᵀu is linear in u, and its derivative there is J.
+        # J v by reverse mode only, which every operation supports: Jᵀu is linear in u, and its derivative is J.
         u = torch.zeros_like(f, requires_grad=True)
         gradients = self._certified(_gradients(logits, self._leaves, u, create_graph=True))
         (forward,) = _second(gradients, vector, [u])
@@ -138,7 +139,7 @@ class LossCurvature:
         return loss, _gradients(logits, self._leaves, column)
 
     def _certified(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The gradients, once the first batch has shown that there are some."""
+        """Return the gradients; raise an error if no batch so far has had any."""
         self._depends = self._depends or any(gradient is not None for gradient in gradients)
         if not self._depends:
             names = list(self.shapes)
@@ -153,7 +154,7 @@ class LossCurvature:
 def _gradients(
     output: Tensor, inputs: Sequence[Tensor], weight: Tensor | None = None, create_graph: bool = False
 ) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad``, with None for all where there is nothing to differentiate."""
+    """Call ``torch.autograd.grad``, but return None for every input if the output does not require gradients."""
     if not output.requires_grad or (weight is None and output.ndim):
         return [None] * len(inputs)
     return torch.autograd.grad(output, inputs, weight, create_graph=create_graph, allow_unused=True)
@@ -173,7 +174,7 @@ def _second(
 
 @contextmanager
 def _explained(index: int) -> Iterator[None]:
-    """Raise errors of torch that have a reason and a remedy in plain words."""
+    """Replace known errors of torch by errors that explain the reason and the remedy."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one

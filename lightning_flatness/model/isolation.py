@@ -1,4 +1,4 @@
-"""A forward pass of our own that leaves no trace on the model, its inputs or the random number generators."""
+"""Run a forward pass without leaving a trace on the model, its inputs or random number generators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_flatness.model.generators import generators_kept
 def _refuse_sharded(name: str, module: nn.Module) -> None:
     wrapped = {"FullyShardedDataParallel", "FSDPModule"} & {base.__name__ for base in type(module).__mro__}
     parameters = list(module.parameters(recurse=False))
-    # Tensor parallelism keeps DTensors, DeepSpeed's stage 3 empty parameters with an id; FSDP does not all the time.
+    # Tensor parallelism has DTensors, DeepSpeed stage 3 empty parameters with a ds_id; FSDP does not always have them.
     if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
         raise LayerSelectionError(
             f"The weights of '{name or type(module).__name__}' are sharded over processes (FSDP, tensor parallelism, "
@@ -33,18 +33,18 @@ def _refuse_sharded(name: str, module: nn.Module) -> None:
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, full float precision, eager, gradients on; everything is restored on leaving, also on an error.
+    """Run a block in evaluation mode, eagerly, in full precision and with gradients enabled, and restore everything.
 
-    Restored: the attributes of every module, ``training`` and backward hooks among them, which do not run meanwhile;
-    the random states of torch (CPU and the model's accelerators), numpy and Python. Inference mode and autocast are
-    left, ``torch.compile``d parts run uncompiled, TF32 (and bfloat16 for float32 on a CPU) is off.
+    Inside the block, inference mode, autocast and backward hooks are disabled, ``torch.compile``d parts run uncompiled,
+    and float32 products use neither TF32 nor bfloat16. On leaving, also after an error, the attributes of every module
+    and the random states of torch (CPU and the model's accelerators), numpy and Python are restored.
     """
     for name, module in model.named_modules():
         _refuse_sharded(name, module)
     with ExitStack() as stack:
         stack.enter_context(differentiable(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the other attention kernels have no second derivative
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # other attention kernels have no second derivative
         stack.enter_context(untouched(model))
         try:
             yield
@@ -59,7 +59,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients on, inference mode left, full float precision; what :func:`isolated` does for arithmetic."""
+    """Enable gradients, disable inference mode and autocast, and use full float32 precision inside the block."""
     device_types = {"cpu"} | {device.type for device in accelerators(model)}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -72,7 +72,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, whatever else the modes are; attributes and random states as :func:`isolated` leaves them."""
+    """Run a block in evaluation mode, and restore attributes and random states as :func:`isolated` does."""
     with random_states_kept(model), _evaluation_mode(model):
         yield
 
@@ -80,7 +80,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def random_states_kept(model: nn.Module) -> Iterator[None]:
     """On leaving, restore the random states of torch (CPU, accelerators), numpy, Python and the model's generators."""
-    numpy = sys.modules.get("numpy")  # user code can draw from numpy only if it was imported
+    numpy = sys.modules.get("numpy")  # without an imported numpy, user code cannot draw from it
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
     devices = accelerators(model)
@@ -98,8 +98,8 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
 
 
 def accelerators(model: nn.Module) -> list[torch.device]:
-    """The devices other than the CPU that a model is on, in order."""
-    if not _any_accelerator():  # going through all tensors takes a millisecond
+    """Return the sorted devices, without the CPU, of a model's parameters and buffers."""
+    if not _any_accelerator():  # saves the millisecond that the loop over all tensors takes
         return []
     tensors = [*model.parameters(), *model.buffers()]
     return sorted({tensor.device for tensor in tensors if tensor.device.type != "cpu"}, key=str)
@@ -107,17 +107,17 @@ def accelerators(model: nn.Module) -> list[torch.device]:
 
 @cache
 def _any_accelerator() -> bool:
-    return torch.accelerator.is_available()  # looks for libraries each time
+    return torch.accelerator.is_available()  # cached, since torch looks for libraries in every call
 
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without backward hooks; every attribute of every module is put back on leaving.
+    """Set evaluation mode without backward hooks, and restore every attribute of every module on leaving.
 
-    Attributes that are tensors or lists are copies meanwhile, so that a metric that a forward updates is not.
+    Inside the block, tensor and list attributes are replaced by copies, so a metric updated in a forward is restored.
     """
-    # The flags are set one by one: ``model.eval()`` would run the user's own ``train()`` overrides. Backward hooks are
-    # put aside, as one that changes gradients would change the derivatives; torch has no public way to do that.
+    # Flags are set directly, since ``model.eval()`` would run the user's own ``train()`` overrides. Backward hooks are
+    # removed, since a hook can change gradients and so the derivatives; torch has no public way to remove them all.
     modules = list(model.modules())
     before = [dict(vars(module)) for module in modules]
     try:
@@ -144,7 +144,7 @@ BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def float32_is_reduced(device: torch.device) -> bool:
-    """Whether torch's flags let float32 products run in TF32 or bfloat16 there; on a GPU that is so by default."""
+    """Return whether torch's flags let float32 products on a device run in TF32 or bfloat16, as GPUs do by default."""
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         of_gpu = device.type == "cuda"
@@ -158,9 +158,9 @@ def float32_is_reduced(device: torch.device) -> bool:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Float32 as it is, not in TF32 or bfloat16 inside: their few bits are errors of 1e-3 in the layer's output."""
+    """Disable TF32 and bfloat16 inside float32 products: their rounding errors in a layer's output are about 1e-3."""
     backends = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; reading the older names there may raise
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later, where reading the older names may raise
         owners: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul]  # type: ignore[attr-defined]
         owners += [backends.cudnn.conv, backends.mkldnn.conv]  # type: ignore[attr-defined]
         before = [owner.fp32_precision for owner in owners]

@@ -1,4 +1,4 @@
-"""The logits in what a model returns."""
+"""Find the logits in a model's output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_flatness.functional.conditions import holds
 
 
 def logits_of(output: Any) -> Tensor:
-    """The finite logits ``(N, K)`` in a model's output: the tensor itself, or its ``logits`` attribute or key."""
+    """Return the finite logits ``(N, K)``: the output itself if it is a tensor, or its ``logits`` attribute or key."""
     logits = any_logits_of(output)
     if not len(logits):
         raise BatchError("A batch has no samples.")
@@ -24,7 +24,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def any_logits_of(output: Any) -> Tensor:
-    """As :func:`logits_of`, with values that are not finite, too."""
+    """Return the logits like :func:`logits_of`, but also if they are not finite or there are no samples."""
     logits = output
     if not isinstance(output, Tensor):
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)

@@ -1,4 +1,4 @@
-"""Parameters and buffers of a model by name, and directions in their space."""
+"""Map names to a model's parameters and buffers, and check directions in their space."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_flatness.model.names import lies_in, plain_name
 
 
 class NamedTensors:
-    """``parameters`` (in the model's order) and floating-point ``buffers`` of a model, without ``_orig_mod.``.
+    """The ``parameters`` and floating-point ``buffers`` of a model in its order, by name without ``_orig_mod``.
 
-    Each is there once under its first name; ``first_names`` has, for every name, that one.
+    A tensor with several names is listed only under its first; ``first_names`` maps every name to the first one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +48,7 @@ class NamedTensors:
         return self.parameters[name] if name in self.parameters else self.buffers[name]
 
     def frozen(self, patterns: Sequence[str]) -> set[str]:
-        """Names of tensors that a pattern fits, or whose module it fits."""
+        """Return the names of tensors that match a pattern, or that are in a module that matches one."""
         names: set[str] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -62,10 +62,10 @@ class NamedTensors:
         return names
 
     def direction(self, given: Any, name: str) -> Direction:
-        """A direction as a user gives it, checked; ``name`` is for messages.
+        """Check a direction that a user gives, and return it as float64 tensors by name.
 
-        It is a mapping from names of parameters or floating-point buffers, of which any may be missing; or a tensor
-        with a number for every parameter, in the order of ``torch.nn.utils.parameters_to_vector``.
+        ``given`` maps names of some parameters or floating-point buffers to tensors; or it is one tensor with the
+        entries of all parameters in the order of ``torch.nn.utils.parameters_to_vector``. Messages use ``name``.
         """
         if isinstance(given, Tensor):
             given = self._split(given, name)

@@ -1,4 +1,4 @@
-"""Names of modules and tensors, without what ``torch.compile`` adds, and the parameters that patterns choose."""
+"""Remove ``torch.compile``'s additions from names, and choose parameters by patterns."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 from lightning_flatness.errors import FlatnessError, LayerSelectionError
 
-# What torch.compile puts in front of the names of a module that it wraps.
+# The name of the submodule in which torch.compile wraps a module.
 COMPILED = "_orig_mod"
 
 
 def plain_name(name: str) -> str:
-    """The name of a module or tensor without what ``torch.compile`` adds to it.
+    """Return the name of a module or tensor without the parts that ``torch.compile`` adds.
 
     Example:
         >>> plain_name("net._orig_mod.conv1"), plain_name("net.conv1._orig_mod")
@@ -24,7 +24,7 @@ def plain_name(name: str) -> str:
 
 
 def lies_in(pattern: str, name: str) -> bool:
-    """Whether a name or glob pattern is that of a tensor or of one of the modules around it.
+    """Return whether a name or glob pattern matches a tensor's name or that of a module that contains the tensor.
 
     Example:
         >>> lies_in("net", "net.conv1.weight"), lies_in("*.bias", "net.conv1.weight")
@@ -35,14 +35,14 @@ def lies_in(pattern: str, name: str) -> bool:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether a name or glob pattern matches a plain name."""
+    """Return whether a name or glob pattern matches a name without additions of ``torch.compile``."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
 def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, by name, in the model's order; tied ones once.
+    """Return the chosen parameters that require gradients, by name, in the model's order; tied parameters only once.
 
-    ``params`` are names or glob patterns of parameters, or of modules for all parameters in them; None for all.
+    ``params`` are names or glob patterns. One that matches a module chooses all parameters in it. None chooses all.
     """
     patterns = [params] if isinstance(params, str) else ["*"] if params is None else params
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) and p for p in patterns):

@@ -1,4 +1,4 @@
-"""Options that all measurements take."""
+"""Options that several measurements have in common."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Options = TypeVar("Options", bound="MeasuringOptions")
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuringOptions:
-    """A loss with the options of cross-entropy, the ``loss_function`` that they describe, and a type to run in."""
+    """The loss, its options, the ``loss_function`` that they describe, and the ``dtype`` of the measurement."""
 
     loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy"
     label_smoothing: float = 0.0
@@ -33,7 +33,7 @@ class MeasuringOptions:
 
     @property
     def measuring_dtype(self) -> torch.dtype | None:
-        """The type in which the model runs; None for its own, at least float32."""
+        """The dtype in which the model runs; None for the model's own, but at least float32."""
         known: dict[Any, torch.dtype | None] = {None: None, "float32": torch.float32, "float64": torch.float64}
         known |= {torch.float32: torch.float32, torch.float64: torch.float64}
         try:
@@ -45,5 +45,5 @@ class MeasuringOptions:
 
 
 def of_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:
-    """Options from the arguments of a function that have the same names: its ``locals()`` when it begins."""
+    """Create options from a function's arguments of the same names, given as its ``locals()``."""
     return options(**{field.name: arguments[field.name] for field in fields(options) if field.init})

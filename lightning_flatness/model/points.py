@@ -1,4 +1,4 @@
-"""A model at other points in weight space than its own, on copies."""
+"""Run copies of a model at other points in weight space."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_flatness.model.named_tensors import NamedTensors
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-State = dict[Tensor, Tensor]  # by the tensor of the user's model; the first dimension is that of the points
+State = dict[Tensor, Tensor]  # from tensors of the user's model to values (points, ...)
 
 
 class Points:
-    """The model at points ``w + Σ_i α_i d_i`` along its axes, several at a time. Use it within :func:`isolated`.
+    """The model at points ``w + Σ_i α_i d_i`` along axes ``d_i``. Use it within :func:`isolated`.
 
-    A tensor that is in no axis does not move. With Adam's ``ε`` by parameter, the axes are its moments ``m`` and ``v``,
-    and the points are ``w + α_1 m / (sqrt(α_2 v) + ε)``.
+    Several points are computed at once. A tensor that is in no axis does not move. If Adam's ``epsilons`` are given by
+    parameter name, the axes are Adam's moments ``m`` and ``v``, and the points ``w + α_1 m / (sqrt(α_2 v) + ε)``.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Points:
         self._synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
 
     def fingerprint(self, batches: object = None) -> str:
-        """A digest of the model's tensors, the axes, Adam's ``ε``, and a description of the batches."""
+        """Return a digest of the model's tensors, the axes, Adam's ``ε``, and a description of the batches."""
         digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
@@ -58,7 +58,7 @@ class Points:
         return digest.hexdigest()
 
     def at(self, coordinates: Tensor) -> State:
-        """The moving tensors at points with these coordinates ``(points, axes)``."""
+        """Return the values of the moving tensors at points with coordinates ``(points, axes)``."""
         state: State = {}
         for name in self._moving:
             tensor = self._tensors[name]
@@ -72,26 +72,26 @@ class Points:
             first, second = (axis[name].double() for axis in self._axes)
             scale = alphas[:, 1] if alphas.shape[1] > 1 else torch.ones_like(alphas[:, 0])
             return alphas[:, 0] * adam_step(first, second, scale, self._epsilons[name])
-        # In float64, so that a point with a single α = 1 is the end of its direction, up to rounding.
+        # In float64, so that at α = 1 the point is the end of the direction, up to rounding.
         return sum(
             (alphas[:, index] * axis[name].double() for index, axis in enumerate(self._axes) if name in axis),
             torch.zeros((), dtype=torch.float64, device=alphas.device),
         )
 
     def logits(self, state: State, inputs: Any) -> Tensor:
-        """Logits ``(points, samples, classes)`` at the points of a state."""
+        """Return the logits ``(points, samples, classes)`` at the points of a state."""
         logits = self._mapped(lambda point: any_logits_of(self._copy(inputs, point)), state)
         return logits if isinstance(logits, Tensor) else torch.stack(logits)
 
     def own_logits(self, inputs: Any) -> Tensor:
-        """Logits ``(samples, classes)`` of the model itself."""
+        """Return the logits ``(samples, classes)`` of the model itself."""
         return any_logits_of(self._copy(inputs))
 
     def recompute_statistics(self, state: State, batches: Iterable[Any]) -> State:
-        """The state with the BatchNorm statistics that its weights give on these inputs.
+        """Return the state with BatchNorm statistics recomputed for its weights from these inputs.
 
-        These are averages over batches, with equal weights, of each batch's means and unbiased variances, as torch
-        computes them with ``momentum=None`` after a reset. All else is in evaluation mode.
+        The statistics are averages over batches, with equal weights, of each batch's means and unbiased variances, as
+        torch computes them with ``momentum=None`` after a reset. All other modules are in evaluation mode.
         """
         if self._synchronized:
             raise FlatnessError(
@@ -132,20 +132,20 @@ class Points:
         return dict(zip(buffers, statistics, strict=True))
 
     def _mapped(self, function: Callable[[State], Any], state: State) -> Any:
-        """The values of a function at all points: stacked by ``vmap`` where that works, else a list of them."""
+        """Return the values of a function at all points, stacked by ``vmap``, or as a list if ``vmap`` fails."""
         keys, number = list(state), len(next(iter(state.values())))
         if self._vectorized and number > 1:
             try:
                 return vmap(lambda *parts: function(dict(zip(keys, parts, strict=True))))(*state.values())
             except Exception:
-                # Not every forward works in vmap, and memory may not suffice. An error of the model itself comes again.
+                # Not every forward works in vmap, and memory may not suffice. The model's own errors recur below.
                 self._vectorized = False
         return [function({key: tensor[index] for key, tensor in state.items()}) for index in range(number)]
 
 
 @contextmanager
 def _averaging(norms: Sequence[Any], factor: float) -> Iterator[None]:
-    """Put modules in training mode, with ``momentum = factor``."""
+    """Put modules in training mode with ``momentum = factor`` inside the block."""
     before = [(norm, norm.training, norm.momentum) for norm in norms]
     try:
         for norm in norms:

@@ -1,4 +1,4 @@
-"""Samples of a batch: their number, some of them, one of them twice."""
+"""Count, select and duplicate the samples of a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
-    """Number of samples of a batch: the length of its targets, or the largest first dimension of its tensors."""
+    """Return the number of samples: the length of the targets, or the largest first dimension of the inputs."""
     if targets is not None and targets.ndim and not isinstance(inputs, Tensor):
         return targets.shape[0]
     sizes: list[int] = []
@@ -19,7 +19,7 @@ def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
 
 
 def take(batch: Any, rows: slice, num_samples: int) -> Any:
-    """Some samples of a batch; tensors without a row for every sample stay whole.
+    """Return some samples of a batch; a tensor without one row per sample is returned whole.
 
     Example:
         >>> import torch
@@ -34,5 +34,5 @@ def take(batch: Any, rows: slice, num_samples: int) -> Any:
 
 
 def twice(batch: Any) -> Any:
-    """A batch that has its one sample twice."""
+    """Return a batch of one sample with this sample duplicated."""
     return apply_to_collection(batch, Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor)
