@@ -1,4 +1,4 @@
-"""Checks of arguments that are numbers or words."""
+"""Checks of arguments that are numbers, or strings from a fixed list (called words)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_flatness.errors import FlatnessError
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an ``int`` or ``float``, and not a ``bool``."""
+    """Return whether a value is an ``int`` or ``float``, and not a ``bool``."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_whole(name: str, value: Any, least: int | None = None, or_none: bool = False) -> None:
-    """Refuse what is not a whole number, or less than ``least``; a ``bool`` is not a number."""
+    """Raise an error unless ``value`` is an integer of at least ``least``; a ``bool`` is not an integer."""
     if value is None and or_none:
         return
     if not is_number(value) or not isinstance(value, int) or (least is not None and value < least):
@@ -24,12 +24,12 @@ def check_whole(name: str, value: Any, least: int | None = None, or_none: bool =
 
 
 def check_positive(name: str, value: Any, or_none: bool = False) -> None:
-    """Refuse what is not a positive, finite number."""
+    """Raise an error unless ``value`` is a positive, finite number."""
     if not (value is None and or_none) and not (is_number(value) and 0 < value < math.inf):
         raise FlatnessError(f"{name}={value!r} must be a positive number{', or None' if or_none else ''}.")
 
 
 def check_word(name: str, value: Any, words: Sequence[Any]) -> None:
-    """Refuse what is none of the known words, of the same type."""
+    """Raise an error unless ``value`` equals one of ``words`` and has the same type."""
     if not any(type(value) is type(word) and value == word for word in words):
         raise FlatnessError(f"{name}={value!r} is not known; there are {', '.join(map(repr, words))}.")

@@ -1,4 +1,4 @@
-"""The errors of the package. Their messages name the culprit, the reason and a remedy."""
+"""The errors of the package. A message names what is wrong, the reason and a remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LayerSelectionError(FlatnessError):
 
 
 class NotClosedFormError(FlatnessError):
-    """A layer does not meet the conditions of the closed form; caught where another method can be used."""
+    """A layer does not meet the conditions of the closed form. It is caught if another method can be used."""
 
 
 class BatchError(FlatnessError):
@@ -22,11 +22,11 @@ class BatchError(FlatnessError):
 
 
 class NotExactError(FlatnessError):
-    """With ``strict=True``, a number would not be the Hessian's."""
+    """With ``strict=True``, a number of a layer would not be exactly that of the Hessian."""
 
 
 class LandscapeError(FlatnessError):
-    """A point of a landscape failed; ``result`` is what was computed so far, to be passed as ``resume=``, or None."""
+    """A point of a landscape failed; ``result`` has the points computed so far (for ``resume=``), or is None."""
 
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)
@@ -34,12 +34,12 @@ class LandscapeError(FlatnessError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a GPU or the CPU had no memory left."""
+    """Return whether an error says that a GPU or the CPU had no memory left."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def explained(error: Exception) -> FlatnessError | None:
-    """An error of autograd with its reason and remedy in plain words; None if there is nothing to add."""
+    """Return an error that explains an error of autograd and names a remedy, or None if it is not a known one."""
     if "use_reentrant" in str(error):
         return LayerSelectionError(
             "The forward uses gradient checkpointing of the reentrant kind, which autograd cannot follow to chosen "
@@ -54,5 +54,5 @@ def explained(error: Exception) -> FlatnessError | None:
 
 
 def in_one_line(error: Exception) -> str:
-    """The message of an error, with its type in front unless it is an error of this package."""
+    """Return the message of an error, preceded by its type unless it is an error of this package."""
     return str(error) if isinstance(error, FlatnessError) else f"{type(error).__name__}: {error}"

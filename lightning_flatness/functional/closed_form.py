@@ -1,4 +1,4 @@
-"""The closed form: block traces of a convolution under an elementwise tail, global pooling, a linear classifier."""
+"""The closed form: block traces of a convolution, elementwise layers, global pooling and a linear classifier."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_flatness.functional.patches import (
 )
 from lightning_flatness.functional.symmetric import mirror_, strip_rows
 
-# Elements of one chunk's factors, and of the products of them made at a time. On a CPU the products should fit the
-# cache; elsewhere large products are faster.
+# Numbers in the factors of one chunk of samples, and in the matrix products computed at a time. On a CPU the products
+# should fit into the cache. On other devices large products are faster.
 FACTOR_ELEMENTS = {"cpu": 2**24}
 PRODUCT_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
-# With at most so many pairs of a class and a position, one matrix product over all pairs is fastest.
+# If classes times positions is at most this, one matrix product over all pairs of a class and a position is fastest.
 FEW = 24
-# Samples that may be summed in the precision of the factors.
+# Largest number of samples that are summed in the dtype of the factors instead of float64.
 MOST_SAMPLES = 64
 
 
@@ -44,23 +44,23 @@ def closed_form_block_traces(
     .. math::
         T = \sum_n (V^\top \Lambda V) \circ (a \Gamma a^\top)
 
-    with the slopes ``a[s, p] = dg[c(s)] / dz[s, p]``, the patch Gram matrix ``Γ`` and the classifier's columns
-    ``V[:, s] = weight[:, c(s)]``. It is exact if every input ``g[c(s)]`` of the classifier is a sum of piecewise-linear
-    functions of single entries ``z[s, p]``. For curved functions add :func:`closed_form_residual`. The result is
-    float64 ``(G, S/G, S/G)``, symmetric; with ``diagonal``, ``(G, S/G)``. Taleghani et al. 2026 (arXiv 2603.09016) for
-    ReLU; derivation in ``docs/theory.md``, "The closed form".
+    Here ``a[s, p] = dg[c(s)] / dz[s, p]`` are slopes, ``Γ`` is the patch Gram matrix, and ``V[:, s] = weight[:, c(s)]``
+    are columns of the classifier's weight. The result is exact if every input ``g[c(s)]`` of the classifier is a sum of
+    piecewise-linear functions of single entries ``z[s, p]``. For curved functions add :func:`closed_form_residual`. The
+    result is float64: symmetric ``(G, S/G, S/G)``, or ``(G, S/G)`` with ``diagonal``. See Taleghani et al. 2026 (arXiv
+    2603.09016) for ReLU, and ``docs/theory.md``, "The closed form", for the derivation.
 
     Args:
-        inputs: of the convolution, ``(N, C, *spatial)``.
-        geometry: of the convolution.
+        inputs: inputs of the convolution, ``(N, C, *spatial)``.
+        geometry: kernel size, stride, padding, dilation and groups of the convolution.
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``.
-        curvature: ``Λ`` of ``N`` samples.
-        tolerance: leave out classes of samples that together add at most this share of the trace. What is missing then
-            is a positive semi-definite matrix with at most that trace, without its diagonal, which is kept. Has no
-            effect with ``diagonal`` or a dense curvature.
+        curvature: ``Λ`` of all ``N`` samples.
+        tolerance: leave out pairs of sample and class that together contribute at most this share of the trace. The
+            diagonal of the result stays exact. The error off the diagonal is that of a positive semi-definite matrix
+            whose trace is at most this share. Has no effect with ``diagonal`` or a :class:`DenseCurvature`.
         diagonal: compute only ``T[s, s]``, which is much less work.
-        chunk_size: samples per chunk; by default as many as fit a small memory budget.
+        chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
     Example:
         >>> from lightning_flatness.functional import ClassCurvature
@@ -135,7 +135,7 @@ def closed_form_block_traces(
 
 
 def _strips(filters: int) -> Iterator[tuple[slice, slice]]:
-    """Yield rows of the upper triangle of a matrix, a strip at a time, and the columns from the diagonal on."""
+    """Yield for every strip of the upper triangle its rows, and its columns from the diagonal to the right."""
     size = strip_rows(filters)
     for row in range(0, filters, size):
         yield slice(row, row + size), slice(row, None)
@@ -153,8 +153,9 @@ def _sums_of_products(
 ) -> tuple[Tensor, Tensor]:
     """Sum ``(columns signedᵀ) ∘ (right leftᵀ)`` over samples, and ``floor · (right leftᵀ)``: ``(G, rows, rest)`` each.
 
-    Factors are ``(N, G, rows or rest, P or D)`` and ``(N, G, rows or rest, C)``; ``counts`` says how many of the ``C``
-    columns of every sample are used. Products are made for ``at_once`` samples, in ``buffers`` where there are any.
+    The factors are ``(N, G, rows or rest, P or D)`` and ``(N, G, rows or rest, C)``. Of the ``C`` columns of sample
+    ``n``, the first ``counts[n]`` are used. Products are computed for ``at_once`` samples at a time, in ``buffers``
+    unless these are None.
     """
     sums = left.new_zeros(left.shape[1], right.shape[2], left.shape[2])
     sums_of_floor = torch.zeros_like(sums)
@@ -171,7 +172,7 @@ def _sums_of_products(
 
 
 def _product(one: Tensor, other: Tensor, buffer: Tensor | None) -> Tensor:
-    """Compute ``one @ otherᵀ`` of ``(N, G, s, C)``, into ``buffer`` if there is one; autograd needs new memory."""
+    """Compute ``one @ otherᵀ`` of ``(N, G, s, C)``, in ``buffer`` unless it is None (autograd needs new memory)."""
     if buffer is None:
         return one @ other.mT
     shape = (*one.shape[:3], other.shape[2])
@@ -190,9 +191,9 @@ def _sum_of_all_products(right: Tensor, left: Tensor, columns: Tensor, signed: T
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
     r"""Compute the block traces of the classifier's own Hessian, summed over samples: ``T = \sum_n ‖g_n‖² Λ_n``.
 
-    It is exact, since the logits are linear in the classifier's weight. Inputs of the classifier are ``g``, ``(N, m)``,
-    and ``Λ`` is that at ``g Wᵀ + b``; the result is float64 ``(1, K, K)``. Petzka et al. 2021 (arXiv 2001.00939),
-    Definition 3, which forms the whole Hessian.
+    The result is exact, since the logits are linear in the classifier's weight. The inputs of the classifier are ``g``,
+    ``(N, m)``, and ``Λ`` is the curvature at the logits ``g Wᵀ + b``. The result is float64 ``(1, K, K)``. Petzka et
+    al. 2021 (arXiv 2001.00939), Definition 3, compute the same from the whole Hessian.
 
     Example:
         >>> from lightning_flatness.functional import CrossEntropy, relative_flatness, weight_gram
@@ -209,11 +210,11 @@ def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
 def closed_form_residual(
     inputs: Tensor, geometry: ConvolutionGeometry, curvatures: Tensor, head: Tensor, residual: Tensor
 ) -> Tensor:
-    r"""Compute what curved activations add to the block traces: ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` at ``T[s, s]``.
+    r"""Compute the terms ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` that curved activations add to ``T[s, s]``.
 
-    Here ``r = Vᵀ dloss/df``, ``residual`` is ``dloss/df``, ``(N, K)``, and ``curvatures`` are ``a' = da / dz``, of the
-    shape ``(N, S, *output)``; the other arguments are those of :func:`closed_form_block_traces`. The result is float64
-    ``(G, S/G)``, summed over samples (``docs/theory.md``, "The closed form").
+    Here ``r = Vᵀ dloss/df``. The argument ``residual`` is ``dloss/df``, ``(N, K)``, and ``curvatures`` are the slopes'
+    derivatives ``a' = da / dz``, ``(N, S, *output)``. The other arguments are as in :func:`closed_form_block_traces`.
+    The result is float64 ``(G, S/G)``, summed over samples (``docs/theory.md``, "The closed form").
 
     Example:
         >>> x = torch.randn(2, 3, 6, 6).double()

@@ -1,6 +1,7 @@
-"""Checks of tensors that decide whether a result may be used: evaluated one by one, or deferred and evaluated together.
+"""Conditions on tensors that decide whether a result may be used, evaluated one by one or all together.
 
-Evaluating waits for the device. In the user's validation that should happen once for the twelve checks of a batch.
+Evaluating a condition waits for the GPU. A batch of the user's validation has about twelve conditions, so they are
+deferred and evaluated together: the program then waits once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _pending: ContextVar[list[Tensor] | None] = ContextVar("pending", default=None)
 
 
 def holds(condition: Tensor) -> bool:
-    """Whether a condition, a single truth value, holds; within :func:`deferred_checks` this is assumed at first."""
+    """Return a condition as a ``bool``; within :func:`deferred_checks` return True and evaluate it later."""
     pending = _pending.get()
     if pending is None:
         return bool(condition)
@@ -25,15 +26,15 @@ def holds(condition: Tensor) -> bool:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same shape and entries; the entries are a check, see :func:`holds`."""
+    """Return whether two tensors have the same shape and entries; the entries are compared by :func:`holds`."""
     return one is other or (one.shape == other.shape and holds((one == other).all()))
 
 
 @contextmanager
 def deferred_checks() -> Iterator[Callable[[], bool]]:
-    """Defer checks; the yielded function evaluates them together.
+    """Defer the conditions given to :func:`holds`, and yield a function that evaluates all of them together.
 
-    What was computed meanwhile counts only if it returns True.
+    Results computed inside the block may be used only if this function returns True.
 
     Example:
         >>> with deferred_checks() as all_hold:

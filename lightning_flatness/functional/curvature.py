@@ -1,7 +1,7 @@
 """The curvature of a loss: its second derivative ``Λ_n`` with respect to the logits of every sample.
 
-``Λ`` is not formed as a matrix. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``; the
-Gauss-Newton method needs the columns of a factor ``B`` with ``B Bᵀ = Λ``, one by one. Two classes provide both.
+The matrix ``Λ`` is not computed. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The
+Gauss-Newton method needs one column after the other of a matrix ``B`` with ``B Bᵀ = Λ``. Two classes provide both.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# With fewer classes than this, all classes of all samples are used.
+# With fewer classes than this, the Gauss-Newton method uses all classes, and ``floor`` is None.
 MANY_CLASSES = 128
-# Classes are left out only if at most this share of them remains; otherwise using all is faster.
+# Classes are left out only if less than this share of them remains; otherwise using all is faster.
 WORTHWHILE = 0.9
-# Elements of intermediate results made at a time.
+# Numbers in the intermediate results computed at a time.
 ELEMENTS = 2**22
 
 
@@ -24,21 +24,21 @@ class Projection(NamedTuple):
     """Factors of ``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)`` for every sample."""
 
     columns: Tensor  # (N, C, S)
-    counts: list[int]  # how many columns of every sample are used; those after them are zero
+    counts: list[int]  # number of columns of every sample that are used; later columns are zero
     signs: Tensor | None = None  # (N, C); None if all are +1
-    floor: Tensor | None = None  # (N,), the smallest weight of every sample, if taken apart
-    rest: Tensor | None = None  # (N, S), the diagonal of what was left out
+    floor: Tensor | None = None  # (N,), the smallest weight of every sample; None if columns contain it
+    rest: Tensor | None = None  # (N, S), the diagonal of the terms of the classes that were left out
 
 
 @dataclass(frozen=True)
 class ClassCurvature:
     r"""A curvature that is a sum over classes, ``Λ_n = \sum_k w_{nk} (e_k - π_n)(e_k - π_n)ᵀ``.
 
-    Cross-entropy has ``w = c π``, hence ``Λ = c (diag(π) - π πᵀ)``. Without ``center``, ``Λ = diag(w)``.
+    For cross-entropy ``w = c π``, hence ``Λ = c (diag(π) - π πᵀ)``. Without ``center``, ``Λ = diag(w)``.
 
     Args:
-        weights: ``w``, float64 ``(N, K)``, not negative. With a center, ``w_n`` is a multiple of ``π_n``.
-        center: ``π``, ``(N, K)``, rows that sum to one; None for zero.
+        weights: ``w``, float64 ``(N, K)``, not negative. With a center, ``w_n`` must be a multiple of ``π_n``.
+        center: ``π``, ``(N, K)``, whose rows sum to one, or None, which stands for zero.
 
     Example:
         >>> pi = torch.softmax(torch.randn(1, 4).double(), dim=1)
@@ -66,19 +66,19 @@ class ClassCurvature:
 
     @property
     def num_columns(self) -> int:
-        """Number of columns of the factor that :meth:`column` returns: ``K - 1`` with a center, else ``K``."""
+        """Number of columns of ``B`` that :meth:`column` can return: ``K - 1`` with a center, else ``K``."""
         return self.num_classes - (self.center is not None)
 
     def factor(self, x: Tensor) -> Tensor:
-        """Compute ``B x`` with the factor ``B`` of ``K`` columns ``√w_k (e_k - π)``; both are ``(N, K)``."""
+        """Compute ``B x``, where ``B`` has the ``K`` columns ``√w_k (e_k - π)``; ``x`` and ``B x`` are ``(N, K)``."""
         y = self.weights.sqrt() * x
         return y if self.center is None else y - self.center * y.sum(1, keepdim=True)
 
     def column(self, index: int) -> Tensor:
-        """Return one column, ``(N, K)``, of a factor with as few columns as possible.
+        """Return one column, ``(N, K)``, of a matrix ``B`` with ``B Bᵀ = Λ`` and as few columns as possible.
 
-        With a center, the factor of :meth:`factor` maps ``√π`` to zero. Multiplied by the reflection that takes the
-        last axis to ``√π``, its last column vanishes, which leaves ``K - 1`` columns to pull back.
+        With a center, the matrix of :meth:`factor` maps ``√π`` to zero. It is multiplied by the reflection that maps
+        the last unit vector to ``√π``. The last column of the product is zero, so ``K - 1`` columns remain.
         """
         x = torch.zeros_like(self.weights)
         x[:, index] = 1
@@ -88,22 +88,23 @@ class ClassCurvature:
         return self.factor(x)
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return ``V``, ``(K, S)``, minus its mean row if there is a center: then ``VᵀΛV`` is the same."""
+        """Return ``V``, ``(K, S)``, minus its mean row if there is a center, which does not change ``VᵀΛV``."""
         return matrix if self.center is None else matrix - matrix.mean(0)
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest weight of every sample, ``(N,)``; None if these are a negligible part of all weights."""
+        """The smallest weight of every sample, ``(N,)``; None with few classes, or if these weights are negligible."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        r"""Factor ``VᵀΛV`` for a matrix from :meth:`centred`; with a tolerance, leave out what adds least to its trace.
+        r"""Factor ``VᵀΛV`` for a matrix from :meth:`centred`; with a tolerance, leave out classes that add little.
 
-        Columns are ``√w_k (v_k - πᵀV)``, so ``diag(π) - π πᵀ`` does not cancel. With a tolerance, the floor is taken
-        apart, and the classes left out add at most ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, with
-        scales ``(N, S)`` not negative. Their diagonal is returned as ``rest``: only entries off the diagonal change.
+        The columns are ``√w_k (v_k - πᵀV)``, which avoids the cancellation in ``diag(π) - π πᵀ``. With a tolerance, the
+        smallest weight of every sample is returned separately, as ``floor``. The classes left out add at most a share
+        ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` are not negative. Their
+        diagonal is returned as ``rest``, so that only entries off the diagonal are approximate.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
@@ -119,7 +120,7 @@ class ClassCurvature:
                 weights = (above * kept).gather(1, chosen)
             else:
                 counts, floor = [classes] * samples, None
-        shared = int(mean is not None and floor is not None)  # one column more, for the floor's part in the mean
+        shared = int(mean is not None and floor is not None)  # one more column, for K floor m mᵀ
         columns = matrix.new_empty(samples, shared + weights.shape[1], matrix.shape[1])
         of_classes = columns[:, shared:]
         # In place, to save memory: with a thousand classes, a sample takes some ten megabytes.
@@ -144,7 +145,7 @@ class ClassCurvature:
         scaled = self.weights * scales[:, None]
         if self.center is None:
             return scaled.sum(0).diag()
-        # Rows sum to zero. As minus the sum of the others, the diagonal keeps its digits for a confident sample.
+        # Rows sum to zero, so the diagonal is minus the sum of the rest. This is accurate for confident samples.
         total = -(scaled.T @ self.center).fill_diagonal_(0)
         return total - total.sum(1).diag()
 
@@ -158,9 +159,9 @@ class ClassCurvature:
 
 @dataclass(frozen=True)
 class DenseCurvature:
-    """Any symmetric curvature by its eigenvectors, ``Λ_n = B_n diag(signs_n) B_nᵀ``; it may have negative directions.
+    """Any symmetric curvature, ``Λ_n = B_n diag(signs_n) B_nᵀ``; its eigenvalues may be negative.
 
-    ``roots`` are ``B``, float64 ``(N, K, C)``, and ``signs`` those of its columns, ``(N, C)``.
+    ``roots`` is ``B``, float64 ``(N, K, C)``, and ``signs`` has the sign of each of its columns, ``(N, C)``.
 
     Example:
         >>> curvature = DenseCurvature.of(torch.tensor([[[2.0, 0.0], [0.0, -3.0]]]))
@@ -191,11 +192,11 @@ class DenseCurvature:
 
     @property
     def num_columns(self) -> int:
-        """Number of columns of the factor."""
+        """Number of columns of ``B``."""
         return self.roots.shape[2]
 
     def column(self, index: int) -> Tensor:
-        """Return one column of the factor, ``(N, K)``."""
+        """Return one column of ``B``, ``(N, K)``."""
         return self.roots[:, :, index]
 
     def centred(self, matrix: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ class DenseCurvature:
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        """Factor ``VᵀΛV`` as ``BᵀV`` with all columns; scales and tolerance have no effect."""
+        """Factor ``VᵀΛV``: the columns are ``BᵀV``, all of them; ``scales`` and ``tolerance`` have no effect."""
         columns = self.roots.mT.to(matrix.dtype) @ matrix
         return Projection(columns, [columns.shape[1]] * len(columns), signs=self.signs.to(matrix.dtype))
 
@@ -241,10 +242,10 @@ def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Ten
 def _kept(
     weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor, floor: Tensor | None, tolerance: float
 ) -> Tensor:
-    r"""Mark which classes of which samples are kept, ``(N, K)``.
+    r"""Return a mask of the pairs of sample and class that are kept, ``(N, K)``.
 
-    A class adds ``w_k \sum_s scales[s] (v_k - m)[s]²``. Rounding errors are bounded: they are added to what is left out
-    and subtracted from the whole, so the tolerance holds despite them.
+    A class adds ``w_k \sum_s scales[s] (v_k - m)[s]²`` to the trace. A bound on the rounding errors is added to the
+    terms that are left out and subtracted from the trace, so the tolerance holds despite rounding.
     """
     squares, scales = matrix.square(), scales.to(matrix.dtype)
     parts = size = scales @ squares.T

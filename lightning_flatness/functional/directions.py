@@ -1,4 +1,4 @@
-"""Directions in weight space: random, orthogonal and normalised ones, Adam's step, those of a trajectory.
+"""Directions in weight space: random directions, Adam's step, principal directions, and their normalisation.
 
 A direction ``d`` maps the names of tensors to tensors of the same shapes as the weights ``w``.
 
@@ -27,9 +27,9 @@ NORMALIZATIONS = ("none", "weight", "filter", "layer", "model")
 
 
 def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> Direction:
-    """Draw independent standard normal numbers in float64, on the CPU, so that they are the same on every device.
+    """Draw independent standard normal numbers in float64 on the CPU, so that they are the same for every device.
 
-    Names, shapes and devices are those of ``like``, in this order; ``generator`` is of the CPU.
+    The result has the names (in their order), shapes and devices of ``like``. ``generator`` must be a CPU generator.
     """
     return {
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor.device)
@@ -49,7 +49,7 @@ def direction_norm(direction: Mapping[str, Tensor], order: int = 2) -> float:
 
 
 def orthogonal_to(direction: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Direction:
-    """Compute the part ``d - d' <d, d'> / <d', d'>`` of a direction that is orthogonal to another one."""
+    """Compute the part ``d - d' <d, d'> / <d', d'>`` of a direction that is orthogonal to another direction."""
     square = inner_product(other, other)
     factor = inner_product(direction, other) / square if square else 0.0
     return {name: tensor - factor * other[name] if name in other else tensor for name, tensor in direction.items()}
@@ -62,13 +62,14 @@ def normalized(
     order: int = 2,
     biases: Literal["zero", "scaled"] = "zero",
 ) -> Direction:
-    """Rescale the parts of a direction to the norms of the same parts of the weights; zero parts stay zero.
+    """Rescale each part of a direction to the norm of the same part of the weights; zero parts stay zero.
 
-    By ``unit``, the parts are: ``"filter"``, slices ``f`` along the first dimension, ``d_f ‖w_f‖ / ‖d_f‖`` (Li et al.
-    2018, arXiv 1712.09913, Section 4); ``"layer"``, tensors; ``"model"``, all tensors together; ``"weight"``, single
-    numbers, which become ``d w``; ``"none"``: nothing is rescaled. The norm has the order 1 or 2. Unless ``unit`` is
-    ``"none"``, tensors with at most one dimension (biases, BatchNorm) become zero, as in the published code of Li et
-    al., or are ``"scaled"``, where under ``"filter"`` such a tensor is one filter.
+    ``unit`` chooses the parts. With ``"filter"`` they are slices ``f`` along the first dimension, which become
+    ``d_f ‖w_f‖ / ‖d_f‖`` (Li et al. 2018, arXiv 1712.09913, Section 4). With ``"layer"`` they are single tensors, with
+    ``"model"`` all tensors together. With ``"weight"`` every number ``d`` becomes ``d w``. With ``"none"`` nothing is
+    rescaled. The norm is L1 or L2, by ``order``. Unless ``unit`` is ``"none"``, tensors with at most one dimension
+    (biases, BatchNorm) are set to zero, as in the code of Li et al. With ``biases="scaled"`` they are rescaled instead,
+    and ``"filter"`` takes such a tensor as one filter.
 
     Example:
         >>> weights = {"w": torch.tensor([[3.0, 4.0], [0.0, 1.0]])}
@@ -100,10 +101,10 @@ def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
 
 
 def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: float) -> Tensor:
-    """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1 and a second moment times ``scale``, ``β``.
+    """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1; ``β`` is ``scale``.
 
-    ``m`` and ``v`` are the moments as the optimizer keeps them, without bias correction. Kingma and Ba 2015 (arXiv
-    1412.6980), Algorithm 1; as the axes of a landscape: Gabdullin 2024 (arXiv 2412.10146).
+    ``m`` and ``v`` are the moments as the optimizer keeps them, without bias correction. See Kingma and Ba 2015 (arXiv
+    1412.6980), Algorithm 1, and Gabdullin 2024 (arXiv 2412.10146) for this step in a loss landscape.
     """
     return first / ((scale * second).sqrt() + epsilon)
 
@@ -112,16 +113,16 @@ class PrincipalDirections(NamedTuple):
     """The directions in which points differ most from an origin."""
 
     directions: tuple[Direction, ...]  # orthonormal
-    coordinates: Tensor  # of the points along them, float64 (points, directions)
-    explained: Tensor  # share of every direction in the sum of squared distances, float64 (directions,)
+    coordinates: Tensor  # coordinates of the points in these directions, float64 (points, directions)
+    explained: Tensor  # share of every direction in the points' sum of squared distances, float64 (directions,)
 
 
 def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 2) -> PrincipalDirections:
     """Compute the first right singular vectors of the matrix whose rows are the offsets, without centring them.
 
-    Offsets are points minus the origin, at least ``number`` of them linearly independent. The vectors come from the
-    eigenvectors of the small matrix of inner products. Of every direction, the first coordinate that is not negligible
-    is positive. Li et al. 2018 (arXiv 1712.09913), Section 7.2.
+    The offsets are points minus the origin; at least ``number`` of them must be linearly independent. The vectors are
+    computed from the eigenvectors of the small matrix of inner products. The sign of every direction is chosen so that
+    its first coordinate that is not negligible is positive. See Li et al. 2018 (arXiv 1712.09913), Section 7.2.
 
     Example:
         >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])

@@ -1,4 +1,4 @@
-"""The Gauss-Newton method: block traces of any convolution or linear layer, from pulled-back columns."""
+"""The Gauss-Newton method: block traces of any convolution or linear layer, from gradients at the layer's output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_flatness.functional.patches import ConvolutionGeometry, contraction_costs, patch_gram, patches_times
 
-# Elements of one chunk's largest intermediate results; on a CPU they fit the cache of a core.
+# Numbers in the largest intermediate results of one chunk of samples. On a CPU they fit into the cache of a core.
 CHUNK_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 
@@ -27,18 +27,19 @@ def gauss_newton_block_traces(
     .. math::
         T = \sum_n \sum_b J_b J_b^\top, \qquad J_b = \sum_p \delta_b[:, p]\, \phi[p]^\top
 
-    where ``δ_b`` is column ``b`` of a factor ``B Bᵀ = Λ`` of the loss's Hessian, pulled back from the logits to the
-    layer's output. With all columns this is the Gauss-Newton matrix. It equals the Hessian if the logits are affine in
-    the layer's weight (``docs/theory.md``, "Any layer: Gauss-Newton"). A linear layer is a convolution of kernel size
-    one over its tokens. The result is float64, symmetric up to rounding: ``(G, S/G, S/G)``, or ``(G, S/G)``.
+    Let ``B Bᵀ = Λ``, the Hessian of the loss with respect to the logits. Then ``δ_b`` is column ``b`` of ``B``,
+    backpropagated from the logits to the layer's output. With all columns of ``B``, the result belongs to the
+    Gauss-Newton matrix, which equals the Hessian if the logits are affine in the layer's weight (``docs/theory.md``,
+    "Any layer: Gauss-Newton"). A linear layer is a convolution of kernel size one over its tokens. The result is
+    float64 and symmetric up to rounding, ``(G, S/G, S/G)``, or ``(G, S/G)`` with ``diagonal``.
 
     Args:
-        calls: the layer's input ``(N, C, *spatial)`` and geometry of every call in one forward pass. The contributions
-            of several calls add up inside ``J``.
-        cotangents: for every call the columns of ``δ``, each ``(N, S, *output)``.
-        signs: of the columns, ``(N, B)``, if the loss's Hessian has negative directions.
+        calls: the input ``(N, C, *spatial)`` and the geometry of every call of the layer in one forward pass; ``J_b``
+            is summed over the calls.
+        cotangents: for every call the list of the ``δ_b``, each ``(N, S, *output)``.
+        signs: signs of the columns of ``B``, ``(N, B)``, if ``Λ`` has negative eigenvalues.
         diagonal: compute only ``T[s, s]``, which is much less work.
-        chunk_size: samples per chunk; by default as many as fit a small memory budget.
+        chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
     Example:
         >>> x, w = torch.randn(2, 3, 6, 6).double(), torch.randn(4, 3, 3, 3).double()
@@ -67,7 +68,7 @@ def gauss_newton_block_traces(
     total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
-        # Columns are stacked for one chunk at a time, while it is in the cache.
+        # Columns are stacked one chunk at a time, so that the chunk stays in the cache.
         parts = [
             torch.stack([column[chunk] for column in of_call], dim=1)
             .reshape(-1, columns, groups, per_group, size)
@@ -76,7 +77,7 @@ def gauss_newton_block_traces(
         ]  # (N, G, B, s, P)
         if use_gram:
             left = parts[0]
-            # Columns and filters share a dimension, so that every sample and group takes one product.
+            # Columns and filters share a dimension, so that one matrix product per sample and group is enough.
             right = (left.flatten(2, 3) @ patch_gram(inputs[chunk], geometry)).view_as(left)
         else:
             products = [
@@ -89,7 +90,7 @@ def gauss_newton_block_traces(
             total += (left * right).sum((0, 2, 4)).double()
         elif per_group <= left.shape[-1]:
             total += (left @ right.mT).sum((0, 2)).double()
-        else:  # one product over samples and columns, too: the small products together would be larger than the result
+        else:  # one product that sums over samples and columns too: separate products would take more memory
             first, second = (factor.permute(1, 3, 0, 2, 4).flatten(2) for factor in (left, right))
             total += (first @ second.mT).double()
     return total

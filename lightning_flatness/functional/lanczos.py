@@ -1,4 +1,4 @@
-"""The Lanczos method: steps that all uses of it share, the largest eigenvalues of many operators, eigenpairs of one."""
+"""The Lanczos method: its shared steps, the largest eigenvalues of many operators, eigenpairs of one operator."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Basis vectors that are kept before a restart.
+# Number of basis vectors after which the method restarts.
 RESTART = 20
 
 
 def orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a vector into its part orthogonal to a basis of orthonormal rows ``(m, D)``, and coefficients in the basis.
+    """Split a vector into a part orthogonal to a basis of orthonormal rows ``(m, D)``, and its coefficients in it.
 
     The coefficients are float64 ``(m,)``, on the CPU. The projection is subtracted twice, which makes the result
     orthogonal to working precision (Parlett 1998, "The Symmetric Eigenvalue Problem", Section 6.9).
@@ -30,23 +30,23 @@ def orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a random unit vector ``(D,)`` orthogonal to a basis of orthonormal rows ``(m, D)``, ``m < D``."""
     vector: Tensor = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(basis)
-    for _ in range(2):  # twice, since the first result may be short, so that its rounding errors count
+    for _ in range(2):  # twice, since the first result may be so short that rounding errors dominate it
         vector, _ = orthogonalised(vector / vector.norm(), basis)
     unit: Tensor = vector / vector.norm()
     return unit
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Size relative to a product below which a remainder is rounding error: then the Krylov space is invariant."""
+    """Return the relative size up to which a remainder is rounding error, which means an invariant Krylov space."""
     return 100 * torch.finfo(dtype).eps
 
 
 class LargestEigenvalues(NamedTuple):
-    """The largest Ritz value ``θ`` of every operator, and its distance from an eigenvalue."""
+    """The largest Ritz value ``θ`` of every operator, and a bound on its distance from an eigenvalue."""
 
     values: Tensor  # (B,)
     residuals: Tensor  # (B,), ‖H v - θ v‖ of the unit Ritz vector v
-    num_products: int  # of all operators with a vector each
+    num_products: int  # number of calls of the operator, each a product of all matrices with a vector each
 
 
 def largest_eigenvalues(
@@ -55,13 +55,13 @@ def largest_eigenvalues(
     """Find the largest eigenvalues (by value, not by modulus) of ``B`` symmetric matrices of size ``D``.
 
     This is the Lanczos method with full re-orthogonalisation. It restarts from the best vector, so that memory does not
-    grow. An eigenvalue lies within the residual of each value, and no value is above the largest eigenvalue. Lanczos
-    1950; Parlett 1998, "The Symmetric Eigenvalue Problem", Chapter 13.
+    grow. Each returned value is at most the largest eigenvalue, and differs from some eigenvalue by at most its
+    residual. See Lanczos 1950, and Parlett 1998, "The Symmetric Eigenvalue Problem", Chapter 13.
 
     Args:
-        operator: multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.
+        operator: function that multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.
         start: random vectors, ``(B, D)``.
-        tolerance: of the residuals, relative to the values.
+        tolerance: stop when every residual is at most this times its value.
         max_products: largest number of calls of ``operator``.
 
     Example:
@@ -76,12 +76,12 @@ def largest_eigenvalues(
         basis = [vectors]
         diagonal: list[Tensor] = []
         beyond: list[Tensor] = []
-        ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)  # the Krylov space is invariant
+        ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)  # whether the Krylov space is invariant
         for _ in range(min(RESTART, size, max_products - done)):
             product = operator(basis[-1])
             done += 1
             rayleigh = (product * basis[-1]).sum(1)
-            if diagonal:  # vectors after the end are zero; their entries must stay below the largest Ritz value
+            if diagonal:  # in an ended space vectors are zero; their entries must stay below the largest Ritz value
                 rayleigh = torch.where(ended, diagonal[0] - diagonal[0].abs() - 1, rayleigh)
             diagonal.append(rayleigh)
             before = product.norm(dim=1)
@@ -116,7 +116,7 @@ class Eigenpairs(NamedTuple):
     values: Tensor  # float64 (k,)
     vectors: Tensor  # (k, D), orthonormal rows
     residuals: Tensor  # float64 (k,), ‖A v - θ v‖, each from a separate product
-    num_products: int  # of A with a vector
+    num_products: int  # number of products of A with a vector
 
 
 def top_eigenpairs(
@@ -129,19 +129,19 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """Find the ``k`` largest eigenvalues (by value, not by modulus) and eigenvectors by thick-restart Lanczos.
 
-    A Krylov space holds only one vector of every eigenspace. When all ``k`` pairs have converged, the search therefore
-    goes on from a random vector orthogonal to them, until that finds no larger eigenvalue. So repeated eigenvalues are
-    found as often as they occur. Wu and Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue
-    problems".
+    A Krylov space contains only one vector of every eigenspace. When all ``k`` pairs have converged, the search
+    therefore continues from a random vector orthogonal to them, until it finds no larger eigenvalue. In this way
+    repeated eigenvalues are found as often as they occur. See Wu and Simon 2000, "Thick-restart Lanczos method for
+    large symmetric eigenvalue problems".
 
     Args:
-        product: of the operator with a vector, ``(D,) -> (D,)``.
-        basis: memory ``(m, D)`` for basis vectors, overwritten; ``m`` is at least ``k + 2``, or ``D``.
+        product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
+        basis: memory ``(m, D)`` for basis vectors, which is overwritten; ``m`` is at least ``k + 2``, or ``D``.
         top_k: ``k``; at most ``D`` pairs are returned.
-        generator: of the CPU, for the starting vectors.
-        tolerance: of the residuals, relative to their eigenvalues.
-        max_products: after so many products the current pairs are returned, converged or not. Their residuals take
-            ``k`` products more.
+        generator: CPU generator that draws the starting vectors.
+        tolerance: a pair has converged when its residual is at most this times its eigenvalue.
+        max_products: after this many products the current pairs are returned, converged or not. Computing their
+            residuals takes ``k`` more products.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([5.0, 5.0, 1.0, -9.0]).double())
@@ -180,9 +180,9 @@ def top_eigenpairs(
 
 
 def _is_below(values: Tensor, residuals: Tensor, accuracy: Tensor, top_k: int, length: int) -> bool:
-    """Whether the Ritz pair after the ``k``-th has converged enough to exclude another eigenvalue like the ``k``-th."""
-    # If its vector had a part c in the eigenspace of the k-th value, its residual would be at least c times the gap. A
-    # random vector starts with c of about 1/√D, and the search makes c grow.
+    """Return whether Ritz pair ``k + 1`` has converged enough to exclude another eigenvalue equal to the ``k``-th."""
+    # If the vector of pair k + 1 had a part c in the eigenspace of the k-th value, its residual would be at least c
+    # times the gap. A random vector starts with c of about 1/√D, and c grows during the search.
     gap = float(values[top_k - 1] - values[top_k])
     return float(residuals[top_k]) <= max(0.1 * gap / math.sqrt(length), float(accuracy[top_k]))
 

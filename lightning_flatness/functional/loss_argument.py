@@ -1,4 +1,4 @@
-"""The ``loss=`` argument: from a name, a module of torch or a function of the user's to a loss with derivatives."""
+"""The ``loss=`` argument: a name, a torch module or the user's function becomes a loss with derivatives."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def find_loss(
     class_weight: Sequence[float] | Tensor | None = None,
     ignore_index: int = -100,
 ) -> Loss:
-    """Find the loss that a user names, or gives as a module or function; a :class:`FlatnessError` says what is wrong.
+    """Return the loss for a name, module or function; raise a :class:`FlatnessError` if it cannot be used.
 
     Names are ``"cross_entropy"``, ``"binary_cross_entropy"`` and ``"mse"``. Modules are ``nn.CrossEntropyLoss``,
-    ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` without weights, with the mean as their reduction. Functions are those
-    of :class:`CustomLoss`. The other arguments are options of ``"cross_entropy"``; see :class:`CrossEntropy`.
+    ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` without weights; their reduction must be the mean. A function becomes a
+    :class:`CustomLoss`. The other arguments are options of ``"cross_entropy"``; see :class:`CrossEntropy`.
 
     Example:
         >>> find_loss("cross_entropy", label_smoothing=0.1)
@@ -93,10 +93,10 @@ def _mean(loss: nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss) -> Any:
 
 @dataclass(frozen=True)
 class CustomLoss(Loss):
-    """A loss that the user wrote; autograd computes its derivatives, the second one as a ``K x K`` matrix per sample.
+    """A loss written by the user; autograd computes its derivatives, the second derivative as ``K x K`` per sample.
 
-    The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is their mean. It
-    is called with float64 logits of a part of a batch, so it must not use statistics of the batch.
+    The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``. The measured loss is their mean. The
+    function is called with float64 logits of a part of a batch, so it must not use statistics of the batch.
 
     Example:
         >>> from torch.nn.functional import cross_entropy
@@ -173,10 +173,10 @@ class CustomLoss(Loss):
 
 
 def separating_masks(samples: int) -> Tensor:
-    """Choose masks ``(M, N)`` such that for every ordered pair of samples, one mask has the first and not the second.
+    """Choose masks ``(M, N)`` such that for any two samples ``i`` and ``j``, some mask contains ``i`` but not ``j``.
 
-    Every sample is in a different set of half of the ``M``, about ``log2(N) + 2``, masks. Distinct sets of equal size
-    never contain each other, and by Sperner's theorem fewer masks cannot do.
+    Every sample is in half of the masks, and no two samples are in the same half. Distinct sets of equal size never
+    contain each other. By Sperner's theorem, no smaller number of masks is enough; it is about ``log2(N) + 2``.
 
     Example:
         >>> separating_masks(5).int()

@@ -18,31 +18,31 @@ from lightning_flatness.functional.curvature import ClassCurvature, Curvature
 
 
 class LossDerivatives(NamedTuple):
-    """Derivatives of the loss of every sample of a batch; sums over samples divided by ``normalizer`` are means."""
+    """Derivatives of the loss of every sample of a batch; a sum over samples divided by ``normalizer`` is the mean."""
 
     curvature: Curvature  # Λ of every sample
     residual: Tensor | None  # dloss/df, float64 (N, K); None without targets
-    num_samples: int  # without ignored samples
-    normalizer: float  # the number of samples, or the sum of their class weights
+    num_samples: int  # number of samples that are not ignored
+    normalizer: float  # num_samples, or the sum of the weights of the target classes
 
     def halved(self) -> LossDerivatives:
-        """Return the derivatives of a single sample that the batch holds twice: each copy counts half."""
+        """Return the derivatives for a batch that contains its only sample twice, so that each copy counts half."""
         residual = None if self.residual is None else self.residual / 2
         return LossDerivatives(self.curvature.scaled(0.5), residual, self.num_samples // 2, self.normalizer / 2)
 
 
 class Loss:
-    """Base class of all losses; ``shift_invariant``: adding a number to all logits of a sample changes nothing."""
+    """Base class of losses; if ``shift_invariant``, adding a number to all logits of a sample does not change it."""
 
     shift_invariant = False
     name: str
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at ``logits`` ``(N, K)``; a :class:`BatchError` says what is wrong with targets."""
+        """Compute the derivatives at ``logits`` ``(N, K)``; raise a :class:`BatchError` if the targets are wrong."""
         raise NotImplementedError
 
     def total(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum the loss over samples: float64 and differentiable. Targets are not checked."""
+        """Compute the sum of the loss over samples, float64 and differentiable; targets are not checked."""
         return self._summed(logits.double(), targets)
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """``torch.nn.functional.cross_entropy``, with the same options and the same mean over samples.
+    """The loss ``torch.nn.functional.cross_entropy``, with the same options and the same mean over samples.
 
     The loss is ``-sum_k q_k log π_k``, where ``π`` is the softmax of the logits and ``q`` the target after smoothing
     and weighting. Hence ``Λ = c (diag(π) - π πᵀ)`` and ``dloss/df = c π - q`` with ``c = sum_k q_k``.
@@ -59,9 +59,10 @@ class CrossEntropy(Loss):
     Targets are class indices, integers ``(N,)``, or probabilities, floating-point ``(N, K)``.
 
     Args:
-        label_smoothing: ``ε``: the target ``y`` becomes ``(1 - ε) y + ε / K``.
-        class_weight: ``(K,)``; with class indices the mean over samples is weighted too, as in torch.
-        ignore_index: samples with this class index do not count.
+        label_smoothing: ``ε``; the target ``y`` is replaced by ``(1 - ε) y + ε / K``.
+        class_weight: weight of every class, ``(K,)``. If targets are class indices, the mean over samples is weighted
+            too, as in torch.
+        ignore_index: samples with this class index are ignored.
 
     Example:
         >>> derivatives = CrossEntropy()(torch.zeros(1, 4), torch.tensor([2]))
@@ -118,8 +119,8 @@ class CrossEntropy(Loss):
             q = q * kept[:, None]
         c = q.sum(1, keepdim=True)
         residual = c * pi - q
-        # The entries of a row sum to zero. The one at the target is minus the sum of all others, which keeps its digits
-        # when π is close to q.
+        # The entries of a row sum to zero, so the entry at the target is minus the sum of the other entries. This is
+        # accurate even when π is close to q.
         top = q.argmax(1, keepdim=True)
         residual.scatter_(1, top, -residual.scatter(1, top, 0.0).sum(1, keepdim=True))
         return LossDerivatives(ClassCurvature(c * pi, pi), residual, count, normalizer)
@@ -137,7 +138,7 @@ class CrossEntropy(Loss):
         )
 
     def _kept(self, targets: Tensor, classes: int, samples: int) -> Tensor | None:
-        """Mark the samples that are not ignored; None stands for all."""
+        """Return a mask of the samples that are not ignored, or None if no sample is ignored."""
         wrong_type = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
         if targets.ndim != 1 or wrong_type:
             raise BatchError(
@@ -156,7 +157,7 @@ class CrossEntropy(Loss):
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy(Loss):
-    """``torch.nn.functional.binary_cross_entropy_with_logits``, the mean over samples and over ``K`` yes-or-no labels.
+    """The loss ``torch.nn.functional.binary_cross_entropy_with_logits``, averaged over samples and ``K`` binary labels.
 
     ``Λ = diag(σ(f) σ(-f)) / K``. Targets are numbers from 0 to 1 in the shape of the logits, ``(N, K)``.
 
@@ -187,7 +188,7 @@ class BinaryCrossEntropy(Loss):
 
 @dataclass(frozen=True)
 class MeanSquaredError(Loss):
-    """``torch.nn.functional.mse_loss``, the mean over samples and over ``K`` outputs.
+    """The loss ``torch.nn.functional.mse_loss``, averaged over samples and ``K`` outputs.
 
     ``Λ`` is ``2 / K`` times the identity. Targets have the shape of the outputs, ``(N, K)``.
 

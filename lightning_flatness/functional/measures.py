@@ -1,8 +1,8 @@
 """Flatness measures: sums ``sum(Q * T)`` of the block traces ``T`` with a matrix ``Q`` made of the weights alone.
 
 ``T`` (in loss per squared weight) and the Gram matrix of the filters have shape ``(G, S/G, S/G)``. Pairs of filters of
-different groups do not enter (``docs/theory.md``, "Groups"). All measures but relative flatness need the diagonals
-only, and also accept them alone, ``(G, S/G)``.
+different groups do not contribute (``docs/theory.md``, "Groups"). All measures except relative flatness use only the
+diagonals, and accept ``(G, S/G)`` instead.
 
 Example:
     >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Columns of the weight that are converted to float64 at a time.
+# Number of columns of the weight that are converted to float64 at a time.
 COLUMNS = 1024
 
 
@@ -30,7 +30,7 @@ def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tens
     The result is float64 ``(G, S/G, S/G)``; with ``diagonal``, only the squared norms, ``(G, S/G)``.
     """
     rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
-    # A part at a time, since all of it in float64 would take twice the memory of the weight.
+    # Convert a part at a time, since the whole weight in float64 would take twice its memory.
     parts = (part.double() for part in rows.split(COLUMNS, dim=2))
     return sum(
         (part.square().sum(2) if diagonal else part @ part.mT for part in parts),
@@ -56,8 +56,8 @@ def hessian_trace(block_traces: Tensor) -> Tensor:
 def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
     """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``: a scalar, in units of the loss.
 
-    Rescaling filters in a way that leaves the network's function unchanged leaves it unchanged, too. Petzka et al. 2021
-    (arXiv 2001.00939), Definition 3; Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
+    Rescaling filters without changing the network's function does not change ``κ``. See Petzka et al. 2021 (arXiv
+    2001.00939), Definition 3, and Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
     """
     return block_traces.flatten() @ gram.flatten()
 
@@ -78,7 +78,7 @@ def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Compute all measures and the weight norm, by name; relative flatness only if ``T`` is not just its diagonals."""
+    """Compute all measures and the weight norm, by name; omit relative flatness if ``T`` is only its diagonals."""
     measures = {
         "hessian_trace": hessian_trace(block_traces),
         "neuronwise_flatness": neuronwise_flatness(block_traces, gram),

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 KERNEL_GRADIENT: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
-# Cost of an addition outside of matrix products, in multiplications inside of them.
+# Cost of an addition outside a matrix product, relative to a multiplication inside one.
 ADDITION = 4
 
 
 @dataclass(frozen=True)
 class ConvolutionGeometry:
-    """How a convolution reads its input: one number per spatial dimension, zero padding on both sides."""
+    """Kernel size, stride, zero padding (on both sides) and dilation of a convolution, one number per dimension."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -50,7 +50,7 @@ class ConvolutionGeometry:
         return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
 
     def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """Yield for every kernel position the slices of the padded input that it reads, over all output positions."""
+        """Yield, for every kernel position, slices of the padded input that it multiplies at all output positions."""
         for offset in product(*map(range, self.kernel_size)):
             yield tuple(
                 slice(o * d, o * d + s * (n - 1) + 1, s)
@@ -59,7 +59,7 @@ class ConvolutionGeometry:
 
 
 def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Return the patches ``phi[p]`` of inputs ``(N, C, *spatial)``: ``(N, G, D, P)``, entries as in the weight."""
+    """Return patches ``phi[p]`` of inputs ``(N, C, *spatial)`` as ``(N, G, D, P)``, ``D`` ordered as in the weight."""
     size = geometry.output_size(tuple(inputs.shape[2:]))
     padded = geometry.pad(inputs)
     every = slice(None)  # sample, channel
@@ -76,11 +76,11 @@ def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """Compute the patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of inputs ``(N, C, *spatial)``: ``(N, G, P, P)``.
 
-    Overlapping patches repeat products of the same pixels. ``Γ[p, p']`` is the sum of ``X[p + o, p' + o]`` over kernel
-    offsets ``o``, where ``X`` is the Gram matrix of single pixels, zero outside the image. With a 3x3 kernel of stride
-    one this takes a ninth of the multiplications. The sum runs over one spatial dimension after the other. With larger
-    strides there are more pixels than patches, so the cheaper of the two ways is chosen by counting multiplications
-    (``docs/theory.md``, "Numerics").
+    Inner products of overlapping patches multiply the same pixels repeatedly. Instead, ``Γ[p, p']`` can be computed as
+    the sum of ``X[p + o, p' + o]`` over kernel offsets ``o``, one spatial dimension after the other. Here ``X`` is the
+    Gram matrix of single pixels, zero outside the image. With a 3x3 kernel of stride one this takes a ninth of the
+    multiplications. With larger strides there are more pixels than patches. The function therefore counts the
+    multiplications of both ways and chooses the cheaper way (``docs/theory.md``, "Numerics").
     """
     input_size = tuple(inputs.shape[2:])
     size = geometry.output_size(input_size)
@@ -119,10 +119,10 @@ def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size:
 
 
 def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    r"""Multiply slopes ``(N, G, R, P)`` with patches, ``\sum_p slopes[r, p] phi[p]``: ``(N, G, R, D)``.
+    r"""Compute ``\sum_p slopes[r, p] phi[p]``, ``(N, G, R, D)``, from slopes ``(N, G, R, P)``.
 
-    This is the gradient of a convolution at its kernel, for every sample separately if samples are taken as groups. On
-    a CPU in float32, torch's kernels for it are about twice as fast as products with patches.
+    This is the gradient of a convolution with respect to its kernel, for every sample separately if samples are taken
+    as groups. On a CPU in float32, torch computes this gradient about twice as fast as the product with patches.
     """
     samples, channels = inputs.shape[:2]
     size = geometry.output_size(tuple(inputs.shape[2:]))
@@ -145,10 +145,11 @@ def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry)
 def contraction_costs(
     positions: int, patch_length: int, filters: int, columns: int = 1, diagonal: bool = False
 ) -> tuple[int, int]:
-    """Count, per sample and group, the multiplications of two ways to contract ``columns`` sets of slopes ``δ``.
+    """Count the multiplications of two ways to compute block traces from slopes ``δ``, per sample and group.
 
-    They are ``δ Γ δᵀ`` with the patch Gram matrix, and ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``. ``positions`` is
-    ``P``, ``patch_length`` ``D``, ``filters`` ``S/G``; with ``diagonal`` only the diagonal of the result is computed.
+    The first way is ``δ Γ δᵀ`` with the patch Gram matrix, the second ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``.
+    ``positions`` is ``P``, ``patch_length`` is ``D``, ``filters`` is ``S/G``, and ``columns`` is the number of arrays
+    ``δ``. With ``diagonal`` only the diagonal of the result is computed.
     """
     width = 1 if diagonal else filters
     by_gram = positions**2 * (patch_length + columns * filters) + columns * positions * filters * width

@@ -1,4 +1,4 @@
-"""Spectra of symmetric operators by random probes: Lanczos quadrature, and criteria made from it."""
+"""Spectra of symmetric operators, estimated from random probe vectors: Lanczos quadrature, and criteria based on it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ QUASI_SINGULAR = 1e-3
 
 
 class Quadrature(NamedTuple):
-    """What one probe says of the spectrum of ``A``: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``."""
+    """Quadrature of the spectrum of ``A`` by one probe: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``."""
 
     values: Tensor  # Ritz values, ascending, float64 (m,)
     weights: Tensor  # float64 (m,), their sum is one
     rayleigh: float  # qᵀAq of the unit probe q
-    asymmetry: float  # largest |q_iᵀA q_j - q_jᵀA q_i| of Lanczos vectors, relative to the largest ‖A q_i‖
+    asymmetry: float  # largest |q_iᵀA q_j - q_jᵀA q_i| for Lanczos vectors q, divided by the largest ‖A q_i‖
 
 
 def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator: torch.Generator) -> Quadrature:
-    """Compute Ritz values and weights by ``min(m, D)`` Lanczos steps with full re-orthogonalisation, done twice.
+    """Compute Ritz values and weights by ``min(m, D)`` Lanczos steps, each re-orthogonalised twice.
 
-    The probe ``(D,)`` has any length but zero, and ``basis``, memory ``(m, D)``, is overwritten by the orthonormal
-    Lanczos vectors. If the Krylov space of the probe ends early, the steps go on with a random vector orthogonal to it.
-    This adds other eigenvalues with weight zero, and the quadrature stays exact for the probe. Golub and Meurant 1994,
-    and Ubaru, Chen and Saad 2017, for the quadrature; Parlett 1998, "The Symmetric Eigenvalue Problem", Chapter 13, for
-    the steps.
+    The probe ``(D,)`` must not be zero; its length does not matter. The memory ``basis``, ``(m, D)``, is overwritten by
+    the orthonormal Lanczos vectors. If the Krylov space of the probe becomes invariant, the steps continue with a
+    random vector orthogonal to it. This adds other eigenvalues with weight zero, so the quadrature stays exact for the
+    probe. See Golub and Meurant 1994, and Ubaru, Chen and Saad 2017, for the quadrature, and Parlett 1998, "The
+    Symmetric Eigenvalue Problem", Chapter 13, for the steps.
 
     Example:
         >>> matrix, probe = torch.diag(torch.tensor([1.0, 2.0, 4.0]).double()), torch.ones(3).double()
@@ -52,7 +52,7 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
         scale = max(scale, float(image.norm()))
         image, coefficients = orthogonalised(image, basis[: step + 1])
         diagonal[step] = coefficients[step]
-        expected = torch.zeros(step, device="cpu").double()  # if the operator is symmetric, from products before
+        expected = torch.zeros(step, device="cpu").double()  # if the operator is symmetric
         expected[-1:] = beyond[step - 1] if step else 0.0
         asymmetry = max([asymmetry, *(coefficients[:step] - expected).abs().tolist()])
         if step + 1 == num_steps:
@@ -69,7 +69,7 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
 def _nodes(diagonal: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the eigenvalues of the tridiagonal matrix, and the squared first components of its eigenvectors."""
     matrix = torch.diag(diagonal) + torch.diag(beyond, 1) + torch.diag(beyond, -1)
-    values, vectors = torch.linalg.eigh(matrix)  # does not mix blocks between which beyond is zero
+    values, vectors = torch.linalg.eigh(matrix)  # blocks separated by a zero in beyond are not mixed
     return values, vectors[0].square()
 
 
@@ -85,15 +85,16 @@ class Criteria(NamedTuple):
 def spectrum_criteria(
     values: Tensor, weights: Tensor, exponent: float = 0.5, scale: float = 1.0, zero: float = 0.0
 ) -> Criteria:
-    """Compute Gabdullin's criteria of every probe (2024, arXiv 2412.10146; ``C_t`` and kinds 2025, arXiv 2504.17618).
+    """Compute Gabdullin's criteria of every probe (arXiv 2412.10146; arXiv 2504.17618 for ``C_t`` and the kinds).
 
     With Ritz values ``θ`` and weights ``τ``, ``(P, m)`` each, ``C_t = min θ / max θ``, ``r_e = |C_t|`` and
-    ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. If no ``θ`` is positive, ``C_t`` is minus infinity and the others
-    infinity; if all are zero, NaN. ``θ`` up to the modulus ``zero``, relative to the largest, count as zero.
+    ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. If no ``θ`` is positive, ``C_t`` is minus infinity, and
+    ``r_e`` and ``K_Hn`` are infinite. If all ``θ`` are zero, all three are NaN. A ``θ`` counts as zero if ``|θ|`` is at
+    most ``zero`` times the largest ``|θ|`` of its probe.
 
-    A spectrum is *quasi-singular* if all ``|θ| scale`` are at most ``1e-3``, a choice made here; the ``scale`` of a
-    Hessian with respect to ``w`` is ``‖w‖²``. Otherwise it is *mainly positive* if ``C_t > -0.6``, and else *mainly
-    negative*.
+    A spectrum is *quasi-singular* if every ``|θ|`` times ``scale`` is at most ``1e-3`` (a threshold of this package).
+    For a Hessian with respect to ``w``, ``scale`` is ``‖w‖²``. A spectrum that is not quasi-singular is *mainly
+    positive* if ``C_t > -0.6``, and *mainly negative* otherwise.
 
     Example:
         >>> criteria = spectrum_criteria(torch.tensor([[-1.0, 4.0]]), torch.tensor([[0.5, 0.5]]))

@@ -1,4 +1,7 @@
-"""Symmetric matrices by strips of rows, from the diagonal to the right: half the work, half the memory."""
+"""Symmetric matrices stored as their upper triangle, in strips of rows that start at the diagonal.
+
+This takes about half the work and half the memory. A matrix kept in this form is called folded.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows of a strip that is work: 64, or a sixteenth of the matrix, whichever is larger.
+# Rows of a strip that is computed at a time: 64, or a sixteenth of the matrix, whichever is larger.
 STRIP = 64
-# Rows of a strip that is memory: 16, or a thirty-second of the matrix, whichever is larger.
+# Rows of a strip that is stored: 16, or a thirty-second of the matrix, whichever is larger.
 KEPT_STRIP = 16
 
 
 def strip_rows(rows: int) -> int:
-    """Rows of one strip, where a strip is work."""
+    """Return the number of rows of a strip that is computed at a time."""
     return min(rows, max(STRIP, rows // 16))
 
 
 def kept_rows(rows: int) -> int:
-    """Rows of one strip, where a strip is memory."""
+    """Return the number of rows of a strip that is stored."""
     return min(rows, max(KEPT_STRIP, rows // 32))
 
 
 def mirror_(upper: Tensor) -> Tensor:
     """Fill the lower triangles of ``(G, S, S)`` from the upper ones, in place."""
     size = strip_rows(upper.shape[1])
-    for row in range(0, upper.shape[1], size):  # a whole transpose is slow
+    for row in range(0, upper.shape[1], size):  # transposing the whole matrix would be slow
         rows, below = slice(row, row + size), slice(row + size, None)
         block = upper[:, rows, rows]
         upper[:, rows, rows] = block.triu() + block.triu(1).mT
@@ -36,9 +39,10 @@ def mirror_(upper: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Folded:
-    """Symmetric matrices ``(G, S, S)``, kept by the strips of their upper triangles; or diagonals, kept as they are.
+    """Symmetric matrices ``(G, S, S)``, stored as strips of their upper triangles; or diagonals, stored unchanged.
 
-    The strips are little more than a half of large matrices, and all of matrices of :data:`KEPT_STRIP` rows or fewer.
+    The strips of a large matrix take little more than half of its memory. A matrix with at most :data:`KEPT_STRIP` rows
+    is one strip.
     """
 
     strips: Tensor
@@ -46,7 +50,7 @@ class Folded:
 
     @classmethod
     def of(cls, symmetric: Tensor) -> Folded:
-        """Fold ``(G, S, S)``, of which only the upper triangles count; or take diagonals ``(G, S)``."""
+        """Fold matrices ``(G, S, S)``, of which only the upper triangles are read, or store diagonals ``(G, S)``."""
         if symmetric.ndim == 2:
             return cls(symmetric, None)
         rows = symmetric.shape[1]
@@ -58,11 +62,11 @@ class Folded:
         return Folded(self.strips + other.strips, self.rows)
 
     def equal(self, other: Folded) -> bool:
-        """Whether all entries are the same."""
+        """Return whether all entries are equal."""
         return torch.equal(self.strips, other.strips)
 
     def whole(self) -> Tensor:
-        """The matrices ``(G, S, S)``, or the diagonals ``(G, S)``; they share no memory with this."""
+        """Return the matrices ``(G, S, S)``, or the diagonals ``(G, S)``, in new memory."""
         if self.rows is None:
             return self.strips.clone()
         matrix = self.strips.new_empty(len(self.strips), self.rows, self.rows)
