@@ -1,1 +1,1 @@
-"""What layers did in a forward pass, whether their numbers are exact, and their block traces."""
+"""Layers: recording them in a forward pass, certifying how they can be measured, and computing block traces."""

@@ -18,15 +18,15 @@ from lightning_flatness.layers.certificates.tail import TailDerivatives
 from lightning_flatness.layers.certified import Certified, CertifiedPass
 from lightning_flatness.layers.estimates import BlockTraces
 
-# Largest relative change of relative flatness, by classes that are left out.
+# The largest relative change of relative flatness that leaving out classes may cause.
 TRUNCATION = 1e-6
 
 
 def closed_form_layer(name: str, certified: CertifiedPass, known: Certified, diagonal: bool) -> BlockTraces:
-    """Block traces of one layer, or their diagonals, summed over the samples of a pass.
+    """Return block traces of one layer, or their diagonals, summed over the samples of a pass.
 
-    With many classes (:attr:`CertifiedLayer.gram_norm`), those that do not matter are left out: relative flatness
-    changes by less than :data:`TRUNCATION` of itself, which is certified, and the other measures not at all.
+    With many classes (:attr:`CertifiedLayer.gram_norm`), classes of negligible weight are left out. The relative change
+    of relative flatness is certified to be less than :data:`TRUNCATION`; the other measures do not change.
     """
     convolution, tail, loss = certified.calls[name][0].convolution, certified.tails[name], certified.loss
     layer, curved = known.layers[name], curved_part(tail, loss)
@@ -60,7 +60,7 @@ def closed_form_layer(name: str, certified: CertifiedPass, known: Certified, dia
 
 
 def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, Tensor] | None:
-    """Curvatures of the tail and ``dloss/df``, which make the part beside Gauss-Newton; None if there is none."""
+    """Return curvatures of the tail and ``dloss/df``; None if the Hessian is the Gauss-Newton matrix."""
     if tail.curvatures is None:
         return None
     if loss.residual is not None:
@@ -74,7 +74,7 @@ def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, T
 
 
 def spectral_bound(gram: Tensor) -> Tensor:
-    """An upper bound of the spectral norm of symmetric matrices, by the Schatten norm of order eight."""
+    """Return an upper bound of the spectral norm of symmetric matrices: their Schatten norm of order eight."""
     scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
     fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
     bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # float32 is rounded

@@ -15,12 +15,12 @@ Calls = Mapping[str, Sequence[LayerCall]]  # what layers did in a forward pass, 
 
 
 def nodes_of(calls: Calls) -> list[Tensor]:
-    """The outputs of all calls of all layers, in order."""
+    """Return the outputs of all calls of all layers, in order."""
     return [call.node for of_layer in calls.values() for call in of_layer]
 
 
 def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> list[Tensor]:
-    """Vector-Jacobian products of the logits with one cotangent ``(N, K)``, at all nodes; zeros where none arrives."""
+    """Return vector-Jacobian products of the logits and a cotangent ``(N, K)``, at all nodes; zeros if unconnected."""
     pulled = pull_back_where_used(logits, nodes, cotangent, create_graph)
     return [torch.zeros_like(node) if p is None else p for p, node in zip(pulled, nodes, strict=True)]
 
@@ -28,7 +28,7 @@ def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create
 def pull_back_where_used(
     end: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
 ) -> Sequence[Tensor | None]:
-    """The same of any tensor, with None at nodes that it does not depend on."""
+    """Return the same products for any tensor ``end``, with None for nodes that it does not depend on."""
     if not end.requires_grad or not nodes:
         return [None] * len(nodes)
     return torch.autograd.grad(
@@ -37,9 +37,9 @@ def pull_back_where_used(
 
 
 def kernel_gradient(calls: Sequence[LayerCall], cotangents: Sequence[Tensor], squares: bool = False) -> Tensor:
-    """Gradient with respect to a layer's kernel, from cotangents at its outputs; the shape of the kernel.
+    """Return the gradient with respect to a layer's kernel, from cotangents at its outputs.
 
-    With ``squares``, the sum of the squares of its terms.
+    With ``squares``, return the sum of the squares of its terms.
     """
     total = torch.zeros_like(calls[0].convolution.weight)
     for call, cotangent in zip(calls, cotangents, strict=True):
@@ -51,7 +51,7 @@ def kernel_gradient(calls: Sequence[LayerCall], cotangents: Sequence[Tensor], sq
 
 
 def gradient_of_convolution(convolution: Convolution, delta: Tensor) -> Tensor:
-    r"""``\sum_n \sum_p δ[s, p] phi[p]``, the gradient at the kernel, from ``δ``, channels second."""
+    r"""Return ``\sum_n \sum_p δ[s, p] phi[p]``, the gradient at the kernel, from ``δ`` ``(N, S, *output)``."""
     kernel = convolution.weight.detach().requires_grad_()
     with torch.enable_grad():
         output = convolve(convolution, kernel)
@@ -60,7 +60,7 @@ def gradient_of_convolution(convolution: Convolution, delta: Tensor) -> Tensor:
 
 
 def convolve(convolution: Convolution, kernel: Tensor) -> Tensor:
-    """The recorded convolution with another kernel, of the shape of the first, and no bias; channels second."""
+    """Return the recorded convolution's output for another kernel, without bias; dimension 1 is the channels."""
     inputs, geometry = convolution.inputs, convolution.geometry
     kernel = kernel if convolution.channel_dimension == 1 else kernel[..., None]
     stride, padding, dilation = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
@@ -69,14 +69,14 @@ def convolve(convolution: Convolution, kernel: Tensor) -> Tensor:
 
 
 def to_positions(per_channel: Tensor, output: Tensor) -> Tensor:
-    """``(N, S)``, shaped to multiply a layer's output ``(N, S, *output)``."""
+    """Reshape ``(N, S)`` so that it can multiply a layer's output ``(N, S, *output)``."""
     return per_channel.reshape(*per_channel.shape, *[1] * (output.ndim - 2))
 
 
 def random_direction(tensor: Tensor, stream: int = 0) -> Tensor:
-    """A product of random vectors, one for every dimension: a non-zero linear map is non-zero on almost all of them.
+    """Return an outer product of random vectors; a non-zero linear map is non-zero on almost all such products.
 
-    Nodes that are looked at together need different streams, or what they add could cancel.
+    Directions at several nodes of one derivative need different streams, or their contributions could cancel.
     """
     product = torch.ones_like(tensor)
     for dimension, size in enumerate(tensor.shape):

@@ -1,4 +1,4 @@
-"""Estimates from random probes, with their variances: of classes that are sampled, and of the Hessian's residual."""
+"""Estimates from random probes, with variances: for sampled classes, and for the residual of the Hessian."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning_flatness.layers.options import MEASURES, Options
 
 
 class BlockTraces(NamedTuple):
-    """Block traces of one layer, summed over samples, and what probes leave uncertain of them."""
+    """Block traces of one layer, summed over samples, and the variances of the measures if probes estimated them."""
 
     total: Tensor  # (G, S/G, S/G), or (G, S/G) for the diagonals, float64
     variances: Tensor | None = None  # (4,), of MEASURES; None for what was not sampled
 
     def plus(self, other: BlockTraces) -> BlockTraces:
-        """The sum of independent ones."""
+        """Return the sum with independent block traces of the same layer."""
         variances = [one for one in (self.variances, other.variances) if one is not None]
         return BlockTraces(self.total + other.total, torch.stack(variances).sum(0) if variances else None)
 
 
 class Probes:
-    """Mean of equally distributed estimates of one layer's block traces, with variances; ``gram`` ``(G, S/G, S/G)``."""
+    """The mean of independent estimates of one layer's block traces, with variances; ``gram`` is ``(G, S/G, S/G)``."""
 
     def __init__(self, gram: Tensor) -> None:
         self._gram = gram
@@ -34,17 +34,17 @@ class Probes:
         self._measures: list[Tensor] = []
 
     def add(self, block_traces: Tensor) -> None:
-        """Take one estimate."""
+        """Add one estimate."""
         self._sum = self._sum + block_traces
         self._measures.append(_measures(block_traces, self._gram))
 
     def estimate(self, known: Tensor | None = None) -> BlockTraces:
-        """The mean of the estimates, added to what is ``known`` exactly."""
+        """Return the mean of the estimates, plus the part ``known`` that is exact."""
         mean = self._sum / len(self._measures)
         return BlockTraces(mean if known is None else known + mean, self._variances())
 
     def precise(self, tolerance: float, known: Tensor | None = None) -> bool:
-        """Whether trace and relative flatness have a standard error of ``tolerance`` of themselves at most."""
+        """Return whether the relative standard errors of trace and relative flatness are at most ``tolerance``."""
         sizes = _measures(self.estimate(known).total, self._gram).abs()
         errors = self._variances().sqrt()
         return bool((errors[:2] <= tolerance * sizes[:2]).all())
@@ -54,7 +54,7 @@ class Probes:
 
 
 def random_signs(like: Tensor, generator: Generator) -> Tensor:
-    """+1 and -1, the shape and type of a tensor, from a generator on the CPU."""
+    """Return random signs of the shape, type and device of ``like``, from a generator on the CPU."""
     return (2 * torch.randint(2, like.shape, generator=generator, device="cpu") - 1).to(like)
 
 
@@ -66,11 +66,11 @@ def _measures(block_traces: Tensor, gram: Tensor) -> Tensor:
 def hutchinson_residual(
     scalar: Tensor, kernels: Mapping[str, Tensor], grams: Mapping[str, Tensor], options: Options, generator: Generator
 ) -> dict[str, BlockTraces]:
-    r"""Block traces of ``\sum_n \sum_k (dloss/df_k) d²f_k / dW²`` by layer, with variances.
+    r"""Return block traces of ``\sum_n \sum_k (dloss/df_k) d²f_k / dW²`` by layer, with variances.
 
-    For a kernel ``v`` of random signs ``<v_s, (Hv)_s'>`` has the mean ``T[s, s']``. Source: Hutchinson 1989, "A
-    stochastic estimator of the trace of the influence matrix". ``scalar`` is the sum of the logits times ``dloss/df``,
-    held fixed, in the graph of the kernels ``(S, ...)``; the shape of a Gram matrix tells the groups.
+    For a kernel ``v`` of random signs, the mean of ``<v_s, (Hv)_s'>`` is ``T[s, s']``. Source: Hutchinson 1989, "A
+    stochastic estimator of the trace of the influence matrix". ``scalar`` is the sum of the logits times fixed
+    ``dloss/df``, in the graph of the kernels ``(S, ...)``. The groups follow from the shapes of the Gram matrices.
     """
     gradients = pull_back(scalar, list(kernels.values()), torch.ones_like(scalar), create_graph=True)
     estimates = {}

@@ -1,4 +1,4 @@
-"""How layers are measured: the record of a layer, by the closed form until that fails, then by Gauss-Newton."""
+"""The description of each layer's method: the closed form until it fails, then Gauss-Newton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.recording import Convolution, LayerCall
 from lightning_flatness.results import LayerInfo
 
-# Matrices of every layer while a batch is added: block traces, those of the batch, and the filters' Gram matrix.
+# Matrices kept per layer while a batch is added: total block traces, those of the batch, and the Gram matrix.
 MATRICES_KEPT = 3
 
 
@@ -30,7 +30,7 @@ def first_description(
     curvature: Curvature,
     context: Context,
 ) -> CertifiedLayer:
-    """A layer on its first samples, described as under the closed form; ``deviation`` is that of its path."""
+    """Return a layer's first description, under the closed form; ``deviation`` is that of the path certificate."""
     call, convolution = calls[0], calls[0].convolution
     groups, filters = convolution.geometry.groups, convolution.weight.shape[0]
     diagonal = context.options.diagonal
@@ -65,9 +65,10 @@ def under_gauss_newton(
     options: Options,
     first: bool,
 ) -> CertifiedLayer:
-    """A layer under Gauss-Newton, labelled where the logits are not affine in its kernel (``inexact``).
+    """Return a layer's description under Gauss-Newton.
 
-    ``failure`` says why the closed form does not hold, if it just failed.
+    ``inexact`` is why the logits are not affine in its kernel, if so; ``failure`` is why the closed form failed, if it
+    did on this batch.
     """
     info, calls, curvature = layer.info, certified.calls[layer.info.name], certified.loss.curvature
     if options.strict and inexact:
@@ -95,7 +96,7 @@ def under_gauss_newton(
 
 
 def _multiplications(convolution: Convolution, columns: int, diagonal: bool) -> int:
-    """For every sample."""
+    """Return the number of multiplications per sample."""
     groups, (filters, length) = convolution.geometry.groups, convolution.weight.flatten(1).shape
     positions = convolution.output[0].numel() // filters
     return groups * min(contraction_costs(positions, length, filters // groups, columns, diagonal))

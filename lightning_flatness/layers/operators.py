@@ -1,4 +1,4 @@
-"""A layer's Hessian as an operator on kernels, made of what one observed forward pass leaves behind."""
+"""A layer's Hessian as an operator on kernels, computed from one certified forward pass."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lightning_flatness.layers.recording import Convolution
 
 @dataclass(frozen=True)
 class ColumnOperator:
-    """The Gauss-Newton matrix of a layer, from the pulled-back columns of the loss's curvature."""
+    """The Gauss-Newton matrix of a layer, from pulled-back columns of the factor of the loss's curvature."""
 
     convolutions: Sequence[Convolution]
     columns: Sequence[Tensor]  # δ, for every convolution (N, B, S, *output)
     signs: Tensor | None  # (N, B)
 
     def __call__(self, kernel: Tensor, by_filter: bool) -> Tensor:
-        """The product with a kernel, ``(S, ...)``; ``by_filter``, of every filter's own block with that filter."""
+        """Return the product with a kernel ``(S, ...)``; ``by_filter``, only with each filter's diagonal block."""
         deltas = [delta.reshape(*delta.shape[:3], -1) for delta in self.columns]  # (N, B, S, P)
         weights = torch.zeros_like(deltas[0][:, :, :, 0])
         for convolution, delta in zip(self.convolutions, deltas, strict=True):
@@ -43,7 +43,7 @@ class ColumnOperator:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are kept."""
+        """The memory of the tensors that the operator keeps, in bytes."""
         return sum(tensor.nbytes for tensor in (*self.columns, *(one.inputs for one in self.convolutions)))
 
 
@@ -58,7 +58,7 @@ class TailOperator:
     pulled: Tensor | None  # r = Vᵀ dloss/df, (N, S)
 
     def __call__(self, kernel: Tensor, by_filter: bool) -> Tensor:
-        """As of :class:`ColumnOperator`."""
+        """Return the product with a kernel, as :class:`ColumnOperator` does."""
         output = convolve(self.convolution, kernel)
         over = list(range(2, output.ndim))
         columns = self.tail.columns
@@ -74,7 +74,7 @@ class TailOperator:
 
     @property
     def num_bytes(self) -> int:
-        """As of :class:`ColumnOperator`."""
+        """The memory of the tensors that the operator keeps, in bytes."""
         twice = 1 if self.tail.curvatures is None else 2
         return twice * self.tail.slopes.nbytes + self.convolution.inputs.nbytes + self.diagonal.nbytes
 
@@ -83,7 +83,7 @@ Operator = ColumnOperator | TailOperator
 
 
 def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[float], None]) -> dict[str, Operator]:
-    """The operators of all layers, for the samples of one forward pass; an error if they would keep more bytes."""
+    """Return the operators of all layers on one forward pass; raise an error if they would keep over ``max_bytes``."""
     tails = {name: _tail_operator(name, certified) for name in certified.tails}
     others = certified.others
     num_columns = certified.loss.curvature.num_columns

@@ -1,4 +1,4 @@
-"""Which layers to measure, and how; checked before a model is seen."""
+"""Options of which layers to measure and how, which are checked without a model."""
 
 from __future__ import annotations
 

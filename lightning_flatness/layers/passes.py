@@ -1,4 +1,4 @@
-"""Forward passes of our own on parts of batches: recorded, certified, and handed to whoever measures them."""
+"""Forward passes of our own on parts of batches, which are recorded, certified and then measured by a callable."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class PartSize:
-    """How many samples are taken at a time, at ``most``; a batch is taken whole as long as that is not known."""
+    """The largest number of samples in a part of a batch; as long as it is None, a batch is taken whole."""
 
     most: int | None = None
     halved: bool = False  # memory ran out once
 
     def next_rows(self, left: int, begun: bool) -> int:
-        """How many samples to take of those that are left, so that parts have about the same size.
+        """Return how many of the samples that are left to take next, so that parts have about the same size.
 
-        The first part of all is half as large, since it takes some fifteen passes to certify.
+        The first part of the first batch is half as large, since certifying it takes about fifteen passes.
         """
         if self.most is None:
             return left
@@ -45,7 +45,7 @@ class PartSize:
         return -(-left // -(-left // most))
 
     def half_of(self, rows: int, known: Certified) -> PartSize:
-        """Half as many from now on, since memory ran out for ``rows``; an error if that was done before."""
+        """Return half the size, after memory ran out for ``rows`` samples; raise an error if it is halved already."""
         if self.halved or rows == 1:
             largest = max(known.infos.values(), key=lambda info: info.memory, default=None)
             where = "" if largest is None else f" The largest layer is '{largest.name}'."
@@ -74,10 +74,10 @@ class OwnPasses:
         work: Callable[[CertifiedPass, Certified, Advance], Result],
         advance: Advance | None = None,
     ) -> Iterator[Result]:
-        """The results of some work on every part of a batch.
+        """Yield the result of ``work`` on each part of a batch.
 
-        ``work`` is called under :func:`isolated` with a certified pass, what is known of the layers, and a function to
-        call with its progress; ``advance`` with that of the batch.
+        ``work`` is called under :func:`isolated` with a certified pass, the certificates so far, and a function that
+        takes the progress on the part. ``advance`` is called with the progress on the batch.
         """
         samples, start = num_rows(inputs, targets), 0
         first_batch = self._selection is None
@@ -113,12 +113,12 @@ class OwnPasses:
             yield result
 
     def release(self) -> None:
-        """Drop the copy of the model; the next pass makes another."""
+        """Drop the copy of the model; the next pass makes a new one."""
         vars(self).pop("_copy", None)
 
     @property
     def context(self) -> Context:
-        """What certificates need beside a pass, after the first one."""
+        """The context of certificates, which exists after the first pass."""
         assert self._selection is not None
         return Context(self._selection, self._options, lambda: ModelCopy(self._model, self._options.measuring_dtype))
 
@@ -129,7 +129,7 @@ class OwnPasses:
     def _certified(
         self, inputs: Any, targets: Tensor | None, rows: int, start: int, first_batch: bool
     ) -> CertifiedPass | None:
-        """Run the model and certify; None if these samples turn out to be too many for one time."""
+        """Run the model and certify the pass; return None if the samples turn out to be too many for one part."""
         first = not self.known.layers
         if self._selection is None:
             self._selection = select(self._model, lambda: self._copy(inputs), self._options.layers)
@@ -140,7 +140,7 @@ class OwnPasses:
             if rows > self._size.next_rows(rows, begun=False):
                 return None
         elif first:
-            # Random numbers begin anew, so that only a pass before this one shows whether there are some.
+            # Random states are reset for every part, so only an earlier pass shows whether the forward is random.
             certify_deterministic(self._selection.logits[:rows], logits_of(self._copy(inputs))[:rows].detach())
         recorded = self._recorded(inputs)
         logits = recorded.logits
@@ -166,14 +166,14 @@ class OwnPasses:
         return recorder.result(inputs, output)
 
     def _masks(self, samples: int, first: bool) -> Tensor:
-        """All pairs of samples are told apart at first; later, half of them by chance."""
+        """Return masks that separate all pairs of samples on the first part, later each pair with probability 1/2."""
         if first:
             return separating_masks(samples)
         half = torch.rand(samples, generator=self._chance, device="cpu") < 0.5
         return torch.stack([half, ~half])
 
     def _explained(self, error: RuntimeError) -> FlatnessError | None:
-        """An error with a remedy in place of torch's own, where there is one."""
+        """Return an error that names a remedy for one of torch's, or None if there is no such error."""
         in_plain_words = explained(error)
         if in_plain_words is None and "type" in str(error) and self._is_cast:
             in_plain_words = BatchError(
@@ -185,7 +185,7 @@ class OwnPasses:
 
     @property
     def _is_cast(self) -> bool:
-        """Whether the model runs in another type than it has."""
+        """Whether the model is measured in another floating-point type than its own."""
         dtype = self._options.measuring_dtype
         types = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
         return any(own in HALF or own != (dtype or own) for own in types)

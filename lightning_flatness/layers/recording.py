@@ -1,4 +1,4 @@
-"""Recording one forward pass: what layers convolve or multiply, and what the classifier reads and returns."""
+"""Recording one forward pass: the convolutions of the layers, and the input and output of the classifier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_flatness.functional import ConvolutionGeometry
 from lightning_flatness.model.isolation import float32_is_reduced
 from lightning_flatness.model.logits import logits_of
 
-# The rounding of TF32, which has ten bits.
+# The machine epsilon of TF32, which has ten bits.
 REDUCED_EPS = 2.0**-10
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -27,7 +27,8 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Convolution:
     """One call of ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``, as a convolution.
 
-    Uneven padding is made explicit. A linear layer is one of kernel size one over its tokens, with channels last.
+    Uneven padding is applied to the inputs. A linear layer is a convolution of kernel size one over its tokens, whose
+    output has its channels last.
     """
 
     inputs: Tensor  # (N, C, *spatial), detached
@@ -39,7 +40,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one layer did in one of its calls in a forward pass."""
+    """The record of one call of one layer in a forward pass."""
 
     module: nn.Module
     convolutions: tuple[Convolution, ...]  # that ran inside the module's forward
@@ -49,13 +50,13 @@ class LayerCall:
 
     @property
     def convolution(self) -> Convolution:
-        """The one convolution of a layer that is certified to have one."""
+        """The convolution of a layer that is certified to have exactly one."""
         return self.convolutions[0]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One recorded forward pass on some samples. Its graph lives as long as this does."""
+    """A recorded forward pass on some samples. Its graph lives as long as this object."""
 
     inputs: Any  # of the model
     logits: Tensor  # (N, K), that the model returned
@@ -67,12 +68,12 @@ class Pass:
 
 
 class Recorder:
-    """Listens, for the time of a ``with`` block, to one forward pass of ours or, with ``live``, of the user's.
+    """A context manager that records one forward pass, of ours or, with ``live``, of the user's.
 
-    From the first layer on, gradients are recorded. The values that the model sees stay the same. Hooks and grad mode
-    are restored on leaving, also on an error. In a forward pass of the user's gradients are recorded up to the
-    classifier's input only, whatever the modes, and an error of a hook is kept in :attr:`failure`. Of ``watched``
-    tensors, by the name of a layer, all uses are recorded.
+    From the first layer on, the pass builds a graph; values stay the same. Hooks are removed and the grad mode is
+    restored at the end of the block, also on an error. In a user's pass the graph is built whatever the modes, but ends
+    at the classifier's input, and errors in our hooks are kept in :attr:`failure`. The functions that take one of the
+    ``watched`` tensors (by layer name) are recorded.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Recorder:
         return [call.node for calls in self._calls.values() for call in calls]
 
     def result(self, inputs: Any, output: Any) -> Pass:
-        """What was recorded of a forward pass on ``inputs`` that returned ``output``."""
+        """Return the record of the forward pass, which ran on ``inputs`` and returned ``output``."""
         logits = logits_of(output)
         reduced = logits.device.type in self._reduced and logits.dtype == torch.float32
         eps = REDUCED_EPS if reduced else torch.finfo(logits.dtype).eps
@@ -117,7 +118,7 @@ class Recorder:
             handles.append(module.register_forward_hook(self._quiet(partial(self._after_layer, name))))
         if self._classifier is not None:
             before = self._quiet(self._before_classifier)
-            # In the user's pass before hooks of their own, which may keep what they see.
+            # In the user's pass it runs before the user's own hooks, which may keep the tensors that they are given.
             handles.append(self._classifier.register_forward_pre_hook(before, prepend=self._live))
             handles.append(self._classifier.register_forward_hook(self._quiet(self._after_classifier)))
         for handle in handles:
@@ -130,7 +131,7 @@ class Recorder:
         torch.set_grad_enabled(self._grad_mode)
 
     def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """In the user's forward pass an error of ours must not be theirs."""
+        """Return the hook; in the user's forward pass, one that keeps its errors instead of raising them."""
         if not self._live:
             return hook
 
@@ -181,18 +182,18 @@ class Recorder:
 
 
 def kernel_sample(kernel: Tensor) -> Tensor:
-    """A copy of some thousand entries, to recognise a kernel by: averaged weights may stand in for it for a while."""
-    # The function modes that are on would take it for a use of the kernel.
+    """Return a copy of some thousand entries, which shows if other (e.g. averaged) weights replaced a kernel."""
+    # Active function modes must not record this as a use of the kernel.
     with torch._C.DisableTorchFunction():
         rows = kernel.detach()[:: max(1, kernel.shape[0] // 64)].flatten(1)
         return rows[:, :: max(1, rows.shape[1] // 64)].clone()
 
 
 class _FunctionMode(TorchFunctionMode):
-    """Records the convolutions that run, whatever modules call them, and which functions take watched tensors.
+    """A mode that records the convolutions that run in any module, and the functions that take watched tensors.
 
-    It is called with every operation of the network. A subclass for these tensors would cost less, but users would see
-    it: in ``type``, in other subclasses, from other threads.
+    It is called for every operation of the network. A tensor subclass would cost less, but users would notice it: in
+    ``type``, in their own subclasses, in other threads.
     """
 
     def __init__(self, watched: Mapping[int, str]) -> None:

@@ -1,4 +1,4 @@
-"""Choosing layers and the classifier from what really runs in one forward pass."""
+"""Choosing the layers to measure and the classifier, by the modules that run in one forward pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Selection:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Weights of the layers that have one of their own, by layer."""
+        """The weights of the layers that have their own parameter ``weight``, by layer."""
         own = {name: dict(module.named_parameters(recurse=False)) for name, module in self.modules.items()}
         return {name: parameters["weight"] for name, parameters in own.items() if "weight" in parameters}
 
@@ -44,7 +44,7 @@ class _Call:
 
 
 def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str]) -> Selection:
-    """Run ``forward`` once, and choose layers and classifier of ``model`` by what runs."""
+    """Run ``forward`` once, and choose layers and classifier of ``model`` by the modules that run."""
     modules: dict[str, nn.Module] = {plain_name(name): module for name, module in model.named_modules()}
     kinds = (*CONVOLUTIONS, nn.Linear)
     candidates = {name: module for name, module in modules.items() if isinstance(module, kinds)}
@@ -75,9 +75,10 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _classifier(candidates: dict[str, nn.Module], calls: list[_Call], logits: Tensor) -> str | None:
-    """Name of the last layer that runs, if it is linear on pooled features, as a 1x1 convolution on a 1x1 map is.
+    """Return the name of the last layer that runs, if it is linear on pooled features; else None.
 
-    With None the logits are the pooled layer itself (SqueezeNet).
+    A 1x1 convolution on a 1x1 map is linear, too. Without a classifier, the logits are the pooled output of the last
+    layer, as in SqueezeNet.
     """
     if not calls:
         return None
@@ -94,7 +95,7 @@ def _wanted(
     order: list[str],
     classifier: str | None,
 ) -> list[str]:
-    """Names of the wanted layers, in the order in which they run."""
+    """Return the names of the layers that ``layers`` selects, in the order in which they run."""
     if not candidates:
         raise LayerSelectionError(
             "The model has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d) and no nn.Linear. If it has, but as "
