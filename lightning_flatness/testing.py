@@ -1,6 +1,6 @@
-"""A slow and obvious check: block traces from autograd's own Hessian, without any code of the package.
+"""A slow and simple check: block traces from the Hessian that autograd computes, without code of the package.
 
-Use it on a small model of your own to check the numbers of the package.
+Use this check on a small model of your own to verify the numbers of the package.
 
 Example:
     >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
@@ -35,9 +35,9 @@ def hessian_rows(
 ) -> Tensor:
     """Compute rows of the Hessian of the mean loss with respect to one layer's weight, by double backward.
 
-    The model is in evaluation mode and float64, the batch is inputs and targets, and ``layer`` names a module whose
-    weight has the shape ``(S, ...)``, ``D`` weights in a filter. ``loss_function`` maps logits and targets to the mean
-    loss. The result ``H[i, d, s', d']``, ``d²L / dw[filters[i], d] dw[s', d']``, is ``(len(filters), D, S, D)``.
+    The model must be in evaluation mode and float64. The batch is a pair of inputs and targets. ``layer`` names a
+    module with a weight of ``S`` filters of ``D`` numbers. ``loss_function`` maps logits and targets to the mean loss.
+    The result is ``H[i, d, s', d'] = d²L / dw[filters[i], d] dw[s', d']``, of shape ``(len(filters), D, S, D)``.
     """
     inputs, targets = batch
     weight = model.get_submodule(layer).weight
@@ -67,8 +67,8 @@ def oracle_block_traces(
 ) -> Tensor:
     """Compute block traces ``T[s, s']`` for some filters ``s`` (by default all) and all filters ``s'``.
 
-    The arguments are those of :func:`hessian_rows`. The result is ``(len(filters), S)``, for a grouped convolution with
-    the pairs across groups.
+    The arguments are those of :func:`hessian_rows`. The result is ``(len(filters), S)``. For a grouped convolution it
+    includes pairs of filters of different groups.
     """
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
@@ -89,19 +89,20 @@ def assert_matches_oracle(
     loss_function: LossFunction = cross_entropy,
     **options: Any,
 ) -> None:
-    """Assert that ``measure_flatness`` returns the numbers of autograd's Hessian for one layer, in float64.
+    """Assert that ``measure_flatness`` agrees with the Hessian that autograd computes for one layer, in float64.
 
-    The model, any that ``measure_flatness`` accepts, is copied, and the inputs must be a tensor. It takes one backward
-    pass for every weight of the filters, so choose a small layer, or a few filters: then only their block traces are
-    compared, and not the measures. A parametrised weight is replaced by its value in the copy; another kernel that the
-    layer computes cannot be checked here. Errors up to ``rtol`` of the largest block trace are allowed. ``options`` are
-    those of ``measure_flatness``, such as ``loss``, and ``loss_function`` is the mean loss that they ask for.
+    Any model that ``measure_flatness`` accepts can be used; it is copied. The inputs must be a tensor. The check takes
+    one backward pass for every weight of the filters, so choose a small layer or a few ``filters``. With ``filters``,
+    only the block traces of these filters are compared, not the measures. In the copy, a parametrised weight is
+    replaced by its value. A layer that computes its kernel in another way cannot be checked. Errors up to ``rtol``
+    times the largest block trace are allowed. ``options`` are options of ``measure_flatness``, such as ``loss``, and
+    ``loss_function`` must be the mean loss that they choose.
     """
     from lightning_flatness import measure_flatness
 
     model = copy.deepcopy(model).cpu().double().eval()
     inputs, targets = batch[0].cpu().double(), batch[1].cpu()
-    options = {"tolerance": 0, **options}  # every class
+    options = {"tolerance": 0, **options}  # use every class
     measured = measure_flatness(model, [(inputs, targets)], layers=layer, **options).layers[layer]
 
     module = model.get_submodule(layer)

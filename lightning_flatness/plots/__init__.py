@@ -1,7 +1,8 @@
 """Figures of results: each function draws into axes ``ax`` or a new figure, and returns the figure and its axes.
 
-Nothing is shown or written to files. Without matplotlib (``pip install 'lightning-flatness[plots]'``), or given what
-cannot be drawn, a function raises :class:`FlatnessError`. Figures of landscapes draw losses above ``cap`` as ``cap``.
+The functions do not show figures or write files. They raise :class:`FlatnessError` if matplotlib is missing (``pip
+install 'lightning-flatness[plots]'``) or the data cannot be drawn. Figures of landscapes draw losses above ``cap`` as
+``cap``.
 
 Example:
     >>> import torch

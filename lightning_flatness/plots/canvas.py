@@ -1,4 +1,4 @@
-"""What all figures share: axes, a plain frame, curves over epochs. matplotlib is imported late, pyplot never."""
+"""Helpers for all figures: axes, frames, curves over epochs; matplotlib is imported when needed, pyplot never."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_MARKERS = 40
 
 
 def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """Return ``ax`` and its figure, or new axes in a new figure of this size in inches."""
+    """Return a figure and its axes: those of ``ax``, or if it is None new ones, of the given size in inches."""
     if ax is not None:
         return ax.figure, ax
     try:
@@ -31,13 +31,13 @@ def plain_frame(ax: Any, grid: str, hidden: Sequence[str] = ("top", "right")) ->
 
 
 def plot_over_epochs(ax: Any, epochs: Sequence[float], values: Sequence[float | None], **style: Any) -> None:
-    """Draw a curve over epochs with gaps where values are None; few points get markers."""
+    """Draw a curve over epochs, with gaps at values that are None, and with markers if it has few points."""
     numbers = [math.nan if value is None else value for value in values]
     ax.plot(epochs, numbers, marker="o" if len(epochs) <= MOST_MARKERS else None, **style)
 
 
 def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
-    """Mark whole epochs only; a single epoch gets half an epoch of room on either side."""
+    """Label the epoch axis at whole epochs; around a single epoch, show half an epoch on either side."""
     ax.set_xlabel("epoch")
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(set(epochs)) == 1:

@@ -1,4 +1,4 @@
-"""Flatness over the epochs, of all layers side by side, and the block traces of one layer."""
+"""Figures of flatness over the epochs, of flatness by layer, and of the block traces of one layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = {
     "neuronwise_flatness": "neuron-wise flatness  (loss)",
     "layerwise_flatness": "layer-wise flatness  (loss)",
 }
-# With more layers, only every second, third, ... bar is named.
+# With more layers than this, only every second, third, ... bar is labelled.
 MOST_NAMES = 60
 
 
@@ -36,10 +36,10 @@ def plot_history(
 ) -> tuple[Any, Any]:
     """Draw accuracy (left axis) and relative flatness (right axis, logarithmic if positive) over the epochs.
 
-    Records are those of :attr:`FlatnessCallback.history`, with ``epoch``, ``relative_flatness`` (in units of the loss)
-    and optionally ``accuracy``. If none has a relative flatness, the Hessian trace is drawn instead. ``data``, that
-    flatness was measured on, is ``"val"``, ``"train"`` or a name. The first ``burn_in`` epochs, which a stopping rule
-    ignores, are shaded. The left axes are returned.
+    The history is :attr:`FlatnessCallback.history`: records with ``epoch``, ``relative_flatness`` (units of the loss)
+    and optionally ``accuracy``. If no record has a relative flatness, the Hessian trace is drawn instead. ``data``
+    names the data that flatness was measured on: ``"val"``, ``"train"`` or another name. The first ``burn_in`` epochs,
+    which a stopping rule ignores, are shaded. The function returns the left axes.
     """
     figure, ax = axes_or_new(ax, 7.0, 4.0)
     epochs = [record["epoch"] or 0 for record in history]
@@ -69,11 +69,11 @@ def plot_history(
 
 
 def plot_layers(report: FlatnessReport, measure: str = "relative_flatness", *, ax: Any = None) -> tuple[Any, Any]:
-    """Draw one measure of every layer as a bar, in the order in which layers run; grey if it is not exact.
+    """Draw one measure of every layer as a bar, in the order in which layers run; bars that are not exact are grey.
 
-    Measures are ``"hessian_trace"`` (loss per squared weight), ``"relative_flatness"``, ``"neuronwise_flatness"`` and
-    ``"layerwise_flatness"`` (units of the loss). The axis is logarithmic if all values are positive. Error bars of
-    estimates are two standard errors long each way.
+    The measures are ``"hessian_trace"`` (loss per squared weight), and ``"relative_flatness"``,
+    ``"neuronwise_flatness"`` and ``"layerwise_flatness"`` (units of the loss). The axis is logarithmic if all values
+    are positive. Estimates have error bars of plus and minus two standard errors.
     """
     _check(measure, LABELS)
     layers = list(report.layers.values())
@@ -108,13 +108,13 @@ def plot_layer_history(
 ) -> tuple[Any, Any]:
     """Draw one measure of every layer over the epochs, from the first layer (dark) to the last (light).
 
-    Records are those of :attr:`FlatnessCallback.history`, with ``epoch`` and ``{layer}/{measure}``, which the callback
-    keeps for two or more layers: ``"hessian_trace"`` (loss per squared weight) and ``"relative_flatness"`` (units of
-    the loss). The axis is logarithmic if all values are positive.
+    The history is :attr:`FlatnessCallback.history`: records with ``epoch`` and ``{layer}/{measure}``, which the
+    callback keeps if it measures two or more layers. The measures are ``"hessian_trace"`` (loss per squared weight) and
+    ``"relative_flatness"`` (units of the loss). The axis is logarithmic if all values are positive.
     """
     _check(measure, ("hessian_trace", "relative_flatness"))
     figure, ax = axes_or_new(ax, 7.0, 4.0)
-    from matplotlib import colormaps  # after axes_or_new, which names the missing extra
+    from matplotlib import colormaps  # after axes_or_new, whose error says how to install matplotlib
 
     suffix = f"/{measure}"
     keys = list(dict.fromkeys(key for record in history for key in record if key.endswith(suffix)))
@@ -145,9 +145,9 @@ def _check(measure: str, known: Iterable[str]) -> None:
 def plot_block_traces(layer: LayerFlatness, *, sort: bool = True, ax: Any = None) -> tuple[Any, Any]:
     """Draw the block traces ``T[s, s']`` (loss per squared weight) as a heat map: red if positive, blue if negative.
 
-    The colour scale ends at the 99th percentile of ``|T|``, so that a few large entries do not hide all others. With
-    ``sort``, filters that interact stand side by side (within the groups of a grouped convolution), by the angle of
-    their entries in the two leading eigenvectors of ``T``, normalised to a unit diagonal.
+    The colour scale ends at the 99th percentile of ``|T|``, so that a few large entries do not hide the rest. With
+    ``sort``, filters that interact are placed next to each other, within each group of a grouped convolution. They are
+    sorted by the angle of their entries in the two leading eigenvectors of ``T`` normalised to a unit diagonal.
     """
     if layer.block_traces.ndim != 3:
         raise FlatnessError(
@@ -173,7 +173,7 @@ def plot_block_traces(layer: LayerFlatness, *, sort: bool = True, ax: Any = None
 
 
 def _by_interaction(block: Tensor) -> Tensor:
-    """Order filters by their angle in the plane of the two leading eigenvectors of the normalised block traces."""
+    """Return an order of filters: by angle in the plane of the two leading eigenvectors of normalised block traces."""
     if len(block) < 3:
         return torch.arange(len(block), device="cpu")
     scale = block.diagonal().abs().clamp_min(torch.finfo(block.dtype).tiny).rsqrt()

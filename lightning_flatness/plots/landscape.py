@@ -1,4 +1,4 @@
-"""Figures of loss landscapes: a curve for a line, contours or a surface for a plane, two side by side."""
+"""Figures of loss landscapes: a curve for a line, contours or a surface for a plane, and two landscapes compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_flatness.plots.canvas import axes_or_new
 from lightning_flatness.results import LandscapeResult
 
 COLOURS = "viridis"
-# How points without a loss are drawn, by reason.
+# Style of points that have no loss to draw, by reason.
 GAPS: dict[str, dict[str, Any]] = {
     "not finite": {"facecolor": "#d9d9d9", "hatch": "///", "edgecolor": "white"},
     "not computed": {"facecolor": "white", "hatch": "...", "edgecolor": "#c4c4c4"},
@@ -34,8 +34,8 @@ def plot_line(
 ) -> tuple[Any, Any]:
     """Draw the loss along a line, and, unless ``accuracy`` is False, the accuracy in percent on a second vertical axis.
 
-    Points without a finite loss are drawn as hatched grey bands, points that were not computed as dotted bands. To
-    compare lines, draw them into the same ``ax`` with a ``label`` each; then there is no accuracy.
+    Points without a finite loss are drawn as hatched grey bands, and points that were not computed as dotted bands. To
+    compare lines, draw them into the same ``ax`` with a ``label`` each; the accuracy is then not drawn.
     """
     losses = drawable_losses(result, 1, "plot_line", cap)
     figure, ax = axes_or_new(ax, 5.2, 3.6)
@@ -75,10 +75,10 @@ def plot_contour(
 ) -> tuple[Any, Any]:
     """Draw the loss on a plane as filled contours, and the model as a cross.
 
-    Cells at points without a finite loss are hatched grey, cells at points that were not computed are dotted.
-    ``levels`` of contours, ascending, are by default spaced evenly, in the logarithm of the loss where the losses are
-    positive and span more than a factor of ten. A ``trajectory``, coordinates ``(points, 2)`` in order of time from
-    :func:`~lightning_flatness.pca_directions`, is joined by a line; points outside of the plane are cut off.
+    Cells at points without a finite loss are hatched grey, and cells at points that were not computed are dotted.
+    ``levels`` are the losses of the contours, ascending. By default they are evenly spaced, in the logarithm of the
+    loss if the losses are positive and span more than a factor of ten. ``trajectory`` has coordinates ``(points, 2)``
+    in order of time, from :func:`~lightning_flatness.pca_directions`; it is drawn as a line, clipped to the plane.
     """
     losses = drawable_losses(result, 2, "plot_contour", cap)
     figure, ax = axes_or_new(ax, 5.0, 4.0)
@@ -108,7 +108,7 @@ def plot_contour(
 
 
 def contour_levels(losses: Tensor) -> Tensor:
-    """Choose the losses at which contours are drawn: float64, ascending."""
+    """Return the losses at which contours are drawn, float64, ascending."""
     finite = losses[losses.isfinite()]
     low, high = float(finite.min()), float(finite.max())
     if is_constant(losses):
@@ -116,7 +116,7 @@ def contour_levels(losses: Tensor) -> Tensor:
         return torch.tensor([low - half, low + half], dtype=torch.float64, device="cpu")
     if _is_logarithmic(low, high):
         levels = torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64, device="cpu")
-        levels[0], levels[-1] = low, high  # to the last digit, so that every point lies between two levels
+        levels[0], levels[-1] = low, high  # exact, so that every point lies between two levels
         return levels
     return torch.linspace(low, high, NUM_LEVELS, dtype=torch.float64, device="cpu")
 
@@ -192,9 +192,9 @@ def _draw_colour_bar(figure: Any, ax: Any, filled: Any, levels: Tensor, losses: 
 def plot_kept_and_recomputed(
     kept: LandscapeResult, recomputed: LandscapeResult, *, cap: float | None = None
 ) -> tuple[Any, Any]:
-    """Compare landscapes of the same points: with the BatchNorm statistics of the model, and with those of every point.
+    """Compare a landscape with the model's BatchNorm statistics and one with statistics recomputed at every point.
 
-    Lines are drawn into the same axes; planes side by side, with equal colours, and then two axes are returned.
+    Lines are drawn into the same axes. Planes are drawn side by side with equal colours, and two axes are returned.
     """
     pair = (kept, recomputed)
     same_points = len(kept.axes) == len(recomputed.axes) and all(
@@ -225,8 +225,8 @@ def plot_surface(
 ) -> tuple[Any, Any]:
     """Draw the loss on a plane, or with ``log`` its decimal logarithm, as a surface, with its contours below.
 
-    Points without a finite loss, or not computed, leave holes; the figure counts them. A steep surface needs ``cap`` or
-    ``log``. Axes to draw into need ``projection="3d"``.
+    Points that have no finite loss or were not computed leave holes, and the figure states their number. A steep
+    surface needs ``cap`` or ``log``. If ``ax`` is given, it must have ``projection="3d"``.
     """
     losses = drawable_losses(result, 2, "plot_surface", cap)
     if log and not bool((losses[losses.isfinite()] > 0).all()):
@@ -236,7 +236,7 @@ def plot_surface(
     finite = heights[heights.isfinite()]
     low, high = float(finite.min()), float(finite.max())
     height = high - low or 1.0
-    # Every facet has one colour, so facets are interpolated where there are few points.
+    # Every facet of the surface has one colour, so a coarse grid is interpolated to get more facets.
     parts = [max(1, NUM_FACETS // (len(axis) - 1)) for axis in result.coordinates]
     x, y = torch.meshgrid(*map(_refined, result.coordinates, parts), indexing="ij")
     drawn = _refined(_refined(torch.where(heights.isfinite(), heights, math.nan), parts[0]).T, parts[1]).T
@@ -269,7 +269,7 @@ def plot_surface(
 
 
 def _refined(values: Tensor, parts: int) -> Tensor:
-    """Interpolate linearly along the first dimension, ``parts`` intervals for each; gaps do not grow."""
+    """Divide every interval of the first dimension into ``parts`` by linear interpolation; gaps do not grow."""
     where = torch.arange(parts, dtype=values.dtype, device="cpu").reshape(-1, *[1] * (values.ndim - 1)) / parts
     start = values[:-1, None]
     between = torch.where(where > 0, start + (values[1:, None] - start) * where, start)
@@ -277,7 +277,7 @@ def _refined(values: Tensor, parts: int) -> Tensor:
 
 
 def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: float | None = None) -> Tensor:
-    """Return losses, those above ``cap`` replaced by it; refuse another number of axes, or no finite loss."""
+    """Return the losses, at most ``cap``; raise an error for a wrong number of axes or if no loss is finite."""
     if not isinstance(result, LandscapeResult) or len(result.axes) != num_axes:
         given = f"{len(result.axes)} axes" if isinstance(result, LandscapeResult) else type(result).__name__
         raise FlatnessError(f"{figure} draws a LandscapeResult with {num_axes} coordinate axes; this one has {given}.")
@@ -292,44 +292,44 @@ def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: fl
 
 
 def gaps(result: LandscapeResult, losses: Tensor) -> dict[str, Tensor]:
-    """Mark the points without a loss to draw: one boolean mask for each reason that occurs."""
+    """Return boolean masks of the points that have no loss to draw, one for each reason that occurs."""
     masks = {"not finite": result.computed & ~losses.isfinite(), "not computed": ~result.computed}
     return {reason: points for reason, points in masks.items() if bool(points.any())}
 
 
 def corner_counts(points: Tensor) -> Tensor:
-    """Count for every cell of a grid how many of its four corners are marked: ``(n, m)`` to ``(n - 1, m - 1)``."""
+    """Count the marked corners of every cell of a grid, ``(n - 1, m - 1)``, from marked points ``(n, m)``."""
     edges = points[1:].int() + points[:-1].int()
     return edges[:, 1:] + edges[:, :-1]
 
 
 def has_contours(losses: Tensor) -> bool:
-    """Whether some cell has three finite corners, the fewest between which a contour can be drawn."""
+    """Return whether some cell has at least three finite corners, which a contour needs."""
     return bool((corner_counts(losses.isfinite()) >= 3).any())
 
 
 def is_constant(losses: Tensor) -> bool:
-    """Whether all finite losses are equal up to rounding."""
+    """Return whether all finite losses are equal up to rounding."""
     finite = losses[losses.isfinite()]
     return float(finite.max() - finite.min()) <= 1e-12 * float(finite.abs().max())
 
 
 def masked(losses: Tensor) -> Any:
-    """Convert to a numpy array in which losses that are not finite are masked."""
+    """Return the losses as a numpy array in which losses that are not finite are masked."""
     import numpy as np
 
     return np.ma.masked_invalid(losses.numpy())
 
 
 def axis_names(result: LandscapeResult) -> list[str]:
-    """Name every coordinate axis."""
+    """Return a name for every coordinate axis."""
     if result.update == "adam":
         return ["α: steps of Adam, as learning rate", "β: factor of the second moment"]
     return list(result.axes)
 
 
 def name_axis(axis: Any, text: str) -> None:
-    """Name an axis of the figure; a common factor or offset of its numbers goes into the name, where there is room."""
+    """Label an axis of the figure; a common factor or offset of its numbers is written into the label."""
     formatter = axis.get_major_formatter()
     formatter.format_ticks(axis.get_majorticklocs())
     offset = formatter.get_offset()  # such as "1e-9+9.89e-1"

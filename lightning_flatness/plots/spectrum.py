@@ -1,4 +1,4 @@
-"""The spectral density of a Hessian, and its eigenvalues over the epochs."""
+"""Figures of the spectral density of a Hessian, and of its eigenvalues over the epochs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_flatness.results.spectrum import MATRICES, default_sigma
 DENSITY_COLOUR = "#1f5fa8"
 EIGENVALUE_COLOUR = "#c2511b"
 NEGATIVE_COLOUR = "#7a4fa3"
-# Powers of ten that the density is drawn over; what is lower comes from the Gaussians, not from the spectrum.
+# Number of powers of ten over which the density is drawn. Lower values come from the Gaussians, not the spectrum.
 DECADES = 7
 
 
@@ -28,7 +28,7 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
     range of Ritz values and eigenvalues. See :meth:`~lightning_flatness.SpectrumResult.density`.
     """
     figure, ax = axes_or_new(ax, 7.0, 3.6)
-    # After few Lanczos steps, eigenvalues can lie far outside of the Ritz values.
+    # After few Lanczos steps, eigenvalues can lie far outside the range of the Ritz values.
     values = torch.cat([result.ritz_values.flatten(), result.eigenvalues]).double()
     low, high = float(values.min()), float(values.max())
     sigma = default_sigma(low, high) if sigma is None else sigma
@@ -45,7 +45,7 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
         ax.plot(
             result.eigenvalues.numpy(),
             [0.0] * number,
-            marker=2,  # matplotlib's tick upwards
+            marker=2,  # in matplotlib, a tick that points upwards
             markersize=9,
             markeredgewidth=1.2,
             linestyle="none",
@@ -71,8 +71,8 @@ def plot_eigenvalues(
 ) -> tuple[Any, Any]:
     """Draw the largest eigenvalues over the epochs, and the lowest Ritz value of all probes.
 
-    The history has pairs of epoch and result, or the records of ``SpectrumCallback.history``, in any order. Eigenvalues
-    have both signs, so the axis is linear near zero and logarithmic beyond.
+    The history consists of pairs of epoch and result, or of records of ``SpectrumCallback.history``, in any order.
+    Eigenvalues can have both signs, so the vertical axis is linear near zero and logarithmic elsewhere.
     """
     records = sorted((_numbers(entry) for entry in history), key=lambda record: record[0])
     if not records:

@@ -1,4 +1,4 @@
-"""Frozen records of what was measured, their tables and their files."""
+"""Frozen records of measurements, with their tables and files."""
 
 from lightning_flatness.results.flatness import FlatnessReport, LayerFlatness, LayerLambdaMax
 from lightning_flatness.results.landscape import SETTINGS, LandscapeResult

@@ -1,4 +1,4 @@
-"""Records in files: compressed ``.npz`` of plain arrays and one text in JSON, without pickle."""
+"""Saving records to compressed ``.npz`` files that contain plain arrays and one JSON text, without pickle."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from lightning_flatness.errors import FlatnessError
 
 Result = TypeVar("Result", bound="Saved")
 
-# Written to files, so that later versions can tell how to read them.
+# Version of the file format, written to every file, so that later versions of the package know how to read it.
 FORMAT = 1
 
 
 class Saved:
-    """A record of tensors and of what JSON can hold. In JSON tuples become lists; ``_unpack`` undoes it."""
+    """A record of tensors and of values that JSON can represent, which can be saved and loaded.
+
+    JSON turns tuples into lists; ``_unpack`` turns them back.
+    """
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write a compressed file ``.npz`` of plain arrays and text, without pickle, and return its path."""
+        """Write the record to a compressed ``.npz`` file, without pickle, and return the file's path."""
         import numpy as np
 
         path = Path(path)
@@ -37,7 +40,7 @@ class Saved:
 
     @classmethod
     def load(cls: type[Result], path: str | PathLike[str]) -> Result:
-        """Read a file of :meth:`save`; a :class:`FlatnessError` says that it is broken or holds something else."""
+        """Read a file that :meth:`save` wrote; raise a :class:`FlatnessError` if it is broken or of another kind."""
         import numpy as np
 
         with Path(path).open("rb") as stream:
@@ -60,11 +63,11 @@ class Saved:
                 ) from error
 
     def _pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What goes into JSON, and the arrays."""
+        """Return the fields to write as JSON, and the tensors to write as arrays."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return {name: value for name, value in vars(self).items() if name not in tensors}, tensors
 
     @staticmethod
     def _unpack(fields: dict[str, Any]) -> dict[str, Any]:
-        """From what was packed to the arguments of the class."""
+        """Convert the fields and tensors read from a file to arguments of the class."""
         raise NotImplementedError

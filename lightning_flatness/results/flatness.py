@@ -1,4 +1,4 @@
-"""What a measurement of layers returns: frozen records, readable without the rest of the package."""
+"""The results of measuring layers, as frozen records that do not need the rest of the package."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class LayerFlatness:
 
     Attributes:
         block_traces: ``T``, float64 ``(G, S/G, S/G)``, loss per squared weight; ``T[g, s, s']`` is the trace of the
-            Hessian block of two filters of group ``g``. Only the diagonals, ``(G, S/G)``, if relative flatness was not
-            measured.
-        filter_traces: float64 ``(S,)``, Hessian trace of every filter; loss per squared weight.
-        filter_flatness: float64 ``(S,)``, ``‖w_s‖² T[s, s]``; its sum is ``neuronwise_flatness``.
-        hessian_trace: in loss per squared weight.
+            Hessian block of filters ``s`` and ``s'`` of group ``g``. If relative flatness was not measured, only the
+            diagonals, ``(G, S/G)``.
+        filter_traces: Hessian trace of every filter, float64 ``(S,)``, in loss per squared weight.
+        filter_flatness: ``‖w_s‖² T[s, s]``, float64 ``(S,)``; its sum is ``neuronwise_flatness``.
+        hessian_trace: trace of the layer's Hessian, in loss per squared weight.
         relative_flatness: ``sum_{s, s'} <w_s, w_s'> T[s, s']`` (Petzka et al. 2021, Definition 3), in units of the
             loss; NaN if not measured.
         neuronwise_flatness: ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019), in units of the loss.
         layerwise_flatness: ``‖W‖_F² Tr(H)`` (Petzka et al. 2019), in units of the loss.
-        weight_norm: ``‖W‖_F``.
-        standard_errors: of the measures, by name, if they are estimated; zero if they are not.
+        weight_norm: Frobenius norm ``‖W‖_F`` of the weight.
+        standard_errors: standard errors of the measures, by name; zero for a measure that is not estimated.
         info: how the layer was measured.
     """
 
@@ -46,7 +46,7 @@ class LayerFlatness:
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers are the Hessian's."""
+        """Whether the numbers are those of the Hessian."""
         return self.info.exact
 
     @property
@@ -60,8 +60,9 @@ class LayerLambdaMax:
     """Largest eigenvalues of the Hessian of the mean loss with respect to one layer's kernel.
 
     Attributes:
-        lambda_max: of the layer's whole block, in loss per squared weight.
-        residual_norm: ``‖H v - λ v‖`` of the unit vector ``v`` found: an eigenvalue lies within this of ``lambda_max``.
+        lambda_max: largest eigenvalue of the layer's whole block, in loss per squared weight.
+        residual_norm: ``‖H v - λ v‖`` for the unit vector ``v`` found; some eigenvalue differs from ``lambda_max`` by
+            at most this.
         layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
         neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss, or NaN.
         filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``, in loss per squared weight; None if not measured.
@@ -79,7 +80,7 @@ class LayerLambdaMax:
 
     @property
     def exact(self) -> bool:
-        """Whether the eigenvalues are the Hessian's."""
+        """Whether the eigenvalues are those of the Hessian."""
         return self.info.exact
 
 
@@ -87,8 +88,8 @@ class LayerLambdaMax:
 class FlatnessReport:
     """Flatness of the measured layers of a model; ``print(report)`` shows a table.
 
-    ``layers`` stand by module name in the order in which they run; ``left_out`` says which layers of ``layers="all"``
-    cannot be measured, and why.
+    ``layers`` maps module names to results, in the order in which the layers run. With ``layers="all"``, ``left_out``
+    maps the names of the layers that cannot be measured to the reasons.
 
     Example:
         >>> import torch
@@ -114,7 +115,7 @@ class FlatnessReport:
 
     @property
     def standard_errors(self) -> dict[str, float]:
-        """Upper bounds on the standard errors of the two sums, by name: layers share probes, so errors are added."""
+        """Upper bounds on the standard errors of the two sums, by name: the sums of the layers' standard errors."""
         return {
             name: sum(layer.standard_errors.get(name, 0.0) for layer in self.layers.values())
             for name in ("hessian_trace", "relative_flatness")
@@ -127,16 +128,16 @@ class FlatnessReport:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples measured."""
+        """Number of samples that were measured."""
         return max((layer.num_samples for layer in self.layers.values()), default=0)
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers of every layer are the Hessian's."""
+        """Whether the numbers of every layer are those of the Hessian."""
         return all(layer.exact for layer in self.layers.values())
 
     def table(self) -> Table:
-        """Build a rich table with a row for every layer."""
+        """Return a rich table with a row for every layer."""
         caption = " ".join(notes((layer.info for layer in self.layers.values()), self.left_out))
         table = Table(title=f"Flatness over {self.num_samples} samples", caption=caption, caption_justify="left")
         table.add_column("layer", overflow="fold")

@@ -1,4 +1,4 @@
-"""What a landscape measurement returns: a frozen record, its text and its file."""
+"""The result of computing a loss landscape, as a frozen record that can be printed and saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_flatness.results.files import Saved
 
-# Fields that say how a landscape was computed. A computation can be resumed only if all of them agree.
+# Fields that describe how a landscape was computed. A computation can be resumed only if all of them are the same.
 SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
 
 
@@ -20,17 +20,18 @@ class LandscapeResult(Saved):
 
     Attributes:
         coordinates: ``α_i``, float64 ``(n_i,)`` for every axis.
-        losses: float64 ``(n_1,)`` or ``(n_1, n_2)``, infinite or NaN where the loss is, and NaN where not ``computed``.
-        accuracies: of the same shape, between 0 and 1; None if targets are not class indices.
-        computed: boolean, of the same shape: which points were computed.
-        origin_loss: loss at ``w``, with the BatchNorm statistics of the model; ``origin_accuracy`` likewise.
+        losses: mean loss at every point, float64 ``(n_1,)`` or ``(n_1, n_2)``. It may be infinite or NaN, and is NaN at
+            points that were not computed.
+        accuracies: accuracy at every point, between 0 and 1; None if the targets are not class indices.
+        computed: boolean mask of the points that were computed.
+        origin_loss: loss at ``w``, with the BatchNorm statistics of the model; ``origin_accuracy`` is the accuracy.
         axis_norms: L2 norm of every ``d_i``, after normalisation.
-        cosine: of the angle between the two axes; NaN for a line.
+        cosine: cosine of the angle between the two axes; NaN for a line.
         weight_norm: L2 norm of the parameters that are not frozen.
-        fingerprint: of weights, buffers and axes; only a landscape with the same one can be resumed.
+        fingerprint: hash of weights, buffers and axes; a landscape can be resumed only if it is the same.
 
     ``axes``, ``normalize``, ``norm``, ``biases``, ``update``, ``batch_norm``, ``frozen``, ``loss`` and ``seed`` are the
-    arguments of :func:`~lightning_flatness.loss_landscape`, ``axes`` and ``loss`` by name.
+    arguments of :func:`~lightning_flatness.loss_landscape`; ``axes`` and ``loss`` are recorded by their names.
 
     Example:
         >>> import tempfile, torch
@@ -100,4 +101,4 @@ class LandscapeResult(Saved):
     def _unpack(fields: dict[str, Any]) -> dict[str, Any]:
         tuples = {name: tuple(fields[name]) for name in ("axes", "axis_norms", "frozen")}
         coordinates = tuple(fields.pop(f"coordinates_{index}") for index in range(len(fields["axes"])))
-        return {"accuracies": None, **fields, **tuples, "coordinates": coordinates}  # files need not say None
+        return {"accuracies": None, **fields, **tuples, "coordinates": coordinates}  # files omit accuracies=None

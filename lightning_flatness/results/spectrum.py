@@ -1,4 +1,4 @@
-"""What a spectrum measurement returns: a frozen record, its table and its file."""
+"""The result of computing a spectrum, as a frozen record that can be printed and saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_flatness.results.files import Saved
 from lightning_flatness.results.tables import as_text, number_of
 
 CRITERIA = ("r_e", "k_hn", "c_t")
-# What ``SpectrumResult.matrix`` is called.
+# Names of the values of ``SpectrumResult.matrix`` in tables and figures.
 MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 
@@ -25,29 +25,29 @@ class SpectrumResult(Saved):
     """Spectrum of the Hessian of the mean loss with respect to ``D`` parameters; ``print(result)`` shows a table.
 
     Eigenvalues, Ritz values and the trace are in loss per squared weight. The criteria (Gabdullin 2024, 2025) are means
-    over the ``P`` probes. They depend on ``num_steps``, ``k_hn`` strongly: compare results with equal steps only.
+    over the ``P`` probes. They depend on ``num_steps`` (``k_hn`` strongly), so compare only results with equal steps.
 
     Attributes:
-        eigenvalues: the largest ones (by value, not by modulus), descending, float64 ``(k,)``.
+        eigenvalues: largest eigenvalues (by value, not by modulus), descending, float64 ``(k,)``.
         eigenvectors: orthonormal rows ``(k, D)``, in the dtype of the products; see :meth:`eigenvector`.
-        residuals: ``‖H v - λ v‖``, float64 ``(k,)``: an eigenvalue of ``H`` lies within this of the value.
-        trace: estimated by the probes; the part in the span of the eigenvectors is exact.
+        residuals: ``‖H v - λ v‖``, float64 ``(k,)``; some eigenvalue of ``H`` differs from ``λ`` by at most this.
+        trace: trace estimated from the probes; the part in the span of the eigenvectors is exact.
         trace_stderr: standard error of the trace; NaN with one probe.
         ritz_values: ``θ``, float64 ``(P, m)``, ascending for every probe.
         ritz_weights: ``τ``, float64 ``(P, m)``; their sum is one for every probe.
         r_e: ``|θ_min / θ_max|``.
         k_hn: ``Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``.
         c_t: ``θ_min / θ_max``; minus infinity if no Ritz value is positive.
-        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, by majority of the probes.
-        spread: standard deviation over the probes of ``r_e``, ``k_hn`` and ``c_t`` (NaN with one probe); under
-            ``"kind"``, the share of the probes of another kind.
+        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, whichever most probes have.
+        spread: standard deviation of ``r_e``, ``k_hn`` and ``c_t`` over the probes (NaN with one probe). The entry
+            ``"kind"`` is the share of the probes that have another kind.
         exponent: ``n`` in ``k_hn``.
         num_steps: ``m``, the number of Lanczos steps of every probe.
-        num_products: of the matrix with vectors, each a pass over all samples.
+        num_products: number of products of the matrix with a vector; each is a pass over all samples.
         parameters: shapes of the parameters by name, in the order of the eigenvectors' entries.
         weight_norm: L2 norm of these parameters together.
         matrix: ``"hessian"`` or ``"gauss_newton"``.
-        converged: whether all residuals are within the tolerance asked for.
+        converged: whether all residuals are within the requested tolerance.
 
     Example:
         >>> from lightning_flatness import hessian_spectrum
@@ -90,17 +90,17 @@ class SpectrumResult(Saved):
         return sum(math.prod(shape) for shape in self.parameters.values())
 
     def eigenvector(self, index: int) -> dict[str, Tensor]:
-        """Return an eigenvector as tensors shaped like the parameters, by name; index 0 has the largest eigenvalue."""
+        """Return an eigenvector as tensors shaped like the parameters; index 0 belongs to the largest eigenvalue."""
         sizes = [math.prod(shape) for shape in self.parameters.values()]
         pieces = self.eigenvectors[index].split(sizes)
         return {name: p.reshape(shape) for (name, shape), p in zip(self.parameters.items(), pieces, strict=True)}
 
     def density(self, grid: Tensor | None = None, sigma: float | None = None) -> tuple[Tensor, Tensor]:
-        """Compute the spectral density, its integral one: the mean over the probes, each Ritz value a Gaussian.
+        """Compute the spectral density, whose integral is one, with a Gaussian for each Ritz value of each probe.
 
-        Grid and density are float64 ``(G,)``. By default, the grid has 2,000 eigenvalues and reaches four ``sigma``
-        beyond the outermost Ritz values; ``sigma`` is a hundredth of their range, in loss per squared weight, and must
-        be positive. Ghorbani, Krishnan and Xiao 2019 (arXiv 1901.10159), Section 3.
+        Grid and density are float64 ``(G,)``. ``sigma`` is the positive standard deviation of the Gaussians, in loss
+        per squared weight; by default a hundredth of the range of the Ritz values. The default grid has 2,000 points
+        and extends four ``sigma`` beyond this range. See Ghorbani et al. 2019 (arXiv 1901.10159), Section 3.
         """
         low, high = float(self.ritz_values.min()), float(self.ritz_values.max())
         sigma = default_sigma(low, high) if sigma is None else sigma
@@ -117,7 +117,7 @@ class SpectrumResult(Saved):
         return grid, torch.stack(parts).mean(0)
 
     def table(self) -> Table:
-        """Build a rich table of eigenvalues, trace and criteria."""
+        """Return a rich table of eigenvalues, trace and criteria."""
         table = Table(
             title=f"Spectrum of the {MATRICES[self.matrix]}, {number_of(self.num_parameters, 'parameter')}, "
             f"{number_of(self.num_samples, 'sample')}",

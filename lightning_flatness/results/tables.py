@@ -1,4 +1,4 @@
-"""How layers are measured, in records and tables; tables as text."""
+"""Records and tables that describe how layers are measured, and the conversion of tables to text."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-# The reason of a layer whose numbers estimate the whole Hessian, with standard errors.
+# ``LayerInfo.reason`` of a layer whose numbers are estimates for the whole Hessian, with standard errors.
 SAMPLED = "classes without much mass are sampled"
 METHODS = {
     "closed_form": "closed form",
     "gauss_newton": "Gauss-Newton",
     "gauss_newton+hutchinson": "Gauss-Newton + Hutchinson",
 }
-# The summary is at least this wide, where the terminal is, so that its sentences are not broken into short lines.
+# Smallest width of the summary if the terminal is wide enough, so that its sentences are not broken into short lines.
 WIDTH = 80
-# What the numbers of a layer are if they are not exact.
+# What the numbers of a layer describe if they are not exact, by method.
 PARTS = {
     "gauss_newton": "the Gauss-Newton part of the Hessian",
     "gauss_newton+hutchinson": "Gauss-Newton exactly and the rest of the Hessian estimated",
@@ -27,30 +27,30 @@ PARTS = {
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """How a layer is measured; batches measured later may change it.
+    """Description of how a layer is measured; it may change with later batches.
 
-    ``"closed_form"`` gives the Hessian; ``"gauss_newton"`` its Gauss-Newton part, which is the whole Hessian if
-    ``exact``; ``"gauss_newton+hutchinson"`` that part, and an estimate of the rest.
+    The method ``"closed_form"`` computes the Hessian. ``"gauss_newton"`` computes the Gauss-Newton part of the Hessian,
+    which is the whole Hessian if ``exact``. ``"gauss_newton+hutchinson"`` also estimates the rest of the Hessian.
     """
 
-    name: str  # of the module, without "_orig_mod.", which torch.compile adds
+    name: str  # name of the module, without "_orig_mod.", which torch.compile adds
     kind: str  # name of the module's class
     num_filters: int  # S
     patch_length: int  # D
     groups: int  # G
     classifier: str | None  # None under Gauss-Newton, or if the pooled output of the layer is the logits
     method: Literal["closed_form", "gauss_newton", "gauss_newton+hutchinson"]
-    exact: bool  # whether the numbers are the Hessian's
-    reason: str  # why they are not; empty if they are
-    kernel: Literal["parameter", "effective"]  # effective: computed by the layer, which derivatives are then taken at
-    deviation: float  # largest relative deviation that the certificates have seen
-    backward_passes: int = 0  # per batch, shared by all layers; an upper bound if classes are sampled
-    multiplications: int = 0  # per sample, in addition to passes through the model
-    memory: int = 0  # bytes for the sums of block traces, those of a batch, and the Gram matrix of the filters
+    exact: bool  # whether the numbers are those of the Hessian
+    reason: str  # why the numbers are not exact; empty if they are
+    kernel: Literal["parameter", "effective"]  # derivatives are taken at the weight, or at a kernel computed from it
+    deviation: float  # largest relative deviation found by the certificates, the checks against autograd
+    backward_passes: int = 0  # number per batch, shared by all layers; an upper bound if classes are sampled
+    multiplications: int = 0  # number per sample, in addition to passes through the model
+    memory: int = 0  # bytes of block traces (their sum and one batch) and of the Gram matrix of the filters
 
 
 def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Merge what several processes say of one layer: exact only if all say so, with the largest deviation."""
+    """Merge one layer's records of several processes: exact only if all are, with the largest deviation."""
     least_exact = min(infos, key=lambda info: (info.exact, info.method == "closed_form"))
     return replace(least_exact, deviation=max(info.deviation for info in infos))
 
@@ -61,10 +61,10 @@ def summary_table(
     title: str = "Flatness is measured for these layers.",
     verbose: bool = False,
 ) -> Table:
-    """Build the table that tells before training how every layer is going to be measured, and what is left out.
+    """Return the table, shown before training, of how each layer will be measured and which layers are left out.
 
-    With ``verbose``, it adds the size of every layer (filters x weights of one filter), the multiplications per sample,
-    and the largest deviation that the certificates have seen.
+    With ``verbose``, the table also has the size of every layer (filters x weights of one filter), the multiplications
+    per sample, and the largest deviation that the certificates found.
     """
     caption = _caption(list(layers.values()), left_out or {}, verbose)
     table = Table(title=title, caption=caption, caption_justify="left", min_width=WIDTH)
@@ -115,7 +115,7 @@ def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: 
 
 
 def notes(layers: Iterable[LayerInfo], left_out: Mapping[str, str]) -> list[str]:
-    """Say in sentences which numbers are not exact or estimated, which layers are left out, and why."""
+    """Return sentences on which numbers are inexact or estimated, which layers are left out, and why."""
     inexact = [info for info in layers if not info.exact]
     sentences = []
     for method, part in PARTS.items():
@@ -133,12 +133,12 @@ def _millions(number: int) -> str:
 
 
 def number_of(number: int, noun: str) -> str:
-    """Write a number with its noun, in the singular or plural: ``"2 probes"``."""
+    """Return a number and its noun in the singular or plural, such as ``"2 probes"``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def as_text(table: Table, width: int = 110) -> str:
-    """Write a rich table as plain text, at most ``width`` characters wide."""
+    """Return a rich table as plain text, at most ``width`` characters wide."""
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
         console.print(table)
