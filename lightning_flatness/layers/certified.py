@@ -29,7 +29,7 @@ class CertifiedLayer:
     info: LayerInfo
     kernel: Known[Kernel]
     gram: Folded  # inner products of its filters, or their diagonal
-    gram_norm: Tensor | None = None  # a bound of its spectral norm, where classes may be left out
+    gram_norm: Tensor | None = None  # a bound of its spectral norm, if classes may be left out
     tail: Known[Tail] | None = None  # under the closed form
     inexact: Inexact | None = None  # under Gauss-Newton: why the number is not the Hessian's
 
@@ -45,7 +45,7 @@ class Certified:
     layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # layers of layers="all" that cannot be measured
     paths: Known[None] | None = None  # recognised by the uses of kernels
-    affine: Known[None] | None = None  # recognised where the graph has no function that could curve
+    affine: Known[None] | None = None  # recognised if no function of the graph can curve
 
     @property
     def infos(self) -> dict[str, LayerInfo]:

@@ -49,7 +49,7 @@ def certify(
     tails, failures = certificates.certified_tails(calls, layers)
     certified = CertifiedPass(recorded, loss, calls, tails)
     others = certified.others
-    if others:  # tails are certified for all samples
+    if others:  # the tail certificate covers all pairs of samples
         every_pair = separating_masks(len(recorded.logits)).to(recorded.logits.device)
         mixing = find_mixing_layer(others, recorded.logits, every_pair if failures else masks)
         if mixing is not None:
@@ -190,7 +190,7 @@ class _Certificates:
         except NotClosedFormError as error:
             return {}, dict.fromkeys(candidates, str(error))
         failures = {
-            name: "it is for a convolution that runs once in a forward pass."
+            name: "the layer is not a convolution that runs once in a forward pass."
             for name in candidates
             if len(calls[name]) > 1 or calls[name][0].convolution.channel_dimension != 1
         }

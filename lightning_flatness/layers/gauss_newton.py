@@ -31,7 +31,7 @@ MOST_COLUMNS = {"cpu": 12}
 MIN_PROBES = 16
 
 Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
-Advance = Callable[[float], None]  # called with the part of the work that is done
+Advance = Callable[[float], None]  # called with the fraction of the work that is done
 
 
 def gauss_newton_layers(

@@ -26,7 +26,7 @@ class Listener:
     observed forward fails, it is run again unobserved.
     """
 
-    _observing: ClassVar[bool] = False  # one at a time: two would put their nodes into each other's graphs
+    _observing: ClassVar[bool] = False  # only one may: nodes of two would be in each other's graphs
 
     def __init__(
         self, model: nn.Module, inputs: Any, recorder: Callable[[], Recorder], same_calls: Sequence[nn.Module] = ()
@@ -39,7 +39,7 @@ class Listener:
         self._num_calls = 0
         self._is_called = False  # while the call that counts runs
         self._modules = [model, *same_calls]
-        self._ours: list[tuple[nn.Module, Any, dict[str, Any]]] = []  # with the forward that an instance had of its own
+        self._ours: list[tuple[nn.Module, Any, dict[str, Any]]] = []  # with the instance's own forward, if any
         self._state: list[Any] = []
 
     def result(self) -> Pass:

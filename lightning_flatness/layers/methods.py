@@ -74,7 +74,7 @@ def under_gauss_newton(
     if options.strict and inexact:
         closed_form = f" The closed form does not hold: {failure}" if failure else ""
         raise NotExactError(
-            f"Layer '{info.name}': only the Gauss-Newton part of its Hessian can be had ({inexact.value}), and "
+            f"Layer '{info.name}': only the Gauss-Newton part of its Hessian can be computed ({inexact.value}), and "
             f"strict=True asks for exact numbers.{closed_form}"
         )
     estimated = inexact is Inexact.CURVED and options.residual is not None and is_own_weight(calls[0])

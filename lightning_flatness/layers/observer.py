@@ -149,7 +149,7 @@ class FlatnessObserver:
         recorded = listener.result()
         logits = recorded.logits.detach()
         if len(logits) < 2:
-            raise BatchError("one sample is measured twice, side by side")
+            raise BatchError("a batch of one sample cannot be observed, since a single sample is measured as a pair")
         loss = self._options.loss_function(logits, None if targets is None else targets.to(logits.device))
         certified, known = certify_observed(recorded, loss, observable.known, observable.context)
         return self._block_traces(certified, known), known

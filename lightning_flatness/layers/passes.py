@@ -91,7 +91,7 @@ class OwnPasses:
             chunk = slice(start, start + rows)
             part = take(inputs, chunk, samples), take(targets, chunk, samples)
             if rows == 1:
-                # Twice: the backward pass of torch's BatchNorm is wrong for one sample in some memory layouts.
+                # Taken twice: the backward pass of torch's BatchNorm is wrong for one sample in some memory layouts.
                 part = twice(part[0]), twice(part[1])
             try:
                 with isolated(self._model):
@@ -149,7 +149,7 @@ class OwnPasses:
             loss = loss.halved()
         certify_rows(logits, rows)
         whole = self._selection.logits
-        if first_batch and start + rows <= len(whole):  # not all of it, if memory ran out
+        if first_batch and start + rows <= len(whole):  # `whole` is only part of the batch if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if first:
             self.release()  # certifying makes a copy of its own

@@ -46,7 +46,7 @@ class LayerCall:
     convolutions: tuple[Convolution, ...]  # that ran inside the module's forward
     returned: Tensor  # what the module returned, detached
     node: Tensor  # the same values, as the node of the graph that derivatives are taken with respect to
-    kernel_sample: Tensor | None = None  # of the kernel at that time, in a forward pass of the user's
+    kernel_sample: Tensor | None = None  # entries of the kernel at that time, in a user's pass
 
     @property
     def convolution(self) -> Convolution:
@@ -64,7 +64,7 @@ class Pass:
     features: tuple[Any, ...]  # what the classifier was called with, once for every call
     classifier_output: Tensor | None
     kernel_uses: tuple[tuple[str, str], ...]  # layers, and the functions that take their kernel
-    eps: float  # the rounding of products: of the logits' type, or more where the user lets float32 run in TF32
+    eps: float  # machine epsilon of products: that of the logits' type, or of TF32 if the user allows it
 
 
 class Recorder:
@@ -84,7 +84,7 @@ class Recorder:
         live: bool = False,
     ) -> None:
         self.failure: Exception | None = None
-        self.has_classifier = classifier is not None  # at which the graph of a live pass ends
+        self.has_classifier = classifier is not None  # the graph of a live pass ends at it
         self._layers, self._classifier, self._live = layers, classifier, live
         self._calls: dict[str, list[LayerCall]] = {}
         self._features: list[Any] = []
@@ -239,7 +239,7 @@ def _convolution(
 
     kernel_size, dilations = tuple(weight.shape[2:]), per_dimension(dilation)
     inputs = input.detach()
-    if padding == "same":  # the odd one goes to the right
+    if padding == "same":  # if the padding is odd, the right side gets one more
         totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
         widths = [width for total in reversed(totals) for width in (total // 2, total - total // 2)]
         inputs = nn.functional.pad(inputs, widths)

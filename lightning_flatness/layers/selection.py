@@ -24,8 +24,8 @@ class Selection:
     modules: dict[str, nn.Module]  # the layers, by plain name, in the order in which they run
     classifier_name: str | None
     classifier: nn.Module | None  # None: the last layer that runs is not linear on pooled features
-    logits: Tensor  # (N, K), of the samples on which it was chosen
-    elements: int  # of the outputs of all calls of the layers, for one sample
+    logits: Tensor  # (N, K), of the first samples
+    elements: int  # of the outputs of all calls of the layers, per sample
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -39,7 +39,7 @@ class _Call:
     """A call of a convolution or linear layer."""
 
     name: str
-    input_shape: tuple[int, ...]  # () for what is no tensor
+    input_shape: tuple[int, ...]  # () if the input is not a tensor
     output_shape: tuple[int, ...]
 
 

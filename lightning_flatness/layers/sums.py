@@ -17,8 +17,8 @@ class LayerStatistics(NamedTuple):
     block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
     weight_gram: Tensor  # of the same shape, float64
     num_samples: int
-    normalizer: float  # what the sum is to be divided by: the number of samples, or the sum of their class weights
-    variances: Tensor | None = None  # (4,), of the measures of the sum, where it is estimated
+    normalizer: float  # the divisor of the sum: the number of samples, or the sum of their class weights
+    variances: Tensor | None = None  # (4,), of the measures of the sum, if it is estimated
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Observable:
 
     known: Certified
     context: Context
-    same_calls: Sequence[nn.Module] = ()  # modules of the network whose call is as good as the network's
+    same_calls: Sequence[nn.Module] = ()  # submodules with the same inputs and output as the network
 
 
 MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Certified]]

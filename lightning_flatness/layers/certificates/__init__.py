@@ -28,8 +28,8 @@ class Known(Generic[Value]):
     """
 
     value: Value
-    fingerprint: Hashable  # None where nothing tells batches apart, so that every batch is certified in full
-    batches: int = 0  # that were recognised since
+    fingerprint: Hashable  # None if batches have none, so that every batch is certified in full
+    batches: int = 0  # how many were recognised since the full certificate
 
     def recognises(self, fingerprint: Hashable, every: int | None = FULL_EVERY) -> bool:
         """Return whether a batch needs no full certificate; once in ``every`` batches it needs one in any case."""

@@ -18,8 +18,8 @@ class Head:
 
     features: Tensor  # g, (N, m), in the graph of the layers
     weight: Tensor  # V, (K, m)
-    deviation: Tensor  # of the logits, relative; a scalar
-    shift_invariant: bool  # a number added to all logits of a sample does not change the loss
+    deviation: Tensor  # relative deviation of the logits, a scalar
+    shift_invariant: bool  # whether the loss stays the same if a number is added to all logits of a sample
 
 
 def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: bool) -> Head:
@@ -34,7 +34,7 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
     features, output = recorded.features[0] if len(recorded.features) == 1 else None, recorded.classifier_output
     if not isinstance(features, Tensor) or output is None:
         raise NotClosedFormError(
-            f"it is called {len(recorded.features)} times, or not with one tensor; the closed form needs "
+            f"it is called {len(recorded.features)} times, or not with a single tensor; the closed form needs "
             "one linear map."
         )
     if features.ndim < 2 or (features.ndim > 2 and set(features.shape[2:]) != {1}):

@@ -19,8 +19,8 @@ class Kernel:
     """The kernel of a layer, as it was when it was certified."""
 
     weight: Tensor  # detached
-    sample: Tensor  # some entries
-    parameter: Tensor | None = None  # of the model, that it is; kept, so that no other tensor can get its identity
+    sample: Tensor  # some of its entries
+    parameter: Tensor | None = None  # the model's parameter that is the kernel; kept, so that its id stays unique
 
 
 def certify_layer(
@@ -83,13 +83,13 @@ def _certified_kernel(
     kernel = known.value
     for call in calls:
         if call.kernel_sample is not None and not same(call.kernel_sample, kernel.sample):
-            raise LayerSelectionError("it had another kernel while it ran.")
+            raise LayerSelectionError("it had another kernel during the forward pass than before.")
     weights = [call.convolution.weight for call in calls]
     if all(known.recognises(identity(weight), every=None) for weight in weights):
         return known
     reference = kernel.weight
     if kernel.parameter is not None and any(weight is kernel.parameter for weight in weights):
-        # The kept kernel is the parameter itself, so there is no copy to compare with, but the Gram matrix.
+        # The kept kernel is the parameter itself, so only its Gram matrix can be compared.
         if not unchanged(kernel.parameter.detach()):
             raise LayerSelectionError("its kernel was written to since the measurement began.")
         known, reference = Known(kernel, identity(kernel.parameter)), kernel.parameter

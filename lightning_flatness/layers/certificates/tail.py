@@ -37,8 +37,8 @@ class TailDerivatives:
     """The derivatives of the tail of one layer that the closed form needs, for one batch."""
 
     slopes: Tensor  # a, (N, S, *output)
-    curvatures: Tensor | None  # a', the same shape; None where it is zero
-    columns: Tensor  # V[:, c(s)], (K, S); zero where c(s) is unknown
+    curvatures: Tensor | None  # a', the same shape; None if it is zero
+    columns: Tensor  # V[:, c(s)], (K, S); zero if c(s) is unknown
 
 
 @dataclass(frozen=True)
