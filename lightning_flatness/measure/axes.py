@@ -75,8 +75,8 @@ def find_axes(
     for name, direction in zip(names, directions, strict=True):
         if not any(bool(tensor.any()) for tensor in direction.values()):
             raise FlatnessError(
-                f"The axis '{name}' is zero: all that it moves is frozen, or is a bias where biases='zero' (there is "
-                "biases='scaled'), or has weights that are zero."
+                f"The axis '{name}' is zero: all that it moves is frozen, has zero weights, or is a bias, which "
+                "does not move with biases='zero' (use biases='scaled')."
             )
     if as_adam and len(directions) == 1:  # Adam's step needs both moments, also along a line
         directions.append({key: tensor.double() for key, tensor in moments[1].items() if key not in frozen})
@@ -109,7 +109,7 @@ def adam_moments(
         if id(parameter) in names
     ]
     if not of_model:
-        raise FlatnessError("optimizer= does not have the parameters of this model; it was made for another one.")
+        raise FlatnessError("optimizer= does not have the parameters of this model; it was made for another model.")
     for name, state, group in of_model:
         if all(moment in state for moment in MOMENTS):
             first[name], second[name] = (state[moment] for moment in MOMENTS)

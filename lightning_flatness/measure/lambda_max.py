@@ -72,7 +72,7 @@ def measure_lambda_max(
         dtype=dtype,
     )
     if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
-        raise FlatnessError(f"measure_lambda_max: {max_products=} must be one at least, and {tolerance=} positive.")
+        raise FlatnessError(f"measure_lambda_max: {max_products=} must be at least one, and {tolerance=} positive.")
     passes = OwnPasses(model, options)
     operators: dict[str, list[Operator]] = {}
     kernels: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ def measure_lambda_max(
         if bytes_left < 0:
             raise BatchError(
                 f"measure_lambda_max keeps more than max_gigabytes={max_gigabytes:g}. Give fewer samples or layers, or "
-                "raise it."
+                "a larger max_gigabytes=."
             )
         normalizer += certified.loss.normalizer
         num_samples += certified.loss.num_samples

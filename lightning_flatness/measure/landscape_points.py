@@ -69,8 +69,8 @@ def completed(
     if failed:
         reasons = "; ".join(f"rank {rank}: {message}" for rank, message in failed.items())
         raise LandscapeError(
-            f"The landscape failed after {int(result.computed.sum())} of {len(grid)} points ({reasons}). What was "
-            "computed is in the error's .result; give it as resume= to go on from there.",
+            f"The landscape failed after {int(result.computed.sum())} of {len(grid)} points ({reasons}). The "
+            "points computed so far are in the error's .result; give it as resume= to continue.",
             result,
         ) from failure
     return result
@@ -91,7 +91,7 @@ def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResul
     if different:
         meanings = {"fingerprint": "weights, axes, precision or batches"}
         named = ", ".join(meanings.get(name, name) for name in different)
-        raise FlatnessError(f"resume= is another landscape; it differs in {named}. Call with what it was made with.")
+        raise FlatnessError(f"resume= is another landscape; it differs in {named}. Use the same arguments.")
     accuracies = result.accuracies if earlier.accuracies is None else earlier.accuracies
     return replace(result, losses=earlier.losses, computed=earlier.computed, accuracies=accuracies)
 

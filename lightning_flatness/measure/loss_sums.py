@@ -72,7 +72,7 @@ class RepeatedBatches:
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss) -> None:
         if not isinstance(batches, Iterable) or isinstance(batches, (Iterator, Tensor, dict, str)):
             raise FlatnessError(
-                f"batches is a {type(batches).__name__}; it must be gone through once for every few points, so give a "
+                f"batches is a {type(batches).__name__}; it must be read many times, so give a "
                 "list of (inputs, targets) or a DataLoader."
             )
         self._model, self._batches, self._loss = model, batches, loss
@@ -105,7 +105,9 @@ class RepeatedBatches:
         ranks = gather((own, sizes))
         total = sum((sums for sums, _ in ranks), LossSums())
         if not total.normalizer > 0:
-            raise BatchError("No sample counts, so there is no loss. Is the data set empty?")
+            raise BatchError(
+                "No sample counts, so there is no loss. Is the data set empty, or are all targets ignored?"
+            )
         return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:

@@ -45,7 +45,7 @@ class MeanHessian:
         if abs(loss - self._sum) > rounding * max(abs(self._sum), abs(loss)):
             raise BatchError(
                 f"The mean loss over all batches is {loss / self._normalizer:.9g} in one pass and {self.loss:.9g} in "
-                "another, so there is no one Hessian: random augmentation, a loader with a generator of its own and "
+                "another, so the Hessian is not unique: random augmentation, a loader with a generator of its own and "
                 "drop_last, or noise in the forward. Give list(loader), and switch the noise off."
             )
         mean: Tensor = sums[3:] / self._normalizer

@@ -53,7 +53,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
                 raise
             raise LayerSelectionError(
                 "The model's forward uses gradient checkpointing in evaluation mode, which cannot be observed. Switch "
-                "it off there: checkpoint only `if self.training`."
+                "it off in evaluation mode: checkpoint only `if self.training`."
             ) from error
 
 

@@ -17,8 +17,8 @@ def logits_of(output: Any) -> Tensor:
         raise BatchError("A batch has no samples.")
     if not holds(logits.isfinite().all()):
         raise BatchError(
-            "The logits contain NaN or infinity: training has diverged, the inputs do, or classes are masked with "
-            "-inf. The Hessian does not exist there."
+            "The logits contain NaN or infinity: training has diverged, the inputs contain them, or classes are masked "
+            "with -inf. The Hessian does not exist for such logits."
         )
     return logits
 

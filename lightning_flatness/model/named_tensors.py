@@ -94,7 +94,7 @@ class NamedTensors:
         if not all(bool(tensor.isfinite().all()) for tensor in direction.values()):
             raise FlatnessError(f"{name} has numbers that are not finite.")
         if not any(bool(tensor.any()) for tensor in direction.values()):
-            raise FlatnessError(f"{name} is zero everywhere, so there is nothing to see along it.")
+            raise FlatnessError(f"{name} is zero everywhere, so the model does not change along it.")
         return direction
 
     def _split(self, flat: Tensor, name: str) -> Direction:
@@ -102,7 +102,7 @@ class NamedTensors:
         if flat.shape != (sum(sizes),):
             raise FlatnessError(
                 f"{name} is a tensor of shape {tuple(flat.shape)}; the model has {sum(sizes)} parameters, so a flat "
-                f"one has shape ({sum(sizes)},)."
+                f"tensor must have shape ({sum(sizes)},)."
             )
         parts = zip(self.parameters.items(), flat.split(sizes), strict=True)
         return {name: part.reshape(parameter.shape) for (name, parameter), part in parts}

@@ -61,7 +61,7 @@ def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = Non
         if not trainable:
             raise LayerSelectionError(
                 f"All parameters that {'there are' if params is None else f'params={pattern!r} matches'} are frozen or "
-                f"empty: {_listed(matched)}. Frozen parameters are left out; set requires_grad on those to measure."
+                f"empty: {_listed(matched)}. Frozen parameters are left out; set requires_grad=True to measure them."
             )
         wanted.update(trainable)
     first_names: dict[nn.Parameter, str] = {}
