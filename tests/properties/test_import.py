@@ -1,0 +1,23 @@
+"""Names are imported when they are first asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+import lightning_flatness as lf
+
+MEASURE = "lf.measure_flatness, lf.hessian_spectrum, lf.loss_landscape, lf.FlatnessMetric, lf.FlatnessReport"
+
+
+@pytest.mark.parametrize(("names", "wanted"), [("", False), (MEASURE, False), ("lf.FlatnessCallback", True)])
+def test_only_callbacks_import_lightning(names, wanted):
+    code = f"import sys, lightning_flatness as lf; {names}; print('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == str(wanted)
+
+
+def test_every_public_name_is_there():
+    assert {name for name in lf.__all__ if getattr(lf, name) is not None} == set(lf.__all__) <= set(dir(lf))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lf.nothing  # noqa: B018
