@@ -204,7 +204,8 @@ class EpochEndCallback(MeasuringCallback):
         if any(map(is_weight_averaging, callbacks)) and not self._is_averaged(trainer):
             rank_zero_warn(
                 f"WeightAveraging comes after {self._name}, which measures the trained weights at the end of the fit, "
-                f"not the averaged ones that are left. To measure these, list {self._name} after WeightAveraging."
+                f"not the averaged weights that the fit returns. To measure those, list "
+                f"{self._name} after WeightAveraging."
             )
 
     def _warn_monitored_earlier(self, trainer: Trainer) -> None:
@@ -218,7 +219,7 @@ class EpochEndCallback(MeasuringCallback):
         often = trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch != 1
         if monitors and trainer.enable_validation and often and self.every_n_epochs is not None:
             rank_zero_warn(
-                f"{', '.join(monitors)}: '{self.prefix}/...' is measured at the end of epochs, and as validation is "
-                "not just there, monitors look earlier and find that of an epoch before, or nothing. Give "
-                "ModelCheckpoint save_on_train_epoch_end=True, EarlyStopping check_on_train_epoch_end=True."
+                f"{', '.join(monitors)}: '{self.prefix}/...' is measured at the end of epochs, but validation runs at "
+                "other times, too, or not in every epoch, so monitors may find the value of an earlier epoch, or none. Set "
+                "save_on_train_epoch_end=True in ModelCheckpoint, check_on_train_epoch_end=True in EarlyStopping."
             )

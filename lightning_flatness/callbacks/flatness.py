@@ -25,58 +25,60 @@ from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 
 
 class FlatnessCallback(MeasuringCallback):
-    """Log the Hessian trace and relative flatness of convolutions and linear layers at every validation.
+    """A callback that logs the Hessian trace and relative flatness of layers at every validation.
 
-    Logged, for ``ModelCheckpoint``, schedulers and :class:`~lightning_flatness.FlatnessStopping`, are
+    It measures convolutions and linear layers, and logs the following values, which ``ModelCheckpoint``, schedulers and
+    :class:`~lightning_flatness.FlatnessStopping` can monitor:
 
-    - ``{prefix}/hessian_trace``: sum over the measured layers, loss per squared weight;
-    - ``{prefix}/relative_flatness``: sum over the measured layers, loss;
-    - ``{prefix}/log10_relative_flatness``: for charts with accuracy; NaN where not positive;
-    - ``{prefix}/weight_norm``: of the measured kernels, to compare with;
-    - ``{prefix}/{layer}/hessian_trace``, ``{prefix}/{layer}/relative_flatness``: with more than one layer.
+    - ``{prefix}/hessian_trace``: the sum over the measured layers, in units of loss per squared weight;
+    - ``{prefix}/relative_flatness``: the sum over the measured layers, in units of the loss;
+    - ``{prefix}/log10_relative_flatness``: its base-10 logarithm, for charts with accuracy; NaN if it is not positive;
+    - ``{prefix}/weight_norm``: the norm of the measured kernels, for comparison;
+    - ``{prefix}/{layer}/hessian_trace``, ``{prefix}/{layer}/relative_flatness``: per layer, if there are several.
 
-    Training with it is bit-identical to training without it.
+    Training with this callback is bit-identical to training without it.
 
     Args:
-        layers: which, see :func:`~lightning_flatness.measure_flatness`, as for all arguments after ``figures``.
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function to per-sample losses.
-        data: ``"val"``: the batches that are validated. ``"train"``: a fixed random subset of the training data, in
-            evaluation mode, through a loader of its own; the papers define flatness on the training loss. Or a
-            ``DataLoader`` or list of batches, of which every rank measures its share.
-        every_n_epochs: epochs from one measurement to the next; the first validation is always measured.
-        max_samples: size of a fixed random subset to measure, over all ranks; every class has its share where the data
-            set has ``targets`` or ``labels``. By default all samples, or 4,096 of the training data. (For a
-            ``DataLoader`` with ``batch_size=None``, a number of batches.)
-        prefix: of the logged keys; give several callbacks in one Trainer different ones.
-        accuracy: logged name of the accuracy to show with flatness; by default the first logged name that contains
-            ``acc``, preferably with ``val``.
-        model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
-            LightningModule to the network; by default the LightningModule.
-        batch_fn: function from a batch to ``(inputs, targets)``; by default a batch is such a pair, or has one entry
-            like ``image`` and one like ``label``.
-        summary: print before training which layers are measured, and how that was certified.
-        figures: draw accuracy and flatness, and the block traces, for TensorBoard at the end of training.
-        strict: refuse a number that is not the Hessian's, before the first epoch or with the batch that shows it.
-        label_smoothing: of cross-entropy.
-        class_weight: of cross-entropy.
-        ignore_index: of cross-entropy.
+        layers: the layers to measure. For this argument and all arguments after ``figures``, see
+            :func:`~lightning_flatness.measure_flatness`.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function that returns per-sample losses.
+        data: ``"val"`` for the validated batches; ``"train"`` for a fixed random subset of the training data, in
+            evaluation mode, which a separate loader reads; or a ``DataLoader`` or list of batches, of which every rank
+            measures a part. The papers define flatness on the training loss.
+        every_n_epochs: number of epochs from one measurement to the next. The first validation is always measured.
+        max_samples: number of samples of a fixed random subset, over all ranks. The subset is stratified by class if
+            the data set has ``targets`` or ``labels``. By default all samples, or 4,096 of the training data. For a
+            ``DataLoader`` with ``batch_size=None``, it is a number of batches.
+        prefix: prefix of the logged keys. Several callbacks in one Trainer need different prefixes.
+        accuracy: key of the logged accuracy to plot with flatness; by default the first logged key that contains
+            ``acc``, preferably one that contains ``val``, too.
+        model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
+            LightningModule and returns the network; by default the LightningModule itself.
+        batch_fn: function that takes a batch and returns ``(inputs, targets)``; by default a batch is such a pair, or
+            has one entry with a name like ``image`` and one with a name like ``label``.
+        summary: print before training which layers are measured, and how each result was certified.
+        figures: plot accuracy, flatness and block traces for TensorBoard at the end of training.
+        strict: raise an error if a value is not exactly that of the Hessian.
+        label_smoothing: label smoothing of the cross-entropy.
+        class_weight: class weights of the cross-entropy.
+        ignore_index: target value that the cross-entropy ignores.
         measures: without ``"relative_flatness"`` only the Hessian trace, its logarithm and the weight norm are logged.
-        tolerance: relative standard error that is accepted with many classes.
-        residual: ``"hutchinson"`` to estimate what Gauss-Newton leaves out.
-        num_probes: of that estimate.
-        seed: of the probes.
-        dtype: ``"float32"`` or ``"float64"``, to measure in; by default the model's own, at least float32.
-        live: observe the forward passes of validation steps where that changes nothing; False for extra passes always.
-        on_error: ``"raise"``; or ``"warn"`` and train on: a measurement that fails logs nothing.
+        tolerance: accepted relative standard error of estimates, which are made if there are many classes.
+        residual: ``"hutchinson"`` to estimate the part of the Hessian that the Gauss-Newton matrix omits.
+        num_probes: number of random probe vectors of the Hutchinson estimate.
+        seed: seed of the random probe vectors.
+        dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
+        live: observe the forward passes of validation if this does not change them; False to make extra passes always.
+        on_error: ``"raise"``, or ``"warn"`` to continue training. A measurement that fails logs nothing.
 
     Attributes:
-        history: a record (plain numbers, by name) for every measurement of a fit; kept in checkpoints.
-        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. (A strategy that spawns processes
-            leaves history and report in these; what was logged comes back.)
-        num_measurements: number of measurements, those in validation and tests included.
+        history: one record for every measurement of a fit, a dict of plain numbers; saved in checkpoints.
+        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
+            history and report stay in these processes, but the main process has the logged values.
+        num_measurements: number of measurements, including measurements in validation and test runs.
 
     Raises:
-        FlatnessError: invalid arguments; and, before the first epoch, anything that cannot be measured.
+        FlatnessError: An argument is invalid, or (before the first epoch) the network or data cannot be measured.
 
     Example:
         >>> import lightning as L
@@ -86,7 +88,7 @@ class FlatnessCallback(MeasuringCallback):
     def __init__(
         self,
         layers: str | list[str] = "last",
-        # Functions first: a command line takes the first type that fits.
+        # Function types come first, since a command line uses the first type that fits.
         loss: Callable[[Tensor, Tensor], Tensor] | nn.Module | str = "cross_entropy",
         data: Literal["val", "train"] | Iterable[Any] = "val",
         every_n_epochs: int = 1,
@@ -136,24 +138,24 @@ class FlatnessCallback(MeasuringCallback):
         self.num_measurements = 0
         self._wants_live = live
         self._passes = PassesOfRun(live)
-        # How every layer is measured, and why others are not, as certified before training.
+        # Certified before training: how each measured layer is measured, and why each other layer is not.
         self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
         self._running: Running | None = None
         self._awaits_accuracy: Record | None = None
         self._has_chart = False
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether to measure at the validation that begins, or at the end of an epoch of a fit without validation.
+        """Return whether to measure at the validation that begins, or in a fit without validation after this epoch.
 
-        Override it for another schedule, the same on all ranks.
+        Override it for another schedule, which must be the same on all ranks.
         """
         if trainer.state.fn != "fit" or not self.history:
             return True
         passed: int = trainer.current_epoch - self.history[-1]["epoch"]
-        return passed == 0 or passed >= self.every_n_epochs  # an epoch that is measured is so at all its validations
+        return passed == 0 or passed >= self.every_n_epochs  # if an epoch is measured, then at all its validations
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history; refuse or warn of what is already known to be wrong."""
+        """Start a new history, and raise errors or warn of problems that can be found before training."""
         self.report = self._certified = self._awaits_accuracy = None
         self._has_chart = False
         super().on_fit_start(trainer, pl_module)
@@ -161,7 +163,7 @@ class FlatnessCallback(MeasuringCallback):
             self._warn_no_validation()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Certify the layers on one batch, unless the sanity check has, and print the summary."""
+        """Certify the layers on one batch, unless the sanity check has done so, and print the summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             self._warn_no_validation()
@@ -186,8 +188,8 @@ class FlatnessCallback(MeasuringCallback):
     def _warn_no_validation(self) -> None:
         rank_zero_warn(
             "FlatnessCallback measures at validation, and this fit runs none (no validation_step, no validation data, "
-            f"or limit_val_batches=0): '{self.prefix}/hessian_trace' and its kin will not be logged, and what monitors "
-            "them will fail. Add validation data, or use FlatnessCallback(data='train')."
+            f"or limit_val_batches=0): '{self.prefix}/hessian_trace' and the other keys will not be logged, and "
+            "callbacks that monitor them will fail. Add validation data, or use FlatnessCallback(data='train')."
         )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,7 +202,7 @@ class FlatnessCallback(MeasuringCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Listen for the forward pass on this batch."""
+        """Start to observe the forward pass on this batch."""
         if self._running is not None and self._running.observes and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._running.before_step(batch)
@@ -214,9 +216,9 @@ class FlatnessCallback(MeasuringCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Measure the batch that was validated, or the next part of other data; in the sanity check, certify on it.
+        """Measure the validated batch, or the next part of other data. In the sanity check, certify the layers.
 
-        Not at the end of the epoch, when weight averaging has swapped the weights back.
+        This is not done at the end of the epoch, since weight averaging has swapped the weights back by then.
         """
         if trainer.sanity_checking:
             with self._measuring(trainer, pl_module):
@@ -228,7 +230,7 @@ class FlatnessCallback(MeasuringCallback):
             self._running.release()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log; this early, every callback and scheduler that monitors a key finds the value of this epoch."""
+        """Log the values, before callbacks and schedulers that monitor a key read the key in the same epoch."""
         if not trainer.sanity_checking:
             self._finish(trainer, pl_module)
 
@@ -238,13 +240,13 @@ class FlatnessCallback(MeasuringCallback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add flatness to the history with the accuracy, which the module may log later than flatness is logged."""
+        """Add flatness and accuracy to the history. The module may log its accuracy after flatness was logged."""
         if self._awaits_accuracy is not None:
             self._add_to_history(trainer, self._awaits_accuracy)
             self._pair_accuracy(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Without validation, measure other data here. The module logs its accuracy after this hook."""
+        """Measure other data if there is no validation. The module logs its accuracy after this hook."""
         if self._data_name != "val" and not trainer.enable_validation:
             self._start(trainer, pl_module, None, [])
             self._finish(trainer, pl_module)
@@ -252,11 +254,11 @@ class FlatnessCallback(MeasuringCallback):
                 self._add_to_history(trainer, self._awaits_accuracy)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Without validation, pair flatness with the accuracy that was logged at the end of the last epoch."""
+        """Add the accuracy of the last epoch to the last record if there is no validation."""
         self._pair_accuracy(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves on two axes, and the last block traces."""
+        """Draw the history of flatness and accuracy, and the last block traces."""
         self._draw_run(trainer)
 
     def _draw_run(self, trainer: Trainer) -> None:
@@ -300,7 +302,7 @@ class FlatnessCallback(MeasuringCallback):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         running, self._running = self._running, None
-        if running is None and not self._errors.pending:  # nothing was due
+        if running is None and not self._errors.pending:  # no measurement was due
             self._log_again(trainer, pl_module)
             return
         where = f"epoch {trainer.current_epoch}"
@@ -321,7 +323,7 @@ class FlatnessCallback(MeasuringCallback):
         log(pl_module, self.prefix, with_logarithm(values, self._measures[-1]))
 
     def _log_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a resume where nothing is due, let monitors find the last values, as they would without the stop."""
+        """Log the last values again after a resume, so that callbacks that monitor them find them."""
         is_logged = f"{self.prefix}/{self._measures[-1]}" in trainer.callback_metrics
         if trainer.state.fn == "fit" and self.history and not is_logged:
             values = {key: value for key, value in self.history[-1].items() if key not in ("epoch", "step", "accuracy")}

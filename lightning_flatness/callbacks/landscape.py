@@ -27,58 +27,60 @@ Statistics = Literal["kept", "recomputed"]
 
 
 class LandscapeCallback(EpochEndCallback):
-    """The loss on a line or plane through the weights at the end of a fit, and every few epochs.
+    """A callback that computes the loss on a line or plane through the weights.
 
-    TensorBoard's page *Images* shows contours and surface. Every result is written to a file
-    ``epoch=...-step=...-kept.npz`` (or ``-recomputed``) for
-    :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>`. Ctrl-C ends a landscape, and the points
-    computed until then are kept.
+    It does so at the end of a fit and, optionally, of epochs. TensorBoard's page *Images* shows contours and surface.
+    Every result is written to a file ``epoch=...-step=...-kept.npz`` (or ``-recomputed``), which
+    :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads. Ctrl-C ends the computation of a
+    landscape, and the points computed so far are kept.
 
-    Training with it is bit-identical to training without it. The middle of a landscape is at the weights in training;
-    at the end of the fit at those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is listed
-    before it.
+    Training with this callback is bit-identical to training without it. The origin of a landscape is at the present
+    weights, at the end of the fit at the final weights. These are averaged weights if Lightning's ``WeightAveraging``
+    is listed before this callback.
 
     Args:
-        data: ``"train"``: a fixed random subset of the training data, in evaluation mode, through a loader of its own.
-            ``"val"``: likewise of the validation data. Or a ``DataLoader`` or list of batches, of which every rank
-            measures its share. All of it is kept in memory while it is measured.
-        max_samples: size of the subset over all ranks; by default 512, or all of data that are given.
-        every_n_epochs: measure the first epoch and every n-th after it, too; None for the end of the fit only.
-        axes: ``"random"``, ``"adam"`` (moments of the Trainer's optimizer) or ``"hessian"``, a plane of two such axes;
-            a list of one (a line) or two of these words; or ``"trajectory"``: the plane of the two principal directions
-            of the weights of all epochs, which are drawn into it. For this a copy of the network's parameters, of the
-            start and of every epoch of this fit, is kept in the memory of the CPU, on every rank; not in checkpoints.
-        normalize: this and the arguments to ``dtype`` are those of :func:`~lightning_flatness.loss_landscape`.
-        norm: L1 or L2.
-        biases: ``"zero"`` or ``"scaled"``.
-        update: ``"add"`` or ``"adam"``.
-        span: of the coordinates; by default 1, or what the trajectory takes and a quarter of it on every side.
-        steps: points along every axis.
-        frozen: what does not move.
-        batch_norm: ``"kept"``, ``"recomputed"``, or ``"both"``, one after the other, drawn side by side.
-        loss: name, module or function.
-        label_smoothing: of cross-entropy; so are the next two.
-        class_weight: of cross-entropy.
-        ignore_index: of cross-entropy.
-        seed: of random axes.
-        dtype: to measure in.
-        cap: losses above are drawn as this.
-        prefix: of the figures; give several callbacks in one Trainer different ones.
-        model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
-            LightningModule to the network; by default the LightningModule.
-        batch_fn: function from a batch to ``(inputs, targets)``.
-        folder: for the files; by default ``prefix`` in the Trainer's ``log_dir``.
-        figures: draw for TensorBoard.
-        on_error: ``"raise"``; or ``"warn"`` and train on.
+        data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
+            loader reads; or a ``DataLoader`` or list of batches, of which every rank measures a part. The network is in
+            evaluation mode. All samples stay in memory during a measurement.
+        max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
+        every_n_epochs: measure also after the first epoch and every n-th epoch after it; None: only after the fit.
+        axes: ``"random"``, ``"adam"`` (moments of the Trainer's optimizer) or ``"hessian"`` for a plane with two such
+            axes; a list of one of these strings (a line) or two; or ``"trajectory"`` for the plane of the two principal
+            directions of the weights after all epochs, with their path drawn into it. ``"trajectory"`` keeps a copy of
+            the initial parameters and of those after every epoch of this fit in CPU memory, on every rank. The copies
+            are not saved in checkpoints.
+        normalize: normalization of the axes. For this argument and the following ones up to ``dtype``, see
+            :func:`~lightning_flatness.loss_landscape`.
+        norm: norm of the normalization, 1 for L1 or 2 for L2.
+        biases: ``"zero"`` or ``"scaled"``, the treatment of biases in the axes.
+        update: ``"add"`` or ``"adam"``, the way a point's weights are computed.
+        span: range of the coordinates; by default 1, or the range of the trajectory plus a quarter of it on every side.
+        steps: number of points along every axis.
+        frozen: parameters that are the same at all points.
+        batch_norm: ``"kept"`` or ``"recomputed"`` statistics, or ``"both"`` for two landscapes, drawn side by side.
+        loss: name, module or function of the loss.
+        label_smoothing: label smoothing of the cross-entropy.
+        class_weight: class weights of the cross-entropy.
+        ignore_index: target value that the cross-entropy ignores.
+        seed: seed of the random axes.
+        dtype: floating-point type of the computation.
+        cap: largest loss in figures. Larger losses are drawn with this value.
+        prefix: prefix of the figures' tags. Several callbacks in one Trainer need different prefixes.
+        model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
+            LightningModule and returns the network; by default the LightningModule itself.
+        batch_fn: function that takes a batch and returns ``(inputs, targets)``.
+        folder: folder of the files; by default a folder named ``prefix`` in the Trainer's ``log_dir``.
+        figures: draw figures for TensorBoard.
+        on_error: ``"raise"``, or ``"warn"`` to continue training.
 
     Attributes:
-        history: a record of plain numbers for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy``
-            of the model, ``lowest_loss`` of all points, and whether it is ``complete``; kept in checkpoints.
-        results: the last landscape, by ``"kept"`` and ``"recomputed"``: each a
+        history: one record for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy`` of the model,
+            ``lowest_loss`` of all points, and whether the landscape is ``complete``; saved in checkpoints.
+        results: the last landscapes, a dict with keys ``"kept"`` and ``"recomputed"`` and values of type
             :class:`~lightning_flatness.LandscapeResult`.
 
     Raises:
-        FlatnessError: invalid arguments; and, before the first epoch, what cannot be measured.
+        FlatnessError: An argument is invalid, or (before the first epoch) the network or data cannot be measured.
 
     Example:
         >>> import lightning as L
@@ -99,7 +101,7 @@ class LandscapeCallback(EpochEndCallback):
         steps: int | list[int] = 25,
         frozen: str | list[str] | None = None,
         batch_norm: Literal["kept", "recomputed", "both"] = "kept",
-        # Functions first: a command line takes the first type that fits.
+        # Function types come first, since a command line uses the first type that fits.
         loss: Callable[[Tensor, Tensor], Tensor] | nn.Module | str = "cross_entropy",
         label_smoothing: float = 0.0,
         class_weight: list[float] | None = None,
@@ -119,14 +121,14 @@ class LandscapeCallback(EpochEndCallback):
         statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
         words = [axes] if isinstance(axes, str) else axes
         if not all(isinstance(word, str) for word in words):
-            raise FlatnessError(f"{axes=}: give words; loss_landscape() takes directions, too.")
+            raise FlatnessError(f"{axes=}: the callback takes strings only; loss_landscape() takes directions, too.")
         if axes != "trajectory" and not set(words) <= set(KINDS):
             known = ", ".join(map(repr, KINDS))
             raise FlatnessError(
                 f"{axes=}: there are {known}, or one or two of these in a list, and 'trajectory' alone."
             )
         options = LandscapeOptions(
-            axes="random" if axes == "trajectory" else axes,  # those of a trajectory are not known yet
+            axes="random" if axes == "trajectory" else axes,  # the axes of a trajectory are not known yet
             normalize=normalize,
             norm=norm,
             biases=biases,
@@ -151,23 +153,23 @@ class LandscapeCallback(EpochEndCallback):
         self._spans_trajectory = axes == "trajectory" and span is None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history and trajectory."""
+        """Start a new history and a new trajectory."""
         self.results = {}
         self._trajectory = None if self._trajectory is None else Trajectory()
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Try to measure one batch, and keep the initial weights for the trajectory."""
+        """Measure one batch as a trial, and store the initial weights for the trajectory."""
         super().on_train_start(trainer, pl_module)
         self._keep_weights(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the weights for the trajectory; measure, if due."""
+        """Store the weights for the trajectory, and measure if due."""
         self._keep_weights(pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release data, model and the weights of the trajectory."""
+        """Release the data, the model and the weights of the trajectory."""
         super().teardown(trainer, pl_module, stage)
         if self._trajectory is not None:
             self._trajectory.release()
@@ -194,7 +196,7 @@ class LandscapeCallback(EpochEndCallback):
         if self._needs_adam:
             _adam(trainer, network)
         for options in self._options.values():
-            # Two points along a random axis, which is known before training.
+            # Compute two points along a random axis, which can be drawn before training.
             trial = replace(options, axes=["random"], span=1.0, steps=2, update="add", biases="scaled")
             landscape_of(network, batches, trial, progress=False)
 
@@ -226,7 +228,7 @@ class LandscapeCallback(EpochEndCallback):
 
     @property
     def trajectory(self) -> Tensor | None:
-        """Coordinates of the initial weights and of those of all epochs in the last landscape, ``(epochs + 1, 2)``."""
+        """Coordinates of the weights, initially and after each epoch, in the last plane, ``(epochs + 1, 2)``."""
         return None if self._trajectory is None else self._trajectory.coordinates
 
     @property
@@ -257,7 +259,7 @@ class LandscapeCallback(EpochEndCallback):
 
 
 def _spans_tenfold(result: LandscapeResult) -> bool:
-    """Whether the finite losses differ by a factor of ten; contours are logarithmic then, too."""
+    """Return whether the finite losses differ by more than a factor of ten. The surface is logarithmic then."""
     finite = result.losses[result.finite]
     return bool(len(finite)) and 0 < 10 * float(finite.min()) < float(finite.max())
 

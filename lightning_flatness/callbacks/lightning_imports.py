@@ -1,4 +1,4 @@
-"""Lightning, imported under the name that the user has imported: ``lightning.pytorch`` or ``pytorch_lightning``."""
+"""Imports of Lightning from the package that the user has imported: ``lightning.pytorch`` or ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = [
 
 
 def is_lightning_module(module: Any) -> bool:
-    """Whether a module is a LightningModule of either name."""
+    """Return whether a module is a LightningModule of either package."""
     return _is_lightning(type(module))  # type: ignore[arg-type]  # mypy does not know that classes have a hash
 
 
-@lru_cache  # asked for every module of a network with every batch; modules are of few classes
+@lru_cache  # called for every module and batch, but with few different classes
 def _is_lightning(kind: type) -> bool:
     return any(f"{base.__module__}.{base.__name__}" in MODULES for base in kind.__mro__)
 
 
 def is_overridden(method: str, module: LightningModule) -> bool:
-    """Whether a LightningModule of either name overrides a method."""
+    """Return whether a LightningModule of either package overrides a method."""
     base = next(base for base in type(module).__mro__ if f"{base.__module__}.{base.__name__}" in MODULES)
     return getattr(type(module), method) is not getattr(base, method)
 
 
 def is_weight_averaging(callback: Any) -> bool:
-    """Whether a callback is Lightning's ``WeightAveraging`` of either name, or a subclass."""
+    """Return whether a callback is Lightning's ``WeightAveraging`` of either package, or a subclass."""
     return any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__)

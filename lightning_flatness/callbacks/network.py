@@ -1,4 +1,4 @@
-"""Finding the network in a LightningModule."""
+"""Search for the network in a LightningModule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_flatness.errors import FlatnessError
 
 
 def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> nn.Module:
-    """Find the module that ``model`` names or returns; without a ``model``, the LightningModule itself."""
+    """Return the module that ``model`` names or returns. Without ``model``, return the LightningModule itself."""
     children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
     if model is None:
         if not is_overridden("forward", pl_module):

@@ -22,53 +22,54 @@ LOGGED = ("lambda_max", "trace", "r_e", "k_hn", "c_t")
 
 
 class SpectrumCallback(EpochEndCallback):
-    """Eigenvalues, trace, spectral density and criteria of the Hessian at the end of a fit, and every few epochs.
+    """A callback that measures the spectrum of the Hessian at the end of a fit and, optionally, of epochs.
 
-    It logs ``{prefix}/lambda_max``, ``trace``, ``r_e``, ``k_hn`` and ``c_t``: at the end of every n-th epoch, where
-    ``ModelCheckpoint`` and others can monitor them, and at the end of the fit, to the loggers only. TensorBoard's page
-    *Images* shows the density, and the eigenvalues over the epochs. Every result is written to a file
-    ``epoch=...-step=....npz`` for :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>`.
+    It computes eigenvalues, trace, spectral density and generalization criteria. It logs ``{prefix}/lambda_max``,
+    ``trace``, ``r_e``, ``k_hn`` and ``c_t``. At the end of every n-th epoch, callbacks such as ``ModelCheckpoint`` can
+    monitor these keys; at the end of the fit, only the loggers get them. TensorBoard's page *Images* shows the density,
+    and the eigenvalues over the epochs. Every result is written to a file ``epoch=...-step=....npz``, which
+    :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
 
-    Training with it is bit-identical to training without it. It measures the weights in training; at the end of the fit
-    those that are left, which are averaged ones if Lightning's ``WeightAveraging`` is listed before it.
+    Training with this callback is bit-identical to training without it. At the end of the fit it measures the final
+    weights. These are averaged weights if Lightning's ``WeightAveraging`` is listed before this callback.
 
     Args:
-        data: ``"train"``: a fixed random subset of the training data, in evaluation mode, through a loader of its own.
-            ``"val"``: likewise of the validation data. Or a ``DataLoader`` or list of batches, of which every rank
-            measures its share. All of it is kept in memory while it is measured.
-        max_samples: size of the subset over all ranks; by default 512, or all of data that are given.
-        every_n_epochs: measure the first epoch and every n-th after it, too; None for the end of the fit only.
-        params: names or glob patterns of parameters or modules; None for all. This and the arguments to ``dtype`` are
-            those of :func:`~lightning_flatness.hessian_spectrum`.
-        loss: name, module or function.
-        label_smoothing: of cross-entropy.
-        class_weight: of cross-entropy.
-        ignore_index: of cross-entropy.
+        data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
+            loader reads; or a ``DataLoader`` or list of batches, of which every rank measures a part. The network is in
+            evaluation mode. All samples stay in memory during a measurement.
+        max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
+        every_n_epochs: measure also after the first epoch and every n-th epoch after it; None: only after the fit.
+        params: names or glob patterns of parameters or modules; None for all parameters. For this argument and the
+            following ones up to ``dtype``, see :func:`~lightning_flatness.hessian_spectrum`.
+        loss: name, module or function of the loss.
+        label_smoothing: label smoothing of the cross-entropy.
+        class_weight: class weights of the cross-entropy.
+        ignore_index: target value that the cross-entropy ignores.
         matrix: ``"hessian"`` or ``"gauss_newton"``.
-        top_k: eigenvalues.
-        num_steps: Lanczos steps of every probe.
-        num_probes: random vectors.
-        exponent: of ``K_Hn``.
-        tolerance: of the eigenvalues' residuals.
-        max_products: for the eigenvalues.
-        seed: of the probes.
-        dtype: to measure in.
-        prefix: of the logged keys; give several callbacks in one Trainer different ones.
-        model: attribute of the LightningModule that is the network, e.g. ``"net"``, or a function from the
-            LightningModule to the network; by default the LightningModule.
-        batch_fn: function from a batch to ``(inputs, targets)``.
-        folder: for the files; by default ``prefix`` in the Trainer's ``log_dir``.
-        eigenvectors: write them to the files, too: ``top_k`` vectors as long as all parameters together.
-        figures: draw for TensorBoard.
-        on_error: ``"raise"``; or ``"warn"`` and train on.
+        top_k: number of eigenvalues.
+        num_steps: number of Lanczos steps for every random probe vector.
+        num_probes: number of random probe vectors.
+        exponent: exponent ``n`` of the criterion ``K_Hn``.
+        tolerance: tolerance of the eigenvalues' residuals.
+        max_products: largest number of Hessian-vector products for the eigenvalues.
+        seed: seed of the random probe vectors.
+        dtype: floating-point type of the computation.
+        prefix: prefix of the logged keys. Several callbacks in one Trainer need different prefixes.
+        model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
+            LightningModule and returns the network; by default the LightningModule itself.
+        batch_fn: function that takes a batch and returns ``(inputs, targets)``.
+        folder: folder of the files; by default a folder named ``prefix`` in the Trainer's ``log_dir``.
+        eigenvectors: write the eigenvectors to the files, too: ``top_k`` vectors with one entry per parameter.
+        figures: draw figures for TensorBoard.
+        on_error: ``"raise"``, or ``"warn"`` to continue training.
 
     Attributes:
-        history: a record of plain numbers for every measurement of a fit, with ``epoch``, ``step``, the logged keys and
-            what :func:`~lightning_flatness.plots.plot_eigenvalues` needs; kept in checkpoints.
+        history: one record for every measurement of a fit, with ``epoch``, ``step``, the logged keys and the values
+            that :func:`~lightning_flatness.plots.plot_eigenvalues` needs; saved in checkpoints.
         result: the last measurement, a :class:`~lightning_flatness.SpectrumResult`.
 
     Raises:
-        FlatnessError: invalid arguments; and, before the first epoch, what cannot be measured.
+        FlatnessError: An argument is invalid, or (before the first epoch) the network or data cannot be measured.
 
     Example:
         >>> import lightning as L
@@ -81,7 +82,7 @@ class SpectrumCallback(EpochEndCallback):
         max_samples: int | None = None,
         every_n_epochs: int | None = None,
         params: str | list[str] | None = None,
-        # Functions first: a command line takes the first type that fits.
+        # Function types come first, since a command line uses the first type that fits.
         loss: Callable[[Tensor, Tensor], Tensor] | nn.Module | str = "cross_entropy",
         label_smoothing: float = 0.0,
         class_weight: list[float] | None = None,
@@ -125,14 +126,14 @@ class SpectrumCallback(EpochEndCallback):
         self.result: SpectrumResult | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history; warn of gradient clipping."""
+        """Start a new history, and warn if gradients are clipped."""
         self.result = None
         super().on_fit_start(trainer, pl_module)
         if trainer.gradient_clip_val:
             rank_zero_warn(
                 f"SpectrumCallback: gradients are clipped (gradient_clip_val={trainer.gradient_clip_val}). Where "
-                "gradients are manipulated, r_e, K_Hn and C_t do not tell generalization (Gabdullin 2025, arXiv "
-                "2504.17618); eigenvalues, trace and density are what they are."
+                "gradients are changed, r_e, K_Hn and C_t do not indicate generalization (Gabdullin 2025, arXiv "
+                "2504.17618). Eigenvalues, trace and density stay valid."
             )
 
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:

@@ -1,4 +1,4 @@
-"""Charts and figures for TensorBoard; other loggers are passed over."""
+"""Charts and figures for TensorBoard. Other loggers get none."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots import plot_block_traces, plot_history, plot_layer_history, plot_layers
 from lightning_flatness.results import FlatnessReport
 
-# Of many layers the user can draw more with plot_block_traces.
+# The user can draw the block traces of further layers with plot_block_traces.
 MOST_HEAT_MAPS = 8
 
 
 def writers(trainer: Trainer) -> list[Any]:
-    """Return the ``SummaryWriter`` of every TensorBoard logger; none on other ranks than zero."""
+    """Return the ``SummaryWriter`` of every TensorBoard logger, or an empty list on ranks other than zero."""
     if not trainer.is_global_zero:
         return []
     loaded = [sys.modules[f"{root}.loggers"] for root in ROOTS if f"{root}.loggers" in sys.modules]
@@ -28,10 +28,11 @@ def writers(trainer: Trainer) -> list[Any]:
 
 
 def add_joint_charts(trainer: Trainer, tags: Sequence[str], accuracies: Sequence[str | None]) -> None:
-    """Lay out charts of every callback's flatness, by tag, and accuracy, if any, on the Custom Scalars page.
+    """Add charts with flatness and accuracy to TensorBoard's page Custom Scalars.
 
-    There is a chart for every callback and, if there are several, one for all, in a single layout, since TensorBoard
-    reads one for a run. A chart has one linear axis, so its values must be of one order of magnitude.
+    ``tags`` and ``accuracies`` contain the key of flatness and the key of accuracy, if any, of every callback. There is
+    one chart per callback and, if there are several callbacks, a chart with all keys. TensorBoard reads only one layout
+    per run, so one layout contains all charts. A chart has one linear axis, so its values must be of similar size.
     """
     charts = [[tag] if accuracy is None else [accuracy, tag] for tag, accuracy in zip(tags, accuracies, strict=True)]
     if len(charts) > 1:
@@ -45,7 +46,7 @@ def add_joint_charts(trainer: Trainer, tags: Sequence[str], accuracies: Sequence
 def flatness_figures(
     history: Sequence[Mapping[str, float | None]], report: FlatnessReport, accuracy: str | None, data: str
 ) -> dict[str, Any]:
-    """Draw curves over the epochs, layers side by side and heat maps of block traces; by tag without prefix."""
+    """Draw the history, a comparison of layers and heat maps of block traces, as a dict from tags to figures."""
     figures = {"history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
     measure = "relative_flatness" if "relative_flatness" in history[-1] else "hessian_trace"
     if len(report.layers) > 1:
@@ -58,7 +59,7 @@ def flatness_figures(
 
 
 def add_drawn(trainer: Trainer, prefix: str, draw: Callable[[], Mapping[str, Any]], callback: str) -> None:
-    """Add figures to the Images page, at the present step. They are drawn only if there is a TensorBoard logger."""
+    """Draw figures and add them to TensorBoard's page Images, if there is a TensorBoard logger."""
     if not writers(trainer):
         return
     try:
@@ -72,5 +73,5 @@ def add_drawn(trainer: Trainer, prefix: str, draw: Callable[[], Mapping[str, Any
 
 
 def last_step(trainer: Trainer) -> int:
-    """Return the step at which Lightning logs the scalars of the last step."""
+    """Return the step number under which Lightning logs scalars of the last optimizer step."""
     return max(0, trainer.global_step - 1)

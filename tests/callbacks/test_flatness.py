@@ -205,7 +205,8 @@ def test_fit_without_validation_warns(tmp_path, how):
         val = DataLoader(Subset(dataset(8), []), batch_size=8)
     data = (train,) if how == "no loader" else (train, val)
     with pytest.warns(
-        UserWarning, match="measures at validation.*'flatness/hessian_trace' and its kin will not be.*data='train'"
+        UserWarning,
+        match="measures at validation.*'flatness/hessian_trace' and the other keys will not be.*data='train'",
     ):
         fit(tmp_path, flatness_callback(), module=module, data=data, **options)
 
