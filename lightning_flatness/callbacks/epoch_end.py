@@ -220,6 +220,6 @@ class EpochEndCallback(MeasuringCallback):
         if monitors and trainer.enable_validation and often and self.every_n_epochs is not None:
             rank_zero_warn(
                 f"{', '.join(monitors)}: '{self.prefix}/...' is measured at the end of epochs, but validation runs at "
-                "other times, too, or not in every epoch, so monitors may find the value of an earlier epoch, or none. Set "
+                "other times, too, or not in every epoch, so monitors may find an earlier epoch's value, or none. Set "
                 "save_on_train_epoch_end=True in ModelCheckpoint, check_on_train_epoch_end=True in EarlyStopping."
             )
