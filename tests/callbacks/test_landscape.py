@@ -271,7 +271,7 @@ def test_points_without_a_finite_loss_are_drawn(tmp_path):
     [
         ({"axes": "pca"}, "pca"),
         ({"axes": ["random"] * 3}, "length 3"),
-        ({"axes": [{"weight": torch.ones(1)}]}, "give words"),
+        ({"axes": [{"weight": torch.ones(1)}]}, "takes strings only"),
         ({"axes": "foo"}, "axes='foo': there are 'random', 'adam', 'hessian', .*'trajectory' alone"),
         ({"axes": ["trajectory"]}, "'random', 'adam', 'hessian', .*'trajectory' alone"),
         ({"axes": ["random", "trajectory"]}, "'trajectory' alone"),
