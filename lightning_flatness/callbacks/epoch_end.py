@@ -27,9 +27,9 @@ DEFAULT_SAMPLES = 512
 class EpochEndCallback(MeasuringCallback):
     """Base class of callbacks that measure the network at the end of epochs and at the end of the fit.
 
-    At the end of an epoch, all ranks call this callback, with or without validation data, and Lightning's weight
-    averaging has not swapped the weights. At the end of the fit the callback measures the final weights. Samples stay
-    in memory during a measurement, since a measurement iterates over them many times. ``arguments`` are the remaining
+    The end of an epoch is the right time for two reasons: all ranks reach it, even without validation data, and
+    Lightning's weight averaging has not swapped in averaged weights yet. At the end of the fit the callback measures
+    the final weights. Samples stay in memory during a measurement, which iterates over them many times. ``arguments`` are the remaining
     arguments of :class:`MeasuringCallback`.
     """
 

@@ -35,7 +35,7 @@ class RankErrors:
 
     @contextmanager
     def kept(self, num_ranks: int) -> Iterator[None]:
-        """Store an error that the block raises. With one rank and ``on_error="raise"``, let the error propagate.
+        """Store an error raised in the ``with`` block. With one rank and ``on_error="raise"``, let the error propagate.
 
         The error is stored as a string, since the exception itself would keep all tensors of its frames alive.
         """

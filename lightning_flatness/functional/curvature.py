@@ -93,7 +93,7 @@ class ClassCurvature:
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest weight of every sample, ``(N,)``; None with few classes, or if these weights are negligible."""
+        """The smallest class weight of each sample, ``(N,)``; None with few classes, or if these are negligible."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None

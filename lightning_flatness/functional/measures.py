@@ -78,7 +78,7 @@ def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Compute all measures and the weight norm, by name; omit relative flatness if ``T`` is only its diagonals."""
+    """Compute all measures and the weight norm, by name; omit relative flatness if ``T`` holds only the diagonals."""
     measures = {
         "hessian_trace": hessian_trace(block_traces),
         "neuronwise_flatness": neuronwise_flatness(block_traces, gram),

@@ -40,7 +40,7 @@ class CertifiedLayer:
 
 @dataclass(frozen=True)
 class Certified:
-    """The properties of a model that the batches so far have certified."""
+    """What was certified of a model on the batches seen so far."""
 
     layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # layers of layers="all" that cannot be measured

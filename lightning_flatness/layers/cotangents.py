@@ -76,7 +76,7 @@ def to_positions(per_channel: Tensor, output: Tensor) -> Tensor:
 def random_direction(tensor: Tensor, stream: int = 0) -> Tensor:
     """Return an outer product of random vectors; a non-zero linear map is non-zero on almost all such products.
 
-    Directions at several nodes of one derivative need different streams, or their contributions could cancel.
+    If one derivative takes directions at several nodes, each needs a stream of its own: else they could cancel.
     """
     product = torch.ones_like(tensor)
     for dimension, size in enumerate(tensor.shape):

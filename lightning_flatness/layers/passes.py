@@ -35,9 +35,9 @@ class PartSize:
     halved: bool = False  # memory ran out once
 
     def next_rows(self, left: int, begun: bool) -> int:
-        """Return how many of the samples that are left to take next, so that parts have about the same size.
+        """Return the size of the next part, so that the parts of the remaining samples have about equal size.
 
-        The first part of the first batch is half as large, since certifying it takes about fifteen passes.
+        The first part of the first batch is half as large as the others: certifying it takes about fifteen passes.
         """
         if self.most is None:
             return left

@@ -151,7 +151,7 @@ def _identical(one: Tensor, other: Tensor) -> bool:
 
 
 def find_same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[nn.Module]]:
-    """Return a model's output, and its submodules that are called once, with its inputs, and return its output.
+    """Return a model's output, and the submodules called once that get its inputs and give its output.
 
     A LightningModule's forward often only calls a network; its steps may call either of the two.
     """

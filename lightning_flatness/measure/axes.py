@@ -88,8 +88,8 @@ def adam_moments(
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
     """Return the moments ``exp_avg`` and ``exp_avg_sq`` and the ``eps`` of one or several Adam optimizers.
 
-    All are mappings from parameter names. With ``of_step`` and ``amsgrad``, the second moment is ``max_exp_avg_sq``, by
-    which the optimizer's step divides.
+    All are mappings from parameter names. If ``of_step`` is true and the optimizer uses ``amsgrad``, the
+    second moment is ``max_exp_avg_sq``, since the optimizer's step divides by its root.
     """
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers or not all(hasattr(each, "param_groups") and hasattr(each, "state") for each in optimizers):
