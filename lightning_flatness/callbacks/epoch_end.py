@@ -29,8 +29,8 @@ class EpochEndCallback(MeasuringCallback):
 
     The end of an epoch is the right time for two reasons: all ranks reach it, even without validation data, and
     Lightning's weight averaging has not swapped in averaged weights yet. At the end of the fit the callback measures
-    the final weights. Samples stay in memory during a measurement, which iterates over them many times. ``arguments`` are the remaining
-    arguments of :class:`MeasuringCallback`.
+    the final weights. Samples stay in memory during a measurement, which iterates over them many times. ``arguments``
+    are the remaining arguments of :class:`MeasuringCallback`.
     """
 
     def __init__(

@@ -143,7 +143,7 @@ class CrossEntropy(Loss):
         if targets.ndim != 1 or wrong_type:
             raise BatchError(
                 f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}. Cross-entropy takes class "
-                "indices, integers (samples,), or probabilities, floating-point numbers (samples, classes)."
+                "indices, integers of shape (samples,), or probabilities, floating-point numbers (samples, classes)."
             )
         if len(targets) != samples:
             raise BatchError(f"The batch has {samples} logits and {len(targets)} targets.")

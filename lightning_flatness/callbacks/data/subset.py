@@ -28,8 +28,8 @@ class FixedSubset:
     process reads it and restores all random states, also of the data set's own generators. Any other iterable of
     batches is iterated directly, and random states are restored.
 
-    ``max_samples`` is the size of the subset over all ranks. The subset is stratified by class, and
-    chosen from the samples before index ``first``. ``num_batches`` is the number of batches of this rank, infinite if it is not known.
+    ``max_samples`` is the size of the subset over all ranks. The subset is stratified by class, and chosen from the
+    samples before index ``first``. ``num_batches`` is the number of batches of this rank, infinite if it is not known.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.arange(10.0))
