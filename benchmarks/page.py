@@ -16,6 +16,8 @@ HEAD = """# Benchmarks
 
 What measuring costs, as ratios within one run. Written by `make bench`.
 
+Figures of one GPU are in [gpu.md](gpu.md).
+
 - In every row both sides have the same batch, threads and precision; all are run in turn, after a warm-up, and medians
   of wall-clock time are compared. *Processor time* is the same ratio in seconds of all cores together; it suffers less
   from what else the machine does. All raw times are at the end of this page.
