@@ -104,6 +104,11 @@ class _Certificates:
         """Whether these are the first samples, which decide how layers are measured."""
         return not self.known.layers
 
+    @property
+    def shift_invariant(self) -> bool:
+        """Whether the loss stays the same if a number is added to all logits of a sample."""
+        return self.context.options.loss_function.shift_invariant
+
     def leave_out(self, name: str, error: LayerSelectionError, calls: Calls, left_out: dict[str, str]) -> None:
         """Leave out a layer that cannot be measured, if ``layers="all"`` on the first samples; else raise."""
         wanted = self.context.selection.modules
@@ -174,9 +179,9 @@ class _Certificates:
         return dict(zip(parameters, torch.autograd.grad(again, kernels, u, allow_unused=True), strict=True))
 
     def certified_head(self) -> Head:
-        selection, shift_invariant = self.context.selection, self.context.options.loss_function.shift_invariant
+        selection = self.context.selection
         with naming(selection.classifier_name or "", "Classifier"):
-            return certify_head(selection.classifier, self.recorded, shift_invariant)
+            return certify_head(selection.classifier, self.recorded, self.shift_invariant)
 
     def certified_tails(
         self, calls: Calls, layers: dict[str, CertifiedLayer]
@@ -227,7 +232,7 @@ class _Certificates:
             reasons: dict[str, Inexact | None] = dict.fromkeys(once)
             known = known.again()
         else:
-            reasons, known = why_not_affine(once, logits), Known(None, CANNOT_CURVE)
+            reasons, known = why_not_affine(once, logits, self.shift_invariant), Known(None, CANNOT_CURVE)
         repeated = {name: of_layer for name, of_layer in checked.items() if name not in once}
         return reasons | {name: self._why_polynomial(of_layer) for name, of_layer in repeated.items()}, known
 
@@ -237,7 +242,8 @@ class _Certificates:
         # The output of one call may be input to the next, so the whole model is tested as a function of the kernel.
         kernel = calls[0].convolution.weight.detach().clone().requires_grad_()
         replacement = {own_weight(calls[0].module): kernel}
-        return why_curved(logits_of(self.context.copy()(self.recorded.inputs, replacement)), kernel)
+        logits = logits_of(self.context.copy()(self.recorded.inputs, replacement))
+        return why_curved(logits, kernel, self.shift_invariant)
 
 
 NOT_LABELLED = (None, Inexact.SAMPLED)

@@ -186,7 +186,10 @@ class FlatnessObserver:
 
 def _layer_sums(name: str, traces: BlockTraces, certified: CertifiedPass, known: Certified) -> LayerSums:
     if not holds(traces.total.sum().isfinite()):
-        raise BatchError(f"The block traces of layer '{name}' are not finite: activations overflow in this batch.")
+        raise BatchError(
+            f"The block traces of layer '{name}' are not finite: activations overflow in this batch, or a derivative "
+            "is not finite (a square root or norm at zero? Add an epsilon there)."
+        )
     folded, loss = Folded.of(traces.total), certified.loss  # symmetric but for rounding
     return LayerSums(folded, known.layers[name].gram, loss.num_samples, loss.normalizer, traces.variances)
 

@@ -100,7 +100,7 @@ def measure_lambda_max(
     found = {}
     with isolated(model):
         for name, info in passes.known.infos.items():
-            hessian = _MeanHessian(kernels[name], operators[name], normalizer)
+            hessian = _MeanHessian(name, kernels[name], operators[name], normalizer)
             generator, limits = torch.Generator().manual_seed(seed), (tolerance, max_products)
             whole = hessian.largest(False, generator, *limits)
             blocks = hessian.largest(True, generator, *limits).values if by_filter else None
@@ -122,6 +122,7 @@ def measure_lambda_max(
 class _MeanHessian:
     """The mean over samples of a layer's Hessian, as the sum of the operators kept for each batch."""
 
+    name: str
     kernel: Tensor
     operators: Sequence[Operator]
     normalizer: float
@@ -139,6 +140,11 @@ class _MeanHessian:
             total = torch.zeros_like(vectors)
             for operator in self.operators:
                 total = total + operator(v, by_filter).double().reshape(vectors.shape) / self.normalizer
+            if not bool(total.isfinite().all()):
+                raise BatchError(
+                    f"A product with the Hessian of layer '{self.name}' is not finite: activations overflow, or a "
+                    "derivative is not finite (a square root or norm at zero? Add an epsilon there)."
+                )
             return total
 
         return largest_eigenvalues(product, start, tolerance, max_products)

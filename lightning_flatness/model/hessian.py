@@ -98,8 +98,9 @@ class LossCurvature:
                 raise BatchError(f"The loss of batch {index} is not finite, so it has no Hessian.")
         if product is not None and not bool(product.isfinite().all()):
             raise BatchError(
-                "A product with the Hessian is not finite: a second derivative does not exist at these weights (a "
-                "square root or norm at zero?) or overflows. dtype='float64' may help."
+                "A product with the Hessian is not finite: a first or second derivative is NaN or infinite at these "
+                "weights (a square root or norm at zero, acos at 1? Add an epsilon there) or overflows. "
+                "dtype='float64' may help."
             )
         return LossSums(loss, normalizer, num_samples, product)
 

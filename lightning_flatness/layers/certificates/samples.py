@@ -18,7 +18,8 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
     gradients = iter(pull_back_where_used(logits, nodes_of(calls), torch.ones_like(logits)))
     reasons = {}
     for name, of_layer in calls.items():
-        reached = [call.node for call in of_layer if next(gradients) is not None]
+        pulled = [next(gradients) for _ in of_layer]
+        reached = [call.node for call, gradient in zip(of_layer, pulled, strict=True) if gradient is not None]
         rows = {node.shape[0] for node in reached}
         if not reached:
             reasons[name] = (
@@ -26,6 +27,8 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
                 "under torch.no_grad(), as TorchScript or in a checkpoint with use_reentrant=True, or does not use it. "
                 "Choose another layer with layers=."
             )
+        elif not all(gradient is None or bool(gradient.isfinite().all()) for gradient in pulled):
+            raise BatchError(f"Layer '{name}': {NOT_FINITE}")
         elif rows != {len(logits)}:
             reasons[name] = (
                 f"it runs on {max(rows)} rows for {len(logits)} samples (windows or tokens folded into the batch, or a "
@@ -43,9 +46,19 @@ def find_mixing_layer(calls: Calls, logits: Tensor, masks: Iterable[Tensor]) -> 
     for mask in masks:
         pulled = iter(pull_back(logits, nodes_of(calls), random_like(logits) * mask.to(logits)[:, None]))
         for name, of_layer in calls.items():
-            if any(bool(next(pulled)[~mask].any()) for _ in of_layer):
+            of_others = [next(pulled)[~mask] for _ in of_layer]
+            if any(bool(gradient.any()) for gradient in of_others):
+                if not all(bool(gradient.isfinite().all()) for gradient in of_others):
+                    raise BatchError(f"Layer '{name}': {NOT_FINITE}")
                 return name
     return None
+
+
+NOT_FINITE = (
+    "a derivative of the logits with respect to its output is not finite (NaN or infinity), so there is no Hessian. "
+    "Something after it has no derivative at the values it gets, such as a square root or norm at zero, or acos at 1. "
+    "Add an epsilon there, e.g. (x + 1e-12).sqrt(), or leave such samples out."
+)
 
 
 SAMPLES_MIX = (

@@ -89,3 +89,40 @@ def test_a_layer_that_fails_the_closed_form_late_may_not_mix_samples_either(monk
     assert lf.measure_flatness(net, [(x, LABELS), (x, LABELS)], layers="conv").layers["conv"].method == "closed_form"
     with pytest.raises(lf.LayerSelectionError, match="'conv'.*depend on other samples"):
         lf.measure_flatness(net, [(x, LABELS), (later, LABELS)], layers="conv")
+
+
+NOT_FINITE = {
+    "root": lambda h: h.square().sum(1, keepdim=True).sqrt(),
+    "power": lambda h: h.square().sum(1, keepdim=True) ** 0.5,
+    "arc cosine": lambda h: (1 - h.square()).acos(),
+    "logarithm": lambda h: torch.where(h == 0, h, h.abs().log()),
+}
+
+
+@pytest.mark.parametrize("later", [0, 1, 2])
+@pytest.mark.parametrize("head", NOT_FINITE.values(), ids=NOT_FINITE)
+def test_derivatives_that_are_not_finite_are_named(head, later):
+    net = linear_net(lambda net, x: net.c(net.a(x) + head(net.b(x) / 100)))
+    nn.init.zeros_(net.b.bias)
+    zero = VECTORS.clone()
+    zero[3] = 0
+    batches = [(VECTORS, LABELS)] * later + [(zero, LABELS)]
+    calls = {
+        "layers": lambda: lf.measure_flatness(net, batches, layers="b"),
+        "all": lambda: lf.measure_flatness(net, batches, layers="all"),
+        "eigenvalues": lambda: lf.measure_lambda_max(net, batches, layers="b"),
+        "spectrum": lambda: lf.hessian_spectrum(net, batches, top_k=1, num_steps=3, num_probes=1),
+    }
+    for call in calls.values():
+        with pytest.raises(lf.BatchError, match="derivative.*(not finite|NaN or infinite).*Add an epsilon"):
+            call()
+
+
+def test_derivatives_that_are_not_finite_under_the_closed_form():
+    net = PooledNet(tail=Apply(lambda x: (x * x).sqrt()))
+    nn.init.zeros_(net.conv.bias)
+    zero = X.clone()
+    zero[2] = 0
+    for batches in ([(zero.double(), Y)], [(X.double(), Y), (zero.double(), Y)]):
+        with pytest.raises(lf.BatchError, match="'conv'.*derivative.*not finite.*epsilon"):
+            lf.measure_flatness(net.double(), batches)
