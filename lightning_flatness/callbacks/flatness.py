@@ -183,7 +183,7 @@ class FlatnessCallback(MeasuringCallback):
         self._certified = (measurement.layers, measurement.left_out) if measurement.layers else None
 
     def _new_measurement(self, pl_module: LightningModule) -> Measurement:
-        return Measurement(find_network(pl_module, self.model), **self._options)
+        return Measurement(find_network(pl_module, self.model), sync=True, **self._options)
 
     def _warn_no_validation(self) -> None:
         rank_zero_warn(

@@ -198,7 +198,7 @@ class LandscapeCallback(EpochEndCallback):
         for options in self._options.values():
             # Compute two points along a random axis, which can be drawn before training.
             trial = replace(options, axes=["random"], span=1.0, steps=2, update="add", biases="scaled")
-            landscape_of(network, batches, trial, progress=False)
+            landscape_of(network, batches, trial, sync=True, progress=False)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
         plane: dict[str, Any] = {}
@@ -210,7 +210,7 @@ class LandscapeCallback(EpochEndCallback):
         for name, options in self._options.items():
             try:
                 options = replace(options, **plane)
-                result = landscape_of(network, batches, options, optimizer=optimizer, progress=progress)
+                result = landscape_of(network, batches, options, optimizer=optimizer, sync=True, progress=progress)
             except LandscapeError as error:
                 self.results[name] = error.result
                 raise

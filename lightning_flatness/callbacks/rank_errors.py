@@ -55,7 +55,7 @@ class RankErrors:
         All ranks must call this method, since it communicates. The message contains ``where``, the point in training,
         and the first rank that failed.
         """
-        messages = gather(self.pending)
+        messages = gather(self.pending, sync=True)
         self.pending = None
         failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
         if not failed:

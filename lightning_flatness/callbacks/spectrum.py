@@ -138,10 +138,10 @@ class SpectrumCallback(EpochEndCallback):
 
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
         one_product = replace(self._options, top_k=0, num_steps=1, num_probes=1)
-        spectrum_of(network, batches, one_product, progress=False)
+        spectrum_of(network, batches, one_product, progress=False, sync=True)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        result = self.result = spectrum_of(network, batches, self._options, progress)
+        result = self.result = spectrum_of(network, batches, self._options, progress, sync=True)
         values = result.eigenvalues.tolist()
         return {
             **({"lambda_max": values[0]} if values else {}),

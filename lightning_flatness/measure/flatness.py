@@ -25,13 +25,17 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo,
 
 
 class Measurement:
-    """One measurement in progress: an observer of the model, and the sums over samples for every layer."""
+    """One measurement in progress: an observer of the model, and the sums over samples for every layer.
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
+    With ``sync``, all ranks report together.
+    """
+
+    def __init__(self, model: nn.Module, *, sync: bool = False, **options: Any) -> None:
         seed = options.get("seed", 0)
         self._diagonal = Options(**options).diagonal  # raises an error for invalid options
         # Every rank has its own seed: variances may be summed over ranks only if their probes are independent.
-        self._observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank()})
+        self._observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank(sync)})
+        self._sync = sync
         self._model = model
         self._sums: dict[str, LayerSums] = {}
 
@@ -86,12 +90,13 @@ class Measurement:
         return metric
 
     def report(self) -> FlatnessReport:
-        """Return the flatness over all batches so far of all ranks.
+        """Return the flatness over all batches so far; with ``sync``, over those of all ranks.
 
-        Call it on every rank, also on a rank without batches. A label (a reason why a layer's numbers are not exact)
-        that any rank has given is in the report of all ranks.
+        With ``sync``, call it on every rank, also on a rank without batches. A label (a reason why a layer's numbers
+        are not exact) that any rank has given is in the report of all ranks.
         """
-        found = [(layers, left_out) for layers, left_out in gather((self.layers, self.left_out)) if layers]
+        ranks = gather((self.layers, self.left_out), self._sync)
+        found = [(layers, left_out) for layers, left_out in ranks if layers]
         if not found:
             raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
         for layers, left_out in found:
@@ -108,7 +113,7 @@ class Measurement:
 
     def _layer(self, info: LayerInfo) -> LayerFlatness:
         metric = self._metric(info)
-        with metric.sync_context():
+        with metric.sync_context(should_sync=self._sync):
             means = metric.means()
             measures = {key: float(value) for key, value in measures_of(*means).items()}
             block_traces, gram = (mean.cpu() for mean in means)
@@ -141,15 +146,14 @@ def measure_flatness(
     seed: int = 0,
     strict: bool = False,
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+    sync: bool = False,
     progress: bool | None = None,
 ) -> FlatnessReport:
     """Measure the flatness of convolutions and linear layers over all batches.
 
     Numbers are exact where that is certified; otherwise they are labelled. The model is measured in evaluation mode,
     and its weights, gradients, buffers, modes and random states are left as they were. Batches may have different
-    sizes, and every sample has the same weight. In a process group of ``torch.distributed``, every rank passes its own
-    batches, or none, and gets the flatness over the batches of all ranks: call the function on every rank or on none.
-    (If one rank raises an error, the other ranks keep waiting, as with any collective.)
+    sizes, and every sample has the same weight.
 
     Args:
         model: any module that returns logits ``(N, K)``.
@@ -175,6 +179,9 @@ def measure_flatness(
         strict: raise an error instead of returning numbers that are not those of the Hessian.
         dtype: ``"float32"`` or ``"float64"``, the precision in which copies of weights and batches run; by default the
             model's own, but at least float32. Sums are always kept in float64.
+        sync: sum over all ranks of a process group of ``torch.distributed``. Every rank then calls this function with
+            its own batches, or none, and gets the flatness over the batches of all ranks. (If one rank raises an error,
+            the others keep waiting, as with any collective.) By default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
 
     Returns:
@@ -199,6 +206,7 @@ def measure_flatness(
     """
     measurement = Measurement(
         model,
+        sync=sync,
         layers=layers,
         loss=loss,
         label_smoothing=label_smoothing,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +16,10 @@ from lightning_flatness.layers.operators import Operator, operators_of
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.ranks import gather, raise_on_all, sum_over_ranks
+from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.model.isolation import isolated
-from lightning_flatness.results import LayerLambdaMax
+from lightning_flatness.results import LayerInfo, LayerLambdaMax, merged
 
 
 def measure_lambda_max(
@@ -36,17 +38,20 @@ def measure_lambda_max(
     seed: int = 0,
     strict: bool = False,
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+    sync: bool = False,
 ) -> dict[str, LayerLambdaMax]:
     """Compute the largest eigenvalue of the Hessian of each layer's kernel, and its variants relative to the weights.
 
     The model runs once on every batch. The tensors that products with the Hessian need are kept, so memory grows with
-    the number of samples; some hundreds are advisable. In a process group, every rank measures only its own batches.
+    the number of samples; some hundreds are advisable.
 
     The iteration stops when residuals are at most ``tolerance`` times the eigenvalues, or after ``max_products``
     products with the Hessian. If more than ``max_gigabytes`` would be kept, an error is raised. ``by_filter`` also
     computes the largest eigenvalue of each filter's own block, for the neuron-wise variant. ``seed`` determines the
-    starting vectors. ``strict`` raises an error for layers of which only the Gauss-Newton matrix can be computed. The
-    other arguments, and the errors, are those of :func:`~lightning_flatness.measure_flatness`.
+    starting vectors. ``strict`` raises an error for layers of which only the Gauss-Newton matrix can be computed. With
+    ``sync``, the Hessian is that of the batches of all ranks of a process group: call this function on every rank then,
+    each with its own batches, or none; by default nothing communicates. The other arguments, and the errors, are those
+    of :func:`~lightning_flatness.measure_flatness`.
 
     Returns:
         A :class:`~lightning_flatness.LayerLambdaMax` for every layer, by name.
@@ -92,19 +97,25 @@ def measure_lambda_max(
         normalizer += certified.loss.normalizer
         num_samples += certified.loss.num_samples
 
-    with paired_batches(model, batches) as pairs:
-        for inputs, targets in pairs:
-            list(passes(inputs, targets, keep))
-    if not normalizer > 0:
-        raise BatchError("No sample was measured, so there are no eigenvalues. Is the data set empty?")
+    error: Exception | None = None
+    try:
+        with paired_batches(model, batches) as pairs:
+            for inputs, targets in pairs:
+                list(passes(inputs, targets, keep))
+    except Exception as caught:
+        error = caught
+    raise_on_all(error, sync)
+    own = _Measured(passes.known.infos if kernels else {}, kernels, normalizer, num_samples)
+    total = _together(gather(own, sync), model)
     found = {}
     with isolated(model):
-        for name, info in passes.known.infos.items():
-            hessian = _MeanHessian(name, kernels[name], operators[name], normalizer)
+        for name, info in total.infos.items():
+            kernel = total.kernels[name]
+            hessian = _MeanHessian(name, kernel, operators.get(name, []), total.normalizer, sync)
             generator, limits = torch.Generator().manual_seed(seed), (tolerance, max_products)
             whole = hessian.largest(False, generator, *limits)
             blocks = hessian.largest(True, generator, *limits).values if by_filter else None
-            square_norms, lambda_max = kernels[name].double().flatten(1).square().sum(1), float(whole.values)
+            square_norms, lambda_max = kernel.double().flatten(1).square().sum(1), float(whole.values)
             found[name] = LayerLambdaMax(
                 lambda_max=lambda_max,
                 residual_norm=float(whole.residuals),
@@ -112,20 +123,55 @@ def measure_lambda_max(
                 layerwise_lambda_max=float(square_norms.sum()) * lambda_max,
                 neuronwise_lambda_max=float("nan") if blocks is None else float((square_norms * blocks).sum()),
                 filter_lambda_max=None if blocks is None else blocks.cpu(),
-                num_samples=num_samples,
+                num_samples=total.num_samples,
                 info=info,
             )
     return found
 
 
 @dataclass(frozen=True)
+class _Measured:
+    """What one rank has measured: layers and kernels by name, and the number of its samples."""
+
+    infos: Mapping[str, LayerInfo]
+    kernels: Mapping[str, Tensor]
+    normalizer: float
+    num_samples: int
+
+
+def _together(ranks: Sequence[_Measured], model: nn.Module) -> _Measured:
+    """Return what all ranks have measured, with the kernels on the model's device."""
+    measured = [rank for rank in ranks if rank.num_samples]
+    normalizer = sum(rank.normalizer for rank in ranks)
+    if not normalizer > 0:
+        raise BatchError("No sample was measured, so there are no eigenvalues. Is the data set empty?")
+    for rank in measured:
+        different = sorted(rank.infos.keys() ^ measured[0].infos.keys())
+        if different:
+            raise BatchError(
+                f"Layer '{different[0]}' is measured on some ranks and not on others. Name the layers with layers=."
+            )
+    device = measuring_device(next(model.parameters()).device)
+    return _Measured(
+        {name: merged([rank.infos[name] for rank in measured]) for name in measured[0].infos},
+        {name: kernel.to(device) for name, kernel in measured[0].kernels.items()},
+        normalizer,
+        sum(rank.num_samples for rank in ranks),
+    )
+
+
+@dataclass(frozen=True)
 class _MeanHessian:
-    """The mean over samples of a layer's Hessian, as the sum of the operators kept for each batch."""
+    """The mean over samples of a layer's Hessian, as the sum of the operators kept for each batch of this rank.
+
+    With ``sync``, products are summed over ranks.
+    """
 
     name: str
     kernel: Tensor
     operators: Sequence[Operator]
     normalizer: float
+    sync: bool
 
     def largest(
         self, by_filter: bool, generator: torch.Generator, tolerance: float, max_products: int
@@ -137,14 +183,12 @@ class _MeanHessian:
 
         def product(vectors: Tensor) -> Tensor:
             v = vectors.reshape(self.kernel.shape).to(self.kernel.dtype)
-            total = torch.zeros_like(vectors)
-            for operator in self.operators:
-                total = total + operator(v, by_filter).double().reshape(vectors.shape) / self.normalizer
-            if not bool(total.isfinite().all()):
-                raise BatchError(
-                    f"A product with the Hessian of layer '{self.name}' is not finite: activations overflow, or a "
-                    "derivative is not finite (a square root or norm at zero? Add an epsilon there)."
-                )
-            return total
+            total, error = torch.zeros_like(vectors), None
+            try:
+                for operator in self.operators:
+                    total = total + operator(v, by_filter).double().reshape(vectors.shape) / self.normalizer
+            except Exception as caught:
+                error = caught
+            return sum_over_ranks(total.flatten(), error, self.sync).reshape(vectors.shape)
 
         return largest_eigenvalues(product, start, tolerance, max_products)

@@ -48,14 +48,14 @@ def loss_landscape(
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
     chunk: int | None = None,
     resume: LandscapeResult | None = None,
+    sync: bool = False,
     progress: bool | None = None,
 ) -> LandscapeResult:
     """Compute mean loss and accuracy at ``w + Σ_i α_i d_i`` on a line or a plane through a model's weights ``w``.
 
     The model runs on copies, in evaluation mode, and is left as it was. Every sample has the same weight. Points are
     computed from the middle outwards. After an interrupt (Ctrl-C), the points computed so far are returned, and
-    ``resume=`` completes them. In a process group, every rank passes its own batches and gets the losses over the
-    batches of all ranks: call it on every rank or on none. ``docs/landscape.md`` has the formulas.
+    ``resume=`` completes them. ``docs/landscape.md`` has the formulas.
 
     Args:
         model: any module that returns logits ``(samples, classes)``.
@@ -81,7 +81,7 @@ def loss_landscape(
         frozen: names or glob patterns of parameters or modules that do not move.
         batch_norm: with ``"kept"``, BatchNorm uses the model's statistics at all points. With ``"recomputed"``,
             statistics are computed anew at every point from these batches, with equal weights, as torch does with
-            ``momentum=None``; on several ranks, from each rank's own batches.
+            ``momentum=None``; with ``sync``, from each rank's own batches.
         loss: as for :func:`~lightning_flatness.measure_flatness`.
         label_smoothing: label smoothing of cross-entropy.
         class_weight: class weights of cross-entropy.
@@ -92,6 +92,8 @@ def loss_landscape(
         chunk: number of points that ``torch.func.vmap`` computes at once, if it supports the model; by default 16 if
             forward passes are cheap, otherwise 1.
         resume: an earlier result of the same call that is not ``complete``.
+        sync: compute the losses over the batches of all ranks of a process group: call this function on every rank
+            then, each with its own batches, or none. By default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
 
     Returns:
@@ -113,7 +115,7 @@ def loss_landscape(
         (torch.Size([5, 5]), True)
     """
     options = of_arguments(LandscapeOptions, locals())
-    return landscape_of(model, batches, options, optimizer=optimizer, resume=resume, progress=progress)
+    return landscape_of(model, batches, options, optimizer=optimizer, resume=resume, sync=sync, progress=progress)
 
 
 def landscape_of(
@@ -123,11 +125,12 @@ def landscape_of(
     *,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     resume: LandscapeResult | None = None,
+    sync: bool,
     progress: bool | None = None,
 ) -> LandscapeResult:
     """Compute what :func:`loss_landscape` returns, from options that have been checked."""
     tensors, precision = NamedTensors(model), options.measuring_dtype
-    repeated = RepeatedBatches(model, batches, options.loss_function)
+    repeated = RepeatedBatches(model, batches, options.loss_function, sync)
     frozen = tensors.frozen(options.frozen)
     with isolated(model), torch.no_grad():
         names = set(tensors.first_names.values())
@@ -139,7 +142,7 @@ def landscape_of(
             weights,
             frozen,
             optimizer=optimizer,
-            eigenvectors=lambda number: _eigenvectors(model, batches, options, moving, number),
+            eigenvectors=lambda number: _eigenvectors(model, batches, options, moving, number, sync),
         )
         points = Points(model, tensors, axes.directions, axes.epsilons, precision)
         origin = repeated.at_origin(points)
@@ -175,14 +178,14 @@ def landscape_of(
             result = resumed(result, resume)
         result = completed(result, points, repeated, origin, options.chunk, progress)
     odd = int((result.computed & ~result.losses.isfinite()).sum())
-    if odd and own_rank() == 0:
+    if odd and own_rank(sync) == 0:
         # The user called loss_landscape, which called this function.
         warnings.warn(f"{odd} of {result.losses.numel()} points of the landscape have no finite loss.", stacklevel=3)
     return result
 
 
 def _eigenvectors(
-    model: nn.Module, batches: Iterable[Any], options: LandscapeOptions, params: Sequence[str], number: int
+    model: nn.Module, batches: Iterable[Any], options: LandscapeOptions, params: Sequence[str], number: int, sync: bool
 ) -> list[Direction]:
     """Return ``number`` eigenvectors of the largest eigenvalues of the Hessian with respect to ``params``."""
     of_spectrum = SpectrumOptions(
@@ -194,8 +197,8 @@ def _eigenvectors(
         num_steps=1,
         num_probes=1,
     )
-    spectrum = spectrum_of(model, batches, of_spectrum, progress=False)
-    if not spectrum.converged and own_rank() == 0:
+    spectrum = spectrum_of(model, batches, of_spectrum, progress=False, sync=sync)
+    if not spectrum.converged and own_rank(sync) == 0:
         # The user called loss_landscape, which called landscape_of, find_axes, the lambda and this function.
         warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=6)
     if len(spectrum.eigenvalues) < number:

@@ -27,9 +27,9 @@ def completed(
 ) -> LandscapeResult:
     """Return the result with the losses at its missing points added.
 
-    This is a collective: call it on every rank. ``chunk`` points are computed at once; None chooses the number. After
-    an interrupt (Ctrl-C), the result has the points computed before. If a point fails on any rank, a ``LandscapeError``
-    is raised; its ``result`` has the points that all ranks have computed.
+    If ``batches`` has ``sync``, this is a collective: call it on every rank. ``chunk`` points are computed at once;
+    None chooses the number. After an interrupt (Ctrl-C), the result has the points computed before. If a point fails on
+    any rank, a ``LandscapeError`` is raised; its ``result`` has the points that all ranks have computed.
     """
     grid = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
     known = result.computed.flatten()
@@ -51,7 +51,7 @@ def completed(
             pass
         except Exception as error:
             failure = error
-    ranks = gather((sums, done))
+    ranks = gather((sums, done), batches.sync)
     new = torch.stack([done for _, done in ranks]).all(0)
     loss, correct = torch.stack([sums for sums, _ in ranks]).sum(0)
     losses = torch.where(new, loss / origin.sums.normalizer, result.losses.flatten())
@@ -65,7 +65,7 @@ def completed(
         accuracies=accuracies,
         computed=(known | new).reshape(result.computed.shape),
     )
-    failed = failed_ranks(failure)
+    failed = failed_ranks(failure, batches.sync)
     if failed:
         reasons = "; ".join(f"rank {rank}: {message}" for rank, message in failed.items())
         raise LandscapeError(

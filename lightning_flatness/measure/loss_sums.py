@@ -49,9 +49,9 @@ class LossSums:
 class Origin:
     """Results of a first pass over the batches at the model's own weights."""
 
-    sums: LossSums  # over all ranks
+    sums: LossSums  # with sync, over all ranks
     own: LossSums  # over the batches of this rank
-    batch_sizes: list[list[int]]  # of every rank
+    batch_sizes: list[list[int]]  # of every rank that measures
     num_samples: int  # samples of this rank, including those with ignored targets
     chunk: int  # number of points to compute at once
 
@@ -67,15 +67,19 @@ class Origin:
 
 
 class RepeatedBatches:
-    """Batches that are read in many passes, each with the same order and the same random numbers."""
+    """Batches that are read in many passes, each with the same order and the same random numbers.
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss) -> None:
+    With ``sync``, sums are those of all ranks.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, sync: bool) -> None:
         if not isinstance(batches, Iterable) or isinstance(batches, (Iterator, Tensor, dict, str)):
             raise FlatnessError(
                 f"batches is a {type(batches).__name__}; it must be read many times, so give a "
                 "list of (inputs, targets) or a DataLoader."
             )
         self._model, self._batches, self._loss = model, batches, loss
+        self.sync = sync
 
     def pairs(self) -> Generator[tuple[Any, Tensor]]:
         """Yield inputs and targets of every batch with samples. Closing the generator restores random states."""
@@ -87,7 +91,7 @@ class RepeatedBatches:
                     yield inputs, targets
 
     def at_origin(self, points: Points) -> Origin:
-        """Compute the sums at the model's own weights over all ranks. This is a collective: call it on every rank."""
+        """Compute the sums at the model's own weights. With ``sync`` this is a collective: call it on every rank."""
         own, failure, chunk = LossSums(), None, 1
         sizes: list[int] = []
         try:
@@ -101,8 +105,8 @@ class RepeatedBatches:
                 chunk = _worthwhile_chunk(points, first)
         except Exception as error:
             failure = error
-        raise_on_all(failure)
-        ranks = gather((own, sizes))
+        raise_on_all(failure, self.sync)
+        ranks = gather((own, sizes), self.sync)
         total = sum((sums for sums, _ in ranks), LossSums())
         if not total.normalizer > 0:
             raise BatchError(

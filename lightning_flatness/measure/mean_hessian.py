@@ -1,4 +1,4 @@
-"""Multiply the Hessian of the mean loss over all batches of all ranks with vectors."""
+"""Multiply the Hessian of the mean loss over all batches with vectors."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from lightning_flatness.model.hessian import LossCurvature
 class MeanHessian:
     """The Hessian (or Gauss-Newton matrix) of the mean loss, as a function that multiplies it with vectors ``(D,)``.
 
-    Every product reads all batches, with the same random numbers. It is a collective: call it on every rank. ``loss``
-    is the mean over samples, ``num_samples`` is their number on all ranks, ``num_products`` the number of products.
+    Every product reads all batches, with the same random numbers. With ``sync`` the batches of all ranks count, and a
+    product is a collective: call it on every rank. ``loss`` is the mean over samples, ``num_samples`` their number,
+    ``num_products`` the number of products.
     """
 
-    def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any]) -> None:
+    def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any], sync: bool) -> None:
         if isinstance(batches, Iterator):
             raise BatchError(
                 f"The batches are a {type(batches).__name__}, which can be read only once, and every product with the "
                 "Hessian reads them all. Give a DataLoader, or list(batches)."
             )
-        self._model, self._curvature, self._batches = model, curvature, batches
+        self._model, self._curvature, self._batches, self._sync = model, curvature, batches, sync
         self.num_products = 0
         self._sum, self._normalizer, samples = self._pass(None).tolist()
         if not self._normalizer > 0:
@@ -52,7 +53,7 @@ class MeanHessian:
         return mean.to(vector)
 
     def _pass(self, vector: Tensor | None) -> Tensor:
-        """Return ``[loss, normalizer, samples, product...]``, float64, summed over batches and ranks."""
+        """Return ``[loss, normalizer, samples, product...]``, float64: sums over batches, with ``sync`` over ranks."""
         error: Exception | None = None
         size = 0 if vector is None else self._curvature.size
         sums = torch.zeros(3 + size, dtype=torch.float64, device=self._curvature.device)
@@ -64,4 +65,4 @@ class MeanHessian:
                 sums[3:] = own.product
         except Exception as caught:
             error = caught
-        return sum_over_ranks(sums, error)
+        return sum_over_ranks(sums, error, self._sync)

@@ -71,6 +71,7 @@ def hessian_spectrum(
     max_products: int = 500,
     seed: int = 0,
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
+    sync: bool = False,
     progress: bool | None = None,
 ) -> SpectrumResult:
     """Compute largest eigenvalues, trace, spectral density and criteria of the Hessian of the mean loss.
@@ -78,8 +79,7 @@ def hessian_spectrum(
     The model is measured in evaluation mode and left as it was. Every product of the Hessian with a vector is a pass
     over all batches, in which every sample has the same weight. The density takes ``num_probes * num_steps`` products,
     the eigenvalues at most ``max_products + top_k``. Memory holds ``max(num_steps, 2 top_k + 20) + top_k`` vectors of
-    the length of all parameters, in the model's dtype; it does not grow with batches or probes. In a process group,
-    every rank passes its own batches, or none: call the function on every rank or on none.
+    the length of all parameters, in the model's dtype; it does not grow with batches or probes.
 
     Args:
         model: any module that returns logits ``(N, K)``.
@@ -102,6 +102,8 @@ def hessian_spectrum(
             False.
         seed: seed of the probes.
         dtype: precision in which the model runs, as for ``measure_flatness``.
+        sync: measure the batches of all ranks of a process group together: call this function on every rank then, each
+            with its own batches, or none. By default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
@@ -119,16 +121,16 @@ def hessian_spectrum(
         >>> result.eigenvalues, result.kind
         (tensor([9.0000, 1.0000], dtype=torch.float64), 'mainly positive')
     """
-    return spectrum_of(model, batches, of_arguments(SpectrumOptions, locals()), progress)
+    return spectrum_of(model, batches, of_arguments(SpectrumOptions, locals()), progress, sync)
 
 
 def spectrum_of(
-    model: nn.Module, batches: Iterable[Any], options: SpectrumOptions, progress: bool | None = None
+    model: nn.Module, batches: Iterable[Any], options: SpectrumOptions, progress: bool | None, sync: bool
 ) -> SpectrumResult:
     """Compute what :func:`hessian_spectrum` returns, from options that have been checked."""
     with random_states_kept(model), differentiable(model), torch.no_grad():
         curvature = LossCurvature(model, options.loss_function, options.params, options.matrix, options.measuring_dtype)
-        hessian = MeanHessian(model, curvature, batches)
+        hessian = MeanHessian(model, curvature, batches, sync)
         size, rounding = curvature.size, torch.finfo(curvature.dtype).eps
         top_k, num_steps = min(options.top_k, size), min(options.num_steps, size)
         rows = min(max(num_steps, 2 * top_k + 20), size)

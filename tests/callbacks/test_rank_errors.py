@@ -159,7 +159,7 @@ def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
         with errors.kept(num_ranks=2):
             raise ValueError(message)
     assert errors.pending
-    monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own: [None, own])
+    monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own, sync: [None, own])
     if on_error == "raise":
         with pytest.raises(lf.FlatnessError, match="failed at epoch 3 on rank 1: ValueError: the first"):
             errors.settle("epoch 3")
@@ -169,11 +169,11 @@ def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
     assert not errors.pending
 
 
-@guards("callbacks/rank_errors.py", "gather(self.pending)", "[self.pending]")
+@guards("callbacks/rank_errors.py", "gather(self.pending, sync=True)", "[self.pending]")
 @guards("callbacks/rank_errors.py", 'if self._on_error == "raise":', "if True:", ids="warn")
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_an_error_of_another_rank_counts(monkeypatch, on_error):
-    monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own: [own, "no memory"])
+    monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own, sync: [own, "no memory"])
     if on_error == "raise":
         with pytest.raises(lf.FlatnessError, match="on rank 1: no memory"):
             RankErrors(on_error).settle("epoch 3")

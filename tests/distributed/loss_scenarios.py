@@ -28,7 +28,7 @@ KINDS = {
 def measured(kind, batches, **options):
     torch.manual_seed(0)
     measure, usual, names = KINDS[kind]
-    result = measure(ConvNet().double(), batches, **{**usual, **options})
+    result = measure(ConvNet().double(), batches, **{**usual, "sync": True, **options})
     return {name: getattr(result, name) for name in names}
 
 

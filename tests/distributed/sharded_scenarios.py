@@ -62,5 +62,5 @@ def plain_data_parallel():
     """Every rank gives its own samples, and gets the flatness over all."""
     distributed.init_process_group("gloo")
     net = nn.parallel.DistributedDataParallel(Net())
-    report = lf.measure_flatness(net, [(x.double(), y) for x, y in batches()], dtype="float64")
+    report = lf.measure_flatness(net, [(x.double(), y) for x, y in batches()], dtype="float64", sync=True)
     return list(report.layers), report.num_samples, report.relative_flatness

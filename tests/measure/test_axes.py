@@ -181,7 +181,7 @@ def test_hessian_axes_are_eigenvectors():
 def test_eigenvectors_that_have_not_converged(monkeypatch, rank):
     spectrum = replace(lf.hessian_spectrum(net(), BATCHES, num_steps=1, num_probes=1), converged=False)
     monkeypatch.setattr(landscape, "spectrum_of", lambda *_, **__: spectrum)
-    monkeypatch.setattr(landscape, "own_rank", lambda: rank)
+    monkeypatch.setattr(landscape, "own_rank", lambda sync: rank)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lf.loss_landscape(net(), BATCHES, axes=["hessian"], steps=3)

@@ -48,8 +48,8 @@ def on_two_ranks(monkeypatch, net):
             return super().sync_context(dist_sync_fn, **kwargs)
 
     monkeypatch.setattr(flatness, "FlatnessMetric", RankMetric)
-    measurements = [Measurement(net), Measurement(net)]
-    monkeypatch.setattr(flatness, "gather", lambda own: [(rank.layers, rank.left_out) for rank in measurements])
+    measurements = [Measurement(net, sync=True), Measurement(net, sync=True)]
+    monkeypatch.setattr(flatness, "gather", lambda own, sync: [(rank.layers, rank.left_out) for rank in measurements])
 
     made, own = {}, Measurement._metric
 
@@ -73,7 +73,7 @@ def assert_same_layer(found, expected):
 
 
 @guards("measure/flatness.py", "if info.name in self._sums:", "if True:")
-@guards("measure/flatness.py", "gather((self.layers, self.left_out))", "[(self.layers, self.left_out)]")
+@guards("measure/flatness.py", "gather((self.layers, self.left_out), self._sync)", "[(self.layers, self.left_out)]")
 def test_a_rank_without_batches_reports_the_whole(monkeypatch):
     net, x, y = small_network(), *data()
     whole = lf.measure_flatness(net, [(x, y)])
@@ -90,7 +90,7 @@ def test_what_one_rank_has_labelled_is_labelled_on_all(monkeypatch):
         rank.update(x, y)
     labelled = replace(measurements[1].layers["0"], exact=False, method="gauss_newton", reason="of rank 1")
     found = [({"0": measurements[0].layers["0"]}, {}), ({"0": labelled}, {})]
-    monkeypatch.setattr(flatness, "gather", lambda own: found)
+    monkeypatch.setattr(flatness, "gather", lambda own, sync: found)
     assert measurements[0].report().layers["0"].info.reason == "of rank 1"
 
 
@@ -101,7 +101,7 @@ def test_ranks_that_measure_other_layers_are_refused(monkeypatch):
     for rank in measurements:
         rank.update(x, y)
     found = [({"0": measurements[0].layers["0"]}, {"4": "for a reason"}), ({"0": None, "4": None}, {})]
-    monkeypatch.setattr(flatness, "gather", lambda own: found)
+    monkeypatch.setattr(flatness, "gather", lambda own, sync: found)
     with pytest.raises(lf.BatchError, match=r"'4' is measured on some ranks and not on others \(for a reason\)"):
         measurements[0].report()
 
