@@ -1,4 +1,4 @@
-"""Find and restore random generators that a data set or a model holds in its attributes."""
+"""Find, restore and seed random generators that a data set or a model holds in its attributes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,17 @@ def generators_kept(owner: Any) -> Iterator[None]:
     finally:
         for put_back in restore:
             put_back()
+
+
+def seed_generators(owner: Any, seed: int) -> None:
+    """Seed all generators that an object holds."""
+    for generator in _generators(owner):
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        elif hasattr(generator, "bit_generator"):  # numpy.random.Generator
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        else:
+            generator.seed(seed)  # random.Random, numpy.random.RandomState
 
 
 def drawing(batches: Any) -> list[Any]:

@@ -171,7 +171,7 @@ def test_network_that_holds_modules_of_python(tmp_path):
     assert_without_trace(tmp_path, lambda: Classifier(Holding()), "val")
 
 
-@guards("callbacks/data/subset.py", "if reads_in_order(loader) else", "if False else")
+@guards("callbacks/data/sampled.py", "if is_ordered else indices, loader)", "if False else indices, loader)")
 @pytest.mark.parametrize("options", [{"overfit_batches": 2}, {"limit_train_batches": 2}], ids=str)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_training_data_that_is_never_trained_on_is_not_measured(tmp_path, options, shuffle):

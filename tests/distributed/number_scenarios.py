@@ -1,5 +1,7 @@
 """What every rank logs; the test measures the same weights in one process, every sample once."""
 
+import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,10 +32,23 @@ class Backwards(Sampler):
         self.data = data
 
     def __iter__(self):
-        return reversed(range(len(self.data)))
+        return reversed(self.data)
 
     def __len__(self):
         return len(self.data)
+
+
+class Share(Sampler):
+    """The user's own way to split some samples over ranks, in another order in every epoch."""
+
+    def __init__(self, kept):
+        self.kept = kept[rank() :: int(os.environ["WORLD_SIZE"])]
+
+    def __iter__(self):
+        return iter(random.sample(self.kept, len(self.kept)))
+
+    def __len__(self):
+        return len(self.kept)
 
 
 class OnRankZero(IterableDataset):
@@ -67,6 +82,10 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     net: type[nn.Module] = TwoLayerNet
     training_samples: int = 32
+    sampler: Callable[[], Any] | None = None
+
+
+FOLD = list(range(0, 27, 2))
 
 
 def both_sets():
@@ -111,6 +130,24 @@ CASES = {
     "training data, no validation": Case(
         lambda: None, lambda: dataset(27), {"data": "train"}, net=WithoutNorm, training_samples=27
     ),
+    "training data of a sampler": Case(
+        lambda: val(11),
+        lambda: Subset(dataset(27), FOLD),
+        {"data": "train"},
+        training_samples=27,
+        sampler=lambda: Backwards(FOLD),
+    ),
+    "training data of a list of indices": Case(
+        lambda: val(11), lambda: Subset(dataset(27), FOLD), {"data": "train"}, training_samples=27, sampler=lambda: FOLD
+    ),
+    "training data of the user's own shares": Case(
+        lambda: val(11),
+        lambda: Subset(dataset(27), FOLD),
+        {"data": "train"},
+        trainer={"use_distributed_sampler": False},
+        training_samples=27,
+        sampler=lambda: Share(FOLD),
+    ),
     # The test takes the samples that one process chooses.
     "part of the validation data": Case(lambda: val(22), lambda: dataset(22, 1), {"max_samples": 7}),
     "1 of the validation data": Case(lambda: val(22), lambda: dataset(22, 1), {"max_samples": 1}),
@@ -139,7 +176,8 @@ def fit(case):
     callback = KeepsReason(summary=False, **case.options)
     trainer = trainer_on_ranks(callback, precision="64-true", **case.trainer)
     module = Classifier(case.net())
-    trainer.fit(module, DataLoader(dataset(case.training_samples), 4, shuffle=True), case.loaders())
+    sampled = {"shuffle": True} if case.sampler is None else {"sampler": case.sampler()}
+    trainer.fit(module, DataLoader(dataset(case.training_samples), 4, **sampled), case.loaders())
     history = [{key: value for key, value in record.items() if key != "accuracy"} for record in callback.history]
     return {
         "logged": flatness_of(trainer),

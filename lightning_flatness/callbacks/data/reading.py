@@ -52,7 +52,7 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
     iterator: Iterator[Any] | None = None
     for index in count():
         with random_states_kept(model), generators_kept(drawing(batches)):
-            _seed(index)
+            seed_all(index)
             iterator = iter(batches) if iterator is None else iterator
             batch = next(iterator, iterator)
         if batch is iterator:
@@ -71,7 +71,8 @@ def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[An
         ) from error
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch (on the CPU), numpy and Python."""
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -101,7 +102,7 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """
     batch = trainer.precision_plugin.convert_input(batch)
     with random_states_kept(pl_module):
-        _seed(0)
+        seed_all(0)
         # The public method would skip the hooks of a DataModule.
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

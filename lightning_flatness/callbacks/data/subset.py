@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_flatness.callbacks.data.loaders import batch_size_of, described, is_indexed, reads_in_order, sampler_of
+from lightning_flatness.callbacks.data.loaders import described, is_indexed
 from lightning_flatness.callbacks.data.reading import batches_apart, own_loader, repeatable_batches
+from lightning_flatness.callbacks.data.sampled import samples_read
 from lightning_flatness.callbacks.data.stratified import choose, labels_of
 from lightning_flatness.errors import FlatnessError
 
@@ -29,7 +29,8 @@ class FixedSubset:
     batches is iterated directly, and random states are restored.
 
     ``max_samples`` is the size of the subset over all ranks. The subset is stratified by class, and chosen from the
-    samples before index ``first``. ``num_batches`` is the number of batches of this rank, infinite if it is not known.
+    samples that the loader's sampler does not leave out, each once, in epochs of ``num_read`` batches. With several
+    ranks this may be a collective. ``num_batches`` is the number of batches of this rank, infinite if it is not known.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.arange(10.0))
@@ -39,12 +40,15 @@ class FixedSubset:
     """
 
     def __init__(
-        self, loader: Any, max_samples: int | None = None, rank: int = 0, num_ranks: int = 1, first: float = math.inf
+        self, loader: Any, max_samples: int | None = None, rank: int = 0, num_ranks: int = 1, num_read: float = math.inf
     ) -> None:
         self._rank, self._num_ranks = rank, num_ranks
         self._is_indexed = is_indexed(loader)
         if self._is_indexed:
-            indices = _chosen(loader, max_samples, first)[rank::num_ranks]
+            read = samples_read(loader, num_read, num_ranks)
+            labels = labels_of(loader.dataset)
+            number = len(read) if max_samples is None else max_samples
+            indices = read[choose(len(read), number, None if labels is None else labels[read])][rank::num_ranks]
             self._loader: Any = own_loader(loader, indices.tolist())
             self.num_batches: float = len(self._loader)
             return
@@ -64,27 +68,12 @@ class FixedSubset:
         return islice(batches_apart(self._loader, model), self._rank, None, self._num_ranks)
 
 
-def _chosen(loader: Any, max_samples: int | None, first: float) -> torch.Tensor:
-    """Return the chosen indices into the data set of a loader, ``(samples,)``, in the order of the sampler."""
-    # A sampler may exclude samples (SubsetRandomSampler). Lightning's DistributedSampler wraps the user's sampler.
-    sampler = sampler_of(loader)
-    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
-    indices = getattr(sampler, "indices", None)
-    allowed = torch.arange(len(loader.dataset), device="cpu")
-    if indices is not None:
-        allowed = torch.tensor(list(indices), dtype=torch.long, device="cpu")
-    allowed = allowed[: int(min(first, len(allowed)))]
-    labels = labels_of(loader.dataset)
-    number = len(allowed) if max_samples is None else max_samples
-    return allowed[choose(len(allowed), number, None if labels is None else labels[allowed])]
-
-
 def training_subset(
     loader: Any, max_samples: int | None, rank: int, num_ranks: int, num_batches: float = math.inf
 ) -> FixedSubset:
     """Return a fixed subset of the training data, by default of 4,096 samples.
 
-    Without shuffling, samples after the first ``num_batches`` batches are never trained on, so they are not chosen.
+    Every epoch trains on ``num_batches`` batches of this rank. Samples that no epoch trains on are not chosen.
     """
     if not is_indexed(loader):
         raise FlatnessError(
@@ -92,5 +81,4 @@ def training_subset(
             f"DataLoader over a data set with __getitem__ and __len__; the Trainer has a {described(loader)}. Use "
             "data='val', or data= with a loader of your own."
         )
-    first = num_batches * (batch_size_of(loader) or 1) * num_ranks if reads_in_order(loader) else math.inf
-    return FixedSubset(loader, max_samples or DEFAULT_TRAINING_SAMPLES, rank, num_ranks, first)
+    return FixedSubset(loader, max_samples or DEFAULT_TRAINING_SAMPLES, rank, num_ranks, num_batches)

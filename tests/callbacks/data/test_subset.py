@@ -55,7 +55,7 @@ def batches_of(subset):
     return list(subset.batches(Net()))
 
 
-@guards("callbacks/data/reading.py", "_seed(index)", "pass", ids="0")
+@guards("callbacks/data/reading.py", "seed_all(index)", "pass", ids="0")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_random_transforms_draw_the_same_in_every_epoch(workers):
     loader = DataLoader(Augmented(dataset(12)), batch_size=4, shuffle=True, num_workers=workers)
@@ -76,7 +76,7 @@ def test_training_data_with_random_transforms(tmp_path):
     assert recorder.flatness()[-1] == pytest.approx(expected(recorder.nets[-1], batches), rel=1e-6)
 
 
-@guards("callbacks/data/subset.py", 'getattr(sampler, "indices", None)', "None", ids="sampler")
+@guards("callbacks/data/sampled.py", "sampler.indices, sampler)", "range(32), sampler)", ids="sampler")
 @pytest.mark.parametrize("batched", [False, True], ids=["sampler", "batch_sampler"])
 def test_samples_that_a_sampler_leaves_out_are_not_measured(tmp_path, batched):
     data, kept = dataset(32), list(range(0, 32, 3))
