@@ -9,17 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.averaging import (
+    call_again_after_others,
+    call_once,
+    have_changed,
+    is_called_again,
+    leaves_averages,
+    warn_of_initial_weights,
+    weights_sample,
+)
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData
-from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_weight_averaging
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.logged import log
 from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError, LandscapeError
+from lightning_flatness.measure.ranks import gather
 
 DEFAULT_SAMPLES = 512
 
@@ -29,8 +39,9 @@ class EpochEndCallback(MeasuringCallback):
 
     The end of an epoch is the right time for two reasons: all ranks reach it, even without validation data, and
     Lightning's weight averaging has not swapped in averaged weights yet. At the end of the fit the callback measures
-    the final weights. Samples stay in memory during a measurement, which iterates over them many times. ``arguments``
-    are the remaining arguments of :class:`MeasuringCallback`.
+    the weights that the fit leaves, after all other callbacks have had their turn to change them. Samples stay in
+    memory during a measurement, which iterates over them many times. ``arguments`` are the remaining arguments of
+    :class:`MeasuringCallback`.
     """
 
     def __init__(
@@ -48,6 +59,7 @@ class EpochEndCallback(MeasuringCallback):
         check_whole(f"{name}: every_n_epochs", every_n_epochs, least=1, or_none=True)
         self.every_n_epochs = every_n_epochs
         self.folder = folder
+        self._measured: Mapping[str, Tensor] | None = None  # a sample of the weights that were measured last
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether to measure after this epoch. Override it for another schedule, the same on all ranks."""
@@ -88,7 +100,7 @@ class EpochEndCallback(MeasuringCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history, and raise errors or warn of problems that can be found before training."""
-        self._warn_averaged_later(trainer)
+        self._measured = None
         self._warn_monitored_earlier(trainer)
         super().on_fit_start(trainer, pl_module)
         with self._measuring(trainer, pl_module):
@@ -119,13 +131,44 @@ class EpochEndCallback(MeasuringCallback):
             log(pl_module, self.prefix, {key: value for key, value in values if f"{self.prefix}/{key}" not in known})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, unless they were measured after the last epoch, and draw the history."""
+        """Measure the final weights, unless they were measured after the last epoch, and draw the history.
+
+        Other callbacks may change the weights in this hook, so the callback waits until they have done so.
+        """
+        if call_again_after_others(trainer, self, MeasuringCallback):
+            return
+        warn_of_initial_weights(trainer, self._name)
         is_done = bool(self.history) and self.history[-1]["step"] == trainer.global_step
+        is_done = is_done and not any(gather(self._have_changed(pl_module), sync=True))
         if not self._has_data(trainer):
             rank_zero_warn(f"{self._name}(data='val') has measured nothing, as there was no validation in this fit.")
-        elif (not is_done or self._is_averaged(trainer)) and self._is_ready(final=True):
+        elif not is_done and self._is_ready(final=True):
             self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
         self._draw_run(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the weights have changed after the measurement at the end of the fit."""
+        is_late = self._measured is not None and self._have_changed(pl_module)
+        if is_late or is_called_again(trainer, self):
+            rank_zero_warn(
+                f"The final result of {self._name} is not that of the weights that the fit leaves, which have changed "
+                f"since. Change them in on_train_end of a callback, and list {self._name} after it."
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop an unfinished measurement, also one that is still to come."""
+        super().on_exception(trainer, pl_module, exception)
+        call_once(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release the data, the model and the sample of its weights."""
+        super().teardown(trainer, pl_module, stage)
+        self._measured = None
+        call_once(trainer, self)
+
+    def _have_changed(self, pl_module: LightningModule) -> bool:
+        """Return whether the weights are not those that were measured last."""
+        return self._measured is None or have_changed(self._measured, find_network(pl_module, self.model))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, final: bool) -> None:
         where = "the end of the fit" if final else f"epoch {epoch}"
@@ -134,16 +177,17 @@ class EpochEndCallback(MeasuringCallback):
             batches = list(self._source(trainer, pl_module).rest())
         if not self._errors.settle(where):  # all ranks must agree before a computation that communicates
             return
-        is_averaged = final and self._is_averaged(trainer)
-        name = f"epoch={epoch}-step={trainer.global_step}{'-averaged' if is_averaged else ''}"
+        name = f"epoch={epoch}-step={trainer.global_step}{self._suffix(trainer) if final else ''}"
         record: Record = {"epoch": epoch, "step": trainer.global_step}
         with self._measuring(trainer, pl_module):
             progress = None if final and trainer.is_global_zero else False
+            network = find_network(pl_module, self.model)
             try:
-                record |= self._compute(trainer, find_network(pl_module, self.model), batches, progress)
+                record |= self._compute(trainer, network, batches, progress)
             except LandscapeError:  # raised on all ranks
                 self._write_files(trainer, name, where)
                 raise
+            self._measured = weights_sample(network)
         if not self._errors.settle(where):
             return
         self.history.append(record)
@@ -194,19 +238,13 @@ class EpochEndCallback(MeasuringCallback):
             wanted = replace(wanted, data=loaders[0])
         return SeparateData(trainer, pl_module, wanted)
 
-    def _is_averaged(self, trainer: Trainer) -> bool:
-        """Return whether Lightning loads averaged weights at the end of the fit before it calls this callback."""
+    def _suffix(self, trainer: Trainer) -> str:
+        """Return what the file names of the end of the fit have more than those of the last epoch."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        return any(map(is_weight_averaging, callbacks[: callbacks.index(self)]))
-
-    def _warn_averaged_later(self, trainer: Trainer) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(map(is_weight_averaging, callbacks)) and not self._is_averaged(trainer):
-            rank_zero_warn(
-                f"WeightAveraging comes after {self._name}, which measures the trained weights at the end of the fit, "
-                f"not the averaged weights that the fit returns. To measure those, list "
-                f"{self._name} after WeightAveraging."
-            )
+        if any(map(leaves_averages, callbacks)):
+            return "-averaged"
+        is_second = bool(self.history) and self.history[-1]["step"] == trainer.global_step
+        return "-final" if is_second else ""
 
     def _warn_monitored_earlier(self, trainer: Trainer) -> None:
         """Warn if a callback such as ModelCheckpoint would read a value before this callback logs the value."""

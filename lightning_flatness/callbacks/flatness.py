@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.averaging import warn_of_initial_weights
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData, ValidationBatches, first_samples
@@ -288,6 +289,7 @@ class FlatnessCallback(MeasuringCallback):
         self._running = self._awaits_accuracy = None
         if not self.is_due(trainer):
             return
+        warn_of_initial_weights(trainer, self._name)
         if self._data_name == "train" and trainer.state.fn != "fit":
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return

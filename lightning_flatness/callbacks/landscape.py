@@ -35,8 +35,9 @@ class LandscapeCallback(EpochEndCallback):
     landscape, and the points computed so far are kept.
 
     Training with this callback is bit-identical to training without it. The origin of a landscape is at the present
-    weights, at the end of the fit at the final weights. These are averaged weights if Lightning's ``WeightAveraging``
-    is listed before this callback.
+    weights, at the end of the fit at the weights that the fit leaves. These are averaged weights if a callback such as
+    Lightning's ``StochasticWeightAveraging`` or ``WeightAveraging`` puts them into the network when training ends, in
+    whatever order the callbacks are listed.
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import EarlyStopping
+    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 else:
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.callbacks import EarlyStopping
+    from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
 
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
 MODULES = tuple(f"{root}.core.module.LightningModule" for root in ROOTS)
@@ -19,12 +19,12 @@ MODULES = tuple(f"{root}.core.module.LightningModule" for root in ROOTS)
 __all__ = [
     "ROOTS",
     "Callback",
+    "Checkpoint",
     "EarlyStopping",
     "LightningModule",
     "Trainer",
     "is_lightning_module",
     "is_overridden",
-    "is_weight_averaging",
 ]
 
 
@@ -42,8 +42,3 @@ def is_overridden(method: str, module: LightningModule) -> bool:
     """Return whether a LightningModule of either package overrides a method."""
     base = next(base for base in type(module).__mro__ if f"{base.__module__}.{base.__name__}" in MODULES)
     return getattr(type(module), method) is not getattr(base, method)
-
-
-def is_weight_averaging(callback: Any) -> bool:
-    """Return whether a callback is Lightning's ``WeightAveraging`` of either package, or a subclass."""
-    return any(base.__name__ == "WeightAveraging" for base in type(callback).__mro__)

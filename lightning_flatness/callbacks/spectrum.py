@@ -30,8 +30,9 @@ class SpectrumCallback(EpochEndCallback):
     and the eigenvalues over the epochs. Every result is written to a file ``epoch=...-step=....npz``, which
     :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
 
-    Training with this callback is bit-identical to training without it. At the end of the fit it measures the final
-    weights. These are averaged weights if Lightning's ``WeightAveraging`` is listed before this callback.
+    Training with this callback is bit-identical to training without it. At the end of the fit it measures the weights
+    that the fit leaves. These are averaged weights if a callback such as Lightning's ``StochasticWeightAveraging`` or
+    ``WeightAveraging`` puts them into the network when training ends, in whatever order the callbacks are listed.
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate

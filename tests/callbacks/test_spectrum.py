@@ -128,7 +128,6 @@ def test_gradient_clipping_is_warned_of_once(tmp_path):
         fit(tmp_path, lf.SpectrumCallback(**TINY))
 
 
-@guards("callbacks/epoch_end.py", "(not is_done or self._is_averaged(trainer)) and", "not is_done and")
 @pytest.mark.skipif(not HAS_WEIGHT_AVERAGING, reason="this Lightning has no WeightAveraging")
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_averaging(tmp_path, first):
@@ -140,20 +139,16 @@ def test_weight_averaging(tmp_path, first):
 
     batch = dataset(8)[:]
     callback = lf.SpectrumCallback([batch], every_n_epochs=1, **TINY)
-    both = [averaged_weights(), callback] if first else [callback, averaged_weights()]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        module = Kept()
-        fit(tmp_path, *both, module=module)
-    assert any("list SpectrumCallback after" in str(warning.message) for warning in caught) != first
+    module = Kept()
+    fit(tmp_path, *([averaged_weights(), callback] if first else [callback, averaged_weights()]), module=module)
     other = Classifier()
     other.load_state_dict(trained)
     of_trained, of_left = (lf.hessian_spectrum(network, [batch], **TINY).trace for network in (other, module))
     assert abs(of_trained - of_left) > 1e-3
-    assert epochs(callback) == ([0, 1, 2, 2] if first else [0, 1, 2])
+    assert epochs(callback) == [0, 1, 2, 2]
     assert_close(callback.history[2]["trace"], of_trained)
-    assert_close(callback.history[-1]["trace"], of_left if first else of_trained)
-    assert bool(list((tmp_path / "spectrum").glob("*-averaged.npz"))) == first
+    assert_close(callback.history[-1]["trace"], of_left)
+    assert len(list((tmp_path / "spectrum").glob("*-averaged.npz"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_samples_that_are_trained_on(name):
     assert samples_read(loader, num_batches=2).tolist() == sorted(in_two_batches)
 
 
-@guards("callbacks/data/sampled.py", "with random_states_kept(nn.Identity()), ", "with ", ids="torch")
+@guards("callbacks/data/sampled.py", "with random_states_kept(nn.Identity()), ", "with ", ids="numpy")
 @guards("callbacks/data/sampled.py", ", generators_kept(drawing(loader)):", ":", ids="of the data")
 @guards("callbacks/data/sampled.py", "deepcopy(sampler, {id(loader.dataset): loader.dataset})", "sampler", ids="own")
 @pytest.mark.parametrize("how", DRAWS)

@@ -1,0 +1,91 @@
+"""Weights that other callbacks put into the network: averages, at validation and at the end of the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_flatness.callbacks.lightning_imports import Callback, Checkpoint, Trainer
+
+ENTRIES = 1000
+
+
+def leaves_averages(callback: Any) -> bool:
+    """Return whether a callback of Lightning puts averaged weights into the network at the end of the fit."""
+    names = {base.__name__ for base in type(callback).__mro__}
+    has_begun = getattr(callback, "n_averaged", None) is not None
+    return "WeightAveraging" in names or ("StochasticWeightAveraging" in names and has_begun)
+
+
+def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
+    """Warn if ``WeightAveraging`` puts averages into the network that it has never updated."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        # Lightning has no public name for the averages.
+        averages = getattr(callback, "_average_model", None)
+        number = getattr(averages, "n_averaged", None)
+        if leaves_averages(callback) and number is not None and not int(number) and trainer.global_step:
+            rank_zero_warn(
+                f"{type(callback).__name__} has not updated its averages yet, so it puts the initial weights into the "
+                f"network (Lightning issue 21724), and {name} measures these. Let the averages be updated earlier."
+            )
+
+
+def weights_sample(network: nn.Module) -> Mapping[str, Tensor]:
+    """Return copies of some entries of all parameters and buffers, which show if these have changed."""
+    named = [*network.named_parameters(), *network.named_buffers()]
+    entries = {name: tensor.detach().flatten() for name, tensor in named if tensor.is_floating_point()}
+    return {name: flat[:: max(1, len(flat) // ENTRIES)].cpu().double() for name, flat in entries.items()}
+
+
+def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:
+    """Return whether a network's weights are not those of a :func:`weights_sample`."""
+    now = weights_sample(network)
+    return sample.keys() != now.keys() or any(
+        value.shape != now[name].shape or not torch.allclose(value, now[name], rtol=0, atol=0, equal_nan=True)
+        for name, value in sample.items()
+    )
+
+
+def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> bool:
+    """Have Lightning call this callback's ``on_train_end`` again, after the last other callback that has this hook.
+
+    Return False if there is none, or in the second call. Checkpoints and callbacks of the class ``own`` do not count.
+    """
+    # Lightning calls the callbacks of this list in turn, also those that are added meanwhile.
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if is_called_again(trainer, callback):
+        call_once(trainer, callback)
+        return False
+    first = callbacks.index(callback) + 1
+    others = [
+        position for position, other in enumerate(callbacks) if _acts_at_the_end(other, own) and position >= first
+    ]
+    if others:
+        callbacks.insert(others[-1] + 1, callback)
+    return bool(others)
+
+
+def is_called_again(trainer: Trainer, callback: Callback) -> bool:
+    """Return whether a second call of this callback is still to come."""
+    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return sum(other is callback for other in callbacks) > 1
+
+
+def call_once(trainer: Trainer, callback: Callback) -> None:
+    """Remove the second entry of a callback from the Trainer's list."""
+    if is_called_again(trainer, callback):
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        first = callbacks.index(callback) + 1
+        # A new list, since Lightning may be iterating over the old one.
+        rest = [other for other in callbacks[first:] if other is not callback]
+        trainer.callbacks = callbacks[:first] + rest  # type: ignore[attr-defined]
+
+
+def _acts_at_the_end(callback: Any, own: type) -> bool:
+    hook = getattr(callback.on_train_end, "__func__", callback.on_train_end)
+    return not isinstance(callback, (Checkpoint, own)) and hook is not Callback.on_train_end
