@@ -105,7 +105,9 @@ def measure_lambda_max(
     except Exception as caught:
         error = caught
     raise_on_all(error, sync)
-    own = _Measured(passes.known.infos if kernels else {}, kernels, normalizer, num_samples)
+    own = _Measured(
+        passes.known.infos, {name: kernel.cpu() for name, kernel in kernels.items()}, normalizer, num_samples
+    )
     total = _together(gather(own, sync), model)
     found = {}
     with isolated(model):

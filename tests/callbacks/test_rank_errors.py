@@ -149,7 +149,7 @@ def test_alone_errors_are_raised_at_once():
         raise ValueError("as it is")
 
 
-@guards("callbacks/rank_errors.py", "(self.pending)\n        self.pending = None", "(self.pending)")
+@guards("callbacks/rank_errors.py", "sync=True)\n        self.pending = None", "sync=True)")
 @guards("callbacks/rank_errors.py", "self.pending or in_one_line", "in_one_line")
 @guards("callbacks/rank_errors.py", "if num_ranks == 1 and", "if", ids="raise")
 @pytest.mark.parametrize("on_error", ["raise", "warn"])

@@ -184,7 +184,9 @@ def test_samples_that_are_trained_on(name):
 
 @guards("callbacks/data/sampled.py", "with random_states_kept(nn.Identity()), ", "with ", ids="numpy")
 @guards("callbacks/data/sampled.py", ", generators_kept(drawing(loader)):", ":", ids="of the data")
-@guards("callbacks/data/sampled.py", "deepcopy(sampler, {id(loader.dataset): loader.dataset})", "sampler", ids="own")
+@guards(
+    "callbacks/data/sampled.py", "deepcopy(sampler, {id(loader.dataset): loader.dataset})", "sampler", ids="in place"
+)
 @pytest.mark.parametrize("how", DRAWS)
 def test_looking_leaves_no_trace(how):
     epochs = []
