@@ -1,4 +1,4 @@
-"""Checks of arguments that are numbers, or strings from a fixed list (called words)."""
+"""Checks of arguments that are numbers, sequences, or strings from a fixed list (called words)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,20 @@ from lightning_flatness.errors import FlatnessError
 def is_number(value: Any) -> bool:
     """Return whether a value is an ``int`` or ``float``, and not a ``bool``."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def as_tuples(value: Any) -> Any:
+    """Return sequences of any type, also nested ones, as tuples, and every other value as it is.
+
+    Configurations hand over lists that are no ``list``, such as the ``ListConfig`` of Hydra.
+
+    Example:
+        >>> from collections import UserList
+        >>> as_tuples(UserList(["conv1", ["conv2"]])), as_tuples("last")
+        (('conv1', ('conv2',)), 'last')
+    """
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return tuple(map(as_tuples, value)) if is_sequence else value
 
 
 def check_whole(name: str, value: Any, least: int | None = None, or_none: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_flatness.checks import as_tuples
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Loss, find_loss
 
@@ -17,7 +18,10 @@ Options = TypeVar("Options", bound="MeasuringOptions")
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuringOptions:
-    """The loss, its options, the ``loss_function`` that they describe, and the ``dtype`` of the measurement."""
+    """The loss, its options, the ``loss_function`` that they describe, and the ``dtype`` of the measurement.
+
+    In these options and those of subclasses, every sequence is a tuple, whatever type it was given in.
+    """
 
     loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy"
     label_smoothing: float = 0.0
@@ -27,6 +31,9 @@ class MeasuringOptions:
     loss_function: Loss = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.init:
+                object.__setattr__(self, each.name, as_tuples(getattr(self, each.name)))
         loss = find_loss(self.loss, self.label_smoothing, self.class_weight, self.ignore_index)
         object.__setattr__(self, "loss_function", loss)
         _ = self.measuring_dtype
