@@ -14,18 +14,20 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def as_tuples(value: Any) -> Any:
-    """Return sequences of any type, also nested ones, as tuples, and every other value as it is.
+def plain(value: Any) -> Any:
+    """Return sequences of any type, also nested ones, as lists; tuples and values that are no sequences stay.
 
     Configurations hand over lists that are no ``list``, such as the ``ListConfig`` of Hydra.
 
     Example:
         >>> from collections import UserList
-        >>> as_tuples(UserList(["conv1", ["conv2"]])), as_tuples("last")
-        (('conv1', ('conv2',)), 'last')
+        >>> plain(UserList(["conv1", ("conv2",)])), plain("last")
+        (['conv1', ('conv2',)], 'last')
     """
-    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    return tuple(map(as_tuples, value)) if is_sequence else value
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return value
+    parts = [plain(part) for part in value]
+    return tuple(parts) if isinstance(value, tuple) else parts
 
 
 def check_whole(name: str, value: Any, least: int | None = None, or_none: bool = False) -> None:

@@ -25,7 +25,7 @@ from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.layers.sums import LayerStatistics, LayerSums, added
 from lightning_flatness.layers.trial import Observable, try_observing
 from lightning_flatness.model.copy import ModelCopy
-from lightning_flatness.model.isolation import differentiable
+from lightning_flatness.model.isolation import differentiable, without_wrapper
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.results import LayerInfo, merged
 
@@ -51,8 +51,8 @@ class FlatnessObserver:
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         self._options = Options(**options)
-        self._model = model
-        self._own = OwnPasses(model, self._options)
+        self._model = without_wrapper(model)
+        self._own = OwnPasses(self._model, self._options)
         # Its certificates are separate: passes of our own must not rely on the few samples of the trial.
         self._observable: Observable | None = None
         self._generator = torch.Generator().manual_seed(self._options.seed)

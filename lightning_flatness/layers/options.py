@@ -27,14 +27,14 @@ class Options(MeasuringOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = (self.layers,) if isinstance(self.layers, str) else self.layers
-        if not isinstance(names, tuple) or not names or not all(isinstance(n, str) and n for n in names):
+        names = [self.layers] if isinstance(self.layers, str) else self.layers
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
             raise FlatnessError(
                 f"layers={self.layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions "
                 "and linear layers."
             )
-        measures = self.measures
-        if not isinstance(measures, tuple) or not measures or any(name not in MEASURES for name in measures):
+        unknown = [name for name in self.measures if name not in MEASURES]
+        if isinstance(self.measures, str) or unknown or not self.measures:
             raise FlatnessError(f"measures={self.measures!r}: give some of {', '.join(MEASURES)}.")
         if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
             raise FlatnessError(

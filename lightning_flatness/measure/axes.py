@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_flatness.checks import as_tuples
+from lightning_flatness.checks import plain
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, normalized, orthogonal_to, random_direction
 from lightning_flatness.measure.landscape_options import LandscapeOptions
@@ -92,8 +92,8 @@ def adam_moments(
     All are mappings from parameter names. If ``of_step`` is true and the optimizer uses ``amsgrad``, the
     second moment is ``max_exp_avg_sq``, since the optimizer's step divides by its root.
     """
-    given = as_tuples(optimizer)
-    optimizers = given if isinstance(given, tuple) else (given,)
+    given = plain(optimizer)
+    optimizers = given if isinstance(given, (list, tuple)) else [given]
     if not optimizers or not all(hasattr(each, "param_groups") and hasattr(each, "state") for each in optimizers):
         raise FlatnessError(
             f"axes='adam' takes the moments of an optimizer, and optimizer is a {type(optimizer).__name__}; give "

@@ -18,7 +18,7 @@ from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.ranks import gather, raise_on_all, sum_over_ranks
 from lightning_flatness.model.copy import measuring_device
-from lightning_flatness.model.isolation import isolated
+from lightning_flatness.model.isolation import isolated, without_wrapper
 from lightning_flatness.results import LayerInfo, LayerLambdaMax, merged
 
 
@@ -78,6 +78,7 @@ def measure_lambda_max(
     )
     if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
         raise FlatnessError(f"measure_lambda_max: {max_products=} must be at least one, and {tolerance=} positive.")
+    model = without_wrapper(model)
     passes = OwnPasses(model, options)
     operators: dict[str, list[Operator]] = {}
     kernels: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ from lightning_flatness.measure.loss_sums import RepeatedBatches
 from lightning_flatness.measure.ranks import own_rank
 from lightning_flatness.measure.spectrum import SpectrumOptions, spectrum_of
 from lightning_flatness.model.copy import measured
-from lightning_flatness.model.isolation import isolated
+from lightning_flatness.model.isolation import isolated, without_wrapper
 from lightning_flatness.model.named_tensors import NamedTensors
 from lightning_flatness.model.options import of_arguments
 from lightning_flatness.model.points import Points
@@ -129,10 +129,11 @@ def landscape_of(
     progress: bool | None = None,
 ) -> LandscapeResult:
     """Compute what :func:`loss_landscape` returns, from options that have been checked."""
-    tensors, precision = NamedTensors(model), options.measuring_dtype
+    model, precision = without_wrapper(model), options.measuring_dtype
     repeated = RepeatedBatches(model, batches, options.loss_function, sync)
-    frozen = tensors.frozen(options.frozen)
     with isolated(model), torch.no_grad():
+        tensors = NamedTensors(model)
+        frozen = tensors.frozen(options.frozen)
         names = set(tensors.first_names.values())
         weights = {name: measured(tensors[name].detach(), precision) for name in names}
         moving = [name for name, tensor in tensors.parameters.items() if tensor.requires_grad and name not in frozen]

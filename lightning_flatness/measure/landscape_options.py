@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_flatness.checks import as_tuples, check_whole, check_word, is_number
+from lightning_flatness.checks import check_whole, check_word, is_number
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import NORMALIZATIONS
 from lightning_flatness.model.options import MeasuringOptions
@@ -48,7 +48,7 @@ class LandscapeOptions(MeasuringOptions):
             check_word(name, getattr(self, name), words)
         check_whole("seed", self.seed, least=0)
         check_whole("chunk", self.chunk, least=1, or_none=True)
-        object.__setattr__(self, "axes", _each_axis(self.axes))
+        object.__setattr__(self, "axes", as_list(self.axes))
         object.__setattr__(self, "frozen", (self.frozen,) if isinstance(self.frozen, str) else tuple(self.frozen))
         others = not all(isinstance(axis, str) and axis == "adam" for axis in self.axes)
         if self.update == "adam" and (others or self.normalize not in (None, "none")):
@@ -61,28 +61,28 @@ class LandscapeOptions(MeasuringOptions):
         return grid(self.span, self.steps, len(self.axes), self.update)
 
 
-def _each_axis(axes: Any) -> tuple[Any, ...]:
-    """Return the axes one by one: a single string means two axes of that kind, a single direction means one axis."""
+def as_list(axes: Any) -> list[Any]:
+    """Return a list of axes: a single string means two axes of that kind, a single direction means one axis."""
     if isinstance(axes, str):
-        axes = axes, axes
+        axes = [axes, axes]
     elif isinstance(axes, (Mapping, Tensor)):
-        axes = (axes,)
-    if not isinstance(axes, tuple) or not 1 <= len(axes) <= 2:
+        axes = [axes]
+    if not isinstance(axes, Sequence) or not 1 <= len(axes) <= 2:
         raise FlatnessError(
-            f"axes {f'has {len(axes)} entries' if isinstance(axes, tuple) else f'is a {type(axes).__name__}'}; give "
+            f"axes is a {type(axes).__name__}{f' of length {len(axes)}' if isinstance(axes, Sequence) else ''}; give "
             "'random', 'adam' or 'hessian' for a plane, or a list of one or two of these words or directions."
         )
     for axis in axes:
         if isinstance(axis, str):
             check_word("axes", axis, KINDS)
-    return axes
+    return list(axes)
 
 
 def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...]:
     """Return equally spaced coordinates for every axis, float64, including both ends."""
     steps, span = _plain(steps), _plain(span)
-    counts = (steps,) * num_axes if is_number(steps) else steps
-    if not isinstance(counts, tuple) or len(counts) != num_axes or not all(map(_is_count, counts)):
+    counts = [steps] * num_axes if is_number(steps) else steps
+    if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(map(_is_count, counts)):
         raise FlatnessError(
             f"{steps=} must be a whole number of points, two at least, or one for each of {num_axes} axes."
         )
@@ -97,11 +97,11 @@ def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...
 
 def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
     """Return the two ends of every axis."""
-    ranges = span if isinstance(span, tuple) else ()
+    ranges = span if isinstance(span, Sequence) and not isinstance(span, str) else []
     if is_number(span):
-        ranges = ((-span, span), SECOND_MOMENT if update == "adam" else (-span, span))[:num_axes]
+        ranges = [(-span, span), SECOND_MOMENT if update == "adam" else (-span, span)][:num_axes]
     elif len(ranges) == 2 and all(map(is_number, ranges)):
-        ranges = (ranges,) * num_axes
+        ranges = [ranges] * num_axes
     if len(ranges) != num_axes or not all(map(_is_range, ranges)):
         raise FlatnessError(
             f"{span=} must be a positive number, a pair (from, to) in order, or such a pair for every axis."
@@ -110,7 +110,7 @@ def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
 
 
 def _is_range(pair: Any) -> bool:
-    whole = isinstance(pair, tuple) and len(pair) == 2 and all(map(is_number, pair))
+    whole = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair))
     return whole and -math.inf < pair[0] < pair[1] < math.inf
 
 
@@ -121,9 +121,11 @@ def _spaced(low: float, high: float, count: int) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Convert numbers and arrays of NumPy or torch, also within sequences, to numbers and tuples of Python."""
-    value = as_tuples(value.tolist() if hasattr(value, "tolist") else value)
-    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+    """Convert numbers of NumPy or torch, also within lists and tuples, to numbers of Python."""
+    if isinstance(value, (list, tuple)):
+        numbers = [_plain(number) for number in value]
+        return numbers if isinstance(value, list) else tuple(numbers)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_count(value: Any) -> bool:

@@ -25,7 +25,7 @@ from lightning_flatness.functional import (
 from lightning_flatness.measure.mean_hessian import MeanHessian
 from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.model.hessian import LossCurvature
-from lightning_flatness.model.isolation import differentiable, random_states_kept
+from lightning_flatness.model.isolation import isolated, without_wrapper
 from lightning_flatness.model.options import MeasuringOptions, of_arguments
 from lightning_flatness.results import CRITERIA, SpectrumResult
 
@@ -128,7 +128,8 @@ def spectrum_of(
     model: nn.Module, batches: Iterable[Any], options: SpectrumOptions, progress: bool | None, sync: bool
 ) -> SpectrumResult:
     """Compute what :func:`hessian_spectrum` returns, from options that have been checked."""
-    with random_states_kept(model), differentiable(model), torch.no_grad():
+    model = without_wrapper(model)
+    with isolated(model), torch.no_grad():
         curvature = LossCurvature(model, options.loss_function, options.params, options.matrix, options.measuring_dtype)
         hessian = MeanHessian(model, curvature, batches, sync)
         size, rounding = curvature.size, torch.finfo(curvature.dtype).eps

@@ -11,6 +11,7 @@ from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, PrincipalDirections, principal_directions
 from lightning_flatness.model.copy import measured
+from lightning_flatness.model.isolation import without_wrapper
 from lightning_flatness.model.named_tensors import NamedTensors
 from lightning_flatness.model.names import plain_name
 
@@ -90,6 +91,7 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
 def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], name: str) -> Direction:
     """Return ``state`` minus the model for the tensors ``wanted``, float64."""
     if isinstance(state, nn.Module):
+        state = without_wrapper(state)
         state = {**dict(state.named_parameters(remove_duplicate=False)), **dict(state.named_buffers())}
     if not isinstance(state, Mapping):
         raise FlatnessError(f"{name} is a {type(state).__name__}; give a model or its state_dict().")

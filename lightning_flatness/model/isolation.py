@@ -5,18 +5,32 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.model.generators import generators_kept
+
+FABRIC = "_FabricModule"  # only callbacks may import Lightning
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """Return the network that ``Fabric.setup`` has wrapped: the wrapper casts, and forbids backward passes of ours."""
+    if type(model).__name__ != FABRIC:
+        return model
+    for name, module in model.named_modules():
+        _refuse_sharded(name, module)
+    network = model.module
+    assert isinstance(network, nn.Module)
+    return network
 
 
 def _refuse_sharded(name: str, module: nn.Module) -> None:
@@ -35,17 +49,24 @@ def _refuse_sharded(name: str, module: nn.Module) -> None:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Run a block in evaluation mode, eagerly, in full precision and with gradients enabled, and restore everything.
 
-    Inside the block, inference mode, autocast and backward hooks are disabled, ``torch.compile``d parts run uncompiled,
-    and float32 products use neither TF32 nor bfloat16. On leaving, also after an error, the attributes of every module
-    and the random states of torch (CPU and the model's accelerators), numpy and Python are restored.
+    Inside the block, inference mode, autocast (also that of the forward itself) and backward hooks are disabled,
+    ``torch.compile``d parts run uncompiled, and float32 products use neither TF32 nor bfloat16. On leaving, also after
+    an error, the attributes of every module and the random states of torch (CPU and the model's accelerators), numpy
+    and Python are restored.
     """
     for name, module in model.named_modules():
         _refuse_sharded(name, module)
+        if type(module).__name__ == FABRIC:
+            raise LayerSelectionError(
+                f"'{name}' is wrapped by Fabric.setup, which casts its inputs and allows no backward pass but its own. "
+                "Build the model from the plain module, `.module`."
+            )
     with ExitStack() as stack:
         stack.enter_context(differentiable(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # other attention kernels have no second derivative
         stack.enter_context(untouched(model))
+        stack.enter_context(_WithoutAutocast({"cpu"} | {device.type for device in accelerators(model)}))
         try:
             yield
         except RuntimeError as error:
@@ -55,6 +76,23 @@ def isolated(model: nn.Module) -> Iterator[None]:
                 "The model's forward uses gradient checkpointing in evaluation mode, which cannot be observed. Switch "
                 "it off in evaluation mode: checkpoint only `if self.training`."
             ) from error
+
+
+class _WithoutAutocast(TorchFunctionMode):
+    """A mode in which operations run without autocast, also where the model's forward switches autocast on."""
+
+    def __init__(self, device_types: Iterable[str]) -> None:
+        super().__init__()
+        self._device_types = tuple(device_types)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with ExitStack() as stack:
+            for device_type in self._device_types:
+                if torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -116,17 +154,31 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Inside the block, tensor and list attributes are replaced by copies, so a metric updated in a forward is restored.
     """
-    # Flags are set directly, since ``model.eval()`` would run the user's own ``train()`` overrides. Backward hooks are
-    # removed, since a hook can change gradients and so the derivatives; torch has no public way to remove them all.
+    with ExitStack() as stack:
+        switches = _switches_by_itself(model)
+        if switches:
+            stack.enter_context(_tensors_kept(model))
+        stack.enter_context(_attributes_kept(model))
+        if switches:
+            # A layer with a ``train()`` of its own computes in evaluation mode what validation sees only if it ran.
+            with torch.no_grad(), suppress(NotImplementedError):  # of exported modules, which have one mode only
+                model.eval()
+        for module in model.modules():
+            module.training = False
+            # A hook can change gradients and so the derivatives; torch has no public way to remove all of them.
+            vars(module).update({name: OrderedDict() for name in BACKWARD_HOOKS if vars(module).get(name)})
+        yield
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Replace tensor and list attributes of all modules by copies, and restore all attributes on leaving."""
     modules = list(model.modules())
     before = [dict(vars(module)) for module in modules]
     try:
         for module, attributes in zip(modules, before, strict=True):
-            module.training = False
             for name, value in attributes.items():
-                if name in BACKWARD_HOOKS and value:
-                    vars(module)[name] = OrderedDict()
-                elif type(value) is list:
+                if type(value) is list:
                     vars(module)[name] = list(value)
                 elif isinstance(value, Tensor):
                     with torch.inference_mode(value.is_inference()):
@@ -141,6 +193,49 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def _switches_by_itself(model: nn.Module) -> bool:
+    """Return whether a module is in training mode and some module does more than set a flag in ``train()``."""
+    modules = list(model.modules())
+    return any(module.training for module in modules) and any(
+        getattr(type(module), name) is not getattr(nn.Module, name) or name in vars(module)
+        for module in modules
+        for name in ("train", "eval")
+    )
+
+
+@contextmanager
+def _tensors_kept(model: nn.Module) -> Iterator[None]:
+    """On leaving, restore which parameters, buffers and submodules all modules have, and the tensors to the bit.
+
+    This takes a copy of all weights. A layer that merges weights and takes them apart again would restore them only up
+    to rounding.
+    """
+    tables = [vars(module)[name] for module in model.modules() for name in ("_parameters", "_buffers", "_modules")]
+    before = [dict(table) for table in tables]
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    kept = [
+        (tensor, tensor.data, tensor.data.clone(), tensor.requires_grad, tensor.grad)
+        for tensor in tensors.values()
+        if not nn.parameter.is_lazy(tensor)
+    ]
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
+        for tensor, data, values, requires_grad, grad in kept:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+            if not torch.equal(data, values):
+                with torch.inference_mode(data.is_inference()):
+                    data.copy_(values)
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.grad is not grad:
+                tensor.grad = grad
 
 
 def float32_is_reduced(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction
 from lightning_flatness.model.copy import measured, measuring_device
+from lightning_flatness.model.isolation import without_wrapper
 from lightning_flatness.model.names import lies_in, plain_name
 
 
@@ -23,6 +24,7 @@ class NamedTensors:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise FlatnessError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
+        model = without_wrapper(model)
         first: dict[int, str] = {}
         self.first_names: dict[str, str] = {}
         self.parameters: dict[str, Tensor] = {}

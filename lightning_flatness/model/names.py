@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_flatness.checks import as_tuples
+from lightning_flatness.checks import plain
 from lightning_flatness.errors import FlatnessError, LayerSelectionError
 
 # The name of the submodule in which torch.compile wraps a module.
@@ -45,8 +45,8 @@ def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = Non
 
     ``params`` are names or glob patterns. One that matches a module chooses all parameters in it. None chooses all.
     """
-    patterns = (params,) if isinstance(params, str) else ("*",) if params is None else as_tuples(params)
-    if not isinstance(patterns, tuple) or not patterns or not all(isinstance(p, str) and p for p in patterns):
+    patterns = [params] if isinstance(params, str) else ["*"] if params is None else plain(params)
+    if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) and p for p in patterns):
         raise FlatnessError(
             f"params={params!r}: give None for all parameters, or names or glob patterns of parameters or modules."
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_flatness.checks import as_tuples
+from lightning_flatness.checks import plain
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Loss, find_loss
 
@@ -20,7 +20,7 @@ Options = TypeVar("Options", bound="MeasuringOptions")
 class MeasuringOptions:
     """The loss, its options, the ``loss_function`` that they describe, and the ``dtype`` of the measurement.
 
-    In these options and those of subclasses, every sequence is a tuple, whatever type it was given in.
+    In these options and those of subclasses, every sequence is a list or a tuple, whatever type it was given in.
     """
 
     loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy"
@@ -33,7 +33,7 @@ class MeasuringOptions:
     def __post_init__(self) -> None:
         for each in fields(self):
             if each.init:
-                object.__setattr__(self, each.name, as_tuples(getattr(self, each.name)))
+                object.__setattr__(self, each.name, plain(getattr(self, each.name)))
         loss = find_loss(self.loss, self.label_smoothing, self.class_weight, self.ignore_index)
         object.__setattr__(self, "loss_function", loss)
         _ = self.measuring_dtype

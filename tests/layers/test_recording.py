@@ -32,17 +32,6 @@ def test_forward_that_writes_to_a_weight_after_a_measured_layer():
     assert lf.measure_flatness(net.double(), [(X.double(), Y)], layers="all").exact
 
 
-def test_autocast_inside_the_forward_is_refused_by_name():
-    class Autocast(PooledNet):
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return super().forward(x)
-
-    for layers in ("last", "classifier", "all"):
-        with pytest.raises(lf.BatchError, match="torch.autocast inside the model's forward"):
-            lf.measure_flatness(Autocast(), [(X, Y)], layers=layers)
-
-
 @guards("model/isolation.py", "if not isinstance(error, CheckpointError)", "if True")
 def test_gradient_checkpointing_is_refused_with_a_remedy():
     from torch.utils.checkpoint import checkpoint

@@ -172,7 +172,7 @@ def test_files(tmp_path):
     ("options", "message"),
     [
         ({"axes": "randm"}, "axes='randm' is not known"),
-        ({"axes": ["random"] * 3}, "axes has 3 entries"),
+        ({"axes": ["random"] * 3}, "axes is a list of length 3"),
         ({"axes": [3]}, "is a int"),
         ({"axes": []}, "length 0"),
         ({"axes": {"nonsense": torch.ones(3)}}, "has an entry 'nonsense'"),
