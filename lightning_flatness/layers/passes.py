@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError, explained, is_out_of_memory
 from lightning_flatness.functional import separating_masks
-from lightning_flatness.layers.certificates.samples import certify_deterministic, certify_rows
+from lightning_flatness.layers.certificates.samples import certify_rows
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
 from lightning_flatness.layers.certify import certify
 from lightning_flatness.layers.gauss_newton import Advance, rows_at_a_time
@@ -21,8 +21,8 @@ from lightning_flatness.layers.recording import Pass
 from lightning_flatness.layers.selection import Selection, select
 from lightning_flatness.model.copy import HALF, ModelCopy
 from lightning_flatness.model.isolation import isolated
-from lightning_flatness.model.logits import logits_of
-from lightning_flatness.model.rows import num_rows, take, twice
+from lightning_flatness.model.logits import certify_deterministic, logits_of
+from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
 Result = TypeVar("Result")
 
@@ -65,6 +65,7 @@ class OwnPasses:
         self._model = model
         self._options = options
         self._size = PartSize()
+        self._tensors = SampleTensors()
         self._chance = torch.Generator().manual_seed(options.seed)
 
     def __call__(
@@ -81,6 +82,7 @@ class OwnPasses:
         """
         samples, start = num_rows(inputs, targets), 0
         first_batch = self._selection is None
+        self._tensors = self._tensors.narrowed(inputs, samples)
         while start < samples:
             rows = self._size.next_rows(samples - start, begun=bool(self.known.layers))
 
@@ -89,12 +91,11 @@ class OwnPasses:
                     advance((start + part * rows) / samples)
 
             chunk = slice(start, start + rows)
-            part = take(inputs, chunk, samples), take(targets, chunk, samples)
-            if rows == 1:
-                # Taken twice: the backward pass of torch's BatchNorm is wrong for one sample in some memory layouts.
-                part = twice(part[0]), twice(part[1])
+            part = self._tensors.take(inputs, chunk), take(targets, chunk, samples)
             try:
                 with isolated(self._model):
+                    if rows < samples or rows == 1:
+                        self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
                     certified = self._certified(*part, rows, start, first_batch)
                     if certified is None:
                         continue

@@ -18,7 +18,7 @@ from lightning_flatness.model.graph import NoSecondDerivative, second_derivative
 from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.names import choose_parameters
-from lightning_flatness.model.rows import num_rows, twice
+from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class LossCurvature:
             self._leaves = [self._copy.copy_of(parameter).detach().requires_grad_() for parameter in chosen.values()]
         self._replacements = dict(zip(chosen.values(), self._leaves, strict=True))
         self._sizes = [leaf.numel() for leaf in self._leaves]
+        self._tensors = SampleTensors()
         self._depends = False  # whether a product has shown that the loss depends on the parameters
         self.shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
         self.dtype = torch.float32
@@ -79,11 +80,13 @@ class LossCurvature:
                 continue
             if targets is None:
                 raise BatchError(f"Batch {index} has no targets, and the Hessian of the loss needs them.")
-            # One sample is duplicated: otherwise the backward of torch's BatchNorm is wrong in some memory layouts.
-            share = 0.5 if samples == 1 else 1.0
-            if samples == 1:
-                inputs, targets = twice(inputs), twice(targets)
+            share = 0.5 if samples == 1 else 1.0  # a single sample is taken twice
             with _explained(index), isolated(self._model):
+                self._tensors = self._tensors.narrowed(inputs, samples)
+                if samples == 1:
+                    one, targets = slice(0, 1), take(targets, slice(0, 1), 1)
+                    self._tensors = self._tensors.certified(inputs, one, lambda part: logits_of(self._copy(part)))
+                    inputs = self._tensors.take(inputs, one)
                 with torch.set_grad_enabled(vector is not None):
                     logits = logits_of(self._copy(inputs, self._replacements))
                 targets = targets.to(logits.device, copy=True)  # no inference tensor

@@ -1,13 +1,17 @@
-"""Find the logits in a model's output."""
+"""Find the logits in a model's output, and compare those of two passes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_flatness.errors import BatchError
+from lightning_flatness.errors import BatchError, LayerSelectionError
 from lightning_flatness.functional.conditions import holds
+
+# The largest relative difference between logits that are the same but for rounding, in units of the machine epsilon.
+ROUNDINGS = 1e3
 
 
 def logits_of(output: Any) -> Tensor:
@@ -37,3 +41,18 @@ def any_logits_of(output: Any) -> Tensor:
         hint = " Dense prediction (a class for every pixel or token) is not supported." if logits.ndim > 2 else ""
         raise BatchError(f"The logits have shape {tuple(logits.shape)}; they must be (samples, classes).{hint}")
     return logits
+
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    """Return whether logits differ by more than rounding."""
+    return not float((one - other).abs().amax()) <= ROUNDINGS * torch.finfo(one.dtype).eps * float(one.abs().amax())
+
+
+def certify_deterministic(first: Tensor, second: Tensor) -> None:
+    """Certify that two forward passes on the same samples give the same logits."""
+    if differ(first, second):
+        raise LayerSelectionError(
+            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
+            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
+            "the Hessian of."
+        )

@@ -1,38 +1,105 @@
-"""Count, select and duplicate the samples of a batch."""
+"""Count, select and duplicate the samples of a batch, and certify which of its tensors have a row for every sample."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_flatness.errors import BatchError
+from lightning_flatness.model.logits import certify_deterministic, differ
+
 
 def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
     """Return the number of samples: the length of the targets, or the largest first dimension of the inputs."""
     if targets is not None and targets.ndim and not isinstance(inputs, Tensor):
         return targets.shape[0]
-    sizes: list[int] = []
-    apply_to_collection(inputs, Tensor, lambda tensor: sizes.append(tensor.shape[0] if tensor.ndim else 1))
-    return max(sizes, default=1)
+    return max((tensor.shape[0] if tensor.ndim else 1 for tensor in _tensors(inputs)), default=1)
 
 
 def take(batch: Any, rows: slice, num_samples: int) -> Any:
-    """Return some samples of a batch; a tensor without one row per sample is returned whole.
+    """Return some samples of a batch, a single one twice; a tensor of another length than ``num_samples`` stays whole.
 
     Example:
         >>> import torch
         >>> take({"image": torch.zeros(5, 3), "scale": torch.ones(1)}, slice(0, 2), 5)["image"].shape
         torch.Size([2, 3])
     """
-
-    def of_samples(tensor: Tensor) -> Tensor:
-        return tensor[rows] if tensor.ndim and tensor.shape[0] == num_samples else tensor
-
-    return apply_to_collection(batch, Tensor, of_samples)
+    return SampleTensors().narrowed(batch, num_samples).take(batch, rows)
 
 
-def twice(batch: Any) -> Any:
-    """Return a batch of one sample with this sample duplicated."""
-    return apply_to_collection(batch, Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor)
+@dataclass(frozen=True)
+class SampleTensors:
+    """Which tensors of a model's inputs have a row for every sample; the others are the same for all samples.
+
+    The first dimension alone cannot tell: a table may happen to have as many rows as there are samples. So a tensor
+    counts only if it has had the right number of rows in every batch, and before inputs of several tensors are cut or
+    duplicated, :meth:`certified` compares with the whole batch.
+    """
+
+    has_rows: tuple[bool, ...] | None = None  # in the order of the tensors; None before the first batch
+    is_certified: bool = False
+
+    def narrowed(self, inputs: Any, samples: int) -> SampleTensors:
+        """Return the tensors that had a row for every sample in all batches so far and in this one."""
+        now = tuple(tensor.ndim > 0 and tensor.shape[0] == samples for tensor in _tensors(inputs))
+        if self.has_rows is None or len(now) != len(self.has_rows):
+            return SampleTensors(now, is_certified=isinstance(inputs, Tensor))
+        both = tuple(before and row for before, row in zip(self.has_rows, now, strict=True))
+        return self if both == self.has_rows else SampleTensors(both, is_certified=isinstance(inputs, Tensor))
+
+    def take(self, inputs: Any, rows: slice) -> Any:
+        """Return some samples of a batch; a single one twice, since torch's BatchNorm has wrong gradients for it."""
+        kinds = iter(self.has_rows or ())
+
+        def of_tensor(tensor: Tensor) -> Tensor:
+            if not next(kinds):
+                return tensor
+            part = tensor[rows]
+            return torch.cat([part, part]) if len(part) == 1 else part
+
+        return apply_to_collection(inputs, Tensor, of_tensor)
+
+    def certified(self, inputs: Any, rows: slice, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
+        """Certify that the logits of some samples alone are those rows of the whole batch's logits.
+
+        ``logits_of`` runs the model.
+        """
+        if self.is_certified:
+            return self
+        with torch.no_grad():
+            whole, alone = logits_of(inputs), logits_of(self.take(inputs, rows))
+            expected = whole[rows] if len(whole[rows]) > 1 else whole[rows].expand(2, -1)
+            if alone.shape != expected.shape or differ(alone, expected):
+                certify_deterministic(whole, logits_of(inputs))
+                raise BatchError(self._not_separable(inputs))
+        return SampleTensors(self.has_rows, is_certified=True)
+
+    def _not_separable(self, inputs: Any) -> str:
+        named = zip(_names(inputs), _tensors(inputs), self.has_rows or (), strict=True)
+        found = ", ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor, has_rows in named if has_rows)
+        return (
+            f"When {found} are cut by samples, the logits of some samples differ from theirs in the whole batch. Do "
+            "all samples share one of these inputs (a table, prompts, a context), which happens to have as many rows "
+            "as there are samples? Then bind it to the model, model.forward = functools.partial(model.forward, "
+            "context=context), and leave it out of the batches (in a callback by batch_fn=). Or do samples depend on "
+            "each other? Then no sample has a loss of its own."
+        )
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    apply_to_collection(inputs, Tensor, tensors.append)
+    return tensors
+
+
+def _names(inputs: Any) -> list[str]:
+    """Return a name for each of the tensors, e.g. ``inputs[1]``."""
+    if isinstance(inputs, Tensor):
+        return ["inputs"]
+    entries = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+    return [f"inputs[{key!r}]" for key, entry in entries for _ in _tensors(entry)]

@@ -15,7 +15,7 @@ from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import Apply, PooledNet, X, Y, measure
 
 
-@guards("layers.certificates.samples:certify_deterministic", returns=None)
+@guards("model.logits:certify_deterministic", returns=None)
 def test_noise_in_the_forward_is_refused():
     with pytest.raises(lf.LayerSelectionError, match="different logits in evaluation mode"):
         measure(PooledNet(tail=Apply(lambda x: F.dropout(x, 0.5))))

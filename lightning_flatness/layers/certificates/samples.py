@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_flatness.errors import BatchError, LayerSelectionError
-from lightning_flatness.layers.certificates import ROUNDINGS
+from lightning_flatness.errors import BatchError
 from lightning_flatness.layers.cotangents import Calls, nodes_of, pull_back, pull_back_where_used
 from lightning_flatness.model.graph import random_like
 
@@ -75,15 +74,4 @@ def certify_rows(logits: Tensor, rows: int) -> None:
             f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "
             "targets or, without any, by the longest of the inputs. Give targets, or keep tables that have no row "
             "for every sample out of the inputs."
-        )
-
-
-def certify_deterministic(first: Tensor, second: Tensor) -> None:
-    """Certify that two forward passes on the same samples give the same logits."""
-    scale = first.abs().amax()
-    if not float((first - second).abs().amax()) <= ROUNDINGS * torch.finfo(first.dtype).eps * float(scale):
-        raise LayerSelectionError(
-            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
-            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
-            "the Hessian of."
         )

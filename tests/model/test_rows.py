@@ -1,0 +1,128 @@
+"""Inputs of several tensors, of which some are the same for all samples."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import lightning_flatness as lf
+from lightning_flatness.layers.passes import PartSize
+from lightning_flatness.model.hessian import LossCurvature
+from tests.guarding import guards
+
+MEASURE = {
+    "flatness": lambda net, batches: torch.tensor(lf.measure_flatness(net, batches, layers="conv").hessian_trace),
+    "lambda_max": lambda net, batches: torch.tensor(
+        lf.measure_lambda_max(net, batches, layers="conv", tolerance=1e-9)["conv"].lambda_max
+    ),
+    "spectrum": lambda net, batches: lf.hessian_spectrum(net, batches, top_k=1, num_steps=3).eigenvalues,
+    "landscape": lambda net, batches: lf.loss_landscape(net, batches, steps=3).losses,
+}
+
+
+class Prompted(nn.Module):
+    """A classifier whose features are scaled by prompts, which are the same for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.read, self.head = nn.Conv2d(2, 4, 3), nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x, prompts, scale=None):
+        x = self.conv(x).relu().mean((2, 3)) * self.read(prompts).sum(0)
+        return self.head(x if scale is None else x * scale[:, None])
+
+
+def bound(net, prompts):
+    class Bound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.read, self.head = net.conv, net.read, net.head
+
+        def forward(self, x, scale=None):
+            return net.forward(x, prompts, scale)
+
+    return Bound()
+
+
+def data(samples=7):
+    torch.manual_seed(samples)
+    return Prompted().double(), torch.randn(samples, 2, 6, 6).double(), torch.arange(samples) % 3
+
+
+def shared_batches(x, y, prompts, sizes):
+    return [((part, prompts), labels) for part, labels in zip(x.split(sizes), y.split(sizes), strict=True)]
+
+
+def at_most(monkeypatch, samples):
+    monkeypatch.setattr(PartSize, "next_rows", lambda self, left, begun: min(left, samples))
+
+
+@pytest.mark.parametrize("what", MEASURE)
+@pytest.mark.parametrize("sizes", [[7], [6, 1], [1] * 7, [4, 3]], ids=str)
+def test_a_shared_tensor_is_neither_cut_nor_doubled(sizes, what, monkeypatch):
+    net, x, y = data()
+    prompts = torch.randn(5, 3).double()
+    expected = MEASURE[what](bound(net, prompts), list(zip(x.split(sizes), y.split(sizes), strict=True)))
+    at_most(monkeypatch, 3)
+    assert_close(MEASURE[what](net, shared_batches(x, y, prompts, sizes)), expected, rtol=1e-8, atol=1e-12)
+
+
+@guards("model.rows:SampleTensors.certified", returns=None, ids="flatness")
+@guards("model.rows:SampleTensors.certified", body="return self", ids="spectrum")
+@pytest.mark.parametrize("what", ["flatness", "lambda_max", "spectrum"])
+def test_one_sample_and_one_prompt_are_not_mistaken_for_each_other(what):
+    net, x, y = data(1)
+    with pytest.raises(lf.FlatnessError, match=r"inputs\[1\] of shape \(1, 3\).*share.*functools.partial.*batch_fn"):
+        MEASURE[what](net, [((x, torch.randn(1, 3).double()), y)])
+
+
+def test_as_many_prompts_as_samples_are_not_cut(monkeypatch):
+    net, x, y = data(6)
+    prompts = torch.randn(6, 3).double()
+    whole = MEASURE["flatness"](bound(net, prompts), [(x, y)])
+    assert_close(MEASURE["flatness"](net, [((x, prompts), y)]), whole)
+    at_most(monkeypatch, 4)
+    with pytest.raises(lf.FlatnessError, match=r"inputs\['prompts'\] of shape \(6, 3\)"):
+        MEASURE["flatness"](net, [({"x": x, "prompts": prompts}, y)])
+
+
+@guards("model/rows.py", "before and row", "row", ids="flatness")
+@pytest.mark.parametrize("what", ["flatness", "lambda_max", "spectrum"])
+def test_what_earlier_batches_have_shown_counts(what, monkeypatch):
+    """Other batches have other numbers of samples, so the prompts of the last one are known to be shared."""
+    net, x, y = data(8)
+    for number, sizes in ((3, [5, 3]), (1, [7, 1])):
+        prompts = torch.randn(number, 3).double()
+        expected = MEASURE[what](bound(net, prompts), list(zip(x.split(sizes), y.split(sizes), strict=True)))
+        with monkeypatch.context() as patched:
+            at_most(patched, 2)
+            actual = MEASURE[what](net, shared_batches(x, y, prompts, sizes))
+        assert_close(actual, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_tensors_of_samples_are_cut_with_them(monkeypatch):
+    net, x, y = data()
+    prompts, scale = torch.randn(5, 3).double(), torch.rand(7).double()
+    batch = {"x": x, "scale": scale, "prompts": prompts}, y
+    expected = {what: measure(net, [batch]) for what, measure in MEASURE.items()}
+    at_most(monkeypatch, 2)
+    singles = [({"x": x[i : i + 1], "scale": scale[i : i + 1], "prompts": prompts}, y[i : i + 1]) for i in range(7)]
+    for what, measure in MEASURE.items():
+        assert_close(measure(net, [batch]), expected[what], rtol=1e-8, atol=1e-12)
+        assert_close(measure(net, singles), expected[what], rtol=1e-8, atol=1e-12)
+
+
+def test_a_random_forward_is_named_as_such():
+    class Noisy(Prompted):
+        def forward(self, x, prompts):
+            return super().forward(x + torch.randn_like(x), prompts)
+
+    _, x, y = data(1)
+    net = Noisy().double()
+    for measure in (
+        MEASURE["flatness"],
+        MEASURE["lambda_max"],
+        lambda net, b: LossCurvature(net, None).sums([(inputs, targets) for inputs, targets in b]),
+    ):
+        with pytest.raises(lf.LayerSelectionError, match="different logits"):
+            measure(net, [((x, torch.randn(5, 3).double()), y)])
