@@ -73,8 +73,8 @@ def state(net):
     }
     gradients = {name: (tensor.requires_grad, tensor.grad) for name, tensor in net.named_parameters()}
     modes = {name: (module.training, getattr(module, "is_merged", None)) for name, module in net.named_modules()}
-    count = getattr(net[2], "count", None)
-    return tensors, gradients, modes, (id(count), str(count))
+    count = getattr(net[2], "count", 0)
+    return tensors, gradients, modes, (id(count), float(count))
 
 
 MEASURE = {
