@@ -111,8 +111,8 @@ class _Certificates:
 
     def leave_out(self, name: str, error: LayerSelectionError, calls: Calls, left_out: dict[str, str]) -> None:
         """Leave out a layer that cannot be measured, if ``layers="all"`` on the first samples; else raise."""
-        wanted = self.context.selection.modules
-        if not self.first or self.context.options.layers != "all" or len(wanted) - len(left_out) == 1:
+        left = self.context.selection.modules.keys() - left_out.keys()
+        if not self.first or self.context.options.layers != "all" or len(left) == 1:
             raise error
         left_out[name] = str(error)
         calls.pop(name, None)

@@ -134,6 +134,7 @@ class OwnPasses:
         first = not self.known.layers
         if self._selection is None:
             self._selection = select(self._model, lambda: self._copy(inputs), self._options.layers)
+            self.known = replace(self.known, left_out=self._selection.passed_over)
             whole = self._selection.logits
             certify_rows(whole, rows)
             most = rows_at_a_time(max(1, self._selection.elements), whole.shape[1], whole.device)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_flatness.errors import LayerSelectionError
-from lightning_flatness.layers.recording import CONVOLUTIONS
+from lightning_flatness.layers.tracing import LAYERS, Trace, TracedCall, trace
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.names import fits, plain_name
 
@@ -26,6 +25,7 @@ class Selection:
     classifier: nn.Module | None  # None: the last layer that runs is not linear on pooled features
     logits: Tensor  # (N, K), of the first samples
     elements: int  # of the outputs of all calls of the layers, per sample
+    passed_over: Mapping[str, str]  # with layers="all", what applies a kernel but cannot be measured, and why
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -34,74 +34,76 @@ class Selection:
         return {name: parameters["weight"] for name, parameters in own.items() if "weight" in parameters}
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a convolution or linear layer."""
-
-    name: str
-    input_shape: tuple[int, ...]  # () if the input is not a tensor
-    output_shape: tuple[int, ...]
-
-
 def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str]) -> Selection:
     """Run ``forward`` once, and choose layers and classifier of ``model`` by the modules that run."""
     modules: dict[str, nn.Module] = {plain_name(name): module for name, module in model.named_modules()}
-    kinds = (*CONVOLUTIONS, nn.Linear)
-    candidates = {name: module for name, module in modules.items() if isinstance(module, kinds)}
-    calls: list[_Call] = []
-
-    def record(name: str, module: nn.Module, arguments: Any, returned: Any) -> None:
-        calls.append(_Call(name, _shape(arguments[0] if arguments else None), _shape(returned)))
-
-    handles = [module.register_forward_hook(partial(record, name)) for name, module in candidates.items()]
-    try:
-        logits = logits_of(forward()).detach()
-    finally:
-        for handle in handles:
-            handle.remove()
-    classifier = _classifier(candidates, calls, logits)
-    names = _wanted(layers, modules, candidates, [call.name for call in calls], classifier)
+    traced = trace(model, modules, forward)
+    logits = logits_of(traced.output).detach()
+    ran = {call.name for call in traced.calls}
+    candidates = {name: module for name, module in modules.items() if isinstance(module, LAYERS) or name in ran}
+    classifier = _classifier(candidates, traced.calls, logits)
+    names = _wanted(layers, modules, candidates, traced, classifier)
     return Selection(
         modules={name: candidates[name] for name in names},
         classifier_name=classifier,
         classifier=None if classifier is None else candidates[classifier],
         logits=logits,
-        elements=sum(prod(call.output_shape[1:]) for call in calls if call.name in names),
+        elements=sum(prod(call.output_shape[1:]) for call in traced.calls if call.name in names),
+        passed_over=traced.passed_over if layers == "all" else {},
     )
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _classifier(candidates: dict[str, nn.Module], calls: list[_Call], logits: Tensor) -> str | None:
+def _classifier(candidates: dict[str, nn.Module], calls: Sequence[TracedCall], logits: Tensor) -> str | None:
     """Return the name of the last layer that runs, if it is linear on pooled features; else None.
 
     A 1x1 convolution on a 1x1 map is linear, too. Without a classifier, the logits are the pooled output of the last
     layer, as in SqueezeNet.
     """
-    if not calls:
+    if not calls or not calls[-1].has_weight:
         return None
     last = calls[-1]
     on_one_pixel = set(last.input_shape[2:]) == {1} and set(last.output_shape[2:]) == {1}
     is_linear = on_one_pixel and last.output_shape[:2] == tuple(logits.shape)
-    return last.name if is_linear or isinstance(candidates[last.name], nn.Linear) else None
+    return last.name if is_linear or last.is_linear else None
+
+
+def _last(traced: Trace, classifier: str | None) -> str:
+    """Return the last convolution before the classifier.
+
+    A linear layer of several positions (tokens) counts, since it is a convolution of kernel size one: in a vision
+    transformer or a mixer the last one is the end of the last block. One of pooled or flattened features does not.
+    """
+    for index, call in reversed(list(enumerate(traced.calls))):
+        if call.convolves and call.name != classifier:
+            later = [name for name, calls_before in traced.hidden.items() if calls_before > index]
+            if later:
+                raise LayerSelectionError(
+                    f"layers='last': '{later[-1]}' runs after '{call.name}' and cannot be measured. "
+                    f"{traced.passed_over[later[-1]]} Or name a layer with layers=, e.g. '{call.name}'."
+                )
+            return call.name
+    raise LayerSelectionError(
+        f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "
+        f"there are {_listing(list(dict.fromkeys(call.name for call in traced.calls)))}."
+    )
 
 
 def _wanted(
     layers: str | Sequence[str],
     modules: dict[str, nn.Module],
     candidates: dict[str, nn.Module],
-    order: list[str],
+    traced: Trace,
     classifier: str | None,
 ) -> list[str]:
     """Return the names of the layers that ``layers`` selects, in the order in which they run."""
+    ran = list(dict.fromkeys(call.name for call in traced.calls))
+    if not ran and traced.passed_over:
+        raise LayerSelectionError(next(iter(traced.passed_over.values())))
     if not candidates:
         raise LayerSelectionError(
             "The model has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d) and no nn.Linear. If it has, but as "
             "TorchScript, pass the original module."
         )
-    ran = list(dict.fromkeys(order))
     if not ran:
         raise LayerSelectionError(
             f"The forward runs none of the model's own convolutions and linear layers, {_listing(list(candidates))}. "
@@ -116,16 +118,12 @@ def _wanted(
             )
         return [classifier]
     if layers == "last":
-        for name in reversed(order):
-            if isinstance(candidates[name], CONVOLUTIONS) and name != classifier:
-                return [name]
-        raise LayerSelectionError(
-            f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "
-            f"there are {_listing(ran)}."
-        )
+        return [_last(traced, classifier)]
     patterns = [layers] if isinstance(layers, str) else layers
-    matched = {name for pattern in patterns for name in _matched(plain_name(pattern), modules, candidates)}
+    matched = {name for pattern in patterns for name in _matched(plain_name(pattern), modules, candidates, traced)}
     idle = sorted(matched - set(ran))
+    if idle and idle[0] in traced.passed_over:
+        raise LayerSelectionError(traced.passed_over[idle[0]])
     if idle:
         raise LayerSelectionError(
             f"Layer {_listing(idle)} never runs in the model's forward, in evaluation mode. Take it out of layers=."
@@ -133,8 +131,10 @@ def _wanted(
     return [name for name in ran if name in matched]
 
 
-def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, nn.Module]) -> list[str]:
+def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, nn.Module], traced: Trace) -> list[str]:
     matched = [name for name in candidates if fits(pattern, name)]
+    if not matched and pattern in traced.passed_over:
+        raise LayerSelectionError(traced.passed_over[pattern])
     if not matched and pattern in modules:
         kind = type(modules[pattern]).__name__
         raise LayerSelectionError(f"Layer '{pattern}' is a {kind}, not a convolution or linear layer.")

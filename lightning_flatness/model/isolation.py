@@ -56,6 +56,11 @@ def isolated(model: nn.Module) -> Iterator[None]:
     """
     for name, module in model.named_modules():
         _refuse_sharded(name, module)
+        for key, parameter in module.named_parameters(recurse=False):
+            if nn.parameter.is_lazy(parameter):
+                raise LayerSelectionError(
+                    f"'{name}.{key}' has no shape yet (a lazy module); call the model once before it is measured."
+                )
         if type(module).__name__ == FABRIC:
             raise LayerSelectionError(
                 f"'{name}' is wrapped by Fabric.setup, which casts its inputs and allows no backward pass but its own. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,9 @@ class SampleTensors:
         """Return the tensors that had a row for every sample in all batches so far and in this one."""
         now = tuple(tensor.ndim > 0 and tensor.shape[0] == samples for tensor in _tensors(inputs))
         if self.has_rows is None or len(now) != len(self.has_rows):
-            return SampleTensors(now, is_certified=isinstance(inputs, Tensor))
+            return SampleTensors(now, is_certified=_is_single(inputs))
         both = tuple(before and row for before, row in zip(self.has_rows, now, strict=True))
-        return self if both == self.has_rows else SampleTensors(both, is_certified=isinstance(inputs, Tensor))
+        return self if both == self.has_rows else SampleTensors(both, is_certified=_is_single(inputs))
 
     def take(self, inputs: Any, rows: slice) -> Any:
         """Return some samples of a batch; a single one twice, since torch's BatchNorm has wrong gradients for it."""
@@ -89,6 +89,11 @@ class SampleTensors:
             "context=context), and leave it out of the batches (in a callback by batch_fn=). Or do samples depend on "
             "each other? Then no sample has a loss of its own."
         )
+
+
+def _is_single(inputs: Any) -> bool:
+    """Return whether the inputs are one tensor, perhaps alone in a container."""
+    return isinstance(inputs, Tensor) or (isinstance(inputs, Sized) and len(inputs) == len(_tensors(inputs)) == 1)
 
 
 def _tensors(inputs: Any) -> list[Tensor]:

@@ -224,11 +224,11 @@ def test_memory_that_runs_out_while_certifying(monkeypatch):
     expected = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="all")
     certified, calls = certify.why_not_affine, []
 
-    def tight(layers, logits):
+    def tight(layers, logits, *rest):
         calls.append(len(logits))
         if len(logits) > 4:
             raise torch.OutOfMemoryError("no memory")
-        return certified(layers, logits)
+        return certified(layers, logits, *rest)
 
     monkeypatch.setattr(certify, "why_not_affine", tight)
     found = lf.measure_flatness(net, [(VECTORS, LABELS)], layers="all")

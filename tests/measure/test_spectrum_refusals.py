@@ -269,8 +269,8 @@ def test_no_trace(training, fails_in_pass):
 
 @guards(
     "measure/spectrum.py",
-    "with random_states_kept(model), differentiable(model), torch.no_grad():",
-    "with random_states_kept(model), torch.inference_mode(False), torch.no_grad():",
+    "with isolated(model), torch.no_grad():",
+    "with torch.inference_mode(False), torch.no_grad():",
 )
 def test_inference_mode_and_autocast_around_it():
     model = ConvNet().double()

@@ -15,7 +15,6 @@ from tests.guarding import guards
 
 @guards("model/isolation.py", "stack.enter_context(torch.inference_mode(False))", "pass", ids="plain-inference_mode")
 @guards("model.isolation:differentiable", body="yield", ids="plain-no_grad")
-@guards("model/isolation.py", "torch.autocast(device_type, enabled=False)", "ExitStack()", ids="plain-autocast")
 @pytest.mark.parametrize(
     "mode",
     [

@@ -85,7 +85,7 @@ def assert_unchanged(net, batch, before):
     assert_close(state, before[0], rtol=0, atol=0)
 
 
-@guards("layers/selection.py", "handle.remove()", "pass", ids="plain-tail_fails")
+@guards("layers/tracing.py", "handle.remove()", "pass", ids="plain-tail_fails")
 @guards("layers/recording.py", "self._open.enter", "ExitStack().enter", ids="plain-tail_fails_when_observed")
 @guards("layers/recording.py", "self._open.callback(handle.remove)", "pass", ids="plain-tail_fails_when_observed")
 @guards("model/copy.py", "tie_weights=False", "tie_weights=True", ids="module_with_two_names-nothing_happens")

@@ -44,7 +44,8 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
         )
     features = features.flatten(1)
     weight = classifier.weight.detach().flatten(1).to(features)  # type: ignore[operator]
-    bias = classifier.bias.detach().to(features) if isinstance(classifier.bias, Tensor) else None
+    bias = getattr(classifier, "bias", None)
+    bias = bias.detach().to(features) if isinstance(bias, Tensor) else None
     _certify_linear(features.detach(), weight, bias, output.flatten(1), recorded.eps)
     return Head(features, weight, _certify_logits(logits.detach(), output.flatten(1), shift_invariant), shift_invariant)
 

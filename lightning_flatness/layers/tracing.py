@@ -1,0 +1,197 @@
+"""Tracing which convolutions and linear maps run in a forward pass, and in which modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING
+
+LAYERS = (*CONVOLUTIONS, nn.Linear)
+
+
+@dataclass(frozen=True)
+class TracedCall:
+    """A call of a layer: a convolution, a linear layer, or a module of the user's that applies one of these."""
+
+    name: str
+    input_shape: tuple[int, ...]  # () if the input is not a tensor
+    output_shape: tuple[int, ...]
+    convolves: bool  # whether it is a convolution, or a linear map of several positions, a convolution of size one
+    is_linear: bool  # whether it is a linear layer
+    has_weight: bool = True  # whether its kernel is its own parameter ``weight``
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The layers that ran in a forward pass, in order, and what else applied a trained kernel."""
+
+    output: Any
+    calls: tuple[TracedCall, ...]
+    passed_over: Mapping[str, str]  # what cannot be measured, and why; of these the convolutions in `hidden`
+    hidden: Mapping[str, int]  # after how many calls of layers each convolution ran that no hook has seen
+
+
+@dataclass(eq=False)
+class _Applied:
+    """One function that convolves or is linear, as it was called."""
+
+    owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None for a computed kernel
+    module: str  # the innermost module that ran
+    trained: bool
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    is_linear: bool
+    calls_before: int = 0
+    in_layer: bool = False
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a convolution, or a linear map of several positions."""
+        return not self.is_linear or _has_positions(self.output_shape)
+
+
+@dataclass(eq=False)
+class _Frame:
+    """A module that runs."""
+
+    name: str
+    applied: list[_Applied] = field(default_factory=list)
+    output: Tensor | None = None  # the last one that was made in the module itself
+
+
+def _has_positions(output_shape: tuple[int, ...]) -> bool:
+    return len(output_shape) > 2 and prod(output_shape[1:-1]) > 1
+
+
+def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], Any]) -> Trace:
+    """Run ``forward`` once, and return the layers that ran. ``modules`` are those of the model, by plain name."""
+    mode = _Tracing(modules)
+    handles = []
+    for name, module in modules.items():
+        if not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_pre_hook(partial(mode.enter_module, name)))
+            handles.append(module.register_forward_hook(partial(mode.leave_module, name)))
+    try:
+        with mode:
+            output = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran = {call.name for call in mode.calls}
+    passed_over: dict[str, str] = {}
+    hidden: dict[str, int] = {}
+    for applied in mode.applied:
+        name, reason = _why_hidden(applied, modules)
+        if applied.in_layer or not applied.trained or name in ran:
+            continue
+        passed_over.setdefault(name, reason)
+        if applied.convolves:
+            hidden[name] = applied.calls_before
+    return Trace(output, tuple(mode.calls), passed_over, hidden)
+
+
+def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """Return a name for what applied a kernel without being a layer, and why it is none."""
+    owner, parameter = applied.owner or (applied.module, "")
+    if owner and isinstance(modules[owner], LAYERS):
+        return owner, (
+            f"Layer '{owner}': its weight is applied without calling it (layer.forward(x), or a function of its "
+            "weight), which no hook sees. Call it, layer(x), to measure it."
+        )
+    what = "linear map" if applied.is_linear else "convolution"
+    named = f"Module '{owner}'" if owner else "The model"
+    return owner or parameter or "forward", (
+        f"{named}: its forward applies a {what} of its own and does more than that. Put the {what} into an nn.Module "
+        "whose forward returns its output, to measure it."
+    )
+
+
+class _Tracing(TorchFunctionMode):
+    """A mode that notes the functions that convolve or are linear, and the modules that call them."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.calls: list[TracedCall] = []
+        self.applied: list[_Applied] = []
+        self._modules = modules
+        self._frames: list[_Frame] = []
+        self._owners: dict[int, tuple[str, str]] = {}
+        self._buffers: set[int] = set()
+
+    def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
+        self._frames.append(_Frame(name))
+
+    def leave_module(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> None:
+        frame = self._frames.pop()
+        if isinstance(module, LAYERS):
+            output_shape = _shape(returned)
+            convolves = isinstance(module, CONVOLUTIONS) or _has_positions(output_shape)
+            self.calls.append(
+                TracedCall(
+                    name,
+                    _shape(arguments[0] if arguments else None),
+                    output_shape,
+                    convolves,
+                    isinstance(module, nn.Linear),
+                )
+            )
+        elif name and len(frame.applied) == 1 and _is_layer(frame, frame.applied[0], returned):
+            (applied,) = frame.applied
+            has_weight = applied.owner == (name, "weight")
+            shapes = applied.input_shape, applied.output_shape
+            self.calls.append(TracedCall(name, *shapes, applied.convolves, applied.is_linear, has_weight))
+        else:
+            return
+        for applied in frame.applied:
+            applied.in_layer = True
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in CONVOLVING and isinstance(result, Tensor):
+            self._note(result, *_operands(*args, **(kwargs or {})), func is nn.functional.linear)
+        return result
+
+    def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
+        if not self._owners:  # now the modules hold the tensors that they run on
+            for name, module in self._modules.items():
+                self._owners |= {id(tensor): (name, key) for key, tensor in module._parameters.items()}
+                self._buffers |= {id(tensor) for tensor in module._buffers.values()}
+        owner, innermost = self._owners.get(id(kernel)), self._frames[-1].name if self._frames else ""
+        shapes = tuple(inputs.shape), tuple(output.shape)
+        trained = owner is not None or self._may_be_trained(kernel, self._modules[innermost])
+        applied = _Applied(owner, innermost, trained, *shapes, is_linear, calls_before=len(self.calls))
+        self.applied.append(applied)
+        for frame in self._frames:
+            frame.applied.append(applied)
+        if self._frames:
+            self._frames[-1].output = output
+
+    def _may_be_trained(self, kernel: Tensor, module: nn.Module) -> bool:
+        """Return whether a kernel that is no parameter may be computed from one; a fixed filter (a blur) is not."""
+        return id(kernel) not in self._buffers and any(p.numel() == kernel.numel() for p in module.parameters())
+
+
+def _operands(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
+    return input, weight  # by the names that torch's functions give them
+
+
+def _is_layer(frame: _Frame, applied: _Applied, returned: Any) -> bool:
+    """Return whether a module only applies one trained kernel, its own or a computed one, and returns the result."""
+    its_own = applied.trained and (applied.owner is None or applied.owner[0] == frame.name)
+    if not its_own or frame.output is None or not isinstance(returned, Tensor) or returned.shape != frame.output.shape:
+        return False
+    return returned is frame.output or returned.data_ptr() == frame.output.data_ptr()
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()

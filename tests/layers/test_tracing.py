@@ -1,0 +1,214 @@
+"""Convolutions that run in other ways than as a torch module that is called, and which layer is the last one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import lightning_flatness as lf
+from lightning_flatness.testing import oracle_block_traces
+from tests.guarding import guards
+
+
+class Own(nn.Module):
+    def __init__(self, inputs, outputs, size=3):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(outputs, inputs, size, size))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class Standardised(Own):
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.flatten(1).norm(dim=1)[:, None, None, None])
+
+
+class LowRank(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv, self.delta = nn.Conv2d(inputs, outputs, 3), nn.Parameter(0.1 * torch.randn(outputs, 1, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(x, self.conv.weight + self.delta, self.conv.bias)
+
+
+class OwnLinear(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class Blur(nn.Module):
+    def __init__(self, channels, registered):
+        super().__init__()
+        kernel = torch.ones(channels, 1, 2, 2).double() / 4
+        if registered:
+            self.register_buffer("kernel", kernel)
+        else:
+            self.kernel = kernel
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel, groups=len(self.kernel))
+
+
+class Scaled(Own):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Direct(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.inner = nn.Conv2d(inputs, outputs, 3)
+
+    def forward(self, x):
+        return self.inner.forward(x)
+
+
+def network(layer, head=None):
+    torch.manual_seed(0)
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), layer, nn.ReLU(), *pooled, head or nn.Linear(5, 3)).double()
+
+
+X, Y = torch.randn(6, 2, 9, 9).double(), torch.arange(6) % 3
+
+
+@pytest.mark.parametrize("layers", ["last", "2", "all"])
+def test_a_convolution_of_ones_own_is_measured(layers):
+    net = network(Own(4, 5))
+    layer = lf.measure_flatness(net, [(X, Y)], layers=layers).layers["2"]
+    assert (layer.exact, layer.info.kernel, layer.info.kind) == (True, "parameter", "Own")
+    assert_close(layer.block_traces[0], oracle_block_traces(net, (X, Y), "2"), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Standardised, LowRank])
+def test_a_computed_kernel_is_that_of_its_module(kind):
+    net = network(kind(4, 5))
+    report = lf.measure_flatness(net, [(X, Y)])
+    assert report.layers["2"].info.kernel == "effective"
+    same = network(nn.Conv2d(4, 5, 3))
+    same[0], same[6] = net[0], net[6]
+    with torch.no_grad():
+        kernel = net[2](torch.eye(36).double().view(36, 4, 3, 3)) - net[2](torch.zeros(1, 4, 3, 3).double())
+        same[2].weight.copy_(kernel.flatten(1).T.reshape(5, 4, 3, 3))
+        same[2].bias.copy_(net[2](torch.zeros(1, 4, 3, 3).double()).flatten())
+    assert_close(report.hessian_trace, lf.measure_flatness(same, [(X, Y)]).hessian_trace, rtol=1e-9, atol=0)
+
+
+def test_a_head_of_ones_own_is_the_classifier():
+    net = network(nn.Conv2d(4, 5, 3), OwnLinear(5, 3))
+    report = lf.measure_flatness(net, [(X, Y)], layers=["2", "6"])
+    assert report.layers["2"].info.classifier == "6"
+    for name, layer in report.layers.items():
+        assert layer.exact
+        assert_close(layer.block_traces[0], oracle_block_traces(net, (X, Y), name), rtol=1e-9, atol=1e-12)
+    assert list(lf.measure_flatness(net, [(X, Y)], layers="classifier").layers) == ["6"]
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_fixed_filter_is_no_layer(registered):
+    net = network(nn.Sequential(nn.Conv2d(4, 5, 3), Blur(5, registered)))
+    report = lf.measure_flatness(net, [(X, Y)], layers="all")
+    assert (list(report.layers), report.left_out) == (["0", "2.0", "6"], {})
+    assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["2.0"]
+
+
+class Root(nn.Module):
+    """A network whose forward applies the kernel of its last convolution in its own way."""
+
+    def __init__(self, apply):
+        super().__init__()
+        self.first, self.last, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 5, 3), nn.Linear(5, 3)
+        self.kernel, self.apply_last = nn.Parameter(0.2 * torch.randn(5, 4, 3, 3)), apply
+
+    def forward(self, x):
+        return self.head(self.apply_last(self, self.first(x).relu()).relu().mean((2, 3)))
+
+
+HIDDEN = {
+    "forward": (lambda: Root(lambda net, x: net.last.forward(x)), "last", r"layer.forward\(x\).*Call it"),
+    "function": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight)), "last", "function of its weight"),
+    "own parameter": (
+        lambda: Root(lambda net, x: F.conv2d(x, net.kernel)),
+        "kernel",
+        "applies a convolution of its own",
+    ),
+    "computed": (
+        lambda: Root(lambda net, x: F.conv2d(x, net.kernel * 2)),
+        "forward",
+        "applies a convolution of its own",
+    ),
+    "in a module": (lambda: network(Direct(4, 5)), "2.inner", "without calling it"),
+    "changed": (lambda: network(Scaled(4, 5)), "2", "does more than that"),
+}
+
+
+@guards(
+    "layers.selection:_last", body="return next(c.name for c in reversed(traced.calls) if c.convolves)", ids="forward"
+)
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_what_no_hook_sees_is_named(kind):
+    make, name, reason = HIDDEN[kind]
+    net = make().double()
+    report = lf.measure_flatness(net, [(X, Y)], layers="all")
+    assert list(report.left_out) == [name]
+    assert name not in report.layers
+    with pytest.raises(lf.LayerSelectionError, match=f"'last': '{name}' runs after '(first|0)'.*{reason}"):
+        lf.measure_flatness(net, [(X, Y)])
+    with pytest.raises(lf.LayerSelectionError, match=f"'last': '{name}' runs after"):
+        lf.measure_lambda_max(net, [(X, Y)])
+    if name not in ("kernel", "forward"):
+        with pytest.raises(lf.LayerSelectionError, match=reason):
+            lf.measure_flatness(net, [(X, Y)], layers=name)
+
+
+def test_what_runs_before_the_last_convolution_does_not_matter():
+    net = nn.Sequential(Scaled(2, 2), *network(nn.Conv2d(4, 5, 3))).double()
+    assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["3"]
+
+
+class Mixer(nn.Module):
+    """Patches, then linear layers of tokens."""
+
+    def __init__(self, last_on_features=False):
+        super().__init__()
+        self.patch = nn.Conv2d(2, 6, 3, stride=3)
+        self.fc1, self.fc2, self.pool, self.head = (nn.Linear(6, size) for size in (8, 6, 6, 3))
+        self.fc2 = nn.Linear(8, 6)
+        self.last_on_features = last_on_features
+
+    def forward(self, x):
+        tokens = self.patch(x).flatten(2).mT
+        features = (tokens + self.fc2(self.fc1(tokens).relu())).mean(1)
+        return self.head(self.pool(features).relu() if self.last_on_features else features)
+
+
+@pytest.mark.parametrize("last_on_features", [False, True])
+def test_the_last_layer_of_tokens_is_the_last_one(last_on_features):
+    """A linear layer of every token is a convolution of size one; one of pooled features, before the head, is none."""
+    torch.manual_seed(0)
+    net = Mixer(last_on_features).double()
+    (layer,) = lf.measure_flatness(net, [(X, Y)]).layers.values()
+    assert layer.info.name == "fc2"
+    assert layer.exact
+    assert_close(layer.block_traces[0], oracle_block_traces(net, (X, Y), "fc2"), rtol=1e-9, atol=1e-12)
+
+
+def test_the_linear_layers_of_a_head_are_not_the_last_convolution():
+    head = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert list(lf.measure_flatness(network(nn.Conv2d(4, 5, 3), head), [(X, Y)]).layers) == ["2"]
+
+
+def test_lazy_layers_without_a_shape_are_refused():
+    net = network(nn.LazyConv2d(5, 3))
+    for measure in (lf.measure_flatness, lf.measure_lambda_max, lf.hessian_spectrum, lf.loss_landscape):
+        with pytest.raises(lf.FlatnessError, match="'2.weight' has no shape yet.*call the model once"):
+            measure(net, [(X, Y)])
+    net(X)
+    assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["2"]
