@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_flatness.errors import LayerSelectionError
+from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
 
 HALF = (torch.float16, torch.bfloat16)
 WITHOUT_FLOAT64 = ("mps",)
@@ -71,10 +72,43 @@ class ModelCopy:
             tensors |= {key: tensors[key].clone() for key in begun}  # so that every call begins with the same buffers
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
         # Ties are handled above: with tie_weights, functional_call swaps a module with two names twice, and not back.
-        output = functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
+        try:
+            output = functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
+        except (TypeError, RuntimeError) as error:
+            reason = _why_it_fails(self._model, arguments, keywords, error)
+            if reason:
+                raise BatchError(reason) from error
+            raise
         buffers = [name for name, key in self._slots.items() if key in self._buffers]
         self.keeps_graph = any(substitutes[name].requires_grad for name in buffers)
         return output
+
+
+def _why_it_fails(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], error: Exception) -> str:
+    """Return a reason and a remedy if the forward does not take these inputs; an empty string if that is not known."""
+    if isinstance(error, TypeError):
+        try:
+            signature(model.forward).bind(*arguments, **keywords)
+        except (TypeError, ValueError) as unfit:
+            return (
+                f"The model's forward{signature(model.forward)} does not take the batch's inputs ({unfit}): a tuple or "
+                f"list is passed as arguments, here {len(arguments)}, and a mapping as keyword arguments. Give batches "
+                "with the inputs that forward takes, in a callback by batch_fn=, or name another network by model=."
+            )
+    whole: list[str] = []
+    apply_to_collection(
+        (arguments, keywords), Tensor, lambda t: None if t.is_floating_point() else whole.append(str(t.dtype))
+    )
+    if whole and not is_out_of_memory(error) and any(word in str(error) for word in TYPE_WORDS):
+        return (
+            f"The model's forward fails on inputs of type {whole[0]} ({error}). Convert them to floating point, e.g. "
+            "images.float() / 255, in the data set, in the forward or, in a callback, by batch_fn=."
+        )
+    return ""
+
+
+# Words in torch's messages about types of tensors that do not fit.
+TYPE_WORDS = ("type", "not implemented for", "Byte", "Char", "Int", "Long")
 
 
 def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+import lightning_flatness as lf
 from lightning_flatness.model.copy import ModelCopy, measured, measuring_device
 from lightning_flatness.model.isolation import isolated
 from tests.eventful_networks import (
@@ -50,3 +52,35 @@ def test_a_device_without_float64_is_left_for_another(monkeypatch, batch):
 def test_devices_without_float64_are_known():
     assert measuring_device(torch.device("mps")) == torch.device("cpu")
     assert measuring_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+MEASURE = [lf.measure_flatness, lf.measure_lambda_max, lf.hessian_spectrum, lf.loss_landscape]
+
+
+@pytest.mark.parametrize("measure", MEASURE, ids=lambda f: f.__name__)
+def test_inputs_that_the_forward_does_not_take(measure):
+    net, x, y = (
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 3)),
+        torch.randn(4, 2, 6, 6),
+        torch.arange(4) % 3,
+    )
+    for inputs, number in (((x, x.flip(3)), 2), (list(x), 4), ({"image": x}, 0)):
+        with pytest.raises(
+            lf.FlatnessError, match=rf"forward\(input.*\) does not take.*here {number}.*batch_fn=.*model="
+        ):
+            measure(net, [(inputs, y)])
+    with pytest.raises(lf.FlatnessError, match="type torch.uint8.*float.* / 255.*batch_fn="):
+        measure(net, [((x > 0).byte(), y)])
+
+
+def test_errors_of_the_forward_itself_stay():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3)
+
+        def forward(self, x):
+            return self.conv(x) + "one"
+
+    with pytest.raises(TypeError):
+        lf.measure_flatness(Broken(), [(torch.randn(4, 2, 6, 6), torch.arange(4) % 3)])
