@@ -159,8 +159,9 @@ def measure_flatness(
         model: any module that returns logits ``(N, K)``.
         batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or only inputs, if neither the loss's curvature nor
             the curvature of an activation depends on targets. Tensors are moved to the model's device.
-        layers: ``"last"``, the last convolution before the classifier; ``"classifier"``; ``"all"``, every convolution
-            and linear layer that can be measured (``report.left_out`` names the others); or names or glob patterns.
+        layers: ``"last"``, the last convolution before the classifier, or linear layer of many tokens or positions;
+            ``"classifier"``; ``"all"``, every convolution and linear layer that can be measured (``report.left_out``
+            names the others); or names or glob patterns.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` (with logits, for several binary labels) or ``"mse"``, all
             averaged as in torch; a loss module of torch with ``reduction="mean"``; or a function of ``(logits,
             targets)`` that returns the loss of every sample, ``(N,)``, whose mean is measured.
