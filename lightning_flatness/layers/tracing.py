@@ -131,6 +131,8 @@ class _Tracing(TorchFunctionMode):
 
     def leave_module(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> None:
         frame = self._frames.pop()
+        while frame.name != name:  # a module raised an error that the forward caught
+            frame = self._frames.pop()
         if isinstance(module, LAYERS):
             output_shape = _shape(returned)
             convolves = isinstance(module, CONVOLUTIONS) or _has_positions(output_shape)

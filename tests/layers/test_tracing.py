@@ -212,3 +212,19 @@ def test_lazy_layers_without_a_shape_are_refused():
             measure(net, [(X, Y)])
     net(X)
     assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["2"]
+
+
+@guards("layers/tracing.py", "while frame.name != name:", "while False:")
+def test_an_error_that_the_forward_catches():
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.own = nn.Conv2d(9, 5, 3), Own(4, 5)
+
+        def forward(self, x):
+            try:
+                return self.wide(x)
+            except RuntimeError:
+                return self.own(x)
+
+    assert list(lf.measure_flatness(network(Tries()), [(X, Y)]).layers) == ["2.own"]

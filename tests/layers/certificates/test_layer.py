@@ -42,6 +42,7 @@ def test_convolution_that_pads_by_itself_is_measured(kernel_size, stride):
     assert measure(net).layers["conv"].info.kernel == "parameter"
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(4, 1), (2, 3), ((2, 3), (1, 2))])
 def test_uneven_same_padding_is_measured(kernel_size, dilation):
     net = PooledNet(conv=nn.Conv2d(2, 6, kernel_size, padding="same", dilation=dilation))
