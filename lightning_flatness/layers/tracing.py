@@ -78,7 +78,7 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
     for name, module in modules.items():
         if not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(partial(mode.enter_module, name)))
-            handles.append(module.register_forward_hook(partial(mode.leave_module, name)))
+            handles.append(module.register_forward_hook(partial(mode.leave_module, name), always_call=True))
     try:
         with mode:
             output = forward()
@@ -131,8 +131,8 @@ class _Tracing(TorchFunctionMode):
 
     def leave_module(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> None:
         frame = self._frames.pop()
-        while frame.name != name:  # a module raised an error that the forward caught
-            frame = self._frames.pop()
+        if returned is None:  # the module raised an error, which the forward may catch
+            return
         if isinstance(module, LAYERS):
             output_shape = _shape(returned)
             convolves = isinstance(module, CONVOLUTIONS) or _has_positions(output_shape)

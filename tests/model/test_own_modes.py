@@ -79,10 +79,10 @@ def state(net):
 
 MEASURE = {
     "flatness": lambda net: {
-        name: found.hessian_trace for name, found in lf.measure_flatness(net, [(X, Y)], layers="all").layers.items()
+        name: found.relative_flatness for name, found in lf.measure_flatness(net, [(X, Y)], layers="all").layers.items()
     },
     "last": lambda net: {
-        name: found.hessian_trace for name, found in lf.measure_flatness(net, [(X, Y)]).layers.items()
+        name: found.relative_flatness for name, found in lf.measure_flatness(net, [(X, Y)]).layers.items()
     },
     "lambda_max": lambda net: {
         name: found.lambda_max for name, found in lf.measure_lambda_max(net, [(X, Y)], layers="all").items()
@@ -92,7 +92,7 @@ MEASURE = {
 }
 
 
-@guards("model.isolation:_switches_by_itself", returns=False, ids="Merging-flatness")
+@guards("model.isolation:_switches_by_itself", returns=False, ids="Merging-last")
 @guards("model.isolation:_tensors_kept", body="yield", ids="Merging-spectrum")
 @guards("model/isolation.py", "table.clear()", "pass", ids="Fused-flatness")
 @guards("model/isolation.py", "tensor.requires_grad_(requires_grad)", "pass", ids="Merging-landscape")
