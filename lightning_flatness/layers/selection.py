@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_flatness.errors import LayerSelectionError
-from lightning_flatness.layers.tracing import LAYERS, Trace, TracedCall, trace
+from lightning_flatness.layers.tracing import LAYERS, UNNAMED, Trace, TracedCall, trace
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.names import fits, plain_name
 
@@ -97,8 +97,9 @@ def _wanted(
 ) -> list[str]:
     """Return the names of the layers that ``layers`` selects, in the order in which they run."""
     ran = list(dict.fromkeys(call.name for call in traced.calls))
-    if not ran and traced.passed_over:
-        raise LayerSelectionError(next(iter(traced.passed_over.values())))
+    reasons = [reason for name, reason in traced.passed_over.items() if name != UNNAMED or not candidates]
+    if not ran and reasons:
+        raise LayerSelectionError(reasons[0])
     if not candidates:
         raise LayerSelectionError(
             "The model has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d) and no nn.Linear. If it has, but as "

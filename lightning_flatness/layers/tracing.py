@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
+UNNAMED = "forward"  # stands for a computed kernel that the forward of the whole model applies
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
         )
     what = "linear map" if applied.is_linear else "convolution"
     named = f"Module '{owner}'" if owner else "The model"
-    return owner or parameter or "forward", (
+    return owner or parameter or UNNAMED, (
         f"{named}: its forward applies a {what} of its own and does more than that. Put the {what} into an nn.Module "
         "whose forward returns its output, to measure it."
     )

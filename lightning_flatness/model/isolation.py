@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_flatness.errors import LayerSelectionError
+from lightning_flatness.errors import FlatnessError, LayerSelectionError
 from lightning_flatness.model.generators import generators_kept
 
 FABRIC = "_FabricModule"  # only callbacks may import Lightning
@@ -24,6 +24,8 @@ FABRIC = "_FabricModule"  # only callbacks may import Lightning
 
 def without_wrapper(model: nn.Module) -> nn.Module:
     """Return the network that ``Fabric.setup`` has wrapped: the wrapper casts, and forbids backward passes of ours."""
+    if not isinstance(model, nn.Module):
+        raise FlatnessError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
     if type(model).__name__ != FABRIC:
         return model
     for name, module in model.named_modules():

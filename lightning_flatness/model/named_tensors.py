@@ -22,8 +22,6 @@ class NamedTensors:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise FlatnessError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
         model = without_wrapper(model)
         first: dict[int, str] = {}
         self.first_names: dict[str, str] = {}
