@@ -41,6 +41,7 @@ from lightning_flatness.functional.losses import (
     Loss,
     LossDerivatives,
     MeanSquaredError,
+    NegativeLogLikelihood,
 )
 from lightning_flatness.functional.measures import (
     filter_flatness,
@@ -65,10 +66,11 @@ from lightning_flatness.functional.spectrum import Criteria, Quadrature, lanczos
 __all__ = [
     "NORMALIZATIONS", "BinaryCrossEntropy", "ClassCurvature", "ConvolutionGeometry", "Criteria", "CrossEntropy",
     "Curvature", "CustomLoss", "DenseCurvature", "Direction", "Eigenpairs", "LargestEigenvalues", "Loss",
-    "LossDerivatives", "MeanSquaredError", "PrincipalDirections", "Quadrature", "adam_step", "classifier_block_traces",
-    "closed_form_block_traces", "closed_form_residual", "contraction_costs", "direction_norm", "filter_flatness",
-    "filter_traces", "find_loss", "gauss_newton_block_traces", "hessian_trace", "inner_product", "lanczos_quadrature",
-    "largest_eigenvalues", "layerwise_flatness", "measures_of", "neuronwise_flatness", "normalized", "orthogonal_to",
-    "patch_gram", "patch_square_norms", "patches", "principal_directions", "random_direction", "relative_flatness",
-    "separating_masks", "spectrum_criteria", "top_eigenpairs", "weight_gram", "weight_norm",
+    "LossDerivatives", "MeanSquaredError", "NegativeLogLikelihood", "PrincipalDirections", "Quadrature", "adam_step",
+    "classifier_block_traces", "closed_form_block_traces", "closed_form_residual", "contraction_costs",
+    "direction_norm", "filter_flatness", "filter_traces", "find_loss", "gauss_newton_block_traces", "hessian_trace",
+    "inner_product", "lanczos_quadrature", "largest_eigenvalues", "layerwise_flatness", "measures_of",
+    "neuronwise_flatness", "normalized", "orthogonal_to", "patch_gram", "patch_square_norms", "patches",
+    "principal_directions", "random_direction", "relative_flatness", "separating_masks", "spectrum_criteria",
+    "top_eigenpairs", "weight_gram", "weight_norm",
 ]  # fmt: skip

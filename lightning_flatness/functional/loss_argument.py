@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, count
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
@@ -20,6 +22,7 @@ from lightning_flatness.functional.losses import (
     Loss,
     LossDerivatives,
     MeanSquaredError,
+    NegativeLogLikelihood,
 )
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}
@@ -34,8 +37,9 @@ def find_loss(
     """Return the loss for a name, module or function; raise a :class:`FlatnessError` if it cannot be used.
 
     Names are ``"cross_entropy"``, ``"binary_cross_entropy"`` and ``"mse"``. Modules are ``nn.CrossEntropyLoss``,
-    ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` without weights; their reduction must be the mean. A function becomes a
-    :class:`CustomLoss`. The other arguments are options of ``"cross_entropy"``; see :class:`CrossEntropy`.
+    ``nn.NLLLoss``, ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` without weights; their reduction must be the mean. A
+    function or another module becomes a :class:`CustomLoss`. The other arguments are options of ``"cross_entropy"``;
+    see :class:`CrossEntropy`.
 
     Example:
         >>> find_loss("cross_entropy", label_smoothing=0.1)
@@ -51,6 +55,9 @@ def find_loss(
         return loss
     if type(loss) is nn.CrossEntropyLoss:
         return _cross_entropy(_mean(loss).label_smoothing, loss.weight, loss.ignore_index)
+    if type(loss) is nn.NLLLoss:
+        options_of_torch = _cross_entropy(0.0, _mean(loss).weight, loss.ignore_index)
+        return NegativeLogLikelihood(0.0, options_of_torch.class_weight, options_of_torch.ignore_index)
     if type(loss) is nn.MSELoss:
         _mean(loss)
         return MeanSquaredError()
@@ -65,6 +72,14 @@ def find_loss(
         raise FlatnessError(
             f"loss={loss!r} is not known. Choose one of {', '.join(map(repr, LOSSES))}, or give a function from "
             "(logits, targets) to the loss of every sample."
+        )
+    parameters = [name for name, _ in loss.named_parameters()] if isinstance(loss, nn.Module) else []
+    if parameters:
+        warnings.warn(
+            f"loss={type(loss).__name__} holds parameters ({', '.join(parameters[:3])}). They count as constants: "
+            "measured are layers of the model, whose output is given to this loss. To measure the parameters too, put "
+            "them into the model, e.g. nn.Sequential(model, head), with a loss of what that returns.",
+            stacklevel=2,
         )
     return CustomLoss(loss)
 
@@ -82,7 +97,7 @@ def _cross_entropy(smoothing: float, class_weight: Sequence[float] | Tensor | No
     return CrossEntropy(smoothing, weight, ignore_index)
 
 
-def _mean(loss: nn.CrossEntropyLoss | nn.MSELoss | nn.BCEWithLogitsLoss) -> Any:
+def _mean(loss: nn.CrossEntropyLoss | nn.NLLLoss | nn.MSELoss | nn.BCEWithLogitsLoss) -> Any:
     if loss.reduction != "mean":
         raise FlatnessError(
             f"loss={type(loss).__name__}(reduction={loss.reduction!r}): flatness is measured of a mean over samples; "
@@ -133,7 +148,19 @@ class CustomLoss(Loss):
         return LossDerivatives(curvature, residual.detach().double(), len(f), float(len(f)))
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.function(logits, targets.clone()).double().sum()
+        losses: Tensor = self._called(logits, targets)
+        return losses.double().sum()
+
+    def _called(self, logits: Tensor, targets: Tensor) -> Any:
+        """Call the function; a module runs on copies of its tensors, in the type of the logits."""
+        if not isinstance(self.function, nn.Module):
+            return self.function(logits, targets.clone())
+        named = {**dict(self.function.named_parameters()), **dict(self.function.named_buffers())}
+        copies = {
+            name: tensor.detach().to(logits.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            for name, tensor in named.items()
+        }
+        return functional_call(self.function, copies, (logits, targets.clone()))
 
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
         """Return logits and losses in float64, or in the logits' dtype if the function holds tensors of that dtype."""
@@ -141,7 +168,7 @@ class CustomLoss(Loss):
         for dtype in dict.fromkeys((torch.float64, logits.dtype)):
             f = logits.to(dtype, copy=True).requires_grad_()
             try:
-                return f, self.function(f, targets.clone())
+                return f, self._called(f, targets)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise

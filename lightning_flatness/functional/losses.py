@@ -6,6 +6,7 @@ since ``π - y`` and ``1 - max π`` cancel for confident samples.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,6 +103,8 @@ class CrossEntropy(Loss):
             q, normalizer = targets.double(), float(samples)
             if not holds(((q >= 0) & q.isfinite()).all()):
                 raise BatchError("Targets that are probabilities must be finite and not negative.")
+            if bool(((q.sum(1) - 1).abs() > ROUNDED).any()):
+                warnings.warn(SEVERAL_LABELS, stacklevel=2)
         else:
             kept = self._kept(targets, classes, samples)
             count = samples if kept is None else int(kept.sum())
@@ -144,6 +147,7 @@ class CrossEntropy(Loss):
             raise BatchError(
                 f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}. Cross-entropy takes class "
                 "indices, integers of shape (samples,), or probabilities, floating-point numbers (samples, classes)."
+                f"{_remedy(targets, samples, classes)}"
             )
         if len(targets) != samples:
             raise BatchError(f"The batch has {samples} logits and {len(targets)} targets.")
@@ -151,8 +155,54 @@ class CrossEntropy(Loss):
         if not holds(((targets >= 0) & (targets < classes) | ~kept).all()):
             counted = targets[kept]
             span = f"{int(counted.min())}..{int(counted.max())}"
-            raise BatchError(f"The targets lie in {span}, but the model has {classes} classes (0..{classes - 1}).")
+            raise BatchError(
+                f"The targets lie in {span}, but the model has {classes} classes (0..{classes - 1}). If one of them "
+                "stands for 'no class', name it with ignore_index=; labels that begin at 1 need targets - 1."
+            )
         return None if holds(kept.all()) else kept
+
+
+# How far the sum of rounded probabilities may be from one.
+ROUNDED = 1e-2
+SEVERAL_LABELS = (
+    "Rows of the targets do not sum to one, so they are no probabilities of classes, and loss='cross_entropy' weights "
+    "every sample by that sum. For several labels per sample use loss='binary_cross_entropy'."
+)
+
+
+def _remedy(targets: Tensor, samples: int, classes: int) -> str:
+    """Return how to turn targets of the wrong shape or type into some that cross-entropy takes, if that is known."""
+    shape = tuple(targets.shape)
+    if shape == (samples, 1) and classes > 1:
+        return f" Give targets.squeeze(1){'.long()' if targets.is_floating_point() else ''}."
+    if shape == (samples,):
+        return " Give targets.long(), if they are class indices."
+    if shape == (samples, classes):
+        return (
+            " Give targets.float() if they are one-hot; for several labels per sample use loss='binary_cross_entropy'."
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class NegativeLogLikelihood(CrossEntropy):
+    """The loss ``torch.nn.NLLLoss`` of log-probabilities, which is cross-entropy: their softmax is themselves.
+
+    Example:
+        >>> NegativeLogLikelihood()(torch.zeros(1, 4).log_softmax(1), torch.tensor([2])).residual
+        tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]], dtype=torch.float64)
+    """
+
+    name = "nll"
+
+    def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
+        """Compute the derivatives at log-probabilities ``(N, K)``."""
+        if not holds((logits.double().logsumexp(1).abs() <= ROUNDED).all()):
+            raise BatchError(
+                "The model does not return log-probabilities, which nn.NLLLoss takes. If your step applies log_softmax "
+                "to its output, measure loss='cross_entropy'; else let the model return torch.log_softmax(logits, 1)."
+            )
+        return super().__call__(logits, targets)
 
 
 @dataclass(frozen=True)
@@ -215,8 +265,10 @@ def _like_logits(targets: Tensor, logits: Tensor, name: str) -> Tensor:
     if logits.shape[1] == 1 and targets.ndim == 1:
         targets = targets[:, None]
     if targets.shape != logits.shape or targets.is_complex():
+        classes = targets.shape == logits.shape[:1] and not targets.is_floating_point()
+        remedy = " For class indices use loss='cross_entropy', or give their one_hot vectors." if classes else ""
         raise BatchError(
             f"The targets have shape {tuple(targets.shape)}; loss='{name}' needs that of the model's output, "
-            f"{tuple(logits.shape)}."
+            f"{tuple(logits.shape)}.{remedy}"
         )
     return targets.clone().double()

@@ -23,7 +23,7 @@ from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.methods import first_description, under_gauss_newton
 from lightning_flatness.layers.recording import LayerCall, Pass
 from lightning_flatness.model.graph import cannot_curve, random_like
-from lightning_flatness.model.logits import logits_of
+from lightning_flatness.model.logits import logits_of, question_outputs
 
 
 def certify(
@@ -34,6 +34,7 @@ def certify(
     first, left_out = certificates.first, dict(known.left_out)
     calls, kernels = certificates.certified_calls(left_out)
     if first:
+        question_outputs(recorded.logits, context.options.loss_function)
         for name, reason in why_out_of_reach(calls, recorded.logits).items():
             certificates.leave_out(name, LayerSelectionError(f"Layer '{name}': {reason}"), calls, left_out)
     if known.paths is None or not known.paths.recognises(_uses(recorded, calls), every=None):

@@ -15,6 +15,7 @@ from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import CrossEntropy, Loss
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.ranks import gather, raise_on_all
+from lightning_flatness.model.logits import question_outputs
 from lightning_flatness.model.points import Points
 
 CHUNK = 16
@@ -97,9 +98,11 @@ class RepeatedBatches:
         try:
             with closing(self.pairs()) as pairs:
                 for inputs, targets in pairs:
-                    own = own + self._sums(points.own_logits(inputs), targets)
+                    logits = points.own_logits(inputs)
+                    own = own + self._sums(logits, targets)
                     if not sizes:
                         first = inputs
+                        question_outputs(logits, self._loss)
                     sizes.append(len(targets))
             if sizes:
                 chunk = _worthwhile_chunk(points, first)

@@ -80,6 +80,24 @@ def cannot_curve(end: Tensor) -> bool:
     return True
 
 
+# Functions that only arrange or convert the entries of one tensor.
+ARRANGING = frozenset(["Alias", "Clone", "Permute", "Select", "Slice", "Squeeze", "T", "ToCopy", "Unsqueeze", "View"])
+
+
+def ends_with_sigmoid(end: Tensor) -> bool:
+    """Return whether the last function that computes a tensor is a sigmoid, apart from shapes and types.
+
+    Example:
+        >>> z = torch.randn(2, 3, requires_grad=True)
+        >>> ends_with_sigmoid(z.sigmoid()[:, 0]), ends_with_sigmoid(z.sigmoid() * 2)
+        (True, False)
+    """
+    node: Any = end.grad_fn
+    while node is not None and _plain(node.name()) in ARRANGING:
+        node = node.next_functions[0][0]
+    return node is not None and _plain(node.name()) == "Sigmoid"
+
+
 def _functions(ends: Sequence[Tensor]) -> Iterator[Any]:
     """Yield each function in the graph of the tensors once."""
     visited: set[Any] = set()

@@ -16,7 +16,7 @@ from lightning_flatness.functional import Loss
 from lightning_flatness.model.copy import ModelCopy, measuring_device
 from lightning_flatness.model.graph import NoSecondDerivative, second_derivatives
 from lightning_flatness.model.isolation import isolated
-from lightning_flatness.model.logits import logits_of
+from lightning_flatness.model.logits import logits_of, question_outputs
 from lightning_flatness.model.names import choose_parameters
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
@@ -57,6 +57,7 @@ class LossCurvature:
         self._replacements = dict(zip(chosen.values(), self._leaves, strict=True))
         self._sizes = [leaf.numel() for leaf in self._leaves]
         self._tensors = SampleTensors()
+        self._questioned = False  # whether the outputs of the first batch were looked at
         self._depends = False  # whether a product has shown that the loss depends on the parameters
         self.shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
         self.dtype = torch.float32
@@ -87,8 +88,11 @@ class LossCurvature:
                     one, targets = slice(0, 1), take(targets, slice(0, 1), 1)
                     self._tensors = self._tensors.certified(inputs, one, lambda part: logits_of(self._copy(part)))
                     inputs = self._tensors.take(inputs, one)
-                with torch.set_grad_enabled(vector is not None):
+                with torch.set_grad_enabled(vector is not None or not self._questioned):
                     logits = logits_of(self._copy(inputs, self._replacements))
+                if not self._questioned:
+                    question_outputs(logits, self._loss)
+                    self._questioned, logits = True, logits.detach() if vector is None else logits
                 targets = targets.to(logits.device, copy=True)  # no inference tensor
                 if vector is None or product is None:
                     derivatives = self._loss(logits, targets)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.functional import Loss
 from lightning_flatness.functional.conditions import holds
+from lightning_flatness.model.graph import ends_with_sigmoid
 
 # The largest relative difference between logits that are the same but for rounding, in units of the machine epsilon.
 ROUNDINGS = 1e3
@@ -34,8 +37,8 @@ def any_logits_of(output: Any) -> Tensor:
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise BatchError(
-            f"The model returns a {type(output).__name__}; flatness needs the logits, a tensor of shape "
-            "(samples, classes), or an output with a 'logits' entry. Wrap the model so that it returns them."
+            f"The model returns a {_described(output)}; flatness needs the logits, a tensor of shape "
+            f"(samples, classes), or an output with a 'logits' entry. {_remedy(output)}"
         )
     if logits.ndim != 2:
         hint = " Dense prediction (a class for every pixel or token) is not supported." if logits.ndim > 2 else ""
@@ -56,3 +59,55 @@ def certify_deterministic(first: Tensor, second: Tensor) -> None:
             "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
             "the Hessian of."
         )
+
+
+def _entries(output: Any) -> dict[Any, Any]:
+    """Return the entries of an output that is a tuple, list or dictionary, by index or key."""
+    if isinstance(output, dict):
+        return output
+    return dict(enumerate(output)) if isinstance(output, (tuple, list)) else {}
+
+
+def _described(output: Any) -> str:
+    shapes = ", ".join(
+        f"{key!r}: {tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__}"
+        for key, entry in _entries(output).items()
+    )
+    return f"{type(output).__name__}{f' of {shapes}' if shapes else ''}"
+
+
+def _remedy(output: Any) -> str:
+    tensors = [key for key, entry in _entries(output).items() if isinstance(entry, Tensor) and entry.ndim == 2]
+    entry = f"[{tensors[0]!r}]" if tensors else ""
+    several = " Measure one output after the other." if len(tensors) > 1 else ""
+    return (
+        "Wrap the model so that it returns them: a module whose forward is `return "
+        f"{f'self.model(*inputs){entry}' if entry else 'logits'}`.{several}"
+    )
+
+
+def question_outputs(logits: Tensor, loss: Loss) -> None:
+    """Warn if a model returns probabilities, although the loss takes logits.
+
+    Whether it ends with a sigmoid is read from the graph, since logits may well lie between zero and one.
+    """
+    if loss.name == "cross_entropy" and are_probabilities(logits):
+        warnings.warn(
+            "The model returns probabilities (rows that sum to one, as after a softmax), but loss='cross_entropy' "
+            "takes logits and applies a softmax itself. Measured is the loss with both, which is not that of a "
+            "training on the logarithm of these probabilities. Let the model return the logits, or their log_softmax.",
+            stacklevel=2,
+        )
+    if loss.name == "binary_cross_entropy" and ends_with_sigmoid(logits):
+        warnings.warn(
+            "The model returns probabilities (it ends with a sigmoid), but loss='binary_cross_entropy' takes logits "
+            "and applies a sigmoid itself, like nn.BCEWithLogitsLoss. Measured is the loss with both. Let the model "
+            "return the logits.",
+            stacklevel=2,
+        )
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Return whether the rows of logits ``(N, K)`` could be probabilities of classes, as after a softmax."""
+    positive, sums = bool((logits.detach() >= 0).all()), logits.detach().double().sum(1)
+    return positive and logits.shape[1] > 1 and bool(((sums - 1).abs() < 1e-3).all())

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import CrossEntropy, CustomLoss, MeanSquaredError, find_loss
+from tests.guarding import guards
 from tests.networks import focal
 
 
@@ -173,6 +174,53 @@ def test_wrong_losses_are_refused(arguments, match):
         find_loss(**arguments)
 
 
+@given(batch=logits_and_indices(), weighted=st.booleans(), ignored=st.booleans())
+def test_negative_log_likelihood_of_log_probabilities(batch, weighted, ignored):
+    logits, targets = batch
+    weight = torch.rand(logits.shape[1]).double() + 0.1 if weighted else None
+    by_torch = nn.NLLLoss(weight, ignore_index=int(targets[0]) if ignored and targets.unique().numel() > 1 else -100)
+    loss = find_loss(by_torch)
+    # As functions of what goes into the log-softmax, both losses are one.
+    cross_entropy = nn.CrossEntropyLoss(weight, ignore_index=by_torch.ignore_index)
+    outputs = logits.log_softmax(1)
+    assert_derivatives_are_autograds(loss, cross_entropy, outputs, targets)
+    assert_close(loss.total(outputs, targets) / loss(outputs, targets).normalizer, by_torch(outputs, targets))
+
+
+@pytest.mark.parametrize("output", [torch.randn(3, 4), torch.randn(3, 4).softmax(1)], ids=["logits", "probabilities"])
+def test_negative_log_likelihood_of_something_else(output):
+    with pytest.raises(BatchError, match="does not return log-probabilities.*loss='cross_entropy'.*log_softmax"):
+        find_loss(nn.NLLLoss())(output, Y)
+
+
+class Margin(nn.Module):
+    """A head and its loss: takes embeddings, and draws the mean of these into a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+        self.register_buffer("centre", torch.zeros(4))
+
+    def forward(self, embeddings, targets):
+        self.centre += embeddings.detach().mean(0)
+        return F.cross_entropy(8 * (embeddings @ self.weight.T).tanh(), targets, reduction="none")
+
+
+@guards("functional/loss_argument.py", "if not isinstance(self.function, nn.Module):", "if True:")
+def test_a_module_with_parameters_is_a_loss_of_embeddings():
+    module, embeddings = Margin(), torch.randn(3, 4).double()
+    with pytest.warns(UserWarning, match=r"loss=Margin holds parameters \(weight\).*count as constants.*nn.Sequential"):
+        loss = find_loss(module)
+    weight = module.weight.detach().double()
+
+    def of_torch(f, y):
+        return F.cross_entropy(8 * (f @ weight.T).tanh(), y)
+
+    assert_derivatives_are_autograds(loss, of_torch, embeddings, Y)
+    assert not module.centre.any()
+    assert module.weight.grad is None
+
+
 Y = torch.tensor([0, 1, 2])
 
 
@@ -180,8 +228,19 @@ Y = torch.tensor([0, 1, 2])
     ("loss", "targets", "match"),
     [
         (CrossEntropy(class_weight=(1.0, 1.0)), Y, "class_weight has 2 entries, and the model 4 classes"),
+        (CrossEntropy(), Y[:, None], r"shape \(3, 1\) and dtype torch.int64.*Give targets.squeeze\(1\)\."),
+        (CrossEntropy(), Y[:, None].float(), r"shape \(3, 1\).*Give targets.squeeze\(1\).long\(\)"),
+        (CrossEntropy(), Y.double(), r"dtype torch.float64.*Give targets.long\(\)"),
+        (CrossEntropy(), Y > 0, r"dtype torch.bool.*Give targets.long\(\)"),
+        (CrossEntropy(), F.one_hot(Y, 4), r"targets.float\(\) if they are one-hot.*'binary_cross_entropy'"),
+        (CrossEntropy(), Y + 2, r"lie in 2..4, but the model has 4 classes \(0..3\).*ignore_index=.*targets - 1"),
         (CrossEntropy(class_weight=(1.0,) * 4), None, "With class_weight= the loss depends on the targets"),
         (find_loss("mse"), Y, r"targets have shape \(3,\); loss='mse' needs that of the model's output, \(3, 4\)"),
+        (
+            find_loss("binary_cross_entropy"),
+            Y,
+            r"that of the model's output, \(3, 4\).*loss='cross_entropy', or .*one_hot",
+        ),
         (find_loss("binary_cross_entropy"), torch.full((3, 4), 2.0), "between 0 and 1"),
         (CustomLoss(focal), None, "'focal' needs targets"),
         (CustomLoss(F.cross_entropy), Y, r"returns \(\) for 3 samples; .*reduction='none'"),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
@@ -29,18 +30,36 @@ def test_one_column_of_logits():
 
 
 @pytest.mark.parametrize(
-    ("output", "kind"),
+    ("output", "described", "returned"),
     [
-        (lambda f: (f, f), "tuple"),
-        (lambda f: [f], "list"),
-        (lambda f: {"out": f}, "dict"),
-        (lambda f: {"logits": None}, "dict"),
-        (lambda f: None, "NoneType"),
-        (lambda f: f.detach().numpy(), "ndarray"),
+        (lambda f: (f, f), r"tuple of 0: \(5, 4\), 1: \(5, 4\)", r"self.model\(\*inputs\)\[0\]`. Measure one output"),
+        (lambda f: [f], r"list of 0: \(5, 4\)", r"self.model\(\*inputs\)\[0\]`.$"),
+        (
+            lambda f: (f[:, :, None], f, 3),
+            r"tuple of 0: \(5, 4, 1\), 1: \(5, 4\), 2: int",
+            r"self.model\(\*inputs\)\[1\]",
+        ),
+        (lambda f: {"out": f}, r"dict of 'out': \(5, 4\)", r"self.model\(\*inputs\)\['out'\]"),
+        (lambda f: {"logits": None}, "dict of 'logits': NoneType", "return logits"),
+        (lambda f: None, "NoneType", "return logits"),
+        (lambda f: f.detach().numpy(), "ndarray", "return logits"),
     ],
 )
-def test_output_without_logits(output, kind):
-    refused(lf.BatchError, f"returns a {kind}; flatness needs the logits.*Wrap the model", Net(output))
+def test_output_without_logits(output, described, returned):
+    refused(lf.BatchError, f"returns a {described}; flatness needs the logits.*Wrap the model.*{returned}", Net(output))
+
+
+def test_the_remedy_for_several_outputs_works():
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Net(lambda f: (f, f.square()))
+
+        def forward(self, *inputs):
+            return self.model(*inputs)[0]
+
+    actual, expected = measure(Logits()).layers["model.conv"], measure().layers["conv"]
+    assert_close(actual.block_traces, expected.block_traces, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

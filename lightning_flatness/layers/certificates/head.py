@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import NotClosedFormError
 from lightning_flatness.functional.conditions import holds
 from lightning_flatness.layers.recording import Pass
+from lightning_flatness.model.logits import are_probabilities
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,9 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
     scale = torch.maximum(logits.double().abs().amax(1, keepdim=True), output.abs().amax(1, keepdim=True))
     deviation = (difference.abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).amax()
     if not holds(deviation <= 16 * max(torch.finfo(tensor.dtype).eps for tensor in (output, logits))):
-        sums = logits.double().sum(1)
-        softmax = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
         cause = (
             "the model returns probabilities; return the logits, the loss applies the softmax itself"
-            if softmax
+            if are_probabilities(logits)
             else "something after it changes them, e.g. a temperature, a soft cap, added priors or masked classes"
         )
         raise NotClosedFormError(

@@ -105,7 +105,7 @@ HEADS = {
 }
 
 
-@guards("layers/certificates/affine.py", "u = (u / unit).round() * unit", "pass", ids="module")
+@guards("layers/certificates/affine.py", "u = (u / unit).round() * unit", "pass")
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "class_weight": (1.0, 2.0, 0.5, 3.0)}], ids=str)
