@@ -31,6 +31,7 @@ def test_affine_changes_of_logits_of_relu_networks_are_exact(after):
     assert_not_closed_form(PooledNet(tail=nn.ReLU(), after=Apply(after)), "", exact=True)
 
 
+@pytest.mark.filterwarnings("ignore:The model returns probabilities")
 def test_softmax_before_the_loss_is_noticed_by_name():
     assert_not_closed_form(PooledNet(after=nn.Softmax(dim=1)), "returns probabilities")
 
