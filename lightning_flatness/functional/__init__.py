@@ -14,12 +14,13 @@ The same letters are used throughout:
 ====================  ==========================================================================================
 """
 
+from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature
 from lightning_flatness.functional.closed_form import (
     classifier_block_traces,
     closed_form_block_traces,
     closed_form_residual,
 )
-from lightning_flatness.functional.curvature import ClassCurvature, Curvature, DenseCurvature
+from lightning_flatness.functional.curvature import ClassCurvature, DenseCurvature
 from lightning_flatness.functional.directions import (
     NORMALIZATIONS,
     Direction,
@@ -64,10 +65,10 @@ from lightning_flatness.functional.patches import (
 from lightning_flatness.functional.spectrum import Criteria, Quadrature, lanczos_quadrature, spectrum_criteria
 
 __all__ = [
-    "NORMALIZATIONS", "BinaryCrossEntropy", "ClassCurvature", "ConvolutionGeometry", "Criteria", "CrossEntropy",
-    "Curvature", "CustomLoss", "DenseCurvature", "Direction", "Eigenpairs", "LargestEigenvalues", "Loss",
-    "LossDerivatives", "MeanSquaredError", "NegativeLogLikelihood", "PrincipalDirections", "Quadrature", "adam_step",
-    "classifier_block_traces", "closed_form_block_traces", "closed_form_residual", "contraction_costs",
+    "NORMALIZATIONS", "AutogradCurvature", "BinaryCrossEntropy", "ClassCurvature", "ConvolutionGeometry", "Criteria",
+    "CrossEntropy", "Curvature", "CustomLoss", "DenseCurvature", "Direction", "Eigenpairs", "LargestEigenvalues",
+    "Loss", "LossDerivatives", "MeanSquaredError", "NegativeLogLikelihood", "PrincipalDirections", "Quadrature",
+    "adam_step", "classifier_block_traces", "closed_form_block_traces", "closed_form_residual", "contraction_costs",
     "direction_norm", "filter_flatness", "filter_traces", "find_loss", "gauss_newton_block_traces", "hessian_trace",
     "inner_product", "lanczos_quadrature", "largest_eigenvalues", "layerwise_flatness", "measures_of",
     "neuronwise_flatness", "normalized", "orthogonal_to", "patch_gram", "patch_square_norms", "patches",

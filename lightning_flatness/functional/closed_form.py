@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional.curvature import Curvature
+from lightning_flatness.functional.autograd_curvature import Curvature
 from lightning_flatness.functional.patches import (
     ConvolutionGeometry,
     contraction_costs,
@@ -58,7 +58,7 @@ def closed_form_block_traces(
         curvature: ``Λ`` of all ``N`` samples.
         tolerance: leave out pairs of sample and class that together contribute at most this share of the trace. The
             diagonal of the result stays exact. The error off the diagonal is that of a positive semi-definite matrix
-            whose trace is at most this share. Has no effect with ``diagonal`` or a :class:`DenseCurvature`.
+            whose trace is at most this share. Has an effect only on a :class:`ClassCurvature`, without ``diagonal``.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -107,6 +107,8 @@ def closed_form_block_traces(
         projected = curvature[chunk].project(head, None if scales is None else scales.flatten(1), tolerance)
         columns = projected.columns.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # (N, G, s, C)
         signed = columns if projected.signs is None else columns * projected.signs[:, None, None]
+        if projected.others is not None:
+            signed = projected.others.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)
         floor = None if projected.floor is None else projected.floor.to(left)
         if floor is not None and shared is None:
             shared = torch.zeros_like(total)

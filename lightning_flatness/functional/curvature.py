@@ -1,7 +1,8 @@
 """The curvature of a loss: its second derivative ``Λ_n`` with respect to the logits of every sample.
 
 The matrix ``Λ`` is not computed. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The
-Gauss-Newton method needs one column after the other of a matrix ``B`` with ``B Bᵀ = Λ``. Two classes provide both.
+Gauss-Newton method needs one column after the other of a matrix ``B`` with ``B Bᵀ = Λ``. Two classes here provide both,
+and a third one in ``autograd_curvature.py``.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ ELEMENTS = 2**22
 
 
 class Projection(NamedTuple):
-    """Factors of ``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)`` for every sample."""
+    """Factors of ``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)`` for every sample.
+
+    If there are ``others``, these are multiplied by instead: ``VᵀΛV = columnsᵀ others``.
+    """
 
     columns: Tensor  # (N, C, S)
     counts: list[int]  # number of columns of every sample that are used; later columns are zero
     signs: Tensor | None = None  # (N, C); None if all are +1
     floor: Tensor | None = None  # (N,), the smallest weight of every sample; None if columns contain it
     rest: Tensor | None = None  # (N, S), the diagonal of the terms of the classes that were left out
+    others: Tensor | None = None  # (N, C, S)
 
 
 @dataclass(frozen=True)
@@ -221,9 +226,6 @@ class DenseCurvature:
         """Compute ``Λ x``; both are float64 ``(N, K)``."""
         y = (self.roots.mT @ x[:, :, None]) * self.signs[:, :, None]
         return (self.roots @ y)[:, :, 0]
-
-
-Curvature = ClassCurvature | DenseCurvature
 
 
 def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:

@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
-from lightning_flatness.functional.curvature import DenseCurvature
+from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
+from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
 from lightning_flatness.functional.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -108,7 +109,10 @@ def _mean(loss: nn.CrossEntropyLoss | nn.NLLLoss | nn.MSELoss | nn.BCEWithLogits
 
 @dataclass(frozen=True)
 class CustomLoss(Loss):
-    """A loss written by the user; autograd computes its derivatives, the second derivative as ``K x K`` per sample.
+    """A loss written by the user; autograd computes its derivatives.
+
+    The second derivative is kept as ``K`` numbers per sample if it is diagonal (a sum over classes, as in the squared
+    error), as a ``K x K`` matrix if there are few classes, and else as a function that multiplies by it.
 
     The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``. The measured loss is their mean. The
     function is called with float64 logits of a part of a batch, so it must not use statistics of the batch.
@@ -135,17 +139,20 @@ class CustomLoss(Loss):
             f, losses = self._losses(logits.detach(), targets)
             self._check_shape(losses, len(f))
             (residual,) = torch.autograd.grad(losses.sum(), f, create_graph=True)
-            matrices = torch.zeros(*f.shape, f.shape[1], dtype=f.dtype, device=f.device)
-            for k in range(f.shape[1]) if residual.requires_grad else ():
-                (row,) = torch.autograd.grad(residual[:, k].sum(), f, retain_graph=True, allow_unused=True)
-                if row is not None:
-                    matrices[:, k] = row
-            if not matrices.isfinite().all():
-                raise BatchError(f"The second derivative of the loss '{self.name}' is not finite.")
             self._check_samples_are_separate(losses, f)
-        matrices = matrices.double()
-        curvature = DenseCurvature.of((matrices + matrices.mT) / 2)
+            curvature = self._curvature(f, residual, targets)
         return LossDerivatives(curvature, residual.detach().double(), len(f), float(len(f)))
+
+    def _curvature(self, f: Tensor, residual: Tensor, targets: Tensor) -> Curvature:
+        """Return the second derivative at the logits ``f`` in the least costly form, from the gradient there."""
+        diagonal = certified_diagonal(residual, f)
+        if diagonal is not None and bool((diagonal >= 0).all()):
+            return ClassCurvature(diagonal)
+        if f.shape[1] >= MANY_CLASSES:
+            return AutogradCurvature(self._called, f.detach(), targets)
+        units = torch.eye(f.shape[1], dtype=torch.float64, device=f.device)
+        matrices = torch.stack([product(residual, f, unit.expand_as(f)) for unit in units], dim=1)
+        return DenseCurvature.of((matrices + matrices.mT) / 2)
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
         losses: Tensor = self._called(logits, targets)

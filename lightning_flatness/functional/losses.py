@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError
+from lightning_flatness.functional.autograd_curvature import Curvature
 from lightning_flatness.functional.conditions import holds
-from lightning_flatness.functional.curvature import ClassCurvature, Curvature
+from lightning_flatness.functional.curvature import ClassCurvature
 
 
 class LossDerivatives(NamedTuple):

@@ -5,14 +5,20 @@ The columns of the factor ``B`` of the loss's curvature ``Λ`` are pulled back t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from lightning_flatness.functional import ClassCurvature, Curvature, gauss_newton_block_traces
+from lightning_flatness.functional import (
+    AutogradCurvature,
+    ClassCurvature,
+    Curvature,
+    DenseCurvature,
+    gauss_newton_block_traces,
+)
 from lightning_flatness.functional.curvature import MANY_CLASSES
 from lightning_flatness.layers.certified import Calls, Certified, CertifiedPass
 from lightning_flatness.layers.cotangents import nodes_of, pull_back
@@ -44,7 +50,7 @@ def gauss_newton_layers(
     """
     curvature, tolerance = certified.loss.curvature, options.class_tolerance
     layers = _Layers(certified.others, certified.recorded.logits, options.diagonal)
-    if isinstance(curvature, ClassCurvature) and is_sampled(curvature, tolerance):
+    if not isinstance(curvature, DenseCurvature) and is_sampled(curvature, tolerance):
         return _by_probes(layers, curvature, known, tolerance, generator, advance)
     totals: dict[str, Tensor] = {}
     done = 0
@@ -58,7 +64,7 @@ def gauss_newton_layers(
 
 def is_sampled(curvature: Curvature, tolerance: float) -> bool:
     """Return whether classes of small weight in the curvature are sampled instead of taken one by one."""
-    return tolerance > 0 and isinstance(curvature, ClassCurvature) and curvature.num_classes >= MANY_CLASSES
+    return tolerance > 0 and not isinstance(curvature, DenseCurvature) and curvature.num_classes >= MANY_CLASSES
 
 
 def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
@@ -84,6 +90,20 @@ class _Layers:
         while columns := [pull_back(logits, nodes, u.to(logits.dtype)) for u in islice(cotangents, at_a_time)]:
             yield columns
 
+    def factored(
+        self, curvature: ClassCurvature | AutogradCurvature, vectors: Iterable[Tensor]
+    ) -> Iterator[tuple[Columns, Tensor | None]]:
+        """Yield chunks of the columns that a curvature gives for vectors ``(N, K)``, pulled back, and their signs."""
+        if isinstance(curvature, ClassCurvature):
+            for columns in self.pulled(curvature.factor(x) for x in vectors):
+                yield columns, None
+        else:
+            done = 0
+            for columns in self.pulled(column for x in vectors for column in curvature.pair(x)):
+                before, done = done, done + len(columns)
+                signs = [1.0 - 2 * (index % 2) for index in range(before, done)]
+                yield columns, self.logits.new_tensor(signs).expand(len(self.logits), -1)
+
     def contracted(self, columns: Columns, signs: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield block traces by layer, from the columns; the lists of columns are emptied, which keeps memory low."""
         for name, of_layer in self.calls.items():
@@ -103,7 +123,7 @@ class _Layers:
 
 def _by_probes(
     layers: _Layers,
-    curvature: ClassCurvature,
+    curvature: ClassCurvature | AutogradCurvature,
     known: Certified,
     tolerance: float,
     generator: torch.Generator,
@@ -111,7 +131,8 @@ def _by_probes(
 ) -> dict[str, BlockTraces]:
     """Return block traces: classes of large weight are taken one by one, the sum over the others is estimated.
 
-    A probe pulls ``sum_k ±√w_k (e_k - π)`` over the other classes back; random signs make the estimate unbiased. Probes
+    A probe pulls ``sum_k ±√w_k (e_k - π)`` over the other classes back (or the pair of columns of an
+    :class:`AutogradCurvature` for these signs); random signs make the estimate unbiased. Probes
     are added until trace and relative flatness of every layer reach the tolerance. If that would take more probes than
     there are classes, these classes are taken one by one, too.
     """
@@ -123,21 +144,22 @@ def _by_probes(
 
     def take_one_by_one(ranks: range) -> None:
         units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
-        for columns in layers.pulled(curvature.factor(x) for x in units):
-            layers.add(totals, columns)
+        for columns, column_signs in layers.factored(curvature, units):
+            layers.add(totals, columns, column_signs)
 
     take_one_by_one(range(leading))
     probes = {name: Probes(known.layers[name].gram.whole()) for name in layers.calls}
     others = torch.ones_like(mass).scatter(1, order[:, :leading], 0.0)
-    count = 0
-    while leading + count < curvature.num_columns:
-        x = (others * random_signs(others, generator) for _ in range(MIN_PROBES))
-        for columns in layers.pulled(curvature.factor(signs) for signs in x):
-            for column in columns:
-                for name, part in layers.contracted([column]):
-                    probes[name].add(part)
+    count, most = 0, min(curvature.num_columns, curvature.num_classes)
+    while leading + count < most:
+        for _ in range(MIN_PROBES):
+            of_probe: dict[str, Tensor] = {}
+            for columns, column_signs in layers.factored(curvature, [others * random_signs(others, generator)]):
+                layers.add(of_probe, columns, column_signs)
+            for name, part in of_probe.items():
+                probes[name].add(part)
         count += MIN_PROBES
-        advance(min((leading + count) / curvature.num_columns, 1.0))
+        advance(min((leading + count) / most, 1.0))
         if all(of_layer.precise(tolerance, totals[name]) for name, of_layer in probes.items()):
             advance(1.0)
             return {name: of_layer.estimate(totals[name]) for name, of_layer in probes.items()}

@@ -25,7 +25,7 @@ def random_curvature(kind, samples, classes, scale=1.0):
 
 
 def assembled(curvature, matrix, projection):
-    columns, counts, signs, floor, rest = projection
+    columns, counts, signs, floor, rest, _ = projection
     signed = columns if signs is None else columns * signs[:, :, None]
     assert not any(bool(c[count:].any()) for c, count in zip(columns, counts, strict=True))
     actual = columns.mT @ signed
