@@ -134,7 +134,9 @@ def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
     if image is None:
         return torch.zeros_like(leaf, dtype=torch.float64)
     if not bool(image.isfinite().all()):
-        raise BatchError("The second derivative of the loss is not finite.")
+        raise BatchError(
+            "The second derivative of the loss is not finite (a root or logarithm at zero? Add an epsilon there)."
+        )
     return image.double()
 
 

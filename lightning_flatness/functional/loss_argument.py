@@ -139,6 +139,11 @@ class CustomLoss(Loss):
             f, losses = self._losses(logits.detach(), targets)
             self._check_shape(losses, len(f))
             (residual,) = torch.autograd.grad(losses.sum(), f, create_graph=True)
+            if not bool(residual.isfinite().all()):
+                raise BatchError(
+                    f"A derivative of the loss '{self.name}' is not finite (a square root or logarithm at zero? Add an "
+                    "epsilon there)."
+                )
             self._check_samples_are_separate(losses, f)
             curvature = self._curvature(f, residual, targets)
         return LossDerivatives(curvature, residual.detach().double(), len(f), float(len(f)))
