@@ -21,6 +21,7 @@ from lightning_flatness.measure.metric import FlatnessMetric
 from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.measure.ranks import gather, own_rank
 from lightning_flatness.model.copy import measuring_device
+from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
 
 
@@ -182,7 +183,8 @@ def measure_flatness(
             model's own, but at least float32. Sums are always kept in float64.
         sync: sum over all ranks of a process group of ``torch.distributed``. Every rank then calls this function with
             its own batches, or none, and gets the flatness over the batches of all ranks. (If one rank raises an error,
-            the others keep waiting, as with any collective.) By default nothing communicates.
+            the others keep waiting, as with any collective.) Weights that ``fully_shard`` (FSDP2) has sharded are then
+            measured in a whole copy, which every rank holds meanwhile. By default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
 
     Returns:
@@ -205,6 +207,7 @@ def measure_flatness(
         >>> report.layers["0"].exact, report.layers["0"].block_traces.shape
         (True, torch.Size([1, 4, 4]))
     """
+    model = whole_model(model) if sync else model
     measurement = Measurement(
         model,
         sync=sync,

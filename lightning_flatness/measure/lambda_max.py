@@ -19,6 +19,7 @@ from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.ranks import gather, raise_on_all, sum_over_ranks
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.model.isolation import isolated, without_wrapper
+from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import LayerInfo, LayerLambdaMax, merged
 
 
@@ -78,7 +79,7 @@ def measure_lambda_max(
     )
     if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
         raise FlatnessError(f"measure_lambda_max: {max_products=} must be at least one, and {tolerance=} positive.")
-    model = without_wrapper(model)
+    model = without_wrapper(whole_model(model) if sync else model)
     passes = OwnPasses(model, options)
     operators: dict[str, list[Operator]] = {}
     kernels: dict[str, Tensor] = {}

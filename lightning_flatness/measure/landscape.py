@@ -23,6 +23,7 @@ from lightning_flatness.model.isolation import isolated, without_wrapper
 from lightning_flatness.model.named_tensors import NamedTensors
 from lightning_flatness.model.options import of_arguments
 from lightning_flatness.model.points import Points
+from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import LandscapeResult
 
 
@@ -115,6 +116,7 @@ def loss_landscape(
         (torch.Size([5, 5]), True)
     """
     options = of_arguments(LandscapeOptions, locals())
+    model = whole_model(model) if sync else model
     return landscape_of(model, batches, options, optimizer=optimizer, resume=resume, sync=sync, progress=progress)
 
 

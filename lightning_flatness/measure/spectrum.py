@@ -27,6 +27,7 @@ from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.model.hessian import LossCurvature
 from lightning_flatness.model.isolation import isolated, without_wrapper
 from lightning_flatness.model.options import MeasuringOptions, of_arguments
+from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import CRITERIA, SpectrumResult
 
 
@@ -121,7 +122,8 @@ def hessian_spectrum(
         >>> result.eigenvalues, result.kind
         (tensor([9.0000, 1.0000], dtype=torch.float64), 'mainly positive')
     """
-    return spectrum_of(model, batches, of_arguments(SpectrumOptions, locals()), progress, sync)
+    options = of_arguments(SpectrumOptions, locals())
+    return spectrum_of(whole_model(model) if sync else model, batches, options, progress, sync)
 
 
 def spectrum_of(

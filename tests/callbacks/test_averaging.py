@@ -57,8 +57,13 @@ def loss_of(module, batch):
         return F.cross_entropy(module.eval()(batch[0]), batch[1]).item()
 
 
-@guards("callbacks.averaging:call_again_after_others", returns=False, ids="last-{}-own")
-@guards("callbacks/epoch_end.py", "gather(self._have_changed(pl_module), sync=True)", "[False]", ids="first-{}-own")
+@guards("callbacks.averaging:call_again_after_others", returns=False, ids="plain-last-None-landscape-own")
+@guards(
+    "callbacks/epoch_end.py",
+    "gather(self._have_changed(pl_module), sync=True)",
+    "[False]",
+    ids="plain-first-1-spectrum-own",
+)
 @averaging
 @pytest.mark.parametrize(("every", "kind"), [(None, "landscape"), (1, "spectrum"), (2, "spectrum")])
 @pytest.mark.parametrize("order", ["first", "last"])

@@ -1,15 +1,17 @@
 """Weights that are spread over ranks are refused; data that is spread over ranks is measured together."""
 
 import pytest
+from torch.testing import assert_close
 from torch.utils.data import ConcatDataset, DataLoader
 
 import lightning_flatness as lf
 from tests.callbacks.lightning_modules import Net, dataset
 from tests.distributed.ranks import returned, run_once_on_ranks
+from tests.guarding import guards
 
 pytestmark = pytest.mark.slow
 SHARDED = ("fully_sharded_weights", "wrapped_by_fully_sharded_data_parallel")
-NAMES = (*SHARDED, "sharded_in_a_trainer", "plain_data_parallel")
+NAMES = (*SHARDED, "measured_while_sharded", "sharded_in_a_trainer", "plain_data_parallel")
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,16 @@ def assert_refused(message):
 def test_sharded_weights_are_refused(outcomes, name):
     for message in returned(outcomes[name]):
         assert_refused(message)
+
+
+@guards("model.whole:_is_of_fsdp", returns=False)
+def test_fully_sharded_weights_are_measured_together(outcomes):
+    for found, wanted, of_one, is_as_it_was, difference in returned(outcomes["measured_while_sharded"]):
+        for kind, numbers in wanted.items():
+            assert_close(found[kind], numbers, rtol=1e-7 if kind in ("eigenvalue", "spectrum") else 1e-11, atol=0)
+        assert_close(of_one, wanted["last"], rtol=1e-11, atol=0)
+        assert is_as_it_was
+        assert difference < 1e-5
 
 
 def test_sharded_weights_are_refused_before_training(outcomes):
