@@ -202,7 +202,7 @@ def test_looking_leaves_no_trace(how):
     assert epochs[0] == epochs[1]
 
 
-@guards("model.generators:seed_generators", returns=None, ids="own")
+@guards("model.generators:seed_generators", returns=None, ids="own numpy")
 @pytest.mark.parametrize("how", ["torch", "own", "own numpy"])
 def test_a_sampler_with_other_samples_in_every_epoch_is_warned_of(how):
     loader = by_samples(Tenth(ALL, how))
