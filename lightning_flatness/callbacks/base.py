@@ -7,14 +7,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from lightning_flatness.callbacks import tensorboard
-from lightning_flatness.callbacks.data.sources import BatchFunction, Wanted
+from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
-from lightning_flatness.callbacks.network import find_network
+from lightning_flatness.callbacks.network import (
+    Network,
+    StepWatch,
+    is_watchable,
+    named_network,
+    network_without_step,
+)
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.model.call import Call, same_tensors
 
 Record = dict[str, Any]
 
@@ -57,6 +66,9 @@ class MeasuringCallback(Callback):
         self._errors = RankErrors(on_error, name, measured)
         self._stage: str | None = None
         self._is_restored = False
+        self._network: Network | None = None  # as a validation step of this run has shown it
+        self._asked: Asked | None = None  # of the batch that is validated
+        self._watch: StepWatch | None = None  # of its step
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
@@ -65,6 +77,8 @@ class MeasuringCallback(Callback):
     def _release(self) -> None:
         """Release the data and model of a measurement in progress, and drop a pending error."""
         self._errors.pending = None
+        self._stop_watching()
+        self._network = None
 
     @abstractmethod
     def _draw_run(self, trainer: Trainer) -> None:
@@ -102,7 +116,81 @@ class MeasuringCallback(Callback):
         self._release()
         self._errors.start_run()
         with self._measuring(trainer, pl_module):
-            find_network(pl_module, self.model)
+            named_network(pl_module, self.model)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the first validation step of a run, which shows the network and what it is called with."""
+        if self._network is None and not self._errors.pending:
+            with self._measuring(trainer, pl_module):
+                self._start_watching(pl_module, batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Find the network in the step that was watched."""
+        if self._asked is not None and not self._errors.pending:
+            with self._measuring(trainer, pl_module):
+                self._find_network(pl_module)
+        self._stop_watching()
+
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
+        self._stop_watching()  # of a step that raised an error
+        self._asked = self._wanted.before_step(batch, pl_module)
+        if self._network is None and is_watchable(pl_module):
+            self._watch = StepWatch(pl_module, named_network(pl_module, self.model))
+            self._watch.__enter__()
+        return self._asked
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.__exit__()
+        self._watch = self._asked = None
+
+    def _find_network(self, pl_module: LightningModule) -> Call | None:
+        """Find the network in the step that was watched, and return its call, if there is one.
+
+        If other data than the validated batches are measured, there are no steps to see what the network is given. So
+        check that it is given the inputs of the batch as they are.
+        """
+        watch, asked = self._watch, self._asked
+        assert asked is not None
+        if watch is None or watch.is_empty:
+            self._network = network_without_step(pl_module, self.model)
+            if self._data_name == "val" and not asked.is_given:
+                unseen = (
+                    "torch.compile runs the whole validation step"
+                    if watch is None
+                    else "the validation step calls none"
+                )
+                rank_zero_warn(
+                    f"{self._name} cannot see what the network is given ({unseen}), so it measures the batch's own "
+                    "inputs. If the network takes others, give batch_fn=, a function from a batch to (inputs, targets)."
+                )
+            return None
+        watch.__exit__()
+        self._network, call = watch.found(asked.inputs, asked.is_given)
+        is_compared = self._data_name != "val" and not asked.is_given and asked.inputs is not None
+        if is_compared and watch.called and not same_tensors(watch.called, asked.inputs, asked.targets):
+            raise FlatnessError(
+                f"{self._name}: the validation step gives other tensors to the network than those of the batch, which "
+                f"data={self._data_name!r} cannot follow. Give batch_fn=, a function from a batch to (inputs, targets) "
+                "that prepares the inputs as the step does."
+            )
+        return call
+
+    def _network_of(self, pl_module: LightningModule) -> Network:
+        return self._network or network_without_step(pl_module, self.model)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop an unfinished measurement. If the run was interrupted with Ctrl-C, draw its figures."""

@@ -26,7 +26,6 @@ from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.logged import log
-from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.measure.ranks import gather
@@ -117,7 +116,7 @@ class EpochEndCallback(MeasuringCallback):
                 batches = [] if first is None else [first]
         if self._errors.settle(where) and has_data:
             with self._measuring(trainer, pl_module):
-                self._try(trainer, find_network(pl_module, self.model), batches)
+                self._try(trainer, self._network_of(pl_module).module, batches)
             self._errors.settle(where)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,7 +180,7 @@ class EpochEndCallback(MeasuringCallback):
         record: Record = {"epoch": epoch, "step": trainer.global_step}
         with self._measuring(trainer, pl_module):
             progress = None if final and trainer.is_global_zero else False
-            network = find_network(pl_module, self.model)
+            network = self._network_of(pl_module).module
             try:
                 record |= self._compute(trainer, network, batches, progress)
             except LandscapeError:  # raised on all ranks

@@ -13,12 +13,19 @@ from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.averaging import warn_of_initial_weights
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
-from lightning_flatness.callbacks.data.sources import Samples, SeparateData, ValidationBatches, first_samples
+from lightning_flatness.callbacks.data.sources import (
+    Samples,
+    SeparateData,
+    ValidationBatches,
+    first_samples,
+    validation_sources,
+)
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.logged import accuracy_key, log, values_of, with_logarithm
-from lightning_flatness.callbacks.network import find_network
-from lightning_flatness.callbacks.running import PassesOfRun, Running
+from lightning_flatness.callbacks.network import Network
+from lightning_flatness.callbacks.running import PassesOfRun, Validation
 from lightning_flatness.checks import check_whole
+from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.plots.flatness import DATA
@@ -35,7 +42,8 @@ class FlatnessCallback(MeasuringCallback):
     - ``{prefix}/relative_flatness``: the sum over the measured layers, in units of the loss;
     - ``{prefix}/log10_relative_flatness``: its base-10 logarithm, for charts with accuracy; NaN if it is not positive;
     - ``{prefix}/weight_norm``: the norm of the measured kernels, for comparison;
-    - ``{prefix}/{layer}/hessian_trace``, ``{prefix}/{layer}/relative_flatness``: per layer, if there are several.
+    - ``{prefix}/{layer}/hessian_trace``, ``{prefix}/{layer}/relative_flatness``: per layer, if there are several;
+    - ``{prefix}/.../dataloader_idx_1`` and so on: of further validation loaders; the keys above are the first one's.
 
     Training with this callback is bit-identical to training without it.
 
@@ -76,6 +84,7 @@ class FlatnessCallback(MeasuringCallback):
         history: one record for every measurement of a fit, a dict of plain numbers; saved in checkpoints.
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
             history and report stay in these processes, but the main process has the logged values.
+        reports: the last measurement of every validation loader, by its index.
         num_measurements: number of measurements, including measurements in validation and test runs.
 
     Raises:
@@ -136,12 +145,13 @@ class FlatnessCallback(MeasuringCallback):
         self.accuracy = accuracy
         self.summary = summary
         self.report: FlatnessReport | None = None
+        self.reports: dict[int, FlatnessReport] = {}
         self.num_measurements = 0
         self._wants_live = live
         self._passes = PassesOfRun(live)
         # Certified before training: how each measured layer is measured, and why each other layer is not.
         self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
-        self._running: Running | None = None
+        self._running: Validation | None = None
         self._awaits_accuracy: Record | None = None
         self._has_chart = False
 
@@ -169,22 +179,32 @@ class FlatnessCallback(MeasuringCallback):
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             self._warn_no_validation()
         with self._measuring(trainer, pl_module):
-            if not self._certified:
-                samples = first_samples(trainer, pl_module, self._wanted)
-                if samples is not None and not self._errors.pending:
-                    self._certify(pl_module, samples)
+            if not self._certified and not self._errors.pending:
+                self._certify_early(trainer, pl_module)
         if self._errors.settle("the start of training") and self.summary and self._certified and trainer.is_global_zero:
             data = DATA.get(self._data_name, self._data_name)
             title = f"Flatness on {data} data is measured for these layers, under '{self.prefix}'."
             Console().print(summary_table(*self._certified, title))
 
-    def _certify(self, pl_module: LightningModule, samples: Samples) -> None:
-        measurement = self._new_measurement(pl_module)
+    def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Certify the layers on data that no step has shown; without any, the first validation does."""
+        waits = self._data_name == "val" and self._network is None
+        try:
+            samples = first_samples(trainer, pl_module, self._wanted)
+            if samples is not None:
+                self._certify(self._network_of(pl_module), samples)
+        except Exception as error:
+            # The first validation will show the network, and what it is called with.
+            if not waits or isinstance(error, (LayerSelectionError, NotExactError)):
+                raise
+
+    def _certify(self, network: Network, samples: Samples) -> None:
+        measurement = self._new_measurement(network)
         measurement.update(*samples)
         self._certified = (measurement.layers, measurement.left_out) if measurement.layers else None
 
-    def _new_measurement(self, pl_module: LightningModule) -> Measurement:
-        return Measurement(find_network(pl_module, self.model), sync=True, **self._options)
+    def _new_measurement(self, network: Network) -> Measurement:
+        return Measurement(network.module, sync=True, prefix=network.prefix, **self._options)
 
     def _warn_no_validation(self) -> None:
         rank_zero_warn(
@@ -203,10 +223,13 @@ class FlatnessCallback(MeasuringCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Start to observe the forward pass on this batch."""
-        if self._running is not None and self._running.observes and not self._errors.pending:
+        """Start to record what the step gives to the network, and to observe its forward pass."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        is_known = self._network is not None and self._data_name == "val" and not self._errors.pending
+        if self._running is not None and is_known:
             with self._measuring(trainer, pl_module):
-                self._running.before_step(batch)
+                asked = self._start_watching(pl_module, batch)
+                self._running.before_step(asked, self._network_of(pl_module), dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -221,14 +244,19 @@ class FlatnessCallback(MeasuringCallback):
 
         This is not done at the end of the epoch, since weight averaging has swapped the weights back by then.
         """
-        if trainer.sanity_checking:
+        if not self._errors.pending:
             with self._measuring(trainer, pl_module):
-                if self._data_name == "val" and self._certified is None and not self._errors.pending:
-                    self._certify(pl_module, self._wanted.split(batch))
-        elif self._running is not None and not self._errors.pending:
-            with self._measuring(trainer, pl_module):
-                self._running.after_step(batch, batch_idx, dataloader_idx)
+                asked, is_watched = self._asked, self._network is None
+                call = self._find_network(pl_module) if asked is not None and is_watched else None
+                network = self._network_of(pl_module)
+                if self._running is not None:
+                    self._running.after_step(asked, call, network, batch_idx, dataloader_idx)
+                elif self._data_name == "val" and self._certified is None and asked is not None:
+                    with asked.explaining():
+                        self._certify(network, asked.samples(call or asked.own_call()))
+        if self._running is not None:
             self._running.release()
+        self._stop_watching()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, before callbacks and schedulers that monitor a key read the key in the same epoch."""
@@ -294,13 +322,12 @@ class FlatnessCallback(MeasuringCallback):
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return
         with self._measuring(trainer, pl_module):
-            source: ValidationBatches | SeparateData
+            sources: Sequence[ValidationBatches | SeparateData]
             if self._data_name == "val":
-                source = ValidationBatches(trainer, self._wanted, loaders, num_batches)
+                sources = validation_sources(trainer, self._wanted, loaders, num_batches)
             else:
-                source = SeparateData(trainer, pl_module, self._wanted, loaders, num_batches)
-            measurement = self._new_measurement(pl_module)
-            self._running = Running(measurement, source, self._passes, trainer.precision_plugin.val_step_context)
+                sources = [SeparateData(trainer, pl_module, self._wanted, loaders, num_batches)]
+            self._running = Validation(sources, self._passes, self._new_measurement)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         running, self._running = self._running, None
@@ -310,15 +337,19 @@ class FlatnessCallback(MeasuringCallback):
         where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
             if running is not None and not self._errors.pending:
-                running.measure_rest()
+                running.measure_rest(self._network_of(pl_module))
         if not self._errors.settle(where) or running is None:
             return
         with self._measuring(trainer, pl_module):
-            self.report = report = running.measurement.report()
-        if not self._errors.settle(where):
+            self.reports = running.reports(self._network or Network(pl_module))
+            self.report = self.reports[0]
+        if not self._errors.settle(where) or self.report is None:
             return
         self.num_measurements += 1
-        values = values_of(report, self._measures)
+        values = values_of(self.report, self._measures)
+        for loader, report in list(self.reports.items())[1:]:
+            of_loader = values_of(report, self._measures)
+            values |= {f"{key}/dataloader_idx_{loader}": value for key, value in of_loader.items()}
         if trainer.state.fn == "fit":
             about = {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None}
             self._awaits_accuracy = about | values

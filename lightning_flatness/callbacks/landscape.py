@@ -15,7 +15,6 @@ from lightning_flatness.callbacks.base import Record
 from lightning_flatness.callbacks.data.sources import Samples
 from lightning_flatness.callbacks.epoch_end import EpochEndCallback
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
-from lightning_flatness.callbacks.network import find_network
 from lightning_flatness.callbacks.trajectory import Trajectory
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.measure.landscape import landscape_of
@@ -178,7 +177,7 @@ class LandscapeCallback(EpochEndCallback):
     def _keep_weights(self, pl_module: LightningModule) -> None:
         if self._trajectory is not None:
             with self._errors.kept(1):
-                self._trajectory.add(find_network(pl_module, self.model))
+                self._trajectory.add(self._network_of(pl_module).module)
 
     def _is_ready(self, final: bool) -> bool:
         if self._trajectory is None:

@@ -62,6 +62,7 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
             on_epoch=True,
             sync_dist=True,  # the values are the same on all ranks, but Lightning warns without it
             batch_size=1,
+            add_dataloader_idx=False,  # keys of further loaders have it already
         )
 
 

@@ -1,26 +1,42 @@
-"""Search for the network in a LightningModule."""
+"""Search for the network in a LightningModule: named by the user, or the one that a validation step calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_flatness.callbacks.lightning_imports import LightningModule, is_overridden
-from lightning_flatness.errors import FlatnessError
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.model.call import Call, Overheard, as_call, same_inputs, tensors_of
+from lightning_flatness.model.logits import any_logits_of
+from lightning_flatness.model.names import plain_name
+
+# Calls within calls that are recorded, in search of the one that returns logits.
+DEPTH = 4
 
 
-def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> nn.Module:
-    """Return the module that ``model`` names or returns. Without ``model``, return the LightningModule itself."""
-    children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
+@dataclass(frozen=True)
+class Network:
+    """The network to measure, and which of its calls in a validation step counts.
+
+    ``prefix`` is its name in the LightningModule, which begins the names of its layers; empty if ``model=`` names it.
+    """
+
+    module: nn.Module
+    prefix: str = ""
+    on_batch: bool = False  # only the call on the batch's own inputs counts, since there are calls on others
+    is_called: bool = True  # False: steps are not seen to call it, so the batch's own inputs are measured
+
+
+def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network | None:
+    """Return the module that ``model`` names or returns. Without ``model``, return None: a step must show it."""
     if model is None:
-        if not is_overridden("forward", pl_module):
-            raise FlatnessError(
-                f"{type(pl_module).__name__} has no forward(). Name the attribute that is the network with "
-                f"model=...; there are: {children}."
-            )
-        return pl_module
+        return None
+    children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
     network: Any = pl_module
     if callable(model):
         network = model(pl_module)
@@ -31,4 +47,170 @@ def find_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mod
         name = type(pl_module).__name__
         problem = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
         raise FlatnessError(f"model={model!r}: {problem}; there are: {children}.")
-    return network
+    return Network(network)
+
+
+def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
+    """Return the network where no validation step shows it: the named one, or the LightningModule itself."""
+    named = named_network(pl_module, model)
+    if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
+        children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
+        raise FlatnessError(
+            f"{type(pl_module).__name__} has no forward(), and no validation step has shown which network it calls. "
+            f"Name the attribute that is the network with model=...; there are: {children}."
+        )
+    return replace(named or Network(pl_module), is_called=False)
+
+
+@dataclass
+class _Heard:
+    """A call of a module in a step, and the calls within it."""
+
+    module: nn.Module
+    call: Call  # with the user's tensors
+    copied: Call | None = None
+    output: Any = None
+    within: list[_Heard] = field(default_factory=list)
+
+
+class StepWatch:
+    """A context manager that records which modules with weights a step calls, and finds the network among them.
+
+    Example:
+        >>> module = LightningModule()
+        >>> module.net, x = nn.Linear(2, 3), torch.ones(4, 2)
+        >>> with StepWatch(module, None) as watch:
+        ...     logits = module.net(x)
+        >>> network, call = watch.found(None)
+        >>> network.prefix, call.arguments[0].shape
+        ('net', torch.Size([4, 2]))
+    """
+
+    def __init__(self, pl_module: LightningModule, named: Network | None) -> None:
+        self.called: Call | None = None  # the call that was found, with the user's tensors
+        self._pl_module, self._named = pl_module, named
+        self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
+        self._calls: list[_Heard] = []
+        self._open = [self._calls]  # the lists of calls within the calls that run
+        watched = [named.module] if named else _eager_modules(pl_module)
+        modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
+        self._overheard = Overheard(modules, self._hear)
+
+    def __enter__(self) -> StepWatch:
+        self._overheard.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._overheard.__exit__()
+
+    def _hear(
+        self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        if len(self._open) > DEPTH or (self._named and len(self._open) > 1):
+            return forward(*arguments, **keywords)
+        heard = _Heard(module, Call(arguments, keywords))
+        if len(self._open) == 1:  # copies of all features would take much memory
+            heard.copied = heard.call.copied()
+        self._open[-1].append(heard)
+        self._open.append(heard.within)
+        try:
+            heard.output = forward(*arguments, **keywords)
+        finally:
+            self._open.pop()
+        if not _why_no_logits(heard.output):
+            heard.within.clear()
+        return heard.output
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step has called no module with weights, or not the one that the user names."""
+        return not self._calls
+
+    def found(self, inputs: Any, is_given: bool = False) -> tuple[Network, Call | None]:
+        """Return the network and the call that counts; ``inputs`` are the batch's own, or None if it is not known.
+
+        If the user has given them, and no call or several are on other inputs, no call counts.
+
+        Raises:
+            FlatnessError: the step calls several networks, or one on several inputs.
+        """
+        heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
+        prefix = "" if self._named else self._names[heard.module]
+        if not counts and not is_given:
+            raise FlatnessError(
+                f"The validation step calls {self._name(heard.module)} on {num_inputs} different inputs, none of which "
+                "is the batch's own. Give batch_fn=, a function from a batch to (inputs, targets), for the inputs to "
+                "measure."
+            )
+        if not counts:
+            return Network(heard.module, prefix, is_called=False), None
+        self.called = heard.call
+        return Network(heard.module, prefix, on_batch=num_inputs > 1), heard.copied or heard.call.copied()
+
+    def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
+        """Return a call, the number of different inputs of its module, and whether this is the call that counts."""
+        self._refuse_several(calls)
+        different: list[_Heard] = []
+        for heard in calls:
+            if not any(same_inputs(heard.call, other.call) for other in different):
+                different.append(heard)
+        counting = different
+        if len(different) > 1:
+            counting = [heard for heard in different if batch is not None and same_inputs(heard.call, batch)]
+        if len(counting) != 1:
+            return different[0], len(different), False
+        reason = _why_no_logits(counting[0].output)
+        within = counting[0].within
+        if reason and len({heard.module for heard in within}) == 1:
+            return self._counting(within, batch)
+        if reason:
+            raise BatchError(f"{self._name(counting[0].module)}: {reason}")
+        return counting[0], len(different), True
+
+    def _refuse_several(self, calls: Sequence[_Heard]) -> None:
+        modules = list(dict.fromkeys(heard.module for heard in calls))
+        if len(modules) < 2:
+            return
+        names = " and ".join(map(self._name, modules))
+        for heard in calls:
+            users = [other for other in calls if other.module is not heard.module and _takes(other, heard.output)]
+            if users:
+                raise FlatnessError(
+                    f"The validation step gives the output of {self._name(heard.module)} to "
+                    f"{self._name(users[0].module)}, which has weights of its own, so both make the network. Call one "
+                    "module in the step that returns the logits, e.g. self(x) with a forward() that applies both; "
+                    "or name the part to measure with model=..., if its outputs are the logits."
+                )
+        raise FlatnessError(
+            f"The validation step calls several networks, {names}. Name the one to measure with model=..., e.g. "
+            f"model={self._name(modules[0])}."
+        )
+
+    def _name(self, module: nn.Module) -> str:
+        return f"'{self._names.get(module) or type(module).__name__}'"
+
+
+def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and its submodules, but not those within a compiled one."""
+    yield module
+    if vars(module).get("_compiled_call_impl") is None and "_orig_mod" not in dict(module.named_children()):
+        for child in module.children():
+            yield from _eager_modules(child)
+
+
+def _why_no_logits(output: Any) -> str:
+    try:
+        any_logits_of(output)
+    except BatchError as error:
+        return str(error)
+    return ""
+
+
+def _takes(heard: _Heard, output: Any) -> bool:
+    """Return whether a call takes a tensor of another call's output."""
+    return any(one is other for one in tensors_of(heard.call) for other in tensors_of(output))
+
+
+def is_watchable(pl_module: LightningModule) -> bool:
+    """Return whether steps run eagerly, so that calls in them can be recorded."""
+    return getattr(pl_module, "_compiler_ctx", None) is None and not torch.compiler.is_compiling()

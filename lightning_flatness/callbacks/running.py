@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_flatness.callbacks.data.sources import SeparateData, ValidationBatches
-from lightning_flatness.errors import FlatnessError
-from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, same_inputs
-from lightning_flatness.measure.batches import split_batch
+from lightning_flatness.callbacks.data.sources import Asked, SeparateData, ValidationBatches
+from lightning_flatness.callbacks.network import Network
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.layers.live import KEEPS_TENSORS, Listener
+from lightning_flatness.layers.trial import TRIAL
 from lightning_flatness.measure.flatness import Measurement
-from lightning_flatness.model.rows import num_rows
+from lightning_flatness.measure.ranks import gather
+from lightning_flatness.model.call import Call
+from lightning_flatness.model.rows import num_rows, take
+from lightning_flatness.results import FlatnessReport
 
 
 class PassesOfRun:
-    """A record of whether forward passes can be observed in a run. It informs the user whenever this changes."""
+    """A record of whether forward passes can be observed in a run. It informs the user whenever this changes.
+
+    ``example`` are a few samples of an earlier call of the network, and their targets: a trial on them comes first.
+    """
 
     def __init__(self, possible: bool) -> None:
         self.possible = possible
+        self.example: tuple[Call, Tensor | None] | None = None
         self._told: str | None = None
+
+    def keep_example(self, call: Call, targets: Tensor | None) -> None:
+        """Keep the first samples of a call, unless there are only one or two."""
+        samples = num_rows(call, targets)
+        if self.possible and self.example is None and samples > 1:
+            rows = slice(0, TRIAL)
+            kept = None if targets is None else torch.clone(take(targets, rows, samples))
+            self.example = take(call, rows, samples).copied(), kept
 
     def rule_out(self, reason: str) -> None:
         """Stop observing passes for the rest of this run, and tell the user the reason."""
@@ -42,60 +57,71 @@ class PassesOfRun:
 
 
 class Running:
-    """A measurement in progress.
+    """A measurement of one loader in progress.
 
-    It observes the forward passes of validation steps instead of making extra passes, if a trial on the first batch
-    shows that observing changes nothing. If the trial fails, no passes are observed in the rest of the run. If the pass
-    of a later batch cannot be used, no passes are observed in the rest of this measurement. ``observes`` tells whether
-    to call :meth:`before_step`. ``step_context`` returns the context manager (autocast) in which the Trainer runs
-    validation steps.
+    It records the call that each validation step makes of the network. It also observes the forward pass, instead of
+    making one of its own, if a trial shows that observing changes nothing. If the trial fails, no passes are observed
+    in the rest of the run. If the pass of a later batch cannot be used, no passes are observed in the rest of this
+    measurement.
     """
 
     def __init__(
-        self,
-        measurement: Measurement,
-        source: ValidationBatches | SeparateData,
-        passes: PassesOfRun,
-        step_context: Callable[[], AbstractContextManager[Any]],
+        self, measurement: Measurement, network: Network, source: ValidationBatches | SeparateData, passes: PassesOfRun
     ) -> None:
         self.measurement = measurement
-        self._source = source
+        self.source = source
+        self._network = network
         self._passes = passes
-        self._step_context = step_context
         self._is_tried = False
         self._listener: Listener | None = None
-        self.observes = False
-        if passes.possible and isinstance(source, ValidationBatches):
-            if source.why_not_observed:
-                passes.rule_out(source.why_not_observed)
-            self.observes = passes.possible
+        self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
+        if self._observes and isinstance(source, ValidationBatches) and source.why_not_observed:
+            passes.rule_out(source.why_not_observed)
+            self._observes = False
 
-    def before_step(self, batch: Any) -> None:
-        """Start to observe the forward pass on a batch that is about to be validated."""
+    def before_step(self, asked: Asked) -> None:
+        """Start to record the call of a batch that is about to be validated."""
         self.release()
-        inputs, targets = split_batch(batch)
-        if num_rows(inputs, targets) < 2:  # a single sample needs an extra pass, which duplicates the sample
+        if not self._network.is_called:
             return
-        if not self._is_tried:
+        example = self._passes.example
+        if self._observes and not self._is_tried and example is not None:
             self._is_tried = True
-            reason = self.measurement.why_not_live(inputs, targets, self._step_context)
+            reason = self.measurement.why_not_live(*example)
             if reason:
-                self.observes = False
+                self._observes = False
                 self._passes.rule_out(reason)
-                return
-            self._passes.tell("")
-        self._listener = self.measurement.listen(inputs)
+            else:
+                self._passes.tell("")
+        observes = self._observes and self._is_tried
+        self._listener = self.measurement.listen(asked.inputs if self._network.on_batch else None, observes)
         self._listener.__enter__()
 
-    def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """Measure the samples that the source yields after a batch was validated."""
-        for inputs, targets in self._source.after_step(batch, batch_idx, dataloader_idx):
-            if not self._add_observed(inputs, targets):
+    def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
+        """Measure the samples that the source yields after a batch was validated.
+
+        ``call`` is that of a step that was watched; otherwise it was recorded, or the batch's own inputs are measured.
+        """
+        if isinstance(self.source, SeparateData):
+            for inputs, targets in self.source.after_step():
                 self.measurement.update(inputs, targets)
+            return
+        assert asked is not None
+        if call is None:
+            call = self._recorded_call(batch_idx) if self._network.is_called else asked.own_call()
+        samples = asked.samples(call)
+        for inputs, targets in self.source.after_step(samples, batch_idx):
+            with asked.explaining():
+                if inputs is not call or not self._add_observed(targets):
+                    self.measurement.update(inputs, targets)
+        self._passes.keep_example(*samples)
+        if self._listener is not None and samples[0] is not call and self._observes:
+            self._observes = False
+            self._passes.rule_out("batch_fn= gives other inputs than the validation step")
 
     def measure_rest(self) -> None:
         """Measure the remaining samples when all batches have been validated."""
-        for inputs, targets in self._source.rest():
+        for inputs, targets in self.source.rest():
             self.measurement.update(inputs, targets)
 
     def release(self) -> None:
@@ -105,15 +131,29 @@ class Running:
             self._listener.release()
         self._listener = None
 
-    def _add_observed(self, inputs: Any, targets: Tensor | None) -> bool:
+    def _recorded_call(self, batch_idx: int) -> Call:
+        listener = self._listener
+        assert listener is not None
+        listener.__exit__()
+        if listener.call is None or listener.num_others:
+            problem = "does not call the network" if listener.call is None else "calls the network on different inputs"
+            raise BatchError(
+                f"The validation step {problem} on batch {batch_idx}, unlike before. Give batch_fn=, a function from a "
+                "batch to (inputs, targets), for the inputs to measure."
+            )
+        return listener.call
+
+    def _add_observed(self, targets: Tensor | None) -> bool:
         """Add the observed pass on a batch to the measurement. Return False if an extra pass must be made."""
         listener = self._listener
-        if listener is None:
+        if listener is None or not (self._observes and self._is_tried):
             return False
-        listener.__exit__()
+        if num_rows(listener.call, targets) < 2:  # a single sample needs an extra pass, which duplicates the sample
+            self.release()
+            return False
         reason, is_measured = listener.reason, False
         try:
-            if not reason and same_inputs(inputs, listener.inputs):
+            if not reason:
                 self.measurement.update_observed(listener, targets)
                 is_measured = True
         except (FlatnessError, RuntimeError) as error:
@@ -126,6 +166,69 @@ class Running:
         if not reason and alive() is not None:
             reason = KEEPS_TENSORS
         if reason:
-            self.observes = False
+            self._observes = False
             self._passes.tell(reason)
         return is_measured
+
+
+class Validation:
+    """The measurement of one validation: of every loader by itself, or of other data.
+
+    A measurement begins with the first step of its loader, as only then is the network known.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ValidationBatches | SeparateData],
+        passes: PassesOfRun,
+        measurement_of: Callable[[Network], Measurement],
+    ) -> None:
+        self._sources, self._passes, self._measurement_of = sources, passes, measurement_of
+        self._running: dict[int, Running] = {}
+        self._left_out: dict[int, str] = {}  # loaders that cannot be measured, and why
+
+    def before_step(self, asked: Asked, network: Network, loader: int) -> None:
+        """Start to record the call of a batch that is about to be validated."""
+        self._of(loader, network).before_step(asked)
+
+    def after_step(self, asked: Asked | None, call: Call | None, network: Network, batch_idx: int, loader: int) -> None:
+        """Measure a validated batch, or the next part of other data. A further loader may have no targets."""
+        running = self._of(loader, network)
+        if loader in self._left_out:
+            return
+        try:
+            running.after_step(asked, call, batch_idx)
+        except BatchError as error:
+            if loader == 0 or asked is None or asked.targets is not None:
+                raise
+            self._left_out[loader] = str(error)
+        finally:
+            running.release()
+
+    def measure_rest(self, network: Network) -> None:
+        """Measure the remaining samples when all batches have been validated."""
+        for loader in range(len(self._sources)):
+            self._of(loader, network).measure_rest()
+
+    def reports(self, network: Network) -> dict[int, FlatnessReport]:
+        """Return the report of every loader that was measured. Call it on every rank."""
+        several = len(self._sources) > 1
+        left_out = (
+            {loader: why for of_rank in gather(self._left_out) for loader, why in of_rank.items()} if several else {}
+        )
+        for loader, reason in left_out.items():
+            rank_zero_warn(f"FlatnessCallback leaves out validation loader {loader}: {reason}")
+        measured = [loader for loader in range(len(self._sources)) if loader not in left_out]
+        return {loader: self._of(loader, network).measurement.report() for loader in measured}
+
+    def release(self) -> None:
+        """Remove hooks from the network, and release the tensors of an observed pass."""
+        for running in self._running.values():
+            running.release()
+
+    def _of(self, loader: int, network: Network) -> Running:
+        loader = loader if len(self._sources) > 1 else 0
+        if loader not in self._running:
+            measurement = self._measurement_of(network)
+            self._running[loader] = Running(measurement, network, self._sources[loader], self._passes)
+        return self._running[loader]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -14,32 +14,33 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.layers.recording import Pass, Recorder
+from lightning_flatness.model.call import Call, Overheard, as_call, only_heard_by, same_inputs
 from lightning_flatness.model.isolation import accelerators
 
 
 class Listener:
-    """A context manager that observes the one call of a model on given inputs.
+    """A context manager that records the call that the user makes of a model, and observes the pass if it may.
 
-    Inside the ``with`` block, the ``forward`` of the model, and of modules with the same inputs and output, is replaced
-    by a wrapper of it. Calls on other inputs are not observed; inputs of None match every call. Our own errors are kept
-    in :attr:`reason` and never raised. After the call, modes are as they were before it, even if it raises. If the
-    observed forward fails, it is run again unobserved.
+    :attr:`call` is the first call, on copies of its tensors; with ``inputs``, the first call on these very objects.
+    Later calls on the same objects are ignored; other ones are counted in :attr:`num_others`. Without a ``recorder``
+    nothing is observed. Our own errors are kept in :attr:`reason` and never raised. After the call, modes are as they
+    were before it, even if it raises. If the observed forward fails, it is run again unobserved.
     """
 
+    _active: ClassVar[list[Listener]] = []  # that observe
     _observing: ClassVar[bool] = False  # only one may: nodes of two would be in each other's graphs
 
-    def __init__(
-        self, model: nn.Module, inputs: Any, recorder: Callable[[], Recorder], same_calls: Sequence[nn.Module] = ()
-    ) -> None:
-        self.inputs = inputs
-        self.reason = NOT_HEARD  # why the call was not observed; empty if it was
+    def __init__(self, model: nn.Module, recorder: Callable[[], Recorder] | None = None, inputs: Any = None) -> None:
+        self.call: Call | None = None
+        self.num_others = 0
+        self.reason = NOT_CALLED  # why the pass was not observed; empty if it was
+        self.output: Any = None  # of the call
         self._model, self._recorder = model, recorder
-        self._recorded: Recorder | None = None  # of the call
-        self._output: Any = None  # of the call
-        self._num_calls = 0
+        self._wanted = None if inputs is None else as_call(inputs)
+        self._called: Call | None = None  # with the user's tensors
+        self._recorded: Recorder | None = None
         self._is_called = False  # while the call that counts runs
-        self._modules = [model, *same_calls]
-        self._ours: list[tuple[nn.Module, Any, dict[str, Any]]] = []  # with the instance's own forward, if any
+        self._overheard = Overheard([model], self._hear)
         self._state: list[Any] = []
 
     def result(self) -> Pass:
@@ -47,27 +48,27 @@ class Listener:
         recorder = self._recorded
         if recorder is None or self.reason or recorder.failure is not None:
             raise BatchError(self.reason or f"observing failed ({recorder and recorder.failure})")
-        return recorder.result(self.inputs, self._output)
+        return recorder.result(self.call, self.output)
 
     def __enter__(self) -> Listener:
-        # Hooks would not run when the user interrupts a forward, nor for direct calls of `forward`.
-        for module in self._modules:
-            own = {name: value for name, value in vars(module).items() if name == "forward"}
-            self._ours.append((module, _Forward(self, module), own))
-            vars(module)["forward"] = self._ours[-1][1]
+        self._overheard.__enter__()
         self._state = _state(self._model)
+        if self._recorder is not None:
+            Listener._active.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for module, ours, own in self._ours:
-            if vars(module).get("forward") is ours:
-                del vars(module)["forward"]
-                vars(module).update(own)
-        self._ours = []
+        self._overheard.__exit__()
+        if self in Listener._active:
+            Listener._active.remove(self)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Return a context in which nobody else hears the model's calls: those of a trial are not the user's."""
+        return only_heard_by(self._overheard)
 
     def release(self) -> None:
         """Drop all references to tensors."""
-        self._recorded = self._output = self.inputs = None
+        self._recorded = self.output = self.call = self._called = self._wanted = None
 
     def graph(self) -> weakref.ref[Any]:
         """Return a weak reference that is alive as long as any tensor of the observed graph."""
@@ -78,34 +79,38 @@ class Listener:
                 metadata["lightning_flatness"] = token
         return weakref.ref(token)
 
-    def hear(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Call a module's forward, and observe the call if its arguments are the inputs of this listener."""
-        if self._is_called or not _are(self.inputs, arguments, keywords):
+    def _hear(
+        self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        called = Call(arguments, keywords)
+        counts = not self._is_called and (self._wanted is None or same_inputs(called, self._wanted))
+        if not counts or self._called is not None:
+            if counts and not same_inputs(called, self._called):
+                self.num_others += 1
             return forward(*arguments, **keywords)
-        self._num_calls += 1
-        self._recorded = self._output = None
-        self.reason = self._why_not_now()
+        self._called, self.call = called, called.copied()
+        self.reason = "it is not asked for" if self._recorder is None else self._why_not_now()
         self._is_called = True
         try:
-            if not self.reason:
+            if not self.reason and self._recorder is not None:
                 # Whatever modes the forward enters or leaves, these contexts restore them afterwards.
                 with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
-                    self._observe(forward, arguments, keywords)
+                    self._observe(self._recorder(), forward, called)
             if self.reason:
-                return forward(*arguments, **keywords)
+                self.output = forward(*arguments, **keywords)
+                return self.output
         finally:
             self._is_called = False
         if self._recorded is None or self._recorded.has_classifier:
-            return self._output
+            return self.output
         # Without a classifier the output is in the graph. In inference mode the clone is an inference tensor.
-        return apply_to_collection(self._output, Tensor, lambda made: made.detach().clone())
+        return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
 
-    def _observe(self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        recorder = self._recorder()
+    def _observe(self, recorder: Recorder, forward: Callable[..., Any], called: Call) -> None:
         Listener._observing = True
         try:
             with recorder:
-                self._output = forward(*arguments, **keywords)
+                self.output = forward(*called.arguments, **called.keywords)
             self._recorded = recorder
         except BaseException as error:
             self.reason = f"the network fails when it is observed ({type(error).__name__}: {error})"
@@ -117,8 +122,6 @@ class Listener:
             Listener._observing = False
 
     def _why_not_now(self) -> str:
-        if self._num_calls > 1:
-            return "validation calls the network more than once on a batch"
         if Listener._observing:
             return "another callback observes the same forward pass"
         if torch.is_grad_enabled():
@@ -131,35 +134,14 @@ class Listener:
         return ""
 
 
-class _Forward:
-    """A wrapper of a module's forward while a listener is active; copies and pickles contain the original forward."""
-
-    def __init__(self, listener: Listener, module: nn.Module) -> None:
-        self._listener, self._module, self.__wrapped__ = listener, module, module.forward
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        if torch.compiler.is_compiling():  # an export in the middle of a step
-            return self.__wrapped__(*arguments, **keywords)
-        return self._listener.hear(self.__wrapped__, arguments, keywords)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "__wrapped__"), name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)
-
-    def __reduce__(self) -> Any:
-        if getattr(self.__wrapped__, "__self__", None) is self._module:
-            return getattr, (self._module, "forward")
-        return _itself, (self.__wrapped__,)
-
-
-def _itself(forward: Any) -> Any:
-    return forward
+def is_observed(model: nn.Module) -> bool:
+    """Return whether a listener observes a model, a part of it, or what it is a part of."""
+    modules = set(model.modules())
+    return any(not modules.isdisjoint(listener._model.modules()) for listener in Listener._active)
 
 
 KEEPS_TENSORS = "the network keeps tensors of the pass (features, in an attribute or a list)"
-NOT_HEARD = "validation does not call the network, or on other inputs than those of the batch"
+NOT_CALLED = "validation does not call the network"
 
 
 class _Token:
@@ -169,25 +151,3 @@ class _Token:
 def _state(model: nn.Module) -> list[Any]:
     """Return the training modes and the numbers of hooks of all modules."""
     return [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Return whether a listener observes a module."""
-    return isinstance(module.forward, _Forward)
-
-
-def same_inputs(one: Any, other: Any) -> bool:
-    """Return whether two inputs of a model consist of identical tensor objects."""
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(same_inputs, one, other))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(same_inputs(one[key], other[key]) for key in one)
-    return one is other
-
-
-def _are(inputs: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-    """Return whether a call with these arguments is a call on ``inputs``; ``None`` matches every call."""
-    if isinstance(inputs, Mapping):
-        return not arguments and same_inputs(inputs, keywords)
-    positional = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    return inputs is None or (not keywords and same_inputs(positional, arguments))

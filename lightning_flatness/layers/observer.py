@@ -102,10 +102,14 @@ class FlatnessObserver:
         self._observable = outcome
         return ""
 
-    def listen(self, inputs: Any) -> Listener:
-        """Return a context that observes the user's forward pass on ``inputs``; :meth:`why_not_live` comes first."""
-        assert self._observable is not None
-        return Listener(self._model, inputs, self._observable.context.recorder, self._observable.same_calls)
+    def listen(self, inputs: Any = None, observes: bool = True) -> Listener:
+        """Return a context that records the call that the user makes of the model, by default whatever its inputs.
+
+        With ``observes``, the forward pass is observed, too; :meth:`why_not_live` must come first.
+        """
+        assert self._observable is not None or not observes
+        recorder = self._observable.context.recorder if self._observable is not None and observes else None
+        return Listener(self._model, recorder, inputs)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
         """Return statistics of a batch on which the user's forward pass was observed.

@@ -18,6 +18,7 @@ class Options(MeasuringOptions):
     """Options of :func:`~lightning_flatness.measure_flatness`, which explains them."""
 
     layers: str | Sequence[str] = "last"
+    prefix: str = ""  # the model's name in a larger module, which begins the names of layers
     measures: Sequence[str] = MEASURES
     tolerance: float = 0.01
     residual: Literal["hutchinson"] | None = None

@@ -133,7 +133,9 @@ class OwnPasses:
         """Run the model and certify the pass; return None if the samples turn out to be too many for one part."""
         first = not self.known.layers
         if self._selection is None:
-            self._selection = select(self._model, lambda: self._copy(inputs), self._options.layers)
+            self._selection = select(
+                self._model, lambda: self._copy(inputs), self._options.layers, self._options.prefix
+            )
             self.known = replace(self.known, left_out=self._selection.passed_over)
             whole = self._selection.logits
             certify_rows(whole, rows)

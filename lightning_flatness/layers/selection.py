@@ -34,9 +34,12 @@ class Selection:
         return {name: parameters["weight"] for name, parameters in own.items() if "weight" in parameters}
 
 
-def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str]) -> Selection:
-    """Run ``forward`` once, and choose layers and classifier of ``model`` by the modules that run."""
-    modules: dict[str, nn.Module] = {plain_name(name): module for name, module in model.named_modules()}
+def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str], prefix: str = "") -> Selection:
+    """Run ``forward`` once, and choose layers and classifier of ``model`` by the modules that run.
+
+    ``prefix`` is the model's name in a larger module, which begins the names of layers.
+    """
+    modules: dict[str, nn.Module] = {plain_name(n): module for n, module in model.named_modules(prefix=prefix)}
     traced = trace(model, modules, forward)
     logits = logits_of(traced.output).detach()
     ran = {call.name for call in traced.calls}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.layers.certificates import ROUNDINGS
 from lightning_flatness.layers.certificates.layer import as_parameter
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
-from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, is_observed, same_inputs
+from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, is_observed
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.layers.sums import LayerSums, added
@@ -41,7 +41,6 @@ class Observable:
 
     known: Certified
     context: Context
-    same_calls: Sequence[nn.Module] = ()  # submodules with the same inputs and output as the network
 
 
 MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Certified]]
@@ -107,11 +106,11 @@ def _observe(
         # The graph equals that of the user's pass only if the same parameters require gradients.
         own = {p: model_copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
     with untouched(model):
-        expected, same_calls = find_same_calls(model, lambda: model_copy(inputs, own))
+        expected = model_copy(inputs, own)
     with untouched(model):
-        listener = Listener(model, None, observable.context.recorder)
+        listener = Listener(model, observable.context.recorder)
         try:
-            with listener:
+            with listener, listener.alone():
                 output = model_copy(inputs, own)
         except Exception as error:
             return f"the network fails when it is observed ({type(error).__name__}: {error})"
@@ -130,7 +129,7 @@ def _observe(
         del output, expected
         if alive() is not None:
             gc.collect()
-        return KEEPS_TENSORS if alive() is not None else (sums, Observable(known, observable.context, same_calls))
+        return KEEPS_TENSORS if alive() is not None else (sums, Observable(known, observable.context))
 
 
 def _why_different(output: Any, expected: Any) -> str:
@@ -150,30 +149,6 @@ def _identical(one: Tensor, other: Tensor) -> bool:
     return kinds[0] == kinds[1] and torch.equal(one.detach(), other.detach())
 
 
-def find_same_calls(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[nn.Module]]:
-    """Return a model's output, and the submodules called once that get its inputs and give its output.
-
-    A LightningModule's forward often only calls a network; its steps may call either of the two.
-    """
-    calls: dict[nn.Module, list[tuple[Any, Any, Any]]] = {}
-
-    def note(module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
-        calls.setdefault(module, []).append((arguments, keywords, output))
-
-    handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
-    try:
-        returned = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    arguments, keywords, output = calls.pop(model)[0]
-    return returned, [
-        module
-        for module, (call, *more) in calls.items()
-        if not more and same_inputs(call[:2], (arguments, keywords)) and call[2] is output
-    ]
-
-
 def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Return why a model, measured in ``dtype``, must not be observed in the user's passes; empty if it may be."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -181,9 +156,9 @@ def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None) -> str:
             return f"weights in {tensor.dtype} are measured in {dtype or torch.float32}"
         if tensor.is_inference():
             return "weights or buffers were made in inference mode"
+    if is_observed(model):
+        return "another callback observes the same network"
     for name, module in model.named_modules():
-        if is_observed(module):
-            return "another callback observes the same network"
         what = f"module '{name or type(module).__name__}'"
         if module.training:
             return f"{what} is in training mode"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -54,17 +54,36 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     )
 
 
-def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
+def targets_of(batch: Any) -> Tensor | None:
+    """Return the targets of a batch: the second of a pair, or the one entry named like targets; None if in doubt.
+
+    Example:
+        >>> targets_of({"image": torch.zeros(2, 3), "mask": torch.ones(2, 3), "label": torch.tensor([0, 1])})
+        tensor([0, 1])
+    """
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        return batch[1] if len(batch) == 2 and isinstance(batch[1], Tensor) else None
+    entries = _entries(batch)
+    names = _tensors_named(entries, TARGETS)
+    targets: Tensor | None = entries[names[0]] if len(names) == 1 else None
+    return targets
+
+
+def _entries(batch: Any) -> dict[Any, Any]:
     if is_dataclass(batch):
-        entries = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    elif hasattr(batch, "_fields"):
-        entries = batch._asdict()
-    else:
-        entries = dict(batch) if isinstance(batch, Mapping) else {}
-    inputs, targets = (
-        [key for key, value in entries.items() if str(key).lower() in names and isinstance(value, Tensor)]
-        for names in (INPUTS, TARGETS)
-    )
+        return {field.name: getattr(batch, field.name) for field in fields(batch)}
+    if hasattr(batch, "_fields"):
+        return dict(batch._asdict())
+    return dict(batch) if isinstance(batch, Mapping) else {}
+
+
+def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any]:
+    return [key for key, value in entries.items() if str(key).lower() in names and isinstance(value, Tensor)]
+
+
+def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
+    entries = _entries(batch)
+    inputs, targets = _tensors_named(entries, INPUTS), _tensors_named(entries, TARGETS)
     if len(inputs) != 1 or len(targets) != 1:
         return None
     # Other entries, such as counts, are ignored; but a tensor of two or more dimensions may be another input.

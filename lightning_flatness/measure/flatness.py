@@ -62,9 +62,9 @@ class Measurement:
         """Return why the user's forward passes cannot be observed, or ``""`` if they can (see ``FlatnessObserver``)."""
         return self._observer.why_not_live(inputs, targets, forward)
 
-    def listen(self, inputs: Any) -> Listener:
-        """Observe the user's forward pass on these inputs. Before, :meth:`why_not_live` must have returned ``""``."""
-        return self._observer.listen(inputs)
+    def listen(self, inputs: Any = None, observes: bool = True) -> Listener:
+        """Return a context that records the user's call of the model, and may observe it (see ``FlatnessObserver``)."""
+        return self._observer.listen(inputs, observes)
 
     def update_observed(self, listener: Listener, targets: Tensor | None = None) -> None:
         """Add a batch on which the user's forward pass was observed. If this raises an error, nothing is added."""

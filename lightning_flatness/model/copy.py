@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
+from lightning_flatness.model.call import Call, as_call, tensors_of
 
 HALF = (torch.float16, torch.bfloat16)
 WITHOUT_FLOAT64 = ("mps",)
@@ -56,16 +57,12 @@ class ModelCopy:
         replacements: Mapping[nn.Parameter, Tensor] | Mapping[Tensor, Tensor] | None = None,
         written: Collection[Tensor] = (),
     ) -> Any:
-        """Call the model on a copy of a tensor, of a tuple or list of arguments, or of a mapping of keyword arguments.
+        """Call the model on a copy of its inputs, which :func:`as_call` takes.
 
         ``replacements`` maps parameters and buffers to the tensors used in their place. The forward may write to the
         replacements of the buffers ``written``; of every other buffer, each call gets a new copy.
         """
-        inputs = apply_to_collection(inputs, Tensor, lambda tensor: measured(tensor, self._dtype).clone())
-        arguments: tuple[Any, ...] = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        keywords: dict[str, Any] = {}
-        if isinstance(inputs, Mapping):
-            arguments, keywords = (), dict(inputs)
+        call = apply_to_collection(as_call(inputs), Tensor, lambda tensor: measured(tensor, self._dtype).clone())
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
         begun = self._buffers - {id(buffer) for buffer in written}
         with torch.inference_mode(False):  # so that these tensors can be in a graph, as the user's can
@@ -73,9 +70,9 @@ class ModelCopy:
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
         # Ties are handled above: with tie_weights, functional_call swaps a module with two names twice, and not back.
         try:
-            output = functional_call(self._model, substitutes, arguments, keywords, tie_weights=False)
+            output = functional_call(self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False)
         except (TypeError, RuntimeError) as error:
-            reason = _why_it_fails(self._model, arguments, keywords, error)
+            reason = _why_it_fails(self._model, call, error)
             if reason:
                 raise BatchError(reason) from error
             raise
@@ -84,21 +81,18 @@ class ModelCopy:
         return output
 
 
-def _why_it_fails(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], error: Exception) -> str:
+def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
     """Return a reason and a remedy if the forward does not take these inputs; an empty string if that is not known."""
     if isinstance(error, TypeError):
         try:
-            signature(model.forward).bind(*arguments, **keywords)
+            signature(model.forward).bind(*call.arguments, **call.keywords)
         except (TypeError, ValueError) as unfit:
             return (
                 f"The model's forward{signature(model.forward)} does not take the batch's inputs ({unfit}): a tuple or "
-                f"list is passed as arguments, here {len(arguments)}, and a mapping as keyword arguments. Give batches "
+                f"list is passed as arguments, here {len(call.arguments)}, and a mapping as keyword arguments. Give batches "
                 "with the inputs that forward takes, in a callback by batch_fn=, or name another network by model=."
             )
-    whole: list[str] = []
-    apply_to_collection(
-        (arguments, keywords), Tensor, lambda t: None if t.is_floating_point() else whole.append(str(t.dtype))
-    )
+    whole = [str(tensor.dtype) for tensor in tensors_of(call) if not tensor.is_floating_point()]
     if whole and not is_out_of_memory(error) and any(word in str(error) for word in TYPE_WORDS):
         return (
             f"The model's forward fails on inputs of type {whole[0]} ({error}). Convert them to floating point, e.g. "

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import FlatnessError, LayerSelectionError
+from lightning_flatness.model.call import only_heard_by
 from lightning_flatness.model.generators import generators_kept
 
 FABRIC = "_FabricModule"  # only callbacks may import Lightning
@@ -118,8 +119,8 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, and restore attributes and random states as :func:`isolated` does."""
-    with random_states_kept(model), _evaluation_mode(model):
+    """Run a block in evaluation mode, unheard, and restore attributes and random states as :func:`isolated` does."""
+    with random_states_kept(model), _evaluation_mode(model), only_heard_by(None):
         yield
 
 

@@ -1,11 +1,21 @@
 """Finding the network in a LightningModule."""
 
 import pytest
+import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_flatness as lf
-from tests.callbacks.flatness_runs import Recorder, expected, fit, flatness_callback
-from tests.callbacks.lightning_modules import Classifier, WithoutForward, loaders
+from tests.callbacks.flatness_runs import (
+    Recorder,
+    assert_reports_equal,
+    expected,
+    fit,
+    flatness_callback,
+    run_without_a_trace,
+)
+from tests.callbacks.lightning_modules import Classifier, Net, WithoutForward, WithoutValidation, dataset, loaders
+from tests.guarding import guards
 
 
 def test_network_of_a_module_without_forward(tmp_path):
@@ -35,8 +45,283 @@ def test_model_that_is_not_there_is_refused_by_name(tmp_path, model):
     assert module.training_steps == 0
 
 
-def test_missing_forward_is_refused_by_name(tmp_path):
-    module = WithoutForward()
-    with pytest.raises(lf.FlatnessError, match=r"WithoutForward has no forward\(\).*model=.*there are: 'net'"):
-        fit(tmp_path, flatness_callback(), module=module)
+def test_missing_forward_is_refused_by_name_if_no_step_shows_the_network(tmp_path):
+    class Bare(WithoutForward, WithoutValidation):
+        pass
+
+    module = Bare()
+    with pytest.raises(lf.FlatnessError, match=r"Bare has no forward\(\).*model=.*there are: 'net'"):
+        fit(tmp_path, flatness_callback(data="train"), module=module, data=loaders()[:1])
     assert module.training_steps == 0
+
+
+class Steps(Classifier):
+    """Its steps call the network in another way, which subclasses define."""
+
+    def logits(self, x):
+        return self(x)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        x, y = batch
+        self.log("val_acc", (self.logits(x).argmax(1) == y).double().mean(), batch_size=len(y))
+
+
+class Normalises(Steps):
+    def logits(self, x):
+        return self((x - 0.3) / 0.5)
+
+
+class CallsTheNetwork(WithoutForward, Steps):
+    def logits(self, x):
+        return self.net(x)
+
+
+class BorrowsForward(WithoutForward, Steps):
+    def __init__(self):
+        super().__init__()
+        self.forward = self.net.forward
+
+
+class TakesTheBatch(Steps):
+    def forward(self, batch):
+        return self.net(batch["picture"])
+
+    def logits(self, x):
+        return self({"picture": x, "scale": 2.0})
+
+
+class TakesKeywords(Steps):
+    def forward(self, **inputs):
+        return {"logits": self.net(inputs["picture"]), "hidden": inputs["picture"]}
+
+    def logits(self, x):
+        return self(picture=x)["logits"]
+
+
+class ReturnsMore(Steps):
+    """Its forward returns no logits, but calls one network that does."""
+
+    def forward(self, x):
+        return {"predicted": self.net(x).softmax(1), "entropy": 1.0}
+
+    def logits(self, x):
+        return self(x)["predicted"]
+
+
+class ChangesItsInputs(Steps):
+    def forward(self, x):
+        return self.net(x.mul_(0.5))
+
+    def logits(self, x):
+        return self(x)
+
+
+class Augments(Steps):
+    def logits(self, x):
+        return self(x.flip(3)) + self(x) + self(x.flip(2))
+
+
+NORMALISED = {"Normalises": lambda x: (x - 0.3) / 0.5, "ChangesItsInputs": lambda x: 0.5 * x}
+WAYS = [
+    Normalises,
+    CallsTheNetwork,
+    BorrowsForward,
+    TakesTheBatch,
+    TakesKeywords,
+    ReturnsMore,
+    ChangesItsInputs,
+    Augments,
+]
+
+
+@guards("model.call:Call.copied", returns=None)
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("sanity", [0, 1])
+@pytest.mark.parametrize("make", WAYS, ids=lambda make: make.__name__)
+def test_what_the_step_gives_to_the_network_is_measured(tmp_path, make, sanity, live):
+    data, callback = loaders(), flatness_callback(live=live)
+    module = run_without_a_trace(tmp_path, make, callback, data=data, num_sanity_val_steps=sanity)
+    prepare = NORMALISED.get(make.__name__, lambda x: x)
+    wanted = lf.measure_flatness(module.net, [(prepare(x), y) for x, y in data[1]])
+    assert_reports_equal(callback.report, wanted)
+
+
+class Unbatched(Steps):
+    """Its batches do not say what their inputs are."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        labels = batch.pop("label")
+        super().validation_step((batch["one"] - batch["other"], labels), batch_idx)
+
+
+class Pairs(Dataset):
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, index):
+        x, y = dataset(22, 1)[index]
+        return {"one": 2 * x, "other": x, "label": y}
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_fn": lambda batch: (None, batch["label"])}], ids=["alone", "targets"])
+def test_a_step_that_takes_its_batch_apart(tmp_path, options):
+    callback, module = flatness_callback(**options), Unbatched()
+    fit(tmp_path, callback, module=module, data=(loaders()[0], DataLoader(Pairs(), 8)))
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]))
+
+
+class TwoNetworks(Steps):
+    def __init__(self):
+        super().__init__()
+        self.teacher = Net()
+
+    def logits(self, x):
+        return self.net(x) + self.teacher(x)
+
+
+class HeadInTheStep(Steps):
+    """The network's output is an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+
+    def logits(self, x):
+        return self.head(self.net(x))
+
+
+class LossWithWeights(HeadInTheStep):
+    def logits(self, x):
+        embedded = self.net(x)
+        self.head(embedded)
+        return embedded
+
+
+class CallsNothing(Steps):
+    def logits(self, x):
+        return torch.ones(len(x), 3)
+
+
+class Crops(Steps):
+    def logits(self, x):
+        return self(x[..., 1:]) + self(x[..., :-1])
+
+
+REFUSED = {
+    TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
+    HeadInTheStep: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
+    LossWithWeights: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
+    Crops: r"calls 'Crops' on 2 different inputs, none of which is the batch's own.*batch_fn=",
+}
+
+
+@guards("callbacks.network:StepWatch._refuse_several", returns=None, ids="TwoNetworks")
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_what_is_not_sure_is_refused_in_the_sanity_check(tmp_path, make):
+    module = make()
+    with pytest.raises(lf.FlatnessError, match=REFUSED[make]):
+        fit(tmp_path, flatness_callback(), module=module, num_sanity_val_steps=1)
+    assert module.training_steps == 0
+
+
+def test_a_step_that_calls_no_network(tmp_path):
+    callback, module = flatness_callback(), CallsNothing()
+    with pytest.warns(UserWarning, match="cannot see what the network is given.*batch_fn="):
+        fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]))
+
+
+@pytest.mark.parametrize(("make", "name"), [(TwoNetworks, "teacher"), (HeadInTheStep, "net")])
+def test_the_name_decides(tmp_path, make, name):
+    callback, module = flatness_callback(model=name), make()
+    fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(getattr(module, name), loaders()[1]), prefix="")
+
+
+class ForgetsTheNetwork(Steps):
+    """From the second batch on it calls the network on something else, or not at all."""
+
+    otherwise = staticmethod(lambda module, x: torch.ones(len(x), 3))
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            super().validation_step(batch, batch_idx)
+        else:
+            self.otherwise(self, batch[0])
+
+
+@guards("callbacks/running.py", "if listener.call is None or listener.num_others:", "if False:", ids="two calls")
+@pytest.mark.parametrize(
+    ("otherwise", "says"),
+    [
+        (lambda module, x: torch.ones(len(x), 3), "does not call the network on batch 1"),
+        (lambda module, x: module(x) + module(x.flip(3)), "calls the network on different inputs on batch 1"),
+    ],
+    ids=["no call", "two calls"],
+)
+def test_later_steps_that_differ_are_refused(tmp_path, otherwise, says):
+    module = ForgetsTheNetwork()
+    module.otherwise = otherwise
+    with pytest.raises(lf.BatchError, match=f"{says}, unlike before.*batch_fn="):
+        fit(tmp_path, flatness_callback(), module=module)
+
+
+@guards("model.call:same_tensors", returns=True, ids="0-train")
+@pytest.mark.parametrize("data", ["train", "given"])
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_data_that_no_step_prepares(tmp_path, data, sanity):
+    """Validation shows that the network is given other tensors than the batch's."""
+    source = loaders()[1] if data == "given" else "train"
+    with pytest.raises(lf.FlatnessError, match="gives other tensors to the network.*batch_fn="):
+        fit(tmp_path, flatness_callback(data=source), module=Normalises(), num_sanity_val_steps=sanity)
+    callback, module, (train, val) = flatness_callback(data=source, batch_fn=normalised), Normalises(), loaders()
+    fit(tmp_path, callback, module=module, data=(train, val), num_sanity_val_steps=sanity)
+    batches = val if data == "given" else train
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, map(normalised, batches)))
+
+
+def normalised(batch):
+    return (batch[0] - 0.3) / 0.5, batch[1]
+
+
+def test_data_that_no_step_prepares_for_the_spectrum(tmp_path):
+    with pytest.raises(lf.FlatnessError, match="SpectrumCallback: .*gives other tensors.*batch_fn="):
+        fit(tmp_path, lf.SpectrumCallback(), module=Normalises(), num_sanity_val_steps=1)
+
+
+class TwoLoaders(Steps):
+    pass
+
+
+@guards("callbacks.data.sources:validation_sources", body="return [ValidationBatches(trainer, wanted, [], [])]")
+def test_every_validation_loader_is_measured_apart(tmp_path):
+    train, first = loaders()
+    second = DataLoader(dataset(11, 7), 4)
+    callback, module = flatness_callback(), TwoLoaders()
+    trainer = fit(tmp_path, callback, module=module, data=(train, [first, second]))
+    for index, loader in enumerate((first, second)):
+        wanted = lf.measure_flatness(module.net, loader)
+        assert_reports_equal(callback.reports[index], wanted)
+        suffix = f"/dataloader_idx_{index}" if index else ""
+        key = f"relative_flatness{suffix}"
+        assert float(trainer.callback_metrics[f"flatness/{key}"]) == pytest.approx(wanted.relative_flatness, rel=1e-5)
+        assert callback.history[-1][key] == pytest.approx(wanted.relative_flatness, rel=1e-5)
+    assert callback.report is callback.reports[0]
+
+
+class Unlabelled(TwoLoaders):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx == 0:
+            super().validation_step(batch, batch_idx)
+        else:
+            self(batch[0])
+
+
+def test_a_second_loader_without_labels_is_left_out(tmp_path):
+    train, first = loaders()
+    second = DataLoader(TensorDataset(dataset(11, 7).tensors[0]), 4)
+    callback, module = flatness_callback(), Unlabelled()
+    with pytest.warns(UserWarning, match="leaves out validation loader 1: .*targets"):
+        fit(tmp_path, callback, module=module, data=(train, [first, second]))
+    assert list(callback.reports) == [0]
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, first))

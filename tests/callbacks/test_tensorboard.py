@@ -63,6 +63,7 @@ def test_joint_chart_shows_accuracy_and_flatness(tmp_path, options):
 def test_joint_chart_of_an_accuracy_that_is_logged_in_steps_too(tmp_path):
     class Stepwise(Classifier):
         def validation_step(self, batch, batch_idx):
+            self(batch[0])
             self.log("val_acc", 0.5, on_step=True, on_epoch=True)
 
     fit(tmp_path, lf.FlatnessCallback(summary=False), module=Stepwise())
@@ -74,7 +75,7 @@ def test_joint_chart_of_an_accuracy_that_is_logged_in_steps_too(tmp_path):
 def test_joint_chart_without_an_accuracy(tmp_path):
     class Silent(Classifier):
         def validation_step(self, batch, batch_idx):
-            pass
+            self(batch[0])
 
     fit(tmp_path, lf.FlatnessCallback(summary=False), module=Silent())
     assert charts(events(tmp_path)) == {"flatness/log10_relative_flatness": ["^flatness/log10_relative_flatness$"]}

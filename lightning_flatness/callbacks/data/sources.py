@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 
 from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_turn
 from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream, select
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
-from lightning_flatness.errors import FlatnessError
-from lightning_flatness.measure.batches import split_batch
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.measure.batches import split_batch, targets_of
+from lightning_flatness.model.call import Call, as_call, equal_inputs
+from lightning_flatness.model.isolation import random_states_kept
 from lightning_flatness.model.rows import num_rows
 
 if TYPE_CHECKING:
@@ -42,27 +47,67 @@ class Wanted:
             )
         return pair[0], pair[1]
 
+    def before_step(self, batch: Any, model: nn.Module) -> Asked:
+        """Return what a batch says of itself, before its step, which may change it."""
+        if self.batch_fn is not None:
+            with random_states_kept(model):
+                inputs, targets = self.split(apply_to_collection(batch, Tensor, torch.clone, allow_frozen=True))
+            return Asked(inputs, targets, is_given=inputs is not None)
+        try:
+            inputs, why = self.split(batch)[0], ""
+        except BatchError as error:
+            inputs, why = None, str(error)
+        targets = targets_of(batch)
+        return Asked(inputs, None if targets is None else targets.clone(), why_no_targets=why)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a batch says of its inputs and targets, before its validation step."""
+
+    inputs: Any  # None if they are not known. The network's call counts, unless batch_fn= gives others.
+    targets: Tensor | None
+    why_no_targets: str = ""
+    is_given: bool = False  # by batch_fn=
+
+    def own_call(self) -> Call:
+        """Return the call of the network on the batch's own inputs."""
+        if self.inputs is None:
+            raise BatchError(self.why_no_targets)
+        return as_call(self.inputs)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Add to errors about missing targets why the batch has none."""
+        try:
+            yield
+        except BatchError as error:
+            if self.targets is None and self.why_no_targets and "target" in str(error):
+                raise BatchError(f"{error} {self.why_no_targets}") from error
+            raise
+
+    def samples(self, call: Call) -> Samples:
+        """Return ``(inputs, targets)`` to measure; the inputs are ``call``, if it has the same."""
+        differ = self.is_given and not equal_inputs(call, as_call(self.inputs))
+        return (as_call(self.inputs) if differ else call), self.targets
+
 
 class ValidationBatches:
     """The validated batches as a source. It yields every sample once, though Lightning may repeat samples.
 
-    Lightning validates ``num_batches`` batches of each loader. To observe the forward pass of a validation step, a
-    callback must know before the step which samples of the batch to measure. If it cannot know this,
-    ``why_not_observed`` contains the reason; otherwise it is empty.
+    Lightning validates ``num_batches`` batches of each loader. If it is known before that parts of batches are
+    measured, ``why_not_observed`` says so, and it is useless to observe the forward passes of validation steps.
     """
 
     def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
         in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
         self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
-        self._wanted = wanted
-        self.why_not_observed = "batch_fn= is called after the step" if wanted.batch_fn is not None else ""
-        if wanted.batch_fn is None and wanted.max_samples is not None:
-            self.why_not_observed = "max_samples= takes parts of batches"
+        self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
 
-    def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Iterator[Samples]:
-        """Yield the samples to measure of a batch that was validated."""
-        inputs, targets = self._wanted.split(batch)
-        mask = self._stream.mask(num_rows(inputs, targets), batch_idx, dataloader_idx)
+    def after_step(self, samples: Samples, batch_idx: int) -> Iterator[Samples]:
+        """Yield those of the samples of a validated batch that are to be measured."""
+        inputs, targets = samples
+        mask = self._stream.mask(num_rows(inputs, targets), batch_idx)
         if mask.all():
             yield inputs, targets
         elif mask.any():
@@ -102,7 +147,7 @@ class SeparateData:
         # If the number of validated batches is not known before, everything is measured after the first batch.
         self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
 
-    def after_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Iterator[Samples]:
+    def after_step(self) -> Iterator[Samples]:
         """Yield the next part of the samples after a batch was validated."""
         self._num_validated += 1
         fraction = self._num_validated / self._num_to_validate
@@ -118,6 +163,17 @@ class SeparateData:
         while self._num_read < goal and (batch := next(self._batches, self)) is not self:
             self._num_read += 1
             yield self._wanted.split(to_device(self._trainer, self._pl_module, batch))
+
+
+def validation_sources(
+    trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]
+) -> list[ValidationBatches]:
+    """Return a source for each loader that Lightning validates in turn, or one for all loaders that it combines."""
+    in_turn = loaders_in_turn(trainer, loaders)
+    if len(in_turn) < 2 or len(in_turn) != len(num_batches):
+        return [ValidationBatches(trainer, wanted, in_turn, num_batches)]
+    pairs = zip(in_turn, num_batches, strict=True)
+    return [ValidationBatches(trainer, wanted, [loader], [number]) for loader, number in pairs]
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:

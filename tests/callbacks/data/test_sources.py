@@ -5,7 +5,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks.data.stratified import choose, labels_of
-from tests.callbacks.flatness_runs import Recorder, Stream, expected, fit, flatness_callback
+from tests.callbacks.flatness_runs import MONITOR, Recorder, Stream, expected, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders
 
 
@@ -70,14 +70,16 @@ def test_loaders_of_ready_batches(tmp_path, options):
 
 @pytest.mark.parametrize("max_samples", [None, 7])
 @pytest.mark.parametrize("kind", [list, lambda parts: dict(enumerate(parts))], ids=["list", "dict"])
-def test_several_validation_loaders_are_measured_as_one(tmp_path, kind, max_samples):
+def test_several_validation_loaders_are_measured_apart(tmp_path, kind, max_samples):
     recorder, (train, val) = Recorder(), loaders()
     other = DataLoader(dataset(9, seed=5), batch_size=8)
     callback = flatness_callback(max_samples=max_samples)
     fit(tmp_path, callback, recorder, data=(train, kind([val, other])))
-    batches = [*val, *other] if max_samples is None else chosen_samples(7, val.dataset, other.dataset)
-    assert callback.report.num_samples == (max_samples or 31)
-    assert recorder.flatness()[-1] == pytest.approx(expected(recorder.nets[-1], batches), rel=1e-6)
+    for index, loader in enumerate((val, other)):
+        batches = loader if max_samples is None else chosen_samples(7, loader.dataset)
+        key = f"{MONITOR}/dataloader_idx_{index}" if index else MONITOR
+        assert callback.reports[index].num_samples == (max_samples or len(loader.dataset))
+        assert recorder.flatness(key)[-1] == pytest.approx(expected(recorder.nets[-1], batches), rel=1e-6)
 
 
 class DictData(Dataset):
@@ -103,9 +105,9 @@ def test_dict_batches(tmp_path, options):
     assert recorder.flatness()[-1] == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("sanity", [0, 2])
-@pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.parametrize(("data", "sanity"), [("val", 2), ("train", 0), ("train", 2)])
 def test_batches_of_another_structure_are_refused(tmp_path, data, sanity):
+    """Of validated batches only the targets are needed, which the curvature of SiLU depends on."""
     module, loader = DictClassifier(), DataLoader(DictData(), batch_size=8)
     with pytest.raises(lf.BatchError, match="A batch is a dict.*batch_fn="):
         fit(tmp_path, flatness_callback(data=data), module=module, data=(loader, loader), num_sanity_val_steps=sanity)

@@ -1,0 +1,178 @@
+"""Calls of a network: what it was called with, and how to notice the calls that the user's code makes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+
+class Call(NamedTuple):
+    """The arguments of one call of a network.
+
+    Example:
+        >>> as_call({"x": 1}), as_call([1, 2]), as_call(1)
+        (Call(arguments=(), keywords={'x': 1}), Call(arguments=(1, 2), keywords={}), Call(arguments=(1,), keywords={}))
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+    def copied(self) -> Call:
+        """Return the same call on copies of its tensors."""
+        copied: Call = apply_to_collection(self, Tensor, torch.clone, allow_frozen=True)
+        return copied
+
+
+def as_call(inputs: Any) -> Call:
+    """Return the call on a tensor, on a tuple or list of arguments, or on a mapping of keyword arguments."""
+    if isinstance(inputs, Call):
+        return inputs
+    if isinstance(inputs, Mapping):
+        return Call((), dict(inputs))
+    return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def same_inputs(one: Any, other: Any) -> bool:
+    """Return whether two inputs consist of identical objects."""
+    return _agree(one, other, lambda a, b: a is b)
+
+
+def equal_inputs(one: Any, other: Any) -> bool:
+    """Return whether two inputs consist of tensors with equal entries, and of equal other objects."""
+    return _agree(one, other, _equal)
+
+
+def same_tensors(call: Call, inputs: Any, targets: Tensor | None) -> bool:
+    """Return whether a call has the tensors of ``inputs``, in their order and with equal entries, but for targets."""
+    called, given = tensors_of(call), tensors_of(inputs)
+    if targets is not None:
+        called = [tensor for tensor in called if tensor.shape != targets.shape or not _equal(tensor, targets)]
+    return len(called) == len(given) and all(map(_equal, called, given))
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """Return the tensors in a collection of values."""
+    tensors: list[Tensor] = []
+    apply_to_collection(values, Tensor, tensors.append, allow_frozen=True)
+    return tensors
+
+
+def _agree(one: Any, other: Any, agree: Callable[[Any, Any], bool]) -> bool:
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(_agree(a, b, agree) for a, b in zip(one, other, strict=True))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_agree(one[key], other[key], agree) for key in one)
+    return agree(one, other)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    return one is other or (type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other))
+
+
+class Hear(Protocol):
+    """A function that is called instead of a module's forward, and calls it."""
+
+    def __call__(
+        self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        """Return what the module's call returns."""
+
+
+class Overheard:
+    """A context manager in which ``hear`` is called instead of the forward of some modules.
+
+    It also runs for direct calls of ``forward``, which hooks do not see. In a compiled module it replaces what runs the
+    compiled code, never a part of that code. Passes of our own are not overheard (:func:`only_heard_by`).
+    """
+
+    _only: ClassVar[list[Overheard | None]] = []  # who hears calls now, innermost last; empty: everybody
+
+    def __init__(self, modules: Iterable[nn.Module], hear: Hear) -> None:
+        self._modules, self._hear = list(modules), hear
+
+    def __enter__(self) -> Overheard:
+        for module in self._modules:
+            attribute = _attribute(module)
+            if not isinstance(vars(module).get(attribute), _Forward):
+                vars(module)[attribute] = _Forward(module, attribute)
+            vars(module)[attribute].hearers.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module in self._modules:
+            forward = vars(module).get(_attribute(module))
+            if isinstance(forward, _Forward) and self in forward.hearers:
+                forward.hearers.remove(self)
+                if not forward.hearers:
+                    forward.put_back()
+
+    def hear(
+        self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        """Call ``hear``, or only the forward if this call is not to be heard, or is traced by a compiler."""
+        if torch.compiler.is_compiling() or (Overheard._only and Overheard._only[-1] is not self):
+            return forward(*arguments, **keywords)
+        return self._hear(module, forward, arguments, keywords)
+
+
+def _attribute(module: nn.Module) -> str:
+    """Return the attribute of a module that runs its forward, or its compiled code."""
+    return "_compiled_call_impl" if vars(module).get("_compiled_call_impl") else "forward"
+
+
+@contextmanager
+def only_heard_by(overheard: Overheard | None) -> Iterator[None]:
+    """Run a block whose calls nobody but ``overheard`` hears: a forward pass of our own is not one of the user's."""
+    Overheard._only.append(overheard)
+    try:
+        yield
+    finally:
+        Overheard._only.pop()
+
+
+class _Forward:
+    """A wrapper of a module's forward while it is overheard; copies and pickles contain the original forward."""
+
+    def __init__(self, module: nn.Module, attribute: str) -> None:
+        self.hearers: list[Overheard] = []
+        self._module, self._attribute = module, attribute
+        self._own = {name: value for name, value in vars(module).items() if name == attribute}
+        self.__wrapped__ = getattr(module, attribute)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        forward = self.__wrapped__
+        for overheard in self.hearers:
+            forward = partial(_heard, overheard, self._module, forward)
+        return forward(*arguments, **keywords)
+
+    def put_back(self) -> None:
+        del vars(self._module)[self._attribute]
+        vars(self._module).update(self._own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "__wrapped__"), name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    def __reduce__(self) -> Any:
+        if getattr(self.__wrapped__, "__self__", None) is self._module:
+            return getattr, (self._module, "forward")
+        return _itself, (self.__wrapped__,)
+
+
+def _heard(overheard: Overheard, module: nn.Module, forward: Any, *arguments: Any, **keywords: Any) -> Any:
+    return overheard.hear(module, forward, arguments, keywords)
+
+
+def _itself(forward: Any) -> Any:
+    return forward
