@@ -167,7 +167,7 @@ class EpochEndCallback(MeasuringCallback):
 
     def _have_changed(self, pl_module: LightningModule) -> bool:
         """Return whether the weights are not those that were measured last."""
-        return self._measured is None or have_changed(self._measured, find_network(pl_module, self.model))
+        return self._measured is None or have_changed(self._measured, self._network_of(pl_module).module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, final: bool) -> None:
         where = "the end of the fit" if final else f"epoch {epoch}"

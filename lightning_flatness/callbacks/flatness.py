@@ -21,7 +21,14 @@ from lightning_flatness.callbacks.data.sources import (
     validation_sources,
 )
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
-from lightning_flatness.callbacks.logged import accuracy_key, log, values_of, with_logarithm
+from lightning_flatness.callbacks.logged import (
+    accuracy_key,
+    log,
+    log_again,
+    values_of_loaders,
+    warn_no_validation,
+    with_logarithm,
+)
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.running import PassesOfRun, Validation
 from lightning_flatness.checks import check_whole
@@ -62,9 +69,9 @@ class FlatnessCallback(MeasuringCallback):
         accuracy: key of the logged accuracy to plot with flatness; by default the first logged key that contains
             ``acc``, preferably one that contains ``val``, too.
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
-            LightningModule and returns the network; by default the LightningModule itself.
-        batch_fn: function that takes a batch and returns ``(inputs, targets)``; by default a batch is such a pair, or
-            has one entry with a name like ``image`` and one with a name like ``label``.
+            LightningModule and returns the network; by default the network that the validation step calls.
+        batch_fn: function that takes a batch and returns ``(inputs, targets)``; by default inputs are what the
+            validation step gives to the network, and the second of a pair or an entry named like ``label`` is targets.
         summary: print before training which layers are measured, and how each result was certified.
         figures: plot accuracy, flatness and block traces for TensorBoard at the end of training.
         strict: raise an error if a value is not exactly that of the Hessian.
@@ -171,13 +178,13 @@ class FlatnessCallback(MeasuringCallback):
         self._has_chart = False
         super().on_fit_start(trainer, pl_module)
         if self._data_name == "val" and not trainer.enable_validation:
-            self._warn_no_validation()
+            warn_no_validation(self.prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Certify the layers on one batch, unless the sanity check has done so, and print the summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
-            self._warn_no_validation()
+            warn_no_validation(self.prefix)
         with self._measuring(trainer, pl_module):
             if not self._certified and not self._errors.pending:
                 self._certify_early(trainer, pl_module)
@@ -205,13 +212,6 @@ class FlatnessCallback(MeasuringCallback):
 
     def _new_measurement(self, network: Network) -> Measurement:
         return Measurement(network.module, sync=True, prefix=network.prefix, **self._options)
-
-    def _warn_no_validation(self) -> None:
-        rank_zero_warn(
-            "FlatnessCallback measures at validation, and this fit runs none (no validation_step, no validation data, "
-            f"or limit_val_batches=0): '{self.prefix}/hessian_trace' and the other keys will not be logged, and "
-            "callbacks that monitor them will fail. Add validation data, or use FlatnessCallback(data='train')."
-        )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a measurement, if one is due."""
@@ -332,7 +332,8 @@ class FlatnessCallback(MeasuringCallback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         running, self._running = self._running, None
         if running is None and not self._errors.pending:  # no measurement was due
-            self._log_again(trainer, pl_module)
+            if trainer.state.fn == "fit" and self.history:
+                log_again(trainer, pl_module, self.prefix, self.history[-1], self._measures[-1])
             return
         where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
@@ -346,21 +347,11 @@ class FlatnessCallback(MeasuringCallback):
         if not self._errors.settle(where) or self.report is None:
             return
         self.num_measurements += 1
-        values = values_of(self.report, self._measures)
-        for loader, report in list(self.reports.items())[1:]:
-            of_loader = values_of(report, self._measures)
-            values |= {f"{key}/dataloader_idx_{loader}": value for key, value in of_loader.items()}
+        values = values_of_loaders(self.reports, self._measures)
         if trainer.state.fn == "fit":
             about = {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None}
             self._awaits_accuracy = about | values
         log(pl_module, self.prefix, with_logarithm(values, self._measures[-1]))
-
-    def _log_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the last values again after a resume, so that callbacks that monitor them find them."""
-        is_logged = f"{self.prefix}/{self._measures[-1]}" in trainer.callback_metrics
-        if trainer.state.fn == "fit" and self.history and not is_logged:
-            values = {key: value for key, value in self.history[-1].items() if key not in ("epoch", "step", "accuracy")}
-            log(pl_module, self.prefix, with_logarithm(values, self._measures[-1]))
 
     def _release(self) -> None:
         super()._release()

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_flatness.callbacks.lightning_imports import LightningModule, is_lightning_module
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_lightning_module
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.results import FlatnessReport
 
@@ -27,6 +28,15 @@ def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, floa
         for name, layer in report.layers.items():
             values |= {f"{name}/{measure}": getattr(layer, measure) for measure in measures}
     return values
+
+
+def values_of_loaders(reports: Mapping[int, FlatnessReport], measures: Sequence[str]) -> dict[str, float]:
+    """Return the values of several validation loaders; keys of all but the first end with the loader's index."""
+    return {
+        f"{key}/dataloader_idx_{loader}" if loader else key: value
+        for loader, report in reports.items()
+        for key, value in values_of(report, measures).items()
+    }
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
@@ -64,6 +74,24 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
             batch_size=1,
             add_dataloader_idx=False,  # keys of further loaders have it already
         )
+
+
+def log_again(
+    trainer: Trainer, pl_module: LightningModule, prefix: str, record: Mapping[str, Any], measure: str
+) -> None:
+    """Log the values of the last record again after a resume, so that callbacks that monitor them find them."""
+    if f"{prefix}/{measure}" not in trainer.callback_metrics:
+        values = {key: value for key, value in record.items() if key not in ("epoch", "step", "accuracy")}
+        log(pl_module, prefix, with_logarithm(values, measure))
+
+
+def warn_no_validation(prefix: str) -> None:
+    """Warn that a fit without validation logs no flatness of validation data."""
+    rank_zero_warn(
+        "FlatnessCallback measures at validation, and this fit runs none (no validation_step, no validation data, or "
+        f"limit_val_batches=0): '{prefix}/hessian_trace' and the other keys will not be logged, and callbacks that "
+        "monitor them will fail. Add validation data, or use FlatnessCallback(data='train')."
+    )
 
 
 @contextmanager

@@ -214,7 +214,9 @@ class Validation:
         """Return the report of every loader that was measured. Call it on every rank."""
         several = len(self._sources) > 1
         left_out = (
-            {loader: why for of_rank in gather(self._left_out) for loader, why in of_rank.items()} if several else {}
+            {loader: why for of_rank in gather(self._left_out, sync=True) for loader, why in of_rank.items()}
+            if several
+            else {}
         )
         for loader, reason in left_out.items():
             rank_zero_warn(f"FlatnessCallback leaves out validation loader {loader}: {reason}")
