@@ -22,7 +22,7 @@ LOGGED = ("lambda_max", "trace", "r_e", "k_hn", "c_t")
 
 
 class SpectrumCallback(EpochEndCallback):
-    """A callback that measures the spectrum of the Hessian at the end of a fit and, optionally, of epochs.
+    """A callback that measures the spectrum of the Hessian after a fit and, optionally, after every n-th epoch.
 
     It computes eigenvalues, trace, spectral density and generalization criteria. It logs ``{prefix}/lambda_max``,
     ``trace``, ``r_e``, ``k_hn`` and ``c_t``. At the end of every n-th epoch, callbacks such as ``ModelCheckpoint`` can

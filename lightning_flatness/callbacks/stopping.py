@@ -96,7 +96,8 @@ class FlatnessStopping(EarlyStopping):
         keys = [monitor] if isinstance(monitor, str) else list(monitor)
         if not keys or not all(isinstance(key, str) and key for key in [*keys, accuracy]):
             raise FlatnessError(
-                "FlatnessStopping: monitor is the name of a logged metric, or several, and accuracy one; got "
+                "FlatnessStopping: monitor= must be the name of a logged metric or a list of names, and accuracy= a "
+                "single name; got "
                 f"{monitor=}, {accuracy=}."
             )
         super().__init__(

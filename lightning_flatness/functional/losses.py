@@ -28,7 +28,7 @@ class LossDerivatives(NamedTuple):
     normalizer: float  # num_samples, or the sum of the weights of the target classes
 
     def halved(self) -> LossDerivatives:
-        """Return the derivatives for a batch that contains its only sample twice, so that each copy counts half."""
+        """Halve the derivatives of a batch that is one sample taken twice, so that both copies count as one sample."""
         residual = None if self.residual is None else self.residual / 2
         return LossDerivatives(self.curvature.scaled(0.5), residual, self.num_samples // 2, self.normalizer / 2)
 

@@ -68,7 +68,10 @@ def is_sampled(curvature: Curvature, tolerance: float) -> bool:
 
 
 def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
-    """Return how many samples to take at a time, at least two, so that some columns of all layers fit in memory."""
+    """Return how many samples fit in memory at a time, at least two: the graph, and what is pulled back from logits.
+
+    ``elements`` are the entries of the measured layers' outputs for one sample.
+    """
     kept = ELEMENTS.get(device.type, ELEMENTS_DEFAULT)
     return max(2, kept // (elements * (min(num_columns, COLUMNS) + GRAPH)))
 

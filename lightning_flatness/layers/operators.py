@@ -83,7 +83,11 @@ Operator = ColumnOperator | TailOperator
 
 
 def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[float], None]) -> dict[str, Operator]:
-    """Return the operators of all layers on one forward pass; raise an error if they would keep over ``max_bytes``."""
+    """Return, for every layer, its Hessian on the samples of one forward pass, as an operator on vectors.
+
+    Raises:
+        BatchError: the operators would hold more than ``max_bytes`` of memory.
+    """
     tails = {name: _tail_operator(name, certified) for name in certified.tails}
     others = certified.others
     num_columns = certified.loss.curvature.num_columns

@@ -159,7 +159,7 @@ def _any_accelerator() -> bool:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode without backward hooks, and restore every attribute of every module on leaving.
+    """Set evaluation mode and remove backward hooks; on leaving, restore every attribute of every module.
 
     Inside the block, tensor and list attributes are replaced by copies, so a metric updated in a forward is restored.
     """

@@ -61,13 +61,13 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[Any]:
-    """Yield the batches of a loader from :func:`own_loader` with :func:`batches_apart`, and explain errors."""
+    """Yield the same batches in every call, of a loader made by :func:`own_loader`; raise errors that name a remedy."""
     try:
         yield from batches_apart(loader, model)
     except Exception as error:
         raise FlatnessError(
-            f"There is a {type(error).__name__}: {error} where the data set is asked for samples by "
-            "their index. Use data='val', or data= with a loader or batches of your own."
+            f"Reading samples from the data set by their index failed with {type(error).__name__}: {error}. "
+            "Use data='val', or data= with a loader or batches of your own."
         ) from error
 
 

@@ -194,8 +194,8 @@ def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, s
     deviation = _deviation(pulled, expected)
     if not deviation <= 10 * _tolerance(logits):
         raise NotClosedFormError(
-            "the gradients that reach it from the logits differ from those that the classifier implies (relative "
-            f"deviation {deviation:.1e}): an operation in between changes gradients but not values."
+            "the gradients of the logits with respect to its output differ from those computed with the classifier's "
+            f"weights (relative deviation {deviation:.1e}): an operation in between changes gradients but not values."
         )
     return deviation
 
