@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_flatness.callbacks.lightning_imports import LightningModule, is_overridden
@@ -92,8 +93,11 @@ class StepWatch:
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
         self._open = [self._calls]  # the lists of calls within the calls that run
-        watched = [named.module] if named else _eager_modules(pl_module)
-        modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
+        self._others: list[_Heard] = []  # calls of modules apart from the one that the user names
+        modules = [m for m in dict.fromkeys(_eager_modules(pl_module)) if next(m.parameters(), None) is not None]
+        if named:
+            apart = [module for module in modules if set(module.modules()).isdisjoint(named.module.modules())]
+            modules = [named.module, *apart]
         self._overheard = Overheard(modules, self._hear)
 
     def __enter__(self) -> StepWatch:
@@ -109,6 +113,9 @@ class StepWatch:
         if len(self._open) > DEPTH or (self._named and len(self._open) > 1):
             return forward(*arguments, **keywords)
         heard = _Heard(module, Call(arguments, keywords))
+        if self._named and module is not self._named.module:
+            self._others.append(heard)
+            return forward(*arguments, **keywords)
         if len(self._open) == 1:  # copies of all features would take much memory
             heard.copied = heard.call.copied()
         self._open[-1].append(heard)
@@ -145,6 +152,7 @@ class StepWatch:
         if not counts:
             return Network(heard.module, prefix, is_called=False), None
         self.called = heard.call
+        self._warn_of_heads(heard)
         return Network(heard.module, prefix, on_batch=num_inputs > 1), heard.copied or heard.call.copied()
 
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
@@ -166,6 +174,16 @@ class StepWatch:
         if reason:
             raise BatchError(f"{self._name(counting[0].module)}: {reason}")
         return counting[0], len(different), True
+
+    def _warn_of_heads(self, heard: _Heard) -> None:
+        """Warn if the output of the module that the user names goes to another module with weights."""
+        users = [other.module for other in self._others if _takes(other, heard.output)]
+        if users:
+            rank_zero_warn(
+                f"The validation step gives the output of {self._name(heard.module)} to {self._name(users[0])}, which "
+                "has weights of its own. If that output is not the logits, what is measured is not your loss: name a "
+                "module with model=... that returns the logits."
+            )
 
     def _refuse_several(self, calls: Sequence[_Heard]) -> None:
         modules = list(dict.fromkeys(heard.module for heard in calls))

@@ -231,11 +231,19 @@ def test_a_step_that_calls_no_network(tmp_path):
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]))
 
 
-@pytest.mark.parametrize(("make", "name"), [(TwoNetworks, "teacher"), (HeadInTheStep, "net")])
-def test_the_name_decides(tmp_path, make, name):
-    callback, module = flatness_callback(model=name), make()
+@pytest.mark.parametrize("name", ["net", "teacher"])
+def test_the_name_decides(tmp_path, name):
+    callback, module = flatness_callback(model=name), TwoNetworks()
     fit(tmp_path, callback, module=module)
     assert_reports_equal(callback.report, lf.measure_flatness(getattr(module, name), loaders()[1]), prefix="")
+
+
+@guards("callbacks.network:StepWatch._warn_of_heads", returns=None)
+def test_a_named_network_whose_output_is_an_embedding(tmp_path):
+    callback, module = flatness_callback(model="net"), HeadInTheStep()
+    with pytest.warns(UserWarning, match="gives the output of 'net' to 'head'.*model="):
+        fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]), prefix="")
 
 
 class ForgetsTheNetwork(Steps):
