@@ -90,7 +90,8 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
             return (
                 f"The model's forward{signature(model.forward)} does not take the batch's inputs ({unfit}): a tuple or "
                 f"list is passed as arguments, here {len(call.arguments)}, and a mapping as keyword arguments. Give "
-                "batches with the inputs that forward takes, in a callback by batch_fn=, or name another network by model=."
+                "batches with the inputs that forward takes, in a callback by batch_fn=, or name another network with "
+                "model=."
             )
     whole = [str(tensor.dtype) for tensor in tensors_of(call) if not tensor.is_floating_point()]
     if whole and not is_out_of_memory(error) and any(word in str(error) for word in TYPE_WORDS):

@@ -125,7 +125,7 @@ def test_subsets(tmp_path, told):
     assert len(told) == 1
 
 
-@guards("callbacks/running.py", "if source.why_not_observed:", "if False:")
+@guards("callbacks/running.py", "and source.why_not_observed:", "and False:")
 def test_batches_that_are_reshaped(tmp_path, told):
     """The function may change the batch, so it is called when the step has had it, and once."""
     seen = []

@@ -169,8 +169,8 @@ def saved(net):
     return file.getvalue()
 
 
-@guards("layers/live.py", 'getattr, (self._module, "forward")', "_Forward, (self._listener, self._module)")
-@guards("layers.live:_Forward.__deepcopy__", body="return self")
+@guards("model/call.py", 'getattr, (self._module, "forward")', "_Forward, (self._module, self._attribute)")
+@guards("model.call:_Forward.__deepcopy__", body="return self")
 def test_copies_and_files_of_a_network_have_nothing_of_ours(tmp_path, told):
     assert_as_without(tmp_path, make("Plain", CopiesNetwork), told, OBSERVES)
     module = CopiesNetwork(networks.Plain())

@@ -239,7 +239,7 @@ def test_many_random_trainers(draw):
     check_in_folder(draw)
 
 
-@guards("callbacks.flatness:FlatnessCallback._log_again", returns=None)
+@guards("callbacks.logged:log_again", returns=None)
 @pytest.mark.parametrize("what", ["checkpoint", "early", "flatness"])
 def test_resume_at_an_epoch_that_is_not_measured(tmp_path, what):
     # As without an interruption: monitors see the last value that was measured.

@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.layers.live import Listener, same_inputs
+from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.recording import Recorder
+from lightning_flatness.model.call import same_inputs
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import global_modes
 from tests.callbacks.live_networks import batch
@@ -19,7 +20,7 @@ class TwoInputs(networks.Plain):
 
 
 def listener(model, inputs):
-    return Listener(model.eval(), inputs, lambda: Recorder({"conv": model.conv}, model.fc, live=True))
+    return Listener(model.eval(), lambda: Recorder({"conv": model.conv}, model.fc, live=True), inputs)
 
 
 def heard_call(model, inputs, call):

@@ -25,5 +25,5 @@ def test_reasons():
     assert "inference mode" in why_not_observed(model.eval())
     assert "measured in torch.float64" in why_not_observed(networks.Plain().float().eval(), torch.float64)
     model = networks.Plain().eval()
-    with Listener(model, None, lambda: Recorder({}, None, live=True)):
+    with Listener(model, lambda: Recorder({}, None, live=True)):
         assert "another callback" in why_not_observed(model)
