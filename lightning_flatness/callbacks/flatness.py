@@ -9,26 +9,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks import logged, tensorboard
 from lightning_flatness.callbacks.averaging import warn_of_initial_weights
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
-from lightning_flatness.callbacks.data.sources import (
-    Samples,
-    SeparateData,
-    ValidationBatches,
-    first_samples,
-    validation_sources,
-)
+from lightning_flatness.callbacks.data.sources import Samples, SeparateData, first_samples, validation_sources
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
-from lightning_flatness.callbacks.logged import (
-    accuracy_key,
-    log,
-    log_again,
-    values_of_loaders,
-    warn_no_validation,
-    with_logarithm,
-)
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.running import PassesOfRun, Validation
 from lightning_flatness.checks import check_whole
@@ -178,15 +164,15 @@ class FlatnessCallback(MeasuringCallback):
         self._has_chart = False
         super().on_fit_start(trainer, pl_module)
         if self._data_name == "val" and not trainer.enable_validation:
-            warn_no_validation(self.prefix)
+            logged.warn_no_validation(self.prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Certify the layers on one batch, unless the sanity check has done so, and print the summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
-            warn_no_validation(self.prefix)
+            logged.warn_no_validation(self.prefix)
         with self._measuring(trainer, pl_module):
-            if not self._certified and not self._errors.pending:
+            if not self._certified:
                 self._certify_early(trainer, pl_module)
         if self._errors.settle("the start of training") and self.summary and self._certified and trainer.is_global_zero:
             data = DATA.get(self._data_name, self._data_name)
@@ -198,7 +184,7 @@ class FlatnessCallback(MeasuringCallback):
         waits = self._data_name == "val" and self._network is None
         try:
             samples = first_samples(trainer, pl_module, self._wanted)
-            if samples is not None:
+            if samples is not None and not self._errors.pending:
                 self._certify(self._network_of(pl_module), samples)
         except Exception as error:
             # The first validation will show the network, and what it is called with.
@@ -293,7 +279,7 @@ class FlatnessCallback(MeasuringCallback):
     def _draw_run(self, trainer: Trainer) -> None:
         self._pair_accuracy(trainer)
         if self.history and self.report is not None:
-            accuracy = accuracy_key(trainer.callback_metrics, self.accuracy)
+            accuracy = logged.accuracy_key(trainer.callback_metrics, self.accuracy)
             arguments = (self.history, self.report, accuracy, self._data_name)
             self._add_figures(trainer, lambda: tensorboard.flatness_figures(*arguments))
 
@@ -304,14 +290,14 @@ class FlatnessCallback(MeasuringCallback):
         if not any(callback._has_chart for callback in callbacks):
             self._has_chart = True
             tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
-            names = [accuracy_key(trainer.callback_metrics, callback.accuracy) for callback in callbacks]
+            names = [logged.accuracy_key(trainer.callback_metrics, callback.accuracy) for callback in callbacks]
             tensorboard.add_joint_charts(trainer, tags, names)
 
     def _pair_accuracy(self, trainer: Trainer) -> None:
         record, self._awaits_accuracy = self._awaits_accuracy, None
         if record is not None:
-            logged = trainer.callback_metrics.get(accuracy_key(trainer.callback_metrics, self.accuracy) or "")
-            record["accuracy"] = None if logged is None else float(logged)
+            value = trainer.callback_metrics.get(logged.accuracy_key(trainer.callback_metrics, self.accuracy) or "")
+            record["accuracy"] = None if value is None else float(value)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[float]) -> None:
         self._running = self._awaits_accuracy = None
@@ -322,7 +308,7 @@ class FlatnessCallback(MeasuringCallback):
             rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
             return
         with self._measuring(trainer, pl_module):
-            sources: Sequence[ValidationBatches | SeparateData]
+            sources: Sequence[Any]
             if self._data_name == "val":
                 sources = validation_sources(trainer, self._wanted, loaders, num_batches)
             else:
@@ -333,7 +319,7 @@ class FlatnessCallback(MeasuringCallback):
         running, self._running = self._running, None
         if running is None and not self._errors.pending:  # no measurement was due
             if trainer.state.fn == "fit" and self.history:
-                log_again(trainer, pl_module, self.prefix, self.history[-1], self._measures[-1])
+                logged.log_again(trainer, pl_module, self.prefix, self.history[-1], self._measures[-1])
             return
         where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
@@ -347,11 +333,10 @@ class FlatnessCallback(MeasuringCallback):
         if not self._errors.settle(where) or self.report is None:
             return
         self.num_measurements += 1
-        values = values_of_loaders(self.reports, self._measures)
+        values = logged.values_of_loaders(self.reports, self._measures)
         if trainer.state.fn == "fit":
-            about = {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None}
-            self._awaits_accuracy = about | values
-        log(pl_module, self.prefix, with_logarithm(values, self._measures[-1]))
+            self._awaits_accuracy = logged.record_of(trainer, values)
+        logged.log(pl_module, self.prefix, logged.with_logarithm(values, self._measures[-1]))
 
     def _release(self) -> None:
         super()._release()

@@ -76,6 +76,11 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
         )
 
 
+def record_of(trainer: Trainer, values: Mapping[str, float]) -> dict[str, Any]:
+    """Return the values as a record for the history, with epoch and step; the accuracy is still to come."""
+    return {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None, **values}
+
+
 def log_again(
     trainer: Trainer, pl_module: LightningModule, prefix: str, record: Mapping[str, Any], measure: str
 ) -> None:

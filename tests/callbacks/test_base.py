@@ -12,7 +12,7 @@ from tests.callbacks.lightning_modules import Classifier, WithoutValidation, loa
 from tests.guarding import guards
 
 
-@guards("callbacks/flatness.py", "None if logged is None else float(logged)", "logged")
+@guards("callbacks/flatness.py", "None if value is None else float(value)", "value")
 def test_history_is_plain_numbers(tmp_path):
     recorder, callback = Recorder(), flatness_callback()
     fit(tmp_path, callback, recorder, max_epochs=3)
