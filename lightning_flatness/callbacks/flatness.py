@@ -193,7 +193,7 @@ class FlatnessCallback(MeasuringCallback):
 
     def _certify(self, network: Network, samples: Samples) -> None:
         measurement = self._new_measurement(network)
-        measurement.update(*samples)
+        measurement.certify(*samples, live=self._passes.possible and self._data_name == "val")
         self._certified = (measurement.layers, measurement.left_out) if measurement.layers else None
 
     def _new_measurement(self, network: Network) -> Measurement:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_flatness.callbacks.lightning_imports import LightningModule, is_overridden
 from lightning_flatness.errors import BatchError, FlatnessError
-from lightning_flatness.model.call import Call, Overheard, as_call, same_inputs, tensors_of
+from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, same_inputs, tensors_of
 from lightning_flatness.model.logits import any_logits_of
 from lightning_flatness.model.names import plain_name
 
@@ -112,7 +112,7 @@ class StepWatch:
     ) -> Any:
         if len(self._open) > DEPTH or (self._named and len(self._open) > 1):
             return forward(*arguments, **keywords)
-        heard = _Heard(module, Call(arguments, keywords))
+        heard = _Heard(module, heard_call(arguments, keywords))
         if self._named and module is not self._named.module:
             self._others.append(heard)
             return forward(*arguments, **keywords)

@@ -37,6 +37,10 @@ class CertifiedLayer:
         """Return the same layer, with the largest of its deviation and these."""
         return replace(self, info=replace(self.info, deviation=max(self.info.deviation, *deviations)))
 
+    def in_precision(self, precision: str, deviation: float) -> CertifiedLayer:
+        """Return the same layer, measured in half precision, which changes its trace by ``deviation``."""
+        return replace(self, info=replace(self.info, precision=precision, precision_deviation=deviation))
+
 
 @dataclass(frozen=True)
 class Certified:
@@ -46,6 +50,11 @@ class Certified:
     left_out: Mapping[str, str] = field(default_factory=dict)  # layers of layers="all" that cannot be measured
     paths: Known[None] | None = None  # recognised by the uses of kernels
     affine: Known[None] | None = None  # recognised if no function of the graph can curve
+
+    def without_operations(self) -> Certified:
+        """Return the same certificates for a pass in another precision, whose operations are not known yet."""
+        tails = {name: layer.tail and replace(layer.tail, fingerprint=None) for name, layer in self.layers.items()}
+        return replace(self, layers={name: replace(self.layers[name], tail=tail) for name, tail in tails.items()})
 
     @property
     def infos(self) -> dict[str, LayerInfo]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,12 @@ from lightning_flatness.layers.certificates.head import Head, certify_head
 from lightning_flatness.layers.certificates.layer import Kernel, certify_layer, is_own_weight, own_weight
 from lightning_flatness.layers.certificates.path import certify_path
 from lightning_flatness.layers.certificates.samples import SAMPLES_MIX, find_mixing_layer, why_out_of_reach
-from lightning_flatness.layers.certificates.tail import TailDerivatives, certify_tail, why_not_first_order
+from lightning_flatness.layers.certificates.tail import (
+    TailDerivatives,
+    certify_tail,
+    follow_tail,
+    why_not_first_order,
+)
 from lightning_flatness.layers.certified import Calls, Certified, CertifiedLayer, CertifiedPass, Context
 from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.methods import first_description, under_gauss_newton
@@ -63,9 +68,13 @@ def certify(
 
 
 def certify_observed(
-    recorded: Pass, loss: LossDerivatives, known: Certified, context: Context
+    recorded: Pass, loss_at: Callable[[Tensor], LossDerivatives], known: Certified, context: Context
 ) -> tuple[CertifiedPass, Certified]:
-    """Certify the user's forward pass, whose graph ends at the classifier; the layers keep their methods."""
+    """Certify the user's forward pass, whose graph ends at the classifier; the layers keep their methods.
+
+    ``loss_at`` returns the derivatives of the loss at logits. A pass in half precision is compared with an earlier one,
+    and all that follows from its features is float32.
+    """
     if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
         raise LayerSelectionError("the forward does something else with a kernel than before")
     certificates = _Certificates(recorded, known, context)
@@ -73,9 +82,21 @@ def certify_observed(
     head = certificates.certified_head()
     layers, tails = {}, {}
     for name, layer in known.layers.items():
-        tails[name], tail = certify_tail(calls[name][0].node, head, None, layer.tail)
+        node = calls[name][0].node
+        if recorded.half is not None and layer.tail is not None:
+            tails[name], tail = follow_tail(node, head, layer.tail)
+            calls[name] = tuple(map(in_float32, calls[name]))
+        else:
+            tails[name], tail = certify_tail(node, head, None, layer.tail)
         layers[name] = replace(layer, kernel=kernels[name], tail=tail)
-    return CertifiedPass(recorded, loss, calls, tails), replace(known, layers=layers)
+    return CertifiedPass(recorded, loss_at(head.logits), calls, tails), replace(known, layers=layers)
+
+
+def in_float32(call: LayerCall) -> LayerCall:
+    """Return a call of a layer with what its convolution read, rounded as the convolution rounds it, in float32."""
+    convolution = call.convolution
+    inputs = convolution.inputs.to(convolution.output.dtype).float()
+    return replace(call, convolutions=(replace(convolution, inputs=inputs),))
 
 
 def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...]:
@@ -150,7 +171,8 @@ class _Certificates:
         def unchanged(weight: Tensor) -> bool:
             return layer is not None and layer.gram.equal(self.context.gram(weight, groups))
 
-        return certify_layer(calls, None if layer is None else layer.kernel, unchanged)
+        half = self.recorded.half is not None
+        return certify_layer(calls, None if layer is None else layer.kernel, unchanged, half)
 
     def certified_paths(self, calls: Calls, left_out: dict[str, str]) -> dict[str, float]:
         """Certify the paths of all layers in one backward pass; return the deviation by layer."""

@@ -14,28 +14,35 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.layers.recording import Pass, Recorder
-from lightning_flatness.model.call import Call, Overheard, as_call, only_heard_by, same_inputs
-from lightning_flatness.model.isolation import accelerators
+from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, only_heard_by, same_inputs
+from lightning_flatness.model.precision import Precision, current_precision
 
 
 class Listener:
     """A context manager that records the call that the user makes of a model, and observes the pass if it may.
 
     :attr:`call` is the first call, on copies of its tensors; with ``inputs``, the first call on these very objects.
-    Later calls on the same objects are ignored; other ones are counted in :attr:`num_others`. Without a ``recorder``
-    nothing is observed. Our own errors are kept in :attr:`reason` and never raised. After the call, modes are as they
-    were before it, even if it raises. If the observed forward fails, it is run again unobserved.
+    Later calls on the same objects are ignored; other ones are counted in :attr:`num_others`. Nothing is observed
+    without a ``recorder``, nor in another precision than the given one. Our own errors are kept in :attr:`reason` and
+    never raised. After the call, modes are as they were before it, even if it raises. If the observed forward fails, it
+    is run again unobserved.
     """
 
     _active: ClassVar[list[Listener]] = []  # that observe
     _observing: ClassVar[bool] = False  # only one may: nodes of two would be in each other's graphs
 
-    def __init__(self, model: nn.Module, recorder: Callable[[], Recorder] | None = None, inputs: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recorder: Callable[[], Recorder] | None = None,
+        inputs: Any = None,
+        precision: Precision | None = None,
+    ) -> None:
         self.call: Call | None = None
         self.num_others = 0
         self.reason = NOT_CALLED  # why the pass was not observed; empty if it was
         self.output: Any = None  # of the call
-        self._model, self._recorder = model, recorder
+        self._model, self._recorder, self._precision = model, recorder, precision
         self._wanted = None if inputs is None else as_call(inputs)
         self._called: Call | None = None  # with the user's tensors
         self._recorded: Recorder | None = None
@@ -82,7 +89,7 @@ class Listener:
     def _hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        called = Call(arguments, keywords)
+        called = heard_call(arguments, keywords)
         counts = not self._is_called and (self._wanted is None or same_inputs(called, self._wanted))
         if not counts or self._called is not None:
             if counts and not same_inputs(called, self._called):
@@ -126,9 +133,8 @@ class Listener:
             return "another callback observes the same forward pass"
         if torch.is_grad_enabled():
             return "validation records gradients"
-        device_types = {"cpu"} | {device.type for device in accelerators(self._model)}
-        if any(map(torch.is_autocast_enabled, device_types)):
-            return "validation runs under autocast"
+        if self._precision is not None and current_precision() != self._precision:
+            return "validation runs in another precision than before (autocast)"
         if _state(self._model) != self._state:
             return "validation changes modes or hooks of modules"
         return ""

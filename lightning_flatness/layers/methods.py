@@ -16,6 +16,7 @@ from lightning_flatness.layers.closed_form import spectral_bound
 from lightning_flatness.layers.gauss_newton import is_sampled
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.recording import Convolution, LayerCall
+from lightning_flatness.model.precision import name_of
 from lightning_flatness.results import LayerInfo
 
 # Matrices kept per layer while a batch is added: total block traces, those of the batch, and the Gram matrix.
@@ -49,6 +50,7 @@ def first_description(
         deviation=deviation,
         multiplications=_multiplications(convolution, 1, diagonal) + curvature.num_columns * elements,
         memory=MATRICES_KEPT * 8 * elements,
+        precision=name_of(convolution.weight.dtype),
     )
     gram = context.gram(convolution.weight, groups)
     may_leave_out_classes = (

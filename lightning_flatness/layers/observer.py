@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.functional import LossDerivatives
 from lightning_flatness.functional.conditions import deferred_checks, holds
 from lightning_flatness.functional.symmetric import Folded
 from lightning_flatness.layers.certificates.layer import own_weight
@@ -86,17 +85,16 @@ class FlatnessObserver:
             totals = added(totals, part)
         return totals
 
-    def why_not_live(
-        self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> str:
+    def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or an empty string if they can.
 
         A trial on the first samples of a batch decides. It observes a pass of our own as it would observe the user's,
-        under the current modes. The pass must return bit-identical outputs, keep no tensors of the graph, and give the
-        same block traces.
+        under the current modes and in the precision of ``inputs``, if they are a ``Call`` that was heard. The pass must
+        return bit-identical outputs, keep no tensors of the graph, and give the same block traces, but for rounding in
+        half precision.
         """
         batch = inputs, targets
-        outcome = try_observing(self._model, self._options, batch, forward, self._block_traces, self._sums_observed)
+        outcome = try_observing(self._model, self._options, batch, self._block_traces, self._sums_observed)
         if isinstance(outcome, str):
             return outcome
         self._observable = outcome
@@ -108,8 +106,9 @@ class FlatnessObserver:
         With ``observes``, the forward pass is observed, too; :meth:`why_not_live` must come first.
         """
         assert self._observable is not None or not observes
-        recorder = self._observable.context.recorder if self._observable is not None and observes else None
-        return Listener(self._model, recorder, inputs)
+        if self._observable is None or not observes:
+            return Listener(self._model, None, inputs)
+        return Listener(self._model, self._observable.context.recorder, inputs, self._observable.precision)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
         """Return statistics of a batch on which the user's forward pass was observed.
@@ -151,11 +150,13 @@ class FlatnessObserver:
         self, observable: Observable, listener: Listener, targets: Tensor | None
     ) -> tuple[dict[str, LayerSums], Certified]:
         recorded = listener.result()
-        logits = recorded.logits.detach()
-        if len(logits) < 2:
+        if len(recorded.logits) < 2:
             raise BatchError("a batch of one sample cannot be observed, since a single sample is measured as a pair")
-        loss = self._options.loss_function(logits, None if targets is None else targets.to(logits.device))
-        certified, known = certify_observed(recorded, loss, observable.known, observable.context)
+
+        def loss_at(logits: Tensor) -> LossDerivatives:
+            return self._options.loss_function(logits, None if targets is None else targets.to(logits.device))
+
+        certified, known = certify_observed(recorded, loss_at, observable.known, observable.context)
         return self._block_traces(certified, known), known
 
     def _block_traces(

@@ -19,9 +19,10 @@ from lightning_flatness.layers.gauss_newton import Advance, rows_at_a_time
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.recording import Pass
 from lightning_flatness.layers.selection import Selection, select
-from lightning_flatness.model.copy import HALF, ModelCopy
+from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.logits import certify_deterministic, logits_of
+from lightning_flatness.model.precision import HALF
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
 Result = TypeVar("Result")

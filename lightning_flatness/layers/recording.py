@@ -16,6 +16,7 @@ from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.functional import ConvolutionGeometry
 from lightning_flatness.model.isolation import float32_is_reduced
 from lightning_flatness.model.logits import logits_of
+from lightning_flatness.model.precision import HALF
 
 # The machine epsilon of TF32, which has ten bits.
 REDUCED_EPS = 2.0**-10
@@ -65,6 +66,7 @@ class Pass:
     classifier_output: Tensor | None
     kernel_uses: tuple[tuple[str, str], ...]  # layers, and the functions that take their kernel
     eps: float  # machine epsilon of products: that of the logits' type, or of TF32 if the user allows it
+    half: torch.dtype | None = None  # the half precision that the layers, the classifier or the logits run in
 
 
 class Recorder:
@@ -103,8 +105,10 @@ class Recorder:
         reduced = logits.device.type in self._reduced and logits.dtype == torch.float32
         eps = REDUCED_EPS if reduced else torch.finfo(logits.dtype).eps
         calls = {name: tuple(of_layer) for name, of_layer in self._calls.items()}
-        uses = tuple(self._functions.uses)
-        return Pass(inputs, logits, calls, tuple(self._features), self._classifier_output, uses, eps)
+        uses, features = tuple(self._functions.uses), tuple(self._features)
+        seen = [*self.nodes, *features, self._classifier_output, logits]
+        half = next((one.dtype for one in seen if isinstance(one, Tensor) and one.dtype in HALF), None)
+        return Pass(inputs, logits, calls, features, self._classifier_output, uses, eps, half)
 
     def __enter__(self) -> Recorder:
         if self._live:
@@ -127,7 +131,7 @@ class Recorder:
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
-        self._modes.close()
+        self._leave_tail()
         torch.set_grad_enabled(self._grad_mode)
 
     def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,14 +170,27 @@ class Recorder:
         if self._live:
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
+            # What autocast casts now is in the graph, so its cache must not keep it.
+            self._modes.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+            torch.set_autocast_cache_enabled(False)
+            self._functions.weights = self._functions.weights or []
         else:
             torch.set_grad_enabled(True)
+
+    def _leave_tail(self) -> None:
+        """Go back to the user's modes, and have autocast keep the weights that it would have kept in them."""
+        self._modes.close()
+        weights, self._functions.weights = self._functions.weights or [], None
+        with torch._C.DisableTorchFunction():
+            for weight in weights:
+                if torch.is_autocast_enabled(weight.device.type):
+                    torch.matmul(weight, weight.new_empty(weight.shape[-1], 0))
 
     def _before_classifier(self, module: nn.Module, arguments: Any) -> Any:
         self._features.append(arguments[0] if len(arguments) == 1 else None)
         if not self._live:
             return None
-        self._modes.close()
+        self._leave_tail()
         return tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
 
     def _after_classifier(self, module: nn.Module, arguments: Any, returned: Any) -> None:
@@ -200,6 +217,7 @@ class _FunctionMode(TorchFunctionMode):
         super().__init__()
         self.uses: list[tuple[str, str]] = []
         self.running: list[list[Convolution]] = []  # of the layers that run: a recorded layer may hold another
+        self.weights: list[Tensor] | None = None  # that convolve in the tail of a user's pass
         self._watched = watched
 
     def __torch_function__(
@@ -211,6 +229,8 @@ class _FunctionMode(TorchFunctionMode):
                 if id(tensor) in self._watched:
                     self.uses.append((self._watched[id(tensor)], getattr(func, "__name__", str(func))))
         result = func(*args, **keywords)
+        if self.weights is not None and func in CONVOLVING:
+            self.weights += [one for one in (*args, *keywords.values()) if type(one) is nn.Parameter]
         if self.running and func in CONVOLVING:
             of_func = _linear if func is nn.functional.linear else partial(_convolution, CONVOLVING.index(func))
             for convolutions in self.running:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,9 @@ from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.metric import FlatnessMetric
 from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.measure.ranks import gather, own_rank
+from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import measuring_device
+from lightning_flatness.model.precision import runs_in_half
 from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
 
@@ -56,11 +57,15 @@ class Measurement:
         """Add one batch. A batch without samples adds nothing."""
         self._add(self._observer.sums(inputs, targets, advance))
 
-    def why_not_live(
-        self, inputs: Any, targets: Tensor | None, forward: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> str:
+    def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
+        """Add the batch that certifies the layers; if passes will be observed, see what half precision changes."""
+        self.update(inputs, targets)
+        if live and runs_in_half(self._model, as_call(inputs).precision):
+            self.why_not_live(inputs, targets)
+
+    def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or ``""`` if they can (see ``FlatnessObserver``)."""
-        return self._observer.why_not_live(inputs, targets, forward)
+        return self._observer.why_not_live(inputs, targets)
 
     def listen(self, inputs: Any = None, observes: bool = True) -> Listener:
         """Return a context that records the user's call of the model, and may observe it (see ``FlatnessObserver``)."""

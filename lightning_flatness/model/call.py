@@ -12,17 +12,20 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_flatness.model.precision import Precision, current_precision
+
 
 class Call(NamedTuple):
-    """The arguments of one call of a network.
+    """The arguments of one call of a network, and the precision that it was heard in.
 
     Example:
-        >>> as_call({"x": 1}), as_call([1, 2]), as_call(1)
-        (Call(arguments=(), keywords={'x': 1}), Call(arguments=(1, 2), keywords={}), Call(arguments=(1,), keywords={}))
+        >>> as_call({"x": 1}).keywords, as_call([1, 2]).arguments, as_call(1).arguments
+        ({'x': 1}, (1, 2), (1,))
     """
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
+    precision: Precision | None = None  # unknown if nobody heard the call
 
     def copied(self) -> Call:
         """Return the same call on copies of its tensors."""
@@ -37,6 +40,11 @@ def as_call(inputs: Any) -> Call:
     if isinstance(inputs, Mapping):
         return Call((), dict(inputs))
     return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
+def heard_call(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Call:
+    """Return a call that is made now, on the user's tensors."""
+    return Call(arguments, keywords, current_precision())
 
 
 def same_inputs(one: Any, other: Any) -> bool:
@@ -65,6 +73,8 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def _agree(one: Any, other: Any, agree: Callable[[Any, Any], bool]) -> bool:
+    if isinstance(one, Call) and isinstance(other, Call):
+        one, other = one[:2], other[:2]
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(_agree(a, b, agree) for a, b in zip(one, other, strict=True))
     if isinstance(one, Mapping) and isinstance(other, Mapping):

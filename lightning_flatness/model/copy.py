@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
 from lightning_flatness.model.call import Call, as_call, tensors_of
+from lightning_flatness.model.precision import HALF
 
-HALF = (torch.float16, torch.bfloat16)
 WITHOUT_FLOAT64 = ("mps",)
 
 
@@ -23,16 +23,16 @@ class ModelCopy:
 
     No gradient can reach the user's parameters. A forward that writes to parameters, buffers or inputs writes to their
     copies. The user's model is called through ``__call__``, so forward hooks run. Use a ``ModelCopy`` within
-    :func:`isolated`.
+    :func:`isolated`. With ``as_it_runs``, half precision is kept.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, as_it_runs: bool = False) -> None:
         if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
             raise LayerSelectionError(
                 f"The model is a {type(model).__name__} (TorchScript or DataParallel), which cannot be observed; pass "
                 "the original module that it was made of."
             )
-        self._model, self._dtype = model, dtype
+        self._model, self._dtype, self._as_it_runs = model, dtype, as_it_runs
         self._copies: dict[int, Tensor] = {}
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
@@ -45,7 +45,11 @@ class ModelCopy:
                 # One copy for each tensor, so that tied parameters stay tied.
                 self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
                 if id(tensor) not in self._copies:
-                    self._copies[id(tensor)] = measured(tensor.detach(), dtype).clone()
+                    self._copies[id(tensor)] = self._copied(tensor.detach())
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        keeps = self._as_it_runs and tensor.is_floating_point()
+        return measured(tensor, tensor.dtype if keeps else self._dtype).clone()
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """Return the copy of one of the model's parameters or buffers."""
@@ -62,7 +66,7 @@ class ModelCopy:
         ``replacements`` maps parameters and buffers to the tensors used in their place. The forward may write to the
         replacements of the buffers ``written``; of every other buffer, each call gets a new copy.
         """
-        call = apply_to_collection(as_call(inputs), Tensor, lambda tensor: measured(tensor, self._dtype).clone())
+        call = apply_to_collection(as_call(inputs), Tensor, self._copied)
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
         begun = self._buffers - {id(buffer) for buffer in written}
         with torch.inference_mode(False):  # so that these tensors can be in a graph, as the user's can

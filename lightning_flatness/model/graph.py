@@ -18,8 +18,10 @@ Operations = tuple[tuple[Any, ...], ...]
 MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
 
 
-def operations_of(end: Tensor) -> Operations | None:
+def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
     """Return the operations that compute a tensor, or None if names and saved values do not determine what they do.
+
+    With the number of ``samples``, sizes of batches are left out of it.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -35,7 +37,7 @@ def operations_of(end: Tensor) -> Operations | None:
         nodes.append(node)
     numbers = {node: number for number, node in enumerate(nodes)}
     return tuple(
-        (node.name(), _saved_numbers(node), *(numbers.get(following) for following, _ in node.next_functions))
+        (node.name(), _saved_numbers(node, samples), *(numbers.get(following) for following, _ in node.next_functions))
         for node in nodes
     )
 
@@ -115,9 +117,20 @@ def _plain(name: str) -> str:
     return re.sub(r"(Backward)?\d*$", "", name.rpartition("::")[2])
 
 
-def _saved_numbers(node: Any) -> tuple[Any, ...]:
-    saved = (getattr(node, name) for name in dir(node) if name.startswith("_saved_"))
-    return tuple(str(value) for value in saved if not isinstance(value, Tensor) and not _holds_tensors(value))
+def _saved_numbers(node: Any, samples: int | None) -> tuple[Any, ...]:
+    saved = {name: getattr(node, name) for name in dir(node) if name.startswith("_saved_")}
+    return tuple(
+        str(value if samples is None else _of_one_sample(name, value, samples))
+        for name, value in saved.items()
+        if not isinstance(value, Tensor) and not _holds_tensors(value)
+    )
+
+
+def _of_one_sample(name: str, value: Any, samples: int) -> Any:
+    """Return a saved value; if it is the shape or size of a tensor of all samples, that of one sample."""
+    if name.endswith("sizes") and isinstance(value, tuple) and value[:1] == (samples,):
+        return value[1:]
+    return value // samples if name.endswith("numel") else value
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 from torch import Tensor
 
-from lightning_flatness.results.tables import LayerInfo, as_text, notes
+from lightning_flatness.results.tables import LayerInfo, as_text, lowest_precision, notes
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,23 @@ class FlatnessReport:
         """Whether the numbers of every layer are those of the Hessian."""
         return all(layer.exact for layer in self.layers.values())
 
+    @property
+    def precision(self) -> str:
+        """The lowest precision that a layer was measured in: ``"bfloat16"`` where its features are, as it ran."""
+        return lowest_precision(self._infos).precision if self.layers else "float32"
+
+    @property
+    def precision_deviation(self) -> float:
+        """In half precision the largest relative change of a layer's trace from that of float32, on a few samples."""
+        return lowest_precision(self._infos).precision_deviation if self.layers else 0.0
+
+    @property
+    def _infos(self) -> list[LayerInfo]:
+        return [layer.info for layer in self.layers.values()]
+
     def table(self) -> Table:
         """Return a rich table with a row for every layer."""
-        caption = " ".join(notes((layer.info for layer in self.layers.values()), self.left_out))
+        caption = " ".join(notes(self._infos, self.left_out))
         table = Table(title=f"Flatness over {self.num_samples} samples", caption=caption, caption_justify="left")
         table.add_column("layer", overflow="fold")
         for heading in ("Hessian trace", "rel. flatness", "neuron-wise", "‖W‖"):

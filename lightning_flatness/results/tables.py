@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +16,8 @@ METHODS = {
     "gauss_newton": "Gauss-Newton",
     "gauss_newton+hutchinson": "Gauss-Newton + Hutchinson",
 }
+# Bits of the precisions that layers are measured in.
+BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 # Smallest width of the summary if the terminal is wide enough, so that its sentences are not broken into short lines.
 WIDTH = 80
 # What the numbers of a layer describe if they are not exact, by method.
@@ -47,12 +49,25 @@ class LayerInfo:
     backward_passes: int = 0  # number per batch, shared by all layers; an upper bound if classes are sampled
     multiplications: int = 0  # number per sample, in addition to passes through the model
     memory: int = 0  # bytes of block traces (their sum and one batch) and of the Gram matrix of the filters
+    precision: str = "float32"  # the lowest that samples were measured in; "bfloat16" if the features are
+    precision_deviation: float = 0.0  # in half precision: relative change of the Hessian trace from float32, on a trial
 
 
 def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
     """Merge one layer's records of several processes: exact only if all are, with the largest deviation."""
     least_exact = min(infos, key=lambda info: (info.exact, info.method == "closed_form"))
-    return replace(least_exact, deviation=max(info.deviation for info in infos))
+    lowest = lowest_precision(infos)
+    return replace(
+        least_exact,
+        deviation=max(info.deviation for info in infos),
+        precision=lowest.precision,
+        precision_deviation=lowest.precision_deviation,
+    )
+
+
+def lowest_precision(infos: Sequence[LayerInfo]) -> LayerInfo:
+    """Return the record with the lowest precision, and of these the one with the largest deviation from float32."""
+    return min(infos, key=lambda info: (BITS[info.precision], -abs(info.precision_deviation)))
 
 
 def summary_table(
@@ -114,7 +129,7 @@ def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: 
     return " ".join([*sentences, *notes(layers, left_out)])
 
 
-def notes(layers: Iterable[LayerInfo], left_out: Mapping[str, str]) -> list[str]:
+def notes(layers: Sequence[LayerInfo], left_out: Mapping[str, str]) -> list[str]:
     """Return sentences on which numbers are inexact or estimated, which layers are left out, and why."""
     inexact = [info for info in layers if not info.exact]
     sentences = []
@@ -124,7 +139,16 @@ def notes(layers: Iterable[LayerInfo], left_out: Mapping[str, str]) -> list[str]
             sentences.append(f"Not exact: {part}, since {', or '.join(reasons)}.")
     if any(info.reason == SAMPLED for info in inexact):
         sentences.append(f"Estimates, with standard errors: {SAMPLED}.")
+    if any(BITS[info.precision] < 32 for info in layers):
+        sentences.append(f"{precision_of(layers)}.")
     return [*sentences, *(f"Left out: {reason}" for reason in left_out.values())]
+
+
+def precision_of(layers: Sequence[LayerInfo]) -> str:
+    """Return the lowest precision that layers were measured in, and what it changes."""
+    lowest = lowest_precision(layers)
+    change = f"{lowest.precision_deviation:+.1%}".replace("%", " %")
+    return f"Features are {lowest.precision}, as the network runs; trace {change} of float32 features on a trial"
 
 
 def _millions(number: int) -> str:

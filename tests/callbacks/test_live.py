@@ -59,27 +59,6 @@ def test_two_callbacks_one_within_the_other(tmp_path, told, module):
 
 
 @pytest.mark.parametrize(
-    ("precision", "says"),
-    [("bf16-mixed", "runs under autocast"), ("bf16-true", "weights in torch.bfloat16"), ("64-true", OBSERVES)],
-)
-def test_precision(tmp_path, told, precision, says):
-    """Batches come as the network takes them."""
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float64
-    found, numbers = {}, {}
-    for is_live in (None, False, True):
-        callbacks = [] if is_live is None else [lf.FlatnessCallback(live=is_live)]
-        seed_everything()
-        module = Module(networks.Plain())
-        loader = loaders(dtype=dtype)[1]
-        quiet_trainer(tmp_path, *callbacks, precision=precision).validate(module, loader, verbose=False)
-        found[is_live] = module.noted
-        numbers[is_live] = [callback.report.hessian_trace for callback in callbacks]
-    assert_same(found[True], found[None])
-    assert_close(numbers[True], numbers[False], rtol=1e-9, atol=0)
-    assert says in told[0]
-
-
-@pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda norm: norm.compile(backend="eager"), "'net.norm' is compiled"),

@@ -5,6 +5,7 @@ import torch
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.recording import Recorder
 from lightning_flatness.layers.trial import why_not_observed
+from lightning_flatness.model.precision import Precision
 from tests.callbacks import live_networks as networks
 
 
@@ -16,13 +17,21 @@ def test_reasons():
 
     assert reason(lambda model: None) == ""
     assert "training mode" in reason(lambda model: model.norm.train())
-    assert "torch.bfloat16" in reason(lambda model: model.bfloat16())
+    assert reason(lambda model: model.bfloat16()) == ""
     assert "backward hooks" in reason(lambda model: model.fc.register_full_backward_hook(print))
     assert "compiled" in reason(lambda model: setattr(model, "norm", torch.compile(model.norm)))
     assert "compiled" in reason(lambda model: setattr(model, "_compiler_ctx", {"compiler": "dynamo"}))
     with torch.inference_mode():
         model = networks.Plain()
     assert "inference mode" in why_not_observed(model.eval())
+    assert "torch.bfloat16 are measured in torch.float32" in why_not_observed(
+        networks.Plain().bfloat16().eval(), torch.float32
+    )
+    autocast = Precision((("cpu", torch.bfloat16),), torch.float32)
+    assert why_not_observed(networks.Plain().eval(), None, autocast) == ""
+    assert "autocast, and dtype= asks for torch.float64" in why_not_observed(
+        networks.Plain().eval(), torch.float64, autocast
+    )
     assert "measured in torch.float64" in why_not_observed(networks.Plain().float().eval(), torch.float64)
     model = networks.Plain().eval()
     with Listener(model, lambda: Recorder({}, None, live=True)):

@@ -21,6 +21,7 @@ class Head:
     weight: Tensor  # V, (K, m)
     deviation: Tensor  # relative deviation of the logits, a scalar
     shift_invariant: bool  # whether the loss stays the same if a number is added to all logits of a sample
+    logits: Tensor  # f, (N, K): the model's, or in half precision V g + b in float32
 
 
 def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: bool) -> Head:
@@ -30,8 +31,9 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
     """
     logits = recorded.logits
     if classifier is None:
-        identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        return Head(logits, identity, identity.new_zeros(()), shift_invariant)
+        in_full = logits.detach() if recorded.half is None else logits.detach().float()
+        identity = torch.eye(logits.shape[1], dtype=in_full.dtype, device=logits.device)
+        return Head(logits, identity, identity.new_zeros(()), shift_invariant, in_full)
     features, output = recorded.features[0] if len(recorded.features) == 1 else None, recorded.classifier_output
     if not isinstance(features, Tensor) or output is None:
         raise NotClosedFormError(
@@ -43,12 +45,18 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
             f"its input has shape {tuple(features.shape)}; the closed form needs one vector for every "
             "sample, as global average pooling gives."
         )
-    features = features.flatten(1)
-    weight = classifier.weight.detach().flatten(1).to(features)  # type: ignore[operator]
+    features, output = features.flatten(1), output.flatten(1)
+    entries = features.detach() if recorded.half is None else features.detach().float()
+    weight = classifier.weight.detach().flatten(1).to(entries)  # type: ignore[operator]
     bias = getattr(classifier, "bias", None)
-    bias = bias.detach().to(features) if isinstance(bias, Tensor) else None
-    _certify_linear(features.detach(), weight, bias, output.flatten(1), recorded.eps)
-    return Head(features, weight, _certify_logits(logits.detach(), output.flatten(1), shift_invariant), shift_invariant)
+    bias = bias.detach().to(entries) if isinstance(bias, Tensor) else None
+    if recorded.half is None:
+        _certify_linear(entries, weight, bias, output, recorded.eps)
+    else:
+        _certify_rounded(entries, weight, bias, output)
+    deviation = _certify_logits(logits.detach(), output, shift_invariant)
+    in_full = logits.detach() if recorded.half is None else nn.functional.linear(entries, weight, bias)
+    return Head(features, weight, deviation, shift_invariant, in_full)
 
 
 def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, eps: float) -> None:
@@ -59,10 +67,27 @@ def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, outpu
     # A dot product of m terms is rounded about sqrt(m) times, here and in the classifier.
     allowed = (4 * features.shape[1] ** 0.5 + 16) * max(eps, torch.finfo(output.dtype).eps) * size
     if output.shape != expected.shape or not holds(((output - expected).abs() <= allowed).all()):
-        raise NotClosedFormError(
-            "it does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so the closed "
-            "form does not hold for it."
-        )
+        raise NotClosedFormError(NOT_LINEAR)
+
+
+def _certify_rounded(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    """Certify that a classifier in half precision returned ``V g + b``, of operands that are rounded as it rounds them.
+
+    All arguments but the output are float32. Products are summed in float32, and partial sums may be rounded.
+    """
+    features, weight = features.to(output.dtype).float(), weight.to(output.dtype).float()
+    expected, size = features @ weight.T, (features.square() @ weight.square().T).sqrt()
+    if bias is not None:
+        expected, size = expected + bias, size + bias.abs()
+    allowed = 4 * torch.finfo(output.dtype).eps * (size + expected.abs())
+    if output.shape != expected.shape or not holds(((output - expected).abs() <= allowed).all()):
+        raise NotClosedFormError(NOT_LINEAR)
+
+
+NOT_LINEAR = (
+    "it does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so the closed form does "
+    "not hold for it."
+)
 
 
 def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Tensor:

@@ -24,19 +24,19 @@ class Kernel:
 
 
 def certify_layer(
-    calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool]
+    calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool], half: bool = False
 ) -> Known[Kernel]:
     """Certify that every call of a layer is one convolution with the same kernel, and return that kernel.
 
     If earlier batches have certified a kernel (``known``), it must be the same. ``unchanged`` returns whether a kernel
-    has the Gram matrix of the earlier batches.
+    has the Gram matrix of the earlier batches. With ``half``, the layers may run in half precision.
     """
     for call in calls:
-        _certify_convolution(call, known)
+        _certify_convolution(call, known, half)
     return _certified_kernel(calls, known, unchanged)
 
 
-def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None) -> None:
+def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bool) -> None:
     """Certify that the layer's output is one convolution, ``W phi + b``.
 
     A layer that pads its input or transforms its weight is measured with respect to the padded input that its
@@ -51,12 +51,12 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None) -> None:
     output, weight = convolution.output, convolution.weight
     if output.ndim < 2 if convolution.channel_dimension == -1 else output.ndim != weight.ndim:
         raise BatchError("it runs on an input without a batch dimension.")
-    if weight.dtype not in (torch.float32, torch.float64):
+    if not half and weight.dtype not in (torch.float32, torch.float64):
         raise BatchError(
             f"it runs with weights in {weight.dtype}, although it was given others: the forward casts them. A Hessian "
             "needs float32 or float64; leave the casting to the Trainer's precision=."
         )
-    if output.dtype != weight.dtype:
+    if not half and output.dtype != weight.dtype:
         raise BatchError(
             f"it runs under torch.autocast inside the model's forward (weights {weight.dtype}, output {output.dtype}), "
             "which cannot be switched off from outside. Put autocast around the model instead, as the Trainer's "
@@ -104,7 +104,7 @@ def _certified_kernel(
 def as_parameter(known: Known[Kernel], weight: Tensor) -> Known[Kernel]:
     """Return the kernel as a parameter of the model if it equals ``weight``, so that no copy of it is kept."""
     kernel = known.value
-    if kernel.weight.shape != weight.shape or not torch.equal(kernel.weight, weight):
+    if kernel.weight.shape != weight.shape or not torch.equal(kernel.weight, weight.to(kernel.weight)):
         return known
     return Known(Kernel(weight.detach(), kernel.sample, weight), identity(weight))
 

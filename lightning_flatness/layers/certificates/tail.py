@@ -85,9 +85,55 @@ def certify_tail(
     return derivatives, Known(replace(tail, deviation=max(deviations)), operations)
 
 
+def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDerivatives, Known[Tail]]:
+    """Return the derivatives of a tail in half precision, whose rounding errors hide what a certificate looks for.
+
+    The tail was certified in float32. Now its operations must be those of the first pass in half precision, which has
+    a ``known`` without fingerprint.
+    """
+    tail, operations = known.value, operations_of(head.features, samples=len(node))
+    if operations is None:
+        raise NotClosedFormError(
+            "the operations after it (custom ones, or indices) cannot be told apart by their names, and rounding to "
+            "half precision hides the rest"
+        )
+    if known.fingerprint not in (None, operations):
+        raise NotClosedFormError("other operations follow it than on the first samples")
+    slopes = _slopes(head.features, [node], create_graph=tail.curved)[0]
+    if slopes is None:
+        raise NotClosedFormError(NO_GRAPH)
+    curvatures = _along(slopes, node, torch.ones_like(slopes)) if tail.curved else None
+    if len(tail.unknown) and not holds(~slopes[:, tail.unknown].any()):
+        channels = _channels_by_bits(slopes.detach(), node, head.features, tail.channels)
+        tail = replace(tail, channels=channels, unknown=(channels < 0).nonzero().flatten())
+    return _derivatives(slopes, curvatures, tail, head), Known(tail, operations)
+
+
+def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Tensor) -> Tensor:
+    """Return ``c(s)`` like :func:`_channels`, in a precision that cannot tell numbers of channels apart.
+
+    A cotangent of zeros and ones, bit ``k`` of the entries' numbers, gives the slopes or zero. ``known`` is ``c(s)`` on
+    earlier batches, or -1.
+    """
+    numbers = torch.arange(features.shape[1], device=features.device)
+    over = [dimension for dimension in range(slopes.ndim) if dimension != 1]
+    active, channels, clear = slopes.ne(0).any(over), torch.zeros_like(known), torch.ones_like(known, dtype=torch.bool)
+    for bit in range(max(1, (len(numbers) - 1).bit_length())):
+        ones = (numbers >> bit & 1).to(features).expand_as(features)
+        (pulled,) = pull_back(features, [node], ones)
+        is_one = (pulled == slopes).all(over)
+        channels += is_one.long() << bit
+        clear &= is_one | (pulled == 0).all(over)
+    clear &= (channels < len(numbers)) & ((known < 0) | (known == channels))
+    if bool((active & ~clear).any()):
+        raise NotClosedFormError("between this layer and the classifier the channels mix on some samples")
+    return torch.where(active, channels, known)
+
+
 def _derivatives(slopes: Tensor, curvatures: Tensor | None, tail: Tail, head: Head) -> TailDerivatives:
     columns = head.weight[:, tail.channels.clamp_min(0)] * (tail.channels >= 0)
-    return TailDerivatives(slopes.detach(), None if curvatures is None else curvatures.detach(), columns)
+    curvatures = None if curvatures is None else curvatures.detach().to(columns)
+    return TailDerivatives(slopes.detach().to(columns), curvatures, columns)
 
 
 def why_not_first_order(features: Tensor, nodes: Sequence[Tensor]) -> list[str]:
