@@ -45,11 +45,10 @@ class ModelCopy:
                 # One copy for each tensor, so that tied parameters stay tied.
                 self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
                 if id(tensor) not in self._copies:
-                    self._copies[id(tensor)] = self._copied(tensor.detach())
+                    self._copies[id(tensor)] = measured(tensor.detach(), self._dtype_of(tensor)).clone()
 
-    def _copied(self, tensor: Tensor) -> Tensor:
-        keeps = self._as_it_runs and tensor.is_floating_point()
-        return measured(tensor, tensor.dtype if keeps else self._dtype).clone()
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype | None:
+        return tensor.dtype if self._as_it_runs and tensor.is_floating_point() else self._dtype
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """Return the copy of one of the model's parameters or buffers."""
@@ -66,7 +65,9 @@ class ModelCopy:
         ``replacements`` maps parameters and buffers to the tensors used in their place. The forward may write to the
         replacements of the buffers ``written``; of every other buffer, each call gets a new copy.
         """
-        call = apply_to_collection(as_call(inputs), Tensor, self._copied)
+        call = apply_to_collection(
+            as_call(inputs), Tensor, lambda tensor: measured(tensor, self._dtype_of(tensor)).clone()
+        )
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
         begun = self._buffers - {id(buffer) for buffer in written}
         with torch.inference_mode(False):  # so that these tensors can be in a graph, as the user's can

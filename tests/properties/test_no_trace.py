@@ -89,8 +89,15 @@ def assert_unchanged(net, batch, before):
 @guards("layers/recording.py", "self._open.enter", "ExitStack().enter", ids="plain-tail_fails_when_observed")
 @guards("layers/recording.py", "self._open.callback(handle.remove)", "pass", ids="plain-tail_fails_when_observed")
 @guards("model/copy.py", "tie_weights=False", "tie_weights=True", ids="module_with_two_names-nothing_happens")
-@guards("model/copy.py", "measured(tensor, self._dtype).clone()", "tensor", ids="WritesInput-nothing_happens")
-@guards("model/copy.py", ", dtype).clone()", ", dtype)", ids="WritesWeights-nothing_happens")
+@guards(
+    "model/copy.py", "measured(tensor, self._dtype_of(tensor)).clone()", "tensor", ids="WritesInput-nothing_happens"
+)
+@guards(
+    "model/copy.py",
+    "tensor.detach(), self._dtype_of(tensor)).clone()",
+    "tensor.detach(), self._dtype_of(tensor))",
+    ids="WritesWeights-nothing_happens",
+)
 @guards("model/isolation.py", "now.update(attributes)", "pass", ids="train_mode-nothing_happens")
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
