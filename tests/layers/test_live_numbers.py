@@ -226,9 +226,9 @@ def test_reduced_float32_of_the_user_is_accepted_with_its_deviation(monkeypatch,
 
 def test_other_outputs_would_be_seen(monkeypatch):
     model = networks.Plain()
-    hear = Listener.hear
+    hear = Listener._hear
     monkeypatch.setattr("lightning_flatness.layers.trial._why_different", lambda *outputs: "")
-    monkeypatch.setattr(Listener, "hear", lambda self, *call: hear(self, *call) * (1 + 2**-51))
+    monkeypatch.setattr(Listener, "_hear", lambda self, *call: hear(self, *call) * (1 + 2**-51))
     with pytest.raises(AssertionError, match="not equal|not close"):
         assert_observed_as_own(model, *batch())
 
