@@ -145,7 +145,7 @@ def check_numbers(draw, callback, recorder):
     if batches is None:
         return
     expected = lf.measure_flatness(recorder.measured, batches, layers=LAYERS[draw.layers], **LOSSES[draw.loss])
-    rtol = 1e-10 if draw.precision == "64-true" else 1e-4
+    rtol = {"64-true": 1e-10, "32-true": 1e-4}.get(draw.precision, 0.02)  # features of half precision where observed
     logged = {key.removeprefix("flatness/"): float(value) for key, value in recorder.logged[-1].items()}
     measures = ["hessian_trace", "weight_norm"] + ["relative_flatness"] * (draw.loss != "trace only")
     scale = sum(abs(layer.hessian_trace) for layer in expected.layers.values())
