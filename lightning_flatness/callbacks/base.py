@@ -180,8 +180,17 @@ class MeasuringCallback(Callback):
             return None
         watch.__exit__()
         self._network, call = watch.found(asked.inputs, asked.is_given)
-        is_compared = self._data_name != "val" and not asked.is_given and asked.inputs is not None
-        if is_compared and watch.called and not same_tensors(watch.called, asked.inputs, asked.targets):
+        is_known = watch.called is not None and asked.inputs is not None
+        if not is_known or (self._data_name == "val" and not asked.is_given):
+            return call
+        assert watch.called is not None
+        differs = not same_tensors(watch.called, asked.inputs, asked.targets)
+        if differs and asked.is_given:
+            rank_zero_warn(
+                f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. Those of "
+                "batch_fn= are measured. For validated batches, (None, targets) keeps those of the step."
+            )
+        elif differs:
             raise FlatnessError(
                 f"{self._name}: the validation step gives other tensors to the network than those of the batch, which "
                 f"data={self._data_name!r} cannot follow. Give batch_fn=, a function from a batch to (inputs, targets) "

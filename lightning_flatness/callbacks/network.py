@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +39,11 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
     if model is None:
         return None
     children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
+    if isinstance(model, nn.Module):
+        raise FlatnessError(
+            "model= is a module; give the name of an attribute of the LightningModule, or a function that takes the "
+            f"LightningModule and returns the network. There are: {children}."
+        )
     network: Any = pl_module
     if callable(model):
         network = model(pl_module)
@@ -94,7 +100,9 @@ class StepWatch:
         self._calls: list[_Heard] = []
         self._open = [self._calls]  # the lists of calls within the calls that run
         self._others: list[_Heard] = []  # calls of modules apart from the one that the user names
-        modules = [m for m in dict.fromkeys(_eager_modules(pl_module)) if next(m.parameters(), None) is not None]
+        # Of a compiled LightningModule the steps run eagerly, if it is compiled in place.
+        watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
+        modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
         if named:
             apart = [module for module in modules if set(module.modules()).isdisjoint(named.module.modules())]
             modules = [named.module, *apart]
@@ -121,7 +129,8 @@ class StepWatch:
         self._open[-1].append(heard)
         self._open.append(heard.within)
         try:
-            heard.output = forward(*arguments, **keywords)
+            with self._overheard.paused() if vars(module).get("_compiled_call_impl") else nullcontext():
+                heard.output = forward(*arguments, **keywords)
         finally:
             self._open.pop()
         if not _why_no_logits(heard.output):
@@ -199,9 +208,17 @@ class StepWatch:
                     "module in the step that returns the logits, e.g. self(x) with a forward() that applies both; "
                     "or name the part to measure with model=..., if its outputs are the logits."
                 )
+        if any(_why_no_logits(heard.output) for heard in calls):
+            raise FlatnessError(
+                f"The validation step calls {names}, of which not all return logits, so they seem to be parts of one "
+                "network. Call one module in the step that returns the logits, e.g. self(x) with a forward() that "
+                "applies all of them; or name the network with model=..., if one of them is."
+            )
+        trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
+        own = [self._name(module) for module in trained or modules if module is not self._pl_module]
         raise FlatnessError(
             f"The validation step calls several networks, {names}. Name the one to measure with model=..., e.g. "
-            f"model={self._name(modules[0])}."
+            f"model={next(iter(own), 'lambda module: module')}."
         )
 
     def _name(self, module: nn.Module) -> str:

@@ -86,16 +86,25 @@ class Running:
             return
         example = self._passes.example
         if self._observes and not self._is_tried and example is not None:
-            self._is_tried = True
-            reason = self.measurement.why_not_live(*example)
+            reason = self._try(*example)
             if reason:
                 self._observes = False
                 self._passes.rule_out(reason)
-            else:
+            elif self._is_tried:
                 self._passes.tell("")
         observes = self._observes and self._is_tried
         self._listener = self.measurement.listen(asked.inputs if self._network.on_batch else None, observes)
         self._listener.__enter__()
+
+    def _try(self, call: Call, targets: Tensor | None) -> str:
+        """Return why passes cannot be observed; an example that the network no longer takes says nothing yet."""
+        try:
+            reason = self.measurement.why_not_live(call, targets)
+        except Exception:
+            self._passes.example = None  # the next batch gives another, or raises the same error
+            return ""
+        self._is_tried = True
+        return reason
 
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
         """Measure the samples that the source yields after a batch was validated.

@@ -48,6 +48,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     raise BatchError(
         f"A batch is a {type(batch).__name__}"
         + (f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+        + (f" with the entries {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else "")
         + "; expected (inputs, targets) with a tensor of targets, a tensor of inputs, or a mapping or dataclass with "
         "one entry like 'image' and one like 'label'. Reshape it, or give the callback batch_fn=, a function from a "
         "batch to (inputs, targets)."
@@ -78,7 +79,10 @@ def _entries(batch: Any) -> dict[Any, Any]:
 
 
 def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any]:
-    return [key for key, value in entries.items() if str(key).lower() in names and isinstance(value, Tensor)]
+    """Return the keys of tensors with one of the names. A key of targets may also end with one (``gt_label``)."""
+    ends = tuple(f"_{name}" for name in TARGETS if name in names and len(name) > 1)
+    tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
+    return [key for key in tensors if str(key).lower() in names or str(key).lower().endswith(ends)]
 
 
 def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:

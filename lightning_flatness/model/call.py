@@ -125,6 +125,15 @@ class Overheard:
                 if not forward.hearers:
                     forward.put_back()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Put the modules' forward back for a block, so that a compiler sees the user's modules."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     def hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:

@@ -76,7 +76,7 @@ class ModelCopy:
         # Ties are handled above: with tie_weights, functional_call swaps a module with two names twice, and not back.
         try:
             output = functional_call(self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, *LOOKUP_ERRORS) as error:
             reason = _why_it_fails(self._model, call, error)
             if reason:
                 raise BatchError(reason) from error
@@ -98,6 +98,11 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
                 "batches with the inputs that forward takes, in a callback by batch_fn=, or name another network with "
                 "model=."
             )
+    if isinstance(error, LOOKUP_ERRORS):
+        return (
+            f"The model's forward fails on the batch's inputs ({type(error).__name__}: {error}). Give batches with the "
+            "inputs that forward takes, in a callback by batch_fn=, or name another network with model=."
+        )
     whole = [str(tensor.dtype) for tensor in tensors_of(call) if not tensor.is_floating_point()]
     if whole and not is_out_of_memory(error) and any(word in str(error) for word in TYPE_WORDS):
         return (
@@ -107,6 +112,8 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
     return ""
 
 
+# What a forward raises that looks for something in its inputs.
+LOOKUP_ERRORS = (IndexError, KeyError, AttributeError)
 # Words in torch's messages about types of tensors that do not fit.
 TYPE_WORDS = ("type", "not implemented for", "Byte", "Char", "Int", "Long")
 

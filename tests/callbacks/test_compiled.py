@@ -68,6 +68,7 @@ class LogsOneNumber(Callback):
         *[("submodule", 0, False), ("submodule", 2, True), ("submodule in place", 0, True)],
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*torch.compile runs the whole validation step")
 def test_compiled(tmp_path, form, sanity, guarded):
     """With hooks guarded, a hook that is left on a compiled module, if only for a time, costs a compilation."""
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guarded):

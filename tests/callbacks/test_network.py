@@ -207,7 +207,27 @@ class Crops(Steps):
         return self(x[..., 1:]) + self(x[..., :-1])
 
 
+class PartsInTheStep(HeadInTheStep):
+    """Between its parts the step does something of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(1, 3, 3)
+
+    def logits(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class Distils(TwoNetworks):
+    def __init__(self):
+        super().__init__()
+        self.net, self.teacher = self.teacher, self.net
+        self.net.requires_grad_(False)
+
+
 REFUSED = {
+    PartsInTheStep: r"calls 'body' and 'head', of which not all return logits.*Call one module in the step",
+    Distils: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=..., e.g. model='teacher'",
     TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
     HeadInTheStep: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
     LossWithWeights: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
@@ -222,6 +242,21 @@ def test_what_is_not_sure_is_refused_in_the_sanity_check(tmp_path, make):
     with pytest.raises(lf.FlatnessError, match=REFUSED[make]):
         fit(tmp_path, flatness_callback(), module=module, num_sanity_val_steps=1)
     assert module.training_steps == 0
+
+
+@guards("callbacks/base.py", "if differs and asked.is_given:", "if False:")
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_inputs_of_batch_fn_that_the_step_does_not_give(tmp_path, data):
+    callback, module = flatness_callback(data=data, batch_fn=lambda batch: (batch[0], batch[1])), Normalises()
+    with pytest.warns(UserWarning, match=r"other inputs than the validation step.*\(None, targets\)"):
+        fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[data == "val"]))
+
+
+def test_a_module_as_model_is_refused(tmp_path):
+    module = Classifier()
+    with pytest.raises(lf.FlatnessError, match="model= is a module; give the name of an attribute"):
+        fit(tmp_path, flatness_callback(model=module.net), module=module)
 
 
 def test_a_step_that_calls_no_network(tmp_path):

@@ -73,7 +73,8 @@ class Asked:
     def own_call(self) -> Call:
         """Return the call of the network on the batch's own inputs."""
         if self.inputs is None:
-            raise BatchError(self.why_no_targets)
+            problem = "batch_fn= gives no inputs, and the validation step is not seen to call the network."
+            raise BatchError(self.why_no_targets or problem)
         return as_call(self.inputs)
 
     @contextmanager
@@ -83,7 +84,10 @@ class Asked:
             yield
         except BatchError as error:
             if self.targets is None and self.why_no_targets and "target" in str(error):
-                raise BatchError(f"{error} {self.why_no_targets}") from error
+                raise BatchError(
+                    f"{error} {self.why_no_targets} If it returns (None, targets), the inputs stay those that the "
+                    "validation step gives to the network."
+                ) from error
             raise
 
     def samples(self, call: Call) -> Samples:

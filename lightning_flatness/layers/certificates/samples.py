@@ -72,6 +72,7 @@ def certify_rows(logits: Tensor, rows: int) -> None:
     if len(logits) != max(rows, 2):
         raise BatchError(
             f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "
-            "targets or, without any, by the longest of the inputs. Give targets, or keep tables that have no row "
-            "for every sample out of the inputs."
+            "targets or, without any, by the longest of the inputs. Give as many targets as rows (in a callback by "
+            "batch_fn=, e.g. if the step takes crops or joins two views), or keep tables that have no row for every "
+            "sample out of the inputs."
         )
