@@ -227,7 +227,7 @@ class Distils(TwoNetworks):
 
 REFUSED = {
     PartsInTheStep: r"calls 'body' and 'head', of which not all return logits.*Call one module in the step",
-    Distils: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=..., e.g. model='teacher'",
+    Distils: r"calls several networks, 'net' and 'teacher'. Name the one.* e.g. model='teacher'",
     TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
     HeadInTheStep: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
     LossWithWeights: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
