@@ -1,6 +1,6 @@
 # make demo    train on the digits, with TensorBoard logs and a picture (the main job)
-# make test    all tests and doctests
-# make check   what must pass before a commit: format, lint, types, import contracts, tests with coverage
+# make test    tests and doctests, but for those that take more than a few seconds each
+# make check   what must pass before a commit: format, lint, types, import contracts, all tests with coverage
 # make guards  take every guard that a test declares out, one at a time, and see the test fail (half an hour)
 # make bench   cost of measuring beside others, as ratios in one run; write docs/benchmarks.md (a third of an hour)
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
@@ -28,7 +28,7 @@ demo: $(READY)
 	$(BIN)/python examples/digits.py
 
 test: $(READY)
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
 
 check: $(READY)
 	$(BIN)/ruff format --check .
