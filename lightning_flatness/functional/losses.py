@@ -51,6 +51,9 @@ class Loss:
         raise NotImplementedError
 
 
+IGNORED = -100  # torch's default
+
+
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
     """The loss ``torch.nn.functional.cross_entropy``, with the same options and the same mean over samples.
@@ -74,7 +77,7 @@ class CrossEntropy(Loss):
 
     label_smoothing: float = 0.0
     class_weight: tuple[float, ...] | None = None
-    ignore_index: int = -100
+    ignore_index: int = IGNORED
 
     shift_invariant = True
     name = "cross_entropy"
@@ -94,8 +97,9 @@ class CrossEntropy(Loss):
                 raise BatchError(f"class_weight has {len(self.class_weight)} entries, and the model {classes} classes.")
             weight = torch.tensor(self.class_weight, dtype=torch.float64, device=logits.device)
         if targets is None:
-            if weight is not None:
-                raise BatchError("With class_weight= the loss depends on the targets, but this batch has none.")
+            if weight is not None or self.ignore_index != IGNORED:
+                option = "class_weight=" if weight is not None else "ignore_index="
+                raise BatchError(f"With {option} the loss depends on the targets, but this batch has none.")
             return LossDerivatives(ClassCurvature(pi, pi), None, samples, float(samples))
 
         targets = targets.clone()  # an ordinary tensor, even if the batch was made in inference mode

@@ -129,7 +129,7 @@ class StandIn(Callback):
     def on_validation_epoch_end(self, trainer, pl_module):
         if not trainer.sanity_checking:
             for key, value in next(self.logged).items():
-                pl_module.log(key, value, on_step=False, on_epoch=True)
+                pl_module.log(key, value, on_step=False, on_epoch=True, add_dataloader_idx=False)
 
     def on_train_epoch_end(self, trainer, pl_module):
         if not trainer.enable_validation:

@@ -118,8 +118,8 @@ def measured_batches(draw):
     if draw.data == "train":
         found = list(DataLoader(train.dataset, 6, collate_fn=train.collate_fn))
     else:
-        val = val if draw.val_loaders == 2 else [val]
-        found = [batch for loader in val for batch in list(loader)[: draw.limit_val_batches]]
+        first = val[0] if draw.val_loaders == 2 else val
+        found = list(first)[: draw.limit_val_batches]
     pairs = [BATCHES[draw.batch][1](batch) for batch in found]
     return [(x.double() if draw.precision == "64-true" else x, y) for x, y in pairs]
 
@@ -128,10 +128,7 @@ def num_samples(draw):
     if draw.data == "train":
         available = 18
     else:
-        sizes = (14, 7)[: draw.val_loaders]
-        available = sum(
-            size if draw.limit_val_batches is None else min(size, 6 * draw.limit_val_batches) for size in sizes
-        )
+        available = 14 if draw.limit_val_batches is None else min(14, 6 * draw.limit_val_batches)  # of the first loader
     return min(available, draw.max_samples or available)
 
 

@@ -235,6 +235,7 @@ Y = torch.tensor([0, 1, 2])
         (CrossEntropy(), F.one_hot(Y, 4), r"targets.float\(\) if they are one-hot.*'binary_cross_entropy'"),
         (CrossEntropy(), Y + 2, r"lie in 2..4, but the model has 4 classes \(0..3\).*ignore_index=.*targets - 1"),
         (CrossEntropy(class_weight=(1.0,) * 4), None, "With class_weight= the loss depends on the targets"),
+        (CrossEntropy(ignore_index=1), None, "With ignore_index= the loss depends on the targets"),
         (find_loss("mse"), Y, r"targets have shape \(3,\); loss='mse' needs that of the model's output, \(3, 4\)"),
         (
             find_loss("binary_cross_entropy"),
