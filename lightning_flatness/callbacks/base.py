@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
@@ -16,6 +17,7 @@ from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.network import (
     Network,
     StepWatch,
+    Within,
     is_watchable,
     named_network,
     network_without_step,
@@ -197,6 +199,11 @@ class MeasuringCallback(Callback):
                 "that prepares the inputs as the step does."
             )
         return call
+
+    def _model_of(self, pl_module: LightningModule) -> nn.Module:
+        """Return the network, whose parameters have their names in the LightningModule unless ``model=`` names it."""
+        network = self._network_of(pl_module)
+        return Within(network.module, network.prefix) if network.prefix else network.module
 
     def _network_of(self, pl_module: LightningModule) -> Network:
         return self._network or network_without_step(pl_module, self.model)

@@ -116,7 +116,7 @@ class EpochEndCallback(MeasuringCallback):
                 batches = [] if first is None else [first]
         if self._errors.settle(where) and has_data:
             with self._measuring(trainer, pl_module):
-                self._try(trainer, self._network_of(pl_module).module, batches)
+                self._try(trainer, self._model_of(pl_module), batches)
             self._errors.settle(where)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,7 +167,7 @@ class EpochEndCallback(MeasuringCallback):
 
     def _have_changed(self, pl_module: LightningModule) -> bool:
         """Return whether the weights are not those that were measured last."""
-        return self._measured is None or have_changed(self._measured, self._network_of(pl_module).module)
+        return self._measured is None or have_changed(self._measured, self._model_of(pl_module))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, final: bool) -> None:
         where = "the end of the fit" if final else f"epoch {epoch}"
@@ -180,7 +180,7 @@ class EpochEndCallback(MeasuringCallback):
         record: Record = {"epoch": epoch, "step": trainer.global_step}
         with self._measuring(trainer, pl_module):
             progress = None if final and trainer.is_global_zero else False
-            network = self._network_of(pl_module).module
+            network = self._model_of(pl_module)
             try:
                 record |= self._compute(trainer, network, batches, progress)
             except LandscapeError:  # raised on all ranks

@@ -177,7 +177,7 @@ class LandscapeCallback(EpochEndCallback):
     def _keep_weights(self, pl_module: LightningModule) -> None:
         if self._trajectory is not None:
             with self._errors.kept(1):
-                self._trajectory.add(self._network_of(pl_module).module)
+                self._trajectory.add(self._model_of(pl_module))
 
     def _is_ready(self, final: bool) -> bool:
         if self._trajectory is None:

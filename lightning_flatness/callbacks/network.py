@@ -34,6 +34,29 @@ class Network:
     is_called: bool = True  # False: steps are not seen to call it, so the batch's own inputs are measured
 
 
+class Within(nn.Module):
+    """A network under its name in a larger module, so that names of parameters begin with it.
+
+    Example:
+        >>> [name for name, _ in Within(nn.Linear(2, 3), "parts.net").named_parameters()]
+        ['parts.net.weight', 'parts.net.bias']
+    """
+
+    def __init__(self, network: nn.Module, prefix: str) -> None:
+        super().__init__()
+        *parents, name = prefix.split(".")
+        parent: nn.Module = self
+        for part in parents:
+            parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name, network)
+        self._network = (network,)  # in a tuple, since an attribute would be a second name
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Call the network."""
+        return self._network[0](*arguments, **keywords)
+
+
 def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network | None:
     """Return the module that ``model`` names or returns. Without ``model``, return None: a step must show it."""
     if model is None:

@@ -161,7 +161,7 @@ def test_wrong_options(options, named):
         lf.SpectrumCallback(**options)
 
 
-@guards("callbacks/epoch_end.py", "self._try(trainer, self._network_of(pl_module).module, batches)", "pass")
+@guards("callbacks/epoch_end.py", "self._try(trainer, self._model_of(pl_module), batches)", "pass")
 def test_unknown_parameters_are_refused_before_the_first_epoch(tmp_path):
     module = Classifier()
     with pytest.raises(lf.LayerSelectionError, match="conv9"):

@@ -213,7 +213,7 @@ def test_tables_among_the_inputs(monkeypatch):
     parts = lf.measure_flatness(net, [({"x": VECTORS, "table": table}, LABELS)], layers="a")
     assert whole.num_samples == parts.num_samples == 8
     assert_close(parts.relative_flatness, whole.relative_flatness, rtol=1e-12, atol=0)
-    with pytest.raises(lf.BatchError, match="rows of logits for .* samples.*Give targets"):
+    with pytest.raises(lf.BatchError, match="rows of logits for .* samples.*Give as many targets"):
         lf.measure_flatness(net, [((VECTORS, table), None)], layers="a")
 
 
