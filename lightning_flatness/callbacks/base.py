@@ -167,6 +167,8 @@ class MeasuringCallback(Callback):
         """
         watch, asked = self._watch, self._asked
         assert asked is not None
+        if watch is not None:
+            watch.__exit__()
         if watch is None or watch.is_empty:
             self._network = network_without_step(pl_module, self.model)
             if self._data_name == "val" and not asked.is_given:
@@ -180,7 +182,6 @@ class MeasuringCallback(Callback):
                     "inputs. If the network takes others, give batch_fn=, a function from a batch to (inputs, targets)."
                 )
             return None
-        watch.__exit__()
         self._network, call = watch.found(asked.inputs, asked.is_given)
         is_known = watch.called is not None and asked.inputs is not None
         if not is_known or (self._data_name == "val" and not asked.is_given):

@@ -117,7 +117,7 @@ class Running:
             return
         assert asked is not None
         if call is None:
-            call = self._recorded_call(batch_idx) if self._network.is_called else asked.own_call()
+            call = self._recorded_call(asked, batch_idx) if self._network.is_called else asked.own_call()
         samples = asked.samples(call)
         for inputs, targets in self.source.after_step(samples, batch_idx):
             with asked.explaining():
@@ -140,11 +140,14 @@ class Running:
             self._listener.release()
         self._listener = None
 
-    def _recorded_call(self, batch_idx: int) -> Call:
+    def _recorded_call(self, asked: Asked, batch_idx: int) -> Call:
         listener = self._listener
         assert listener is not None
         listener.__exit__()
         if listener.call is None or listener.num_others:
+            if asked.is_given:
+                self.release()
+                return asked.own_call()
             problem = "does not call the network" if listener.call is None else "calls the network on different inputs"
             raise BatchError(
                 f"The validation step {problem} on batch {batch_idx}, unlike before. Give batch_fn=, a function from a "

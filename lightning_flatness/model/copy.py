@@ -98,7 +98,7 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
                 "batches with the inputs that forward takes, in a callback by batch_fn=, or name another network with "
                 "model=."
             )
-    if isinstance(error, LOOKUP_ERRORS):
+    if isinstance(error, IndexError) or "'Tensor' object has no attribute" in str(error):
         return (
             f"The model's forward fails on the batch's inputs ({type(error).__name__}: {error}). Give batches with the "
             "inputs that forward takes, in a callback by batch_fn=, or name another network with model=."
@@ -112,8 +112,8 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
     return ""
 
 
-# What a forward raises that looks for something in its inputs.
-LOOKUP_ERRORS = (IndexError, KeyError, AttributeError)
+# What a tensor raises that is not the mapping or object that a forward expects.
+LOOKUP_ERRORS = (IndexError, AttributeError)
 # Words in torch's messages about types of tensors that do not fit.
 TYPE_WORDS = ("type", "not implemented for", "Byte", "Char", "Int", "Long")
 

@@ -89,6 +89,14 @@ class FailingInMeasurement(Classifier):
         return self.net(x)
 
 
+def whole(module):
+    return module
+
+
+# The forward that only the callback calls, on the batch's own inputs.
+WHOLE = {"model": whole, "batch_fn": tuple}
+
+
 class KeepStates(Callback):
     """Random states before the measurement that fails; goes before the callback."""
 
@@ -103,7 +111,11 @@ class KeepStates(Callback):
 @pytest.mark.parametrize("data", ["val", "train"])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_failing_while_measuring(tmp_path, failure, data):
-    module, callback, keep = FailingInMeasurement(FAILURES[failure]), flatness_callback(data=data), KeepStates()
+    module, callback, keep = (
+        FailingInMeasurement(FAILURES[failure]),
+        flatness_callback(data=data, **WHOLE),
+        KeepStates(),
+    )
     end, error = end_of_failure(lambda: module, tmp_path, keep, callback)
     if failure == "memory":
         assert isinstance(error, lf.BatchError)
@@ -128,7 +140,7 @@ def test_memory_that_runs_out_once(tmp_path, data):
     def make(times):
         return FailingInMeasurement(torch.OutOfMemoryError("simulated: out of memory"), times)
 
-    module, callback, batches = make(1), flatness_callback(data=data), loaders()
+    module, callback, batches = make(1), flatness_callback(data=data, **WHOLE), loaders()
     end = end_of(seeded_fit(tmp_path, callback, module=module, data=batches, max_epochs=2), module)
     assert module.counter["calls"] > 1
     bare = make(0)

@@ -33,6 +33,7 @@ class FixedSubset:
     ranks this may be a collective. ``num_batches`` is the number of batches of this rank, infinite if it is not known.
 
     Example:
+        >>> import torch
         >>> data = torch.utils.data.TensorDataset(torch.arange(10.0))
         >>> subset = FixedSubset(DataLoader(data, batch_size=4, shuffle=True), max_samples=6)
         >>> [len(batch[0]) for batch in subset.batches(nn.Identity())]

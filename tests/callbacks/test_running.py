@@ -1,0 +1,72 @@
+"""A measurement in progress: every validation loader by itself, every step like the first."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_flatness as lf
+from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback
+from tests.callbacks.lightning_modules import Classifier, dataset, loaders
+from tests.guarding import guards
+
+
+class ForgetsTheNetwork(Classifier):
+    """From the second batch on it calls the network on something else, or not at all."""
+
+    otherwise = staticmethod(lambda module, x: torch.ones(len(x), 3))
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            super().validation_step(batch, batch_idx)
+        else:
+            self.otherwise(self, batch[0])
+
+
+@guards("callbacks/running.py", "if listener.call is None or listener.num_others:", "if False:", ids="two calls")
+@pytest.mark.parametrize(
+    ("otherwise", "says"),
+    [
+        (lambda module, x: torch.ones(len(x), 3), "does not call the network on batch 1"),
+        (lambda module, x: module(x) + module(x.flip(3)), "calls the network on different inputs on batch 1"),
+    ],
+    ids=["no call", "two calls"],
+)
+def test_later_steps_that_differ_are_refused(tmp_path, otherwise, says):
+    module = ForgetsTheNetwork()
+    module.otherwise = otherwise
+    with pytest.raises(lf.BatchError, match=f"{says}, unlike before.*batch_fn="):
+        fit(tmp_path, flatness_callback(), module=module)
+
+
+@guards("callbacks.data.sources:validation_sources", body="return [ValidationBatches(trainer, wanted, [], [])]")
+def test_every_validation_loader_is_measured_apart(tmp_path):
+    train, first = loaders()
+    second = DataLoader(dataset(11, 7), 4)
+    callback, module = flatness_callback(), Classifier()
+    trainer = fit(tmp_path, callback, module=module, data=(train, [first, second]))
+    for index, loader in enumerate((first, second)):
+        wanted = lf.measure_flatness(module.net, loader)
+        assert_reports_equal(callback.reports[index], wanted)
+        suffix = f"/dataloader_idx_{index}" if index else ""
+        key = f"relative_flatness{suffix}"
+        assert float(trainer.callback_metrics[f"flatness/{key}"]) == pytest.approx(wanted.relative_flatness, rel=1e-5)
+        assert callback.history[-1][key] == pytest.approx(wanted.relative_flatness, rel=1e-5)
+    assert callback.report is callback.reports[0]
+
+
+class Unlabelled(Classifier):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx == 0:
+            super().validation_step(batch, batch_idx)
+        else:
+            self(batch[0])
+
+
+def test_a_second_loader_without_labels_is_left_out(tmp_path):
+    train, first = loaders()
+    second = DataLoader(TensorDataset(dataset(11, 7).tensors[0]), 4)
+    callback, module = flatness_callback(), Unlabelled()
+    with pytest.warns(UserWarning, match="leaves out validation loader 1: .*targets"):
+        fit(tmp_path, callback, module=module, data=(train, [first, second]))
+    assert list(callback.reports) == [0]
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, first))
