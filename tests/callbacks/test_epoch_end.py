@@ -35,7 +35,8 @@ def test_training_is_bit_identical(tmp_path, end_without, run, data):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(WeightAveraging|clipped)")
         assert_identical(end_of_run(run, tmp_path, *callbacks), end_without(run))
-    assert all(epochs(callback) == [0, 1, 2] for callback in callbacks)
+    measured = [0, 1, 2, 2] if run == "averaged weights" else [0, 1, 2]  # the averages, too
+    assert all(epochs(callback) == measured for callback in callbacks)
 
 
 @pytest.mark.slow

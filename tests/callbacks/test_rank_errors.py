@@ -83,7 +83,7 @@ class CallsNothing(WithoutForward):
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_what_cannot_be_measured_at_all_does_not_stop_training(tmp_path, data):
     module = CallsNothing()
-    with pytest.warns(UserWarning, match="no flatness for the start of training.*CallsNothing has no forward"):
+    with pytest.warns(UserWarning, match="no flatness for .*CallsNothing has no forward"):
         fit(tmp_path, module, lf.FlatnessCallback(on_error="warn", data=data))
     assert module.training_steps == 16
 
