@@ -57,7 +57,8 @@ class SpectrumCallback(EpochEndCallback):
         dtype: floating-point type of the computation.
         prefix: prefix of the logged keys. Several callbacks in one Trainer need different prefixes.
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
-            LightningModule and returns the network; by default the LightningModule itself.
+            LightningModule and returns the network; by default the network that the first validation step
+            calls, or without validation the LightningModule itself.
         batch_fn: function that takes a batch and returns ``(inputs, targets)``.
         folder: folder of the files; by default a folder named ``prefix`` in the Trainer's ``log_dir``.
         eigenvectors: write the eigenvectors to the files, too: ``top_k`` vectors with one entry per parameter.
