@@ -323,7 +323,8 @@ class FlatnessCallback(MeasuringCallback):
             return
         where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
-            if running is not None and not self._errors.pending:
+            # Of validated batches nothing is left, and a rank without any has seen no network.
+            if running is not None and self._data_name != "val" and not self._errors.pending:
                 running.measure_rest(self._network_of(pl_module))
         if not self._errors.settle(where) or running is None:
             return

@@ -33,7 +33,7 @@ class PassesOfRun:
         self._told: str | None = None
 
     def keep_example(self, call: Call, targets: Tensor | None) -> None:
-        """Keep the first samples of a call, unless there are only one or two."""
+        """Keep the first samples of a call, unless there is only one."""
         samples = num_rows(call, targets)
         if self.possible and self.example is None and samples > 1:
             rows = slice(0, TRIAL)

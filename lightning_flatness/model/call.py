@@ -28,8 +28,11 @@ class Call(NamedTuple):
     precision: Precision | None = None  # unknown if nobody heard the call
 
     def copied(self) -> Call:
-        """Return the same call on copies of its tensors."""
-        copied: Call = apply_to_collection(self, Tensor, torch.clone, allow_frozen=True)
+        """Return the same call on copies of its tensors, or on the tensors themselves if they cannot be copied."""
+        try:
+            copied: Call = apply_to_collection(self, Tensor, torch.clone, allow_frozen=True)
+        except Exception:  # in the middle of a step of the user's, which must go on
+            return self
         return copied
 
 
@@ -119,11 +122,12 @@ class Overheard:
 
     def __exit__(self, *error: object) -> None:
         for module in self._modules:
-            forward = vars(module).get(_attribute(module))
-            if isinstance(forward, _Forward) and self in forward.hearers:
-                forward.hearers.remove(self)
-                if not forward.hearers:
-                    forward.put_back()
+            for attribute in ATTRIBUTES:  # the step may have compiled the module meanwhile
+                forward = vars(module).get(attribute)
+                if isinstance(forward, _Forward) and self in forward.hearers:
+                    forward.hearers.remove(self)
+                    if not forward.hearers:
+                        forward.put_back()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -143,9 +147,13 @@ class Overheard:
         return self._hear(module, forward, arguments, keywords)
 
 
+ATTRIBUTES = ("_compiled_call_impl", "forward")
+
+
 def _attribute(module: nn.Module) -> str:
     """Return the attribute of a module that runs its forward, or its compiled code."""
-    return "_compiled_call_impl" if vars(module).get("_compiled_call_impl") else "forward"
+    compiled, forward = ATTRIBUTES
+    return compiled if vars(module).get(compiled) else forward
 
 
 @contextmanager
