@@ -172,22 +172,19 @@ class MeasuringCallback(Callback):
         if watch is None or watch.is_empty:
             self._network = network_without_step(pl_module, self.model)
             if self._data_name == "val" and not asked.is_given:
-                unseen = (
-                    "torch.compile runs the whole validation step"
-                    if watch is None
-                    else "the validation step calls none"
-                )
+                compiled, none = "torch.compile runs the whole validation step", "the validation step calls none"
                 rank_zero_warn(
-                    f"{self._name} cannot see what the network is given ({unseen}), so it measures the batch's own "
-                    "inputs. If the network takes others, give batch_fn=, a function from a batch to (inputs, targets)."
+                    f"{self._name} cannot see what the network is given ({none if watch else compiled}), so it measures "
+                    "the batch's own inputs. If the network takes others, give batch_fn=, a function from a batch to "
+                    "(inputs, targets)."
                 )
             return None
-        self._network, call = watch.found(asked.inputs, asked.is_given)
-        is_known = watch.called is not None and asked.inputs is not None
-        if not is_known or (self._data_name == "val" and not asked.is_given):
-            return call
-        assert watch.called is not None
-        differs = not same_tensors(watch.called, asked.inputs, asked.targets)
+        found = watch.found(asked.inputs, asked.is_given)
+        self._network = found.network
+        follows_steps = self._data_name == "val" and not asked.is_given
+        if found.original is None or asked.inputs is None or follows_steps:
+            return found.call
+        differs = not same_tensors(found.original, asked.inputs, asked.targets)
         if differs and asked.is_given:
             rank_zero_warn(
                 f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. Those of "
@@ -199,7 +196,7 @@ class MeasuringCallback(Callback):
                 f"data={self._data_name!r} cannot follow. Give batch_fn=, a function from a batch to (inputs, targets) "
                 "that prepares the inputs as the step does."
             )
-        return call
+        return found.call
 
     def _model_of(self, pl_module: LightningModule) -> nn.Module:
         """Return the network, whose parameters have their names in the LightningModule unless ``model=`` names it."""

@@ -34,6 +34,15 @@ class Network:
     is_called: bool = True  # False: steps are not seen to call it, so the batch's own inputs are measured
 
 
+@dataclass(frozen=True)
+class Found:
+    """The network that a step has called, and the call that counts, if one does."""
+
+    network: Network
+    call: Call | None = None  # on copies of its tensors
+    original: Call | None = None  # on the user's tensors
+
+
 class Within(nn.Module):
     """A network under its name in a larger module, so that names of parameters begin with it.
 
@@ -111,13 +120,12 @@ class StepWatch:
         >>> module.net, x = nn.Linear(2, 3), torch.ones(4, 2)
         >>> with StepWatch(module, None) as watch:
         ...     logits = module.net(x)
-        >>> network, call = watch.found(None)
-        >>> network.prefix, call.arguments[0].shape
+        >>> found = watch.found(None)
+        >>> found.network.prefix, found.call.arguments[0].shape
         ('net', torch.Size([4, 2]))
     """
 
     def __init__(self, pl_module: LightningModule, named: Network | None) -> None:
-        self.called: Call | None = None  # the call that was found, with the user's tensors
         self._pl_module, self._named = pl_module, named
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
@@ -165,7 +173,7 @@ class StepWatch:
         """Whether the step has called no module with weights, or not the one that the user names."""
         return not self._calls
 
-    def found(self, inputs: Any, is_given: bool = False) -> tuple[Network, Call | None]:
+    def found(self, inputs: Any, is_given: bool = False) -> Found:
         """Return the network and the call that counts; ``inputs`` are the batch's own, or None if it is not known.
 
         If the user has given them, and no call or several are on other inputs, no call counts.
@@ -182,10 +190,10 @@ class StepWatch:
                 "measure."
             )
         if not counts:
-            return Network(heard.module, prefix, is_called=False), None
-        self.called = heard.call
+            return Found(Network(heard.module, prefix, is_called=False))
         self._warn_of_heads(heard)
-        return Network(heard.module, prefix, on_batch=num_inputs > 1), heard.copied or heard.call.copied()
+        network = Network(heard.module, prefix, on_batch=num_inputs > 1)
+        return Found(network, heard.copied or heard.call.copied(), heard.call)
 
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
         """Return a call, the number of different inputs of its module, and whether this is the call that counts."""

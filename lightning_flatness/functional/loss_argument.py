@@ -111,8 +111,8 @@ def _mean(loss: nn.CrossEntropyLoss | nn.NLLLoss | nn.MSELoss | nn.BCEWithLogits
 class CustomLoss(Loss):
     """A loss written by the user; autograd computes its derivatives.
 
-    The second derivative is kept as ``K`` numbers per sample if it is diagonal (a sum over classes, as in the squared
-    error), as a ``K x K`` matrix if there are few classes, and else as a function that multiplies by it.
+    If its second derivative is diagonal (a sum over classes, as in the squared error), ``K`` numbers per sample are
+    kept. Else, with few classes, a ``K x K`` matrix is kept; with many, a function that multiplies by it.
 
     The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``. The measured loss is their mean. The
     function is called with float64 logits of a part of a batch, so it must not use statistics of the batch.

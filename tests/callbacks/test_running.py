@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_flatness as lf
 from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback
-from tests.callbacks.lightning_modules import Classifier, dataset, loaders
+from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders
 from tests.guarding import guards
 
 
@@ -52,6 +52,35 @@ def test_every_validation_loader_is_measured_apart(tmp_path):
         assert float(trainer.callback_metrics[f"flatness/{key}"]) == pytest.approx(wanted.relative_flatness, rel=1e-5)
         assert callback.history[-1][key] == pytest.approx(wanted.relative_flatness, rel=1e-5)
     assert callback.report is callback.reports[0]
+
+
+class Nothing(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@guards("callbacks/flatness.py", 'self._data_name != "val" and not self._errors.pending:', "not self._errors.pending:")
+def test_without_a_batch_no_network_is_needed(tmp_path):
+    """As on a rank that validates nothing, in a module without forward."""
+    with pytest.raises(lf.FlatnessError, match="No sample was measured"):
+        fit(tmp_path, flatness_callback(), module=WithoutForward(), data=(loaders()[0], DataLoader(Nothing(), 4)))
+
+
+class FailsInItsStep(Classifier):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        raise KeyboardInterrupt if self.interrupts else ZeroDivisionError
+
+
+@guards("callbacks.base:MeasuringCallback._stop_watching", returns=None)
+@pytest.mark.parametrize("interrupts", [True, False])
+@pytest.mark.parametrize("callback", [lf.FlatnessCallback, lf.SpectrumCallback])
+def test_a_step_that_fails_while_it_is_watched_leaves_nothing(tmp_path, callback, interrupts):
+    module = FailsInItsStep()
+    module.interrupts = interrupts
+    with pytest.raises((SystemExit, ZeroDivisionError)):
+        fit(tmp_path, callback(), module=module, num_sanity_val_steps=1)
+    assert not any("forward" in vars(part) for part in module.modules())
 
 
 class Unlabelled(Classifier):
