@@ -174,9 +174,9 @@ class MeasuringCallback(Callback):
             if self._data_name == "val" and not asked.is_given:
                 compiled, none = "torch.compile runs the whole validation step", "the validation step calls none"
                 rank_zero_warn(
-                    f"{self._name} cannot see what the network is given ({none if watch else compiled}), so it measures "
-                    "the batch's own inputs. If the network takes others, give batch_fn=, a function from a batch to "
-                    "(inputs, targets)."
+                    f"{self._name} cannot see what the network is given ({none if watch else compiled}), so it "
+                    "measures the batch's own inputs. If the network takes others, give batch_fn=, a function from a "
+                    "batch to (inputs, targets)."
                 )
             return None
         found = watch.found(asked.inputs, asked.is_given)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_flatness.errors import FlatnessError
@@ -20,7 +19,7 @@ from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, is_observed
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.layers.sums import LayerSums, added
-from lightning_flatness.model.call import as_call
+from lightning_flatness.model.call import as_call, tensors_of
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import BACKWARD_HOOKS, float32_is_reduced, untouched
 from lightning_flatness.model.precision import Precision, current_precision, name_of
@@ -150,10 +149,7 @@ def _observe(
 
 
 def _why_different(output: Any, expected: Any) -> str:
-    tensors: list[Tensor] = []
-    expected_tensors: list[Tensor] = []
-    apply_to_collection(output, Tensor, tensors.append)
-    apply_to_collection(expected, Tensor, expected_tensors.append)
+    tensors, expected_tensors = tensors_of(output), tensors_of(expected)
     if any(tensor.requires_grad for tensor in tensors):
         return "the network returns more than what its classifier makes"
     if len(tensors) != len(expected_tensors) or not all(map(_identical, tensors, expected_tensors)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_flatness.errors import BatchError
+from lightning_flatness.model.call import as_call, tensors_of
 from lightning_flatness.model.logits import certify_deterministic, differ
 
 
@@ -18,7 +19,7 @@ def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
     """Return the number of samples: the length of the targets, or the largest first dimension of the inputs."""
     if targets is not None and targets.ndim and not isinstance(inputs, Tensor):
         return targets.shape[0]
-    return max((tensor.shape[0] if tensor.ndim else 1 for tensor in _tensors(inputs)), default=1)
+    return max((tensor.shape[0] if tensor.ndim else 1 for tensor in tensors_of(inputs)), default=1)
 
 
 def take(batch: Any, rows: slice, num_samples: int) -> Any:
@@ -46,7 +47,7 @@ class SampleTensors:
 
     def narrowed(self, inputs: Any, samples: int) -> SampleTensors:
         """Return the tensors that had a row for every sample in all batches so far and in this one."""
-        now = tuple(tensor.ndim > 0 and tensor.shape[0] == samples for tensor in _tensors(inputs))
+        now = tuple(tensor.ndim > 0 and tensor.shape[0] == samples for tensor in tensors_of(inputs))
         if self.has_rows is None or len(now) != len(self.has_rows):
             return SampleTensors(now, is_certified=_is_single(inputs))
         both = tuple(before and row for before, row in zip(self.has_rows, now, strict=True))
@@ -80,7 +81,7 @@ class SampleTensors:
         return SampleTensors(self.has_rows, is_certified=True)
 
     def _not_separable(self, inputs: Any) -> str:
-        named = zip(_names(inputs), _tensors(inputs), self.has_rows or (), strict=True)
+        named = zip(_names(inputs), tensors_of(inputs), self.has_rows or (), strict=True)
         found = ", ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor, has_rows in named if has_rows)
         return (
             f"When {found} are cut by samples, the logits of some samples differ from theirs in the whole batch. Do "
@@ -92,19 +93,13 @@ class SampleTensors:
 
 
 def _is_single(inputs: Any) -> bool:
-    """Return whether the inputs are one tensor, perhaps alone in a container."""
-    return isinstance(inputs, Tensor) or (isinstance(inputs, Sized) and len(inputs) == len(_tensors(inputs)) == 1)
-
-
-def _tensors(inputs: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    apply_to_collection(inputs, Tensor, tensors.append)
-    return tensors
+    """Return whether a model is called with one tensor and nothing else."""
+    call = as_call(inputs)
+    return len(call.arguments) + len(call.keywords) == len(tensors_of(call)) == 1
 
 
 def _names(inputs: Any) -> list[str]:
     """Return a name for each of the tensors, e.g. ``inputs[1]``."""
-    if isinstance(inputs, Tensor):
-        return ["inputs"]
-    entries = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
-    return [f"inputs[{key!r}]" for key, entry in entries for _ in _tensors(entry)]
+    call = as_call(inputs)
+    entries = [*enumerate(call.arguments), *call.keywords.items()]
+    return [f"inputs[{key!r}]" for key, entry in entries for _ in tensors_of(entry)]

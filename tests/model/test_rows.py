@@ -7,7 +7,9 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.layers.passes import PartSize
+from lightning_flatness.model.call import as_call
 from lightning_flatness.model.hessian import LossCurvature
+from lightning_flatness.model.rows import SampleTensors
 from tests.guarding import guards
 
 MEASURE = {
@@ -126,3 +128,21 @@ def test_a_random_forward_is_named_as_such():
     ):
         with pytest.raises(lf.LayerSelectionError, match="different logits"):
             measure(net, [((x, torch.randn(5, 3).double()), y)])
+
+
+@guards("model.rows:_is_single", returns=False)
+def test_one_tensor_needs_no_comparison_with_the_whole_batch():
+    x = torch.ones(3, 2)
+    for inputs in (x, [x], {"x": x}, as_call(x), as_call({"x": x})):
+        assert SampleTensors().narrowed(inputs, 3).is_certified
+    for inputs in ((x, x), {"x": x, "scale": 2.0}, as_call((x, 2.0))):
+        assert not SampleTensors().narrowed(inputs, 3).is_certified
+
+
+def test_a_call_names_its_tensors():
+    x = torch.ones(3, 2)
+    tensors = SampleTensors().narrowed(as_call({"x": x, "table": x}), 3)
+    with pytest.raises(lf.BatchError, match=r"inputs\['x'\] of shape \(3, 2\), inputs\['table'\] of shape"):
+        tensors.certified(
+            as_call({"x": x, "table": x}), slice(0, 2), lambda call: call.keywords["x"] / len(call[1]["x"])
+        )
