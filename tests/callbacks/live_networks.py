@@ -1,49 +1,15 @@
 """Networks whose forward passes can or cannot be observed: one for each way in which gradients in it would show."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests.callbacks.keeping_networks import *  # noqa: F403
 from tests.callbacks.lightning_modules import CLASSES
-
-KEPT = []  # what networks keep outside of themselves
-
-
-def batch(samples=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 1, 8, 8, generator=generator, dtype=torch.float64)
-    return x, torch.randint(CLASSES, (samples,), generator=generator)
-
-
-class Plain(nn.Module):
-    """A convolution to be measured, a tail, global average pooling and a linear classifier; float64."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.stem = nn.Conv2d(1, 4, 3, padding=1)
-            self.conv = nn.Conv2d(4, 4, 3, padding=1)
-            self.norm = nn.BatchNorm2d(4)
-            self.fc = nn.Linear(4, CLASSES)
-        self.double()
-
-    def forward(self, x):
-        upstream = self.before(x)
-        return self.head(self.tail(self.conv(upstream), upstream))
-
-    def before(self, x):
-        return torch.tanh(self.stem(x))
-
-    def tail(self, z, upstream):
-        return F.silu(self.norm(z))
-
-    def head(self, z):
-        return self.fc(z.mean((2, 3)))
+from tests.callbacks.plain_network import KEPT, Plain, batch  # noqa: F401
 
 
 class Gate(Plain):
@@ -173,85 +139,6 @@ class NoGradUpstream(Plain):
     def before(self, x):
         with torch.no_grad():
             return torch.tanh(self.stem(x))
-
-
-class KeepsAttribute(Plain):
-    def tail(self, z, upstream):
-        self.kept = F.silu(z)
-        return self.kept
-
-
-class KeepsInList(Plain):
-    def __init__(self):
-        super().__init__()
-        self.kept = []
-
-    def tail(self, z, upstream):
-        self.kept.append(F.silu(z))
-        return self.kept[-1]
-
-
-class KeepsInDict(Plain):
-    def __init__(self):
-        super().__init__()
-        self.kept = {}
-
-    def tail(self, z, upstream):
-        self.kept["z"] = F.silu(z)
-        return self.kept["z"]
-
-
-class KeepsOutside(Plain):
-    def tail(self, z, upstream):
-        KEPT[:] = [F.silu(z)]
-        return KEPT[0]
-
-
-@dataclass
-class Box:
-    z: torch.Tensor | None = None
-
-
-class KeepsInDataclass(Plain):
-    def __init__(self):
-        super().__init__()
-        self.box = Box()
-
-    def tail(self, z, upstream):
-        self.box.z = F.silu(z)
-        return self.box.z
-
-
-class KeepsInHook(Plain):
-    def __init__(self):
-        super().__init__()
-        self.norm.register_forward_hook(lambda module, arguments, output: KEPT.__setitem__(slice(None), [output]))
-
-
-class WritesBuffer(Plain):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
-
-    def tail(self, z, upstream):
-        self.mean.mul_(0.9).add_(z.mean((0, 2, 3)))
-        return F.silu(z)
-
-
-class AssignsBuffer(WritesBuffer):
-    def tail(self, z, upstream):
-        self.mean = 0.9 * self.mean + z.mean((0, 2, 3))
-        return F.silu(z)
-
-
-class WritesAttribute(Plain):
-    def __init__(self):
-        super().__init__()
-        self.mean = torch.zeros(4, dtype=torch.float64)
-
-    def tail(self, z, upstream):
-        self.mean.add_(z.mean((0, 2, 3)))
-        return F.silu(z)
 
 
 class Embeddings(Plain):
