@@ -30,6 +30,18 @@ class LayerFlatness:
         weight_norm: Frobenius norm ``‖W‖_F`` of the weight.
         standard_errors: standard errors of the measures, by name; zero for a measure that is not estimated.
         info: how the layer was measured.
+        normalized_relative_flatness: relative flatness of the same function written for inputs whose channels all have
+            standard deviation one, in units of the loss: rescaling the channels of the layer before does not change it
+            either. NaN if not measured, or if no channel varies.
+        channelwise_flatness: ``sum_c sum_{s, s'} <w_sc, w_s'c> Tr(H_{sc, s'c})``, summed over input channels ``c``, in
+            units of the loss; invariant to the same rescalings. NaN unless asked for.
+        num_dead_channels: number of input channels that do not vary, which the normalised measure leaves out.
+        sampling_errors: standard errors over samples, by measure: how far the mean over other samples of the same
+            distribution would be. NaN if they are not known.
+        largest_tenth: share of relative flatness that the tenth of the samples with the largest values carries; NaN if
+            values of single samples are not known.
+        samples: values of single samples by measure, ``(N,)`` each, in the order in which they were measured; empty
+            unless asked for.
     """
 
     block_traces: Tensor
@@ -43,6 +55,22 @@ class LayerFlatness:
     num_samples: int
     standard_errors: Mapping[str, float]
     info: LayerInfo
+    normalized_relative_flatness: float = math.nan
+    channelwise_flatness: float = math.nan
+    num_dead_channels: int = 0
+    sampling_errors: Mapping[str, float] = field(default_factory=dict)
+    largest_tenth: float = math.nan
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_features(self) -> int:
+        """``m``, the number of weights of one filter: the features that a filter reads."""
+        return self.info.patch_length
+
+    @property
+    def flatness_per_feature(self) -> float:
+        """``κ / 2m``, the term of relative flatness in the bound of Petzka et al. 2021, Theorem 5."""
+        return self.relative_flatness / (2 * self.num_features)
 
     @property
     def exact(self) -> bool:
@@ -91,6 +119,17 @@ class FlatnessReport:
     ``layers`` maps module names to results, in the order in which the layers run. With ``layers="all"``, ``left_out``
     maps the names of the layers that cannot be measured to the reasons.
 
+    Attributes:
+        loss: mean loss over the measured samples; NaN if the batches have no targets.
+        accuracy: share of the measured samples whose largest logit is the target; NaN unless targets are classes.
+        curvature: mean trace of ``Λ``, the second derivative of the loss at the logits.
+        loss_name: name of the loss.
+        data: the data that were measured: ``"val"``, ``"train"`` or a description; empty if nobody said.
+        sampling_errors: standard errors over samples of loss, accuracy, curvature, and the sums over layers, by name.
+        num_groups: number of groups of samples that these errors are taken from; the t-distribution of an interval
+            has one degree of freedom less.
+        samples: ``loss`` and ``prediction`` of single samples, ``(N,)`` each; empty unless asked for.
+
     Example:
         >>> import torch
         >>> from lightning_flatness import measure_flatness
@@ -102,6 +141,14 @@ class FlatnessReport:
 
     layers: Mapping[str, LayerFlatness]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    loss: float = math.nan
+    accuracy: float = math.nan
+    curvature: float = math.nan
+    loss_name: str = ""
+    data: str = ""
+    sampling_errors: Mapping[str, float] = field(default_factory=dict)
+    num_groups: int = 0
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def hessian_trace(self) -> float:
@@ -112,6 +159,36 @@ class FlatnessReport:
     def relative_flatness(self) -> float:
         """Sum of the relative flatness of the measured layers, in units of the loss."""
         return sum(layer.relative_flatness for layer in self.layers.values())
+
+    @property
+    def normalized_relative_flatness(self) -> float:
+        """Sum of the normalised relative flatness of the measured layers, in units of the loss."""
+        return sum(layer.normalized_relative_flatness for layer in self.layers.values())
+
+    @property
+    def neuronwise_flatness(self) -> float:
+        """Sum of the neuron-wise flatness of the measured layers, in units of the loss."""
+        return sum(layer.neuronwise_flatness for layer in self.layers.values())
+
+    @property
+    def layerwise_flatness(self) -> float:
+        """Sum of the layer-wise flatness of the measured layers, in units of the loss."""
+        return sum(layer.layerwise_flatness for layer in self.layers.values())
+
+    @property
+    def max_relative_flatness(self) -> float:
+        """The largest relative flatness of a measured layer, in units of the loss."""
+        return max((layer.relative_flatness for layer in self.layers.values()), default=math.nan)
+
+    @property
+    def relative_flatness_per_loss(self) -> float:
+        """Relative flatness divided by the loss, to compare models of different loss; NaN without a loss."""
+        return self.relative_flatness / self.loss if self.loss else math.nan
+
+    @property
+    def relative_flatness_per_curvature(self) -> float:
+        """Relative flatness divided by the mean trace of ``Λ``, which confident samples make small."""
+        return self.relative_flatness / self.curvature if self.curvature else math.nan
 
     @property
     def standard_errors(self) -> dict[str, float]:
