@@ -56,9 +56,9 @@ def hessian_trace(block_traces: Tensor) -> Tensor:
 def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
     """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``: a scalar, in units of the loss.
 
-    Rescaling the layer's own filters, where the layers behind undo it, does not change ``κ``; rescaling the channels that
-    the layer reads does (``docs/theory.md``). See Petzka et al. 2021 (arXiv
-    2001.00939), Definition 3, and Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
+    Rescaling the layer's own filters, where the layers behind undo it, does not change ``κ``; rescaling the channels
+    that the layer reads does (``docs/theory.md``). See Petzka et al. 2021 (arXiv 2001.00939), Definition 3, and
+    Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
     """
     return block_traces.flatten() @ gram.flatten()
 
