@@ -50,7 +50,7 @@ bench: $(READY)
 
 coverage: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[coverage]'
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

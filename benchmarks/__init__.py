@@ -1,1 +1,1 @@
-"""Measurements of cost (``python -m benchmarks``) and of coverage (``benchmarks/coverage.py``)."""
+"""Measurements of cost (``python -m benchmarks``) and of coverage (``python -m benchmarks.coverage``)."""

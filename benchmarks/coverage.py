@@ -1,6 +1,6 @@
 """Measure the classifiers of torchvision and some of timm, check the numbers, and write docs/coverage.md.
 
-    python benchmarks/coverage.py [--all] [--missing] [--only NAME ...] [--limit SECONDS]
+    python -m benchmarks.coverage [--all] [--missing] [--only NAME ...] [--limit SECONDS]
 
 Results are written to runs/coverage.json, and the page anew, after every model; --missing continues an interrupted run.
 --all measures every size of torchvision's families, which needs much memory and hours.

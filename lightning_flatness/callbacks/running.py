@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -12,7 +13,7 @@ from torch import Tensor
 from lightning_flatness.callbacks.data.sources import Asked, SeparateData, ValidationBatches
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.errors import BatchError, FlatnessError
-from lightning_flatness.layers.live import KEEPS_TENSORS, Listener
+from lightning_flatness.layers.live import KEEPS_TENSORS, OBSERVED_BY_ANOTHER, Listener, is_observed
 from lightning_flatness.layers.trial import TRIAL
 from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.measure.ranks import gather
@@ -73,6 +74,7 @@ class Running:
         self._network = network
         self._passes = passes
         self._is_tried = False
+        self._repeats = True  # passes of our own run in the user's precision, if the trial has passed
         self._listener: Listener | None = None
         self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
         if self._observes and isinstance(source, ValidationBatches) and source.why_not_observed:
@@ -84,17 +86,27 @@ class Running:
         self.release()
         if not self._network.is_called:
             return
-        example = self._passes.example
-        if self._observes and not self._is_tried and example is not None:
-            reason = self._try(*example)
-            if reason:
-                self._observes = False
-                self._passes.rule_out(reason)
-            elif self._is_tried:
-                self._passes.tell("")
+        self._try_once()
+        if self._observes and self._is_tried and is_observed(self._network.module):
+            self._rule_out(OBSERVED_BY_ANOTHER)
         observes = self._observes and self._is_tried
+        if observes:
+            self._passes.tell("")
         self._listener = self.measurement.listen(asked.inputs if self._network.on_batch else None, observes)
         self._listener.__enter__()
+
+    def _try_once(self) -> None:
+        """Find out whether passes can be observed, unless this measurement has."""
+        example = self._passes.example
+        if not self._observes or self._is_tried or example is None:
+            return
+        reason = self._try(*example)
+        if reason:
+            self._rule_out(reason)
+
+    def _rule_out(self, reason: str) -> None:
+        self._observes = False
+        self._passes.rule_out(reason)
 
     def _try(self, call: Call, targets: Tensor | None) -> str:
         """Return why passes cannot be observed; an example that the network no longer takes says nothing yet."""
@@ -119,14 +131,27 @@ class Running:
         if call is None:
             call = self._recorded_call(asked, batch_idx) if self._network.is_called else asked.own_call()
         samples = asked.samples(call)
+        if samples[0] is not call and self._observes:
+            self._rule_out("batch_fn= gives other inputs than the validation step")
+        self._passes.keep_example(*samples)
         for inputs, targets in self.source.after_step(samples, batch_idx):
             with asked.explaining():
                 if inputs is not call or not self._add_observed(targets):
-                    self.measurement.update(inputs, targets)
-        self._passes.keep_example(*samples)
-        if self._listener is not None and samples[0] is not call and self._observes:
-            self._observes = False
-            self._passes.rule_out("batch_fn= gives other inputs than the validation step")
+                    self._add_own(inputs, targets)
+
+    def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
+        """Add samples in a pass of our own. Where validation is observed in half precision, it runs so, too."""
+        self._try_once()
+        if self._repeats and self.measurement.observes_half:
+            try:
+                self.measurement.update_repeated(inputs, targets)
+                return
+            except (FlatnessError, RuntimeError) as error:  # as of an observed pass
+                self._repeats = False
+                if self._observes:
+                    self._passes.tell(f"the forward pass of a batch could not be used ({error})")
+                self._observes = False
+        self.measurement.update(inputs, targets)
 
     def measure_rest(self) -> None:
         """Measure the remaining samples when all batches have been validated."""

@@ -147,6 +147,7 @@ def is_observed(model: nn.Module) -> bool:
 
 
 KEEPS_TENSORS = "the network keeps tensors of the pass (features, in an attribute or a list)"
+OBSERVED_BY_ANOTHER = "another callback observes the same network"
 NOT_CALLED = "validation does not call the network"
 
 

@@ -22,10 +22,12 @@ from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.layers.sums import LayerStatistics, LayerSums, added
-from lightning_flatness.layers.trial import Observable, try_observing
+from lightning_flatness.layers.trial import Observable, repeated, try_observing
+from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import differentiable, without_wrapper
 from lightning_flatness.model.logits import logits_of
+from lightning_flatness.model.rows import SampleTensors, num_rows, take
 from lightning_flatness.results import LayerInfo, merged
 
 
@@ -125,8 +127,32 @@ class FlatnessObserver:
         self._observable = replace(self._observable, known=known)
         return sums
 
+    @property
+    def observes_half(self) -> bool:
+        """Whether the trial has shown that features are half precision."""
+        return self._observable is not None and self._observable.half is not None
+
+    def repeated_sums(self, inputs: Any, targets: Tensor | None) -> dict[str, LayerSums]:
+        """Return the results of an observed pass of our own, which runs as the user's do; one sample runs as a pair."""
+        assert self._observable is not None
+        if as_call(inputs).precision != self._observable.precision:
+            raise BatchError("validation runs in another precision than before (autocast)")
+        samples = num_rows(inputs, targets)
+        tensors = SampleTensors().narrowed(inputs, samples)
+        if samples == 1 and not tensors.is_certified:
+            raise BatchError("a single sample is measured as a pair, and its input has several tensors")
+        rows = slice(0, samples)
+        listener = repeated(self._model, tensors.take(inputs, rows), self._observable)
+        try:
+            pair = None if targets is None else take(targets, rows, samples)
+            sums, known = self._sums_observed(self._observable, listener, pair, samples == 1)
+        finally:
+            listener.release()
+        self._observable = replace(self._observable, known=known)
+        return sums
+
     def _sums_observed(
-        self, observable: Observable, listener: Listener, targets: Tensor | None
+        self, observable: Observable, listener: Listener, targets: Tensor | None, is_pair: bool = False
     ) -> tuple[dict[str, LayerSums], Certified]:
         """Return sums of an observed batch, and the updated certificates.
 
@@ -137,24 +163,25 @@ class FlatnessObserver:
             if self._defers_checks:
                 with deferred_checks() as all_hold:
                     try:
-                        result = self._certified_sums(observable, listener, targets)
+                        result = self._certified_sums(observable, listener, targets, is_pair)
                     except (FlatnessError, RuntimeError):
                         if all_hold():
                             raise
                 if all_hold():
                     return result
                 self._defers_checks = False
-            return self._certified_sums(observable, listener, targets)
+            return self._certified_sums(observable, listener, targets, is_pair)
 
     def _certified_sums(
-        self, observable: Observable, listener: Listener, targets: Tensor | None
+        self, observable: Observable, listener: Listener, targets: Tensor | None, is_pair: bool
     ) -> tuple[dict[str, LayerSums], Certified]:
         recorded = listener.result()
         if len(recorded.logits) < 2:
             raise BatchError("a batch of one sample cannot be observed, since a single sample is measured as a pair")
 
         def loss_at(logits: Tensor) -> LossDerivatives:
-            return self._options.loss_function(logits, None if targets is None else targets.to(logits.device))
+            loss = self._options.loss_function(logits, None if targets is None else targets.to(logits.device))
+            return loss.halved() if is_pair else loss
 
         certified, known = certify_observed(recorded, loss_at, observable.known, observable.context)
         return self._block_traces(certified, known), known

@@ -15,7 +15,7 @@ from lightning_flatness.functional import hessian_trace
 from lightning_flatness.layers.certificates import ROUNDINGS
 from lightning_flatness.layers.certificates.layer import as_parameter
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
-from lightning_flatness.layers.live import KEEPS_TENSORS, Listener, is_observed
+from lightning_flatness.layers.live import KEEPS_TENSORS, OBSERVED_BY_ANOTHER, Listener, is_observed
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.layers.sums import LayerSums, added
@@ -113,10 +113,7 @@ def _observe(
 ) -> tuple[Sums, Observable] | str:
     """Observe a pass of our own as the user's would be, under the current modes; return sums, or why that fails."""
     precision = as_call(inputs).precision or current_precision()
-    with torch.inference_mode(False):
-        model_copy = ModelCopy(model, as_it_runs=True)
-        # The graph equals that of the user's pass only if the same parameters require gradients.
-        own = {p: model_copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
+    model_copy, own = _copied(model)
     with untouched(model), precision.entered():
         expected = model_copy(inputs, own)
     with untouched(model):
@@ -148,6 +145,24 @@ def _observe(
         return KEEPS_TENSORS if alive() is not None else (sums, found)
 
 
+def repeated(model: nn.Module, inputs: Any, observable: Observable) -> Listener:
+    """Observe a pass of our own on these inputs as the user's would be, in the precision of the trial."""
+    assert observable.precision is not None
+    listener = Listener(model, observable.context.recorder)
+    model_copy, own = _copied(model)
+    with untouched(model), listener, listener.alone(), observable.precision.entered():
+        model_copy(inputs, own)
+    return listener
+
+
+def _copied(model: nn.Module) -> tuple[ModelCopy, dict[nn.Parameter, Tensor]]:
+    """Return a copy of a model that runs as the model does, and the parameters to call it with."""
+    with torch.inference_mode(False):
+        model_copy = ModelCopy(model, as_it_runs=True)
+        # The graph equals that of the user's pass only if the same parameters require gradients.
+        return model_copy, {p: model_copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
+
+
 def _why_different(output: Any, expected: Any) -> str:
     tensors, expected_tensors = tensors_of(output), tensors_of(expected)
     if any(tensor.requires_grad for tensor in tensors):
@@ -175,7 +190,7 @@ def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None, precisi
         if tensor.is_inference():
             return "weights or buffers were made in inference mode"
     if is_observed(model):
-        return "another callback observes the same network"
+        return OBSERVED_BY_ANOTHER
     for name, module in model.named_modules():
         what = f"module '{name or type(module).__name__}'"
         if module.training:

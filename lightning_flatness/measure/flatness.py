@@ -21,6 +21,7 @@ from lightning_flatness.measure.progress import progress_bar
 from lightning_flatness.measure.ranks import gather, own_rank
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import measuring_device
+from lightning_flatness.model.isolation import untouched
 from lightning_flatness.model.precision import runs_in_half
 from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
@@ -61,7 +62,8 @@ class Measurement:
         """Add the batch that certifies the layers; if passes will be observed, see what half precision changes."""
         self.update(inputs, targets)
         if live and runs_in_half(self._model, as_call(inputs).precision):
-            self.why_not_live(inputs, targets)
+            with untouched(self._model), torch.no_grad():  # training may have begun
+                self.why_not_live(inputs, targets)
 
     def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or ``""`` if they can (see ``FlatnessObserver``)."""
@@ -74,6 +76,15 @@ class Measurement:
     def update_observed(self, listener: Listener, targets: Tensor | None = None) -> None:
         """Add a batch on which the user's forward pass was observed. If this raises an error, nothing is added."""
         self._add(self._observer.observed_sums(listener, targets))
+
+    @property
+    def observes_half(self) -> bool:
+        """Whether :meth:`why_not_live` has found that features are half precision."""
+        return self._observer.observes_half
+
+    def update_repeated(self, inputs: Any, targets: Tensor | None = None) -> None:
+        """Add one batch in an observed pass of our own, which runs as the user's do. An error adds nothing."""
+        self._add(self._observer.repeated_sums(inputs, targets))
 
     def _add(self, sums: dict[str, LayerSums]) -> None:
         different = sorted(sums.keys() ^ self._sums.keys())

@@ -10,9 +10,10 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
+from lightning_flatness.measure.flatness import Measurement
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
-from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
 from tests.callbacks.live_runs import OBSERVES, OWN, Module
 from tests.callbacks.training_runs import end_of_training, seed_everything
 from tests.guarding import guards
@@ -54,11 +55,17 @@ def test_runs_are_the_same_and_observed(tmp_path, told, precision, does):
     assert callback.report.exact
 
 
+@guards(
+    "callbacks/data/sources.py", "with trainer.precision_plugin.val_step_context():", "if True:", ids="0-bf16-mixed"
+)
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_summary_says_what_half_precision_changes(tmp_path, told, capsys, precision):
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 1])
+def test_summary_says_what_half_precision_changes(tmp_path, told, capsys, num_sanity_val_steps, precision):
     callback = lf.FlatnessCallback()
     seed_everything()
-    trainer = quiet_trainer(tmp_path, callback, precision=precision, max_epochs=1, num_sanity_val_steps=1)
+    trainer = quiet_trainer(
+        tmp_path, callback, precision=precision, max_epochs=1, num_sanity_val_steps=num_sanity_val_steps
+    )
     trainer.fit(Module(networks.Plain().float()), *loaders())
     text = " ".join(capsys.readouterr().out.split())
     assert "Features are bfloat16, as the network runs; trace" in text
@@ -73,6 +80,55 @@ def test_a_precision_that_is_asked_for_is_that_of_copies(tmp_path, told, precisi
     assert OWN in told[0]
     assert "torch.float32" in told[0]
     assert callback.report.precision == "float32"
+
+
+class SwitchesItselfToHalf(nn.Module):
+    """Autocast in the forward of the network, which nobody sees who calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = networks.Plain().float()
+
+    def float(self):
+        return self
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@guards("callbacks/running.py", "self._repeats and self.measurement.observes_half:", "False:")
+@guards("layers/observer.py", "loss.halved() if is_pair else loss", "loss", ids="17-bf16-mixed")
+@pytest.mark.parametrize(
+    ("precision", "net"),
+    [("bf16-mixed", networks.Plain), ("bf16-true", networks.Plain), ("32-true", SwitchesItselfToHalf)],
+    ids=["bf16-mixed", "bf16-true", "inside"],
+)
+@pytest.mark.parametrize("samples", [8, 17, 22])
+def test_all_samples_are_measured_in_one_precision(tmp_path, monkeypatch, told, samples, precision, net):
+    """The first batch, which shows what the step does, and one of a single sample too."""
+    passes, update = [], Measurement.update
+    monkeypatch.setattr(Measurement, "certify", lambda self, *batch, live: None)  # for the summary only
+    monkeypatch.setattr(Measurement, "update", lambda self, *batch: passes.append(batch) or update(self, *batch))
+    seed_everything()
+    module = Module(net().float())
+    module.lr = 0.0
+    callback = lf.FlatnessCallback(summary=False)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 0.0
+    trainer = quiet_trainer(tmp_path, callback, precision=precision, num_sanity_val_steps=0)
+    trainer.fit(module, *loaders(val_samples=samples))
+    assert passes == []
+    assert [OBSERVES in line for line in told] == [True]
+    assert callback.report.precision == "bfloat16"
+    assert callback.report.num_samples == samples
+    first, second = callback.history
+    assert first["relative_flatness"] == second["relative_flatness"]
+    whole = lf.FlatnessCallback(summary=False)
+    data = DataLoader(dataset(samples, 1), samples)
+    quiet_trainer(tmp_path, whole, precision=precision).validate(module, data, verbose=False)
+    assert whole.report.relative_flatness == pytest.approx(callback.report.relative_flatness, rel=0.01)
 
 
 class SwitchesAutocastOff(Module):

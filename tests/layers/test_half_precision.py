@@ -257,16 +257,15 @@ def test_another_kernel_is_seen(runs):
         run.observe(measurement, x, y)
 
 
-class Shortcut(Net):
+class Scales(Net):
     """Its tail has weights of its own."""
 
     def __init__(self):
         super().__init__(filters=5)
-        self.shortcut = nn.Conv2d(5, 5, 1)
+        self.scale = nn.Conv2d(5, 5, 1, groups=5)
 
-    def forward(self, x):
-        x = self.stem(x).tanh()
-        return self.fc(F.relu(self.conv(x) + self.shortcut(x)).mean((2, 3)))
+    def tail(self, z):
+        return self.scale(F.relu(z))
 
 
 class Casts(TorchDispatchMode):
@@ -279,21 +278,22 @@ class Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@guards("layers/recording.py", "            torch.set_autocast_cache_enabled(False)\n", "")
-def test_the_cache_of_autocast_is_left_as_without():
+@guards("layers/recording.py", "            torch.set_autocast_cache_enabled(False)\n", "", ids="inference_mode")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_the_cache_of_autocast_is_left_as_without(mode):
     """A weight in the tail is cast while gradients are on, which autocast would keep, with its graph."""
-    model, (x, y) = Shortcut().eval(), batch()
+    model, (x, y) = Scales().eval(), batch()
     found = []
     for observes in (False, True):
         observer = FlatnessObserver(model, layers=["conv"])
         observer(x, y)
         recorder = observer._own.context.recorder if observes else None
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with mode(), torch.autocast("cpu", torch.bfloat16):
             with Listener(model, recorder) as heard:
                 output = model(x)
             assert not observes or heard.reason == ""
-            with Casts() as casts:
-                again = model.shortcut(torch.zeros(1, 5, 1, 1))
+            with torch.inference_mode(False), torch.no_grad(), Casts() as casts:
+                again = model.scale(torch.zeros(1, 5, 1, 1))
             found.append([output, again, casts.count, torch.is_autocast_cache_enabled()])
     assert_same(found[1], found[0])
 

@@ -18,7 +18,7 @@ from lightning_flatness.callbacks.data.stream import ValidationStream, select
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.measure.batches import split_batch, targets_of
-from lightning_flatness.model.call import Call, as_call, equal_inputs
+from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call
 from lightning_flatness.model.isolation import random_states_kept
 from lightning_flatness.model.rows import num_rows
 
@@ -190,4 +190,8 @@ def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) 
     if not trainer.enable_validation:
         return None
     batch = first_batch(loaders_in_turn(trainer, trainer.val_dataloaders), pl_module)
-    return None if batch is None else wanted.split(to_device(trainer, pl_module, batch))
+    if batch is None:
+        return None
+    inputs, targets = wanted.split(to_device(trainer, pl_module, batch))
+    with trainer.precision_plugin.val_step_context():
+        return heard_call(*as_call(inputs)[:2]), targets
