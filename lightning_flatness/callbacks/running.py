@@ -146,7 +146,7 @@ class Running:
             try:
                 self.measurement.update_repeated(inputs, targets)
                 return
-            except (FlatnessError, RuntimeError) as error:  # as of an observed pass
+            except (RuntimeError, FlatnessError) as error:  # as of an observed pass
                 self._repeats = False
                 if self._observes:
                     self._passes.tell(f"the forward pass of a batch could not be used ({error})")
