@@ -137,7 +137,14 @@ def main() -> None:
         DataLoader(test, **settings),
     )
 
-    figure, _ = plot_history(flatness.history, accuracy_label="validation accuracy", data="train", burn_in=BURN_IN)
+    figure, _ = plot_history(
+        flatness.history,
+        report=flatness.report,
+        accuracy_label="validation accuracy",
+        data="train",
+        burn_in=BURN_IN,
+        stopped=stopping.stopped_epoch or None,
+    )
     figure.savefig(options.out / "flatness.png")
 
     best = CifarResNet.load_from_checkpoint(checkpoint.best_model_path)

@@ -108,7 +108,14 @@ def main() -> None:
     model = DigitsClassifier()
     trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True), DataLoader(val, batch_size=256))
 
-    figure, _ = plot_history(flatness.history, accuracy_label="validation accuracy", data="train", burn_in=BURN_IN)
+    figure, _ = plot_history(
+        flatness.history,
+        report=flatness.report,
+        accuracy_label="validation accuracy",
+        data="train",
+        burn_in=BURN_IN,
+        stopped=stopping.stopped_epoch or None,
+    )
     figure.savefig(options.out / "flatness.png")
 
     table = Table(title=f"Digits after {trainer.current_epoch} of at most {options.max_epochs} epochs")

@@ -71,16 +71,16 @@ def main() -> None:
     kept, recomputed = random.results["kept"], random.results["recomputed"]
     plane = trajectory.results["recomputed"]
     both = Figure(figsize=(11, 4.2), layout="constrained")
-    plot_surface(kept, log=True, ax=both.add_subplot(1, 2, 1, projection="3d"))
-    plot_contour(plane, trajectory=trajectory.trajectory, ax=both.add_subplot(1, 2, 2))
+    plot_surface(kept, log=True, data="train", ax=both.add_subplot(1, 2, 1, projection="3d"))
+    plot_contour(plane, trajectory=trajectory.trajectory, data="train", ax=both.add_subplot(1, 2, 2))
     figures = {
         "landscape": (both, None),
-        "density": plot_density(spectrum.result),
-        "eigenvalues": plot_eigenvalues(spectrum.history),
-        "surface": plot_surface(kept, log=True),
-        "batch_norm": plot_kept_and_recomputed(kept, recomputed),
-        "adam": plot_contour(adam),
-        "hessian": plot_line(line),
+        "density": plot_density(spectrum.result, data="train"),
+        "eigenvalues": plot_eigenvalues(spectrum.history, data="train"),
+        "surface": plot_surface(kept, log=True, data="train"),
+        "batch_norm": plot_kept_and_recomputed(kept, recomputed, data="train"),
+        "adam": plot_contour(adam, data="train"),
+        "hessian": plot_line(line, data="train"),
     }
     for name, (figure, _) in figures.items():
         figure.savefig(options.out / f"{name}.png", dpi=150)

@@ -21,7 +21,7 @@ from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
-from lightning_flatness.plots.flatness import DATA
+from lightning_flatness.plots.words import DATA
 from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
 
 
@@ -280,7 +280,8 @@ class FlatnessCallback(MeasuringCallback):
         self._pair_accuracy(trainer)
         if self.history and self.report is not None:
             accuracy = logged.accuracy_key(trainer.callback_metrics, self.accuracy)
-            arguments = (self.history, self.report, accuracy, self._data_name)
+            stopping = tensorboard.stopping_of(trainer)
+            arguments = (self.history, self.report, accuracy, self._data_name, stopping)
             self._add_figures(trainer, lambda: tensorboard.flatness_figures(*arguments))
 
     def _add_to_history(self, trainer: Trainer, record: Record) -> None:
@@ -291,7 +292,7 @@ class FlatnessCallback(MeasuringCallback):
             self._has_chart = True
             tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
             names = [logged.accuracy_key(trainer.callback_metrics, callback.accuracy) for callback in callbacks]
-            tensorboard.add_joint_charts(trainer, tags, names)
+            tensorboard.add_charts(trainer, tags, names)
 
     def _pair_accuracy(self, trainer: Trainer) -> None:
         record, self._awaits_accuracy = self._awaits_accuracy, None

@@ -244,18 +244,19 @@ class LandscapeCallback(EpochEndCallback):
 
     def _draw(self) -> Mapping[str, Any]:
         figures: dict[str, Any] = {}
+        data = self._data_name
         for name, result in self.results.items():
             tag = name if len(self._options) > 1 else ""
             if len(result.axes) == 1:
-                figures[f"line/{tag}".rstrip("/")] = plot_line(result, cap=self.cap)[0]
+                figures[f"line/{tag}".rstrip("/")] = plot_line(result, cap=self.cap, data=data)[0]
                 continue
-            contour = plot_contour(result, cap=self.cap, trajectory=self.trajectory)[0]
+            contour = plot_contour(result, cap=self.cap, trajectory=self.trajectory, data=data)[0]
             figures[f"contour/{tag}".rstrip("/")] = contour
             log = self.cap is None and _spans_tenfold(result)
-            figures[f"surface/{tag}".rstrip("/")] = plot_surface(result, cap=self.cap, log=log)[0]
+            figures[f"surface/{tag}".rstrip("/")] = plot_surface(result, cap=self.cap, log=log, data=data)[0]
         if len(self.results) == 2:
             pair = self.results["kept"], self.results["recomputed"]
-            figures["batch_norm"] = plot_kept_and_recomputed(*pair, cap=self.cap)[0]
+            figures["batch_norm"] = plot_kept_and_recomputed(*pair, cap=self.cap, data=data)[0]
         return figures
 
 

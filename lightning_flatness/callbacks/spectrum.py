@@ -168,7 +168,7 @@ class SpectrumCallback(EpochEndCallback):
 
     def _draw(self) -> Mapping[str, Any]:
         assert self.result is not None
-        return {"density": plot_density(self.result)[0]}
+        return {"density": plot_density(self.result, data=self._data_name)[0]}
 
     def _draw_history(self) -> Mapping[str, Any]:
-        return {"eigenvalues": plot_eigenvalues(self.history)[0]}
+        return {"eigenvalues": plot_eigenvalues(self.history, data=self._data_name)[0]}

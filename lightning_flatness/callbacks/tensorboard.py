@@ -27,34 +27,48 @@ def writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, kinds)]
 
 
-def add_joint_charts(trainer: Trainer, tags: Sequence[str], accuracies: Sequence[str | None]) -> None:
-    """Add charts with flatness and accuracy to TensorBoard's page Custom Scalars.
+def add_charts(trainer: Trainer, tags: Sequence[str], accuracies: Sequence[str | None]) -> None:
+    """Add charts of accuracy and of flatness to TensorBoard's page Custom Scalars, side by side.
 
-    ``tags`` and ``accuracies`` contain the key of flatness and the key of accuracy, if any, of every callback. There is
-    one chart per callback and, if there are several callbacks, a chart with all keys. TensorBoard reads only one layout
-    per run, so one layout contains all charts. A chart has one linear axis, so its values must be of similar size.
+    ``tags`` and ``accuracies`` contain the key of flatness and the key of accuracy, if any, of every callback. Every
+    chart has one key: TensorBoard draws all curves of a run in one colour and on one linear axis, so two quantities in
+    a chart could not be told apart. It reads only one layout per run, so one layout contains the charts of all
+    callbacks.
     """
-    charts = [[tag] if accuracy is None else [accuracy, tag] for tag, accuracy in zip(tags, accuracies, strict=True)]
-    if len(charts) > 1:
-        known = [accuracy for accuracy in accuracies if accuracy is not None]
-        charts = [[*dict.fromkeys(known), *tags], *charts]
-    layout = {" and ".join(chart): ["Multiline", [f"^{re.escape(tag)}$" for tag in chart]] for chart in charts}
+    layout = {}
+    for tag, accuracy in zip(tags, accuracies, strict=True):
+        for key in (accuracy, tag):
+            if key is not None:
+                layout[key] = ["Multiline", [f"^{re.escape(key)}$"]]
     for writer in writers(trainer):
-        writer.add_custom_scalars({"flatness": layout})
+        writer.add_custom_scalars({"accuracy and flatness": layout})
+
+
+def stopping_of(trainer: Trainer) -> dict[str, Any]:
+    """Return the burn-in of the run's stopping rule, if it has one, and the epoch after which it stopped the run."""
+    rules: list[Any] = list(trainer.early_stopping_callbacks)
+    burn_ins = [rule.burn_in for rule in rules if getattr(rule, "burn_in", 0)]
+    stops = [rule.stopped_epoch for rule in rules if rule.stopped_epoch]
+    return {"burn_in": max(burn_ins, default=None), "stopped": max(stops, default=None)}
 
 
 def flatness_figures(
-    history: Sequence[Mapping[str, float | None]], report: FlatnessReport, accuracy: str | None, data: str
+    history: Sequence[Mapping[str, Any]],
+    report: FlatnessReport,
+    accuracy: str | None,
+    data: str,
+    stopping: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Draw the history, a comparison of layers and heat maps of block traces, as a dict from tags to figures."""
-    figures = {"history": plot_history(history, accuracy_label=accuracy or "accuracy", data=data)[0]}
+    shared: dict[str, Any] = {"report": report, "data": data}
+    figures = {"history": plot_history(history, accuracy_label=accuracy or "accuracy", **shared, **stopping)[0]}
     measure = "relative_flatness" if "relative_flatness" in history[-1] else "hessian_trace"
     if len(report.layers) > 1:
-        figures["layers"] = plot_layers(report, measure)[0]
-        figures["layer_history"] = plot_layer_history(history, measure)[0]
+        figures["layers"] = plot_layers(report, measure, data=data)[0]
+        figures["layer_history"] = plot_layer_history(history, measure, **shared)[0]
     whole = {name: layer for name, layer in report.layers.items() if layer.block_traces.ndim == 3}
     for name, layer in list(whole.items())[:MOST_HEAT_MAPS]:
-        figures[f"block_traces/{name}"] = plot_block_traces(layer)[0]
+        figures[f"block_traces/{name}"] = plot_block_traces(layer, data=data)[0]
     return figures
 
 

@@ -25,11 +25,15 @@ Example:
     ('relative flatness  (loss)', "filter s' (ordered by interaction)")
 """
 
-from lightning_flatness.plots.flatness import plot_block_traces, plot_history, plot_layer_history, plot_layers
-from lightning_flatness.plots.landscape import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface
+from lightning_flatness.plots.block_traces import plot_block_traces
+from lightning_flatness.plots.contour import plot_contour, plot_kept_and_recomputed, shared_levels
+from lightning_flatness.plots.history import plot_history, plot_layer_history
+from lightning_flatness.plots.layers import plot_layers
+from lightning_flatness.plots.line import plot_line
 from lightning_flatness.plots.spectrum import plot_density, plot_eigenvalues
+from lightning_flatness.plots.surface import plot_surface
 
 __all__ = [
     "plot_block_traces", "plot_contour", "plot_density", "plot_eigenvalues", "plot_history",
-    "plot_kept_and_recomputed", "plot_layer_history", "plot_layers", "plot_line", "plot_surface",
+    "plot_kept_and_recomputed", "plot_layer_history", "plot_layers", "plot_line", "plot_surface", "shared_levels",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
-"""Helpers for all figures: axes, frames, curves over epochs; matplotlib is imported when needed, pyplot never."""
+"""Helpers for all figures: axes, panels, curves, round ticks; matplotlib is imported when needed, pyplot never."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ from lightning_flatness.errors import FlatnessError
 
 # Curves with more points than this are drawn without markers.
 MOST_MARKERS = 40
+# Colours that colour-blind readers can tell apart, and that have different greys; the markers differ, too.
+SERIES = ("#0b3c6f", "#d1571a", "#3f9fd8", "#00805f")
+MARKERS = ("o", "s", "^", "D")
+# Size of titles, which say what was measured, and of legends.
+TITLE_SIZE, LEGEND_SIZE = 9, 8
 
 
 def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[Any, Any]:
@@ -24,16 +30,79 @@ def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[A
     return figure, figure.subplots(**options)
 
 
+def panel_below(figure: Any, ax: Any, shares: tuple[float, float]) -> Any:
+    """Divide the place of ``ax`` in two, by their shares of the height; return new axes below that share its x axis."""
+    spec = ax.get_subplotspec()
+    if spec is None:  # axes at a place of their own, as of figure.add_axes
+        box, part = ax.get_position(), shares[1] / sum(shares)
+        ax.set_position((box.x0, box.y0 + (part + 0.03) * box.height, box.width, (0.97 - part) * box.height))
+        below = figure.add_axes((box.x0, box.y0, box.width, (part - 0.03) * box.height), sharex=ax)
+    else:
+        grid = spec.subgridspec(2, 1, height_ratios=shares)
+        ax.set_subplotspec(grid[0])
+        below = figure.add_subplot(grid[1], sharex=ax)
+    ax.tick_params(axis="x", labelbottom=False)
+    return below
+
+
 def plain_frame(ax: Any, grid: str, hidden: Sequence[str] = ("top", "right")) -> None:
     """Hide some sides of the frame, and draw a light grid across ``"x"``, ``"y"`` or ``"both"``."""
     ax.spines[list(hidden)].set_visible(False)
     ax.grid(axis=grid, alpha=0.25, linewidth=0.6)
+    ax.set_axisbelow(True)
 
 
-def plot_over_epochs(ax: Any, epochs: Sequence[float], values: Sequence[float | None], **style: Any) -> None:
-    """Draw a curve over epochs, with gaps at values that are None, and with markers if it has few points."""
+def set_heading(ax: Any, *lines: str) -> None:
+    """Write the lines that are not empty above the axes, from the left; break those that are longer than the axes."""
+    characters = int(1.15 * ax.get_window_extent().width / ax.figure.dpi / (0.52 * TITLE_SIZE / 72))
+    broken = [part for line in lines for part in textwrap.wrap(line, max(characters, 30))]
+    ax.set_title("\n".join(broken), fontsize=TITLE_SIZE, loc="left")
+
+
+def overlays(ax: Any, kind: str) -> list[Any]:
+    """Return the curves of this kind that are in the axes, in the order in which they were drawn."""
+    return [line for line in ax.lines if (line.get_gid() or "").partition("\n")[0] == kind]
+
+
+def set_joint_heading(ax: Any, kind: str, curve: Any, *lines: str) -> None:
+    """Write the heading of all curves of this kind, of which ``curve`` is the last; parts that differ are all named.
+
+    A curve keeps its own heading as its ``gid``.
+    """
+    curve.set_gid("\n".join((kind, *lines)))
+    headings = [line.get_gid().split("\n")[1:] for line in overlays(ax, kind)]
+    parts = [[line.split("; ") for line in same] for same in zip(*headings, strict=True)]
+    joint = ["; ".join(" / ".join(dict.fromkeys(same)) for same in zip(*several, strict=True)) for several in parts]
+    set_heading(ax, *joint)
+
+
+def plot_over_epochs(
+    ax: Any,
+    epochs: Sequence[float],
+    values: Sequence[float | None],
+    exact: Sequence[bool] | None = None,
+    **style: Any,
+) -> None:
+    """Draw a curve over epochs, with gaps at values that are None, and with markers if it has few points.
+
+    Where ``exact`` is False, the curve is dashed and its markers are hollow.
+    """
     numbers = [math.nan if value is None else value for value in values]
-    ax.plot(epochs, numbers, marker="o" if len(epochs) <= MOST_MARKERS else None, **style)
+    flags = [True] * len(numbers) if exact is None else list(exact)
+    marker = style.pop("marker", "o") if len(epochs) <= MOST_MARKERS else None
+    if any(flags) or not numbers:
+        solid = [number if flag else math.nan for number, flag in zip(numbers, flags, strict=True)]
+        ax.plot(epochs, solid, marker=marker, **style)
+        style.pop("label", None)
+    if not all(flags):
+        # A part of the curve is solid only between two exact values.
+        padded = [True, *flags, True]
+        near = [not all(padded[index : index + 3]) for index in range(len(flags))]
+        dashed = [number if beside else math.nan for number, beside in zip(numbers, near, strict=True)]
+        hollow = [index for index, flag in enumerate(flags) if not flag]
+        ax.plot(
+            epochs, dashed, **{**style, "linestyle": "--"}, marker=marker, markevery=hollow, markerfacecolor="white"
+        )
 
 
 def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
@@ -42,3 +111,45 @@ def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(set(epochs)) == 1:
         ax.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
+
+
+def label_logarithm(axis: Any) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 of every power of ten, or at powers alone if there are many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.set_minor_locator(LogLocator(subs=tuple(range(2, 10))))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """Return numbers within positive bounds: 1, 2 and 5 of every power of ten, or powers alone if those are many.
+
+    Example:
+        >>> round_numbers(0.3, 12.0)
+        [0.5, 1.0, 2.0, 5.0, 10.0]
+        >>> round_numbers(0.3, 12000.0)
+        [1.0, 10.0, 100.0, 1000.0, 10000.0]
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    numbers = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
+    numbers = [number for number in numbers if low <= number <= high]
+    if len(numbers) > 11:  # then there are four powers of ten at least
+        numbers = [number for number in numbers if f"{number:e}".startswith("1.")]
+    return numbers[:: max(1, -(-len(numbers) // 8))]
+
+
+def short(value: float) -> str:
+    """Format a number of few digits, as a power of ten if it is very large or small.
+
+    Example:
+        >>> short(0.02), short(2000.0), short(1e-5), short(-1e6)
+        ('0.02', '2000', '$10^{-5}$', '$-10^{6}$')
+    """
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:g}"
+    digits, power = f"{value:e}".split("e")
+    factor = f"{float(digits):g}"
+    return f"${factor[:-1] if factor in ('1', '-1') else factor + '×'}10^{{{int(power)}}}$"

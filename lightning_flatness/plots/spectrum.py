@@ -4,30 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.plots.canvas import axes_or_new, label_epochs, plain_frame, plot_over_epochs
+from lightning_flatness.plots.canvas import (
+    LEGEND_SIZE,
+    MARKERS,
+    SERIES,
+    axes_or_new,
+    label_epochs,
+    overlays,
+    plain_frame,
+    plot_over_epochs,
+    set_heading,
+    set_joint_heading,
+    short,
+)
+from lightning_flatness.plots.words import samples_of, with_error
 from lightning_flatness.results import SpectrumResult, number_of
 from lightning_flatness.results.spectrum import MATRICES, default_sigma
 
-DENSITY_COLOUR = "#1f5fa8"
-EIGENVALUE_COLOUR = "#c2511b"
-NEGATIVE_COLOUR = "#7a4fa3"
+EIGENVALUE_COLOUR = SERIES[1]
+LOWEST_COLOUR = SERIES[0]
 # Number of powers of ten over which the density is drawn. Lower values come from the Gaussians, not the spectrum.
 DECADES = 7
 
 
-def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any = None) -> tuple[Any, Any]:
+def plot_density(
+    result: SpectrumResult,
+    *,
+    sigma: float | None = None,
+    label: str | None = None,
+    color: Any = None,
+    data: str | None = None,
+    ax: Any = None,
+) -> tuple[Any, Any]:
     """Draw the spectral density on a logarithmic scale, and mark the largest eigenvalues on the horizontal axis.
 
-    One eigenvalue among ``D`` is a bump of height ``1 / (D sigma √(2π))``, so outliers and bulk are visible together.
-    By default ``sigma``, the standard deviation of the Gaussians in loss per squared weight, is a hundredth of the
-    range of Ritz values and eigenvalues. See :meth:`~lightning_flatness.SpectrumResult.density`.
+    One eigenvalue among ``D`` is a bump of height ``1 / (D sigma √(2π))``, so outliers and bulk are visible together. A
+    band shows the range over the probes. The density of a Gauss-Newton matrix is dashed.
+
+    Args:
+        result: the spectrum.
+        sigma: standard deviation of the Gaussians, in loss per squared weight; by default a hundredth of the range of
+            Ritz values and eigenvalues. See :meth:`~lightning_flatness.SpectrumResult.density`. Spectra that are
+            compared need the same.
+        label: name of the spectrum for the legend. To compare spectra, draw them into the same ``ax`` with a ``label``
+            each; the axes then show all of them.
+        color: colour of the density and its eigenvalues.
+        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        ax: axes to draw into.
     """
-    figure, ax = axes_or_new(ax, 7.0, 3.6)
+    figure, ax = axes_or_new(ax, 7.0, 4.0)
+    index = len(overlays(ax, "density"))
+    color = color or SERIES[index % len(SERIES)]
     # After few Lanczos steps, eigenvalues can lie far outside the range of the Ritz values.
     values = torch.cat([result.ritz_values.flatten(), result.eigenvalues]).double()
     low, high = float(values.min()), float(values.max())
@@ -37,75 +70,144 @@ def plot_density(result: SpectrumResult, *, sigma: float | None = None, ax: Any 
     grid, density = result.density(grid, sigma)
     top = float(density.max())
     floor = top / 10**DECADES
-    ax.fill_between(grid.numpy(), density.clamp(min=floor).numpy(), floor, color=DENSITY_COLOUR, alpha=0.18, lw=0)
-    ax.plot(grid.numpy(), density.clamp(min=floor).numpy(), color=DENSITY_COLOUR, linewidth=1.2)
-    ax.set(yscale="log", ylim=(floor, 3 * top), xlim=(float(grid[0]), float(grid[-1])))
+    if len(result.ritz_values) > 1:
+        of_probes = torch.stack([_of_probe(result, probe, grid, sigma) for probe in range(len(result.ritz_values))])
+        edges = [edge.clamp(min=floor / 100).numpy() for edge in (of_probes.amin(0), of_probes.amax(0))]
+        name = f"range over {number_of(result.num_probes, 'probe')}" if label is None else None
+        ax.fill_between(grid.numpy(), *edges, color=color, alpha=0.25, linewidth=0, label=name)
+    marker = (
+        {} if label is None else {"marker": MARKERS[index % 4], "markevery": (100 + 60 * index, 400), "markersize": 4}
+    )
+    words = (
+        f"density, σ = {short(float(f'{sigma:.2g}'))}"
+        if label is None
+        else f"{label}: {_loss(result, data)}, {_criterion(result)}"
+    )
+    dashes = "-" if result.matrix == "hessian" else "--"
+    curve = {"color": color, "linewidth": 1.3, "linestyle": dashes, **marker}
+    (drawn,) = ax.plot(grid.numpy(), density.clamp(min=floor / 1e3).numpy(), label=words, **curve)
+    limits = {"x": (float(grid[0]), float(grid[-1])), "y": (floor, 3 * top)}
+    if index:  # show what was drawn before, too
+        before = {"x": ax.get_xlim(), "y": ax.get_ylim()}
+        limits = {name: (min(pair[0], before[name][0]), max(pair[1], before[name][1])) for name, pair in limits.items()}
+    ax.set(yscale="log", ylim=limits["y"], xlim=limits["x"])
     ax.axvline(0.0, color="0.5", linewidth=0.7, linestyle=":")
     if number := len(result.eigenvalues):
+        name = f"{number} largest eigenvalues" if number > 1 else "largest eigenvalue"
         ax.plot(
             result.eigenvalues.numpy(),
-            [0.0] * number,
+            [0.04 * index] * number,
             marker=2,  # in matplotlib, a tick that points upwards
             markersize=9,
-            markeredgewidth=1.2,
+            markeredgewidth=1.4,
             linestyle="none",
-            color=EIGENVALUE_COLOUR,
+            color=EIGENVALUE_COLOUR if label is None else color,
             transform=ax.get_xaxis_transform(),
-            label=f"{number} largest eigenvalues" if number > 1 else "largest eigenvalue",
+            label=name if label is None else None,
         )
-        ax.legend(frameon=False, fontsize=9, loc="upper right")
+    ax.legend(frameon=False, fontsize=LEGEND_SIZE, loc="upper right")
     ax.set_xlabel(f"eigenvalue of the {MATRICES[result.matrix]}  (loss per squared weight)")
     ax.set_ylabel("density")
-    ax.set_title(
-        f"{result.kind},  K_Hn = {result.k_hn:.2g},  C_t = {result.c_t:.2g}  "
-        f"({number_of(result.num_probes, 'probe')} of {number_of(result.num_steps, 'step')})",
-        fontsize=10,
-        loc="left",
-    )
+    if label is None:
+        set_heading(ax, *_heading(result, data))
+    else:
+        set_joint_heading(ax, "density", drawn, f"{_size(result)}; σ = {short(float(f'{sigma:.2g}'))}")
     plain_frame(ax, "x")
     return figure, ax
 
 
+def _of_probe(result: SpectrumResult, probe: int, grid: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Return the density that one probe gives."""
+    one = slice(probe, probe + 1)
+    single = replace(result, ritz_values=result.ritz_values[one], ritz_weights=result.ritz_weights[one])
+    return single.density(grid, sigma)[1]
+
+
+def _loss(result: SpectrumResult, data: str | None) -> str:
+    return f"{result.loss_name} {result.loss:.3g} on {samples_of(result.num_samples, data)}"
+
+
+def _size(result: SpectrumResult) -> str:
+    probes = f"{number_of(result.num_probes, 'probe')} of {number_of(result.num_steps, 'step')}"
+    return f"{number_of(result.num_parameters, 'parameter')}; {probes}"
+
+
+def _criterion(result: SpectrumResult) -> str:
+    return f"K_Hn = {with_error(result.k_hn, result.spread['k_hn'])}"
+
+
+def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
+    """Return three lines: what was measured on which samples, trace and criteria, and how sure these are."""
+    trace = f"trace {with_error(result.trace, result.trace_stderr)}"
+    criteria = f"{_criterion(result)}, C_t = {with_error(result.c_t, result.spread['c_t'])}"
+    errors = "±: standard error of the trace, standard deviation of the criteria over probes"
+    missing = [] if result.converged else ["eigenvalues have not converged"]
+    return (
+        f"{_size(result)}; {_loss(result, data)}",
+        f"{result.kind}; {trace}, {criteria}",
+        "; ".join([errors] * (result.num_probes > 1) + missing),
+    )
+
+
 def plot_eigenvalues(
-    history: Iterable[tuple[float, SpectrumResult] | Mapping[str, Any]], *, ax: Any = None
+    history: Iterable[tuple[float, SpectrumResult] | Mapping[str, Any]], *, data: str | None = None, ax: Any = None
 ) -> tuple[Any, Any]:
     """Draw the largest eigenvalues over the epochs, and the lowest Ritz value of all probes.
 
     The history consists of pairs of epoch and result, or of records of ``SpectrumCallback.history``, in any order.
-    Eigenvalues can have both signs, so the vertical axis is linear near zero and logarithmic elsewhere.
+    Eigenvalues can have both signs, so the vertical axis is linear near zero and logarithmic elsewhere. Markers are
+    hollow, and curves dashed, where eigenvalues have not converged. ``data`` names the measured data for the title.
     """
-    records = sorted((_numbers(entry) for entry in history), key=lambda record: record[0])
+    records = sorted((_numbers(entry) for entry in history), key=lambda record: record["epoch"])
     if not records:
         raise FlatnessError("plot_eigenvalues needs at least one pair (epoch, SpectrumResult).")
     figure, ax = axes_or_new(ax, 7.0, 4.0)
-    epochs = [epoch for epoch, _, _ in records]
-    most = max(len(eigenvalues) for _, eigenvalues, _ in records)
-    lowest = [value for _, _, value in records]
+    epochs = [record["epoch"] for record in records]
+    converged = [record.get("converged") is not False for record in records]
+    most = max(len(record["eigenvalues"]) for record in records)
+    lowest = [record["lowest_ritz_value"] for record in records]
     for index in range(most):
-        values = [eigenvalues[index] if index < len(eigenvalues) else None for _, eigenvalues, _ in records]
+        values = [dict(enumerate(record["eigenvalues"])).get(index) for record in records]
         others = "λ2" if most == 2 else f"λ2 to λ{most}"
         label = "λ1, the largest" if index == 0 else others if index == 1 else None
         alpha = 1.0 if index == 0 else max(0.25, 0.7 - 0.5 * index / most)
-        line = {"color": EIGENVALUE_COLOUR, "alpha": alpha, "linewidth": 1.8 if index == 0 else 1.0}
-        plot_over_epochs(ax, epochs, values, markersize=3.0, label=label, **line)
-    line = {"color": NEGATIVE_COLOUR, "linestyle": "--"}
-    plot_over_epochs(ax, epochs, lowest, markersize=3.0, label="lowest Ritz value", **line)
+        line: dict[str, Any] = {"color": EIGENVALUE_COLOUR, "alpha": alpha, "linewidth": 1.8 if index == 0 else 1.0}
+        plot_over_epochs(ax, epochs, values, converged, markersize=3.5, label=label, **line)
+    line = {"color": LOWEST_COLOUR, "marker": "v", "linestyle": "-."}
+    plot_over_epochs(
+        ax, epochs, lowest, markersize=4.0, label="lowest Ritz value (bounds the lowest eigenvalue)", **line
+    )
     ax.axhline(0.0, color="0.5", linewidth=0.7, linestyle=":")
-    sizes = [abs(value) for _, eigenvalues, low in records for value in (*eigenvalues, low)]
+    sizes = [abs(value) for record in records for value in (*record["eigenvalues"], record["lowest_ritz_value"])]
     largest = max((size for size in sizes if not math.isnan(size)), default=0.0)
     if largest > 0:
         ax.set_yscale("symlog", linthresh=largest / 100)
         ax.set_ylim(min(2 * min(lowest), -largest / 100), 2 * largest)
+        ax.yaxis.set_major_formatter(lambda value, _: short(value).replace("-", "−", 1) if value < 0 else short(value))
     label_epochs(ax, epochs)
     ax.set_ylabel("eigenvalue  (loss per squared weight)")
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(frameon=False, fontsize=LEGEND_SIZE)
+    where = samples_of(records[-1].get("num_samples") or 0, data)
+    set_heading(
+        ax,
+        f"Largest eigenvalues of the {MATRICES[records[-1].get('matrix', 'hessian')]}"
+        + (f"; {where}" if where else ""),
+        "" if all(converged) else "hollow: eigenvalues have not converged",
+    )
     plain_frame(ax, "both")
     return figure, ax
 
 
-def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> tuple[float, list[float], float]:
-    """Return epoch, eigenvalues and lowest Ritz value."""
+def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return epoch, eigenvalues and lowest Ritz value, with what is known of how they were measured."""
     if isinstance(entry, Mapping):
-        return entry["epoch"], list(entry["eigenvalues"]), entry["lowest_ritz_value"]
+        return entry
     epoch, result = entry
-    return epoch, result.eigenvalues.tolist(), float(result.ritz_values.min())
+    return {
+        "epoch": epoch,
+        "eigenvalues": result.eigenvalues.tolist(),
+        "lowest_ritz_value": float(result.ritz_values.min()),
+        "converged": result.converged,
+        "num_samples": result.num_samples,
+        "matrix": result.matrix,
+    }

@@ -142,11 +142,11 @@ def test_bad_given_data_is_refused_before_training(tmp_path):
     assert module.training_steps == 0
 
 
-def test_validation_and_training_data_are_in_one_chart(tmp_path):
+def test_validation_and_training_data_are_in_one_layout(tmp_path):
     callbacks = [lf.FlatnessCallback(summary=False), lf.FlatnessCallback(data="train", prefix="train", summary=False)]
     fit(tmp_path, *callbacks, logger=TensorBoardLogger(tmp_path, name=""))
-    shown = charts(events(tmp_path))
-    assert ["^val_acc$", "^flatness/log10_relative_flatness$", "^train/log10_relative_flatness$"] in shown.values()
+    keys = ["val_acc", "flatness/log10_relative_flatness", "train/log10_relative_flatness"]
+    assert charts(events(tmp_path)) == {key: [f"^{key}$"] for key in keys}
     assert callbacks[0].report.num_samples == 22
     assert callbacks[1].report.num_samples == 32
 

@@ -1,4 +1,4 @@
-"""What the loggers get to see: scalars everywhere, one joint chart and figures in TensorBoard."""
+"""What the loggers get to see: scalars everywhere, charts and figures in TensorBoard."""
 
 import contextlib
 import csv
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lightning_flatness as lf
+from lightning_flatness.callbacks import tensorboard
 from tests.callbacks.lightning_modules import Classifier, Interrupted, TwoLayerNet, loaders, quiet_trainer
 from tests.callbacks.tensorboard_events import charts, events
 from tests.guarding import guards
@@ -52,15 +53,16 @@ def test_scalars_of_several_layers(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}, {"num_sanity_val_steps": 0}], ids=str)
-def test_joint_chart_shows_accuracy_and_flatness(tmp_path, options):
+def test_accuracy_and_flatness_have_a_chart_each(tmp_path, options):
     fit(tmp_path, lf.FlatnessCallback(summary=False), max_epochs=3, **options)
     seen = events(tmp_path)
-    ((title, patterns),) = charts(seen).items()
-    assert "val_acc" in title
-    assert [matches(pattern, seen) for pattern in patterns] == [["val_acc"], ["flatness/log10_relative_flatness"]]
+    shown = {title: [matches(pattern, seen) for pattern in patterns] for title, patterns in charts(seen).items()}
+    keys = ["val_acc", "flatness/log10_relative_flatness"]
+    assert list(shown) == keys
+    assert list(shown.values()) == [[[key]] for key in keys]
 
 
-def test_joint_chart_of_an_accuracy_that_is_logged_in_steps_too(tmp_path):
+def test_chart_of_an_accuracy_that_is_logged_in_steps_too(tmp_path):
     class Stepwise(Classifier):
         def validation_step(self, batch, batch_idx):
             self(batch[0])
@@ -68,11 +70,11 @@ def test_joint_chart_of_an_accuracy_that_is_logged_in_steps_too(tmp_path):
 
     fit(tmp_path, lf.FlatnessCallback(summary=False), module=Stepwise())
     seen = events(tmp_path)
-    ((_, patterns),) = charts(seen).items()
-    assert all(matches(pattern, seen) for pattern in patterns)
+    assert len(charts(seen)) == 2
+    assert all(matches(pattern, seen) for patterns in charts(seen).values() for pattern in patterns)
 
 
-def test_joint_chart_without_an_accuracy(tmp_path):
+def test_chart_without_an_accuracy(tmp_path):
     class Silent(Classifier):
         def validation_step(self, batch, batch_idx):
             self(batch[0])
@@ -155,7 +157,7 @@ def test_without_matplotlib_there_is_a_warning(tmp_path, monkeypatch):
     seen = events(tmp_path)
     assert seen.Tags()["images"] == []
     assert set(KEYS) < set(seen.Tags()["scalars"])
-    assert len(charts(seen)) == 1
+    assert len(charts(seen)) == 2
 
 
 def test_without_matplotlib_and_tensorboard_there_is_no_warning(tmp_path, monkeypatch):
@@ -191,3 +193,18 @@ def test_diagonals_alone_are_logged_and_drawn(tmp_path):
     assert not [tag for tag in seen["scalars"] if "relative_flatness" in tag]
     assert sorted(seen["images"]) == ["flatness/history", "flatness/layer_history", "flatness/layers"]
     assert "relative_flatness" not in callback.history[0]
+
+
+def test_the_stop_and_the_burn_in_are_in_the_figure(tmp_path, monkeypatch):
+    drawn = []
+    plot = tensorboard.plot_history
+    monkeypatch.setattr(
+        tensorboard, "plot_history", lambda *given, **options: drawn.append(options) or plot(*given, **options)
+    )
+    stopping = lf.FlatnessStopping(burn_in=1, patience=1, min_delta=0.99, accuracy_min_delta=1.0)
+    fit(tmp_path, lf.FlatnessCallback(summary=False), stopping, max_epochs=9)
+    (options,) = drawn
+    assert 0 < stopping.stopped_epoch < 8
+    assert (options["burn_in"], options["stopped"]) == (1, stopping.stopped_epoch)
+    assert options["accuracy_label"] == "val_acc"
+    assert options["report"].num_samples

@@ -10,8 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.plots import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface
-from lightning_flatness.plots.landscape import _refined
+from lightning_flatness.plots import plot_contour, plot_kept_and_recomputed, plot_line, plot_surface, shared_levels
+from lightning_flatness.plots.canvas import overlays
+from lightning_flatness.plots.surface import _refined
 
 
 def landscape(axes="random", **options):
@@ -43,14 +44,15 @@ def gaps_of(ax):
     return [collection.get_hatch() for collection in ax.collections if collection.get_hatch()]
 
 
-def legend(ax):
-    return [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
+def colour_bar(figure):
+    """The colour bar of the first axes."""
+    return figure.axes[0].child_axes[0]._colorbar
 
 
 def ticks_of(figure):
     """Labels of the colour bar that are seen, and its own label."""
     figure.canvas.draw()
-    axis = figure.axes[1].yaxis
+    axis = colour_bar(figure).ax.yaxis
     low, high = sorted(axis.get_view_interval())
     labels = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
     return [label.get_text() for at, label in labels if low <= at <= high], axis.get_label_text()
@@ -95,7 +97,8 @@ def test_contours_with_a_hole_and_a_trajectory(drawn):
 @pytest.mark.parametrize("log", [False, True])
 def test_surfaces(drawn, log):
     figure, ax = plot_surface(with_losses(landscape(), {(0, 0): math.nan}), log=log, cap=5.0)
-    assert ax.get_zlabel() == ("log₁₀ loss" if log else "loss")
+    assert ax.get_zlabel() == "loss"
+    assert figure.axes[1].get_ylabel() == "loss"
     assert drawn(figure)
     negative = with_losses(landscape(), {...: -landscape().losses})
     with pytest.raises(lf.FlatnessError, match="not positive"):
@@ -128,7 +131,7 @@ def test_flat_landscapes_and_wrong_ones():
         plot_line(with_losses(landscape(["random"]), {...: math.nan}))
 
 
-def test_what_was_not_computed_looks_other_than_what_is_not_finite(drawn):
+def test_what_was_not_computed_looks_other_than_what_is_not_finite(drawn, legend):
     for result, hatches, reasons in (
         (partial(landscape()), ["..."], ["not computed"]),
         (partial(landscape(), not_finite=[(1, 1)]), ["///", "..."], ["not finite", "not computed"]),
@@ -142,11 +145,11 @@ def test_what_was_not_computed_looks_other_than_what_is_not_finite(drawn):
     assert not plot_surface(landscape())[1].texts
     line = partial(landscape(["random"]), not_finite=[1])
     figure, ax = plot_line(line)
-    assert legend(ax) == ["not finite", "not computed"]
+    assert legend(ax) == ["loss", "not finite", "not computed"]
     assert [patch.get_hatch() for patch in ax.patches] == ["///", "...", "..."]
-    assert not legend(plot_line(landscape(["random"]))[1])
+    assert legend(plot_line(landscape(["random"]))[1]) == ["loss"]
     plot_line(line, label="again", ax=ax)
-    assert ax.get_legend_handles_labels()[1] == ["not finite", "not computed", "again"]
+    assert sorted(ax.get_legend_handles_labels()[1]) == ["again", "loss", "not computed", "not finite"]
 
 
 def test_every_cell_with_a_gap_is_marked_by_its_reason():
@@ -161,7 +164,8 @@ def test_every_cell_with_a_gap_is_marked_by_its_reason():
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0.984, 1.024), (0.989, 0.989 + 1e-9), (1e-8, 3e-8), (-3.0, 4.0), (0.5, 400.0), (1e3, 1e3 + 1e-4)]
+    ("low", "high"),
+    [(0.984, 1.024), (0.989, 0.989 + 1e-9), (1e-8, 3e-8), (-3.0, 4.0), (0.5, 400.0), (1e3, 1e3 + 1e-4), (3e-9, 2e3)],
 )
 @pytest.mark.filterwarnings("error")
 def test_labels_of_the_colour_bar_tell_its_levels_apart(low, high):
@@ -174,10 +178,10 @@ def test_labels_of_the_colour_bar_tell_its_levels_apart(low, high):
         assert text == "loss\n(× 1e−10 + 9.89e−1)"
 
 
-def test_given_levels_that_lie_close_are_told_apart():
+def test_ticks_of_given_levels_are_round():
     levels = torch.tensor([1.0, 1.0001, 1.0002, 20.0])
     figure, _ = plot_contour(landscape(), levels=levels)
-    assert ticks_of(figure)[0] == ["1", "1.0001", "1.0002", "20"]
+    assert ticks_of(figure)[0] == ["1", "2", "5", "10", "20"]
 
 
 @pytest.mark.parametrize("value", [1.25, 0.0, -3.0, 1.25 + 1e-15 * torch.arange(25).double().reshape(5, 5)])
@@ -196,7 +200,7 @@ def test_too_few_points_for_contours(drawn):
     middle = landscape().losses[2, 2]
     result = with_losses(landscape(), {...: math.nan, (2, 2): middle})
     figure, ax = plot_contour(result)
-    assert len(figure.axes) == 1  # no colour bar
+    assert not ax.child_axes  # no colour bar
     assert ax.texts[0].get_text() == f"too few points for contours: 1 of 25,\nlowest loss {float(middle):.6g}"
     assert drawn(figure)
     assert drawn(plot_surface(result)[0])
@@ -206,15 +210,15 @@ def test_the_colour_bar_goes_on_where_losses_are_above_the_cap():
     result = landscape()
     for cap, more in ((2 * float(result.losses.max()), "neither"), (float(result.losses.median()), "max")):
         figure, _ = plot_contour(result, cap=cap)
-        assert figure.axes[1]._colorbar.extend == more
-        ticks = figure.axes[1].yaxis.get_majorticklocs()
+        assert colour_bar(figure).extend == more
+        ticks = colour_bar(figure).ax.yaxis.get_majorticklocs()
         assert float(result.losses.min()) <= min(ticks) < max(ticks) <= min(cap, float(result.losses.max()))
     infinite = with_losses(result, {0: math.inf})
     figure, _ = plot_contour(infinite, cap=2 * float(result.losses.max()))
-    assert figure.axes[1]._colorbar.extend == "max"
+    assert colour_bar(figure).extend == "max"
 
 
-def test_the_ends_of_a_trajectory_are_marked():
+def test_the_ends_of_a_trajectory_are_marked(legend):
     points = torch.tensor([[0.5, 0.5], [0.2, 0.1], [0.1, 0.0]])
     _, ax = plot_contour(landscape(), trajectory=points)
     assert legend(ax) == ["start", "end", "model"]
@@ -257,3 +261,73 @@ def test_offsets_and_factors_are_in_the_labels_of_a_surface():
     assert ax.get_zlabel() == "loss\n(× 1e−8 + 9.89e−1)"
     figure.canvas.draw()
     assert not any(axis.get_offset_text().get_visible() for axis in (ax.xaxis, ax.yaxis, ax.zaxis))
+
+
+def test_titles_name_loss_samples_normalisation_and_statistics(heading):
+    words = "cross_entropy, mean over 8 samples of training data normalised by filter (L2); BatchNorm statistics kept"
+    for axes, plot in ((["random"], plot_line), ("random", plot_contour), ("random", plot_surface)):
+        assert heading(plot(landscape(axes), data="train")[1]) == words
+    for plot in (plot_contour, plot_surface):
+        assert heading(plot(landscape(normalize="none"), label="SGD")[1]) == (
+            "SGD cross_entropy, mean over 8 samples directions not normalised; BatchNorm statistics kept"
+        )
+
+
+def test_both_axes_of_a_plane_have_one_scale(drawn):
+    figure, ax = plot_contour(landscape(span=[(-1.0, 2.0), (-1.0, 1.0)]))
+    assert drawn(figure)
+    box, bar = ax.bbox, ax.child_axes[0].bbox
+    assert box.height / box.width == pytest.approx(2 / 3)
+    assert (bar.y0, bar.y1) == pytest.approx((box.y0, box.y1)), "the colour bar is as high as the plane"
+    assert plot_contour(landscape(span=[(-9.0, 9.0), (-1.0, 1.0)]))[1].get_box_aspect() is None
+
+
+def test_planes_are_compared_at_shared_levels(legend, heading, drawn):
+    pair = [landscape(batch_norm=name) for name in ("kept", "recomputed")]
+    levels = shared_levels(*pair)
+    losses = torch.stack([result.losses for result in pair])
+    assert_close(levels[[0, -1]], torch.stack([losses.min(), losses.max()]))
+    figure, ax = plot_contour(pair[0], levels=levels, label="one", color="#0b3c6f", data="val")
+    plot_contour(pair[1], levels=levels, label="other", color="#d1571a", data="val", ax=ax)
+    assert legend(ax) == ["one", "other", "model"]
+    strokes = [line.get_linestyle() for line in ax.lines if line.get_label() in ("one", "other")]
+    assert strokes == ["-", "--"], "the planes differ in grey, too"
+    assert heading(ax).endswith(
+        "normalised by filter (L2); BatchNorm statistics kept / BatchNorm statistics recomputed"
+    )
+    assert not ax.child_axes
+    assert drawn(figure)
+    wide = landscape(span=2.0)
+    plot_contour(wide, color="black", ax=ax)
+    plot_contour(pair[0], color="black", ax=ax)
+    assert (*ax.get_xlim(), *ax.get_ylim()) == (-2, 2, -2, 2), "all planes are seen"
+
+
+def test_a_line_names_its_ends_and_its_curves(legend):
+    figure, ax = plot_line(landscape(["random"], span=(-0.5, 1.5)), ends=("SGD", "SAM"))
+    assert [(text.get_text(), text.xy[0]) for text in ax.texts] == [("SGD", 0), ("SAM", 1)]
+    for panel in figure.axes:
+        assert [line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == ":"] == [0, 1]
+    assert [legend(panel) for panel in figure.axes] == [["loss"], ["accuracy"]]
+    assert [text.get_text() for text in plot_line(landscape(["random"], span=(0.5, 1.5)))[1].texts] == []
+
+
+def test_lines_that_are_compared_differ_in_colour_and_marker(legend):
+    _, ax = plot_line(landscape(["random"]), label="one")
+    plot_line(landscape(["random"]), label="other", ax=ax)
+    plot_line(landscape(["random"]), label="red", color="red", ax=ax)
+    assert legend(ax) == ["one", "other", "red"]
+    first, second, third = overlays(ax, "loss")
+    assert first.get_color() != second.get_color()
+    assert len({first.get_marker(), second.get_marker(), third.get_marker()}) == 3
+    assert third.get_color() == "red"
+
+
+def test_a_logarithmic_surface_is_labelled_with_losses():
+    result = with_losses(landscape(), {...: torch.logspace(-2, 2, 25).double().reshape(5, 5)})
+    figure, ax = plot_surface(result, log=True)
+    figure.canvas.draw()
+    words = [label.get_text() for label in ax.get_zticklabels()]
+    assert words == [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert {"0.01", "0.1", "1", "10", "100"} >= set(words)
+    assert len(words) >= 4

@@ -1,0 +1,79 @@
+"""Figure of the block traces of one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.plots.canvas import axes_or_new, set_heading, short
+from lightning_flatness.plots.words import exactness, known_error, samples_of, with_error
+from lightning_flatness.results import LayerFlatness
+
+# Dark is negative, light is positive and grey is zero, so that the sign is seen without colours, too.
+COLOURS = "cividis"
+CLIPPED = 0.99
+
+
+def plot_block_traces(
+    layer: LayerFlatness, *, sort: bool = True, data: str | None = None, ax: Any = None
+) -> tuple[Any, Any]:
+    """Draw the block traces ``T[s, s']`` (loss per squared weight) as a heat map: light if positive, dark if negative.
+
+    The colour scale ends at the 99th percentile of ``|T|``, so that a few large entries do not hide the rest; the title
+    says how many are beyond. The frame is dashed if the numbers are not exact. With ``sort``, filters that interact are
+    placed next to each other, within each group of a grouped convolution. They are sorted by the angle of their entries
+    in the two leading eigenvectors of ``T`` normalised to a unit diagonal. ``data`` names the data for the title:
+    ``"val"``, ``"train"`` or another name.
+    """
+    if layer.block_traces.ndim != 3:
+        raise FlatnessError(
+            f"Layer '{layer.info.name}' has only the diagonal of its block traces; measure 'relative_flatness' too."
+        )
+    figure, ax = axes_or_new(ax, 5.8, 5.0)
+    traces = layer.block_traces
+    if sort:
+        orders = [_by_interaction(block) for block in traces]
+        traces = torch.stack([block[order][:, order] for block, order in zip(traces, orders, strict=True)])
+    matrix = torch.block_diag(*traces)
+    entries = traces.abs().flatten()
+    limit = float(entries.sort().values[int(CLIPPED * (len(entries) - 1))]) or float(entries.max()) or 1.0
+    image = ax.imshow(matrix.numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest")
+    beyond = int((entries > limit).sum())
+    suffix = " (ordered by interaction)" if sort else ""
+    ax.set(xlabel=f"filter s'{suffix}", ylabel=f"filter s{suffix}")
+    error = 2 * known_error(*(known.get("hessian_trace") for known in (layer.sampling_errors, layer.standard_errors)))
+    clipped = (
+        f"{beyond:,} of {len(entries):,} entries beyond ± {short(float(f'{limit:.2g}'))}, up to {_largest(entries)}"
+    )
+    set_heading(
+        ax,
+        f"Layer {layer.info.name}: Hessian trace {with_error(layer.hessian_trace, error)}"
+        + (" (2 standard errors)" if error else ""),
+        f"{samples_of(layer.num_samples, data)}; {exactness([layer.info])}",
+        f"colours end at the 99th percentile: {clipped}" if beyond else "",
+    )
+    bar = figure.colorbar(image, ax=ax, extend="both" if beyond else "neither")
+    bar.set_label("block trace T[s, s']  (loss per squared weight)")
+    bar.formatter.set_powerlimits((-2, 3))
+    if not layer.exact:
+        for spine in ax.spines.values():
+            spine.set(linestyle=(0, (4, 3)), linewidth=2.0)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    return figure, ax
+
+
+def _largest(entries: Tensor) -> str:
+    return short(float(f"{float(entries.max()):.2g}"))
+
+
+def _by_interaction(block: Tensor) -> Tensor:
+    """Return an order of filters: by angle in the plane of the two leading eigenvectors of normalised block traces."""
+    if len(block) < 3:
+        return torch.arange(len(block), device="cpu")
+    scale = block.diagonal().abs().clamp_min(torch.finfo(block.dtype).tiny).rsqrt()
+    _, vectors = torch.linalg.eigh(block * scale[:, None] * scale)
+    return torch.atan2(vectors[:, -2], vectors[:, -1]).argsort()

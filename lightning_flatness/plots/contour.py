@@ -1,0 +1,243 @@
+"""Figures of the loss on a plane: contours, also of several planes or of two side by side."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.plots.canvas import SERIES, axes_or_new, overlays, set_heading, set_joint_heading, short
+from lightning_flatness.plots.landscape import (
+    COLOURS,
+    GAPS,
+    axis_names,
+    corner_counts,
+    draw_colour_bar,
+    drawable_losses,
+    gaps,
+    has_contours,
+    heading,
+    is_constant,
+    is_logarithmic,
+    masked,
+    round_losses,
+)
+from lightning_flatness.plots.line import plot_line
+from lightning_flatness.results import LandscapeResult
+
+END_COLOUR = SERIES[1]
+NUM_LEVELS = 24
+# Planes that are drawn as lines into the same axes have other strokes, so that they differ in grey, too.
+STROKES = ("solid", "dashed", "dotted", "dashdot")
+# A plane more than so many times as wide as high, or the reverse, is not drawn to scale.
+MOST_ELONGATED = 3.0
+
+
+def plot_contour(
+    result: LandscapeResult,
+    *,
+    cap: float | None = None,
+    trajectory: Tensor | None = None,
+    levels: Tensor | None = None,
+    label: str | None = None,
+    color: Any = None,
+    data: str | None = None,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """Draw the loss on a plane as filled contours, or in one ``color`` as lines, and the model as a cross.
+
+    Cells at points without a finite loss are hatched grey, and cells at points that were not computed are dotted. Both
+    axes have the same scale, unless they have other units or the plane is more than three times as long as wide.
+
+    Args:
+        result: a landscape with two axes.
+        cap: draw losses above it as ``cap``.
+        trajectory: coordinates ``(points, 2)`` in order of time, from :func:`~lightning_flatness.pca_directions`; drawn
+            as a line, clipped to the plane.
+        levels: losses of the contours, ascending. By default they are evenly spaced, in the logarithm of the loss if
+            the losses are positive and span more than a factor of ten. To compare planes, give all the same levels,
+            such as :func:`shared_levels`.
+        label: name of the plane, for the title, or for the legend if ``color`` is given.
+        color: draw lines of equal loss in this colour, with their losses written on them. So several planes can be
+            drawn into the same ``ax``, with a ``label`` each.
+        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        ax: axes to draw into.
+    """
+    losses = drawable_losses(result, 2, "plot_contour", cap)
+    x, y = result.coordinates
+    ratio = _ratio(result)
+    figure, ax = axes_or_new(ax, 5.4, 1.5 + 3.7 * min(max(ratio or 0.8, 0.4), 1.3))
+    levels = contour_levels(losses) if levels is None else levels
+    curve = None
+    handles = overlays(ax, "plane")
+    handles += _draw_gaps(ax, result, gaps(result, losses))
+    if not has_contours(losses):
+        finite = losses[losses.isfinite()]
+        text = f"too few points for contours: {len(finite)} of {losses.numel()},\nlowest loss {float(finite.min()):.6g}"
+        ax.text(0.5, 0.75, text, transform=ax.transAxes, ha="center", fontsize=8, bbox={"color": "white"})
+    elif color is not None:
+        curve = _draw_lines(ax, result, losses, levels, color, label)
+        handles.append(curve)
+    else:
+        beyond = cap is not None and bool((result.losses > cap).any())
+        _draw_filled(figure, ax, result, losses, levels, "max" if beyond else "neither")
+    if trajectory is not None:
+        handles += _draw_trajectory(ax, result, trajectory)
+    cross = {"marker": "x", "color": "black", "markersize": 7, "markeredgewidth": 1.6, "linestyle": "none"}
+    handles += ax.plot(0, 1.0 if result.update == "adam" else 0.0, label="model", **cross)
+    handles = list({handle.get_label(): handle for handle in handles}.values())
+    if len(handles) > 1:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5.5, "frameon": False}
+        ax.legend(handles=handles, ncols=len(handles), fontsize=7, handleheight=1.4, **below)
+    _set_limits(ax, x, y, is_overlay=bool(overlays(ax, "plane")))
+    if curve is not None:
+        set_joint_heading(ax, "plane", curve, *heading(result, data))
+    else:
+        set_heading(ax, *heading(result, data, label))
+    if ratio is not None:
+        ax.set_box_aspect((ax.get_ylim()[1] - ax.get_ylim()[0]) / (ax.get_xlim()[1] - ax.get_xlim()[0]))
+    ax.set(**dict(zip(("xlabel", "ylabel"), axis_names(result), strict=True)))
+    ax.locator_params(nbins=5)
+    return figure, ax
+
+
+def shared_levels(*results: LandscapeResult, cap: float | None = None) -> Tensor:
+    """Return levels for :func:`plot_contour` that suit several planes: equal colours are then equal losses."""
+    return contour_levels(torch.cat([drawable_losses(one, 2, "shared_levels", cap).flatten() for one in results]))
+
+
+def contour_levels(losses: Tensor) -> Tensor:
+    """Return the losses at which contours are drawn, float64, ascending."""
+    finite = losses[losses.isfinite()]
+    low, high = float(finite.min()), float(finite.max())
+    if is_constant(losses):
+        half = 0.5 * (abs(low) or 1.0)
+        return torch.tensor([low - half, low + half], dtype=torch.float64, device="cpu")
+    if is_logarithmic(low, high):
+        levels = torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64, device="cpu")
+        levels[0], levels[-1] = low, high  # exact, so that every point lies between two levels
+        return levels
+    return torch.linspace(low, high, NUM_LEVELS, dtype=torch.float64, device="cpu")
+
+
+def _norm(levels: Tensor) -> Any:
+    from matplotlib.colors import LogNorm, Normalize
+
+    low, high = float(levels[0]), float(levels[-1])
+    return LogNorm(low, high) if is_logarithmic(low, high) else Normalize(low, high)
+
+
+def _ratio(result: LandscapeResult) -> float | None:
+    """Return height over width of a plane that is drawn to scale; None for one that is not."""
+    width, height = (float(axis[-1] - axis[0]) for axis in result.coordinates)
+    is_long = max(width, height) > MOST_ELONGATED * min(width, height)
+    return None if result.update == "adam" or is_long else height / width
+
+
+def _draw_filled(figure: Any, ax: Any, result: LandscapeResult, losses: Tensor, levels: Tensor, extend: str) -> None:
+    """Fill the contours, draw lines at round losses, and a colour bar of the height of the axes."""
+    x, y = result.coordinates
+    norm = _norm(levels)
+    filled = ax.contourf(x, y, masked(losses.T), levels=levels.tolist(), cmap=COLOURS, norm=norm, extend=extend)
+    low, high = float(levels[0]), float(levels[-1])
+    form = None
+    if len(levels) == 2 and is_constant(losses):
+        ticks, form = [float(levels.mean())], "%.6g"
+    else:
+        ticks = round_losses(low, high, is_logarithmic(low, high))
+        ax.contour(x, y, masked(losses.T), levels=ticks, colors="white", linewidths=0.6, alpha=0.8)
+    draw_colour_bar(figure, {"cax": ax.inset_axes((1.04, 0.0, 0.045, 1.0))}, filled, ticks, form)
+
+
+def _draw_lines(ax: Any, result: LandscapeResult, losses: Tensor, levels: Tensor, color: Any, label: str | None) -> Any:
+    """Draw lines of equal loss at round losses; return a handle for the legend."""
+    low, high = float(levels[0]), float(levels[-1])
+    stroke = STROKES[len(overlays(ax, "plane")) % len(STROKES)]
+    at = round_losses(low, high, is_logarithmic(low, high))
+    style = {"colors": [color], "linestyles": stroke, "linewidths": 1.2}
+    lines = ax.contour(*result.coordinates, masked(losses.T), levels=at, **style)
+    ax.clabel(lines, fontsize=7, fmt=short)
+    (handle,) = ax.plot([], [], color=color, linestyle=stroke, label=label or "loss")
+    return handle
+
+
+def _set_limits(ax: Any, x: Tensor, y: Tensor, is_overlay: bool) -> None:
+    """Show the whole plane, and of several planes in the same axes all."""
+    for axis, name in ((x, "x"), (y, "y")):
+        low, high = float(axis[0]), float(axis[-1])
+        if is_overlay:
+            before = getattr(ax, f"get_{name}lim")()
+            low, high = min(low, before[0]), max(high, before[1])
+        getattr(ax, f"set_{name}lim")(low, high)
+
+
+def _draw_gaps(ax: Any, result: LandscapeResult, masks: dict[str, Tensor]) -> list[Any]:
+    """Hatch every cell that has a corner in a gap; return handles for a legend."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    drawn = torch.zeros_like(corner_counts(result.computed), dtype=torch.bool)
+    for reason, points in masks.items():
+        style = GAPS[reason]
+        cells = (corner_counts(points) > 0) & ~drawn
+        drawn |= cells
+        ax.pcolor(
+            *(axis.numpy() for axis in result.coordinates),
+            np.ma.masked_equal(cells.T.numpy(), 0),
+            cmap=ListedColormap([style["facecolor"]]),
+            linewidth=0,
+            hatch=style["hatch"],
+            edgecolor=style["edgecolor"],
+        )
+    return [Patch(label=reason, linewidth=0, **GAPS[reason]) for reason in masks]
+
+
+def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[Any]:
+    """Draw a line, and mark its first and last point; return handles for a legend."""
+    points = torch.as_tensor(trajectory, device="cpu")
+    if points.ndim != 2 or points.shape[1] != 2 or not bool(points.isfinite().all()):
+        raise FlatnessError(f"trajectory has shape {tuple(points.shape)}; give finite coordinates (points, 2).")
+    from matplotlib.patheffects import withStroke
+
+    # Black with a white edge is seen on all colours, and in grey.
+    style = {"color": "black", "marker": "o", "markersize": 3.0, "linewidth": 1.2}
+    ax.plot(points[:, 0], points[:, 1], path_effects=[withStroke(linewidth=3.0, foreground="white")], **style)
+    handles = []
+    for label, point, inner in (("start", points[0], "white"), ("end", points[-1], END_COLOUR)):
+        style = {"marker": "o", "markersize": 9, "markerfacecolor": inner, "markeredgecolor": "black"}
+        (marker,) = ax.plot(*point.tolist(), linestyle="none", markeredgewidth=0.8, label=label, **style)
+        if all(axis[0] <= at <= axis[-1] for axis, at in zip(result.coordinates, point, strict=True)):
+            handles.append(marker)
+    return handles
+
+
+def plot_kept_and_recomputed(
+    kept: LandscapeResult, recomputed: LandscapeResult, *, cap: float | None = None, data: str | None = None
+) -> tuple[Any, Any]:
+    """Compare a landscape with the model's BatchNorm statistics and one with statistics recomputed at every point.
+
+    Lines are drawn into the same axes. Planes are drawn side by side with equal colours, and two axes are returned.
+    """
+    pair = (kept, recomputed)
+    same_points = len(kept.axes) == len(recomputed.axes) and all(
+        torch.equal(*axes) for axes in zip(kept.coordinates, recomputed.coordinates, strict=True)
+    )
+    if [result.batch_norm for result in pair] != ["kept", "recomputed"] or not same_points:
+        raise FlatnessError(
+            "Give a landscape with batch_norm='kept' and one with 'recomputed', in this order, at the same points; "
+            f"these are '{kept.batch_norm}' and '{recomputed.batch_norm}'."
+        )
+    if len(kept.axes) == 1:
+        figure, ax = axes_or_new(None, 6.0, 3.8)
+        for result in pair:
+            plot_line(result, cap=cap, label=f"statistics {result.batch_norm}", data=data, ax=ax)
+        return figure, ax
+    levels = shared_levels(*pair, cap=cap)
+    figure, axes = axes_or_new(None, 10.4, 1.5 + 3.7 * min(max(_ratio(kept) or 0.8, 0.4), 1.3), ncols=2)
+    for ax, result in zip(axes, pair, strict=True):
+        plot_contour(result, cap=cap, levels=levels, data=data, ax=ax)
+    return figure, axes

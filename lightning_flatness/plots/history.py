@@ -1,0 +1,257 @@
+"""Figures of flatness over the epochs: of all measured layers together, and of every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_flatness.plots.canvas import (
+    LEGEND_SIZE,
+    SERIES,
+    axes_or_new,
+    label_epochs,
+    label_logarithm,
+    panel_below,
+    plain_frame,
+    plot_over_epochs,
+    set_heading,
+)
+from lightning_flatness.plots.words import (
+    NAMES,
+    check_measure,
+    exactness,
+    known_error,
+    label_of,
+    recorded_exactness,
+    samples_of,
+    subject_of,
+)
+from lightning_flatness.results import FlatnessReport, number_of
+
+ACCURACY_COLOUR, FLATNESS_COLOUR = SERIES[:2]
+# Sampling errors of more layers than this are not drawn as bands, which would hide each other.
+MOST_BANDS = 6
+# More layers than this have a colour bar in place of a legend.
+MOST_NAMES = 12
+BAND = "± 2 standard errors over samples"
+Record = Mapping[str, Any]
+
+
+def plot_history(
+    history: Sequence[Record],
+    *,
+    measure: str | None = None,
+    report: FlatnessReport | None = None,
+    accuracy_label: str = "accuracy",
+    data: str | None = None,
+    burn_in: int | None = None,
+    best: int | None = None,
+    stopped: int | None = None,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """Draw accuracy and, in a second panel below, one measure of flatness over the epochs.
+
+    Without accuracy there is one panel. The axis of flatness is logarithmic if all values are positive. Values that are
+    not exact are hollow and dashed, and a band shows two standard errors over samples where the history has them.
+
+    Args:
+        history: :attr:`FlatnessCallback.history`: records with ``epoch``, the measure, and optionally ``accuracy``,
+            ``exact`` and ``{measure}_error``.
+        measure: such as ``"normalized_relative_flatness"``; by default relative flatness, or the Hessian trace if no
+            record has it.
+        report: a report of the run, such as :attr:`FlatnessCallback.report`, from which the title names the layer, the
+            samples and the method.
+        accuracy_label: label of the accuracy axis.
+        data: the data that flatness was measured on: ``"val"``, ``"train"`` or another name; by default the report's.
+        burn_in: number of epochs that a stopping rule ignores; they are shaded.
+        best: epoch to mark as the best; by default the first one with the highest accuracy.
+        stopped: epoch after which training was stopped early, to mark.
+        ax: axes to draw into; their place is divided for the two panels.
+
+    Returns:
+        The figure and the upper axes; ``figure.axes`` has both.
+    """
+    if measure is None:
+        measures = ("relative_flatness", "hessian_trace")
+        measure = next((name for name in measures if any(name in record for record in history)), "relative_flatness")
+    check_measure(measure, NAMES)
+    figure, upper = axes_or_new(ax, 7.0, 4.6)
+    epochs = [record["epoch"] or 0 for record in history]
+    accuracies = [record.get("accuracy") for record in history]
+    panels = [upper]
+    if any(value is not None for value in accuracies):
+        panels.append(panel_below(figure, upper, (2, 3)))
+        plot_over_epochs(upper, epochs, accuracies, color=ACCURACY_COLOUR, markersize=3.5)
+        upper.set_ylabel(accuracy_label)
+        best = _best(epochs, accuracies) if best is None else best
+    values, lower = [record.get(measure) for record in history], panels[-1]
+    flags = [record.get("exact") is not False for record in history]
+    plot_over_epochs(lower, epochs, values, flags, color=FLATNESS_COLOUR, markersize=3.5, label=_label(flags))
+    errors = [record.get(f"{measure}_error") for record in history]
+    has_band = _draw_band(lower, epochs, values, errors, FLATNESS_COLOUR, BAND)
+    lower.set_ylabel(label_of(measure).replace("  (", "\n("))
+    _scale(lower, values, errors)
+    _mark(panels, epochs, [accuracies, values][-len(panels) :], burn_in, best, stopped)
+    for panel in panels:
+        plain_frame(panel, "both")
+        if panel.get_legend_handles_labels()[1] and (panel is upper or has_band or not all(flags)):
+            panel.legend(fontsize=LEGEND_SIZE, frameon=False)
+    label_epochs(lower, [] if burn_in else epochs)
+    subject = "" if report is None else subject_of(list(report.layers))
+    set_heading(upper, *_heading(measure, subject, history, report, data))
+    return figure, upper
+
+
+def _label(flags: Sequence[bool]) -> str:
+    return "exact" if all(flags) else "exact (hollow, dashed: not exact)" if any(flags) else "not exact"
+
+
+def _best(epochs: Sequence[int], accuracies: Sequence[float | None]) -> int | None:
+    known = [(value, -epoch) for epoch, value in zip(epochs, accuracies, strict=True) if value is not None]
+    known = [pair for pair in known if not math.isnan(pair[0])]
+    return -max(known)[1] if known else None
+
+
+def _draw_band(
+    ax: Any,
+    epochs: Sequence[int],
+    values: Sequence[float | None],
+    errors: Sequence[float | None],
+    colour: Any,
+    label: str | None,
+) -> bool:
+    """Draw two standard errors around the values, if any are known; return whether there are."""
+    widths = [2 * known_error(error) if value is not None else 0.0 for value, error in zip(values, errors, strict=True)]
+    if not any(widths):
+        return False
+    middle = [math.nan if value is None else value for value in values]
+    low, high = ([value + sign * width for value, width in zip(middle, widths, strict=True)] for sign in (-1, 1))
+    ax.fill_between(epochs, low, high, color=colour, alpha=0.22, linewidth=0, label=label)
+    return True
+
+
+def _scale(ax: Any, values: Sequence[float | None], errors: Sequence[float | None]) -> None:
+    """Make the axis logarithmic if all values are positive; bands may leave it below."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known or min(known) <= 0:
+        return
+    ax.set_yscale("log")
+    ends = [value - 2 * known_error(error) for value, error in zip(values, errors, strict=True) if value is not None]
+    low = min(known + [end for end in ends if end > 0.2 * min(known)])
+    highest = max(value + 2 * known_error(error) for value, error in zip(values, errors, strict=True) if value)
+    margin = max((highest / low) ** 0.06, 1.03)
+    ax.set_ylim(low / margin, highest * margin)
+    label_logarithm(ax.yaxis)
+
+
+def _mark(
+    panels: Sequence[Any],
+    epochs: Sequence[int],
+    curves: Sequence[Sequence[float | None]],
+    burn_in: int | None,
+    best: int | None,
+    stopped: int | None,
+) -> None:
+    """Mark the burn-in, the best epoch and the stop in all panels, and name them in the upper one's legend."""
+    for panel, curve in zip(panels, curves, strict=True):
+        is_named = panel is panels[0]
+        if burn_in:
+            label = f"burn-in: {burn_in} epochs" if is_named else None
+            panel.axvspan(min(epochs, default=0), burn_in - 0.5, color="0.5", alpha=0.14, linewidth=0, label=label)
+        if best is not None and best in epochs:
+            value = curve[epochs.index(best)]
+            words = f"highest accuracy {value:.4g}, epoch {best}" if len(panels) == 2 else f"best epoch {best}"
+            panel.axvline(best, color="0.3", linewidth=0.8, linestyle=":")
+            if value is not None:
+                ring = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "black"}
+                panel.plot([best], [value], linestyle="none", **ring, label=words if is_named else None)
+        if stopped is not None:
+            label = f"stopped after epoch {stopped}" if is_named else None
+            panel.axvline(stopped, color="0.3", linewidth=1.0, linestyle="-.", label=label)
+
+
+def _heading(
+    measure: str, subject: str, history: Sequence[Record], report: FlatnessReport | None, data: str | None
+) -> tuple[str, str]:
+    """Return two lines that say what was measured, on what, and whether it is exact."""
+    name = NAMES[measure][0].upper() + NAMES[measure][1:]
+    if report is not None:
+        where = samples_of(report.num_samples, data or report.data)
+        exact = exactness([layer.info for layer in report.layers.values()])
+    else:
+        last: Record = history[-1] if history else {}
+        where = samples_of(last.get("num_samples") or 0, data or last.get("data"))
+        exact = recorded_exactness(history)
+    return f"{name} of {subject}" if subject else name, "; ".join(filter(None, (where, exact)))
+
+
+def plot_layer_history(
+    history: Sequence[Record],
+    measure: str = "relative_flatness",
+    *,
+    report: FlatnessReport | None = None,
+    data: str | None = None,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """Draw one measure of every layer over the epochs, from the first layer (dark) to the last (light).
+
+    The history is :attr:`FlatnessCallback.history`: records with ``epoch`` and ``{layer}/{measure}``, which the
+    callback keeps if it measures two or more layers. The measures are ``"hessian_trace"`` (loss per squared weight) and
+    those in units of the loss, such as ``"relative_flatness"``. The axis is logarithmic if all values are positive.
+    Values that are not exact are hollow and dashed. Bands show two standard errors over samples where the history has
+    them, for up to six layers. ``report`` and ``data`` give the title what :func:`plot_history` describes.
+    """
+    check_measure(measure, NAMES)
+    figure, ax = axes_or_new(ax, 7.0, 4.0)
+    from matplotlib import colormaps  # after axes_or_new, whose error says how to install matplotlib
+
+    suffix = f"/{measure}"
+    keys = list(dict.fromkeys(key for record in history for key in record if key.endswith(suffix)))
+    epochs = [record["epoch"] or 0 for record in history]
+    colours = colormaps["viridis"]
+    drawn: list[float] = []
+    largest = 0.0
+    for index, key in enumerate(keys):
+        values = [record.get(key) for record in history]
+        errors = [record.get(f"{key}_error") for record in history]
+        name = key.removesuffix(suffix)
+        flags = [record.get(f"{name}/exact", record.get("exact")) is not False for record in history]
+        style = {"color": colours(0.9 * index / max(1, len(keys) - 1)), "markersize": 3.5, "linewidth": 1.2}
+        plot_over_epochs(ax, epochs, values, flags, marker="os^Dv"[index % 5], label=name, **style)
+        if len(keys) <= MOST_BANDS:
+            _draw_band(ax, epochs, values, errors, style["color"], None)
+        drawn += [value for value in values if value is not None and not math.isnan(value)]
+        shares = [known_error(e) / abs(v) for v, e in zip(values, errors, strict=True) if v]
+        largest = max([largest, *shares])
+    if drawn and min(drawn) > 0:
+        ax.set_yscale("log")
+        ax.set_ylim(min(drawn) / 1.2, max(drawn) * 1.2)
+        label_logarithm(ax.yaxis)
+    if 0 < len(keys) <= MOST_NAMES:
+        ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif keys:
+        _draw_order(figure, ax, [key.removesuffix(suffix) for key in keys])
+    label_epochs(ax, epochs)
+    ax.set_ylabel(label_of(measure))
+    plain_frame(ax, "both")
+    sure = f"2 standard errors over samples: at most {200 * largest:.2g} %" if largest else ""
+    bands = " (bands)" if largest and len(keys) <= MOST_BANDS else ""
+    subject = number_of(len(keys), "layer")
+    set_heading(ax, *_heading(measure, subject, history, report, data), sure + bands)
+    return figure, ax
+
+
+def _draw_order(figure: Any, ax: Any, names: Sequence[str]) -> None:
+    """Draw the colours from the first layer to the last with some names, instead of a legend that would be too long."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    shown = LinearSegmentedColormap.from_list("layers", colormaps["viridis"]([0.9 * part / 20 for part in range(21)]))
+    last = len(names) - 1
+    ticks = [round(last * part / 7) for part in range(8)]
+    bar = figure.colorbar(ScalarMappable(Normalize(0, last), shown), ax=ax, ticks=ticks)
+    bar.ax.set_yticklabels([names[tick] for tick in ticks], fontsize=7)
+    bar.ax.invert_yaxis()
+    bar.set_label("layers:  input  →  output", rotation=270, labelpad=10)

@@ -1,0 +1,106 @@
+"""Figure of one measure of all layers, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.plots.canvas import (
+    LEGEND_SIZE,
+    SERIES,
+    axes_or_new,
+    label_logarithm,
+    plain_frame,
+    set_heading,
+)
+from lightning_flatness.plots.words import NAMES, check_measure, exactness, known_error, label_of, samples_of
+from lightning_flatness.results import FlatnessReport, LayerFlatness, number_of
+
+COLOUR = SERIES[0]
+# Space of one name, in inches. Where names would overlap, only every second, third, ... one is written.
+NAME_HEIGHT = 0.14
+HIGHEST = 12.0
+
+
+def plot_layers(
+    report: FlatnessReport, measure: str = "relative_flatness", *, data: str | None = None, ax: Any = None
+) -> tuple[Any, Any]:
+    """Draw one measure of every layer as a dot, from input (top) to output; dots that are not exact are hollow.
+
+    The measures are ``"hessian_trace"`` (loss per squared weight), and in units of the loss ``"relative_flatness"``,
+    ``"normalized_relative_flatness"``, ``"channelwise_flatness"``, ``"neuronwise_flatness"`` and
+    ``"layerwise_flatness"``. The axis is logarithmic if all values are positive. Error bars are two standard errors,
+    over samples and of estimates. ``data`` names the data for the title: ``"val"``, ``"train"`` or another name; by
+    default the report's.
+    """
+    check_measure(measure, NAMES)
+    layers = list(report.layers.values())
+    values = [getattr(layer, measure) for layer in layers]
+    if layers and all(math.isnan(value) for value in values):
+        raise FlatnessError(f"{measure} was not measured; choose another measure=, or measure it, too.")
+    figure, ax = axes_or_new(ax, 7.0, min(1.4 + 0.2 * max(len(layers), 4), HIGHEST))
+    positions = list(range(len(layers)))
+    known = [value for value in values if not math.isnan(value)]
+    is_logarithmic = bool(known) and min(known) > 0
+    if is_logarithmic:
+        ax.set_xscale("log")
+    parts = [_errors(layer, measure) for layer in layers]
+    _draw_bars(ax, values, [2 * known_error(*pair) for pair in parts], min(known, default=0.0) * 0.6 * is_logarithmic)
+    for exact, marker, face in ((True, "o", COLOUR), (False, "D", "white")):
+        shown = [index for index, layer in enumerate(layers) if layer.exact == exact]
+        style = {"marker": marker, "markerfacecolor": face, "markeredgecolor": COLOUR, "linestyle": "none"}
+        if shown:
+            label = "exact" if exact else "not exact"
+            ax.plot([values[index] for index in shown], shown, markersize=5.5, zorder=3, label=label, **style)
+    for index, value in enumerate(values):
+        if math.isnan(value):
+            ax.annotate("not defined", (0.01, index), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+    if is_logarithmic:
+        label_logarithm(ax.xaxis)
+    _name_layers(ax, positions, list(report.layers))
+    ax.set_xlabel(label_of(measure))
+    if not report.exact:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "borderaxespad": 0.2}
+        ax.legend(fontsize=LEGEND_SIZE, frameon=False, **place)
+    where = samples_of(report.num_samples, data or report.data)
+    method = exactness([layer.info for layer in layers])
+    subject = f"layer {next(iter(report.layers))}" if len(layers) == 1 else number_of(len(layers), "layer")
+    heading = f"{NAMES[measure][0].upper()}{NAMES[measure][1:]} of {subject}"
+    set_heading(ax, heading, "; ".join(filter(None, (where, method))), _bars(parts))
+    plain_frame(ax, "both")
+    return figure, ax
+
+
+def _errors(layer: LayerFlatness, measure: str) -> tuple[float, float]:
+    """Return the standard errors over samples and of the estimate; zero if not known."""
+    return known_error(layer.sampling_errors.get(measure)), known_error(layer.standard_errors.get(measure))
+
+
+def _bars(parts: Sequence[tuple[float, float]]) -> str:
+    """Say what the error bars are, if there are any."""
+    kinds = (any(sampling for sampling, _ in parts), any(estimate for _, estimate in parts))
+    words = [word for word, there in zip(("over samples", "of estimates"), kinds, strict=True) if there]
+    return f"bars: ± 2 standard errors {' and '.join(words)}" if words else ""
+
+
+def _draw_bars(ax: Any, values: Sequence[float], errors: Sequence[float], lowest: float) -> None:
+    """Draw error bars; on a logarithmic axis none goes below ``lowest``, if that is positive."""
+    if not any(errors):
+        return
+    below = [
+        min(error, max(value - lowest, 0.0)) if lowest > 0 else error
+        for value, error in zip(values, errors, strict=True)
+    ]
+    style = {"fmt": "none", "ecolor": COLOUR, "elinewidth": 1.0, "capsize": 2.0}
+    ax.errorbar(values, list(range(len(values))), xerr=[below, list(errors)], **style)
+
+
+def _name_layers(ax: Any, positions: Sequence[int], names: Sequence[str]) -> None:
+    """Write the names of layers, as many as do not overlap, and say in which direction they run."""
+    height = ax.get_window_extent().height / ax.figure.dpi
+    step = max(1, math.ceil(len(names) * NAME_HEIGHT / max(height, NAME_HEIGHT)))
+    ax.set_yticks(positions[::step], names[::step], fontsize=7)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_ylabel("input  →  output", rotation=270, fontsize=LEGEND_SIZE, labelpad=10)

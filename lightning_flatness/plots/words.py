@@ -1,0 +1,102 @@
+"""Words on figures: what was measured, on what data, whether it is exact, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.results import SAMPLED, LayerInfo, number_of
+
+DATA = {"val": "validation", "train": "training"}
+NAMES = {
+    "hessian_trace": "Hessian trace",
+    "relative_flatness": "relative flatness",
+    "normalized_relative_flatness": "normalised relative flatness",
+    "channelwise_flatness": "channel-wise flatness",
+    "neuronwise_flatness": "neuron-wise flatness",
+    "layerwise_flatness": "layer-wise flatness",
+}
+METHODS = {
+    "closed_form": "closed form",
+    "gauss_newton": "Gauss-Newton",
+    "gauss_newton+hutchinson": "Gauss-Newton, and estimates of the rest of the Hessian",
+}
+
+
+def label_of(measure: str) -> str:
+    """Return the name of a measure with its unit."""
+    return f"{NAMES[measure]}  ({'loss per squared weight' if measure == 'hessian_trace' else 'loss'})"
+
+
+def check_measure(measure: str, known: Iterable[str]) -> None:
+    """Raise an error for a measure that cannot be drawn."""
+    if measure not in known:
+        raise FlatnessError(f"measure={measure!r}: give one of {', '.join(known)}.")
+
+
+def samples_of(num_samples: int, data: str | None = "") -> str:
+    """Return the number of samples, if known, and the data that they are from.
+
+    Example:
+        >>> samples_of(1300, "train"), samples_of(0, "val"), samples_of(1)
+        ('1,300 samples of training data', 'validation data', '1 sample')
+    """
+    name = f"{DATA.get(data, data)} data" if data else ""
+    return " of ".join(part for part in (number_of(num_samples, "sample") if num_samples else "", name) if part)
+
+
+def subject_of(names: Sequence[str]) -> str:
+    """Return the name of the only layer, or the number of layers that numbers are summed over."""
+    return f"layer {names[0]}" if len(names) == 1 else f"{number_of(len(names), 'layer')}, summed"
+
+
+def exactness(infos: Collection[LayerInfo]) -> str:
+    """Say whether numbers are exact, by which method, and at features of which precision."""
+    inexact = [info for info in infos if not info.exact]
+    if all(info.reason == SAMPLED for info in inexact):
+        text = "estimated, with some classes sampled" if inexact else "exact"
+    else:
+        text = "not exact"
+    methods = dict.fromkeys(METHODS[info.method] for info in inexact or infos)
+    count = f"{len(inexact)} of {len(infos)} layers " if 0 < len(inexact) < len(infos) else ""
+    low = sorted({info.precision for info in infos} - {"float32", "float64"})
+    return f"{count}{text} ({', '.join(methods)})" + "".join(f", {name} features" for name in low)
+
+
+def recorded_exactness(history: Sequence[Mapping[str, Any]]) -> str:
+    """Say the same from the records of a history; nothing if they do not have it."""
+    known = [record["exact"] for record in history if record.get("exact") is not None]
+    if not known:
+        return ""
+    methods = [record["method"] for record in history if isinstance(record.get("method"), str)]
+    names = dict.fromkeys(METHODS.get(name, name) for name in methods)
+    text = "exact" if all(known) else "not exact where dashed" if any(known) else "not exact"
+    return text + (f" ({', '.join(names)})" if names else "")
+
+
+def known_error(*parts: float | None) -> float:
+    """Return the standard error that independent parts have together; those that are not known do not count.
+
+    Example:
+        >>> known_error(3.0, 4.0), known_error(None, float("nan"))
+        (5.0, 0.0)
+    """
+    return math.hypot(*(part for part in parts if part is not None and math.isfinite(part)))
+
+
+def with_error(value: float, error: float) -> str:
+    """Return a number with as many digits as its error allows.
+
+    Example:
+        >>> with_error(323.7, 41.0), with_error(0.0404, 0.0007), with_error(2.5, float("nan"))
+        ('320 ± 40', '0.0404 ± 0.0007', '2.5')
+    """
+    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
+        return f"{value:.3g}"
+    decimals = -math.floor(math.log10(error))
+    if decimals > 6 or abs(value) >= 1e6:
+        return f"{value:.3g} ± {error:.1g}"
+    shown = max(decimals, 0)
+    return f"{round(value, decimals):.{shown}f} ± {round(error, decimals):.{shown}f}"
