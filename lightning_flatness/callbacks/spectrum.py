@@ -154,6 +154,8 @@ class SpectrumCallback(EpochEndCallback):
             "lowest_ritz_value": float(result.ritz_values.min()),
             "num_steps": result.num_steps,
             "loss": result.loss,
+            "num_samples": result.num_samples,
+            "matrix": result.matrix,
             "weight_norm": result.weight_norm,
             "converged": result.converged,
         }

@@ -181,9 +181,7 @@ def plot_eigenvalues(
     sizes = [abs(value) for record in records for value in (*record["eigenvalues"], record["lowest_ritz_value"])]
     largest = max((size for size in sizes if not math.isnan(size)), default=0.0)
     if largest > 0:
-        ax.set_yscale("symlog", linthresh=largest / 100)
-        ax.set_ylim(min(2 * min(lowest), -largest / 100), 2 * largest)
-        ax.yaxis.set_major_formatter(lambda value, _: short(value).replace("-", "−", 1) if value < 0 else short(value))
+        _scale(ax, min(2 * min(lowest), -largest / 100), 2 * largest, largest / 100)
     label_epochs(ax, epochs)
     ax.set_ylabel("eigenvalue  (loss per squared weight)")
     ax.legend(frameon=False, fontsize=LEGEND_SIZE)
@@ -196,6 +194,18 @@ def plot_eigenvalues(
     )
     plain_frame(ax, "both")
     return figure, ax
+
+
+def _scale(ax: Any, low: float, high: float, threshold: float) -> None:
+    """Scale the axis linearly around zero, up to a threshold, and logarithmically beyond; label zero and powers."""
+    ax.set_yscale("symlog", linthresh=threshold)
+    ax.set_ylim(low, high)
+    powers = [10.0**power for power in range(-30, 31) if 10.0**power >= threshold]
+    ticks = [tick for tick in (*(-power for power in powers), 0.0, *powers) if low <= tick <= high]
+    ax.set_yticks(
+        sorted(ticks), [short(tick).replace("-", "−", 1) if tick < 0 else short(tick) for tick in sorted(ticks)]
+    )
+    ax.yaxis.minorticks_off()
 
 
 def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> Mapping[str, Any]:
