@@ -25,6 +25,7 @@ from lightning_flatness.callbacks.network import (
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.measure.batches import as_batches
 from lightning_flatness.model.call import Call, same_tensors
 
 Record = dict[str, Any]
@@ -57,7 +58,7 @@ class MeasuringCallback(Callback):
         if not prefix or not isinstance(prefix, str):
             raise FlatnessError(f"{name}: prefix={prefix!r} must be a string, and not empty.")
         check_whole(f"{name}: max_samples", max_samples, least=1, or_none=True)
-        self.data = data
+        self.data = data if isinstance(data, str) or batch_fn else as_batches(data, f"{name}: data")
         self.max_samples = max_samples
         self.prefix = prefix
         self.model = model

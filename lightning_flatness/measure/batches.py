@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from os import PathLike
+from typing import Any, cast
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.model.generators import drawing, generators_kept
@@ -17,7 +20,11 @@ from lightning_flatness.model.isolation import random_states_kept
 
 # Common names of entries of a batch that hold the inputs of a model, and its targets.
 INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data")
+MOST_SHAPES = 3  # that a message lists
 TARGETS = ("y", "target", "targets", "label", "labels")
+
+
+REMEDY = "give a DataLoader, or a list of batches such as [(inputs, targets)]"
 
 
 @contextmanager
@@ -28,8 +35,97 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
     includes generators of the loader, its sampler and its data set: a ``DataLoader`` draws a seed at each iteration.
     """
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    batches = as_batches(batches)
     with random_states_kept(model), generators_kept(drawing(batches)):
-        yield (split_batch(apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))) for batch in batches)
+        yield (_pair(apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))) for batch in batches)
+
+
+def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
+    """Return batches as they are, or a single batch in a list; raise an error if it is open which of them was given.
+
+    Errors name the ``argument``.
+
+    Example:
+        >>> images, labels = torch.zeros(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
+        >>> len(as_batches((images, labels))), len(as_batches([images, images])), len(as_batches([(images, labels)]))
+        (1, 2, 1)
+    """
+    if isinstance(batches, (str, bytes, PathLike)):
+        raise BatchError(f"{argument}={batches!r} is a path or text, and nothing is read from files: {REMEDY}.")
+    if isinstance(batches, (Tensor, *_arrays())):
+        shape = f"of shape {tuple(cast(Tensor, batches).shape)}, which may be one batch of inputs or several"
+        raise _unclear(argument, batches, shape, "[inputs] measures one without targets")
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise _unclear(
+            argument, batches, "a data set, whose items are samples", "DataLoader(dataset, batch_size=64) has batches"
+        )
+    if isinstance(batches, Mapping) or hasattr(batches, "_fields") or not hasattr(batches, "__iter__"):
+        return _single_with_names(batches, argument)
+    return _of_sequence(batches, argument) if isinstance(batches, (tuple, list)) else batches
+
+
+def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
+    """Return a list of one batch, a mapping, dataclass or named tuple; an object with ``__getitem__`` as it is."""
+    try:
+        split_batch(batch)
+    except BatchError:
+        if isinstance(batch, (Mapping, tuple)) or is_dataclass(batch) or not hasattr(batch, "__getitem__"):
+            raise _unclear(argument, batch, "no list of batches", REMEDY) from None
+        return cast(Iterable[Any], batch)
+    return [batch]
+
+
+def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterable[Any]:
+    """Return a list of batches, or of one if ``batches`` is ``(inputs, targets)``.
+
+    Batches of inputs alone are tensors of one type and as many dimensions. Targets have one or two dimensions, and a
+    row for every sample. Tensors that may be both, or are neither, are refused.
+    """
+    tensors = [part for part in batches if isinstance(part, Tensor)]
+    if len(batches) == 2 and len(tensors) == 1 and batches[0] is tensors[0] and batches[1] is None:
+        return [tuple(batches)]
+    if len(tensors) < len(batches):
+        if tensors or any(isinstance(part, _arrays()) for part in batches):
+            raise _unclear(
+                argument, batches, f"of {_kinds(batches)}, which looks like one batch", f"{REMEDY}, all of tensors"
+            )
+        return batches
+    if len(batches) < 2:
+        return batches
+    first, second = tensors[:2]
+    alike = len({(tensor.ndim, tensor.dtype) for tensor in tensors}) == 1
+    is_pair = len(batches) == 2 and first.ndim > 0 and second.ndim in (1, 2) and len(first) == len(second)
+    if is_pair and not alike:
+        return [tuple(batches)]
+    if is_pair or not alike or isinstance(batches, tuple):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:MOST_SHAPES])
+        what = f"of {len(tensors)} tensors ({shapes}{', ...' * (len(tensors) > MOST_SHAPES)}), one batch or several?"
+        raise _unclear(argument, batches, what, "for batches without targets [(inputs, None), ...]")
+    return batches
+
+
+def _arrays() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else (numpy.ndarray,)
+
+
+def _kinds(parts: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(type(part).__name__ for part in parts))
+
+
+def _unclear(argument: str, batches: Any, what: str, remedy: str) -> BatchError:
+    also = "" if remedy.startswith(REMEDY) else f"{REMEDY}; "
+    return BatchError(f"{argument} is a {type(batches).__name__}, {what}: {also}{remedy}.")
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor | None]:
+    inputs, targets = split_batch(batch)
+    if targets is not None and targets.ndim == 0:
+        raise BatchError(
+            "The targets of a batch are a single number, so it seems to be one sample of a data set: "
+            "DataLoader(dataset, batch_size=64) makes batches of samples."
+        )
+    return inputs, targets
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
@@ -47,7 +143,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
         return pair
     raise BatchError(
         f"A batch is a {type(batch).__name__}"
-        + (f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+        + (f" of length {len(batch)} ({_kinds(batch)})" if isinstance(batch, (tuple, list)) else "")
         + (f" with the entries {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else "")
         + "; expected (inputs, targets) with a tensor of targets, a tensor of inputs, or a mapping or dataclass with "
         "one entry like 'image' and one like 'label'. Reshape it, or give the callback batch_fn=, a function from a "

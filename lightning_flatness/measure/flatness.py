@@ -115,7 +115,7 @@ class Measurement:
         ranks = gather((self.layers, self.left_out), self._sync)
         found = [(layers, left_out) for layers, left_out in ranks if layers]
         if not found:
-            raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
+            raise BatchError("No sample was measured. Is the data set empty, or was the generator read before?")
         for layers, left_out in found:
             if layers.keys() != found[0][0].keys():
                 different = sorted(layers.keys() ^ found[0][0].keys())

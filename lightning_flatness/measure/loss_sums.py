@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.functional import CrossEntropy, Loss
-from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.batches import as_batches, paired_batches
 from lightning_flatness.measure.ranks import gather, raise_on_all
 from lightning_flatness.model.logits import question_outputs
 from lightning_flatness.model.points import Points
@@ -74,11 +74,12 @@ class RepeatedBatches:
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, sync: bool) -> None:
-        if not isinstance(batches, Iterable) or isinstance(batches, (Iterator, Tensor, dict, str)):
+        if isinstance(batches, Iterator):
             raise FlatnessError(
                 f"batches is a {type(batches).__name__}; it must be read many times, so give a "
                 "list of (inputs, targets) or a DataLoader."
             )
+        batches = as_batches(batches)
         self._model, self._batches, self._loss = model, batches, loss
         self.sync = sync
 

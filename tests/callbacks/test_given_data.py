@@ -135,6 +135,16 @@ def test_a_part_of_given_data(tmp_path):
         fit(tmp_path, lf.FlatnessCallback(data=SOURCES["list of batches"](), max_samples=6))
 
 
+def test_a_single_batch_in_place_of_a_list(tmp_path):
+    inputs, targets = next(iter(DataLoader(GIVEN, 4)))
+    callback = lf.FlatnessCallback(data=[inputs, targets], summary=False)
+    fit(tmp_path, callback)
+    assert callback.report.num_samples == 4
+    for name in ("FlatnessCallback", "SpectrumCallback", "LandscapeCallback"):
+        with pytest.raises(lf.FlatnessError, match=rf"{name}: data is a Tensor, .*\[\(inputs, targets\)\]"):
+            getattr(lf, name)(data=inputs)
+
+
 def test_bad_given_data_is_refused_before_training(tmp_path):
     module = Classifier()
     with pytest.raises(lf.BatchError, match="A batch is a str"):
