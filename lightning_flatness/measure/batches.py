@@ -82,18 +82,19 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
     row for every sample. Tensors that may be both, or are neither, are refused.
     """
     tensors = [part for part in batches if isinstance(part, Tensor)]
-    if len(batches) == 2 and len(tensors) == 1 and batches[0] is tensors[0] and batches[1] is None:
+    if len(batches) == 2 and isinstance(batches[0], Tensor) and batches[1] is None:
         return [tuple(batches)]
     if len(tensors) < len(batches):
-        if tensors or any(isinstance(part, _arrays()) for part in batches):
-            raise _unclear(
-                argument, batches, f"of {_kinds(batches)}, which looks like one batch", f"{REMEDY}, all of tensors"
-            )
+        # Batches with and without targets may be mixed, if their inputs are alike.
+        inputs = (part[0] if isinstance(part, (tuple, list)) and part else part for part in batches)
+        if any(isinstance(part, (Tensor, *_arrays())) for part in batches) and not _are_alike(inputs):
+            what = f"of {_kinds(batches)}, which looks like one batch"
+            raise _unclear(argument, batches, what, f"{REMEDY}, of torch's tensors")
         return batches
     if len(batches) < 2:
         return batches
     first, second = tensors[:2]
-    alike = len({(tensor.ndim, tensor.dtype) for tensor in tensors}) == 1
+    alike = _are_alike(tensors)
     is_pair = len(batches) == 2 and first.ndim > 0 and second.ndim in (1, 2) and len(first) == len(second)
     if is_pair and not alike:
         return [tuple(batches)]
@@ -102,6 +103,12 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
         what = f"of {len(tensors)} tensors ({shapes}{', ...' * (len(tensors) > MOST_SHAPES)}), one batch or several?"
         raise _unclear(argument, batches, what, "for batches without targets [(inputs, None), ...]")
     return batches
+
+
+def _are_alike(inputs: Iterable[Any]) -> bool:
+    """Return whether inputs of several batches may be those of one network."""
+    kinds = {(part.ndim, part.dtype) if isinstance(part, Tensor) else None for part in inputs}
+    return len(kinds) == 1 and None not in kinds
 
 
 def _arrays() -> tuple[Any, ...]:
@@ -122,8 +129,8 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
     inputs, targets = split_batch(batch)
     if targets is not None and targets.ndim == 0:
         raise BatchError(
-            "The targets of a batch are a single number, so it seems to be one sample of a data set: "
-            "DataLoader(dataset, batch_size=64) makes batches of samples."
+            "Targets have shape (), so a batch seems to be one sample of a data set: they are class indices of shape "
+            "(samples,), or rows of numbers. DataLoader(dataset, batch_size=64) makes batches."
         )
     return inputs, targets
 

@@ -80,7 +80,10 @@ REFUSED = {
     "path": ("runs/batches.pt", "batches='runs/batches.pt' is a path or text.*give a DataLoader"),
     "tensor": (X, r"batches is a Tensor, of shape \(6, 3, 8, 8\).*\[inputs\] measures one"),
     "array": (X.numpy(), "batches is a ndarray, of shape"),
-    "arrays": ((X.numpy(), Y.numpy()), "batches is a tuple, of ndarray, which looks like one batch.*of tensors"),
+    "arrays": (
+        (X.numpy(), Y.numpy()),
+        "batches is a tuple, of ndarray, which looks like one batch.*of torch's tensors",
+    ),
     "tensor and array": ((X, Y.numpy()), "of Tensor, ndarray, which looks like one batch"),
     "tensor and list": ([X, Y.tolist()], "of Tensor, list, which looks like one batch"),
     "inputs of several tensors": (
@@ -98,7 +101,7 @@ REFUSED = {
     "mapping of loaders": ({"x": [X], "y": [Y]}, "batches is a dict"),
     "data set": (Samples(), r"batches is a Samples, a data set.*DataLoader\(dataset, batch_size=64\)"),
     "tensor data set": (TensorDataset(X, Y), "batches is a TensorDataset, a data set"),
-    "stream of samples": (Stream(), "one sample of a data set.*DataLoader"),
+    "stream of samples": (Stream(), "seems to be one sample of a data set.*DataLoader"),
     "nothing": (None, "batches is a NoneType, no list of batches"),
     "number": (3, "batches is a int"),
     "function": (lambda: [(X, Y)], "batches is a function"),
@@ -130,6 +133,7 @@ LISTS = {
     "one": [X],
     "three of inputs": [X, X, X],
     "tables of other numbers of samples": [SOFT, SOFT[:3]],
+    "pairs and inputs": [(X, Y), X],
     "with None": [(X, None), (X, None)],
 }
 
