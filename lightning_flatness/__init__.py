@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from lightning_flatness.model.directions import direction_between, pca_directions
     from lightning_flatness.results import (
         FlatnessReport,
+        LambdaMaxReport,
         LandscapeResult,
         LayerFlatness,
         LayerLambdaMax,
         SpectrumResult,
+        TrajectoryResult,
     )
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "FlatnessObserver",
     "FlatnessReport",
     "FlatnessStopping",
+    "LambdaMaxReport",
     "LandscapeCallback",
     "LandscapeError",
     "LandscapeResult",
@@ -45,6 +48,7 @@ __all__ = [
     "NotExactError",
     "SpectrumCallback",
     "SpectrumResult",
+    "TrajectoryResult",
     "direction_between",
     "hessian_spectrum",
     "loss_landscape",
@@ -67,7 +71,15 @@ _MODULES = {
     "measure.metric": ["FlatnessMetric"],
     "measure.spectrum": ["hessian_spectrum"],
     "model.directions": ["direction_between", "pca_directions"],
-    "results": ["FlatnessReport", "LandscapeResult", "LayerFlatness", "LayerLambdaMax", "SpectrumResult"],
+    "results": [
+        "FlatnessReport",
+        "LambdaMaxReport",
+        "LandscapeResult",
+        "LayerFlatness",
+        "LayerLambdaMax",
+        "SpectrumResult",
+        "TrajectoryResult",
+    ],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

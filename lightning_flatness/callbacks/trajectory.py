@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.functional import PrincipalDirections
 from lightning_flatness.model.directions import pca_directions
+from lightning_flatness.results import TrajectoryResult
 
 
 class Trajectory:
@@ -56,8 +57,6 @@ class Trajectory:
         return list(principal.directions), torch.stack([low - margin, high + margin], 1).tolist()
 
     def save(self, path: str) -> None:
-        """Write the coordinates and the explained fractions of the variance to an npz file."""
-        import numpy as np
-
+        """Write the path of the states through the last plane to an npz file; ``TrajectoryResult.load`` reads it."""
         assert self._principal is not None
-        np.savez(path, coordinates=self._principal.coordinates.numpy(), explained=self._principal.explained.numpy())
+        TrajectoryResult(self._principal.coordinates, self._principal.explained).save(path)

@@ -20,7 +20,7 @@ from lightning_flatness.measure.ranks import gather, raise_on_all, sum_over_rank
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.model.isolation import isolated, without_wrapper
 from lightning_flatness.model.whole import whole_model
-from lightning_flatness.results import LayerInfo, LayerLambdaMax, merged
+from lightning_flatness.results import LambdaMaxReport, LayerInfo, LayerLambdaMax, merged
 
 
 def measure_lambda_max(
@@ -40,7 +40,7 @@ def measure_lambda_max(
     strict: bool = False,
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
     sync: bool = False,
-) -> dict[str, LayerLambdaMax]:
+) -> LambdaMaxReport:
     """Compute the largest eigenvalue of the Hessian of each layer's kernel, and its variants relative to the weights.
 
     The model runs once on every batch. The tensors that products with the Hessian need are kept, so memory grows with
@@ -55,7 +55,8 @@ def measure_lambda_max(
     of :func:`~lightning_flatness.measure_flatness`.
 
     Returns:
-        A :class:`~lightning_flatness.LayerLambdaMax` for every layer, by name.
+        A :class:`~lightning_flatness.LambdaMaxReport`: a mapping of layer names to
+        :class:`~lightning_flatness.LayerLambdaMax`.
 
     Source:
         Petzka et al. 2019 (arXiv 1912.00058) for the relative variants.
@@ -130,7 +131,7 @@ def measure_lambda_max(
                 num_samples=total.num_samples,
                 info=info,
             )
-    return found
+    return LambdaMaxReport(found)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _together(ranks: Sequence[_Measured], model: nn.Module) -> _Measured:
     measured = [rank for rank in ranks if rank.num_samples]
     normalizer = sum(rank.normalizer for rank in ranks)
     if not normalizer > 0:
-        raise BatchError("No sample was measured, so there are no eigenvalues. Is the data set empty?")
+        raise BatchError("No sample was measured. Is the data set empty, or was the generator read before?")
     for rank in measured:
         different = sorted(rank.infos.keys() ^ measured[0].infos.keys())
         if different:

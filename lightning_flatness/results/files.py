@@ -1,11 +1,20 @@
-"""Saving records to compressed ``.npz`` files that contain plain arrays and one JSON text, without pickle."""
+"""Saving records to compressed ``.npz`` files that contain plain arrays and one JSON text, without pickle.
+
+The JSON text has the fields of the record. In the place of a tensor it has the name of an array; NaN and infinities are
+words. The types of a class's fields say how to read them back. What is read differently in files of earlier versions is
+in :func:`_from_format_1`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, ClassVar, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,14 +24,15 @@ from lightning_flatness.errors import FlatnessError
 Result = TypeVar("Result", bound="Saved")
 
 # Version of the file format, written to every file, so that later versions of the package know how to read it.
-FORMAT = 1
+FORMAT = 2
+RECORD = "record"  # name of the array that holds the JSON text
 
 
 class Saved:
-    """A record of tensors and of values that JSON can represent, which can be saved and loaded.
+    """A frozen dataclass of tensors, plain values, mappings, tuples and other records that can be saved and loaded."""
 
-    JSON turns tuples into lists; ``_unpack`` turns them back.
-    """
+    # Names of the arrays of files from before files said what they are.
+    _unlabelled: ClassVar[frozenset[str]] = frozenset()
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the record to a compressed ``.npz`` file, without pickle, and return the file's path."""
@@ -31,11 +41,11 @@ class Saved:
         path = Path(path)
         if path.suffix != ".npz":
             raise FlatnessError(f"Results are written to files .npz, and '{path}' is not one; end the name with .npz.")
-        fields, tensors = self._pack()
-        text = json.dumps({"format": FORMAT, "result": type(self).__name__, "fields": fields}, default=dict)
-        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays: dict[str, Any] = {}
+        record = {"format": FORMAT, "result": type(self).__name__, "fields": _packed(self, "", arrays)}
+        text = json.dumps(record, allow_nan=False)
         with path.open("wb") as file:
-            np.savez_compressed(file, record=np.array(text), **arrays)
+            np.savez_compressed(file, **arrays | {RECORD: np.array(text)})
         return path
 
     @classmethod
@@ -47,13 +57,21 @@ class Saved:
             try:
                 with np.load(stream, allow_pickle=False) as file:
                     arrays = {name: file[name] for name in file.files}
-                text = json.loads(str(arrays.pop("record")))
+                text: dict[str, Any]
+                if cls._unlabelled and arrays.keys() == cls._unlabelled:
+                    text = {"format": 1, "result": cls.__name__, "fields": {}}
+                else:
+                    text = json.loads(str(arrays.pop(RECORD)))
                 if text["format"] > FORMAT:
-                    raise FlatnessError(f"'{path}' was written by a later version of lightning_flatness; update it.")
+                    raise FlatnessError(
+                        f"'{path}' was written by a later version of lightning_flatness (format {text['format']}; this "
+                        f"version reads up to {FORMAT}); update it."
+                    )
                 if text["result"] != cls.__name__:
                     raise FlatnessError(f"There is a {text['result']} in '{path}', not a {cls.__name__}.")
                 tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-                return cls(**cls._unpack({**text["fields"], **tensors}))
+                entries = text["fields"] if text["format"] > 1 else _from_format_1(text["fields"], tensors)
+                record: Result = _unpacked(entries, cls, tensors)
             except FlatnessError:
                 raise
             except Exception as error:  # numpy, zipfile, zlib, struct, json and torch raise errors of many types
@@ -61,13 +79,63 @@ class Saved:
                 raise FlatnessError(
                     f"'{path}' is not a file of {cls.__name__}.save, or is broken ({reason})."
                 ) from error
+        return record
 
-    def _pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the fields to write as JSON, and the tensors to write as arrays."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return {name: value for name, value in vars(self).items() if name not in tensors}, tensors
 
-    @staticmethod
-    def _unpack(fields: dict[str, Any]) -> dict[str, Any]:
-        """Convert the fields and tensors read from a file to arguments of the class."""
-        raise NotImplementedError
+def has_tensors(kind: Any) -> bool:
+    """Return whether values of a type are tensors, or tuples or mappings of tensors."""
+    return kind is Tensor or any(map(has_tensors, get_args(kind)))
+
+
+def _packed(value: Any, name: str, arrays: dict[str, Any]) -> Any:
+    """Return a value as JSON can hold it, and add its tensors to ``arrays``, by their place in the record."""
+    if isinstance(value, Tensor):
+        while name in arrays or name == RECORD:  # names of layers contain dots, too
+            name += "_"
+        arrays[name] = value.detach().cpu().numpy()
+        return name
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    prefix = f"{name}." if name else ""
+    if isinstance(value, Mapping):
+        return {str(key): _packed(entry, f"{prefix}{key}", arrays) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_packed(entry, f"{prefix}{index}", arrays) for index, entry in enumerate(value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _unpacked(value: Any, kind: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the value of a type that :func:`_packed` has packed; raise an error if it is of another type."""
+    parts, origin = get_args(kind), get_origin(kind)
+    if NoneType in parts:
+        (kind,) = (part for part in parts if part is not NoneType)
+        return None if value is None else _unpacked(value, kind, tensors)
+    if kind is Tensor:
+        return tensors[value]
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        if unknown := sorted(value.keys() - {field.name for field in fields(kind)}):
+            raise TypeError(f"unknown field {unknown[0]}")
+        # Fields with a default may have been added after the file was written.
+        read = [field.name for field in fields(kind) if field.name in value or _is_needed(field)]
+        return cast(Any, kind)(**{name: _unpacked(value[name], kinds[name], tensors) for name in read})
+    if origin is tuple:
+        return tuple(_unpacked(entry, parts[0], tensors) for entry in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {key: _unpacked(entry, parts[1], tensors) for key, entry in value.items()}
+    if kind is float:
+        return float(value)
+    if kind in (bool, int, str) and type(value) is not kind:
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _is_needed(field: Any) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _from_format_1(entries: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the fields of a file of format 1, where tensors were no fields and a tuple of tensors was in pieces."""
+    pieces = [name for name in tensors if name.startswith("coordinates_")]
+    whole = {name: name for name in tensors if name not in pieces}
+    return {**entries, **whole, **({"coordinates": sorted(pieces)} if pieces else {})}

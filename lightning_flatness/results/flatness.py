@@ -5,15 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from lightning_flatness.results.tables import LayerInfo, as_text, lowest_precision, notes
+from lightning_flatness.results.records import Record, flat
+from lightning_flatness.results.tables import LayerInfo, lowest_precision, notes, sentence_of
+from lightning_flatness.results.texts import as_text, measured, named, number_of
+
+# Headings of measures in tables.
+COLUMNS = {
+    "hessian_trace": "Hessian trace",
+    "relative_flatness": "rel. flatness",
+    "normalized_relative_flatness": "normalised",
+    "channelwise_flatness": "channel-wise",
+    "neuronwise_flatness": "neuron-wise",
+}
+ALWAYS = ("hessian_trace", "relative_flatness", "neuronwise_flatness")  # shown also where they were not measured
+SUMS = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "neuronwise_flatness")
+MEANS = {"loss": "loss", "accuracy": "accuracy", "curvature": "curvature (trace of Λ)"}
 
 
-@dataclass(frozen=True)
-class LayerFlatness:
+@dataclass(frozen=True, repr=False)
+class LayerFlatness(Record):
     """Flatness of one layer with ``S`` filters in ``G`` groups, of the mean loss over ``num_samples`` samples.
 
     Attributes:
@@ -82,38 +98,22 @@ class LayerFlatness:
         """How the numbers were computed, such as ``"closed_form"``; see :class:`LayerInfo`."""
         return self.info.method
 
+    def table(self) -> Table:
+        """Return a rich table of the layer's measures."""
+        return FlatnessReport({self.info.name: self}).table()
 
-@dataclass(frozen=True)
-class LayerLambdaMax:
-    """Largest eigenvalues of the Hessian of the mean loss with respect to one layer's kernel.
+    def shown(self, measure: str) -> str:
+        """Return a measure with its errors, as tables show it."""
+        errors = self.sampling_errors.get(measure, math.nan), self.standard_errors.get(measure, 0.0)
+        return measured(getattr(self, measure), *errors)
 
-    Attributes:
-        lambda_max: largest eigenvalue of the layer's whole block, in loss per squared weight.
-        residual_norm: ``‖H v - λ v‖`` for the unit vector ``v`` found; some eigenvalue differs from ``lambda_max`` by
-            at most this.
-        layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
-        neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss, or NaN.
-        filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``, in loss per squared weight; None if not measured.
-        info: how the layer was measured; if it is not exact, the eigenvalues are those of the Gauss-Newton matrix.
-    """
-
-    lambda_max: float
-    residual_norm: float
-    num_products: int
-    layerwise_lambda_max: float
-    neuronwise_lambda_max: float
-    filter_lambda_max: Tensor | None
-    num_samples: int
-    info: LayerInfo
-
-    @property
-    def exact(self) -> bool:
-        """Whether the eigenvalues are those of the Hessian."""
-        return self.info.exact
+    def _line(self) -> str:
+        numbers = f"relative flatness {self.shown('relative_flatness')}, Hessian trace {self.shown('hessian_trace')}"
+        return f"{self.info.name}: {numbers}, {number_of(self.num_samples, 'sample')}, {sentence_of(self.info)}"
 
 
-@dataclass(frozen=True)
-class FlatnessReport:
+@dataclass(frozen=True, repr=False)
+class FlatnessReport(Record):
     """Flatness of the measured layers of a model; ``print(report)`` shows a table.
 
     ``layers`` maps module names to results, in the order in which the layers run. With ``layers="all"``, ``left_out``
@@ -228,26 +228,66 @@ class FlatnessReport:
         return [layer.info for layer in self.layers.values()]
 
     def table(self) -> Table:
-        """Return a rich table with a row for every layer."""
-        caption = " ".join(notes(self._infos, self.left_out))
-        table = Table(title=f"Flatness over {self.num_samples} samples", caption=caption, caption_justify="left")
+        """Return a rich table with a row for every layer, and one for their sum."""
+        data = f" of {self.data} data" if self.data in ("val", "train") else f" of {self.data}" if self.data else ""
+        table = Table(
+            title=f"Flatness over {number_of(self.num_samples, 'sample')}{data}",
+            caption=" ".join([*self._explanations(), *notes(self._infos, self.left_out)]),
+            caption_justify="left",
+        )
+        columns = {
+            name: heading
+            for name, heading in COLUMNS.items()
+            if name in ALWAYS or not all(math.isnan(getattr(layer, name)) for layer in self.layers.values())
+        }
         table.add_column("layer", overflow="fold")
-        for heading in ("Hessian trace", "rel. flatness", "neuron-wise", "‖W‖"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("exact", no_wrap=True)
+        for heading in (*columns.values(), "‖W‖"):
+            table.add_column(heading, justify="right", overflow="fold")
+        table.add_column("exact")
         for name, layer in self.layers.items():
-            numbers = [
-                _number(getattr(layer, measure), layer.standard_errors.get(measure, 0.0))
-                for measure in ("hessian_trace", "relative_flatness", "neuronwise_flatness")
-            ]
-            table.add_row(name, *numbers, f"{layer.weight_norm:.4g}", "yes" if layer.exact else "no")
+            numbers = [layer.shown(measure) for measure in columns]
+            table.add_row(Text(name), *numbers, f"{layer.weight_norm:.4g}", layer.info.label)
+        if len(self.layers) > 1:
+            table.add_section()
+            sums = [self._shown(measure) if measure in SUMS else "" for measure in columns]
+            table.add_row("sum", *sums, f"{self.weight_norm:.4g}", "yes" if self.exact else "no")
         return table
+
+    def _shown(self, measure: str) -> str:
+        errors = self.sampling_errors.get(measure, math.nan), self.standard_errors.get(measure, 0.0)
+        return measured(getattr(self, measure), *errors)
+
+    def _explanations(self) -> list[str]:
+        """Return sentences on what flatness is to be compared with, and on the errors in the table."""
+        means = [
+            f"{name} {self._shown(field)}" for field, name in MEANS.items() if not math.isnan(getattr(self, field))
+        ]
+        loss = f" ({self.loss_name})" if self.loss_name else ""
+        sentences = [f"Mean {', '.join(means)}{loss}."] if means else []
+        layers = self.layers.values()
+        if any(not math.isnan(layer.normalized_relative_flatness) for layer in layers):
+            sentences.append("Normalised: relative flatness for inputs whose channels have standard deviation one.")
+        if self.sampling_errors or any(layer.sampling_errors for layer in layers):
+            sentences.append("±: standard error over samples.")
+        if any(error for layer in layers for error in layer.standard_errors.values()):
+            sentences.append("est. ±: standard error of an estimate.")
+        return sentences
 
     def __str__(self) -> str:
         return as_text(self.table())
 
+    def _line(self) -> str:
+        means = [f"loss {self._shown('loss')}"] if not math.isnan(self.loss) else []
+        numbers = [
+            f"relative flatness {self._shown('relative_flatness')}",
+            f"Hessian trace {self._shown('hessian_trace')}",
+        ]
+        inexact = [name for name, layer in self.layers.items() if not layer.exact]
+        exact = f"not exact ({named(inexact)})" if inexact else "exact"
+        samples, data = number_of(self.num_samples, "sample"), f" of {self.data}" if self.data else ""
+        return ", ".join([number_of(len(self.layers), "layer"), f"{samples}{data}", exact, *numbers, *means])
 
-def _number(value: float, standard_error: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.4g}" + (f" ± {standard_error:.1g}" if standard_error else "")
+    def _rows(self) -> list[dict[str, Any]]:
+        shared = {name: getattr(self, name) for name in ("loss", "accuracy", "curvature", "loss_name", "data")}
+        rows = [{"layer": name, **flat(layer._values(tensors=False))} for name, layer in self.layers.items()]
+        return [{key: value for key, value in (row | shared).items() if key != "name"} for row in rows]

@@ -6,16 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from rich.table import Table
 from torch import Tensor
 
-from lightning_flatness.results.files import Saved
+from lightning_flatness.results.records import Record
+from lightning_flatness.results.texts import number_of
 
 # Fields that describe how a landscape was computed. A computation can be resumed only if all of them are the same.
 SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
 
 
-@dataclass(frozen=True)
-class LandscapeResult(Saved):
+@dataclass(frozen=True, repr=False)
+class LandscapeResult(Record):
     """Mean losses at points ``w + Σ_i α_i d_i`` of a line (one axis) or plane (two axes) through the weights ``w``.
 
     Attributes:
@@ -75,13 +78,28 @@ class LandscapeResult(Saved):
         """Boolean mask of the points with a finite loss."""
         return self.losses.isfinite()
 
+    @property
+    def lowest_loss(self) -> float:
+        """The lowest finite loss of a point; NaN if there is none."""
+        return float(self.losses[self.finite].min()) if bool(self.finite.any()) else math.nan
+
+    def table(self) -> Table:
+        """Return a rich table of the numbers and settings of the landscape."""
+        title, *lines = self._lines()
+        table = Table(title=title, show_header=False)
+        for line in lines:
+            table.add_row(line)
+        return table
+
     def __str__(self) -> str:
-        shape = " x ".join(str(len(axis)) for axis in self.coordinates)
-        lowest = self.losses[self.finite].min() if bool(self.finite.any()) else math.nan
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
         kept = " (with its own BatchNorm statistics)" if self.batch_norm == "recomputed" else ""
         lines = [
-            f"Loss landscape, {shape} points along {' and '.join(self.axes)}, {self.num_samples} samples",
-            f"loss of the model {self.origin_loss:.6g}{kept}, lowest {float(lowest):.6g}",
+            f"Loss landscape, {self._shape} points along {' and '.join(self.axes)}, "
+            f"{number_of(self.num_samples, 'sample')}",
+            f"loss of the model {self.origin_loss:.6g}{kept}, lowest {self.lowest_loss:.6g}",
             f"normalisation {self.normalize} (L{self.norm}), update {self.update}, "
             f"BatchNorm statistics {self.batch_norm}",
         ]
@@ -91,14 +109,22 @@ class LandscapeResult(Saved):
             lines.append(f"{missing} points not computed")
         if not_finite := int((self.computed & ~self.finite).sum()):
             lines.append(f"{not_finite} points not finite")
-        return "\n".join(lines)
+        return lines
 
-    def _pack(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        fields, tensors = super()._pack()
-        return fields, tensors | {f"coordinates_{index}": axis for index, axis in enumerate(fields.pop("coordinates"))}
+    @property
+    def _shape(self) -> str:
+        return " x ".join(str(len(axis)) for axis in self.coordinates)
 
-    @staticmethod
-    def _unpack(fields: dict[str, Any]) -> dict[str, Any]:
-        tuples = {name: tuple(fields[name]) for name in ("axes", "axis_norms", "frozen")}
-        coordinates = tuple(fields.pop(f"coordinates_{index}") for index in range(len(fields["axes"])))
-        return {"accuracies": None, **fields, **tuples, "coordinates": coordinates}  # files omit accuracies=None
+    def _line(self) -> str:
+        points, samples = f"{self._shape} points along {' and '.join(self.axes)}", number_of(self.num_samples, "sample")
+        part = "" if self.complete else "not complete, "
+        return f"{points}, {samples}, {part}loss {self.origin_loss:.4g}, lowest {self.lowest_loss:.4g}"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return a row for every point, with the coordinate along every axis."""
+        grids = [grid.flatten().tolist() for grid in torch.meshgrid(*self.coordinates, indexing="ij")]
+        columns = {f"coordinate_{index}": grid for index, grid in enumerate(grids)}
+        columns |= {"loss": self.losses.flatten().tolist(), "computed": self.computed.flatten().tolist()}
+        if self.accuracies is not None:
+            columns["accuracy"] = self.accuracies.flatten().tolist()
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

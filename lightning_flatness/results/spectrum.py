@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.results.files import Saved
-from lightning_flatness.results.tables import as_text, number_of
+from lightning_flatness.results.records import Record
+from lightning_flatness.results.texts import as_text, number_of
 
 CRITERIA = ("r_e", "k_hn", "c_t")
 # Names of the values of ``SpectrumResult.matrix`` in tables and figures.
 MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 
-@dataclass(frozen=True)
-class SpectrumResult(Saved):
+@dataclass(frozen=True, repr=False)
+class SpectrumResult(Record):
     """Spectrum of the Hessian of the mean loss with respect to ``D`` parameters; ``print(result)`` shows a table.
 
     Eigenvalues, Ritz values and the trace are in loss per squared weight. The criteria (Gabdullin 2024, 2025) are means
@@ -59,6 +59,8 @@ class SpectrumResult(Saved):
         >>> round(float(torch.trapezoid(density, grid)), 3)
         1.0
     """
+
+    _short: ClassVar[tuple[str, ...]] = ("eigenvalues", "residuals")
 
     eigenvalues: Tensor
     eigenvectors: Tensor
@@ -143,9 +145,20 @@ class SpectrumResult(Saved):
     def __str__(self) -> str:
         return as_text(self.table())
 
-    @staticmethod
-    def _unpack(fields: dict[str, Any]) -> dict[str, Any]:
-        return fields | {"parameters": {name: tuple(shape) for name, shape in fields["parameters"].items()}}
+    def _line(self) -> str:
+        matrix, samples = MATRICES[self.matrix], number_of(self.num_samples, "sample")
+        error = "" if math.isnan(self.trace_stderr) else f" (est. ± {self.trace_stderr:.1g})"
+        largest = f"largest eigenvalue {float(self.eigenvalues[0]):.4g}, " if len(self.eigenvalues) else ""
+        size = number_of(self.num_parameters, "parameter")
+        return f"{matrix}, {size}, {samples}, {largest}trace {self.trace:.4g}{error}, {self.kind}, loss {self.loss:.4g}"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        pairs = zip(self.eigenvalues.tolist(), self.residuals.tolist(), strict=True)
+        shared = {name: getattr(self, name) for name in ("matrix", "num_samples", "loss", "loss_name", "converged")}
+        return [
+            {"index": index, "eigenvalue": value, "residual": residual, **shared}
+            for index, (value, residual) in enumerate(pairs)
+        ]
 
 
 def _error(value: float) -> str:

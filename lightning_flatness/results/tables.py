@@ -1,4 +1,4 @@
-"""Records and tables that describe how layers are measured, and the conversion of tables to text."""
+"""Records and tables that describe how layers are measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from lightning_flatness.results.records import Record
+from lightning_flatness.results.texts import named
 
 # ``LayerInfo.reason`` of a layer whose numbers are estimates for the whole Hessian, with standard errors.
 SAMPLED = "classes without much mass are sampled"
@@ -25,10 +28,11 @@ PARTS = {
     "gauss_newton": "the Gauss-Newton part of the Hessian",
     "gauss_newton+hutchinson": "Gauss-Newton exactly and the rest of the Hessian estimated",
 }
+LABELS = {"gauss_newton": "no: Gauss-Newton", "gauss_newton+hutchinson": "no: estimate", "closed_form": "no"}
 
 
-@dataclass(frozen=True)
-class LayerInfo:
+@dataclass(frozen=True, repr=False)
+class LayerInfo(Record):
     """Description of how a layer is measured; it may change with later batches.
 
     The method ``"closed_form"`` computes the Hessian. ``"gauss_newton"`` computes the Gauss-Newton part of the Hessian,
@@ -51,6 +55,19 @@ class LayerInfo:
     memory: int = 0  # bytes of block traces (their sum and one batch) and of the Gram matrix of the filters
     precision: str = "float32"  # the lowest that samples were measured in; "bfloat16" if the features are
     precision_deviation: float = 0.0  # in half precision: relative change of the Hessian trace from float32, on a trial
+
+    @property
+    def label(self) -> str:
+        """What the numbers are, in a few words: ``"yes"`` if they are exact, otherwise ``"no: Gauss-Newton"``."""
+        return "yes" if self.exact else "no: estimate" if self.reason == SAMPLED else LABELS[self.method]
+
+    def table(self) -> Table:
+        """Return a rich table of how the layer is measured."""
+        return summary_table({self.name: self}, title="How a layer is measured", verbose=True)
+
+    def _line(self) -> str:
+        size = f"{self.num_filters} x {self.patch_length}"
+        return f"{self.name}: {self.kind} {size}, {METHODS[self.method]}, {sentence_of(self)}"
 
 
 def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
@@ -94,7 +111,7 @@ def summary_table(
     for info in layers.values():
         size = f"{info.num_filters} x {info.patch_length}" + (f", {info.groups} groups" if info.groups > 1 else "")
         table.add_row(
-            info.name + ("*" if info.kernel == "effective" else ""),
+            Text(info.name + ("*" if info.kernel == "effective" else "")),
             *[size] * verbose,
             METHODS[info.method],
             "yes" if info.exact else "no",
@@ -136,12 +153,26 @@ def notes(layers: Sequence[LayerInfo], left_out: Mapping[str, str]) -> list[str]
     for method, part in PARTS.items():
         reasons = sorted({info.reason for info in inexact if info.method == method and info.reason != SAMPLED})
         if reasons:
-            sentences.append(f"Not exact: {part}, since {', or '.join(reasons)}.")
+            several = len({info.reason for info in inexact}) > 1
+            causes = [reason + _of_layers(inexact, method, reason) * several for reason in reasons]
+            sentences.append(f"Not exact: {part}, since {', or '.join(causes)}.")
     if any(info.reason == SAMPLED for info in inexact):
         sentences.append(f"Estimates, with standard errors: {SAMPLED}.")
     if any(BITS[info.precision] < 32 for info in layers):
         sentences.append(f"{precision_of(layers)}.")
     return [*sentences, *(f"Left out: {reason}" for reason in left_out.values())]
+
+
+def sentence_of(info: LayerInfo) -> str:
+    """Return whether a layer's numbers are exact, and if not what they are and why, as a part of a sentence."""
+    if info.exact:
+        return "exact"
+    part = "estimates" if info.reason == SAMPLED else PARTS.get(info.method, "")
+    return f"not exact: {part}{', since ' * bool(part)}{info.reason}"
+
+
+def _of_layers(infos: Sequence[LayerInfo], method: str, reason: str) -> str:
+    return f" ({named(info.name for info in infos if (info.method, info.reason) == (method, reason))})"
 
 
 def precision_of(layers: Sequence[LayerInfo]) -> str:
@@ -154,16 +185,3 @@ def precision_of(layers: Sequence[LayerInfo]) -> str:
 def _millions(number: int) -> str:
     millions = number / 1e6
     return "<0.1" if millions < 0.1 else f"{millions:,.1f}" if millions < 100 else f"{millions:,.0f}"
-
-
-def number_of(number: int, noun: str) -> str:
-    """Return a number and its noun in the singular or plural, such as ``"2 probes"``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def as_text(table: Table, width: int = 110) -> str:
-    """Return a rich table as plain text, at most ``width`` characters wide."""
-    console = Console(width=width, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()

@@ -163,6 +163,9 @@ def test_the_trajectory_is_that_of_the_weights(tmp_path):
         coordinates = torch.from_numpy(file["coordinates"])
         assert_close(torch.from_numpy(file["explained"]), expected.explained)
     assert_close(coordinates, expected.coordinates)
+    assert_close(lf.TrajectoryResult.load(path).coordinates, expected.coordinates)
+    with pytest.raises(lf.FlatnessError, match="There is a TrajectoryResult in .*, not a LandscapeResult"):
+        lf.LandscapeResult.load(path)
     result = callback.results["kept"]
     for axis, of_states in zip(result.coordinates, coordinates.T, strict=True):
         assert axis[0] < of_states.min() <= 0 <= of_states.max() < axis[-1]

@@ -1,46 +1,30 @@
 """Files of results: what comes back, and one error for all that is no such file."""
 
 import json
+import math
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.results import files
+from tests.guarding import guards
+from tests.results.made import RESULTS, assert_identical, flatness, landscape, spectrum, trajectory
 
-BATCH = torch.linspace(-1, 1, 10).reshape(5, 2), torch.arange(5) % 3
-
-
-def spectrum():
-    return lf.hessian_spectrum(nn.Linear(2, 3), [BATCH], num_steps=3, num_probes=1, top_k=1)
+MAKE = pytest.mark.parametrize("make", RESULTS.values(), ids=RESULTS)
 
 
-def landscape():
-    return lf.loss_landscape(nn.Linear(2, 3), [BATCH], steps=3, span=((-1, 1), (0, 1)))
-
-
-RESULTS = [spectrum, landscape]
-
-
-@pytest.mark.parametrize("make", RESULTS)
+@guards("results/files.py", "str(value) if isinstance(value, float) and not math.isfinite(value) else value", "value")
+@MAKE
 def test_what_was_saved_is_loaded(tmp_path, make):
     result = make()
     path = tmp_path / "of.epoch 3.npz"
-    result.save(path)
-    again = type(result).load(str(path))
-    assert vars(again).keys() == vars(result).keys()
-    for name, value in vars(result).items():
-        assert type(getattr(again, name)) is type(value)
-        if name == "spread":  # holds NaN
-            assert repr(getattr(again, name)) == repr(value)
-        elif isinstance(value, torch.Tensor) or name == "coordinates":
-            assert_close(getattr(again, name), value, rtol=0, atol=0, equal_nan=True)
-        elif value == value:
-            assert getattr(again, name) == value
+    assert result.save(path) == path
+    assert_identical(type(result).load(str(path)), result)
 
 
 def change(path, version=files.FORMAT, **changes):
@@ -54,7 +38,8 @@ def change(path, version=files.FORMAT, **changes):
 
 def damaged(path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 255
+    third = len(content) // 3
+    content[third : third + 64] = bytes(64)
     path.write_bytes(content)
 
 
@@ -79,35 +64,94 @@ BREAKS = [
     lambda path: np.savez(path, losses=np.zeros(3)),
     lambda path: np.savez(path, record=np.array([{}], dtype=object)),
     lambda path: np.savez(path, record=np.array("[1, 2]")),
-    lambda path: change(path, num_samples=None),
     lambda path: change(path, version=None),
     lambda path: change(path, colour="red"),
-    lambda path: change(path, axes=3, parameters=3),
+    lambda path: change(path, layers=3, axes=3, parameters=3, info=3, name=3, coordinates=3),
+    lambda path: change(path, layers={"a": {}}, num_samples=None, num_filters=None, explained=None),
+    lambda path: change(
+        path, **dict.fromkeys(("layers", "losses", "eigenvalues", "coordinates", "info"), "nowhere"), name=3
+    ),
 ]
 
 
-@pytest.mark.parametrize("make", RESULTS)
+@MAKE
 def test_anything_else_is_refused(tmp_path, make):
     result = make()
     path = tmp_path / "a.npz"
     for broken in BREAKS:
         result.save(path)
         broken(path)
-        with pytest.raises(lf.FlatnessError, match="a.npz'"):
+        with pytest.raises(lf.FlatnessError, match="a.npz'"):  # the file is named
             type(result).load(path)
     with pytest.raises(FileNotFoundError):
         type(result).load(tmp_path / "none.npz")
 
 
-@pytest.mark.parametrize("make", RESULTS)
+@MAKE
 def test_the_other_result_is_refused(tmp_path, make):
-    make().save(tmp_path / "a.npz")
-    other = lf.SpectrumResult if make is landscape else lf.LandscapeResult
-    with pytest.raises(lf.FlatnessError, match=f"There is a .*Result in '.*a.npz', not a {other.__name__}"):
-        other.load(tmp_path / "a.npz")
+    result = make()
+    result.save(tmp_path / "a.npz")
+    for other in {lf.SpectrumResult, lf.FlatnessReport, lf.TrajectoryResult} - {type(result)}:
+        with pytest.raises(lf.FlatnessError, match=f"There is a {type(result).__name__} in .*, not a {other.__name__}"):
+            other.load(tmp_path / "a.npz")
 
 
-@pytest.mark.parametrize("make", RESULTS)
+def write(path, fields, arrays, **record):
+    """Write a file of an earlier version, by hand."""
+    np.savez(path, record=np.array(json.dumps({**record, "fields": fields})), **arrays)
+
+
+def test_a_spectrum_of_format_1(tmp_path):
+    result = spectrum()
+    tensors = ("eigenvalues", "eigenvectors", "residuals", "ritz_values", "ritz_weights")
+    fields = {name: value for name, value in vars(result).items() if name not in tensors}
+    assert math.isnan(fields["trace_stderr"])  # format 1 had NaN as JSON does not
+    arrays = {name: getattr(result, name).numpy() for name in tensors}
+    write(tmp_path / "a.npz", fields, arrays, format=1, result="SpectrumResult")
+    assert_identical(lf.SpectrumResult.load(tmp_path / "a.npz"), result)
+
+
+@pytest.mark.parametrize("accuracies", [True, False])
+def test_a_landscape_of_format_1(tmp_path, accuracies):
+    result = landscape() if accuracies else replace(landscape(), accuracies=None, origin_accuracy=None)
+    tensors = ("losses", "computed") + ("accuracies",) * accuracies
+    fields = {name: value for name, value in vars(result).items() if name not in (*tensors, "coordinates")}
+    arrays = {name: getattr(result, name).numpy() for name in tensors}
+    arrays |= {f"coordinates_{index}": axis.numpy() for index, axis in enumerate(result.coordinates)}
+    write(tmp_path / "a.npz", fields, arrays, format=1, result="LandscapeResult")
+    assert_identical(lf.LandscapeResult.load(tmp_path / "a.npz"), result)
+
+
+def test_a_trajectory_from_before_files_said_what_they_are(tmp_path):
+    result, path = trajectory(), tmp_path / "trajectory.npz"
+    np.savez(path, coordinates=result.coordinates.numpy(), explained=result.explained.numpy())
+    assert_identical(lf.TrajectoryResult.load(path), result)
+    np.savez(path, coordinates=result.coordinates.numpy())
+    with pytest.raises(lf.FlatnessError, match="trajectory.npz' is not a file of TrajectoryResult.save"):
+        lf.TrajectoryResult.load(path)
+
+
+def test_fields_that_were_added_later_have_their_defaults(tmp_path):
+    flatness().save(tmp_path / "a.npz")
+    change(tmp_path / "a.npz", loss=None, samples=None)
+    loaded = lf.FlatnessReport.load(tmp_path / "a.npz")
+    assert math.isnan(loaded.loss)
+    assert loaded.samples == {}
+
+
+def test_files_are_read_without_the_package(tmp_path):
+    report = flatness()
+    with np.load(report.save(tmp_path / "a.npz"), allow_pickle=False) as file:
+        text = str(file["record"])
+        assert_close(torch.from_numpy(file["layers.2.block_traces"]), report.layers["2"].block_traces)
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads(text, parse_constant=refuse)["fields"]["layers"]["2"]["info"]["exact"] is True
+
+
+@MAKE
 def test_files_of_later_versions(tmp_path, make):
     result = make()
     result.save(tmp_path / "a.npz")
@@ -116,7 +160,7 @@ def test_files_of_later_versions(tmp_path, make):
         type(result).load(tmp_path / "a.npz")
 
 
-@pytest.mark.parametrize("make", RESULTS)
+@MAKE
 def test_names_end_with_npz(tmp_path, make):
     with pytest.raises(lf.FlatnessError, match="files .npz, and '.*a.pt' is not one"):
         make().save(tmp_path / "a.pt")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -5,6 +7,7 @@ from torch.nn.utils import parametrizations
 import lightning_flatness as lf
 from lightning_flatness.measure.flatness import Measurement
 from lightning_flatness.results import as_text, summary_table
+from tests.results.made import flatness
 
 
 def net(act):
@@ -16,6 +19,11 @@ def batch():
     return torch.randn(5, 1, 6, 6), torch.randint(3, (5,))
 
 
+def labels(text):
+    rows = [line.split("│") for line in text.splitlines() if line.startswith("│")]
+    return {row[1].strip(): row[-2].strip() for row in rows if row[1].strip()}
+
+
 def test_report_prints_a_row_for_every_layer_within_80_columns():
     report = lf.measure_flatness(net(nn.SiLU()), [batch()], layers="all")
     text = as_text(report.table(), width=80)
@@ -24,9 +32,44 @@ def test_report_prints_a_row_for_every_layer_within_80_columns():
     assert "since the network is curved after it" in " ".join(
         text.split()
     )  # the first convolution is not exact, and says why
-    assert [line.split("│")[-2].strip() for line in text.splitlines() if line.startswith("│")] == ["no", "yes", "yes"]
+    assert labels(str(report)) == {"0": "no: Gauss-Newton", "2": "yes", "6": "yes", "sum": "no"}
     assert report.num_samples == 5
     assert report.hessian_trace == sum(layer.hessian_trace for layer in report.layers.values())
+
+
+def test_the_table_says_what_to_compare_with_and_how_sure_it_is():
+    text = " ".join(str(flatness()).split())
+    assert "Flatness over 5 samples of val data" in text
+    assert "Mean loss 0.43 ± 0.03, accuracy 0.6 (cross_entropy)." in text
+    assert "normalised" in text
+    assert "0.125" in text
+    assert "± 0.012" in text
+    assert "±: standard error over samples." in text
+    assert "est." not in text
+    bare = replace(flatness(), layers={"2": lf.measure_flatness(net(nn.ReLU()), [batch()]).layers["2"]})
+    assert "normalised" not in str(bare)
+
+
+def test_the_error_of_an_estimate_is_not_that_over_samples():
+    report = lf.measure_flatness(net(nn.SiLU()), [batch()], layers="0", residual="hutchinson")
+    errors = {"hessian_trace": 0.0512, "relative_flatness": 0.0051}
+    layer = replace(report.layers["0"], sampling_errors={"hessian_trace": 0.0321}, standard_errors=errors)
+    text = " ".join(str(replace(report, layers={"0": layer})).split())
+    assert layer.shown("hessian_trace") == f"{layer.hessian_trace:.2f} ± 0.03 (est. ± 0.05)"
+    assert layer.shown("relative_flatness") == f"{layer.relative_flatness:.4g} (est. ± 0.005)"
+    assert "est. ±: standard error of an estimate." in text
+    assert labels(str(report)) == {"0": "no: estimate"}
+
+
+def test_layers_are_named_where_reasons_differ():
+    report = flatness()
+    first = report.layers["0"]
+    layers = {
+        name: replace(first, info=replace(first.info, name=name, reason=f"it is odd {name > 'b'}"))
+        for name in "abcdefg"
+    }
+    text = " ".join(str(replace(report, layers=layers)).split())
+    assert "since it is odd False (a, b), or it is odd True (c, d, e and 2 others)." in text
 
 
 def test_summary_says_how_every_layer_is_measured():

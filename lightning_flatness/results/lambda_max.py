@@ -1,0 +1,119 @@
+"""The largest eigenvalues of layers, as frozen records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lightning_flatness.results.records import Record, flat
+from lightning_flatness.results.tables import LayerInfo, notes, sentence_of
+from lightning_flatness.results.texts import as_text, measured, number_of
+
+NUMBERS = ("lambda_max", "residual_norm", "layerwise_lambda_max", "neuronwise_lambda_max")  # columns of the table
+
+
+@dataclass(frozen=True, repr=False)
+class LayerLambdaMax(Record):
+    """Largest eigenvalues of the Hessian of the mean loss with respect to one layer's kernel.
+
+    Attributes:
+        lambda_max: largest eigenvalue of the layer's whole block, in loss per squared weight.
+        residual_norm: ``‖H v - λ v‖`` for the unit vector ``v`` found; some eigenvalue differs from ``lambda_max`` by
+            at most this.
+        layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
+        neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss, or NaN.
+        filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``, in loss per squared weight; None if not measured.
+        info: how the layer was measured; if it is not exact, the eigenvalues are those of the Gauss-Newton matrix.
+    """
+
+    lambda_max: float
+    residual_norm: float
+    num_products: int
+    layerwise_lambda_max: float
+    neuronwise_lambda_max: float
+    filter_lambda_max: Tensor | None
+    num_samples: int
+    info: LayerInfo
+
+    @property
+    def exact(self) -> bool:
+        """Whether the eigenvalues are those of the Hessian."""
+        return self.info.exact
+
+    def table(self) -> Table:
+        """Return a rich table of the layer's eigenvalues."""
+        return LambdaMaxReport({self.info.name: self}).table()
+
+    def _line(self) -> str:
+        value = f"largest eigenvalue {self.lambda_max:.4g}, residual {self.residual_norm:.1g}"
+        return f"{self.info.name}: {value}, {number_of(self.num_samples, 'sample')}, {sentence_of(self.info)}"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
+    """The largest eigenvalues of the measured layers, by name: a mapping, and a table if printed.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import measure_lambda_max
+        >>> found = measure_lambda_max(torch.nn.Linear(4, 3), [torch.randn(6, 4)], layers="all")
+        >>> list(found), found.exact, found.num_samples, found[""].exact
+        ([''], True, 6, True)
+    """
+
+    layers: Mapping[str, LayerLambdaMax]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the eigenvalues of every layer are those of the Hessian."""
+        return all(layer.exact for layer in self.layers.values())
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples that were measured."""
+        return max((layer.num_samples for layer in self.layers.values()), default=0)
+
+    def __getitem__(self, name: str) -> LayerLambdaMax:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def table(self) -> Table:
+        """Return a rich table with a row for every layer."""
+        notes_on_layers = notes([layer.info for layer in self.layers.values()], {})
+        table = Table(
+            title=f"Largest eigenvalues over {number_of(self.num_samples, 'sample')}",
+            caption=" ".join(["Residual: some eigenvalue is that close to λ_max.", *notes_on_layers]),
+            caption_justify="left",
+        )
+        table.add_column("layer", overflow="fold")
+        for heading in ("λ_max", "residual", "layer-wise", "neuron-wise"):
+            table.add_column(heading, justify="right")
+        table.add_column("exact")
+        for name, layer in self.layers.items():
+            numbers = [measured(getattr(layer, number)) for number in NUMBERS]
+            table.add_row(Text(name), *numbers, layer.info.label)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.table())
+
+    def _line(self) -> str:
+        largest = max((layer.lambda_max for layer in self.layers.values()), default=math.nan)
+        exact = "exact" if self.exact else "not exact"
+        samples = number_of(self.num_samples, "sample")
+        return f"{number_of(len(self.layers), 'layer')}, {samples}, {exact}, largest eigenvalue {largest:.4g}"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = [{"layer": name, **flat(layer._values(tensors=False))} for name, layer in self.layers.items()]
+        return [{key: value for key, value in row.items() if key != "name"} for row in rows]

@@ -1,0 +1,97 @@
+"""Numbers, layers and tables as text and as HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# With more layers than this, a sentence names the first ones only.
+MOST_NAMES = 3
+CELL = "padding: 0.2em 0.8em; white-space: nowrap"
+
+
+def number_of(number: int, noun: str) -> str:
+    """Return a number and its noun in the singular or plural, such as ``"2 probes"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def measured(value: float, sampling_error: float = math.nan, standard_error: float = 0.0) -> str:
+    """Return a number with its error over samples, and, if it is an estimate, with the standard error of that.
+
+    Example:
+        >>> measured(1.2345, 0.0421), measured(1234.5, 62.0), measured(1.2345, standard_error=0.1), measured(math.nan)
+        ('1.23 ± 0.04', '1234 ± 62', '1.234 (est. ± 0.1)', '-')
+    """
+    if math.isnan(value):
+        return "-"
+    known = math.isfinite(sampling_error) and sampling_error > 0 and math.isfinite(value)
+    text = _with_error(value, sampling_error) if known else f"{value:.4g}"
+    return text + (f" (est. ± {standard_error:.1g})" if standard_error else "")
+
+
+def _with_error(value: float, error: float) -> str:
+    """Return a value with the digits that its error leaves."""
+    leading = math.floor(math.log10(error))
+    digits = 1 - leading if f"{error:.1e}"[0] == "1" else -leading  # two digits of an error that begins with a one
+    if digits <= 0:
+        return f"{value:.0f} ± {error:.0f}" if abs(value) < 1e6 else f"{value:.4g} ± {error:.1g}"
+    if digits <= 5:
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+    shown = max(1, min(6, math.floor(math.log10(abs(value))) + digits)) if value else 1
+    return f"{value:.{shown - 1}e} ± {error:.0e}"
+
+
+def named(names: Iterable[str]) -> str:
+    """Return names in a sentence; of many, the first ones.
+
+    Example:
+        >>> named(["a", "b"]), named("abcdef")
+        ('a, b', 'a, b, c and 3 others')
+    """
+    names = list(names)
+    others = len(names) - MOST_NAMES
+    return ", ".join(names) if others < 2 else f"{', '.join(names[:MOST_NAMES])} and {others} others"
+
+
+def as_text(table: Table, width: int = 110) -> str:
+    """Return a rich table as plain text, at most ``width`` characters wide."""
+    console = Console(width=width, color_system=None, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def as_html(table: Table) -> str:
+    """Return a rich table as HTML that needs no style sheet and takes its colours from the page.
+
+    Example:
+        >>> as_html(Table("layer", title="a < b")).partition("</caption>")[0].rpartition(">")[-1]
+        'a &lt; b'
+    """
+    title = (
+        f'<caption style="text-align: left; font-weight: bold">{_html(table.title)}</caption>' if table.title else ""
+    )
+    headings = "".join(_cell("th", column.header, column.justify) for column in table.columns)
+    head = f"<thead><tr>{headings}</tr></thead>" if table.show_header else ""
+    columns = [[_cell("td", cell, column.justify) for cell in column.cells] for column in table.columns]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*columns, strict=True))
+    caption = f'<p style="max-width: 60em; opacity: 0.8">{_html(table.caption)}</p>' if table.caption else ""
+    return (
+        '<div><table style="border-collapse: collapse; color: inherit; background: none">'
+        f"{title}{head}<tbody>{body}</tbody></table>{caption}</div>"
+    )
+
+
+def _cell(tag: str, content: Any, justify: str) -> str:
+    side = "right" if justify == "right" else "left"
+    weight = "; border-bottom: 1px solid currentColor" if tag == "th" else ""
+    return f'<{tag} style="{CELL}; text-align: {side}{weight}">{_html(content)}</{tag}>'
+
+
+def _html(content: Any) -> str:
+    return escape(str(content)).replace("\n", "<br>")

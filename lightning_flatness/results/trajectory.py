@@ -1,0 +1,55 @@
+"""The way of the weights through a plane, as a frozen record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.table import Table
+from torch import Tensor
+
+from lightning_flatness.results.records import Record
+from lightning_flatness.results.texts import number_of
+
+
+@dataclass(frozen=True, repr=False)
+class TrajectoryResult(Record):
+    """Coordinates of the weights, initially and after every epoch, in the plane in which they moved most.
+
+    ``plot_contour(result, trajectory=trajectory.coordinates)`` draws them into the landscape of the same name.
+
+    Attributes:
+        coordinates: coordinates of the states of the weights, float64 ``(states, 2)``; the present weights are at zero.
+        explained: share of each axis in the sum of squared distances from the present weights, float64 ``(2,)``.
+
+    Example:
+        >>> import tempfile, torch
+        >>> way = TrajectoryResult(torch.tensor([[3.0, 1.0], [1.0, 0.5], [0.0, 0.0]]), torch.tensor([0.8, 0.1]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     TrajectoryResult.load(way.save(f"{folder}/way.npz"))
+        TrajectoryResult(3 states in the plane of 80 % and 10 % of their squared distances)
+    """
+
+    _short: ClassVar[tuple[str, ...]] = ("coordinates", "explained")
+    _unlabelled: ClassVar[frozenset[str]] = frozenset(("coordinates", "explained"))
+
+    coordinates: Tensor
+    explained: Tensor
+
+    def table(self) -> Table:
+        """Return a rich table of the coordinates."""
+        shares = [f"axis {index} ({100 * share:.0f} %)" for index, share in enumerate(self.explained.tolist(), start=1)]
+        table = Table("state", *shares, title=f"Trajectory of {number_of(len(self.coordinates), 'state')}")
+        for index, state in enumerate(self.coordinates.tolist()):
+            table.add_row(str(index), *(f"{coordinate:.4g}" for coordinate in state))
+        return table
+
+    def _line(self) -> str:
+        shares = " and ".join(f"{100 * share:.0f} %" for share in self.explained.tolist())
+        return f"{number_of(len(self.coordinates), 'state')} in the plane of {shares} of their squared distances"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {"state": index, **{f"coordinate_{axis}": value for axis, value in enumerate(state)}}
+            for index, state in enumerate(self.coordinates.tolist())
+        ]
