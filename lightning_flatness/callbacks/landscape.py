@@ -30,9 +30,8 @@ class LandscapeCallback(EpochEndCallback):
 
     It does so at the end of a fit and, optionally, of epochs. TensorBoard's page *Images* shows contours and surface.
     Every result is written to a file ``epoch=...-step=...-kept.npz`` (or ``-recomputed``), which
-    :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads. ``TrajectoryResult.load`` reads the file
-    ``...-trajectory.npz``. Ctrl-C ends the computation of a
-    landscape, and the points computed so far are kept.
+    :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads; a trajectory is read by
+    ``TrajectoryResult.load``. Ctrl-C ends the computation of a landscape, and the points computed so far are kept.
 
     Training with this callback is bit-identical to training without it. The origin of a landscape is at the present
     weights, at the end of the fit at the weights that the fit leaves. These are averaged weights if a callback such as
