@@ -225,7 +225,7 @@ def test_arguments_that_cannot_be(options, message):
     [
         (iter(BATCHES), "give a list"),
         ((batch for batch in BATCHES), "batches is a generator"),
-        ((X, Y), "targets"),
+        ((X, X), "2 tensors"),
         ([], "data set empty"),
         ([X], "no targets"),
         ([(X, Y[:3])], "10 logits"),
