@@ -70,7 +70,7 @@ def main() -> None:
 
     kept, recomputed = random.results["kept"], random.results["recomputed"]
     plane = trajectory.results["recomputed"]
-    both = Figure(figsize=(11, 4.2), layout="constrained")
+    both = Figure(figsize=(9.2, 4.0), layout="constrained")
     plot_surface(kept, log=True, data="train", ax=both.add_subplot(1, 2, 1, projection="3d"))
     plot_contour(plane, trajectory=trajectory.trajectory, data="train", ax=both.add_subplot(1, 2, 2))
     figures = {

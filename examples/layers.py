@@ -75,7 +75,7 @@ def main() -> None:
 
     measured = torch.utils.data.Subset(test, range(options.samples))
     report = lf.measure_flatness(model.net, DataLoader(measured, batch_size=128), layers="all")
-    figure, _ = plot_layers(report)
+    figure, _ = plot_layers(report, data="CIFAR-10 test")
     figure.savefig(options.out / "layers.png")
     print(report)
     print(

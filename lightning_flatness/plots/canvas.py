@@ -54,7 +54,7 @@ def plain_frame(ax: Any, grid: str, hidden: Sequence[str] = ("top", "right")) ->
 
 def set_heading(ax: Any, *lines: str) -> None:
     """Write the lines that are not empty above the axes, from the left; break those that are longer than the axes."""
-    characters = int(1.15 * ax.get_window_extent().width / ax.figure.dpi / (0.52 * TITLE_SIZE / 72))
+    characters = int(1.3 * ax.get_window_extent().width / ax.figure.dpi / (0.52 * TITLE_SIZE / 72))
     broken = [part for line in lines for part in textwrap.wrap(line, max(characters, 30))]
     ax.set_title("\n".join(broken), fontsize=TITLE_SIZE, loc="left")
 
@@ -114,11 +114,12 @@ def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
 
 
 def label_logarithm(axis: Any) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 of every power of ten, or at powers alone if there are many."""
+    """Label a logarithmic axis at 1, 2 and 5 of every power of ten; at more numbers if it is short, or powers alone."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)))
+    digits = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=digits))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axis.set_minor_locator(LogLocator(subs=tuple(range(2, 10))))
     axis.set_minor_formatter(NullFormatter())

@@ -21,6 +21,7 @@ from lightning_flatness.plots.words import (
     NAMES,
     check_measure,
     exactness,
+    is_exact,
     known_error,
     label_of,
     recorded_exactness,
@@ -86,7 +87,7 @@ def plot_history(
         upper.set_ylabel(accuracy_label)
         best = _best(epochs, accuracies) if best is None else best
     values, lower = [record.get(measure) for record in history], panels[-1]
-    flags = [record.get("exact") is not False for record in history]
+    flags = [is_exact(record.get("exact")) for record in history]
     plot_over_epochs(lower, epochs, values, flags, color=FLATNESS_COLOUR, markersize=3.5, label=_label(flags))
     errors = [record.get(f"{measure}_error") for record in history]
     has_band = _draw_band(lower, epochs, values, errors, FLATNESS_COLOUR, BAND)
@@ -98,7 +99,8 @@ def plot_history(
         if panel.get_legend_handles_labels()[1] and (panel is upper or has_band or not all(flags)):
             panel.legend(fontsize=LEGEND_SIZE, frameon=False)
     label_epochs(lower, [] if burn_in else epochs)
-    subject = "" if report is None else subject_of(list(report.layers))
+    names = list(report.layers) if report else history[-1].get("layers") if history else None
+    subject = subject_of(names) if names else ""
     set_heading(upper, *_heading(measure, subject, history, report, data))
     return figure, upper
 
@@ -216,7 +218,7 @@ def plot_layer_history(
         values = [record.get(key) for record in history]
         errors = [record.get(f"{key}_error") for record in history]
         name = key.removesuffix(suffix)
-        flags = [record.get(f"{name}/exact", record.get("exact")) is not False for record in history]
+        flags = [is_exact(record.get(f"{name}/exact", record.get("exact"))) for record in history]
         style = {"color": colours(0.9 * index / max(1, len(keys) - 1)), "markersize": 3.5, "linewidth": 1.2}
         plot_over_epochs(ax, epochs, values, flags, marker="os^Dv"[index % 5], label=name, **style)
         if len(keys) <= MOST_BANDS:

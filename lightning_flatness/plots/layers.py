@@ -15,7 +15,7 @@ from lightning_flatness.plots.canvas import (
     plain_frame,
     set_heading,
 )
-from lightning_flatness.plots.words import NAMES, check_measure, exactness, known_error, label_of, samples_of
+from lightning_flatness.plots.words import NAMES, check_measure, exactness, known_error, label_of, loss_of
 from lightning_flatness.results import FlatnessReport, LayerFlatness, number_of
 
 COLOUR = SERIES[0]
@@ -61,14 +61,16 @@ def plot_layers(
         label_logarithm(ax.xaxis)
     _name_layers(ax, positions, list(report.layers))
     ax.set_xlabel(label_of(measure))
+    room = ""
     if not report.exact:
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "borderaxespad": 0.2}
+        room = "\u00a0"  # a line for the legend, between title and axes
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderpad": 0, "borderaxespad": 0.3}
         ax.legend(fontsize=LEGEND_SIZE, frameon=False, **place)
-    where = samples_of(report.num_samples, data or report.data)
+    where = loss_of(report, data)
     method = exactness([layer.info for layer in layers])
     subject = f"layer {next(iter(report.layers))}" if len(layers) == 1 else number_of(len(layers), "layer")
     heading = f"{NAMES[measure][0].upper()}{NAMES[measure][1:]} of {subject}"
-    set_heading(ax, heading, "; ".join(filter(None, (where, method))), _bars(parts))
+    set_heading(ax, heading, "; ".join(filter(None, (where, method))), _bars(parts), room)
     plain_frame(ax, "both")
     return figure, ax
 

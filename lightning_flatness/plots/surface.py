@@ -70,9 +70,8 @@ def plot_surface(
         name_axis(axis, name)
         axis.pane.set_facecolor((1, 1, 1, 0))
         axis.set_tick_params(labelsize=8)
-    ax.zaxis.labelpad += 6
     set_heading(ax, *heading(result, data, label))  # before the bar takes width from the axes
-    draw_colour_bar(figure, {"ax": ax, "shrink": 0.6, "pad": 0.12, "aspect": 16}, surface, ticks, form)
+    draw_colour_bar(figure, {"ax": ax, "shrink": 0.6, "pad": 0.2, "aspect": 16}, surface, ticks, form)
     holes = [f"{int(points.sum())} {reason}" for reason, points in gaps(result, losses).items()]
     if holes:
         text = f"holes: {', '.join(holes)}, of {losses.numel()} points"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.results import SAMPLED, LayerInfo, number_of
+from lightning_flatness.results import SAMPLED, FlatnessReport, LayerInfo, number_of
 
 DATA = {"val": "validation", "train": "training"}
 NAMES = {
@@ -47,6 +47,12 @@ def samples_of(num_samples: int, data: str | None = "") -> str:
     return " of ".join(part for part in (number_of(num_samples, "sample") if num_samples else "", name) if part)
 
 
+def loss_of(report: FlatnessReport, data: str | None) -> str:
+    """Return the loss of a report, if known, with the samples that it and the other numbers are of."""
+    where = samples_of(report.num_samples, data or report.data)
+    return where if math.isnan(report.loss) else f"{report.loss_name or 'loss'} {report.loss:.3g} on {where}"
+
+
 def subject_of(names: Sequence[str]) -> str:
     """Return the name of the only layer, or the number of layers that numbers are summed over."""
     return f"layer {names[0]}" if len(names) == 1 else f"{number_of(len(names), 'layer')}, summed"
@@ -65,13 +71,18 @@ def exactness(infos: Collection[LayerInfo]) -> str:
     return f"{count}{text} ({', '.join(methods)})" + "".join(f", {name} features" for name in low)
 
 
+def is_exact(flag: float | None) -> bool:
+    """Return whether a flag of a record says that numbers are exact; without one, they are drawn as if they were."""
+    return flag is None or bool(flag)
+
+
 def recorded_exactness(history: Sequence[Mapping[str, Any]]) -> str:
     """Say the same from the records of a history; nothing if they do not have it."""
     known = [record["exact"] for record in history if record.get("exact") is not None]
     if not known:
         return ""
-    methods = [record["method"] for record in history if isinstance(record.get("method"), str)]
-    names = dict.fromkeys(METHODS.get(name, name) for name in methods)
+    methods = ", ".join(record["method"] for record in history if record.get("method")).split(", ")
+    names = dict.fromkeys(METHODS.get(name, name) for name in methods if name)
     text = "exact" if all(known) else "not exact where dashed" if any(known) else "not exact"
     return text + (f" ({', '.join(names)})" if names else "")
 

@@ -85,4 +85,4 @@ def legend():
 @pytest.fixture
 def heading():
     """The title of axes in one line."""
-    return lambda ax: " ".join(ax.get_title(loc="left").split("\n"))
+    return lambda ax: " ".join(ax.get_title(loc="left").split())

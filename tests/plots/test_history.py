@@ -60,7 +60,7 @@ def test_labels_of_a_narrow_logarithmic_axis_are_plain_numbers():
         for at, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
         if low <= at <= high
     ]
-    assert shown[:2] == ["2", "5"]
+    assert shown == ["2", "3", "5"]
     assert not any(label.get_text() for label in axis.get_minorticklabels())
 
 
@@ -107,8 +107,16 @@ def test_the_report_names_layer_samples_and_method(made_report, heading):
     assert heading(ax) == (
         "Hessian trace of 2 layers, summed 1,300 samples of validation data; 1 of 2 layers not exact (Gauss-Newton)"
     )
-    _, ax = plot_history(history(exact=True, method="closed_form", num_samples=7, data="val"))
-    assert heading(ax) == "Relative flatness 7 samples of validation data; exact (closed form)"
+
+
+def test_the_records_name_them_too(heading):
+    known = {"num_samples": 7, "data": "val", "layers": ["conv0"]}
+    _, ax = plot_history(history(exact=True, method="closed_form", **known))
+    assert heading(ax) == "Relative flatness of layer conv0 7 samples of validation data; exact (closed form)"
+    _, ax = plot_history(history(exact=0.0, method="closed_form, gauss_newton", **{**known, "layers": ["a", "b"]}))
+    assert heading(ax) == (
+        "Relative flatness of 2 layers, summed 7 samples of validation data; not exact (closed form, Gauss-Newton)"
+    )
 
 
 def test_history_is_that_of_the_callback():

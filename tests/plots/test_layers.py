@@ -1,5 +1,6 @@
 """The figure of all layers side by side."""
 
+import dataclasses
 import itertools
 import math
 
@@ -106,6 +107,11 @@ def test_what_was_not_measured_is_an_error(made_report):
         plot_layers(made_report(), "neuronwise_flatness")
     with pytest.raises(lf.FlatnessError, match="measure='loss'"):
         plot_layers(made_report(), "loss")
+
+
+def test_the_loss_is_named_with_the_samples(made_report, heading):
+    report = dataclasses.replace(made_report([1.0]), loss=0.1234, loss_name="cross_entropy", data="val")
+    assert "cross_entropy 0.123 on 1,300 samples of validation data" in heading(plot_layers(report)[1])
 
 
 def test_one_layer_is_named(made_report, heading):
