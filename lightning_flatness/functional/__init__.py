@@ -62,6 +62,7 @@ from lightning_flatness.functional.patches import (
     patch_square_norms,
     patches,
 )
+from lightning_flatness.functional.penalty import flatness_penalty
 from lightning_flatness.functional.spectrum import Criteria, Quadrature, lanczos_quadrature, spectrum_criteria
 
 __all__ = [
@@ -69,7 +70,8 @@ __all__ = [
     "CrossEntropy", "Curvature", "CustomLoss", "DenseCurvature", "Direction", "Eigenpairs", "LargestEigenvalues",
     "Loss", "LossDerivatives", "MeanSquaredError", "NegativeLogLikelihood", "PrincipalDirections", "Quadrature",
     "adam_step", "classifier_block_traces", "closed_form_block_traces", "closed_form_residual", "contraction_costs",
-    "direction_norm", "filter_flatness", "filter_traces", "find_loss", "gauss_newton_block_traces", "hessian_trace",
+    "direction_norm", "filter_flatness", "filter_traces", "find_loss", "flatness_penalty", "gauss_newton_block_traces",
+    "hessian_trace",
     "inner_product", "lanczos_quadrature", "largest_eigenvalues", "layerwise_flatness", "measures_of",
     "neuronwise_flatness", "normalized", "orthogonal_to", "patch_gram", "patch_square_norms", "patches",
     "principal_directions", "random_direction", "relative_flatness", "separating_masks", "spectrum_criteria",

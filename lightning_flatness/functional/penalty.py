@@ -1,0 +1,172 @@
+"""Relative flatness of the classifier as a penalty: a differentiable function of its input, logits and weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.checks import check_word
+from lightning_flatness.errors import BatchError
+from lightning_flatness.functional.losses import IGNORED
+
+PENALTIES = ("relative_flatness", "layerwise_flatness")
+
+
+def flatness_penalty(
+    features: Tensor,
+    logits: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    measure: str = "relative_flatness",
+    normalize: bool = False,
+    label_smoothing: float = 0.0,
+    class_weight: Sequence[float] | Tensor | None = None,
+    ignore_index: int = IGNORED,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    r"""Compute the flatness of a linear classifier, differentiable with respect to features, logits and weight.
+
+    .. math::
+        \kappa = \frac{1}{Z} \sum_n c_n \|g_n\|^2 \operatorname{Var}_{k \sim \pi_n}(w_k)
+
+    This is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). The
+    input of the classifier is ``g``, the softmax of the logits ``π``, and row ``k`` of the weight ``w_k``. For the
+    layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. To train on ``loss + λ κ`` needs no second
+    backward pass. See Petzka et al. 2021 (arXiv 2001.00939) and Adilova et al. 2023 (arXiv 2307.02337).
+
+    Args:
+        features: ``g``, ``(N, m)``; further dimensions must have size one.
+        logits: ``f = W g + b``, ``(N, K)``.
+        weight: ``W``, ``(K, m)``.
+        targets: targets of the loss. Only class weights and ignored samples make the result depend on them.
+        measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
+        normalize: measure the equivalent classifier whose features have standard deviation one in this batch (``g / σ``
+            and ``W σ``). ``σ`` counts as a constant; features that are constant in the batch are left out.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``; without class weights it changes nothing.
+        class_weight: weight of every class, ``(K,)``.
+        ignore_index: samples with this class index are ignored.
+        reduction: ``"none"`` returns ``c_n ‖g_n‖² Var(w_k)`` of every sample, ``(N,)``, as torch's losses do.
+
+    Returns:
+        A scalar in units of the loss, in float64 if an argument is, else in float32, whatever autocast says.
+
+    Raises:
+        BatchError: shapes do not fit, targets are missing, or ``normalize`` is given a single sample.
+
+    Example:
+        >>> classifier = nn.Linear(20, 5)
+        >>> g, targets = torch.randn(8, 20), torch.arange(8) % 5
+        >>> logits = classifier(g)
+        >>> loss = nn.functional.cross_entropy(logits, targets)
+        >>> (loss + 0.1 * flatness_penalty(g, logits, classifier.weight)).backward()
+    """
+    check_word("measure", measure, PENALTIES)
+    check_word("reduction", reduction, ("mean", "none"))
+    g, f, w = (tensor.flatten(1) if tensor.ndim > 2 else tensor for tensor in (features, logits, weight))
+    _check_shapes(g, f, w)
+    dtype = torch.float32
+    for tensor in (g, f, w):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    with torch.autocast(g.device.type, enabled=False):
+        g, f, w = g.to(dtype), f.to(dtype), w.to(dtype)
+        if normalize:
+            sigma, inverse = _deviations(g.detach(), torch.finfo(features.dtype).eps)
+            g, w = g * inverse, w * sigma
+        flatness = g.square().sum(1) * (_variance(f, w) if measure == "relative_flatness" else _layerwise(f, w))
+        counts, normalizer = _counts(f, targets, label_smoothing, class_weight, ignore_index)
+        flatness = flatness if counts is None else counts * flatness
+        return flatness if reduction == "none" else flatness.sum() / normalizer
+
+
+def _check_shapes(features: Tensor, logits: Tensor, weight: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (features, logits, weight)]
+    matrices = all(len(shape) == 2 for shape in shapes)
+    if not matrices or shapes[1] != (shapes[0][0], shapes[2][0]) or shapes[0][1] != shapes[2][1]:
+        raise BatchError(
+            f"features {shapes[0]}, logits {shapes[1]} and weight {shapes[2]} do not fit; they must be (N, m), (N, K) "
+            "and (K, m), those of one linear classifier on one feature vector for every sample."
+        )
+    if shapes[1][1] < 2:
+        raise BatchError("The logits have one column, but cross-entropy needs one for every class, two at least.")
+
+
+def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``δ = π - e_p``, whose entry ``p`` is minus the sum of the others, and the likeliest class ``p``, (N,).
+
+    ``1 - π_p`` would have lost its digits for confident samples.
+    """
+    likeliest = logits.detach().argmax(1)
+    is_likeliest = nn.functional.one_hot(likeliest, logits.shape[1]).bool()
+    others = torch.softmax(logits, 1).masked_fill(is_likeliest, 0.0)
+    return torch.where(is_likeliest, -others.sum(1, keepdim=True), others), likeliest
+
+
+def _variance(logits: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``Var_{k~π}(w_k) = Σ_k π_k ‖w_k‖² - ‖Σ_k π_k w_k‖²`` of every sample, ``(N,)``.
+
+    With ``u = δ W`` it is ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>``, of which each term goes to zero with ``1 - π_p``.
+    """
+    delta, likeliest = _offsets(logits)
+    centred = weight - weight.mean(0)  # a common offset of all rows does not count, but costs digits
+    offset = delta @ centred
+    # The backward of an embedding adds up in a fixed order on GPUs, that of an index does not.
+    reference = nn.functional.embedding(likeliest, centred)
+    return delta @ centred.square().sum(1) - (offset * (2 * reference + offset)).sum(1)
+
+
+def _layerwise(logits: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``‖W‖² (1 - Σ_k π_k²)`` of every sample, ``(N,)``; the latter is ``-2 δ_p - ‖δ‖²``."""
+    delta, likeliest = _offsets(logits)
+    of_likeliest = delta.gather(1, likeliest[:, None])[:, 0]
+    return weight.square().sum() * (-2 * of_likeliest - delta.square().sum(1))
+
+
+def _deviations(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the standard deviation of every feature, and its inverse; both are zero for one that is constant."""
+    if len(features) < 2:
+        raise BatchError(
+            "normalize=True needs the standard deviation of every feature over the batch, which has one sample. Use "
+            "larger batches (drop_last=True), or normalize=False."
+        )
+    g = features.double()
+    sigma, largest = g.std(0, correction=0), g.abs().amax(0)
+    sigma = torch.where(sigma > eps * largest, sigma, 0.0)
+    inverse = torch.where(sigma > 0, 1 / sigma, 0.0)
+    return sigma.to(features.dtype), inverse.to(features.dtype)
+
+
+def _counts(
+    logits: Tensor,
+    targets: Tensor | None,
+    label_smoothing: float,
+    class_weight: Sequence[float] | Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor | None, Tensor | int]:
+    """Return ``c_n = Σ_k q_nk``, which is None if all are one, and ``Z``; ``q`` are the targets of the loss.
+
+    Nothing is waited for on a GPU, so values of targets are not checked: the loss has seen them.
+    """
+    samples, classes = logits.shape
+    if targets is None:
+        if class_weight is not None:
+            raise BatchError("With class_weight= the penalty depends on the targets; give targets=.")
+        return None, samples
+    weight = logits.new_ones(classes)
+    if class_weight is not None:
+        weight = torch.as_tensor(class_weight, dtype=logits.dtype, device=logits.device)
+    if weight.shape != (classes,):
+        raise BatchError(f"class_weight has shape {tuple(weight.shape)}, and there are {classes} classes.")
+    if targets.is_floating_point() and targets.shape == logits.shape:
+        return ((1 - label_smoothing) * targets.to(weight) + label_smoothing / classes) @ weight, samples
+    if targets.shape != (samples,) or targets.is_floating_point() or targets.is_complex():
+        raise BatchError(
+            f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; they must be class indices, "
+            f"integers of shape ({samples},), or probabilities, floating-point numbers {tuple(logits.shape)}."
+        )
+    kept = (targets != ignore_index).to(logits.dtype)
+    of_samples = weight[targets.long().clamp(0, classes - 1)] * kept
+    return (1 - label_smoothing) * of_samples + label_smoothing * weight.mean() * kept, of_samples.sum()
