@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_flatness.callbacks.flatness import FlatnessCallback
     from lightning_flatness.callbacks.landscape import LandscapeCallback
+    from lightning_flatness.callbacks.penalty import FlatnessPenalty
     from lightning_flatness.callbacks.spectrum import SpectrumCallback
     from lightning_flatness.callbacks.stopping import FlatnessStopping
     from lightning_flatness.errors import BatchError, FlatnessError, LandscapeError, LayerSelectionError, NotExactError
@@ -36,6 +37,7 @@ __all__ = [
     "FlatnessError",
     "FlatnessMetric",
     "FlatnessObserver",
+    "FlatnessPenalty",
     "FlatnessReport",
     "FlatnessStopping",
     "LambdaMaxReport",
@@ -60,6 +62,7 @@ __all__ = [
 # Where each name is defined. It is imported when first asked for, so that plain PyTorch needs no Lightning.
 _MODULES = {
     "callbacks.flatness": ["FlatnessCallback"],
+    "callbacks.penalty": ["FlatnessPenalty"],
     "callbacks.stopping": ["FlatnessStopping"],
     "callbacks.landscape": ["LandscapeCallback"],
     "callbacks.spectrum": ["SpectrumCallback"],

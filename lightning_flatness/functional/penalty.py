@@ -77,7 +77,7 @@ def flatness_penalty(
             sigma, inverse = _deviations(g.detach(), torch.finfo(features.dtype).eps)
             g, w = g * inverse, w * sigma
         flatness = g.square().sum(1) * (_variance(f, w) if measure == "relative_flatness" else _layerwise(f, w))
-        counts, normalizer = _counts(f, targets, label_smoothing, class_weight, ignore_index)
+        counts, normalizer = target_sums(f, targets, label_smoothing, class_weight, ignore_index)
         flatness = flatness if counts is None else counts * flatness
         return flatness if reduction == "none" else flatness.sum() / normalizer
 
@@ -139,7 +139,7 @@ def _deviations(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return sigma.to(features.dtype), inverse.to(features.dtype)
 
 
-def _counts(
+def target_sums(
     logits: Tensor,
     targets: Tensor | None,
     label_smoothing: float,

@@ -31,7 +31,7 @@ def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
         True
     """
     nodes = []
-    for node in _functions([end]):
+    for node in functions_of([end]):
         if isinstance(node, BackwardCFunction) or any(word in node.name() for word in MOVING):
             return None
         nodes.append(node)
@@ -73,7 +73,7 @@ def cannot_curve(end: Tensor) -> bool:
         >>> [cannot_curve(f) for f in ((z @ w).relu(), (z @ w).tanh(), z @ z.T, z * z, z * z.detach())]
         [True, False, False, False, True]
     """
-    for node in _functions([end]):
+    for node in functions_of([end]):
         kind = _plain(node.name())
         num_inputs = sum(following is not None for following, _ in node.next_functions)
         linear = kind in PIECEWISE_LINEAR or (kind in LINEAR_IN_ONE and num_inputs == 1)
@@ -100,7 +100,7 @@ def ends_with_sigmoid(end: Tensor) -> bool:
     return node is not None and _plain(node.name()) == "Sigmoid"
 
 
-def _functions(ends: Sequence[Tensor]) -> Iterator[Any]:
+def functions_of(ends: Sequence[Tensor]) -> Iterator[Any]:
     """Yield each function in the graph of the tensors once."""
     visited: set[Any] = set()
     waiting = [end.grad_fn for end in ends]
@@ -193,4 +193,4 @@ def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
     Such a function leaves an error node, which ends the graph. Autograd raises its error only if it visits the node;
     otherwise gradients behind the node are silently missing.
     """
-    return any(node.name().endswith("Error") for node in _functions(derivatives))
+    return any(node.name().endswith("Error") for node in functions_of(derivatives))

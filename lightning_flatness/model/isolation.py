@@ -30,13 +30,14 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     if type(model).__name__ != FABRIC:
         return model
     for name, module in model.named_modules():
-        _refuse_sharded(name, module)
+        refuse_sharded(name, module)
     network = model.module
     assert isinstance(network, nn.Module)
     return network
 
 
-def _refuse_sharded(name: str, module: nn.Module) -> None:
+def refuse_sharded(name: str, module: nn.Module) -> None:
+    """Raise an error if the weights of a module itself are sharded over processes."""
     wrapped = {"FullyShardedDataParallel", "FSDPModule"} & {base.__name__ for base in type(module).__mro__}
     parameters = list(module.parameters(recurse=False))
     # Tensor parallelism has DTensors, DeepSpeed stage 3 empty parameters with a ds_id; FSDP does not always have them.
@@ -59,7 +60,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     and Python are restored.
     """
     for name, module in model.named_modules():
-        _refuse_sharded(name, module)
+        refuse_sharded(name, module)
         for key, parameter in module.named_parameters(recurse=False):
             if nn.parameter.is_lazy(parameter):
                 raise LayerSelectionError(

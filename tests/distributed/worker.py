@@ -13,7 +13,7 @@ from torch import distributed
 from tests.distributed.ranks import free_port
 from tests.distributed.scenarios import SCENARIOS
 
-KINDS = ("alone", "bit_identical", "epoch_end", "harness", "loss", "number", "rank_error", "sharded")
+KINDS = ("alone", "bit_identical", "epoch_end", "harness", "loss", "number", "penalty", "rank_error", "sharded")
 MODULES = [f"{kind}_scenarios" for kind in KINDS]
 
 

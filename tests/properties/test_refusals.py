@@ -35,7 +35,7 @@ class Wrapped(FSDPModule, Net):
     pass
 
 
-@guards("model.isolation:_refuse_sharded", returns=None)
+@guards("model.isolation:refuse_sharded", returns=None)
 def test_sharded_weights():
     refused(lf.LayerSelectionError, "'Wrapped' are sharded over processes.*strategy='ddp'", Wrapped())
     net = Net()

@@ -1,0 +1,166 @@
+"""Search for the classifier in a training step: the linear layer whose output the loss takes as logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_flatness.callbacks.lightning_imports import LightningModule
+from lightning_flatness.errors import FlatnessError, NotClosedFormError
+from lightning_flatness.layers.certificates.head import certify_head
+from lightning_flatness.layers.recording import REDUCED_EPS, Pass
+from lightning_flatness.layers.tracing import LAYERS
+from lightning_flatness.model.graph import functions_of
+from lightning_flatness.model.isolation import float32_is_reduced
+from lightning_flatness.model.names import plain_name
+from lightning_flatness.model.precision import HALF
+
+
+class LayerCall(NamedTuple):
+    """A call of a linear layer in a training step, in the step's graph."""
+
+    name: str
+    features: Any
+    logits: Tensor
+
+
+class CallRecorder:
+    """A forward hook that records the calls of layers while it listens. Copies of it never listen.
+
+    It stays on the classifier for the whole fit, since compiled code does not see hooks that come later.
+    """
+
+    def __init__(self) -> None:
+        self.listens = False
+        self.calls: list[LayerCall] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, layers: dict[str, nn.Module]) -> None:
+        """Record calls of these layers, and no longer those of others."""
+        self.detach()
+        for name, layer in layers.items():
+            self._handles.append(layer.register_forward_hook(_Hook(self, name), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove all hooks, and drop what is recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.listen(False)
+
+    def listen(self, listens: bool) -> None:
+        """Start anew, or stop and drop what is recorded."""
+        self.calls.clear()
+        self.listens = listens
+
+    def take(self) -> list[LayerCall]:
+        """Stop to listen, and return what is recorded."""
+        calls = list(self.calls)
+        self.listen(False)
+        return calls
+
+
+class _Hook:
+    def __init__(self, recorder: CallRecorder | None, name: str) -> None:
+        self.recorder, self.name = recorder, name
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        # Without gradients it is a teacher's call, or one in a checkpointed segment.
+        if self.recorder is not None and self.recorder.listens and isinstance(output, Tensor) and output.requires_grad:
+            features = arguments[0] if len(arguments) > 0 else keywords.get("input")
+            self.recorder.calls.append(LayerCall(self.name, features, output))
+
+    def __reduce__(self) -> Any:
+        return _Hook, (None, self.name)  # copies and pickles of the module hold no callback
+
+
+def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Module]:
+    """Return the layers that may be the classifier, by plain name: all, or the one that ``layers`` names."""
+    every: dict[str, nn.Module] = {plain_name(name): module for name, module in pl_module.named_modules()}
+    named = {name: module for name, module in every.items() if isinstance(module, LAYERS)}
+    if layers == "classifier":
+        return named
+    if plain_name(layers) not in named:
+        there = ", ".join(f"'{name}'" for name in list(named)[-5:]) or "none"
+        raise FlatnessError(
+            f"FlatnessPenalty: layers={layers!r} names no linear layer or convolution of {type(pl_module).__name__}; "
+            f"the last ones are {there}."
+        )
+    return {plain_name(layers): named[plain_name(layers)]}
+
+
+def find_classifier(
+    calls: Sequence[LayerCall], layers: dict[str, nn.Module], why_not: Callable[[LayerCall], str]
+) -> str:
+    """Return the name of the layer whose only call gave the logits: the last one for which ``why_not`` returns "".
+
+    Raises:
+        FlatnessError: no call did, or several that do not depend on each other.
+    """
+    remaining = [call for call in reversed(calls) if _is_on_vectors(call)]
+    found: list[str] = []
+    reasons: list[str] = []
+    while remaining:
+        call = remaining.pop(0)
+        reason = _why_not_linear(layers[call.name], call) or why_not(call)
+        if reason:
+            reasons.append(f"'{call.name}': {reason}")
+            continue
+        found.append(call.name)
+        upstream = set(functions_of([call.logits]))
+        remaining = [other for other in remaining if other.logits.grad_fn not in upstream]
+    if len(found) == 1:
+        return found[0]
+    if len(set(found)) == 1:
+        raise FlatnessError(f"FlatnessPenalty: {called_often(found[0], len(found))}")
+    if found:
+        raise FlatnessError(
+            f"FlatnessPenalty: the loss takes logits of several layers, {' and '.join(map(repr, reversed(found)))}. "
+            f"Name one with layers=, e.g. layers={found[0]!r}; a FlatnessPenalty with its own prefix= and "
+            "check_loss=False can take another."
+        )
+    if not reasons:
+        raise FlatnessError(
+            "FlatnessPenalty finds no classifier: no nn.Linear (or convolution on pooled features) of the "
+            "LightningModule returns (samples, classes) in the training step, called as a module and with gradients. "
+            f"{BY_HAND}"
+        )
+    raise FlatnessError(
+        f"FlatnessPenalty finds no classifier. {'; '.join(reasons[:3])}. Give options of your cross-entropy to the "
+        "callback, too (label_smoothing=, class_weight=, ignore_index=; batch_fn= if it does not find the targets). "
+        "check_loss=False penalises the flatness of cross-entropy whatever the loss is, e.g. one with other terms in "
+        f"the logits. {BY_HAND}"
+    )
+
+
+def called_often(name: str, number: int) -> str:
+    """Return the message that a step calls the classifier several times."""
+    return f"the training step calls '{name}' {number} times in the graph of its loss. {BY_HAND}"
+
+
+BY_HAND = (
+    "Or take the callback out, and add lightning_flatness.functional.flatness_penalty(features, logits, weight) to the "
+    "loss in training_step."
+)
+
+
+def _is_on_vectors(call: LayerCall) -> bool:
+    """Return whether a layer was called on one vector for every sample."""
+    shapes = [tensor.shape for tensor in call[1:] if isinstance(tensor, Tensor)]
+    return len(shapes) == 2 and all(len(shape) >= 2 and set(shape[2:]) <= {1} for shape in shapes)
+
+
+def _why_not_linear(layer: nn.Module, call: LayerCall) -> str:
+    logits = call.logits.detach().flatten(1)
+    reduced = logits.dtype == torch.float32 and float32_is_reduced(logits.device)
+    eps = REDUCED_EPS if reduced else torch.finfo(logits.dtype).eps
+    half = logits.dtype if logits.dtype in HALF else None
+    try:
+        certify_head(layer, Pass(None, logits, {}, (call.features,), logits, (), eps, half), shift_invariant=False)
+    except NotClosedFormError as error:
+        return str(error)
+    return ""

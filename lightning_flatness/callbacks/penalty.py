@@ -1,0 +1,269 @@
+"""The FlatnessPenalty: the classifier's flatness is added to the training loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.callbacks.classifier import (
+    BY_HAND,
+    CallRecorder,
+    LayerCall,
+    called_often,
+    find_classifier,
+    linear_layers,
+)
+from lightning_flatness.callbacks.data.sources import BatchFunction
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.rank_errors import RankErrors
+from lightning_flatness.checks import check_whole, check_word, is_number
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.functional.loss_argument import find_loss
+from lightning_flatness.functional.losses import IGNORED
+from lightning_flatness.functional.penalty import PENALTIES, flatness_penalty
+from lightning_flatness.layers.certificates.loss import why_not_cross_entropy
+from lightning_flatness.measure.batches import targets_of
+from lightning_flatness.model.isolation import refuse_sharded
+
+
+class FlatnessPenalty(Callback):
+    """Trains towards flat minima: adds ``λ κ`` to the loss, where ``κ`` is the classifier's relative flatness.
+
+    This is exactly the relative flatness of mean cross-entropy on the batch, computed by
+    :func:`~lightning_flatness.functional.flatness_penalty` from what the classifier reads and returns in the training
+    step. There is no second forward or backward pass. The first step of a fit shows which layer is the classifier: the
+    linear layer whose output the loss takes as logits. That step also certifies that the loss curves as mean
+    cross-entropy does. Logged as means over an epoch are ``penalty/relative_flatness`` (``κ``), ``penalty/strength``
+    (``λ``) and ``penalty/loss`` (what was added).
+
+    It works with precision plugins, gradient accumulation, clipping, DDP and ``torch.compile``. With manual
+    optimization, call the function in ``training_step`` instead.
+
+    Args:
+        strength: ``λ``. Adilova et al. 2023 (arXiv 2307.02337) use 0.1 to 1. With 0, ``κ`` is only logged.
+        layers: ``"classifier"``, or the name of the layer that is it, where the loss takes logits of several.
+        schedule: a function from the number of optimizer steps so far to a factor of ``λ``.
+        warmup_steps: over this number of optimizer steps, ``λ`` rises linearly from zero.
+        measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
+        normalize: measure features scaled to standard deviation one in the batch, on every rank for itself.
+        maximize: subtract ``λ κ`` instead, to train away from flat minima.
+        label_smoothing: as in your loss. It matters only with class weights.
+        class_weight: as in your loss: a weight for every class.
+        ignore_index: as in your loss: samples with this class index are ignored, if the batch's targets are found.
+        batch_fn: a function from a batch to ``(inputs, targets)``, if the targets are neither the second of a pair nor
+            named like ``label``. Inputs are not used.
+        check_loss: False penalises the flatness of cross-entropy without a look at what the loss is.
+        prefix: prefix of the logged keys.
+
+    Raises:
+        FlatnessError: before or in the first step, if the optimization is manual, weights are sharded, the classifier
+            is not found, or the loss does not fit.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[FlatnessPenalty(strength=0.1, warmup_steps=500)], logger=False)
+    """
+
+    def __init__(
+        self,
+        strength: float = 0.1,
+        layers: str = "classifier",
+        schedule: Callable[[int], float] | None = None,
+        warmup_steps: int = 0,
+        measure: str = "relative_flatness",
+        normalize: bool = False,
+        maximize: bool = False,
+        label_smoothing: float = 0.0,
+        class_weight: Sequence[float] | Tensor | None = None,
+        ignore_index: int = IGNORED,
+        batch_fn: BatchFunction | None = None,
+        check_loss: bool = True,
+        prefix: str = "penalty",
+    ) -> None:
+        if not is_number(strength) or not 0 <= strength < math.inf:
+            remedy = " maximize=True trains away from flat minima." if is_number(strength) and strength < 0 else ""
+            raise FlatnessError(f"FlatnessPenalty: strength={strength!r} must be a number, zero or more.{remedy}")
+        if not isinstance(layers, str) or not layers:
+            raise FlatnessError(f"FlatnessPenalty: layers={layers!r} must be 'classifier' or the name of one layer.")
+        check_whole("FlatnessPenalty: warmup_steps", warmup_steps, least=0)
+        check_word("FlatnessPenalty: measure", measure, PENALTIES)
+        find_loss("cross_entropy", label_smoothing, class_weight, ignore_index)  # checks them
+        self.strength = strength
+        self.layers = layers
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.measure = measure
+        self.normalize = normalize
+        self.maximize = maximize
+        self.batch_fn = batch_fn
+        self.check_loss = check_loss
+        self.prefix = prefix
+        self._options: dict[str, Any] = {
+            "label_smoothing": label_smoothing,
+            "class_weight": class_weight,
+            "ignore_index": ignore_index,
+        }
+        self._errors = RankErrors("raise", "FlatnessPenalty", "penalty")
+        self._recorder = CallRecorder()
+        self._classifier: tuple[str, nn.Module] | None = None  # as the first step has shown it
+        self._eager: AbstractContextManager[Any] | None = None  # in the first step
+        self._targets: Tensor | None = None  # of the batch that is trained on
+
+    def strength_at(self, step: int) -> float:
+        """Return ``λ`` after a number of optimizer steps."""
+        factor = 1.0 if self.schedule is None else float(self.schedule(step))
+        return self.strength * factor * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse manual optimization, and names of layers that are not there."""
+        self._release()
+        if not pl_module.automatic_optimization:
+            raise FlatnessError(
+                f"FlatnessPenalty adds to the loss of automatic optimization, and {type(pl_module).__name__} optimizes "
+                f"manually. {BY_HAND}"
+            )
+        linear_layers(pl_module, self.layers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse sharded weights."""
+        for name, module in pl_module.named_modules():
+            refuse_sharded(name, module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Listen to the training step. In the first one of a fit, listen to all layers, and run it uncompiled."""
+        targets = targets_of(batch) if self.batch_fn is None else self.batch_fn(batch)[1]
+        self._targets = None if targets is None else targets.clone()  # the step may change them
+        if self._classifier is None:
+            self._recorder.attach(linear_layers(pl_module, self.layers))
+            if self._eager is None:
+                self._eager = torch.compiler.set_stance("force_eager")
+                self._eager.__enter__()
+        self._recorder.listen(True)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Add ``λ κ`` to the loss, in place."""
+        calls = self._recorder.take()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if self._classifier is None:
+            scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self._find_classifier(trainer, pl_module, calls, loss, scale / trainer.accumulate_grad_batches)
+        assert self._classifier is not None
+        name, layer = self._classifier
+        calls = [call for call in calls if call.name == name]
+        if len(calls) != 1:
+            raise FlatnessError(_not_once(name, len(calls)))
+        strength = self.strength_at(trainer.global_step)
+        with torch.set_grad_enabled(strength != 0):
+            flatness = self._flatness(calls[0], layer)
+            added = (-strength if self.maximize else strength) * flatness
+            if strength != 0:
+                # As Lightning has divided and scaled the loss.
+                part = added / trainer.accumulate_grad_batches
+                loss.add_((part if scaler is None else scaler.scale(part)).to(loss))
+        values: dict[str, Tensor | float] = {self.measure: flatness.detach(), "loss": added.detach()}
+        values["strength"] = strength
+        pl_module.log_dict(
+            {f"{self.prefix}/{key}": value for key, value in values.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(calls[0].logits),
+            sync_dist=trainer.world_size > 1,
+        )
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen again, since an optimizer may run the step several times."""
+        self._recorder.listen(True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop to listen."""
+        self._recorder.listen(False)
+        self._targets = None
+        self._leave_eager()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the hook."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hook."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hook."""
+        self._release()
+
+    def _release(self) -> None:
+        self._recorder.detach()
+        self._classifier = self._targets = None
+        self._leave_eager()
+
+    def _leave_eager(self) -> None:
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+        self._eager = None
+
+    def _find_classifier(
+        self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[LayerCall], loss: Tensor, scale: float
+    ) -> None:
+        """Find the classifier in the calls of the first step, and listen to it alone from now on."""
+        layers = linear_layers(pl_module, self.layers)
+
+        def why_not(call: LayerCall) -> str:
+            if not self.check_loss:
+                return "" if _depends(loss, call.logits) else "the loss does not depend on it"
+            with _named():
+                return why_not_cross_entropy(loss, call.logits, self._targets_for(call), scale, **self._options)
+
+        with self._errors.kept(trainer.world_size):
+            name = find_classifier(calls, layers, why_not)
+            self._flatness(next(call for call in calls if call.name == name), layers[name])  # raises its own errors
+            self._classifier = name, layers[name]
+            self._recorder.attach({name: layers[name]})
+        self._errors.settle("the first training step")
+
+    def _targets_for(self, call: LayerCall) -> Tensor | None:
+        """Return the targets of the batch; None if the penalty can do without, and they do not fit."""
+        targets = self._targets
+        if targets is None or self._options["class_weight"] is not None:
+            return targets
+        are_indices = targets.shape == call.logits.shape[:1] and not targets.is_floating_point()
+        return targets if are_indices else None
+
+    def _flatness(self, call: LayerCall, layer: nn.Module) -> Tensor:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        options = {"measure": self.measure, "normalize": self.normalize, **self._options}
+        with _named():
+            return flatness_penalty(call.features, call.logits, weight, self._targets_for(call), **options)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Add the callback's name to errors about a batch, and how it is given targets."""
+    try:
+        yield
+    except BatchError as error:
+        remedy = " With batch_fn=, a function gives those of a batch." if "targets" in str(error) else ""
+        raise BatchError(f"FlatnessPenalty: {error}{remedy}") from error
+
+
+def _depends(loss: Tensor, logits: Tensor) -> bool:
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _not_once(name: str, number: int) -> str:
+    if number:
+        return f"FlatnessPenalty: {called_often(name, number)}"
+    return (
+        f"FlatnessPenalty did not see a call of '{name}' with gradients in this training step. If torch.compile has "
+        "compiled the network before the fit, its code does not see the callback: call torch.compiler.reset() first. "
+        f"If not every step has a loss of this layer's logits: {BY_HAND[3:]}"
+    )

@@ -1,0 +1,45 @@
+"""Certificate of a training step's loss: in the logits it curves as mean cross-entropy does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.functional.penalty import target_sums
+from lightning_flatness.model.graph import NoSecondDerivative, random_like, second_derivatives
+
+
+def why_not_cross_entropy(loss: Tensor, logits: Tensor, targets: Tensor | None, scale: float, **options: Any) -> str:
+    """Return why ``loss / scale`` is not mean cross-entropy of the logits, but for what is linear in them, or "".
+
+    Its second derivative along a random direction ``v`` must be ``c (π ∘ v - π <π, v>) / Z``. The targets, which may be
+    mixed, only shift the first derivative. ``options`` are those of ``flatness_penalty``. Only the graph between logits
+    and loss is used.
+    """
+    start = torch.full_like(loss, 1 / scale)
+    (first,) = torch.autograd.grad(loss, logits, start, create_graph=True, allow_unused=True)
+    if first is None:
+        return "the loss does not depend on it"
+    direction = random_like(logits)
+    seconds = second_derivatives([first], [direction], [logits], retain_graph=True)
+    if isinstance(seconds, NoSecondDerivative):
+        return f"the loss has no second derivative in torch ({seconds.message})"
+    second = torch.zeros_like(logits) if seconds[0] is None else seconds[0]
+    f, v = logits.detach().flatten(1), direction.double().flatten(1)
+    pi = torch.softmax(f.double(), 1)
+    sums, normalizer = target_sums(f, targets, **options)
+    expected = pi * (v - (pi * v).sum(1, keepdim=True)) / normalizer
+    if sums is not None:
+        expected = expected * sums.double()[:, None]
+    # Of confident samples the loss itself has lost the digits of 1 - π, which are those of its second derivative.
+    lost = 16 * torch.finfo(torch.float32).eps * float(v.abs().max() / normalizer)
+    allowed = max(1e-4, 16 * torch.finfo(f.dtype).eps) * float(expected.abs().max()) + lost
+    deviation = float((second.double().flatten(1) - expected).abs().max())
+    if deviation <= allowed:
+        return ""
+    return (
+        "the loss is not mean cross-entropy of its output: their second derivatives differ by "
+        f"{deviation / max(float(expected.abs().max()), lost):.1e} of the largest"
+    )
