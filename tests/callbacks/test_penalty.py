@@ -122,7 +122,7 @@ COMPILED = {
 @guards(
     "callbacks/penalty.py",
     'self._eager = torch.compiler.set_stance("force_eager")',
-    "self._eager = None or open('/dev/null')",
+    "import contextlib; self._eager = contextlib.nullcontext()",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("form", COMPILED)
@@ -259,7 +259,7 @@ def test_nothing_is_left_after_the_fit_and_one_hook_within_it(tmp_path):
     assert stance() == before
 
 
-@guards("callbacks.classifier:_Hook.__reduce__", returns=(open, ("/dev/null",)))
+@guards("callbacks.classifier:_Hook.__reduce__", body="return super().__reduce__()")
 def test_copies_of_the_module_made_in_the_fit_do_not_hold_the_callback(tmp_path):
     copies = []
 

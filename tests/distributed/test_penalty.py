@@ -10,6 +10,7 @@ PAIRS = [
     ("penalty_by_callback", "penalty_by_hand"),
     ("accumulated_penalty_by_callback", "accumulated_penalty_by_hand"),
 ]
+pytestmark = pytest.mark.slow
 FAILS = "penalty_of_a_loss_that_does_not_fit_on_one_rank"
 
 
