@@ -159,7 +159,7 @@ def _mark(
     for panel, curve in zip(panels, curves, strict=True):
         is_named = panel is panels[0]
         if burn_in:
-            label = f"burn-in: {burn_in} epochs" if is_named else None
+            label = f"burn-in: {number_of(burn_in, 'epoch')}" if is_named else None
             panel.axvspan(min(epochs, default=0), burn_in - 0.5, color="0.5", alpha=0.14, linewidth=0, label=label)
         if best is not None and best in epochs:
             value = curve[epochs.index(best)]

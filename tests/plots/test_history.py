@@ -40,7 +40,7 @@ def test_accuracy_and_flatness_have_a_panel_each_and_share_the_epochs(drawn, hea
 
 def test_the_best_epoch_and_the_stop_are_marked_in_both_panels(legend):
     figure, ax = plot_history(history(accuracy=(0.3, 0.9, 0.9)), burn_in=1, stopped=2)
-    assert legend(ax) == ["burn-in: 1 epochs", "highest accuracy 0.9, epoch 1", "stopped after epoch 2"]
+    assert legend(ax) == ["burn-in: 1 epoch", "highest accuracy 0.9, epoch 1", "stopped after epoch 2"]
     for panel, height in zip(figure.axes, (0.9, 80.0), strict=True):
         lines = {line.get_linestyle(): line for line in panel.lines}
         assert list(lines[":"].get_xdata()) == [1, 1]
