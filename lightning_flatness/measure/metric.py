@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +114,25 @@ class FlatnessMetric(Metric):
                 "No sample was measured, so there is no flatness. Is the data set empty, or are all targets ignored?"
             )
         return self.block_traces / self.normalizer, self.weight_gram / self.num_samples
+
+    def plot(
+        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: Any = None
+    ) -> tuple[Any, Any]:
+        """Draw the measures, as metrics of torchmetrics do, and return the figure and its axes.
+
+        ``val`` is a result of ``compute`` or ``forward``, or a list of them, one for every step; by default what
+        ``compute`` returns. The scale is logarithmic if all numbers are positive, as they differ in units and size.
+        """
+        results = self.compute() if val is None else val
+        steps = list(results) if isinstance(results, Sequence) else [results]
+        if not steps:
+            raise BatchError("FlatnessMetric.plot: val is an empty list, so there is nothing to draw.")
+        _, ax = self._plot(dict(steps[0]) if isinstance(results, Mapping) else [dict(step) for step in steps], ax)
+        if all(bool(number > 0) for step in steps for number in step.values()):
+            ax.set_yscale("log")
+            ax.relim()
+            ax.autoscale(axis="y")
+        return ax.figure, ax
 
     def standard_errors(self) -> dict[str, float]:
         """Return the standard errors of the measures by name; they are zero for exact measures."""
