@@ -73,9 +73,8 @@ def as_html(table: Table) -> str:
         >>> as_html(Table("layer", title="a < b")).partition("</caption>")[0].rpartition(">")[-1]
         'a &lt; b'
     """
-    title = (
-        f'<caption style="text-align: left; font-weight: bold">{_html(table.title)}</caption>' if table.title else ""
-    )
+    style = "text-align: left; font-weight: bold; color: inherit"
+    title = f'<caption style="{style}">{_html(table.title)}</caption>' if table.title else ""
     headings = "".join(_cell("th", column.header, column.justify) for column in table.columns)
     head = f"<thead><tr>{headings}</tr></thead>" if table.show_header else ""
     columns = [[_cell("td", cell, column.justify) for cell in column.cells] for column in table.columns]
