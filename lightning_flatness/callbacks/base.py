@@ -207,6 +207,10 @@ class MeasuringCallback(Callback):
     def _network_of(self, pl_module: LightningModule) -> Network:
         return self._network or network_without_step(pl_module, self.model)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the figures of the run."""
+        self._draw_run(trainer)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop an unfinished measurement. If the run was interrupted with Ctrl-C, draw its figures."""
         self._release()

@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_flatness.callbacks import logged, tensorboard
+from lightning_flatness.callbacks import labels, logged, tensorboard
 from lightning_flatness.callbacks.averaging import warn_of_initial_weights
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData, first_samples, validation_sources
-from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.running import PassesOfRun, Validation
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.flatness import Measurement
-from lightning_flatness.plots.words import DATA
-from lightning_flatness.results import FlatnessReport, LayerInfo, summary_table
+from lightning_flatness.results import FlatnessReport, LayerInfo
 
 
 class FlatnessCallback(MeasuringCallback):
@@ -34,8 +31,13 @@ class FlatnessCallback(MeasuringCallback):
     - ``{prefix}/hessian_trace``: the sum over the measured layers, in units of loss per squared weight;
     - ``{prefix}/relative_flatness``: the sum over the measured layers, in units of the loss;
     - ``{prefix}/log10_relative_flatness``: its base-10 logarithm, for charts with accuracy; NaN if it is not positive;
+    - ``{prefix}/normalized_relative_flatness``: the sum of the measure that rescaled input channels do not change;
+    - ``{prefix}/relative_flatness_error`` and so on: standard errors of these sums over samples;
     - ``{prefix}/weight_norm``: the norm of the measured kernels, for comparison;
-    - ``{prefix}/{layer}/hessian_trace``, ``{prefix}/{layer}/relative_flatness``: per layer, if there are several;
+    - ``{prefix}/loss``, ``{prefix}/top1``, ``{prefix}/curvature``: mean loss of the measured samples, share of them
+      whose class is found, and mean trace of the loss's second derivative at the logits;
+    - ``{prefix}/exact``: 1 if all numbers are those of the Hessian, else 0;
+    - ``{prefix}/{layer}/relative_flatness``, ``{prefix}/{layer}/exact`` and so on: per layer, if there are several;
     - ``{prefix}/.../dataloader_idx_1`` and so on: of further validation loaders; the keys above are the first one's.
 
     Training with this callback is bit-identical to training without it.
@@ -74,7 +76,9 @@ class FlatnessCallback(MeasuringCallback):
         on_error: ``"raise"``, or ``"warn"`` to continue training. A measurement that fails logs nothing.
 
     Attributes:
-        history: one record for every measurement of a fit, a dict of plain numbers; saved in checkpoints.
+        history: one record for every measurement of a fit, saved in checkpoints: a dict of the numbers above, None if
+            not known; of what they are (``data``, ``num_samples``, ``layers``, ``method``, ``precision``, and standard
+            errors ``..._error`` of all); and of the module's own ``accuracy``.
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
             history and report stay in these processes, but the main process has the logged values.
         reports: the last measurement of every validation loader, by its index.
@@ -147,6 +151,7 @@ class FlatnessCallback(MeasuringCallback):
         self._running: Validation | None = None
         self._awaits_accuracy: Record | None = None
         self._has_chart = False
+        self._told_inexact: frozenset[str] = frozenset()  # layers that a warning of this run names
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether to measure at the validation that begins, or in a fit without validation after this epoch.
@@ -162,6 +167,7 @@ class FlatnessCallback(MeasuringCallback):
         """Start a new history, and raise errors or warn of problems that can be found before training."""
         self.report = self._certified = self._awaits_accuracy = None
         self._has_chart = False
+        self._told_inexact = frozenset()
         super().on_fit_start(trainer, pl_module)
         if self._data_name == "val" and not trainer.enable_validation:
             logged.warn_no_validation(self.prefix)
@@ -174,10 +180,14 @@ class FlatnessCallback(MeasuringCallback):
         with self._measuring(trainer, pl_module):
             if not self._certified:
                 self._certify_early(trainer, pl_module)
-        if self._errors.settle("the start of training") and self.summary and self._certified and trainer.is_global_zero:
-            data = DATA.get(self._data_name, self._data_name)
-            title = f"Flatness on {data} data is measured for these layers, under '{self.prefix}'."
-            Console().print(summary_table(*self._certified, title))
+        if not self._errors.settle("the start of training") or not self._certified:
+            return
+        self._tell_inexact(self._certified[0].values())
+        if self.summary and trainer.is_global_zero:
+            labels.print_summary(*self._certified, self._data_name, self.prefix)
+
+    def _tell_inexact(self, infos: Iterable[LayerInfo]) -> None:
+        self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Certify the layers on data that no step has shown; without any, the first validation does."""
@@ -272,33 +282,24 @@ class FlatnessCallback(MeasuringCallback):
         """Add the accuracy of the last epoch to the last record if there is no validation."""
         self._pair_accuracy(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the history of flatness and accuracy, and the last block traces."""
-        self._draw_run(trainer)
-
     def _draw_run(self, trainer: Trainer) -> None:
         self._pair_accuracy(trainer)
         if self.history and self.report is not None:
             accuracy = logged.accuracy_key(trainer.callback_metrics, self.accuracy)
-            stopping = tensorboard.stopping_of(trainer)
-            arguments = (self.history, self.report, accuracy, self._data_name, stopping)
-            self._add_figures(trainer, lambda: tensorboard.flatness_figures(*arguments))
+            drawn = (self.history, self.report, accuracy, self._data_name, tensorboard.stopping_of(trainer))
+            self._add_figures(trainer, lambda: tensorboard.flatness_figures(*drawn))
 
     def _add_to_history(self, trainer: Trainer, record: Record) -> None:
         self.history.append(record)
-        registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks = [callback for callback in registered if isinstance(callback, FlatnessCallback)]
+        callbacks = [callback for callback in callbacks_of(trainer) if isinstance(callback, FlatnessCallback)]
         if not any(callback._has_chart for callback in callbacks):
             self._has_chart = True
-            tags = [f"{callback.prefix}/log10_{callback._measures[-1]}" for callback in callbacks]
-            names = [logged.accuracy_key(trainer.callback_metrics, callback.accuracy) for callback in callbacks]
-            tensorboard.add_charts(trainer, tags, names)
+            logged.add_charts(trainer, [(own.prefix, own._measures[-1], own.accuracy) for own in callbacks])
 
     def _pair_accuracy(self, trainer: Trainer) -> None:
         record, self._awaits_accuracy = self._awaits_accuracy, None
         if record is not None:
-            value = trainer.callback_metrics.get(logged.accuracy_key(trainer.callback_metrics, self.accuracy) or "")
-            record["accuracy"] = None if value is None else float(value)
+            record["accuracy"] = logged.accuracy_of(trainer.callback_metrics, self.accuracy)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[float]) -> None:
         self._running = self._awaits_accuracy = None
@@ -306,7 +307,7 @@ class FlatnessCallback(MeasuringCallback):
             return
         warn_of_initial_weights(trainer, self._name)
         if self._data_name == "train" and trainer.state.fn != "fit":
-            rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
+            logged.warn_outside_of_fit()
             return
         with self._measuring(trainer, pl_module):
             sources: Sequence[Any]
@@ -320,7 +321,7 @@ class FlatnessCallback(MeasuringCallback):
         running, self._running = self._running, None
         if running is None and not self._errors.pending:  # no measurement was due
             if trainer.state.fn == "fit" and self.history:
-                logged.log_again(trainer, pl_module, self.prefix, self.history[-1], self._measures[-1])
+                logged.log_again(trainer, pl_module, self.prefix, self.history, self._measures[-1])
             return
         where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
@@ -330,15 +331,16 @@ class FlatnessCallback(MeasuringCallback):
         if not self._errors.settle(where) or running is None:
             return
         with self._measuring(trainer, pl_module):
-            self.reports = running.reports(self._network or Network(pl_module))
+            reports = running.reports(self._network or Network(pl_module))
+            self.reports = labels.with_data(reports, self._data_name, trainer.testing)
             self.report = self.reports[0]
         if not self._errors.settle(where) or self.report is None:
             return
         self.num_measurements += 1
-        values = logged.values_of_loaders(self.reports, self._measures)
-        if trainer.state.fn == "fit":
-            self._awaits_accuracy = logged.record_of(trainer, values)
-        logged.log(pl_module, self.prefix, logged.with_logarithm(values, self._measures[-1]))
+        self._tell_inexact(layer.info for report in self.reports.values() for layer in report.layers.values())
+        record = logged.record_of(trainer, labels.values_of_loaders(self.reports, self._measures))
+        logged.log_record(pl_module, self.prefix, record, self.history, self._measures[-1])
+        self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 
     def _release(self) -> None:
         super()._release()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks.base import Record
 from lightning_flatness.callbacks.data.sources import Samples
 from lightning_flatness.callbacks.epoch_end import EpochEndCallback
+from lightning_flatness.callbacks.labels import known
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.trajectory import Trajectory
 from lightning_flatness.errors import FlatnessError, LandscapeError
@@ -76,7 +77,8 @@ class LandscapeCallback(EpochEndCallback):
 
     Attributes:
         history: one record for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy`` of the model,
-            ``lowest_loss`` of all points, and whether the landscape is ``complete``; saved in checkpoints.
+            ``lowest_loss`` of all points, whether the landscape is ``complete``, and what was measured: ``data``,
+            ``num_samples``, ``loss_name``, ``axes``, ``batch_norm``. Saved in checkpoints.
         results: the last landscapes, a dict with keys ``"kept"`` and ``"recomputed"`` and values of type
             :class:`~lightning_flatness.LandscapeResult`.
 
@@ -221,7 +223,12 @@ class LandscapeCallback(EpochEndCallback):
         first = next(iter(self.results.values()))
         finite = first.losses[first.finite]
         return {
-            "loss": first.origin_loss,
+            "data": self._data_name,
+            "num_samples": first.num_samples,
+            "loss_name": first.loss,
+            "axes": list(first.axes),
+            "batch_norm": first.batch_norm,
+            "loss": known(first.origin_loss),
             "accuracy": first.origin_accuracy,
             "lowest_loss": float(finite.min()) if len(finite) else None,
             "complete": not self._is_interrupted,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 else:
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
+    from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
 MODULES = tuple(f"{root}.core.module.LightningModule" for root in ROOTS)
@@ -22,10 +22,17 @@ __all__ = [
     "Checkpoint",
     "EarlyStopping",
     "LightningModule",
+    "ModelCheckpoint",
     "Trainer",
+    "callbacks_of",
     "is_lightning_module",
     "is_overridden",
 ]
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Return the callbacks of a Trainer, of any class."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def is_lightning_module(module: Any) -> bool:

@@ -10,33 +10,12 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks.labels import numbers_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_lightning_module
 from lightning_flatness.model.copy import measuring_device
-from lightning_flatness.results import FlatnessReport
 
 LOGGING = ("log", "log_dict")
-
-
-def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, float]:
-    """Return a dict of the measures of the network and, if there are several layers, of each layer.
-
-    The keys have no prefix.
-    """
-    values = {measure: getattr(report, measure) for measure in measures}
-    values["weight_norm"] = report.weight_norm
-    if len(report.layers) > 1:
-        for name, layer in report.layers.items():
-            values |= {f"{name}/{measure}": getattr(layer, measure) for measure in measures}
-    return values
-
-
-def values_of_loaders(reports: Mapping[int, FlatnessReport], measures: Sequence[str]) -> dict[str, float]:
-    """Return the values of several validation loaders; keys of all but the first end with the loader's index."""
-    return {
-        f"{key}/dataloader_idx_{loader}" if loader else key: value
-        for loader, report in reports.items()
-        for key, value in values_of(report, measures).items()
-    }
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
@@ -60,6 +39,12 @@ def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
     return f"{name}_epoch" if f"{name}_epoch" in metrics else name
 
 
+def accuracy_of(metrics: Mapping[str, Any], name: str | None) -> float | None:
+    """Return the logged accuracy with this name, or None if there is none."""
+    value = metrics.get(accuracy_key(metrics, name) or "")
+    return None if value is None else float(value)
+
+
 def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:
     """Log values, which must be the same on all ranks."""
     device = pl_module.device
@@ -76,18 +61,40 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
         )
 
 
-def record_of(trainer: Trainer, values: Mapping[str, float]) -> dict[str, Any]:
+def record_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values as a record for the history, with epoch and step; the accuracy is still to come."""
     return {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None, **values}
 
 
+def log_record(
+    pl_module: LightningModule,
+    prefix: str,
+    record: Mapping[str, Any],
+    earlier: Sequence[Mapping[str, Any]],
+    measure: str,
+) -> None:
+    """Log the numbers of a record, which follows ``earlier`` records, and the logarithm of one measure."""
+    log(pl_module, prefix, with_logarithm(numbers_of(record, earlier), measure))
+
+
 def log_again(
-    trainer: Trainer, pl_module: LightningModule, prefix: str, record: Mapping[str, Any], measure: str
+    trainer: Trainer, pl_module: LightningModule, prefix: str, history: Sequence[Mapping[str, Any]], measure: str
 ) -> None:
     """Log the values of the last record again after a resume, so that callbacks that monitor them find them."""
     if f"{prefix}/{measure}" not in trainer.callback_metrics:
-        values = {key: value for key, value in record.items() if key not in ("epoch", "step", "accuracy")}
-        log(pl_module, prefix, with_logarithm(values, measure))
+        log_record(pl_module, prefix, history[-1], history, measure)
+
+
+def add_charts(trainer: Trainer, callbacks: Sequence[tuple[str, str, str | None]]) -> None:
+    """Add charts of the flatness and accuracy of callbacks, each given by its prefix, measure and accuracy."""
+    tags = [f"{prefix}/log10_{measure}" for prefix, measure, _ in callbacks]
+    names = [accuracy_key(trainer.callback_metrics, accuracy) for *_, accuracy in callbacks]
+    tensorboard.add_charts(trainer, tags, names)
+
+
+def warn_outside_of_fit() -> None:
+    """Warn that the training data are not measured in a validation or test run."""
+    rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
 
 
 def warn_no_validation(prefix: str) -> None:

@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks.base import Record
 from lightning_flatness.callbacks.data.sources import Samples
 from lightning_flatness.callbacks.epoch_end import EpochEndCallback
+from lightning_flatness.callbacks.labels import known
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.measure.spectrum import SpectrumOptions, spectrum_of
 from lightning_flatness.plots import plot_density, plot_eigenvalues
 from lightning_flatness.results import SpectrumResult
 
-LOGGED = ("lambda_max", "trace", "r_e", "k_hn", "c_t")
+CRITERIA = ("r_e", "k_hn", "c_t")
+LOGGED = ("lambda_max", "trace", "trace_stderr", *CRITERIA, "exact")
 
 
 class SpectrumCallback(EpochEndCallback):
     """A callback that measures the spectrum of the Hessian after a fit and, optionally, after every n-th epoch.
 
     It computes eigenvalues, trace, spectral density and generalization criteria. It logs ``{prefix}/lambda_max``,
-    ``trace``, ``r_e``, ``k_hn`` and ``c_t``. At the end of every n-th epoch, callbacks such as ``ModelCheckpoint`` can
-    monitor these keys; at the end of the fit, only the loggers get them. TensorBoard's page *Images* shows the density,
-    and the eigenvalues over the epochs. Every result is written to a file ``epoch=...-step=....npz``, which
-    :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
+    ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``, and ``exact``, which is 1 if the eigenvalues are those of
+    the Hessian, 0 if they have not converged or are those of the Gauss-Newton matrix. At the end of every n-th epoch,
+    callbacks such as ``ModelCheckpoint`` can monitor these keys; at the end of the fit, only the loggers get them.
+    TensorBoard's page *Images* shows the density, and the eigenvalues over the epochs. Every result is written to a
+    file ``epoch=...-step=....npz``, which :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
 
     Training with this callback is bit-identical to training without it. At the end of the fit it measures the weights
     that the fit leaves. These are averaged weights if a callback such as Lightning's ``StochasticWeightAveraging`` or
@@ -66,8 +69,10 @@ class SpectrumCallback(EpochEndCallback):
         on_error: ``"raise"``, or ``"warn"`` to continue training.
 
     Attributes:
-        history: one record for every measurement of a fit, with ``epoch``, ``step``, the logged keys and the values
-            that :func:`~lightning_flatness.plots.plot_eigenvalues` needs; saved in checkpoints.
+        history: one record for every measurement of a fit, with ``epoch``, ``step``, the logged keys, the values that
+            :func:`~lightning_flatness.plots.plot_eigenvalues` needs, and what they are: ``data``, ``num_samples``,
+            ``matrix``, ``num_probes``, ``num_steps``, residuals of the eigenvalues, standard deviations ``r_e_std`` and
+            so on over the probes. None if not known. Saved in checkpoints.
         result: the last measurement, a :class:`~lightning_flatness.SpectrumResult`.
 
     Raises:
@@ -126,10 +131,11 @@ class SpectrumCallback(EpochEndCallback):
         )
         self.eigenvectors = eigenvectors
         self.result: SpectrumResult | None = None
+        self._is_told = False  # that eigenvalues have not converged
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history, and warn if gradients are clipped."""
-        self.result = None
+        self.result, self._is_told = None, False
         super().on_fit_start(trainer, pl_module)
         if trainer.gradient_clip_val:
             rank_zero_warn(
@@ -144,24 +150,36 @@ class SpectrumCallback(EpochEndCallback):
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
         result = self.result = spectrum_of(network, batches, self._options, progress, sync=True)
+        if not result.converged and not self._is_told:
+            self._is_told = True
+            rank_zero_warn(
+                f"SpectrumCallback: the eigenvalues have not converged, and '{self.prefix}/exact' is 0 (a residual is "
+                f"{float(result.residuals.max()):.2g}). Allow more products: max_products=."
+            )
         values = result.eigenvalues.tolist()
         return {
-            **({"lambda_max": values[0]} if values else {}),
-            **{name: float(getattr(result, name)) for name in LOGGED[1:]},
-            "trace_stderr": result.trace_stderr,
-            "kind": result.kind,
-            "eigenvalues": values,
-            "lowest_ritz_value": float(result.ritz_values.min()),
-            "num_steps": result.num_steps,
-            "loss": result.loss,
+            "data": self._data_name,
             "num_samples": result.num_samples,
             "matrix": result.matrix,
+            "exact": result.matrix == "hessian" and result.converged,
+            **({"lambda_max": values[0]} if values else {}),
+            **{name: float(getattr(result, name)) for name in ("trace", *CRITERIA)},
+            "trace_stderr": known(result.trace_stderr),
+            **{f"{name}_std": known(result.spread[name]) for name in CRITERIA},
+            "kind": result.kind,
+            "eigenvalues": values,
+            "residuals": result.residuals.tolist(),
+            "lowest_ritz_value": float(result.ritz_values.min()),
+            "num_steps": result.num_steps,
+            "num_probes": result.num_probes,
+            "loss": result.loss,
+            "loss_name": result.loss_name,
             "weight_norm": result.weight_norm,
             "converged": result.converged,
         }
 
     def _logged(self, record: Record) -> dict[str, float]:
-        return {name: record[name] for name in LOGGED if name in record}
+        return {name: float(record[name]) for name in LOGGED if record.get(name) is not None}
 
     def _write(self, stem: Path) -> None:
         assert self.result is not None

@@ -134,7 +134,12 @@ def test_figures_of_a_model_that_changes(tmp_path, change):
     assert {"flatness/history", "flatness/layers", "flatness/layer_history"} <= set(tags)
 
     figure, axes = plot_layer_history(callback.history)
-    names = {key.removesuffix("/relative_flatness") for record in callback.history for key in record if "/rel" in key}
+    names = {
+        key.removesuffix("/relative_flatness")
+        for record in callback.history
+        for key in record
+        if key.endswith("/relative_flatness")
+    }
     assert {line.get_label() for line in axes.get_lines()} == names
     plot_history(callback.history)
     figure.canvas.draw()

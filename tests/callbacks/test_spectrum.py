@@ -17,7 +17,7 @@ from tests.guarding import guards
 from tests.spectra import dense_hessian
 
 TINY = {"top_k": 2, "num_steps": 4, "num_probes": 2}
-KEYS = {f"spectrum/{name}" for name in ("lambda_max", "trace", "r_e", "k_hn", "c_t")}
+KEYS = {f"spectrum/{name}" for name in ("lambda_max", "trace", "trace_stderr", "r_e", "k_hn", "c_t", "exact")}
 
 
 def test_numbers_are_those_of_the_dense_hessian_of_the_weights_that_are_left(tmp_path):

@@ -1,0 +1,135 @@
+"""What numbers are: records of reports, the numbers of these that loggers get, and a warning of inexact ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from rich.console import Console
+
+from lightning_flatness.plots.words import DATA
+from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, summary_table
+from lightning_flatness.results.tables import PARTS, SAMPLED
+
+# What the measured samples say beside flatness: keys, and the names of the report's fields. The share of samples that
+# are classified correctly is not called accuracy, since that is what the module logs.
+BESIDE = {"loss": "loss", "top1": "accuracy", "curvature": "curvature"}
+# Further measures, which are kept where they were measured.
+FURTHER = ("normalized_relative_flatness", "channelwise_flatness")
+# A warning names this many layers.
+MOST_NAMES = 8
+
+
+def with_data(reports: Mapping[int, FlatnessReport], data: str, is_test: bool) -> dict[int, FlatnessReport]:
+    """Return the reports of validation loaders, each with the name of its data."""
+    data = "test" if is_test and data == "val" else data
+    return {
+        loader: replace(report, data=f"{data}, loader {loader}" if loader else data)
+        for loader, report in reports.items()
+    }
+
+
+def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, Any]:
+    """Return what the history keeps of a report: numbers, and beside them what they are. None stands for NaN.
+
+    If there are several layers, there are numbers of each. The keys have no prefix.
+    """
+    errors = report.sampling_errors
+    record = {
+        "data": report.data,
+        "num_samples": report.num_samples,
+        "layers": list(report.layers),
+        "exact": report.exact,
+        "method": ", ".join(dict.fromkeys(layer.method for layer in report.layers.values())),
+        "precision": report.precision,
+        **{key: known(getattr(report, field)) for key, field in BESIDE.items()},
+        **{f"{key}_error": known(errors.get(field, math.nan)) for key, field in BESIDE.items()},
+        **_measures(report, measures),
+        "weight_norm": report.weight_norm,
+    }
+    for name, layer in report.layers.items() if len(report.layers) > 1 else ():
+        own = {"exact": layer.exact, "method": layer.method, **_measures(layer, measures)}
+        record |= {f"{name}/{key}": value for key, value in own.items()}
+    return record
+
+
+def values_of_loaders(reports: Mapping[int, FlatnessReport], measures: Sequence[str]) -> dict[str, Any]:
+    """Return the values of several validation loaders; keys of all but the first end with the loader's index."""
+    return {
+        f"{key}/dataloader_idx_{loader}" if loader else key: value
+        for loader, report in reports.items()
+        for key, value in values_of(report, measures).items()
+    }
+
+
+def numbers_of(record: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]] = ()) -> dict[str, float]:
+    """Return the numbers of a record that loggers get; ``exact`` is 1 or 0.
+
+    A number that is not known is left out, but it is NaN if an ``earlier`` record has it, so that keys stay.
+
+    Example:
+        >>> numbers_of({"epoch": 3, "exact": True, "loss": None, "hessian_trace": 2.0, "method": "closed_form"})
+        {'exact': 1.0, 'hessian_trace': 2.0}
+        >>> numbers_of({"loss": None}, [{"loss": 0.5}])
+        {'loss': nan}
+    """
+    known = {key for one in [*earlier, record] for key, value in one.items() if isinstance(value, (bool, float))}
+    return {
+        key: math.nan if value is None else float(value)
+        for key, value in record.items()
+        if key in known and _is_logged(key.partition("/dataloader_idx_")[0])
+    }
+
+
+def print_summary(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str], data: str, prefix: str) -> None:
+    """Print which layers are measured, and how; under this prefix, on this data."""
+    title = f"Flatness on {DATA.get(data, data)} data is measured for these layers, under '{prefix}'."
+    Console().print(summary_table(layers, left_out, title))
+
+
+def warn_of_inexact(infos: Iterable[LayerInfo], told: Set[str], prefix: str) -> frozenset[str]:
+    """Warn of layers whose numbers are not exact, unless they are among those ``told``; return all told now."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for info in infos:
+        if not info.exact and info.name not in told:
+            names.setdefault((info.method, info.reason), []).append(info.name)
+    if names:
+        rank_zero_warn(
+            f"FlatnessCallback: not all numbers under '{prefix}/' are exactly those of the Hessian, and "
+            f"'{prefix}/exact' is 0. "
+            + " ".join(f"{_quoted(group)}: {_what(*what)}." for what, group in names.items())
+            + " With strict=True this is an error."
+        )
+    return frozenset(told).union(*names.values())
+
+
+def _measures(result: FlatnessReport | LayerFlatness, measures: Sequence[str]) -> dict[str, float | None]:
+    names = [*measures, *FURTHER]
+    return {
+        **{name: float(getattr(result, name)) for name in measures},
+        **{name: known(getattr(result, name, math.nan)) for name in FURTHER},
+        **{f"{name}_error": known(result.sampling_errors.get(name, math.nan)) for name in names},
+    }
+
+
+def known(value: float) -> float | None:
+    """Return a number, or None in place of NaN."""
+    return None if math.isnan(value) else float(value)
+
+
+def _is_logged(name: str) -> bool:
+    """Return whether loggers get a number of this name. Of standard errors they get those of the sums of measures."""
+    is_minor = "/" in name or name.removesuffix("_error") in BESIDE
+    return name != "accuracy" and not (name.endswith("_error") and is_minor)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:MOST_NAMES])
+    return shown + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+
+
+def _what(method: str, reason: str) -> str:
+    return f"estimates, since {reason}" if reason == SAMPLED else f"{PARTS[method]}, since {reason}"
