@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_flatness.callbacks.checkpoint import FlatCheckpoint
     from lightning_flatness.callbacks.flatness import FlatnessCallback
     from lightning_flatness.callbacks.landscape import LandscapeCallback
     from lightning_flatness.callbacks.penalty import FlatnessPenalty
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchError",
+    "FlatCheckpoint",
     "FlatnessCallback",
     "FlatnessError",
     "FlatnessMetric",
@@ -61,6 +63,7 @@ __all__ = [
 
 # Where each name is defined. It is imported when first asked for, so that plain PyTorch needs no Lightning.
 _MODULES = {
+    "callbacks.checkpoint": ["FlatCheckpoint"],
     "callbacks.flatness": ["FlatnessCallback"],
     "callbacks.penalty": ["FlatnessPenalty"],
     "callbacks.stopping": ["FlatnessStopping"],

@@ -12,8 +12,9 @@ from torch import nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
-from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.logged import logging_muted
+from lightning_flatness.callbacks.monitors import warn_of_traps
 from lightning_flatness.callbacks.network import (
     Network,
     StepWatch,
@@ -22,6 +23,7 @@ from lightning_flatness.callbacks.network import (
     named_network,
     network_without_step,
 )
+from lightning_flatness.callbacks.prefixes import UncheckedKey, error_of
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
@@ -37,6 +39,8 @@ class MeasuringCallback(Callback):
     Messages contain ``name``, the callback's name, and ``measured``, the measured quantity. The key of the callback's
     state in checkpoints contains ``name``, too.
     """
+
+    _gives_way = False  # whether the callback removes itself if another one has its prefix
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class MeasuringCallback(Callback):
         self._name = name
         self._errors = RankErrors(on_error, name, measured)
         self._stage: str | None = None
+        self._is_checked = False  # whether no other callback has this prefix
         self._is_restored = False
         self._network: Network | None = None  # as a validation step of this run has shown it
         self._asked: Asked | None = None  # of the batch that is validated
@@ -90,10 +95,12 @@ class MeasuringCallback(Callback):
     @property
     def state_key(self) -> str:
         """Key of the state in checkpoints. Callbacks with different prefixes have different keys."""
-        return f"{self._name}[prefix={self.prefix}]"
+        key = f"{self._name}[prefix={self.prefix}]"
+        return key if self._is_checked else UncheckedKey(key)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain numbers, strings and lists."""
+        self._is_checked = True  # the next key is written to a checkpoint
         return {"history": [dict(record) for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,7 +110,12 @@ class MeasuringCallback(Callback):
             self._is_restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Store the stage, since Lightning loads the state of callbacks in every stage."""
+        """Check the prefix, and store the stage, since Lightning loads the state of callbacks in every stage."""
+        for other in callbacks_of(trainer):
+            is_other = isinstance(other, MeasuringCallback) and other is not self
+            if is_other and other.prefix == self.prefix and not (self._gives_way or other._gives_way):
+                raise error_of(self._name, other._name, self.prefix)
+        self._is_checked = True
         self._stage = stage
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,6 +127,8 @@ class MeasuringCallback(Callback):
         """Start a new history, unless a history was restored, and check that the network is found."""
         if not self._is_restored:
             self.history = []
+        if not self.history:
+            warn_of_traps(trainer, self.prefix)
         self._is_restored = False
         self._release()
         self._errors.start_run()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
+from lightning_flatness.callbacks.base import MeasuringCallback
 from lightning_flatness.callbacks.flatness import FlatnessCallback
-from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer, callbacks_of
 
 VARIABLE = "LIGHTNING_FLATNESS"
 
@@ -16,16 +17,19 @@ def callbacks() -> list[Callback]:
 
 
 class _FromEnvironment(FlatnessCallback):
-    """A FlatnessCallback that removes itself from a Trainer that already has a FlatnessCallback."""
+    """A FlatnessCallback that removes itself from a Trainer that has a FlatnessCallback, or one with its prefix."""
+
+    _gives_way = True
 
     @property
     def state_key(self) -> str:
         return "FlatnessCallback[environment]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Store the stage, and remove this callback if the Trainer has another FlatnessCallback."""
+        """Store the stage, and remove this callback if the Trainer has another one in its place."""
         super().setup(trainer, pl_module, stage)
-        registered: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, FlatnessCallback) and callback is not self for callback in registered):
+        others = [callback for callback in callbacks_of(trainer) if callback is not self]
+        measuring = [callback for callback in others if isinstance(callback, MeasuringCallback)]
+        if any(isinstance(one, FlatnessCallback) or one.prefix == self.prefix for one in measuring):
             # Assign a new list, since Lightning is iterating over the old one.
-            trainer.callbacks = [callback for callback in registered if callback is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = others  # type: ignore[attr-defined]

@@ -24,8 +24,9 @@ from lightning_flatness.callbacks.averaging import (
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData
-from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.logged import log
+from lightning_flatness.callbacks.monitors import watched_keys
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.measure.ranks import gather
@@ -247,11 +248,10 @@ class EpochEndCallback(MeasuringCallback):
 
     def _warn_monitored_earlier(self, trainer: Trainer) -> None:
         """Warn if a callback such as ModelCheckpoint would read a value before this callback logs the value."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         monitors = [
             type(callback).__name__
-            for callback in callbacks
-            if str(getattr(callback, "monitor", None)).startswith(f"{self.prefix}/")
+            for callback in callbacks_of(trainer)
+            if any(key.startswith(f"{self.prefix}/") for key in watched_keys(callback))
         ]
         often = trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch != 1
         if monitors and trainer.enable_validation and often and self.every_n_epochs is not None:

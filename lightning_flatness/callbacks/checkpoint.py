@@ -1,0 +1,234 @@
+"""Checkpoints of the flattest network among those of nearly the best accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_flatness.callbacks.base import MeasuringCallback
+from lightning_flatness.callbacks.lightning_imports import LightningModule, ModelCheckpoint, Trainer, callbacks_of
+from lightning_flatness.checks import check_whole, is_number
+from lightning_flatness.errors import FlatnessError
+
+# Accuracies are logged in float32, so that 0.90 and 0.91 may differ by a little more than 0.01.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that is the flattest, or may be when the best score rises."""
+
+    path: str
+    score: float  # of which the largest is the best
+    flatness: float
+
+
+def survivors(candidates: Sequence[Candidate], within: float, max_files: int) -> list[Candidate]:
+    """Return the candidates that can still be the flattest of those near the best score, the flattest one last.
+
+    A candidate can be if its score is near the best one, and no other candidate is as good in both respects. The first
+    one returned has the best score. If there are more than ``max_files``, those are left out whose place another one
+    takes at the least cost in flatness; never the first or the last.
+
+    Example:
+        >>> first, second = Candidate("1", 0.99, 5.0), Candidate("2", 0.98, 3.0)
+        >>> [one.path for one in survivors([first, second], 0.02, 5)]
+        ['1', '2']
+        >>> [one.path for one in survivors([first, second, Candidate("3", 0.985, 2.0)], 0.02, 5)]
+        ['1', '3']
+    """
+    best = max(candidate.score for candidate in candidates)
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda one: (-one.score, one.flatness)):
+        is_near = candidate.score >= best - within - ROUNDING * abs(best)
+        if is_near and (not kept or candidate.flatness < kept[-1].flatness):
+            kept.append(candidate)
+    while len(kept) > max_files:
+        costs = [kept[index - 1].flatness - kept[index].flatness for index in range(1, len(kept) - 1)]
+        del kept[1 + costs.index(min(costs))]
+    return kept
+
+
+class FlatCheckpoint(ModelCheckpoint):
+    """A ``ModelCheckpoint`` that keeps the flattest network among those whose accuracy is nearly the best.
+
+    Flatness goes on falling for many epochs after the accuracy has levelled off. A ``ModelCheckpoint`` on the accuracy
+    keeps the first epoch of the best accuracy; one on flatness keeps a network that has not learnt anything.
+
+    ``best_model_path`` is the checkpoint of the smallest flatness among all validations whose accuracy is at most
+    ``within`` worse than the best one so far. When the best accuracy rises, this checkpoint may fall out, and another
+    one takes its place. So all checkpoints that may be needed are kept on disk: those near the best accuracy to which
+    no other one is preferable in both accuracy and flatness. These are few in most runs, and never more than
+    ``max_files``. If there were more, the best accuracy and the flattest one are kept, and of the others those that
+    differ most in flatness; the checkpoint that takes the place of another may then be less flat than a deleted one.
+
+    A validation counts if both numbers were measured at the same step and are finite. If flatness is measured every n
+    epochs only, these epochs count. Ranks compare the mean of their accuracies.
+
+    Args:
+        monitor: key of the accuracy, or of another metric such as a loss.
+        within: largest difference from the best accuracy; 0 for no less than the best.
+        flatness: key of the number of which the smallest is kept, such as
+            :class:`~lightning_flatness.FlatnessCallback` logs it.
+        mode: ``"max"`` if a large accuracy is good, ``"min"`` for a loss.
+        max_files: largest number of checkpoints on disk, two at least.
+        dirpath: folder of the checkpoints. For this argument and the following ones, see Lightning's
+            ``ModelCheckpoint``.
+        filename: name of the files, by default ``"{epoch}-{step}"``. Files of the same name get a version number.
+        verbose: print at every validation whether a checkpoint was saved.
+        save_last: also keep the last checkpoint that was saved as ``last.ckpt``.
+        save_weights_only: save the weights only.
+        auto_insert_metric_name: put the names of metrics into the file name; False if they contain a slash.
+        every_n_epochs: number of epochs from one check to the next.
+        save_on_train_epoch_end: check at the end of training epochs rather than after validation.
+
+    Attributes:
+        best_model_path: path of the kept checkpoint, e.g. for ``trainer.test(ckpt_path="best")``.
+        best_model_score: its accuracy; ``best_flatness`` is its flatness.
+
+    Raises:
+        FlatnessError: An argument is invalid, or a metric is not logged at a validation.
+
+    Example:
+        >>> checkpoint = FlatCheckpoint(monitor="val_acc", within=0.005)
+        >>> checkpoint.flatness
+        'flatness/relative_flatness'
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_acc",
+        within: float = 0.01,
+        flatness: str = "flatness/relative_flatness",
+        mode: Literal["max", "min"] = "max",
+        max_files: int = 5,
+        dirpath: str | Path | None = None,
+        filename: str | None = None,
+        verbose: bool = False,
+        save_last: bool | Literal["link"] | None = None,
+        save_weights_only: bool = False,
+        auto_insert_metric_name: bool = True,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+    ) -> None:
+        if not all(isinstance(key, str) and key for key in (monitor, flatness)):
+            raise FlatnessError(
+                f"FlatCheckpoint: monitor= and flatness= are names of logged metrics; got {monitor=}, {flatness=}."
+            )
+        if not is_number(within) or not 0 <= within < math.inf:
+            raise FlatnessError(f"FlatCheckpoint: {within=} must be a number, 0 at least: a difference of '{monitor}'.")
+        if mode not in ("max", "min"):
+            raise FlatnessError(f"FlatCheckpoint: mode is 'max' or 'min', of '{monitor}'; got {mode=}.")
+        check_whole("FlatCheckpoint: max_files", max_files, least=2)
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            verbose=verbose,
+            save_last=save_last,
+            save_weights_only=save_weights_only,
+            mode=mode,
+            auto_insert_metric_name=auto_insert_metric_name,
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=save_on_train_epoch_end,
+        )
+        self.within = within
+        self.flatness = flatness
+        self.max_files = max_files
+        self._candidates: list[Candidate] = []
+
+    @property
+    def best_flatness(self) -> float | None:
+        """Flatness of the kept checkpoint, or None if there is none yet."""
+        return self._candidates[-1].flatness if self._candidates else None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints. Instances that keep other checkpoints have different keys."""
+        return self._generate_state_key(
+            monitor=self.monitor, within=self.within, flatness=self.flatness, mode=self.mode
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of ``ModelCheckpoint`` and the checkpoints on disk."""
+        candidates = [[one.path, one.score, one.flatness] for one in self._candidates]
+        return {**super().state_dict(), "candidates": candidates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state. If the folder has changed, only the path of the kept checkpoint is restored."""
+        super().load_state_dict(state_dict)
+        is_same = state_dict.get("dirpath", self.dirpath) == self.dirpath
+        self._candidates = [Candidate(*one) for one in state_dict["candidates"]] if is_same else []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget checkpoints that were deleted after the one from which the run is resumed was written."""
+        super().on_train_start(trainer, pl_module)
+        self._keep([one for one in self._candidates if self.file_exists(one.path, trainer)])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if there was nothing to keep."""
+        super().on_train_end(trainer, pl_module)
+        if not self._candidates and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_warn(
+                f"FlatCheckpoint has kept no checkpoint: at no check were '{self.monitor}' and '{self.flatness}' both "
+                "measured at this step, and finite."
+            )
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if not _is_measured_now(trainer, self.flatness):
+            return
+        # Metrics may have been logged without sync_dist, so all ranks use the mean.
+        logged = {key: self._logged(monitor_candidates, key) for key in (self.monitor or "", self.flatness)}
+        logged = {key: trainer.strategy.reduce(value, reduce_op="mean").cpu() for key, value in logged.items()}
+        score, flatness = map(float, logged.values())
+        path = self._get_metric_interpolated_filepath_name(monitor_candidates | logged, trainer)
+        new = Candidate(path, score if self.mode == "max" else -score, flatness)
+        before, saves = self._candidates, False
+        if math.isfinite(score) and math.isfinite(flatness):
+            self._keep(survivors([*before, new], self.within, self.max_files))
+            saves = new in self._candidates
+        if self.verbose:
+            what = f"{self.monitor} {score:.5g}, {self.flatness} {flatness:.5g}"
+            kept = f"; the flattest is {self.best_model_path}" if self._candidates else ""
+            rank_zero_info(f"FlatCheckpoint: {what}, {'saved' if saves else 'not saved'}{kept}.")
+        if not saves:
+            return
+        self.current_score = torch.tensor(score, device="cpu")
+        self._save_checkpoint(trainer, path)
+        for candidate in before:
+            is_dropped = candidate not in self._candidates
+            if is_dropped and self._should_remove_checkpoint(trainer, candidate.path, path):
+                self._remove_checkpoint(trainer, candidate.path)
+
+    def _keep(self, candidates: list[Candidate]) -> None:
+        """Set the attributes that Lightning and its loggers read."""
+        self._candidates = candidates
+        sign = 1 if self.mode == "max" else -1
+        self.best_k_models = {one.path: torch.tensor(sign * one.score, device="cpu") for one in candidates}
+        if candidates:
+            self.best_model_path = candidates[-1].path
+            self.best_model_score = self.best_k_models[self.best_model_path]
+
+    def _logged(self, metrics: Mapping[str, Tensor], key: str) -> Tensor:
+        if key not in metrics:
+            raise FlatnessError(
+                f"FlatCheckpoint watches '{key}', which is not logged; there are: "
+                f"{', '.join(sorted(metrics)) or 'none'}. Flatness needs a FlatnessCallback in the Trainer; accuracy a "
+                "self.log in validation_step."
+            )
+        return metrics[key].detach().clone()
+
+
+def _is_measured_now(trainer: Trainer, key: str) -> bool:
+    """Return whether the callbacks that log a key have measured these weights; values of earlier steps stay logged."""
+    own = [
+        one for one in callbacks_of(trainer) if isinstance(one, MeasuringCallback) and key.startswith(f"{one.prefix}/")
+    ]
+    return all(one.history and one.history[-1]["step"] == trainer.global_step for one in own)

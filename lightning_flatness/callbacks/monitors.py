@@ -1,0 +1,61 @@
+"""Callbacks that watch logged flatness: whether it is new, and whether they watch it in a way that misleads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_flatness.callbacks.lightning_imports import ROOTS, Trainer, callbacks_of
+
+# Logged numbers that are small where a network is flat, and small before it has learnt anything.
+FLAT_IF_SMALL = (
+    "hessian_trace",
+    "relative_flatness",
+    "log10_hessian_trace",
+    "log10_relative_flatness",
+    "normalized_relative_flatness",
+    "channelwise_flatness",
+    "lambda_max",
+    "trace",
+)
+REMEDIES = {
+    "EarlyStopping": ("stops in the first epochs", "FlatnessStopping, which has a burn-in"),
+    "ModelCheckpoint": ("keeps the first epochs", "FlatCheckpoint, which keeps the flattest of the best accuracy"),
+}
+
+
+def watched_keys(callback: Any) -> list[str]:
+    """Return the keys that a callback such as ``ModelCheckpoint`` or ``FlatCheckpoint`` watches."""
+    keys = (getattr(callback, name, None) for name in ("monitor", "flatness"))
+    return [key for key in keys if isinstance(key, str)]
+
+
+def warn_of_traps(trainer: Trainer, prefix: str) -> None:
+    """Warn of callbacks of Lightning that watch a key with this prefix from epoch 0 on, or in the wrong direction.
+
+    Subclasses are not warned of, since they may begin later.
+    """
+    for callback in callbacks_of(trainer):
+        kind, key = type(callback), str(getattr(callback, "monitor", None))
+        measure = key.partition("/dataloader_idx_")[0].rpartition("/")[2]
+        is_own = key.startswith(f"{prefix}/") and measure in FLAT_IF_SMALL
+        if not is_own or kind.__name__ not in REMEDIES or not kind.__module__.startswith(ROOTS):
+            continue
+        what, remedy = REMEDIES[kind.__name__]
+        if callback.mode == "max":
+            rank_zero_warn(
+                f"{kind.__name__}(monitor='{key}', mode='max') takes the sharpest network for the best one: a small "
+                "number is flat. Use mode='min'."
+            )
+        elif _begins_at_once(callback):
+            rank_zero_warn(
+                f"{kind.__name__}(monitor='{key}') {what}: a network that has not learnt anything is flat, and the "
+                f"number rises at first. Use {remedy}, or a subclass that begins at a later epoch."
+            )
+
+
+def _begins_at_once(callback: Any) -> bool:
+    """Return whether a callback compares the first epoch with the others."""
+    keeps_some = getattr(callback, "save_top_k", 1) not in (0, -1)
+    return keeps_some and (getattr(callback, "every_n_epochs", 1) or 0) <= 1

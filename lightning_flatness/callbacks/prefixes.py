@@ -1,0 +1,29 @@
+"""Prefixes of logged keys, of which every callback of a Trainer needs its own."""
+
+from __future__ import annotations
+
+from lightning_flatness.errors import FlatnessError
+
+
+def error_of(name: str, other: str, prefix: str) -> FlatnessError:
+    """Return the error for two callbacks that have one prefix."""
+    return FlatnessError(
+        f"{name} and another {other} have prefix='{prefix}', under which both would log. Give each callback a prefix= "
+        f"of its own, e.g. prefix='{prefix}_2'."
+    )
+
+
+class UncheckedKey(str):
+    """A state key, ``name[prefix=...]``, that raises an error when it is compared with an equal one.
+
+    A Trainer compares the state keys of its callbacks before it calls any of them. Its own error for equal keys does
+    not say that ``prefix=`` tells callbacks apart.
+    """
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, UncheckedKey) and str(self) == str(other):
+            name, prefix = self[:-1].split("[prefix=", 1)
+            raise error_of(name, name, prefix)
+        return str(self) == other
