@@ -17,7 +17,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import nn
@@ -123,7 +123,9 @@ def main() -> None:
     settings = {"batch_size": options.batch_size, "num_workers": options.workers}
     flatness = lf.FlatnessCallback(data="train")
     stopping = lf.FlatnessStopping(accuracy="val_acc", burn_in=BURN_IN, patience=5)
-    checkpoint = ModelCheckpoint(options.out / "checkpoints", filename="best", monitor="val_acc", mode="max")
+    checkpoint = lf.FlatCheckpoint(
+        "val_acc", within=0.005, dirpath=options.out / "checkpoints", filename="flat-{epoch}"
+    )
     trainer = L.Trainer(
         max_epochs=options.max_epochs,
         callbacks=[flatness, stopping, checkpoint, LearningRateMonitor()],
@@ -150,7 +152,8 @@ def main() -> None:
     best = CifarResNet.load_from_checkpoint(checkpoint.best_model_path)
     report = lf.measure_flatness(best, DataLoader(test, **settings))
     console = Console()
-    console.print(f"Best accuracy {checkpoint.best_model_score:.4f}. Flatness of that network on the test images:")
+    score = checkpoint.best_model_score
+    console.print(f"The flattest network of nearly the best accuracy: {score:.4f}. Its flatness on the test images:")
     console.print(report.table())
     if stopping.stopping_reason_message:
         console.print(f"Stopped: {stopping.stopping_reason_message}.")

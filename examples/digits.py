@@ -97,10 +97,12 @@ def main() -> None:
     train, val = load_data()
     flatness = lf.FlatnessCallback(data="train")
     stopping = lf.FlatnessStopping(accuracy="val_acc", burn_in=BURN_IN, patience=6)
-    checkpoint = ModelCheckpoint(options.out / "checkpoints", filename="best", monitor="val_acc", mode="max")
+    folder = options.out / "checkpoints"
+    flattest = lf.FlatCheckpoint(monitor="val_acc", within=0.005, dirpath=folder, filename="flat-{epoch}")
+    most_accurate = ModelCheckpoint(folder, filename="accurate-{epoch}", monitor="val_acc", mode="max")
     trainer = L.Trainer(
         max_epochs=options.max_epochs,
-        callbacks=[flatness, stopping, checkpoint],
+        callbacks=[flatness, stopping, flattest, most_accurate],
         logger=TensorBoardLogger(options.out, name=None, default_hp_metric=False),
         log_every_n_steps=10,
         accelerator="cpu",
@@ -123,8 +125,8 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "weights" else "right")
     table.add_row("initial", *row(initial_model(), train, val))
     table.add_row("last epoch", *row(model, train, val))
-    best = DigitsClassifier.load_from_checkpoint(checkpoint.best_model_path)
-    table.add_row("best accuracy", *row(best, train, val))
+    for name, checkpoint in (("best accuracy", most_accurate), ("flattest near it", flattest)):
+        table.add_row(name, *row(DigitsClassifier.load_from_checkpoint(checkpoint.best_model_path), train, val))
     console = Console()
     console.print(table)
     if trainer.should_stop:

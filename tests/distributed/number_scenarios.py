@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -247,6 +248,23 @@ def stopping(sync_dist):
     }
 
 
+def flat_checkpoint(sync_dist):
+    checkpoint = lf.FlatCheckpoint(within=0.12, dirpath=f"flat-{sync_dist}", filename="{epoch}")
+    callback = lf.FlatnessCallback(summary=False)
+    trainer = trainer_on_ranks(callback, checkpoint, max_epochs=4)
+    trainer.fit(WithAccuracyOfRanks(sync_dist), DataLoader(dataset(32), 4), val(11))
+    trainer.strategy.barrier()
+    return {
+        "epoch": int(Path(checkpoint.best_model_path).stem.removeprefix("epoch=")),
+        "flatness": checkpoint.best_flatness,
+        "history": [record["relative_flatness"] for record in callback.history],
+        "known": sorted(Path(path).name for path in checkpoint.best_k_models),
+        "on disk": sorted(path.name for path in Path(checkpoint.dirpath).iterdir()),
+    }
+
+
+SCENARIOS["flat checkpoint, accuracy synced: True"] = partial(flat_checkpoint, sync_dist=True)
+SCENARIOS["flat checkpoint, accuracy synced: False"] = partial(flat_checkpoint, sync_dist=False)
 SCENARIOS["stopping"] = partial(stopping, sync_dist=True)
 SCENARIOS["stopping, accuracy not synced"] = partial(stopping, sync_dist=False)
 OTHERS = [
@@ -255,4 +273,6 @@ OTHERS = [
     "checkpoint_on_flatness",
     "stopping",
     "stopping, accuracy not synced",
+    "flat checkpoint, accuracy synced: True",
+    "flat checkpoint, accuracy synced: False",
 ]
