@@ -306,7 +306,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, interrupted_after):
 @guards("callbacks/checkpoint.py", "if self.file_exists(one.path, trainer)", "")
 def test_files_that_are_gone_are_forgotten(tmp_path):
     """Resumed from an earlier epoch, of which later epochs have deleted candidates."""
-    first, second = lf.FlatCheckpoint(dirpath=tmp_path / "kept"), lf.FlatCheckpoint(dirpath=tmp_path / "kept")
+    first, second = (lf.FlatCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}") for _ in range(2))
     every = ModelCheckpoint(tmp_path / "every", "{epoch}", save_top_k=-1)
     run(tmp_path, [0.5, 0.9, 0.95], [1.0, 2.0, 3.0], first, every)
     path = tmp_path / "every" / "epoch=1.ckpt"
