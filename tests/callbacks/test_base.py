@@ -12,20 +12,23 @@ from tests.callbacks.lightning_modules import Classifier, WithoutValidation, loa
 from tests.guarding import guards
 
 
-@guards("callbacks/flatness.py", "None if value is None else float(value)", "value")
+@guards("callbacks/logged.py", "None if value is None else float(value)", "value")
 def test_history_is_plain_numbers(tmp_path):
     recorder, callback = Recorder(), flatness_callback()
     fit(tmp_path, callback, recorder, max_epochs=3)
     assert len(callback.history) == 3
     for epoch, (record, logged) in enumerate(zip(callback.history, recorder.logged, strict=True)):
-        assert {key: type(value) for key, value in record.items()} == {
+        types = {
             "epoch": int,
             "step": int,
             "accuracy": float,
             "hessian_trace": float,
             "relative_flatness": float,
             "weight_norm": float,
+            "exact": bool,
         }
+        assert {key: type(record[key]) for key in types} == types
+        assert {type(value) for value in record.values()} <= {int, float, bool, str, list, type(None)}
         assert (record["epoch"], record["step"]) == (epoch, 4 * (epoch + 1))
         assert record["accuracy"] == logged["val_acc"]
         for key in ("hessian_trace", "relative_flatness", "weight_norm"):
