@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
-from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer, callbacks_of
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.monitors import warn_of_traps
 from lightning_flatness.callbacks.network import (
@@ -23,7 +23,7 @@ from lightning_flatness.callbacks.network import (
     named_network,
     network_without_step,
 )
-from lightning_flatness.callbacks.prefixes import UncheckedKey, error_of
+from lightning_flatness.callbacks.prefixes import UncheckedKey, check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
@@ -40,7 +40,7 @@ class MeasuringCallback(Callback):
     state in checkpoints contains ``name``, too.
     """
 
-    _gives_way = False  # whether the callback removes itself if another one has its prefix
+    gives_way = False  # whether the callback removes itself if another one has its prefix
 
     def __init__(
         self,
@@ -111,10 +111,7 @@ class MeasuringCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the prefix, and store the stage, since Lightning loads the state of callbacks in every stage."""
-        for other in callbacks_of(trainer):
-            is_other = isinstance(other, MeasuringCallback) and other is not self
-            if is_other and other.prefix == self.prefix and not (self._gives_way or other._gives_way):
-                raise error_of(self._name, other._name, self.prefix)
+        check_prefix(trainer, self)
         self._is_checked = True
         self._stage = stage
 

@@ -19,7 +19,7 @@ def callbacks() -> list[Callback]:
 class _FromEnvironment(FlatnessCallback):
     """A FlatnessCallback that removes itself from a Trainer that has a FlatnessCallback, or one with its prefix."""
 
-    _gives_way = True
+    gives_way = True
 
     @property
     def state_key(self) -> str:

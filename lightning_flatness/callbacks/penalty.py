@@ -20,6 +20,7 @@ from lightning_flatness.callbacks.classifier import (
 )
 from lightning_flatness.callbacks.data.sources import BatchFunction
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.prefixes import check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.checks import check_whole, check_word, is_number
 from lightning_flatness.errors import BatchError, FlatnessError
@@ -120,8 +121,9 @@ class FlatnessPenalty(Callback):
         return self.strength * factor * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse manual optimization, and names of layers that are not there."""
+        """Refuse manual optimization, names of layers that are not there, and the prefix of another callback."""
         self._release()
+        check_prefix(trainer, self)
         if not pl_module.automatic_optimization:
             raise FlatnessError(
                 f"FlatnessPenalty adds to the loss of automatic optimization, and {type(pl_module).__name__} optimizes "

@@ -11,6 +11,7 @@ from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
 from tests.guarding import guards
 
 MAKE = {"flatness": lambda **options: lf.FlatnessCallback(**{"summary": False} | options), **KINDS}
+OURS = MAKE | {"penalty": lf.FlatnessPenalty}
 
 
 @guards("callbacks/base.py", "return key if self._is_checked else UncheckedKey(key)", "return key")
@@ -26,12 +27,15 @@ def test_one_callback_twice_is_refused(tmp_path):
         quiet_trainer(tmp_path, callback, callback)
 
 
-@guards("callbacks/base.py", "raise error_of(self._name, other._name, self.prefix)", "pass")
-@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(MAKE, 2)))
+@guards("callbacks.prefixes:check_prefix", returns=None)
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations(OURS, 2), ("penalty", "penalty")])
 def test_two_kinds_are_refused_before_training(tmp_path, one, other):
     module = Classifier()
-    trainer = quiet_trainer(tmp_path, MAKE[one](prefix="same"), MAKE[other](prefix="same"))
-    with pytest.raises(lf.FlatnessError, match="Callback and another .*Callback have prefix='same'"):
+    trainer = quiet_trainer(tmp_path, OURS[one](prefix="same"), OURS[other](prefix="same"))
+    with pytest.raises(
+        lf.FlatnessError,
+        match=r"\w+ and another \w+ have prefix='same'",
+    ):
         trainer.fit(module, *loaders())
     assert module.training_steps == 0
 
@@ -77,7 +81,7 @@ def test_keys_in_checkpoints_are_plain(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["spectrum", "landscape"])
-@guards("callbacks/base.py", "not (self._gives_way or other._gives_way)", "True")
+@guards("callbacks/prefixes.py", "and not gives_way", "")
 def test_a_callback_that_the_environment_asks_for_gives_way(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("LIGHTNING_FLATNESS", "1")
     own = KINDS[kind](prefix="flatness", every_n_epochs=1)
