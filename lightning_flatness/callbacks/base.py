@@ -29,6 +29,7 @@ from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import as_batches
 from lightning_flatness.model.call import Call, same_tensors
+from lightning_flatness.model.whole import WholeWeights
 
 Record = dict[str, Any]
 
@@ -77,6 +78,7 @@ class MeasuringCallback(Callback):
         self._network: Network | None = None  # as a validation step of this run has shown it
         self._asked: Asked | None = None  # of the batch that is validated
         self._watch: StepWatch | None = None  # of its step
+        self._whole: WholeWeights | None = None  # while FSDP2 shards the weights, and they are measured
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
@@ -86,7 +88,7 @@ class MeasuringCallback(Callback):
         """Release the data and model of a measurement in progress, and drop a pending error."""
         self._errors.pending = None
         self._stop_watching()
-        self._network = None
+        self._network = self._whole = None
 
     @abstractmethod
     def _draw_run(self, trainer: Trainer) -> None:
@@ -209,6 +211,22 @@ class MeasuringCallback(Callback):
                 "that prepares the inputs as the step does."
             )
         return found.call
+
+    def _gather(self, pl_module: LightningModule) -> None:
+        """Gather weights that FSDP2 has sharded. This is a collective: all ranks call it, also after an error."""
+        self._whole = WholeWeights(pl_module)
+
+    @contextmanager
+    def _gathered(self, pl_module: LightningModule) -> Iterator[None]:
+        self._gather(pl_module)
+        try:
+            yield
+        finally:
+            self._whole = None
+
+    def _whole_copy(self, network: nn.Module) -> nn.Module:
+        """Return a copy with the gathered weights; without any, the network itself."""
+        return self._whole.copy_of(network) if self._whole else network
 
     def _model_of(self, pl_module: LightningModule) -> nn.Module:
         """Return the network, whose parameters have their names in the LightningModule unless ``model=`` names it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks import labels, logged, tensorboard
 from lightning_flatness.callbacks.averaging import warn_of_initial_weights
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
-from lightning_flatness.callbacks.data.loaders import flat_loaders
+from lightning_flatness.callbacks.data.loaders import flat_loaders, validated_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData, first_samples, validation_sources
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.network import Network
@@ -135,8 +135,7 @@ class FlatnessCallback(MeasuringCallback):
         }
         diagonal = Options(**self._options).diagonal  # checks the options
         self._measures = ["hessian_trace"] if diagonal else ["hessian_trace", "relative_flatness"]
-        shared = (data, max_samples, prefix, model, batch_fn, figures, on_error)
-        super().__init__("FlatnessCallback", "flatness", *shared)
+        super().__init__("FlatnessCallback", "flatness", data, max_samples, prefix, model, batch_fn, figures, on_error)
         check_whole("FlatnessCallback: every_n_epochs", every_n_epochs, least=1)
         self.every_n_epochs = every_n_epochs
         self.accuracy = accuracy
@@ -177,7 +176,7 @@ class FlatnessCallback(MeasuringCallback):
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             logged.warn_no_validation(self.prefix)
-        with self._measuring(trainer, pl_module):
+        with self._gathered(pl_module), self._measuring(trainer, pl_module):
             if not self._certified:
                 self._certify_early(trainer, pl_module)
         if not self._errors.settle("the start of training") or not self._certified:
@@ -207,14 +206,16 @@ class FlatnessCallback(MeasuringCallback):
         self._certified = (measurement.layers, measurement.left_out) if measurement.layers else None
 
     def _new_measurement(self, network: Network) -> Measurement:
-        return Measurement(network.module, sync=True, prefix=network.prefix, **self._options)
+        if self._whole:
+            self._passes.rule_out("FSDP2 shards the weights, so every rank holds a whole copy meanwhile")
+        return Measurement(self._whole_copy(network.module), sync=True, prefix=network.prefix, **self._options)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a measurement, if one is due."""
-        if trainer.testing:
-            self._start(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
-        elif not trainer.sanity_checking:
-            self._start(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
+        if trainer.sanity_checking:
+            self._gather(pl_module)
+        else:
+            self._start(trainer, pl_module, *validated_loaders(trainer))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -309,6 +310,7 @@ class FlatnessCallback(MeasuringCallback):
         if self._data_name == "train" and trainer.state.fn != "fit":
             logged.warn_outside_of_fit()
             return
+        self._gather(pl_module)
         with self._measuring(trainer, pl_module):
             sources: Sequence[Any]
             if self._data_name == "val":
@@ -328,6 +330,7 @@ class FlatnessCallback(MeasuringCallback):
             # Of validated batches nothing is left, and a rank without any has seen no network.
             if running is not None and self._data_name != "val" and not self._errors.pending:
                 running.measure_rest(self._network_of(pl_module))
+        self._whole = None
         if not self._errors.settle(where) or running is None:
             return
         with self._measuring(trainer, pl_module):

@@ -187,7 +187,8 @@ class StepWatch:
             raise FlatnessError(
                 f"The validation step calls {self._name(heard.module)} on {num_inputs} different inputs, none of which "
                 "is the batch's own. Give batch_fn=, a function from a batch to (inputs, targets), for the inputs to "
-                "measure."
+                "measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]); a tuple of inputs is passed as arguments, "
+                "a mapping as keyword arguments."
             )
         if not counts:
             return Found(Network(heard.module, prefix, is_called=False))
@@ -231,13 +232,17 @@ class StepWatch:
             return
         names = " and ".join(map(self._name, modules))
         for heard in calls:
-            users = [other for other in calls if other.module is not heard.module and _takes(other, heard.output)]
-            if users:
+            taking = [other for other in calls if other.module is not heard.module and _takes(other, heard.output)]
+            heads = list(dict.fromkeys(other.module for other in taking))
+            if heads:
+                parts = ", ".join(self._expression(module) for module in (heard.module, heads[0]))
+                own = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
                 raise FlatnessError(
                     f"The validation step gives the output of {self._name(heard.module)} to "
-                    f"{self._name(users[0].module)}, which has weights of its own, so both make the network. Call one "
-                    "module in the step that returns the logits, e.g. self(x) with a forward() that applies both; "
-                    "or name the part to measure with model=..., if its outputs are the logits."
+                    f"{' and '.join(map(self._name, heads))}, {own}. Say what makes the logits to measure, e.g. "
+                    f"model=lambda module: torch.nn.Sequential({parts}), batch_fn=lambda batch: (batch[0], batch[1]), "
+                    "where batch_fn= returns what the first part takes, and the targets; or, if the output of "
+                    f"{self._name(heard.module)} is the logits, model={self._name(heard.module)}."
                 )
         if any(_why_no_logits(heard.output) for heard in calls):
             raise FlatnessError(
@@ -251,6 +256,12 @@ class StepWatch:
             f"The validation step calls several networks, {names}. Name the one to measure with model=..., e.g. "
             f"model={next(iter(own), 'lambda module: module')}."
         )
+
+    def _expression(self, module: nn.Module) -> str:
+        """Return code that finds a module in the LightningModule ``module``."""
+        name = self._names.get(module, "")
+        plain = all(part.isidentifier() for part in name.split("."))
+        return f"module.{name}" if plain else f"module.get_submodule({name!r})"
 
     def _name(self, module: nn.Module) -> str:
         return f"'{self._names.get(module) or type(module).__name__}'"

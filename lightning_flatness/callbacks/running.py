@@ -92,7 +92,9 @@ class Running:
         observes = self._observes and self._is_tried
         if observes:
             self._passes.tell("")
-        self._listener = self.measurement.listen(asked.inputs if self._network.on_batch else None, observes)
+        inputs = asked.inputs if self._network.on_batch else None
+        # What is measured may be a whole copy of a network that is sharded, which the step does not call.
+        self._listener = self.measurement.listen(inputs) if observes else Listener(self._network.module, inputs=inputs)
         self._listener.__enter__()
 
     def _try_once(self) -> None:
@@ -119,7 +121,7 @@ class Running:
         return reason
 
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
-        """Measure the samples that the source yields after a batch was validated.
+        """Measure the samples of a validated batch that the source chooses, or the next samples of other data.
 
         ``call`` is that of a step that was watched; otherwise it was recorded, or the batch's own inputs are measured.
         """
@@ -134,10 +136,13 @@ class Running:
         if samples[0] is not call and self._observes:
             self._rule_out("batch_fn= gives other inputs than the validation step")
         self._passes.keep_example(*samples)
-        for inputs, targets in self.source.after_step(samples, batch_idx):
-            with asked.explaining():
-                if inputs is not call or not self._add_observed(targets):
-                    self._add_own(inputs, targets)
+        mask = self.source.mask(samples, batch_idx)
+        with asked.explaining():
+            if not mask.all():
+                if mask.any():
+                    self._add_own(*self.measurement.chosen(*samples, mask))
+            elif samples[0] is not call or not self._add_observed(samples[1]):
+                self._add_own(*samples)
 
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
         """Add samples in a pass of our own. Where validation is observed in half precision, it runs so, too."""

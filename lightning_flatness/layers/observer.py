@@ -87,6 +87,10 @@ class FlatnessObserver:
             totals = added(totals, part)
         return totals
 
+    def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
+        """Return the samples of a batch where the mask, ``(N,)``, is true; an error if they cannot be cut out."""
+        return self._own.chosen(inputs, targets, mask)
+
     def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or an empty string if they can.
 
@@ -102,14 +106,12 @@ class FlatnessObserver:
         self._observable = outcome
         return ""
 
-    def listen(self, inputs: Any = None, observes: bool = True) -> Listener:
-        """Return a context that records the call that the user makes of the model, by default whatever its inputs.
+    def listen(self, inputs: Any = None) -> Listener:
+        """Return a context that observes the call that the user makes of the model, by default whatever its inputs.
 
-        With ``observes``, the forward pass is observed, too; :meth:`why_not_live` must come first.
+        :meth:`why_not_live` must come first.
         """
-        assert self._observable is not None or not observes
-        if self._observable is None or not observes:
-            return Listener(self._model, None, inputs)
+        assert self._observable is not None
         return Listener(self._model, self._observable.context.recorder, inputs, self._observable.precision)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:

@@ -114,6 +114,13 @@ class OwnPasses:
             start += rows
             yield result
 
+    def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
+        """Return the samples of a batch where the mask is true, after certifying that they can be cut out."""
+        self._tensors = self._tensors.narrowed(inputs, len(mask))
+        with isolated(self._model):
+            self._tensors = self._tensors.certified(inputs, mask, lambda part: logits_of(self._copy(part)))
+        return self._tensors.chosen(inputs, targets, mask)
+
     def release(self) -> None:
         """Drop the copy of the model; the next pass makes a new one."""
         vars(self).pop("_copy", None)

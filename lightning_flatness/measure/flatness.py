@@ -58,6 +58,10 @@ class Measurement:
         """Add one batch. A batch without samples adds nothing."""
         self._add(self._observer.sums(inputs, targets, advance))
 
+    def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
+        """Return the samples of a batch where the mask, ``(N,)``, is true (see ``FlatnessObserver``)."""
+        return self._observer.chosen(inputs, targets, mask)
+
     def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
         """Add the batch that certifies the layers; if passes will be observed, see what half precision changes."""
         self.update(inputs, targets)
@@ -69,9 +73,9 @@ class Measurement:
         """Return why the user's forward passes cannot be observed, or ``""`` if they can (see ``FlatnessObserver``)."""
         return self._observer.why_not_live(inputs, targets)
 
-    def listen(self, inputs: Any = None, observes: bool = True) -> Listener:
-        """Return a context that records the user's call of the model, and may observe it (see ``FlatnessObserver``)."""
-        return self._observer.listen(inputs, observes)
+    def listen(self, inputs: Any = None) -> Listener:
+        """Return a context that observes the user's call of the model (see ``FlatnessObserver``)."""
+        return self._observer.listen(inputs)
 
     def update_observed(self, listener: Listener, targets: Tensor | None = None) -> None:
         """Add a batch on which the user's forward pass was observed. If this raises an error, nothing is added."""

@@ -45,8 +45,8 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
         raise LayerSelectionError(
             f"The weights of '{name or type(module).__name__}' are sharded over processes (FSDP, tensor parallelism, "
             "DeepSpeed stage 3), which cannot be measured. Train with strategy='ddp', or load a full checkpoint and "
-            "call measure_flatness. Weights that fully_shard (FSDP2) has sharded are measured by measure_flatness(..., "
-            "sync=True), if every rank calls it."
+            "call measure_flatness. Weights that fully_shard (FSDP2) has sharded are measured by FlatnessCallback, and "
+            "by measure_flatness(..., sync=True) and its like, if every rank calls it."
         )
 
 

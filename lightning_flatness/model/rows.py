@@ -53,7 +53,7 @@ class SampleTensors:
         both = tuple(before and row for before, row in zip(self.has_rows, now, strict=True))
         return self if both == self.has_rows else SampleTensors(both, is_certified=_is_single(inputs))
 
-    def take(self, inputs: Any, rows: slice) -> Any:
+    def take(self, inputs: Any, rows: slice | Tensor) -> Any:
         """Return some samples of a batch; a single one twice, since torch's BatchNorm has wrong gradients for it."""
         kinds = iter(self.has_rows or ())
 
@@ -65,7 +65,15 @@ class SampleTensors:
 
         return apply_to_collection(inputs, Tensor, of_tensor)
 
-    def certified(self, inputs: Any, rows: slice, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
+    def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
+        """Return the samples of a batch where the mask is true."""
+        kinds = iter(self.has_rows or ())
+        cut = apply_to_collection(
+            inputs, Tensor, lambda tensor: tensor[mask.to(tensor.device)] if next(kinds) else tensor, allow_frozen=True
+        )
+        return cut, targets if targets is None else targets[mask.to(targets.device)]
+
+    def certified(self, inputs: Any, rows: slice | Tensor, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
         """Certify that the logits of some samples alone are those rows of the whole batch's logits.
 
         ``logits_of`` runs the model.

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_flatness.errors import FlatnessError
+
 STATE = "__composable_api"  # torch has no public name for it
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+SHARED = ("_trainer", "_fabric", "_device_mesh")  # attributes of a LightningModule that a copy has in common with it
 
 
 def whole_model(model: nn.Module) -> nn.Module:
@@ -19,23 +22,65 @@ def whole_model(model: nn.Module) -> nn.Module:
     This is a collective: call it on every rank. Every rank then holds all weights. Weights that are sharded in another
     way as well stay as they are.
     """
-    sharded = [module for module in model.modules() if _is_fully_sharded(module)]
-    if not sharded or not all(_is_of_one_mesh(parameter) for parameter in model.parameters()):
-        return model
-    for module in sharded:
-        module.reshard()  # type: ignore[operator]  # weights that are whole at the moment may be out of date
-    copies: dict[int, Any] = {}
-    for parameter in filter(_is_sharded, model.parameters()):
-        with torch.no_grad():
-            full: Tensor = parameter.full_tensor()  # type: ignore[attr-defined]
-        copies[id(parameter)] = nn.Parameter(full, parameter.requires_grad)
-    for module in sharded:  # their class refuses deepcopy
-        plain: Any = type(module).__mro__[2]  # as torch's own FSDPModule.__new__ finds it
-        copies[id(module)] = plain.__new__(plain)
-    for module in sharded:
-        vars(copies[id(module)]).update(deepcopy(_without_sharding(vars(module)), copies))
-    copied: nn.Module = copies[id(model)] if id(model) in copies else deepcopy(model, copies)
-    return copied
+    return WholeWeights(model).copy_of(model)
+
+
+class WholeWeights:
+    """Whole weights of a model that FSDP2 has sharded, as they are now; it is empty for another model.
+
+    To create it is a collective, :meth:`copy_of` is not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights: list[tuple[Tensor, Tensor, nn.Parameter]] = []  # sharded, a sample of this rank's part, whole
+        if not _sharded_modules(model) or not all(map(_is_of_one_mesh, model.parameters())):
+            return
+        _reshard(model)
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in filter(_is_sharded, model.parameters()):
+                full: Tensor = parameter.full_tensor()  # type: ignore[attr-defined]
+                self._weights.append((parameter, _sample(parameter), nn.Parameter(full, parameter.requires_grad)))
+
+    def __bool__(self) -> bool:
+        return bool(self._weights)
+
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model, or of a part of it, with these weights; the module itself if there are none."""
+        sharded = _sharded_modules(model) if self._weights else []
+        if not sharded:
+            return model
+        _reshard(model)
+        if not all(torch.equal(_sample(parameter), sample) for parameter, sample, _ in self._weights):
+            raise FlatnessError(
+                "Another callback has changed the weights, which FSDP2 shards, after they were gathered for this "
+                "validation. List it before the callback that measures."
+            )
+        copies: dict[int, Any] = {id(parameter): whole for parameter, _, whole in self._weights}
+        for module in model.modules():
+            copies |= {id(value): value for name in SHARED if (value := vars(module).get(name)) is not None}
+        for module in sharded:  # their class refuses deepcopy
+            plain: Any = type(module).__mro__[2]  # as torch's own FSDPModule.__new__ finds it
+            copies[id(module)] = plain.__new__(plain)
+        for module in sharded:
+            vars(copies[id(module)]).update(deepcopy(_without_sharding(vars(module)), copies))
+        copied: nn.Module = copies[id(model)] if id(model) in copies else deepcopy(model, copies)
+        return copied
+
+
+def _sharded_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _is_fully_sharded(module)]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Drop weights that are whole at the moment, which may be out of date."""
+    for module in _sharded_modules(model):
+        module.reshard()  # type: ignore[operator]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Return a copy of about a thousand entries of this rank's part of a sharded weight."""
+    part: Tensor = parameter.detach().to_local().flatten()  # type: ignore[attr-defined]
+    return part[:: max(1, len(part) // 1000)].clone()
 
 
 def _is_fully_sharded(module: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """Finding the network in a LightningModule."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -190,6 +192,16 @@ class HeadInTheStep(Steps):
         return self.head(self.net(x))
 
 
+class TwoHeadsInTheStep(HeadInTheStep):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(3, 3)])
+
+    def logits(self, x):
+        embedded = self.net(x)
+        return self.head(embedded) + self.heads[0](embedded)
+
+
 class LossWithWeights(HeadInTheStep):
     def logits(self, x):
         embedded = self.net(x)
@@ -230,9 +242,22 @@ REFUSED = {
     Distils: r"calls several networks, 'net' and 'teacher'. Name the one.* e.g. model='teacher'",
     TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
     HeadInTheStep: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
+    TwoHeadsInTheStep: r"gives the output of 'net' to 'head' and 'heads.0', which have weights of their own.*model=",
     LossWithWeights: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
     Crops: r"calls 'Crops' on 2 different inputs, none of which is the batch's own.*batch_fn=",
 }
+
+
+@pytest.mark.parametrize("make", [HeadInTheStep, TwoHeadsInTheStep])
+def test_remedy_for_a_head_in_the_step_measures_what_it_names(tmp_path, make):
+    with pytest.raises(lf.FlatnessError, match="Say what makes the logits") as caught:
+        fit(tmp_path, flatness_callback(), module=make(), num_sanity_val_steps=1)
+    found = re.search(r"model=(.*), batch_fn=(.*), where", str(caught.value))
+    options = {"model": eval(found[1], {"torch": torch}), "batch_fn": eval(found[2])}
+    callback, module = flatness_callback(**options), make()
+    fit(tmp_path, callback, module=module)
+    wanted = lf.measure_flatness(nn.Sequential(module.net, module.head).eval(), loaders()[1])
+    assert_reports_equal(callback.report, wanted, prefix="")
 
 
 @guards("callbacks.network:StepWatch._refuse_several", returns=None, ids="TwoNetworks")

@@ -1,12 +1,14 @@
 """A measurement in progress: every validation loader by itself, every step like the first."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_flatness as lf
 from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback
-from tests.callbacks.lightning_modules import Classifier, WithoutForward, dataset, loaders
+from tests.callbacks.lightning_modules import CLASSES, Classifier, WithoutForward, dataset, loaders, quiet_trainer
 from tests.guarding import guards
 
 
@@ -99,3 +101,46 @@ def test_a_second_loader_without_labels_is_left_out(tmp_path):
         fit(tmp_path, callback, module=module, data=(train, [first, second]))
     assert list(callback.reports) == [0]
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, first))
+
+
+class Prompted(Classifier):
+    """Its step gives the network a table that all samples share, which may have as many rows as there are samples."""
+
+    def __init__(self, rows):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.register_buffer("table", torch.rand(rows, CLASSES))
+        self.net = Shifted(self.net)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0], self.table), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.net(batch[0], self.table)
+
+
+class Shifted(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, table):
+        return self.net(x) + table.sum(0)
+
+
+@guards("layers/passes.py", ".certified(inputs, mask, lambda part: logits_of(self._copy(part)))", "", ids="8")
+@pytest.mark.parametrize("rows", [3, 8])
+def test_a_table_that_all_samples_share_is_not_cut_by_max_samples(tmp_path, rows):
+    module, callback = Prompted(rows), flatness_callback(max_samples=10)
+    if rows == 8:
+        with pytest.raises(lf.BatchError, match="cut by samples.*functools.partial.*batch_fn="):
+            fit(tmp_path, callback, module=module)
+        return
+    fit(tmp_path, callback, module=module)
+    bound = flatness_callback(max_samples=10)
+    module.net.forward = functools.partial(module.net.forward, table=module.table)
+    module.validation_step = lambda batch, batch_idx: module.net(batch[0])
+    quiet_trainer(tmp_path, bound).validate(module, loaders()[1], verbose=False)
+    assert_reports_equal(callback.report, bound.report, prefix="")
+    assert bound.report.num_samples == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
@@ -63,3 +64,10 @@ def described(loader: Any) -> str:
     """Return the type names of a loader and its data set, for messages."""
     dataset = getattr(loader, "dataset", None)
     return type(loader).__name__ + (f" over a {type(dataset).__name__}" if dataset is not None else "")
+
+
+def validated_loaders(trainer: Trainer) -> tuple[Any, Sequence[int | float]]:
+    """Return the loaders that are validated or tested now, and the number of batches of each."""
+    if trainer.testing:
+        return trainer.test_dataloaders, trainer.num_test_batches
+    return trainer.val_dataloaders, trainer.num_val_batches

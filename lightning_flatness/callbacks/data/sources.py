@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_turn
 from lightning_flatness.callbacks.data.reading import first_batch, to_device
-from lightning_flatness.callbacks.data.stream import ValidationStream, select
+from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.measure.batches import split_batch, targets_of
@@ -108,14 +108,9 @@ class ValidationBatches:
         self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
 
-    def after_step(self, samples: Samples, batch_idx: int) -> Iterator[Samples]:
-        """Yield those of the samples of a validated batch that are to be measured."""
-        inputs, targets = samples
-        mask = self._stream.mask(num_rows(inputs, targets), batch_idx)
-        if mask.all():
-            yield inputs, targets
-        elif mask.any():
-            yield select(inputs, targets, mask)
+    def mask(self, samples: Samples, batch_idx: int) -> Tensor:
+        """Return a Boolean mask, ``(N,)``, of the samples of a validated batch that are to be measured."""
+        return self._stream.mask(num_rows(*samples), batch_idx)
 
     def rest(self) -> Iterator[Samples]:
         """Yield nothing, since all samples were measured with their batches."""

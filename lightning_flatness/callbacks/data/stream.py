@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -138,12 +137,3 @@ class _Shard:
         if rows != min(self._batch_size, own_length - before):
             return None
         return (before + torch.arange(rows, device="cpu")) * self._step + self._first
-
-
-def select(inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-    """Return the rows of a batch where the mask is true. Tensors with another number of rows stay unchanged."""
-
-    def take(tensor: Tensor) -> Tensor:
-        return tensor[mask.to(tensor.device)] if tensor.ndim and len(tensor) == len(mask) else tensor
-
-    return apply_to_collection(inputs, Tensor, take), None if targets is None else take(targets)
