@@ -11,7 +11,7 @@ from lightning_flatness.callbacks import labels, logged, tensorboard
 from lightning_flatness.callbacks.averaging import warn_of_initial_weights
 from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders, validated_loaders
-from lightning_flatness.callbacks.data.sources import Samples, SeparateData, first_samples, validation_sources
+from lightning_flatness.callbacks.data.sources import Samples, first_samples, sources_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.running import PassesOfRun, Validation
@@ -312,11 +312,7 @@ class FlatnessCallback(MeasuringCallback):
             return
         self._gather(pl_module)
         with self._measuring(trainer, pl_module):
-            sources: Sequence[Any]
-            if self._data_name == "val":
-                sources = validation_sources(trainer, self._wanted, loaders, num_batches)
-            else:
-                sources = [SeparateData(trainer, pl_module, self._wanted, loaders, num_batches)]
+            sources = sources_of(trainer, pl_module, self._wanted, loaders, num_batches)
             self._running = Validation(sources, self._passes, self._new_measurement)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:

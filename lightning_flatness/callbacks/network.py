@@ -236,10 +236,10 @@ class StepWatch:
             heads = list(dict.fromkeys(other.module for other in taking))
             if heads:
                 parts = ", ".join(self._expression(module) for module in (heard.module, heads[0]))
-                own = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
+                owning = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
                 raise FlatnessError(
                     f"The validation step gives the output of {self._name(heard.module)} to "
-                    f"{' and '.join(map(self._name, heads))}, {own}. Say what makes the logits to measure, e.g. "
+                    f"{' and '.join(map(self._name, heads))}, {owning}. Say what makes the logits to measure, e.g. "
                     f"model=lambda module: torch.nn.Sequential({parts}), batch_fn=lambda batch: (batch[0], batch[1]), "
                     "where batch_fn= returns what the first part takes, and the targets; or, if the output of "
                     f"{self._name(heard.module)} is the logits, model={self._name(heard.module)}."

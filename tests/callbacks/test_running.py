@@ -40,7 +40,7 @@ def test_later_steps_that_differ_are_refused(tmp_path, otherwise, says):
         fit(tmp_path, flatness_callback(), module=module)
 
 
-@guards("callbacks.data.sources:validation_sources", body="return [ValidationBatches(trainer, wanted, [], [])]")
+@guards("callbacks.data.sources:sources_of", body="return [ValidationBatches(trainer, wanted, [], [])]")
 def test_every_validation_loader_is_measured_apart(tmp_path):
     train, first = loaders()
     second = DataLoader(dataset(11, 7), 4)

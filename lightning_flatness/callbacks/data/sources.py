@@ -164,10 +164,12 @@ class SeparateData:
             yield self._wanted.split(to_device(self._trainer, self._pl_module, batch))
 
 
-def validation_sources(
-    trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]
-) -> list[ValidationBatches]:
-    """Return a source for each loader that Lightning validates in turn, or one for all loaders that it combines."""
+def sources_of(
+    trainer: Trainer, pl_module: LightningModule, wanted: Wanted, loaders: Any, num_batches: Sequence[float]
+) -> Sequence[ValidationBatches | SeparateData]:
+    """Return a source for each loader that Lightning validates in turn; one for loaders combined, or for other data."""
+    if not (isinstance(wanted.data, str) and wanted.data == "val"):
+        return [SeparateData(trainer, pl_module, wanted, loaders, num_batches)]
     in_turn = loaders_in_turn(trainer, loaders)
     if len(in_turn) < 2 or len(in_turn) != len(num_batches):
         return [ValidationBatches(trainer, wanted, in_turn, num_batches)]
