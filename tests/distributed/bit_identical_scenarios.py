@@ -61,6 +61,7 @@ FORMS = {
     "module.compile()": lambda module, backend: module.compile(backend=backend),
 }
 PRECISIONS = ("32-true", "bf16-mixed")
+HALVES = ("bf16-true", "16-true")  # weights in half precision: one run, eager and compiled
 
 
 class TouchesGradients(Callback):
@@ -101,9 +102,10 @@ def name_of(run, form, precision, with_):
     return f"{run}, {form}, {precision}, {with_}"
 
 
-ALL = [*product(RUNS, FORMS, PRECISIONS)]
+ALL = [*product(RUNS, FORMS, PRECISIONS), *product(["dropout"], FORMS, HALVES)]
 # To compile takes most of the time. By default, every run is compiled in one form and precision.
 BY_TURNS = {(run, list(FORMS)[1 + index % 3], PRECISIONS[index % 2]) for index, run in enumerate(RUNS)}
+BY_TURNS |= {("dropout", "net.compile()", half) for half in HALVES}
 COMBINATIONS = [
     combination
     for combination in ALL
