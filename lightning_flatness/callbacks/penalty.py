@@ -114,6 +114,7 @@ class FlatnessPenalty(Callback):
         self._classifier: tuple[str, nn.Module] | None = None  # as the first step has shown it
         self._eager: AbstractContextManager[Any] | None = None  # in the first step
         self._targets: Tensor | None = None  # of the batch that is trained on
+        self._sums: dict[str, Tensor | float] = {}  # of what is logged, over the samples of an epoch
 
     def strength_at(self, step: int) -> float:
         """Return ``λ`` after a number of optimizer steps."""
@@ -167,15 +168,21 @@ class FlatnessPenalty(Callback):
                 # As Lightning has divided and scaled the loss.
                 part = added / trainer.accumulate_grad_batches
                 loss.add_((part if scaler is None else scaler.scale(part)).to(loss))
+        samples = len(calls[0].logits)
         values: dict[str, Tensor | float] = {self.measure: flatness.detach(), "loss": added.detach()}
-        values["strength"] = strength
-        pl_module.log_dict(
-            {f"{self.prefix}/{key}": value for key, value in values.items()},
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(calls[0].logits),
-            sync_dist=trainer.world_size > 1,
-        )
+        for key, value in {**values, "strength": strength, "samples": 1.0}.items():
+            self._sums[key] = self._sums.get(key, 0.0) + samples * value
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start new means."""
+        self._sums = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the means over the epoch. To log in every step would take longer than the penalty."""
+        samples = self._sums.pop("samples", 0.0)
+        for key, total in self._sums.items():
+            pl_module.log(f"{self.prefix}/{key}", total / samples, sync_dist=trainer.world_size > 1, batch_size=1)
+        self._sums = {}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen again, since an optimizer may run the step several times."""
