@@ -214,8 +214,8 @@ def test_a_record_without_labels_is_logged_as_it_is():
 # --------------------------------------------------------------------------------------------------------- the warning
 
 
-@guards("callbacks/flatness.py", "self._tell_inexact(self._certified[0].values())", "pass", ids="before training")
-@guards("callbacks/labels.py", "and info.name not in told", "", ids="while training")
+@guards("callbacks/flatness.py", "self._tell_inexact(self._certified[0].values())", "pass", ids="False-before training")
+@guards("callbacks/labels.py", "and info.name not in told", "", ids="False-while training")
 @pytest.mark.parametrize("when", ["before training", "while training"])
 @pytest.mark.parametrize("summary", [False, True])
 def test_one_warning_names_the_layer_and_the_reason(tmp_path, summary, when):
