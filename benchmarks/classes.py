@@ -11,7 +11,7 @@ from benchmarks import networks
 from benchmarks.observed import forward, observed
 from benchmarks.rows import Row
 from benchmarks.timing import interleaved
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure.measurement import Measurement
 
 SAMPLES = 8
 MASS = 1e-6  # share of the probability that the other classes carry

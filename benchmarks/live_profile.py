@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks import machine, networks
 from benchmarks.timing import synchronize
 from lightning_flatness.layers.certificates import FULL_EVERY
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure.measurement import Measurement
 
 # Parts of a batch, and the functions that are timed for them. Time of a part within another is counted once.
 REST = "what is left of `update_observed` (metric states, checks)"

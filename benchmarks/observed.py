@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure.measurement import Measurement
 
 
 def forward(net: nn.Module, x: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -56,3 +58,12 @@ def explained(error: Exception) -> FlatnessError | None:
 def in_one_line(error: Exception) -> str:
     """Return the message of an error, preceded by its type unless it is an error of this package."""
     return str(error) if isinstance(error, FlatnessError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def naming(name: str, kind: str = "Layer") -> Iterator[None]:
+    """Put the name of a layer in front of the errors that are raised in the block."""
+    try:
+        yield
+    except FlatnessError as error:
+        raise type(error)(f"{kind} '{name}': {error}") from error

@@ -93,7 +93,7 @@ def test_every_part_of_the_profile_is_timed(monkeypatch):
     assert {part.name for part in parts} == others | set(live_profile.PARTS)
 
 
-@pytest.mark.parametrize("place", ["measure.flatness:Measurement.gone", "layers.certify:Gone.calls", "gone:calls"])
+@pytest.mark.parametrize("place", ["measure.measurement:Measurement.gone", "layers.certify:Gone.calls", "gone:calls"])
 def test_a_part_of_the_profile_that_is_gone_is_an_error(monkeypatch, place):
     monkeypatch.setitem(live_profile.PARTS, "gone", f"lightning_flatness.{place}")
     with pytest.raises((AttributeError, ModuleNotFoundError), match="(?i)gone"), live_profile.timers("cpu"):

@@ -14,11 +14,11 @@ from lightning_flatness.callbacks.data.loaders import flat_loaders, validated_lo
 from lightning_flatness.callbacks.data.sources import Samples, first_samples, sources_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.network import Network
-from lightning_flatness.callbacks.running import PassesOfRun, Validation
+from lightning_flatness.callbacks.running import PassesOfRun, Validation, settle
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.results import FlatnessReport, LayerInfo
 
 
@@ -133,8 +133,9 @@ class FlatnessCallback(MeasuringCallback):
             "strict": strict,
             "dtype": dtype,
         }
-        diagonal = Options(**self._options).diagonal  # checks the options
-        self._measures = ["hessian_trace"] if diagonal else ["hessian_trace", "relative_flatness"]
+        checked = Options(**self._options)
+        self._waits = checked.is_normalized  # for the first samples of all ranks
+        self._measures = ["hessian_trace"] if checked.diagonal else ["hessian_trace", "relative_flatness"]
         super().__init__("FlatnessCallback", "flatness", data, max_samples, prefix, model, batch_fn, figures, on_error)
         check_whole("FlatnessCallback: every_n_epochs", every_n_epochs, least=1)
         self.every_n_epochs = every_n_epochs
@@ -148,6 +149,7 @@ class FlatnessCallback(MeasuringCallback):
         # Certified before training: how each measured layer is measured, and why each other layer is not.
         self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
         self._running: Validation | None = None
+        self._num_sources = 1  # of the validation in progress
         self._awaits_accuracy: Record | None = None
         self._has_chart = False
         self._told_inexact: frozenset[str] = frozenset()  # layers that a warning of this run names
@@ -311,9 +313,10 @@ class FlatnessCallback(MeasuringCallback):
             logged.warn_outside_of_fit()
             return
         self._gather(pl_module)
+        self._num_sources = max(1, len(num_batches)) if self._data_name == "val" else 1
         with self._measuring(trainer, pl_module):
             sources = sources_of(trainer, pl_module, self._wanted, loaders, num_batches)
-            self._running = Validation(sources, self._passes, self._new_measurement)
+            self._running = Validation(sources, self._passes, self._new_measurement, self._waits)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         running, self._running = self._running, None
@@ -326,6 +329,9 @@ class FlatnessCallback(MeasuringCallback):
             # Of validated batches nothing is left, and a rank without any has seen no network.
             if running is not None and self._data_name != "val" and not self._errors.pending:
                 running.measure_rest(self._network_of(pl_module))
+        with self._measuring(trainer, pl_module):
+            network = self._network or Network(pl_module)
+            settle(running, network, self._num_sources, self._waits, failed=self._errors.pending is not None)
         self._whole = None
         if not self._errors.settle(where) or running is None:
             return

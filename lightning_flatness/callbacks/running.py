@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from lightning_flatness.callbacks.network import Network
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.layers.live import KEEPS_TENSORS, OBSERVED_BY_ANOTHER, Listener, is_observed
 from lightning_flatness.layers.trial import TRIAL
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.ranks import gather
+from lightning_flatness.measure.samples import without_samples
 from lightning_flatness.model.call import Call
 from lightning_flatness.model.rows import num_rows, take
 from lightning_flatness.results import FlatnessReport
@@ -76,6 +78,7 @@ class Running:
         self._is_tried = False
         self._repeats = True  # passes of our own run in the user's precision, if the trial has passed
         self._listener: Listener | None = None
+        self._asked: Asked | None = None  # of the last batch
         self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
         if self._observes and isinstance(source, ValidationBatches) and source.why_not_observed:
             passes.rule_out(source.why_not_observed)
@@ -127,9 +130,10 @@ class Running:
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():
-                self.measurement.update(inputs, targets)
+                self.measurement.update(inputs, targets, positions=self.source.positions)
             return
         assert asked is not None
+        self._asked = asked
         if call is None:
             call = self._recorded_call(asked, batch_idx) if self._network.is_called else asked.own_call()
         samples = asked.samples(call)
@@ -143,25 +147,36 @@ class Running:
                     self._add_own(*self.measurement.chosen(*samples, mask))
             elif samples[0] is not call or not self._add_observed(samples[1]):
                 self._add_own(*samples)
+            self.measurement.settle_when_due()
 
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
         """Add samples in a pass of our own. Where validation is observed in half precision, it runs so, too."""
         self._try_once()
         if self._repeats and self.measurement.observes_half:
             try:
-                self.measurement.update_repeated(inputs, targets)
+                self.measurement.update_repeated(inputs, targets, self.source.positions)
                 return
             except (RuntimeError, FlatnessError) as error:  # as of an observed pass
                 self._repeats = False
                 if self._observes:
                     self._passes.tell(f"the forward pass of a batch could not be used ({error})")
                 self._observes = False
-        self.measurement.update(inputs, targets)
+        self.measurement.update(inputs, targets, positions=self.source.positions)
 
     def measure_rest(self) -> None:
         """Measure the remaining samples when all batches have been validated."""
         for inputs, targets in self.source.rest():
-            self.measurement.update(inputs, targets)
+            self.measurement.update(inputs, targets, positions=self.source.positions)
+
+    def measure_held(self) -> None:
+        """Measure the samples that were held until the first ones of all ranks were seen."""
+        with nullcontext() if self._asked is None else self._asked.explaining():
+            self.measurement.measure_held()
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the last batch had targets."""
+        return self._asked is None or self._asked.targets is not None
 
     def release(self) -> None:
         """Remove hooks from the network, and release the tensors of an observed pass."""
@@ -196,7 +211,7 @@ class Running:
         reason, is_measured = listener.reason, False
         try:
             if not reason:
-                self.measurement.update_observed(listener, targets)
+                self.measurement.update_observed(listener, targets, self.source.positions)
                 is_measured = True
         except (FlatnessError, RuntimeError) as error:
             # An extra pass follows. It raises the same error, or succeeds because it needs less memory.
@@ -224,7 +239,9 @@ class Validation:
         sources: Sequence[ValidationBatches | SeparateData],
         passes: PassesOfRun,
         measurement_of: Callable[[Network], Measurement],
+        waits: bool,
     ) -> None:
+        self._waits = waits  # samples wait for the first ones of all ranks
         self._sources, self._passes, self._measurement_of = sources, passes, measurement_of
         self._running: dict[int, Running] = {}
         self._left_out: dict[int, str] = {}  # loaders that cannot be measured, and why
@@ -234,12 +251,18 @@ class Validation:
         self._of(loader, network).before_step(asked)
 
     def after_step(self, asked: Asked | None, call: Call | None, network: Network, batch_idx: int, loader: int) -> None:
-        """Measure a validated batch, or the next part of other data. A further loader may have no targets."""
+        """Measure a validated batch, or the next part of other data. A further loader may have no targets.
+
+        After the last batch of a loader nothing waits: weights may be swapped before the epoch ends.
+        """
         running = self._of(loader, network)
         if loader in self._left_out:
             return
         try:
             running.after_step(asked, call, batch_idx)
+            if running.source.is_last(batch_idx):
+                running.measurement.take_spread()
+                running.measure_held()
         except BatchError as error:
             if loader == 0 or asked is None or asked.targets is not None:
                 raise
@@ -251,6 +274,33 @@ class Validation:
         """Measure the remaining samples when all batches have been validated."""
         for loader in range(len(self._sources)):
             self._of(loader, network).measure_rest()
+
+    def settle(self, network: Network, failed: bool) -> None:
+        """Measure the samples that are held, unless this rank has failed. Call it on every rank."""
+        failures = [self._take_spread(loader, network) for loader in range(len(self._sources))]
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        for loader in range(0 if failed else len(self._sources)):
+            running = self._of(loader, network)
+            try:
+                if loader not in self._left_out:
+                    running.measure_held()
+            except BatchError as error:
+                if loader == 0 or running.has_targets:
+                    raise
+                self._left_out[loader] = str(error)
+
+    def _take_spread(self, loader: int, network: Network) -> Exception | None:
+        """Take part in what the ranks communicate about a loader; return the error if it cannot be measured."""
+        try:
+            measurement = self._of(loader, network).measurement
+        except Exception as error:
+            if self._waits:
+                without_samples(sync=True)
+            return error
+        measurement.take_spread()
+        return None
 
     def reports(self, network: Network) -> dict[int, FlatnessReport]:
         """Return the report of every loader that was measured. Call it on every rank."""
@@ -273,6 +323,21 @@ class Validation:
     def _of(self, loader: int, network: Network) -> Running:
         loader = loader if len(self._sources) > 1 else 0
         if loader not in self._running:
+            if loader > 0 and self._of(loader - 1, network).measurement.waits:
+                # Ranks communicate about one loader after the other, also a rank that validates no batch of one.
+                self._of(loader - 1, network).measurement.take_spread()
             measurement = self._measurement_of(network)
             self._running[loader] = Running(measurement, network, self._sources[loader], self._passes)
         return self._running[loader]
+
+
+def settle(running: Validation | None, network: Network, num_loaders: int, waits: bool, failed: bool) -> None:
+    """Measure the samples that are held, unless this rank has failed. Call it on every rank.
+
+    ``running`` is None on a rank that could not begin to measure these loaders.
+    """
+    if running is not None:
+        running.settle(network, failed)
+    else:
+        for _ in range(num_loaders if waits else 0):
+            without_samples(sync=True)

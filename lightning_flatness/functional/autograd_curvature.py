@@ -117,6 +117,10 @@ class AutogradCurvature:
         identity = torch.eye(self.num_classes, dtype=torch.float64, device=self.logits.device)
         return torch.stack([scales @ image for image in self._images(identity)])
 
+    def traces(self) -> Tensor:
+        """Return NaN ``(N,)``: the trace of every ``Λ`` would take a product for every class."""
+        return torch.full((len(self.logits),), torch.nan, dtype=torch.float64, device=self.logits.device)
+
     def _images(self, matrix: Tensor) -> Iterator[Tensor]:
         """Yield ``Λ v``, float64 ``(N, K)``, for every column ``v`` of a matrix ``(K, S)``."""
         for column in matrix.double().unbind(1):

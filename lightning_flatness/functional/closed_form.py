@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
 from lightning_flatness.functional.autograd_curvature import Curvature
+from lightning_flatness.functional.curvature import Projection
 from lightning_flatness.functional.patches import (
     ConvolutionGeometry,
     contraction_costs,
@@ -16,15 +18,21 @@ from lightning_flatness.functional.patches import (
     patch_square_norms,
     patches,
 )
-from lightning_flatness.functional.symmetric import mirror_, strip_rows
+from lightning_flatness.functional.products import ELEMENTS_ELSEWHERE, Factors, Matrices, Pair, Totals, add_products
+from lightning_flatness.functional.symmetric import mirror_
+from lightning_flatness.functional.weighting import (
+    CHANNELWISE,
+    NORMALIZED,
+    RELATIVE,
+    TRACE,
+    Contraction,
+    Weighting,
+    channelwise_values,
+    no_values,
+)
 
-# Numbers in the factors of one chunk of samples, and in the matrix products computed at a time. On a CPU the products
-# should fit into the cache. On other devices large products are faster.
+# Numbers in the factors of one chunk of samples.
 FACTOR_ELEMENTS = {"cpu": 2**24}
-PRODUCT_ELEMENTS = {"cpu": 2**19}
-ELEMENTS_ELSEWHERE = 2**26
-# If classes times positions is at most this, one matrix product over all pairs of a class and a position is fastest.
-FEW = 24
 # Largest number of samples that are summed in the dtype of the factors instead of float64.
 MOST_SAMPLES = 64
 
@@ -72,122 +80,140 @@ def closed_form_block_traces(
         >>> closed_form_block_traces(x, geometry, slopes, V, ClassCurvature(pi, pi)).shape
         torch.Size([1, 4, 4])
     """
+    return closed_form_contraction(
+        inputs, geometry, slopes, head, curvature, None, tolerance, diagonal, chunk_size
+    ).total
+
+
+def closed_form_contraction(
+    inputs: Tensor,
+    geometry: ConvolutionGeometry,
+    slopes: Tensor,
+    head: Tensor,
+    curvature: Curvature,
+    weighting: Weighting | None = None,
+    tolerance: float = 0.0,
+    diagonal: bool = False,
+    chunk_size: int | None = None,
+) -> Contraction:
+    """Compute the block traces of :func:`closed_form_block_traces`, and with a weighting the values of every sample.
+
+    The terms that a tolerance leaves out change the normalised measure by at most ``left_out`` times the spectral norm
+    of ``weighting.normalized``.
+    """
     samples, filters = slopes.shape[:2]
     groups = geometry.groups
-    per_group = filters // groups
-    slopes = slopes.reshape(samples, groups, per_group, -1)
+    by_group = (groups, filters // groups)
+    slopes = slopes.reshape(samples, *by_group, -1)
     positions = slopes.shape[3]
     patch_length = inputs.shape[1] // groups * prod(geometry.kernel_size)
-    by_gram, by_sum = contraction_costs(positions, patch_length, per_group, diagonal=diagonal)
+    by_gram, by_sum = contraction_costs(positions, patch_length, by_group[1], diagonal=diagonal)
     use_gram = by_gram <= by_sum
-    budget = FACTOR_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
     if chunk_size is None:
         patch_elements = groups * positions * (positions if use_gram else patch_length)
+        budget = FACTOR_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
         chunk_size = max(1, budget // (filters * (head.shape[0] + 2 * positions) + patch_elements))
         chunk_size = min(chunk_size, MOST_SAMPLES)
-    strip_elements = groups * strip_rows(per_group) * per_group
-    at_once = max(1, PRODUCT_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE) // strip_elements)
 
     head = curvature.centred(head)
-    on_diagonal = torch.zeros(groups, per_group, dtype=torch.float64, device=inputs.device)
-    total = on_diagonal.new_zeros(groups, per_group, 0 if diagonal else per_group)
-    shared: Tensor | None = None  # sum over samples of floor · (a Γ aᵀ), the factor of VᵀV
+    on_diagonal = torch.zeros(by_group, dtype=torch.float64, device=inputs.device)
+    values, left_out = no_values(samples, inputs.device), on_diagonal.new_zeros(())
+    totals = Totals(on_diagonal.new_zeros(*by_group, 0 if diagonal else by_group[1]))
+    matrices = Matrices(*((None, None) if weighting is None else (weighting.gram, weighting.normalized)))
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
-        left = right = slopes[chunk]
-        if use_gram:
-            right = left @ patch_gram(inputs[chunk], geometry)
-        else:
-            left = right = left @ patches(inputs[chunk], geometry).mT  # (N, G, s, D), sum_p a[s, p] phi[p]
-        scales = (left * right).sum(3) if diagonal or tolerance > 0 else None  # the diagonal of aΓaᵀ
-        if diagonal:
-            centred = curvature[chunk].diagonal(head).unflatten(1, (groups, per_group))
-            on_diagonal += (centred * scales).sum(0)
+        features = _features(inputs[chunk], slopes[chunk], geometry, use_gram)
+        scales = None  # the diagonal of aΓaᵀ
+        if diagonal or tolerance > 0 or weighting is not None:
+            scales = (features[0] * features[1]).sum(3)
+        if diagonal and scales is not None:
+            centred = curvature[chunk].diagonal(head).unflatten(1, by_group) * scales
+            on_diagonal += centred.sum(0)
+            values[chunk, TRACE] = centred.flatten(1).sum(1)
             continue
         projected = curvature[chunk].project(head, None if scales is None else scales.flatten(1), tolerance)
-        columns = projected.columns.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)  # (N, G, s, C)
-        signed = columns if projected.signs is None else columns * projected.signs[:, None, None]
-        if projected.others is not None:
-            signed = projected.others.unflatten(2, (groups, per_group)).permute(0, 2, 3, 1)
-        floor = None if projected.floor is None else projected.floor.to(left)
-        if floor is not None and shared is None:
-            shared = torch.zeros_like(total)
-        few = columns.shape[3] * left.shape[3] <= FEW and floor is None
-        size = 0 if few else min(at_once, len(left)) * strip_elements
-        buffers = [None if torch.is_grad_enabled() else like.new_empty(size) for like in (left, columns)]
-        for rows, rest in _strips(per_group):
-            factors = (right[:, :, rows], left[:, :, rest], columns[:, :, rows], signed[:, :, rest])
-            if few:
-                total[:, rows, rest] += _sum_of_all_products(*factors)
-                continue
-            sums, sums_of_floor = _sums_of_products(*factors, projected.counts, floor, at_once, buffers)
-            total[:, rows, rest] += sums
-            if shared is not None:
-                shared[:, rows, rest] += sums_of_floor
+        if projected.floor is not None and matrices.head_gram is None:
+            by_filter = head.unflatten(1, by_group).permute(1, 2, 0)  # (G, s, K)
+            matrices = replace(matrices, head_gram=by_filter @ by_filter.mT)
+            totals = replace(totals, of_floor=torch.zeros_like(totals.products))
+        other = None
+        if weighting is not None and weighting.normalized is not None:
+            if use_gram:
+                other = _features(weighting.scaled(inputs[chunk]), slopes[chunk], geometry, use_gram)
+            else:
+                other = (weighting.scaled_patches(features[0]),) * 2
+        factors = Factors(features, other, *_columns(projected, by_group, features[0]))
+        of_samples = add_products(totals, factors, matrices)
+        rest = None
         if projected.rest is not None and scales is not None:
-            on_diagonal += (projected.rest.unflatten(1, (groups, per_group)) * scales).sum(0)
+            rest = projected.rest.unflatten(1, by_group)
+            on_diagonal += (rest * scales).sum(0)
+        if weighting is None or scales is None:
+            continue
+        values[chunk, TRACE] = (_diagonal(factors, matrices, rest) * scales).flatten(1).sum(1)
+        values[chunk, RELATIVE], values[chunk, NORMALIZED] = of_samples.unbind(1)
+        if weighting.kernel is not None:
+            jacobian = slopes[chunk] @ patches(inputs[chunk], geometry).mT
+            values[chunk, CHANNELWISE] = _channelwise(weighting.kernel, jacobian, curvature[chunk].project(head))
+        if rest is not None and weighting.gram is not None:
+            values[chunk, RELATIVE] += _on_diagonal(rest * scales, weighting.gram)
+        if rest is not None and other is not None and weighting.normalized is not None:
+            of_rest = rest * (other[0] * other[1]).sum(3)
+            values[chunk, NORMALIZED] += _on_diagonal(of_rest, weighting.normalized)
+            left_out += of_rest.sum()
     if diagonal:
-        return on_diagonal
+        return Contraction(on_diagonal, values, left_out)
+    if matrices.normalized is None:
+        values[:, NORMALIZED] = torch.nan
+    total = totals.products
     total.diagonal(dim1=1, dim2=2).add_(on_diagonal)
-    if shared is not None:
-        head_by_group = head.unflatten(1, (groups, per_group)).permute(1, 2, 0)  # (G, s, K)
-        for rows, rest in _strips(per_group):
-            total[:, rows, rest] += (head_by_group[:, rows] @ head_by_group[:, rest].mT) * shared[:, rows, rest]
-    return mirror_(total)
+    if totals.of_floor is not None and matrices.head_gram is not None:
+        total += matrices.head_gram * totals.of_floor
+    return Contraction(mirror_(total), values, left_out)
 
 
-def _strips(filters: int) -> Iterator[tuple[slice, slice]]:
-    """Yield for every strip of the upper triangle its rows, and its columns from the diagonal to the right."""
-    size = strip_rows(filters)
-    for row in range(0, filters, size):
-        yield slice(row, row + size), slice(row, None)
+def _features(inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use_gram: bool) -> Pair:
+    """Return two factors of ``a Γ aᵀ`` for every sample: ``a Γ`` and ``a``, or twice ``sum_p a[s, p] phi[p]``."""
+    if use_gram:
+        return slopes @ patch_gram(inputs, geometry), slopes
+    return (slopes @ patches(inputs, geometry).mT,) * 2  # (N, G, s, D)
 
 
-def _sums_of_products(
-    right: Tensor,
-    left: Tensor,
-    columns: Tensor,
-    signed: Tensor,
-    counts: Sequence[int],
-    floor: Tensor | None,
-    at_once: int,
-    buffers: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """Sum ``(columns signedᵀ) ∘ (right leftᵀ)`` over samples, and ``floor · (right leftᵀ)``: ``(G, rows, rest)`` each.
-
-    The factors are ``(N, G, rows or rest, P or D)`` and ``(N, G, rows or rest, C)``. Of the ``C`` columns of sample
-    ``n``, the first ``counts[n]`` are used. Products are computed for ``at_once`` samples at a time, in ``buffers``
-    unless these are None.
-    """
-    sums = left.new_zeros(left.shape[1], right.shape[2], left.shape[2])
-    sums_of_floor = torch.zeros_like(sums)
-    for first in range(0, len(left), at_once):
-        some = slice(first, first + at_once)
-        most = max(counts[some])
-        features = _product(right[some], left[some], buffers[0])
-        products = _product(columns[some, ..., :most], signed[some, ..., :most], buffers[1])
-        products *= features
-        sums += products.sum(0)
-        if floor is not None:
-            sums_of_floor += (floor[some] @ features.flatten(1)).view_as(sums)
-    return sums, sums_of_floor
+def _columns(
+    projected: Projection, by_group: tuple[int, int], like: Tensor
+) -> tuple[Pair, Sequence[int], Tensor | None]:
+    """Return the factors of ``VᵀΛV``, ``(N, G, s, C)``, and of every sample the number of columns and the floor."""
+    columns = projected.columns.unflatten(2, by_group).permute(0, 2, 3, 1)
+    others = columns if projected.signs is None else columns * projected.signs[:, None, None]
+    if projected.others is not None:
+        others = projected.others.unflatten(2, by_group).permute(0, 2, 3, 1)
+    floor = None if projected.floor is None else projected.floor.to(like)
+    return (columns, others), projected.counts, floor
 
 
-def _product(one: Tensor, other: Tensor, buffer: Tensor | None) -> Tensor:
-    """Compute ``one @ otherᵀ`` of ``(N, G, s, C)``, in ``buffer`` unless it is None (autograd needs new memory)."""
-    if buffer is None:
-        return one @ other.mT
-    shape = (*one.shape[:3], other.shape[2])
-    return torch.matmul(one, other.mT, out=buffer[: prod(shape)].view(shape))
+def _channelwise(kernel: Tensor, jacobian: Tensor, projected: Projection) -> Tensor:
+    """Return channel-wise flatness of every sample, ``(N,)``, from ``sum_p a[s, p] phi[p]``, ``(N, G, s, D)``."""
+    columns, others = _columns(projected, (jacobian.shape[1], jacobian.shape[2]), jacobian)[0]
+    total = torch.zeros(len(jacobian), dtype=torch.float64, device=jacobian.device)
+    for one, other in zip(columns.unbind(3), others.unbind(3), strict=True):
+        left = one[..., None] * jacobian
+        right = left if other is one else other[..., None] * jacobian
+        total += channelwise_values(kernel, left, right)
+    return total
 
 
-def _sum_of_all_products(right: Tensor, left: Tensor, columns: Tensor, signed: Tensor) -> Tensor:
-    """Sum ``(columns signedᵀ) ∘ (right leftᵀ)`` over samples by one matrix product over pairs of class and position."""
-    rows, rest = (
-        (c[..., None] * f[..., None, :]).flatten(3).permute(1, 2, 0, 3).flatten(2)  # (G, s, N C P)
-        for c, f in ((columns, right), (signed, left))
-    )
-    return rows @ rest.mT
+def _diagonal(factors: Factors, matrices: Matrices, rest: Tensor | None) -> Tensor:
+    """Return the diagonal of ``VᵀΛV`` of every sample, ``(N, G, s)``."""
+    diagonal = (factors.columns[0] * factors.columns[1]).sum(3).double()
+    if factors.floor is not None and matrices.head_gram is not None:
+        diagonal += factors.floor[:, None, None] * matrices.head_gram.diagonal(dim1=1, dim2=2)
+    return diagonal if rest is None else diagonal + rest
+
+
+def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
+    """Return the sum over filters ``(N, G, s)``, weighted by the diagonal of a Gram matrix: ``(N,)``."""
+    weighted: Tensor = (filters * gram.diagonal(dim1=1, dim2=2)).flatten(1).sum(1)
+    return weighted
 
 
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
@@ -210,13 +236,19 @@ def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
 
 
 def closed_form_residual(
-    inputs: Tensor, geometry: ConvolutionGeometry, curvatures: Tensor, head: Tensor, residual: Tensor
+    inputs: Tensor,
+    geometry: ConvolutionGeometry,
+    curvatures: Tensor,
+    head: Tensor,
+    residual: Tensor,
+    summed: bool = True,
 ) -> Tensor:
     r"""Compute the terms ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` that curved activations add to ``T[s, s]``.
 
     Here ``r = Vᵀ dloss/df``. The argument ``residual`` is ``dloss/df``, ``(N, K)``, and ``curvatures`` are the slopes'
     derivatives ``a' = da / dz``, ``(N, S, *output)``. The other arguments are as in :func:`closed_form_block_traces`.
-    The result is float64 ``(G, S/G)``, summed over samples (``docs/theory.md``, "The closed form").
+    The result is float64 ``(G, S/G)``, summed over samples; without ``summed`` it is ``(N, G, S/G)``
+    (``docs/theory.md``, "The closed form").
 
     Example:
         >>> x = torch.randn(2, 3, 6, 6).double()
@@ -230,5 +262,5 @@ def closed_form_residual(
     a_prime = curvatures.reshape(samples, *by_group, -1).double()
     norms = patch_square_norms(inputs, geometry).double()
     pulled = (residual.double() @ head.double()).unflatten(1, by_group)
-    diagonal: Tensor = (pulled * torch.einsum("ngsp,ngp->ngs", a_prime, norms)).sum(0)
-    return diagonal
+    diagonal: Tensor = pulled * torch.einsum("ngsp,ngp->ngs", a_prime, norms)
+    return diagonal.sum(0) if summed else diagonal

@@ -154,6 +154,16 @@ class ClassCurvature:
         total = -(scaled.T @ self.center).fill_diagonal_(0)
         return total - total.sum(1).diag()
 
+    def traces(self) -> Tensor:
+        """Compute the trace of ``Λ`` of every sample, float64 ``(N,)``."""
+        weight = self.weights.sum(1)
+        if self.center is None:
+            return weight
+        # The largest entry of π may be close to one, so what it leaves is summed instead of subtracted.
+        largest, top = self.center.max(1, keepdim=True)
+        others = self.center.scatter(1, top, 0.0)
+        return weight * (others.sum(1) * (1 + largest[:, 0]) - others.square().sum(1))
+
     def apply(self, x: Tensor) -> Tensor:
         """Compute ``Λ x``; both are float64 ``(N, K)``."""
         if self.center is None:
@@ -221,6 +231,10 @@ class DenseCurvature:
         r"""Compute ``\sum_n scales[n] Λ_n``, float64 ``(K, K)``."""
         scaled = self.roots * (self.signs * scales[:, None])[:, None]
         return (scaled @ self.roots.mT).sum(0)
+
+    def traces(self) -> Tensor:
+        """Compute the trace of ``Λ`` of every sample, float64 ``(N,)``."""
+        return (self.roots.square() * self.signs[:, None]).sum((1, 2))
 
     def apply(self, x: Tensor) -> Tensor:
         """Compute ``Λ x``; both are float64 ``(N, K)``."""

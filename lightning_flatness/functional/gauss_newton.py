@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.functional.patches import ConvolutionGeometry, contraction_costs, patch_gram, patches_times
+from lightning_flatness.functional.weighting import (
+    CHANNELWISE,
+    NORMALIZED,
+    RELATIVE,
+    TRACE,
+    Contraction,
+    Weighting,
+    channelwise_values,
+    no_values,
+)
 
 # Numbers in the largest intermediate results of one chunk of samples. On a CPU they fit into the cache of a core.
 CHUNK_ELEMENTS = {"cpu": 2**19}
@@ -48,6 +58,18 @@ def gauss_newton_block_traces(
         >>> gauss_newton_block_traces([(x, geometry)], [columns]).shape
         torch.Size([1, 4, 4])
     """
+    return gauss_newton_contraction(calls, cotangents, signs, None, diagonal, chunk_size).total
+
+
+def gauss_newton_contraction(
+    calls: Sequence[tuple[Tensor, ConvolutionGeometry]],
+    cotangents: Sequence[Sequence[Tensor]],
+    signs: Tensor | None = None,
+    weighting: Weighting | None = None,
+    diagonal: bool = False,
+    chunk_size: int | None = None,
+) -> Contraction:
+    """Compute the same block traces, and with a weighting the values of every sample."""
     columns = len(cotangents[0])
     samples, filters = cotangents[0][0].shape[:2]
     inputs, geometry = calls[0]
@@ -61,11 +83,13 @@ def gauss_newton_block_traces(
     if chunk_size is None:
         length = positions if use_gram else patch_length
         elements = columns * filters * (positions + length) + (groups * positions**2 if use_gram else 0)
+        elements += filters * per_group if weighting is not None and not diagonal else 0
         budget = CHUNK_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
         chunk_size = max(1, budget // elements)
 
     shape = (groups, per_group) if diagonal else (groups, per_group, per_group)
     total = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
+    values = no_values(samples, inputs.device)
     for start in range(0, samples, chunk_size):
         chunk = slice(start, start + chunk_size)
         # Columns are stacked one chunk at a time, so that the chunk stays in the cache.
@@ -75,22 +99,63 @@ def gauss_newton_block_traces(
             .transpose(1, 2)
             for of_call, size in zip(cotangents, sizes, strict=True)
         ]  # (N, G, B, s, P)
-        if use_gram:
-            left = parts[0]
-            # Columns and filters share a dimension, so that one matrix product per sample and group is enough.
-            right = (left.flatten(2, 3) @ patch_gram(inputs[chunk], geometry)).view_as(left)
-        else:
-            products = [
-                patches_times(delta.flatten(2, 3), x[chunk], how) for delta, (x, how) in zip(parts, calls, strict=True)
-            ]
-            left = right = sum(products[1:], products[0]).unflatten(2, (columns, per_group))  # (N, G, B, s, D)
-        if signs is not None:
-            left = left * signs[chunk, None, :, None, None]
-        if diagonal:
-            total += (left * right).sum((0, 2, 4)).double()
-        elif per_group <= left.shape[-1]:
-            total += (left @ right.mT).sum((0, 2)).double()
-        else:  # one product that sums over samples and columns too: separate products would take more memory
+        of_columns = None if signs is None else signs[chunk, None, :, None, None]
+        here = [(x[chunk], how) for x, how in calls]
+        features = _features(parts, here, use_gram)
+        left, right = features[0] if of_columns is None else features[0] * of_columns, features[1]
+        of_filters = (left * right).sum((2, 4)) if diagonal or weighting is not None else None  # (N, G, s)
+        if of_filters is not None:
+            values[chunk, TRACE] = of_filters.flatten(1).sum(1, dtype=torch.float64)
+        if diagonal and of_filters is not None:
+            total += of_filters.sum(0).double()
+        elif weighting is None and per_group > left.shape[-1]:
+            # One product that sums over samples and columns too: separate products would take more memory.
             first, second = (factor.permute(1, 3, 0, 2, 4).flatten(2) for factor in (left, right))
             total += (first @ second.mT).double()
-    return total
+        elif weighting is None:
+            total += (left @ right.mT).sum((0, 2)).double()
+        else:
+            of_samples = _by_filter(left) @ _by_filter(right).mT  # (N, G, s, s)
+            total += of_samples.sum(0).double()
+            if weighting.gram is not None:
+                values[chunk, RELATIVE] = (of_samples.flatten(1) @ weighting.gram.flatten().to(of_samples)).double()
+        if weighting is None:
+            continue
+        if weighting.normalized is not None and not diagonal:
+            one, other = (
+                (features[0], _features(parts, [(weighting.scaled(x), how) for x, how in here], True)[1])
+                if use_gram
+                else (weighting.scaled_patches(features[0]),) * 2
+            )
+            one = _by_filter(one if of_columns is None else one * of_columns)
+            weighted = weighting.normalized.to(one) @ one
+            values[chunk, NORMALIZED] = (weighted * _by_filter(other)).flatten(1).sum(1).double()
+        if weighting.kernel is not None:
+            jacobians = _features(parts, here, False)[0].unbind(2) if use_gram else features[0].unbind(2)
+            of_column = [channelwise_values(weighting.kernel, one, one) for one in jacobians]
+            values[chunk, CHANNELWISE] = sum(
+                of_column if signs is None else [v * signs[chunk, b] for b, v in enumerate(of_column)],
+                values.new_zeros(()),
+            )
+    return Contraction(total, values, total.new_zeros(()))
+
+
+def _features(
+    parts: Sequence[Tensor], calls: Sequence[tuple[Tensor, ConvolutionGeometry]], use_gram: bool
+) -> tuple[Tensor, Tensor]:
+    """Return two factors of ``δ Γ δᵀ`` for every sample and column: ``δ`` and ``δ Γ``, or twice ``sum_p δ[p] phi[p]``.
+
+    ``parts`` are the ``δ`` of every call, ``(N, G, B, s, P)``.
+    """
+    if use_gram:
+        left, (inputs, geometry) = parts[0], calls[0]
+        # Columns and filters share a dimension, so that one matrix product per sample and group is enough.
+        return left, (left.flatten(2, 3) @ patch_gram(inputs, geometry)).view_as(left)
+    products = [patches_times(delta.flatten(2, 3), x, how) for delta, (x, how) in zip(parts, calls, strict=True)]
+    summed = sum(products[1:], products[0]).unflatten(2, parts[0].shape[2:4])
+    return summed, summed  # (N, G, B, s, D)
+
+
+def _by_filter(features: Tensor) -> Tensor:
+    """Return ``(N, G, B, s, F)`` as ``(N, G, s, B F)``."""
+    return features.transpose(2, 3).flatten(3)

@@ -24,6 +24,7 @@ from lightning_flatness.functional.losses import (
     LossDerivatives,
     MeanSquaredError,
     NegativeLogLikelihood,
+    outcomes_of,
 )
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}
@@ -146,7 +147,8 @@ class CustomLoss(Loss):
                 )
             self._check_samples_are_separate(losses, f)
             curvature = self._curvature(f, residual, targets)
-        return LossDerivatives(curvature, residual.detach().double(), len(f), float(len(f)))
+        outcomes = outcomes_of(losses.detach(), logits, targets)
+        return LossDerivatives(curvature, residual.detach().double(), len(f), float(len(f)), outcomes)
 
     def _curvature(self, f: Tensor, residual: Tensor, targets: Tensor) -> Curvature:
         """Return the second derivative at the logits ``f`` in the least costly form, from the gradient there."""

@@ -26,11 +26,36 @@ class LossDerivatives(NamedTuple):
     residual: Tensor | None  # dloss/df, float64 (N, K); None without targets
     num_samples: int  # number of samples that are not ignored
     normalizer: float  # num_samples, or the sum of the weights of the target classes
+    outcomes: Tensor | None = None  # of OUTCOMES, float64 (N, 4); None without targets
+    is_pair: bool = False  # two rows that are one sample, each of which counts half
 
     def halved(self) -> LossDerivatives:
         """Halve the derivatives of a batch that is one sample taken twice, so that both copies count as one sample."""
         residual = None if self.residual is None else self.residual / 2
-        return LossDerivatives(self.curvature.scaled(0.5), residual, self.num_samples // 2, self.normalizer / 2)
+        outcomes = None if self.outcomes is None else self.outcomes / 2
+        return LossDerivatives(
+            self.curvature.scaled(0.5), residual, self.num_samples // 2, self.normalizer / 2, outcomes, True
+        )
+
+
+# What is known of every sample: its weight in the mean, whether it is not ignored, its loss times its weight, and
+# whether its largest logit is the target.
+OUTCOMES = ("weight", "count", "loss", "correct")
+
+
+def outcomes_of(
+    losses: Tensor, logits: Tensor, targets: Tensor, weights: Tensor | None = None, kept: Tensor | None = None
+) -> Tensor:
+    """Return the outcomes of samples, ``(N, 4)``; ``correct`` is NaN unless targets are class indices."""
+    ones = torch.ones_like(losses, dtype=torch.float64)
+    counts = ones if kept is None else kept.double()
+    classes = logits.shape[1]
+    is_index = targets.shape == (len(logits),) and classes > 1
+    if is_index and not targets.is_floating_point() and targets.dtype != torch.bool:
+        correct = (logits.argmax(1) == targets).double() * counts
+    else:
+        correct = torch.full_like(ones, torch.nan)
+    return torch.stack([counts if weights is None else weights.double(), counts, losses.double(), correct], dim=1)
 
 
 class Loss:
@@ -104,7 +129,7 @@ class CrossEntropy(Loss):
 
         targets = targets.clone()  # an ordinary tensor, even if the batch was made in inference mode
         if targets.shape == logits.shape and targets.is_floating_point():
-            kept, count = None, samples
+            kept, count, of_samples = None, samples, None
             q, normalizer = targets.double(), float(samples)
             if not holds(((q >= 0) & q.isfinite()).all()):
                 raise BatchError("Targets that are probabilities must be finite and not negative.")
@@ -116,10 +141,10 @@ class CrossEntropy(Loss):
             # An index out of range is an error from which a GPU does not recover.
             indices = (targets if kept is None else torch.where(kept, targets, 0)).long().clamp(0, classes - 1)
             q = torch.zeros_like(pi).scatter_(1, indices[:, None], 1.0)
-            normalizer = float(count)
+            normalizer, of_samples = float(count), None
             if weight is not None:
-                of_samples = weight[indices]
-                normalizer = float((of_samples if kept is None else of_samples * kept).sum())
+                of_samples = weight[indices] if kept is None else weight[indices] * kept
+                normalizer = float(of_samples.sum())
         q = (1 - self.label_smoothing) * q + self.label_smoothing / classes
         if weight is not None:
             q = q * weight
@@ -131,7 +156,9 @@ class CrossEntropy(Loss):
         # accurate even when π is close to q.
         top = q.argmax(1, keepdim=True)
         residual.scatter_(1, top, -residual.scatter(1, top, 0.0).sum(1, keepdim=True))
-        return LossDerivatives(ClassCurvature(c * pi, pi), residual, count, normalizer)
+        losses = -torch.where(q > 0, q * torch.log_softmax(logits.double(), dim=1), 0.0).sum(1)
+        outcomes = outcomes_of(losses, logits, targets, of_samples, kept)
+        return LossDerivatives(ClassCurvature(c * pi, pi), residual, count, normalizer, outcomes)
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
         weight = None if self.class_weight is None else logits.new_tensor(self.class_weight)
@@ -228,13 +255,15 @@ class BinaryCrossEntropy(Loss):
         """Compute the derivatives at ``logits`` ``(N, K)``."""
         f = logits.double()
         on, off, labels = f.sigmoid(), (-f).sigmoid(), f.shape[1]
-        residual = None
+        residual = outcomes = None
         if targets is not None:
             y = _like_logits(targets, logits, self.name)
             if not holds(((y >= 0) & (y <= 1)).all()):
                 raise BatchError("The targets of binary_cross_entropy must lie between 0 and 1.")
             residual = ((1 - y) * on - y * off) / labels
-        return LossDerivatives(ClassCurvature(on * off / labels), residual, len(f), float(len(f)))
+            losses = nn.functional.binary_cross_entropy_with_logits(f, y, reduction="none").mean(1)
+            outcomes = outcomes_of(losses, logits, y)
+        return LossDerivatives(ClassCurvature(on * off / labels), residual, len(f), float(len(f)), outcomes)
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
         y = _like_logits(targets, logits, self.name)
@@ -258,8 +287,13 @@ class MeanSquaredError(Loss):
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
         """Compute the derivatives at ``logits`` ``(N, K)``."""
         f, outputs = logits.double(), logits.shape[1]
-        residual = None if targets is None else 2 * (f - _like_logits(targets, logits, self.name)) / outputs
-        return LossDerivatives(ClassCurvature(torch.full_like(f, 2 / outputs)), residual, len(f), float(len(f)))
+        residual = outcomes = None
+        if targets is not None:
+            difference = f - _like_logits(targets, logits, self.name)
+            residual = 2 * difference / outputs
+            outcomes = outcomes_of(difference.square().mean(1), logits, targets)
+        curvature = ClassCurvature(torch.full_like(f, 2 / outputs))
+        return LossDerivatives(curvature, residual, len(f), float(len(f)), outcomes)
 
     def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
         y = _like_logits(targets, logits, self.name)

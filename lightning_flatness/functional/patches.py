@@ -16,7 +16,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
@@ -71,6 +71,13 @@ def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """Compute the squared length ``‖phi[p]‖²`` of every patch, by group: ``(N, G, P)``."""
     squares = inputs.square().unflatten(1, (geometry.groups, -1)).sum(2)
     return patches(squares, geometry).sum(2)
+
+
+def channel_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
+    """Compute the squared length of every patch on every input channel: ``(N, G, C/G, P)``."""
+    apart = replace(geometry, groups=inputs.shape[1])
+    norms: Tensor = patch_square_norms(inputs, apart).unflatten(1, (geometry.groups, -1))
+    return norms
 
 
 def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_flatness.errors import FlatnessError, LayerSelectionError, NotClosedFormError
+from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, naming
 from lightning_flatness.functional import LossDerivatives, separating_masks
 from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.certificates.affine import Inexact, why_curved, why_not_affine
@@ -102,15 +101,6 @@ def in_float32(call: LayerCall) -> LayerCall:
 def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...]:
     """Return the recorded uses of the kernels of these layers, as pairs of a layer and the function that took it."""
     return tuple(use for use in recorded.kernel_uses if use[0] in layers)
-
-
-@contextmanager
-def naming(name: str, kind: str = "Layer") -> Iterator[None]:
-    """Put the name of a layer in front of the errors that are raised in the block."""
-    try:
-        yield
-    except FlatnessError as error:
-        raise type(error)(f"{kind} '{name}': {error}") from error
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ The columns of the factor ``B`` of the loss's curvature ``Λ`` are pulled back t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,9 +17,10 @@ from lightning_flatness.functional import (
     ClassCurvature,
     Curvature,
     DenseCurvature,
-    gauss_newton_block_traces,
 )
 from lightning_flatness.functional.curvature import MANY_CLASSES
+from lightning_flatness.functional.gauss_newton import gauss_newton_contraction
+from lightning_flatness.functional.weighting import Weighting
 from lightning_flatness.layers.certified import Calls, Certified, CertifiedPass
 from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.estimates import BlockTraces, Probes, random_signs
@@ -41,7 +42,12 @@ Advance = Callable[[float], None]  # called with the fraction of the work that i
 
 
 def gauss_newton_layers(
-    certified: CertifiedPass, known: Certified, options: Options, generator: torch.Generator, advance: Advance
+    certified: CertifiedPass,
+    known: Certified,
+    weightings: Mapping[str, Weighting],
+    options: Options,
+    generator: torch.Generator,
+    advance: Advance,
 ) -> dict[str, BlockTraces]:
     """Return block traces of the layers under Gauss-Newton, summed over the samples of a pass.
 
@@ -49,17 +55,17 @@ def gauss_newton_layers(
     memory does not grow with the number of classes. Random probes are drawn from ``generator``.
     """
     curvature, tolerance = certified.loss.curvature, options.class_tolerance
-    layers = _Layers(certified.others, certified.recorded.logits, options.diagonal)
+    layers = _Layers(certified.others, certified.recorded.logits, weightings, options.diagonal)
     if not isinstance(curvature, DenseCurvature) and is_sampled(curvature, tolerance):
         return _by_probes(layers, curvature, known, tolerance, generator, advance)
-    totals: dict[str, Tensor] = {}
+    totals: dict[str, BlockTraces] = {}
     done = 0
     for columns in layers.pulled(curvature.column(index) for index in range(curvature.num_columns)):
         before, done = done, done + len(columns)
         signs = None if curvature.signs is None else curvature.signs[:, before:done].to(layers.logits.dtype)
         layers.add(totals, columns, signs)
         advance(done / curvature.num_columns)
-    return {name: BlockTraces(total) for name, total in totals.items()}
+    return totals
 
 
 def is_sampled(curvature: Curvature, tolerance: float) -> bool:
@@ -82,6 +88,7 @@ class _Layers:
 
     calls: Calls
     logits: Tensor  # (N, K), in the graph of the layers' outputs
+    weightings: Mapping[str, Weighting]
     diagonal: bool  # only the diagonals of the block traces
 
     def pulled(self, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
@@ -107,7 +114,7 @@ class _Layers:
                 signs = [1.0 - 2 * (index % 2) for index in range(before, done)]
                 yield columns, self.logits.new_tensor(signs).expand(len(self.logits), -1)
 
-    def contracted(self, columns: Columns, signs: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+    def contracted(self, columns: Columns, signs: Tensor | None = None) -> Iterator[tuple[str, BlockTraces]]:
         """Yield block traces by layer, from the columns; the lists of columns are emptied, which keeps memory low."""
         for name, of_layer in self.calls.items():
             convolutions = [call.convolution for call in of_layer]
@@ -116,12 +123,13 @@ class _Layers:
                 for convolution in convolutions
             ]
             inputs = [(convolution.inputs, convolution.geometry) for convolution in convolutions]
-            yield name, gauss_newton_block_traces(inputs, cotangents, signs, self.diagonal)
+            contraction = gauss_newton_contraction(inputs, cotangents, signs, self.weightings[name], self.diagonal)
+            yield name, BlockTraces.of(contraction)
 
-    def add(self, totals: dict[str, Tensor], columns: Columns, signs: Tensor | None = None) -> None:
+    def add(self, totals: dict[str, BlockTraces], columns: Columns, signs: Tensor | None = None) -> None:
         """Add the block traces from these columns to the totals by layer."""
         for name, part in self.contracted(columns, signs):
-            totals[name] = totals[name] + part if name in totals else part
+            totals[name] = totals[name].plus(part) if name in totals else part
 
 
 def _by_probes(
@@ -143,7 +151,7 @@ def _by_probes(
     mass = curvature.weights.gather(1, order)
     leading = _num_leading(mass.sum(0), tolerance, len(mass))
     unit = torch.zeros_like(mass)
-    totals: dict[str, Tensor] = {}
+    totals: dict[str, BlockTraces] = {}
 
     def take_one_by_one(ranks: range) -> None:
         units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
@@ -156,7 +164,7 @@ def _by_probes(
     count, most = 0, min(curvature.num_columns, curvature.num_classes)
     while leading + count < most:
         for _ in range(MIN_PROBES):
-            of_probe: dict[str, Tensor] = {}
+            of_probe: dict[str, BlockTraces] = {}
             for columns, column_signs in layers.factored(curvature, [others * random_signs(others, generator)]):
                 layers.add(of_probe, columns, column_signs)
             for name, part in of_probe.items():
@@ -167,7 +175,7 @@ def _by_probes(
             advance(1.0)
             return {name: of_layer.estimate(totals[name]) for name, of_layer in probes.items()}
     take_one_by_one(range(leading, curvature.num_classes))
-    return {name: BlockTraces(total) for name, total in totals.items()}
+    return totals
 
 
 def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:

@@ -19,8 +19,10 @@ from lightning_flatness.layers.recording import Convolution, LayerCall
 from lightning_flatness.model.precision import name_of
 from lightning_flatness.results import LayerInfo
 
-# Matrices kept per layer while a batch is added: total block traces, those of the batch, and the Gram matrix.
+# Matrices kept per layer while a batch is added, in float64: total block traces, those of the batch, the Gram matrix.
 MATRICES_KEPT = 3
+# Gram matrices that single samples are weighted with, in the type of the kernel.
+WEIGHTING_MATRICES = 2
 
 
 def first_description(
@@ -36,6 +38,7 @@ def first_description(
     groups, filters = convolution.geometry.groups, convolution.weight.shape[0]
     diagonal = context.options.diagonal
     elements = filters if diagonal else filters**2 // groups
+    kernel_bytes = convolution.weight.element_size()
     info = LayerInfo(
         name=name,
         kind=type(call.module).__name__,
@@ -49,7 +52,7 @@ def first_description(
         kernel="parameter" if is_own_weight(call) else "effective",
         deviation=deviation,
         multiplications=_multiplications(convolution, 1, diagonal) + curvature.num_columns * elements,
-        memory=MATRICES_KEPT * 8 * elements,
+        memory=elements * (MATRICES_KEPT * 8 + (0 if diagonal else WEIGHTING_MATRICES * kernel_bytes)),
         precision=name_of(convolution.weight.dtype),
     )
     gram = context.gram(convolution.weight, groups)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.errors import BatchError, FlatnessError, naming
 from lightning_flatness.functional import LossDerivatives
-from lightning_flatness.functional.conditions import deferred_checks, holds
-from lightning_flatness.functional.symmetric import Folded
+from lightning_flatness.functional.channels import ChannelSums
+from lightning_flatness.functional.conditions import deferred_checks
+from lightning_flatness.functional.weighting import Weighting
 from lightning_flatness.layers.certificates.layer import own_weight
-from lightning_flatness.layers.certified import Certified, CertifiedPass
-from lightning_flatness.layers.certify import certify_observed, naming
-from lightning_flatness.layers.closed_form import closed_form_layer
+from lightning_flatness.layers.certified import Certified, CertifiedLayer, CertifiedPass
+from lightning_flatness.layers.certify import certify_observed
+from lightning_flatness.layers.closed_form import ClosedForms, closed_form_layer
 from lightning_flatness.layers.estimates import BlockTraces, hutchinson_residual
 from lightning_flatness.layers.gauss_newton import Advance, gauss_newton_layers
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
-from lightning_flatness.layers.sums import LayerStatistics, LayerSums, added
+from lightning_flatness.layers.sums import LayerStatistics, LayerSums, added, layer_sums, outcomes_of
 from lightning_flatness.layers.trial import Observable, repeated, try_observing
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import ModelCopy
@@ -29,6 +31,8 @@ from lightning_flatness.model.isolation import differentiable, without_wrapper
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 from lightning_flatness.results import LayerInfo, merged
+
+Result = TypeVar("Result")
 
 
 class FlatnessObserver:
@@ -38,6 +42,10 @@ class FlatnessObserver:
     holds, else by the Gauss-Newton method. Gauss-Newton is exact if the logits are affine in the layer's weight; if
     not, the layer is labelled inexact. :attr:`layers` then describes the layers. Every call leaves the model, its
     gradients, buffers and modes, the batch and all random states as they were.
+
+    The normalised measure needs the spread of the layers' input channels before the first sample is measured:
+    :meth:`channels` returns it for some samples, and :meth:`normalize` takes it for all that follows. Without it this
+    measure is NaN.
 
     An observer can also observe forward passes that the user makes: :meth:`why_not_live`, :meth:`listen`,
     :meth:`observed`. The model, the options and the errors are those of :func:`~lightning_flatness.measure_flatness`.
@@ -58,6 +66,9 @@ class FlatnessObserver:
         self._observable: Observable | None = None
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self._defers_checks = True
+        self._deviations: Mapping[str, Tensor] = {}
+        self._weightings: dict[str, Weighting] = {}  # of the layers that were measured
+        self._num_seen = 0
 
     @property
     def layers(self) -> dict[str, LayerInfo]:
@@ -78,7 +89,21 @@ class FlatnessObserver:
         ``inputs`` are a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. ``targets``
         have the form that the loss takes. Layers whose Hessian depends on them raise an error without them.
         """
-        return _statistics(self.sums(inputs, targets, advance))
+        return self._statistics(self.sums(inputs, targets, advance))
+
+    def channels(
+        self, inputs: Any, targets: Tensor | None = None, samples: int | None = None
+    ) -> dict[str, ChannelSums]:
+        """Return the sums of every input channel of the layers, for the first samples of a batch, by layer.
+
+        This makes a forward pass. With ``samples=None`` all samples of the batch are taken.
+        """
+        return self._own.channels(inputs, targets, samples)
+
+    def normalize(self, deviations: Mapping[str, Tensor]) -> None:
+        """Set the standard deviations ``(C,)`` of the input channels of every layer, by name."""
+        self._deviations = deviations
+        self._weightings.clear()
 
     def sums(self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None) -> dict[str, LayerSums]:
         """Return the results of a call in a form that can be added: symmetric matrices are kept as upper triangles."""
@@ -120,22 +145,38 @@ class FlatnessObserver:
         Raises:
             FlatnessError: The pass differed from the passes of our own.
         """
-        return _statistics(self.observed_sums(listener, targets))
+        return self._statistics(self.observed_sums(listener, targets))
 
     def observed_sums(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerSums]:
         """Return the results of :meth:`observed` in a form that can be added, like :meth:`sums`."""
+        return self._observe(lambda observable: self._sums_observed(observable, listener, targets))
+
+    def observed_forms(self, listener: Listener, targets: Tensor | None, is_pair: bool = False) -> ClosedForms:
+        """Certify an observed pass, and return what :meth:`sums_of` computes its sums from later."""
+
+        def forms(observable: Observable) -> tuple[ClosedForms, Certified]:
+            return self._checked(lambda: self._forms(observable, listener, targets, is_pair))
+
+        return self._observe(forms)
+
+    def sums_of(self, forms: ClosedForms) -> dict[str, LayerSums]:
+        """Return the sums of a pass that was observed before."""
+        with differentiable(self._model):
+            return self._measured(forms)
+
+    def _observe(self, work: Callable[[Observable], tuple[Result, Certified]]) -> Result:
         assert self._observable is not None
-        sums, known = self._sums_observed(self._observable, listener, targets)
+        result, known = work(self._observable)
         self._observable = replace(self._observable, known=known)
-        return sums
+        return result
 
     @property
     def observes_half(self) -> bool:
         """Whether the trial has shown that features are half precision."""
         return self._observable is not None and self._observable.half is not None
 
-    def repeated_sums(self, inputs: Any, targets: Tensor | None) -> dict[str, LayerSums]:
-        """Return the results of an observed pass of our own, which runs as the user's do; one sample runs as a pair."""
+    def repeated_forms(self, inputs: Any, targets: Tensor | None) -> ClosedForms:
+        """Certify an observed pass of our own, which runs as the user's do; one sample runs as a pair."""
         assert self._observable is not None
         if as_call(inputs).precision != self._observable.precision:
             raise BatchError("validation runs in another precision than before (autocast)")
@@ -147,36 +188,43 @@ class FlatnessObserver:
         listener = repeated(self._model, tensors.take(inputs, rows), self._observable)
         try:
             pair = None if targets is None else take(targets, rows, samples)
-            sums, known = self._sums_observed(self._observable, listener, pair, samples == 1)
+            return self.observed_forms(listener, pair, is_pair=samples == 1)
         finally:
             listener.release()
-        self._observable = replace(self._observable, known=known)
-        return sums
 
     def _sums_observed(
-        self, observable: Observable, listener: Listener, targets: Tensor | None, is_pair: bool = False
+        self, observable: Observable, listener: Listener, targets: Tensor | None
     ) -> tuple[dict[str, LayerSums], Certified]:
-        """Return sums of an observed batch, and the updated certificates.
+        """Return sums of an observed batch, and the updated certificates."""
 
-        Checks of tensors are evaluated together at the end, so that the CPU waits for a GPU only once. If one fails,
-        the checks of this batch and of all later batches are evaluated one by one, to find out which one fails.
+        def sums() -> tuple[dict[str, LayerSums], Certified]:
+            forms, known = self._forms(observable, listener, targets)
+            return self._measured(forms), known
+
+        return self._checked(sums)
+
+    def _checked(self, work: Callable[[], Result]) -> Result:
+        """Return the result of ``work``, whose checks of tensors are evaluated together at the end.
+
+        So the CPU waits for a GPU only once. If a check fails, the checks of this batch and of all later batches are
+        evaluated one by one, to find out which one fails.
         """
         with differentiable(self._model):
             if self._defers_checks:
                 with deferred_checks() as all_hold:
                     try:
-                        result = self._certified_sums(observable, listener, targets, is_pair)
+                        result = work()
                     except (FlatnessError, RuntimeError):
                         if all_hold():
                             raise
                 if all_hold():
                     return result
                 self._defers_checks = False
-            return self._certified_sums(observable, listener, targets, is_pair)
+            return work()
 
-    def _certified_sums(
-        self, observable: Observable, listener: Listener, targets: Tensor | None, is_pair: bool
-    ) -> tuple[dict[str, LayerSums], Certified]:
+    def _forms(
+        self, observable: Observable, listener: Listener, targets: Tensor | None, is_pair: bool = False
+    ) -> tuple[ClosedForms, Certified]:
         recorded = listener.result()
         if len(recorded.logits) < 2:
             raise BatchError("a batch of one sample cannot be observed, since a single sample is measured as a pair")
@@ -186,23 +234,44 @@ class FlatnessObserver:
             return loss.halved() if is_pair else loss
 
         certified, known = certify_observed(recorded, loss_at, observable.known, observable.context)
-        return self._block_traces(certified, known), known
+        return ClosedForms.of(certified, known, outcomes_of(certified)), known
+
+    def _measured(self, forms: ClosedForms) -> dict[str, LayerSums]:
+        sums = {}
+        for name, form in forms.by_layer.items():
+            with naming(name):
+                traces = closed_form_layer(form, self._weighting(form.layer), self._options.diagonal)
+            sums[name] = layer_sums(form.layer, traces, forms.loss, forms.outcomes)
+        return sums
+
+    def _weighting(self, layer: CertifiedLayer) -> Weighting:
+        """Return the matrices that values of single samples of a layer are taken with, made once."""
+        info, options = layer.info, self._options
+        if info.name not in self._weightings:
+            kernel, deviations = layer.kernel.value.weight, self._deviations.get(info.name)
+            gram = None if options.diagonal else layer.gram.whole()
+            weighting = Weighting.of(kernel, info.groups, gram, deviations, options.by_channel)
+            self._weightings[info.name] = weighting
+        return self._weightings[info.name]
 
     def _block_traces(
         self, certified: CertifiedPass, known: Certified, advance: Advance = lambda part: None
     ) -> dict[str, LayerSums]:
         """Return block traces of all layers, summed over the samples of a pass."""
-        traces = {}
-        for name in certified.tails:
-            with naming(name):
-                traces[name] = closed_form_layer(name, certified, known, self._options.diagonal)
-        if certified.others:
-            traces |= gauss_newton_layers(certified, known, self._options, self._generator, advance)
-        for name, residual in self._residuals(certified, known).items():
+        forms = ClosedForms.of(certified, known, outcomes_of(certified))
+        sums = self._measured(forms)
+        if not certified.others:
+            return sums
+        weightings = {name: self._weighting(known.layers[name]) for name in certified.others}
+        traces = gauss_newton_layers(certified, known, weightings, self._options, self._generator, advance)
+        for name, residual in self._residuals(certified, known, weightings).items():
             traces[name] = traces[name].plus(residual)
-        return {name: _layer_sums(name, traces[name], certified, known) for name in certified.calls}
+        sums |= {name: layer_sums(known.layers[name], traces[name], forms.loss, forms.outcomes) for name in traces}
+        return {name: sums[name] for name in certified.calls}
 
-    def _residuals(self, certified: CertifiedPass, known: Certified) -> dict[str, BlockTraces]:
+    def _residuals(
+        self, certified: CertifiedPass, known: Certified, weightings: Mapping[str, Weighting]
+    ) -> dict[str, BlockTraces]:
         """Return estimates of the Hessian minus the Gauss-Newton matrix, for the layers measured with this residual."""
         wanted = [name for name, info in known.infos.items() if info.method == "gauss_newton+hutchinson"]
         if not wanted:
@@ -215,18 +284,10 @@ class FlatnessObserver:
             raise BatchError("residual='hutchinson' depends on the targets, and this batch has none.")
         logits = logits_of(ModelCopy(self._model, self._options.measuring_dtype)(certified.recorded.inputs, parameters))
         scalar = (logits * certified.loss.residual.to(logits.dtype)).sum()
-        return hutchinson_residual(scalar, kernels, grams, self._options, self._generator)
+        return hutchinson_residual(scalar, kernels, grams, weightings, self._options, self._generator)
 
-
-def _layer_sums(name: str, traces: BlockTraces, certified: CertifiedPass, known: Certified) -> LayerSums:
-    if not holds(traces.total.sum().isfinite()):
-        raise BatchError(
-            f"The block traces of layer '{name}' are not finite: activations overflow in this batch, or a derivative "
-            "is not finite (a square root or norm at zero? Add an epsilon there)."
-        )
-    folded, loss = Folded.of(traces.total), certified.loss  # symmetric but for rounding
-    return LayerSums(folded, known.layers[name].gram, loss.num_samples, loss.normalizer, traces.variances)
-
-
-def _statistics(sums: dict[str, LayerSums]) -> dict[str, LayerStatistics]:
-    return {name: of_layer.statistics() for name, of_layer in sums.items()}
+    def _statistics(self, sums: dict[str, LayerSums]) -> dict[str, LayerStatistics]:
+        number = max((len(of_layer.samples) for of_layer in sums.values()), default=0)
+        positions = self._num_seen + torch.arange(number, device="cpu")
+        self._num_seen += number
+        return {name: of_layer.statistics(of_layer.groups(positions)) for name, of_layer in sums.items()}

@@ -10,7 +10,15 @@ from lightning_flatness.checks import check_whole, is_number
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.options import MeasuringOptions
 
-MEASURES = ("hessian_trace", "relative_flatness", "neuronwise_flatness", "layerwise_flatness")
+# The measures of a layer that are measured by default, and all.
+MEASURES = (
+    "hessian_trace",
+    "relative_flatness",
+    "neuronwise_flatness",
+    "layerwise_flatness",
+    "normalized_relative_flatness",
+)
+ALL_MEASURES = (*MEASURES, "channelwise_flatness")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +42,9 @@ class Options(MeasuringOptions):
                 f"layers={self.layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions "
                 "and linear layers."
             )
-        unknown = [name for name in self.measures if name not in MEASURES]
+        unknown = [name for name in self.measures if name not in ALL_MEASURES]
         if isinstance(self.measures, str) or unknown or not self.measures:
-            raise FlatnessError(f"measures={self.measures!r}: give some of {', '.join(MEASURES)}.")
+            raise FlatnessError(f"measures={self.measures!r}: give some of {', '.join(ALL_MEASURES)}.")
         if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
             raise FlatnessError(
                 f"tolerance={self.tolerance!r}: give the relative standard error that is accepted with many classes, "
@@ -52,7 +60,17 @@ class Options(MeasuringOptions):
     @property
     def diagonal(self) -> bool:
         """Whether the diagonals of the block traces suffice for the measures."""
-        return "relative_flatness" not in self.measures
+        return not {"relative_flatness", "normalized_relative_flatness", "channelwise_flatness"} & {*self.measures}
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether the normalised measure is measured, which needs the spread of the input channels."""
+        return "normalized_relative_flatness" in self.measures
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether the channel-wise measure is measured."""
+        return "channelwise_flatness" in self.measures
 
     @property
     def class_tolerance(self) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError, explained, is_out_of_memory
 from lightning_flatness.functional import separating_masks
+from lightning_flatness.functional.channels import ChannelSums
 from lightning_flatness.layers.certificates.samples import certify_rows
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
 from lightning_flatness.layers.certify import certify
@@ -57,6 +58,26 @@ class PartSize:
         return PartSize(rows // 2, halved=True)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some samples of a batch."""
+
+    inputs: Any
+    targets: Tensor | None
+    rows: int  # number of samples; a single one is taken twice
+    start: int  # the first of them
+    tell: Advance  # takes the progress on the part
+
+
+class _TooManySamplesError(Exception):
+    """Raised within a part of a batch that has too many samples for one part."""
+
+
+def of_calls(inputs: list[Tensor]) -> ChannelSums:
+    """Return the sums of every input channel of a layer over all its calls, for every sample."""
+    return ChannelSums.of(torch.cat([one.flatten(2) if one.ndim > 2 else one[:, :, None] for one in inputs], dim=2))
+
+
 class OwnPasses:
     """Runs a copy of a model on batches, some samples at a time."""
 
@@ -81,10 +102,43 @@ class OwnPasses:
         ``work`` is called under :func:`isolated` with a certified pass, the certificates so far, and a function that
         takes the progress on the part. ``advance`` is called with the progress on the batch.
         """
+        first_batch = not self.known.layers
+
+        def measured(part: Part) -> Result:
+            return work(self._certified(part, first_batch), self.known, part.tell)
+
+        yield from self._parts(inputs, targets, measured, advance=advance)
+
+    def channels(self, inputs: Any, targets: Tensor | None, most: int | None = None) -> dict[str, ChannelSums]:
+        """Return the sums of every input channel of the layers, for each of the first samples of a batch."""
+
+        def recorded(part: Part) -> dict[str, ChannelSums]:
+            self._selected(part)
+            sums = {}
+            for name, calls in self._recorded(part.inputs).calls.items():
+                inputs = [convolution.inputs for call in calls for convolution in call.convolutions]
+                if all(one.ndim > 1 and one.shape[:2] == inputs[0].shape[:2] for one in inputs) and inputs:
+                    sums[name] = of_calls(inputs)[: part.rows]
+            return sums  # of other layers, certifying will say what is wrong
+
+        of_parts = list(self._parts(inputs, targets, recorded, most))
+        return {name: ChannelSums.joined([one[name] for one in of_parts if name in one]) for name in of_parts[0]}
+
+    def _parts(
+        self,
+        inputs: Any,
+        targets: Tensor | None,
+        work: Callable[[Part], Result],
+        most: int | None = None,
+        advance: Advance | None = None,
+    ) -> Iterator[Result]:
+        """Yield the result of ``work`` on each part of a batch, or of its first samples.
+
+        It is called under :func:`isolated`, and again on fewer samples if these are too many for one part.
+        """
         samples, start = num_rows(inputs, targets), 0
-        first_batch = self._selection is None
         self._tensors = self._tensors.narrowed(inputs, samples)
-        while start < samples:
+        while start < min(samples, most or samples):
             rows = self._size.next_rows(samples - start, begun=bool(self.known.layers))
 
             def tell(part: float, start: int = start, rows: int = rows) -> None:
@@ -92,15 +146,14 @@ class OwnPasses:
                     advance((start + part * rows) / samples)
 
             chunk = slice(start, start + rows)
-            part = self._tensors.take(inputs, chunk), take(targets, chunk, samples)
+            part = Part(self._tensors.take(inputs, chunk), take(targets, chunk, samples), rows, start, tell)
             try:
                 with isolated(self._model):
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
-                    certified = self._certified(*part, rows, start, first_batch)
-                    if certified is None:
-                        continue
-                    result = work(certified, self.known, tell)
+                    result = work(part)
+            except _TooManySamplesError:
+                continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     in_plain_words = self._explained(error)
@@ -109,8 +162,6 @@ class OwnPasses:
                     raise
                 self._size = self._size.half_of(rows, self.known)
                 continue
-            finally:
-                certified = None  # its graph must not outlive the part
             start += rows
             yield result
 
@@ -135,32 +186,35 @@ class OwnPasses:
     def _copy(self) -> ModelCopy:
         return ModelCopy(self._model, self._options.measuring_dtype)
 
-    def _certified(
-        self, inputs: Any, targets: Tensor | None, rows: int, start: int, first_batch: bool
-    ) -> CertifiedPass | None:
-        """Run the model and certify the pass; return None if the samples turn out to be too many for one part."""
-        first = not self.known.layers
+    def _selected(self, part: Part) -> Selection:
+        """Return the selection of layers, made on the first part, unless that turns out to have too many samples."""
         if self._selection is None:
             self._selection = select(
-                self._model, lambda: self._copy(inputs), self._options.layers, self._options.prefix
+                self._model, lambda: self._copy(part.inputs), self._options.layers, self._options.prefix
             )
             self.known = replace(self.known, left_out=self._selection.passed_over)
             whole = self._selection.logits
-            certify_rows(whole, rows)
+            certify_rows(whole, part.rows)
             most = rows_at_a_time(max(1, self._selection.elements), whole.shape[1], whole.device)
             self._size = replace(self._size, most=min(most, self._size.most or most))
-            if rows > self._size.next_rows(rows, begun=False):
-                return None
-        elif first:
+            if part.rows > self._size.next_rows(part.rows, begun=False):
+                raise _TooManySamplesError
+        return self._selection
+
+    def _certified(self, part: Part, first_batch: bool) -> CertifiedPass:
+        """Run the model and certify the pass."""
+        first, is_new = not self.known.layers, self._selection is None
+        selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
+        if first and not is_new:
             # Random states are reset for every part, so only an earlier pass shows whether the forward is random.
-            certify_deterministic(self._selection.logits[:rows], logits_of(self._copy(inputs))[:rows].detach())
-        recorded = self._recorded(inputs)
+            certify_deterministic(selection.logits[:rows], logits_of(self._copy(part.inputs))[:rows].detach())
+        recorded = self._recorded(part.inputs)
         logits = recorded.logits
         loss = self._options.loss_function(logits.detach(), None if targets is None else targets.to(logits.device))
         if rows == 1:
             loss = loss.halved()
         certify_rows(logits, rows)
-        whole = self._selection.logits
+        whole = selection.logits
         if first_batch and start + rows <= len(whole):  # `whole` is only part of the batch if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if first:
@@ -168,8 +222,8 @@ class OwnPasses:
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
         masks = self._masks(len(logits), first) if start == 0 else no_masks
         certified, self.known = certify(recorded, loss, self.known, self.context, masks.to(logits.device))
-        modules = self._selection.modules  # of which some may be left out
-        self._selection = replace(self._selection, modules={name: modules[name] for name in self.known.layers})
+        modules = selection.modules  # of which some may be left out
+        self._selection = replace(selection, modules={name: modules[name] for name in self.known.layers})
         return certified
 
     def _recorded(self, inputs: Any) -> Pass:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,10 @@ class Convolution:
     geometry: ConvolutionGeometry
     output: Tensor  # (N, S, *output), or (N, *tokens, S)
     channel_dimension: int = 1
+
+    def detached(self) -> Convolution:
+        """Return the same convolution outside the graph."""
+        return replace(self, weight=self.weight.detach(), output=self.output.detach())
 
 
 @dataclass(frozen=True)

@@ -2,153 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError
-from lightning_flatness.functional import filter_flatness, filter_traces, measures_of
-from lightning_flatness.layers.live import Listener
-from lightning_flatness.layers.observer import FlatnessObserver
-from lightning_flatness.layers.options import MEASURES, Options
-from lightning_flatness.layers.sums import LayerSums, added
+from lightning_flatness.layers.options import MEASURES
 from lightning_flatness.measure.batches import paired_batches
-from lightning_flatness.measure.metric import FlatnessMetric
+from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.progress import progress_bar
-from lightning_flatness.measure.ranks import gather, own_rank
-from lightning_flatness.model.call import as_call
-from lightning_flatness.model.copy import measuring_device
-from lightning_flatness.model.isolation import untouched
-from lightning_flatness.model.precision import runs_in_half
 from lightning_flatness.model.whole import whole_model
-from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
-
-
-class Measurement:
-    """One measurement in progress: an observer of the model, and the sums over samples for every layer.
-
-    With ``sync``, all ranks report together.
-    """
-
-    def __init__(self, model: nn.Module, *, sync: bool = False, **options: Any) -> None:
-        seed = options.get("seed", 0)
-        self._diagonal = Options(**options).diagonal  # raises an error for invalid options
-        # Every rank has its own seed: variances may be summed over ranks only if their probes are independent.
-        self._observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank(sync)})
-        self._sync = sync
-        self._model = model
-        self._sums: dict[str, LayerSums] = {}
-
-    @property
-    def layers(self) -> Mapping[str, LayerInfo]:
-        """How each layer is measured, by layer name; empty before the first batch."""
-        return self._observer.layers
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """Reasons why layers cannot be measured, by layer name, for ``layers="all"``."""
-        return self._observer.left_out
-
-    def update(
-        self, inputs: Any, targets: Tensor | None = None, advance: Callable[[float], None] | None = None
-    ) -> None:
-        """Add one batch. A batch without samples adds nothing."""
-        self._add(self._observer.sums(inputs, targets, advance))
-
-    def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch where the mask, ``(N,)``, is true (see ``FlatnessObserver``)."""
-        return self._observer.chosen(inputs, targets, mask)
-
-    def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
-        """Add the batch that certifies the layers; if passes will be observed, see what half precision changes."""
-        self.update(inputs, targets)
-        if live and runs_in_half(self._model, as_call(inputs).precision):
-            with untouched(self._model), torch.no_grad():  # training may have begun
-                self.why_not_live(inputs, targets)
-
-    def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
-        """Return why the user's forward passes cannot be observed, or ``""`` if they can (see ``FlatnessObserver``)."""
-        return self._observer.why_not_live(inputs, targets)
-
-    def listen(self, inputs: Any = None) -> Listener:
-        """Return a context that observes the user's call of the model (see ``FlatnessObserver``)."""
-        return self._observer.listen(inputs)
-
-    def update_observed(self, listener: Listener, targets: Tensor | None = None) -> None:
-        """Add a batch on which the user's forward pass was observed. If this raises an error, nothing is added."""
-        self._add(self._observer.observed_sums(listener, targets))
-
-    @property
-    def observes_half(self) -> bool:
-        """Whether :meth:`why_not_live` has found that features are half precision."""
-        return self._observer.observes_half
-
-    def update_repeated(self, inputs: Any, targets: Tensor | None = None) -> None:
-        """Add one batch in an observed pass of our own, which runs as the user's do. An error adds nothing."""
-        self._add(self._observer.repeated_sums(inputs, targets))
-
-    def _add(self, sums: dict[str, LayerSums]) -> None:
-        different = sorted(sums.keys() ^ self._sums.keys())
-        if sums and self._sums and different:
-            raise BatchError(
-                f"Layer '{different[0]}' is measured on some batches and not on others. Name the layers with layers=."
-            )
-        self._sums = self._sums | added(self._sums, sums)
-
-    def _metric(self, info: LayerInfo) -> FlatnessMetric:
-        # The metric is created only here, so that only the sums take memory while the model runs. It is on the model's
-        # device, since a backend such as NCCL sums only tensors on its own kind of device over ranks.
-        tensor = next(iter(self._model.parameters()), None)
-        device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
-        with torch.device("cpu"):  # whatever the default device is
-            metric = FlatnessMetric(info.num_filters, info.groups, self._diagonal)
-        metric = metric.to(device)
-        if info.name in self._sums:
-            metric.update(*self._sums[info.name].statistics())
-        return metric
-
-    def report(self) -> FlatnessReport:
-        """Return the flatness over all batches so far; with ``sync``, over those of all ranks.
-
-        With ``sync``, call it on every rank, also on a rank without batches. A label (a reason why a layer's numbers
-        are not exact) that any rank has given is in the report of all ranks.
-        """
-        ranks = gather((self.layers, self.left_out), self._sync)
-        found = [(layers, left_out) for layers, left_out in ranks if layers]
-        if not found:
-            raise BatchError("No sample was measured. Is the data set empty, or was the generator read before?")
-        for layers, left_out in found:
-            if layers.keys() != found[0][0].keys():
-                different = sorted(layers.keys() ^ found[0][0].keys())
-                reasons = {**left_out, **found[0][1]}
-                raise BatchError(
-                    f"Layer '{different[0]}' is measured on some ranks and not on others"
-                    + (f" ({reasons[different[0]]})" if different[0] in reasons else "")
-                    + ", since their first batches differ. Name the layers with layers=."
-                )
-        infos = {name: merged([layers[name] for layers, _ in found]) for name in found[0][0]}
-        return FlatnessReport({name: self._layer(info) for name, info in infos.items()}, dict(found[0][1]))
-
-    def _layer(self, info: LayerInfo) -> LayerFlatness:
-        metric = self._metric(info)
-        with metric.sync_context(should_sync=self._sync):
-            means = metric.means()
-            measures = {key: float(value) for key, value in measures_of(*means).items()}
-            block_traces, gram = (mean.cpu() for mean in means)
-            standard_errors = metric.standard_errors()
-            num_samples = int(metric.num_samples)
-        return LayerFlatness(
-            block_traces=block_traces,
-            filter_traces=filter_traces(block_traces),
-            filter_flatness=filter_flatness(block_traces, gram),
-            num_samples=num_samples,
-            info=info,
-            standard_errors={key: error for key, error in standard_errors.items() if key in measures},
-            **{"relative_flatness": math.nan, **measures},
-        )
+from lightning_flatness.results import FlatnessReport
 
 
 def measure_flatness(
@@ -169,6 +34,7 @@ def measure_flatness(
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
     sync: bool = False,
     progress: bool | None = None,
+    per_sample: bool = False,
 ) -> FlatnessReport:
     """Measure the flatness of convolutions and linear layers over all batches.
 
@@ -206,6 +72,8 @@ def measure_flatness(
             the others keep waiting, as with any collective.) Weights that ``fully_shard`` (FSDP2) has sharded are then
             measured in a whole copy, which every rank holds meanwhile. By default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
+        per_sample: keep trace, relative flatness, loss and prediction of every sample, in ``samples`` of the report and
+            of its layers.
 
     Returns:
         A :class:`~lightning_flatness.FlatnessReport`.
@@ -231,6 +99,7 @@ def measure_flatness(
     measurement = Measurement(
         model,
         sync=sync,
+        per_sample=per_sample,
         layers=layers,
         loss=loss,
         label_smoothing=label_smoothing,

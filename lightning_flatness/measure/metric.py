@@ -11,7 +11,9 @@ from torchmetrics import Metric
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import measures_of
-from lightning_flatness.layers.options import MEASURES
+from lightning_flatness.functional.sampling import GROUPS, sampling_errors
+from lightning_flatness.functional.weighting import SAMPLE_MEASURES
+from lightning_flatness.layers.options import ALL_MEASURES
 
 
 class FlatnessMetric(Metric):
@@ -49,6 +51,8 @@ class FlatnessMetric(Metric):
     num_samples: Tensor
     normalizer: Tensor
     variances: Tensor
+    extra: Tensor
+    groups: Tensor
 
     def __init__(self, num_filters: int, groups: int = 1, diagonal: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -62,7 +66,9 @@ class FlatnessMetric(Metric):
             "weight_gram": shape,
             "num_samples": (),
             "normalizer": (),
-            "variances": (len(MEASURES),),
+            "variances": (len(ALL_MEASURES),),
+            "extra": (2,),
+            "groups": (GROUPS, 1 + len(SAMPLE_MEASURES)),
         }
         for name, size in sizes.items():
             self.add_state(name, torch.zeros(size, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
@@ -74,6 +80,8 @@ class FlatnessMetric(Metric):
         num_samples: int,
         normalizer: float | None = None,
         variances: Tensor | None = None,
+        extra: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         """Add one batch.
 
@@ -82,7 +90,9 @@ class FlatnessMetric(Metric):
             weight_gram: inner products of the filters, in the same shape.
             num_samples: number of samples in the batch.
             normalizer: number by which to divide the sum over samples; by default the number of samples.
-            variances: variances ``(4,)`` of the four measures of the batch's sum, if the sum is an estimate.
+            variances: variances ``(6,)`` of the measures of the batch's sum, if the sum is an estimate.
+            extra: normalised and channel-wise flatness of the batch's sum, ``(2,)``; NaN if not measured.
+            groups: sums over groups of samples, ``(32, 5)``: weights, and the four measures of single samples.
         """
         if self.block_traces.dtype != torch.float64:
             raise BatchError(
@@ -102,10 +112,18 @@ class FlatnessMetric(Metric):
         self.normalizer = self.normalizer + (num_samples if normalizer is None else normalizer)
         if variances is not None:
             self.variances = self.variances + variances.to(self.variances)
+        self.extra = self.extra + (torch.nan if extra is None else extra.to(self.extra))
+        self.groups = self.groups + (torch.nan if groups is None else groups.to(self.groups))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the measures over all samples, as a mapping from names to float64 scalars."""
-        return measures_of(*self.means())
+        return self.measures()
+
+    def measures(self) -> dict[str, Tensor]:
+        """Return the measures over the samples in the metric's states, which may be those of all ranks."""
+        extra = dict(zip(ALL_MEASURES[-2:], self.extra / self.normalizer, strict=True))
+        measured = {name: value for name, value in extra.items() if not bool(value.isnan())}
+        return measures_of(*self.means()) | measured
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Return the block traces and the weight Gram matrix, averaged over the samples in the metric's states."""
@@ -137,4 +155,9 @@ class FlatnessMetric(Metric):
     def standard_errors(self) -> dict[str, float]:
         """Return the standard errors of the measures by name; they are zero for exact measures."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
-        return dict(zip(MEASURES, errors, strict=True))
+        return dict(zip(ALL_MEASURES, errors, strict=True))
+
+    def sampling_errors(self) -> dict[str, float]:
+        """Return standard errors over samples by name, from groups of samples; NaN if they are not known."""
+        errors = sampling_errors(self.groups[:, 1:], self.groups[:, 0]).tolist()
+        return dict(zip(SAMPLE_MEASURES, errors, strict=True))

@@ -22,6 +22,11 @@ def own_rank(sync: bool) -> int:
     return distributed.get_rank() if _together(sync) else 0
 
 
+def num_ranks(sync: bool) -> int:
+    """Return the number of processes that measure together; 1 without ``sync``."""
+    return distributed.get_world_size() if _together(sync) else 1
+
+
 def gather(value: Value, sync: bool) -> list[Value]:
     """Return the values of all ranks, ordered by rank. They are pickled, so they should be small."""
     if not _together(sync):

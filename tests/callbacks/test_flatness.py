@@ -323,7 +323,7 @@ def test_options_reach_the_measurement(tmp_path):
         assert_close(found.standard_errors["hessian_trace"], layer.standard_errors["hessian_trace"], rtol=1e-5, atol=0)
 
 
-@guards("measure/flatness.py", " + 1000 * own_rank(sync)", "")
+@guards("measure/measurement.py", " + 1000 * own_rank(sync)", "")
 def test_ranks_have_probes_of_their_own(tmp_path, monkeypatch):
     seeds = []
 
@@ -332,9 +332,11 @@ def test_ranks_have_probes_of_their_own(tmp_path, monkeypatch):
             seeds.append(options["seed"])
             super().__init__(*args, **options)
 
-    monkeypatch.setattr("lightning_flatness.measure.flatness.FlatnessObserver", Recorded)
+    monkeypatch.setattr("lightning_flatness.measure.measurement.FlatnessObserver", Recorded)
     for rank in (0, 1):
-        monkeypatch.setattr("lightning_flatness.measure.flatness.own_rank", lambda sync, rank=rank: rank if sync else 0)
+        monkeypatch.setattr(
+            "lightning_flatness.measure.measurement.own_rank", lambda sync, rank=rank: rank if sync else 0
+        )
         fit(tmp_path, flatness_callback(seed=7), max_epochs=1)
     assert len(set(seeds)) == 2
     assert seeds[0] == 7

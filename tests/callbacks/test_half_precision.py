@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure.measurement import Measurement
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state, random_states
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer

@@ -149,15 +149,15 @@ def rows_of(folder, *callbacks):
 
 
 def test_which_forward_passes_are_made(tmp_path, monkeypatch, told):
-    """Beside the user's: three on the first batch, to certify; in the trial on a few samples three to certify, two to
-    compare.
+    """Beside the user's: five on the first batch, to certify and to see the spread of the channels; in the trial on a
+    few samples three to certify, two to compare.
     """
     monkeypatch.setattr("lightning_flatness.layers.trial.TRIAL", 3)
     users = rows_of(tmp_path)
     assert users == [8] * 5
-    assert rows_of(tmp_path, lf.FlatnessCallback()) == [3] * 5 + [8] * 3 + users
+    assert rows_of(tmp_path, lf.FlatnessCallback()) == [3] * 5 + [8] * 5 + users
     own = rows_of(tmp_path, lf.FlatnessCallback(live=False))
-    assert own == [8] * (2 * 5 + 2)
+    assert own == [8] * (3 * 5 + 3)
 
 
 @guards("layers.live:Listener.release", returns=None)

@@ -18,7 +18,7 @@ def outcomes(tmp_path_factory):
 
 
 @guards("measure/ranks.py", "return sync and distributed.is_available()", "return distributed.is_available()")
-@guards("measure/flatness.py", "should_sync=self._sync", "should_sync=True", ids="flatness")
+@guards("measure/measurement.py", "should_sync=self._sync", "should_sync=True", ids="flatness")
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_one_rank_measures_alone_what_one_process_does(outcomes, kind):
     _, found = returned(outcomes[f"alone, {kind}"])

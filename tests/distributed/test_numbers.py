@@ -34,9 +34,9 @@ def measured_in_one_process(net, samples, **options):
     """The keys that are logged, and what one process measures."""
     report = lf.measure_flatness(net, [(x.double(), y) for x, y in DataLoader(samples, 5)], **options)
     diagonal = "measures" in options
-    names = ["hessian_trace"] if diagonal else ["hessian_trace", "relative_flatness"]
+    names = ["hessian_trace", "relative_flatness", "normalized_relative_flatness"][: 1 if diagonal else 3]
     wanted = {name: getattr(report, name) for name in names}
-    wanted |= {"weight_norm": report.weight_norm}
+    wanted |= {"weight_norm": report.weight_norm, "loss": report.loss, "top1": report.accuracy}
     if len(report.layers) > 1:
         wanted |= {f"{key}/{name}": getattr(layer, name) for key, layer in report.layers.items() for name in names}
     return {f"flatness/{key}": torch.tensor(value, dtype=torch.float64) for key, value in wanted.items()}
@@ -70,6 +70,14 @@ def test_every_sample_is_measured_once(outcomes, name):
     times = 2 if name == "no distributed sampler" else 1
     assert set(first["num_samples"].values()) == {times * len(case.measured())}
     assert first["num_samples"] == second["num_samples"]
+
+
+@pytest.mark.parametrize("name", ["list of loaders", "dict of loaders", "list with 1 sample"])
+def test_further_loaders_have_keys_of_their_own(outcomes, name):
+    first, _ = returned(outcomes[name])
+    module = Classifier(network(CASES[name].net(), first["weights"]))
+    wanted = measured_in_one_process(module, dataset(13, 2))
+    assert_logged(first["logged"], {f"{key}/dataloader_idx_1": value for key, value in wanted.items()})
 
 
 class Kept(L.Callback):

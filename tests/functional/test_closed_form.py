@@ -24,6 +24,7 @@ from lightning_flatness.functional import (
     closed_form_residual,
     contraction_costs,
     patches,
+    products,
     symmetric,
 )
 from tests.guarding import guards
@@ -136,8 +137,8 @@ def test_chunks_do_not_change_the_result(given, chunk_size):
 def test_how_much_is_made_at_a_time_does_not_change_the_result(given, strip, elements, few):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(symmetric, "STRIP", strip)
-        patched.setattr(MODULE, "FEW", few)
-        patched.setitem(MODULE.PRODUCT_ELEMENTS, "cpu", elements)
+        patched.setattr(products, "FEW", few)
+        patched.setitem(products.PRODUCT_ELEMENTS, "cpu", elements)
         actual = given.traces()
         with torch.no_grad():  # products in memory that is used again
             again = given.traces()
@@ -145,11 +146,11 @@ def test_how_much_is_made_at_a_time_does_not_change_the_result(given, strip, ele
     assert_traces_close(again, definition(given))
 
 
-@guards("functional/closed_form.py", "None if torch.is_grad_enabled() else", "")
+@guards("functional/products.py", "None if torch.is_grad_enabled() else", "")
 @pytest.mark.parametrize("few", [0, 1000])
 @pytest.mark.parametrize("by_gram", [True, False])
 def test_it_can_be_differentiated(monkeypatch, by_gram, few):
-    monkeypatch.setattr(MODULE, "FEW", few)
+    monkeypatch.setattr(products, "FEW", few)
     monkeypatch.setattr(MODULE, "contraction_costs", route(by_gram))
     given = random_arguments(dims=1, size=3, samples=2).without_curvatures()
     inputs = tuple(value.requires_grad_() for value in (given.inputs, given.slopes, given.head))
@@ -219,7 +220,7 @@ def test_classes_that_hardly_matter_are_left_out(chunk_size):
         assert 0 < error <= 2 * tolerance * trace
 
 
-@guards("functional/closed_form.py", "shared[:, rows, rest] += sums_of_floor", "pass")
+@guards("functional/closed_form.py", "total += matrices.head_gram * totals.of_floor", "pass")
 @pytest.mark.parametrize("tolerance", [0.0, 1e-9])
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_chunks_of_many_classes_may_differ_in_what_classes_share(chunk_size, tolerance):

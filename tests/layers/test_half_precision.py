@@ -13,7 +13,7 @@ import lightning_flatness as lf
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.observer import FlatnessObserver
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.model.call import heard_call
 from tests.callbacks.compare import assert_same, module_state
 from tests.guarding import guards

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.errors import NotClosedFormError
-from lightning_flatness.functional import closed_form_block_traces
+from lightning_flatness.functional.closed_form import closed_form_contraction
 from lightning_flatness.layers import closed_form, gauss_newton
 from tests.layers.linear_net import LABELS, VECTORS
 from tests.networks import two_convolutions
@@ -49,10 +49,10 @@ def counted(monkeypatch):
     tolerances = []
 
     def count(*arguments, **options):
-        tolerances.append(arguments[5] if len(arguments) > 5 else 0.0)
-        return closed_form_block_traces(*arguments, **options)
+        tolerances.append(arguments[6])
+        return closed_form_contraction(*arguments, **options)
 
-    monkeypatch.setattr(closed_form, "closed_form_block_traces", count)
+    monkeypatch.setattr(closed_form, "closed_form_contraction", count)
     return tolerances
 
 
@@ -168,11 +168,13 @@ def test_the_certificate_of_what_is_left_out_counts_the_residual(monkeypatch):
     model, batch = net(confidence=3.0, activation=nn.SiLU).double(), batches()
     rows = model[2].weight.detach().flatten(1)
     tolerances = counted(monkeypatch)
-    monkeypatch.setattr(closed_form, "closed_form_residual", lambda *args: torch.zeros(1, 8, dtype=torch.float64))
+    of_samples = torch.zeros(len(batch[0][0]), 1, 8, dtype=torch.float64)
+    monkeypatch.setattr(closed_form, "closed_form_residual", lambda *args, summed: of_samples)
     without = lf.measure_flatness(model, batch).layers["2"]
     assert len(tolerances) == 1
     cancelling = torch.full((1, 8), -12 * without.relative_flatness / float(rows.square().sum()), dtype=torch.float64)
-    monkeypatch.setattr(closed_form, "closed_form_residual", lambda *args: cancelling)
+    of_samples = (cancelling / len(of_samples)).expand(len(of_samples), -1, -1)
+    monkeypatch.setattr(closed_form, "closed_form_residual", lambda *args, summed: of_samples)
     lf.measure_flatness(model, batch)
     assert tolerances[2:] == [0.0]
 

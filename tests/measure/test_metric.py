@@ -14,7 +14,7 @@ import lightning_flatness as lf
 from tests.guarding import guards
 from tests.measure.ranks import Ranks
 
-STATES = ("block_traces", "weight_gram", "num_samples", "normalizer", "variances")
+STATES = ("block_traces", "weight_gram", "num_samples", "normalizer", "variances", "extra", "groups")
 
 
 def batch_statistics(seed, num_samples, filters=4, groups=2):
@@ -23,7 +23,8 @@ def batch_statistics(seed, num_samples, filters=4, groups=2):
     shape = (groups, filters // groups, filters // groups)
     kernel = torch.randn(groups, filters // groups, 3, generator=torch.Generator().manual_seed(99)).double()
     traces = num_samples * torch.randn(shape, generator=generator, dtype=torch.float64)
-    return traces, kernel @ kernel.mT, num_samples
+    extra, groups = (torch.rand(size, generator=generator, dtype=torch.float64) for size in (2, (32, 5)))
+    return traces, kernel @ kernel.mT, num_samples, None, None, extra, groups
 
 
 BATCHES = [batch_statistics(0, 7), batch_statistics(1, 3), batch_statistics(2, 5)]
@@ -224,7 +225,7 @@ def test_created_and_reset_inside_inference_mode():
 
 
 def test_values_carry_no_graph():
-    traces, gram, samples = BATCHES[0]
+    traces, gram, samples, *_ = BATCHES[0]
     metric = lf.FlatnessMetric(num_filters=4, groups=2)
     metric.update(traces.clone().requires_grad_(), gram, samples)
     assert not any(value.requires_grad for value in metric.compute().values())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.functional import closed_form_block_traces
+from lightning_flatness.functional.closed_form import closed_form_contraction
 from lightning_flatness.testing import assert_matches_oracle, hessian_rows, oracle_block_traces
 from tests.guarding import guards
 from tests.networks import CURVED, PIECEWISE_LINEAR, Network, recipes
@@ -75,8 +75,11 @@ def test_oracle_assertion_can_fail(monkeypatch, factor):
     batch = torch.randn(4, 1, 8), torch.tensor([0, 1, 2, 0])
     assert_matches_oracle(net, batch, "0")
 
-    where = "lightning_flatness.layers.closed_form.closed_form_block_traces"
-    monkeypatch.setattr(where, lambda *a, **k: factor * closed_form_block_traces(*a, **k))
+    def scaled(*arguments):
+        contraction = closed_form_contraction(*arguments)
+        return contraction._replace(total=factor * contraction.total)
+
+    monkeypatch.setattr("lightning_flatness.layers.closed_form.closed_form_contraction", scaled)
     with pytest.raises(AssertionError):
         assert_matches_oracle(net, batch, "0")
     with pytest.raises(AssertionError):

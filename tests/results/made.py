@@ -48,6 +48,7 @@ def flatness():
         left_out={"<b>head</b>": "Layer '<b>head</b>': it runs [twice] & more."},
         loss=0.4321,
         accuracy=0.6,
+        curvature=math.nan,
         loss_name="cross_entropy",
         data="val",
         sampling_errors={"loss": 0.0321, "hessian_trace": math.nan},

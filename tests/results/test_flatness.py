@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lightning_flatness as lf
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.results import as_text, summary_table
 from tests.results.made import flatness
 
@@ -46,7 +46,8 @@ def test_the_table_says_what_to_compare_with_and_how_sure_it_is():
     assert "± 0.012" in text
     assert "±: standard error over samples." in text
     assert "est." not in text
-    bare = replace(flatness(), layers={"2": lf.measure_flatness(net(nn.ReLU()), [batch()]).layers["2"]})
+    measures = ("hessian_trace", "relative_flatness")
+    bare = replace(flatness(), layers=lf.measure_flatness(net(nn.ReLU()), [batch()], measures=measures).layers)
     assert "normalised" not in str(bare)
 
 
@@ -74,7 +75,7 @@ def test_layers_are_named_where_reasons_differ():
 
 def test_summary_says_how_every_layer_is_measured():
     measurement = Measurement(net(nn.ReLU()), layers="all")
-    measurement.update(*batch())
+    measurement.certify(*batch(), live=False)
     text = as_text(summary_table(measurement.layers, verbose=True), width=80)
     assert max(map(len, text.splitlines())) <= 80
     assert "4 x 9, 2 groups" in text

@@ -107,10 +107,19 @@ class ValidationBatches:
         in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
         self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
+        self.positions: Tensor | None = None  # of the samples yielded last, among the measured ones of all ranks
+        self._num_batches = num_batches[0] if len(num_batches) == 1 else math.inf
+
+    def is_last(self, batch_idx: int) -> bool:
+        """Return whether no batch follows this one, as far as that is known."""
+        return batch_idx + 1 >= self._num_batches
 
     def mask(self, samples: Samples, batch_idx: int) -> Tensor:
         """Return a Boolean mask, ``(N,)``, of the samples of a validated batch that are to be measured."""
-        return self._stream.mask(num_rows(*samples), batch_idx)
+        rows = num_rows(*samples)
+        mask, order = self._stream.mask(rows, batch_idx), self._stream.order(rows, batch_idx)
+        self.positions = None if order is None else order[mask]
+        return mask
 
     def rest(self) -> Iterator[Samples]:
         """Yield nothing, since all samples were measured with their batches."""
@@ -142,9 +151,16 @@ class SeparateData:
         self._num_batches = subset.num_batches
         self._num_read = 0
         self._num_validated = 0
+        self._share, self._is_indexed = share, subset.is_indexed
+        self._batch_rows: int | None = None  # of the first batch
+        self.positions: Tensor | None = None  # of the samples yielded last; None if the ranks take turns
         in_turn = loaders_in_turn(trainer, loaders)
         # If the number of validated batches is not known before, everything is measured after the first batch.
         self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
+
+    def is_last(self, batch_idx: int) -> bool:
+        """Return whether no samples follow."""
+        return self._num_validated >= self._num_to_validate
 
     def after_step(self) -> Iterator[Samples]:
         """Yield the next part of the samples after a batch was validated."""
@@ -160,8 +176,14 @@ class SeparateData:
 
     def _read_until(self, goal: float) -> Iterator[Samples]:
         while self._num_read < goal and (batch := next(self._batches, self)) is not self:
+            samples = self._wanted.split(to_device(self._trainer, self._pl_module, batch))
+            if not self._is_indexed:  # the ranks take turns with batches
+                rows, (rank, num_ranks) = num_rows(*samples), self._share
+                self._batch_rows = self._batch_rows or rows
+                first = (self._num_read * num_ranks + rank) * self._batch_rows
+                self.positions = torch.arange(first, first + rows, device="cpu")
             self._num_read += 1
-            yield self._wanted.split(to_device(self._trainer, self._pl_module, batch))
+            yield samples
 
 
 def sources_of(

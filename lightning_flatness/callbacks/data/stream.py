@@ -43,6 +43,7 @@ class ValidationStream:
         self._has_warned = False
         self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, True at the positions to measure
         self._num_left: int | None = None  # samples still to measure, if a length is not known
+        self._order: Tensor | None = None  # of one loader: at each chosen position, the number of those before it
         if max_samples is None:
             return
         totals = [shard.total for shard in self._shards if shard.total is not None]
@@ -54,6 +55,7 @@ class ValidationStream:
         all_labels = torch.cat(known) if len(known) == len(labels) else None
         chosen = torch.zeros(sum(totals), dtype=torch.bool, device="cpu")
         chosen[choose(len(chosen), max_samples, all_labels)] = True
+        self._order = chosen.cumsum(0) - 1
         self._chosen = [shard.share(part) for shard, part in zip(self._shards, chosen.split(totals), strict=True)]
 
     def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -76,6 +78,13 @@ class ValidationStream:
             if chosen is not None:
                 mask &= chosen[positions.clamp_max(len(chosen) - 1)] & (positions < len(chosen))
         return mask
+
+    def order(self, rows: int, batch_idx: int) -> Tensor | None:
+        """Return the positions of a batch's rows among the measured samples of all ranks, if they are known."""
+        positions = self._shards[0].positions(rows, batch_idx) if len(self._shards) == 1 else None
+        if positions is None or self._order is None:
+            return positions if self._num_left is None else None
+        return self._order[positions.clamp_max(len(self._order) - 1)]
 
     def _warn(self, reason: str) -> None:
         if not self._has_warned:

@@ -44,8 +44,8 @@ class FixedSubset:
         self, loader: Any, max_samples: int | None = None, rank: int = 0, num_ranks: int = 1, num_read: float = math.inf
     ) -> None:
         self._rank, self._num_ranks = rank, num_ranks
-        self._is_indexed = is_indexed(loader)
-        if self._is_indexed:
+        self.is_indexed = is_indexed(loader)
+        if self.is_indexed:
             read = samples_read(loader, num_read, num_ranks)
             labels = labels_of(loader.dataset)
             number = len(read) if max_samples is None else max_samples
@@ -64,7 +64,7 @@ class FixedSubset:
 
     def batches(self, model: nn.Module) -> Iterator[Any]:
         """Yield this rank's batches, and restore random states, also of the devices that the model is on."""
-        if self._is_indexed:
+        if self.is_indexed:
             return repeatable_batches(self._loader, model)
         return islice(batches_apart(self._loader, model), self._rank, None, self._num_ranks)
 

@@ -40,6 +40,11 @@ class TailDerivatives:
     curvatures: Tensor | None  # a', the same shape; None if it is zero
     columns: Tensor  # V[:, c(s)], (K, S); zero if c(s) is unknown
 
+    def detached(self) -> TailDerivatives:
+        """Return the same derivatives outside the graph."""
+        curvatures = None if self.curvatures is None else self.curvatures.detach()
+        return TailDerivatives(self.slopes.detach(), curvatures, self.columns.detach())
+
 
 @dataclass(frozen=True)
 class FirstOrder:

@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
-from lightning_flatness.measure import flatness
-from lightning_flatness.measure.flatness import Measurement
+from lightning_flatness.measure import measurement, samples
+from lightning_flatness.measure.measurement import Measurement
 from tests.guarding import guards
 from tests.measure.ranks import Ranks
 
@@ -47,9 +47,14 @@ def on_two_ranks(monkeypatch, net):
         def sync_context(self, dist_sync_fn=ranks.gather, **kwargs):
             return super().sync_context(dist_sync_fn, **kwargs)
 
-    monkeypatch.setattr(flatness, "FlatnessMetric", RankMetric)
-    measurements = [Measurement(net, sync=True), Measurement(net, sync=True)]
-    monkeypatch.setattr(flatness, "gather", lambda own, sync: [(rank.layers, rank.left_out) for rank in measurements])
+    monkeypatch.setattr(measurement, "FlatnessMetric", RankMetric)
+    measures = ("hessian_trace", "relative_flatness")  # the ranks tell each other nothing before they report
+    measurements = [Measurement(net, sync=True, measures=measures) for _ in range(2)]
+    monkeypatch.setattr(
+        measurement, "gather", lambda own, sync: [(rank.layers, rank.left_out) for rank in measurements]
+    )
+    of_samples = lambda own, sync: [rank._values.of_rank() for rank in measurements]  # noqa: E731
+    monkeypatch.setattr(samples, "gather", of_samples)
 
     made, own = {}, Measurement._metric
 
@@ -72,8 +77,8 @@ def assert_same_layer(found, expected):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12)
 
 
-@guards("measure/flatness.py", "if info.name in self._sums:", "if True:")
-@guards("measure/flatness.py", "gather((self.layers, self.left_out), self._sync)", "[(self.layers, self.left_out)]")
+@guards("measure/measurement.py", "if info.name in self._sums:", "if True:")
+@guards("measure/measurement.py", "gather((self.layers, self.left_out), self._sync)", "[(self.layers, self.left_out)]")
 def test_a_rank_without_batches_reports_the_whole(monkeypatch):
     net, x, y = small_network(), *data()
     whole = lf.measure_flatness(net, [(x, y)])
@@ -82,7 +87,7 @@ def test_a_rank_without_batches_reports_the_whole(monkeypatch):
     assert_same_layer(measurements[1].report().layers["0"], whole.layers["0"])
 
 
-@guards("measure/flatness.py", "merged([layers[name] for layers, _ in found])", "found[0][0][name]")
+@guards("measure/measurement.py", "merged([layers[name] for layers, _ in found])", "found[0][0][name]")
 def test_what_one_rank_has_labelled_is_labelled_on_all(monkeypatch):
     net, x, y = small_network(), *data()
     measurements = on_two_ranks(monkeypatch, net)
@@ -90,18 +95,18 @@ def test_what_one_rank_has_labelled_is_labelled_on_all(monkeypatch):
         rank.update(x, y)
     labelled = replace(measurements[1].layers["0"], exact=False, method="gauss_newton", reason="of rank 1")
     found = [({"0": measurements[0].layers["0"]}, {}), ({"0": labelled}, {})]
-    monkeypatch.setattr(flatness, "gather", lambda own, sync: found)
+    monkeypatch.setattr(measurement, "gather", lambda own, sync: found)
     assert measurements[0].report().layers["0"].info.reason == "of rank 1"
 
 
-@guards("measure/flatness.py", "if layers.keys() != found[0][0].keys():", "if False:")
+@guards("measure/measurement.py", "if layers.keys() != found[0][0].keys():", "if False:")
 def test_ranks_that_measure_other_layers_are_refused(monkeypatch):
     net, x, y = small_network(nn.ReLU), *data()
     measurements = on_two_ranks(monkeypatch, net)
     for rank in measurements:
         rank.update(x, y)
     found = [({"0": measurements[0].layers["0"]}, {"4": "for a reason"}), ({"0": None, "4": None}, {})]
-    monkeypatch.setattr(flatness, "gather", lambda own, sync: found)
+    monkeypatch.setattr(measurement, "gather", lambda own, sync: found)
     with pytest.raises(lf.BatchError, match=r"'4' is measured on some ranks and not on others \(for a reason\)"):
         measurements[0].report()
 

@@ -1,0 +1,171 @@
+"""Sums over samples of the elementwise product of two matrix products, strip by strip of the upper triangle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.functional.symmetric import strip_rows
+
+# Numbers in the matrix products computed at a time. On a CPU they should fit into the cache. On other devices large
+# products are faster.
+PRODUCT_ELEMENTS = {"cpu": 2**19}
+ELEMENTS_ELSEWHERE = 2**26
+# If columns times positions is at most this, one matrix product over all pairs of the two is fastest.
+FEW = 24
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of some samples: ``(columns othersᵀ) ∘ (left rightᵀ)`` plus ``floor · VᵀV ∘ (left rightᵀ)``.
+
+    ``features`` are ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``; ``normalized`` are the same for
+    inputs whose channels have standard deviation one. ``columns`` are ``(columns, others)``, ``(N, G, s, C)``; of the
+    ``C`` columns of sample ``n``, the first ``counts[n]`` are used.
+    """
+
+    features: Pair
+    normalized: Pair | None
+    columns: Pair
+    counts: Sequence[int]
+    floor: Tensor | None = None  # (N,)
+
+    @property
+    def are_few(self) -> bool:
+        """Whether one matrix product over all columns and positions is fastest."""
+        return self.columns[0].shape[3] * self.features[0].shape[3] <= FEW and self.floor is None
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Matrices ``(G, s, s)`` of one layer: ``gram`` and ``normalized`` weight the products of every sample."""
+
+    gram: Tensor | None
+    normalized: Tensor | None
+    head_gram: Tensor | None = None  # VᵀV
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The sums over samples, whose upper triangles are added to in place."""
+
+    products: Tensor  # (G, s, s), float64
+    of_floor: Tensor | None = None  # of floor · (left rightᵀ)
+
+
+def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
+    """Add the products of some samples to the totals; return every sample's sums weighted by the two Gram matrices.
+
+    The result is float64 ``(N, 2)``; zero where there is no matrix.
+    """
+    features, per_group = factors.features, factors.features[0].shape[2]
+    values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
+    if factors.are_few:
+        for rows, rest in strips(per_group):
+            totals.products[:, rows, rest] += _all_pairs(factors, rows) @ _all_pairs(factors, rest, right=True).mT
+        for index, (gram, pair) in enumerate(((matrices.gram, features), (matrices.normalized, factors.normalized))):
+            if gram is not None and pair is not None:
+                values[:, index] = _quadratic_forms(gram, pair, factors.columns)
+        return values
+    elements = features[0].shape[1] * strip_rows(per_group) * per_group
+    at_once = max(1, PRODUCT_ELEMENTS.get(values.device.type, ELEMENTS_ELSEWHERE) // elements)
+    size = min(at_once, len(values)) * elements
+    likes = (features[0], factors.columns[0], features[0])
+    buffers = [None if torch.is_grad_enabled() else like.new_empty(size) for like in likes]
+    for rows, rest in strips(per_group):
+        weights = _Weights.of(matrices, rows, rest, features[0])
+        for first in range(0, len(values), at_once):
+            some = slice(first, first + at_once)
+            values[some] += _add_some(totals, factors, weights, (rows, rest), some, buffers)
+    return values
+
+
+def _add_some(
+    totals: Totals,
+    factors: Factors,
+    weights: _Weights,
+    strip: tuple[slice, slice],
+    some: slice,
+    buffers: Sequence[Tensor | None],
+) -> Tensor:
+    """Add one strip of some samples' products to the totals; return the samples' weighted sums, ``(n, 2)``."""
+    features = _product(factors.features, some, strip, buffers[0])
+    products = _product(factors.columns, some, strip, buffers[1], max(factors.counts[some]))
+    floor = None if factors.floor is None else factors.floor[some]
+    values = torch.zeros(len(products), 2, dtype=torch.float64, device=products.device)
+    if weights.normalized is not None and factors.normalized is not None:
+        normalized = _product(factors.normalized, some, strip, buffers[2])
+        if floor is not None and weights.normalized_floor is not None:
+            values[:, 1] += floor * (normalized.flatten(1) @ weights.normalized_floor)
+        normalized *= products
+        values[:, 1] += normalized.flatten(1) @ weights.normalized
+    products *= features
+    totals.products[:, strip[0], strip[1]] += products.sum(0)
+    if weights.gram is not None:
+        values[:, 0] += products.flatten(1) @ weights.gram
+    if floor is not None and totals.of_floor is not None:
+        totals.of_floor[:, strip[0], strip[1]] += (floor @ features.flatten(1)).view_as(features[0])
+        if weights.gram_floor is not None:
+            values[:, 0] += floor * (features.flatten(1) @ weights.gram_floor)
+    return values
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """One strip of the two Gram matrices, and the same times ``VᵀV``, flat; what is None is not needed."""
+
+    gram: Tensor | None
+    normalized: Tensor | None
+    gram_floor: Tensor | None
+    normalized_floor: Tensor | None
+
+    @classmethod
+    def of(cls, matrices: Matrices, rows: slice, rest: slice, like: Tensor) -> _Weights:
+        """Return a strip, in which entries whose mirror image is in no strip count twice, in the type of ``like``."""
+
+        def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
+            if gram is None:
+                return None
+            strip = gram[:, rows, rest].clone()
+            strip[:, :, rows.stop - rows.start :] *= 2
+            return (strip if factor is None else strip * factor[:, rows, rest]).flatten().to(like)
+
+        grams, head_gram = (matrices.gram, matrices.normalized), matrices.head_gram
+        of_floor = (None, None) if head_gram is None else (strip_of(gram, head_gram) for gram in grams)
+        return cls(*map(strip_of, grams), *of_floor)
+
+
+def strips(filters: int) -> Iterator[tuple[slice, slice]]:
+    """Yield for every strip of the upper triangle its rows, and its columns from the diagonal to the right."""
+    size = strip_rows(filters)
+    for row in range(0, filters, size):
+        yield slice(row, row + size), slice(row, None)
+
+
+def _product(
+    pair: Pair, some: slice, strip: tuple[slice, slice], buffer: Tensor | None, most: int | None = None
+) -> Tensor:
+    """Compute ``one @ otherᵀ`` of one strip, in ``buffer`` unless it is None (autograd needs new memory)."""
+    one, other = pair[0][some, :, strip[0], :most], pair[1][some, :, strip[1], :most]
+    if buffer is None:
+        return one @ other.mT
+    shape = (*one.shape[:3], other.shape[2])
+    return torch.matmul(one, other.mT, out=buffer[: prod(shape)].view(shape))
+
+
+def _all_pairs(factors: Factors, rows: slice, right: bool = False) -> Tensor:
+    """Return products of every column with every position, ``(G, rows, N C P)``."""
+    columns, features = factors.columns[right][:, :, rows], factors.features[right][:, :, rows]
+    return (columns[..., None] * features[..., None, :]).flatten(3).permute(1, 2, 0, 3).flatten(2)
+
+
+def _quadratic_forms(gram: Tensor, features: Pair, columns: Pair) -> Tensor:
+    """Compute the same weighted sums from all pairs of a column and a position, float64 ``(N,)``."""
+    one, other = ((c[..., None] * f[..., None, :]).flatten(3) for c, f in zip(columns, features, strict=True))
+    return ((gram.to(one) @ one) * other).flatten(1).sum(1).double()

@@ -1,0 +1,72 @@
+"""Standard errors of means over samples, from sums over groups of samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Samples are put into so many groups, by their position in the measured set.
+GROUPS = 32
+# Quantile 0.975 of Student's t-distribution with 1, 2, ... 31 degrees of freedom.
+T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042, 2.040,
+)  # fmt: skip
+
+
+def grouped(values: Tensor, positions: Tensor) -> Tensor:
+    """Sum values ``(N, Q)`` over the samples of each group, ``(32, Q)``, float64; sample ``i`` is in group ``i % 32``.
+
+    Groups depend on the samples' positions in the measured set alone, not on batches or ranks.
+
+    Example:
+        >>> grouped(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0, 1, 32]))[:2].flatten()
+        tensor([5., 2.], dtype=torch.float64)
+    """
+    sums = torch.zeros(GROUPS, values.shape[1], dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, (positions % GROUPS).to(values.device), values.double())
+
+
+def sampling_errors(sums: Tensor, weights: Tensor) -> Tensor:
+    """Return standard errors of the means ``sum(sums) / sum(weights)``, by a jackknife over groups: ``(Q,)``.
+
+    ``sums`` are ``(32, Q)`` and ``weights`` ``(32,)``. Groups without samples do not count. With fewer than two groups
+    the errors are NaN. Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 3.
+
+    Example:
+        >>> sums, weights = torch.zeros(32, 1), torch.zeros(32)
+        >>> sums[:4, 0], weights[:4] = torch.tensor([1.0, 2.0, 3.0, 4.0]), 1.0
+        >>> sampling_errors(sums, weights)  # the standard deviation 1.29 over the root of 4
+        tensor([0.6455], dtype=torch.float64)
+    """
+    kept = weights > 0
+    sums, weights = sums[kept].double(), weights[kept].double()
+    number = len(weights)
+    if number < 2:
+        return sums.new_full(sums.shape[1:], torch.nan)
+    without = (sums.sum(0) - sums) / (weights.sum() - weights)[:, None]
+    return ((number - 1) / number * (without - without.mean(0)).square().sum(0)).sqrt()
+
+
+def largest_tenth(values: Tensor) -> float:
+    """Return the share of the sum that the tenth of the values ``(N,)`` with the largest ones carries, rounded up.
+
+    Example:
+        >>> largest_tenth(torch.tensor([8.0, *[1.0] * 9]))
+        0.47058823529411764
+    """
+    total = float(values.double().sum())
+    if not len(values) or not total > 0:
+        return float("nan")
+    return float(values.double().sort(descending=True).values[: -(-len(values) // 10)].sum()) / total
+
+
+def interval(mean: float, error: float, num_groups: int) -> tuple[float, float]:
+    """Return the 95 % interval of a mean from its standard error over groups.
+
+    Example:
+        >>> interval(1.0, 0.1, 32)
+        (0.796, 1.204)
+    """
+    half = error * T_QUANTILES[num_groups - 2] if num_groups > 1 else float("nan")
+    return mean - half, mean + half

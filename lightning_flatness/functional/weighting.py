@@ -1,0 +1,94 @@
+"""Values of single samples: inner products of a sample's block traces with matrices made of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.functional.measures import weight_gram
+
+# The measures that a contraction gives for every sample, in this order.
+SAMPLE_MEASURES = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "channelwise_flatness")
+TRACE, RELATIVE, NORMALIZED, CHANNELWISE = range(len(SAMPLE_MEASURES))
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """The matrices of one layer that its block traces are weighted with; what is None is not measured.
+
+    Attributes:
+        gram: inner products ``<w_s, w_s'>``, ``(G, S/G, S/G)``, in the type of the kernel.
+        deviations: ``σ``, standard deviations of the input channels, float64 ``(C,)``; 0 leaves a channel out.
+        normalized: ``sum_c σ_c² <w_sc, w_s'c>``, of the shape of ``gram``.
+        kernel: the kernel ``(S, C/G, *kernel_size)``, for the channel-wise measure.
+    """
+
+    gram: Tensor | None = None
+    deviations: Tensor | None = None
+    normalized: Tensor | None = None
+    kernel: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, kernel: Tensor, groups: int, gram: Tensor | None, deviations: Tensor | None, by_channel: bool
+    ) -> Weighting:
+        """Return the matrices for a kernel; without ``deviations`` the normalised measure is not measured."""
+        kernel = kernel.detach()
+        normalized = None
+        if deviations is not None:
+            by_group = deviations.view(groups, 1, -1, 1)
+            scaled = kernel.double().reshape(groups, -1, by_group.shape[2], prod(kernel.shape[2:])) * by_group
+            normalized = weight_gram(scaled.flatten(0, 1), groups)
+        grams = [one if one is None else one.to(kernel.dtype) for one in (gram, normalized)]
+        return cls(grams[0], deviations, grams[1], kernel if by_channel else None)
+
+    @property
+    def inverse(self) -> Tensor:
+        """``1 / σ``, ``(C,)``; 0 for a channel that is left out."""
+        assert self.deviations is not None
+        return torch.where(self.deviations > 0, 1 / self.deviations, 0.0)
+
+    def scaled(self, inputs: Tensor) -> Tensor:
+        """Return inputs ``(N, C, *spatial)`` divided by ``σ``."""
+        return inputs * self.inverse.to(inputs).view(-1, *[1] * (inputs.ndim - 2))
+
+    def scaled_patches(self, sums: Tensor) -> Tensor:
+        """Return ``sum_p a[p] phi[p]``, ``(N, G, ..., D)``, of inputs divided by ``σ``."""
+        groups, length = sums.shape[1], sums.shape[-1]
+        of_groups = self.inverse.to(sums).view(groups, -1)
+        of_entries = of_groups.repeat_interleave(length // of_groups.shape[1], dim=1)
+        return sums * of_entries.view(groups, *[1] * (sums.ndim - 3), length)
+
+
+class Contraction(NamedTuple):
+    """Block traces summed over samples, and the values of every sample."""
+
+    total: Tensor  # (G, S/G, S/G), or (G, S/G), float64
+    samples: Tensor  # (N, 4), of SAMPLE_MEASURES, float64; NaN for what is not measured
+    left_out: Tensor  # trace of what was left out of the normalised measure, a scalar
+
+
+def no_values(samples: int, device: torch.device) -> Tensor:
+    """Return values of samples that are not measured yet, NaN ``(N, 4)``."""
+    return torch.full((samples, len(SAMPLE_MEASURES)), torch.nan, dtype=torch.float64, device=device)
+
+
+def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    r"""Compute ``\sum_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
+
+    ``L`` and ``R`` are Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``; ``W_c`` are the entries of the kernel
+    ``(S, C/G, *kernel_size)`` on input channel ``c``, ``S/G`` x kernel positions. With ``L = R``, the sum over the
+    columns of ``B`` is channel-wise flatness.
+    """
+    samples, groups, filters, _ = left.shape
+    channels = kernel.shape[1]
+    weights = kernel.reshape(groups, filters, channels, -1).permute(0, 2, 3, 1).to(left)  # (G, C/G, k, s)
+    images = [
+        weights @ jacobian.reshape(samples, groups, filters, channels, -1).transpose(2, 3)
+        for jacobian in ([left] if right is left else [left, right])
+    ]
+    return (images[0] * images[-1]).flatten(1).sum(1).double()

@@ -1,0 +1,275 @@
+"""One measurement in progress: batches in, a report out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import BatchError
+from lightning_flatness.functional import filter_flatness, filter_traces
+from lightning_flatness.layers.certificates.layer import identity
+from lightning_flatness.layers.closed_form import ClosedForms
+from lightning_flatness.layers.live import Listener
+from lightning_flatness.layers.observer import FlatnessObserver
+from lightning_flatness.layers.options import Options
+from lightning_flatness.layers.sums import LayerSums, added
+from lightning_flatness.measure.metric import FlatnessMetric
+from lightning_flatness.measure.ranks import gather, num_ranks, own_rank
+from lightning_flatness.measure.samples import FIRST_SAMPLES, Held, Samples, SampleValues, deviations_of
+from lightning_flatness.model.call import as_call
+from lightning_flatness.model.copy import measuring_device
+from lightning_flatness.model.isolation import untouched
+from lightning_flatness.model.precision import runs_in_half
+from lightning_flatness.model.rows import num_rows
+from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, merged
+
+
+class Measurement:
+    """One measurement in progress: an observer of the model, and the sums over samples for every layer.
+
+    With ``sync``, all ranks report together. Until the first samples of all ranks have shown the spread of the input
+    channels, samples are held, and measured afterwards: see :meth:`take_spread`.
+    """
+
+    def __init__(self, model: nn.Module, *, sync: bool = False, per_sample: bool = False, **options: Any) -> None:
+        seed = options.get("seed", 0)
+        self._options = Options(**options)  # raises an error for invalid options
+        # Every rank has its own seed: variances may be summed over ranks only if their probes are independent.
+        self._observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank(sync)})
+        self._sync = sync
+        self._model = model
+        self._sums: dict[str, LayerSums] = {}
+        self._values = SampleValues(per_sample)
+        self._held: list[Held] = []
+        self._deviations: dict[str, Tensor] | None = None if self._options.is_normalized else {}
+        self._num_seen = 0
+
+    @property
+    def layers(self) -> Mapping[str, LayerInfo]:
+        """How each layer is measured, by layer name; empty before the first batch."""
+        return self._observer.layers
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Reasons why layers cannot be measured, by layer name, for ``layers="all"``."""
+        return self._observer.left_out
+
+    def update(
+        self,
+        inputs: Any,
+        targets: Tensor | None = None,
+        advance: Callable[[float], None] | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """Add one batch. A batch without samples adds nothing.
+
+        ``positions`` are those of the samples in the measured set; by default the ranks take turns.
+        """
+        if self._deviations is not None:
+            self._add(self._observer.sums(inputs, targets, advance), positions)
+            return
+        samples = num_rows(inputs, targets)
+        if not samples:
+            return
+        positions = self._positions(samples, positions)
+        among_first = (positions < FIRST_SAMPLES).nonzero()
+        first = int(among_first.max()) + 1 if len(among_first) else 0
+        channels = self._observer.channels(inputs, targets, first) if first else {}
+        kept: tuple[Any, Tensor | None] = inputs, targets
+        if not self._is_last(positions):  # somebody may write to a batch before it is measured
+            kept = as_call(inputs).copied(), None if targets is None else targets.clone()
+        weights = self._weights()
+
+        def measured() -> dict[str, LayerSums]:
+            if self._weights() != weights:
+                raise BatchError(
+                    "The weights have changed while the first samples waited for each other (weight averaging that "
+                    "ends before the validation of a loader without a length?). Give the loader a length, or "
+                    "measures= without 'normalized_relative_flatness'."
+                )
+            return self._observer.sums(*kept, advance)
+
+        self._held.append(Held(channels, positions, measured))
+        self.settle_when_due()
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """Return identifiers of the weights, which change when these are written to."""
+        return [identity(parameter) for parameter in self._model.parameters()]
+
+    @property
+    def waits(self) -> bool:
+        """Whether samples wait for the spread of the input channels."""
+        return self._deviations is None
+
+    def settle_when_due(self) -> None:
+        """Measure the samples that are held, if the first samples of the measured set have been seen on this rank."""
+        if self._deviations is None and any(self._is_last(held.positions) for held in self._held):
+            self.take_spread()
+            self.measure_held()
+
+    def _is_last(self, positions: Tensor) -> bool:
+        """Return whether no more of the first samples follow these on this rank."""
+        return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
+
+    def take_spread(self) -> None:
+        """Take the spread of the input channels from the first samples of all ranks, unless that is done.
+
+        With ``sync`` every rank does this once in a measurement, also one without samples, or one that has failed.
+        """
+        if self._deviations is None:
+            self._deviations = deviations_of(self._held, self._sync)
+            self._observer.normalize(self._deviations)
+
+    def measure_held(self) -> None:
+        """Measure the samples that were held until the spread of the channels was known."""
+        held, self._held = self._held, []
+        for some in held:
+            self._add(some.measure(), some.positions)
+
+    def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
+        """Return the samples of a batch where the mask, ``(N,)``, is true (see ``FlatnessObserver``)."""
+        return self._observer.chosen(inputs, targets, mask)
+
+    def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
+        """Certify the layers on a batch, whose numbers are not kept; if passes will be observed, try that."""
+        self._observer.sums(inputs, targets)
+        if live and runs_in_half(self._model, as_call(inputs).precision):
+            with untouched(self._model), torch.no_grad():  # training may have begun
+                self.why_not_live(inputs, targets)
+
+    def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
+        """Return why the user's forward passes cannot be observed, or ``""`` if they can (see ``FlatnessObserver``)."""
+        return self._observer.why_not_live(inputs, targets)
+
+    def listen(self, inputs: Any = None) -> Listener:
+        """Return a context that observes the user's call of the model (see ``FlatnessObserver``)."""
+        return self._observer.listen(inputs)
+
+    def update_observed(
+        self, listener: Listener, targets: Tensor | None = None, positions: Tensor | None = None
+    ) -> None:
+        """Add a batch on which the user's forward pass was observed. If this raises an error, nothing is added.
+
+        Call :meth:`settle_when_due` afterwards: the batch may have to wait.
+        """
+        if self._deviations is not None:
+            self._add(self._observer.observed_sums(listener, targets), positions)
+            return
+        self._hold(self._observer.observed_forms(listener, targets), positions)
+
+    @property
+    def observes_half(self) -> bool:
+        """Whether :meth:`why_not_live` has found that features are half precision."""
+        return self._observer.observes_half
+
+    def update_repeated(self, inputs: Any, targets: Tensor | None = None, positions: Tensor | None = None) -> None:
+        """Add one batch in an observed pass of our own, which runs as the user's do. An error adds nothing.
+
+        Call :meth:`settle_when_due` afterwards.
+        """
+        forms = self._observer.repeated_forms(inputs, targets)
+        if self._deviations is None:
+            self._hold(forms, positions)
+        else:
+            self._add(self._observer.sums_of(forms), positions)
+
+    def _hold(self, forms: ClosedForms, positions: Tensor | None) -> None:
+        positions = self._positions(forms.num_samples, positions)
+        self._held.append(Held(forms.channels(), positions, lambda: self._observer.sums_of(forms)))
+
+    def _positions(self, samples: int, positions: Tensor | None) -> Tensor:
+        """Return the positions of the next samples of this rank in the measured set, ``(samples,)``."""
+        first, self._num_seen = self._num_seen, self._num_seen + samples
+        if positions is not None and len(positions) == samples:
+            return positions
+        own = torch.arange(first, first + samples, device="cpu")
+        return own * num_ranks(self._sync) + own_rank(self._sync)
+
+    def _add(self, sums: dict[str, LayerSums], positions: Tensor | None) -> None:
+        different = sorted(sums.keys() ^ self._sums.keys())
+        if sums and self._sums and different:
+            raise BatchError(
+                f"Layer '{different[0]}' is measured on some batches and not on others. Name the layers with layers=."
+            )
+        samples = max((len(of_layer.samples) for of_layer in sums.values()), default=0)
+        if not samples:
+            return
+        if positions is None or len(positions) != samples:
+            positions = self._positions(samples, None)
+        self._values.add(sums, positions, {name for name, info in self.layers.items() if info.classifier is not None})
+        self._sums = self._sums | added(self._sums, {name: sums[name].without_samples() for name in sums})
+
+    def _metric(self, info: LayerInfo) -> FlatnessMetric:
+        # The metric is created only here, so that only the sums take memory while the model runs. It is on the model's
+        # device, since a backend such as NCCL sums only tensors on its own kind of device over ranks.
+        tensor = next(iter(self._model.parameters()), None)
+        device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
+        with torch.device("cpu"):  # whatever the default device is
+            metric = FlatnessMetric(info.num_filters, info.groups, self._options.diagonal)
+        metric = metric.to(device)
+        if info.name in self._sums:
+            metric.update(*self._sums[info.name].statistics(self._values.groups[info.name]))
+        return metric
+
+    def report(self) -> FlatnessReport:
+        """Return the flatness over all batches so far; with ``sync``, over those of all ranks.
+
+        With ``sync``, call it on every rank, also on a rank without batches. A label (a reason why a layer's numbers
+        are not exact) that any rank has given is in the report of all ranks.
+        """
+        self.take_spread()
+        self.measure_held()
+        ranks = gather((self.layers, self.left_out), self._sync)
+        found = [(layers, left_out) for layers, left_out in ranks if layers]
+        if not found:
+            raise BatchError("No sample was measured. Is the data set empty, or was the generator read before?")
+        for layers, left_out in found:
+            if layers.keys() != found[0][0].keys():
+                different = sorted(layers.keys() ^ found[0][0].keys())
+                reasons = {**left_out, **found[0][1]}
+                raise BatchError(
+                    f"Layer '{different[0]}' is measured on some ranks and not on others"
+                    + (f" ({reasons[different[0]]})" if different[0] in reasons else "")
+                    + ", since their first batches differ. Name the layers with layers=."
+                )
+        infos = {name: merged([layers[name] for layers, _ in found]) for name in found[0][0]}
+        samples = self._values.gathered(self._sync)
+        return FlatnessReport(
+            {name: self._layer(info, samples) for name, info in infos.items()},
+            dict(found[0][1]),
+            *samples.network(),
+            loss_name=self._options.loss_function.name,
+            sampling_errors=samples.network_errors(),
+            num_groups=samples.num_groups,
+            samples=samples.values_of_network(),
+        )
+
+    def _layer(self, info: LayerInfo, samples: Samples) -> LayerFlatness:
+        metric, deviations = self._metric(info), (self._deviations or {}).get(info.name)
+        with metric.sync_context(should_sync=self._sync):
+            means = metric.means()
+            measures = {key: float(value) for key, value in metric.measures().items()}
+            block_traces, gram = (mean.cpu() for mean in means)
+            standard_errors = metric.standard_errors()
+            num_samples = int(metric.num_samples)
+        return LayerFlatness(
+            block_traces=block_traces,
+            filter_traces=filter_traces(block_traces),
+            filter_flatness=filter_flatness(block_traces, gram),
+            num_samples=num_samples,
+            info=info,
+            standard_errors={key: error for key, error in standard_errors.items() if key in measures},
+            num_dead_channels=int((deviations == 0).sum()) if deviations is not None else 0,
+            sampling_errors={key: error for key, error in samples.layer_errors(info.name).items() if key in measures},
+            largest_tenth=samples.largest_tenth(info.name),
+            samples=samples.values_of_layer(info.name),
+            **_measures(measures),
+        )
+
+
+def _measures(measures: dict[str, float]) -> dict[str, Any]:
+    return {"relative_flatness": math.nan, **measures}

@@ -1,0 +1,183 @@
+"""What a measurement keeps of single samples: sums over groups of them, and their values where these are wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.errors import BatchError
+from lightning_flatness.functional.channels import ChannelSums
+from lightning_flatness.functional.sampling import GROUPS, grouped, largest_tenth, sampling_errors
+from lightning_flatness.functional.weighting import RELATIVE, SAMPLE_MEASURES
+from lightning_flatness.layers.sums import CORRECT, COUNT, CURVATURE, LOSS, OUTCOMES, PREDICTION, WEIGHT, LayerSums
+from lightning_flatness.measure.ranks import gather
+
+# The spread of input channels is taken from so many first samples of the measured set, over all ranks.
+FIRST_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Held:
+    """Samples that wait for the spread of the channels before they are measured."""
+
+    channels: Mapping[str, ChannelSums]  # of every sample, by layer
+    positions: Tensor
+    measure: Callable[[], dict[str, LayerSums]]
+
+
+def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
+    """Return the standard deviation of every input channel over the first samples, by layer.
+
+    With ``sync`` these are the first samples of all ranks, and every rank calls this function once in a measurement.
+    """
+    totals: dict[str, list[ChannelSums]] = {}
+    for some in held:
+        for name, of_samples in some.channels.items():
+            first = some.positions[: len(of_samples.count)] < FIRST_SAMPLES
+            totals.setdefault(name, []).append(of_samples[first.to(of_samples.count.device)].total().cpu())
+    own = {name: ChannelSums.added(of_layer) for name, of_layer in totals.items()}
+    ranks = gather(own, sync)
+    return {
+        name: ChannelSums.added([of_rank[name] for of_rank in ranks if name in of_rank]).deviations()
+        for name in {name for of_rank in ranks for name in of_rank}
+    }
+
+
+def without_samples(sync: bool) -> None:
+    """Take part in :func:`deviations_of` on a rank that has no measurement."""
+    deviations_of([], sync)
+
+
+class SampleValues:
+    """Sums over groups of samples, which are found by their positions in the measured set, and single values."""
+
+    def __init__(self, keeps_all: bool = False) -> None:
+        self.groups: dict[str, Tensor] = {}  # (32, 5) by layer: weights, and the SAMPLE_MEASURES
+        self.outcomes = torch.zeros(GROUPS, len(OUTCOMES), dtype=torch.float64, device="cpu")
+        self._keeps_all = keeps_all
+        self._kept: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []  # positions, outcomes, values by layer
+
+    def add(self, sums: Mapping[str, LayerSums], positions: Tensor, keeps: set[str]) -> None:
+        """Add samples; of the layers in ``keeps``, relative flatness of every sample is kept."""
+        for name, of_layer in sums.items():
+            groups = of_layer.groups(positions)
+            self.groups[name] = self.groups[name] + groups if name in self.groups else groups
+        outcomes = next(iter(sums.values())).outcomes
+        self.outcomes = self.outcomes.to(outcomes.device) + grouped(outcomes, positions)
+        if self._keeps_all:
+            kept = {name: of_layer.samples for name, of_layer in sums.items()}
+        else:
+            kept = {name: sums[name].samples[:, RELATIVE : RELATIVE + 1] for name in keeps & sums.keys()}
+        self._kept.append((positions, outcomes if self._keeps_all else outcomes[:0], kept))
+
+    def of_rank(self) -> OfRank:
+        """Return the sums and the kept values of this rank, on the CPU."""
+        names = {name for _, _, values in self._kept for name in values}
+        empty = torch.zeros(0, device="cpu")
+        return OfRank(
+            self.outcomes.cpu(),
+            {name: groups.cpu() for name, groups in self.groups.items()},
+            torch.cat([empty.long(), *(positions for positions, _, _ in self._kept)]),
+            torch.cat([empty.double().new_zeros(0, len(OUTCOMES)), *(outcomes.cpu() for _, outcomes, _ in self._kept)]),
+            {
+                name: torch.cat([values[name].cpu() for _, _, values in self._kept])
+                for name in names
+                if all(name in values for _, _, values in self._kept)
+            },
+        )
+
+    def gathered(self, sync: bool) -> Samples:
+        """Return the sums and the kept values of all ranks. With ``sync`` this is a collective."""
+        measured = [of_rank for of_rank in gather(self.of_rank(), sync) if of_rank.groups]
+        if not measured:
+            raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
+        names = list(dict.fromkeys(name for of_rank in measured for name in of_rank.groups))
+        order = torch.cat([of_rank.positions for of_rank in measured]).argsort(stable=True)
+        return Samples(
+            outcomes=torch.stack([of_rank.sums for of_rank in measured]).sum(0),
+            groups={name: torch.stack([of_rank.groups[name] for of_rank in measured]).sum(0) for name in names},
+            of_samples=torch.cat([of_rank.outcomes for of_rank in measured])[order] if self._keeps_all else None,
+            of_layers={
+                name: torch.cat([of_rank.values[name] for of_rank in measured])[order]
+                for name in names
+                if all(name in of_rank.values for of_rank in measured)
+            },
+        )
+
+
+class OfRank(NamedTuple):
+    """The sums over groups of samples, and the kept values, of one rank."""
+
+    sums: Tensor  # (32, 6), of OUTCOMES
+    groups: dict[str, Tensor]  # (32, 5) by layer
+    positions: Tensor  # of the samples whose values are kept
+    outcomes: Tensor  # (N, 6)
+    values: dict[str, Tensor]  # (N, 4) or (N, 1) by layer
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The values of single samples over all ranks, in the order of the measured set, and their sums over groups."""
+
+    outcomes: Tensor  # (32, 6), sums of OUTCOMES
+    groups: Mapping[str, Tensor]  # (32, 5) by layer
+    of_samples: Tensor | None  # (N, 6), OUTCOMES of every sample, if wanted
+    of_layers: Mapping[str, Tensor]  # (N, 4), or relative flatness alone (N, 1), by layer
+
+    def network(self) -> tuple[float, float, float]:
+        """Return mean loss, accuracy and curvature."""
+        sums = self.outcomes.sum(0)
+        return (
+            float(sums[LOSS] / sums[WEIGHT]),
+            float(sums[CORRECT] / sums[COUNT]),
+            float(sums[CURVATURE] / sums[WEIGHT]),
+        )
+
+    def network_errors(self) -> dict[str, float]:
+        """Return standard errors over samples of loss, accuracy, curvature, and of the sums over layers, by name."""
+        weights = self.outcomes[:, WEIGHT]
+        of_loss = sampling_errors(self.outcomes[:, [LOSS, CURVATURE]], weights)
+        of_accuracy = sampling_errors(self.outcomes[:, [CORRECT]], self.outcomes[:, COUNT])
+        summed = torch.stack(list(self.groups.values())).sum(0)
+        of_sums = sampling_errors(summed[:, 1:], weights)
+        errors = {"loss": of_loss[0], "accuracy": of_accuracy[0], "curvature": of_loss[1]}
+        return {name: float(error) for name, error in errors.items()} | _named(of_sums)
+
+    def layer_errors(self, name: str) -> dict[str, float]:
+        """Return standard errors over samples of a layer's measures, by name; NaN if they are not known."""
+        groups = self.groups[name]
+        return _named(sampling_errors(groups[:, 1:], groups[:, 0]))
+
+    def largest_tenth(self, name: str) -> float:
+        """Return the share of a layer's relative flatness that the largest tenth of the samples carries."""
+        values = self.of_layers.get(name)
+        if values is None:
+            return math.nan
+        return largest_tenth(values[:, min(RELATIVE, values.shape[1] - 1)])
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups that have samples."""
+        return int((self.outcomes[:, COUNT] > 0).sum())
+
+    def values_of_layer(self, name: str) -> dict[str, Tensor]:
+        """Return the measures of every sample, ``(N,)`` each; none unless all values were kept."""
+        if self.of_samples is None:
+            return {}
+        values = dict(zip(SAMPLE_MEASURES, self.of_layers[name].unbind(1), strict=True))
+        return {measure: of_samples for measure, of_samples in values.items() if not bool(of_samples.isnan().all())}
+
+    def values_of_network(self) -> dict[str, Tensor]:
+        """Return loss and prediction of every sample, ``(N,)`` each; none unless all values were kept."""
+        if self.of_samples is None:
+            return {}
+        return {"loss": self.of_samples[:, LOSS], "prediction": self.of_samples[:, PREDICTION].long()}
+
+
+def _named(errors: Tensor) -> dict[str, float]:
+    return dict(zip(SAMPLE_MEASURES, errors.tolist(), strict=True))
