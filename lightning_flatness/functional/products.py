@@ -100,11 +100,13 @@ def _add_some(
     floor = None if factors.floor is None else factors.floor[some]
     values = torch.zeros(len(products), 2, dtype=torch.float64, device=products.device)
     if weights.normalized is not None and factors.normalized is not None:
-        normalized = _product(factors.normalized, some, strip, buffers[2])
+        # Only its sum over pairs of filters is needed, so the product of the features is not made.
+        one, other = (factors.normalized[side][some, :, strip[side]] for side in (0, 1))
+        weighted = _elementwise(products, weights.normalized.view(products.shape[1:]), buffers[2])
+        values[:, 1] += ((weighted @ other) * one).flatten(1).sum(1)
         if floor is not None and weights.normalized_floor is not None:
-            values[:, 1] += floor * (normalized.flatten(1) @ weights.normalized_floor)
-        normalized *= products
-        values[:, 1] += normalized.flatten(1) @ weights.normalized
+            on_floor = weights.normalized_floor.view(products.shape[1:]) @ other
+            values[:, 1] += floor * (on_floor * one).flatten(1).sum(1)
     products *= features
     totals.products[:, strip[0], strip[1]] += products.sum(0)
     if weights.gram is not None:
@@ -157,6 +159,12 @@ def _product(
         return one @ other.mT
     shape = (*one.shape[:3], other.shape[2])
     return torch.matmul(one, other.mT, out=buffer[: prod(shape)].view(shape))
+
+
+def _elementwise(products: Tensor, weights: Tensor, buffer: Tensor | None) -> Tensor:
+    if buffer is None:
+        return products * weights
+    return torch.mul(products, weights, out=buffer[: products.numel()].view(products.shape))
 
 
 def _all_pairs(factors: Factors, rows: slice, right: bool = False) -> Tensor:
