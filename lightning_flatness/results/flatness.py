@@ -48,7 +48,7 @@ class LayerFlatness(Record):
         info: how the layer was measured.
         normalized_relative_flatness: relative flatness of the same function written for inputs whose channels all have
             standard deviation one, in units of the loss: rescaling the channels of the layer before does not change it
-            either. NaN if not measured, or if no channel varies.
+            either. NaN if not measured; zero if no channel varies.
         channelwise_flatness: ``sum_c sum_{s, s'} <w_sc, w_s'c> Tr(H_{sc, s'c})``, summed over input channels ``c``, in
             units of the loss; invariant to the same rescalings. NaN unless asked for.
         num_dead_channels: number of input channels that do not vary, which the normalised measure leaves out.
