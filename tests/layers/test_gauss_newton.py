@@ -118,15 +118,29 @@ def across_groups(blocks):
 KINDS = sorted(kinds(nn.ReLU, 2))
 
 
-@given(
-    kind=st.sampled_from(KINDS),
-    activation=st.sampled_from([nn.ReLU, nn.LeakyReLU, nn.SiLU]),
-    classes=st.integers(2, 5),
-    samples=st.integers(1, 4),
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=200)
+ARGUMENTS = {
+    "kind": st.sampled_from(KINDS),
+    "activation": st.sampled_from([nn.ReLU, nn.LeakyReLU, nn.SiLU]),
+    "classes": st.integers(2, 5),
+    "samples": st.integers(1, 4),
+    "seed": st.integers(0, 2**16),
+}
+
+
+@given(**ARGUMENTS)
+@settings(max_examples=60)
 def test_every_layer_is_what_it_says(kind, activation, classes, samples, seed):
+    assert_every_layer_is_what_it_says(kind, activation, classes, samples, seed)
+
+
+@pytest.mark.slow
+@given(**ARGUMENTS)
+@settings(max_examples=200)
+def test_every_layer_of_many_more_networks_is_what_it_says(kind, activation, classes, samples, seed):
+    assert_every_layer_is_what_it_says(kind, activation, classes, samples, seed)
+
+
+def assert_every_layer_is_what_it_says(kind, activation, classes, samples, seed):
     torch.manual_seed(seed)
     net = randomise_statistics(kinds(activation, classes)[kind]()).double().eval()
     x, y = torch.randn(samples, 2, 4, 4).double(), torch.randint(classes, (samples,))

@@ -26,6 +26,8 @@ def landscape(of, **options):
     return lf.loss_landscape(NET, [BATCH], **{"steps": 3, **options}).losses
 
 
+FEW = {"num_steps": 5, "num_probes": 2}
+
 CALLS = {
     "layers": lambda of: flatness(of, layers=of(["0", "2"])),
     "measures": lambda of: flatness(of, measures=of(["hessian_trace", "layerwise_flatness"])),
@@ -34,7 +36,7 @@ CALLS = {
     "layers of lambda_max": lambda of: torch.tensor(
         lf.measure_lambda_max(NET, [BATCH], layers=of(["2"]))["2"].lambda_max
     ),
-    "params": lambda of: lf.hessian_spectrum(NET, [BATCH], params=of(["0", "*.bias"]), top_k=2).eigenvalues,
+    "params": lambda of: lf.hessian_spectrum(NET, [BATCH], params=of(["0", "*.bias"]), top_k=2, **FEW).eigenvalues,
     "axes, steps, frozen": lambda of: landscape(of, axes=of(["random", "hessian"]), steps=of([3, 2]), frozen=of(["4"])),
     "span": lambda of: landscape(of, span=of([of([-1, 2]), of([0.0, 0.5])])),
     "optimizer": lambda of: landscape(of, axes="adam", optimizer=of([ADAM])),
