@@ -93,6 +93,28 @@ def test_history_is_plain_and_says_what_was_measured(tmp_path, net):
         assert (record["data"], record["num_samples"]) == ("val", 22)
 
 
+def test_the_numbers_are_those_of_the_samples(tmp_path):
+    callback, recorder, (train, val) = flatness_callback(), Recorder(), loaders()
+    fit(tmp_path, callback, recorder, data=(train, val))
+    record, logged, net = callback.history[-1], recorder.logged[-1], recorder.nets[-1].eval()
+    report = lf.measure_flatness(net, val)
+    x, y = val.dataset[:]
+    with torch.no_grad():
+        logits = net(x)
+    assert record["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-5)
+    assert record["top1"] == pytest.approx(float((logits.argmax(1) == y).float().mean()), rel=1e-6)
+    probabilities = logits.softmax(1)
+    assert record["curvature"] == pytest.approx(float((1 - probabilities.square().sum(1)).mean()), rel=1e-5)
+    for key in ("normalized_relative_flatness", "loss", "curvature"):
+        assert record[key] == pytest.approx(getattr(report, key), rel=1e-5)
+        assert logged[f"flatness/{key}"] == pytest.approx(record[key], rel=1e-6)
+    for key in ("hessian_trace", "relative_flatness"):
+        assert record[f"{key}_error"] == pytest.approx(report.sampling_errors[key], rel=1e-4)
+        assert logged[f"flatness/{key}_error"] == pytest.approx(record[f"{key}_error"], rel=1e-6)
+    assert record["top1_error"] == pytest.approx(report.sampling_errors["accuracy"], rel=1e-4)
+    assert record["accuracy"] == pytest.approx(record["top1"], abs=1e-6)  # the module's own, of the same samples
+
+
 def test_numbers_of_the_samples_go_into_history_and_logs(tmp_path, reports):
     reports(lambda index: {**KNOWN, "sampling_errors": ERRORS})
     callback, recorder = flatness_callback(), Recorder()
