@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,32 @@ from lightning_flatness.functional.penalty import PENALTIES, flatness_penalty
 from lightning_flatness.layers.certificates.loss import why_not_cross_entropy
 from lightning_flatness.measure.batches import targets_of
 from lightning_flatness.model.isolation import refuse_sharded
+
+
+class EagerSteps:
+    """What compiled code does in first steps: it runs uncompiled until the last of several callbacks has seen its own.
+
+    Each callback by itself would put back what it found, which for all but one is what another callback has set.
+    """
+
+    _num_steps: ClassVar[int] = 0
+    _stance: ClassVar[AbstractContextManager[Any] | None] = None
+
+    @classmethod
+    def begin(cls) -> None:
+        """Run uncompiled from now on."""
+        if cls._stance is None:
+            cls._stance = torch.compiler.set_stance("force_eager")
+            cls._stance.__enter__()
+        cls._num_steps += 1
+
+    @classmethod
+    def end(cls) -> None:
+        """Put back what was, unless another callback still needs it."""
+        cls._num_steps -= 1
+        if cls._num_steps == 0 and cls._stance is not None:
+            cls._stance.__exit__(None, None, None)
+            cls._stance = None
 
 
 class FlatnessPenalty(Callback):
@@ -112,7 +138,7 @@ class FlatnessPenalty(Callback):
         self._errors = RankErrors("raise", "FlatnessPenalty", "penalty")
         self._recorder = CallRecorder()
         self._classifier: tuple[str, nn.Module] | None = None  # as the first step has shown it
-        self._eager: AbstractContextManager[Any] | None = None  # in the first step
+        self._is_eager = False  # in the first step
         self._targets: Tensor | None = None  # of the batch that is trained on
         self._sums: dict[str, Tensor | float] = {}  # of what is logged, over the samples of an epoch
 
@@ -143,9 +169,9 @@ class FlatnessPenalty(Callback):
         self._targets = None if targets is None else targets.clone()  # the step may change them
         if self._classifier is None:
             self._recorder.attach(linear_layers(pl_module, self.layers))
-            if self._eager is None:
-                self._eager = torch.compiler.set_stance("force_eager")
-                self._eager.__enter__()
+            if not self._is_eager:
+                self._is_eager = True
+                EagerSteps.begin()
         self._recorder.listen(True)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -214,9 +240,9 @@ class FlatnessPenalty(Callback):
         self._leave_eager()
 
     def _leave_eager(self) -> None:
-        if self._eager is not None:
-            self._eager.__exit__(None, None, None)
-        self._eager = None
+        if self._is_eager:
+            EagerSteps.end()
+        self._is_eager = False
 
     def _find_classifier(
         self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[LayerCall], loss: Tensor, scale: float

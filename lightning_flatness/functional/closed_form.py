@@ -195,9 +195,9 @@ def _channelwise(kernel: Tensor, jacobian: Tensor, projected: Projection) -> Ten
     """Return channel-wise flatness of every sample, ``(N,)``, from ``sum_p a[s, p] phi[p]``, ``(N, G, s, D)``."""
     columns, others = _columns(projected, (jacobian.shape[1], jacobian.shape[2]), jacobian)[0]
     total = torch.zeros(len(jacobian), dtype=torch.float64, device=jacobian.device)
-    for one, other in zip(columns.unbind(3), others.unbind(3), strict=True):
-        left = one[..., None] * jacobian
-        right = left if other is one else other[..., None] * jacobian
+    for index in range(columns.shape[3]):
+        left = columns[..., index, None] * jacobian
+        right = left if others is columns else others[..., index, None] * jacobian
         total += channelwise_values(kernel, left, right)
     return total
 

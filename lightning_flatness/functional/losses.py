@@ -53,6 +53,8 @@ def outcomes_of(
     is_index = targets.shape == (len(logits),) and classes > 1
     if is_index and not targets.is_floating_point() and targets.dtype != torch.bool:
         correct = (logits.argmax(1) == targets).double() * counts
+        if kept is None:  # a target that is no class may be one that a loss of the user's own ignores
+            correct = torch.where((targets >= 0) & (targets < classes), correct, torch.nan)
     else:
         correct = torch.full_like(ones, torch.nan)
     return torch.stack([counts if weights is None else weights.double(), counts, losses.double(), correct], dim=1)

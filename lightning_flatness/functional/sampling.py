@@ -51,12 +51,14 @@ def sampling_errors(sums: Tensor, weights: Tensor) -> Tensor:
 def largest_tenth(values: Tensor) -> float:
     """Return the share of the sum that the tenth of the values ``(N,)`` with the largest ones carries, rounded up.
 
+    It is NaN if values are negative, beyond rounding, or all are zero.
+
     Example:
         >>> largest_tenth(torch.tensor([8.0, *[1.0] * 9]))
         0.47058823529411764
     """
     total = float(values.double().sum())
-    if not len(values) or not total > 0:
+    if not len(values) or not total > 0 or float(values.min()) < -1e-6 * float(values.max()):
         return float("nan")
     return float(values.double().sort(descending=True).values[: -(-len(values) // 10)].sum()) / total
 

@@ -86,9 +86,10 @@ def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """
     samples, groups, filters, _ = left.shape
     channels = kernel.shape[1]
-    weights = kernel.reshape(groups, filters, channels, -1).permute(0, 2, 3, 1).to(left)  # (G, C/G, k, s)
-    images = [
-        weights @ jacobian.reshape(samples, groups, filters, channels, -1).transpose(2, 3)
-        for jacobian in ([left] if right is left else [left, right])
-    ]
-    return (images[0] * images[-1]).flatten(1).sum(1).double()
+    weights = kernel.reshape(groups, filters, channels, -1).permute(0, 2, 3, 1).to(left).contiguous()  # (G, C/G, k, s)
+    images = []
+    for jacobian in [left] if right is left else [left, right]:
+        by_channel = jacobian.reshape(samples, groups, filters, channels, -1).permute(1, 3, 2, 0, 4)
+        images.append((weights @ by_channel.flatten(3)).unflatten(3, (samples, -1)))  # (G, C/G, k, N, k)
+    values: Tensor = (images[0] * images[-1]).sum((0, 1, 2, 4)).double()
+    return values

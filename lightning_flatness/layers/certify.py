@@ -95,7 +95,8 @@ def in_float32(call: LayerCall) -> LayerCall:
     """Return a call of a layer with what its convolution read, rounded as the convolution rounds it, in float32."""
     convolution = call.convolution
     inputs = convolution.inputs.to(convolution.output.dtype).float()
-    return replace(call, convolutions=(replace(convolution, inputs=inputs),))
+    read = None if convolution.unpadded is None else convolution.unpadded.to(convolution.output.dtype).float()
+    return replace(call, convolutions=(replace(convolution, inputs=inputs, unpadded=read),))
 
 
 def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...]:

@@ -61,7 +61,7 @@ class ClosedForms:
     def channels(self) -> dict[str, ChannelSums]:
         """Return the sums of every input channel of the layers, for every sample."""
         rows = slice(self.num_samples)
-        return {name: ChannelSums.of(form.convolution.inputs[rows]) for name, form in self.by_layer.items()}
+        return {name: ChannelSums.of(form.convolution.read[rows]) for name, form in self.by_layer.items()}
 
     @property
     def num_samples(self) -> int:

@@ -116,7 +116,7 @@ class OwnPasses:
             self._selected(part)
             sums = {}
             for name, calls in self._recorded(part.inputs).calls.items():
-                inputs = [convolution.inputs for call in calls for convolution in call.convolutions]
+                inputs = [convolution.read for call in calls for convolution in call.convolutions]
                 if all(one.ndim > 1 and one.shape[:2] == inputs[0].shape[:2] for one in inputs) and inputs:
                     sums[name] = of_calls(inputs)[: part.rows]
             return sums  # of other layers, certifying will say what is wrong

@@ -37,6 +37,12 @@ class Convolution:
     geometry: ConvolutionGeometry
     output: Tensor  # (N, S, *output), or (N, *tokens, S)
     channel_dimension: int = 1
+    unpadded: Tensor | None = None  # the inputs before uneven padding, if there is some
+
+    @property
+    def read(self) -> Tensor:
+        """The inputs without padding with zeros, ``(N, C, *spatial)``."""
+        return self.inputs if self.unpadded is None else self.unpadded
 
     def detached(self) -> Convolution:
         """Return the same convolution outside the graph."""
@@ -262,14 +268,15 @@ def _convolution(
         return values * dimensions if len(values) == 1 else values
 
     kernel_size, dilations = tuple(weight.shape[2:]), per_dimension(dilation)
-    inputs = input.detach()
+    inputs, unpadded = input.detach(), None
     if padding == "same":  # if the padding is odd, the right side gets one more
         totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
         widths = [width for total in reversed(totals) for width in (total // 2, total - total // 2)]
         inputs = nn.functional.pad(inputs, widths)
+        unpadded = input.detach()
     paddings = (0,) * dimensions if isinstance(padding, str) else per_dimension(padding)
     geometry = ConvolutionGeometry(kernel_size, per_dimension(stride), paddings, dilations, groups)
-    return Convolution(inputs, weight, geometry, output)
+    return Convolution(inputs, weight, geometry, output, unpadded=unpadded)
 
 
 def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution:

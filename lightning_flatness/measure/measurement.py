@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces
-from lightning_flatness.layers.certificates.layer import identity
 from lightning_flatness.layers.closed_form import ClosedForms
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.observer import FlatnessObserver
@@ -82,23 +81,28 @@ class Measurement:
         kept: tuple[Any, Tensor | None] = inputs, targets
         if not self._is_last(positions):  # somebody may write to a batch before it is measured
             kept = as_call(inputs).copied(), None if targets is None else targets.clone()
-        weights = self._weights()
+        self._held.append(Held(channels, positions, self._unless_changed(lambda: self._observer.sums(*kept, advance))))
+        self.settle_when_due()
+
+    def _unless_changed(self, measure: Callable[[], dict[str, LayerSums]]) -> Callable[[], dict[str, LayerSums]]:
+        """Return a function that measures later, and raises an error if the weights are others then."""
+        before = self._weights()
 
         def measured() -> dict[str, LayerSums]:
-            if self._weights() != weights:
+            if not all(map(torch.equal, before, self._weights())):
                 raise BatchError(
                     "The weights have changed while the first samples waited for each other (weight averaging that "
                     "ends before the validation of a loader without a length?). Give the loader a length, or "
                     "measures= without 'normalized_relative_flatness'."
                 )
-            return self._observer.sums(*kept, advance)
+            return measure()
 
-        self._held.append(Held(channels, positions, measured))
-        self.settle_when_due()
+        return measured
 
-    def _weights(self) -> list[tuple[int, int]]:
-        """Return identifiers of the weights, which change when these are written to."""
-        return [identity(parameter) for parameter in self._model.parameters()]
+    def _weights(self) -> list[Tensor]:
+        """Return copies of some entries of every parameter and buffer."""
+        tensors = [tensor.detach().flatten() for tensor in (*self._model.parameters(), *self._model.buffers())]
+        return [tensor[:: max(1, len(tensor) // 64)].clone() for tensor in tensors]
 
     @property
     def waits(self) -> bool:
@@ -179,7 +183,8 @@ class Measurement:
 
     def _hold(self, forms: ClosedForms, positions: Tensor | None) -> None:
         positions = self._positions(forms.num_samples, positions)
-        self._held.append(Held(forms.channels(), positions, lambda: self._observer.sums_of(forms)))
+        later = self._unless_changed(lambda: self._observer.sums_of(forms))
+        self._held.append(Held(forms.channels(), positions, later))
 
     def _positions(self, samples: int, positions: Tensor | None) -> Tensor:
         """Return the positions of the next samples of this rank in the measured set, ``(samples,)``."""

@@ -72,7 +72,9 @@ class SampleValues:
         if self._keeps_all:
             kept = {name: of_layer.samples for name, of_layer in sums.items()}
         else:
-            kept = {name: sums[name].samples[:, RELATIVE : RELATIVE + 1] for name in keeps & sums.keys()}
+            counts = outcomes[:, COUNT] > 0  # samples that are not ignored
+            kept = {name: sums[name].samples[counts, RELATIVE : RELATIVE + 1] for name in keeps & sums.keys()}
+            positions = positions[counts.to(positions.device)]
         self._kept.append((positions, outcomes if self._keeps_all else outcomes[:0], kept))
 
     def of_rank(self) -> OfRank:
@@ -158,25 +160,29 @@ class Samples:
         values = self.of_layers.get(name)
         if values is None:
             return math.nan
-        return largest_tenth(values[:, min(RELATIVE, values.shape[1] - 1)])
+        of_samples = values[:, min(RELATIVE, values.shape[1] - 1)]
+        return largest_tenth(of_samples if self.of_samples is None else of_samples[self.of_samples[:, COUNT] > 0])
 
     @property
     def num_groups(self) -> int:
         """Number of groups that have samples."""
-        return int((self.outcomes[:, COUNT] > 0).sum())
+        return int((self.outcomes[:, WEIGHT] > 0).sum())
 
     def values_of_layer(self, name: str) -> dict[str, Tensor]:
         """Return the measures of every sample, ``(N,)`` each; none unless all values were kept."""
         if self.of_samples is None:
             return {}
-        values = dict(zip(SAMPLE_MEASURES, self.of_layers[name].unbind(1), strict=True))
+        weighted = self.of_layers[name] / self.of_samples[:, WEIGHT, None]
+        values = dict(zip(SAMPLE_MEASURES, weighted.unbind(1), strict=True))
         return {measure: of_samples for measure, of_samples in values.items() if not bool(of_samples.isnan().all())}
 
     def values_of_network(self) -> dict[str, Tensor]:
-        """Return loss and prediction of every sample, ``(N,)`` each; none unless all values were kept."""
+        """Return loss, prediction and weight of every sample, ``(N,)`` each; none unless all values were kept."""
         if self.of_samples is None:
             return {}
-        return {"loss": self.of_samples[:, LOSS], "prediction": self.of_samples[:, PREDICTION].long()}
+        weight = self.of_samples[:, WEIGHT]
+        prediction = self.of_samples[:, PREDICTION].long()
+        return {"loss": self.of_samples[:, LOSS] / weight, "prediction": prediction, "weight": weight}
 
 
 def _named(errors: Tensor) -> dict[str, float]:

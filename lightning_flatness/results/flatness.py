@@ -55,9 +55,10 @@ class LayerFlatness(Record):
         sampling_errors: standard errors over samples, by measure: how far the mean over other samples of the same
             distribution would be. NaN if they are not known.
         largest_tenth: share of relative flatness that the tenth of the samples with the largest values carries; NaN if
-            values of single samples are not known.
-        samples: values of single samples by measure, ``(N,)`` each, in the order in which they were measured; empty
-            unless asked for.
+            values of single samples are not known, or some are negative.
+        samples: values of single samples by measure, ``(N,)`` each, in the order of the measured set; NaN for ignored
+            samples. Weighted by ``report.samples["weight"]``, their mean is the layer's number. Empty unless asked for,
+            and with ``residual="hutchinson"``.
     """
 
     block_traces: Tensor
@@ -128,7 +129,8 @@ class FlatnessReport(Record):
         sampling_errors: standard errors over samples of loss, accuracy, curvature, and the sums over layers, by name.
         num_groups: number of groups of samples that these errors are taken from; the t-distribution of an interval
             has one degree of freedom less.
-        samples: ``loss`` and ``prediction`` of single samples, ``(N,)`` each; empty unless asked for.
+        samples: ``loss``, ``prediction`` and ``weight`` of single samples, ``(N,)`` each; empty unless asked for. The
+            weight is that of the target's class, and 0 for an ignored sample.
 
     Example:
         >>> import torch

@@ -1,6 +1,8 @@
 """Runs with a FlatnessCallback, and what they log."""
 
 import copy
+import warnings
+from contextlib import contextmanager
 
 from lightning.pytorch.callbacks import Callback
 from torch.testing import assert_close
@@ -72,3 +74,13 @@ def assert_reports_equal(found, expected, prefix="net.", rtol=1e-5):
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(dataset(16))
+
+
+@contextmanager
+def warnings_of(*words):
+    """The messages of warnings that contain one of the words."""
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += [str(one.message) for one in caught if any(word in str(one.message) for word in words)]

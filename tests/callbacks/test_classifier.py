@@ -71,6 +71,19 @@ def test_the_classifier_is_found(tmp_path, step):
     assert finds.found == {"net.fc"}
 
 
+def is_compiled():
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(1))
+    return len(graphs) == 1
+
+
+@guards("callbacks/penalty.py", "cls._num_steps == 0 and", "")
 def test_one_of_several_heads_is_named(tmp_path):
     def two_heads(module, x, y):
         features = module.features(x)
@@ -97,6 +110,7 @@ def test_one_of_several_heads_is_named(tmp_path):
     fitted(tmp_path, expected, max_epochs=1)
     trainer = fitted(tmp_path, actual, *both, max_epochs=1)
     assert {"first/loss", "second/loss"} <= set(trainer.callback_metrics)
+    assert is_compiled()  # two callbacks have run their first step uncompiled, and what compiles now is compiled
     for name, weight in weights_of(actual).items():
         torch.testing.assert_close(weight, weights_of(expected)[name], rtol=1e-5, atol=1e-6)
 

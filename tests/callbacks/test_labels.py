@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-import warnings
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -17,8 +16,7 @@ from torch.utils.data import DataLoader
 import lightning_flatness as lf
 from lightning_flatness.callbacks.labels import numbers_of
 from lightning_flatness.measure.flatness import Measurement
-from tests.callbacks.epoch_end_runs import KINDS, kinds
-from tests.callbacks.flatness_runs import Recorder, fit, flatness_callback
+from tests.callbacks.flatness_runs import Recorder, fit, flatness_callback, warnings_of
 from tests.callbacks.lightning_modules import Classifier, MixingNet, TwoLayerNet, dataset, loaders, quiet_trainer
 from tests.guarding import guards
 
@@ -37,16 +35,6 @@ class SiluNet(nn.Module):
 
     def forward(self, x):
         return self.fc(self.second(nn.functional.silu(self.first(x))).relu().mean((2, 3)))
-
-
-@contextmanager
-def warnings_of(*words):
-    """The messages of warnings that contain one of the words."""
-    found = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield found
-    found += [str(one.message) for one in caught if any(word in str(one.message) for word in words)]
 
 
 @contextmanager
@@ -325,45 +313,3 @@ def test_many_layers_are_counted(tmp_path):
         fit(tmp_path, flatness_callback(layers="all"), module=Classifier(Deep()), max_epochs=1)
     (message,) = [one for one in found if "not all numbers" in one]
     assert "and 3 more: the Gauss-Newton part" in message
-
-
-# -------------------------------------------------------------------------------------------- spectrum and landscape
-
-
-@kinds
-def test_the_other_callbacks_say_what_was_measured(tmp_path, kind):
-    callback = KINDS[kind](every_n_epochs=1, max_samples=10)
-    fit(tmp_path, callback, max_epochs=1)
-    record = callback.history[-1]
-    assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert (record["data"], record["num_samples"], record["loss_name"]) == ("train", 10, "cross_entropy")
-
-
-@pytest.mark.parametrize(
-    ("options", "exact"),
-    [
-        ({"max_products": 200}, True),
-        ({"max_products": 200, "matrix": "gauss_newton"}, False),
-        ({"max_products": 2}, False),
-    ],
-    ids=str,
-)
-def test_eigenvalues_are_labelled(tmp_path, options, exact):
-    callback = lf.SpectrumCallback(every_n_epochs=1, top_k=1, num_steps=3, num_probes=1, **options)
-    with warnings_of("have not converged") as found:
-        trainer = fit(tmp_path, callback)
-    assert [record["exact"] for record in callback.history] == [exact] * 2
-    assert callback.history[-1]["matrix"] == options.get("matrix", "hessian")
-    assert float(trainer.callback_metrics["spectrum/exact"]) == exact
-    assert len(found) == (options["max_products"] == 2)  # once a run
-    assert callback.history[-1]["trace_stderr"] is None  # of one probe
-
-
-def test_checkpoints_hold_the_labels(tmp_path):
-    fit(tmp_path, flatness_callback(), ModelCheckpoint(tmp_path, filename="part"), module=Classifier(MixingNet()))
-    (state,) = [
-        state
-        for key, state in torch.load(tmp_path / "part.ckpt", weights_only=True)["callbacks"].items()
-        if key.startswith("FlatnessCallback")
-    ]
-    assert [record["exact"] for record in state["history"]] == [False, False]

@@ -121,7 +121,7 @@ COMPILED = {
 
 @guards(
     "callbacks/penalty.py",
-    'self._eager = torch.compiler.set_stance("force_eager")',
+    'cls._stance = torch.compiler.set_stance("force_eager")',
     "import contextlib; self._eager = contextlib.nullcontext()",
 )
 @pytest.mark.slow

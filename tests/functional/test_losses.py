@@ -27,7 +27,8 @@ def matrices(curvature, classes):
 
 def assert_derivatives_are_autograds(loss, of_torch, logits, targets):
     """``of_torch`` is the mean loss."""
-    curvature, residual, _, normalizer = loss(logits, targets)
+    curvature, residual, _, normalizer, outcomes, _ = loss(logits, targets)
+    assert_close(outcomes[:, 2].sum() / normalizer, of_torch(logits, targets).double())
     samples, classes = logits.shape
     first = jacobian(lambda f: of_torch(f, targets), logits)
     second = hessian(lambda f: of_torch(f, targets), logits)  # (N, K, N, K)

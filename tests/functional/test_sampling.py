@@ -85,3 +85,37 @@ def test_a_report_says_what_single_samples_say():
     one = lf.measure_flatness(net, [(x[:1], y[:1])], measures=("hessian_trace", "relative_flatness")).layers["0"]
     assert one.relative_flatness == pytest.approx(float(report.layers["0"].samples["relative_flatness"][0]), rel=1e-10)
     assert math.isnan(one.sampling_errors["relative_flatness"])
+
+
+def test_ignored_samples_and_class_weights():
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).double()
+    x, y = torch.randn(60, 1, 5, 5).double(), torch.arange(60) % 3
+    y[::2] = -1
+    kept, options = y >= 0, {"class_weight": [1.0, 0.0, 3.0]}
+    report = lf.measure_flatness(net, [(x, y)], ignore_index=-1, per_sample=True, **options)
+    alone = lf.measure_flatness(net, [(x[kept], y[kept])], per_sample=True, **options)
+    (layer,), (expected,) = report.layers.values(), alone.layers.values()
+    weight = report.samples["weight"]
+    assert weight[~kept].eq(0).all()
+    assert report.accuracy == pytest.approx(alone.accuracy)
+    assert layer.largest_tenth == pytest.approx(expected.largest_tenth)
+    assert report.num_groups == int(torch.stack([weight[group::32].sum() > 0 for group in range(32)]).sum())
+    losses = nn.functional.cross_entropy(net(x), y.clamp_min(0), reduction="none").detach()
+    counted = weight > 0
+    torch.testing.assert_close(report.samples["loss"][counted], losses[counted])
+    for values, mean in (
+        (report.samples["loss"], report.loss),
+        (layer.samples["relative_flatness"], layer.relative_flatness),
+    ):
+        assert float((weight * values)[counted].sum() / weight.sum()) == pytest.approx(mean, rel=1e-10)
+
+
+def test_targets_that_a_loss_ignores_by_itself_have_no_accuracy():
+    net, y = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double(), torch.tensor([0, 1, -100, 2])
+
+    def focal(logits, targets):
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    report = lf.measure_flatness(net, [(torch.randn(4, 1, 4).double(), y)], loss=focal, layers="classifier")
+    assert math.isnan(report.accuracy)

@@ -227,3 +227,19 @@ def test_many_classes_and_estimates_stay_within_their_errors(residual):
             error = exact.layers["0"].standard_errors[name]
             assert error > 0
             assert abs(getattr(exact.layers["0"], name) - expected[name]) <= 5 * error
+
+
+@guards("layers/recording.py", "return self.inputs if self.unpadded is None else self.unpadded", "return self.inputs")
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_padding_with_zeros_does_not_count(kernel):
+    generator = torch.Generator().manual_seed(6)
+    x, y = data(6)
+    layers = nn.Conv2d(2, 4, kernel, padding="same"), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    net = nn.Sequential(*layers).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    (layer,) = measure(net, [(x + 2, y)]).layers.values()
+    expected = definition(net, "0", x + 2, y)
+    for name in BOTH:
+        assert getattr(layer, name) == pytest.approx(expected[name], rel=1e-10), name
