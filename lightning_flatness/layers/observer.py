@@ -67,6 +67,7 @@ class FlatnessObserver:
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self._defers_checks = True
         self._deviations: Mapping[str, Tensor] = {}
+        self._before: OwnPasses | None = None  # passes that show the channels
         self._weightings: dict[str, Weighting] = {}  # of the layers that were measured
         self._num_seen = 0
 
@@ -98,11 +99,13 @@ class FlatnessObserver:
 
         This makes a forward pass. With ``samples=None`` all samples of the batch are taken.
         """
-        return self._own.channels(inputs, targets, samples)
+        # Apart from what certifies: the first pass of that shows more than a later one would.
+        self._before = self._before or OwnPasses(self._model, self._options)
+        return self._before.channels(inputs, targets, samples)
 
     def normalize(self, deviations: Mapping[str, Tensor]) -> None:
         """Set the standard deviations ``(C,)`` of the input channels of every layer, by name."""
-        self._deviations = deviations
+        self._deviations, self._before = deviations, None
         self._weightings.clear()
 
     def sums(self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None) -> dict[str, LayerSums]:

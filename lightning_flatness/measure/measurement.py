@@ -68,11 +68,9 @@ class Measurement:
 
         ``positions`` are those of the samples in the measured set; by default the ranks take turns.
         """
-        if self._deviations is not None:
-            self._add(self._observer.sums(inputs, targets, advance), positions)
-            return
         samples = num_rows(inputs, targets)
-        if not samples:
+        if self._deviations is not None or not samples:
+            self._add(self._observer.sums(inputs, targets, advance), positions)
             return
         positions = self._positions(samples, positions)
         among_first = (positions < FIRST_SAMPLES).nonzero()
@@ -80,7 +78,8 @@ class Measurement:
         channels = self._observer.channels(inputs, targets, first) if first else {}
         kept: tuple[Any, Tensor | None] = inputs, targets
         if not self._is_last(positions):  # somebody may write to a batch before it is measured
-            kept = as_call(inputs).copied(), None if targets is None else targets.clone()
+            copied = inputs.clone() if isinstance(inputs, Tensor) else as_call(inputs).copied()
+            kept = copied, None if targets is None else targets.clone()
         self._held.append(Held(channels, positions, self._unless_changed(lambda: self._observer.sums(*kept, advance))))
         self.settle_when_due()
 
@@ -100,8 +99,8 @@ class Measurement:
         return measured
 
     def _weights(self) -> list[Tensor]:
-        """Return copies of some entries of every parameter and buffer."""
-        tensors = [tensor.detach().flatten() for tensor in (*self._model.parameters(), *self._model.buffers())]
+        """Return copies of some entries of every parameter; a forward may write to buffers."""
+        tensors = [parameter.detach().flatten() for parameter in self._model.parameters()]
         return [tensor[:: max(1, len(tensor) // 64)].clone() for tensor in tensors]
 
     @property

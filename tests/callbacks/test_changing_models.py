@@ -120,6 +120,7 @@ def test_model_that_changes(tmp_path, change):
     assert [record["epoch"] for record in callback.history] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [wider, pruned, last_layer_removed, low_rank], ids=lambda change: change.__name__)
 def test_figures_of_a_model_that_changes(tmp_path, change):
     pytest.importorskip("matplotlib").use("agg")

@@ -61,6 +61,7 @@ class LogsOneNumber(Callback):
             pl_module.log("number", 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "sanity", "guarded"),
     [

@@ -26,6 +26,7 @@ QUICK = ("plain", "dropout and shuffling", "augmentation", "frozen BatchNorm", "
 # ------------------------------------------------------------------------------------------------------------ no trace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["val", "train"])
 @pytest.mark.parametrize(
     "run", [run if run in QUICK else pytest.param(run, marks=pytest.mark.slow) for run in RUNS if "workers" not in run]

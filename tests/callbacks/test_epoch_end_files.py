@@ -190,6 +190,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @kinds
 def test_command_line(tmp_path, kind):
     options = {"every_n_epochs": 1, "dtype": "float64", **OPTIONS[kind]}

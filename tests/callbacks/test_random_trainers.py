@@ -218,6 +218,7 @@ def options(examples):
     return settings(max_examples=examples, phases=[Phase.explicit, Phase.generate])
 
 
+@pytest.mark.slow
 @example(Draw(compiled="wrapped", net="batch norm", layers="all", precision="64-true"))
 @example(Draw(compiled="in place", net="dropout", module="gan", logger="tensorboard", second_callback=True))
 @example(Draw(data="train", limit_val_batches=0, module="manual", batch="dataclass", batch_fn=True))

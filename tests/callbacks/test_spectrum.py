@@ -63,6 +63,7 @@ def test_monitors_see_the_keys_in_the_same_epoch(tmp_path):
     assert float(best.best_model_score) == max(record["lambda_max"] for record in callback.history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
 def test_monitors_that_look_before_it_are_warned_of(tmp_path, options):
     def run(monitor, name):
@@ -119,6 +120,7 @@ def test_eigenvectors_in_files_are_asked_for(tmp_path, wanted):
     assert_close(found.eigenvalues, callback.result.eigenvalues, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_gradient_clipping_is_warned_of_once(tmp_path):
     with pytest.warns(UserWarning, match="gradients are clipped.*arXiv 2504.17618") as caught:
         fit(tmp_path, lf.SpectrumCallback(every_n_epochs=1, **TINY), gradient_clip_val=0.5)

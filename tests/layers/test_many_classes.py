@@ -100,6 +100,7 @@ def test_sampled_numbers_are_labelled_and_within_their_standard_errors(confidenc
             assert 0 < layer.standard_errors[measure] <= tolerance * getattr(layer, measure)
 
 
+@pytest.mark.slow
 def test_standard_errors_are_those_of_repetitions():
     model, batch = net(0.02).double(), batches(8)
     exact = lf.measure_flatness(model, batch, layers="0", tolerance=0).hessian_trace
@@ -120,6 +121,7 @@ def test_sampling_takes_few_passes_and_is_repeatable(monkeypatch):
     assert first.hessian_trace != lf.measure_flatness(model, batch, layers="0", tolerance=0.05, seed=1).hessian_trace
 
 
+@pytest.mark.slow
 def test_errors_of_batches_add_up_in_quadrature():
     model = net(0.02).double()
     ((x, y),) = batches(32)

@@ -56,6 +56,7 @@ def test_it_is_the_hessian_within_its_standard_error():
     assert 0 < float(entries) < 0.2
 
 
+@pytest.mark.slow
 def test_standard_errors_are_those_of_repetitions():
     expected = float(oracle_block_traces(net(), (X, Y), "0").trace())
     repeated = [measure(seed=seed, num_probes=30) for seed in range(40)]

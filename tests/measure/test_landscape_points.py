@@ -47,6 +47,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, chunk):
     assert_close(untouched.losses, whole.losses, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_real_interrupt():
     class Interrupts(nn.Linear):
         calls = 0

@@ -25,6 +25,7 @@ from tests.spectra import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("net", NETS)
 def test_top_ten_eigenvalues_are_those_of_the_dense_matrix(net, matrix):
@@ -43,6 +44,7 @@ def test_top_ten_eigenvalues_are_those_of_the_dense_matrix(net, matrix):
     assert_close(result.loss, float(cross_entropy(copy.deepcopy(model).eval()(x), y).detach()))
 
 
+@pytest.mark.slow
 def test_a_split_into_seven_and_three_is_the_whole():
     model, x, y = convolutional()
     x, y = x[:10], y[:10]
@@ -155,6 +157,7 @@ class Dense(nn.Module):
         return (0.5 * self.weight @ self.matrix @ self.weight).expand(len(x), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["convolutions and norm", "perceptron"])
 def test_density_lies_near_the_exact_spectrum(net):
     model, x, y = NETS[net]()

@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 from torch import nn
 
@@ -45,6 +46,7 @@ def most_bytes(num_probes, num_batches, size=20_000):
 PASSES, WEIGHED = [], []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_probes_or_batches():
     most, vector = most_bytes(1, 1)
     more, _ = most_bytes(2, 2)

@@ -71,6 +71,7 @@ def test_another_loss_is_noticed():
         assert_matches_oracle(net(), (X, Y), "2", loss_function=nn.CrossEntropyLoss(torch.tensor(WEIGHT).double()))
 
 
+@pytest.mark.slow
 @given(recipe=recipes(), name=st.sampled_from(["binary", "mse"]), seed=st.integers(0, 2**16))
 @settings(max_examples=40)
 def test_random_networks(recipe, name, seed):
