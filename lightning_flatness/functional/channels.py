@@ -1,4 +1,4 @@
-"""The spread of a layer's input channels, and the measure that does not depend on it.
+"""The spread of a layer's input channels, which normalised relative flatness needs.
 
 Let ``σ_c`` be the standard deviation of input channel ``c`` over samples and positions. The same function has a kernel
 ``σ_c w_sc`` that reads channels ``x_c / σ_c``, all of standard deviation one. Normalised relative flatness is relative

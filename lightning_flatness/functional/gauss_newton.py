@@ -83,7 +83,7 @@ def gauss_newton_contraction(
     if chunk_size is None:
         length = positions if use_gram else patch_length
         elements = columns * filters * (positions + length) + (groups * positions**2 if use_gram else 0)
-        elements += filters * per_group if weighting is not None and not diagonal else 0
+        elements += filters * min(per_group, columns * length) if weighting is not None and not diagonal else 0
         budget = CHUNK_ELEMENTS.get(inputs.device.type, ELEMENTS_ELSEWHERE)
         chunk_size = max(1, budget // elements)
 
@@ -108,10 +108,12 @@ def gauss_newton_contraction(
             values[chunk, TRACE] = of_filters.flatten(1).sum(1, dtype=torch.float64)
         if diagonal and of_filters is not None:
             total += of_filters.sum(0).double()
-        elif weighting is None and per_group > left.shape[-1]:
+        elif per_group > (1 if weighting is None else columns) * left.shape[-1]:
             # One product that sums over samples and columns too: separate products would take more memory.
             first, second = (factor.permute(1, 3, 0, 2, 4).flatten(2) for factor in (left, right))
             total += (first @ second.mT).double()
+            if weighting is not None and weighting.gram is not None:
+                values[chunk, RELATIVE] = _weighted(weighting.gram, left, right)
         elif weighting is None:
             total += (left @ right.mT).sum((0, 2)).double()
         else:
@@ -127,9 +129,8 @@ def gauss_newton_contraction(
                 if use_gram
                 else (weighting.scaled_patches(features[0]),) * 2
             )
-            one = _by_filter(one if of_columns is None else one * of_columns)
-            weighted = weighting.normalized.to(one) @ one
-            values[chunk, NORMALIZED] = (weighted * _by_filter(other)).flatten(1).sum(1).double()
+            one = one if of_columns is None else one * of_columns
+            values[chunk, NORMALIZED] = _weighted(weighting.normalized, one, other)
         if weighting.kernel is not None:
             jacobians = _features(parts, here, False)[0].unbind(2) if use_gram else features[0].unbind(2)
             of_column = [channelwise_values(weighting.kernel, one, one) for one in jacobians]
@@ -154,6 +155,12 @@ def _features(
     products = [patches_times(delta.flatten(2, 3), x, how) for delta, (x, how) in zip(parts, calls, strict=True)]
     summed = sum(products[1:], products[0]).unflatten(2, parts[0].shape[2:4])
     return summed, summed  # (N, G, B, s, D)
+
+
+def _weighted(gram: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner product of ``gram`` with ``left rightᵀ``, summed over columns, float64 ``(N,)``."""
+    product = gram.to(left) @ _by_filter(left)
+    return (product * _by_filter(right)).flatten(1).sum(1).double()
 
 
 def _by_filter(features: Tensor) -> Tensor:

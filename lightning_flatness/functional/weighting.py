@@ -40,6 +40,7 @@ class Weighting:
         kernel = kernel.detach()
         normalized = None
         if deviations is not None:
+            deviations = deviations.to(kernel.device)
             by_group = deviations.view(groups, 1, -1, 1)
             scaled = kernel.double().reshape(groups, -1, by_group.shape[2], prod(kernel.shape[2:])) * by_group
             normalized = weight_gram(scaled.flatten(0, 1), groups)

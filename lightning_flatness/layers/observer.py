@@ -23,7 +23,7 @@ from lightning_flatness.layers.gauss_newton import Advance, gauss_newton_layers
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
-from lightning_flatness.layers.sums import LayerStatistics, LayerSums, added, layer_sums, outcomes_of
+from lightning_flatness.layers.sums import LayerStatistics, LayerSums, added, layer_sums, outcomes_of_pass
 from lightning_flatness.layers.trial import Observable, repeated, try_observing
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import ModelCopy
@@ -237,7 +237,7 @@ class FlatnessObserver:
             return loss.halved() if is_pair else loss
 
         certified, known = certify_observed(recorded, loss_at, observable.known, observable.context)
-        return ClosedForms.of(certified, known, outcomes_of(certified)), known
+        return ClosedForms.of(certified, known, outcomes_of_pass(certified)), known
 
     def _measured(self, forms: ClosedForms) -> dict[str, LayerSums]:
         sums = {}
@@ -261,7 +261,7 @@ class FlatnessObserver:
         self, certified: CertifiedPass, known: Certified, advance: Advance = lambda part: None
     ) -> dict[str, LayerSums]:
         """Return block traces of all layers, summed over the samples of a pass."""
-        forms = ClosedForms.of(certified, known, outcomes_of(certified))
+        forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
         sums = self._measured(forms)
         if not certified.others:
             return sums

@@ -137,9 +137,10 @@ class OwnPasses:
         It is called under :func:`isolated`, and again on fewer samples if these are too many for one part.
         """
         samples, start = num_rows(inputs, targets), 0
+        end = min(samples, most or samples)
         self._tensors = self._tensors.narrowed(inputs, samples)
-        while start < min(samples, most or samples):
-            rows = self._size.next_rows(samples - start, begun=bool(self.known.layers))
+        while start < end:
+            rows = self._size.next_rows(end - start, begun=bool(self.known.layers))
 
             def tell(part: float, start: int = start, rows: int = rows) -> None:
                 if advance is not None:

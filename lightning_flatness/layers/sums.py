@@ -82,7 +82,7 @@ def added(one: dict[str, LayerSums], other: dict[str, LayerSums]) -> dict[str, L
     return {name: one[name] + sums if name in one else sums for name, sums in other.items()}
 
 
-def outcomes_of(certified: CertifiedPass) -> Tensor:
+def outcomes_of_pass(certified: CertifiedPass) -> Tensor:
     """Return the outcomes of every sample of a pass, ``(N, 6)``; what depends on targets is NaN without them."""
     loss, logits = certified.loss, certified.recorded.logits.detach()
     known = loss.outcomes

@@ -256,7 +256,7 @@ class Measurement:
         metric, deviations = self._metric(info), (self._deviations or {}).get(info.name)
         with metric.sync_context(should_sync=self._sync):
             means = metric.means()
-            measures = {key: float(value) for key, value in metric.measures().items()}
+            measures: dict[str, Any] = {key: float(value) for key, value in metric.measures().items()}
             block_traces, gram = (mean.cpu() for mean in means)
             standard_errors = metric.standard_errors()
             num_samples = int(metric.num_samples)
@@ -271,9 +271,5 @@ class Measurement:
             sampling_errors={key: error for key, error in samples.layer_errors(info.name).items() if key in measures},
             largest_tenth=samples.largest_tenth(info.name),
             samples=samples.values_of_layer(info.name),
-            **_measures(measures),
+            **{"relative_flatness": math.nan, **measures},
         )
-
-
-def _measures(measures: dict[str, float]) -> dict[str, Any]:
-    return {"relative_flatness": math.nan, **measures}

@@ -72,9 +72,12 @@ class SampleValues:
         if self._keeps_all:
             kept = {name: of_layer.samples for name, of_layer in sums.items()}
         else:
-            counts = outcomes[:, COUNT] > 0  # samples that are not ignored
-            kept = {name: sums[name].samples[counts, RELATIVE : RELATIVE + 1] for name in keeps & sums.keys()}
-            positions = positions[counts.to(positions.device)]
+            # NaN stands for ignored samples: to leave them out here would make the program wait for a GPU.
+            counts = outcomes[:, COUNT, None] > 0
+            kept = {
+                name: torch.where(counts, sums[name].samples[:, RELATIVE, None], torch.nan)
+                for name in keeps & sums.keys()
+            }
         self._kept.append((positions, outcomes if self._keeps_all else outcomes[:0], kept))
 
     def of_rank(self) -> OfRank:
@@ -161,7 +164,8 @@ class Samples:
         if values is None:
             return math.nan
         of_samples = values[:, min(RELATIVE, values.shape[1] - 1)]
-        return largest_tenth(of_samples if self.of_samples is None else of_samples[self.of_samples[:, COUNT] > 0])
+        counts = of_samples.isfinite() if self.of_samples is None else self.of_samples[:, COUNT] > 0
+        return largest_tenth(of_samples[counts])
 
     @property
     def num_groups(self) -> int:

@@ -83,7 +83,7 @@ def is_compiled():
     return len(graphs) == 1
 
 
-@guards("callbacks/penalty.py", "cls._num_steps == 0 and", "")
+@guards("callbacks/penalty.py", "if cls._stance is None:", "if True:")
 def test_one_of_several_heads_is_named(tmp_path):
     def two_heads(module, x, y):
         features = module.features(x)

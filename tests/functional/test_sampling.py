@@ -25,7 +25,6 @@ def population(number=3000):
     return torch.stack(columns, dim=1)
 
 
-@guards("functional/sampling.py", "(number - 1) / number * ", "")
 def test_intervals_cover_the_mean_of_the_population():
     values, generator = population(), torch.Generator().manual_seed(1)
     assert largest_tenth(values[:, 1]) > 0.2
@@ -41,6 +40,7 @@ def test_intervals_cover_the_mean_of_the_population():
     assert (covered <= 197).all(), covered
 
 
+@guards("functional/sampling.py", "(number - 1) / number * ", "")
 def test_errors_are_those_of_a_mean_of_groups():
     values = torch.randn(320, 2, generator=torch.Generator().manual_seed(2)).double()
     sums = grouped(values, torch.arange(320))

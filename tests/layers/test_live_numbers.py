@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatness.errors import FlatnessError, LayerSelectionError
 from lightning_flatness.layers.certify import certify_observed
@@ -18,6 +17,7 @@ from lightning_flatness.layers.recording import Recorder
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
 from tests.callbacks.live_networks import batch
+from tests.device_waits import Looks
 from tests.guarding import guards
 from tests.networks import Network, recipes
 from tests.torchvision_models import CURVED, PIECEWISE_LINEAR, random_model
@@ -90,23 +90,6 @@ def test_a_kernel_that_is_written_to_is_known(write):
         return
     with pytest.raises(LayerSelectionError, match="had another kernel|was written to since the measurement began"):
         observed(observer, model, x, y)
-
-
-class Looks(TorchDispatchMode):
-    """Notes what has to wait for a device: a tensor's value on the host, or a shape that depends on values."""
-
-    WAIT = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "_to_copy")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        masks = [t for t in (args[1] if name == "index" else ()) if t is not None and t.dtype == torch.bool]
-        if masks or (name in self.WAIT and (name != "_to_copy" or kwargs.get("device") is not None)):
-            self.found.append(name)
-        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])

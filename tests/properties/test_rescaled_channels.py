@@ -161,9 +161,11 @@ def test_they_stay_and_relative_flatness_moves(kind):
     assert max(moved) > 2 or min(moved) < 0.5
 
 
-@guards("measure/samples.py", "< FIRST_SAMPLES", "< FIRST_SAMPLES // 2")
-@guards("measure/measurement.py", "as_call(inputs).copied()", "as_call(inputs)")
-def test_batches_do_not_matter(monkeypatch):
+@guards("measure/measurement.py", "inputs.clone() if isinstance", "inputs if isinstance", ids="tensor")
+@guards("measure/measurement.py", "as_call(inputs).copied()", "as_call(inputs)", ids="mapping")
+@guards("measure/measurement.py", "None if targets is None else targets.clone()", "targets", ids="tensor")
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: {"x": x}], ids=["tensor", "mapping"])
+def test_batches_do_not_matter(monkeypatch, given):
     monkeypatch.setattr(samples, "FIRST_SAMPLES", 8)
     monkeypatch.setattr("lightning_flatness.measure.measurement.FIRST_SAMPLES", 8)
     net, (x, y) = Net(3), data(3, number=11)
@@ -171,11 +173,11 @@ def test_batches_do_not_matter(monkeypatch):
     spread = channels.ChannelSums.of(read_by(net, x[:8])).total().deviations()
 
     def overwritten():  # every batch in the same memory
-        memory = torch.empty(3, *x.shape[1:], dtype=x.dtype)
+        memory, labels = torch.empty(3, *x.shape[1:], dtype=x.dtype), torch.empty(3, dtype=y.dtype)
         for start in range(0, 11, 3):
             rows = len(x[start : start + 3])
-            memory[:rows] = x[start : start + 3]
-            yield memory[:rows], y[start : start + 3]
+            memory[:rows], labels[:rows] = x[start : start + 3], y[start : start + 3]
+            yield given(memory[:rows]), labels[:rows]
 
     for batches in ([(x[:7], y[:7]), (x[7:], y[7:])], overwritten()):
         report = measure(net, batches)

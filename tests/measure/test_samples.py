@@ -1,0 +1,51 @@
+"""What a measurement keeps of single samples."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_flatness as lf
+from lightning_flatness.functional.channels import ChannelSums
+from lightning_flatness.layers.observer import FlatnessObserver
+from lightning_flatness.measure.samples import Held, SampleValues, deviations_of
+from tests.device_waits import Looks
+from tests.guarding import guards
+
+
+@guards("measure/samples.py", "torch.where(counts, sums[name]", "torch.where(counts | ~counts, sums[name]")
+def test_ignored_samples_are_left_out_without_waiting_for_a_device():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)).double()
+    x, y = torch.randn(12, 1, 6, 6).double(), torch.arange(12) % 4
+    y[::2] = -100
+    sums, values = FlatnessObserver(net).sums(x, y), SampleValues()
+    with Looks() as looks:
+        values.add(sums, torch.arange(12), {"0"})
+    assert looks.found == []
+    alone = lf.measure_flatness(net, [(x[1::2], y[1::2])])
+    assert not math.isnan(alone.layers["0"].largest_tenth)
+    assert values.gathered(False).largest_tenth("0") == pytest.approx(alone.layers["0"].largest_tenth, rel=1e-10)
+
+
+@guards("measure/samples.py", "< FIRST_SAMPLES", "< FIRST_SAMPLES + 1")
+def test_the_spread_is_that_of_the_first_samples_whatever_is_held():
+    """An observed batch shows all its samples, in the order of the measured set or not."""
+    inputs, order = torch.randn(200, 3, 5).double(), torch.randperm(200)
+    held = [Held({"conv": ChannelSums.of(inputs[some])}, some, measure=dict) for some in (order[:90], order[90:])]
+    expected = inputs[:128].transpose(0, 1).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(deviations_of(held, sync=False)["conv"], expected, rtol=1e-12, atol=0)
+
+
+def test_only_the_first_samples_of_a_large_batch_are_run_to_see_the_channels():
+    rows = []
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            rows.append(len(x))
+            return super().forward(x)
+
+    net = Net(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    lf.measure_flatness(net, [(torch.randn(1000, 1, 4, 4), torch.arange(1000) % 4)])
+    assert sorted(rows)[:2] == [128, 128]  # one finds the layers, one shows their channels
+    assert set(rows) == {128, 1000}
