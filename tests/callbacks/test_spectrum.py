@@ -20,6 +20,7 @@ TINY = {"top_k": 2, "num_steps": 4, "num_probes": 2}
 KEYS = {f"spectrum/{name}" for name in ("lambda_max", "trace", "trace_stderr", "r_e", "k_hn", "c_t", "exact")}
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_dense_hessian_of_the_weights_that_are_left(tmp_path):
     x, y = dataset(8, dtype=torch.float64)[:]
     callback = lf.SpectrumCallback(
@@ -54,6 +55,7 @@ def test_every_epoch_has_its_own_weights(tmp_path):
         assert_close(record["trace"], expected.trace, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_monitors_see_the_keys_in_the_same_epoch(tmp_path):
     callback = lf.SpectrumCallback(every_n_epochs=1, **TINY)
     best = ModelCheckpoint(tmp_path, monitor="spectrum/lambda_max", mode="max", filename="best")
@@ -80,6 +82,7 @@ def test_monitors_that_look_before_it_are_warned_of(tmp_path, options):
         run("val_acc", "b")
 
 
+@pytest.mark.slow
 @guards("callbacks/epoch_end.py", "elif self.history and self.every_n_epochs is not None:", "elif False:")
 def test_a_resumed_run_where_nothing_is_due_has_the_last_values(tmp_path):
     fit(tmp_path, lf.SpectrumCallback(every_n_epochs=3, **TINY), ModelCheckpoint(tmp_path, filename="e"), max_epochs=1)
@@ -90,6 +93,7 @@ def test_a_resumed_run_where_nothing_is_due_has_the_last_values(tmp_path):
     assert_close(float(trainer.callback_metrics["spectrum/trace"]), callback.history[0]["trace"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [None, 1])
 def test_loggers_get_the_end_of_the_fit(tmp_path, every):
     callback = lf.SpectrumCallback(every_n_epochs=every, **TINY)

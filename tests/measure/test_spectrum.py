@@ -57,6 +57,7 @@ def test_a_split_into_seven_and_three_is_the_whole():
     assert singles.num_samples == whole.num_samples == 10
 
 
+@pytest.mark.slow
 def test_criteria_are_those_of_the_dense_ritz_decomposition():
     model, x, y = convolutional()
     dense = dense_hessian(model, x, y)

@@ -5,7 +5,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -155,7 +155,18 @@ def test_permuted_samples_and_classes_do_not_matter():
 
 
 @given(sizes=st.lists(st.integers(1, 9), max_size=10), curved=st.booleans())
+@settings(max_examples=20)
 def test_any_split_over_batches_equals_the_whole(sizes, curved):
+    assert_any_split_is_the_whole(sizes, curved)
+
+
+@pytest.mark.slow
+@given(sizes=st.lists(st.integers(1, 9), max_size=10), curved=st.booleans())
+def test_many_more_splits_over_batches_equal_the_whole(sizes, curved):
+    assert_any_split_is_the_whole(sizes, curved)
+
+
+def assert_any_split_is_the_whole(sizes, curved):
     net = Net(nn.SiLU() if curved else nn.ReLU())
     cuts = [0, *(cut for cut in accumulate(sizes) if cut < 10), 10]
     batches = [(X[a:b], Y[a:b]) for a, b in pairwise(cuts)]
