@@ -66,7 +66,7 @@ class FlatnessCallback(MeasuringCallback):
         label_smoothing: label smoothing of the cross-entropy.
         class_weight: class weights of the cross-entropy.
         ignore_index: target value that the cross-entropy ignores.
-        measures: without ``"relative_flatness"`` only the Hessian trace, its logarithm and the weight norm are logged.
+        measures: the measures to compute. With ``["hessian_trace"]`` no kind of relative flatness is logged.
         tolerance: accepted relative standard error of estimates, which are made if there are many classes.
         residual: ``"hutchinson"`` to estimate the part of the Hessian that the Gauss-Newton matrix omits.
         num_probes: number of random probe vectors of the Hutchinson estimate.

@@ -55,8 +55,9 @@ def measure_flatness(
         label_smoothing: label smoothing of cross-entropy, as in ``torch.nn.CrossEntropyLoss``.
         class_weight: class weights ``(K,)`` of cross-entropy, as in ``torch.nn.CrossEntropyLoss(weight=...)``.
         ignore_index: target value that cross-entropy ignores.
-        measures: the measures to compute. Without ``"relative_flatness"``, only the diagonals of the block traces are
-            kept, which takes less time and memory.
+        measures: the measures to compute, by default all but ``"channelwise_flatness"``. Without relative, normalised
+            and channel-wise flatness, only the diagonals of the block traces are kept, which takes less time and
+            memory.
         tolerance: relative standard error of trace and relative flatness for layers whose Gauss-Newton matrix is
             measured, with 128 classes or more: classes with little probability mass are sampled until it is reached.
             Such numbers are not called exact. With 0, or with ``strict``, all classes are computed.

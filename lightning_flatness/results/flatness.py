@@ -128,7 +128,7 @@ class FlatnessReport(Record):
         data: the data that were measured: ``"val"``, ``"train"`` or a description; empty if nobody said.
         sampling_errors: standard errors over samples of loss, accuracy, curvature, and the sums over layers, by name.
         num_groups: number of groups of samples that these errors are taken from; the t-distribution of an interval
-            has one degree of freedom less.
+            (``functional.sampling.interval``) has one degree of freedom less.
         samples: ``loss``, ``prediction`` and ``weight`` of single samples, ``(N,)`` each; empty unless asked for. The
             weight is that of the target's class, and 0 for an ignored sample.
 
