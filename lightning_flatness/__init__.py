@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_flatness.callbacks.stopping import FlatnessStopping
     from lightning_flatness.errors import BatchError, FlatnessError, LandscapeError, LayerSelectionError, NotExactError
     from lightning_flatness.layers.observer import FlatnessObserver
+    from lightning_flatness.measure.compare import compare
     from lightning_flatness.measure.flatness import measure_flatness
     from lightning_flatness.measure.lambda_max import measure_lambda_max
     from lightning_flatness.measure.landscape import loss_landscape
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_flatness.measure.spectrum import hessian_spectrum
     from lightning_flatness.model.directions import direction_between, pca_directions
     from lightning_flatness.results import (
+        Comparison,
         FlatnessReport,
         LambdaMaxReport,
         LandscapeResult,
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchError",
+    "Comparison",
     "FlatCheckpoint",
     "FlatnessCallback",
     "FlatnessError",
@@ -53,6 +56,7 @@ __all__ = [
     "SpectrumCallback",
     "SpectrumResult",
     "TrajectoryResult",
+    "compare",
     "direction_between",
     "hessian_spectrum",
     "loss_landscape",
@@ -71,6 +75,7 @@ _MODULES = {
     "callbacks.spectrum": ["SpectrumCallback"],
     "errors": ["BatchError", "FlatnessError", "LandscapeError", "LayerSelectionError", "NotExactError"],
     "layers.observer": ["FlatnessObserver"],
+    "measure.compare": ["compare"],
     "measure.flatness": ["measure_flatness"],
     "measure.lambda_max": ["measure_lambda_max"],
     "measure.landscape": ["loss_landscape"],
@@ -78,6 +83,7 @@ _MODULES = {
     "measure.spectrum": ["hessian_spectrum"],
     "model.directions": ["direction_between", "pca_directions"],
     "results": [
+        "Comparison",
         "FlatnessReport",
         "LambdaMaxReport",
         "LandscapeResult",

@@ -39,13 +39,44 @@ def sampling_errors(sums: Tensor, weights: Tensor) -> Tensor:
         >>> sampling_errors(sums, weights)  # the standard deviation 1.29 over the root of 4
         tensor([0.6455], dtype=torch.float64)
     """
+    without = means_without_groups(sums, weights)
+    number = len(without)
+    if number < 2:
+        return sums.new_full(sums.shape[1:], torch.nan, dtype=torch.float64)
+    return ((number - 1) / number * (without - without.mean(0)).square().sum(0)).sqrt()
+
+
+def means_without_groups(sums: Tensor, weights: Tensor) -> Tensor:
+    """Return the means over all groups but one, for every group that has samples: ``(G, Q)``, float64.
+
+    ``sums`` are ``(32, Q)`` and ``weights`` ``(32,)``, as :func:`grouped` gives them.
+
+    Example:
+        >>> sums, weights = torch.tensor([[1.0], [2.0], [6.0], [0.0]]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+        >>> means_without_groups(sums, weights).flatten()
+        tensor([4.0000, 3.5000, 1.5000], dtype=torch.float64)
+    """
     kept = weights > 0
     sums, weights = sums[kept].double(), weights[kept].double()
-    number = len(weights)
+    return (sums.sum(0) - sums) / (weights.sum() - weights)[:, None]
+
+
+def jackknife_covariance(without: Tensor) -> Tensor:
+    """Return the covariances ``(Q, Q)`` of ``Q`` numbers from their values without each group, ``(G, Q)``.
+
+    With fewer than two groups they are NaN. The variances are the squares of :func:`sampling_errors`; numbers of the
+    same samples have covariances that make the error of their difference smaller or larger.
+
+    Example:
+        >>> jackknife_covariance(torch.tensor([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]]))
+        tensor([[ 1.3333, -1.3333],
+                [-1.3333,  1.3333]])
+    """
+    number = len(without)
     if number < 2:
-        return sums.new_full(sums.shape[1:], torch.nan)
-    without = (sums.sum(0) - sums) / (weights.sum() - weights)[:, None]
-    return ((number - 1) / number * (without - without.mean(0)).square().sum(0)).sqrt()
+        return without.new_full((without.shape[1],) * 2, torch.nan)
+    deviations = without - without.mean(0)
+    return (number - 1) / number * deviations.T @ deviations
 
 
 def largest_tenth(values: Tensor) -> float:

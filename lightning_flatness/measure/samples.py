@@ -181,12 +181,17 @@ class Samples:
         return {measure: of_samples for measure, of_samples in values.items() if not bool(of_samples.isnan().all())}
 
     def values_of_network(self) -> dict[str, Tensor]:
-        """Return loss, prediction and weight of every sample, ``(N,)`` each; none unless all values were kept."""
+        """Return what is known of every sample, ``(N,)`` each, by name; nothing unless all values were kept."""
         if self.of_samples is None:
             return {}
         weight = self.of_samples[:, WEIGHT]
-        prediction = self.of_samples[:, PREDICTION].long()
-        return {"loss": self.of_samples[:, LOSS] / weight, "prediction": prediction, "weight": weight}
+        return {
+            "loss": self.of_samples[:, LOSS] / weight,
+            "curvature": self.of_samples[:, CURVATURE] / weight,
+            "prediction": self.of_samples[:, PREDICTION].long(),
+            "correct": self.of_samples[:, CORRECT],
+            "weight": weight,
+        }
 
 
 def _named(errors: Tensor) -> dict[str, float]:

@@ -129,8 +129,9 @@ class FlatnessReport(Record):
         sampling_errors: standard errors over samples of loss, accuracy, curvature, and the sums over layers, by name.
         num_groups: number of groups of samples that these errors are taken from; the t-distribution of an interval
             (``functional.sampling.interval``) has one degree of freedom less.
-        samples: ``loss``, ``prediction`` and ``weight`` of single samples, ``(N,)`` each; empty unless asked for. The
-            weight is that of the target's class, and 0 for an ignored sample.
+        samples: ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and ``weight`` of single
+            samples, ``(N,)`` each; empty unless asked for. The weight is that of the target's class, and 0 for an
+            ignored sample.
 
     Example:
         >>> import torch

@@ -65,7 +65,13 @@ def trajectory():
     return TrajectoryResult(torch.tensor([[3.0, 1.0], [1.0, 0.5], [0.0, 0.0]]).double(), torch.tensor([0.8, 0.1]))
 
 
+def comparison():
+    nets = {name: nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)) for name in ("<b>", "b")}
+    return lf.compare(nets, [BATCH], layers=["0"])
+
+
 RESULTS = {
+    "comparison": comparison,
     "flatness": flatness,
     "layer": lambda: flatness().layers["2"],
     "info": lambda: flatness().layers["0"].info,

@@ -1,0 +1,100 @@
+"""What must not be concluded from a comparison, found by looking at its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from lightning_flatness.functional.sampling import GROUPS
+from lightning_flatness.results import CAUTIONS, Caution, ComparedModel, number_of
+from lightning_flatness.results.texts import named
+
+# Training losses may differ by this share of the larger one.
+MOST_APART = 0.1
+
+
+def cautions_of(rows: Mapping[str, ComparedModel]) -> tuple[Caution, ...]:
+    """Return the cautions of models that are compared, in the order of ``CAUTIONS``."""
+    found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows)]
+    return tuple(sorted(found, key=lambda caution: CAUTIONS.index(caution.kind)))
+
+
+def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    losses = {name: row.loss if row.data == "train" else row.train_loss for name, row in rows.items()}
+    unknown = tuple(name for name, loss in losses.items() if not math.isfinite(loss))
+    if unknown:
+        sentence = (
+            f"The training loss is not known{_for(unknown, rows)}. Flatness goes down with it, whatever the network is "
+            "good for: a model may be flatter for having been trained longer alone."
+        )
+        return [Caution("train_loss_unknown", sentence, unknown)]
+    low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+    if abs(losses[high] - losses[low]) <= MOST_APART * abs(losses[high]):
+        return []
+    sentence = (
+        f"Training losses differ by more than a tenth ({low} {losses[low]:.3g}, {high} {losses[high]:.3g}). Flatness "
+        "goes down with the training loss, so the order may be that of the losses: compare models of equal loss."
+    )
+    return [Caution("train_loss", sentence, tuple(rows))]
+
+
+def _of_layers(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    found = []
+    if _differ(row.layers for row in rows.values()):
+        names = " / ".join(dict.fromkeys(named(row.layers) for row in rows.values()))
+        sentence = f"Layers of different names are compared ({names}): networks of different depth or kind?"
+        found.append(Caution("layers", sentence, tuple(rows)))
+    if _differ((row.filters, row.features) for row in rows.values()):
+        sizes = " / ".join(
+            dict.fromkeys(
+                named(f"{s} x {d}" for s, d in zip(row.filters, row.features, strict=True)) for row in rows.values()
+            )
+        )
+        sentence = (
+            f"Layers have different numbers of filters or features ({sizes}). What flatness says across widths is not "
+            "known."
+        )
+        found.append(Caution("width", sentence, tuple(rows)))
+    return found
+
+
+def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    found = []
+    inexact = tuple(name for name, row in rows.items() if not row.exact)
+    if inexact:
+        reasons = "; ".join(dict.fromkeys(reason for name in inexact for reason in rows[name].reasons))
+        sentence = f"Not the numbers of the Hessian{_for(inexact, rows)}: {reasons}."
+        found.append(Caution("not_exact", sentence, inexact))
+    shared = {
+        "loss_function": ("loss_name", "Losses are different functions"),
+        "precision": ("precision", "Models were measured in different precisions"),
+        "data": ("data", "Models were measured on different data"),
+        "num_samples": ("num_samples", "Models were measured on different numbers of samples"),
+    }
+    if inexact:  # exact numbers do not depend on the method
+        shared["method"] = ("method", "Numbers are from different methods")
+    for kind, (field, words) in shared.items():
+        values = {name: getattr(row, field) for name, row in rows.items()}
+        if _differ(values.values()):
+            listed = named(f"{name}: {value or 'not known'}" for name, value in values.items())
+            found.append(Caution(kind, f"{words} ({listed}).", tuple(rows)))
+    missing = tuple(name for name, row in rows.items() if math.isnan(row.normalized_relative_flatness))
+    if missing:
+        sentence = (
+            f"The normalised measure is not known{_for(missing, rows)}. The others change when the channels that the "
+            "layer reads are rescaled, which leaves the network as it is."
+        )
+        found.append(Caution("not_normalised", sentence, missing))
+    fewest = min(row.num_samples for row in rows.values())
+    if fewest < GROUPS:
+        sentence = f"{number_of(fewest, 'sample')} are too few to tell the errors: {GROUPS} at least."
+        found.append(Caution("few_samples", sentence, tuple(rows)))
+    return found
+
+
+def _differ(values: object) -> bool:
+    return len(set(values)) > 1  # type: ignore[call-overload]
+
+
+def _for(names: tuple[str, ...], rows: Mapping[str, ComparedModel]) -> str:
+    return "" if len(names) == len(rows) else f" for {named(names)}"

@@ -1,0 +1,132 @@
+"""The rows of a comparison from reports, and the covariances of their errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.functional.sampling import grouped, jackknife_covariance, means_without_groups
+from lightning_flatness.results import ComparedModel, FlatnessReport
+
+# Measures that are sums over layers, of which a report has errors.
+SUMS = ("normalized_relative_flatness", "relative_flatness", "hessian_trace")
+# Relative flatness is divided by these means.
+RATIOS = {"relative_flatness_per_loss": "loss", "relative_flatness_per_curvature": "curvature"}
+
+
+def row_of(name: str, report: FlatnessReport) -> ComparedModel:
+    """Return the row of a model from its report."""
+    infos = [layer.info for layer in report.layers.values()]
+    return ComparedModel(
+        name=name,
+        loss=report.loss,
+        accuracy=report.accuracy,
+        normalized_relative_flatness=report.normalized_relative_flatness,
+        relative_flatness=report.relative_flatness,
+        relative_flatness_per_loss=report.relative_flatness_per_loss,
+        relative_flatness_per_curvature=report.relative_flatness_per_curvature,
+        hessian_trace=report.hessian_trace,
+        weight_norm=report.weight_norm,
+        errors={},
+        exact=report.exact,
+        method=", ".join(dict.fromkeys(info.method for info in infos)),
+        reasons=tuple(dict.fromkeys(info.reason for info in infos if info.reason)),
+        precision=report.precision,
+        loss_name=report.loss_name,
+        data=report.data,
+        num_samples=report.num_samples,
+        layers=tuple(report.layers),
+        filters=tuple(info.num_filters for info in infos),
+        features=tuple(info.patch_length for info in infos),
+    )
+
+
+def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[str, Tensor]:
+    """Return the covariances of the errors of every number, float64 ``(M, M)`` for ``M`` reports, by number.
+
+    On the diagonal are the squares of the standard errors, over samples and of estimates. Beside it are, where
+    ``is_paired``, the jackknife's covariances over the groups of samples that all have in common; otherwise zeros.
+    """
+    means = [_means_without_groups(report) for report in reports]
+    found = {}
+    for number in ("loss", "accuracy", *SUMS, *RATIOS):
+        known = [of_report.get(number) for of_report in means]
+        replicates = [one for one in known if one is not None]
+        if is_paired and len(replicates) == len(reports):
+            covariance = jackknife_covariance(torch.stack(replicates, dim=1))
+        else:
+            own = [
+                report.sampling_errors.get(number, math.nan) ** 2
+                if replicate is None
+                else float(jackknife_covariance(replicate[:, None]))
+                for report, replicate in zip(reports, known, strict=True)
+            ]
+            covariance = torch.tensor(own, dtype=torch.float64).diag()
+        estimates = [_estimate_error(report, number) ** 2 for report in reports]
+        found[number] = covariance + torch.tensor(estimates, dtype=torch.float64).diag()
+    return found
+
+
+def have_same_samples(reports: Sequence[FlatnessReport]) -> bool:
+    """Return whether reports have values of single samples that show that the samples are the same ones.
+
+    Samples that two networks both classify correctly must have the same class. Another order, or other samples, is seen
+    in this, unless nearly all samples are of one class.
+    """
+    first = reports[0].samples
+    if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
+        return False
+    if not all(torch.equal(report.samples["weight"], first["weight"]) for report in reports):
+        return False
+    classes = torch.full_like(first["prediction"], -1)
+    for report in reports:
+        correct = report.samples["correct"] == 1
+        both = correct & (classes >= 0)
+        if bool((classes[both] != report.samples["prediction"][both]).any()):
+            return False
+        classes = torch.where(correct, report.samples["prediction"], classes)
+    return len(classes[classes >= 0].unique()) > 1
+
+
+def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
+    """Return the means of every number without each group of samples, ``(G,)``, as far as single samples are known."""
+    samples = report.samples
+    if "weight" not in samples:
+        return {}
+    weight = samples["weight"].double()
+    values = {name: samples[name] for name in ("loss", "curvature") if name in samples}
+    for measure in SUMS:
+        of_layers = [layer.samples.get(measure) for layer in report.layers.values()]
+        known = [one for one in of_layers if one is not None]
+        if known and len(known) == len(of_layers):
+            values[measure] = torch.stack(known).sum(0)
+    means = {name: _without(one, weight) for name, one in values.items()}
+    if "correct" in samples:
+        means["accuracy"] = _without(samples["correct"], (weight > 0).double())
+    for ratio, divisor in RATIOS.items():
+        if {"relative_flatness", divisor} <= means.keys():
+            means[ratio] = means["relative_flatness"] / means[divisor]
+    return means
+
+
+def _without(values: Tensor, weights: Tensor) -> Tensor:
+    positions = torch.arange(len(weights), device="cpu")
+    weighted = torch.where(weights > 0, values.double() * weights, 0.0)  # values of ignored samples are NaN
+    return means_without_groups(grouped(weighted[:, None], positions), grouped(weights[:, None], positions)[:, 0])[:, 0]
+
+
+def _estimate_error(report: FlatnessReport, number: str) -> float:
+    """Return the standard error of an estimate: of independent layers, the root of the sum of squares."""
+    measure = "relative_flatness" if number in RATIOS else number
+    error = math.hypot(*(layer.standard_errors.get(measure, 0.0) for layer in report.layers.values()))
+    divisor = float(getattr(report, RATIOS[number])) if number in RATIOS else 1.0
+    return error / divisor if divisor else math.nan
+
+
+def errors_of(covariances: Mapping[str, Tensor], index: int) -> dict[str, float]:
+    """Return the standard errors of a model's numbers, by name; those that are not known are left out."""
+    found = {number: float(covariance[index, index]) for number, covariance in covariances.items()}
+    return {number: math.sqrt(variance) for number, variance in found.items() if math.isfinite(variance)}
