@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from torch import nn
+
+from lightning_flatness.functional.rank_correlation import FEWEST
 from lightning_flatness.functional.sampling import GROUPS
+from lightning_flatness.measure.network_cautions import network_cautions
 from lightning_flatness.results import CAUTIONS, Caution, ComparedModel, number_of
 from lightning_flatness.results.texts import named
 
@@ -13,27 +17,30 @@ from lightning_flatness.results.texts import named
 MOST_APART = 0.1
 
 
-def cautions_of(rows: Mapping[str, ComparedModel]) -> tuple[Caution, ...]:
-    """Return the cautions of models that are compared, in the order of ``CAUTIONS``."""
-    found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows)]
+def cautions_of(rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Module]) -> tuple[Caution, ...]:
+    """Return the cautions of models that are compared, in the order of ``CAUTIONS``; some may have no network."""
+    found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows), *_of_outcomes(rows)]
+    found += network_cautions(networks)
     return tuple(sorted(found, key=lambda caution: CAUTIONS.index(caution.kind)))
 
 
 def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    losses = {name: row.loss if row.data == "train" else row.train_loss for name, row in rows.items()}
+    losses = {name: row.train_loss for name, row in rows.items()}
     unknown = tuple(name for name, loss in losses.items() if not math.isfinite(loss))
     if unknown:
         sentence = (
-            f"The training loss is not known{_for(unknown, rows)}. Flatness goes down with it, whatever the network is "
-            "good for: a model may be flatter for having been trained longer alone."
+            f"The training loss is not known{_for(unknown, rows)}. Flatness rises early in "
+            "training and falls with the training loss later, so a model may be flatter merely for having been trained "
+            "longer."
         )
         return [Caution("train_loss_unknown", sentence, unknown)]
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-    if abs(losses[high] - losses[low]) <= MOST_APART * abs(losses[high]):
+    if losses[high] - losses[low] <= MOST_APART * abs(losses[high]):
         return []
     sentence = (
         f"Training losses differ by more than a tenth ({low} {losses[low]:.3g}, {high} {losses[high]:.3g}). Flatness "
-        "goes down with the training loss, so the order may be that of the losses: compare models of equal loss."
+        "depends on how far training has come: it rises at first, and falls with the loss later. So the order of the "
+        "models may say no more than that; compare models of equal training loss."
     )
     return [Caution("train_loss", sentence, tuple(rows))]
 
@@ -90,6 +97,17 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
         sentence = f"{number_of(fewest, 'sample')} are too few to tell the errors: {GROUPS} at least."
         found.append(Caution("few_samples", sentence, tuple(rows)))
     return found
+
+
+def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    number = sum(math.isfinite(row.outcome) for row in rows.values())
+    if not 0 < number < FEWEST:
+        return []
+    sentence = (
+        f"{number_of(number, 'model')} with an outcome: nothing can be concluded on how flatness goes with it. Some "
+        "dozens of models are needed."
+    )
+    return [Caution("few_models", sentence, tuple(rows))]
 
 
 def _differ(values: object) -> bool:

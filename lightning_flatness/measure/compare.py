@@ -2,62 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from lightning_flatness.checks import is_number
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.cautions import cautions_of
-from lightning_flatness.measure.compared import covariances_of, errors_of, have_same_samples, row_of
-from lightning_flatness.measure.flatness import measure_flatness
+from lightning_flatness.measure.compared import are_paired, covariances_of, errors_of, row_of
+from lightning_flatness.measure.correlations import correlations_of
+from lightning_flatness.measure.side_by_side import Beside, measured_together
 from lightning_flatness.results import Comparison, FlatnessReport
 
 Models = Mapping[str, FlatnessReport | nn.Module] | Sequence[FlatnessReport | nn.Module]
 
 
-def compare(models: Models, batches: Iterable[Any] | None = None, **options: Any) -> Comparison:
-    """Compare models, or their reports, by the flatness of a layer.
+def compare(
+    models: Models,
+    batches: Iterable[Any] | None = None,
+    *,
+    data: str = "",
+    train_batches: Iterable[Any] | None = None,
+    train_losses: Mapping[str, FlatnessReport | float] | Sequence[FlatnessReport | float] | None = None,
+    outcome: Mapping[str, float] | Sequence[float] | None = None,
+    outcome_name: str = "outcome",
+    hyperparameters: Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]] | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Comparison:
+    """Compare models, or reports of them, by the flatness of the same layers.
+
+    The result has a row for every model, differences to the first one with their errors, and cautions, which say what
+    must not be concluded. Models are measured together, on the same samples, so that errors of differences are those of
+    the same samples; so are those of reports with ``per_sample=True`` of one data set in one order.
+
+    What belongs to a model is given by the same names as the models, or as a sequence in the same order.
 
     Args:
-        models: reports of :func:`~lightning_flatness.measure_flatness`, or models, by name or as a sequence. The first
-            is the reference.
-        batches: data to measure models on, each on the same samples.
-        **options: options of :func:`~lightning_flatness.measure_flatness` for models.
+        models: models, or reports of :func:`~lightning_flatness.measure_flatness`, by name or as a sequence; the first
+            one is the reference. Those of a sequence are called 1, 2, ...
+        batches: data to measure the models on, as :func:`~lightning_flatness.measure_flatness` takes them. They are
+            read once for all models.
+        data: what these data are: ``"train"``, ``"val"`` or a description.
+        train_batches: training data, on which the loss of the models is measured; not needed with ``data="train"``.
+        train_losses: training losses that are known, as numbers or as reports of the training data.
+        outcome: what flatness is to tell, larger where a model is worse: a generalization gap, a test loss. It adds
+            rank correlations, and numbers that come for free to compare with, which take one more pass over
+            ``batches``.
+        outcome_name: what the outcome is.
+        hyperparameters: hyper-parameters of every model, for τ among models that differ in one of them alone.
+        progress: show a progress bar; by default only in a terminal.
+        **options: options of :func:`~lightning_flatness.measure_flatness` for the models, such as ``layers=``.
 
     Returns:
         A :class:`~lightning_flatness.Comparison`.
 
     Raises:
-        FlatnessError: there are fewer than two models, a model has no batches, or an option has no model.
+        FlatnessError: there are fewer than two models, models have no batches, or names do not fit; and all that
+            :func:`~lightning_flatness.measure_flatness` raises, with the name of the model.
+
+    Source:
+        Jiang et al. 2020 (arXiv 1912.02178), granulated τ; Efron 1982, the jackknife.
+
+    Example:
+        >>> import torch
+        >>> nets = {name: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)) for name in ("sgd", "sam")}
+        >>> batch = torch.randn(64, 4), torch.arange(64) % 3
+        >>> comparison = compare(nets, [batch], layers="0", data="train")
+        >>> comparison.is_paired, comparison.difference("relative_flatness", "sam").is_known
+        (True, True)
     """
-    named = _named(models)
-    reports = {
-        name: _measured(model, batches, {"per_sample": True} | options) if isinstance(model, nn.Module) else model
-        for name, model in named.items()
-    }
-    is_paired = have_same_samples(list(reports.values()))
+    given = _named(models)
+    networks = {name: model for name, model in given.items() if isinstance(model, nn.Module)}
+    _check(networks, batches, train_batches, options, outcome is not None)
+    of_networks = Beside(batches if outcome is not None else None, train_batches, options)
+    outcomes = _by_name("outcome", outcome, given)
+    losses = {name: _loss_of(name, loss) for name, loss in _by_name("train_losses", train_losses, given).items()}
+
+    measured = {} if batches is None else measured_together(networks, batches, data, progress, options)
+    reports = {name: model for name, model in (given | measured).items() if isinstance(model, FlatnessReport)}
+    is_paired = are_paired(list(reports.values()), together=len(measured) == len(given))
     covariances = covariances_of(list(reports.values()), is_paired)
-    rows = {
-        name: replace(row_of(name, report), errors=errors_of(covariances, index))
-        for index, (name, report) in enumerate(reports.items())
-    }
-    return Comparison(rows, cautions_of(rows), covariances, is_paired)
+    rows = {}
+    for index, (name, report) in enumerate(reports.items()):
+        row = row_of(name, report, errors_of(covariances, index), losses.get(name), outcomes.get(name))
+        rows[name] = of_networks.add(row, networks[name]) if name in networks else row
+    return Comparison(
+        rows,
+        cautions_of(rows, networks),
+        covariances,
+        is_paired,
+        correlations_of(rows, _by_name("hyperparameters", hyperparameters, given)) if outcomes else (),
+        outcome_name if outcomes else "",
+    )
 
 
-def _measured(model: nn.Module, batches: Iterable[Any] | None, options: dict[str, Any]) -> FlatnessReport:
-    if batches is None:
-        raise FlatnessError("Models are compared on data: give batches=, or reports of measure_flatness.")
-    return measure_flatness(model, batches, **options)
+def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, options: Any, is_reread: bool) -> None:
+    """Raise an error if models lack data, or data or options have no models to be used for."""
+    if networks and batches is None:
+        raise FlatnessError(f"Model '{next(iter(networks))}' has no data to be measured on: give batches=.")
+    unused = [*["batches"] * (batches is not None), *["train_batches"] * (train_batches is not None), *options]
+    if unused and not networks:
+        raise FlatnessError(f"{unused[0]}= is for models, and only reports were given, which are measured already.")
+    if options.get("sync"):
+        raise FlatnessError(
+            "compare measures in one process. Measure reports with measure_flatness(..., sync=True) on all ranks, and "
+            "compare these."
+        )
+    if is_reread and isinstance(batches, Iterator):
+        raise FlatnessError(
+            f"batches is a {type(batches).__name__}; with outcome= they are read twice, so give a list or a DataLoader."
+        )
+    if len(networks) > 1 and isinstance(train_batches, Iterator):
+        raise FlatnessError(
+            f"train_batches is a {type(train_batches).__name__}; every model reads them: give a list or a loader."
+        )
+
+
+def _loss_of(name: str, loss: FlatnessReport | float) -> float:
+    """Return a training loss that is known, from a report or as a number."""
+    value = loss.loss if isinstance(loss, FlatnessReport) else loss
+    if not is_number(value):
+        raise FlatnessError(f"train_losses of '{name}': give a number, or a FlatnessReport of the training data.")
+    return float(value)
+
+
+def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what belongs to the models by name, from a mapping of the same names or a sequence of the same length."""
+    if values is None:
+        return {}
+    if isinstance(values, Mapping):
+        wrong = sorted(map(str, values.keys() ^ models.keys()))
+        if wrong:
+            raise FlatnessError(f"{argument}= has other names than the models: '{wrong[0]}' is in one of them only.")
+        return {name: values[name] for name in models}
+    if len(values) != len(models):
+        raise FlatnessError(f"{argument}= has {len(values)} entries for {len(models)} models.")
+    return dict(zip(models, values, strict=True))
 
 
 def _named(models: Models) -> dict[str, FlatnessReport | nn.Module]:
     """Return models by name; those of a sequence are called 1, 2, ..."""
+    if isinstance(models, (FlatnessReport, nn.Module)) or not isinstance(models, (Mapping, Sequence)):
+        raise FlatnessError(f"models is a {type(models).__name__}; give a mapping or a list of models or reports.")
     named = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models, start=1)}
     if len(named) < 2:
-        raise FlatnessError(f"{len(named)} model was given; a comparison takes two or more.")
+        raise FlatnessError(f"A comparison takes two models or more; {len(named)} was given.")
     for name, model in named.items():
         if not isinstance(model, (FlatnessReport, nn.Module)):
-            raise FlatnessError(f"'{name}' is a {type(model).__name__}; give FlatnessReports or models.")
+            raise FlatnessError(f"'{name}' is a {type(model).__name__}; give models, or reports of measure_flatness.")
     return named

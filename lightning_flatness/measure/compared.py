@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_flatness.checks import is_number
+from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional.sampling import grouped, jackknife_covariance, means_without_groups
 from lightning_flatness.results import ComparedModel, FlatnessReport
 
@@ -17,8 +19,22 @@ SUMS = ("normalized_relative_flatness", "relative_flatness", "hessian_trace")
 RATIOS = {"relative_flatness_per_loss": "loss", "relative_flatness_per_curvature": "curvature"}
 
 
-def row_of(name: str, report: FlatnessReport) -> ComparedModel:
-    """Return the row of a model from its report."""
+def row_of(
+    name: str,
+    report: FlatnessReport,
+    errors: dict[str, float],
+    train_loss: float | None = None,
+    outcome: float | None = None,
+) -> ComparedModel:
+    """Return the row of a model from its report; without ``train_loss`` it is that of the report, if it is of training.
+
+    Raises a :class:`FlatnessError` if an outcome is no number.
+    """
+    if outcome is not None and not is_number(outcome):
+        raise FlatnessError(f"outcome of '{name}' is {outcome!r}; give a number.")
+    if train_loss is None and report.data == "train":
+        train_loss = report.loss
+        errors = errors | {"train_loss": errors["loss"]} if "loss" in errors else errors
     infos = [layer.info for layer in report.layers.values()]
     return ComparedModel(
         name=name,
@@ -30,7 +46,7 @@ def row_of(name: str, report: FlatnessReport) -> ComparedModel:
         relative_flatness_per_curvature=report.relative_flatness_per_curvature,
         hessian_trace=report.hessian_trace,
         weight_norm=report.weight_norm,
-        errors={},
+        errors=errors,
         exact=report.exact,
         method=", ".join(dict.fromkeys(info.method for info in infos)),
         reasons=tuple(dict.fromkeys(info.reason for info in infos if info.reason)),
@@ -41,6 +57,8 @@ def row_of(name: str, report: FlatnessReport) -> ComparedModel:
         layers=tuple(report.layers),
         filters=tuple(info.num_filters for info in infos),
         features=tuple(info.patch_length for info in infos),
+        train_loss=math.nan if train_loss is None else train_loss,
+        outcome=math.nan if outcome is None else float(outcome),
     )
 
 
@@ -70,16 +88,20 @@ def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[s
     return found
 
 
-def have_same_samples(reports: Sequence[FlatnessReport]) -> bool:
-    """Return whether reports have values of single samples that show that the samples are the same ones.
+def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> bool:
+    """Return whether reports have values of single samples, of samples that are known to be the same.
 
-    Samples that two networks both classify correctly must have the same class. Another order, or other samples, is seen
-    in this, unless nearly all samples are of one class.
+    They are if they were measured ``together``. Else it must show: samples that two networks both classify correctly
+    must have the same class. Another order, or other samples, is seen in this.
     """
+    if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
+        return False
+    if together:
+        return True
     first = reports[0].samples
     if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
         return False
-    if not all(torch.equal(report.samples["weight"], first["weight"]) for report in reports):
+    if not all(torch.equal(report.samples["weight"], first["weight"]) for report in reports[1:]):
         return False
     classes = torch.full_like(first["prediction"], -1)
     for report in reports:

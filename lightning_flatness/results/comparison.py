@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.results.cautions import Caution
-from lightning_flatness.results.rank_correlation import BASELINES, MEASURES, RankCorrelation, correlation_table
+from lightning_flatness.results.comparison_tables import as_page, decision_table, measures_table
+from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURES, RankCorrelation, correlation_table
 from lightning_flatness.results.records import Record, flat
-from lightning_flatness.results.texts import as_text, measured, named, number_of
+from lightning_flatness.results.texts import as_text, measured, named
 
-# The measure that compares networks (docs/theory.md, "Invariance").
-BEST = "normalized_relative_flatness"
 # A difference counts as clear if it is larger than so many standard errors of the difference.
 CLEAR = 2.0
 
@@ -76,7 +75,6 @@ class ComparedModel(Record):
         errors: standard errors by number, over samples and of estimates.
         layers: names of the measured layers.
         filters, features: number of filters of each measured layer, and of the weights of one filter.
-        num_layers: number of convolutions and linear layers of the network; 0 if only its report is known.
         reasons: why the numbers are not exact; empty if they are.
     """
 
@@ -100,7 +98,6 @@ class ComparedModel(Record):
     layers: tuple[str, ...]
     filters: tuple[int, ...]
     features: tuple[int, ...]
-    num_layers: int = 0
     train_loss: float = math.nan
     margin: float = math.nan
     feature_spread: float = math.nan
@@ -178,25 +175,27 @@ class Comparison(Record):
     @property
     def verdict(self) -> str:
         """Which model is the flattest by the normalised measure, by how much, and how sure that is, in a sentence."""
-        known = {name: model.normalized_relative_flatness for name, model in self.models.items()}
-        known = {name: value for name, value in known.items() if math.isfinite(value)}
-        if len(known) < 2:
-            return "The normalised measure is not known for two models, so none can be called the flattest."
-        order = sorted(known, key=known.__getitem__)
-        lowest = order[0]
-        differences = {name: self.difference(BEST, name, lowest) for name in order[1:]}
-        unknown = [name for name, found in differences.items() if not found.is_known]
-        level = [name for name, found in differences.items() if found.is_known and not found.is_clear]
-        second = differences[order[1]]
-        factor = f", {measured(second.ratio, second.ratio_error)} times" if second.ratio > 0 else ""
-        if level:
-            others = f"{named(level)} {'differs' if len(level) == 1 else 'differ'}"
-            return f"{lowest} has the lowest number, but {others} from it by less than two standard errors: a tie."
-        if unknown:
-            return f"{lowest} has the lowest number; how sure that is, is not known, since errors are missing."
+        values = {name: model.normalized_relative_flatness for name, model in self.models.items()}
+        order = sorted((name for name, value in values.items() if math.isfinite(value)), key=values.__getitem__)
+        if len(order) < 2:
+            return "The normalised measure is not known of two models, so no model can be called the flattest."
+        lowest, second = order[:2]
+        others = {name: self.difference(BEST, name, lowest) for name in order[1:]}
+        unsure = [name for name, found in others.items() if not found.is_clear]
+        if all(not others[name].is_known for name in unsure) and unsure:
+            return (
+                f"{lowest} has the lowest normalised flatness; how sure that is, is not known, as errors are missing."
+            )
+        if unsure:
+            return (
+                f"A tie: {lowest} has the lowest normalised flatness, and {named(unsure)} no more than two standard "
+                "errors above it."
+            )
+        found = others[second]
+        factor = f" ({measured(found.ratio, found.ratio_error)} times as much)" if found.ratio > 0 else ""
         return (
-            f"{lowest} is the flattest; the next, {order[1]}, has {measured(second.value, second.error)} more{factor}, "
-            "which is more than two standard errors."
+            f"{lowest} is the flattest by the normalised measure. The next, {second}, has "
+            f"{measured(found.value, found.error)} more{factor}, which is more than two standard errors."
         )
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
@@ -224,63 +223,22 @@ class Comparison(Record):
         return Difference(value - of_reference, _root(variance), ratio, _root(of_ratio), self.is_paired)
 
     def table(self) -> Table:
-        """Return a rich table with a row for every model, and the cautions below."""
-        rows = self.models.values()
-        baselines = [key for key in BASELINES if key == "loss" or any(_is_known(row, key) for row in rows)]
-        measures = [key for key in MEASURES if any(_is_known(row, key) for row in rows)]
-        table = Table(title=self._title(), caption="\n".join(self._sentences()), caption_justify="left")
-        table.add_column("model", overflow="fold")
-        for key in measures:
-            table.add_column(MEASURES[key], justify="right")
-            if key == BEST:
-                table.add_column(f"/ {self.reference}", justify="right")
-        for heading in ("accuracy", *(BASELINES[key] for key in baselines)):
-            table.add_column(heading, justify="right")
-        if self.outcome_name:
-            table.add_column(self.outcome_name, justify="right")
-        table.add_column("exact")
-        for name, row in self.models.items():
-            cells = []
-            for key in measures:
-                cells.append(self._shown(key, name))
-                if key == BEST:
-                    found = self.difference(BEST, name)
-                    cells.append("1" if name == self.reference else measured(found.ratio, found.ratio_error))
-            cells += [row.shown(key) for key in ("accuracy", *baselines)]
-            cells += [measured(row.outcome)] if self.outcome_name else []
-            table.add_row(Text(name), *cells, "yes" if row.exact else f"no: {row.method}")
-        return table
+        """Return a rich table with a row for every model, and below it the verdict and the cautions."""
+        return decision_table(self)
 
-    def correlation_table(self) -> Table:
-        """Return a rich table of the rank correlations with the outcome; empty without outcomes."""
-        return correlation_table(self.correlations, self.outcome_name)
+    def tables(self) -> list[Table]:
+        """Return all tables: that of :meth:`table`, the other measures, and the rank correlations if there are any."""
+        correlations = [correlation_table(self.correlations, self.outcome_name)] if self.correlations else []
+        return [self.table(), measures_table(self), *correlations]
 
-    def _shown(self, measure: str, name: str) -> str:
-        """Return a number, with a mark where it differs from the reference's by less than two standard errors."""
-        text = self.models[name].shown(measure)
-        if name == self.reference or text == "-":
-            return text
-        found = self.difference(measure, name)
-        return text if found.is_clear else f"{text} ≈" if found.is_known else f"{text} ?"
-
-    def _title(self) -> str:
-        rows = list(self.models.values())
-        layers = dict.fromkeys(named(row.layers) for row in rows)
-        samples = dict.fromkeys(f"{number_of(row.num_samples, 'sample')}{_of(row.data)}" for row in rows)
-        return f"{number_of(len(rows), 'model')}: flatness of {' / '.join(layers)} over {' / '.join(samples)}"
-
-    def _sentences(self) -> list[str]:
-        """Return the sentences under the table: the verdict, the cautions, and how to read the numbers."""
-        pairs = "of the same samples" if self.is_paired else "as if of different samples"
-        return [
-            self.verdict,
-            *(f"CAUTION: {caution.sentence}" for caution in self.cautions),
-            "Lower is flatter. Compare networks by the normalised measure. ±: standard error. ≈: differs from "
-            f"{self.reference} by less than two standard errors of the difference, {pairs}.",
-        ]
+    def __rich__(self) -> Group:
+        return Group(*self.tables())
 
     def __str__(self) -> str:
-        return as_text(self.table()) + (as_text(self.correlation_table()) if self.correlations else "")
+        return "\n".join(map(as_text, self.tables()))
+
+    def _repr_html_(self) -> str:
+        return as_page(self)
 
     def _line(self) -> str:
         cautions = f", cautions: {', '.join(caution.kind for caution in self.cautions)}" if self.cautions else ""
@@ -297,14 +255,6 @@ class Comparison(Record):
                 row |= {f"{number}_is_clear": found.is_clear}
             rows.append(row)
         return rows
-
-
-def _is_known(row: ComparedModel, key: str) -> bool:
-    return not math.isnan(getattr(row, key))
-
-
-def _of(data: str) -> str:
-    return f" of {data} data" if data in ("val", "train") else f" of {data}" if data else ""
 
 
 def _root(variance: float) -> float:

@@ -15,13 +15,14 @@ from lightning_flatness.results.texts import number_of
 MEASURES = {
     "normalized_relative_flatness": "normalised",
     "relative_flatness": "rel. flatness",
-    "relative_flatness_per_loss": "per loss",
-    "relative_flatness_per_curvature": "per curvature",
+    "relative_flatness_per_loss": "rel. / loss",
+    "relative_flatness_per_curvature": "rel. / curvature",
     "hessian_trace": "Hessian trace",
 }
-# What to know beside the measures, with headings.
+# The measure that compares networks (docs/theory.md, "Invariance").
+BEST = "normalized_relative_flatness"
+# Numbers that come for free, and their headings.
 BASELINES = {
-    "loss": "loss",
     "train_loss": "train loss",
     "weight_norm": "‖W‖",
     "margin": "margin",
@@ -75,15 +76,25 @@ def _tau(value: float) -> str:
 
 
 def correlation_table(correlations: Sequence[RankCorrelation], outcome: str) -> Table:
-    """Return a table with a row for every number that was tried."""
+    """Return a table with a row for every number that was tried, and below it what must not be concluded."""
     headings = MEASURES | BASELINES
     granulated = any(not math.isnan(found.granulated) for found in correlations)
-    table = Table(title=f"Kendall's τ with {outcome}", title_justify="left")
+    largest = max(found.num_models for found in correlations)
+    sentences = [
+        f"{number_of(len(correlations), 'number')} tried on {number_of(largest, 'model')}: the best of so many looks "
+        "better than it is. 1: the same order as the outcome; 0: none; -1: reversed. Interval: bootstrap over models. "
+        "Given: partial τ. *: baseline, which needs no Hessian."
+    ]
+    if all(math.isnan(found.low) for found in correlations):
+        sentences.append("With fewer than five models there is no interval, and nothing can be concluded.")
+    if granulated:
+        sentences.append("Granulated: among models that differ in one hyper-parameter alone.")
+    table = Table(title=f"Kendall's τ with {outcome}", caption=" ".join(sentences), caption_justify="left")
     table.add_column("number")
     for heading in ("τ", "95 % interval", "given train loss", "given ‖W‖", *["granulated"] * granulated):
         table.add_column(heading, justify="right")
     for found in correlations:
-        name = headings.get(found.measure, found.measure) + (" (baseline)" if found.is_baseline else "")
+        name = headings.get(found.measure, found.measure) + ("*" if found.is_baseline else "")
         held = [_tau(found.given.get(key, math.nan)) for key in ("train_loss", "weight_norm")]
         table.add_row(name, _tau(found.tau), found.interval or "-", *held, *[_tau(found.granulated)] * granulated)
     return table

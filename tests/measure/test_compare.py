@@ -1,12 +1,16 @@
 """Comparison of models: the numbers are those of measure_flatness, errors are those of the same samples."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import lightning_flatness as lf
-from lightning_flatness.errors import FlatnessError
+from lightning_flatness.errors import FlatnessError, LayerSelectionError
 from lightning_flatness.results.rank_correlation import MEASURES
+from tests.guarding import guards
 
 NUMBERS = ("loss", "accuracy", *MEASURES)
 
@@ -63,6 +67,101 @@ def test_a_model_beside_itself_differs_by_nothing_and_surely_so():
     assert not found.is_clear
 
 
+@guards("measure/compared.py", "if together:\n        return True", "if together:\n        return False")
+def test_models_without_classes_are_paired_when_measured_together():
+    inputs, _ = samples()
+    batch = inputs, inputs[:, :3] ** 2
+    nets = {"a": network(0), "b": network(1)}
+    options = {"layers": "0", "loss": "mse"}
+    assert lf.compare(nets, [batch], **options).is_paired
+    reports = {name: lf.measure_flatness(net, [batch], per_sample=True, **options) for name, net in nets.items()}
+    assert not lf.compare(reports).is_paired
+    assert not lf.compare(nets, [batch], per_sample=False, **options).is_paired
+
+
+def test_errors_of_estimates_count():
+    net = nn.Sequential(nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 3))
+    reports = [
+        lf.measure_flatness(net, [samples(40)], layers="0", residual="hutchinson", num_probes=4, seed=seed)
+        for seed in (0, 1)
+    ]
+    known = [replace(report, sampling_errors={"hessian_trace": 0.0}) for report in reports]
+    expected = math.hypot(*(report.standard_errors["hessian_trace"] for report in reports))
+    assert lf.compare(known).difference("hessian_trace", "2").error == pytest.approx(expected, rel=1e-9)
+    unknown = lf.compare(reports).difference("hessian_trace", "2")
+    assert not unknown.is_known
+    assert not unknown.is_clear
+
+
+@pytest.mark.slow
+def test_ratios_and_their_errors_are_to_first_order_those_of_redrawn_samples():
+    net, other = network(0), network(1)
+    found = lf.compare([net, other], [samples(960)], layers="0").difference("relative_flatness_per_loss", "2")
+    drawn = torch.tensor(
+        [
+            [measured(one, samples(960, seed)).relative_flatness_per_loss for one in (net, other)]
+            for seed in range(1, 16)
+        ]
+    )
+    ratios = drawn[:, 1] / drawn[:, 0]
+    assert found.ratio_error == pytest.approx(float(ratios.std()), rel=0.6)
+    assert found.error == pytest.approx(float((drawn[:, 1] - drawn[:, 0]).std()), rel=0.6)
+
+
+def test_batches_are_read_once_for_all_models():
+    reads = []
+
+    def batches():
+        for seed in range(3):
+            reads.append(seed)
+            yield samples(40, seed)
+
+    found = lf.compare([network(0), network(1)], batches(), layers="0")
+    assert reads == [0, 1, 2]
+    assert found.models["2"].loss == pytest.approx(measured_of_three(network(1)).loss, rel=1e-12)
+
+
+def measured_of_three(net):
+    return lf.measure_flatness(net, [samples(40, seed) for seed in range(3)], layers="0")
+
+
+def test_reports_and_models_may_be_mixed():
+    report = measured(network(0), per_sample=True)
+    mixed = lf.compare({"old": report, "new": network(1)}, [samples()], layers="0")
+    both = lf.compare({"old": network(0), "new": network(1)}, [samples()], layers="0")
+    for number in NUMBERS:
+        assert mixed.difference(number, "new").value == both.difference(number, "new").value
+
+
+def test_training_losses_are_measured_or_given():
+    nets, train = {"a": network(0), "b": network(1)}, samples(200, seed=3)
+    expected = [nn.functional.cross_entropy(net(train[0]), train[1]).item() for net in nets.values()]
+    reports = {name: measured(net) for name, net in nets.items()}
+    of_training = {name: measured(net, train) for name, net in nets.items()}
+    for found in (
+        lf.compare(nets, [samples()], layers="0", train_batches=[train]),
+        lf.compare(reports, train_losses=of_training),
+        lf.compare(reports, train_losses=expected),
+        lf.compare(nets, [train], layers="0", data="train"),
+        lf.compare({name: replace(report, data="train") for name, report in of_training.items()}),
+    ):
+        assert [row.train_loss for row in found.models.values()] == pytest.approx(expected, rel=1e-6)
+        assert "train_loss_unknown" not in {caution.kind for caution in found.cautions}
+
+
+def test_nothing_is_left_on_the_models():
+    nets = [network(0), network(1).train()]
+    before = [{name: tensor.clone() for name, tensor in net.state_dict().items()} for net in nets]
+    state = torch.get_rng_state()
+    lf.compare(nets, [samples(40)], layers="0", train_batches=[samples(40, 1)], outcome=[1.0, 2.0])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [net.training for net in nets] == [True, True]
+    for net, states in zip(nets, before, strict=True):
+        assert all(torch.equal(tensor, states[name]) for name, tensor in net.state_dict().items())
+        assert all(parameter.grad is None for parameter in net.parameters())
+        assert not any(module._forward_pre_hooks for module in net.modules())
+
+
 def test_samples_in_another_order_are_not_paired():
     inputs, targets = samples()
     nets = network(0), network(1)
@@ -82,10 +181,32 @@ def test_samples_in_another_order_are_not_paired():
 
 
 def test_refusals():
-    with pytest.raises(FlatnessError, match="two or more"):
+    with pytest.raises(FlatnessError, match="takes two models or more"):
         lf.compare([measured(network())])
-    with pytest.raises(FlatnessError, match="give batches="):
+    with pytest.raises(FlatnessError, match="Model '1' has no data.*give batches="):
         lf.compare([network(), network()])
+    with pytest.raises(FlatnessError, match="layers= is for models"):
+        lf.compare([measured(network()), measured(network())], layers="0")
+    with pytest.raises(FlatnessError, match="mapping or a list"):
+        lf.compare(network(), [samples()])
+    with pytest.raises(FlatnessError, match="one process"):
+        lf.compare([network(), network()], [samples()], sync=True)
+    with pytest.raises(LayerSelectionError, match="Model 'b': .*matches no"):
+        lf.compare({"a": network(), "b": nn.Sequential(nn.Linear(4, 3))}, [samples()], layers="2")
+    with pytest.raises(FlatnessError, match="outcome= has other names than the models: 'c'"):
+        lf.compare({"a": network(), "b": network()}, [samples()], layers="0", outcome={"a": 1.0, "b": 2.0, "c": 1.0})
+    with pytest.raises(FlatnessError, match="outcome= has 1 entries for 2 models"):
+        lf.compare([network(), network()], [samples()], layers="0", outcome=[1.0])
+    with pytest.raises(FlatnessError, match="outcome of '2' is 'x'"):
+        lf.compare([network(), network()], [samples()], layers="0", outcome=[1.0, "x"])
+    with pytest.raises(FlatnessError, match="train_losses of '1': give a number"):
+        lf.compare([network(), network()], [samples()], layers="0", train_losses=["x", 1.0])
+    with pytest.raises(FlatnessError, match="hyperparameters of '2' lack 'lr'"):
+        lf.compare([network(), network()], [samples()], layers="0", outcome=[1, 2], hyperparameters=[{"lr": 1}, {}])
+    for word in ("batches", "train_batches"):
+        data = {"batches": [samples()], word: iter([samples()])}
+        with pytest.raises(FlatnessError, match=f"^{word} is a list_iterator"):
+            lf.compare([network(), network()], layers="0", outcome=[1.0, 2.0], **data)
     with pytest.raises(FlatnessError, match="'2' is a str"):
         lf.compare([network(), "path.ckpt"], [samples()])
     found = lf.compare([measured(network(seed)) for seed in (0, 1)])

@@ -152,7 +152,7 @@ class Checked(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        assert tag in ("div", "table", "caption", "thead", "tbody", "tr", "th", "td", "p", "br")
+        assert tag in ("div", "table", "caption", "thead", "tbody", "tr", "th", "td", "p", "br", "strong")
         assert {name for name, _ in attrs} <= {"style"}
         if tag != "br":
             self.open.append(tag)

@@ -1,0 +1,109 @@
+"""Numbers of a network that come with forward passes: mean loss, margin, and features times spread of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import BatchError, LayerSelectionError
+from lightning_flatness.functional.baselines import feature_spreads, margins
+from lightning_flatness.layers.selection import select
+from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.model.copy import ModelCopy
+from lightning_flatness.model.isolation import isolated, without_wrapper
+from lightning_flatness.model.logits import logits_of
+from lightning_flatness.model.options import MeasuringOptions
+
+
+@dataclass(frozen=True)
+class ForwardNumbers:
+    """Means over samples; NaN for what is not known."""
+
+    loss: float
+    margin: float = math.nan  # of targets that are classes
+    feature_spread: float = math.nan  # of networks with a linear classifier
+
+
+def forward_numbers(model: nn.Module, batches: Iterable[Any], options: MeasuringOptions) -> ForwardNumbers:
+    """Compute the numbers over batches with targets, in evaluation mode; the model stays as it was.
+
+    Raises a :class:`BatchError` if there are no targets, or no samples.
+    """
+    model = without_wrapper(model)
+    classifier, sums = _Classifier(), torch.zeros(0, device="cpu")
+    with paired_batches(model, batches) as pairs:
+        for inputs, targets in pairs:
+            if targets is None:
+                raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
+            if targets.ndim and not len(targets):
+                continue
+            with isolated(model):
+                copy = ModelCopy(model, options.measuring_dtype)
+                if not len(sums):
+                    classifier.find(model, copy, inputs)
+                with classifier.heard(), torch.no_grad():
+                    logits = logits_of(copy(inputs))
+                    batch = _sums(options, logits, targets.to(logits.device), classifier)
+            sums = batch + sums if len(sums) else batch
+    if not len(sums) or not float(sums[0]) > 0:
+        raise BatchError("No sample counts, so there is no loss. Is the data set empty, or are all targets ignored?")
+    weight, loss, count, margin, spread = sums.tolist()
+    return ForwardNumbers(loss / weight, margin / count, spread / count)
+
+
+class _Classifier:
+    """What the linear classifier of a network reads, heard by a hook on it."""
+
+    def __init__(self) -> None:
+        self._module: nn.Module | None = None
+        self._features: Tensor | None = None
+        self._weight: Tensor | None = None
+
+    def find(self, model: nn.Module, copy: ModelCopy, inputs: Any) -> None:
+        with suppress(LayerSelectionError):  # there is none
+            self._module = select(model, lambda: copy(inputs), "classifier").classifier
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Listen to the calls of the classifier inside the block."""
+        if self._module is None or isinstance(self._module, torch.jit.ScriptModule):
+            yield
+            return
+        handle = self._module.register_forward_pre_hook(self._hear)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _hear(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        weight = getattr(module, "weight", None)
+        if arguments and isinstance(arguments[0], Tensor) and isinstance(weight, Tensor):
+            self._features, self._weight = arguments[0].detach(), weight.detach()
+
+    def spreads(self, logits: Tensor) -> Tensor:
+        """Return the spreads of the samples of the last call, ``(N,)``; NaN if they are not known."""
+        if self._features is not None and self._weight is not None:
+            features, weight = self._features.flatten(1), self._weight.flatten(1)
+            if len(features) == len(logits) and weight.shape == (logits.shape[1], features.shape[1]):
+                return feature_spreads(features, weight)
+        return torch.full((len(logits),), torch.nan, dtype=torch.float64, device=logits.device)
+
+
+def _sums(options: MeasuringOptions, logits: Tensor, targets: Tensor, classifier: _Classifier) -> Tensor:
+    """Return the sums over a batch of weight, weighted loss, count, margin and spread, ``(5,)``, on the CPU."""
+    outcomes = options.loss_function(logits, targets).outcomes
+    assert outcomes is not None  # there are targets
+    weight, count, loss, correct = outcomes.unbind(1)
+    counts = count > 0
+    margin = torch.full_like(loss, torch.nan)
+    if bool((counts & correct.isfinite()).any()):
+        classes = targets.clamp(0, logits.shape[1] - 1)
+        margin = torch.where(correct.isfinite(), margins(logits, classes), torch.nan)
+    of_samples = torch.stack([weight, loss, count, margin, classifier.spreads(logits)], dim=1)
+    return of_samples[counts].sum(0).cpu()

@@ -1,0 +1,86 @@
+"""Measure several models on the same samples, which are read once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.forward_numbers import forward_numbers
+from lightning_flatness.measure.measurement import Measurement
+from lightning_flatness.measure.progress import progress_bar
+from lightning_flatness.model.options import MeasuringOptions
+from lightning_flatness.results import ComparedModel, FlatnessReport
+
+
+def measured_together(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    data: str,
+    progress: bool | None,
+    options: Mapping[str, Any],
+) -> dict[str, FlatnessReport]:
+    """Measure models on the same batches, which are read once, and return their reports with values of samples.
+
+    ``data`` names the batches in the reports. Errors name the model.
+    """
+    options = {"per_sample": True, **options}
+    measurements = {name: Measurement(model, **options) for name, model in models.items()}
+    first = next(iter(models.values()))
+    with progress_bar(progress) as bar, paired_batches(first, batches) as pairs:
+        task = bar.add_task("Flatness", total=len(batches) * len(models) if isinstance(batches, Sized) else None)
+        for inputs, targets in pairs:
+            for name, measurement in measurements.items():
+                with model_named(name):
+                    measurement.update(*_moved((inputs, targets), models[name]))
+                bar.advance(task)
+    reports = {}
+    for name, measurement in measurements.items():
+        with model_named(name):
+            reports[name] = replace(measurement.report(), data=data)
+    return reports
+
+
+def _moved(batch: Any, model: nn.Module) -> Any:
+    tensor = next((tensor for tensor in [*model.parameters(), *model.buffers()]), None)
+    return batch if tensor is None else apply_to_collection(batch, Tensor, lambda part: part.to(tensor.device))
+
+
+@contextmanager
+def model_named(name: str) -> Iterator[None]:
+    """Name the model in the errors of this package that are raised inside the block."""
+    try:
+        yield
+    except FlatnessError as error:
+        raise type(error)(f"Model '{name}': {error}") from error
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is measured beside flatness: the training loss, and with ``batches`` the baselines."""
+
+    batches: Iterable[Any] | None
+    train_batches: Iterable[Any] | None
+    options: Mapping[str, Any]
+
+    def add(self, row: ComparedModel, model: nn.Module) -> ComparedModel:
+        """Return the row of a model with the numbers that are not known yet."""
+        with model_named(row.name):
+            if self.train_batches is not None and math.isnan(row.train_loss):
+                row = replace(row, train_loss=forward_numbers(model, self.train_batches, self._options).loss)
+            if self.batches is not None:
+                found = forward_numbers(model, self.batches, self._options)
+                row = replace(row, margin=found.margin, feature_spread=found.feature_spread)
+        return row
+
+    @property
+    def _options(self) -> MeasuringOptions:
+        known = {field.name for field in fields(MeasuringOptions) if field.init}
+        return MeasuringOptions(**{name: value for name, value in self.options.items() if name in known})

@@ -1,0 +1,121 @@
+"""The tables of a comparison, and its HTML for notebooks."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURES, correlation_table
+from lightning_flatness.results.texts import as_html, measured, named, number_of
+
+if TYPE_CHECKING:
+    from lightning_flatness.results.comparison import Comparison
+
+
+def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
+    """Return the table of the measure that compares networks, and of what it must be read beside."""
+    rows = comparison.models
+    caption = _caption(comparison) if has_caption else None
+    table = Table(title=title(comparison), caption=caption, caption_justify="left", caption_style="")
+    table.add_column("model", overflow="fold")
+    same_loss = all(row.loss == row.train_loss or math.isnan(row.loss) for row in rows.values())
+    numbers = [
+        *["train_loss"] * any(not math.isnan(row.train_loss) for row in rows.values()),
+        *["loss"] * (not same_loss),
+        "accuracy",
+    ]
+    headings = MEASURES | BASELINES
+    outcome = [comparison.outcome_name] * bool(comparison.outcome_name)
+    for heading in (headings[BEST], f"/ {comparison.reference}", *(headings.get(n, n) for n in numbers), *outcome):
+        table.add_column(heading, justify="right")
+    table.add_column("exact")
+    for name, row in rows.items():
+        ratio = comparison.difference(BEST, name)
+        shown = "1" if name == comparison.reference else measured(ratio.ratio, ratio.ratio_error)
+        cells = [with_mark(comparison, BEST, name), shown, *(row.shown(number) for number in numbers)]
+        table.add_row(Text(name), *cells, *[measured(row.outcome)] * len(outcome), "yes" if row.exact else "no")
+    return table
+
+
+def _caption(comparison: Comparison) -> Text:
+    """Return what is found, the cautions, and how to read the numbers; cautions stand out in a terminal."""
+    caption = Text(comparison.verdict, style="bold")
+    for caution in comparison.cautions:
+        caption.append("\nCAUTION: ", style="bold red").append(caution.sentence, style="not bold")
+    return caption.append("\n" + reading(comparison), style="not bold dim")
+
+
+def measures_table(comparison: Comparison) -> Table:
+    """Return the table of the other measures and of the numbers that come for free."""
+    rows = comparison.models
+    known = [
+        number
+        for number in (*MEASURES, *BASELINES)
+        if number not in (BEST, "train_loss") and any(not math.isnan(getattr(row, number)) for row in rows.values())
+    ]
+    table = Table(title="Other measures, and numbers that come for free")
+    table.add_column("model", overflow="fold")
+    for number in known:
+        table.add_column((MEASURES | BASELINES)[number], justify="right")
+    for name in rows:
+        table.add_row(Text(name), *(with_mark(comparison, number, name) for number in known))
+    return table
+
+
+def with_mark(comparison: Comparison, number: str, name: str) -> str:
+    """Return a number of a model, marked where it cannot be told from the first model's."""
+    text = comparison.models[name].shown(number)
+    if name == comparison.reference or text == "-" or number not in MEASURES:
+        return text
+    found = comparison.difference(number, name)
+    return text if found.is_clear else f"{text} ≈" if found.is_known else f"{text} ?"
+
+
+def title(comparison: Comparison) -> str:
+    """Return what is compared: how many models, which layers, and which samples."""
+    rows = comparison.models.values()
+    layers = " / ".join(dict.fromkeys(named(row.layers) for row in rows))
+    samples = " / ".join(dict.fromkeys(number_of(row.num_samples, "sample") + _of(row.data) for row in rows))
+    return f"Flatness of {layers} in {number_of(len(rows), 'model')}, over {samples}"
+
+
+def reading(comparison: Comparison) -> str:
+    """Return how the numbers are to be read."""
+    first = comparison.reference
+    pairs = (
+        "whose samples are the same, which is taken into account"
+        if comparison.is_paired
+        else "taken as those of different samples (of the same ones, the errors of most differences are smaller)"
+    )
+    unknown = any(not found.is_known for of_model in comparison.differences.values() for found in of_model.values())
+    return (
+        "Lower is flatter. Normalised: relative flatness for inputs whose channels have standard deviation one; it "
+        f"compares networks. / {first}: divided by that of {first}. ±: standard error over samples. ≈: differs from "
+        f"{first} by less than two standard errors of the difference, {pairs}." + " ?: error not known." * unknown
+    )
+
+
+def as_page(comparison: Comparison) -> str:
+    """Return the comparison as HTML that needs no style sheet: what is found, the cautions, the tables."""
+    style = "border-left: 0.3em solid currentColor; padding: 0.1em 0.8em; margin: 0.3em 0; max-width: 60em"
+    cautions = "".join(
+        f'<p style="{style}"><strong>Caution.</strong> {escape(caution.sentence)}</p>'
+        for caution in comparison.cautions
+    )
+    parts = [
+        f"<p><strong>{escape(comparison.verdict)}</strong></p>{cautions}",
+        as_html(decision_table(comparison, has_caption=False)),
+        f'<p style="max-width: 60em; opacity: 0.8">{escape(reading(comparison))}</p>',
+        as_html(measures_table(comparison)),
+    ]
+    if comparison.correlations:
+        parts.append(as_html(correlation_table(comparison.correlations, comparison.outcome_name)))
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _of(data: str) -> str:
+    return f" of {data} data" if data in ("val", "train") else f" of {data}" if data else ""

@@ -1,0 +1,122 @@
+"""What a comparison warns of: each caution where it must be, and only there."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_flatness as lf
+from lightning_flatness.results import CAUTIONS
+from tests.guarding import guards
+
+
+def network(seed=0, *, filters=4, norm=True, depth=1):
+    torch.manual_seed(seed)
+    hidden = [part for _ in range(depth - 1) for part in (nn.Conv2d(1, 1, 3, padding=1), nn.ReLU())]
+    middle = [nn.BatchNorm2d(filters)] if norm else []
+    tail = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, 3)
+    net = nn.Sequential(*hidden, nn.Conv2d(1, filters, 3), *middle, *tail)
+    net(torch.randn(40, 1, 6, 6))  # statistics
+    return net.eval()
+
+
+BATCH = torch.randn(40, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+
+
+def kinds(models, *args, **options):
+    return [caution.kind for caution in lf.compare(models, *args, **options).cautions]
+
+
+def reports(number=2, **changes):
+    """Reports of one network, the last of them changed."""
+    found = measured()
+    return [*[found] * (number - 1), replace(found, **changes)]
+
+
+@cache
+def measured():
+    return lf.measure_flatness(network(), [BATCH])
+
+
+def test_two_networks_alike_have_no_cautions():
+    assert kinds([network(), network()], [BATCH], data="train") == []
+
+
+def test_training_losses():
+    found = reports(loss=0.5)
+    assert kinds(found) == ["train_loss_unknown"]
+    assert kinds(found, train_losses=[1.0, 0.91]) == []
+    assert kinds(found, train_losses=[1.0, 0.89]) == ["train_loss"]
+    (caution,) = lf.compare(found, train_losses=[1.0, float("nan")]).cautions
+    assert (caution.kind, caution.models) == ("train_loss_unknown", ("2",))
+    assert "is not known for 2" in caution.sentence
+
+
+def test_other_layers_widths_and_depths():
+    nets = [network(), network(filters=5, depth=2)]
+    assert kinds(nets, [BATCH], data="train", train_losses=[1, 1]) == ["layers", "width", "depth"]
+
+
+def test_labels():
+    first, second = reports()
+    layer = second.layers["0"]
+    inexact = replace(layer, info=replace(layer.info, exact=False, method="gauss_newton", reason="it is curved"))
+    alike = {"train_losses": [1, 1]}
+    found = lf.compare([first, replace(second, layers={"0": inexact})], **alike)
+    assert [caution.kind for caution in found.cautions] == ["not_exact", "method"]
+    assert found.cautions[0].models == ("2",)
+    assert "it is curved" in found.cautions[0].sentence
+    half = replace(layer, info=replace(layer.info, precision="bfloat16"))
+    assert kinds([first, replace(second, layers={"0": half})], **alike) == ["precision"]
+    assert kinds([first, replace(second, loss_name="mse", data="val")], **alike) == ["loss_function", "data"]
+    fewer = replace(layer, num_samples=7)
+    assert kinds([first, replace(second, layers={"0": fewer})], **alike) == ["num_samples", "few_samples"]
+    other = replace(layer, normalized_relative_flatness=float("nan"))
+    assert kinds([first, replace(second, layers={"0": other})], **alike) == ["not_normalised"]
+
+
+def test_an_exact_number_may_be_of_any_method():
+    first, second = reports()
+    layer = second.layers["0"]
+    other = replace(layer, info=replace(layer.info, method="gauss_newton"))
+    assert kinds([first, replace(second, layers={"0": other})], train_losses=[1, 1]) == []
+
+
+@guards("measure/network_cautions.py", "if fresh:", "if False:")
+def test_statistics_of_batch_norm():
+    net, alike = network(), {"train_losses": [1, 1]}
+    fresh = network()
+    fresh[1].reset_running_stats()
+    found = lf.compare({"net": net, "averaged": fresh}, [BATCH], **alike)
+    assert {caution.kind for caution in found.cautions} == {"batch_norm"}
+    assert "never updated in averaged" in found.cautions[0].sentence
+    assert "same weights" in found.cautions[1].sentence
+    plain = network(norm=False)
+    (caution,) = lf.compare({"net": net, "plain": plain}, [BATCH], **alike).cautions
+    assert "plain without" in caution.sentence
+    moved = network()
+    moved[1].running_mean += 1
+    (caution,) = lf.compare({"net": net, "moved": moved}, [BATCH], **alike).cautions
+    assert "net and moved have the same weights" in caution.sentence
+
+
+@pytest.mark.parametrize(("number", "expected"), [(4, ["few_models"]), (5, [])])
+def test_few_models(number, expected):
+    found = reports(number)
+    alike = {"train_losses": [1.0] * number, "outcome": list(range(number))}
+    assert kinds(found, **alike) == expected
+    intervals = [one.interval for one in lf.compare(found, **alike).correlations]
+    assert not any(intervals)  # the reports are all the same
+
+
+def test_every_caution_is_known_and_is_said_everywhere():
+    found = lf.compare(reports(loss_name="mse"))
+    assert [caution.kind for caution in found.cautions] == ["train_loss_unknown", "loss_function"]
+    assert {caution.kind for caution in found.cautions} <= set(CAUTIONS)
+    for caution in found.cautions:
+        assert caution.to_dict() in found.to_dict()["cautions"]
+        assert caution.sentence in found._repr_html_()
+        assert f"CAUTION: {caution.sentence}" in str(found.table().caption)
+        assert caution.kind in repr(found)

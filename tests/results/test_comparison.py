@@ -1,0 +1,116 @@
+"""A comparison as text, as rows, and in its verdict."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lightning_flatness as lf
+from lightning_flatness.results import BASELINES, ComparedModel, Comparison
+from lightning_flatness.results.rank_correlation import BEST, MEASURES
+
+NUMBERS = ("loss", "accuracy", *MEASURES)
+
+
+def model(name, value, error=0.1, **others):
+    numbers = dict.fromkeys((*NUMBERS, "weight_norm"), 1.0) | {BEST: value} | others
+    known = {"exact": True, "method": "closed_form", "reasons": (), "precision": "float32", "data": "train"}
+    known |= {"loss_name": "cross_entropy", "num_samples": 100, "layers": ("conv",), "filters": (8,), "features": (9,)}
+    return ComparedModel(name=name, errors={BEST: error}, **numbers, **known)
+
+
+def comparison(*values, errors=None, is_paired=False):
+    errors = errors or [0.1] * len(values)
+    rows = {name: model(name, value, error) for name, value, error in zip("abcdef", values, errors, strict=False)}
+    covariance = torch.tensor(errors, dtype=torch.float64).square().diag()
+    return Comparison(rows, (), dict.fromkeys(NUMBERS, covariance), is_paired)
+
+
+def test_the_verdict_of_a_clear_difference():
+    found = comparison(3.0, 1.0, 2.0)
+    assert found.verdict == (
+        "b is the flattest by the normalised measure. The next, c, has 1.00 ± 0.14 more (2.0 ± 0.2 times as much), "
+        "which is more than two standard errors."
+    )
+
+
+def test_the_verdict_of_a_tie():
+    assert comparison(1.0, 1.2).verdict == (
+        "A tie: a has the lowest normalised flatness, and b no more than two standard errors above it."
+    )
+
+
+def test_the_next_may_be_unsure_although_the_second_is_clear():
+    found = comparison(1.0, 2.0, 3.0, errors=[0.1, 0.1, 5.0])
+    assert found.verdict.startswith("A tie: a has the lowest normalised flatness, and c no more")
+
+
+def test_verdicts_without_errors_or_values():
+    assert "errors are missing" in comparison(1.0, 2.0, errors=[math.nan, math.nan]).verdict
+    assert "no model can be called the flattest" in comparison(1.0, math.nan).verdict
+
+
+def test_two_standard_errors_are_those_of_the_difference():
+    found = comparison(1.0, 1.27)
+    assert not found.difference(BEST, "b").is_clear
+    assert comparison(1.0, 1.29).difference(BEST, "b").is_clear
+    both = torch.full((2, 2), 0.01, dtype=torch.float64)
+    paired = replace(found, covariances=dict.fromkeys(NUMBERS, both), is_paired=True)
+    assert paired.difference(BEST, "b").is_clear
+    assert paired.difference(BEST, "b").error == pytest.approx(0, abs=1e-9)
+
+
+def test_ratios_to_first_order():
+    found = comparison(2.0, 3.0, errors=[0.2, 0.3]).difference(BEST, "b")
+    assert found.ratio == 1.5
+    assert found.ratio_error == pytest.approx(math.hypot(0.3 / 2, 0.2 * 3 / 4), rel=1e-12)
+    assert math.isnan(comparison(-1.0, 3.0).difference(BEST, "b").ratio)
+
+
+def test_marks_in_the_table():
+    found = comparison(1.0, 1.1, 5.0)
+    (_, normalised, *_) = [list(column.cells) for column in found.table().columns]
+    assert normalised == ["1.00 ± 0.10", "1.10 ± 0.10 ≈", "5.00 ± 0.10"]
+    unknown = comparison(1.0, 2.0, errors=[math.nan, math.nan])
+    assert list(unknown.table().columns[1].cells) == ["1", "2 ?"]
+    assert "?: error not known" in str(unknown.table().caption)
+    assert "taken as those of different samples" in str(found.table().caption)
+
+
+def test_a_row_for_every_model_in_a_data_frame():
+    pandas = pytest.importorskip("pandas")
+    frame = comparison(1.0, 2.0).to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["model"]) == ["a", "b"]
+    assert list(frame[f"{BEST}_ratio"]) == [1.0, 2.0]
+    assert frame[f"{BEST}_error"][1] == 0.1
+    assert not frame["loss_is_clear"].any()
+
+
+def test_tables_in_a_narrow_terminal_keep_every_number():
+    text = str(comparison(1.0, 2.0))
+    assert max(map(len, text.splitlines())) <= 110
+    assert "2.00 ± 0.10" in text
+
+
+def test_correlations_have_what_is_free_beside_them():
+    reports = [measured(seed) for seed in range(6)]
+    outcome = [report.relative_flatness for report in reports]
+    found = lf.compare(reports, outcome=outcome, outcome_name="gap", train_losses=[report.loss for report in reports])
+    known = {one.measure: one for one in found.correlations}
+    assert known["relative_flatness"].tau == 1
+    assert {"train_loss", "weight_norm"} <= known.keys() & BASELINES.keys()
+    assert known["train_loss"].is_baseline
+    assert not known["relative_flatness"].is_baseline
+    assert math.isnan(known["train_loss"].given["train_loss"])
+    text = str(found)
+    assert f"{len(known)} numbers tried on 6 models" in " ".join(text.split())
+    assert "Kendall's τ with gap" in text
+    assert "Kendall" in found._repr_html_()
+
+
+def measured(seed):
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    return lf.measure_flatness(net, [(torch.randn(64, 4), torch.arange(64) % 3)], layers="0")
