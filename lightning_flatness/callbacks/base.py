@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
+from lightning_flatness.callbacks.figures import RunOutputs, checked
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.monitors import warn_of_traps
@@ -42,6 +43,7 @@ class MeasuringCallback(Callback):
     """
 
     gives_way = False  # whether the callback removes itself if another one has its prefix
+    folder: str | Path | None = None  # of the files; None for one of the run
 
     def __init__(
         self,
@@ -52,7 +54,8 @@ class MeasuringCallback(Callback):
         prefix: str,
         model: Callable[[Any], Any] | str | None,
         batch_fn: BatchFunction | None,
-        figures: bool,
+        figures: bool | Literal["auto", "files"],
+        figures_every: int | None,
         on_error: Literal["raise", "warn"],
     ) -> None:
         can_be_read_again = isinstance(data, Iterable) and not isinstance(data, Iterator)
@@ -63,15 +66,19 @@ class MeasuringCallback(Callback):
         if not prefix or not isinstance(prefix, str):
             raise FlatnessError(f"{name}: prefix={prefix!r} must be a string, and not empty.")
         check_whole(f"{name}: max_samples", max_samples, least=1, or_none=True)
+        check_whole(f"{name}: figures_every", figures_every, least=1, or_none=True)
         self.data = data if isinstance(data, str) or batch_fn else as_batches(data, f"{name}: data")
         self.max_samples = max_samples
         self.prefix = prefix
         self.model = model
         self.batch_fn = batch_fn
-        self.figures = figures
+        self.figures = checked(figures, name)
+        self.figures_every = figures_every
         self.history: list[Record] = []
         self._name = name
         self._errors = RankErrors(on_error, name, measured)
+        self.run_outputs = RunOutputs(name, prefix, self.figures)
+        self._num_drawn = 0  # number of records in the history when figures were drawn last
         self._stage: str | None = None
         self._is_checked = False  # whether no other callback has this prefix
         self._is_restored = False
@@ -131,6 +138,8 @@ class MeasuringCallback(Callback):
         self._is_restored = False
         self._release()
         self._errors.start_run()
+        self.run_outputs = RunOutputs(self._name, self.prefix, self.figures, self.folder)
+        self._num_drawn = len(self.history)
         with self._measuring(trainer, pl_module):
             named_network(pl_module, self.model)
 
@@ -260,6 +269,17 @@ class MeasuringCallback(Callback):
     def _data_name(self) -> str:
         return self.data if isinstance(self.data, str) else "given"
 
-    def _add_figures(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]]) -> None:
-        if self.figures:
-            tensorboard.add_drawn(trainer, self.prefix, draw, self._name)
+    @property
+    def _draws_now(self) -> bool:
+        """Return whether the last measurement is one of those that are drawn during training."""
+        return self.figures_every is not None and len(self.history) % self.figures_every == 0
+
+    @property
+    def _is_drawn(self) -> bool:
+        """Return whether the last measurement of this fit, if there is any, has been drawn."""
+        return len(self.history) <= self._num_drawn
+
+    def _draw(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], suffix: str = "") -> None:
+        """Draw the last measurement and give the figures to the loggers. ``draw`` returns them by their tags."""
+        self._num_drawn = len(self.history)
+        self.run_outputs.add_figures(trainer, draw, self.history[-1], suffix)

@@ -11,7 +11,6 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.averaging import (
     call_again_after_others,
     call_once,
@@ -26,6 +25,7 @@ from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.logged import log
+from lightning_flatness.callbacks.loggers import logged_step
 from lightning_flatness.callbacks.monitors import watched_keys
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError, LandscapeError
@@ -74,16 +74,12 @@ class EpochEndCallback(MeasuringCallback):
         """Measure, store the result, and return a record for the history. Called on every rank."""
 
     @abstractmethod
-    def _write(self, stem: Path) -> None:
-        """Write the result to files whose paths start with ``stem``. Called on rank zero."""
+    def _write(self, stem: Path) -> list[Path]:
+        """Write the result to files whose paths start with ``stem``, and return the paths. Called on rank zero."""
 
     @abstractmethod
-    def _draw(self) -> Mapping[str, Any]:
-        """Draw the result, and return a mapping from tags to figures."""
-
-    def _draw_history(self) -> Mapping[str, Any]:
-        """Draw the history, and return a mapping from tags to figures."""
-        return {}
+    def _figures(self) -> dict[str, Any]:
+        """Draw the result, and the history if it has several records; return a dict from tags to figures."""
 
     def _logged(self, record: Record) -> dict[str, float]:
         """Return the values of a record to log, as a dict whose keys have no prefix."""
@@ -177,7 +173,7 @@ class EpochEndCallback(MeasuringCallback):
             batches = list(self._source(trainer, pl_module).rest())
         if not self._errors.settle(where):  # all ranks must agree before a computation that communicates
             return
-        name = f"epoch={epoch}-step={trainer.global_step}{self._suffix(trainer) if final else ''}"
+        suffix = self._suffix(trainer) if final else ""
         record: Record = {"epoch": epoch, "step": trainer.global_step}
         with self._measuring(trainer, pl_module):
             progress = None if final and trainer.is_global_zero else False
@@ -185,15 +181,16 @@ class EpochEndCallback(MeasuringCallback):
             try:
                 record |= self._compute(trainer, network, batches, progress)
             except LandscapeError:  # raised on all ranks
-                self._write_files(trainer, name, where)
+                self._write_files(trainer, record, suffix, where)
                 raise
             self._measured = weights_sample(network)
         if not self._errors.settle(where):
             return
         self.history.append(record)
         self._log(trainer, pl_module, self._logged(record), final)
-        self._write_files(trainer, name, where)
-        self._add_figures(trainer, self._draw)
+        self._write_files(trainer, record, suffix, where)
+        if final or self._draws_now:
+            self._draw(trainer, self._figures, suffix)
         if self._is_interrupted and not final:
             raise KeyboardInterrupt  # end the training as well
 
@@ -203,25 +200,21 @@ class EpochEndCallback(MeasuringCallback):
         elif values:  # Lightning does not allow log() at the end of the fit
             for logger in trainer.loggers:
                 metrics = {f"{self.prefix}/{key}": value for key, value in values.items()}
-                logger.log_metrics(metrics, step=tensorboard.last_step(trainer))
+                logger.log_metrics(metrics, step=logged_step(trainer.global_step))
                 logger.save()
 
-    def _write_files(self, trainer: Trainer, name: str, where: str) -> None:
+    def _write_files(self, trainer: Trainer, record: Record, suffix: str, where: str) -> None:
         """Write the result, except in a trial run (``fast_dev_run``)."""
-        log_dir = trainer.log_dir  # all ranks must read it, since it communicates
         if getattr(trainer, "fast_dev_run", False):
             return
         if trainer.is_global_zero:
-            default = Path(log_dir or trainer.default_root_dir) / self.prefix
-            folder = default if self.folder is None else Path(self.folder)
             with self._errors.kept(trainer.world_size):
-                folder.mkdir(parents=True, exist_ok=True)
-                self._write(folder / name)
+                self.run_outputs.add_files(trainer, self._write, record, suffix)
         self._errors.settle(f"the files of {where}")
 
     def _draw_run(self, trainer: Trainer) -> None:
-        if len(self.history) > 1:
-            self._add_figures(trainer, self._draw_history)
+        if not self._is_drawn:
+            self._draw(trainer, self._figures)
 
     def _has_data(self, trainer: Trainer) -> bool:
         """Return whether the data can be read. Lightning sets up validation data just before the first validation."""

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_flatness.callbacks import labels, logged, tensorboard
+from lightning_flatness.callbacks import labels, logged
 from lightning_flatness.callbacks.averaging import warn_of_initial_weights
-from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders, validated_loaders
 from lightning_flatness.callbacks.data.sources import Samples, first_samples, sources_of
-from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
+from lightning_flatness.callbacks.flatness_history import FlatnessHistory
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.running import PassesOfRun, Validation, settle
 from lightning_flatness.checks import check_whole
@@ -22,7 +22,7 @@ from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.results import FlatnessReport, LayerInfo
 
 
-class FlatnessCallback(MeasuringCallback):
+class FlatnessCallback(FlatnessHistory):
     """A callback that logs the Hessian trace and relative flatness of layers at every validation.
 
     It measures convolutions and linear layers, and logs the following values, which ``ModelCheckpoint``, schedulers and
@@ -43,7 +43,7 @@ class FlatnessCallback(MeasuringCallback):
     Training with this callback is bit-identical to training without it.
 
     Args:
-        layers: the layers to measure. For this argument and all arguments after ``figures``, see
+        layers: the layers to measure. For this argument and all after ``figures_every``, see
             :func:`~lightning_flatness.measure_flatness`.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function that returns per-sample losses.
         data: ``"val"`` for the validated batches; ``"train"`` for a fixed random subset of the training data, in
@@ -61,7 +61,9 @@ class FlatnessCallback(MeasuringCallback):
         batch_fn: function that takes a batch and returns ``(inputs, targets)``; by default inputs are what the
             validation step gives to the network, and the second of a pair or an entry named like ``label`` is targets.
         summary: print before training which layers are measured, and how each result was certified.
-        figures: plot accuracy, flatness and block traces for TensorBoard at the end of training.
+        figures: ``"auto"`` to give figures of accuracy, flatness and block traces to every logger that takes them, and
+            to write PNG files for others; ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
+        figures_every: draw after every n-th measurement, too; by default only at the end of training.
         strict: raise an error if a value is not exactly that of the Hessian.
         label_smoothing: label smoothing of the cross-entropy.
         class_weight: class weights of the cross-entropy.
@@ -105,7 +107,8 @@ class FlatnessCallback(MeasuringCallback):
         model: Callable[[Any], Any] | str | None = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
         summary: bool = True,
-        figures: bool = True,
+        figures: bool | Literal["auto", "files"] = "auto",
+        figures_every: int | None = None,
         strict: bool = False,
         label_smoothing: float = 0.0,
         class_weight: list[float] | None = None,
@@ -136,12 +139,11 @@ class FlatnessCallback(MeasuringCallback):
         checked = Options(**self._options)
         self._waits = checked.is_normalized  # for the first samples of all ranks
         self._measures = ["hessian_trace"] if checked.diagonal else ["hessian_trace", "relative_flatness"]
-        super().__init__("FlatnessCallback", "flatness", data, max_samples, prefix, model, batch_fn, figures, on_error)
+        shared = (data, max_samples, prefix, model, batch_fn, figures, figures_every, on_error)
+        super().__init__(accuracy, self._measures[-1], "FlatnessCallback", "flatness", *shared)
         check_whole("FlatnessCallback: every_n_epochs", every_n_epochs, least=1)
         self.every_n_epochs = every_n_epochs
-        self.accuracy = accuracy
         self.summary = summary
-        self.report: FlatnessReport | None = None
         self.reports: dict[int, FlatnessReport] = {}
         self.num_measurements = 0
         self._wants_live = live
@@ -150,8 +152,6 @@ class FlatnessCallback(MeasuringCallback):
         self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
         self._running: Validation | None = None
         self._num_sources = 1  # of the validation in progress
-        self._awaits_accuracy: Record | None = None
-        self._has_chart = False
         self._told_inexact: frozenset[str] = frozenset()  # layers that a warning of this run names
 
     def is_due(self, trainer: Trainer) -> bool:
@@ -166,8 +166,7 @@ class FlatnessCallback(MeasuringCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history, and raise errors or warn of problems that can be found before training."""
-        self.report = self._certified = self._awaits_accuracy = None
-        self._has_chart = False
+        self._certified = None
         self._told_inexact = frozenset()
         super().on_fit_start(trainer, pl_module)
         if self._data_name == "val" and not trainer.enable_validation:
@@ -267,12 +266,6 @@ class FlatnessCallback(MeasuringCallback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add flatness and accuracy to the history. The module may log its accuracy after flatness was logged."""
-        if self._awaits_accuracy is not None:
-            self._add_to_history(trainer, self._awaits_accuracy)
-            self._pair_accuracy(trainer)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure other data if there is no validation. The module logs its accuracy after this hook."""
         if self._data_name != "val" and not trainer.enable_validation:
@@ -280,29 +273,6 @@ class FlatnessCallback(MeasuringCallback):
             self._finish(trainer, pl_module)
             if self._awaits_accuracy is not None:
                 self._add_to_history(trainer, self._awaits_accuracy)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the accuracy of the last epoch to the last record if there is no validation."""
-        self._pair_accuracy(trainer)
-
-    def _draw_run(self, trainer: Trainer) -> None:
-        self._pair_accuracy(trainer)
-        if self.history and self.report is not None:
-            accuracy = logged.accuracy_key(trainer.callback_metrics, self.accuracy)
-            drawn = (self.history, self.report, accuracy, self._data_name, tensorboard.stopping_of(trainer))
-            self._add_figures(trainer, lambda: tensorboard.flatness_figures(*drawn))
-
-    def _add_to_history(self, trainer: Trainer, record: Record) -> None:
-        self.history.append(record)
-        callbacks = [callback for callback in callbacks_of(trainer) if isinstance(callback, FlatnessCallback)]
-        if not any(callback._has_chart for callback in callbacks):
-            self._has_chart = True
-            logged.add_charts(trainer, [(own.prefix, own._measures[-1], own.accuracy) for own in callbacks])
-
-    def _pair_accuracy(self, trainer: Trainer) -> None:
-        record, self._awaits_accuracy = self._awaits_accuracy, None
-        if record is not None:
-            record["accuracy"] = logged.accuracy_of(trainer.callback_metrics, self.accuracy)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[float]) -> None:
         self._running = self._awaits_accuracy = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ Statistics = Literal["kept", "recomputed"]
 class LandscapeCallback(EpochEndCallback):
     """A callback that computes the loss on a line or plane through the weights.
 
-    It does so at the end of a fit and, optionally, of epochs. TensorBoard's page *Images* shows contours and surface.
+    It does so at the end of a fit and, optionally, of epochs. Figures show contours and surface.
     Every result is written to a file ``epoch=...-step=...-kept.npz`` (or ``-recomputed``), which
     :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads; a trajectory is read by
     ``TrajectoryResult.load``. Ctrl-C ends the computation of a landscape, and the points computed so far are kept.
@@ -71,8 +71,11 @@ class LandscapeCallback(EpochEndCallback):
             LightningModule and returns the network; by default the network that the first validation step
             calls, or without validation the LightningModule itself.
         batch_fn: function that takes a batch and returns ``(inputs, targets)``.
-        folder: folder of the files; by default a folder named ``prefix`` in the Trainer's ``log_dir``.
-        figures: draw figures for TensorBoard.
+        folder: folder of the files; by default one named ``prefix`` in the run's folder, which no other run writes to.
+            Loggers that store files get them, too.
+        figures: ``"auto"`` to give figures to every logger that takes them, and to write PNG files for others;
+            ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
+        figures_every: draw after every n-th measurement, and at the end; None: only at the end.
         on_error: ``"raise"``, or ``"warn"`` to continue training.
 
     Attributes:
@@ -116,10 +119,11 @@ class LandscapeCallback(EpochEndCallback):
         model: Callable[[Any], Any] | str | None = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
         folder: str | None = None,
-        figures: bool = True,
+        figures: bool | Literal["auto", "files"] = "auto",
+        figures_every: int | None = 1,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
-        shared = (data, max_samples, prefix, model, batch_fn, figures, on_error)
+        shared = (data, max_samples, prefix, model, batch_fn, figures, figures_every, on_error)
         super().__init__("landscape", every_n_epochs, folder, *shared)
         statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
         words = [axes] if isinstance(axes, str) else axes
@@ -243,13 +247,11 @@ class LandscapeCallback(EpochEndCallback):
     def _is_interrupted(self) -> bool:
         return not all(result.complete for result in self.results.values())
 
-    def _write(self, stem: Path) -> None:
-        for name, result in self.results.items():
-            result.save(f"{stem}-{name}.npz")
-        if self._trajectory is not None:
-            self._trajectory.save(f"{stem}-trajectory.npz")
+    def _write(self, stem: Path) -> list[Path]:
+        paths = [result.save(f"{stem}-{name}.npz") for name, result in self.results.items()]
+        return paths if self._trajectory is None else [*paths, self._trajectory.save(f"{stem}-trajectory.npz")]
 
-    def _draw(self) -> Mapping[str, Any]:
+    def _figures(self) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         data = self._data_name
         for name, result in self.results.items():

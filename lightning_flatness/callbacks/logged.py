@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_flatness.callbacks import tensorboard
 from lightning_flatness.callbacks.labels import numbers_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_lightning_module
 from lightning_flatness.model.copy import measuring_device
@@ -83,13 +82,6 @@ def log_again(
     """Log the values of the last record again after a resume, so that callbacks that monitor them find them."""
     if f"{prefix}/{measure}" not in trainer.callback_metrics:
         log_record(pl_module, prefix, history[-1], history, measure)
-
-
-def add_charts(trainer: Trainer, callbacks: Sequence[tuple[str, str, str | None]]) -> None:
-    """Add charts of the flatness and accuracy of callbacks, each given by its prefix, measure and accuracy."""
-    tags = [f"{prefix}/log10_{measure}" for prefix, measure, _ in callbacks]
-    names = [accuracy_key(trainer.callback_metrics, accuracy) for *_, accuracy in callbacks]
-    tensorboard.add_charts(trainer, tags, names)
 
 
 def warn_outside_of_fit() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +30,8 @@ class SpectrumCallback(EpochEndCallback):
     ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``, and ``exact``, which is 1 if the eigenvalues are those of
     the Hessian, 0 if they have not converged or are those of the Gauss-Newton matrix. At the end of every n-th epoch,
     callbacks such as ``ModelCheckpoint`` can monitor these keys; at the end of the fit, only the loggers get them.
-    TensorBoard's page *Images* shows the density, and the eigenvalues over the epochs. Every result is written to a
-    file ``epoch=...-step=....npz``, which :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
+    Figures show the density, and the eigenvalues over the epochs. Every result is written to a file
+    ``epoch=...-step=....npz``, which :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
 
     Training with this callback is bit-identical to training without it. At the end of the fit it measures the weights
     that the fit leaves. These are averaged weights if a callback such as Lightning's ``StochasticWeightAveraging`` or
@@ -63,9 +63,12 @@ class SpectrumCallback(EpochEndCallback):
             LightningModule and returns the network; by default the network that the first validation step
             calls, or without validation the LightningModule itself.
         batch_fn: function that takes a batch and returns ``(inputs, targets)``.
-        folder: folder of the files; by default a folder named ``prefix`` in the Trainer's ``log_dir``.
+        folder: folder of the files; by default one named ``prefix`` in the run's folder, which no other run writes to.
+            Loggers that store files get them, too.
         eigenvectors: write the eigenvectors to the files, too: ``top_k`` vectors with one entry per parameter.
-        figures: draw figures for TensorBoard.
+        figures: ``"auto"`` to give figures to every logger that takes them, and to write PNG files for others;
+            ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
+        figures_every: draw after every n-th measurement, and at the end; None: only at the end.
         on_error: ``"raise"``, or ``"warn"`` to continue training.
 
     Attributes:
@@ -108,10 +111,11 @@ class SpectrumCallback(EpochEndCallback):
         batch_fn: Callable[[Any], tuple[Any, Tensor | None]] | None = None,
         folder: str | None = None,
         eigenvectors: bool = False,
-        figures: bool = True,
+        figures: bool | Literal["auto", "files"] = "auto",
+        figures_every: int | None = 1,
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
-        shared = (data, max_samples, prefix, model, batch_fn, figures, on_error)
+        shared = (data, max_samples, prefix, model, batch_fn, figures, figures_every, on_error)
         super().__init__("spectrum", every_n_epochs, folder, *shared)
         self._options = SpectrumOptions(
             loss=loss,
@@ -181,14 +185,14 @@ class SpectrumCallback(EpochEndCallback):
     def _logged(self, record: Record) -> dict[str, float]:
         return {name: float(record[name]) for name in LOGGED if record.get(name) is not None}
 
-    def _write(self, stem: Path) -> None:
+    def _write(self, stem: Path) -> list[Path]:
         assert self.result is not None
         result = self.result if self.eigenvectors else replace(self.result, eigenvectors=self.result.eigenvectors[:0])
-        result.save(f"{stem}.npz")
+        return [result.save(f"{stem}.npz")]
 
-    def _draw(self) -> Mapping[str, Any]:
+    def _figures(self) -> dict[str, Any]:
         assert self.result is not None
-        return {"density": plot_density(self.result, data=self._data_name)[0]}
-
-    def _draw_history(self) -> Mapping[str, Any]:
-        return {"eigenvalues": plot_eigenvalues(self.history, data=self._data_name)[0]}
+        figures = {"density": plot_density(self.result, data=self._data_name)[0]}
+        if len(self.history) > 1:
+            figures["eigenvalues"] = plot_eigenvalues(self.history, data=self._data_name)[0]
+        return figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Trajectory:
         margin = 0.25 * (high - low)
         return list(principal.directions), torch.stack([low - margin, high + margin], 1).tolist()
 
-    def save(self, path: str) -> None:
-        """Write the path of the states through the last plane to an npz file; ``TrajectoryResult.load`` reads it."""
+    def save(self, path: str) -> Path:
+        """Write the way of the states through the last plane to an npz file, and return its path."""
         assert self._principal is not None
-        TrajectoryResult(self._principal.coordinates, self._principal.explained).save(path)
+        return TrajectoryResult(self._principal.coordinates, self._principal.explained).save(path)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks import tensorboard
+from lightning_flatness.callbacks import flatness_figures
 from tests.callbacks.lightning_modules import Classifier, Interrupted, TwoLayerNet, loaders, quiet_trainer
 from tests.callbacks.tensorboard_events import charts, events
 from tests.guarding import guards
@@ -197,9 +197,9 @@ def test_diagonals_alone_are_logged_and_drawn(tmp_path):
 
 def test_the_stop_and_the_burn_in_are_in_the_figure(tmp_path, monkeypatch):
     drawn = []
-    plot = tensorboard.plot_history
+    plot = flatness_figures.plot_history
     monkeypatch.setattr(
-        tensorboard, "plot_history", lambda *given, **options: drawn.append(options) or plot(*given, **options)
+        flatness_figures, "plot_history", lambda *given, **options: drawn.append(options) or plot(*given, **options)
     )
     stopping = lf.FlatnessStopping(burn_in=1, patience=1, min_delta=0.99, accuracy_min_delta=1.0)
     fit(tmp_path, lf.FlatnessCallback(summary=False), stopping, max_epochs=9)

@@ -1,0 +1,59 @@
+"""What a FlatnessCallback does with its records: the history with the accuracy beside, charts and figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_flatness.callbacks.base import MeasuringCallback, Record
+from lightning_flatness.callbacks.charts import add_charts_once
+from lightning_flatness.callbacks.flatness_figures import flatness_figures, stopping_of
+from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
+from lightning_flatness.callbacks.logged import accuracy_of
+from lightning_flatness.results import FlatnessReport
+
+
+class FlatnessHistory(MeasuringCallback):
+    """Base class of the callback that measures flatness. ``arguments`` are those of :class:`MeasuringCallback`."""
+
+    def __init__(self, accuracy: str | None, measure: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.accuracy = accuracy
+        self.charted = f"{self.prefix}/log10_{measure}"  # key of the chart beside that of the accuracy
+        self.report: FlatnessReport | None = None
+        self._awaits_accuracy: Record | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new history, and raise errors or warn of problems that can be found before training."""
+        self.report = self._awaits_accuracy = None
+        super().on_fit_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add flatness and accuracy to the history. The module may log its accuracy after flatness was logged."""
+        if self._awaits_accuracy is not None:
+            self._add_to_history(trainer, self._awaits_accuracy)
+            self._pair_accuracy(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the accuracy of the last epoch to the last record if there is no validation."""
+        self._pair_accuracy(trainer)
+
+    def _add_to_history(self, trainer: Trainer, record: Record) -> None:
+        self.history.append(record)
+        add_charts_once(trainer, [other for other in callbacks_of(trainer) if isinstance(other, FlatnessHistory)])
+
+    def _pair_accuracy(self, trainer: Trainer) -> None:
+        record, self._awaits_accuracy = self._awaits_accuracy, None
+        if record is not None:
+            record["accuracy"] = accuracy_of(trainer.callback_metrics, self.accuracy)
+            if self._draws_now:
+                self._draw_flatness(trainer)
+
+    def _draw_run(self, trainer: Trainer) -> None:
+        self._pair_accuracy(trainer)
+        if not self._is_drawn or stopping_of(trainer)["stopped"]:
+            self._draw_flatness(trainer)
+
+    def _draw_flatness(self, trainer: Trainer) -> None:
+        if self.history and self.report is not None:
+            drawn = (trainer, self.history, self.report, self.accuracy, self._data_name)
+            self._draw(trainer, lambda: flatness_figures(*drawn))

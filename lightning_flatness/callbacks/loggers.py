@@ -1,0 +1,125 @@
+"""What loggers take: figures and files, and how each is given them. A logger is known by its methods, not its class."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import posixpath
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Item:
+    """A figure or file of one measurement.
+
+    ``tag`` and ``step`` are like those of the logged numbers. ``path`` is the path of its file in the folder of the
+    run, and in loggers that have files.
+    """
+
+    tag: str
+    step: int
+    path: str
+
+
+Add = Callable[[Any, Any, Item], None]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Functions that give a logger a figure, or the path of a file; None if the logger takes none."""
+
+    fits: Callable[[Any], bool]
+    add_figure: Add | None = None
+    add_file: Add | None = None
+
+
+def interface_of(logger: Any) -> Interface:
+    """Return the functions for a logger. For an unknown one, and for one that has files of its own, these are None.
+
+    Example:
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> interface_of(CSVLogger("logs")).add_figure is None
+        True
+    """
+    return next((interface for interface in INTERFACES if interface.fits(logger)), Interface(lambda logger: True))
+
+
+def logged_step(global_step: int) -> int:
+    """Return the step number under which Lightning logs scalars after this number of optimizer steps."""
+    return max(0, global_step - 1)
+
+
+def _experiment_has(*names: str) -> Callable[[Any], bool]:
+    return lambda logger: all(hasattr(logger.experiment, name) for name in names)
+
+
+def _add_tensorboard_figure(logger: Any, figure: Any, item: Item) -> None:
+    logger.experiment.add_figure(item.tag, figure, global_step=item.step)
+
+
+def _add_wandb_figure(logger: Any, figure: Any, item: Item) -> None:
+    # As the scalars, it gets a row of its own, with the step as "trainer/global_step", which is the x axis of charts.
+    logger.log_image(key=item.tag, images=[_as_image(figure)], step=item.step)
+
+
+def _add_wandb_file(logger: Any, path: Path, item: Item) -> None:
+    # A copy in the folder of the W&B run. save() alone would make a link, which a run that is moved would lose.
+    folder = Path(logger.experiment.dir)
+    (folder / item.path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, folder / item.path)
+    logger.experiment.save(str(folder / glob.escape(item.path)), base_path=str(folder), policy="now")
+
+
+def _add_mlflow_figure(logger: Any, figure: Any, item: Item) -> None:
+    logger.experiment.log_figure(logger.run_id, figure, item.path)
+
+
+def _add_mlflow_file(logger: Any, path: Path, item: Item) -> None:
+    logger.experiment.log_artifact(logger.run_id, str(path), posixpath.dirname(item.path))
+
+
+def _add_comet_figure(logger: Any, figure: Any, item: Item) -> None:
+    logger.experiment.log_figure(figure_name=item.tag, figure=figure, step=item.step)
+
+
+def _add_comet_file(logger: Any, path: Path, item: Item) -> None:
+    logger.experiment.log_asset(file_data=str(path), file_name=item.path, step=item.step)
+
+
+def _is_aim(logger: Any) -> bool:
+    return any(kind.__module__.partition(".")[0] == "aim" for kind in type(logger.experiment).__mro__)
+
+
+def _add_aim_figure(logger: Any, figure: Any, item: Item) -> None:
+    image = importlib.import_module("aim").Image(image=_as_image(figure), caption=item.tag)
+    logger.experiment.track(image, name=item.tag, step=item.step)
+
+
+def _as_image(figure: Any) -> Any:
+    """Return a figure as an image of PIL, which matplotlib depends on."""
+    from PIL import Image
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)
+
+
+# The first that fits is taken. Those that look at the logger alone come first, since experiments are made on demand.
+INTERFACES = (
+    Interface(lambda logger: hasattr(logger, "log_image"), _add_wandb_figure, _add_wandb_file),
+    # LitLogger
+    Interface(lambda logger: hasattr(logger, "log_file"), None, lambda logger, path, item: logger.log_file(str(path))),
+    Interface(
+        lambda logger: hasattr(logger, "run_id") and _experiment_has("log_figure", "log_artifact")(logger),
+        _add_mlflow_figure,
+        _add_mlflow_file,
+    ),
+    Interface(_experiment_has("add_figure"), _add_tensorboard_figure),
+    Interface(_experiment_has("log_figure", "log_asset"), _add_comet_figure, _add_comet_file),
+    Interface(_is_aim, _add_aim_figure),
+)

@@ -1,0 +1,57 @@
+"""Folders that no other run writes to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+
+def own_folder(loggers: Sequence[Any]) -> Path | None:
+    """Return the folder of the first logger that has one for every run, as TensorBoard and CSV have, or None.
+
+    Others have a folder for all runs (``save_dir``), where MLflow takes every folder for an experiment.
+    """
+    folders = [getattr(logger, "log_dir", None) for logger in loggers]
+    return next((Path(folder) for folder in folders if folder), None)
+
+
+def claim(folder: Path) -> Path:
+    """Make a new folder of this name, or if there is one already, of this name with ``-v1``, ``-v2`` and so on.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     [claim(Path(parent) / "spectrum").name for _ in range(3)]
+        ['spectrum', 'spectrum-v1', 'spectrum-v2']
+    """
+    names = (f"{folder.name}-v{number}" if number else folder.name for number in count())
+    return _made(folder.parent, names)
+
+
+def claim_version(parent: Path) -> Path:
+    """Make the next folder ``version_...``, as loggers of Lightning do.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     Path(parent, "version_4").mkdir()
+        ...     claim_version(Path(parent)).name
+        'version_5'
+    """
+    matches = (re.fullmatch(r"version_(\d+)", path.name) for path in parent.glob("version_*"))
+    first = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    return _made(parent, (f"version_{number}" for number in count(first)))
+
+
+def _made(parent: Path, names: Any) -> Path:
+    for name in names:
+        folder = parent / name
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # of another run, which may have made it just now
+            continue
+        return folder
+    raise AssertionError("There are infinitely many names.")
