@@ -180,7 +180,12 @@ def loaders(train_samples=32, val_samples=22, dtype=torch.float32):
     )
 
 
-def quiet_trainer(folder, *callbacks, **options):
+def quiet_trainer(folder, *callbacks, figures=False, **options):
+    """A Trainer that prints and writes little: without a logger nothing is drawn unless ``figures`` are wanted."""
+    if not figures and not options.get("logger"):
+        for callback in callbacks:
+            if hasattr(callback, "figures"):
+                callback.figures = False
     defaults = {
         "max_epochs": 2,
         "logger": False,

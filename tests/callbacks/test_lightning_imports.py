@@ -43,7 +43,6 @@ def run(how, folder, **environment):
     return found.stdout
 
 
-@guards("callbacks/tensorboard.py", "for root in ROOTS if", "for root in ROOTS[:1] if", ids="second-pytorch_lightning")
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "root"), [("first", "lightning.pytorch"), ("second", "pytorch_lightning")])
 def test_both_names_of_lightning(tmp_path, how, root):

@@ -83,7 +83,7 @@ def test_chart_without_an_accuracy(tmp_path):
     assert charts(events(tmp_path)) == {"flatness/log10_relative_flatness": ["^flatness/log10_relative_flatness$"]}
 
 
-@guards("callbacks/flatness.py", "if not any(callback._has_chart for callback in callbacks):", "if True:")
+@guards("callbacks/charts.py", "if any(callback.run_outputs.has_charts for callback in callbacks):", "if False:")
 def test_two_callbacks_are_both_in_the_charts(tmp_path):
     # TensorBoard serves one layout of a run.
     pair = [lf.FlatnessCallback(summary=False, prefix=prefix) for prefix in ("one", "two")]
@@ -160,11 +160,11 @@ def test_without_matplotlib_there_is_a_warning(tmp_path, monkeypatch):
     assert len(charts(seen)) == 2
 
 
-def test_without_matplotlib_and_tensorboard_there_is_no_warning(tmp_path, monkeypatch):
+def test_without_matplotlib_there_is_no_warning_where_no_figures_are_wanted(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="FlatnessCallback")
-        fit(tmp_path, lf.FlatnessCallback(summary=False), logger=CSVLogger(tmp_path))
+        fit(tmp_path, lf.FlatnessCallback(summary=False, figures=False), logger=CSVLogger(tmp_path))
 
 
 def test_flatness_of_zero_is_drawn(tmp_path):
