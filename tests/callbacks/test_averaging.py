@@ -97,7 +97,7 @@ def test_two_callbacks_before_the_averaging(tmp_path, averages):
 def test_files_of_the_same_step_have_names_of_their_own(tmp_path):
     callback = KINDS["spectrum"](every_n_epochs=1, figures=False)
     fit(tmp_path, callback, OwnAverages())
-    names = sorted(path.name for path in (tmp_path / "spectrum").iterdir())
+    names = sorted(path.name for path in (tmp_path / "lightning_logs" / "version_0" / "spectrum").iterdir())
     assert names[-2:] == ["epoch=2-step=12-final.npz", "epoch=2-step=12.npz"]
     assert epochs(callback) == [0, 1, 2, 2]
 

@@ -58,7 +58,7 @@ def test_history_pairs_flatness_with_accuracy(tmp_path, accuracy, values):
     assert [record["accuracy"] for record in callback.history] == values
 
 
-@guards("callbacks.flatness:FlatnessCallback.on_train_epoch_start", body="pass")
+@guards("callbacks.flatness_history:FlatnessHistory.on_train_epoch_start", body="pass")
 def test_history_without_validation_pairs_flatness_with_accuracy_of_the_epoch(tmp_path):
     class Late(WithoutValidation):
         def on_train_epoch_end(self):

@@ -242,7 +242,7 @@ def test_thirty_epochs(tmp_path):
 @kinds
 @pytest.mark.usefixtures("sigint_kept")
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, kind):
-    callback = KINDS[kind](every_n_epochs=1)
+    callback = KINDS[kind](every_n_epochs=1, figures_every=None)
     with contextlib.suppress(SystemExit):  # of recent Lightning; older ones return
         fit(tmp_path, callback, module=Interrupted(), logger=TensorBoardLogger(tmp_path), max_epochs=5)
     assert epochs(callback) == [0, 1]

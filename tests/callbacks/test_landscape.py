@@ -237,7 +237,7 @@ def test_an_interrupt_at_the_end_keeps_what_was_computed(tmp_path, after_five_po
     callback = lf.LandscapeCallback(steps=3, batch_norm="both")
     fit(tmp_path, callback)
     assert not callback.history[-1]["complete"]
-    (path,) = (tmp_path / "landscape").iterdir()  # the second is not begun
+    (path,) = (tmp_path / "lightning_logs" / "version_0" / "landscape").iterdir()  # the second is not begun
     assert lf.LandscapeResult.load(path).computed.sum() == 5
 
 
@@ -249,7 +249,7 @@ def test_an_interrupt_in_training_ends_it_and_keeps_what_was_computed(tmp_path, 
     with contextlib.suppress(SystemExit):  # of recent Lightning; older ones return
         fit(tmp_path, callback, module=module)
     assert module.training_steps == 4
-    (path,) = (tmp_path / "landscape").iterdir()
+    (path,) = (tmp_path / "lightning_logs" / "version_0" / "landscape").iterdir()
     assert lf.LandscapeResult.load(path).computed.sum() == 5
 
 
@@ -258,7 +258,7 @@ def test_an_error_at_a_point_keeps_what_was_computed(tmp_path, after_five_points
     after_five_points(RuntimeError("no memory"))
     with pytest.raises(lf.LandscapeError, match="no memory"):
         fit(tmp_path, lf.LandscapeCallback(steps=3))
-    (path,) = (tmp_path / "landscape").iterdir()
+    (path,) = (tmp_path / "lightning_logs" / "version_0" / "landscape").iterdir()
     assert lf.LandscapeResult.load(path).computed.sum() == 5
 
 

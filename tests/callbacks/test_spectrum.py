@@ -117,7 +117,7 @@ def test_without_eigenvalues(tmp_path):
 def test_eigenvectors_in_files_are_asked_for(tmp_path, wanted):
     callback = lf.SpectrumCallback(eigenvectors=wanted, **TINY)
     fit(tmp_path, callback)
-    (path,) = (tmp_path / "spectrum").iterdir()
+    (path,) = (tmp_path / "lightning_logs" / "version_0" / "spectrum").iterdir()
     found = lf.SpectrumResult.load(path)
     assert len(found.eigenvectors) == (2 if wanted else 0)
     assert len(callback.result.eigenvectors) == 2
@@ -154,7 +154,7 @@ def test_weight_averaging(tmp_path, first):
     assert epochs(callback) == [0, 1, 2, 2]
     assert_close(callback.history[2]["trace"], of_trained)
     assert_close(callback.history[-1]["trace"], of_left)
-    assert len(list((tmp_path / "spectrum").glob("*-averaged.npz"))) == 1
+    assert len(list((tmp_path / "lightning_logs" / "version_0" / "spectrum").glob("*-averaged.npz"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,15 @@ def numbers_at_epochs():
     module = Classifier(lr=0.0)
     module.net.norm1.eval(), module.net.norm2.eval()
     module.train = lambda mode=True: module  # BatchNorm keeps its statistics
-    trainer = trainer_on_ranks(spectrum, landscape, max_epochs=1)
+    flatness = lf.FlatnessCallback(summary=False)
+    trainer = trainer_on_ranks(spectrum, landscape, flatness, max_epochs=1, figures="auto")
     trainer.fit(module, DataLoader(dataset(32), 8, shuffle=True), DataLoader(dataset(22, seed=1), 8))
+    trainer.strategy.barrier()  # until both have written
     written = sorted(path.suffix for path in Path.cwd().glob(f"of-{rank()}/*"))
+    drawn = sorted(path.name for path in Path.cwd().glob("lightning_logs/*/flatness/*.png"))
     logged = float(trainer.callback_metrics["spectrum/trace"])
     losses = landscape.results["kept"].losses
-    return {"history": spectrum.history, "losses": losses, "written": written, "logged": logged}
+    return {"history": spectrum.history, "losses": losses, "written": written, "drawn": drawn, "logged": logged}
 
 
 class FailsOnOneRank(Classifier):
