@@ -33,7 +33,7 @@ def add_charts_once(trainer: Trainer, callbacks: Sequence[Any]) -> None:
 def _writers(trainer: Trainer) -> list[Any]:
     """Return the ``SummaryWriter`` of every TensorBoard logger, or an empty list on ranks other than zero."""
     writers = []
-    loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []  # type: ignore[assignment]
+    loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
     for logger in loggers:
         with suppress(Exception):  # a logger that fails has no charts
             if hasattr(logger.experiment, "add_custom_scalars"):

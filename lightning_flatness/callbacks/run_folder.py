@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def claim_version(parent: Path) -> Path:
     return _made(parent, (f"version_{number}" for number in count(first)))
 
 
-def _made(parent: Path, names: Any) -> Path:
+def _made(parent: Path, names: Iterable[str]) -> Path:
     for name in names:
         folder = parent / name
         try:
