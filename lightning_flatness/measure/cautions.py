@@ -21,7 +21,7 @@ def cautions_of(rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Mod
     """Return the cautions of models that are compared, in the order of ``CAUTIONS``; some may have no network."""
     found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows), *_of_outcomes(rows)]
     found += network_cautions(networks)
-    return tuple(sorted(found, key=lambda caution: CAUTIONS.index(caution.kind)))
+    return tuple(sorted(found, key=lambda caution: list(CAUTIONS).index(caution.kind)))
 
 
 def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:

@@ -9,24 +9,24 @@ from rich.text import Text
 
 from lightning_flatness.results.records import Record
 
-# What a caution may be about, in the order in which cautions are listed.
-CAUTIONS = (
-    "train_loss",  # training losses differ
-    "train_loss_unknown",
-    "layers",  # layers of different names
-    "width",  # layers of different numbers of filters or features
-    "depth",  # networks with different numbers of layers
-    "batch_norm",  # some have it and others do not, or its statistics were never updated
-    "not_exact",
-    "method",
-    "loss_function",
-    "precision",
-    "data",  # different data or samples
-    "num_samples",
-    "not_normalised",  # the measure that compares networks is not known
-    "few_samples",  # for the errors
-    "few_models",  # for rank correlations
-)
+# What a caution may be about, in a few words, in the order in which cautions are listed.
+CAUTIONS = {
+    "train_loss": "training losses differ",
+    "train_loss_unknown": "training loss not known",
+    "layers": "layers of different names",
+    "width": "layers of different widths",
+    "depth": "networks of different depths",
+    "batch_norm": "BatchNorm differs",
+    "not_exact": "not exact",
+    "method": "different methods",
+    "loss_function": "different loss functions",
+    "precision": "different precisions",
+    "data": "different data",
+    "num_samples": "different numbers of samples",
+    "not_normalised": "normalised measure not known",
+    "few_samples": "too few samples for errors",
+    "few_models": "too few models for τ",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +34,7 @@ class Caution(Record):
     """A reason why models cannot be compared as they are.
 
     Attributes:
-        kind: what the caution is about, one word of ``lightning_flatness.results.CAUTIONS``.
+        kind: what the caution is about, a key of ``lightning_flatness.results.CAUTIONS``.
         sentence: what is the matter and what follows from it, in plain words.
         models: names of the models concerned; all of them if it is about the comparison.
     """
@@ -42,6 +42,11 @@ class Caution(Record):
     kind: str
     sentence: str
     models: tuple[str, ...] = ()
+
+    @property
+    def short(self) -> str:
+        """The caution in a few words, such as ``"training losses differ"``."""
+        return CAUTIONS.get(self.kind, self.kind)
 
     def _line(self) -> str:
         return f"{self.kind}: {self.sentence}"

@@ -114,7 +114,7 @@ def as_page(comparison: Comparison) -> str:
     ]
     if comparison.correlations:
         parts.append(as_html(correlation_table(comparison.correlations, comparison.outcome_name)))
-    return f"<div>{''.join(parts)}</div>"
+    return f"<div>{'<br>'.join(parts)}</div>"
 
 
 def _of(data: str) -> str:

@@ -1,0 +1,185 @@
+"""Figure of models side by side, and what figures of models share."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.plots.canvas import (
+    LEGEND_SIZE,
+    SERIES,
+    TITLE_SIZE,
+    axes_or_new,
+    label_logarithm,
+    plain_frame,
+    set_heading,
+)
+from lightning_flatness.plots.words import METHODS, NAMES, check_measure, known_error, samples_of
+from lightning_flatness.results import ComparedModel, Comparison, number_of
+from lightning_flatness.results.rank_correlation import BEST
+
+COLOUR = SERIES[0]
+LABELS = NAMES | {
+    "relative_flatness_per_loss": "relative flatness / loss",
+    "relative_flatness_per_curvature": "relative flatness / curvature",
+    "train_loss": "training loss",
+    "weight_norm": "‖W‖",
+    "margin": "margin",
+    "feature_spread": "features x spread",
+}
+# Numbers that can be drawn.
+DRAWN = (
+    "normalized_relative_flatness", "relative_flatness", "relative_flatness_per_loss",
+    "relative_flatness_per_curvature", "hessian_trace", "loss", "train_loss", "accuracy", "weight_norm", "margin",
+    "feature_spread",
+)  # fmt: skip
+BARS = "bars: ± 2 standard errors"
+
+
+def plot_comparison(
+    comparison: Comparison, measures: Sequence[str] | None = None, *, ax: Any = None
+) -> tuple[Any, list[Any]]:
+    """Draw measures of every model as dots, a panel for each measure; dots that are not exact are hollow.
+
+    ``measures`` are by default the normalised and plain relative flatness, the Hessian trace and the loss; the loss,
+    accuracy and the numbers that come for free can be drawn, too. An axis is logarithmic if all its values are
+    positive. Bars are two standard errors; a line marks the first model, and ≈ what cannot be told from it. Axes
+    ``ax`` have room for one measure. Returns the figure and a list of its axes.
+    """
+    rows = list(comparison.models.values())
+    chosen = list(measures or _default_measures(comparison, alone=ax is not None))
+    for measure in chosen:
+        check_measure(measure, DRAWN)
+        if all(math.isnan(getattr(row, measure)) for row in rows):
+            raise FlatnessError(f"{measure} is not known of any model; choose other measures=.")
+    if ax is not None and len(chosen) > 1:
+        raise FlatnessError(f"ax= has room for one measure, and measures= has {len(chosen)}.")
+    figure, axes = _panels(ax, len(chosen), len(rows))
+    for panel, measure in zip(axes, chosen, strict=True):
+        _draw_dots(panel, comparison, measure)
+    axes[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=LEGEND_SIZE)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    bars = f"{BARS}; ≈: no clear difference from {comparison.reference}; lower is flatter" * has_errors(comparison)
+    lines = subject_of_models(comparison), comparison.verdict, cautions_of(comparison), bars
+    head(figure, axes[0] if ax is not None else None, *lines)
+    return figure, axes
+
+
+def _default_measures(comparison: Comparison, alone: bool) -> list[str]:
+    rows = comparison.models.values()
+    wanted = [BEST, "relative_flatness", "hessian_trace", "train_loss", "loss"]
+    known = [measure for measure in wanted if any(not math.isnan(getattr(row, measure)) for row in rows)]
+    if "train_loss" in known and all(row.train_loss == row.loss for row in rows):
+        known.remove("loss")
+    return known[:1] if alone else known
+
+
+def _panels(ax: Any, number: int, models: int) -> tuple[Any, list[Any]]:
+    height = min(1.7 + 0.25 * max(models, 3), 12.0)
+    if number == 1:
+        figure, ax = axes_or_new(ax, 6.5, height)
+        return figure, [ax]
+    figure, axes = axes_or_new(None, 2.5 + 2.1 * number, height, ncols=number, sharey=True)
+    return figure, list(axes)
+
+
+def _draw_dots(ax: Any, comparison: Comparison, measure: str) -> None:
+    rows = list(comparison.models.values())
+    values = [getattr(row, measure) for row in rows]
+    scale_axis(ax.xaxis, values)
+    if math.isfinite(values[0]):
+        ax.axvline(values[0], color="0.6", linewidth=0.8, linestyle=":")
+    draw_models(ax, rows, measure, list(range(len(rows))))
+    if min((value for value in values if math.isfinite(value)), default=0.0) > 0:
+        label_logarithm(ax.xaxis)
+    for index, row in enumerate(rows):
+        if not math.isfinite(values[index]):
+            ax.annotate("not known", (0.02, index), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+        elif index and measure in comparison.covariances and _is_unclear(comparison, measure, row.name):
+            at = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": LEGEND_SIZE}
+            ax.annotate("≈", (values[index], index), **at)
+    ax.set_xlabel(label_with_unit(measure), fontsize=LEGEND_SIZE)
+    ax.tick_params(axis="x", labelsize=7)
+    plain_frame(ax, "both")
+
+
+def _is_unclear(comparison: Comparison, measure: str, name: str) -> bool:
+    found = comparison.difference(measure, name)
+    return found.is_known and not found.is_clear
+
+
+def draw_models(ax: Any, rows: Sequence[ComparedModel], measure: str, heights: Sequence[float]) -> None:
+    """Draw dots and bars; numbers of flatness that are not exact are hollow."""
+    values = [getattr(row, measure) for row in rows]
+    errors = [2 * known_error(row.errors.get(measure)) for row in rows]
+    known = [value for value in values if math.isfinite(value)]
+    lowest = 0.6 * min(known, default=0.0)
+    if any(errors):
+        # On a logarithmic axis no bar goes to zero.
+        below = [min(e, max(v - lowest, 0.0)) if lowest > 0 else e for v, e in zip(values, errors, strict=True)]
+        ax.errorbar(values, heights, xerr=[below, errors], fmt="none", ecolor=COLOUR, elinewidth=1.0, capsize=2.0)
+    for exact, marker, face in ((True, "o", COLOUR), (False, "D", "white")):
+        shown = [index for index, row in enumerate(rows) if (row.exact or measure not in _OF_HESSIAN) == exact]
+        style = {"marker": marker, "markerfacecolor": face, "markeredgecolor": COLOUR, "linestyle": "none"}
+        if shown:
+            ax.plot([values[i] for i in shown], [heights[i] for i in shown], markersize=5.5, zorder=3, **style)
+
+
+_OF_HESSIAN = DRAWN[:5]
+
+
+def scale_axis(axis: Any, values: Sequence[float]) -> None:
+    """Make an axis logarithmic if all values that are known are positive."""
+    known = [value for value in values if math.isfinite(value)]
+    if known and min(known) > 0:
+        axis.axes.set_xscale("log")
+
+
+def subject_of_models(comparison: Comparison) -> str:
+    """Return what was compared: models, layers, samples, and whether the numbers are exact."""
+    rows = list(comparison.models.values())
+    layers = " / ".join(dict.fromkeys(", ".join(row.layers[:3]) + ", ..." * (len(row.layers) > 3) for row in rows))
+    samples = " / ".join(dict.fromkeys(samples_of(row.num_samples, row.data) for row in rows))
+    methods = " / ".join(dict.fromkeys(_words(row.method) for row in rows))
+    exact = [row.exact for row in rows]
+    label = "exact" if all(exact) else "not exact where hollow" if any(exact) else "not exact"
+    plural = "s" if any(len(row.layers) > 1 for row in rows) or " / " in layers else ""
+    return f"{number_of(len(rows), 'model')}, layer{plural} {layers}; {samples}; {label} ({methods})"
+
+
+def _words(methods: str) -> str:
+    return ", ".join(METHODS.get(method, method) for method in methods.split(", "))
+
+
+def has_errors(comparison: Comparison) -> bool:
+    """Return whether the error of any number is known, so that there are bars."""
+    return any(error for row in comparison.models.values() for error in row.errors.values())
+
+
+def cautions_of(comparison: Comparison) -> str:
+    """Return the cautions in a few words."""
+    return f"CAUTION: {'; '.join(dict.fromkeys(one.short for one in comparison.cautions))}" * bool(comparison.cautions)
+
+
+def name_of(measure: str) -> str:
+    """Return the name of a number."""
+    return LABELS.get(measure, measure)
+
+
+def label_with_unit(measure: str) -> str:
+    """Return the name of a number with its unit."""
+    units = {"hessian_trace": "  (loss per squared weight)"}
+    return name_of(measure) + units.get(measure, "  (loss)" if "flatness" in measure and "per_" not in measure else "")
+
+
+def head(figure: Any, ax: Any, *lines: str) -> None:
+    """Write the lines above the axes, or without axes above the whole figure, from its left edge."""
+    if ax is not None:
+        set_heading(ax, *lines)
+        return
+    characters = int(figure.get_figwidth() / (0.52 * TITLE_SIZE / 72))
+    broken = [part for line in lines for part in textwrap.wrap(line, characters)]
+    figure.suptitle("\n".join(broken), fontsize=TITLE_SIZE, x=0.01, ha="left")

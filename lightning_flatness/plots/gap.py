@@ -1,0 +1,67 @@
+"""Figure of an outcome of models against one of their numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.plots.canvas import axes_or_new, label_logarithm, plain_frame
+from lightning_flatness.plots.comparison import (
+    BARS,
+    DRAWN,
+    cautions_of,
+    draw_models,
+    has_errors,
+    head,
+    label_with_unit,
+    name_of,
+    scale_axis,
+    subject_of_models,
+)
+from lightning_flatness.plots.words import check_measure
+from lightning_flatness.results import Comparison, number_of
+from lightning_flatness.results.rank_correlation import BEST
+
+# With more models than this, dots have no names.
+MOST_NAMES = 12
+
+
+def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> tuple[Any, Any]:
+    """Draw the outcome of every model against one of its numbers, with Kendall's τ in the title.
+
+    Dots that are not exact are hollow; bars are two standard errors. The axis of the number is logarithmic if all its
+    values are positive.
+    """
+    check_measure(measure, DRAWN)
+    rows = [
+        row for row in comparison.models.values() if math.isfinite(row.outcome) and math.isfinite(getattr(row, measure))
+    ]
+    if not rows:
+        raise FlatnessError(f"There is no outcome to draw against {measure}: give compare(outcome=).")
+    given = ax
+    figure, ax = axes_or_new(ax, 6.0, 4.6)
+    values = [getattr(row, measure) for row in rows]
+    scale_axis(ax.xaxis, values)
+    draw_models(ax, rows, measure, [row.outcome for row in rows])
+    if min(values) > 0:
+        label_logarithm(ax.xaxis)
+    if len(rows) <= MOST_NAMES:
+        for row, value in zip(rows, values, strict=True):
+            at = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
+            ax.annotate(row.name, (value, row.outcome), **at)
+    ax.set_xlabel(label_with_unit(measure))
+    ax.set_ylabel(comparison.outcome_name)
+    plain_frame(ax, "both")
+    heading = f"{comparison.outcome_name[:1].upper()}{comparison.outcome_name[1:]} against {name_of(measure)}"
+    tau, bars = _tau(comparison, measure), BARS * has_errors(comparison)
+    head(figure, given, heading, tau, subject_of_models(comparison), cautions_of(comparison), bars)
+    return figure, ax
+
+
+def _tau(comparison: Comparison, measure: str) -> str:
+    found = next((one for one in comparison.correlations if one.measure == measure), None)
+    if found is None or math.isnan(found.tau):
+        return "no Kendall's τ"
+    interval = f" {found.interval}" if found.interval else ", too few models to conclude anything"
+    return f"Kendall's τ = {found.tau:.2f}{interval}, {number_of(found.num_models, 'model')}"
