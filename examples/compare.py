@@ -56,7 +56,7 @@ def trained(train, batch_size: int, rate: float, target: float, max_steps: int) 
     torch.manual_seed(0)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    recent = 10.0
+    recent, is_near = 10.0, False
     for _ in range(max_steps):
         batch = torch.randint(len(labels), (batch_size,))
         loss = cross_entropy(model(images[batch]), labels[batch])
@@ -64,10 +64,10 @@ def trained(train, batch_size: int, rate: float, target: float, max_steps: int) 
         loss.backward()
         optimizer.step()
         recent += 0.1 * (loss.item() - recent)
-        # Near the target the rate goes down, so that no step leaps over it.
-        near = recent < 4 * target
-        optimizer.param_groups[0]["lr"] = rate * (0.1 if near else 1)
-        if near and loss_of(model, images, labels) < target:
+        if not is_near and recent < 3 * target:
+            is_near = True
+            optimizer.param_groups[0]["lr"] = min(rate / 5, 0.004)  # so that no step leaps over the target
+        if is_near and loss_of(model, images, labels) < target:
             break
     return model.eval()
 
@@ -76,15 +76,15 @@ def main(arguments: list[str] | None = None) -> lf.Comparison:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", type=int, default=len(SETTINGS), help="train the first so many only")
     parser.add_argument("--num-train", type=int, default=900)
-    parser.add_argument("--target", type=float, default=0.05, help="training loss at which training stops")
-    parser.add_argument("--max-steps", type=int, default=3000)
+    parser.add_argument("--target", type=float, default=0.1, help="training loss at which training stops")
+    parser.add_argument("--max-steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     options = parser.parse_args(arguments)
 
     train, test = load_data(options.num_train)
     models, hyperparameters, gaps = {}, {}, {}
     for batch_size, rate in SETTINGS[: options.networks]:
-        name = f"batch {batch_size}, lr {rate:g}"
+        name = f"b{batch_size} lr{rate:g}"
         model = trained(train, batch_size, rate, options.target, options.max_steps)
         models[name] = model
         hyperparameters[name] = {"batch size": batch_size, "learning rate": rate}

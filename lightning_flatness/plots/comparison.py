@@ -45,9 +45,9 @@ def plot_comparison(
     """Draw measures of every model as dots, a panel for each measure; dots that are not exact are hollow.
 
     ``measures`` are by default the normalised and plain relative flatness, the Hessian trace and the loss; the loss,
-    accuracy and the numbers that come for free can be drawn, too. An axis is logarithmic if all its values are
-    positive. Bars are two standard errors; a line marks the first model, and ≈ what cannot be told from it. Axes
-    ``ax`` have room for one measure. Returns the figure and a list of its axes.
+    accuracy and the numbers that come for free can be drawn, too. An axis is logarithmic if its values are
+    positive and far apart. Bars are two standard errors; a line marks the first model, and ≈ what cannot be told from
+    it. Axes ``ax`` have room for one measure. Returns the figure and a list of its axes.
     """
     rows = list(comparison.models.values())
     chosen = list(measures or _default_measures(comparison, alone=ax is not None))
@@ -89,11 +89,12 @@ def _panels(ax: Any, number: int, models: int) -> tuple[Any, list[Any]]:
 def _draw_dots(ax: Any, comparison: Comparison, measure: str) -> None:
     rows = list(comparison.models.values())
     values = [getattr(row, measure) for row in rows]
-    scale_axis(ax.xaxis, values)
+    if is_logarithmic(values):
+        ax.set_xscale("log")
     if math.isfinite(values[0]):
         ax.axvline(values[0], color="0.6", linewidth=0.8, linestyle=":")
     draw_models(ax, rows, measure, list(range(len(rows))))
-    if min((value for value in values if math.isfinite(value)), default=0.0) > 0:
+    if is_logarithmic(values):
         label_logarithm(ax.xaxis)
     for index, row in enumerate(rows):
         if not math.isfinite(values[index]):
@@ -115,11 +116,11 @@ def draw_models(ax: Any, rows: Sequence[ComparedModel], measure: str, heights: S
     """Draw dots and bars; numbers of flatness that are not exact are hollow."""
     values = [getattr(row, measure) for row in rows]
     errors = [2 * known_error(row.errors.get(measure)) for row in rows]
-    known = [value for value in values if math.isfinite(value)]
-    lowest = 0.6 * min(known, default=0.0)
     if any(errors):
+        lowest = 0.6 * min(value for value in values if math.isfinite(value))
         # On a logarithmic axis no bar goes to zero.
-        below = [min(e, max(v - lowest, 0.0)) if lowest > 0 else e for v, e in zip(values, errors, strict=True)]
+        ends = [min(e, max(v - lowest, 0.0)) for v, e in zip(values, errors, strict=True)]
+        below = ends if is_logarithmic(values) else errors
         ax.errorbar(values, heights, xerr=[below, errors], fmt="none", ecolor=COLOUR, elinewidth=1.0, capsize=2.0)
     for exact, marker, face in ((True, "o", COLOUR), (False, "D", "white")):
         shown = [index for index, row in enumerate(rows) if (row.exact or measure not in _OF_HESSIAN) == exact]
@@ -131,11 +132,10 @@ def draw_models(ax: Any, rows: Sequence[ComparedModel], measure: str, heights: S
 _OF_HESSIAN = DRAWN[:5]
 
 
-def scale_axis(axis: Any, values: Sequence[float]) -> None:
-    """Make an axis logarithmic if all values that are known are positive."""
+def is_logarithmic(values: Sequence[float]) -> bool:
+    """Return whether an axis is to be logarithmic: values are positive, and the largest is three times the smallest."""
     known = [value for value in values if math.isfinite(value)]
-    if known and min(known) > 0:
-        axis.axes.set_xscale("log")
+    return bool(known) and max(known) > 3 * min(known) > 0
 
 
 def subject_of_models(comparison: Comparison) -> str:

@@ -14,9 +14,9 @@ from lightning_flatness.plots.comparison import (
     draw_models,
     has_errors,
     head,
+    is_logarithmic,
     label_with_unit,
     name_of,
-    scale_axis,
     subject_of_models,
 )
 from lightning_flatness.plots.words import check_measure
@@ -30,8 +30,8 @@ MOST_NAMES = 12
 def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> tuple[Any, Any]:
     """Draw the outcome of every model against one of its numbers, with Kendall's τ in the title.
 
-    Dots that are not exact are hollow; bars are two standard errors. The axis of the number is logarithmic if all its
-    values are positive.
+    Dots that are not exact are hollow; bars are two standard errors. The axis of the number is logarithmic if its
+    values are positive and far apart.
     """
     check_measure(measure, DRAWN)
     rows = [
@@ -42,9 +42,10 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
     given = ax
     figure, ax = axes_or_new(ax, 6.0, 4.6)
     values = [getattr(row, measure) for row in rows]
-    scale_axis(ax.xaxis, values)
+    if is_logarithmic(values):
+        ax.set_xscale("log")
     draw_models(ax, rows, measure, [row.outcome for row in rows])
-    if min(values) > 0:
+    if is_logarithmic(values):
         label_logarithm(ax.xaxis)
     if len(rows) <= MOST_NAMES:
         for row, value in zip(rows, values, strict=True):
