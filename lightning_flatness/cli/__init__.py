@@ -1,0 +1,1 @@
+"""The command ``lightning-flatness``: measure, compare and picture checkpoints."""

@@ -1,0 +1,191 @@
+"""The arguments of the command line. Nothing here imports torch, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning_flatness.errors import FlatnessError
+
+NESTED = ("--model.", "--data.")
+SUFFIXES = (".html", ".json", ".npz")
+ABOUT = {
+    "measure": "Flatness of the layers of a network.",
+    "compare": "Several networks side by side: which is flatter, by how much, and how sure that is.",
+    "spectrum": "Largest eigenvalues, trace and density of the Hessian of the whole network.",
+    "landscape": "The loss on a line or a plane through the weights.",
+}
+EPILOG = """\
+Lower is flatter. A checkpoint of LightningCLI knows its classes. For others give --model and --data with their
+arguments, or the --config of the run:
+
+  lightning-flatness measure last.ckpt --model project.Net --model.width 64 --data project.Digits
+  lightning-flatness compare a.ckpt b.ckpt --config config.yaml -o report.html
+
+Exit codes: 0 done, 1 the command line is wrong, 2 it could not be measured.
+"""
+
+
+class UsageError(FlatnessError):
+    """The command line is wrong: an option, a class, an argument of a class, or a file that is not there."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that was understood: options, and arguments of the classes of model and data as they were given."""
+
+    name: str
+    checkpoints: tuple[Path, ...]
+    options: argparse.Namespace
+    arguments: Mapping[str, Sequence[str]]  # of "model" and "data", such as ["--model.width=64"]
+    words: tuple[str, ...]  # all of it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.options, name)
+
+
+def parse(words: Sequence[str]) -> Command:
+    """Return the command that the words of a command line give; raise a :class:`UsageError` if they give none.
+
+    Example:
+        >>> command = parse(["measure", "a.ckpt", "--model", "net.Net", "--model.width", "64", "--max-samples", "100"])
+        >>> command.name, command.checkpoints, command.max_samples, command.arguments["model"]
+        ('measure', (PosixPath('a.ckpt'),), 100, ['--model.width=64'])
+    """
+    plain, nested = _nested(words)
+    options = _parser().parse_args(plain)
+    checkpoints = options.checkpoints if isinstance(options.checkpoints, list) else [options.checkpoints]
+    if options.command == "compare" and len(checkpoints) < 2:
+        raise UsageError("compare needs two checkpoints or more.")
+    return Command(options.command, tuple(map(Path, checkpoints)), options, nested, tuple(words))
+
+
+def _nested(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Take the arguments of classes, ``--model.width 64`` or ``--model.width=64``, out of a command line."""
+    plain: list[str] = []
+    nested: dict[str, list[str]] = {"model": [], "data": []}
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith(NESTED):
+            plain.append(word)
+            continue
+        if "=" not in word:
+            value = next(remaining, None)
+            if value is None:
+                raise UsageError(f"{word} needs a value.")
+            word = f"{word}={value}"
+        nested[word[2:].partition(".")[0]].append(word)
+    return plain, nested
+
+
+def _parser() -> argparse.ArgumentParser:
+    from lightning_flatness import __version__
+
+    parser = _Parser(
+        "lightning-flatness",
+        description="How flat the minima of trained networks are: exact flatness of checkpoints.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in ABOUT.items():
+        usage = f"%(prog)s {'A B ...' if name == 'compare' else 'CKPT'} [options]"
+        command = commands.add_parser(name, help=about, description=about, usage=usage, allow_abbrev=False)
+        _add_checkpoints(command, several=name == "compare")
+        _add_network(command)
+        _add_data(command, name)
+        _add_own(command, name)
+        _add_output(command, name)
+    return parser
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser, several: bool) -> None:
+    about = "checkpoints of Lightning, or state dicts (.pt, .pth, .safetensors)"
+    parser.add_argument("checkpoints", metavar="CKPT", nargs="+" if several else None, help=about)  # type: ignore[arg-type]
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network")
+    add = group.add_argument
+    add("--config", type=Path, metavar="FILE", help="config.yaml of a LightningCLI run: classes and their arguments")
+    add("--model", metavar="CLASS", help="class of the network, package.Class; its arguments as --model.ARG VALUE")
+    add("--network", metavar="NAME", help="attribute of the LightningModule that is the network, such as net")
+    add("--inputs", choices=("step", "batch"), help=(
+        "measure what the validation step gives to the network (default), or the batch's own inputs, without a step"
+    ))  # fmt: skip
+    add("--trust", action="store_true", help="unpickle Python objects in the checkpoint, which can run code")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps")
+
+
+def _add_data(parser: argparse.ArgumentParser, command: str) -> None:
+    default = {"spectrum": "512", "landscape": "512"}.get(command, "all of val, 4096 of train")
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data", metavar="CLASS", help="class of the data module; its arguments as --data.ARG VALUE")
+    add("--split", choices=("val", "train"), default="val", help="data to measure on (default: val)")
+    add("--loader", type=_whole(0), default=0, metavar="N", help="which of several validation loaders (default: 0)")
+    add("--max-samples", type=_whole(1), metavar="N", help=f"a fixed random subset (default: {default})")
+    add("--loss", default="cross_entropy", metavar="LOSS", help=(
+        "cross_entropy (default), binary_cross_entropy, mse, or package.function from (logits, targets) to the loss "
+        "of every sample"
+    ))  # fmt: skip
+    add("--seed", type=_whole(0), metavar="N", help="seed of everything random (default: the run's, or 0)")
+
+
+def _add_own(parser: argparse.ArgumentParser, command: str) -> None:
+    add = parser.add_argument_group(command).add_argument
+    add("--dtype", choices=("float32", "float64"), help="precision of the passes (default: the network's)")
+    if command in ("measure", "compare"):
+        add("--layers", action="append", metavar="NAMES", help=(
+            "last (default), classifier, all, or names or patterns with commas between them"
+        ))  # fmt: skip
+        add("--strict", action="store_true", help="fail rather than return numbers that are not exact")
+    if command == "compare":
+        add("--no-train-loss", action="store_true", help="do not measure the training loss besides")
+    if command == "spectrum":
+        add("--top-k", type=_whole(0), default=5, metavar="N", help="number of largest eigenvalues (default: 5)")
+        add("--steps", type=_whole(1), default=50, metavar="N", help="Lanczos steps of every probe (default: 50)")
+        add("--probes", type=_whole(1), default=10, metavar="N", help="random probes (default: 10)")
+    if command == "landscape":
+        add("--axes", choices=("random", "hessian"), default="random", help="kind of directions (default: random)")
+        add("--line", action="store_true", help="a line instead of a plane")
+        add("--steps", type=_whole(2), default=25, metavar="N", help="points along every axis (default: 25)")
+        add("--span", type=float, default=1.0, metavar="S", help="coordinates go from -S to S (default: 1)")
+
+
+def _add_output(parser: argparse.ArgumentParser, command: str) -> None:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("-o", "--output", action="append", default=[], type=_output, metavar="FILE", help=(
+        "write a page (.html), numbers (.json) or the whole result (.npz); may be given several times"
+    ))  # fmt: skip
+    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--debug", action="store_true", help="show where an error comes from")
+
+
+def _whole(least: int) -> Any:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' must be a whole number, at least {least}")
+        return int(text)
+
+    return whole
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"'{text}' must end with {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder '{path.parent}' for '{text}'")
+    return path

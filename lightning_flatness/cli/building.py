@@ -1,0 +1,139 @@
+"""The model and the data of a run, from classes and their arguments: of the command line, a checkpoint, a config."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_flatness.cli.arguments import Command, UsageError
+from lightning_flatness.cli.checkpoints import Checkpoint
+from lightning_flatness.errors import FlatnessError
+
+REMEDIES = {
+    "model": "give --model package.Class (its arguments as --model.ARG VALUE), or the --config of the run",
+    "data": "give --data package.DataModule (its arguments as --data.ARG VALUE), or the --config of the run",
+}
+
+
+def read_config(path: Path | None) -> dict[str, Any]:
+    """Return the config of a LightningCLI run, as it was saved or as it is given to ``fit``; empty without a path."""
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no file '{path}'.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config '{path}' is not YAML: {' '.join(str(error).split())[:160]}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"--config '{path}' holds no config of a LightningCLI run.")
+    of_fit = config.get("fit")
+    return of_fit if isinstance(of_fit, dict) and "model" not in config else config
+
+
+def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, str]:
+    """Return the ``"model"`` or ``"data"`` object of a run, and the name of its class.
+
+    Its class is that of the command line, the config or the checkpoint, whichever says it first. Its arguments are those
+    of all three; where they differ, the command line counts before the checkpoint, and that before the config.
+    """
+    configured = config.get(kind) or {}
+    configured = configured if isinstance(configured, dict) else {"class_path": configured}
+    stored = checkpoint.stored(kind)
+    own = stored.pop("_class_path", None)
+    named = getattr(command, kind)
+    class_path = named or configured.get("class_path") or own
+    if not class_path:
+        raise UsageError(f"'{checkpoint.path}' does not say the class of the {kind}: {REMEDIES[kind]}.")
+    source = f"--{kind}" if named else f"--config '{command.config}'" if configured.get("class_path") else ""
+    made = imported(class_path, source or f"'{checkpoint.path}'")
+    of_config = configured.get("init_args", {}) if "class_path" in configured else configured
+    if configured.get("class_path") not in (None, class_path):
+        of_config = {}  # of another class
+    return made_of(made, kind, class_path, of_config or {}, stored, command.arguments[kind]), class_path
+
+
+def imported(path: str, source: str) -> Any:
+    """Return the class or function that an import path names; ``source`` says in errors who has named it."""
+    module_name, _, name = path.rpartition(".")
+    if module_name == "__main__":
+        raise UsageError(
+            f"{source} names the class {path}, which was defined in the script that was run. Name it as it is imported: "
+            f"--model script.{name} or --data script.{name}."
+        )
+    if not module_name:
+        raise UsageError(f"{source} names '{path}', which is no import path such as package.{path or 'Class'}.")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            problem = f"there is no module '{error.name}'. Run where it can be imported, or set PYTHONPATH"
+        else:
+            problem = f"importing '{module_name}' fails with {type(error).__name__}: {error}"
+        raise UsageError(f"{source} names {path}, but {problem}.") from error
+    if not hasattr(module, name):
+        raise UsageError(f"{source} names {path}, but the module '{module_name}' has no '{name}'.")
+    return getattr(module, name)
+
+
+def made_of(
+    made: Any,
+    kind: str,
+    name: str,
+    configured: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    words: Sequence[str],
+) -> Any:
+    """Call a class or function with its arguments, which are read by their types, as LightningCLI reads them."""
+    try:
+        from jsonargparse import ArgumentParser
+    except ModuleNotFoundError as error:
+        raise UsageError("The command line needs jsonargparse: pip install 'lightning-flatness[cli]'") from error
+    if not callable(made):
+        raise UsageError(f"--{kind} {name} is a {type(made).__name__}, not a class or function.")
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        if inspect.isclass(made):
+            parser.add_class_arguments(made, kind, fail_untyped=False)
+        else:
+            parser.add_function_arguments(made, kind, fail_untyped=False)
+        known = set(vars(getattr(parser.get_defaults(), kind, None) or argparse.Namespace())) | _parameters(made)
+        # A checkpoint may hold more hyper-parameters than the class has arguments: Lightning leaves them out, too.
+        given = {**configured, **{key: value for key, value in stored.items() if key in known}}
+        parser.set_defaults({f"{kind}.{key}": value for key, value in given.items()})
+        parsed = parser.parse_args(list(words))
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        whole = instantiate(parsed)
+    except Exception as error:
+        raise UsageError(f"--{kind} {name}: {_problem(error, kind)}") from error
+    value = getattr(whole, kind)
+    return value if inspect.isclass(made) else made(**vars(value))
+
+
+def _parameters(made: Any) -> set[str]:
+    try:
+        return set(inspect.signature(made).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
+def _problem(error: Exception, kind: str) -> str:
+    """Return what is wrong with the arguments, in one line, of jsonargparse's many or of the class's own error."""
+    text = " ".join(str(error).split())
+    needed = re.search(rf'[Kk]ey "{kind}\.([\w.]+)" is required', text)
+    if needed:
+        return f"the argument {needed[1]} has no value; give --{kind}.{needed[1]} VALUE."
+    unknown = re.search(rf"[Uu]nrecognized arguments?: (.*)|[Nn]o action for key \"(.*?)\"|Option '(.*?)' is not accepted", text)
+    if unknown:
+        found = next(filter(None, unknown.groups()))
+        return f"there is no argument {found.removeprefix('--').removeprefix(f'{kind}.')}."
+    if type(error).__name__ in ("ArgumentError", "ArgumentTypeError"):
+        return text[:300]
+    return f"making it fails with {type(error).__name__}: {text[:300]}" if not isinstance(error, FlatnessError) else text

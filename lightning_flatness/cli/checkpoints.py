@@ -1,0 +1,217 @@
+"""Reading of checkpoints: files of Lightning and state dicts, without unpickling objects unless they are trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.cli.arguments import UsageError
+from lightning_flatness.errors import FlatnessError
+
+VERSION = "pytorch-lightning_version"
+CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+MOST_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a file: weights and, of a checkpoint of Lightning, all else that it holds."""
+
+    path: Path
+    state: Mapping[str, Any]
+    digest: str  # of the file
+    content: Mapping[str, Any] = field(default_factory=dict)
+    part: str = ""  # the entry that the weights are, of a file that is not Lightning's
+
+    def stored(self, kind: str) -> dict[str, Any]:
+        """Return the arguments that Lightning has stored of the ``"model"`` or the ``"data"``; empty if there are none.
+
+        The entry ``"_class_path"`` is the class, where a LightningCLI has made the run.
+        """
+        prefix = "datamodule_" if kind == "data" else ""
+        stored = self.content.get(f"{prefix}hyper_parameters")
+        if not isinstance(stored, Mapping):
+            return {}
+        arguments = {key: value for key, value in stored.items() if key != "_instantiator"}
+        name = self.content.get(f"{prefix}hparams_name")
+        return arguments if name in (None, "kwargs") else {**arguments, name: arguments}
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The records of the first FlatnessCallback of the run; empty without one."""
+        states = self.content.get("callbacks")
+        for key, state in (states if isinstance(states, Mapping) else {}).items():
+            if str(key).startswith("FlatnessCallback") and isinstance(state, Mapping):
+                return list(state.get("history", ()))
+        return []
+
+
+def read_checkpoint(path: Path, trust: bool = False) -> Checkpoint:
+    """Read a file; with ``trust`` it may hold Python objects, and reading it can run code of whoever wrote it.
+
+    Raises:
+        UsageError: There is no such file.
+        FlatnessError: It is not a checkpoint, is broken, or holds objects that are not trusted.
+    """
+    if not path.exists():
+        raise UsageError(f"There is no file '{path}'.")
+    if path.is_dir():
+        raise FlatnessError(_about_folder(path))
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, trust)
+    digest = _digest(path)
+    if isinstance(content, nn.Module):
+        raise FlatnessError(
+            f"'{path}' holds a whole module, not its weights: write them with torch.save(module.state_dict(), path)."
+        )
+    if not isinstance(content, Mapping):
+        raise FlatnessError(f"'{path}' holds a {type(content).__name__}, not weights by their names.")
+    if VERSION in content:
+        state = content.get("state_dict")
+        if not isinstance(state, Mapping) or not state:
+            raise FlatnessError(f"'{path}' is a checkpoint of Lightning without weights (state_dict).")
+        return Checkpoint(path, state, digest, content)
+    return _of_states(path, content, digest)
+
+
+def _of_states(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoint:
+    """Return the weights of a file that is a state dict, or that has one among its entries."""
+    if _is_state(content):
+        return Checkpoint(path, content, digest)
+    states = {key: value for key, value in content.items() if isinstance(value, Mapping) and _is_state(value)}
+    if len(states) == 1:
+        ((part, state),) = states.items()
+        return Checkpoint(path, state, digest, part=str(part))
+    held = ", ".join(f"'{key}'" for key in list(content)[:8]) or "nothing"
+    raise FlatnessError(
+        f"'{path}' holds {held}: {'several sets of weights' if states else 'no weights by their names'}. Write the "
+        "weights alone with torch.save(model.state_dict(), path)."
+    )
+
+
+def _is_state(content: Mapping[str, Any]) -> bool:
+    values = [value for key, value in content.items() if not str(key).endswith("_extra_state")]
+    return bool(values) and all(isinstance(value, Tensor) for value in values)
+
+
+def _read_pickle(path: Path, trust: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.\w+)", str(error))
+        if trust or not found:
+            raise FlatnessError(_broken(path, error)) from error
+        raise FlatnessError(
+            f"'{path}' holds a Python object, {found[1]}, beside the weights. To unpickle it can run any code: add "
+            "--trust if you trust whoever wrote the file."
+        ) from error
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise FlatnessError(
+            f"'{path}' holds a Python object whose class is not found ({error}). Run where the code of the run is."
+        ) from error
+    except Exception as error:  # torch, zipfile, pickle and struct raise errors of many types
+        raise FlatnessError(_broken(path, error)) from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise UsageError(f"Reading '{path}' needs safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise FlatnessError(_broken(path, error)) from error
+
+
+def _broken(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return f"'{path}' is a pointer of Git LFS, not the file itself: fetch it with git lfs pull."
+    size = path.stat().st_size
+    if not size:
+        return f"'{path}' is empty."
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"'{path}' ({size:,} bytes) is not a checkpoint, or is broken or not whole: {reason[:160]}"
+
+
+def _about_folder(path: Path) -> str:
+    names = sorted(entry.name for entry in path.iterdir())
+    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    if "config.json" in names or weights:
+        file = f"'{path / weights[0]}'" if weights else "its file of weights"
+        return f"'{path}' is a folder of a Hugging Face model: give {file} with --model CLASS."
+    if ".metadata" in names or "meta.pt" in names:
+        return f"'{path}' is a checkpoint in several pieces: join them with `{CONSOLIDATE} {path}`."
+    files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth"))]
+    return f"'{path}' is a folder: name a file" + (f", such as '{path / files[0]}'." if files else "; it has none.")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """Load the weights into a model, as Lightning does; return a note if some are missing and need not be there.
+
+    Raises:
+        FlatnessError: They do not fit: names or shapes differ.
+    """
+    before_loading = getattr(model, "on_load_checkpoint", None)
+    if checkpoint.content and callable(before_loading):
+        before_loading(dict(checkpoint.content))
+    strict = bool(getattr(model, "strict_loading", True))
+    try:
+        keys = model.load_state_dict(dict(checkpoint.state), strict=strict)
+    except (RuntimeError, KeyError) as error:
+        raise FlatnessError(_misfit(model, checkpoint) or f"'{checkpoint.path}': {error}") from error
+    missing = list(keys.missing_keys)
+    return f"'{checkpoint.path}' leaves {_some(missing)} as initialised." if missing else ""
+
+
+def _misfit(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """Say in what a model and the weights of a file differ; nothing if they do not."""
+    wanted, given = model.state_dict(), checkpoint.state
+    missing, unknown = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
+    shapes = {name: (tuple(given[name].shape), tuple(wanted[name].shape)) for name in wanted.keys() & given.keys()}
+    others = [f"{name} ({file} in the file, {own} in the model)" for name, (file, own) in shapes.items() if file != own]
+    parts = [
+        f"{len(missing)} of {len(wanted)} weights are missing: {_some(missing)}" if missing else "",
+        f"the file has {len(unknown)} others: {_some(unknown)}" if unknown else "",
+        f"shapes differ: {_some(others)}" if others else "",
+    ]
+    if not any(parts):
+        return ""
+    return (
+        f"'{checkpoint.path}' is not of a {type(model).__name__} as it was made: {'; '.join(filter(None, parts))}. Give "
+        f"the class and the arguments that it was trained with: --model CLASS --model.ARG VALUE.{_prefix_hint(missing, unknown)}"
+    )
+
+
+def _prefix_hint(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """Say if the names of the file are those of the model behind a prefix."""
+    for name in unknown:
+        prefix = next((name[: -len(own)] for own in missing if name.endswith(f".{own}")), "")
+        if prefix and all(other.startswith(prefix) for other in unknown):
+            return f" All other names of the file begin with '{prefix}'."
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")

@@ -1,0 +1,247 @@
+"""The commands: from a command line to results."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lightning_flatness.cli.arguments import Command, UsageError
+from lightning_flatness.cli.building import build, imported, read_config
+from lightning_flatness.cli.checkpoints import Checkpoint, load_weights, read_checkpoint
+from lightning_flatness.measure.progress import progress_bar
+
+DEFAULT_KEPT = 512  # samples that a spectrum or a landscape is of
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has found: results by the name of their network, and how they came about."""
+
+    results: Mapping[str, Any]
+    comparison: Any = None
+    history: Sequence[Mapping[str, Any]] = ()
+    details: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def run(command: Command) -> Outcome:
+    """Measure what a command asks for.
+
+    Raises:
+        UsageError: The command line is wrong.
+        FlatnessError: A checkpoint, the data or the network cannot be measured.
+    """
+    checkpoints = [read_checkpoint(path, command.trust) for path in command.checkpoints]
+    session = Session(command, read_config(command.config))
+    own = {"spectrum": _spectrum, "landscape": _landscape}.get(command.name)
+    if own is not None:
+        return _one(session, checkpoints[0], own(session))
+    return _one(session, checkpoints[0]) if command.name == "measure" else _compare(session, checkpoints)
+
+
+class Session:
+    """A command in progress: the options, and the data, which are set up once for all networks."""
+
+    def __init__(self, command: Command, config: Mapping[str, Any]) -> None:
+        self.command, self._config = command, config
+        self.loss = _loss(command.loss)
+        configured = config.get("seed_everything")
+        self.seed: int = next(
+            (seed for seed in (command.seed, configured) if isinstance(seed, int) and not isinstance(seed, bool)), 0
+        )
+        self.show = False if command.quiet else None  # a progress bar; in a terminal only
+        self.notes: list[str] = []
+        self.details: dict[str, str] = {}
+        self._data: Any = None
+        self._has_data = False
+        self._splits: dict[str, Any] = {}
+
+    def model_of(self, checkpoint: Checkpoint) -> nn.Module:
+        """Return the network of a checkpoint, with its weights; with the first one the data are made, too."""
+        self._seed()
+        model, class_path = build("model", self.command, self._config, checkpoint)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"--model {class_path} makes a {type(model).__name__}, not a module of torch.")
+        configure = getattr(model, "configure_model", None)
+        if callable(configure):
+            configure()
+        self.notes += filter(None, [load_weights(model, checkpoint)])
+        self.details.setdefault("Model", class_path)
+        if not self._has_data:
+            self._data, self._has_data = self._data_of(checkpoint, model), True
+        return model.eval()
+
+    def _data_of(self, checkpoint: Checkpoint, model: nn.Module) -> Any:
+        try:
+            data, class_path = build("data", self.command, self._config, checkpoint)
+        except UsageError:
+            if self.command.data or self._config.get("data") or not _has_loader(model):
+                raise
+            return None
+        self.details["Data"] = class_path
+        return data
+
+    def visit(self, model: nn.Module, split: str, consumer: Any, max_samples: int | None, title: str = "") -> Any:
+        """Return what a consumer makes of the samples of a split, as validation steps give them to the network."""
+        from lightning_flatness.cli.steps import split_of
+
+        command = self.command
+        if split not in self._splits or self._data is None:
+            number = command.loader if split == command.split else 0
+            self._splits[split] = split_of(split, model, self._data, number, max_samples, command.device)
+        self._seed()
+        with self._bar(title) as advance:
+            return self._splits[split].visit(
+                model,
+                consumer,
+                inputs=command.inputs,
+                network=command.network,
+                device=command.device,
+                advance=advance,
+            )
+
+    @contextmanager
+    def _bar(self, title: str) -> Iterator[Callable[[float], None]]:
+        with progress_bar(self.show if title else False) as bar:
+            task = bar.add_task(title, total=1.0)
+            yield lambda share: bar.update(task, completed=share)
+
+    def _seed(self) -> None:
+        from lightning_flatness.callbacks.lightning_imports import seed_everything
+
+        seed_everything(self.seed, verbose=False)
+
+
+Measure = Callable[[nn.Module, Sequence[Any]], Any]
+
+
+def _one(session: Session, checkpoint: Checkpoint, function: Measure | None = None) -> Outcome:
+    """Measure one network: its flatness, or what a function of its samples returns."""
+    from lightning_flatness.cli.consumers import Kept
+
+    command = session.command
+    model = session.model_of(checkpoint)
+    name = names_of([checkpoint.path])[0]
+    if function is None:
+        found = session.visit(model, command.split, _flatness(session), command.max_samples, "Flatness")
+    else:
+        found = session.visit(model, command.split, Kept(function), command.max_samples or DEFAULT_KEPT)
+    details = _details(session, [checkpoint], found)
+    return Outcome({name: found.result}, None, checkpoint.history, details, session.notes)
+
+
+def _compare(session: Session, checkpoints: Sequence[Checkpoint]) -> Outcome:
+    import lightning_flatness as lf
+    from lightning_flatness.cli.consumers import MeanLoss
+
+    command = session.command
+    names = names_of([checkpoint.path for checkpoint in checkpoints])
+    reports, losses, hashes = {}, {}, {}
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        model = session.model_of(checkpoint)
+        found = session.visit(model, command.split, _flatness(session), command.max_samples, name)
+        reports[name], hashes[name] = found.result, found.data_hash
+        if command.split == "val" and not command.no_train_loss:
+            losses[name] = session.visit(model, "train", MeanLoss(session.loss), None, f"{name}, training loss")
+    comparison = lf.compare(reports, **({"train_losses": losses} if losses else {}))
+    return Outcome(reports, comparison, (), _details(session, checkpoints, found), session.notes)
+
+
+def _flatness(session: Session) -> Any:
+    from lightning_flatness.cli.consumers import Flatness
+
+    command = session.command
+    chosen = [name for part in command.layers or ["last"] for name in part.split(",") if name]
+    layers = chosen[0] if len(chosen) == 1 else chosen
+    options = {"layers": layers, "loss": session.loss, "strict": command.strict, "dtype": command.dtype}
+    return Flatness(command.split, {**options, "seed": session.seed})
+
+
+def _spectrum(session: Session) -> Measure:
+    from lightning_flatness.measure.spectrum import hessian_spectrum
+
+    command = session.command
+    return lambda network, batches: hessian_spectrum(
+        network,
+        batches,
+        loss=session.loss,
+        top_k=command.top_k,
+        num_steps=command.steps,
+        num_probes=command.probes,
+        dtype=command.dtype,
+        seed=session.seed,
+        progress=session.show,
+    )
+
+
+def _landscape(session: Session) -> Measure:
+    from lightning_flatness.measure.landscape import loss_landscape
+
+    command = session.command
+    return lambda network, batches: loss_landscape(
+        network,
+        batches,
+        loss=session.loss,
+        axes=[command.axes] if command.line else [command.axes] * 2,
+        steps=command.steps,
+        span=command.span,
+        dtype=command.dtype,
+        seed=session.seed,
+        progress=session.show,
+    )
+
+
+def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Any) -> dict[str, str]:
+    files = {
+        f"Checkpoint {name}" if len(checkpoints) > 1 else "Checkpoint": f"{one.path}, SHA-256 {one.digest[:16]}"
+        for name, one in zip(names_of([one.path for one in checkpoints]), checkpoints, strict=True)
+    }
+    return {
+        **files,
+        **session.details,
+        "Hash of the data": found.data_hash,
+        "Seed": str(session.seed),
+        "Device": found.device,
+        "Command": "lightning-flatness " + shlex.join(session.command.words),
+    }
+
+
+def _loss(text: str) -> Any:
+    """Return the ``loss=`` argument: a name, or what an import path names; of a class, an object."""
+    if "." not in text:
+        return text
+    found = imported(text, f"--loss {text}")
+    try:
+        return found() if inspect.isclass(found) else found
+    except Exception as error:
+        raise UsageError(f"--loss {text}: making it fails with {type(error).__name__}: {error}") from error
+
+
+def _has_loader(model: nn.Module) -> bool:
+    from lightning_flatness.callbacks.lightning_imports import is_lightning_module, is_overridden
+
+    return is_lightning_module(model) and is_overridden("val_dataloader", model)  # type: ignore[arg-type]
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return short names of files, which differ: of the file, with its folder, or of the whole path.
+
+    Example:
+        >>> names_of([Path("runs/a/last.ckpt"), Path("runs/b/last.ckpt")])
+        ['a/last', 'b/last']
+        >>> names_of([Path("a.ckpt"), Path("a.ckpt")])
+        ['a.ckpt (1)', 'a.ckpt (2)']
+    """
+    for name in (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
+        names = [name(path) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({index})" for index, path in enumerate(paths, start=1)]

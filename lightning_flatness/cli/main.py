@@ -1,0 +1,88 @@
+"""The command line: understands it, measures, and says what was found or why it could not be."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_flatness.cli.arguments import UsageError, parse
+from lightning_flatness.errors import FlatnessError
+
+DONE, USAGE, NOT_MEASURED, INTERRUPTED = 0, 1, 2, 130
+PACKAGE = str(Path(__file__).parents[1])
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command line, by default the one that was given to the process, and return its exit code.
+
+    The code is 0 if all is done, 1 if the command line is wrong, 2 if it could not be measured, 130 after Ctrl-C.
+
+    Example:
+        >>> main(["measure", "nothing.ckpt"])  # prints: lightning-flatness: There is no file 'nothing.ckpt'.
+        1
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    try:
+        command = parse(words)
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # classes of the folder that it runs in, as for python -m
+        with _noted() as notes:
+            from lightning_flatness.cli.commands import run
+            from lightning_flatness.cli.output import show, write
+
+            outcome = run(command)
+        if not command.quiet:
+            show(outcome, [*outcome.notes, *notes])
+        for path in command.output:
+            write(path, outcome, command.words)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED, words)
+    except UsageError as error:
+        return _fail(str(error), USAGE, words)
+    except FlatnessError as error:
+        return _fail(_in_words_of_options(str(error)), NOT_MEASURED, words)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no message"
+        return _fail(f"{type(error).__name__}: {reason} (--debug shows where)", NOT_MEASURED, words)
+    return DONE
+
+
+def _fail(message: str, code: int, words: Sequence[str]) -> int:
+    if "--debug" in words:
+        traceback.print_exc()
+    sys.stderr.write(f"lightning-flatness: {' '.join(message.split())}\n")
+    return code
+
+
+def _in_words_of_options(message: str) -> str:
+    """Add to a message about arguments of a callback what they are on the command line."""
+    if "model=" in message:
+        message += " On the command line: --network NAME."
+    if "batch_fn=" in message:
+        message += " On the command line: --inputs batch measures the batch's own inputs; all else needs Python."
+    return message
+
+
+@contextmanager
+def _noted() -> Iterator[list[str]]:
+    """Keep Lightning silent, and yield a list that gets the warnings of this package and of the user's code."""
+    notes: list[str] = []
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield notes
+    finally:
+        logging.disable(disabled)
+    texts = (" ".join(str(one.message).split()) for one in caught if _is_ours(one))
+    notes += dict.fromkeys(texts)
+
+
+def _is_ours(warning: warnings.WarningMessage) -> bool:
+    return warning.filename.startswith(PACKAGE) or "site-packages" not in warning.filename

@@ -1,0 +1,53 @@
+"""Tables in the terminal, and files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from lightning_flatness.cli.arguments import UsageError
+from lightning_flatness.cli.commands import Outcome
+
+WIDTH = 120  # of tables that do not go to a terminal
+
+
+def show(outcome: Outcome, notes: Sequence[str]) -> None:
+    """Print tables on stdout, and notes on stderr."""
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.width = WIDTH
+    for result in _shown(outcome):
+        console.print(result.table())
+    for note in notes:
+        Console(file=sys.stderr, width=WIDTH).print(Text(f"Note: {note}"))
+
+
+def write(path: Path, outcome: Outcome, words: Sequence[str]) -> None:
+    """Write a page, numbers as JSON, or the result as npz."""
+    if path.suffix == ".html":
+        from lightning_flatness.pages import save_html
+
+        results: list[Any] = [outcome.results] if outcome.comparison is None else [outcome.comparison, outcome.results]
+        save_html(path, *results, history=outcome.history, details=outcome.details, notes=outcome.notes)
+    elif path.suffix == ".json":
+        text = json.dumps(_numbers(outcome), indent=2, allow_nan=False, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+    else:
+        (*_, result) = _shown(outcome)
+        result.save(path)
+
+
+def _numbers(outcome: Outcome) -> Mapping[str, Any]:
+    (*_, result) = _shown(outcome)
+    reports = {} if outcome.comparison is None else {"reports": {n: one.to_dict() for n, one in outcome.results.items()}}
+    return {**result.to_dict(), **reports, "details": dict(outcome.details), "notes": list(outcome.notes)}
+
+
+def _shown(outcome: Outcome) -> list[Any]:
+    return [outcome.comparison] if outcome.comparison is not None else list(outcome.results.values())

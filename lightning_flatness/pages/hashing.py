@@ -1,0 +1,52 @@
+"""A hash of the data that were measured, so that two pages can be seen to be about the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.model.call import as_call, tensors_of
+
+
+class DataHash:
+    """A hash of samples in their order, from the shapes, types and bytes of all tensors, batch by batch.
+
+    Example:
+        >>> one, other = DataHash(), DataHash()
+        >>> one.add(torch.ones(2), None)
+        >>> other.add(torch.zeros(2), None)
+        >>> one.text == other.text, len(one.text)
+        (False, 16)
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, inputs: Any, targets: Tensor | None = None) -> None:
+        """Add the samples of a batch."""
+        call = as_call(inputs)
+        for tensor in tensors_of([call.arguments, dict(call.keywords), targets]):
+            self._digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            self._digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    @property
+    def text(self) -> str:
+        """The first 16 digits of the hash, in hexadecimal."""
+        return self._digest.hexdigest()[:16]
+
+
+def data_hash(batches: Iterable[Any]) -> str:
+    """Return a hash of batches ``(inputs, targets)``, 16 hexadecimal digits.
+
+    Example:
+        >>> data_hash([(torch.ones(2, 3), torch.tensor([0, 1]))])
+        '0'
+    """
+    found = DataHash()
+    for batch in batches:
+        found.add(batch)
+    return found.text
