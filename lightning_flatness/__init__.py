@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_flatness.measure.metric import FlatnessMetric
     from lightning_flatness.measure.spectrum import hessian_spectrum
     from lightning_flatness.model.directions import direction_between, pca_directions
+    from lightning_flatness.pages import save_html
     from lightning_flatness.results import (
         Comparison,
         FlatnessReport,
@@ -63,6 +64,7 @@ __all__ = [
     "measure_flatness",
     "measure_lambda_max",
     "pca_directions",
+    "save_html",
 ]
 
 # Where each name is defined. It is imported when first asked for, so that plain PyTorch needs no Lightning.
@@ -82,6 +84,7 @@ _MODULES = {
     "measure.metric": ["FlatnessMetric"],
     "measure.spectrum": ["hessian_spectrum"],
     "model.directions": ["direction_between", "pca_directions"],
+    "pages": ["save_html"],
     "results": [
         "Comparison",
         "FlatnessReport",

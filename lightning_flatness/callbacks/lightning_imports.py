@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules:
-    from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 else:
-    from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
+    from pytorch_lightning import Callback, LightningModule, Trainer
     from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
@@ -27,7 +27,6 @@ __all__ = [
     "callbacks_of",
     "is_lightning_module",
     "is_overridden",
-    "seed_everything",
 ]
 
 

@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that was understood: options, and arguments of the classes of model and data as they were given."""
+    """A command line that was understood: its options, and the arguments of the classes of model and data."""
 
     name: str
     checkpoints: tuple[Path, ...]
@@ -62,10 +62,9 @@ def parse(words: Sequence[str]) -> Command:
     """
     plain, nested = _nested(words)
     options = _parser().parse_args(plain)
-    checkpoints = options.checkpoints if isinstance(options.checkpoints, list) else [options.checkpoints]
-    if options.command == "compare" and len(checkpoints) < 2:
+    if options.command == "compare" and len(options.checkpoints) < 2:
         raise UsageError("compare needs two checkpoints or more.")
-    return Command(options.command, tuple(map(Path, checkpoints)), options, nested, tuple(words))
+    return Command(options.command, tuple(map(Path, options.checkpoints)), options, nested, tuple(words))
 
 
 def _nested(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -111,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_checkpoints(parser: argparse.ArgumentParser, several: bool) -> None:
     about = "checkpoints of Lightning, or state dicts (.pt, .pth, .safetensors)"
-    parser.add_argument("checkpoints", metavar="CKPT", nargs="+" if several else None, help=about)  # type: ignore[arg-type]
+    parser.add_argument("checkpoints", metavar="CKPT", nargs="+" if several else 1, help=about)
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:

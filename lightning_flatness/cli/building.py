@@ -41,8 +41,8 @@ def read_config(path: Path | None) -> dict[str, Any]:
 def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, str]:
     """Return the ``"model"`` or ``"data"`` object of a run, and the name of its class.
 
-    Its class is that of the command line, the config or the checkpoint, whichever says it first. Its arguments are those
-    of all three; where they differ, the command line counts before the checkpoint, and that before the config.
+    Its class is that of the command line, the config or the checkpoint, whichever says it first. Its arguments are
+    those of all three; where they differ, the command line counts before the checkpoint, and that before the config.
     """
     configured = config.get(kind) or {}
     configured = configured if isinstance(configured, dict) else {"class_path": configured}
@@ -65,8 +65,8 @@ def imported(path: str, source: str) -> Any:
     module_name, _, name = path.rpartition(".")
     if module_name == "__main__":
         raise UsageError(
-            f"{source} names the class {path}, which was defined in the script that was run. Name it as it is imported: "
-            f"--model script.{name} or --data script.{name}."
+            f"{source} names the class {path}, which was defined in the script that was run. Name it as it is "
+            f"imported: --model script.{name} or --data script.{name}."
         )
     if not module_name:
         raise UsageError(f"{source} names '{path}', which is no import path such as package.{path or 'Class'}.")
@@ -98,7 +98,7 @@ def made_of(
         raise UsageError("The command line needs jsonargparse: pip install 'lightning-flatness[cli]'") from error
     if not callable(made):
         raise UsageError(f"--{kind} {name} is a {type(made).__name__}, not a class or function.")
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     try:
         if inspect.isclass(made):
             parser.add_class_arguments(made, kind, fail_untyped=False)
@@ -130,10 +130,14 @@ def _problem(error: Exception, kind: str) -> str:
     needed = re.search(rf'[Kk]ey "{kind}\.([\w.]+)" is required', text)
     if needed:
         return f"the argument {needed[1]} has no value; give --{kind}.{needed[1]} VALUE."
-    unknown = re.search(rf"[Uu]nrecognized arguments?: (.*)|[Nn]o action for key \"(.*?)\"|Option '(.*?)' is not accepted", text)
+    unknown = re.search(
+        r"[Uu]nrecognized arguments?: (.*)|[Nn]o action for key \"(.*?)\"|Option '(.*?)' is not accepted", text
+    )
     if unknown:
         found = next(filter(None, unknown.groups()))
         return f"there is no argument {found.removeprefix('--').removeprefix(f'{kind}.')}."
     if type(error).__name__ in ("ArgumentError", "ArgumentTypeError"):
         return text[:300]
-    return f"making it fails with {type(error).__name__}: {text[:300]}" if not isinstance(error, FlatnessError) else text
+    return (
+        f"making it fails with {type(error).__name__}: {text[:300]}" if not isinstance(error, FlatnessError) else text
+    )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
-from lightning_flatness.cli.arguments import Command, UsageError
-from lightning_flatness.cli.building import build, imported, read_config
-from lightning_flatness.cli.checkpoints import Checkpoint, load_weights, read_checkpoint
-from lightning_flatness.measure.progress import progress_bar
+from lightning_flatness.cli.arguments import Command
+from lightning_flatness.cli.building import read_config
+from lightning_flatness.cli.checkpoints import Checkpoint, read_checkpoint
+from lightning_flatness.cli.session import Session
 
 DEFAULT_KEPT = 512  # samples that a spectrum or a landscape is of
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,79 +42,6 @@ def run(command: Command) -> Outcome:
     if own is not None:
         return _one(session, checkpoints[0], own(session))
     return _one(session, checkpoints[0]) if command.name == "measure" else _compare(session, checkpoints)
-
-
-class Session:
-    """A command in progress: the options, and the data, which are set up once for all networks."""
-
-    def __init__(self, command: Command, config: Mapping[str, Any]) -> None:
-        self.command, self._config = command, config
-        self.loss = _loss(command.loss)
-        configured = config.get("seed_everything")
-        self.seed: int = next(
-            (seed for seed in (command.seed, configured) if isinstance(seed, int) and not isinstance(seed, bool)), 0
-        )
-        self.show = False if command.quiet else None  # a progress bar; in a terminal only
-        self.notes: list[str] = []
-        self.details: dict[str, str] = {}
-        self._data: Any = None
-        self._has_data = False
-        self._splits: dict[str, Any] = {}
-
-    def model_of(self, checkpoint: Checkpoint) -> nn.Module:
-        """Return the network of a checkpoint, with its weights; with the first one the data are made, too."""
-        self._seed()
-        model, class_path = build("model", self.command, self._config, checkpoint)
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"--model {class_path} makes a {type(model).__name__}, not a module of torch.")
-        configure = getattr(model, "configure_model", None)
-        if callable(configure):
-            configure()
-        self.notes += filter(None, [load_weights(model, checkpoint)])
-        self.details.setdefault("Model", class_path)
-        if not self._has_data:
-            self._data, self._has_data = self._data_of(checkpoint, model), True
-        return model.eval()
-
-    def _data_of(self, checkpoint: Checkpoint, model: nn.Module) -> Any:
-        try:
-            data, class_path = build("data", self.command, self._config, checkpoint)
-        except UsageError:
-            if self.command.data or self._config.get("data") or not _has_loader(model):
-                raise
-            return None
-        self.details["Data"] = class_path
-        return data
-
-    def visit(self, model: nn.Module, split: str, consumer: Any, max_samples: int | None, title: str = "") -> Any:
-        """Return what a consumer makes of the samples of a split, as validation steps give them to the network."""
-        from lightning_flatness.cli.steps import split_of
-
-        command = self.command
-        if split not in self._splits or self._data is None:
-            number = command.loader if split == command.split else 0
-            self._splits[split] = split_of(split, model, self._data, number, max_samples, command.device)
-        self._seed()
-        with self._bar(title) as advance:
-            return self._splits[split].visit(
-                model,
-                consumer,
-                inputs=command.inputs,
-                network=command.network,
-                device=command.device,
-                advance=advance,
-            )
-
-    @contextmanager
-    def _bar(self, title: str) -> Iterator[Callable[[float], None]]:
-        with progress_bar(self.show if title else False) as bar:
-            task = bar.add_task(title, total=1.0)
-            yield lambda share: bar.update(task, completed=share)
-
-    def _seed(self) -> None:
-        from lightning_flatness.callbacks.lightning_imports import seed_everything
-
-        seed_everything(self.seed, verbose=False)
 
 
 Measure = Callable[[nn.Module, Sequence[Any]], Any]
@@ -212,23 +136,6 @@ def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Any) ->
         "Device": found.device,
         "Command": "lightning-flatness " + shlex.join(session.command.words),
     }
-
-
-def _loss(text: str) -> Any:
-    """Return the ``loss=`` argument: a name, or what an import path names; of a class, an object."""
-    if "." not in text:
-        return text
-    found = imported(text, f"--loss {text}")
-    try:
-        return found() if inspect.isclass(found) else found
-    except Exception as error:
-        raise UsageError(f"--loss {text}: making it fails with {type(error).__name__}: {error}") from error
-
-
-def _has_loader(model: nn.Module) -> bool:
-    from lightning_flatness.callbacks.lightning_imports import is_lightning_module, is_overridden
-
-    return is_lightning_module(model) and is_overridden("val_dataloader", model)  # type: ignore[arg-type]
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

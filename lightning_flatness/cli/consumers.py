@@ -1,4 +1,4 @@
-"""What is made of the samples that validation steps show: flatness, a mean loss, or samples that are read many times."""
+"""What is made of the samples that validation steps show: flatness, a mean loss, or a function of all of them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.cli.commands import Outcome
 
 WIDTH = 120  # of tables that do not go to a terminal
@@ -45,7 +44,9 @@ def write(path: Path, outcome: Outcome, words: Sequence[str]) -> None:
 
 def _numbers(outcome: Outcome) -> Mapping[str, Any]:
     (*_, result) = _shown(outcome)
-    reports = {} if outcome.comparison is None else {"reports": {n: one.to_dict() for n, one in outcome.results.items()}}
+    reports = (
+        {} if outcome.comparison is None else {"reports": {n: one.to_dict() for n, one in outcome.results.items()}}
+    )
     return {**result.to_dict(), **reports, "details": dict(outcome.details), "notes": list(outcome.notes)}
 
 

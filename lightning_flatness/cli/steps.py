@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks.base import MeasuringCallback
-from lightning_flatness.callbacks.data.loaders import described, flat_loaders, is_indexed
-from lightning_flatness.callbacks.data.subset import DEFAULT_TRAINING_SAMPLES, FixedSubset
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_lightning_module, is_overridden
 from lightning_flatness.callbacks.network import Network, network_without_step
 from lightning_flatness.cli.arguments import UsageError
+from lightning_flatness.cli.splits import Split, quiet_trainer
 from lightning_flatness.errors import FlatnessError
 
 Found = TypeVar("Found", covariant=True)
@@ -86,53 +85,45 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
             self.found = self._consumer.result()
 
 
-@dataclass(frozen=True)
-class Split:
-    """A split of the data that is set up: its loader, and who moves its batches to a device."""
+def visit(
+    split: Split,
+    model: nn.Module,
+    consumer: Consumer[Found],
+    *,
+    inputs: str | None = None,
+    network: str | None = None,
+    device: str = "auto",
+    advance: Callable[[float], None] = lambda share: None,
+) -> Found:
+    """Run a validation step on every batch, and return what the consumer makes of what the network is given.
 
-    name: str  # "val" or "train"
-    loader: Any
-    data: Any  # a LightningDataModule, or None if the model has the loader
-
-    def visit(
-        self,
-        model: nn.Module,
-        consumer: Consumer[Found],
-        *,
-        inputs: str | None = None,
-        network: str | None = None,
-        device: str = "auto",
-        advance: Callable[[float], None] = lambda share: None,
-    ) -> Found:
-        """Run a validation step on every batch, and return what the consumer makes of what the network is given.
-
-        With ``inputs="batch"``, or where there is no step, the network is given the batch's own inputs.
-        """
-        module = model if is_lightning_module(model) else _Plain(model)
-        has_steps = is_overridden("validation_step", module) and not isinstance(module, _Plain)
-        if inputs == "step" and not has_steps:
-            raise UsageError(f"--inputs step: {type(model).__name__} has no validation step.")
-        has_steps = has_steps and inputs != "batch"
-        if isinstance(module, _Plain):
-            network = f"plain.{network}" if network else "plain"
-        callback = SamplesOfSteps(consumer, network, has_steps, advance)
-        trainer = quiet_trainer(device, [callback])
-        with _replaced(module, self.data, self.loader, has_steps):
-            try:
-                trainer.validate(module, datamodule=self.data, verbose=False)
-            except FlatnessError:
+    With ``inputs="batch"``, or where there is no step, the network is given the batch's own inputs.
+    """
+    module: Any = model if is_lightning_module(model) else _Plain(model)
+    has_steps = is_overridden("validation_step", module) and not isinstance(module, _Plain)
+    if inputs == "step" and not has_steps:
+        raise UsageError(f"--inputs step: {type(model).__name__} has no validation step.")
+    has_steps = has_steps and inputs != "batch"
+    if isinstance(module, _Plain):
+        network = f"plain.{network}" if network else "plain"
+    callback = SamplesOfSteps(consumer, network, has_steps, advance)
+    trainer = quiet_trainer(device, [callback])
+    with _replaced(module, split.data, split.loader, has_steps):
+        try:
+            trainer.validate(module, datamodule=split.data, verbose=False)
+        except FlatnessError:
+            raise
+        except Exception as error:
+            if not _is_of_step(error):
                 raise
-            except Exception as error:
-                if not _is_of_step(error):
-                    raise
-                raise FlatnessError(
-                    f"The validation step of {type(model).__name__} fails outside of its run, with "
-                    f"{type(error).__name__}: {error}. With --inputs batch the network is given the inputs of the batch "
-                    "as they are, without a step."
-                ) from error
-        if callback.found is None:
-            raise FlatnessError(f"The {self.name} data have no batch.")
-        return callback.found
+            raise FlatnessError(
+                f"The validation step of {type(model).__name__} fails outside of its run, with "
+                f"{type(error).__name__}: {error}. With --inputs batch no step is run, and the network is given "
+                "the inputs of the batch as they are."
+            ) from error
+    if callback.found is None:
+        raise FlatnessError(f"The {split.name} data have no batch.")
+    return callback.found
 
 
 class _Plain(LightningModule):
@@ -172,80 +163,7 @@ def _replaced(module: Any, data: Any, loader: Any, has_steps: bool) -> Iterator[
 
 def _is_of_step(error: BaseException) -> bool:
     """Return whether an error was raised in a validation step, not in a hook of ours."""
-    trace, files = error.__traceback__, []
-    while trace is not None:
-        files.append((trace.tb_frame.f_code.co_name, trace.tb_frame.f_globals.get("__name__", "")))
-        trace = trace.tb_next
-    names = [name for name, _ in files]
-    return "validation_step" in names and not any(module == __name__ and name != "visit" for name, module in files)
-
-
-def quiet_trainer(device: str, callbacks: list[Any]) -> Trainer:
-    """Return a Trainer on one device that writes nothing."""
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "gpu", "mps") or (index and not index.isdecimal()):
-        raise UsageError(f"--device {device}: give auto, cpu, cuda, cuda:1 or mps.")
-    try:
-        return Trainer(
-            accelerator=kind,
-            devices=[int(index)] if index else 1,
-            logger=False,
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            inference_mode=False,
-            use_distributed_sampler=False,
-        )
-    except Exception as error:
-        raise UsageError(f"--device {device} is not to be had here: {error}") from error
-
-
-def split_of(
-    name: str, model: nn.Module, data: Any, number: int, max_samples: int | None, device: str = "cpu"
-) -> Split:
-    """Return a split, set up as for a fit, since a split that is drawn at random is drawn there.
-
-    ``number`` is that of the loader among several. With ``max_samples`` it is a fixed random subset, as for
-    :class:`~lightning_flatness.FlatnessCallback`; of training data one of 4,096 samples by default.
-    """
-    owner = model if data is None else data
-    hook = "train_dataloader" if name == "train" else "val_dataloader"
-    if not hasattr(owner, hook):
-        if data is None:
-            raise UsageError("It is not said on which data: give --data package.DataModule, or the --config of the run.")
-        raise UsageError(f"--data: {type(data).__name__} is no LightningDataModule, as it has no {hook}.")
-    try:
-        if data is not None:
-            data.trainer = quiet_trainer(device, [])
-            data.prepare_data()
-            data.setup("fit")
-        loaders = flat_loaders(getattr(owner, hook)())
-    except Exception as error:
-        raise FlatnessError(f"{type(owner).__name__} gives no {name} data: {type(error).__name__}: {error}") from error
-    if number >= len(loaders):
-        there = f"{len(loaders)} loader{'s' if len(loaders) != 1 else ''} of {name} data"
-        raise UsageError(f"--loader {number}: there are {there}, counted from 0.")
-    loader = loaders[number]
-    wanted = max_samples or (DEFAULT_TRAINING_SAMPLES if name == "train" else None)
-    if wanted is None:
-        return Split(name, loader, data)
-    if not is_indexed(loader):
-        raise UsageError(
-            f"A subset (--max-samples, --split train) needs a DataLoader over a data set with __getitem__ and __len__; "
-            f"{type(owner).__name__}.{hook}() returns a {described(loader)}."
-        )
-    return Split(name, _Subset(FixedSubset(loader, wanted), model), data)
-
-
-class _Subset:
-    """A fixed subset as a loader."""
-
-    def __init__(self, subset: FixedSubset, model: nn.Module) -> None:
-        self._subset, self._model = subset, model
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._subset.batches(self._model)
-
-    def __len__(self) -> int:
-        return int(self._subset.num_batches)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = {frame.f_code.co_name for frame in frames}
+    hooks = {frame.f_code.co_name for frame in frames if frame.f_globals.get("__name__") == __name__}
+    return "validation_step" in names and hooks <= {"visit"}

@@ -1,5 +1,6 @@
 """One self-contained HTML page of results."""
 
 from lightning_flatness.pages.hashing import DataHash, data_hash
+from lightning_flatness.pages.page import save_html
 
-__all__ = ["DataHash", "data_hash"]
+__all__ = ["DataHash", "data_hash", "save_html"]

@@ -1,0 +1,193 @@
+"""Results as sections of a page, each number with its error and its label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_flatness import plots
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.pages.parts import Figure, Head, Section, Table, drawn, table_of
+from lightning_flatness.results import (
+    Comparison,
+    FlatnessReport,
+    LandscapeResult,
+    SpectrumResult,
+    number_of,
+)
+from lightning_flatness.results.records import Record
+from lightning_flatness.results.tables import METHODS, precision_of, sentence_of
+from lightning_flatness.results.texts import measured, named
+
+DATA = {"val": "validation data", "train": "training data"}
+UNITS = "in units of the loss"
+# Columns of the table of a history: keys of its records, and headings.
+HISTORY = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "relative_flatness": "rel. flatness",
+    "normalized_relative_flatness": "normalised",
+    "hessian_trace": "Hessian trace",
+    "weight_norm": "‖W‖",
+}
+READING = (
+    "Lower is flatter: the loss changes less when the weights of the layer change.",
+    "Compare networks by the normalised measure. It stays the same where channels are rescaled in a way that leaves "
+    "the network's function as it is; the Hessian trace and plain relative flatness do not.",
+    "± is one standard error over samples: how far the number would be for other samples of the same kind. Two "
+    "numbers differ clearly if their difference is more than two standard errors of the difference. (est. ± ...) is "
+    "the standard error of an estimate. Norms of weights have no error; of the neuron-wise measure it is not known.",
+    "exact means equal, up to rounding, to the number of the full Hessian of the loss with respect to the layer's "
+    "weights. What is not exact says so, and why.",
+    "A number alone says little: it depends on the layer, the loss and the data. Look at the loss and the norm of the "
+    "weights ‖W‖ beside it.",
+)
+NOT_TO_CONCLUDE = (
+    "That a flatter network generalises better. Where flatness goes with generalisation in published work, it does so "
+    "for image networks of one kind; for transformers it hardly does.",
+    "Anything from networks of different training loss: with a smaller loss everything is flatter. Compare at equal "
+    "training loss.",
+    "That the network as a whole is flat: the numbers are those of the layers named here, each by itself.",
+)
+
+
+def section_of(name: str, result: Any) -> Section:
+    """Return the section of a result; ``name`` is that of its network, if several are on the page."""
+    ending = f": {name}" if name else ""
+    if isinstance(result, Comparison):
+        return _comparison(result)
+    if isinstance(result, FlatnessReport):
+        return _report(f"Flatness of layers{ending}", result)
+    if isinstance(result, SpectrumResult):
+        figures, notes = drawn(lambda: plots.plot_density(result), f"Spectral density of the Hessian{ending}.")
+        return Section(f"Spectrum of the Hessian{ending}", (), (table_of(result.table()),), figures, notes)
+    if isinstance(result, LandscapeResult):
+        return _landscape(f"Loss landscape{ending}", result)
+    return Section(f"{type(result).__name__}{ending}", (), (table_of(result.table()),))
+
+
+def summary_of(name: str, result: Any) -> tuple[str, ...]:
+    """Return what a result says, in sentences that can stand alone."""
+    who = f"{name}: " if name else ""
+    if isinstance(result, Comparison):
+        return (result.verdict,)
+    if isinstance(result, FlatnessReport):
+        return (f"{who}{_report_sentence(result)}",)
+    samples = number_of(result.num_samples, "sample") if hasattr(result, "num_samples") else ""
+    if isinstance(result, SpectrumResult):
+        error = 0.0 if math.isnan(result.trace_stderr) else result.trace_stderr
+        size, trace = number_of(result.num_parameters, "parameter"), measured(result.trace, standard_error=error)
+        largest = f"the largest eigenvalue is {float(result.eigenvalues[0]):.4g}, " if len(result.eigenvalues) else ""
+        return (f"{who}{largest}the trace of the Hessian of {size} is {trace}, over {samples}.",)
+    if isinstance(result, LandscapeResult):
+        lowest = f"{result.lowest_loss:.4g} at the lowest point that was tried"
+        return (f"{who}the loss is {result.origin_loss:.4g} at the weights, and {lowest}, over {samples}.",)
+    return ()
+
+
+def cautions_of(result: Any) -> tuple[str, ...]:
+    """Return what must not be concluded from a result, as far as it knows."""
+    return tuple(caution.sentence for caution in result.cautions) if isinstance(result, Comparison) else ()
+
+
+def history_section(history: Sequence[Mapping[str, Any]], report: FlatnessReport | None) -> Section:
+    """Return the section of the records of a run."""
+    figures, notes = drawn(
+        lambda: plots.plot_history(history, report=report), "Accuracy and flatness over the epochs of the run."
+    )
+    shown = {key: heading for key, heading in HISTORY.items() if any(record.get(key) is not None for record in history)}
+    heads = (Head("epoch", True), *(Head(heading, True) for heading in shown.values()), Head("exact"))
+    rows = tuple(
+        (str(record.get("epoch", "")), *(_recorded(record, key) for key in shown), _is_exact(record))
+        for record in history
+    )
+    table = Table(heads, rows, "±: standard error over samples.", "All numbers of the run", folded=True)
+    return Section("The run, epoch by epoch", (), (table,), figures, notes)
+
+
+def _recorded(record: Mapping[str, Any], key: str) -> str:
+    value, error = record.get(key), record.get(f"{key}_error")
+    return "-" if value is None else measured(float(value), math.nan if error is None else float(error))
+
+
+def _is_exact(record: Mapping[str, Any]) -> str:
+    return {None: "not known", True: "yes", False: "no"}[record.get("exact")]
+
+
+def _comparison(result: Comparison) -> Section:
+    table = result.table()
+    reading = str(table.caption).splitlines()[-1]  # the others stand on top of the page
+    tables = (table_of(table, reading), *([table_of(result.correlation_table())] if result.correlations else []))
+    return Section("Comparison", (), tables)
+
+
+def _report(title: str, report: FlatnessReport) -> Section:
+    layers = report.layers.values()
+    infos = [layer.info for layer in layers]
+    deviation = max((info.deviation for info in infos), default=0.0)
+    facts = {
+        "Data": f"{number_of(report.num_samples, 'sample')}{_of(report.data)}",
+        "Loss": f"{report.loss_name or 'loss'}, mean {_shown(report, 'loss')}",
+        "Accuracy": _shown(report, "accuracy"),
+        "Layers": named(f"{info.name} ({info.kind}, {info.num_filters} x {info.patch_length})" for info in infos),
+        "Exact": _exactness(report),
+        "Method": ", ".join(dict.fromkeys(METHODS[info.method] for info in infos)),
+        "Checked against autograd": f"largest relative deviation {deviation:.0e}" if deviation else "no deviation",
+        "Precision": precision_of(infos) if report.precision in ("bfloat16", "float16") else report.precision,
+    }
+    tenths = [layer.largest_tenth for layer in layers if not math.isnan(layer.largest_tenth)]
+    if tenths:
+        facts["Few samples"] = f"a tenth of the samples carries up to {100 * max(tenths):.0f} % of relative flatness"
+    if report.left_out:
+        facts["Left out"] = "; ".join(report.left_out.values())
+    figures: tuple[Figure, ...] = ()
+    notes: tuple[str, ...] = ()
+    if len(layers) > 1:
+        figures, notes = drawn(lambda: plots.plot_layers(report), "Relative flatness of the measured layers.")
+    return Section(title, tuple(facts.items()), (table_of(report.table()),), figures, notes)
+
+
+def _landscape(title: str, result: LandscapeResult) -> Section:
+    is_line = len(result.axes) == 1
+    kind, directions = ("line", "one direction") if is_line else ("plane", "two directions")
+    draw = plots.plot_line if is_line else plots.plot_contour
+    figures, notes = drawn(lambda: draw(result), f"Mean loss on a {kind} through the weights.")
+    notes += (f"A {kind} shows {directions} of as many as there are weights; others may look different.",)
+    return Section(title, (), (table_of(result.table()),), figures, notes)
+
+
+def _report_sentence(report: FlatnessReport) -> str:
+    names = list(report.layers)
+    where = f"layer {names[0]}" if len(names) == 1 else f"{number_of(len(names), 'layer')}, summed"
+    numbers = f"relative flatness of {where} is {_shown(report, 'relative_flatness')}"
+    if not math.isnan(report.normalized_relative_flatness):
+        numbers += f", normalised {_shown(report, 'normalized_relative_flatness')}"
+    return (
+        f"{numbers} ({UNITS}), over {number_of(report.num_samples, 'sample')}{_of(report.data)}. "
+        f"{'Exact' if report.exact else 'Not exact'}: {_exactness(report).partition(': ')[2]}"
+    )
+
+
+def _exactness(report: FlatnessReport) -> str:
+    inexact = [layer.info for layer in report.layers.values() if not layer.exact]
+    if not inexact:
+        return "yes: these are the numbers of the full Hessian of the loss with respect to each layer's weights."
+    texts = dict.fromkeys(sentence_of(info).partition(": ")[2] for info in inexact)
+    count = f" for {len(inexact)} of {len(report.layers)} layers" if len(inexact) < len(report.layers) else ""
+    return f"no{count}: {'; '.join(texts)}."
+
+
+def _shown(report: FlatnessReport, measure: str) -> str:
+    errors = report.sampling_errors.get(measure, math.nan), report.standard_errors.get(measure, 0.0)
+    return measured(getattr(report, measure), *errors)
+
+
+def _of(data: str) -> str:
+    return f" of {DATA.get(data, data)}" if data else ""
+
+
+def check_result(result: Any) -> None:
+    """Raise an error for what is no result."""
+    if not isinstance(result, Record):
+        raise FlatnessError(f"save_html writes results, such as a FlatnessReport, and not a {type(result).__name__}.")
