@@ -49,10 +49,11 @@ Measure = Callable[[nn.Module, Sequence[Any]], Any]
 
 def _one(session: Session, checkpoint: Checkpoint, function: Measure | None = None) -> Outcome:
     """Measure one network: its flatness, or what a function of its samples returns."""
-    from lightning_flatness.cli.consumers import Kept
-
     command = session.command
     model = session.model_of(checkpoint)
+    # Whether Lightning is lightning.pytorch or pytorch_lightning is known only when the classes are imported.
+    from lightning_flatness.cli.consumers import Kept
+
     name = names_of([checkpoint.path])[0]
     if function is None:
         found = session.visit(model, command.split, _flatness(session), command.max_samples, "Flatness")
@@ -64,7 +65,6 @@ def _one(session: Session, checkpoint: Checkpoint, function: Measure | None = No
 
 def _compare(session: Session, checkpoints: Sequence[Checkpoint]) -> Outcome:
     import lightning_flatness as lf
-    from lightning_flatness.cli.consumers import MeanLoss
 
     command = session.command
     names = names_of([checkpoint.path for checkpoint in checkpoints])
@@ -74,7 +74,7 @@ def _compare(session: Session, checkpoints: Sequence[Checkpoint]) -> Outcome:
         found = session.visit(model, command.split, _flatness(session), command.max_samples, name)
         reports[name], hashes[name] = found.result, found.data_hash
         if command.split == "val" and not command.no_train_loss:
-            losses[name] = session.visit(model, "train", MeanLoss(session.loss), None, f"{name}, training loss")
+            losses[name] = session.visit(model, "train", _mean_loss(session), None, f"{name}, training loss")
     comparison = lf.compare(reports, **({"train_losses": losses} if losses else {}))
     return Outcome(reports, comparison, (), _details(session, checkpoints, found), session.notes)
 
@@ -87,6 +87,12 @@ def _flatness(session: Session) -> Any:
     layers = chosen[0] if len(chosen) == 1 else chosen
     options = {"layers": layers, "loss": session.loss, "strict": command.strict, "dtype": command.dtype}
     return Flatness(command.split, {**options, "seed": session.seed})
+
+
+def _mean_loss(session: Session) -> Any:
+    from lightning_flatness.cli.consumers import MeanLoss
+
+    return MeanLoss(session.loss)
 
 
 def _spectrum(session: Session) -> Measure:
