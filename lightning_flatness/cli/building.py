@@ -127,17 +127,13 @@ def _parameters(made: Any) -> set[str]:
 def _problem(error: Exception, kind: str) -> str:
     """Return what is wrong with the arguments, in one line, of jsonargparse's many or of the class's own error."""
     text = " ".join(str(error).split())
-    needed = re.search(rf'[Kk]ey "{kind}\.([\w.]+)" is required', text)
-    if needed:
-        return f"the argument {needed[1]} has no value; give --{kind}.{needed[1]} VALUE."
-    unknown = re.search(
-        r"[Uu]nrecognized arguments?: (.*)|[Nn]o action for key \"(.*?)\"|Option '(.*?)' is not accepted", text
-    )
-    if unknown:
-        found = next(filter(None, unknown.groups()))
-        return f"there is no argument {found.removeprefix('--').removeprefix(f'{kind}.')}."
+    text = re.sub(rf'Parser key "{kind}\.([\w.]+)":', rf"--{kind}.\1:", text)
+    text = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", text)
+    if needed := re.search(r"arguments are required: (.*)", text):
+        return f"it needs {', '.join(f'--{name} VALUE' for name in needed[1].split(', '))}."
+    if unknown := re.search(r"nrecognized arguments?: --(\S+)|No action for key \"(\S+)\"", text):
+        name = (unknown[1] or unknown[2]).partition("=")[0].removeprefix(f"{kind}.")
+        return f"there is no argument '{name}'."
     if type(error).__name__ in ("ArgumentError", "ArgumentTypeError"):
         return text[:300]
-    return (
-        f"making it fails with {type(error).__name__}: {text[:300]}" if not isinstance(error, FlatnessError) else text
-    )
+    return text if isinstance(error, FlatnessError) else f"making it fails with {type(error).__name__}: {text[:300]}"

@@ -135,11 +135,14 @@ def _broken(path: Path, error: Exception) -> str:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return f"'{path}' is a pointer of Git LFS, not the file itself: fetch it with git lfs pull."
-    size = path.stat().st_size
-    if not size:
+    if not start:
         return f"'{path}' is empty."
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"'{path}' ({size:,} bytes) is not a checkpoint, or is broken or not whole: {reason[:160]}"
+    if start.startswith(b"PK"):
+        return f"'{path}' is cut off or damaged ({path.stat().st_size:,} bytes): copy or download it again."
+    begins = "".join(character for character in start.decode("latin-1")[:24] if character.isprintable())
+    # What torch says of a file that it cannot unpickle is a page about its own arguments.
+    reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({' '.join(str(error).split())[:120]})"
+    return f"'{path}' is not a checkpoint, or is damaged: it begins with {begins!r}{reason}."
 
 
 def _about_folder(path: Path) -> str:

@@ -40,9 +40,10 @@ def split_of(
                 "It is not said on which data: give --data package.DataModule, or the --config of the run."
             )
         raise UsageError(f"--data: {type(data).__name__} is no LightningDataModule, as it has no {hook}.")
+    trainer = quiet_trainer(device, [])
     try:
         if data is not None:
-            data.trainer = quiet_trainer(device, [])
+            data.trainer = trainer
             data.prepare_data()
             data.setup("fit")
         loaders = flat_loaders(getattr(owner, hook)())

@@ -55,7 +55,7 @@ def _prefix_hint(missing: Sequence[str], unknown: Sequence[str]) -> str:
     for name in unknown:
         prefix = next((name[: -len(own)] for own in missing if name.endswith(f".{own}")), "")
         if prefix and all(other.startswith(prefix) for other in unknown):
-            return f" All other names of the file begin with '{prefix}'."
+            return f" All these begin with '{prefix}': the file is of a module that has this one as an attribute."
     return ""
 
 

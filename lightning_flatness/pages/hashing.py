@@ -44,7 +44,7 @@ def data_hash(batches: Iterable[Any]) -> str:
 
     Example:
         >>> data_hash([(torch.ones(2, 3), torch.tensor([0, 1]))])
-        '0'
+        '0277a80c86533b61'
     """
     found = DataHash()
     for batch in batches:

@@ -14,11 +14,10 @@ from typing import Any
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.pages.parts import Section
 from lightning_flatness.pages.sections import (
-    NOT_TO_CONCLUDE,
-    READING,
     cautions_of,
     check_result,
     history_section,
+    reading_of,
     section_of,
     summary_of,
 )
@@ -102,8 +101,9 @@ def _page(
     details: dict[str, str],
     notes: tuple[str, ...],
 ) -> Page:
-    compared = [result for _, result in shown if isinstance(result, Comparison)]
-    reports = [result for _, result in shown if isinstance(result, FlatnessReport)]
+    results = [result for _, result in shown]
+    compared = [result for result in results if isinstance(result, Comparison)]
+    reports = [result for result in results if isinstance(result, FlatnessReport)]
     names = [name for name, _ in shown if name]
     short = [("", one) for one in compared] or shown[:MOST_SUMMARIES]
     about_run = [history_section(history, reports[0] if len(reports) == 1 else None)] if history else []
@@ -113,11 +113,11 @@ def _page(
         version=_version("lightning-flatness") or "",
         date=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z"),
         summary=tuple(sentence for name, result in short for sentence in summary_of(name, result)),
-        cautions=(*(sentence for _, result in shown for sentence in cautions_of(result)), *NOT_TO_CONCLUDE),
+        cautions=cautions_of(results, bool(history)),
         sections=(
             *(section_of(name, result) for name, result in shown),
             *about_run,
-            Section("How to read it", points=READING),
+            Section("How to read it", points=reading_of(results, bool(history))),
             how,
         ),
     )

@@ -68,7 +68,7 @@ def table_of(table: rich_table.Table, caption: str | None = None) -> Table:
     heads = tuple(Head(str(column.header), column.justify == "right") for column in table.columns)
     rows = tuple(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
     text = str(table.caption or "") if caption is None else caption
-    return Table(heads if table.show_header else tuple(Head("") for _ in heads), rows, text, str(table.title or ""))
+    return Table(heads, rows, text, str(table.title or ""))
 
 
 def drawn(draw: Callable[[], tuple[Any, Any]], caption: str) -> tuple[tuple[Figure, ...], tuple[str, ...]]:

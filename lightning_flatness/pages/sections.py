@@ -38,18 +38,48 @@ READING = (
     "± is one standard error over samples: how far the number would be for other samples of the same kind. Two "
     "numbers differ clearly if their difference is more than two standard errors of the difference. (est. ± ...) is "
     "the standard error of an estimate. Norms of weights have no error; of the neuron-wise measure it is not known.",
-    "exact means equal, up to rounding, to the number of the full Hessian of the loss with respect to the layer's "
+    "Exact means equal, up to rounding, to the number of the full Hessian of the loss with respect to the layer's "
     "weights. What is not exact says so, and why.",
     "A number alone says little: it depends on the layer, the loss and the data. Look at the loss and the norm of the "
     "weights ‖W‖ beside it.",
 )
+READING_OF_SPECTRA = (
+    "An eigenvalue λ of the Hessian says how strongly the loss curves along its direction; the trace is the sum of "
+    "all. Smaller is flatter. Beside an eigenvalue stands its residual: some eigenvalue of the Hessian is that near. "
+    "Eigenvalues and trace change when weights are rescaled, so they compare epochs of one run rather than networks.",
+)
+READING_OF_LANDSCAPES = (
+    "A landscape shows the mean loss at weights around those of the network, which are at the origin. A wide valley "
+    "looks flat along these directions; others, of as many as there are weights, may look different.",
+)
+EQUAL_LOSS = (
+    "Anything from networks of different training loss: flatness follows how far training has come. Compare at equal "
+    "training loss."
+)
 NOT_TO_CONCLUDE = (
     "That a flatter network generalises better. Where flatness goes with generalisation in published work, it does so "
     "for image networks of one kind; for transformers it hardly does.",
-    "Anything from networks of different training loss: with a smaller loss everything is flatter. Compare at equal "
-    "training loss.",
     "That the network as a whole is flat: the numbers are those of the layers named here, each by itself.",
 )
+
+
+def reading_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
+    """Return how to read these results, and a history."""
+    is_flatness = has_history or any(isinstance(one, (FlatnessReport, Comparison)) for one in results)
+    return (
+        *(READING if is_flatness else ()),
+        *(READING_OF_SPECTRA if any(isinstance(one, SpectrumResult) for one in results) else ()),
+        *(READING_OF_LANDSCAPES if any(isinstance(one, LandscapeResult) for one in results) else ()),
+    )
+
+
+def cautions_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
+    """Return what must not be concluded from these results: what comparisons know, then what is always so."""
+    known = [caution for one in results if isinstance(one, Comparison) for caution in one.cautions]
+    about_loss = () if any(caution.kind.startswith("train_loss") for caution in known) else (EQUAL_LOSS,)
+    is_flatness = has_history or any(isinstance(one, (FlatnessReport, Comparison)) for one in results)
+    always = NOT_TO_CONCLUDE if is_flatness else NOT_TO_CONCLUDE[:1]
+    return (*(caution.sentence for caution in known), *about_loss, *always)
 
 
 def section_of(name: str, result: Any) -> Section:
@@ -86,11 +116,6 @@ def summary_of(name: str, result: Any) -> tuple[str, ...]:
     return ()
 
 
-def cautions_of(result: Any) -> tuple[str, ...]:
-    """Return what must not be concluded from a result, as far as it knows."""
-    return tuple(caution.sentence for caution in result.cautions) if isinstance(result, Comparison) else ()
-
-
 def history_section(history: Sequence[Mapping[str, Any]], report: FlatnessReport | None) -> Section:
     """Return the section of the records of a run."""
     figures, notes = drawn(
@@ -116,9 +141,9 @@ def _is_exact(record: Mapping[str, Any]) -> str:
 
 
 def _comparison(result: Comparison) -> Section:
-    table = result.table()
-    reading = str(table.caption).splitlines()[-1]  # the others stand on top of the page
-    tables = (table_of(table, reading), *([table_of(result.correlation_table())] if result.correlations else []))
+    first, *others = result.tables()
+    reading = str(first.caption).splitlines()[-1]  # verdict and cautions stand on top of the page
+    tables = (table_of(first, reading), *map(table_of, others))
     return Section("Comparison", (), tables)
 
 
@@ -150,11 +175,10 @@ def _report(title: str, report: FlatnessReport) -> Section:
 
 def _landscape(title: str, result: LandscapeResult) -> Section:
     is_line = len(result.axes) == 1
-    kind, directions = ("line", "one direction") if is_line else ("plane", "two directions")
     draw = plots.plot_line if is_line else plots.plot_contour
-    figures, notes = drawn(lambda: draw(result), f"Mean loss on a {kind} through the weights.")
-    notes += (f"A {kind} shows {directions} of as many as there are weights; others may look different.",)
-    return Section(title, (), (table_of(result.table()),), figures, notes)
+    caption = f"Mean loss on a {'line' if is_line else 'plane'} through the weights."
+    figures, notes = drawn(lambda: draw(result), caption)
+    return Section(title, (), (), figures, (*notes, f"{'. '.join(str(result).splitlines())}."))
 
 
 def _report_sentence(report: FlatnessReport) -> str:

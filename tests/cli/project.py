@@ -1,0 +1,114 @@
+"""A project of a user's: networks and data, as a checkpoint or a command line names them."""
+
+import lightning as L
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def layers(width):
+    convolutions = nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, 2 * width, 3), nn.SiLU()
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 3))
+
+
+class Net(L.LightningModule):
+    """Calls its network on the images of the batch as they are."""
+
+    def __init__(self, width: int = 2):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = layers(width)
+
+    def prepared(self, images):
+        return images
+
+    def forward(self, images):
+        return self.net(images)
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self.net(self.prepared(batch[0])), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self.net(self.prepared(batch[0])).argmax(1) == batch[1]).double().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Preparing(Net):
+    """Its validation step prepares the images."""
+
+    def prepared(self, images):
+        return 3 * images.flip(-1) - 1
+
+
+class NeedsItsRun(Net):
+    """Its validation step needs a logger."""
+
+    def validation_step(self, batch, batch_idx):
+        self.logger.experiment.add_text("step", "here")
+        return super().validation_step(batch, batch_idx)
+
+
+class WithoutStep(Net):
+    """A LightningModule that cannot be validated."""
+
+    validation_step = L.LightningModule.validation_step
+
+
+class Plain(nn.Sequential):
+    """A network of plain PyTorch."""
+
+    def __init__(self, width: int = 2):
+        super().__init__(*layers(width))
+
+
+def plain(width: int = 2) -> nn.Module:
+    return layers(width)
+
+
+class Images(L.LightningDataModule):
+    """Images of three classes, the same ones every time."""
+
+    def __init__(self, size: int = 24, batch_size: int = 8):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def setup(self, stage):
+        draw = torch.Generator().manual_seed(3)
+        images, labels = (
+            torch.randn(2 * self.hparams.size, 1, 7, 7, generator=draw),
+            torch.arange(2 * self.hparams.size),
+        )
+        dataset = TensorDataset(images, labels % 3)
+        self.train, self.val = torch.utils.data.random_split(dataset, [0.5, 0.5], torch.Generator().manual_seed(1))
+
+    def train_dataloader(self):
+        return DataLoader(self.train, self.hparams.batch_size, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.val, self.hparams.batch_size)
+
+
+class Normalised(Images):
+    """Changes batches on their way to the device."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        images, labels = batch
+        return images / 2, labels
+
+
+class TwoLoaders(Images):
+    def val_dataloader(self):
+        return [DataLoader(self.train, 8), DataLoader(self.val, 8)]
+
+
+def focal(logits, labels):
+    losses = cross_entropy(logits, labels, reduction="none")
+    return losses * (1 - torch.exp(-losses)) ** 2
+
+
+def quiet_trainer(**options):
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    return L.Trainer(accelerator="cpu", max_epochs=2, **quiet, **options)

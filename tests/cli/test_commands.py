@@ -1,0 +1,179 @@
+"""What the command line measures: the numbers of the functions of Python, on what validation steps are given."""
+
+import warnings
+
+import pytest
+import torch
+
+import lightning_flatness as lf
+from tests.cli import project
+from tests.cli.conftest import DATA
+from tests.cli.project import Images, Net, Normalised, Preparing, quiet_trainer
+from tests.guarding import guards
+
+NET = ["--model", "tests.cli.project.Net"]
+MEASURES = ("relative_flatness", "normalized_relative_flatness", "hessian_trace", "loss", "accuracy")
+
+
+def model_of(kind, path, **arguments):
+    model = kind(**arguments)
+    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return model
+
+
+def loader(name="val", kind=Images):
+    data = kind()
+    data.setup("fit")
+    return getattr(data, f"{name}_dataloader")()
+
+
+def assert_same(found, report):
+    for measure in MEASURES:
+        assert found[measure] == pytest.approx(getattr(report, measure), rel=1e-12)
+    assert found["num_samples"] == report.num_samples
+
+
+def test_measures_what_measure_flatness_measures(runs, numbers):
+    found = numbers("measure", runs / "small.ckpt", *NET, *DATA, "--layers", "all")
+    report = lf.measure_flatness(model_of(Net, runs / "small.ckpt"), loader(), layers="all")
+    assert_same(found, report)
+    assert list(found["layers"]) == ["net.0", "net.2", "net.6"]
+    assert found["layers"]["net.2"]["sampling_errors"]["relative_flatness"] > 0
+    assert found["data"] == "val"
+
+
+@guards("cli/steps.py", "call = self._find_network(pl_module)", "call = None; self._find_network(pl_module)")
+def test_the_network_is_given_what_the_step_gives_it(runs, numbers):
+    found = numbers("measure", runs / "preparing.ckpt", "--model", "tests.cli.project.Preparing", *DATA)
+    model = model_of(Preparing, runs / "preparing.ckpt")
+    assert_same(found, lf.measure_flatness(model, [(model.prepared(x), y) for x, y in loader()]))
+    callback = lf.FlatnessCallback(live=False, summary=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quiet_trainer(callbacks=[callback]).validate(model, loader(), verbose=False)
+    assert_same(found, callback.report)
+
+
+def test_the_batch_as_it_is(runs, numbers):
+    words = ["measure", runs / "preparing.ckpt", "--model", "tests.cli.project.Preparing", *DATA, "--inputs", "batch"]
+    report = lf.measure_flatness(model_of(Preparing, runs / "preparing.ckpt"), loader())
+    assert_same(numbers(*words), report)
+    named = numbers(*words, "--network", "net")
+    assert_same(named, report)
+    assert list(named["layers"]) == ["2"]
+
+
+@guards("cli/steps.py", "trainer.validate(module, datamodule=split.data", "trainer.validate(module, split.loader")
+def test_hooks_of_the_data_move_batches(runs, numbers):
+    found = numbers("measure", runs / "small.ckpt", *NET, "--data", "tests.cli.project.Normalised")
+    batches = [(x / 2, y) for x, y in loader(kind=Normalised)]
+    assert_same(found, lf.measure_flatness(model_of(Net, runs / "small.ckpt"), batches))
+
+
+def test_training_data_are_a_fixed_subset(runs, numbers):
+    words = ["measure", runs / "small.ckpt", *NET, *DATA, "--split", "train"]
+    whole, part = numbers(*words), numbers(*words, "--max-samples", 10)
+    data = Images()
+    data.setup("fit")
+    report = lf.measure_flatness(model_of(Net, runs / "small.ckpt"), [list(zip_batch(data.train))])
+    assert whole["relative_flatness"] == pytest.approx(report.relative_flatness, rel=1e-5)  # in other batches
+    assert whole["num_samples"] == 24
+    assert part["num_samples"] == 10
+    assert part == numbers(*words, "--max-samples", 10) | {"details": part["details"]}
+
+
+def zip_batch(dataset):
+    images, labels = zip(*dataset, strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def test_several_loaders_are_counted_from_zero(runs, run, numbers):
+    words = ["measure", runs / "small.ckpt", *NET, "--data", "tests.cli.project.TwoLoaders"]
+    second = numbers(*words, "--loader", 1)
+    assert_same(second, lf.measure_flatness(model_of(Net, runs / "small.ckpt"), loader()))
+    assert numbers(*words)["loss"] != second["loss"]
+    code, _, err = run(*words, "--loader", 2)
+    assert code == 1
+    assert "there are 2 loaders of val data" in err
+
+
+def test_a_loss_of_the_users(runs, numbers):
+    found = numbers(
+        "measure", runs / "small.ckpt", *NET, *DATA, "--loss", "tests.cli.project.focal", "--dtype", "float64"
+    )
+    model = model_of(Net, runs / "small.ckpt")
+    assert_same(found, lf.measure_flatness(model, loader(), loss=project.focal, dtype="float64"))
+
+
+@pytest.mark.parametrize("name", ["plain.pt", "plain.safetensors", "nested.pth"])
+@pytest.mark.parametrize("kind", ["Plain", "plain"])
+def test_weights_alone(runs, numbers, tmp_path, name, kind):
+    state = torch.load(runs / "plain.pt", weights_only=True)
+    path = tmp_path / name
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    else:
+        torch.save({"model": state, "epoch": 3} if name == "nested.pth" else state, path)
+    found = numbers("measure", path, "--model", f"tests.cli.project.{kind}", "--model.width", 2, *DATA)
+    model = project.Plain()
+    model.load_state_dict(state)
+    assert_same(found, lf.measure_flatness(model, loader()))
+
+
+def test_a_checkpoint_of_a_lightning_cli_knows_its_classes(cli_run, numbers):
+    found = numbers("measure", cli_run / "last.ckpt")
+    assert found["num_samples"] == 16
+    report = lf.measure_flatness(model_of(Net, cli_run / "last.ckpt", width=4), with_size(16))
+    assert_same(found, report)
+    assert found["details"]["Model"] == "tests.cli.project.Net"
+
+
+def with_size(size):
+    data = Images(size)
+    data.setup("fit")
+    return data.val_dataloader()
+
+
+def test_a_config_says_the_classes_and_the_checkpoint_its_arguments(runs, cli_run, numbers):
+    config = ["--config", cli_run / "config.yaml"]
+    found = numbers("measure", runs / "wide.ckpt", *config, "--data.size", 20)  # width 3, not the config's 4
+    assert_same(found, lf.measure_flatness(model_of(Net, runs / "wide.ckpt", width=3), with_size(20)))
+    assert found["details"]["Seed"] == "5"
+
+
+def test_a_spectrum(runs, numbers):
+    found = numbers("spectrum", runs / "small.ckpt", *NET, *DATA, "--top-k", 2, "--steps", 5, "--probes", 2)
+    model = model_of(Net, runs / "small.ckpt")
+    own = lf.hessian_spectrum(model, list(loader()), top_k=2, num_steps=5, num_probes=2)
+    assert found["eigenvalues"] == pytest.approx(own.eigenvalues.tolist(), rel=1e-12)
+    assert found["trace"] == pytest.approx(own.trace, rel=1e-12)
+    assert next(iter(found["parameters"])) == "net.0.weight"
+
+
+@pytest.mark.parametrize("words", [["--line"], ["--axes", "hessian"]])
+def test_a_landscape(runs, tmp_path, run, words):
+    path = tmp_path / "plane.npz"
+    command = ["landscape", runs / "small.ckpt", *NET, *DATA, "--steps", 3, "--span", 0.5, "-o", path, *words]
+    assert run(*command)[0] == 0
+    result = lf.LandscapeResult.load(path)
+    axes = ["random"] if words == ["--line"] else ["hessian"] * 2
+    own = lf.loss_landscape(model_of(Net, runs / "small.ckpt").net, list(loader()), axes=axes, steps=3, span=0.5)
+    torch.testing.assert_close(result.losses, own.losses, rtol=1e-12, atol=0)
+
+
+def test_compares_on_the_same_samples(runs, numbers):
+    words = ["compare", runs / "small.ckpt", runs / "wide.ckpt", *NET, *DATA]
+    found = numbers(*words)
+    assert list(found["models"]) == ["small", "wide"]
+    assert found["is_paired"]
+    for name, width in {"small": 2, "wide": 3}.items():
+        model = model_of(Net, runs / f"{name}.ckpt", width=width)
+        report = lf.measure_flatness(model, loader())
+        for measure in MEASURES:
+            assert found["models"][name][measure] == pytest.approx(getattr(report, measure), rel=1e-12)
+        data = Images()
+        data.setup("fit")
+        images, labels = zip_batch(data.train)
+        train_loss = torch.nn.functional.cross_entropy(model(images).double(), labels).detach()
+        assert found["models"][name]["train_loss"] == pytest.approx(float(train_loss), rel=1e-6)
+    assert numbers(*words, "--no-train-loss")["models"]["small"]["train_loss"] is None

@@ -1,0 +1,183 @@
+"""What cannot be measured gets one line that names what is wrong and what to do; exit codes say which kind it is."""
+
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from tests.cli import project
+from tests.cli.conftest import DATA
+from tests.guarding import guards
+
+NET = ["--model", "tests.cli.project.Net"]
+
+
+def hugging_face(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def pieces(folder):
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(b"")
+
+
+def truncated(path, of):
+    path.write_bytes(of.read_bytes()[:-500])
+
+
+FILES = {
+    "no such file": (lambda path, runs: None, 1, ["There is no file"]),
+    "folder": (lambda path, runs: path.mkdir(), 2, ["is a folder", "it has none"]),
+    "folder of files": (lambda path, runs: shutil.copytree(runs, path), 2, ["is a folder", "such as", "net.pt"]),
+    "hugging face": (lambda path, runs: hugging_face(path), 2, ["Hugging Face", "model.safetensors", "--model"]),
+    "in pieces": (lambda path, runs: pieces(path), 2, ["in several pieces", "consolidate_checkpoint"]),
+    "truncated": (lambda path, runs: truncated(path, runs / "small.ckpt"), 2, ["cut off or damaged"]),
+    "empty": (lambda path, runs: path.write_bytes(b""), 2, ["is empty"]),
+    "text": (lambda path, runs: path.write_text("<html>404</html>"), 2, ["is not a checkpoint", "<html>"]),
+    "lfs": (lambda path, runs: path.write_text("version https://git-lfs.github.com/spec/v1\n"), 2, ["git lfs pull"]),
+    "list": (lambda path, runs: torch.save([torch.ones(2)], path), 2, ["holds a list"]),
+    "no weights": (lambda path, runs: torch.save({"epoch": 3}, path), 2, ["holds 'epoch'", "state_dict()"]),
+    "two sets": (lambda path, runs: torch.save({key: {"w": torch.ones(1)} for key in "ab"}, path), 2, ["several sets"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_no_checkpoints(runs, tmp_path, run, name):
+    make, expected, phrases = FILES[name]
+    path = tmp_path / "file.ckpt"
+    make(path, runs)
+    assert_one_line(run("measure", path, *NET, *DATA), expected, [str(path), *phrases])
+
+
+def assert_one_line(outcome, expected, phrases):
+    code, out, err = outcome
+    assert code == expected, err
+    assert out == ""
+    assert err.startswith("lightning-flatness: ")
+    assert err.count("\n") == 1
+    assert len(err) < 600
+    for phrase in phrases:
+        assert phrase in err
+
+
+def test_broken_safetensors(tmp_path, run):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"12345678")
+    assert_one_line(run("measure", path, *NET, *DATA), 2, ["is not a checkpoint", "model.safetensors"])
+
+
+PROJECT = "--model tests.cli.project"
+IMAGES = "--data tests.cli.project.Images"
+# The file, the options, the exit code, and phrases of the line.
+COMMANDS = {
+    "other class": (
+        f"small.ckpt {PROJECT}.Plain {IMAGES}", 2, ["is not of a Plain", "are missing", "begin with 'net.'"]
+    ),
+    "other width": (
+        f"small.ckpt {PROJECT}.Net {IMAGES} --model.width 5", 2,
+        ["shapes differ", "(2, 1, 3, 3) in the file", "(5, 1, 3, 3) in the model"],
+    ),
+    "no class": (f"small.ckpt {IMAGES}", 1, ["does not say the class of the model", "--model", "--config"]),
+    "no data": (f"small.ckpt {PROJECT}.Net --data torch.nn.ReLU", 1, ["--data", "ReLU is no LightningDataModule"]),
+    "data unknown": (f"plain.pt {PROJECT}.Plain", 1, ["does not say the class of the data", "--data"]),
+    "no module": (f"small.ckpt --model nowhere.Net {IMAGES}", 1, ["no module 'nowhere'", "PYTHONPATH"]),
+    "no attribute": (f"small.ckpt {PROJECT}.Nut {IMAGES}", 1, ["has no 'Nut'"]),
+    "no path": (f"small.ckpt --model Net {IMAGES}", 1, ["'Net'", "package.Net"]),
+    "of the script": (f"small.ckpt --model __main__.Net {IMAGES}", 1, ["in the script", "--model script.Net"]),
+    "no network": (f"small.ckpt {PROJECT}.Images {IMAGES}", 1, ["makes a Images, not a module"]),
+    "wrong type": (f"small.ckpt {PROJECT}.Net {IMAGES} --model.width x", 1, ["--model.width: Expected a int"]),
+    "unknown argument": (f"small.ckpt {PROJECT}.Net {IMAGES} --model.wid 3", 1, ["there is no argument 'wid'"]),
+    "missing argument": (
+        f"small.ckpt --model torch.nn.Linear {IMAGES}", 1, ["--model.in_features VALUE, --model.out_features VALUE"]
+    ),
+    "without value": (f"small.ckpt {PROJECT}.Net {IMAGES} --model.width", 1, ["--model.width needs a value"]),
+    "no config": (f"small.ckpt --config nothing.yaml {IMAGES}", 1, ["There is no file 'nothing.yaml'"]),
+    "unknown option": ("small.ckpt --lyers all", 1, ["--lyers", "--help"]),
+    "bad number": ("small.ckpt --max-samples -1", 1, ["--max-samples"]),
+    "no number": ("small.ckpt --max-samples 0", 1, ["--max-samples", "whole number"]),
+    "bad output": ("small.ckpt -o report.pdf", 1, [".html", ".npz"]),
+    "output nowhere": ("small.ckpt -o no/where/a.html", 1, ["no folder 'no/where'"]),
+    "bad device": (f"small.ckpt {PROJECT}.Net {IMAGES} --device abacus", 1, ["--device abacus"]),
+    "no layer": (f"small.ckpt {PROJECT}.Net {IMAGES} --layers conv9", 2, ["conv9", "net.2"]),
+    "no loss": (f"small.ckpt {PROJECT}.Net {IMAGES} --loss hinge", 2, ["'hinge'", "cross_entropy"]),
+    "no network there": (f"small.ckpt {PROJECT}.Net {IMAGES} --network body", 2, ["body", "'net'", "--network"]),
+    "needs its run": (
+        f"small.ckpt {PROJECT}.NeedsItsRun {IMAGES}", 2,
+        ["validation step of NeedsItsRun", "AttributeError", "--inputs batch"],
+    ),
+    "no step": (f"small.ckpt {PROJECT}.WithoutStep {IMAGES} --inputs step", 1, ["has no validation step"]),
+    "not exact": (f"small.ckpt {PROJECT}.Net {IMAGES} --layers net.0 --strict", 2, ["net.0"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_lines_that_are_wrong(runs, run, name):
+    line, expected, phrases = COMMANDS[name]
+    file, *words = line.split()
+    assert_one_line(run("measure", runs / file, *words), expected, phrases)
+
+
+@pytest.mark.parametrize("words", [[], ["measure"], ["compare", "a.ckpt"], ["mesure", "a.ckpt"]])
+def test_incomplete_command_lines(run, words):
+    code, out, err = run(*words)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@guards("cli/checkpoints.py", "weights_only=not trust", "weights_only=False")
+def test_objects_are_unpickled_only_if_trusted(runs, run, tmp_path):
+    path, folder = tmp_path / "bad.ckpt", tmp_path / "made by the checkpoint"
+    content = torch.load(runs / "small.ckpt", weights_only=True)
+    torch.save({**content, "hyper_parameters": {"width": 2, "note": RunsCode(folder)}}, path)
+    assert_one_line(run("measure", path, *NET, *DATA), 2, ["mkdir", "--trust"])
+    assert not folder.exists()
+    assert run("measure", path, *NET, *DATA, "--trust")[0] == 0
+    assert folder.exists()
+
+
+def test_old_pickles_are_not_run_either(run, tmp_path):
+    path, folder = tmp_path / "bad.pt", tmp_path / "made by the file"
+    path.write_bytes(pickle.dumps(RunsCode(folder)))
+    assert run("measure", path, *NET, *DATA)[0] == 2
+    assert not folder.exists()
+
+
+def test_a_whole_module_is_not_weights(run, tmp_path):
+    path = tmp_path / "whole.pt"
+    torch.save(project.Plain(), path)
+    assert_one_line(run("measure", path, *NET, *DATA), 2, ["--trust", "tests.cli.project.Plain"])
+    assert_one_line(run("measure", path, *NET, *DATA, "--trust"), 2, ["whole module", "state_dict()"])
+
+
+def test_debug_shows_where(run):
+    code, _, err = run("measure", "nothing.ckpt", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_unexpected_errors_are_one_line_too(runs, run, monkeypatch):
+    monkeypatch.setattr(project.Images, "val_dataloader", lambda self: [project.Images()])
+    assert_one_line(run("measure", runs / "small.ckpt", *NET, *DATA), 2, [])
+
+
+def test_an_argument_of_the_config_that_is_unknown(runs, run, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {class_path: tests.cli.project.Net, init_args: {depth: 3}}")
+    words = ["measure", runs / "small.ckpt", "--config", path, *DATA]
+    assert_one_line(run(*words), 1, ["tests.cli.project.Net", "depth"])
+    path.write_text("- 1")
+    assert_one_line(run(*words), 1, ["no config of a LightningCLI run"])
+    path.write_text("a: b: c")
+    assert_one_line(run(*words), 1, ["not YAML"])
