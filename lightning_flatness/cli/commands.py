@@ -75,7 +75,7 @@ def _compare(session: Session, checkpoints: Sequence[Checkpoint]) -> Outcome:
         reports[name], hashes[name] = found.result, found.data_hash
         if command.split == "val" and not command.no_train_loss:
             losses[name] = session.visit(model, "train", _mean_loss(session), None, f"{name}, training loss")
-    comparison = lf.compare(reports, **({"train_losses": losses} if losses else {}))
+    comparison = lf.compare(reports, train_losses=losses or None)
     return Outcome(reports, comparison, (), _details(session, checkpoints, found), session.notes)
 
 

@@ -22,6 +22,7 @@ from lightning_flatness.pages.sections import (
     summary_of,
 )
 from lightning_flatness.results import Comparison, FlatnessReport
+from lightning_flatness.results.records import Record
 
 PACKAGES = ("lightning-flatness", "torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
 MOST_SUMMARIES = 4  # results that the summary speaks of
@@ -88,7 +89,8 @@ def save_html(
 def _named(results: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Yield results with the names of their networks; a name is empty if there is only one."""
     for result in results:
-        entries = result.items() if isinstance(result, Mapping) else [("", result)]
+        is_named = isinstance(result, Mapping) and not isinstance(result, Record)
+        entries = result.items() if is_named else [("", result)]
         for name, one in entries:
             check_result(one)
             yield str(name), one
