@@ -72,6 +72,16 @@ def load_data():
     return random_split(dataset, [1300, 497], generator=torch.Generator().manual_seed(0))
 
 
+class Digits(L.LightningDataModule):
+    """The data, for ``lightning-flatness measure CKPT --model digits.DigitsClassifier --data digits.Digits``."""
+
+    def train_dataloader(self):
+        return DataLoader(load_data()[0], batch_size=64, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(load_data()[1], batch_size=256)
+
+
 def row(model, train, val) -> list[str]:
     """Format the accuracy on the validation data, and loss and flatness on the training data."""
     model.eval()

@@ -40,7 +40,7 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
     def __init__(
         self, consumer: Consumer[Found], name: str | None, has_steps: bool, advance: Callable[[float], None]
     ) -> None:
-        super().__init__("lightning-flatness", "flatness", "val", None, "flatness", name, None, False, "raise")
+        super().__init__("lightning-flatness", "flatness", "val", None, "flatness", name, None, False, None, "raise")
         self._consumer, self._has_steps, self._advance = consumer, has_steps, advance
         self.found: Found | None = None
 

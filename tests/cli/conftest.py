@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
     for name, model in {"small": project.Net(2), "wide": project.Net(3), "preparing": project.Preparing(2)}.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = project.quiet_trainer(callbacks=[lf.FlatnessCallback(summary=False)])
+            trainer = project.quiet_trainer(callbacks=[lf.FlatnessCallback(summary=False, figures=False)])
             trainer.fit(model, datamodule=project.Images())
         trainer.save_checkpoint(folder / f"{name}.ckpt")
     torch.save(project.Net(2).net.state_dict(), folder / "plain.pt")

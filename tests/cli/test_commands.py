@@ -47,7 +47,7 @@ def test_the_network_is_given_what_the_step_gives_it(runs, numbers):
     found = numbers("measure", runs / "preparing.ckpt", "--model", "tests.cli.project.Preparing", *DATA)
     model = model_of(Preparing, runs / "preparing.ckpt")
     assert_same(found, lf.measure_flatness(model, [(model.prepared(x), y) for x, y in loader()]))
-    callback = lf.FlatnessCallback(live=False, summary=False)
+    callback = lf.FlatnessCallback(live=False, summary=False, figures=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quiet_trainer(callbacks=[callback]).validate(model, loader(), verbose=False)
