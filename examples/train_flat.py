@@ -13,16 +13,19 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 
 import lightning as L
 import torch
+from cifar10 import from_arrays
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_calibration_error
+from torchvision.datasets import CIFAR10
 
 import lightning_flatness as lf
 
@@ -129,13 +132,14 @@ def digits(noise: float) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], with_noise(labels[train], noise)), TensorDataset(images[test], labels[test])
 
 
-def cifar10(noise: float) -> tuple[TensorDataset, TensorDataset]:
-    from torchvision.datasets import CIFAR10
-
-    sets = [CIFAR10("data", train=train, download=True) for train in (True, False)]
-    images = [torch.tensor(s.data).permute(0, 3, 1, 2).float() / 127.5 - 1 for s in sets]
-    labels = [torch.tensor(s.targets) for s in sets]
-    return TensorDataset(images[0], with_noise(labels[0], noise)), TensorDataset(images[1], labels[1])
+def cifar10(noise: float, arrays: Path | None, limit: int | None) -> tuple[TensorDataset, TensorDataset]:
+    if arrays is None:
+        sets = [CIFAR10("data", train=train, download=True) for train in (True, False)]
+        parts = [(torch.tensor(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets]
+    else:
+        parts = [from_arrays(arrays, part).tensors for part in ("train", "test")]
+    (images, labels), test = [(images[:limit].float() / 127.5 - 1, labels[:limit]) for images, labels in parts]
+    return TensorDataset(images, with_noise(labels, noise)), TensorDataset(*test)
 
 
 def with_noise(labels: torch.Tensor, noise: float) -> torch.Tensor:
@@ -182,13 +186,18 @@ def run(way: Way, train: TensorDataset, test: TensorDataset, width: int, epochs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=["digits", "cifar10"], default="digits")
+    parser.add_argument("--arrays", type=Path, help="folder of .npy files of CIFAR-10 to use instead, as in cifar10.py")
+    parser.add_argument("--limit", type=int, help="use only so many images of each part of CIFAR-10")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--noise", type=float, default=0.2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train, test = (digits if options.data == "digits" else cifar10)(options.noise)
+    if options.data == "digits":
+        train, test = digits(options.noise)
+    else:
+        train, test = cifar10(options.noise, options.arrays, options.limit)
     width = 16 if options.data == "digits" else 64
     console, table = Console(width=140), Table(title=f"{options.data}, {options.noise:.0%} of the labels wrong")
     steps = options.epochs * -(-len(train) // 64)

@@ -26,6 +26,7 @@ from lightning_flatness.callbacks.network import (
 )
 from lightning_flatness.callbacks.prefixes import UncheckedKey, check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
+from lightning_flatness.callbacks.stopwatch import Stopwatch
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import as_batches
@@ -79,6 +80,7 @@ class MeasuringCallback(Callback):
         self._errors = RankErrors(on_error, name, measured)
         self.run_outputs = RunOutputs(name, prefix, self.figures)
         self._num_drawn = 0  # number of records in the history when figures were drawn last
+        self._stopwatch = Stopwatch()  # of the measurement in progress
         self._stage: str | None = None
         self._is_checked = False  # whether no other callback has this prefix
         self._is_restored = False
@@ -257,8 +259,9 @@ class MeasuringCallback(Callback):
 
     @contextmanager
     def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Store errors until all ranks handle them together, and suppress what the network logs."""
-        with self._errors.kept(trainer.world_size), logging_muted(pl_module):
+        """Store errors until all ranks handle them together, suppress what the network logs, and take the time."""
+        clock = self._stopwatch.running(pl_module.device)
+        with self._errors.kept(trainer.world_size), logging_muted(pl_module), clock:
             yield
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks import labels, logged
@@ -15,10 +16,12 @@ from lightning_flatness.callbacks.flatness_history import FlatnessHistory
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.running import PassesOfRun, Validation, settle
+from lightning_flatness.callbacks.stopwatch import Stopwatch, in_words
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.measurement import Measurement
+from lightning_flatness.measure.ranks import gather
 from lightning_flatness.results import FlatnessReport, LayerInfo
 
 
@@ -282,6 +285,7 @@ class FlatnessCallback(FlatnessHistory):
         if self._data_name == "train" and trainer.state.fn != "fit":
             logged.warn_outside_of_fit()
             return
+        self._stopwatch = Stopwatch()
         self._gather(pl_module)
         self._num_sources = max(1, len(num_batches)) if self._data_name == "val" else 1
         with self._measuring(trainer, pl_module):
@@ -307,13 +311,18 @@ class FlatnessCallback(FlatnessHistory):
             return
         with self._measuring(trainer, pl_module):
             reports = running.reports(self._network or Network(pl_module))
-            self.reports = labels.with_data(reports, self._data_name, trainer.testing)
-            self.report = self.reports[0]
-        if not self._errors.settle(where) or self.report is None:
+        if not self._errors.settle(where):
             return
+        whole = self._stopwatch.since_start
+        seconds = max(gather(self._stopwatch.seconds(), sync=True))
+        self.reports = labels.with_data(reports, self._data_name, trainer.testing, seconds)
+        self.report = self.reports[0]
         self.num_measurements += 1
+        if self.num_measurements == 1 and (trainer.state.fn != "fit" or trainer.enable_validation):
+            rank_zero_info(f"FlatnessCallback: {in_words(seconds, whole, self.report.num_samples)}.")
         self._tell_inexact(layer.info for report in self.reports.values() for layer in report.layers.values())
-        record = logged.record_of(trainer, labels.values_of_loaders(self.reports, self._measures))
+        values = labels.values_of_loaders(self.reports, self._measures) | {"seconds": seconds}
+        record = logged.record_of(trainer, values)
         logged.log_record(pl_module, self.prefix, record, self.history, self._measures[-1])
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 

@@ -23,11 +23,14 @@ FURTHER = ("normalized_relative_flatness", "channelwise_flatness")
 MOST_NAMES = 8
 
 
-def with_data(reports: Mapping[int, FlatnessReport], data: str, is_test: bool) -> dict[int, FlatnessReport]:
-    """Return the reports of validation loaders, each with the name of its data."""
+def with_data(
+    reports: Mapping[int, FlatnessReport], data: str, is_test: bool, seconds: float
+) -> dict[int, FlatnessReport]:
+    """Return the reports of validation loaders, each with the name of its data; a single one took all the seconds."""
     data = "test" if is_test and data == "val" else data
+    seconds = seconds if len(reports) == 1 else math.nan
     return {
-        loader: replace(report, data=f"{data}, loader {loader}" if loader else data)
+        loader: replace(report, data=f"{data}, loader {loader}" if loader else data, seconds=seconds)
         for loader, report in reports.items()
     }
 

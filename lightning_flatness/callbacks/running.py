@@ -76,7 +76,7 @@ class Running:
         self._network = network
         self._passes = passes
         self._is_tried = False
-        self._repeats = True  # passes of our own run in the user's precision, if the trial has passed
+        self._repeats = True  # passes of our own run as the user's do and are observed, if the trial has passed
         self._listener: Listener | None = None
         self._asked: Asked | None = None  # of the last batch
         self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
@@ -150,17 +150,17 @@ class Running:
             self.measurement.settle_when_due()
 
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
-        """Add samples in a pass of our own. Where validation is observed in half precision, it runs so, too."""
+        """Add samples in a pass of our own. Where validation is observed, it runs so, too."""
         self._try_once()
-        if self._repeats and self.measurement.observes_half:
+        if self._repeats and ((self._observes and self._is_tried) or self.measurement.observes_half):
             try:
                 self.measurement.update_repeated(inputs, targets, self.source.positions)
                 return
             except (RuntimeError, FlatnessError) as error:  # as of an observed pass
                 self._repeats = False
-                if self._observes:
+                if self._observes and self.measurement.observes_half:  # passes of two precisions are not mixed
                     self._passes.tell(f"the forward pass of a batch could not be used ({error})")
-                self._observes = False
+                    self._observes = False
         self.measurement.update(inputs, targets, positions=self.source.positions)
 
     def measure_rest(self) -> None:

@@ -80,7 +80,8 @@ class FlatnessObserver:
     @property
     def left_out(self) -> dict[str, str]:
         """The layers that ``layers="all"`` leaves out since they cannot be measured, and why."""
-        return dict(self._own.known.left_out)
+        observed = {} if self._observable is None else self._observable.known.left_out
+        return dict(self._own.known.left_out or observed)
 
     def __call__(
         self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None

@@ -97,7 +97,7 @@ class SwitchesItselfToHalf(nn.Module):
             return self.net(x)
 
 
-@guards("callbacks/running.py", "self._repeats and self.measurement.observes_half:", "False:")
+@guards("callbacks/running.py", "if self._repeats and", "if False and")
 @guards("layers/observer.py", "loss.halved() if is_pair else loss", "loss", ids="17-bf16-mixed")
 @pytest.mark.parametrize(
     ("precision", "net"),

@@ -1,0 +1,90 @@
+"""The time that measuring takes, and what it is beside the validation that it is part of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Share of a validation from which on the user is told how to measure less, and the share to come down to.
+MUCH, MODEST = 0.2, 0.1
+FEWEST = 100  # samples that max_samples= is suggested for
+
+
+class Stopwatch:
+    """A sum of the times of blocks of code, and the time since it was made.
+
+    On a CUDA device the device's own clock is read. Nobody waits for the device before :meth:`seconds` does.
+    """
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self._elapsed = 0.0
+        self._intervals: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._is_running = False
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Add the time of the ``with`` block, unless it is inside of another one."""
+        if self._is_running:
+            yield
+            return
+        start, event, self._is_running = time.perf_counter(), _event(device), True
+        try:
+            yield
+        finally:
+            self._is_running = False
+            end = _event(device)
+            if event is None or end is None:
+                self._elapsed += time.perf_counter() - start
+            else:
+                self._intervals.append((event, end))
+
+    def seconds(self) -> float:
+        """Return the sum so far, in seconds. On a CUDA device this waits for the measured blocks."""
+        if self._intervals:
+            self._intervals[-1][1].synchronize()
+        self._elapsed += sum(start.elapsed_time(end) for start, end in self._intervals) / 1e3  # milliseconds
+        self._intervals.clear()
+        return self._elapsed
+
+    @property
+    def since_start(self) -> float:
+        """Seconds since this stopwatch was made."""
+        return time.perf_counter() - self.start
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event at the present end of the device's queue; None for other devices than CUDA's."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def in_words(seconds: float, whole: float, num_samples: int) -> str:
+    """Say what measuring took beside the rest of a validation, and how to measure less if that is much.
+
+    Example:
+        >>> in_words(3.1, 28.1, 5000)
+        'measuring took 3.1 s beside a validation of 25 s (+12 %)'
+        >>> in_words(10.0, 20.0, 5000)
+        'measuring took 10 s beside a validation of 10 s (+100 %); max_samples=500 would make that about +10 %'
+    """
+    rest = max(whole - seconds, 1e-9)
+    sentence = f"measuring took {seconds:.2g} s beside a validation of {rest:.2g} s (+{100 * seconds / rest:.0f} %)"
+    if seconds <= MUCH * rest:
+        return sentence
+    fewer = _rounded(num_samples * MODEST * rest / seconds)
+    if fewer < FEWEST:
+        return sentence
+    return f"{sentence}; max_samples={fewer} would make that about +{100 * MODEST:.0f} %"
+
+
+def _rounded(number: float) -> int:
+    """Round down to two digits."""
+    scale = 10 ** max(0, len(str(int(number))) - 2)
+    return int(number) // scale * scale
