@@ -106,7 +106,10 @@ class Running:
         if not self._observes or self._is_tried or example is None:
             return
         reason = self._try(*example)
-        if reason:
+        if reason and self.measurement.repeats:  # compiled
+            self._observes = False
+            self._passes.tell(reason)
+        elif reason:
             self._rule_out(reason)
 
     def _rule_out(self, reason: str) -> None:
@@ -150,9 +153,9 @@ class Running:
             self.measurement.settle_when_due()
 
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
-        """Add samples in a pass of our own. Where validation is observed, it runs so, too."""
+        """Add samples in a pass of our own, which runs as the user's do if a trial has shown that it can."""
         self._try_once()
-        if self._repeats and ((self._observes and self._is_tried) or self.measurement.observes_half):
+        if self._repeats and ((self._observes and self._is_tried) or self.measurement.repeats):
             try:
                 self.measurement.update_repeated(inputs, targets, self.source.positions)
                 return

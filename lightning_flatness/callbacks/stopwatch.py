@@ -86,5 +86,5 @@ def in_words(seconds: float, whole: float, num_samples: int) -> str:
 
 def _rounded(number: float) -> int:
     """Round down to two digits."""
-    scale = 10 ** max(0, len(str(int(number))) - 2)
+    scale: int = 10 ** max(0, len(str(int(number))) - 2)
     return int(number) // scale * scale

@@ -133,7 +133,7 @@ class FlatnessObserver:
         if isinstance(outcome, str):
             return outcome
         self._observable = outcome
-        return ""
+        return outcome.compiled
 
     def listen(self, inputs: Any = None) -> Listener:
         """Return a context that observes the call that the user makes of the model, by default whatever its inputs.
@@ -178,6 +178,14 @@ class FlatnessObserver:
     def observes_half(self) -> bool:
         """Whether the trial has shown that features are half precision."""
         return self._observable is not None and self._observable.half is not None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether passes of our own run as the user's do (see :meth:`repeated_forms`), also if these are not observed.
+
+        They do in half precision, so that all samples are measured in one precision, and if the network is compiled.
+        """
+        return self.observes_half or (self._observable is not None and bool(self._observable.compiled))
 
     def repeated_forms(self, inputs: Any, targets: Tensor | None) -> ClosedForms:
         """Certify an observed pass of our own, which runs as the user's do; one sample runs as a pair."""

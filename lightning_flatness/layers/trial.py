@@ -22,6 +22,7 @@ from lightning_flatness.layers.sums import LayerSums, added
 from lightning_flatness.model.call import as_call, tensors_of
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import BACKWARD_HOOKS, float32_is_reduced, untouched
+from lightning_flatness.model.names import COMPILED
 from lightning_flatness.model.precision import Precision, current_precision, name_of
 from lightning_flatness.model.rows import num_rows, take
 
@@ -46,6 +47,7 @@ class Observable:
     context: Context
     precision: Precision | None = None  # of the passes
     half: torch.dtype | None = None  # the half precision of the features, if so
+    compiled: str = ""  # the compiled module, if there is one: passes of our own are eager, the user's are not
 
 
 MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Certified]]
@@ -61,7 +63,7 @@ def try_observing(
     """Measure the first samples of a batch in a pass of our own, then in an observed one, and compare them.
 
     Return the observable model, or why it cannot be observed. The observed pass runs in the precision of the inputs, if
-    these are a call of the user's.
+    these are a call of the user's. It is eager: of a compiled model, passes of our own can be observed, the user's not.
     """
     samples = num_rows(*batch)
     reason = why_not_observed(model, options.measuring_dtype, as_call(batch[0]).precision)
@@ -77,7 +79,8 @@ def try_observing(
         if name not in expected:
             return f"layer '{name}' is not measured by the closed form"
     context = passes.context
-    outcome = _observe(model, inputs, targets, Observable(passes.known, context), measure_observed)
+    known = Observable(passes.known, context, compiled=why_compiled(model))
+    outcome = _observe(model, inputs, targets, known, measure_observed)
     if isinstance(outcome, str):
         return outcome
     sums, observable = outcome
@@ -177,6 +180,14 @@ def _identical(one: Tensor, other: Tensor) -> bool:
     return kinds[0] == kinds[1] and torch.equal(one.detach(), other.detach())
 
 
+def why_compiled(model: nn.Module) -> str:
+    """Return which module of a model is compiled; empty if none is."""
+    for name, module in model.named_modules():
+        if COMPILED in dict(module.named_children()) or any(vars(module).get(name) for name in COMPILERS):
+            return f"module '{name or type(module).__name__}' is compiled"
+    return ""
+
+
 def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None, precision: Precision | None = None) -> str:
     """Return why a model, measured in ``dtype``, must not be observed in the user's passes; empty if it may be.
 
@@ -195,8 +206,6 @@ def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None, precisi
         what = f"module '{name or type(module).__name__}'"
         if module.training:
             return f"{what} is in training mode"
-        if "_orig_mod" in dict(module.named_children()) or any(vars(module).get(name) for name in COMPILERS):
-            return f"{what} is compiled"
         if isinstance(module, torch.jit.ScriptModule):
             return f"{what} is TorchScript"
         if any(vars(module).get(hooks) for hooks in BACKWARD_HOOKS):

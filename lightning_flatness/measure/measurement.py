@@ -169,6 +169,11 @@ class Measurement:
         """Whether :meth:`why_not_live` has found that features are half precision."""
         return self._observer.observes_half
 
+    @property
+    def repeats(self) -> bool:
+        """Whether :meth:`update_repeated` is to be used also where no pass is observed (see ``FlatnessObserver``)."""
+        return self._observer.repeats
+
     def update_repeated(self, inputs: Any, targets: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Add one batch in an observed pass of our own, which runs as the user's do. An error adds nothing.
 

@@ -73,7 +73,6 @@ def isolated(model: nn.Module) -> Iterator[None]:
             )
     with ExitStack() as stack:
         stack.enter_context(differentiable(model))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # other attention kernels have no second derivative
         stack.enter_context(untouched(model))
         stack.enter_context(_WithoutAutocast({"cpu"} | {device.type for device in accelerators(model)}))
@@ -120,8 +119,9 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, unheard, and restore attributes and random states as :func:`isolated` does."""
-    with random_states_kept(model), _evaluation_mode(model), only_heard_by(None):
+    """Run a block in evaluation mode, eagerly and unheard, and restore what :func:`isolated` restores."""
+    eagerly = torch.compiler.set_stance("force_eager")
+    with random_states_kept(model), _evaluation_mode(model), only_heard_by(None), eagerly:
         yield
 
 

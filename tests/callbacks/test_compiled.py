@@ -6,8 +6,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.measure.measurement import Measurement
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+from tests.guarding import guards
 
 
 class Counting:
@@ -111,3 +113,42 @@ def test_layers_may_be_named_with_or_without_what_compiling_adds(tmp_path, layer
     callback = lf.FlatnessCallback(layers=layers, model=model, summary=False)
     run(tmp_path, "submodule", callback)
     assert [name.removeprefix("net.") for name in callback.report.layers] == ["conv2"]
+
+
+def validated(folder, form, precision, *callbacks):
+    """Graphs that are compiled in a validation of two loaders. Other sizes of batches would be compiled anew."""
+    torch.compiler.reset()
+    backend, module = Counting(), Classifier()
+    FORMS[form](module, backend)
+    batches = loaders(val_samples=32)[1]
+    quiet_trainer(folder, *callbacks, precision=precision).validate(module, [batches, batches], verbose=False)
+    return backend.graphs
+
+
+@guards(
+    "callbacks/running.py", "if reason and self.measurement.repeats:", "if False:", ids="submodule in place-32-true"
+)
+@guards("layers/observer.py", "return outcome.compiled", 'return ""', ids="submodule in place-bf16-mixed")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("form", ["submodule", "submodule in place"])
+def test_passes_of_our_own_run_as_those_of_compiled_networks(tmp_path, monkeypatch, told, form, precision):
+    """In the precision of validation, without gradients, and with nothing compiled for them."""
+    certified, update = [], Measurement.update
+
+    def with_note(self, *batch, **options):
+        certified.append(batch)
+        update(self, *batch, **options)
+
+    monkeypatch.setattr(Measurement, "update", with_note)
+    callback, plain = lf.FlatnessCallback(), lf.FlatnessCallback()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        graphs = validated(tmp_path, form, precision)
+        assert validated(tmp_path, form, precision, callback) == graphs > 0
+    assert certified == []
+    assert "is compiled" in " ".join(told)
+    batches = loaders(val_samples=32)[1]
+    quiet_trainer(tmp_path, plain, precision=precision).validate(Classifier(), batches, verbose=False)
+    assert callback.report.precision == plain.report.precision
+    assert callback.report.precision == ("float32" if precision == "32-true" else "bfloat16")
+    block_traces, wanted = (one.report.layers["net.conv2"].block_traces for one in (callback, plain))
+    assert_close(block_traces, wanted, rtol=1e-5, atol=1e-8)
