@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -96,6 +98,7 @@ def measure_flatness(
         >>> report.layers["0"].exact, report.layers["0"].block_traces.shape
         (True, torch.Size([1, 4, 4]))
     """
+    start = time.perf_counter()
     model = whole_model(model) if sync else model
     measurement = Measurement(
         model,
@@ -123,4 +126,5 @@ def measure_flatness(
 
             measurement.update(inputs, targets, advance)
             bar.update(task, completed=index + 1)
-    return measurement.report()
+    report = measurement.report()
+    return replace(report, seconds=time.perf_counter() - start)

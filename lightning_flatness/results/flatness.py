@@ -152,6 +152,7 @@ class FlatnessReport(Record):
     sampling_errors: Mapping[str, float] = field(default_factory=dict)
     num_groups: int = 0
     samples: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float = math.nan
 
     @property
     def hessian_trace(self) -> float:
