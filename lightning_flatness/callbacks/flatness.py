@@ -40,6 +40,7 @@ class FlatnessCallback(FlatnessHistory):
     - ``{prefix}/loss``, ``{prefix}/top1``, ``{prefix}/curvature``: mean loss of the measured samples, share of them
       whose class is found, and mean trace of the loss's second derivative at the logits;
     - ``{prefix}/exact``: 1 if all numbers are those of the Hessian, else 0;
+    - ``{prefix}/seconds``: the time that measuring took, on the slowest rank;
     - ``{prefix}/{layer}/relative_flatness``, ``{prefix}/{layer}/exact`` and so on: per layer, if there are several;
     - ``{prefix}/.../dataloader_idx_1`` and so on: of further validation loaders; the keys above are the first one's.
 
@@ -313,8 +314,8 @@ class FlatnessCallback(FlatnessHistory):
             reports = running.reports(self._network or Network(pl_module))
         if not self._errors.settle(where):
             return
-        whole = self._stopwatch.since_start
         seconds = max(gather(self._stopwatch.seconds(), sync=True))
+        whole = self._stopwatch.since_start
         self.reports = labels.with_data(reports, self._data_name, trainer.testing, seconds)
         self.report = self.reports[0]
         self.num_measurements += 1

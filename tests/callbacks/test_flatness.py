@@ -73,6 +73,8 @@ def test_fit_validate_and_test_give_identical_numbers(tmp_path):
     (validated,) = trainer.validate(module, val, verbose=False)
     (tested,) = trainer.test(module, val, verbose=False)
     assert MONITOR in in_fit
+    for metrics in (in_fit, validated, tested):
+        assert metrics.pop("flatness/seconds") > 0
     assert in_fit == validated == tested
     assert callback.history == history
 

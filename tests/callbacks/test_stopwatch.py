@@ -1,0 +1,69 @@
+"""The time that measuring takes is logged, and said once beside that of validation."""
+
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+
+import lightning_flatness as lf
+from lightning_flatness.callbacks import flatness
+from lightning_flatness.callbacks.stopwatch import Stopwatch, in_words
+from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
+
+CPU = torch.device("cpu")
+
+
+def test_blocks_inside_of_others_count_once():
+    watch = Stopwatch()
+    with watch.running(CPU):
+        with watch.running(CPU):
+            time.sleep(0.02)
+        time.sleep(0.02)
+    time.sleep(0.02)
+    assert 0.04 <= watch.seconds() < watch.since_start - 0.015
+
+
+def test_the_time_of_a_block_that_raises_counts():
+    watch = Stopwatch()
+    with suppress(ValueError), watch.running(CPU):
+        time.sleep(0.02)
+        raise ValueError
+    with watch.running(CPU):
+        time.sleep(0.02)
+    assert watch.seconds() >= 0.04
+
+
+@pytest.mark.parametrize(
+    ("seconds", "advice"),
+    [(1.0, ""), (2.0, ""), (2.1, "max_samples=470 "), (100.0, ""), (40.0, ""), (10.0, "max_samples=100 ")],
+    ids=["a tenth", "a fifth", "more", "too much for any number", "too much", "as much"],
+)
+def test_advice_is_given_where_it_helps(seconds, advice):
+    """A thousand samples beside ten seconds. Under a hundred samples, what a measurement begins with takes the time."""
+    words = in_words(seconds, 10.0 + seconds, 1000)
+    assert ("max_samples" in words) == bool(advice)
+    assert advice in words
+
+
+def test_seconds_are_in_reports_history_and_logs(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(flatness, "rank_zero_info", said.append)
+    callback = lf.FlatnessCallback(summary=False)
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=2)
+    start = time.perf_counter()
+    trainer.fit(Classifier(), *loaders())
+    taken = time.perf_counter() - start
+    seconds = [record["seconds"] for record in callback.history]
+    assert len(seconds) == 2
+    assert min(seconds) > 0
+    assert sum(seconds) < taken
+    assert callback.report.seconds == seconds[-1]
+    assert float(trainer.callback_metrics["flatness/seconds"]) == pytest.approx(seconds[-1])
+    assert len(said) == 1
+    assert said[0].startswith("FlatnessCallback: measuring took ")
+
+
+def test_measure_flatness_says_what_it_took():
+    report = lf.measure_flatness(Classifier().net, loaders()[1])
+    assert 0 < report.seconds < 600
