@@ -76,7 +76,7 @@ def jackknife_covariance(without: Tensor) -> Tensor:
     if number < 2:
         return without.new_full((without.shape[1],) * 2, torch.nan)
     deviations = without - without.mean(0)
-    return (number - 1) / number * deviations.T @ deviations
+    return (1 - 1 / number) * deviations.T @ deviations
 
 
 def largest_tenth(values: Tensor) -> float:

@@ -46,6 +46,8 @@ def test_numbers_are_those_of_the_reports():
                 assert row.errors[number] == pytest.approx(report.sampling_errors[number], rel=1e-12)
 
 
+@guards("functional/sampling.py", "(1 - 1 / number) * deviations", "deviations")
+@guards("measure/compared.py", "if is_paired and", "if False and")
 def test_the_error_of_a_difference_is_that_of_the_same_samples():
     """The jackknife of the difference itself, of values of single samples."""
     first, second = (measured(network(seed), per_sample=True) for seed in (0, 1))
@@ -149,6 +151,7 @@ def test_training_losses_are_measured_or_given():
         assert "train_loss_unknown" not in {caution.kind for caution in found.cautions}
 
 
+@guards("measure/forward_numbers.py", "            handle.remove()", "            pass")
 def test_nothing_is_left_on_the_models():
     nets = [network(0), network(1).train()]
     before = [{name: tensor.clone() for name, tensor in net.state_dict().items()} for net in nets]
@@ -162,6 +165,7 @@ def test_nothing_is_left_on_the_models():
         assert not any(module._forward_pre_hooks for module in net.modules())
 
 
+@guards("measure/compared.py", 'if bool((classes[both] != report.samples["prediction"][both]).any()):', "if False:")
 def test_samples_in_another_order_are_not_paired():
     inputs, targets = samples()
     nets = network(0), network(1)
