@@ -75,8 +75,11 @@ def _compare(session: Session, checkpoints: Sequence[Checkpoint]) -> Outcome:
         reports[name], hashes[name] = found.result, found.data_hash
         if command.split == "val" and not command.no_train_loss:
             losses[name] = session.visit(model, "train", _mean_loss(session), None, f"{name}, training loss")
-    comparison = lf.compare(reports, train_losses=losses or None)
-    return Outcome(reports, comparison, (), _details(session, checkpoints, found), session.notes)
+    details = _details(session, checkpoints, found)
+    if len(set(hashes.values())) > 1:
+        details["Hash of the data"] = ", ".join(f"{name}: {text}" for name, text in hashes.items())
+        session.notes.append("The networks were not given the same inputs: see the hash of the data of each.")
+    return Outcome(reports, lf.compare(reports, train_losses=losses or None), (), details, session.notes)
 
 
 def _flatness(session: Session) -> Any:

@@ -16,6 +16,8 @@ from lightning_flatness.results import (
     SpectrumResult,
     number_of,
 )
+from lightning_flatness.results.comparison_tables import decision_table, measures_table, reading
+from lightning_flatness.results.rank_correlation import correlation_table
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.tables import METHODS, precision_of, sentence_of
 from lightning_flatness.results.texts import measured, named
@@ -141,10 +143,14 @@ def _is_exact(record: Mapping[str, Any]) -> str:
 
 
 def _comparison(result: Comparison) -> Section:
-    first, *others = result.tables()
-    reading = str(first.caption).splitlines()[-1]  # verdict and cautions stand on top of the page
-    tables = (table_of(first, reading), *map(table_of, others))
-    return Section("Comparison", (), tables)
+    """Return the tables and figures; verdict and cautions stand on top of the page."""
+    tables = [table_of(decision_table(result, has_caption=False), reading(result)), table_of(measures_table(result))]
+    figures, notes = drawn(lambda: plots.plot_comparison(result), "The networks side by side. Lower is flatter.")
+    if result.correlations:
+        tables.append(table_of(correlation_table(result.correlations, result.outcome_name)))
+        gap, more = drawn(lambda: plots.plot_gap(result), f"Normalised flatness and {result.outcome_name}.")
+        figures, notes = (*figures, *gap), (*notes, *more)
+    return Section("Comparison", (), tuple(tables), figures, notes)
 
 
 def _report(title: str, report: FlatnessReport) -> Section:

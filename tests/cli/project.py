@@ -43,6 +43,13 @@ class Preparing(Net):
         return 3 * images.flip(-1) - 1
 
 
+class PreparesByWidth(Net):
+    """Its validation step prepares the images in another way for every width."""
+
+    def prepared(self, images):
+        return self.hparams.width * images
+
+
 class NeedsItsRun(Net):
     """Its validation step needs a logger."""
 
@@ -112,3 +119,27 @@ def focal(logits, labels):
 def quiet_trainer(**options):
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     return L.Trainer(accelerator="cpu", max_epochs=2, **quiet, **options)
+
+
+class Whole(Net):
+    """Builds its network late, and has its own data."""
+
+    def __init__(self, width: int = 2):
+        super().__init__(width)
+        del self.net
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.net = layers(self.hparams.width)
+
+    def val_dataloader(self):
+        return images().val_dataloader()
+
+    def train_dataloader(self):
+        return images().train_dataloader()
+
+
+def images():
+    data = Images()
+    data.setup("fit")
+    return data

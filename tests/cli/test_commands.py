@@ -177,3 +177,18 @@ def test_compares_on_the_same_samples(runs, numbers):
         train_loss = torch.nn.functional.cross_entropy(model(images).double(), labels).detach()
         assert found["models"][name]["train_loss"] == pytest.approx(float(train_loss), rel=1e-6)
     assert numbers(*words, "--no-train-loss")["models"]["small"]["train_loss"] is None
+
+
+def test_networks_that_are_given_other_inputs_are_noted(runs, numbers):
+    preparing = ["--model", "tests.cli.project.PreparesByWidth", *DATA]
+    found = numbers("compare", runs / "small.ckpt", runs / "wide.ckpt", *preparing, "--no-train-loss")
+    assert found["notes"] == ["The networks were not given the same inputs: see the hash of the data of each."]
+    assert found["details"]["Hash of the data"].startswith("small: ")
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_a_module_with_data_and_a_late_network_of_its_own(runs, numbers, split):
+    found = numbers("measure", runs / "small.ckpt", "--model", "tests.cli.project.Whole", "--split", split)
+    assert found["num_samples"] == 24
+    if split == "val":
+        assert_same(found, lf.measure_flatness(model_of(Net, runs / "small.ckpt"), loader()))
