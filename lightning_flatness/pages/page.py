@@ -21,7 +21,7 @@ from lightning_flatness.pages.sections import (
     section_of,
     summary_of,
 )
-from lightning_flatness.results import Comparison, FlatnessReport
+from lightning_flatness.results import Comparison
 from lightning_flatness.results.records import Record
 
 PACKAGES = ("lightning-flatness", "torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
@@ -105,10 +105,9 @@ def _page(
 ) -> Page:
     results = [result for _, result in shown]
     compared = [result for result in results if isinstance(result, Comparison)]
-    reports = [result for result in results if isinstance(result, FlatnessReport)]
     names = [name for name, _ in shown if name]
     short = [("", one) for one in compared] or shown[:MOST_SUMMARIES]
-    about_run = [history_section(history, reports[0] if len(reports) == 1 else None)] if history else []
+    about_run = [history_section(history)] if history else []
     how = Section("How it came about", (*details.items(), *_versions()), points=notes)
     return Page(
         title=title or _title(list(dict.fromkeys(names)), bool(compared)),

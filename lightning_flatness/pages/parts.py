@@ -86,11 +86,11 @@ def _data_uri(figure: Any) -> str:
 
     with rc_context({"svg.hashsalt": "lightning-flatness", "svg.fonttype": "path"}):
         drawing = io.BytesIO()
-        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(drawing, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     if len(drawing.getvalue()) <= MOST_BYTES:
         return _encoded("svg+xml", drawing.getvalue())
     pixels = io.BytesIO()
-    figure.savefig(pixels, format="png", transparent=True, dpi=PIXELS_PER_INCH, metadata={"Software": None})
+    figure.savefig(pixels, format="png", transparent=True, bbox_inches="tight", dpi=PIXELS_PER_INCH)
     return _encoded("png", pixels.getvalue())
 
 

@@ -118,11 +118,9 @@ def summary_of(name: str, result: Any) -> tuple[str, ...]:
     return ()
 
 
-def history_section(history: Sequence[Mapping[str, Any]], report: FlatnessReport | None) -> Section:
-    """Return the section of the records of a run."""
-    figures, notes = drawn(
-        lambda: plots.plot_history(history, report=report), "Accuracy and flatness over the epochs of the run."
-    )
+def history_section(history: Sequence[Mapping[str, Any]]) -> Section:
+    """Return the section of the records of a run, which may be of other layers and data than reports on the page."""
+    figures, notes = drawn(lambda: plots.plot_history(history), "Accuracy and flatness over the epochs of the run.")
     shown = {key: heading for key, heading in HISTORY.items() if any(record.get(key) is not None for record in history)}
     heads = (Head("epoch", True), *(Head(heading, True) for heading in shown.values()), Head("exact"))
     rows = tuple(
@@ -130,7 +128,16 @@ def history_section(history: Sequence[Mapping[str, Any]], report: FlatnessReport
         for record in history
     )
     table = Table(heads, rows, "±: standard error over samples.", "All numbers of the run", folded=True)
-    return Section("The run, epoch by epoch", (), (table,), figures, notes)
+    last = history[-1]
+    facts = {
+        "Data": f"{number_of(last['num_samples'], 'sample')}{_of(last.get('data') or '')}"
+        if "num_samples" in last
+        else "",
+        "Layers": named(last.get("layers", ())),
+        "Measured": f"{len(history)} times" if len(history) > 1 else "once",
+    }
+    shown_facts = tuple((name, text) for name, text in facts.items() if text)
+    return Section("The run, epoch by epoch", shown_facts, (table,), figures, notes)
 
 
 def _recorded(record: Mapping[str, Any], key: str) -> str:
@@ -145,7 +152,9 @@ def _is_exact(record: Mapping[str, Any]) -> str:
 def _comparison(result: Comparison) -> Section:
     """Return the tables and figures; verdict and cautions stand on top of the page."""
     tables = [table_of(decision_table(result, has_caption=False), reading(result)), table_of(measures_table(result))]
-    figures, notes = drawn(lambda: plots.plot_comparison(result), "The networks side by side. Lower is flatter.")
+    loss = "loss" if all(math.isnan(row.train_loss) for row in result.models.values()) else "train_loss"
+    shown = ("normalized_relative_flatness", loss)  # more panels would be too small
+    figures, notes = drawn(lambda: plots.plot_comparison(result, shown), "Flatness, and the loss it is read beside.")
     if result.correlations:
         tables.append(table_of(correlation_table(result.correlations, result.outcome_name)))
         gap, more = drawn(lambda: plots.plot_gap(result), f"Normalised flatness and {result.outcome_name}.")
@@ -189,7 +198,7 @@ def _landscape(title: str, result: LandscapeResult) -> Section:
 
 def _report_sentence(report: FlatnessReport) -> str:
     names = list(report.layers)
-    where = f"layer {names[0]}" if len(names) == 1 else f"{number_of(len(names), 'layer')}, summed"
+    where = f"layer {names[0]}" if len(names) == 1 else f"{number_of(len(names), 'layer')} (the sum)"
     numbers = f"relative flatness of {where} is {_shown(report, 'relative_flatness')}"
     if not math.isnan(report.normalized_relative_flatness):
         numbers += f", normalised {_shown(report, 'normalized_relative_flatness')}"

@@ -169,6 +169,13 @@ def test_light_dark_and_print(report, page):
     assert 'name="viewport"' in text
 
 
+def test_a_history_is_of_its_own_layers_and_data(report, page):
+    history = [{"epoch": 0, "relative_flatness": 3.0, "layers": ["body.conv9"], "data": "train", "num_samples": 1300}]
+    text = page(report, history=history).partition("The run, epoch by epoch")[2]
+    assert "1,300 samples of training data" in text
+    assert "body.conv9" in text
+
+
 def test_history_shows_errors_and_what_is_not_known(page):
     history = [
         {"epoch": 0, "relative_flatness": 3.0, "relative_flatness_error": 0.5, "exact": True, "accuracy": 0.5},
