@@ -42,8 +42,10 @@ def interface_of(logger: Any) -> Interface:
     """Return the functions for a logger. For an unknown one, and for one that has files of its own, these are None.
 
     Example:
-        >>> from lightning.pytorch.loggers import CSVLogger
-        >>> interface_of(CSVLogger("logs")).add_figure is None
+        >>> from types import SimpleNamespace
+        >>> interface_of(SimpleNamespace(log_image=print)).add_figure is None
+        False
+        >>> interface_of(SimpleNamespace(experiment=None)).add_figure is None
         True
     """
     return next((interface for interface in INTERFACES if interface.fits(logger)), Interface(lambda logger: True))

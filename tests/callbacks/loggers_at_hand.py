@@ -1,5 +1,6 @@
 """What W&B, offline, and MLflow have stored; and fakes of loggers, with the calls that their documentation shows."""
 
+import io
 import struct
 import sys
 import types
@@ -68,7 +69,7 @@ class CometExperiment:
         self.figures, self.assets = [], []
 
     def log_figure(self, figure_name=None, figure=None, overwrite=False, step=None):
-        figure.savefig("comet.svg")
+        figure.savefig(io.BytesIO(), format="svg")
         self.figures.append((figure_name, step))
 
     def log_asset(self, file_data, file_name=None, overwrite=False, copy_to_tmp=True, step=None, metadata=None):

@@ -96,6 +96,7 @@ def test_a_second_run_overwrites_nothing(tmp_path, again):
     assert first.items() <= files.items()
     pngs = [path.parent for path in tmp_path.rglob("*density.png")]
     assert sorted(pngs) == sorted(path.parent for path in files)
+    assert len({folder.parent for folder in pngs}) == (1 if logger else 2)  # a version for every run
 
 
 def test_csv_has_them_in_the_folder_of_its_version(tmp_path):
@@ -183,7 +184,6 @@ def test_figures_are_not_kept_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(flatness_figures, "plot_history", remembered)
     loggers = [FakeLogger(CometExperiment()), TensorBoardLogger(tmp_path, name="")]
-    monkeypatch.chdir(tmp_path)
     fit(tmp_path, flatness(figures_every=1), logger=loggers, max_epochs=3)
     gc.collect()
     assert [figure() for figure in figures] == [None] * 3
@@ -195,8 +195,7 @@ def test_figures_are_not_kept_in_memory(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- fakes
 
 
-def test_comet(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_comet(tmp_path):
     comet = FakeLogger(CometExperiment())
     fit(tmp_path, flatness(), spectrum(), logger=comet)
     assert set(comet.experiment.figures) == {(tag, 7) for tag in [*TAGS, "spectrum/density"]}
