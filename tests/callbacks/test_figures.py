@@ -64,7 +64,6 @@ def names(folder, pattern="*.*"):
 # ------------------------------------------------------------------------------------------------- folders of the run
 
 
-@pytest.mark.usefixtures("real_figures")
 def test_without_a_logger_figures_and_files_are_in_a_folder_of_the_run(tmp_path):
     fit(tmp_path, flatness(), spectrum(), logger=False)
     run = tmp_path / "lightning_logs" / "version_0"
