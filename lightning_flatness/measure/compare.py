@@ -133,7 +133,8 @@ def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str,
     if values is None:
         return {}
     if isinstance(values, Mapping):
-        wrong = sorted(map(str, values.keys() ^ models.keys()))
+        values = {str(name): value for name, value in values.items()}
+        wrong = sorted(values.keys() ^ models.keys())
         if wrong:
             raise FlatnessError(f"{argument}= has other names than the models: '{wrong[0]}' is in one of them only.")
         return {name: values[name] for name in models}
@@ -146,7 +147,8 @@ def _named(models: Models) -> dict[str, FlatnessReport | nn.Module]:
     """Return models by name; those of a sequence are called 1, 2, ..."""
     if isinstance(models, (FlatnessReport, nn.Module)) or not isinstance(models, (Mapping, Sequence)):
         raise FlatnessError(f"models is a {type(models).__name__}; give a mapping or a list of models or reports.")
-    named = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models, start=1)}
+    pairs = models.items() if isinstance(models, Mapping) else enumerate(models, start=1)
+    named = {str(name): model for name, model in pairs}
     if len(named) < 2:
         raise FlatnessError(f"A comparison takes two models or more; {len(named)} was given.")
     for name, model in named.items():

@@ -20,7 +20,7 @@ def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     """Return the table of the measure that compares networks, and of what it must be read beside."""
     rows = comparison.models
     caption = _caption(comparison) if has_caption else None
-    table = Table(title=title(comparison), caption=caption, caption_justify="left", caption_style="")
+    table = Table(title=Text(title(comparison)), caption=caption, caption_justify="left", caption_style="")
     table.add_column("model", overflow="fold")
     same_loss = all(row.loss == row.train_loss or math.isnan(row.loss) for row in rows.values())
     numbers = [
@@ -31,7 +31,7 @@ def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     headings = MEASURES | BASELINES
     outcome = [comparison.outcome_name] * bool(comparison.outcome_name)
     for heading in (headings[BEST], f"/ {comparison.reference}", *(headings.get(n, n) for n in numbers), *outcome):
-        table.add_column(heading, justify="right")
+        table.add_column(Text(heading), justify="right")
     table.add_column("exact")
     for name, row in rows.items():
         ratio = comparison.difference(BEST, name)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import number_of
@@ -89,7 +90,7 @@ def correlation_table(correlations: Sequence[RankCorrelation], outcome: str) -> 
         sentences.append("With fewer than five models there is no interval, and nothing can be concluded.")
     if granulated:
         sentences.append("Granulated: among models that differ in one hyper-parameter alone.")
-    table = Table(title=f"Kendall's τ with {outcome}", caption=" ".join(sentences), caption_justify="left")
+    table = Table(title=Text(f"Kendall's τ with {outcome}"), caption=" ".join(sentences), caption_justify="left")
     table.add_column("number")
     for heading in ("τ", "95 % interval", "given train loss", "given ‖W‖", *["granulated"] * granulated):
         table.add_column(heading, justify="right")

@@ -1,10 +1,12 @@
 """A comparison as text, as rows, and in its verdict."""
 
+import io
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 import lightning_flatness as lf
 from lightning_flatness.results import BASELINES, ComparedModel, Comparison
@@ -76,6 +78,28 @@ def test_marks_in_the_table():
     assert list(unknown.table().columns[1].cells) == ["1", "2 ?"]
     assert "?: error not known" in str(unknown.table().caption)
     assert "taken as those of different samples" in str(found.table().caption)
+
+
+def test_names_are_printed_as_they_are():
+    found = comparison(1.0, 2.0)
+    rows = {"[bold]a[/x]": found.models["a"], "[b]": found.models["b"]}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(replace(found, models=rows, outcome_name="[gap]"))
+    text = console.export_text()
+    assert "/ [bold]a[/x]" in text
+    assert "[gap]" in text
+
+
+def test_a_comparison_without_relative_flatness_has_what_there_is():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    batch = torch.randn(64, 4), torch.arange(64) % 3
+    found = lf.compare({1: net, 2: net}, [batch], layers="0", measures=["hessian_trace"], outcome={1: 0.1, 2: 0.2})
+    assert list(found.models) == ["1", "2"]
+    assert "no model can be called the flattest" in found.verdict
+    assert "not_normalised" in {caution.kind for caution in found.cautions}
+    assert "Hessian trace" in str(found)
+    assert {one.measure for one in found.correlations} >= {"hessian_trace", "weight_norm", "margin", "feature_spread"}
+    assert "relative_flatness" not in {one.measure for one in found.correlations}
 
 
 def test_a_row_for_every_model_in_a_data_frame():
