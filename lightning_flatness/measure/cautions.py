@@ -20,7 +20,7 @@ MOST_APART = 0.1
 def cautions_of(rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Module]) -> tuple[Caution, ...]:
     """Return the cautions of models that are compared, in the order of ``CAUTIONS``; some may have no network."""
     found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows), *_of_outcomes(rows)]
-    found += network_cautions(networks)
+    found += network_cautions(rows, networks)
     return tuple(sorted(found, key=lambda caution: list(CAUTIONS).index(caution.kind)))
 
 

@@ -57,6 +57,9 @@ def row_of(
         layers=tuple(report.layers),
         filters=tuple(info.num_filters for info in infos),
         features=tuple(info.patch_length for info in infos),
+        depth=report.depth,
+        batch_norms=report.batch_norms,
+        fresh_batch_norms=report.fresh_batch_norms,
         train_loss=math.nan if train_loss is None else train_loss,
         outcome=math.nan if outcome is None else float(outcome),
     )

@@ -13,6 +13,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces
 from lightning_flatness.layers.closed_form import ClosedForms
 from lightning_flatness.layers.live import Listener
+from lightning_flatness.layers.network import make_of
 from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.sums import LayerSums, added
@@ -255,6 +256,7 @@ class Measurement:
             sampling_errors=samples.network_errors(),
             num_groups=samples.num_groups,
             samples=samples.values_of_network(),
+            **make_of(self._model),
         )
 
     def _layer(self, info: LayerInfo, samples: Samples) -> LayerFlatness:

@@ -75,6 +75,8 @@ class ComparedModel(Record):
         errors: standard errors by number, over samples and of estimates.
         layers: names of the measured layers.
         filters, features: number of filters of each measured layer, and of the weights of one filter.
+        depth: number of convolutions and linear layers of the whole network; 0 if nobody counted them.
+        batch_norms, fresh_batch_norms: number of its BatchNorm layers, and of those that were never updated.
         reasons: why the numbers are not exact; empty if they are.
     """
 
@@ -98,6 +100,9 @@ class ComparedModel(Record):
     layers: tuple[str, ...]
     filters: tuple[int, ...]
     features: tuple[int, ...]
+    depth: int = 0
+    batch_norms: int = 0
+    fresh_batch_norms: int = 0
     train_loss: float = math.nan
     margin: float = math.nan
     feature_spread: float = math.nan

@@ -132,6 +132,8 @@ class FlatnessReport(Record):
         samples: ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and ``weight`` of single
             samples, ``(N,)`` each; empty unless asked for. The weight is that of the target's class, and 0 for an
             ignored sample.
+        depth: number of convolutions and linear layers of the whole network; 0 if nobody counted them.
+        batch_norms, fresh_batch_norms: number of its BatchNorm layers, and of those that were never updated.
 
     Example:
         >>> import torch
@@ -152,6 +154,9 @@ class FlatnessReport(Record):
     sampling_errors: Mapping[str, float] = field(default_factory=dict)
     num_groups: int = 0
     samples: Mapping[str, Tensor] = field(default_factory=dict)
+    depth: int = 0
+    batch_norms: int = 0
+    fresh_batch_norms: int = 0
     seconds: float = math.nan
 
     @property

@@ -102,6 +102,21 @@ def test_statistics_of_batch_norm():
     assert "net and moved have the same weights" in caution.sentence
 
 
+def test_reports_know_what_their_networks_are_made_of():
+    nets = [network(), network(depth=3), network(norm=False)]
+    nets[1][5].reset_running_stats()
+    found = [lf.measure_flatness(net, [BATCH]) for net in nets]
+    assert [report.depth for report in found] == [2, 4, 2]
+    assert [report.batch_norms for report in found] == [1, 1, 0]
+    assert [report.fresh_batch_norms for report in found] == [0, 1, 0]
+    cautions = lf.compare(found, train_losses=[1, 1, 1]).cautions
+    assert [caution.kind for caution in cautions] == ["layers", "depth", "batch_norm", "batch_norm"]
+    assert "3 without" in cautions[2].sentence
+    assert "updated in 2" in cautions[3].sentence
+    unknown = [replace(report, depth=0, batch_norms=0, fresh_batch_norms=0) for report in found]
+    assert kinds(unknown, train_losses=[1, 1, 1]) == ["layers"]
+
+
 @pytest.mark.parametrize(("number", "expected"), [(4, ["few_models"]), (5, [])])
 def test_few_models(number, expected):
     found = reports(number)

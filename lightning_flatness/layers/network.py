@@ -1,0 +1,35 @@
+"""What a network is made of, as far as it matters when networks are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_flatness.layers.tracing import LAYERS
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def make_of(network: nn.Module) -> dict[str, Any]:
+    """Return the numbers of convolutions and linear layers, of BatchNorms, and of those that were never updated.
+
+    A BatchNorm was never updated if its running statistics are those that it began with. The device is waited for once.
+
+    Example:
+        >>> make_of(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+        {'depth': 1, 'batch_norms': 1, 'fresh_batch_norms': 1}
+    """
+    modules = list(network.modules())
+    norms = [module for module in modules if isinstance(module, BATCH_NORMS)]
+    moved = [
+        (norm.running_mean != 0).any() | (norm.running_var != 1).any()
+        for norm in norms
+        if norm.running_mean is not None and norm.running_var is not None
+    ]
+    return {
+        "depth": sum(isinstance(module, LAYERS) for module in modules),
+        "batch_norms": len(norms),
+        "fresh_batch_norms": int((~torch.stack(moved)).sum()) if moved else 0,
+    }
