@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.layers.options import MEASURES
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.measurement import Measurement
-from lightning_flatness.measure.progress import progress_bar
+from lightning_flatness.measure.progress import length_of, progress_bar
 from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import FlatnessReport
 
@@ -118,7 +118,7 @@ def measure_flatness(
         dtype=dtype,
     )
     with progress_bar(progress) as bar, paired_batches(model, batches) as pairs:
-        task = bar.add_task("Flatness", total=len(batches) if isinstance(batches, Sized) else None)
+        task = bar.add_task("Flatness", total=length_of(batches))
         for index, (inputs, targets) in enumerate(pairs):
 
             def advance(part: float, index: int = index) -> None:

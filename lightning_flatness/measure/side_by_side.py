@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.forward_numbers import forward_numbers
 from lightning_flatness.measure.measurement import Measurement
-from lightning_flatness.measure.progress import progress_bar
+from lightning_flatness.measure.progress import length_of, progress_bar
 from lightning_flatness.model.options import MeasuringOptions
 from lightning_flatness.results import ComparedModel, FlatnessReport
 
@@ -35,7 +35,8 @@ def measured_together(
     measurements = {name: Measurement(model, **options) for name, model in models.items()}
     first = next(iter(models.values()))
     with progress_bar(progress) as bar, paired_batches(first, batches) as pairs:
-        task = bar.add_task("Flatness", total=len(batches) * len(models) if isinstance(batches, Sized) else None)
+        number = length_of(batches)
+        task = bar.add_task("Flatness", total=None if number is None else number * len(models))
         for inputs, targets in pairs:
             for name, measurement in measurements.items():
                 with model_named(name):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_flatness as lf
 from lightning_flatness.errors import FlatnessError, LayerSelectionError
@@ -121,6 +122,18 @@ def test_batches_are_read_once_for_all_models():
     found = lf.compare([network(0), network(1)], batches(), layers="0")
     assert reads == [0, 1, 2]
     assert found.models["2"].loss == pytest.approx(measured_of_three(network(1)).loss, rel=1e-12)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from zip(*samples(40), strict=True)
+
+
+def test_a_loader_without_a_length_is_read():
+    nets, loader = [network(0), network(1)], DataLoader(Stream(), batch_size=16)
+    expected = measured(nets[1], samples(40)).loss
+    assert lf.compare(nets, loader, layers="0").models["2"].loss == pytest.approx(expected, rel=1e-12)
+    assert lf.measure_flatness(nets[1], loader, layers="0").loss == pytest.approx(expected, rel=1e-12)
 
 
 def measured_of_three(net):
