@@ -44,20 +44,33 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     Its class is that of the command line, the config or the checkpoint, whichever says it first. Its arguments are
     those of all three; where they differ, the command line counts before the checkpoint, and that before the config.
     """
-    configured = config.get(kind) or {}
-    configured = configured if isinstance(configured, dict) else {"class_path": configured}
+    configured = _configured(kind, config)
     stored = checkpoint.stored(kind)
     own = stored.pop("_class_path", None)
-    named = getattr(command, kind)
-    class_path = named or configured.get("class_path") or own
+    class_path = class_of(kind, command, config, checkpoint)
     if not class_path:
         raise UsageError(f"'{checkpoint.path}' does not say the class of the {kind}: {REMEDIES[kind]}.")
-    source = f"--{kind}" if named else f"--config '{command.config}'" if configured.get("class_path") else ""
-    made = imported(class_path, source or f"'{checkpoint.path}'")
+    source = f"'{checkpoint.path}'"
+    if getattr(command, kind) or configured.get("class_path"):
+        source = f"--{kind}" if getattr(command, kind) else f"--config '{command.config}'"
+    made = imported(class_path, source)
+    if own and own.rpartition(".")[2] != class_path.rpartition(".")[2]:
+        stored = {}  # of another class; the same one may have been in the script that was run
     of_config = configured.get("init_args", {}) if "class_path" in configured else configured
     if configured.get("class_path") not in (None, class_path):
         of_config = {}  # of another class
     return made_of(made, kind, class_path, of_config or {}, stored, command.arguments[kind]), class_path
+
+
+def class_of(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> str:
+    """Return the import path of the class of the ``"model"`` or the ``"data"``; empty if nobody says it."""
+    own = checkpoint.stored(kind).get("_class_path")
+    return getattr(command, kind) or _configured(kind, config).get("class_path") or own or ""
+
+
+def _configured(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    entry = config.get(kind) or {}
+    return entry if isinstance(entry, dict) else {"class_path": entry}
 
 
 def imported(path: str, source: str) -> Any:

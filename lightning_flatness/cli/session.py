@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_flatness.callbacks.data.reading import seed_all
 from lightning_flatness.cli.arguments import Command, UsageError
-from lightning_flatness.cli.building import build, imported
+from lightning_flatness.cli.building import build, class_of, imported
 from lightning_flatness.cli.checkpoints import Checkpoint
 from lightning_flatness.cli.weights import load_weights
 from lightning_flatness.measure.progress import progress_bar
@@ -50,12 +50,9 @@ class Session:
         return model.eval()
 
     def _data_of(self, checkpoint: Checkpoint, model: nn.Module) -> Any:
-        try:
-            data, class_path = build("data", self.command, self._config, checkpoint)
-        except UsageError:
-            if self.command.data or self._config.get("data") or not _has_loader(model):
-                raise
+        if not class_of("data", self.command, self._config, checkpoint) and _has_loader(model):
             return None
+        data, class_path = build("data", self.command, self._config, checkpoint)
         self.details["Data"] = class_path
         return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ class Split:
     """A split of the data that is set up: its loader, and who moves its batches to a device."""
 
     name: str  # "val" or "train"
+    number: int  # of the loader among several
     loader: Any
     data: Any  # a LightningDataModule, or None if the model has the loader
 
@@ -55,13 +57,13 @@ def split_of(
     loader = loaders[number]
     wanted = max_samples or (DEFAULT_TRAINING_SAMPLES if name == "train" else None)
     if wanted is None:
-        return Split(name, loader, data)
+        return Split(name, number, loader, data)
     if not is_indexed(loader):
         raise UsageError(
             f"A subset (--max-samples, --split train) needs a DataLoader over a data set with __getitem__ and __len__; "
             f"{type(owner).__name__}.{hook}() returns a {described(loader)}."
         )
-    return Split(name, _Subset(FixedSubset(loader, wanted), model), data)
+    return Split(name, number, _Subset(FixedSubset(loader, wanted), model), data)
 
 
 class _Subset:
@@ -77,6 +79,12 @@ class _Subset:
         return int(self._subset.num_batches)
 
 
+def _alone() -> Any:
+    """Return an environment of one process, whatever a cluster's job is told of others."""
+    root = Trainer.__module__.removesuffix(".trainer.trainer")
+    return import_module(f"{root}.plugins.environments").LightningEnvironment()
+
+
 def quiet_trainer(device: str, callbacks: list[Any]) -> Trainer:
     """Return a Trainer on one device that writes nothing."""
     kind, _, index = device.partition(":")
@@ -85,6 +93,7 @@ def quiet_trainer(device: str, callbacks: list[Any]) -> Trainer:
     try:
         return Trainer(
             accelerator=kind,
+            plugins=[_alone()],
             devices=[int(index)] if index else 1,
             logger=False,
             callbacks=callbacks,

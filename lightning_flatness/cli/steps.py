@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,11 +109,13 @@ def visit(
         network = f"plain.{network}" if network else "plain"
     callback = SamplesOfSteps(consumer, network, has_steps, advance)
     trainer = quiet_trainer(device, [callback])
-    with _replaced(module, split.data, split.loader, has_steps):
+    with _replaced(module, split, has_steps):
         try:
             trainer.validate(module, datamodule=split.data, verbose=False)
         except FlatnessError:
             raise
+        except SystemExit as error:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from error
         except Exception as error:
             if not _is_of_step(error):
                 raise
@@ -141,14 +144,17 @@ class _Plain(LightningModule):
 
 
 @contextmanager
-def _replaced(module: Any, data: Any, loader: Any, has_steps: bool) -> Iterator[None]:
+def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
     """Make a split what the Trainer validates on; data that are set up are not set up again."""
-    owner = module if data is None else data
-    own: list[tuple[Any, str, Any]] = [(owner, "val_dataloader", lambda: loader)]
+    data = split.data
+    own: list[tuple[Any, str, Any]] = [(module if data is None else data, "val_dataloader", lambda: split.loader)]
     if data is not None:
         own += [(data, "prepare_data", lambda: None), (data, "setup", lambda stage: None)]
+    step = module.validation_step
     if not has_steps:
         own += [(module, "validation_step", lambda *arguments: None)]
+    elif "dataloader_idx" in inspect.signature(step).parameters:
+        own += [(module, "validation_step", lambda batch, batch_idx: step(batch, batch_idx, split.number))]
     before = [vars(one).get(name) for one, name, _ in own]
     try:
         for one, name, value in own:

@@ -106,13 +106,14 @@ def _page(
     results = [result for _, result in shown]
     compared = [result for result in results if isinstance(result, Comparison)]
     names = [name for name, _ in shown if name]
+    now = datetime.now().astimezone()
     short = [("", one) for one in compared] or shown[:MOST_SUMMARIES]
     about_run = [history_section(history)] if history else []
     how = Section("How it came about", (*details.items(), *_versions()), points=notes)
     return Page(
         title=title or _title(list(dict.fromkeys(names)), bool(compared)),
         version=_version("lightning-flatness") or "",
-        date=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z"),
+        date=f"{now.day} {now:%B %Y, %H:%M %Z}",
         summary=tuple(sentence for name, result in short for sentence in summary_of(name, result)),
         cautions=cautions_of(results, bool(history)),
         sections=(

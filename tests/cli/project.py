@@ -50,6 +50,15 @@ class PreparesByWidth(Net):
         return self.hparams.width * images
 
 
+class Lenient(Net):
+    """Has a parameter that older checkpoints lack."""
+
+    def __init__(self, width: int = 2):
+        super().__init__(width)
+        self.strict_loading = False
+        self.scale = nn.Parameter(torch.ones(1))
+
+
 class NeedsItsRun(Net):
     """Its validation step needs a logger."""
 
@@ -104,6 +113,13 @@ class Normalised(Images):
     def on_after_batch_transfer(self, batch, dataloader_idx):
         images, labels = batch
         return images / 2, labels
+
+
+class Numbered(Net):
+    """Its validation step needs to know the loader."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        self.net((dataloader_idx + 1) * batch[0])
 
 
 class TwoLoaders(Images):

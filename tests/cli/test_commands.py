@@ -97,6 +97,12 @@ def test_several_loaders_are_counted_from_zero(runs, run, numbers):
     assert "there are 2 loaders of val data" in err
 
 
+def test_the_step_is_told_its_loader(runs, numbers):
+    words = ["--model", "tests.cli.project.Numbered", "--data", "tests.cli.project.TwoLoaders", "--loader", 1]
+    found = numbers("measure", runs / "small.ckpt", *words)
+    assert_same(found, lf.measure_flatness(model_of(Net, runs / "small.ckpt"), [(2 * x, y) for x, y in loader()]))
+
+
 def test_a_loss_of_the_users(runs, numbers):
     found = numbers(
         "measure", runs / "small.ckpt", *NET, *DATA, "--loss", "tests.cli.project.focal", "--dtype", "float64"
@@ -139,6 +145,11 @@ def test_a_config_says_the_classes_and_the_checkpoint_its_arguments(runs, cli_ru
     found = numbers("measure", runs / "wide.ckpt", *config, "--data.size", 20)  # width 3, not the config's 4
     assert_same(found, lf.measure_flatness(model_of(Net, runs / "wide.ckpt", width=3), with_size(20)))
     assert found["details"]["Seed"] == "5"
+
+
+def test_arguments_of_another_class_are_not_the_checkpoints(cli_run, numbers):
+    found = numbers("measure", cli_run / "last.ckpt", "--data", "tests.cli.project.Normalised")
+    assert found["num_samples"] == 24  # not the 16 that Images was given
 
 
 def test_a_spectrum(runs, numbers):

@@ -1,6 +1,7 @@
 """Tables, files and help of the command line."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import lightning_flatness as lf
 from lightning_flatness.cli.arguments import ABOUT
 from lightning_flatness.cli.main import main
+from tests.cli import project
 from tests.cli.conftest import DATA
 
 NET = ["--model", "tests.cli.project.Net"]
@@ -53,12 +55,39 @@ def test_a_page_and_a_table_of_a_comparison(runs, run, tmp_path):
     assert "Checkpoint wide" in page
 
 
-def test_notes_are_on_stderr(runs, run):
-    words = ["--model", "tests.cli.project.WithoutStep", *DATA]
-    code, out, _ = run("measure", runs / "small.ckpt", *words, "--layers", "net.0")
+def test_notes_are_on_stderr(runs, run, tmp_path):
+    path = tmp_path / "report.html"
+    words = ["--model", "tests.cli.project.Lenient", *DATA, "-o", path]
+    code, out, err = run("measure", runs / "small.ckpt", *words)
     assert code == 0
-    assert "net.0" in out
     assert "Note: " not in out
+    note = f"'{runs / 'small.ckpt'}' leaves scale as initialised."
+    assert note in " ".join(err.split())
+    assert "leaves scale as initialised" in path.read_text()
+
+
+def test_ctrl_c_is_neither_done_nor_a_mistake(runs, run, monkeypatch):
+    def interrupt(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(project.Net, "validation_step", interrupt)
+    code, _, err = run("measure", runs / "small.ckpt", *NET, *DATA)
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert (code, err) == (130, "lightning-flatness: interrupted\n")
+
+
+def test_in_a_job_of_several_tasks(runs, run, monkeypatch):
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "sweep", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert run("measure", runs / "small.ckpt", *NET, *DATA)[0] == 0
+
+
+def test_without_jsonargparse_a_line_says_so(runs, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    code, _, err = run("measure", runs / "small.ckpt", *NET, *DATA)
+    assert code == 1
+    assert "pip install 'lightning-flatness[cli]'" in err
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in ABOUT)], ids=" ".join)
