@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
 import re
@@ -17,6 +18,8 @@ from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.errors import FlatnessError
 
 VERSION = "pytorch-lightning_version"
+# Objects that are common in hyper-parameters, and run no code when they are made.
+HARMLESS: list[Any] = [type(Path()), argparse.Namespace]
 CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
 
 
@@ -102,7 +105,8 @@ def _is_state(content: Mapping[str, Any]) -> bool:
 
 def _read_pickle(path: Path, trust: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.\w+)", str(error))
         if trust or not found:

@@ -18,7 +18,7 @@ WIDTH = 120  # of tables that do not go to a terminal
 
 def show(outcome: Outcome, notes: Sequence[str]) -> None:
     """Print tables on stdout, and notes on stderr."""
-    console = Console(file=sys.stdout)
+    console = Console(file=sys.stdout, markup=False, emoji=False)  # names may have brackets
     if not console.is_terminal:
         console.width = WIDTH
     for result in _shown(outcome):

@@ -1,5 +1,6 @@
 """What cannot be measured gets one line that names what is wrong and what to do; exit codes say which kind it is."""
 
+import argparse
 import os
 import pickle
 import shutil
@@ -145,6 +146,14 @@ def test_objects_are_unpickled_only_if_trusted(runs, run, tmp_path):
     assert not folder.exists()
     assert run("measure", path, *NET, *DATA, "--trust")[0] == 0
     assert folder.exists()
+
+
+def test_harmless_hyper_parameters_need_no_trust(runs, run, tmp_path):
+    path = tmp_path / "harmless.ckpt"
+    content = torch.load(runs / "small.ckpt", weights_only=True)
+    harmless = {"width": 2, "folder": tmp_path, "more": argparse.Namespace(lr=0.1)}
+    torch.save({**content, "hyper_parameters": harmless}, path)
+    assert run("measure", path, *NET, *DATA)[0] == 0
 
 
 def test_old_pickles_are_not_run_either(run, tmp_path):

@@ -1,6 +1,7 @@
 """Tables, files and help of the command line."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,14 +46,15 @@ def test_the_page_has_the_history_of_the_run(runs, run, tmp_path):
 
 
 def test_a_page_and_a_table_of_a_comparison(runs, run, tmp_path):
-    path = tmp_path / "report.html"
-    code, out, _ = run("compare", runs / "small.ckpt", runs / "wide.ckpt", *NET, *DATA, "-o", path)
+    path, other = tmp_path / "report.html", tmp_path / "[red]wide.ckpt"
+    shutil.copy(runs / "wide.ckpt", other)
+    code, out, _ = run("compare", other, runs / "small.ckpt", *NET, *DATA, "-o", path)
     assert code == 0
     assert "small" in out
-    assert "wide" in out
+    assert "/ [red]wide" in out
     page = path.read_text()
-    assert "Comparison of small and wide" in page
-    assert "Checkpoint wide" in page
+    assert "Comparison of [red]wide and small" in page
+    assert "Checkpoint small" in page
 
 
 def test_notes_are_on_stderr(runs, run, tmp_path):
