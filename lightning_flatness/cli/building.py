@@ -15,8 +15,8 @@ from lightning_flatness.cli.checkpoints import Checkpoint
 from lightning_flatness.errors import FlatnessError
 
 REMEDIES = {
-    "model": "give --model package.Class (its arguments as --model.ARG VALUE), or the --config of the run",
-    "data": "give --data package.DataModule (its arguments as --data.ARG VALUE), or the --config of the run",
+    "model": "give --model package.Class (its arguments as --model.ARG VALUE)",
+    "data": "give --data package.DataModule (its arguments as --data.ARG VALUE)",
 }
 
 
@@ -49,7 +49,7 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     own = stored.pop("_class_path", None)
     class_path = class_of(kind, command, config, checkpoint)
     if not class_path:
-        raise UsageError(f"'{checkpoint.path}' does not say the class of the {kind}: {REMEDIES[kind]}.")
+        raise UsageError(_nobody_says(kind, command, checkpoint))
     source = f"'{checkpoint.path}'"
     if getattr(command, kind) or configured.get("class_path"):
         source = f"--{kind}" if getattr(command, kind) else f"--config '{command.config}'"
@@ -71,6 +71,13 @@ def class_of(kind: str, command: Command, config: Mapping[str, Any], checkpoint:
 def _configured(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     entry = config.get(kind) or {}
     return entry if isinstance(entry, dict) else {"class_path": entry}
+
+
+def _nobody_says(kind: str, command: Command, checkpoint: Checkpoint) -> str:
+    if command.config:
+        nobody = f"Neither '{checkpoint.path}' nor --config '{command.config}' says"
+        return f"{nobody} the class of the {kind}, as where a LightningCLI has a fixed one: {REMEDIES[kind]}."
+    return f"'{checkpoint.path}' does not say the class of the {kind}: {REMEDIES[kind]}, or the --config of the run."
 
 
 def imported(path: str, source: str) -> Any:

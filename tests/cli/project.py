@@ -107,6 +107,15 @@ class Images(L.LightningDataModule):
         return DataLoader(self.val, self.hparams.batch_size)
 
 
+class DrawnSplit(Images):
+    """Draws its split from the global generator."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        dataset = torch.utils.data.ConcatDataset([self.train, self.val])
+        self.train, self.val = torch.utils.data.random_split(dataset, [0.5, 0.5])
+
+
 class Normalised(Images):
     """Changes batches on their way to the device."""
 

@@ -2,13 +2,15 @@
 
 import warnings
 
+import lightning as L
 import pytest
 import torch
 
 import lightning_flatness as lf
+from lightning_flatness.pages import data_hash
 from tests.cli import project
 from tests.cli.conftest import DATA
-from tests.cli.project import Images, Net, Normalised, Preparing, quiet_trainer
+from tests.cli.project import DrawnSplit, Images, Net, Normalised, Preparing, quiet_trainer
 from tests.guarding import guards
 
 NET = ["--model", "tests.cli.project.Net"]
@@ -203,3 +205,14 @@ def test_a_module_with_data_and_a_late_network_of_its_own(runs, numbers, split):
     assert found["num_samples"] == 24
     if split == "val":
         assert_same(found, lf.measure_flatness(model_of(Net, runs / "small.ckpt"), loader()))
+
+
+@guards("cli/session.py", "seed_all(self.seed)\n        model", "model")
+def test_a_split_drawn_from_the_global_generator_is_that_of_the_run(cli_run, numbers):
+    words = ["--config", cli_run / "config.yaml", "--data", "tests.cli.project.DrawnSplit", "--data.size", 16]
+    found = numbers("measure", cli_run / "last.ckpt", *words)
+    L.seed_everything(5, verbose=False)
+    Net(width=4)
+    data = DrawnSplit(16)
+    data.setup("fit")
+    assert found["details"]["Hash of the data"] == data_hash(data.val_dataloader())

@@ -186,6 +186,8 @@ def test_an_argument_of_the_config_that_is_unknown(runs, run, tmp_path):
     path.write_text("model: {class_path: tests.cli.project.Net, init_args: {depth: 3}}")
     words = ["measure", runs / "small.ckpt", "--config", path, *DATA]
     assert_one_line(run(*words), 1, ["tests.cli.project.Net", "depth"])
+    path.write_text("model: {width: 3}")
+    assert_one_line(run(*words), 1, ["Neither", "nor --config", "fixed", "--model package.Class"])
     path.write_text("- 1")
     assert_one_line(run(*words), 1, ["no config of a LightningCLI run"])
     path.write_text("a: b: c")
