@@ -202,9 +202,10 @@ def _report_sentence(report: FlatnessReport) -> str:
     numbers = f"relative flatness of {where} is {_shown(report, 'relative_flatness')}"
     if not math.isnan(report.normalized_relative_flatness):
         numbers += f", normalised {_shown(report, 'normalized_relative_flatness')}"
+    exact = _exactness(report).removeprefix("yes" if report.exact else "no")
     return (
         f"{numbers} ({UNITS}), over {number_of(report.num_samples, 'sample')}{_of(report.data)}. "
-        f"{'Exact' if report.exact else 'Not exact'}: {_exactness(report).partition(': ')[2]}"
+        f"{'Exact' if report.exact else 'Not exact'}{exact}"
     )
 
 

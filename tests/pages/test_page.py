@@ -88,6 +88,8 @@ def test_what_is_not_exact_says_so_first(page):
     words = Checked(page(inexact)).words
     summary = next(word for word in words if word.startswith("relative flatness of layer 0"))
     assert "Not exact: the Gauss-Newton part of the Hessian, since" in summary
+    mixed = lf.measure_flatness(net(activation=nn.Tanh), BATCHES, layers="all")
+    assert "Not exact for 1 of 2 layers: the Gauss-Newton part of the Hessian, since" in page(mixed)
 
 
 def test_a_comparison_answers_in_the_first_lines(page):

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 import lightning_flatness as lf
 from lightning_flatness.plots import plot_block_traces, plot_history
+from lightning_flatness.plots.canvas import set_heading
 
 HISTORY = [{"epoch": 0, "accuracy": 0.5, "relative_flatness": 3.0}]
 
@@ -26,12 +27,19 @@ def test_axes_of_ones_own(plot, layer, drawn):
     assert drawn(figure)
 
 
+def test_a_heading_keeps_the_line_that_a_legend_needs():
+    ax = Figure().subplots()
+    set_heading(ax, "title", "", "\u00a0")
+    assert ax.get_title(loc="left") == "title\n\u00a0"
+
+
 @pytest.mark.slow
 def test_pyplot_is_not_imported():
     code = """
 import sys, torch
 from lightning_flatness import measure_flatness
 from lightning_flatness.plots import plot_block_traces, plot_history
+from lightning_flatness.plots.canvas import set_heading
 # torchmetrics imports pyplot where it can; from here on nobody must.
 for name in [name for name in sys.modules if name.startswith("matplotlib")]:
     del sys.modules[name]
