@@ -31,5 +31,5 @@ def make_of(network: nn.Module) -> dict[str, Any]:
     return {
         "depth": sum(isinstance(module, LAYERS) for module in modules),
         "batch_norms": len(norms),
-        "fresh_batch_norms": int((~torch.stack(moved)).sum()) if moved else 0,
+        "fresh_batch_norms": int((~torch.stack([one.to(moved[0].device) for one in moved])).sum()) if moved else 0,
     }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
+from typing import Any
 
 from torch import nn
 
 from lightning_flatness.functional.rank_correlation import FEWEST
 from lightning_flatness.functional.sampling import GROUPS
+from lightning_flatness.measure.batch_norm import statistics_apart
 from lightning_flatness.measure.network_cautions import network_cautions
 from lightning_flatness.results import CAUTIONS, Caution, ComparedModel, number_of
 from lightning_flatness.results.texts import named
@@ -17,10 +20,15 @@ from lightning_flatness.results.texts import named
 MOST_APART = 0.1
 
 
-def cautions_of(rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Module]) -> tuple[Caution, ...]:
-    """Return the cautions of models that are compared, in the order of ``CAUTIONS``; some may have no network."""
+def cautions_of(
+    rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Module], batches: Iterable[Any] | None
+) -> tuple[Caution, ...]:
+    """Return the cautions of models that are compared, in the order of ``CAUTIONS``; some may have no network.
+
+    The first batch shows whether statistics of BatchNorm fit the data.
+    """
     found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows), *_of_outcomes(rows)]
-    found += network_cautions(rows, networks)
+    found += network_cautions(rows, networks, statistics_apart(networks, batches))
     return tuple(sorted(found, key=lambda caution: list(CAUTIONS).index(caution.kind)))
 
 
@@ -52,17 +60,21 @@ def _of_layers(rows: Mapping[str, ComparedModel]) -> list[Caution]:
         sentence = f"Layers of different names are compared ({names}): networks of different depth or kind?"
         found.append(Caution("layers", sentence, tuple(rows)))
     if _differ((row.filters, row.features) for row in rows.values()):
-        sizes = " / ".join(
-            dict.fromkeys(
-                named(f"{s} x {d}" for s, d in zip(row.filters, row.features, strict=True)) for row in rows.values()
-            )
-        )
         sentence = (
-            f"Layers have different numbers of filters or features ({sizes}). What flatness says across widths is not "
-            "known."
+            f"Layers have different numbers of filters or features ({_sizes(rows)}). What flatness says across widths "
+            "is not known."
         )
         found.append(Caution("width", sentence, tuple(rows)))
     return found
+
+
+def _sizes(rows: Mapping[str, ComparedModel]) -> str:
+    """Return the sizes, filters x features, of the first layer that differs, by model."""
+    pairs = {name: list(zip(row.filters, row.features, strict=True)) for name, row in rows.items()}
+    places = zip_longest(*pairs.values())
+    index = next(index for index, of_models in enumerate(places) if _differ(of_models))
+    sizes = {name: "none" if index >= len(of) else "{} x {}".format(*of[index]) for name, of in pairs.items()}
+    return named(f"{name}: {size}" for name, size in sizes.items())
 
 
 def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:

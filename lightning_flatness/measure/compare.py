@@ -90,7 +90,7 @@ def compare(
         rows[name] = of_networks.add(row, networks[name]) if name in networks else row
     return Comparison(
         rows,
-        cautions_of(rows, networks),
+        cautions_of(rows, networks, batches),
         covariances,
         is_paired,
         correlations_of(rows, _by_name("hyperparameters", hyperparameters, given)) if outcomes else (),

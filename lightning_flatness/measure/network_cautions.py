@@ -10,11 +10,20 @@ from torch import nn
 from lightning_flatness.results import Caution, ComparedModel
 from lightning_flatness.results.texts import named
 
+# Statistics fit the data badly if they are so far apart, and so many times as far as those of the other networks: the
+# first batch may be of one class only, which moves the statistics of all networks.
+FAR_APART, TIMES = 0.25, 4.0
 
-def network_cautions(rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Module]) -> list[Caution]:
-    """Return cautions of depth and of BatchNorm; some rows may have no network."""
+
+def network_cautions(
+    rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Module], apart: Mapping[str, float]
+) -> list[Caution]:
+    """Return cautions of depth and of BatchNorm; some rows may have no network.
+
+    ``apart`` is how far running statistics are from those of the data, by model.
+    """
     counted = {name: row for name, row in rows.items() if row.depth}
-    return [*_of_depth(counted), *_of_batch_norm(counted), *_of_statistics(networks)]
+    return [*_of_depth(counted), *_of_batch_norm(counted), *_of_misfit(apart), *_of_statistics(networks)]
 
 
 def _of_depth(rows: Mapping[str, ComparedModel]) -> list[Caution]:
@@ -45,6 +54,21 @@ def _of_batch_norm(rows: Mapping[str, ComparedModel]) -> list[Caution]:
         )
         found.append(Caution("batch_norm", sentence, fresh))
     return found
+
+
+def _of_misfit(apart: Mapping[str, float]) -> list[Caution]:
+    if len(apart) < 2:
+        return []
+    least = min(apart.values())
+    misfits = tuple(name for name, value in apart.items() if value > FAR_APART and value > TIMES * least)
+    if not misfits:
+        return []
+    sentence = (
+        f"Running statistics of BatchNorm do not fit the data in {named(misfits)}, and do in other networks. So the "
+        "network is not the one that was trained; after averaging weights, update the statistics "
+        "(torch.optim.swa_utils.update_bn)."
+    )
+    return [Caution("batch_norm", sentence, misfits)]
 
 
 def _of_statistics(networks: Mapping[str, nn.Module]) -> list[Caution]:

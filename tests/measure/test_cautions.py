@@ -1,11 +1,13 @@
 """What a comparison warns of: each caution where it must be, and only there."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import swa_utils
 
 import lightning_flatness as lf
 from lightning_flatness.results import CAUTIONS
@@ -17,8 +19,14 @@ def network(seed=0, *, filters=4, norm=True, depth=1):
     hidden = [part for _ in range(depth - 1) for part in (nn.Conv2d(1, 1, 3, padding=1), nn.ReLU())]
     middle = [nn.BatchNorm2d(filters)] if norm else []
     tail = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, 3)
-    net = nn.Sequential(*hidden, nn.Conv2d(1, filters, 3), *middle, *tail)
-    net(torch.randn(40, 1, 6, 6))  # statistics
+    return with_statistics(nn.Sequential(*hidden, nn.Conv2d(1, filters, 3), *middle, *tail))
+
+
+def with_statistics(net):
+    for module in net.modules():
+        module.momentum = None  # the statistics are averages over all batches
+    for seed in range(4):
+        net(torch.randn(40, 1, 6, 6, generator=torch.Generator().manual_seed(seed)))
     return net.eval()
 
 
@@ -56,7 +64,12 @@ def test_training_losses():
 
 def test_other_layers_widths_and_depths():
     nets = [network(), network(filters=5, depth=2)]
-    assert kinds(nets, [BATCH], data="train", train_losses=[1, 1]) == ["layers", "width", "depth"]
+    cautions = lf.compare(nets, [BATCH], data="train", train_losses=[1, 1]).cautions
+    assert [caution.kind for caution in cautions] == ["layers", "width", "depth"]
+    assert "(1: 4 x 9, 2: 5 x 9)" in cautions[1].sentence
+    assert "(1 2, 2 3)" in cautions[2].sentence
+    found = lf.compare(nets, [BATCH], layers="all", data="train", train_losses=[1, 1])
+    assert "(1: 4 x 9, 2: 1 x 9)" in found.cautions[1].sentence
 
 
 def test_labels():
@@ -97,9 +110,37 @@ def test_statistics_of_batch_norm():
     (caution,) = lf.compare({"net": net, "plain": plain}, [BATCH], **alike).cautions
     assert "plain without" in caution.sentence
     moved = network()
-    moved[1].running_mean += 1
+    moved[1].running_mean += 0.1
     (caution,) = lf.compare({"net": net, "moved": moved}, [BATCH], **alike).cautions
     assert "net and moved have the same weights" in caution.sentence
+
+
+def deep(seed):
+    torch.manual_seed(seed)
+    blocks = [
+        part for inputs in (1, 8, 8) for part in (nn.Conv2d(inputs, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    ]
+    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    return with_statistics(net)
+
+
+@guards("measure/network_cautions.py", "if not misfits:", "if True:")
+def test_statistics_that_do_not_fit_the_data_after_averaging_weights():
+    one, other, third = deep(0), deep(1), deep(2)
+    averaged = deepcopy(one)
+    with torch.no_grad():
+        for parameter, its in zip(averaged.parameters(), third.parameters(), strict=True):
+            parameter.lerp_(its, 0.5)
+    alike = {"train_losses": [1, 1, 1]}
+    (caution,) = lf.compare({"one": one, "averaged": averaged, "other": other}, [BATCH], **alike).cautions
+    assert (caution.kind, caution.models) == ("batch_norm", ("averaged",))
+    assert "do not fit the data in averaged" in caution.sentence
+    swa_utils.update_bn([BATCH[0]], averaged)
+    assert kinds({"one": one, "averaged": averaged, "other": other}, [BATCH], **alike) == []
+    # A batch that is unlike all statistics is not their fault.
+    shifted = BATCH[0] + 3, BATCH[1]
+    assert kinds([one, other, third], [shifted], **alike) == []
+    assert not any(module._forward_pre_hooks for module in averaged.modules())
 
 
 def test_reports_know_what_their_networks_are_made_of():
