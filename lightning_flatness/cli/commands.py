@@ -76,10 +76,12 @@ def _compare(session: Session, checkpoints: Sequence[Checkpoint]) -> Outcome:
         if command.split == "val" and not command.no_train_loss:
             losses[name] = session.visit(model, "train", _mean_loss(session), None, f"{name}, training loss")
     details = _details(session, checkpoints, found)
-    if len(set(hashes.values())) > 1:
+    same_samples = len(set(hashes.values())) == 1
+    if not same_samples:
         details["Hash of the data"] = ", ".join(f"{name}: {text}" for name, text in hashes.items())
         session.notes.append("The networks were not given the same inputs: see the hash of the data of each.")
-    return Outcome(reports, lf.compare(reports, train_losses=losses or None), (), details, session.notes)
+    comparison = lf.compare(reports, train_losses=losses or None, same_samples=same_samples)
+    return Outcome(reports, comparison, (), details, session.notes)
 
 
 def _flatness(session: Session) -> Any:

@@ -28,6 +28,7 @@ def compare(
     outcome: Mapping[str, float] | Sequence[float] | None = None,
     outcome_name: str = "outcome",
     hyperparameters: Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]] | None = None,
+    same_samples: bool = False,
     progress: bool | None = None,
     **options: Any,
 ) -> Comparison:
@@ -52,6 +53,8 @@ def compare(
             ``batches``.
         outcome_name: what the outcome is.
         hyperparameters: hyper-parameters of every model, for τ among models that differ in one of them alone.
+        same_samples: whether reports with ``per_sample=True`` are known to be of the same samples in the same order. By
+            default this must show in what the models classify correctly.
         progress: show a progress bar; by default only in a terminal.
         **options: options of :func:`~lightning_flatness.measure_flatness` for the models, such as ``layers=``.
 
@@ -82,7 +85,7 @@ def compare(
 
     measured = {} if batches is None else measured_together(networks, batches, data, progress, options)
     reports = {name: model for name, model in (given | measured).items() if isinstance(model, FlatnessReport)}
-    is_paired = are_paired(list(reports.values()), together=len(measured) == len(given))
+    is_paired = are_paired(list(reports.values()), together=same_samples or len(measured) == len(given))
     covariances = covariances_of(list(reports.values()), is_paired)
     rows = {}
     for index, (name, report) in enumerate(reports.items()):

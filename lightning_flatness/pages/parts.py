@@ -38,10 +38,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as a data URI, with a caption that can stand for it."""
+    """A figure as a data URI, with a caption that can stand for it. A dark page inverts it unless it is filled."""
 
     source: str
     caption: str
+    filled: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ def table_of(table: rich_table.Table, caption: str | None = None) -> Table:
     return Table(heads, rows, text, str(table.title or ""))
 
 
-def drawn(draw: Callable[[], tuple[Any, Any]], caption: str) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
+def drawn(
+    draw: Callable[[], tuple[Any, Any]], caption: str, filled: bool = False
+) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
     """Draw a figure; return it, or the reason why there is none, each as a tuple."""
     try:
         figure, _ = draw()
     except FlatnessError as error:
         return (), (f"No figure: {error}",)
-    return (Figure(_data_uri(figure), caption),), ()
+    return (Figure(_data_uri(figure), caption, filled),), ()
 
 
 def _data_uri(figure: Any) -> str:

@@ -16,6 +16,7 @@ DATA = ["--data", "tests.cli.project.Images"]
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A folder of what a user's runs have left: checkpoints of two networks, one of a LightningCLI, weights alone."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("runs")
     for name, model in {"small": project.Net(2), "wide": project.Net(3), "preparing": project.Preparing(2)}.items():
         with warnings.catch_warnings():

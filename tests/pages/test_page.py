@@ -116,6 +116,7 @@ def test_landscapes(page, axes):
     assert "Loss landscape: net" in text
     assert f"{landscape.origin_loss:.4g} at the weights" in text
     assert f"Mean loss on a {'line' if len(axes) == 1 else 'plane'}" in text
+    assert ('<figure class="filled">' in text) == (len(axes) == 2)  # its colours mean something
 
 
 def test_a_spectrum_has_residuals_and_the_error_of_its_trace(page):
