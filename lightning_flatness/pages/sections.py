@@ -193,7 +193,7 @@ def _landscape(title: str, result: LandscapeResult) -> Section:
     draw = plots.plot_line if is_line else plots.plot_contour
     caption = f"Mean loss on a {'line' if is_line else 'plane'} through the weights."
     figures, notes = drawn(lambda: draw(result), caption, filled=not is_line)
-    return Section(title, (), (), figures, (*notes, f"{'. '.join(str(result).splitlines())}."))
+    return Section(title, (), (), figures, notes, points=tuple(str(result).splitlines()))
 
 
 def _report_sentence(report: FlatnessReport) -> str:
