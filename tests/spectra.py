@@ -68,6 +68,17 @@ def dense_ritz(matrix, probe, num_steps):
     return values, vectors[0] ** 2
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def symmetric(spectrum, seed=0):
+    spectrum = torch.as_tensor(spectrum, dtype=torch.float64)
+    size = len(spectrum)
+    rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator(seed), dtype=torch.float64))
+    return rotation @ torch.diag(spectrum) @ rotation.T
+
+
 def wasserstein(values, weights, others):
     """The 1-Wasserstein distance of a weighted spectrum from equally weighted eigenvalues."""
     weights = weights / weights.sum()
@@ -138,3 +149,5 @@ def quick(net, batches, **options):
 
 
 NETS = {"convolutions and norm": convolutional, "perceptron": perceptron, "wide": lambda: convolutional(9)}
+# Eigenvalues spread as those of a network.
+SPREAD = torch.cat([torch.logspace(-8, 2, 150).double(), -torch.logspace(-6, 0, 50).double()])

@@ -33,8 +33,9 @@ from lightning_flatness.functional.directions import (
     principal_directions,
     random_direction,
 )
+from lightning_flatness.functional.eigenpairs import Eigenpairs, top_eigenpairs
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
-from lightning_flatness.functional.lanczos import Eigenpairs, LargestEigenvalues, largest_eigenvalues, top_eigenpairs
+from lightning_flatness.functional.lanczos import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.functional.loss_argument import CustomLoss, find_loss, separating_masks
 from lightning_flatness.functional.losses import (
     BinaryCrossEntropy,

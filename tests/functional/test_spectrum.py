@@ -1,4 +1,4 @@
-"""Lanczos quadrature, its criteria, and eigenpairs, against dense decompositions."""
+"""Lanczos quadrature and its criteria, against dense decompositions."""
 
 import math
 
@@ -6,33 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_flatness.functional import lanczos_quadrature, spectrum_criteria, top_eigenpairs
-from tests.spectra import dense_ritz, wasserstein
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def symmetric(spectrum, seed=0):
-    spectrum = torch.as_tensor(spectrum, dtype=torch.float64)
-    size = len(spectrum)
-    rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator(seed), dtype=torch.float64))
-    return rotation @ torch.diag(spectrum) @ rotation.T
+from lightning_flatness.functional import lanczos_quadrature, spectrum_criteria
+from tests.spectra import SPREAD, dense_ritz, generator, symmetric, wasserstein
 
 
 def quadrature(matrix, num_steps, probe=None, seed=1):
     probe = torch.randn(len(matrix), generator=generator(seed), dtype=torch.float64) if probe is None else probe
     basis = torch.empty(num_steps, len(matrix), dtype=torch.float64)
     return lanczos_quadrature(lambda v: matrix @ v, probe, basis, generator()), basis, probe
-
-
-def eigenpairs(matrix, top_k, rows=None, **options):
-    basis = torch.empty(rows or min(len(matrix), 2 * top_k + 20), len(matrix), dtype=matrix.dtype)
-    return top_eigenpairs(lambda v: matrix @ v, basis, top_k, generator(3), **options)
-
-
-SPREAD = torch.cat([torch.logspace(-8, 2, 150).double(), -torch.logspace(-6, 0, 50).double()])
 
 
 def test_quadrature_is_the_ritz_decomposition_of_the_krylov_space():
@@ -116,60 +97,3 @@ def test_exponent_and_what_counts_as_zero():
     values, weights = torch.tensor([[-1e-12, 1.0]]).double(), torch.tensor([[0.5, 0.5]]).double()
     assert_close(spectrum_criteria(values, weights, exponent=1.0).k_hn, torch.tensor([1e-12]).double())
     assert float(spectrum_criteria(values, weights, zero=1e-10).k_hn) == 0
-
-
-@pytest.mark.parametrize("top_k", [1, 5, 10])
-def test_eigenpairs_of_a_spectrum_like_that_of_a_network(top_k):
-    matrix = symmetric(SPREAD)
-    pairs = eigenpairs(matrix, top_k)
-    expected = SPREAD.sort(descending=True).values[:top_k]
-    assert_close(pairs.values, expected, rtol=1e-10, atol=0)
-    assert_close(pairs.vectors @ pairs.vectors.T, torch.eye(top_k).double(), rtol=0, atol=1e-10)
-    residuals = (pairs.vectors @ matrix - pairs.values[:, None] * pairs.vectors).norm(dim=1)
-    assert_close(pairs.residuals, residuals, rtol=1e-3, atol=1e-10)
-    assert bool((residuals <= 1e-6 * expected).all())
-
-
-@pytest.mark.parametrize("size", [200, 40])
-@pytest.mark.parametrize("copies", [2, 3, 6])
-def test_repeated_eigenvalues_come_as_often_as_they_are(copies, size):
-    spectrum = torch.cat([torch.full((copies,), 7.0), torch.linspace(-3, 6.5, size - copies)]).double()
-    pairs = eigenpairs(symmetric(spectrum), copies + 2)
-    assert_close(pairs.values, spectrum.sort(descending=True).values[: copies + 2], rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize(
-    "spectrum",
-    [[2.0] * 12, [0.0] * 12, [-1.0] * 5 + [-3.0] * 7, [0.0] * 9 + [1.0, 2.0, 2.0], [3.0], [1.0, -2.0]],
-    ids=["identity", "zero", "negative", "low rank", "one", "two"],
-)
-def test_eigenpairs_where_krylov_spaces_end(spectrum):
-    spectrum = torch.tensor(spectrum).double()
-    pairs = eigenpairs(symmetric(spectrum), 4, rows=len(spectrum))
-    assert_close(pairs.values, spectrum.sort(descending=True).values[:4], rtol=0, atol=1e-10)
-    assert bool((pairs.residuals <= 1e-10).all())
-
-
-def test_many_restarts():
-    spectrum = torch.linspace(0, 1, 300).double()  # nothing stands out
-    pairs = eigenpairs(symmetric(spectrum), 3, rows=12, tolerance=1e-8, max_products=3000)
-    assert_close(pairs.values, spectrum.flip(0)[:3], rtol=1e-10, atol=0)
-
-
-def test_products_are_limited_and_counted():
-    matrix, calls = symmetric(torch.linspace(0, 1, 300)), []
-
-    def product(vector):
-        calls.append(1)
-        return matrix @ vector
-
-    pairs = top_eigenpairs(product, torch.empty(12, 300).double(), 3, generator(), max_products=40)
-    assert pairs.num_products == len(calls) == 43
-    assert float(pairs.residuals.max()) > 1e-4  # and they say so
-
-
-def test_eigenpairs_in_single_precision():
-    matrix = symmetric(SPREAD).float()
-    basis = torch.empty(40, len(matrix))
-    pairs = top_eigenpairs(lambda v: matrix @ v, basis, 5, generator(), tolerance=1e-4)
-    assert_close(pairs.values, SPREAD.sort(descending=True).values[:5], rtol=1e-5, atol=0)

@@ -1,0 +1,217 @@
+"""The largest eigenvalues of one operator, with eigenvectors, by the Lanczos method with thick restarts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.functional.lanczos import orthogonalised, random_orthogonal, rounding_error
+
+# An eigenvector is excluded if its part in a random unit vector is this at most, in units of 1/√D: the probability of
+# such a small part is below 1e-4.
+IMPROBABLE_PART = 1e-4
+
+
+class Eigenpairs(NamedTuple):
+    """Approximate eigenvalues ``θ`` and eigenvectors ``v`` (Ritz pairs) of an operator ``A``, the largest first."""
+
+    values: Tensor  # float64 (k,)
+    vectors: Tensor  # (k, D), orthonormal rows
+    residuals: Tensor  # float64 (k,), ‖A v - θ v‖, each from a separate product
+    num_products: int  # number of products of A with a vector
+    asymmetry: float = 0.0  # largest |q_iᵀA q_j - q_jᵀA q_i| for basis vectors q, divided by the largest ‖A q_i‖
+
+
+def top_eigenpairs(
+    product: Callable[[Tensor], Tensor],
+    basis: Tensor,
+    top_k: int,
+    generator: torch.Generator,
+    tolerance: float = 1e-7,
+    max_products: int = 1000,
+) -> Eigenpairs:
+    """Find the ``k`` largest eigenvalues (by value, not by modulus) and eigenvectors by thick-restart Lanczos.
+
+    A Krylov space contains only one vector of every eigenspace. When all ``k`` pairs have converged, a search from a
+    random vector in the complement of all that is known looks for what was missed: an eigenvalue larger than the
+    ``k``-th. It ends when such eigenvalues are excluded. In this way repeated eigenvalues are found as often as they
+    occur. See Wu and Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems".
+
+    Args:
+        product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
+        basis: memory ``(m, D)`` for basis vectors, which is overwritten; ``m`` is at least ``k + 2``, or ``D``.
+        top_k: ``k``; at most ``D`` pairs are returned.
+        generator: CPU generator that draws the starting vectors.
+        tolerance: a pair has converged when its residual is at most this times its eigenvalue.
+        max_products: after this many products the current pairs are returned, converged or not. Computing their
+            residuals takes ``k`` more products.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([5.0, 5.0, 1.0, -9.0]).double())
+        >>> top_eigenpairs(lambda v: matrix @ v, torch.empty(4, 4).double(), 2, torch.Generator()).values
+        tensor([5.0000, 5.0000], dtype=torch.float64)
+    """
+    rows, length = basis.shape
+    top_k = min(top_k, length)
+    search = _Search(product, basis, random_orthogonal(basis[:0], generator), generator)
+    others = 0  # products of the searches for what was missed
+    while True:
+        search.step()
+        if search.size == length:
+            break
+        left = max_products - search.num_products - others
+        if left <= 0 and search.size >= top_k:
+            break
+        accuracy = tolerance * search.values.abs() + search.rounding
+        if search.size >= top_k and bool((search.residuals <= accuracy)[:top_k].all()):
+            lowest, enough = float(search.values[top_k - 1]), float(accuracy[top_k - 1])
+            # Further pairs that are known as well make the search for what was missed shorter. It needs two rows.
+            errors = search.residuals.square() / (lowest + enough - search.values)
+            settled = int((errors <= enough)[top_k : max(rows - 2, top_k)].cumprod(0).sum())
+            search.keep(top_k + settled)
+            known, rest = basis[: search.size], basis[search.size :]
+            missed, products = _missed(product, known, rest, lowest, enough, generator, left)
+            others += products
+            if missed is None:
+                break
+            search.keep(top_k)
+            search.follow(missed)
+        elif search.size == rows:
+            search.keep(top_k + (rows - top_k) // 2)
+    search.keep(top_k)
+    vectors = basis[:top_k].clone()
+    signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    vectors *= torch.where(signs == 0, 1.0, signs)
+    values = search.values[:top_k]
+    residuals = torch.stack([(product(v) - float(t) * v).norm() for v, t in zip(vectors, values, strict=True)])
+    num_products = search.num_products + others + top_k
+    return Eigenpairs(values, vectors, residuals.double().cpu(), num_products, search.asymmetry)
+
+
+def _missed(
+    product: Callable[[Tensor], Tensor],
+    known: Tensor,
+    basis: Tensor,
+    lowest: float,
+    accuracy: float,
+    generator: torch.Generator,
+    max_products: int,
+) -> tuple[Tensor | None, int]:
+    """Look for an eigenvalue above the ``lowest`` one that counts, in the complement of ``known`` orthonormal rows.
+
+    A copy of an eigenvector whose Krylov space is known is orthogonal to that space, so nothing of it is projected
+    away, while the other large eigenvalues are. Return a vector ``(D,)`` with a larger Rayleigh quotient, or None if
+    there is no such eigenvalue, and the number of products. ``basis`` is memory of two rows or more.
+    """
+
+    def complement(vector: Tensor) -> Tensor:
+        return orthogonalised(product(vector), known)[0]
+
+    level = lowest + accuracy
+    search = _Search(complement, basis, random_orthogonal(known, generator), generator, level)
+    while search.num_products < max_products:
+        search.step()
+        if search.values[0] > level:
+            search.keep(1)
+            return basis[0].clone(), search.num_products
+        is_excluded = search.part_above <= IMPROBABLE_PART / math.sqrt(known.shape[1])
+        if is_excluded or search.residuals[0] <= accuracy:
+            break
+        if search.size == len(basis):
+            search.keep(len(basis) // 2)
+    return None, search.num_products
+
+
+class _Search:
+    """An orthonormal basis that grows by Lanczos steps, and the operator projected onto it."""
+
+    def __init__(
+        self,
+        product: Callable[[Tensor], Tensor],
+        basis: Tensor,
+        start: Tensor,
+        generator: torch.Generator,
+        level: float = math.inf,
+    ) -> None:
+        self._product, self._basis, self._generator = product, basis, generator
+        self._projected = torch.zeros(len(basis), len(basis), device="cpu").double()
+        self._coefficients = torch.zeros(0, 0, device="cpu").double()  # columns: Ritz vectors in the basis
+        # The first vector's coefficients in the basis and the following vector, as an eigenvector at `level` sees them.
+        self._level, self._first = level, torch.eye(1, len(basis) + 1, dtype=torch.float64, device="cpu")[0]
+        self._scale = self._beyond = 0.0  # largest norm of a product; part of the last one beyond the basis
+        self._coupling: Tensor | None = None  # the following vector's products with the basis, by symmetry
+        self.size = self.num_products = 0
+        self.asymmetry = 0.0
+        self.values = self.residuals = torch.zeros(0, device="cpu").double()
+        self.following: Tensor | None = start
+
+    @property
+    def rounding(self) -> float:
+        """Size below which residuals are rounding errors."""
+        return rounding_error(self._basis.dtype) * self._scale
+
+    def step(self) -> None:
+        """Add one vector to the basis and update the Ritz values, in descending order."""
+        assert self.following is not None
+        self._basis[self.size] = self.following
+        image = self._product(self._basis[self.size])
+        self.num_products += 1
+        self.size += 1
+        self._scale = max(self._scale, float(image.norm()))
+        basis = self._basis[: self.size]
+        image, column = orthogonalised(image, basis)
+        if self._coupling is not None and self._scale:
+            error = float((column[:-1] - self._coupling).abs().max())
+            self.asymmetry = max(self.asymmetry, error / self._scale)
+        self._projected[: self.size, self.size - 1] = self._projected[self.size - 1, : self.size] = column
+        norm = float(image.norm())
+        if norm <= self.rounding:
+            norm = 0.0
+            self.following = None if self.size == basis.shape[1] else random_orthogonal(basis, self._generator)
+        else:
+            self.following = image / norm
+        values, vectors = torch.linalg.eigh(self._projected[: self.size, : self.size])
+        self.values, self._coefficients = values.flip(0), vectors.flip(1)
+        self._beyond = norm
+        self.residuals = norm * self._coefficients[-1].abs()
+        self._coupling = torch.zeros(self.size, device="cpu").double()
+        self._coupling[-1] = norm
+
+    @property
+    def part_above(self) -> float:
+        """The largest part that the first vector may have in an eigenvector whose eigenvalue is ``level`` or above.
+
+        All Ritz values are below. From ``A V = V T + β q eᵀ`` with the following vector ``q``, an eigenvector's parts
+        in the basis are ``β (level - T)⁻¹ e`` times its part in ``q``, and together these have norm one at most.
+        """
+        parts = self._parts()
+        first = self._first[: self.size] @ self._coefficients
+        return float((first @ parts).abs() / (1 + parts @ parts).sqrt())
+
+    def _parts(self) -> Tensor:
+        """Return an eigenvector's parts in the Ritz vectors, in units of its part in the following vector."""
+        return self._beyond * self._coefficients[-1] / (self._level - self.values)
+
+    def keep(self, number: int) -> None:
+        """Replace the basis by the ``number`` best Ritz vectors."""
+        mix = self._coefficients[:, :number].T.to(self._basis)
+        for columns in self._basis[: self.size].split(2**16, dim=1):  # in parts, to save memory
+            columns[:number] = mix @ columns
+        first = self._first[: self.size] @ self._coefficients
+        in_following = (first * self._parts())[number:].sum()
+        self._first.zero_()
+        self._first[:number], self._first[number] = first[:number], in_following
+        self.size = number
+        self.values, self.residuals = self.values[:number], self.residuals[:number]
+        self._coupling = self._beyond * self._coefficients[-1, :number]
+        self._coefficients = torch.eye(number, device="cpu").double()
+        self._projected.zero_()
+        self._projected[:number, :number] = torch.diag(self.values)
+
+    def follow(self, vector: Tensor) -> None:
+        """Go on with a vector that is orthogonal to the basis, and that none of its products has led to."""
+        self.following, self._coupling = vector, None
