@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks.averaging import (
@@ -84,6 +84,11 @@ class EpochEndCallback(MeasuringCallback):
     def _logged(self, record: Record) -> dict[str, float]:
         """Return the values of a record to log, as a dict whose keys have no prefix."""
         return {}
+
+    @staticmethod
+    def _say(level: int, message: str) -> None:
+        """Say on rank zero what a measurement takes, whatever the level of its message."""
+        rank_zero_info(message)
 
     def _is_ready(self, final: bool) -> bool:
         """Return whether everything that the measurement needs is available."""

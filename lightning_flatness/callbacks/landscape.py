@@ -80,8 +80,9 @@ class LandscapeCallback(EpochEndCallback):
 
     Attributes:
         history: one record for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy`` of the model,
-            ``lowest_loss`` of all points, whether the landscape is ``complete``, and what was measured: ``data``,
-            ``num_samples``, ``loss_name``, ``axes``, ``batch_norm``. Saved in checkpoints.
+            ``lowest_loss`` of all points, whether the landscape is ``complete``, its ``seconds`` (also
+            logged, as ``{prefix}/seconds``), and what was measured: ``data``, ``num_samples``, ``loss_name``, ``axes``,
+            ``batch_norm``. Saved in checkpoints.
         results: the last landscapes, a dict with keys ``"kept"`` and ``"recomputed"`` and values of type
             :class:`~lightning_flatness.LandscapeResult`.
 
@@ -205,7 +206,7 @@ class LandscapeCallback(EpochEndCallback):
         for options in self._options.values():
             # Compute two points along a random axis, which can be drawn before training.
             trial = replace(options, axes=["random"], span=1.0, steps=2, update="add", biases="scaled")
-            landscape_of(network, batches, trial, sync=True, progress=False)
+            landscape_of(network, batches, trial, sync=True, progress=False, say=None)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
         plane: dict[str, Any] = {}
@@ -213,11 +214,13 @@ class LandscapeCallback(EpochEndCallback):
             axes, span = self._trajectory.plane(network)
             plane = {"axes": axes, "span": span} if self._spans_trajectory else {"axes": axes}
         optimizer = _adam(trainer, network) if self._needs_adam else None
+        say = None if self.results else self._say  # once a run
+        shared: dict[str, Any] = {"optimizer": optimizer, "sync": True, "progress": progress}
         self.results = {}
         for name, options in self._options.items():
             try:
                 options = replace(options, **plane)
-                result = landscape_of(network, batches, options, optimizer=optimizer, sync=True, progress=progress)
+                result = landscape_of(network, batches, options, **shared, say=say)
             except LandscapeError as error:
                 self.results[name] = error.result
                 raise
@@ -236,7 +239,11 @@ class LandscapeCallback(EpochEndCallback):
             "accuracy": first.origin_accuracy,
             "lowest_loss": float(finite.min()) if len(finite) else None,
             "complete": not self._is_interrupted,
+            "seconds": sum(result.seconds for result in self.results.values()),
         }
+
+    def _logged(self, record: Record) -> dict[str, float]:
+        return {"seconds": record["seconds"]} if "seconds" in record else {}
 
     @property
     def trajectory(self) -> Tensor | None:

@@ -20,17 +20,17 @@ from lightning_flatness.plots import plot_density, plot_eigenvalues
 from lightning_flatness.results import SpectrumResult
 
 CRITERIA = ("r_e", "k_hn", "c_t")
-LOGGED = ("lambda_max", "trace", "trace_stderr", *CRITERIA, "exact")
+LOGGED = ("lambda_max", "trace", "trace_stderr", *CRITERIA, "exact", "seconds")
 
 
 class SpectrumCallback(EpochEndCallback):
     """A callback that measures the spectrum of the Hessian after a fit and, optionally, after every n-th epoch.
 
     It computes eigenvalues, trace, spectral density and generalization criteria. It logs ``{prefix}/lambda_max``,
-    ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``, and ``exact``, which is 1 if the eigenvalues are those of
-    the Hessian, 0 if they have not converged or are those of the Gauss-Newton matrix. At the end of every n-th epoch,
-    callbacks such as ``ModelCheckpoint`` can monitor these keys; at the end of the fit, only the loggers get them.
-    Figures show the density, and the eigenvalues over the epochs. Every result is written to a file
+    ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``, ``exact``, which is 1 if the eigenvalues are those of
+    the Hessian, 0 if they have not converged or are those of the Gauss-Newton matrix, and ``seconds``. At the end of
+    every n-th epoch, callbacks such as ``ModelCheckpoint`` can monitor these keys; at the end of the fit, only the
+    loggers get them. Figures show the density, and the eigenvalues over the epochs. Every result is written to a file
     ``epoch=...-step=....npz``, which :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
 
     Training with this callback is bit-identical to training without it. At the end of the fit it measures the weights
@@ -52,7 +52,7 @@ class SpectrumCallback(EpochEndCallback):
         matrix: ``"hessian"`` or ``"gauss_newton"``.
         top_k: number of eigenvalues.
         num_steps: number of Lanczos steps for every random probe vector.
-        num_probes: number of random probe vectors.
+        num_probes: number of random probe vectors; 0 for eigenvalues alone.
         exponent: exponent ``n`` of the criterion ``K_Hn``.
         tolerance: tolerance of the eigenvalues' residuals.
         max_products: largest number of Hessian-vector products for the eigenvalues.
@@ -99,8 +99,8 @@ class SpectrumCallback(EpochEndCallback):
         ignore_index: int = -100,
         matrix: Literal["hessian", "gauss_newton"] = "hessian",
         top_k: int = 5,
-        num_steps: int = 50,
-        num_probes: int = 10,
+        num_steps: int = 30,
+        num_probes: int = 4,
         exponent: float = 0.5,
         tolerance: float | None = None,
         max_products: int = 500,
@@ -150,10 +150,11 @@ class SpectrumCallback(EpochEndCallback):
 
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
         one_product = replace(self._options, top_k=0, num_steps=1, num_probes=1)
-        spectrum_of(network, batches, one_product, progress=False, sync=True)
+        spectrum_of(network, batches, one_product, progress=False, sync=True, say=None)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        result = self.result = spectrum_of(network, batches, self._options, progress, sync=True)
+        say = self._say if self.result is None else None  # once a run
+        result = self.result = spectrum_of(network, batches, self._options, progress, True, say)
         if not result.converged and not self._is_told:
             self._is_told = True
             rank_zero_warn(
@@ -167,19 +168,20 @@ class SpectrumCallback(EpochEndCallback):
             "matrix": result.matrix,
             "exact": result.matrix == "hessian" and result.converged,
             **({"lambda_max": values[0]} if values else {}),
-            **{name: float(getattr(result, name)) for name in ("trace", *CRITERIA)},
+            **{name: float(getattr(result, name)) if result.num_probes else None for name in ("trace", *CRITERIA)},
             "trace_stderr": known(result.trace_stderr),
             **{f"{name}_std": known(result.spread[name]) for name in CRITERIA},
             "kind": result.kind,
             "eigenvalues": values,
             "residuals": result.residuals.tolist(),
-            "lowest_ritz_value": float(result.ritz_values.min()),
+            "lowest_ritz_value": float(result.ritz_values.min()) if result.num_probes else None,
             "num_steps": result.num_steps,
             "num_probes": result.num_probes,
             "loss": result.loss,
             "loss_name": result.loss_name,
             "weight_norm": result.weight_norm,
             "converged": result.converged,
+            "seconds": result.seconds,
         }
 
     def _logged(self, record: Record) -> dict[str, float]:
@@ -192,7 +194,8 @@ class SpectrumCallback(EpochEndCallback):
 
     def _figures(self) -> dict[str, Any]:
         assert self.result is not None
-        figures = {"density": plot_density(self.result, data=self._data_name)[0]}
+        probed = self.result.num_probes > 0
+        figures = {"density": plot_density(self.result, data=self._data_name)[0]} if probed else {}
         if len(self.history) > 1:
             figures["eigenvalues"] = plot_eigenvalues(self.history, data=self._data_name)[0]
         return figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction, Loss, direction_norm, inner_product
+from lightning_flatness.measure.announcement import LOGGER, Say
 from lightning_flatness.measure.axes import find_axes
 from lightning_flatness.measure.landscape_options import LandscapeOptions
 from lightning_flatness.measure.landscape_points import completed, resumed
@@ -56,7 +58,9 @@ def loss_landscape(
 
     The model runs on copies, in evaluation mode, and is left as it was. Every sample has the same weight. Points are
     computed from the middle outwards. After an interrupt (Ctrl-C), the points computed so far are returned, and
-    ``resume=`` completes them. ``docs/landscape.md`` has the formulas.
+    ``resume=`` completes them. If no progress bar is shown, Python's logger ``lightning_flatness`` gets the number of
+    points and an estimate of the time, as for :func:`~lightning_flatness.hessian_spectrum`. ``docs/landscape.md`` has
+    the formulas.
 
     Args:
         model: any module that returns logits ``(samples, classes)``.
@@ -129,8 +133,10 @@ def landscape_of(
     resume: LandscapeResult | None = None,
     sync: bool,
     progress: bool | None = None,
+    say: Say | None = LOGGER.log,
 ) -> LandscapeResult:
     """Compute what :func:`loss_landscape` returns, from options that have been checked."""
+    start = time.perf_counter()
     model, precision = without_wrapper(model), options.measuring_dtype
     repeated = RepeatedBatches(model, batches, options.loss_function, sync)
     with isolated(model), torch.no_grad():
@@ -145,7 +151,7 @@ def landscape_of(
             weights,
             frozen,
             optimizer=optimizer,
-            eigenvectors=lambda number: _eigenvectors(model, batches, options, moving, number, sync),
+            eigenvectors=lambda number: _eigenvectors(model, batches, options, moving, number, sync, say),
         )
         points = Points(model, tensors, axes.directions, axes.epsilons, precision)
         origin = repeated.at_origin(points)
@@ -176,10 +182,11 @@ def landscape_of(
             seed=options.seed,
             # Recomputed statistics depend on which samples are in the same batch.
             fingerprint=points.fingerprint(origin.batch_sizes if options.batch_norm == "recomputed" else None),
+            seconds=time.perf_counter() - start,
         )
         if resume is not None:
             result = resumed(result, resume)
-        result = completed(result, points, repeated, origin, options.chunk, progress)
+        result = completed(result, points, repeated, origin, options.chunk, progress, say)
     odd = int((result.computed & ~result.losses.isfinite()).sum())
     if odd and own_rank(sync) == 0:
         # The user called loss_landscape, which called this function.
@@ -188,7 +195,13 @@ def landscape_of(
 
 
 def _eigenvectors(
-    model: nn.Module, batches: Iterable[Any], options: LandscapeOptions, params: Sequence[str], number: int, sync: bool
+    model: nn.Module,
+    batches: Iterable[Any],
+    options: LandscapeOptions,
+    params: Sequence[str],
+    number: int,
+    sync: bool,
+    say: Say | None,
 ) -> list[Direction]:
     """Return ``number`` eigenvectors of the largest eigenvalues of the Hessian with respect to ``params``."""
     of_spectrum = SpectrumOptions(
@@ -197,10 +210,9 @@ def _eigenvectors(
         seed=options.seed,
         params=params or None,
         top_k=number,
-        num_steps=1,
-        num_probes=1,
+        num_probes=0,
     )
-    spectrum = spectrum_of(model, batches, of_spectrum, progress=False, sync=sync)
+    spectrum = spectrum_of(model, batches, of_spectrum, progress=False, sync=sync, say=say)
     if not spectrum.converged and own_rank(sync) == 0:
         # The user called loss_landscape, which called landscape_of, find_axes, the lambda and this function.
         warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=6)

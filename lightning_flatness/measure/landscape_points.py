@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError, LandscapeError
+from lightning_flatness.measure.announcement import Announcement, Say
 from lightning_flatness.measure.loss_sums import Origin, RepeatedBatches
 from lightning_flatness.measure.progress import progress_bar
-from lightning_flatness.measure.ranks import failed_ranks, gather
+from lightning_flatness.measure.ranks import failed_ranks, gather, own_rank
 from lightning_flatness.model.points import Points
-from lightning_flatness.results import SETTINGS, LandscapeResult
+from lightning_flatness.results import SETTINGS, LandscapeResult, number_of
 
 
 def completed(
@@ -24,6 +26,7 @@ def completed(
     origin: Origin,
     chunk: int | None,
     progress: bool | None,
+    say: Say | None,
 ) -> LandscapeResult:
     """Return the result with the losses at its missing points added.
 
@@ -32,6 +35,7 @@ def completed(
     any rank, a ``LandscapeError`` is raised; its ``result`` has the points that all ranks have computed.
     """
     grid = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
+    start = time.perf_counter()
     known = result.computed.flatten()
     outwards = _outwards(result.coordinates)
     missing = outwards[~known[outwards]]
@@ -39,12 +43,17 @@ def completed(
     failure: Exception | None = None
     with progress_bar(progress) as bar:
         task = bar.add_task("Landscape", total=len(grid), completed=int(known.sum()))
+        announcement = _announcement(result, len(missing), say if own_rank(batches.sync) == 0 and bar.disable else None)
+        announcement.begin()
+        part_start = time.perf_counter()
         try:
             for part in missing.split(chunk or origin.chunk) if len(missing) else ():
                 sums[:, part] = batches.at(points, grid[part], result.batch_norm == "recomputed", origin)
                 if result.batch_norm == "kept" and result.update == "add":
                     for index in part[~grid[part].any(1)]:
                         origin.check(float(sums[0, index]))
+                if not done.any():
+                    announcement.after(len(part), time.perf_counter() - part_start)
                 done[part] = True
                 bar.update(task, advance=len(part))
         except KeyboardInterrupt:
@@ -64,6 +73,7 @@ def completed(
         losses=losses.reshape(result.losses.shape),
         accuracies=accuracies,
         computed=(known | new).reshape(result.computed.shape),
+        seconds=result.seconds + time.perf_counter() - start,
     )
     failed = failed_ranks(failure, batches.sync)
     if failed:
@@ -74,6 +84,14 @@ def completed(
             result,
         ) from failure
     return result
+
+
+def _announcement(result: LandscapeResult, number: int, say: Say | None) -> Announcement:
+    """Return what the missing points will take."""
+    passes = "two passes" if result.batch_norm == "recomputed" else "a pass"
+    samples = number_of(result.num_samples, "sample")
+    parts = f"{number_of(number, 'point')}, each {passes} over {samples}"
+    return Announcement("landscape", number, parts, "steps=, or fewer samples", say if number else None)
 
 
 def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResult:
@@ -93,7 +111,8 @@ def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResul
         named = ", ".join(meanings.get(name, name) for name in different)
         raise FlatnessError(f"resume= is another landscape; it differs in {named}. Use the same arguments.")
     accuracies = result.accuracies if earlier.accuracies is None else earlier.accuracies
-    return replace(result, losses=earlier.losses, computed=earlier.computed, accuracies=accuracies)
+    seconds = result.seconds + earlier.seconds
+    return replace(result, losses=earlier.losses, computed=earlier.computed, accuracies=accuracies, seconds=seconds)
 
 
 def _outwards(coordinates: Sequence[Tensor]) -> Tensor:

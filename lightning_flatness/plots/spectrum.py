@@ -25,7 +25,7 @@ from lightning_flatness.plots.canvas import (
 )
 from lightning_flatness.plots.words import samples_of, with_error
 from lightning_flatness.results import SpectrumResult, number_of
-from lightning_flatness.results.spectrum import MATRICES, default_sigma
+from lightning_flatness.results.spectrum import MATRICES, NO_DENSITY, default_sigma
 
 EIGENVALUE_COLOUR = SERIES[1]
 LOWEST_COLOUR = SERIES[0]
@@ -57,7 +57,12 @@ def plot_density(
         color: colour of the density and its eigenvalues.
         data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
+
+    Raises:
+        FlatnessError: the spectrum has no density (``num_probes=0``).
     """
+    if not result.num_probes:
+        raise FlatnessError(NO_DENSITY)
     figure, ax = axes_or_new(ax, 7.0, 4.0)
     index = len(overlays(ax, "density"))
     color = color or SERIES[index % len(SERIES)]
@@ -165,7 +170,8 @@ def plot_eigenvalues(
     epochs = [record["epoch"] for record in records]
     converged = [record.get("converged") is not False for record in records]
     most = max(len(record["eigenvalues"]) for record in records)
-    lowest = [record["lowest_ritz_value"] for record in records]
+    lowest = [record.get("lowest_ritz_value") for record in records]  # None without probes
+    known_lowest = [value for value in lowest if value is not None]
     for index in range(most):
         values = [dict(enumerate(record["eigenvalues"])).get(index) for record in records]
         others = "λ2" if most == 2 else f"λ2 to λ{most}"
@@ -173,15 +179,15 @@ def plot_eigenvalues(
         alpha = 1.0 if index == 0 else max(0.25, 0.7 - 0.5 * index / most)
         line: dict[str, Any] = {"color": EIGENVALUE_COLOUR, "alpha": alpha, "linewidth": 1.8 if index == 0 else 1.0}
         plot_over_epochs(ax, epochs, values, converged, markersize=3.5, label=label, **line)
-    line = {"color": LOWEST_COLOUR, "marker": "v", "linestyle": "-."}
-    plot_over_epochs(
-        ax, epochs, lowest, markersize=4.0, label="lowest Ritz value (bounds the lowest eigenvalue)", **line
-    )
+    if known_lowest:
+        line = {"color": LOWEST_COLOUR, "marker": "v", "linestyle": "-."}
+        label = "lowest Ritz value (bounds the lowest eigenvalue)"
+        plot_over_epochs(ax, epochs, lowest, markersize=4.0, label=label, **line)
     ax.axhline(0.0, color="0.5", linewidth=0.7, linestyle=":")
-    sizes = [abs(value) for record in records for value in (*record["eigenvalues"], record["lowest_ritz_value"])]
+    sizes = [abs(value) for record in records for value in record["eigenvalues"]] + [*map(abs, known_lowest)]
     largest = max((size for size in sizes if not math.isnan(size)), default=0.0)
     if largest > 0:
-        _scale(ax, min(2 * min(lowest), -largest / 100), 2 * largest, largest / 100)
+        _scale(ax, min(2 * min(known_lowest, default=0.0), -largest / 100), 2 * largest, largest / 100)
     label_epochs(ax, epochs)
     ax.set_ylabel("eigenvalue  (loss per squared weight)")
     ax.legend(frameon=False, fontsize=LEGEND_SIZE)
@@ -216,7 +222,7 @@ def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> Mapping
     return {
         "epoch": epoch,
         "eigenvalues": result.eigenvalues.tolist(),
-        "lowest_ritz_value": float(result.ritz_values.min()),
+        "lowest_ritz_value": float(result.ritz_values.min()) if result.num_probes else None,
         "converged": result.converged,
         "num_samples": result.num_samples,
         "matrix": result.matrix,

@@ -32,6 +32,7 @@ class LandscapeResult(Record):
         cosine: cosine of the angle between the two axes; NaN for a line.
         weight_norm: L2 norm of the parameters that are not frozen.
         fingerprint: hash of weights, buffers and axes; a landscape can be resumed only if it is the same.
+        seconds: wall time, over all calls if it was resumed; NaN if not known, as in files of earlier versions.
 
     ``axes``, ``normalize``, ``norm``, ``biases``, ``update``, ``batch_norm``, ``frozen``, ``loss`` and ``seed`` are the
     arguments of :func:`~lightning_flatness.loss_landscape`; ``axes`` and ``loss`` are recorded by their names.
@@ -67,6 +68,7 @@ class LandscapeResult(Record):
     num_samples: int
     seed: int
     fingerprint: str
+    seconds: float = math.nan
 
     @property
     def complete(self) -> bool:

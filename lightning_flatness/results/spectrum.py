@@ -16,6 +16,7 @@ from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import as_text, number_of
 
 CRITERIA = ("r_e", "k_hn", "c_t")
+NO_DENSITY = "The spectrum has no density, since it was computed with num_probes=0; give num_probes=4, or more."
 # Names of the values of ``SpectrumResult.matrix`` in tables and figures.
 MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
@@ -48,6 +49,10 @@ class SpectrumResult(Record):
         weight_norm: L2 norm of these parameters together.
         matrix: ``"hessian"`` or ``"gauss_newton"``.
         converged: whether all residuals are within the requested tolerance.
+        seconds: wall time of the measurement; NaN if not known, as in files of earlier versions.
+
+    Without probes (``num_probes=0``) there are eigenvalues alone: the trace and the criteria are NaN, the kind is
+    ``"unknown"``, and there is no density.
 
     Example:
         >>> from lightning_flatness import hessian_spectrum
@@ -85,6 +90,7 @@ class SpectrumResult(Record):
     loss_name: str
     matrix: str
     converged: bool
+    seconds: float = math.nan
 
     @property
     def num_parameters(self) -> int:
@@ -104,6 +110,8 @@ class SpectrumResult(Record):
         per squared weight; by default a hundredth of the range of the Ritz values. The default grid has 2,000 points
         and extends four ``sigma`` beyond this range. See Ghorbani et al. 2019 (arXiv 1901.10159), Section 3.
         """
+        if not self.num_probes:
+            raise FlatnessError(NO_DENSITY)
         low, high = float(self.ritz_values.min()), float(self.ritz_values.max())
         sigma = default_sigma(low, high) if sigma is None else sigma
         if not sigma > 0:
@@ -123,10 +131,7 @@ class SpectrumResult(Record):
         table = Table(
             title=f"Spectrum of the {MATRICES[self.matrix]}, {number_of(self.num_parameters, 'parameter')}, "
             f"{number_of(self.num_samples, 'sample')}",
-            caption=f"Mean {self.loss_name} {self.loss:.4g}. {number_of(self.num_probes, 'probe')} of "
-            f"{number_of(self.num_steps, 'Lanczos step')}, {number_of(self.num_products, 'product')}; compare "
-            "criteria at equal steps only. ±: standard error of the trace, standard deviation of the criteria over "
-            "probes, residual of eigenvalues."
+            caption=f"Mean {self.loss_name} {self.loss:.4g}. {self._method()}"
             + ("" if self.converged else " Eigenvalues have not converged: allow more products (max_products=)."),
             caption_justify="left",
         )
@@ -135,12 +140,25 @@ class SpectrumResult(Record):
         table.add_column("±", justify="right", no_wrap=True)
         for index, (value, residual) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), start=1):
             table.add_row(f"λ{index}", f"{float(value):.6g}", f"{float(residual):.1g}")
+        if not self.num_probes:
+            return table
         table.add_row("trace", f"{self.trace:.5g}", _error(self.trace_stderr))
         for label, name in (("r_e", "r_e"), (f"K_Hn, n = {self.exponent:g}", "k_hn"), ("C_t", "c_t")):
             table.add_row(label, f"{getattr(self, name):.4g}", _error(self.spread[name]))
         others = self.spread["kind"]
         table.add_row("kind", self.kind, f"{others:.0%} of probes differ" if others else "all probes")
         return table
+
+    def _method(self) -> str:
+        products = number_of(self.num_products, "product")
+        if not self.num_probes:
+            return f"{products}; eigenvalues alone, without probes. ±: residual of eigenvalues."
+        probes = f"{number_of(self.num_probes, 'probe')} of {number_of(self.num_steps, 'Lanczos step')}"
+        return (
+            f"{probes}, {products}; compare "
+            "criteria at equal steps only. ±: standard error of the trace, standard deviation of the criteria over "
+            "probes, residual of eigenvalues."
+        )
 
     def __str__(self) -> str:
         return as_text(self.table())
@@ -150,7 +168,8 @@ class SpectrumResult(Record):
         error = "" if math.isnan(self.trace_stderr) else f" (est. ± {self.trace_stderr:.1g})"
         largest = f"largest eigenvalue {float(self.eigenvalues[0]):.4g}, " if len(self.eigenvalues) else ""
         size = number_of(self.num_parameters, "parameter")
-        return f"{matrix}, {size}, {samples}, {largest}trace {self.trace:.4g}{error}, {self.kind}, loss {self.loss:.4g}"
+        trace = f"trace {self.trace:.4g}{error}, {self.kind}, " if self.num_probes else ""
+        return f"{matrix}, {size}, {samples}, {largest}{trace}loss {self.loss:.4g}"
 
     def _rows(self) -> list[dict[str, Any]]:
         pairs = zip(self.eigenvalues.tolist(), self.residuals.tolist(), strict=True)

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.callbacks import epoch_end
 from lightning_flatness.plots import plot_eigenvalues
 from tests.callbacks.epoch_end_runs import epochs, fit
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders, quiet_trainer
@@ -17,7 +18,9 @@ from tests.guarding import guards
 from tests.spectra import dense_hessian
 
 TINY = {"top_k": 2, "num_steps": 4, "num_probes": 2}
-KEYS = {f"spectrum/{name}" for name in ("lambda_max", "trace", "trace_stderr", "r_e", "k_hn", "c_t", "exact")}
+KEYS = {
+    f"spectrum/{name}" for name in ("lambda_max", "trace", "trace_stderr", "r_e", "k_hn", "c_t", "exact", "seconds")
+}
 
 
 @pytest.mark.slow
@@ -111,6 +114,32 @@ def test_without_eigenvalues(tmp_path):
     trainer = fit(tmp_path, callback)
     assert "spectrum/lambda_max" not in trainer.callback_metrics
     assert "trace" in callback.history[0]
+
+
+def test_eigenvalues_alone(tmp_path):
+    callback = lf.SpectrumCallback(every_n_epochs=1, top_k=2, num_probes=0)
+    trainer = fit(tmp_path, callback)
+    logged = {key for key in trainer.callback_metrics if key.startswith("spectrum/")}
+    assert logged == {"spectrum/lambda_max", "spectrum/exact", "spectrum/seconds"}
+    assert callback.history[0]["trace"] is callback.history[0]["lowest_ritz_value"] is None
+    seconds = float(trainer.callback_metrics["spectrum/seconds"])
+    assert_close(callback.history[-1]["seconds"], seconds, rtol=1e-5, atol=0)
+    plot_eigenvalues(callback.history)
+    assert list(callback._figures()) == ["eigenvalues"]
+
+
+@pytest.mark.parametrize("name", ["SpectrumCallback", "LandscapeCallback"])
+def test_what_it_will_take_is_said_once_a_run(tmp_path, name, monkeypatch):
+    said = []
+    monkeypatch.setattr(epoch_end, "rank_zero_info", said.append)
+    options = TINY if name == "SpectrumCallback" else {"steps": 2}
+    callback = getattr(lf, name)(every_n_epochs=1, **options)
+    fit(tmp_path, callback, max_epochs=2)
+    assert len(callback.history) == 2
+    begin, after = said
+    assert " takes " in begin
+    assert " will take about " in after
+    assert all(record["seconds"] > 0 for record in callback.history)
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -1,8 +1,10 @@
 """``hessian_spectrum`` against the dense Hessian of small networks."""
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.plots import plot_density, plot_eigenvalues
 from tests.guarding import guards
 from tests.spectra import (
     NETS,
@@ -32,7 +35,9 @@ def test_top_ten_eigenvalues_are_those_of_the_dense_matrix(net, matrix):
     model, x, y = NETS[net]()
     dense = (dense_hessian if matrix == "hessian" else dense_gauss_newton)(model, x, y)
     assert 300 <= len(dense) <= 2000
-    result = lf.hessian_spectrum(model, split(x, y, 10, len(x) - 10), top_k=10, matrix=matrix, num_probes=2)
+    result = lf.hessian_spectrum(
+        model, split(x, y, 10, len(x) - 10), top_k=10, matrix=matrix, num_steps=50, num_probes=2
+    )
     values, vectors = torch.linalg.eigh(dense)
     assert_close(result.eigenvalues, values.flip(0)[:10], rtol=1e-8, atol=0)
     overlaps = (result.eigenvectors * vectors.T.flip(0)[:10]).sum(1).abs()
@@ -95,7 +100,7 @@ def test_a_quadratic_is_exact(kind):
     with torch.no_grad():
         model.weight.fill_(1.0)
     batches = [(torch.zeros(5, 1), torch.zeros(5, 1))]
-    result = lf.hessian_spectrum(model, batches, loss=own_value, top_k=8)
+    result = lf.hessian_spectrum(model, batches, loss=own_value, top_k=8, num_steps=50, num_probes=10)
     descending = spectrum.sort(descending=True).values
     assert_close(result.eigenvalues, descending, rtol=0, atol=1e-12)
     assert_close(result.trace, float(spectrum.sum()), rtol=0, atol=1e-12)
@@ -160,10 +165,11 @@ class Dense(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("net", ["convolutions and norm", "perceptron"])
-def test_density_lies_near_the_exact_spectrum(net):
+@pytest.mark.parametrize("options", [{}, {"num_steps": 50, "num_probes": 10}], ids=["defaults", "more"])
+def test_density_lies_near_the_exact_spectrum(net, options):
     model, x, y = NETS[net]()
     exact = torch.linalg.eigvalsh(dense_hessian(model, x, y))
-    result = lf.hessian_spectrum(model, [(x, y)], top_k=0)
+    result = lf.hessian_spectrum(model, [(x, y)], top_k=0, **options)
     distance = wasserstein(result.ritz_values.flatten(), result.ritz_weights.flatten(), exact)
     assert distance <= 0.01 * float(exact.max() - exact.min())  # what docs/spectrum.md states
     grid, density = result.density()
@@ -226,3 +232,64 @@ def test_weight_norm_is_named():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
     with pytest.raises(lf.LayerSelectionError, match="not symmetric.*weight_norm"):
         lf.hessian_spectrum(model, [(torch.randn(5, 3).double(), torch.randint(2, (5,)))])
+
+
+def alone(**options):
+    model, x, y = convolutional()
+    return quick(model, [(x, y)], num_probes=0, **({"top_k": 2} | options))
+
+
+def test_eigenvalues_alone_are_those_with_a_density():
+    model, x, y = convolutional()
+    result, whole = alone(), quick(model, [(x, y)], top_k=2)
+    assert_close(result.eigenvalues, whole.eigenvalues, rtol=1e-12, atol=0)
+    assert_close(result.eigenvectors, whole.eigenvectors, rtol=0, atol=1e-9)
+    assert result.num_products == whole.num_products - 10
+    assert result.converged
+    assert (result.num_probes, result.num_steps, result.kind) == (0, 0, "unknown")
+    unknown = [result.trace, result.trace_stderr, result.r_e, result.k_hn, result.c_t, *result.spread.values()]
+    assert all(map(math.isnan, unknown))
+
+
+def test_eigenvalues_alone_are_shown_and_saved(tmp_path):
+    result = alone()
+    text = str(result)
+    assert "eigenvalues alone" in text
+    assert not any(part in text for part in ("trace", "K_Hn", "kind", "nan"))
+    assert "nan" not in repr(result)
+    assert result.to_dict()["trace"] is None
+    assert len(result.to_pandas()) == 2
+    again = lf.SpectrumResult.load(result.save(tmp_path / "alone.npz"))
+    assert str(again) == text
+    assert again.ritz_values.shape == (0, 0)
+    with pytest.raises(lf.FlatnessError, match="no density.*num_probes=0"):
+        again.density()
+    with pytest.raises(lf.FlatnessError, match="no density.*num_probes=0"):
+        plot_density(again)
+    _, ax = plot_eigenvalues([(0, again), (1, alone(top_k=1))])
+    assert not any("Ritz" in text.get_text() for text in ax.get_legend().get_texts())
+
+
+def test_nothing_to_compute_is_refused():
+    with pytest.raises(lf.FlatnessError, match="top_k=0 and num_probes=0"):
+        alone(top_k=0)
+
+
+@guards("measure.spectrum:_certify_symmetric", returns=None)
+def test_weight_norm_is_named_without_probes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
+    with pytest.raises(lf.LayerSelectionError, match="not symmetric.*weight_norm"):
+        lf.hessian_spectrum(model, [(torch.randn(5, 3).double(), torch.randint(2, (5,)))], num_probes=0)
+
+
+def test_files_of_earlier_versions_have_no_seconds(tmp_path):
+    """A file without the field, as they were written before it was added."""
+    result = alone()
+    path = result.save(tmp_path / "old.npz")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    text = json.loads(str(arrays["record"]))
+    del text["fields"]["seconds"]
+    np.savez_compressed(path, **arrays | {"record": np.array(json.dumps(text))})
+    assert math.isnan(lf.SpectrumResult.load(path).seconds)
