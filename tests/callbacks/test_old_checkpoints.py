@@ -51,7 +51,8 @@ def callbacks():
     return [
         lf.FlatnessCallback(summary=False),
         lf.FlatnessStopping(burn_in=0, patience=2),
-        lf.SpectrumCallback(every_n_epochs=1, num_steps=3, num_probes=2, top_k=1),
+        # Eigenvectors are in the trace; those of the file were closer to the exact ones than the default asks for.
+        lf.SpectrumCallback(every_n_epochs=1, num_steps=3, num_probes=2, top_k=1, tolerance=1e-6),
         lf.LandscapeCallback(every_n_epochs=1, steps=3),
     ]
 
