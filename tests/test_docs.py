@@ -1,15 +1,118 @@
-"""Code blocks of the documentation that stand for themselves run."""
+"""Documentation: code blocks run, links lead somewhere, every public name has its place, the README is short."""
 
 import re
+from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-DOCS = Path(__file__).parents[1] / "docs"
+import lightning_flatness as lf
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# A comment above a block that is not run has the reason.
+BLOCK = re.compile(r"((?:<!-- not run: [^\n]*-->\n\n)?)```python\n(.*?)```", flags=re.DOTALL)
+SLOW = {"README.md", "index.md"}  # they train for some epochs
 
 
-@pytest.mark.parametrize("page", ["papers.md"])
-def test_code_blocks_run(page):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
-    assert blocks
-    exec("\n".join(blocks), {})
+def name_of(page):
+    return page.relative_to(ROOT / "docs" if ROOT / "docs" in page.parents else ROOT).as_posix()
+
+
+def blocks_of(page):
+    return [code for note, code in BLOCK.findall(page.read_text()) if not note]
+
+
+class Classifier(L.LightningModule):
+    """A small network with the names that pages mention."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, images):
+        return self.fc(self.conv2(self.conv1(images).relu()).relu().mean((2, 3)))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def names():
+    """Return what blocks of a page may use without defining it."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(40, 1, 8, 8), torch.arange(40) % 3
+    model, other = Classifier(), Classifier()
+    loader = DataLoader(TensorDataset(images, labels), batch_size=20)
+    features = torch.randn(40, 4)
+    return {
+        "L": L, "lf": lf, "torch": torch, "nn": nn,
+        "model": model, "small_model": model, "sgd": model, "sam": other, "model_a": model, "model_b": other,
+        "train_loader": loader, "val_loader": loader, "batches": [(images, labels)],
+        "images": images, "inputs": images, "labels": labels, "targets": labels,
+        "features": features, "logits": model.fc(features),
+        "models": {"a": model, "b": other}, "gaps": {"a": 0.1, "b": 0.2},
+        "backbone": nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), "classifier": nn.Linear(4, 3),
+        "cross_entropy": nn.functional.cross_entropy,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if name_of(page) in SLOW else [])
+        for page in PAGES
+        if blocks_of(page)
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    trainer = L.Trainer
+    quiet = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    monkeypatch.setattr(L, "Trainer", lambda **options: trainer(**quiet | options))
+    monkeypatch.setattr(lf, "hessian_spectrum", partial(lf.hessian_spectrum, num_steps=5, num_probes=2, max_products=9))
+    monkeypatch.setattr(lf, "loss_landscape", partial(lf.loss_landscape, steps=5))
+    known = names()
+    for block in blocks_of(page):
+        exec(compile(block, str(page), "exec"), known)
+
+
+def anchors_of(page):
+    """Return the anchors of a page's headings, as MkDocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", heading).lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors_of(found), target
+
+
+def test_the_reference_has_every_public_name():
+    text = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    assert set(re.findall(r"^::: lightning_flatness\.(\w+)$", text, flags=re.MULTILINE)) == {
+        *lf.__all__, "functional", "plots", "testing",
+    }  # fmt: skip
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
