@@ -3,6 +3,7 @@
 # make check   what must pass before a commit: format, lint, types, import contracts, all tests with coverage
 # make guards  take every guard that a test declares out, one at a time, and see the test fail (half an hour)
 # make bench   cost of measuring beside others, as ratios in one run; write docs/benchmarks.md (a third of an hour)
+# make docs    run the code blocks of the documentation, and build the site into site/ (some minutes)
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
 # Each sets up what it needs in .venv the first time; with PyTorch that is some gigabytes and a few minutes.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 
-.PHONY: demo test check format guards bench coverage clean
+.PHONY: demo test check format guards bench docs coverage clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -48,9 +49,14 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks
 
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pytest --quiet tests/test_docs.py
+	$(BIN)/mkdocs build --strict
+
 coverage: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[coverage]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
