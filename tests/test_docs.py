@@ -16,14 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # A comment above a block that is not run has the reason.
 BLOCK = re.compile(r"((?:<!-- not run: [^\n]*-->\n\n)?)```python\n(.*?)```", flags=re.DOTALL)
-SLOW = {
-    "README.md",
-    "index.md",
-    "landscape.md",
-    "spectrum.md",
-    "guides/coming-from.md",
-    "guides/spectrum-and-landscape.md",
-}
+SLOW = {"README.md", "index.md"}  # they train for some epochs
 
 
 def name_of(page):

@@ -76,7 +76,8 @@ class ComparedModel(Record):
         layers: names of the measured layers.
         filters, features: number of filters of each measured layer, and of the weights of one filter.
         depth: number of convolutions and linear layers of the whole network; 0 if nobody counted them.
-        batch_norms, fresh_batch_norms: number of its BatchNorm layers, and of those that were never updated.
+        batch_norms: number of its BatchNorm layers.
+        fresh_batch_norms: number of those that were never updated.
         reasons: why the numbers are not exact; empty if they are.
     """
 

@@ -133,7 +133,8 @@ class FlatnessReport(Record):
             samples, ``(N,)`` each; empty unless asked for. The weight is that of the target's class, and 0 for an
             ignored sample.
         depth: number of convolutions and linear layers of the whole network; 0 if nobody counted them.
-        batch_norms, fresh_batch_norms: number of its BatchNorm layers, and of those that were never updated.
+        batch_norms: number of its BatchNorm layers.
+        fresh_batch_norms: number of those that were never updated.
 
     Example:
         >>> import torch
