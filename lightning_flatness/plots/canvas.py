@@ -54,7 +54,7 @@ def plain_frame(ax: Any, grid: str, hidden: Sequence[str] = ("top", "right")) ->
 
 def set_heading(ax: Any, *lines: str) -> None:
     """Write the lines that are not empty above the axes, from the left; break those that are longer than the axes."""
-    characters = int(1.3 * ax.get_window_extent().width / ax.figure.dpi / (0.52 * TITLE_SIZE / 72))
+    characters = int(1.05 * ax.get_window_extent().width / ax.figure.dpi / (0.52 * TITLE_SIZE / 72))
     broken = [part for line in lines for part in (textwrap.wrap(line, max(characters, 30)) or [line] * bool(line))]
     ax.set_title("\n".join(broken), fontsize=TITLE_SIZE, loc="left")
 

@@ -180,6 +180,6 @@ def head(figure: Any, ax: Any, *lines: str) -> None:
     if ax is not None:
         set_heading(ax, *lines)
         return
-    characters = int(figure.get_figwidth() / (0.52 * TITLE_SIZE / 72))
+    characters = int(0.93 * figure.get_figwidth() / (0.52 * TITLE_SIZE / 72))
     broken = [part for line in lines for part in textwrap.wrap(line, characters)]
     figure.suptitle("\n".join(broken), fontsize=TITLE_SIZE, x=0.01, ha="left")

@@ -56,7 +56,11 @@ def numbers_at_epochs():
 
 
 class FailsOnOneRank(Classifier):
-    """While it is measured, in epoch 1."""
+    """While it is measured, in epoch 1. Its steps call its own forward, so that it is the network."""
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_acc", (self(x).argmax(1) == y).double().mean(), batch_size=len(y))
 
     def forward(self, x):
         measured = not self.training and not self.trainer.validating and not self.trainer.sanity_checking
