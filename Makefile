@@ -32,6 +32,7 @@ test: $(READY)
 	$(PYTEST) -m "not slow"
 
 check: $(READY)
+	@$(BIN)/python -m pip install --quiet --editable '.[dev,loggers]'
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -100,6 +100,7 @@ class Hooked(Callback):
         handle.remove()
 
 
+@pytest.mark.slow
 def test_a_compilation_on_our_account_would_be_seen(tmp_path):
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         _, graphs, _ = run(tmp_path, "submodule")

@@ -88,6 +88,10 @@ def test_what_a_forward_logs_is_not_logged(tmp_path, kind):
 # --------------------------------------------------------------------------------------------------------------- state
 
 
+def without_seconds(callback):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in callback.history]
+
+
 @guards("callbacks/base.py", "if not self._is_restored:", "if True:")
 @kinds
 def test_a_resumed_run_goes_on_with_the_history(tmp_path, kind):
@@ -100,7 +104,8 @@ def test_a_resumed_run_goes_on_with_the_history(tmp_path, kind):
     trainer = quiet_trainer(tmp_path, second, max_epochs=4, num_sanity_val_steps=0)
     trainer.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "last.ckpt")
     assert epochs(second) == [0, 1, 2, 3]
-    assert second.history[:2] == whole.history[:2]
+    assert second.history[:2] == first.history[:2]
+    assert without_seconds(second)[:2] == without_seconds(whole)[:2]
 
 
 @kinds
@@ -115,7 +120,7 @@ def test_a_second_fit_begins_anew(tmp_path, kind):
 def test_two_of_a_kind(tmp_path, kind):
     pair = [KINDS[kind](prefix=prefix) for prefix in ("one", "two")]
     fit(tmp_path, *pair, ModelCheckpoint(tmp_path))
-    assert pair[0].history == pair[1].history
+    assert without_seconds(pair[0]) == without_seconds(pair[1])
     assert {path.name for path in (tmp_path / "lightning_logs" / "version_0").iterdir()} == {"one", "two"}
 
 

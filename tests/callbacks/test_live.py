@@ -75,6 +75,7 @@ def test_parts_that_are_not_to_be_observed(tmp_path, told, change, says):
     assert_as_without(tmp_path, make_one, told, says)
 
 
+@pytest.mark.slow
 def test_compiled_by_lightning(tmp_path, told):
     module = torch.compile(Module(networks.Plain()), backend="eager")
     callback = lf.FlatnessCallback()

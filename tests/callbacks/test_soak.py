@@ -57,6 +57,7 @@ class Leaking(Callback):
             plt.close("all")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_a_leak_would_be_seen(tmp_path, kind):
     if kind in ("megabytes", "files") and not PROC.exists():

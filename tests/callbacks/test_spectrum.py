@@ -128,6 +128,7 @@ def test_eigenvalues_alone(tmp_path):
     assert list(callback._figures()) == ["eigenvalues"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SpectrumCallback", "LandscapeCallback"])
 def test_what_it_will_take_is_said_once_a_run(tmp_path, name, monkeypatch):
     said = []

@@ -4,7 +4,7 @@ import torch
 
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.recording import Recorder
-from lightning_flatness.layers.trial import why_not_observed
+from lightning_flatness.layers.trial import why_compiled, why_not_observed
 from lightning_flatness.model.precision import Precision
 from tests.callbacks import live_networks as networks
 
@@ -19,8 +19,6 @@ def test_reasons():
     assert "training mode" in reason(lambda model: model.norm.train())
     assert reason(lambda model: model.bfloat16()) == ""
     assert "backward hooks" in reason(lambda model: model.fc.register_full_backward_hook(print))
-    assert "compiled" in reason(lambda model: setattr(model, "norm", torch.compile(model.norm)))
-    assert "compiled" in reason(lambda model: setattr(model, "_compiler_ctx", {"compiler": "dynamo"}))
     with torch.inference_mode():
         model = networks.Plain()
     assert "inference mode" in why_not_observed(model.eval())
@@ -36,3 +34,16 @@ def test_reasons():
     model = networks.Plain().eval()
     with Listener(model, lambda: Recorder({}, None, live=True)):
         assert "another callback" in why_not_observed(model)
+
+
+def test_which_module_is_compiled():
+    def compiled(change):
+        model = networks.Plain().eval()
+        change(model)
+        assert why_not_observed(model) == ""  # passes of our own are
+        return why_compiled(model)
+
+    assert compiled(lambda model: None) == ""
+    assert compiled(lambda model: setattr(model, "norm", torch.compile(model.norm))) == "module 'norm' is compiled"
+    assert compiled(lambda model: model.fc.compile()) == "module 'fc' is compiled"
+    assert "Plain" in compiled(lambda model: setattr(model, "_compiler_ctx", {"compiler": "dynamo"}))
