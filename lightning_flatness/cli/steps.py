@@ -41,7 +41,18 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
     def __init__(
         self, consumer: Consumer[Found], name: str | None, has_steps: bool, advance: Callable[[float], None]
     ) -> None:
-        super().__init__("lightning-flatness", "flatness", "val", None, "flatness", name, None, False, None, "raise")
+        super().__init__(
+            "lightning-flatness",
+            measured="flatness",
+            data="val",
+            max_samples=None,
+            prefix="flatness",
+            model=name,
+            batch_fn=None,
+            figures=False,
+            figures_every=None,
+            on_error="raise",
+        )
         self._consumer, self._has_steps, self._advance = consumer, has_steps, advance
         self.found: Found | None = None
 

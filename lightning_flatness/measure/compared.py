@@ -102,8 +102,6 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
     if together:
         return True
     first = reports[0].samples
-    if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
-        return False
     if not all(torch.equal(report.samples["weight"], first["weight"]) for report in reports[1:]):
         return False
     classes = torch.full_like(first["prediction"], -1)

@@ -120,8 +120,12 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run a block in evaluation mode, eagerly and unheard, and restore what :func:`isolated` restores."""
-    eagerly = torch.compiler.set_stance("force_eager")
-    with random_states_kept(model), _evaluation_mode(model), only_heard_by(None), eagerly:
+    with (
+        random_states_kept(model),
+        _evaluation_mode(model),
+        only_heard_by(None),
+        torch.compiler.set_stance("force_eager"),  # the last one, as it takes effect when it is made
+    ):
         yield
 
 

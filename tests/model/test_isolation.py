@@ -1,6 +1,7 @@
 """A measurement computes the same whatever modes it runs in, and draws and compiles nothing of the user's."""
 
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.model import isolation
 from tests.eventful_networks import DrawsNumbers, Net, WritesInput, block_traces, compiled_part, dropout_and_norm, plain
 from tests.guarding import guards
 
@@ -82,6 +84,19 @@ def test_compiled_code_is_not_run_and_not_lost(whole, batch):
     assert compiled == []
     assert_close(net(batch[0]), outputs)
     assert len(compiled) > 0
+
+
+@pytest.mark.parametrize("part", ["random_states_kept", "_evaluation_mode", "only_heard_by"])
+def test_what_fails_before_a_pass_leaves_compiled_code_compiled(monkeypatch, part):
+    @contextmanager
+    def failing(*arguments):
+        raise ValueError("no")
+        yield
+
+    monkeypatch.setattr(isolation, part, failing)
+    with pytest.raises(ValueError, match="no"), isolation.untouched(plain()):
+        pass
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 @guards("model/isolation.py", "if vars(module).get(name)", "if False")
