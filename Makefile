@@ -4,6 +4,7 @@
 # make guards  take every guard that a test declares out, one at a time, and see the test fail (half an hour)
 # make bench   cost of measuring beside others, as ratios in one run; write docs/benchmarks.md (a third of an hour)
 # make docs    run the code blocks of the documentation, and build the site into site/ (some minutes)
+# make dist    build the wheel and the sdist into dist/, check them, and try the wheel by itself (a minute)
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
 # Each sets up what it needs in .venv the first time; with PyTorch that is some gigabytes and a few minutes.
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 
-.PHONY: demo test check format guards bench docs coverage clean
+.PHONY: demo test check format guards bench docs dist coverage clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -54,6 +55,13 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m pytest --quiet tests/test_docs.py
 	$(BIN)/mkdocs build --strict
+
+dist: $(READY)
+	@$(BIN)/python -m pip install --quiet --editable '.[dist]'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	DISTRIBUTIONS=$(CURDIR)/dist $(BIN)/python -m pytest --quiet tests/test_package.py
 
 coverage: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[coverage]'

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.versions import versions
 
 NESTED = ("--model.", "--data.")
 SUFFIXES = (".html", ".json", ".npz")
@@ -86,8 +87,6 @@ def _nested(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from lightning_flatness import __version__
-
     parser = _Parser(
         "lightning-flatness",
         description="How flat the minima of trained networks are: exact flatness of checkpoints.",
@@ -95,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=versions(), help="show versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in ABOUT.items():
         usage = f"%(prog)s {'A B ...' if name == 'compare' else 'CKPT'} [options]"

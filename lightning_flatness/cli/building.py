@@ -27,7 +27,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"There is no file '{path}'.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

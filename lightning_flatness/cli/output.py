@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ WIDTH = 120  # of tables that do not go to a terminal
 
 def show(outcome: Outcome, notes: Sequence[str]) -> None:
     """Print tables on stdout, and notes on stderr."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal or file that is not UTF-8 has no ‖
     console = Console(file=sys.stdout, markup=False, emoji=False)  # names may have brackets
     if not console.is_terminal:
         console.width = WIDTH

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lightning_flatness import __version__
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.pages.parts import Section
 from lightning_flatness.pages.sections import (
@@ -23,8 +22,8 @@ from lightning_flatness.pages.sections import (
 )
 from lightning_flatness.results import Comparison
 from lightning_flatness.results.records import Record
+from lightning_flatness.versions import versions
 
-PACKAGES = ("lightning-flatness", "torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
 MOST_SUMMARIES = 4  # results that the summary speaks of
 
 
@@ -109,10 +108,10 @@ def _page(
     now = datetime.now().astimezone()
     short = [("", one) for one in compared] or shown[:MOST_SUMMARIES]
     about_run = [history_section(history)] if history else []
-    how = Section("How it came about", (*details.items(), *_versions()), points=notes)
+    how = Section("How it came about", (*details.items(), ("Versions", versions())), points=notes)
     return Page(
         title=title or _title(list(dict.fromkeys(names)), bool(compared)),
-        version=_version("lightning-flatness") or "",
+        version=__version__,
         date=f"{now.day} {now:%B %Y, %H:%M %Z}",
         summary=tuple(sentence for name, result in short for sentence in summary_of(name, result)),
         cautions=cautions_of(results, bool(history)),
@@ -131,19 +130,6 @@ def _title(names: Sequence[str], is_comparison: bool) -> str:
         return f"{start} {'networks' if is_comparison else 'a network'}"
     *others, last = names
     return f"{start} {', '.join(others)} and {last}" if others else f"{start} {last}"
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = {name: _version(name) for name in PACKAGES}
-    packages = ", ".join(f"{name} {number}" for name, number in found.items() if number)
-    return [("Versions", f"{packages}, Python {platform.python_version()}")]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _rendered(page: Page) -> str:

@@ -1,0 +1,29 @@
+"""Which versions a number comes from: packages, Python and system, without importing torch."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from lightning_flatness import __version__
+
+PACKAGES = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
+
+
+def versions() -> str:
+    """Return one line: the versions of this package, of those that it uses, of Python, and the system.
+
+    Example:
+        >>> versions()  # doctest: +ELLIPSIS
+        'lightning-flatness ..., torch ..., Python ...'
+    """
+    packages = {"lightning-flatness": __version__} | {name: _installed(name) for name in PACKAGES}
+    found = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+    return f"{found}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
