@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_flatness.versions import __version__ as __version__
+
 if TYPE_CHECKING:
     from lightning_flatness.callbacks.checkpoint import FlatCheckpoint
     from lightning_flatness.callbacks.flatness import FlatnessCallback
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
         SpectrumResult,
         TrajectoryResult,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchError",

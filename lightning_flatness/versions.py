@@ -1,11 +1,8 @@
-"""Which versions a number comes from: packages, Python and system, without importing torch."""
+"""The version of this package, and of what it runs on, without importing torch."""
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
-
-from lightning_flatness import __version__
+__version__ = "0.1.0"
 
 PACKAGES = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
 
@@ -17,12 +14,16 @@ def versions() -> str:
         >>> versions()  # doctest: +ELLIPSIS
         'lightning-flatness ..., torch ..., Python ...'
     """
+    import platform
+
     packages = {"lightning-flatness": __version__} | {name: _installed(name) for name in PACKAGES}
     found = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
     return f"{found}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
 
 
 def _installed(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """Try a package that is installed, not the folder that it came from: python tests/installed.py, from any folder.
 
-It imports the package, asks the command line for help, measures a network, trains one with the callback, and writes a page.
+It asks the command line for help, trains a network with the callback, checks the number, and writes a page.
 """
 
 import shutil

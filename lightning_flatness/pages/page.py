@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_flatness import __version__
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.pages.parts import Section
 from lightning_flatness.pages.sections import (
@@ -22,7 +21,7 @@ from lightning_flatness.pages.sections import (
 )
 from lightning_flatness.results import Comparison
 from lightning_flatness.results.records import Record
-from lightning_flatness.versions import versions
+from lightning_flatness.versions import __version__, versions
 
 MOST_SUMMARIES = 4  # results that the summary speaks of
 
