@@ -59,7 +59,7 @@ def faults(sentence):
     >>> faults("Measured are the layers that it finds.")
     ['inverted']
     >>> faults("What is measured if it is found when a run that is named is read, as it was written, is said.")
-    ['4 clauses', '7 passives']
+    ['4 clauses', '6 passives']
     >>> faults("One word " * 15)
     ['30 words']
     """
