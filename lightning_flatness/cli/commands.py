@@ -143,7 +143,7 @@ def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Any) ->
         **files,
         **session.details,
         "Hash of the data": found.data_hash,
-        "Seed": str(session.seed),
+        "Seed of the measurement": str(session.seed),
         "Device": found.device,
         "Command": "lightning-flatness " + shlex.join(session.command.words),
     }

@@ -37,18 +37,20 @@ def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     unknown = tuple(name for name, loss in losses.items() if not math.isfinite(loss))
     if unknown:
         sentence = (
-            f"The training loss is not known{_for(unknown, rows)}. Flatness rises early in "
-            "training and falls with the training loss later, so a model may be flatter merely for having been trained "
-            "longer."
+            f"The training loss is not known{_for(unknown, rows)}. All these numbers rise early in training and fall "
+            "with the training loss later, so a model may have the lower one merely for having been trained longer, or "
+            "hardly at all. Compare models of equal training loss."
         )
         return [Caution("train_loss_unknown", sentence, unknown)]
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
     if losses[high] - losses[low] <= MOST_APART * abs(losses[high]):
         return []
+    share = f"{losses[low] / losses[high]:.2g} times" if losses[low] > 0 else "not above zero, and"
     sentence = (
-        f"Training losses differ by more than a tenth ({low} {losses[low]:.3g}, {high} {losses[high]:.3g}). Flatness "
-        "depends on how far training has come: it rises at first, and falls with the loss later. So the order of the "
-        "models may say no more than that; compare models of equal training loss."
+        f"Training losses differ: that of {low} ({losses[low]:.3g}) is {share} that of {high} ({losses[high]:.3g}). "
+        "That alone may decide which model looks flatter, since all these numbers rise early in training and fall with "
+        "the training loss later. Compare models of equal training loss, such as earlier epochs of the one that is "
+        "further trained."
     )
     return [Caution("train_loss", sentence, tuple(rows))]
 

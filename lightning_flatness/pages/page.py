@@ -106,7 +106,7 @@ def _page(
     names = [name for name, _ in shown if name]
     now = datetime.now().astimezone()
     short = [("", one) for one in compared] or shown[:MOST_SUMMARIES]
-    about_run = [history_section(history)] if history else []
+    found = [*(section_of(name, result) for name, result in shown), *([history_section(history)] if history else [])]
     how = Section("How it came about", (*details.items(), ("Versions", versions())), points=notes)
     return Page(
         title=title or _title(list(dict.fromkeys(names)), bool(compared)),
@@ -114,12 +114,8 @@ def _page(
         date=f"{now.day} {now:%B %Y, %H:%M %Z}",
         summary=tuple(sentence for name, result in short for sentence in summary_of(name, result)),
         cautions=cautions_of(results, bool(history)),
-        sections=(
-            *(section_of(name, result) for name, result in shown),
-            *about_run,
-            Section("How to read it", points=reading_of(results, bool(history))),
-            how,
-        ),
+        # How to read numbers stands below the first ones.
+        sections=(*found[:1], Section("How to read it", points=reading_of(results, bool(history))), *found[1:], how),
     )
 
 

@@ -13,6 +13,7 @@ from lightning_flatness.results import (
     Comparison,
     FlatnessReport,
     LandscapeResult,
+    LayerInfo,
     SpectrumResult,
     number_of,
 )
@@ -24,6 +25,7 @@ from lightning_flatness.results.texts import measured, named
 
 DATA = {"val": "validation data", "train": "training data"}
 UNITS = "in units of the loss"
+MUCH = 0.5  # share of the largest tenth of the samples
 # Columns of the table of a history: keys of its records, and headings.
 HISTORY = {
     "accuracy": "accuracy",
@@ -34,16 +36,24 @@ HISTORY = {
     "weight_norm": "‖W‖",
 }
 READING = (
-    "Lower is flatter: the loss changes less when the weights of the layer change.",
-    "Compare networks by the normalised measure. It stays the same where channels are rescaled in a way that leaves "
-    "the network's function as it is; the Hessian trace and plain relative flatness do not.",
-    "± is one standard error over samples: how far the number would be for other samples of the same kind. Two "
-    "numbers differ clearly if their difference is more than two standard errors of the difference. (est. ± ...) is "
-    "the standard error of an estimate. Norms of weights have no error; of the neuron-wise measure it is not known.",
-    "Exact means equal, up to rounding, to the number of the full Hessian of the loss with respect to the layer's "
-    "weights. What is not exact says so, and why.",
-    "A number alone says little: it depends on the layer, the loss and the data. Look at the loss and the norm of the "
-    "weights ‖W‖ beside it.",
+    "A small number is flat: the loss changes little when the weights of the layer change. In spite of its name, "
+    "relative flatness is a sharpness, too.",
+    "Relative flatness weights the Hessian of the loss by the layer's weights, so that rescaling the layer does not "
+    "change it: the sum, over all pairs of filters w_s and w_t, of ⟨w_s, w_t⟩ times the trace of the block of the "
+    "Hessian that belongs to them (Petzka et al. 2021, arXiv 2001.00939). Neuron-wise: s = t alone.",
+    "Normalised: the same, with every channel that the layer reads scaled to standard deviation one over samples. "
+    "Compare networks by it. It stays the same where channels are rescaled in a way that leaves the network's function "
+    "as it is; the Hessian trace and plain relative flatness do not.",
+    "Curvature is that of the loss in the network's output, before any weight; it is high where outputs are unsure. "
+    "Relative flatness divided by it, or by the loss, shows how much of the number comes from elsewhere. Neither makes "
+    "networks of different training loss comparable.",
+    "± is one standard error over samples: how far the number would be for other samples of the same kind. It says "
+    "nothing of other seeds of the training. Two numbers differ clearly if their difference is more than two standard "
+    "errors of the difference. The norm of weights ‖W‖ has no error; that of the neuron-wise measure is not known.",
+    "Exact means equal, up to rounding, to the number that the full Hessian of the loss with respect to the layer's "
+    "weights has on these samples. What is not exact says so, and why; (est. ± ...) is the standard error of an "
+    "estimate.",
+    "A number alone says little: it depends on the layer, the loss and the data. Look at the losses and ‖W‖ beside it.",
 )
 READING_OF_SPECTRA = (
     "An eigenvalue λ of the Hessian says how strongly the loss curves along its direction; the trace is the sum of "
@@ -55,13 +65,14 @@ READING_OF_LANDSCAPES = (
     "looks flat along these directions; others, of as many as there are weights, may look different.",
 )
 EQUAL_LOSS = (
-    "Anything from networks of different training loss: flatness follows how far training has come. Compare at equal "
-    "training loss."
+    "Anything from networks of different training loss: these numbers follow how far training has come. Compare at "
+    "equal training loss."
 )
 NOT_TO_CONCLUDE = (
-    "That a flatter network generalises better. Where flatness goes with generalisation in published work, it does so "
-    "for image networks of one kind; for transformers it hardly does.",
-    "That the network as a whole is flat: the numbers are those of the layers named here, each by itself.",
+    "That a flatter network generalises better. In published work flatness goes with generalisation among CNNs for "
+    "images, and hardly among transformers (Andriushchenko et al. 2023, arXiv 2302.07011). In our own experiments at "
+    "equal training loss, the norm of the weights told as much.",
+    "That the network as a whole is flat: each number is that of one layer alone.",
 )
 
 
@@ -154,7 +165,8 @@ def _comparison(result: Comparison) -> Section:
     tables = [table_of(decision_table(result, has_caption=False), reading(result)), table_of(measures_table(result))]
     loss = "loss" if all(math.isnan(row.train_loss) for row in result.models.values()) else "train_loss"
     shown = ("normalized_relative_flatness", loss)  # more panels would be too small
-    figures, notes = drawn(lambda: plots.plot_comparison(result, shown), "Flatness, and the loss it is read beside.")
+    caption = f"Normalised relative flatness and {'training ' * (loss == 'train_loss')}loss of every model."
+    figures, notes = drawn(lambda: plots.plot_comparison(result, shown), caption)
     if result.correlations:
         tables.append(table_of(correlation_table(result.correlations, result.outcome_name)))
         gap, more = drawn(lambda: plots.plot_gap(result), f"Normalised flatness and {result.outcome_name}.")
@@ -170,7 +182,7 @@ def _report(title: str, report: FlatnessReport) -> Section:
         "Data": f"{number_of(report.num_samples, 'sample')}{_of(report.data)}",
         "Loss": f"{report.loss_name or 'loss'}, mean {_shown(report, 'loss')}",
         "Accuracy": _shown(report, "accuracy"),
-        "Layers": named(f"{info.name} ({info.kind}, {info.num_filters} x {info.patch_length})" for info in infos),
+        "Layer" + "s" * (len(infos) > 1): named(map(_described, infos)),
         "Exact": _exactness(report),
         "Method": ", ".join(dict.fromkeys(METHODS[info.method] for info in infos)),
         "Checked against autograd": f"largest relative deviation {deviation:.0e}" if deviation else "no deviation",
@@ -178,7 +190,7 @@ def _report(title: str, report: FlatnessReport) -> Section:
     }
     tenths = [layer.largest_tenth for layer in layers if not math.isnan(layer.largest_tenth)]
     if tenths:
-        facts["Few samples"] = f"a tenth of the samples carries up to {100 * max(tenths):.0f} % of relative flatness"
+        facts["Concentration"] = _concentration(max(tenths), len(tenths))
     if report.left_out:
         facts["Left out"] = "; ".join(report.left_out.values())
     figures: tuple[Figure, ...] = ()
@@ -186,6 +198,18 @@ def _report(title: str, report: FlatnessReport) -> Section:
     if len(layers) > 1:
         figures, notes = drawn(lambda: plots.plot_layers(report), "Relative flatness of the measured layers.")
     return Section(title, tuple(facts.items()), (table_of(report.table()),), figures, notes)
+
+
+def _described(info: LayerInfo) -> str:
+    weights = number_of(info.patch_length, "weight")
+    return f"{info.name} ({info.kind}, {number_of(info.num_filters, 'filter')} of {weights})"
+
+
+def _concentration(share: float, layers: int) -> str:
+    """Return how much of relative flatness comes from the samples that have most of it."""
+    where = " in one of the layers" if layers > 1 else ""
+    doubt = ", so a few samples decide it and its ± is rough" if share > MUCH else ""
+    return f"the tenth of the samples with most of it carries {100 * share:.0f} % of relative flatness{where}{doubt}"
 
 
 def _landscape(title: str, result: LandscapeResult) -> Section:

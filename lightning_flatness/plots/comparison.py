@@ -62,7 +62,8 @@ def plot_comparison(
         _draw_dots(panel, comparison, measure)
     axes[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=LEGEND_SIZE)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    bars = f"{BARS}; ≈: no clear difference from {comparison.reference}; lower is flatter" * has_errors(comparison)
+    reference = comparison.reference
+    bars = f"{BARS}; ≈: no clear difference from {reference}; dotted: {reference}" * has_errors(comparison)
     lines = subject_of_models(comparison), comparison.verdict, cautions_of(comparison), bars
     head(figure, axes[0] if ax is not None else None, *lines)
     return figure, axes
@@ -172,7 +173,8 @@ def name_of(measure: str) -> str:
 def label_with_unit(measure: str) -> str:
     """Return the name of a number with its unit."""
     units = {"hessian_trace": "  (loss per squared weight)"}
-    return name_of(measure) + units.get(measure, "  (loss)" if "flatness" in measure and "per_" not in measure else "")
+    has_unit = "flatness" in measure and "per_" not in measure
+    return name_of(measure) + units.get(measure, "  (in units of the loss)" if has_unit else "")
 
 
 def head(figure: Any, ax: Any, *lines: str) -> None:

@@ -27,6 +27,8 @@ CAUTIONS = {
     "few_samples": "too few samples for errors",
     "few_models": "too few models for τ",
 }
+# Those about numbers that are missing, which say nothing against comparing the others.
+ABOUT_NUMBERS = ("not_normalised", "few_samples", "few_models")
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.results.cautions import Caution
+from lightning_flatness.results.cautions import ABOUT_NUMBERS, Caution
 from lightning_flatness.results.comparison_tables import as_page, decision_table, measures_table
 from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURES, RankCorrelation, correlation_table
 from lightning_flatness.results.records import Record, flat
@@ -180,7 +180,18 @@ class Comparison(Record):
 
     @property
     def verdict(self) -> str:
-        """Which model is the flattest by the normalised measure, by how much, and how sure that is, in a sentence."""
+        """Which model is the flattest by the normalised measure, by how much, how sure that is, and what is against."""
+        return self._found + self._doubt
+
+    @property
+    def _doubt(self) -> str:
+        kinds = [caution for caution in self.cautions if caution.kind not in ABOUT_NUMBERS]
+        if not kinds:
+            return ""
+        return f" But the models cannot be compared as they are: {', '.join(dict.fromkeys(c.short for c in kinds))}."
+
+    @property
+    def _found(self) -> str:
         values = {name: model.normalized_relative_flatness for name, model in self.models.items()}
         order = sorted((name for name, value in values.items() if math.isfinite(value)), key=values.__getitem__)
         if len(order) < 2:
@@ -190,7 +201,7 @@ class Comparison(Record):
         unsure = [name for name, found in others.items() if not found.is_clear]
         if all(not others[name].is_known for name in unsure) and unsure:
             return (
-                f"{lowest} has the lowest normalised flatness; how sure that is, is not known, as errors are missing."
+                f"{lowest} has the lowest normalised flatness. How sure that is, is not known, as errors are missing."
             )
         if unsure:
             return (
@@ -198,10 +209,11 @@ class Comparison(Record):
                 "errors above it."
             )
         found = others[second]
-        factor = f" ({measured(found.ratio, found.ratio_error)} times as much)" if found.ratio > 0 else ""
+        factor = f" ({measured(found.ratio, found.ratio_error)} times)" if found.ratio > 0 else ""
         return (
-            f"{lowest} is the flattest by the normalised measure. The next, {second}, has "
-            f"{measured(found.value, found.error)} more{factor}, which is more than two standard errors."
+            f"{lowest} is {'the flattest' if len(order) > 2 else 'flatter'} by the normalised measure. That of "
+            f"{second} is larger by {measured(found.value, found.error)}{factor}: a clear difference, of "
+            f"{_standard_errors(found)}."
         )
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
@@ -261,6 +273,10 @@ class Comparison(Record):
                 row |= {f"{number}_is_clear": found.is_clear}
             rows.append(row)
         return rows
+
+
+def _standard_errors(found: Difference) -> str:
+    return f"{abs(found.value) / found.error:.2g} standard errors" if found.error else "more than two standard errors"
 
 
 def _root(variance: float) -> float:

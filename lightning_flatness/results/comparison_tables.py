@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURE
 from lightning_flatness.results.texts import as_html, measured, named, number_of
 
 if TYPE_CHECKING:
-    from lightning_flatness.results.comparison import Comparison
+    from lightning_flatness.results.comparison import ComparedModel, Comparison
 
 
 def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
@@ -30,7 +31,8 @@ def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     ]
     headings = MEASURES | BASELINES
     outcome = [comparison.outcome_name] * bool(comparison.outcome_name)
-    for heading in (headings[BEST], f"/ {comparison.reference}", *(headings.get(n, n) for n in numbers), *outcome):
+    headings |= {"loss": _loss_of(rows.values())}
+    for heading in (headings[BEST], f"times {comparison.reference}", *(headings.get(n, n) for n in numbers), *outcome):
         table.add_column(Text(heading), justify="right")
     table.add_column("exact")
     for name, row in rows.items():
@@ -50,14 +52,14 @@ def _caption(comparison: Comparison) -> Text:
 
 
 def measures_table(comparison: Comparison) -> Table:
-    """Return the table of the other measures and of the numbers that come for free."""
+    """Return the table of the other measures and of the baselines."""
     rows = comparison.models
     known = [
         number
         for number in (*MEASURES, *BASELINES)
         if number not in (BEST, "train_loss") and any(not math.isnan(getattr(row, number)) for row in rows.values())
     ]
-    table = Table(title="Other measures, and numbers that come for free")
+    table = Table(title="Other measures of flatness, and numbers that need no Hessian")
     table.add_column("model", overflow="fold")
     for number in known:
         table.add_column((MEASURES | BASELINES)[number], justify="right")
@@ -87,16 +89,26 @@ def reading(comparison: Comparison) -> str:
     """Return how the numbers are to be read."""
     first = comparison.reference
     pairs = (
-        "whose samples are the same, which is taken into account"
+        "Errors of differences are those of the same samples in all models."
         if comparison.is_paired
-        else "taken as those of different samples (of the same ones, the errors of most differences are smaller)"
+        else "Errors of differences are those of different samples; if the samples are the same, most are smaller."
     )
-    unknown = any(not found.is_known for of_model in comparison.differences.values() for found in of_model.values())
+    found = [one for of_model in comparison.differences.values() for one in of_model.values()]
     return (
-        "Lower is flatter. Normalised: relative flatness for inputs whose channels have standard deviation one; it "
-        f"compares networks. / {first}: divided by that of {first}. ±: standard error over samples. ≈: differs from "
-        f"{first} by less than two standard errors of the difference, {pairs}." + " ?: error not known." * unknown
+        "A small number is flat. Normalised: relative flatness with every channel that the layer reads scaled to "
+        f"standard deviation one; networks are compared by it. times {first}: divided by that of {first}. ±: one "
+        f"standard error over samples. {pairs}"
+        + f" ≈: no clear difference from {first}, less than two standard errors."
+        * any(one.is_known and not one.is_clear for one in found)
+        + " ?: error not known." * any(not one.is_known for one in found)
+        + " Exact: the number of these samples is that of the full Hessian." * comparison.exact
     )
+
+
+def _loss_of(rows: Iterable[ComparedModel]) -> str:
+    """Return the heading of the loss: of which data it is."""
+    data = {row.data for row in rows}
+    return f"{data.pop()} loss" if data in ({"val"}, {"train"}) else "loss"
 
 
 def as_page(comparison: Comparison) -> str:

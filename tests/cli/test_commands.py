@@ -146,7 +146,7 @@ def test_a_config_says_the_classes_and_the_checkpoint_its_arguments(runs, cli_ru
     config = ["--config", cli_run / "config.yaml"]
     found = numbers("measure", runs / "wide.ckpt", *config, "--data.size", 20)  # width 3, not the config's 4
     assert_same(found, lf.measure_flatness(model_of(Net, runs / "wide.ckpt", width=3), with_size(20)))
-    assert found["details"]["Seed"] == "5"
+    assert found["details"]["Seed of the measurement"] == "5"
 
 
 def test_arguments_of_another_class_are_not_the_checkpoints(cli_run, numbers):

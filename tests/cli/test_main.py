@@ -51,7 +51,7 @@ def test_a_page_and_a_table_of_a_comparison(runs, run, tmp_path):
     code, out, _ = run("compare", other, runs / "small.ckpt", *NET, *DATA, "-o", path)
     assert code == 0
     assert "small" in out
-    assert "/ [red]wide" in out
+    assert "times [red]wide" in out
     page = path.read_text()
     assert "Comparison of [red]wide and small" in page
     assert "Checkpoint small" in page

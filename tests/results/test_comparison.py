@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import lightning_flatness as lf
-from lightning_flatness.results import BASELINES, ComparedModel, Comparison
+from lightning_flatness.results import BASELINES, Caution, ComparedModel, Comparison
 from lightning_flatness.results.rank_correlation import BEST, MEASURES
 
 NUMBERS = ("loss", "accuracy", *MEASURES)
@@ -32,9 +32,19 @@ def comparison(*values, errors=None, is_paired=False):
 def test_the_verdict_of_a_clear_difference():
     found = comparison(3.0, 1.0, 2.0)
     assert found.verdict == (
-        "b is the flattest by the normalised measure. The next, c, has 1.00 ± 0.14 more (2.0 ± 0.2 times as much), "
-        "which is more than two standard errors."
+        "b is the flattest by the normalised measure. That of c is larger by 1.00 ± 0.14 (2.0 ± 0.2 times): a clear "
+        "difference, of 7.1 standard errors."
     )
+
+
+def test_a_verdict_says_why_models_cannot_be_compared():
+    cautions = Caution("train_loss", "..."), Caution("width", "..."), Caution("few_models", "...")
+    found = replace(comparison(3.0, 1.0), cautions=cautions)
+    assert found.verdict.startswith("b is flatter by the normalised measure. That of a is larger by 2.00 ± 0.14")
+    assert found.verdict.endswith(
+        " But the models cannot be compared as they are: training losses differ, layers of different widths."
+    )
+    assert "But" not in replace(found, cautions=cautions[2:]).verdict  # which is not about the models
 
 
 def test_the_verdict_of_a_tie():
@@ -77,7 +87,7 @@ def test_marks_in_the_table():
     unknown = comparison(1.0, 2.0, errors=[math.nan, math.nan])
     assert list(unknown.table().columns[1].cells) == ["1", "2 ?"]
     assert "?: error not known" in str(unknown.table().caption)
-    assert "taken as those of different samples" in str(found.table().caption)
+    assert "are those of different samples" in str(found.table().caption)
 
 
 def test_names_are_printed_as_they_are():
@@ -86,7 +96,7 @@ def test_names_are_printed_as_they_are():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(replace(found, models=rows, outcome_name="[gap]"))
     text = console.export_text()
-    assert "/ [bold]a[/x]" in text
+    assert "times [bold]a[/x]" in text
     assert "[gap]" in text
 
 
