@@ -5,6 +5,8 @@
 # make bench   cost of measuring beside others, as ratios in one run; write docs/benchmarks.md (a third of an hour)
 # make docs    run the code blocks of the documentation, and build the site into site/ (some minutes)
 # make dist    build the wheel and the sdist into dist/, check them, and try the wheel by itself (a minute)
+# make gallery     draw the figures of docs/gallery.md again (some minutes)
+# make tutorials   run the notebooks again, and store what they print and draw (five minutes)
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
 # Each sets up what it needs in .venv the first time; with PyTorch that is some gigabytes and a few minutes.
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 
-.PHONY: demo test check format guards bench docs dist coverage clean
+.PHONY: demo test check format guards bench docs gallery tutorials dist coverage clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -55,6 +57,13 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m pytest --quiet tests/test_docs.py tests/test_prose.py
 	$(BIN)/mkdocs build --strict
+
+gallery: $(READY)
+	$(BIN)/python docs/gallery.py
+
+tutorials: $(READY)
+	@$(BIN)/python -m pip install --quiet --editable '.[tutorials]'
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False tutorials/*.ipynb
 
 dist: $(READY)
 	@$(BIN)/python -m pip install --quiet --editable '.[dist]'

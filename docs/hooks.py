@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: pages from files outside of ``docs/``, and links to such files."""
+"""Hooks of MkDocs: pages from files and notebooks outside of ``docs/``, and links to such files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+LINKED = PAGES | {f"tutorials/{path.name}": f"tutorials/{path.stem}.md" for path in NOTEBOOKS}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -21,7 +24,26 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages whose files lie at the top of the repository."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    for notebook in NOTEBOOKS:
+        for path, content in notebook_files(notebook, config.repo_url).items():
+            files.append(File.generated(config, f"tutorials/{path}", content=content))
     return files
+
+
+def notebook_files(notebook: Path, repository: str | None) -> dict[str, str | bytes]:
+    """Return a notebook as a page, with the outputs that it has stored, and its figures, by their paths."""
+    names = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
+    text, resources = MarkdownExporter().from_filename(str(notebook), names)
+    text = text.replace("![png]", "![Figure of the code above]").replace("](../docs/", "](../")
+    text = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", text)
+    title, _, rest = text.partition("\n")
+    path = f"tutorials/{notebook.name}"
+    where = [f"[Notebook]({repository}/blob/main/{path})" if repository else f"Notebook: `{path}`"]
+    if repository and "://github.com/" in repository:
+        name = repository.partition("://github.com/")[2]
+        where.append(f"[Open in Colab](https://colab.research.google.com/github/{name}/blob/main/{path})")
+    page = f"{notebook.stem}.md"
+    return {page: f"{title}\n\n{' · '.join(where)}\n{rest}", **resources["outputs"]}
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -35,9 +57,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link.group()
         if not (ROOT / path).exists():
             raise PluginError(f"{page.file.src_uri}: there is no {path}")
-        if path in PAGES:
+        if path in LINKED:
             return (
-                f"[{text}]({os.path.relpath(PAGES[path], posixpath.dirname(page.file.src_uri) or '.')}{anchor or ''})"
+                f"[{text}]({os.path.relpath(LINKED[path], posixpath.dirname(page.file.src_uri) or '.')}{anchor or ''})"
             )
         return (
             f"[{text}]({config.repo_url}/blob/main/{path}{anchor or ''})" if config.repo_url else f"{text} (`{path}`)"

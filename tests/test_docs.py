@@ -1,5 +1,6 @@
 """Documentation: code blocks run, links lead somewhere, every public name has its place, the README is short."""
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
+import lightning_flatness.plots
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # A comment above a block that is not run has the reason.
 BLOCK = re.compile(r"((?:<!-- not run: [^\n]*-->\n\n)?)```python\n(.*?)```", flags=re.DOTALL)
-SLOW = {"README.md", "index.md"}  # they train for some epochs
+SLOW = {"README.md", "index.md", "gallery.md"}  # they train for some epochs
 
 
 def name_of(page):
@@ -32,10 +34,11 @@ class Classifier(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.conv1, self.conv2, self.fc = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+        self.conv1, self.norm, self.conv2 = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+        self.fc = nn.Linear(4, 3)
 
     def forward(self, images):
-        return self.fc(self.conv2(self.conv1(images).relu()).relu().mean((2, 3)))
+        return self.fc(self.conv2(self.norm(self.conv1(images)).relu()).relu().mean((2, 3)))
 
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
@@ -79,9 +82,12 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     trainer = L.Trainer
-    quiet = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    epochs = 3 if page.stem == "gallery" else 1  # a plane of principal directions needs three
+    quiet = {"max_epochs": epochs, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     monkeypatch.setattr(L, "Trainer", lambda **options: trainer(**quiet | options))
-    monkeypatch.setattr(lf, "hessian_spectrum", partial(lf.hessian_spectrum, num_steps=5, num_probes=2, max_products=9))
+    few = {"num_steps": 5, "num_probes": 2, "max_products": 9}
+    monkeypatch.setattr(lf, "hessian_spectrum", partial(lf.hessian_spectrum, **few))
+    monkeypatch.setattr(lf, "SpectrumCallback", partial(lf.SpectrumCallback, **few))
     monkeypatch.setattr(lf, "loss_landscape", partial(lf.loss_landscape, steps=5))
     known = names()
     for block in blocks_of(page):
@@ -105,6 +111,27 @@ def test_links_lead_somewhere(page):
         found = (page.parent / path).resolve() if path else page
         assert found.exists(), target
         assert not anchor or anchor in anchors_of(found), target
+
+
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_notebooks_have_run_from_top_to_bottom(notebook):
+    assert notebook.stat().st_size < 800_000
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+
+
+def test_the_gallery_has_every_figure():
+    text = (ROOT / "docs" / "gallery.md").read_text()
+    assert {name for name in lf.plots.__all__ if f"{name}(" not in text} == set()
+    pictures = set((ROOT / "docs" / "images" / "gallery").iterdir())
+    assert {ROOT / "docs" / path for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)} == pictures
+    assert sum(picture.stat().st_size for picture in pictures) < 1_500_000
 
 
 def test_the_reference_has_every_public_name():

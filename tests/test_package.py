@@ -56,7 +56,10 @@ def test_the_sdist_has_what_its_tests_need():
         names = {name.partition("/")[2] for name in file.getnames()}
     folders = ("lightning_flatness", "tests", "docs", "examples", "benchmarks")
     sources = {path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")}
-    assert sources | {"README.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml", "pyproject.toml"} <= names
+    assert (
+        sources | {"tutorials/digits.ipynb", "README.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml", "pyproject.toml"}
+        <= names
+    )
 
 
 @built

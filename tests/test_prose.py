@@ -50,7 +50,9 @@ def blocks(text):
 def sentences(text):
     for block in blocks(text):
         plain = " ".join(block.split())
-        yield from filter(re.compile(r"\w").search, re.split(r"(?<=[.!?])\)? (?=[A-Z(\"'0-9])|: (?=[A-Z])|; ", plain))
+        yield from filter(
+            re.compile(r"\w").search, re.split(r"(?<=[.!?])\)? (?=[A-Z(\"'0-9])|: (?=[A-Z])| ?[;·] ", plain)
+        )
 
 
 def faults(sentence):

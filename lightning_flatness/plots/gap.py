@@ -48,9 +48,11 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
     if is_logarithmic(values):
         label_logarithm(ax.xaxis)
     if len(rows) <= MOST_NAMES:
-        for row, value in zip(rows, values, strict=True):
-            at = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
-            ax.annotate(row.name, (value, row.outcome), **at)
+        # Names of dots that are next to each other in height are on different sides.
+        for index, row in enumerate(sorted(rows, key=lambda row: row.outcome)):
+            side, align = ((5, "left"), (-5, "right"))[index % 2]
+            at = {"xytext": (side, 4), "textcoords": "offset points", "fontsize": 7, "ha": align}
+            ax.annotate(row.name, (getattr(row, measure), row.outcome), **at)
     ax.set_xlabel(label_with_unit(measure))
     ax.set_ylabel(comparison.outcome_name)
     plain_frame(ax, "both")

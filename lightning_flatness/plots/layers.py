@@ -40,7 +40,7 @@ def plot_layers(
     values = [getattr(layer, measure) for layer in layers]
     if layers and all(math.isnan(value) for value in values):
         raise FlatnessError(f"{measure} was not measured; choose another measure=, or measure it, too.")
-    figure, ax = axes_or_new(ax, 7.0, min(1.4 + 0.2 * max(len(layers), 4), HIGHEST))
+    figure, ax = axes_or_new(ax, 7.0, min(1.4 + 0.2 * max(len(layers), 6), HIGHEST))
     positions = list(range(len(layers)))
     known = [value for value in values if not math.isnan(value)]
     is_logarithmic = bool(known) and min(known) > 0
