@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -71,7 +70,7 @@ def test_the_wheel_runs_by_itself(tmp_path):
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, the_one("*.whl")], check=True)
     # What the package needs is taken from here; a path in a .pth file does not bring the editable package along.
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    (site / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [python, ROOT / "tests" / "installed.py"]
     done = subprocess.run(words, cwd=tmp_path, env=alone, capture_output=True, text=True)
