@@ -25,6 +25,7 @@ from benchmarks import machine, networks
 from benchmarks.timing import synchronize
 from lightning_flatness.layers.certificates import FULL_EVERY
 from lightning_flatness.measure.measurement import Measurement
+from lightning_flatness.measure.samples import FIRST_SAMPLES
 
 # Parts of a batch, and the functions that are timed for them. Time of a part within another is counted once.
 REST = "what is left of `update_observed` (metric states, checks)"
@@ -142,6 +143,8 @@ def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64,
         raise RuntimeError(f"not observed: {reason}")
     layer = net.get_submodule(next(iter(measurement.layers)))
     first = batch(net, measurement, x, y, device)
+    for _ in range(FIRST_SAMPLES // samples):  # samples wait until the spread of the channels is known
+        batch(net, measurement, x, y, device)
     raw: dict[str, list[float]] = defaultdict(list)
     for _ in range(2 if quick else 9):
         for part, value in batch(net, measurement, x, y, device).items():
@@ -172,6 +175,7 @@ def batch(net: nn.Module, measurement: Measurement, x: torch.Tensor, y: torch.Te
         raise RuntimeError(f"not observed: {observation.reason}")
     with timers(device) as parts:
         measurement.update_observed(observation, y)
+        measurement.settle_when_due()
     observation.release()
     return seconds_of | parts
 

@@ -36,6 +36,7 @@ def observed(net: nn.Module, batch: networks.Batch, defers_checks: bool = True, 
             net(x)
         assert not observation.reason, observation.reason
         measurement.update_observed(observation, y)
+        measurement.settle_when_due()
         observation.release()
 
     return step

@@ -89,7 +89,9 @@ def plot_over_epochs(
     """
     numbers = [math.nan if value is None else value for value in values]
     flags = [True] * len(numbers) if exact is None else list(exact)
-    marker = style.pop("marker", "o") if len(epochs) <= MOST_MARKERS else None
+    marker = style.pop("marker", "o")
+    if len(epochs) > MOST_MARKERS:
+        marker = None
     if any(flags) or not numbers:
         solid = [number if flag else math.nan for number, flag in zip(numbers, flags, strict=True)]
         ax.plot(epochs, solid, marker=marker, **style)

@@ -48,7 +48,7 @@ def run(how, folder, **environment):
 def test_both_names_of_lightning(tmp_path, how, root):
     printed = run(how, tmp_path)
     assert f"root: {root}" in printed
-    assert "WithoutForward has no forward(). Name the attribute" in printed
+    assert "without forward: net.0" in printed
     assert (tmp_path / "best.ckpt").exists()
     seen = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0")).Reload().Tags()
     assert "flatness/relative_flatness" in seen["scalars"]

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.slow
 def outcomes(request, tmp_path_factory):
     scenarios = (*WITHOUT, *WITH, *CONTROLLED)
     name = f"bit-identical-{request.param}"
-    return run_once_on_ranks(*scenarios, name=name, tmp_path_factory=tmp_path_factory, num_ranks=request.param)
+    return run_once_on_ranks(
+        *scenarios, name=name, tmp_path_factory=tmp_path_factory, num_ranks=request.param, seconds=900
+    )
 
 
 def not_identical(outcomes, name):

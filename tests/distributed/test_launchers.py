@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent / "launched.py"
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_logged_is_what_one_process_measures(strategy, tmp_path):
     file = tmp_path / "found.pt"
-    codes = run_processes([[sys.executable, str(SCRIPT), strategy, str(file)]], [environment()], tmp_path, seconds=120)
+    codes = run_processes([[sys.executable, str(SCRIPT), strategy, str(file)]], [environment()], tmp_path, seconds=300)
     assert codes == [0], (tmp_path / "stderr.0.txt").read_text()[-3000:]
     found = torch.load(file)
     net = TwoLayerNet().double()

@@ -54,8 +54,8 @@ def test_an_error_of_the_user_ends_all_ranks(outcomes, with_):
 def test_a_rank_that_dies_ends_the_other(with_, tmp_path):
     name = f"death, {with_}"
     start = time.monotonic()
-    first, second = run_on_ranks(name, folder=tmp_path, seconds=90)[name]
-    assert time.monotonic() - start < 60
+    first, second = run_on_ranks(name, folder=tmp_path, seconds=240)[name]
+    assert time.monotonic() - start < 180  # and not the half hour of torch's own limit
     assert "the process ended with 1" in second.error
     assert first.error is not None
     assert "RuntimeError" in first.error or "DistBackendError" in first.error

@@ -215,6 +215,12 @@ def test_layers_that_are_not_exact_are_dashed_and_bands_are_stated(heading):
     assert heading(ax).endswith("2 standard errors over samples: at most 10 % (bands)")
 
 
+def test_long_curves_have_no_markers():
+    records = [{"epoch": epoch, "a/hessian_trace": 1.0, "b/hessian_trace": 2.0} for epoch in range(200)]
+    _, ax = plot_layer_history(records, "hessian_trace")
+    assert [line.get_marker() for line in ax.get_lines()] == ["None", "None"]
+
+
 def test_curves_that_are_not_positive_are_linear():
     _, ax = plot_layer_history([{"epoch": 0, "a/hessian_trace": -1.0}], "hessian_trace")
     assert ax.get_yscale() == "linear"
