@@ -94,6 +94,7 @@ def test_two_callbacks_before_the_averaging(tmp_path, averages):
     assert [one for one in trainer.callbacks if one in (*both.values(), others)] == [*both.values(), others]
 
 
+@pytest.mark.slow
 def test_files_of_the_same_step_have_names_of_their_own(tmp_path):
     callback = KINDS["spectrum"](every_n_epochs=1, figures=False)
     fit(tmp_path, callback, OwnAverages())

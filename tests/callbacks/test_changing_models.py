@@ -147,6 +147,7 @@ def test_figures_of_a_model_that_changes(tmp_path, change):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_figures_where_at_the_end_one_layer_is_left(tmp_path):
     def only_one(net):
         net.conv1, net.norm1 = nn.Identity(), nn.Identity()

@@ -241,6 +241,7 @@ def test_thirty_epochs(tmp_path):
 @guards("callbacks/base.py", 'if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":', "if False:")
 @kinds
 @pytest.mark.usefixtures("sigint_kept")
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, kind):
     callback = KINDS[kind](every_n_epochs=1, figures_every=None)
     with contextlib.suppress(SystemExit):  # of recent Lightning; older ones return

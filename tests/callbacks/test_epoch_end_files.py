@@ -94,6 +94,7 @@ def without_seconds(callback):
 
 @guards("callbacks/base.py", "if not self._is_restored:", "if True:")
 @kinds
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_history(tmp_path, kind):
     whole = KINDS[kind](every_n_epochs=1)
     fit(tmp_path, whole, max_epochs=4)

@@ -180,6 +180,7 @@ def test_strength_zero_only_logs(tmp_path):
     assert float(trainer.callback_metrics["watched/loss"]) == 0.0
 
 
+@pytest.mark.slow
 def test_the_penalty_lowers_what_it_penalises(tmp_path):
     def flatness(*callbacks):
         module = Classifier()

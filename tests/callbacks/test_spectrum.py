@@ -40,6 +40,7 @@ def test_numbers_are_those_of_the_dense_hessian_of_the_weights_that_are_left(tmp
     assert abs(record["trace"] - float(matrix.trace())) < 5 * record["trace_stderr"] + 1e-12
 
 
+@pytest.mark.slow
 def test_every_epoch_has_its_own_weights(tmp_path):
     weights = []
 

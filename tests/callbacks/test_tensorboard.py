@@ -84,6 +84,7 @@ def test_chart_without_an_accuracy(tmp_path):
 
 
 @guards("callbacks/charts.py", "if any(callback.run_outputs.has_charts for callback in callbacks):", "if False:")
+@pytest.mark.slow
 def test_two_callbacks_are_both_in_the_charts(tmp_path):
     # TensorBoard serves one layout of a run.
     pair = [lf.FlatnessCallback(summary=False, prefix=prefix) for prefix in ("one", "two")]
@@ -112,6 +113,7 @@ def test_figures_can_be_left_out(tmp_path):
 
 @pytest.mark.usefixtures("sigint_kept")
 @pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.slow
 def test_figures_of_an_interrupted_run(tmp_path, data):
     callback = lf.FlatnessCallback(data=data, summary=False)
     with contextlib.suppress(SystemExit):  # of recent Lightning; older ones return
@@ -174,6 +176,7 @@ def test_flatness_of_zero_is_drawn(tmp_path):
     assert sorted(events(tmp_path).Tags()["images"]) == FIGURES
 
 
+@pytest.mark.slow
 def test_several_layers_are_drawn_side_by_side(tmp_path):
     callback = lf.FlatnessCallback(layers="all", summary=False)
     fit(tmp_path, callback)

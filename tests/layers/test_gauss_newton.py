@@ -128,7 +128,7 @@ ARGUMENTS = {
 
 
 @given(**ARGUMENTS)
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_every_layer_is_what_it_says(kind, activation, classes, samples, seed):
     assert_every_layer_is_what_it_says(kind, activation, classes, samples, seed)
 

@@ -180,6 +180,7 @@ def test_density_lies_near_the_exact_spectrum(net, options):
     assert_close(density, bells @ result.ritz_weights.flatten() / result.num_probes)
 
 
+@pytest.mark.slow
 def test_precision():
     model, x, y = convolutional()
     double = quick(model, [(x, y)], num_steps=10)
@@ -195,6 +196,7 @@ def test_precision():
     assert quick(single.bfloat16(), [(x.bfloat16(), y)]).eigenvectors.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_seeds():
     model, x, y = convolutional()
     one, same, other = (quick(model, [(x, y)], seed=seed) for seed in (1, 1, 2))

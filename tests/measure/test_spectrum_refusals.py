@@ -272,6 +272,7 @@ def test_no_trace(training, fails_in_pass):
     "with isolated(model), torch.no_grad():",
     "with torch.inference_mode(False), torch.no_grad():",
 )
+@pytest.mark.slow
 def test_inference_mode_and_autocast_around_it():
     model = ConvNet().double()
     plain = measure(model)

@@ -10,7 +10,10 @@ import lightning_flatness as lf
 MEASURE = "lf.measure_flatness, lf.hessian_spectrum, lf.loss_landscape, lf.FlatnessMetric, lf.FlatnessReport"
 
 
-@pytest.mark.parametrize(("names", "wanted"), [("lf", False), (MEASURE, False), ("lf.FlatnessCallback", True)])
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [pytest.param("lf", False, marks=pytest.mark.slow), (MEASURE, False), ("lf.FlatnessCallback", True)],
+)
 def test_only_callbacks_import_lightning(names, wanted):
     code = f"import sys, lightning_flatness as lf; {names}; print('lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -155,7 +155,7 @@ def test_permuted_samples_and_classes_do_not_matter():
 
 
 @given(sizes=st.lists(st.integers(1, 9), max_size=10), curved=st.booleans())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_any_split_over_batches_equals_the_whole(sizes, curved):
     assert_any_split_is_the_whole(sizes, curved)
 
