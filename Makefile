@@ -7,6 +7,8 @@
 # make dist    build the wheel and the sdist into dist/, check them, and try the wheel by itself (a minute)
 # make gallery     draw the figures of docs/gallery.md again (some minutes)
 # make tutorials   run the notebooks again, and store what they print and draw (five minutes)
+# make study   train and measure 216 networks, and write docs/study.md (a third of an hour on two cores); study-cifar for
+#              CIFAR-10 (hours; ARRAYS=folder of .npy files, or torchvision downloads it); both go on after an interrupt
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
 # Each sets up what it needs in .venv the first time; with PyTorch that is some gigabytes and a few minutes.
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 
-.PHONY: demo test check format guards bench docs gallery tutorials dist coverage clean
+.PHONY: demo test check format guards bench docs gallery tutorials dist study study-cifar study-accurate coverage clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -75,6 +77,21 @@ dist: $(READY)
 coverage: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[coverage]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage
+
+# Data of CIFAR-10: a folder of arrays, or torchvision's download.
+CIFAR = $(if $(ARRAYS),--arrays $(ARRAYS),--download)
+
+study: $(READY)
+	$(BIN)/python -m studies digits --jobs 2 --keep-weights
+	$(BIN)/python -m studies shift curves --jobs 2
+	$(BIN)/python -m studies speed page
+
+study-cifar: $(READY)
+	$(BIN)/python -m studies cifar page $(CIFAR)
+
+# Networks of real accuracy. On a GPU of which eight minutes can be had: make study-accurate MINUTES=8 ARRAYS=folder
+study-accurate: $(READY)
+	$(BIN)/python -m studies accurate page $(CIFAR) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

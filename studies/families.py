@@ -1,0 +1,159 @@
+"""Families of networks as data: a list of configurations each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One network: its data, its architecture, how it is trained, and its seed."""
+
+    name: str
+    arm: str  # what differs from the centre of a star; empty in a factorial
+    train_size: int
+    label_noise: float  # share of the training labels that are drawn anew from the other classes
+    augment: bool
+    network: str  # "plain" or "resnet"
+    width: int
+    depth: int  # convolutions of a plain network, blocks a stage of a ResNet
+    kernel: int
+    batch_norm: bool
+    dropout: float
+    optimizer: str  # "sgd" (momentum 0.9), "adam" or "sam" (SGD with momentum, radius 0.05)
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    schedule: str  # "constant" or "cosine"
+    seed: int
+
+    def row(self) -> dict[str, Any]:
+        """Return the configuration as a row of a table."""
+        return asdict(self)
+
+    @property
+    def stack_key(self) -> tuple[Any, ...]:
+        """What networks that are trained at once must have in common: shapes, and the order of operations."""
+        differing = {"name", "arm", "label_noise", "learning_rate", "weight_decay", "seed"}
+        return tuple(value for key, value in asdict(self).items() if key not in differing)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Configurations, and at which snapshots they are measured."""
+
+    name: str
+    data: str  # "digits" or "cifar10"
+    configurations: tuple[Configuration, ...]
+    epochs: tuple[int, ...]  # snapshots at the end of these
+    losses: tuple[float, ...]  # and when the training loss has fallen to these
+    checks: int  # how often in an epoch the training loss is looked at
+    stack: int  # networks trained at once at most
+    factors: tuple[str, ...]  # hyper-parameters that differ
+    measured_samples: int  # training samples that are measured
+    costly: tuple[str, ...]  # snapshots at which eigenvalues and the whole network's spectrum are measured
+
+    @property
+    def snapshots(self) -> tuple[str, ...]:
+        """Names of the snapshots."""
+        return (*(f"loss {loss:g}" for loss in self.losses), *(f"epoch {epoch}" for epoch in self.epochs))
+
+
+LOSSES = (0.3, 0.05, 0.01)
+
+DIGITS = Configuration(
+    name="", arm="", train_size=200, label_noise=0.0, augment=False, network="plain", width=12, depth=3, kernel=3,
+    batch_norm=True, dropout=0.0, optimizer="sgd", batch_size=25, learning_rate=0.05, weight_decay=0.0, epochs=120,
+    schedule="constant", seed=0,
+)  # fmt: skip
+
+CIFAR = Configuration(
+    name="", arm="centre", train_size=2000, label_noise=0.0, augment=False, network="plain", width=16, depth=4,
+    kernel=3, batch_norm=True, dropout=0.0, optimizer="sgd", batch_size=50, learning_rate=0.05, weight_decay=0.0,
+    epochs=30, schedule="constant", seed=0,
+)  # fmt: skip
+
+# Every arm of the star changes one hyper-parameter of the centre.
+ARMS: dict[str, tuple[Any, ...]] = {
+    "width": (8, 24),
+    "depth": (3, 6),
+    "kernel": (5,),
+    "batch_norm": (False,),
+    "dropout": (0.3,),
+    "augment": (True,),
+    "optimizer": ("adam", "sam"),
+    "batch_size": (20, 125),
+    "learning_rate": (0.02, 0.1),
+    "weight_decay": (1e-3, 5e-3),
+    "label_noise": (0.1, 0.2),
+    "train_size": (1000, 4000),
+    "network": ("resnet",),
+}
+# What else an arm changes, so that its networks can be trained at all.
+ALONG: dict[tuple[str, Any], dict[str, Any]] = {
+    ("optimizer", "adam"): {"learning_rate": 0.002},
+    ("network", "resnet"): {"depth": 1},
+    ("batch_norm", False): {"learning_rate": 0.02},
+}
+
+
+def digits(seeds: int = 3) -> Family:
+    """Return the factorial of batch size, learning rate, weight decay and label noise on scikit-learn's digits."""
+    levels = product((0.0, 0.1, 0.2), (10, 25, 100), (0.02, 0.05, 0.1, 0.2), (0.0, 1e-3), range(seeds))
+    keys = ("label_noise", "batch_size", "learning_rate", "weight_decay", "seed")
+    found = tuple(
+        replace(DIGITS, name=f"digits-{number:03d}", **dict(zip(keys, values, strict=True)))
+        for number, values in enumerate(levels)
+    )
+    return Family("digits", "digits", found, (30, 120), LOSSES, 2, 18, keys[:-1], 200, ("loss 0.05",))
+
+
+def cifar(seeds: int = 3) -> Family:
+    """Return the star on CIFAR-10: a centre, and arms that change one hyper-parameter each."""
+    settings = [{"arm": "centre"}]
+    settings += [
+        {"arm": f"{key} {value}", key: value, **ALONG.get((key, value), {})}
+        for key, values in ARMS.items()
+        for value in values
+    ]
+    found = []
+    for seed in range(seeds):  # seed by seed, so that an interrupted run has every arm
+        for setting in settings:
+            found.append(replace(CIFAR, name=f"cifar-{len(found):03d}", seed=seed, **setting))
+    return Family("cifar", "cifar10", tuple(found), (10, 30), LOSSES, 2, 9, tuple(ARMS), 512, ("loss 0.05",))
+
+
+def accurate(seeds: int = 5) -> Family:
+    """Return networks of real accuracy on CIFAR-10: small ResNets and plain networks, all images, augmented."""
+    centre = replace(
+        CIFAR, train_size=50_000, augment=True, width=32, batch_size=125, learning_rate=0.1, weight_decay=5e-4,
+        epochs=30, schedule="cosine",
+    )  # fmt: skip
+    kinds = ({"arm": "resnet", "network": "resnet", "depth": 1}, {"arm": "plain", "depth": 6})
+    settings = list(product(range(seeds), kinds))
+    found = tuple(
+        replace(centre, name=f"accurate-{number:03d}", seed=seed, **kind)
+        for number, (seed, kind) in enumerate(settings)
+    )
+    return Family("accurate", "cifar10", found, (10, 20, 30), LOSSES, 1, 2, ("network",), 512, ("loss 0.05",))
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {"digits": digits, "cifar": cifar, "accurate": accurate}
+
+
+def stacks(family: Family) -> list[tuple[Configuration, ...]]:
+    """Group configurations that can be trained at once, in the order of the list."""
+    groups: dict[tuple[Any, ...], list[Configuration]] = {}
+    for configuration in family.configurations:
+        groups.setdefault(configuration.stack_key, []).append(configuration)
+    found = [
+        tuple(group[start : start + family.stack])
+        for group in groups.values()
+        for start in range(0, len(group), family.stack)
+    ]
+    order = {configuration.name: number for number, configuration in enumerate(family.configurations)}
+    return sorted(found, key=lambda stack: order[stack[0].name])

@@ -1,0 +1,42 @@
+"""Pieces of the page: numbers, intervals and tables in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """Return a number with a sign that lines up, or a dash if it is not known."""
+    value = float(value) if value not in ("", None) else math.nan
+    if math.isnan(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text[1:] if text.startswith("-") and not text.strip("-0.") else text.replace("-", "−")
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """Return a share in percent."""
+    return f"{number(100 * float(value), digits)} %"
+
+
+def interval(row: dict[str, Any], key: str, low: str = "low", high: str = "high", digits: int = 2) -> str:
+    """Return a number with its interval, bold where the difference from zero is clear after the correction."""
+    value = number(row[key], digits)
+    bold = (
+        "**" if not math.isnan(float(row.get("p_holm", math.nan) or math.nan)) and float(row["p_holm"]) < 0.05 else ""
+    )
+    return f"{bold}{value}{bold} [{number(row[low], digits)}, {number(row[high], digits)}]"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a table whose first columns are aligned to the left and whose others to the right."""
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * left + "---:|" * (len(headings) - left)]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def picture(name: str, words: str) -> str:
+    """Return a figure of the study."""
+    return f"![{words}](images/study/{name}.png)\n"

@@ -1,0 +1,57 @@
+"""What is compared: every measure of the package and every baseline, with the names the page gives them."""
+
+from __future__ import annotations
+
+FLATNESS = {
+    "hessian_trace": "Hessian trace",
+    "relative_flatness": "relative flatness",
+    "normalized_relative_flatness": "normalised",
+    "channelwise_flatness": "channel-wise",
+    "neuronwise_flatness": "neuron-wise",
+    "layerwise_flatness": "layer-wise",
+}
+PLACES = {"last": "last convolution", "classifier": "classifier", "first": "first layer", "all": "all layers"}
+
+BASELINES = {
+    "train_loss": "train loss",
+    "train_error": "train error",
+    "weight_norm": "weight norm, network",
+    "weight_norm.last": "weight norm, last convolution",
+    "weight_norm.classifier": "weight norm, classifier",
+    "distance": "distance from initialisation",
+    "margin": "−margin, mean",
+    "margin_tenth": "−margin, tenth percentile",
+    "normalised_margin": "−margin over weight norm",
+    "feature_spread": "features × spread of weights",
+    "fisher_rao": "Fisher–Rao norm",
+    "takeuchi": "Takeuchi criterion, classifier",
+    "takeuchi_ratio": "Takeuchi ratio, classifier",
+    "sam": "SAM sharpness",
+    "asam": "ASAM sharpness",
+    "random": "random perturbation",
+    "random_relative": "random perturbation, relative",
+}
+CHEAP = {
+    f"{measure}.{place}": f"{label}, {PLACES[place]}" for place in PLACES for measure, label in FLATNESS.items()
+} | {
+    "per_loss.last": "relative flatness ÷ loss, last convolution",
+    "per_curvature.last": "relative flatness ÷ curvature, last convolution",
+}
+COSTLY = {
+    "lambda_max.last": "λ_max, last convolution",
+    "lambda_max.classifier": "λ_max, classifier",
+    "lambda_max.first": "λ_max, first layer",
+    "layerwise_lambda_max.last": "λ_max layer-wise, last convolution",
+    "neuronwise_lambda_max.last": "λ_max neuron-wise, last convolution",
+    "trace.network": "Hessian trace, whole network",
+    "lambda_max.network": "λ_max, whole network",
+    "r_e": "r_e, whole network",
+    "k_hn": "K_Hn, whole network",
+    "c_t": "C_t, whole network",
+}
+PACKAGE = CHEAP | COSTLY
+LABELS = BASELINES | PACKAGE
+# A large margin is expected of networks that generalise, and a C_t near zero: these count with a minus sign, so that
+# everywhere a positive τ means that the measure does what its authors say.
+NEGATED = {"margin", "margin_tenth", "normalised_margin", "c_t"}
+COLUMNS = ["name", "snapshot", "exact", *(name for name in LABELS if not name.startswith("train_"))]

@@ -1,0 +1,132 @@
+"""Write docs/study.md and its figures from the tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studies import curves, figures, shift
+from studies.families import accurate, cifar, digits
+from studies.markdown import number, percent, picture, table
+from studies.measures import BASELINES, LABELS, PACKAGE
+from studies.sections import family_section
+from studies.stars import star_table
+from studies.tables import read_rows
+from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, STAR_WORDS, findings
+
+ROOT = Path(__file__).parents[1]
+Rows = list[dict[str, Any]]
+
+
+def write(results: Path, root: Path = ROOT) -> Path:
+    """Analyse all tables, draw all figures, and write the page; return its path."""
+    page, images = root / "docs" / "study.md", root / "docs" / "images" / "study"
+    images.mkdir(parents=True, exist_ok=True)
+    factorial, found = family_section(results, images, digits(), "Digits: a factorial", DIGITS_WORDS)
+    star, of_star = family_section(results, images, cifar(), "CIFAR-10: a star", STAR_WORDS)
+    if of_star["taus"]:
+        star += "\n" + star_table(results, cifar())
+    parts = [HEAD, FOUND + findings(found), not_run(results), factorial, star]
+    parts += [shift_section(results, images), curves_section(results, images), speed_section(results, images)]
+    parts += [numbers_section(), BELOW]
+    page.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts if part))
+    return page
+
+
+def not_run(results: Path) -> str:
+    """Say which parts of the study the tables do not hold."""
+    lines = []
+    for family in (digits(), cifar(), accurate()):
+        done = len(read_rows(results / f"{family.name}-configurations.csv"))
+        if done < len(family.configurations):
+            lines.append(f"- `{family.name}`: {done} of {len(family.configurations)} networks have been run.")
+    for part, keys in (("shift", "shift.csv"), ("curves", "curves.csv")):
+        if not read_rows(results / keys):
+            lines.append(f"- `{part}` has not been run.")
+    lines += [
+        "- Shifts of CIFAR-10, and pretrained networks: there is no code for these yet.",
+        "- No part has been run on a GPU.",
+    ]
+    return "## What has not been run\n\n" + "\n".join(lines) + "\n"
+
+
+def shift_section(results: Path, images: Path) -> str:
+    """Return the section on images drawn otherwise."""
+    rows = shift.analyse(results)
+    if not rows:
+        return ""
+    figures.save(figures.shifted(rows), images / "shift.png")
+    first = rows[0]
+    text = (
+        f"{first['networks']} of the digits' networks (one seed, no weight decay), at {shift.SNAPSHOT}, are measured on "
+        f"{shift.MEASURED} test images as they are and drawn otherwise: {', '.join(shift.SHIFTS)}. Errors are those of all "
+        "test images. Compared are the changes from the images as they are: over the shifts, for one network; and over "
+        "networks, for one shift. Orange: the mean confidence of the network, which needs no labels, and the test loss. "
+        f"With {first['shifts']} shifts the first kind of τ is coarse.\n"
+    )
+    cells = [
+        (
+            row["label"] + ("\\*" if row["measure"] in shift.BASELINES else ""),
+            f"{number(row['over_shifts'])} [{number(row['low'])}, {number(row['high'])}]",
+            f"{number(row['over_networks'])} ({number(row['over_networks_low'])} to {number(row['over_networks_high'])})",
+        )
+        for row in rows
+    ]
+    headings = ("number", "τ over shifts [95 % over networks]", "τ over networks (range over shifts)")
+    caption = picture("shift", "How changes of each number go with the change of error")
+    return "\n".join(["## Digits drawn otherwise\n", text, caption, table(headings, cells)])
+
+
+def curves_section(results: Path, images: Path) -> str:
+    """Return the section on flatness in training."""
+    rows = curves.analyse(results)
+    if not rows:
+        return ""
+    figures.save(figures.training(results), images / "curves.png")
+    text = (
+        f"{rows[0]['runs']} runs of {curves.EPOCHS} epochs: with a fifth of the labels wrong or none, two learning rates, "
+        f"five seeds. Rules look at epochs from {curves.BURN_IN + 1} on, {curves.VALIDATION} images are for validation, and "
+        f"the test images are others. Rules that stop have a patience of {curves.PATIENCE}. *Needs*: what the rule needs "
+        "beside the training data. The change is that from the last epoch; below zero the rule is better.\n"
+    )
+    cells = [
+        (
+            row["scope"], row["rule"], row["needs"], number(row["epoch"], 1), percent(row["test_error"], 2),
+            f"{number(100 * row['test_error_change'])} [{number(100 * row['test_error_low'])}, "
+            f"{number(100 * row['test_error_high'])}]",
+            f"{number(row['test_loss_change'], 3)} [{number(row['test_loss_low'], 3)}, {number(row['test_loss_high'], 3)}]",
+        )
+        for row in rows
+    ]  # fmt: skip
+    headings = ("runs", "rule", "needs", "epoch", "test error", "change, points [95 %]", "change of test loss [95 %]")
+    caption = picture("curves", "Relative flatness and test error over the epochs of twenty runs")
+    return "\n".join(["## In training\n", text, caption, table(headings, cells, left=3)])
+
+
+def speed_section(results: Path, images: Path) -> str:
+    """Return the section on training many networks at once."""
+    rows = read_rows(results / "speed.csv")
+    if not rows:
+        return ""
+    figures.save(figures.speed(rows), images / "speed.png")
+    best: dict[str, dict[str, str]] = {}
+    for row in rows:
+        name = f"{row['data']}, batches of {row['batch_size']}"
+        if name not in best or float(row["ratio"]) > float(best[name]["ratio"]):
+            best[name] = row
+    found = "; ".join(f"{name}: {number(row['ratio'], 1)} times with {row['networks']}" for name, row in best.items())
+    text = (
+        "Networks of one architecture are trained at once: their parameters are stacked, `torch.func.functional_call` and "
+        "`vmap` run them side by side. They are the networks that `torch.optim` trains one by one, to 1e-6 (a test). "
+        f"How many times faster a network is trained so, on one thread of a CPU, at best: {found}.\n"
+    )
+    return "\n".join(["## Many networks at once\n", text, picture("speed", "Times faster against networks at once")])
+
+
+def numbers_section() -> str:
+    """Say which measures and baselines there are."""
+    return (
+        "## What was compared\n\n"
+        f"{len(PACKAGE)} measures of the package: {'; '.join(LABELS[name] for name in PACKAGE)}.\n\n"
+        f"{len(BASELINES)} baselines: {'; '.join(LABELS[name] for name in BASELINES)}.\n"
+    )

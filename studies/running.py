@@ -1,0 +1,237 @@
+"""Train and measure a family: stack by stack, in several processes, a row in the tables for every snapshot.
+
+What is in the tables already is not done again, so a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from studies.data import Data, cifar10, digits
+from studies.families import FAMILIES, Configuration, Family, stacks
+from studies.measuring import measured_rows
+from studies.tables import Table
+from studies.training import Run, Snapshot
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where data come from, where results go, and how many processes work."""
+
+    arrays: Path | None = None
+    root: Path = Path("data")
+    download: bool = False
+    results: Path = RESULTS
+    work: Path = Path("runs/study")
+    jobs: int = 1
+    device: str = "cpu"
+    keep_weights: bool = False
+    minutes: float = math.inf
+    limit: int | None = None  # train the first stacks only
+
+
+def load(data: str, settings: Settings) -> Data:
+    found = digits() if data == "digits" else cifar10(settings.arrays, settings.root, settings.download)
+    return found.to(torch.device(settings.device))
+
+
+class Worker:
+    """The tasks of a process, which reads the data once."""
+
+    data: Data
+    family: Family
+    settings: Settings
+
+    @classmethod
+    def begin(cls, family: Family, settings: Settings) -> None:
+        if settings.jobs > 1:
+            torch.set_num_threads(1)
+        cls.family, cls.settings, cls.data = family, settings, load(family.data, settings)
+
+    @classmethod
+    def train(cls, stack: tuple[Configuration, ...], saved: Path, deadline: float) -> list[Snapshot] | None:
+        return Run(cls.family, stack, cls.data, cls.settings.device).train(saved, deadline)
+
+    @classmethod
+    def measure(cls, configuration: Configuration, snapshot: Snapshot) -> tuple[dict[str, Any], dict[str, Any]]:
+        return measured_rows(cls.family, configuration, snapshot, cls.data)
+
+
+class Later(Future[Any]):
+    """A task that runs in this process when its result is asked for."""
+
+    def __init__(self, task: Callable[[], Any]) -> None:
+        super().__init__()
+        self._task = task
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._task()
+
+
+class Here(Executor):
+    """Runs tasks in this process, one after the other, as a GPU wants it."""
+
+    def submit(self, task: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        return Later(partial(task, *arguments, **options))
+
+
+def finished(pending: Iterable[Future[Any]]) -> list[Future[Any]]:
+    """Return tasks whose results can be asked for: those that are done, or the next one of this process."""
+    here = [future for future in pending if isinstance(future, Later)]
+    return here[:1] or list(wait(pending, return_when=FIRST_COMPLETED).done)
+
+
+@contextmanager
+def workers(initializer: Callable[..., None], arguments: tuple[Any, ...], jobs: int) -> Iterator[Executor]:
+    """Yield what runs tasks: processes of one thread each, or this one."""
+    if jobs == 1:
+        initializer(*arguments)
+        yield Here()
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=initializer, initargs=arguments)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def bar(console: Console) -> Progress:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def measure_all(
+    tasks: Sequence[tuple[Any, ...]],
+    measure: Callable[..., dict[str, Any]],
+    begin: Callable[..., None],
+    settings: Settings,
+    table: Table,
+    console: Console,
+    what: str,
+) -> None:
+    """Append a row to the table for each task that is not there, by its first entries."""
+    tasks = [task for task in tasks if tuple(map(str, task[: len(table.keys)])) not in table]
+    try:
+        with workers(begin, (settings,), settings.jobs) as pool, bar(console) as progress:
+            shown = progress.add_task(what, total=len(tasks))
+            pending = {pool.submit(measure, *task) for task in tasks}
+            while pending:
+                for future in finished(pending):
+                    pending.remove(future)
+                    table.append(future.result())
+                    progress.advance(shown)
+    except KeyboardInterrupt:
+        stopped(console)
+
+
+def stopped(console: Console) -> None:
+    console.print("Interrupted. Nothing that was measured is lost: the same command goes on from here.")
+    raise SystemExit(130) from None
+
+
+class FamilyRun:
+    """One pass over a family: what is done, what is under way."""
+
+    def __init__(self, family: Family, settings: Settings) -> None:
+        self.family, self.settings = family, settings
+        names = ("configurations", "losses", "measures")
+        keys = (("name",), ("name", "snapshot"), ("name", "snapshot"))
+        self.tables = {
+            name: Table(settings.results / f"{family.name}-{name}.csv", *key)
+            for name, key in zip(names, keys, strict=True)
+        }
+        every = stacks(family)[: settings.limit]
+        self.todo = [(n, stack) for n, stack in enumerate(every) if not all(self._is_done(c) for c in stack)]
+        self.deadline = time.time() + 60 * settings.minutes
+        self.left: dict[int, int] = {}
+
+    def _is_done(self, configuration: Configuration) -> bool:
+        return (configuration.name,) in self.tables["configurations"]
+
+    def run(self, console: Console) -> None:
+        """Do what is left of the family."""
+        networks = sum(len(stack) for _, stack in self.todo)
+        with workers(Worker.begin, (self.family, self.settings), self.settings.jobs) as pool, bar(console) as progress:
+            trained = progress.add_task("networks trained", total=networks)
+            measured = progress.add_task("snapshots measured", total=0)
+            waiting, pending = list(self.todo), {}
+            while waiting or pending:
+                while waiting and len(self.left) < self.settings.jobs and time.time() < self.deadline:
+                    number, stack = waiting.pop(0)
+                    self.left[number] = -1
+                    future = pool.submit(Worker.train, stack, self._saved(number), self.deadline)
+                    pending[future] = number, stack, None
+                if not pending:
+                    break  # out of time
+                for future in finished(pending):
+                    number, stack, snapshot = pending.pop(future)
+                    if snapshot is None:
+                        snapshots = future.result()
+                        progress.advance(trained, len(stack) if snapshots is not None else 0)
+                        todo = self._to_measure(snapshots or [])
+                        self.left[number] = len(todo)
+                        by_name = {configuration.name: configuration for configuration in stack}
+                        for one in todo:
+                            task = pool.submit(Worker.measure, by_name[one.name], one)
+                            pending[task] = number, stack, one
+                        progress.update(measured, total=(progress.tasks[measured].total or 0) + len(todo))
+                        if snapshots is None:
+                            del self.left[number]
+                            continue
+                    else:
+                        losses, measures = future.result()
+                        self.tables["measures"].append(measures)
+                        self.tables["losses"].append(losses)
+                        self.left[number] -= 1
+                        progress.advance(measured)
+                    if not self.left[number]:
+                        self._finish(number, stack)
+
+    def _to_measure(self, snapshots: list[Snapshot]) -> list[Snapshot]:
+        return [one for one in snapshots if (one.name, one.snapshot) not in self.tables["losses"]]
+
+    def _finish(self, number: int, stack: tuple[Configuration, ...]) -> None:
+        for configuration in stack:
+            self.tables["configurations"].append(configuration.row())
+        del self.left[number]
+        if not self.settings.keep_weights:
+            self._saved(number).unlink(missing_ok=True)
+
+    def _saved(self, number: int) -> Path:
+        return self.settings.work / self.family.name / f"stack-{number:03d}.pt"
+
+
+def run_family(name: str, settings: Settings, console: Console) -> None:
+    """Train and measure what is missing of a family."""
+    family = FAMILIES[name]()
+    run = FamilyRun(family, settings)
+    done = sum(run._is_done(c) for c in family.configurations)
+    console.print(f"{name}: {len(family.configurations)} networks, {done} done. Rows go to {settings.results}.")
+    try:
+        run.run(console)
+    except KeyboardInterrupt:
+        stopped(console)
+
+
+def smaller(family: Family, number: int, epochs: int) -> Family:
+    """Return a family of the first configurations and few epochs, for trials."""
+    some = tuple(replace(c, epochs=epochs) for c in family.configurations[:number])
+    return replace(family, configurations=some, epochs=(epochs,), costly=(f"epoch {epochs}",))

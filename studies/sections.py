@@ -1,0 +1,187 @@
+"""Sections of the page about one family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studies import figures
+from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, analyse, sample
+from studies.families import Family
+from studies.markdown import interval, number, percent, picture, table
+from studies.measures import BASELINES, LABELS, PACKAGE
+from studies.tables import write_rows
+from studies.verdicts import NORMALISED, OURS, TRACE, chosen, verdicts
+
+Rows = list[dict[str, Any]]
+COMPARED = (OURS, NORMALISED, TRACE)
+
+
+def family_section(results: Path, images: Path, family: Family, title: str, words: str) -> tuple[str, dict[str, Rows]]:
+    """Analyse a family, draw its figures, and return its part of the page with the tables."""
+    found = analyse(results, family)
+    if not found["taus"]:
+        return f"## {title}\n\n{words}\n\nNot run yet.\n", found
+    found["verdicts"] = verdicts(found)
+    write_rows(results / f"{family.name}-verdicts.csv", found["verdicts"])
+    parts = [f"## {title}\n", words + "\n", reached(found["reached"]), reliability(found["reliability"])]
+    name = family.name
+    figures.save(figures.heat(found["taus"], title), images / f"{name}-all.png")
+    if chosen(found["taus"], MAIN_TARGETS[0], SCOPES[0]):
+        figures.save(figures.intervals(found["taus"], title), images / f"{name}-tau.png")
+        figures.save(figures.scatter(sample(results, family, MAIN), title), images / f"{name}-scatter.png")
+        parts += [
+            answers(found),
+            picture(f"{name}-tau", f"{title}: τ of every measure with its interval"),
+            wobble(results, family, found),
+        ]
+        parts += [picture(f"{name}-scatter", f"{title}: loss gap and test error against four numbers")]
+    parts += [picture(f"{name}-all", f"{title}: τ of all measures with all targets at all snapshots")]
+    parts += [main_table(found, target) for target in MAIN_TARGETS if found["details"]]
+    parts += [difference_table(found)] if found["differences"] else []
+    parts += [pairs_table(found["pairs"])] if found["pairs"] else []
+    return "\n".join(parts), found
+
+
+def reached(rows: Rows) -> str:
+    """Say how many networks there are at each snapshot."""
+    headings = ("snapshot", "networks", "of", "left out", "configurations", "training loss", "test error")
+    cells = [
+        (row["snapshot"], str(row["n"]), str(row["of"]), str(row["left_out"]), str(row["configurations"]),
+         f"{row['train_loss_low']:.2g} to {row['train_loss_high']:.2g}",
+         f"{percent(row['test_error_low'])} to {percent(row['test_error_high'])}")
+        for row in rows
+    ]  # fmt: skip
+    text = (
+        "A snapshot at a loss is the first one, of those looked at, whose training loss (all training images, "
+        "evaluation mode) is not above it. *Left out*: the loss had jumped below half of it, or a number is not "
+        "finite.\n"
+    )
+    return "### How many networks\n\n" + text + "\n" + table(headings, cells)
+
+
+def reliability(rows: Rows) -> str:
+    """Say how well targets can be told apart at all."""
+    text = (
+        "Before any measure: how well does one half of the test images tell what the other half says of the same "
+        "networks? *τ of halves* is between both halves. *Reliability* is Pearson's r, stepped up to all test images; "
+        "no measure can be expected to correlate with a target more than this target with itself. Where it is low, a τ "
+        "near zero says nothing.\n"
+    )
+    headings = ("snapshot", "target", "networks", "n", "τ of halves", "reliability")
+    cells = [
+        (row["snapshot"], row["target"], row["scope"], str(row["n"]), number(row["tau"]), number(row["whole"]))
+        for row in rows
+    ]
+    return "### How reliable the targets are\n\n" + text + "\n" + table(headings, cells, left=3)
+
+
+def answers(found: dict[str, Rows]) -> str:
+    """Show the verdicts, a column for each target and scope."""
+    columns = [(target, scope) for target in MAIN_TARGETS for scope in SCOPES]
+    rows: dict[str, dict[tuple[str, str], str]] = {}
+    for row in found["verdicts"]:
+        rows.setdefault(row["question"], {})[row["target"], row["scope"]] = row["answer"]
+    headings = ("question", *(f"{target}, {scope}" for target, scope in columns))
+    cells = [(question, *(row.get(column, "–") for column in columns)) for question, row in rows.items()]
+    tried = sum(row["p"] == row["p"] for row in found["taus"])
+    compared = sum(row["p"] == row["p"] for row in found["differences"])
+    text = (
+        f"{tried} values of τ were looked at (measures and baselines × snapshots × targets × scopes) and {compared} "
+        "differences between them. A verdict other than *not clear* takes p < 0.05 after the correction for the number "
+        "(Holm), with errors from leaving out one configuration at a time. The best baseline is the one with the "
+        "largest τ, found by looking. "
+        f"Verdicts are those at {MAIN}.\n"
+    )
+    return "### Verdicts\n\n" + text + "\n" + table(headings, cells, left=5)
+
+
+def wobble(results: Path, family: Family, found: dict[str, Rows]) -> str:
+    """Say what a second seed of the bootstrap changes."""
+    other = analyse(results, family, seed=1, is_written=False)
+    other["verdicts"] = verdicts(other)
+    changed = sum(a != b for a, b in zip(found["verdicts"], other["verdicts"], strict=True))
+    sides = sum(
+        (a["low"] > 0) != (b["low"] > 0) or (a["high"] < 0) != (b["high"] < 0)
+        for a, b in zip(found["taus"], other["taus"], strict=True)
+    )
+    ends = max(
+        (
+            abs(a[end] - b[end])
+            for a, b in zip(found["taus"], other["taus"], strict=True)
+            for end in ("low", "high")
+            if a[end] == a[end]
+        ),
+        default=0.0,
+    )
+    return (
+        f"With another seed of the bootstrap {changed} of {len(found['verdicts'])} verdicts change, {sides} of "
+        f"{len(found['taus'])} intervals change the side of zero that they are on, and no end of an interval moves by "
+        f"more than {ends:.2f}.\n"
+    )
+
+
+def main_table(found: dict[str, Rows], target: str) -> str:
+    """Return the table of all baselines and measures for one target."""
+    whole, within = ({r["measure"]: r for r in chosen(found["taus"], target, scope)} for scope in SCOPES)
+    of = {row["measure"]: row for row in found["details"] if row["target"] == target}
+    headings = (
+        "number", "τ [95 %]", "within noise levels", "given train loss", "given weight norm", "given lr/batch",
+        "granulated", "sign error", "worst", "where", "r", "r of log",
+    )  # fmt: skip
+    cells = []
+    for name in (name for name in LABELS if name in of):
+        row = of[name]
+        held = [number(row[f"given_{key}"]) for key in ("train_loss", "weight_norm", "rate_over_batch")]
+        star = "\\*" if name in BASELINES else ""
+        taus = [interval(rows[name], "tau") for rows in (whole, within)]
+        errors = [number(row["sign_error"]), number(row["worst_sign_error"]), row["worst_where"].replace("_", " ")]
+        others = [number(row[key]) for key in ("pearson", "pearson_log")]
+        cells.append((LABELS[name] + star, *taus, *held, number(row["granulated"]), *errors, *others))
+    first = next(iter(of.values()))
+    failing = sum(r["worst_sign_error"] >= 0.5 for r in of.values())
+    text = (
+        f"{first['n']} networks; \\*: baseline; bold: clear after the correction. *Given*: partial τ. *Granulated*: "
+        "among networks that differ in one hyper-parameter alone (Jiang et al. 2020). *Sign error* (Dziugaite et al. "
+        f"2020): share of matched pairs put in the wrong order, in the mean over {first['environments']} environments and "
+        f"in the *worst* one; 0.5 is a coin. {failing} of {len(of)} numbers are no better than a coin in their worst "
+        "environment. *r*: Pearson's, as in Petzka et al. 2021.\n"
+    )
+    return f"### All numbers, {target}\n\n{text}\n" + table(headings, cells)
+
+
+def difference_table(found: dict[str, Rows]) -> str:
+    """Return by how much three measures, and the one with the largest τ, are above the baselines."""
+    parts = ["### Against the baselines\n"]
+    parts.append(
+        "The difference of two τ on the same networks, with its interval: above zero the measure is better. The fourth "
+        "measure is the one of the package with the largest τ, chosen after looking, so it looks better than it is.\n"
+    )
+    for target, scope in ((MAIN_TARGETS[0], SCOPES[0]), (MAIN_TARGETS[0], SCOPES[1]), (MAIN_TARGETS[1], SCOPES[1])):
+        taus = {row["measure"]: row for row in chosen(found["taus"], target, scope)}
+        at = {(row["measure"], row["reference"]): row for row in chosen(found["differences"], target, scope)}
+        best = max((name for name in taus if name in PACKAGE), key=lambda name: taus[name]["tau"])
+        names = list(dict.fromkeys([*COMPARED, best]))
+        references = list(dict.fromkeys(reference for _, reference in at))
+        cells = [
+            (LABELS[ref], *(interval(at[name, ref], "difference") if (name, ref) in at else "–" for name in names))
+            for ref in references
+        ]
+        headings = (f"{target}, {scope}: τ minus that of", *(LABELS[name] for name in names))
+        parts.append(table(headings, cells))
+    return "\n".join(parts)
+
+
+def pairs_table(rows: Rows) -> str:
+    """Return how often label noise raises each number."""
+    first = rows[0]
+    text = (
+        f"Pairs of networks that differ in label noise alone ({first['environment'].replace('_', ' ')}; "
+        f"{first['pairs']} pairs, both at {MAIN}): in how many the number is larger with the noise. Margins and C_t "
+        "count with a minus sign.\n"
+    )
+    cells = [(LABELS.get(row["number"], row["number"]), str(row["larger"]), str(row["pairs"])) for row in rows]
+    half = (len(cells) + 1) // 2
+    cells += [("", "", "")] * (2 * half - len(cells))
+    both = [(*a, *b) for a, b in zip(cells[:half], cells[half:], strict=True)]
+    return "### Label noise\n\n" + text + "\n" + table(("number", "larger", "of", "number", "larger", "of"), both)

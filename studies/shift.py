@@ -1,0 +1,125 @@
+"""Digits drawn otherwise: does the change of a measure go with the change of accuracy?
+
+As in the papers on Hessian criteria (Gabdullin 2024, 2025): networks stay as they are, and what they are measured on
+changes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.nn.functional import cross_entropy
+
+import lightning_flatness as lf
+from studies.data import Data, shifted
+from studies.families import Configuration, digits, stacks
+from studies.measuring import error_of, logits_of, network_of, spectrum_of
+from studies.running import Settings, load, measure_all
+from studies.statistics import DRAWS, tau
+from studies.tables import Table, column_of, read_rows, write_rows
+from studies.training import Run, Snapshot
+
+SNAPSHOT = "epoch 120"
+MEASURED = 200  # test images
+CLEAN = "clean"
+SHIFTS = ("moved", "rotated", "small", "blurred", "noisy", "faint")
+# The sign makes a positive τ what is expected: the measure rises where accuracy falls.
+MEASURES = {
+    "confidence": ("−mean confidence", -1),
+    "loss": ("test loss", 1),
+    "hessian_trace": ("Hessian trace, last convolution", 1),
+    "relative_flatness": ("relative flatness, last convolution", 1),
+    "normalized_relative_flatness": ("normalised, last convolution", 1),
+    "trace.network": ("Hessian trace, whole network", 1),
+    "lambda_max.network": ("λ_max, whole network", 1),
+    "r_e": ("r_e, whole network", 1),
+    "k_hn": ("K_Hn, whole network", 1),
+    "c_t": ("C_t, whole network", -1),
+}
+BASELINES = ("confidence", "loss")
+
+
+def networks() -> list[Configuration]:
+    """Return the networks that are measured: one seed, no weight decay, two batch sizes."""
+    return [c for c in digits().configurations if not c.seed and not c.weight_decay and c.batch_size in (10, 100)]
+
+
+class Worker:
+    """The tasks of a process, with the digits in all their forms."""
+
+    data: Data
+    images: dict[str, torch.Tensor]
+
+    @classmethod
+    def begin(cls, settings: Settings) -> None:
+        if settings.jobs > 1:
+            torch.set_num_threads(1)
+        cls.data = load("digits", settings)
+        cls.images = {CLEAN: cls.data.test_images, **shifted(cls.data.test_images)}
+
+    @classmethod
+    def measure(cls, name: str, kind: str, configuration: Configuration, snapshot: Snapshot) -> dict[str, Any]:
+        model, images, labels = network_of(configuration, snapshot, cls.data), cls.images[kind], cls.data.test_labels
+        logits = logits_of(model, images)
+        batches = [(images[:MEASURED], labels[:MEASURED])]
+        report = lf.measure_flatness(model, batches, progress=False)
+        found = {"error": error_of(logits, labels), "loss": float(cross_entropy(logits, labels))}
+        found["confidence"] = float(logits.softmax(1).amax(1).mean())
+        flatness = ("hessian_trace", "relative_flatness", "normalized_relative_flatness")
+        found |= {measure: float(getattr(report, measure)) for measure in flatness}
+        return {"name": name, "shift": kind} | found | spectrum_of(model, batches)
+
+
+def run(settings: Settings, console: Console) -> None:
+    """Measure what is missing; networks are trained if their weights were not kept."""
+    family, wanted = digits(), {c.name: c for c in networks()}
+    table = Table(settings.results / "shift.csv", "name", "shift")
+    kinds = (CLEAN, *SHIFTS)
+    missing = {name for name in wanted for kind in kinds if (name, kind) not in table}
+    data, tasks = load("digits", settings), []
+    for number, stack in enumerate(stacks(family)):
+        if any(c.name in missing for c in stack):
+            saved = settings.work / family.name / f"stack-{number:03d}.pt"
+            snapshots = Run(family, stack, data, settings.device).train(saved) or []
+            tasks += [
+                (one.name, kind, wanted[one.name], one)
+                for one in snapshots
+                if one.snapshot == SNAPSHOT and one.name in missing
+                for kind in kinds
+            ]
+    measure_all(tasks, Worker.measure, Worker.begin, settings, table, console, "networks and shifts")
+
+
+def analyse(results: Path, seed: int = 0, is_written: bool = True) -> list[dict[str, Any]]:
+    """Return how the change of each measure goes with the change of error: over shifts, and over networks."""
+    rows = read_rows(results / "shift.csv")
+    names = sorted({row["name"] for row in rows})
+    at = {(row["name"], row["shift"]): row for row in rows}
+    names = [name for name in names if all((name, kind) in at for kind in (CLEAN, *SHIFTS))]
+    if len(names) < 5:
+        return []
+    by_kind = {kind: [at[name, kind] for name in names] for kind in (CLEAN, *SHIFTS)}
+
+    def change(measure: str, sign: int) -> np.ndarray:
+        clean = column_of(by_kind[CLEAN], measure)
+        return sign * np.stack([column_of(by_kind[kind], measure) - clean for kind in SHIFTS])  # (shifts, networks)
+
+    error, found = change("error", 1), []
+    drawn = np.random.default_rng(seed).integers(len(names), size=(DRAWS, len(names)))
+    for measure, (label, sign) in MEASURES.items():
+        of = change(measure, sign)
+        within = np.array([tau(of[:, i], error[:, i]) for i in range(len(names))])
+        low, high = np.quantile(np.nanmean(within[drawn], axis=1), [0.025, 0.975])
+        across = [tau(of[i], error[i]) for i in range(len(SHIFTS))]
+        row = {"measure": measure, "label": label, "networks": len(names), "shifts": len(SHIFTS)}
+        row |= {"over_shifts": float(np.nanmean(within)), "low": float(low), "high": float(high)}
+        row |= {"over_networks": float(np.nanmean(across))}
+        row |= {"over_networks_low": float(np.nanmin(across)), "over_networks_high": float(np.nanmax(across))}
+        found.append(row)
+    if is_written:
+        write_rows(results / "shift-taus.csv", found)
+    return found

@@ -1,0 +1,110 @@
+"""Many networks of one architecture as one: stacked parameters, and steps of their optimizers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.functional import cross_entropy
+
+Tensors = dict[str, Tensor]
+MOMENTUM, RADIUS = 0.9, 0.05
+
+
+class Stack:
+    """``M`` networks of one architecture, whose parameters and buffers have a first dimension ``M``."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.params, self.buffers = stack_module_state(list(models))
+        self.params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+        self.buffers = {name: b.detach().clone() for name, b in self.buffers.items()}
+        self.skeleton = copy.deepcopy(models[0]).to("meta")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.params.values())))
+
+    def losses(self, inputs: Tensor, targets: Tensor, keep_buffers: bool = False) -> Tensor:
+        """Return the training loss of every network ``(M,)`` on its own batch, ``(M, B, ...)`` and ``(M, B)``."""
+        self.skeleton.train()
+        buffers = {name: b.clone() for name, b in self.buffers.items()} if keep_buffers else self.buffers
+
+        def loss(params: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> Tensor:
+            return cross_entropy(functional_call(self.skeleton, (params, buffers), (x,)), y)
+
+        return vmap(loss, randomness="different")(self.params, buffers, inputs, targets)
+
+    def gradients(self, inputs: Tensor, targets: Tensor, keep_buffers: bool = False) -> Tensors:
+        """Return the gradient of every network's loss, stacked."""
+        total = self.losses(inputs, targets, keep_buffers).sum()  # no network's loss depends on another's weights
+        return dict(zip(self.params, torch.autograd.grad(total, list(self.params.values())), strict=True))
+
+    @torch.no_grad()
+    def mean_losses(self, inputs: Tensor, targets: Tensor, chunk: int = 500) -> Tensor:
+        """Return the loss of every network in evaluation mode ``(M,)``: images ``(N, ...)``, own targets ``(M, N)``."""
+        self.skeleton.eval()
+
+        def loss(params: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> Tensor:
+            return cross_entropy(functional_call(self.skeleton, (params, buffers), (x,)), y, reduction="sum")
+
+        parts = zip(inputs.split(chunk), targets.split(chunk, dim=1), strict=True)
+        sums = [vmap(loss, in_dims=(0, 0, None, 0))(self.params, self.buffers, x, y) for x, y in parts]
+        return torch.stack(sums).sum(0) / len(inputs)
+
+    def state_of(self, index: int) -> Tensors:
+        """Return a copy of the state of one network."""
+        return {name: t[index].detach().cpu().clone() for name, t in (self.params | self.buffers).items()}
+
+
+class Optimizer:
+    """Steps of SGD with momentum, SAM or Adam, as ``torch.optim`` takes them, with rates for each network ``(M,)``."""
+
+    def __init__(self, kind: str, stack: Stack, rates: Tensor, decays: Tensor) -> None:
+        self.kind, self.rates, self.decays, self.steps = kind, rates, decays, 0
+        count = {"sgd": 1, "sam": 1, "adam": 2}[kind]
+        self.moments = [{name: torch.zeros_like(p) for name, p in stack.params.items()} for _ in range(count)]
+
+    def step(self, stack: Stack, inputs: Tensor, targets: Tensor, scale: float = 1.0) -> None:
+        """Take a step; ``scale`` multiplies the learning rates."""
+        gradients = stack.gradients(inputs, targets)
+        if self.kind == "sam":
+            gradients = self._at_the_worst_point(stack, gradients, inputs, targets)
+        self.steps += 1
+        with torch.no_grad():
+            for name, p in stack.params.items():
+                rate, decay = (shaped(values, p) for values in (scale * self.rates, self.decays))
+                gradient = gradients[name] + decay * p
+                if self.kind == "adam":
+                    p.sub_(rate * self._adam(name, gradient))
+                else:
+                    p.sub_(rate * self.moments[0][name].mul_(MOMENTUM).add_(gradient))
+
+    def _adam(self, name: str, gradient: Tensor) -> Tensor:
+        first, second = (moments[name] for moments in self.moments)
+        first.mul_(0.9).add_(gradient, alpha=0.1)
+        second.mul_(0.999).add_(gradient.square(), alpha=0.001)
+        root = (second / (1 - 0.999**self.steps)).sqrt().add_(1e-8)
+        return first / (1 - 0.9**self.steps) / root
+
+    def _at_the_worst_point(self, stack: Stack, gradients: Tensors, inputs: Tensor, targets: Tensor) -> Tensors:
+        """Return the gradients a radius uphill, as sharpness-aware minimisation (Foret et al. 2021) takes them."""
+        squares = sum(g.flatten(1).square().sum(1) for g in gradients.values())
+        factor = RADIUS / (squares.sqrt() + 1e-12)
+        uphill = {name: shaped(factor, g) * g for name, g in gradients.items()}
+        moved(stack.params, uphill, 1)
+        found = stack.gradients(inputs, targets, keep_buffers=True)
+        moved(stack.params, uphill, -1)
+        return found
+
+
+@torch.no_grad()
+def moved(params: Tensors, by: Tensors, sign: int) -> None:
+    for name, p in params.items():
+        p.add_(by[name], alpha=sign)
+
+
+def shaped(values: Tensor, like: Tensor) -> Tensor:
+    """Return values ``(M,)`` with the dimensions of a tensor ``(M, ...)``."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,81 @@
+"""Verdicts, in the same words for every family, from p-values that depend on no random number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, is_clear
+from studies.measures import BASELINES, LABELS, PACKAGE
+
+Rows = list[dict[str, Any]]
+OURS = "relative_flatness.last"
+NORMALISED = "normalized_relative_flatness.last"
+TRACE = "hessian_trace.last"
+
+
+def chosen(rows: Rows, target: str, scope: str) -> Rows:
+    """Return the rows at the main snapshot for one target and scope."""
+    return [row for row in rows if (row["snapshot"], row["target"], row["scope"]) == (MAIN, target, scope)]
+
+
+def verdicts(found: dict[str, Rows]) -> list[dict[str, str]]:
+    """Answer the same questions for every target and scope."""
+    rows = []
+    for target in MAIN_TARGETS:
+        for scope in SCOPES:
+            taus, differences = chosen(found["taus"], target, scope), chosen(found["differences"], target, scope)
+            if taus:
+                answers = answers_of({row["measure"]: row for row in taus}, differences)
+                rows += [{"target": target, "scope": scope, "question": q, "answer": a} for q, a in answers.items()]
+    return rows
+
+
+def answers_of(taus: dict[str, dict[str, Any]], differences: Rows) -> dict[str, str]:
+    """Return the questions and their answers."""
+    beside = {(row["measure"], row["reference"]): row for row in differences}
+    answers = {}
+    for name in (OURS, NORMALISED, TRACE):
+        answers[f"Does {LABELS[name]}, go with it?"] = sign_of(
+            taus[name], "tau", ("yes", "yes, the wrong way", "not clear")
+        )
+    words = "better", "worse", "not clear"
+    for name, reference in ((OURS, TRACE), (NORMALISED, TRACE), (OURS, "weight_norm"), (OURS, "feature_spread")):
+        question = f"Is {LABELS[name]}, better than {LABELS[reference]}?"
+        answers[question] = sign_of(beside[name, reference], "difference", words)
+    known = [name for name in BASELINES if name in taus]
+    best = max(known, key=lambda name: taus[name]["tau"])
+    better = [name for name in PACKAGE if name in taus and beats(beside, name, best)]
+    worse = [name for name in PACKAGE if name in taus and beats(beside, name, best, -1)]
+    count = sum(name in PACKAGE for name in taus)
+    label = f"the best baseline ({LABELS[best]})"
+    answers[f"Which of {count} measures are better than the best baseline?"] = listed(better) + f"; than {label}"
+    answers[f"How many of {count} measures are worse than the best baseline?"] = f"{len(worse)}"
+    clear = {
+        kind: [n for n in taus if n in of and is_clear(taus[n]) and taus[n]["tau"] > 0] for kind, of in KINDS.items()
+    }
+    against = {
+        kind: [n for n in taus if n in of and is_clear(taus[n]) and taus[n]["tau"] < 0] for kind, of in KINDS.items()
+    }
+    for kind, of in KINDS.items():
+        number = sum(name in taus for name in of)
+        question = f"How many of {number} {kind} go with it, and how many the wrong way?"
+        answers[question] = f"{len(clear[kind])}; {len(against[kind])}"
+    return answers
+
+
+KINDS = {"measures": PACKAGE, "baselines": BASELINES}
+
+
+def sign_of(row: dict[str, Any], key: str, words: tuple[str, str, str]) -> str:
+    """Return the word for clearly positive, clearly negative, or neither."""
+    return words[2] if not is_clear(row) else words[0] if row[key] > 0 else words[1]
+
+
+def beats(beside: dict[tuple[str, str], dict[str, Any]], name: str, reference: str, sign: int = 1) -> bool:
+    """Return whether a measure's τ is clearly larger, or with sign -1 smaller, than a baseline's."""
+    row = beside.get((name, reference))
+    return row is not None and is_clear(row) and row["difference"] * sign > 0
+
+
+def listed(names: list[str]) -> str:
+    return "; ".join(LABELS[name] for name in names) or "none"
