@@ -60,8 +60,8 @@ def shift_section(results: Path, images: Path) -> str:
     text = (
         f"{first['networks']} of the digits' networks (one seed, no weight decay), at {shift.SNAPSHOT}, are measured on "
         f"{shift.MEASURED} test images as they are and drawn otherwise: {', '.join(shift.SHIFTS)}. Errors are those of all "
-        "test images. Compared are the changes from the images as they are: over the shifts, for one network; and over "
-        "networks, for one shift. Orange: the mean confidence of the network, which needs no labels, and the test loss. "
+        "test images. The table compares changes from the images as they are: over the shifts, for one network; and over "
+        "networks, for one shift. Baselines (\\*): the mean confidence of the network, which needs no labels, and the test loss. "
         f"With {first['shifts']} shifts the first kind of τ is coarse.\n"
     )
     cells = [

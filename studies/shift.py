@@ -44,8 +44,9 @@ BASELINES = ("confidence", "loss")
 
 
 def networks() -> list[Configuration]:
-    """Return the networks that are measured: one seed, no weight decay, two batch sizes."""
-    return [c for c in digits().configurations if not c.seed and not c.weight_decay and c.batch_size in (10, 100)]
+    """Return the networks that are measured: one seed, no weight decay, two batch sizes, two learning rates."""
+    every = (c for c in digits().configurations if not c.seed and not c.weight_decay)
+    return [c for c in every if c.batch_size in (10, 100) and c.learning_rate in (0.02, 0.2)]
 
 
 class Worker:

@@ -1,6 +1,7 @@
 """The reference study: its training, its tables and its statistics. What it finds stands in docs/study.md."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from studies import measures, statistics
+from studies.analysis import sample
 from studies.data import Data, in_turns, shifted, training_part
 from studies.families import CIFAR, DIGITS, Family, accurate, cifar, digits, stacks
+from studies.markdown import interval
 from studies.measuring import measured_rows, temperature_of
 from studies.networks import build
+from studies.running import RESULTS
 from studies.stacked import Optimizer, Stack
 from studies.tables import Table, read_rows
 from studies.training import Run, seed_of
@@ -214,3 +218,20 @@ def test_reliability_is_that_of_noisy_halves():
     found = statistics.reliability(truth + noise[0] + 5, truth + noise[1])
     assert found.whole == pytest.approx(2 / 3, abs=0.03)  # variance 1 of the truth, 1/2 of the mean of the halves
     assert found.noise == pytest.approx(0.5**0.5, abs=0.02)
+
+
+def test_the_page_has_the_numbers_of_the_tables():
+    (main,) = {row["snapshot"] for row in read_rows(RESULTS / "digits-differences.csv")}
+    found = sample(RESULTS, digits(), main)
+    table = {
+        (row["target"], row["measure"]): row
+        for row in read_rows(RESULTS / "digits-taus.csv")
+        if (row["snapshot"], row["scope"]) == (main, "all networks")
+    }
+    page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
+    for target in ("loss gap", "test error"):
+        row = table[target, "relative_flatness.last"]
+        tau = stats.kendalltau(found.column("relative_flatness.last"), found.targets[target]).statistic
+        assert float(row["tau"]) == pytest.approx(tau, abs=1e-5)
+        assert int(row["n"]) == len(found) >= 100
+        assert f"τ of relative flatness of the last convolution is {interval(row, 'tau')}".replace("**", "") in page
