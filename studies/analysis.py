@@ -25,7 +25,7 @@ from studies.statistics import (
     resampled,
     tau,
 )
-from studies.tables import column_of, read_rows, write_rows
+from studies.tables import column_of, read_rows, shown, write_rows
 
 Array = np.ndarray
 TARGETS = ("loss gap", "accuracy gap", "test error", "scaled test loss")
@@ -67,7 +67,7 @@ class Sample:
 
 def sample(results: Path, family: Family, snapshot: str) -> Sample:
     """Read a family's networks at one snapshot."""
-    configurations = {row["name"]: row for row in read_rows(results / f"{family.name}-configurations.csv")}
+    configurations = {c.name: {key: shown(value) for key, value in c.row().items()} for c in family.configurations}
     losses = {
         row["name"]: row
         for row in read_rows(results / f"{family.name}-losses.csv")

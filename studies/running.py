@@ -43,7 +43,8 @@ class Settings:
     device: str = "cpu"
     keep_weights: bool = False
     minutes: float = math.inf
-    limit: int | None = None  # train the first stacks only
+    skip: int = 0  # leave out the first stacks, which another process may do
+    limit: int | None = None  # and stop after so many
 
 
 def load(data: str, settings: Settings) -> Data:
@@ -158,8 +159,8 @@ class FamilyRun:
             name: Table(settings.results / f"{family.name}-{name}.csv", *key)
             for name, key in zip(names, keys, strict=True)
         }
-        every = stacks(family)[: settings.limit]
-        self.todo = [(n, stack) for n, stack in enumerate(every) if not all(self._is_done(c) for c in stack)]
+        every = list(enumerate(stacks(family)))[settings.skip :][: settings.limit]
+        self.todo = [(n, stack) for n, stack in every if not all(self._is_done(c) for c in stack)]
         self.deadline = time.time() + 60 * settings.minutes
         self.left: dict[int, int] = {}
 
@@ -206,7 +207,9 @@ class FamilyRun:
                         self._finish(number, stack)
 
     def _to_measure(self, snapshots: list[Snapshot]) -> list[Snapshot]:
-        return [one for one in snapshots if (one.name, one.snapshot) not in self.tables["losses"]]
+        """Return the snapshots that are not in the tables, the main one first."""
+        missing = [one for one in snapshots if (one.name, one.snapshot) not in self.tables["losses"]]
+        return sorted(missing, key=lambda one: one.snapshot not in self.family.costly)
 
     def _finish(self, number: int, stack: tuple[Configuration, ...]) -> None:
         for configuration in stack:
