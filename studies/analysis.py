@@ -82,7 +82,7 @@ def sample(results: Path, family: Family, snapshot: str) -> Sample:
         key: column_of(of_losses if key.startswith("train_") else of_measures, key) * (-1 if key in NEGATED else 1)
         for key in LABELS
     }
-    known = {key: values for key, values in columns.items() if np.isnan(values).mean() < 0.1}
+    known = {key: values for key, values in columns.items() if names and np.isnan(values).mean() < 0.1}
     keep = np.ones(len(names), dtype=bool)
     for values in known.values():
         keep &= ~np.isnan(values)

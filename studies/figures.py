@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from studies import curves, shift
 from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, TARGETS, Sample
@@ -98,7 +99,10 @@ def scatter(sample: Sample, family: str) -> Figure:
                 mine = noise == level
                 ax.plot(x[mine], sample.targets[target][mine], ".", color=colour, label=f"{level:g}", markersize=5)
             ax.set_xscale("log")
-            ax.tick_params(labelsize=7, which="both")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.tick_params(labelsize=7)
             ax.set_xlabel(LABELS[name] if row else "", fontsize=8)
             plain(ax)
         axes[0].set_ylabel(target, fontsize=9)

@@ -6,6 +6,7 @@ from typing import Any
 
 from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, is_clear
 from studies.measures import BASELINES, LABELS, PACKAGE
+from studies.statistics import LEVEL
 
 Rows = list[dict[str, Any]]
 OURS = "relative_flatness.last"
@@ -67,8 +68,11 @@ KINDS = {"measures": PACKAGE, "baselines": BASELINES}
 
 
 def sign_of(row: dict[str, Any], key: str, words: tuple[str, str, str]) -> str:
-    """Return the word for clearly positive, clearly negative, or neither."""
-    return words[2] if not is_clear(row) else words[0] if row[key] > 0 else words[1]
+    """Return the word for clearly positive, clearly negative, or neither; say so if only the correction forbids it."""
+    word = words[0] if row[key] > 0 else words[1]
+    if is_clear(row):
+        return word
+    return f"{words[2]} ({word}, were it the only question)" if row["p"] < LEVEL else words[2]
 
 
 def beats(beside: dict[tuple[str, str], dict[str, Any]], name: str, reference: str, sign: int = 1) -> bool:

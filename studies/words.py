@@ -88,7 +88,7 @@ def about(found: dict[str, Rows], target: str, scope: str) -> str:
     below = sum(beats(beside, name, best, -1) for name in PACKAGE)
     count = sum(name in PACKAGE for name in taus)
     difference = beside[OURS, TRACE]
-    clear = "clear" if is_clear(difference) else "not clear"
+    clear = "clear" if is_clear(difference) else "not clear after the correction for all that was looked at"
     return (
         f"**{target.capitalize()}, {scope}, at {MAIN}** ({taus[OURS]['n']} networks): τ of relative flatness of the last "
         f"convolution is {told(taus[OURS])}, of its normalised form {told(taus[NORMALISED])}, of the Hessian trace of the "
