@@ -86,12 +86,14 @@ study: $(READY)
 	$(BIN)/python -m studies shift curves --jobs 2
 	$(BIN)/python -m studies speed page
 
+# On a CPU with two cores give JOBS=2.
 study-cifar: $(READY)
-	$(BIN)/python -m studies cifar page $(CIFAR)
+	$(BIN)/python -m studies cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS))
+	$(BIN)/python -m studies page
 
 # Networks of real accuracy. On a GPU of which eight minutes can be had: make study-accurate MINUTES=8 ARRAYS=folder
 study-accurate: $(READY)
-	$(BIN)/python -m studies accurate page $(CIFAR) $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m studies accurate $(CIFAR) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
