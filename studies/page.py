@@ -12,7 +12,7 @@ from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.sections import family_section
 from studies.stars import star_table
 from studies.tables import read_rows
-from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, STAR_WORDS, findings
+from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, STAR_WORDS, claims, findings
 
 ROOT = Path(__file__).parents[1]
 Rows = list[dict[str, Any]]
@@ -28,7 +28,7 @@ def write(results: Path, root: Path = ROOT) -> Path:
         star += "\n" + star_table(results, cifar())
     parts = [HEAD, FOUND + findings(found), not_run(results), factorial, star]
     parts += [shift_section(results, images), curves_section(results, images), speed_section(results, images)]
-    parts += [numbers_section(), BELOW]
+    parts += [claims(found, shift.analyse(results)), numbers_section(), BELOW]
     page.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts if part))
     return page
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from studies.analysis import MAIN, SCOPES, is_clear
-from studies.markdown import number
+from studies.markdown import number, table
 from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.verdicts import NORMALISED, OURS, TRACE, beats, chosen
 
@@ -149,3 +149,39 @@ def noisy(rows: Rows) -> str:
         f"**Label noise** raises relative flatness in {ours['larger']} of {ours['pairs']} matched pairs, and the Hessian "
         f"trace in {trace['larger']}, at equal training loss."
     )
+
+
+def claims(found: dict[str, Rows], shifts: Rows) -> str:
+    """Return a table of what papers say, and what the digits say of it."""
+    if not found.get("details"):
+        return ""
+    of = {row["measure"]: row for row in found["details"] if row["target"] == "loss gap"}
+    failing = sum(row["worst_sign_error"] >= 0.5 for row in of.values())
+    changed = {row["measure"]: row for row in shifts}
+    criteria = "; ".join(f"{row['label']} {told(row, 'over_shifts')}" for row in map(changed.get, CRITERIA) if row)
+    rows = [
+        ("Relative flatness goes with the loss gap, and more than the Hessian trace", "Petzka et al. 2021",
+         f"Pearson's r {number(of[OURS]['pearson'])} and {number(of[TRACE]['pearson'])}"),
+        ("Relative flatness of convolutions is a robust tool to compare CNNs", "Taleghani et al. 2026",
+         f"sign error {number(of[OURS]['sign_error'])} in the mean, {number(of[OURS]['worst_sign_error'])} in the worst "
+         "environment; a coin has 0.5"),
+        ("Perturbations relative to the weights are among the best measures", "Jiang et al. 2020",
+         f"granulated τ: ASAM {number(of['asam']['granulated'])}, relative perturbation "
+         f"{number(of['random_relative']['granulated'])}, relative flatness {number(of[OURS]['granulated'])}"),
+        ("No measure beats a coin in its worst environment", "Dziugaite et al. 2020",
+         f"{failing} of {len(of)} do not, {len(of) - failing} do, in the environments of this factorial"),
+        ("Sharpness follows the learning rate", "Andriushchenko et al. 2023",
+         f"τ with learning rate over batch size: Hessian trace {number(of[TRACE]['with_rate_over_batch'])}, relative "
+         f"flatness {number(of[OURS]['with_rate_over_batch'])}"),
+        ("Takeuchi's criterion predicts the gap", "Thomas et al. 2020",
+         f"τ {number(of['takeuchi']['tau'])}, of the classifier alone"),
+        ("When the data change, Hessian criteria change with the accuracy", "Gabdullin 2024",
+         f"τ over shifts: {criteria}" if criteria else "not run"),
+        ("Flatness grows with SAM and augmentation although networks get better", "arXiv 2510.12451",
+         "not examined: it needs the star on CIFAR-10"),
+    ]  # fmt: skip
+    text = f"What the digits say, at {MAIN} and of the loss gap unless the table says otherwise. One family proves no paper right or wrong.\n"
+    return "## What papers say\n\n" + text + "\n" + table(("claim", "source", "here"), rows, left=3)
+
+
+CRITERIA = ("r_e", "k_hn", "c_t", "relative_flatness")
