@@ -49,7 +49,7 @@ BELOW = """## Limits
   and label noise act on flatness and on generalization at once; *within noise levels*, *granulated* and *given lr/batch*
   take some of that out, not all.
 - A snapshot at a loss is taken when the loss is first reached. The order at convergence may differ: see the snapshots at
-  fixed epochs, where the training loss itself tells most.
+  fixed epochs.
 - Measures are those of the training images. Test images would tell more, and need the very images whose error is to be
   predicted.
 - Another machine rounds otherwise, so its networks are others. Its numbers agree with these within the intervals, not
