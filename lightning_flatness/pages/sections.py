@@ -70,8 +70,8 @@ EQUAL_LOSS = (
 )
 NOT_TO_CONCLUDE = (
     "That a flatter network generalises better. In published work flatness goes with generalisation among CNNs for "
-    "images, and hardly among transformers (Andriushchenko et al. 2023, arXiv 2302.07011). In our own experiments at "
-    "equal training loss, the norm of the weights told as much.",
+    "images, and hardly among transformers (Andriushchenko et al. 2023, arXiv 2302.07011). In the study of this "
+    "package (digits, equal training loss), once label noise was held fixed, a number without a Hessian did as well.",
     "That the network as a whole is flat: each number is that of one layer alone.",
 )
 
