@@ -13,43 +13,49 @@ from pathlib import Path
 
 import lightning_flatness as lf
 
-assert Path(__file__).parents[1] not in Path(lf.__file__).parents, lf.__file__
-assert version("lightning-flatness") == lf.__version__
-assert "torch" not in sys.modules, "import lightning_flatness imports torch"
-assert Path(lf.__file__).with_name("py.typed").exists()
-command = shutil.which("lightning-flatness", path=sysconfig.get_path("scripts"))
-subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL)
 
-import lightning as L  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+def main():
+    assert Path(__file__).parents[1] not in Path(lf.__file__).parents, lf.__file__
+    assert version("lightning-flatness") == lf.__version__
+    assert "torch" not in sys.modules, "import lightning_flatness imports torch"
+    assert Path(lf.__file__).with_name("py.typed").exists()
+    command = shutil.which("lightning-flatness", path=sysconfig.get_path("scripts"))
+    subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL)
 
-from lightning_flatness.testing import assert_matches_oracle  # noqa: E402
+    import lightning as L
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from lightning_flatness.testing import assert_matches_oracle
+
+    class Classifier(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            convolution = [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+            self.net = nn.Sequential(*convolution, nn.Linear(3, 3))
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        validation_step = training_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    model, data = Classifier(), TensorDataset(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
+    loader = DataLoader(data, batch_size=6)
+    flatness = lf.FlatnessCallback(figures=False)
+    with tempfile.TemporaryDirectory() as folder:
+        L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[flatness], default_root_dir=folder).fit(
+            model, loader, loader
+        )
+        page = lf.save_html(Path(folder, "report.html"), flatness.report).read_text(encoding="utf-8")
+    assert "net.0" in page
+    assert flatness.report.exact
+    assert_matches_oracle(model.net, data[:], layer="0")
+    sys.stdout.write(f"Works: lightning-flatness {lf.__version__}\n")
 
 
-class Classifier(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        convolution = [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        self.net = nn.Sequential(*convolution, nn.Linear(3, 3))
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    validation_step = training_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-model, data = Classifier(), TensorDataset(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
-loader = DataLoader(data, batch_size=6)
-flatness = lf.FlatnessCallback(figures=False)
-with tempfile.TemporaryDirectory() as folder:
-    L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[flatness], default_root_dir=folder).fit(model, loader, loader)
-    page = lf.save_html(Path(folder, "report.html"), flatness.report).read_text(encoding="utf-8")
-assert "net.0" in page
-assert flatness.report.exact
-assert_matches_oracle(model.net, data[:], layer="0")
-sys.stdout.write(f"Works: lightning-flatness {lf.__version__}\n")
+if __name__ == "__main__":
+    main()
