@@ -12,11 +12,13 @@ from tests.callbacks.lightning_modules import dataset
 from tests.callbacks.training_runs import RUNS, DrawsOneNumber, assert_identical, end_of_run
 from tests.guarding import guards
 
+LONG = ("validation in the epoch", "no sanity check", "clipping")
+
 
 @guards("callbacks/data/reading.py", ", generators_kept(drawing(batches))", "", ids="data set with a generator-train")
 @guards("callbacks/data/reading.py", "random_states_kept(model), gen", "gen", ids="augmentation-train")
 @pytest.mark.parametrize("data", ["val", "train"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=pytest.mark.slow) if run in LONG else run for run in RUNS])
 def test_training_is_bit_identical(tmp_path, end_without, run, data):
     callback = lf.FlatnessCallback(data=data, figures_every=2 if run == "dropout and shuffling" else None)
     assert_identical(end_of_run(run, tmp_path, callback), end_without(run))

@@ -199,6 +199,7 @@ def pruning():
 
 @pytest.mark.parametrize("other", [Unfreezing, pruning], ids=["finetuning", "pruning"])
 @pytest.mark.parametrize(("first", "layers"), [(True, "last"), (False, "all")], ids=["first", "last"])
+@pytest.mark.slow
 def test_callbacks_that_change_the_model(tmp_path, other, layers, first):
     callback, module = flatness_callback(layers=layers), OfTrainable()
     batches = loaders()
@@ -217,7 +218,7 @@ def test_callbacks_that_change_the_model(tmp_path, other, layers, first):
 
 
 @pytest.mark.parametrize("change", [weight_normed, weight_normed_the_old_way, pruned, doubled, low_rank])
-@pytest.mark.parametrize("layers", ["last", "all"])
+@pytest.mark.parametrize("layers", ["last", pytest.param("all", marks=pytest.mark.slow)])
 def test_models_with_computed_weights_from_the_start(tmp_path, change, layers):
     def make():
         module = Classifier()

@@ -247,6 +247,7 @@ def test_without_validation(tmp_path):
     assert kept.best[-1] == wanted["epoch"]
 
 
+@pytest.mark.slow
 def test_the_spectrum_can_be_watched(tmp_path):
     callback = lf.SpectrumCallback(every_n_epochs=2, top_k=1, num_steps=2, num_probes=1)
     kept = Kept(tmp_path, flatness="spectrum/lambda_max", within=1.0)

@@ -108,7 +108,15 @@ def test_a_compilation_on_our_account_would_be_seen(tmp_path):
     assert with_hook > graphs
 
 
-@pytest.mark.parametrize("layers", ["_orig_mod.conv2", "net.conv2", "net._orig_mod.conv2", "net.c*2"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "_orig_mod.conv2",
+        "net.conv2",
+        pytest.param("net._orig_mod.conv2", marks=pytest.mark.slow),
+        pytest.param("net.c*2", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_may_be_named_with_or_without_what_compiling_adds(tmp_path, layers):
     model = "net" if layers.startswith("_orig_mod") else None
     callback = lf.FlatnessCallback(layers=layers, model=model, summary=False)

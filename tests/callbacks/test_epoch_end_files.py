@@ -45,6 +45,7 @@ def test_files_that_cannot_be_written(tmp_path, kind):
 
 
 @kinds
+@pytest.mark.slow
 def test_figures(tmp_path, kind):
     fit(tmp_path, KINDS[kind](every_n_epochs=2), logger=TensorBoardLogger(tmp_path))
     seen = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"), {"images": 0}).Reload()

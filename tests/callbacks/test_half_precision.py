@@ -203,6 +203,7 @@ def stripes(samples, seed):
     return TensorDataset(x[:, None], y)
 
 
+@pytest.mark.slow
 def test_trained_residual_network_has_the_numbers_of_float32(tmp_path, told):
     seed_everything()
     module = ResNet()

@@ -30,6 +30,7 @@ def test_the_other_callbacks_say_what_was_measured(tmp_path, kind):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_eigenvalues_are_labelled(tmp_path, options, exact):
     callback = lf.SpectrumCallback(every_n_epochs=1, top_k=1, num_steps=3, num_probes=1, **options)
     with warnings_of("have not converged") as found:

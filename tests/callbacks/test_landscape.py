@@ -26,7 +26,9 @@ class WithAdam(Classifier):
         return self.kind(self.parameters(), lr=0.01)
 
 
-@pytest.mark.parametrize("axes", ["random", "hessian", ["random"], ["hessian", "random"]])
+@pytest.mark.parametrize(
+    "axes", ["random", "hessian", ["random"], pytest.param(["hessian", "random"], marks=pytest.mark.slow)]
+)
 def test_losses_are_those_around_the_weights_that_are_left(tmp_path, axes):
     batch = dataset(8)[:]
     callback, module = lf.LandscapeCallback([batch], axes=axes, steps=3), Classifier()

@@ -62,6 +62,7 @@ def test_command_line_of_pytorch_lightning(tmp_path):
     assert "root: pytorch_lightning" in run("cli", tmp_path)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     callback, stopping = trainer_of(tmp_path, CALLBACKS).callbacks[:2]
     assert isinstance(callback, lf.FlatnessCallback)
@@ -99,7 +100,7 @@ def test_functions_on_the_command_line(tmp_path):
     assert callback._options["loss"] is cross_entropy
 
 
-@pytest.mark.parametrize("model", ["net", "net.conv1"])
+@pytest.mark.parametrize("model", ["net", pytest.param("net.conv1", marks=pytest.mark.slow)])
 def test_names_on_the_command_line(tmp_path, model):
     options = {"loss": "mse", "model": model}
     callback = trainer_of(tmp_path, {"FlatnessCallback": options}, run=False).callbacks[0]

@@ -117,6 +117,7 @@ def test_without_eigenvalues(tmp_path):
     assert "trace" in callback.history[0]
 
 
+@pytest.mark.slow
 def test_eigenvalues_alone(tmp_path):
     callback = lf.SpectrumCallback(every_n_epochs=1, top_k=2, num_probes=0)
     trainer = fit(tmp_path, callback)

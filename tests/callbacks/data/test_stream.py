@@ -56,6 +56,7 @@ def test_repeated_samples_would_be_seen():
 
 @guards("callbacks.data.stream:_Shard.share", body="return chosen")
 @given(SIZES, st.integers(1, 5), st.integers(1, 4), st.integers(1, 40))
+@pytest.mark.slow
 def test_ranks_share_the_samples_that_one_process_measures(sizes, batch_size, ranks, max_samples):
     data = [numbered(size, 100 * index) for index, size in enumerate(sizes)]
     alone = measured([DataLoader(part, batch_size) for part in data], max_samples=max_samples)
