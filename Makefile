@@ -7,8 +7,9 @@
 # make dist    build the wheel and the sdist into dist/, check them, and try the wheel by itself (a minute)
 # make gallery     draw the figures of docs/gallery.md again (some minutes)
 # make tutorials   run the notebooks again, and store what they print and draw (five minutes)
-# make study   train and measure 216 networks, and write docs/study.md (a third of an hour on two cores); study-cifar for
-#              CIFAR-10 (hours; ARRAYS=folder of .npy files, or torchvision downloads it); both go on after an interrupt
+# make study   train and measure 216 networks, and write docs/study.md (half an hour on two cores, by estimate);
+#              study-cifar for CIFAR-10 (hours; ARRAYS=folder of .npy files, or torchvision downloads it); both go on after
+#              an interrupt
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
 # Each sets up what it needs in .venv the first time; with PyTorch that is some gigabytes and a few minutes.

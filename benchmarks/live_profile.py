@@ -7,6 +7,7 @@ be read and written at least once. The limit is whichever takes longer at the sp
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -143,7 +144,7 @@ def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64,
         raise RuntimeError(f"not observed: {reason}")
     layer = net.get_submodule(next(iter(measurement.layers)))
     first = batch(net, measurement, x, y, device)
-    for _ in range(FIRST_SAMPLES // samples):  # samples wait until the spread of the channels is known
+    for _ in range(math.ceil(FIRST_SAMPLES / samples)):  # samples wait until the spread of the channels is known
         batch(net, measurement, x, y, device)
     raw: dict[str, list[float]] = defaultdict(list)
     for _ in range(2 if quick else 9):

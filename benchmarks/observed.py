@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import networks
 from lightning_flatness.measure.measurement import Measurement
+from lightning_flatness.measure.samples import FIRST_SAMPLES
 
 
 def forward(net: nn.Module, x: Tensor) -> None:
@@ -19,9 +21,10 @@ def forward(net: nn.Module, x: Tensor) -> None:
 
 
 def observed(net: nn.Module, batch: networks.Batch, defers_checks: bool = True, **options: Any) -> Callable[[], None]:
-    """Return a function that observes one forward pass and measures it; the trial before is made here.
+    """Return a function that observes one forward pass and measures it.
 
-    Without ``defers_checks`` every check of a tensor waits for the device by itself.
+    What a measurement begins with is done here: the trial, and batches until the spread of the channels is known, which
+    samples wait for. Without ``defers_checks`` every check of a tensor waits for the device by itself.
     """
     x, y = batch
     measurement = Measurement(net, **options)
@@ -39,4 +42,6 @@ def observed(net: nn.Module, batch: networks.Batch, defers_checks: bool = True, 
         measurement.settle_when_due()
         observation.release()
 
+    for _ in range(math.ceil(FIRST_SAMPLES / len(y))):
+        step()
     return step

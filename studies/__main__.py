@@ -15,7 +15,7 @@ from studies.families import FAMILIES
 from studies.running import RESULTS, Settings, run_family
 
 PARTS = {
-    "digits": "216 networks on scikit-learn's digits, a factorial (a quarter of an hour on two cores)",
+    "digits": "216 networks on scikit-learn's digits, a factorial (some twenty minutes on two cores, by estimate)",
     "cifar": "a star on CIFAR-10 (hours; resumable)",
     "accurate": "networks of real accuracy on CIFAR-10 (a GPU, or most of a night)",
     "shift": "flatness on digits drawn otherwise",

@@ -12,9 +12,11 @@ from torch.testing import assert_close
 from benchmarks import __main__ as command
 from benchmarks import classifier, live_profile, networks, page
 from benchmarks.growth import slope
+from benchmarks.observed import observed
 from benchmarks.rows import NO_GPU, Row
 from benchmarks.timing import interleaved
 from benchmarks.traces import exact_trace
+from lightning_flatness.layers import observer
 from lightning_flatness.testing import oracle_block_traces
 
 
@@ -91,6 +93,17 @@ def test_every_part_of_the_profile_is_timed(monkeypatch):
     parts = live_profile.measure("cpu", True, "small", samples=8)
     others = {live_profile.BARE, live_profile.OBSERVED, live_profile.WHOLE}
     assert {part.name for part in parts} == others | set(live_profile.PARTS)
+
+
+def test_every_observed_pass_is_measured_when_it_ends(monkeypatch):
+    """Samples that waited for others would cost nothing."""
+    step = observed(networks.resnet20(10, 8), networks.images(8))
+    contractions = []
+    contraction = observer.closed_form_layer
+    monkeypatch.setattr(observer, "closed_form_layer", lambda *args: contractions.append(1) or contraction(*args))
+    step()
+    step()
+    assert len(contractions) == 2
 
 
 @pytest.mark.parametrize("place", ["measure.measurement:Measurement.gone", "layers.certify:Gone.calls", "gone:calls"])

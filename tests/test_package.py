@@ -53,7 +53,7 @@ def test_the_wheel_is_the_package_alone(wheel):
 def test_the_sdist_has_what_its_tests_need():
     with tarfile.open(the_one("*.tar.gz")) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    folders = ("lightning_flatness", "tests", "docs", "examples", "benchmarks")
+    folders = ("lightning_flatness", "tests", "docs", "examples", "benchmarks", "studies")
     sources = {path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert (
         sources | {"tutorials/digits.ipynb", "README.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml", "pyproject.toml"}

@@ -45,12 +45,11 @@ def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
     if losses[high] - losses[low] <= MOST_APART * abs(losses[high]):
         return []
-    share = f"{losses[low] / losses[high]:.2g} times" if losses[low] > 0 else "not above zero, and"
+    times = f", {losses[high] / losses[low]:.2g} times as much" if losses[low] > 0 else ""
     sentence = (
-        f"Training losses differ: that of {low} ({losses[low]:.3g}) is {share} that of {high} ({losses[high]:.3g}). "
-        "That alone may decide which model looks flatter, since all these numbers rise early in training and fall with "
-        "the training loss later. Compare models of equal training loss, such as earlier epochs of the one that is "
-        "further trained."
+        f"Training losses differ: {low} has {losses[low]:.3g}, and {high} {losses[high]:.3g}{times}. That alone may "
+        "decide which model looks flatter, since all these numbers rise early in training and fall with the training "
+        "loss later. Compare models of equal training loss, such as earlier epochs of the one that is further trained."
     )
     return [Caution("train_loss", sentence, tuple(rows))]
 

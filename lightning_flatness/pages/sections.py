@@ -50,8 +50,8 @@ READING = (
     "± is one standard error over samples: how far the number would be for other samples of the same kind. It says "
     "nothing of other seeds of the training. Two numbers differ clearly if their difference is more than two standard "
     "errors of the difference. The norm of weights ‖W‖ has no error; that of the neuron-wise measure is not known.",
-    "Exact means equal, up to rounding, to the number that the full Hessian of the loss with respect to the layer's "
-    "weights has on these samples. What is not exact says so, and why; (est. ± ...) is the standard error of an "
+    "Exact means equal, up to rounding, to the number of the full Hessian on these samples: that of the loss with "
+    "respect to the layer's weights. What is not exact says so, and why. (est. ± ...) is the standard error of an "
     "estimate.",
     "A number alone says little: it depends on the layer, the loss and the data. Look at the losses and ‖W‖ beside it.",
 )

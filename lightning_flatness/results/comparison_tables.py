@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURE
 from lightning_flatness.results.texts import as_html, measured, named, number_of
 
 if TYPE_CHECKING:
-    from lightning_flatness.results.comparison import ComparedModel, Comparison
+    from lightning_flatness.results.comparison import Comparison
 
 
 def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
@@ -31,7 +30,8 @@ def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     ]
     headings = MEASURES | BASELINES
     outcome = [comparison.outcome_name] * bool(comparison.outcome_name)
-    headings |= {"loss": _loss_of(rows.values())}
+    if all(row.data == "val" for row in rows.values()):
+        headings |= {"loss": "val loss"}  # beside the training loss
     for heading in (headings[BEST], f"times {comparison.reference}", *(headings.get(n, n) for n in numbers), *outcome):
         table.add_column(Text(heading), justify="right")
     table.add_column("exact")
@@ -103,12 +103,6 @@ def reading(comparison: Comparison) -> str:
         + " ?: error not known." * any(not one.is_known for one in found)
         + " Exact: the number of these samples is that of the full Hessian." * comparison.exact
     )
-
-
-def _loss_of(rows: Iterable[ComparedModel]) -> str:
-    """Return the heading of the loss: of which data it is."""
-    data = {row.data for row in rows}
-    return f"{data.pop()} loss" if data in ({"val"}, {"train"}) else "loss"
 
 
 def as_page(comparison: Comparison) -> str:

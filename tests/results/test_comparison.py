@@ -90,6 +90,14 @@ def test_marks_in_the_table():
     assert "are those of different samples" in str(found.table().caption)
 
 
+@pytest.mark.parametrize(("data", "heading"), [("val", "val loss"), ("train", "loss"), ("", "loss")])
+def test_the_loss_says_of_which_data_it_is(data, heading):
+    found = comparison(1.0, 2.0)
+    rows = {name: replace(row, data=data, train_loss=0.5) for name, row in found.models.items()}
+    headings = [str(column.header) for column in replace(found, models=rows).table().columns]
+    assert headings.count(heading) == headings.count("train loss") == 1
+
+
 def test_names_are_printed_as_they_are():
     found = comparison(1.0, 2.0)
     rows = {"[bold]a[/x]": found.models["a"], "[b]": found.models["b"]}
