@@ -45,7 +45,7 @@ def plot_comparison(
     """Draw measures of every model as dots, a panel for each measure; dots that are not exact are hollow.
 
     ``measures`` are by default the normalised and plain relative flatness, the Hessian trace and the loss; the loss,
-    accuracy and the numbers that come for free can be drawn, too. An axis is logarithmic if its values are
+    accuracy and the baselines can be drawn, too. An axis is logarithmic if its values are
     positive and far apart. Bars are two standard errors; a line marks the first model, and ≈ what cannot be told from
     it. Axes ``ax`` have room for one measure. Returns the figure and a list of its axes.
     """
@@ -174,7 +174,7 @@ def label_with_unit(measure: str) -> str:
     """Return the name of a number with its unit."""
     units = {"hessian_trace": "  (loss per squared weight)"}
     has_unit = "flatness" in measure and "per_" not in measure
-    return name_of(measure) + units.get(measure, "  (in units of the loss)" if has_unit else "")
+    return name_of(measure) + units.get(measure, "  (unit: loss)" if has_unit else "")
 
 
 def head(figure: Any, ax: Any, *lines: str) -> None:
