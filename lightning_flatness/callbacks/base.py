@@ -197,9 +197,10 @@ class MeasuringCallback(Callback):
         if watch is None or watch.is_empty:
             self._network = network_without_step(pl_module, self.model)
             if self._data_name == "val" and not asked.is_given:
+                watched = watch is not None and not watch.step_is_compiled
                 compiled, none = "torch.compile runs the whole validation step", "the validation step calls none"
                 rank_zero_warn(
-                    f"{self._name} cannot see what the network is given ({none if watch else compiled}), so it "
+                    f"{self._name} cannot see what the network is given ({none if watched else compiled}), so it "
                     "measures the batch's own inputs. If the network takes others, give batch_fn=, a function from a "
                     "batch to (inputs, targets)."
                 )

@@ -127,6 +127,8 @@ class StepWatch:
 
     def __init__(self, pl_module: LightningModule, named: Network | None) -> None:
         self._pl_module, self._named = pl_module, named
+        self._forward = vars(pl_module).get("forward")
+        self.step_is_compiled = False
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
         self._open = [self._calls]  # the lists of calls within the calls that run
@@ -134,9 +136,11 @@ class StepWatch:
         # Of a compiled LightningModule the steps run eagerly, if it is compiled in place.
         watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
+        self._around: set[nn.Module] = set()  # compiled modules whose code has the named one in it
         if named:
             apart = [module for module in modules if set(module.modules()).isdisjoint(named.module.modules())]
-            modules = [named.module, *apart]
+            self._around = {module for module in pl_module.modules() if _is_compiled_around(module, named.module)}
+            modules = [named.module, *apart, *self._around]
         self._overheard = Overheard(modules, self._hear)
 
     def __enter__(self) -> StepWatch:
@@ -149,6 +153,12 @@ class StepWatch:
     def _hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
+        # DDP calls the LightningModule to run a step of it. If the module is compiled, the step is, too.
+        is_step = module is self._pl_module and vars(module).get("forward") is not self._forward
+        self.step_is_compiled |= is_step
+        if is_step or module in self._around:
+            with self._overheard.paused():
+                return forward(*arguments, **keywords)
         if len(self._open) > DEPTH or (self._named and len(self._open) > 1):
             return forward(*arguments, **keywords)
         heard = _Heard(module, heard_call(arguments, keywords))
@@ -160,7 +170,7 @@ class StepWatch:
         self._open[-1].append(heard)
         self._open.append(heard.within)
         try:
-            with self._overheard.paused() if vars(module).get("_compiled_call_impl") else nullcontext():
+            with self._overheard.paused() if _is_compiled(module) else nullcontext():
                 heard.output = forward(*arguments, **keywords)
         finally:
             self._open.pop()
@@ -270,9 +280,17 @@ class StepWatch:
 def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:
     """Yield a module and its submodules, but not those within a compiled one."""
     yield module
-    if vars(module).get("_compiled_call_impl") is None and "_orig_mod" not in dict(module.named_children()):
+    if not _is_compiled(module) and "_orig_mod" not in dict(module.named_children()):
         for child in module.children():
             yield from _eager_modules(child)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return vars(module).get("_compiled_call_impl") is not None
+
+
+def _is_compiled_around(module: nn.Module, part: nn.Module) -> bool:
+    return _is_compiled(module) and module is not part and part in module.modules()
 
 
 def _why_no_logits(output: Any) -> str:

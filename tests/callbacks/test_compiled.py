@@ -3,6 +3,8 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
@@ -124,13 +126,15 @@ def test_layers_may_be_named_with_or_without_what_compiling_adds(tmp_path, layer
     assert [name.removeprefix("net.") for name in callback.report.layers] == ["conv2"]
 
 
-def validated(folder, form, precision, *callbacks):
+def validated(folder, form, precision, *callbacks, **options):
     """Graphs that are compiled in a validation of two loaders. Other sizes of batches would be compiled anew."""
     torch.compiler.reset()
     backend, module = Counting(), Classifier()
     FORMS[form](module, backend)
     batches = loaders(val_samples=32)[1]
-    quiet_trainer(folder, *callbacks, precision=precision).validate(module, [batches, batches], verbose=False)
+    quiet_trainer(folder, *callbacks, precision=precision, **options).validate(
+        module, [batches, batches], verbose=False
+    )
     return backend.graphs
 
 
@@ -161,3 +165,52 @@ def test_passes_of_our_own_run_as_those_of_compiled_networks(tmp_path, monkeypat
     assert callback.report.precision == ("float32" if precision == "32-true" else "bfloat16")
     block_traces, wanted = (one.report.layers["net.conv2"].block_traces for one in (callback, plain))
     assert_close(block_traces, wanted, rtol=1e-5, atol=1e-8)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments, **keywords):
+        return self.module(*arguments, **keywords)
+
+
+class CalledThroughWrapper(SingleDeviceStrategy):
+    """Runs steps as DDP does: it calls the wrapped LightningModule, whose forward Lightning replaces by the step."""
+
+    def __init__(self):
+        super().__init__("cpu")
+
+    def setup(self, trainer):
+        super().setup(trainer)
+        self.model = Wrapper(self.model)
+
+
+@guards(
+    "callbacks/network.py",
+    'module is self._pl_module and vars(module).get("forward") is not self._forward',
+    "False",
+    ids="val-None",
+)
+@guards("callbacks/network.py", "self._around = {", "self._around or {", ids="val-net")
+@pytest.mark.parametrize("model", [None, pytest.param("net", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("data", ["val", pytest.param("train", marks=pytest.mark.slow)])
+def test_a_compiled_step_is_not_taken_for_a_call_of_the_network(tmp_path, data, model):
+    callback = lf.FlatnessCallback(data=data, model=model, layers="*conv2", summary=False)
+    plain = Classifier()
+    if data == "val":
+        with pytest.warns(UserWarning, match="torch.compile runs the whole validation step"):
+            graphs = validated(tmp_path, "whole in place", "32-true", callback, strategy=CalledThroughWrapper())
+        assert validated(tmp_path, "whole in place", "32-true", strategy=CalledThroughWrapper()) == graphs > 0
+        measured = loaders(val_samples=32)[1]
+    else:
+        end, graphs, module = run(tmp_path, "whole in place", callback, strategy=CalledThroughWrapper())
+        bare, graphs_without, _ = run(tmp_path, "whole in place", strategy=CalledThroughWrapper())
+        assert_same(end, bare)
+        assert graphs == graphs_without > 0
+        plain.load_state_dict(module.state_dict())
+        measured = loaders()[0]
+    (layer,) = callback.report.layers.values()
+    (wanted,) = lf.measure_flatness(plain, measured).layers.values()
+    assert_close(layer.block_traces, wanted.block_traces, rtol=1e-5, atol=1e-8)
