@@ -2,7 +2,7 @@
 
     python examples/digits.py [--max-epochs 60] [--out runs/digits]
 
-The 1,797 images (8x8, Alpaydin and Kaynak 1998) come with scikit-learn, so nothing is downloaded. It takes half a
+The 1,797 images (8x8, Alpaydin and Kaynak 1998) come with scikit-learn, so nothing is downloaded. It takes a
 minute on two CPU cores. Afterwards:
 
     tensorboard --logdir runs/digits

@@ -138,8 +138,8 @@ def cifar10(noise: float, arrays: Path | None, limit: int | None) -> tuple[Tenso
         parts = [(torch.tensor(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets]
     else:
         parts = [from_arrays(arrays, part).tensors for part in ("train", "test")]
-    (images, labels), test = [(images[:limit].float() / 127.5 - 1, labels[:limit]) for images, labels in parts]
-    return TensorDataset(images, with_noise(labels, noise)), TensorDataset(*test)
+    (images, labels), test = [(images.float() / 127.5 - 1, labels) for images, labels in parts]
+    return TensorDataset(images[:limit], with_noise(labels[:limit], noise)), TensorDataset(*test)
 
 
 def with_noise(labels: torch.Tensor, noise: float) -> torch.Tensor:
@@ -187,7 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=["digits", "cifar10"], default="digits")
     parser.add_argument("--arrays", type=Path, help="folder of .npy files of CIFAR-10 to use instead, as in cifar10.py")
-    parser.add_argument("--limit", type=int, help="use only so many images of each part of CIFAR-10")
+    parser.add_argument("--limit", type=int, help="train on only so many images of CIFAR-10")
+    parser.add_argument("--width", type=int, help="channels of the first convolutions; 16 for digits, 64 for CIFAR-10")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--noise", type=float, default=0.2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -198,7 +199,7 @@ def main() -> None:
         train, test = digits(options.noise)
     else:
         train, test = cifar10(options.noise, options.arrays, options.limit)
-    width = 16 if options.data == "digits" else 64
+    width = options.width or (16 if options.data == "digits" else 64)
     console, table = Console(width=140), Table(title=f"{options.data}, {options.noise:.0%} of the labels wrong")
     steps = options.epochs * -(-len(train) // 64)
     for way in ways(steps):
