@@ -53,6 +53,7 @@ class Family:
     losses: tuple[float, ...]  # and when the training loss has fallen to these
     checks: int  # how often in an epoch the training loss is looked at
     stack: int  # networks trained at once at most
+    stack_on_cpu: int  # the same on a CPU, where large networks are faster one by one
     factors: tuple[str, ...]  # hyper-parameters that differ
     measured_samples: int  # training samples that are measured
     costly: tuple[str, ...]  # snapshots at which eigenvalues and the whole network's spectrum are measured
@@ -109,7 +110,7 @@ def digits(seeds: int = 3) -> Family:
         replace(DIGITS, name=f"digits-{number:03d}", **dict(zip(keys, values, strict=True)))
         for number, values in enumerate(levels)
     )
-    return Family("digits", "digits", found, (30, 120), LOSSES, 2, 18, keys[:-1], 200, ("loss 0.05",))
+    return Family("digits", "digits", found, (30, 120), LOSSES, 2, 18, 18, keys[:-1], 200, ("loss 0.05",))
 
 
 def cifar(seeds: int = 3) -> Family:
@@ -124,7 +125,7 @@ def cifar(seeds: int = 3) -> Family:
     for seed in range(seeds):
         for setting in settings:
             found.append(replace(CIFAR, name=f"cifar-{len(found):03d}", seed=seed, **setting))
-    return Family("cifar", "cifar10", tuple(found), (10, 20), LOSSES, 2, 9, tuple(ARMS), 256, ("loss 0.05",))
+    return Family("cifar", "cifar10", tuple(found), (10, 20), LOSSES, 2, 9, 1, tuple(ARMS), 256, ("loss 0.05",))
 
 
 def accurate(seeds: int = 5) -> Family:
@@ -139,21 +140,18 @@ def accurate(seeds: int = 5) -> Family:
         replace(centre, name=f"accurate-{number:03d}", seed=seed, **kind)
         for number, (seed, kind) in enumerate(settings)
     )
-    return Family("accurate", "cifar10", found, (10, 20, 30), LOSSES, 1, 2, ("network",), 512, ("epoch 30",))
+    return Family("accurate", "cifar10", found, (10, 20, 30), LOSSES, 1, 2, 1, ("network",), 512, ("epoch 30",))
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {"digits": digits, "cifar": cifar, "accurate": accurate}
 
 
-def stacks(family: Family) -> list[tuple[Configuration, ...]]:
-    """Group configurations that can be trained at once, in the order of the list."""
+def stacks(family: Family, device: str = "cpu") -> list[tuple[Configuration, ...]]:
+    """Group configurations that are trained at once on a device, in the order of the list."""
+    size = family.stack_on_cpu if device == "cpu" else family.stack
     groups: dict[tuple[Any, ...], list[Configuration]] = {}
     for configuration in family.configurations:
         groups.setdefault(configuration.stack_key, []).append(configuration)
-    found = [
-        tuple(group[start : start + family.stack])
-        for group in groups.values()
-        for start in range(0, len(group), family.stack)
-    ]
+    found = [tuple(group[start : start + size]) for group in groups.values() for start in range(0, len(group), size)]
     order = {configuration.name: number for number, configuration in enumerate(family.configurations)}
     return sorted(found, key=lambda stack: order[stack[0].name])

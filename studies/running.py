@@ -159,7 +159,7 @@ class FamilyRun:
             name: Table(settings.results / f"{family.name}-{name}.csv", *key)
             for name, key in zip(names, keys, strict=True)
         }
-        every = list(enumerate(stacks(family)))[settings.skip :][: settings.limit]
+        every = list(enumerate(stacks(family, settings.device)))[settings.skip :][: settings.limit]
         self.todo = [(n, stack) for n, stack in every if not all(self._is_done(c) for c in stack)]
         self.deadline = time.time() + 60 * settings.minutes
         self.left: dict[int, int] = {}
