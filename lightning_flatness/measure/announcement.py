@@ -1,4 +1,4 @@
-"""Say what a long measurement will take, before it begins and after its first part."""
+"""Tell the user how much work and how much time a long measurement takes, before it begins and after its first part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG = 60.0
 
 @dataclass(frozen=True)
 class Announcement:
-    """What a measurement will take.
+    """The amount of work of a measurement, and the function that tells the user about it.
 
     Example:
         >>> plane = Announcement("landscape", 625, "625 points, each a pass over 512 samples", "steps=", print)
@@ -29,18 +29,21 @@ class Announcement:
     """
 
     name: str
-    number: int  # expected number of parts, such as products or points
-    parts: str  # these in words
-    cheaper: str  # arguments that make it cheaper
-    say: Say | None  # a function of a level of logging and a message; None says nothing
+    number: int  # expected number of parts, such as Hessian-vector products or points of a landscape
+    parts: str  # number and kind of the parts in words
+    cheaper: str  # arguments that make the measurement cheaper
+    say: Say | None  # called with a logging level and a message; None for a silent measurement
 
     def begin(self) -> None:
-        """Say what the measurement takes."""
+        """Pass a message with the number of parts to ``say``."""
         if self.say is not None:
             self.say(logging.INFO, f"The {self.name} takes {self.parts}.")
 
     def after(self, done: int, seconds: float) -> None:
-        """Say how long all will take, when the first parts are done; if that is long, also what makes it cheaper."""
+        """Pass an estimate of the whole time to ``say``, from the ``seconds`` that the first ``done`` parts took.
+
+        If the estimate is above ``LONG``, the message is a warning and names the arguments that save time.
+        """
         estimate = seconds / done * self.number
         if self.say is None:
             return
@@ -51,7 +54,7 @@ class Announcement:
             self.say(logging.INFO, f"The {self.name} will take about {duration(estimate)}.")
 
     def timing_first(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return a function that computes the same, and calls :meth:`after` when its first call is done."""
+        """Return a function that computes the same as ``function``, and calls :meth:`after` after its first call."""
         calls: list[None] = []
 
         def timed(vector: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ class Announcement:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in seconds, minutes or hours.
+    """Return a time as text, in seconds, minutes or hours.
 
     Example:
         >>> duration(0.25), duration(90), duration(7200)

@@ -1,4 +1,4 @@
-"""Find the directions of a landscape for the axes that a user asks for."""
+"""Turn the axes that a user asks for into directions in weight space."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Axes(NamedTuple):
-    """The axes of a line or plane, normalised."""
+    """The normalised axes of a line or plane.
+
+    With ``update="adam"``, ``directions`` holds both moments, also for a line, which has one name.
+    """
 
     names: tuple[str, ...]
     directions: tuple[Direction, ...]
@@ -37,10 +40,11 @@ def find_axes(
     optimizer: Any,
     eigenvectors: Callable[[int], Sequence[Any]],
 ) -> Axes:
-    """Return the normalised directions of the axes, without frozen tensors.
+    """Return the axes with normalised directions, from which frozen tensors are left out.
 
-    If a kind of axis is named several times, the i-th mention takes the i-th direction of that kind. ``weights`` are
-    the parameters and buffers in the precision of the measurement. ``eigenvectors(n)`` computes ``n`` eigenvectors.
+    The second axis of a kind takes the second direction of that kind: the second random direction, the second
+    eigenvector. ``weights`` are the parameters and buffers in the precision of the measurement. ``eigenvectors(n)``
+    computes ``n`` eigenvectors of the Hessian.
     """
     kinds = [axis if isinstance(axis, str) else "given" for axis in options.axes]
     as_adam = options.update == "adam"
@@ -87,10 +91,10 @@ def find_axes(
 def adam_moments(
     optimizer: Any, tensors: NamedTensors, of_step: bool
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
-    """Return the moments ``exp_avg`` and ``exp_avg_sq`` and the ``eps`` of one or several Adam optimizers.
+    """Return ``((exp_avg, exp_avg_sq), eps)`` of one or several Adam optimizers, each by parameter name.
 
-    All are mappings from parameter names. If ``of_step`` is true and the optimizer uses ``amsgrad``, the
-    second moment is ``max_exp_avg_sq``, since the optimizer's step divides by its root.
+    If ``of_step`` is true and an optimizer uses ``amsgrad``, its second moment is ``max_exp_avg_sq``, because the
+    optimizer's step divides by the root of ``max_exp_avg_sq``.
     """
     given = plain(optimizer)
     optimizers = given if isinstance(given, (list, tuple)) else [given]

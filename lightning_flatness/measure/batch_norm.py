@@ -1,4 +1,4 @@
-"""Whether the running statistics of BatchNorm are those of the data: they are not after weights have been averaged."""
+"""Measure how far BatchNorm's running statistics are from the data, as after averaging weights without an update."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_flatness.model.isolation import isolated, without_wrapper
 
 
 def statistics_apart(networks: Mapping[str, nn.Module], batches: Iterable[Any] | None) -> dict[str, float]:
-    """Return how far statistics of the first batch are from the running ones, for the networks that have BatchNorm.
+    """Return, by network, how far the statistics of the first batch are from BatchNorm's running statistics.
 
-    It is the divergence of the two normal distributions, averaged over channels, in the layer where it is largest.
-    Batches that can be read once only are not looked at.
+    The distance is the :func:`divergence` in the BatchNorm layer where it is largest. Networks without BatchNorm are
+    left out. The mapping is empty if ``batches`` is an iterator, because reading it would use it up.
     """
     if batches is None or isinstance(batches, Iterator):
         return {}
@@ -37,6 +37,7 @@ def statistics_apart(networks: Mapping[str, nn.Module], batches: Iterable[Any] |
 
 
 def _apart(network: nn.Module, norms: list[Any], inputs: Any) -> float:
+    """Return the largest :func:`divergence` at a BatchNorm layer of ``norms``, in a forward pass on ``inputs``."""
     heard: list[float] = []
 
     def hear(norm: Any, arguments: tuple[Tensor, ...]) -> None:
@@ -50,7 +51,10 @@ def _apart(network: nn.Module, norms: list[Any], inputs: Any) -> float:
 
 
 def divergence(inputs: Tensor, mean: Tensor, variance: Tensor, eps: float) -> float:
-    """Return the divergence of inputs ``(N, C, ...)`` from normal ones of a mean and variance ``(C,)``, over channels.
+    """Return the mean over channels of the Kullback-Leibler divergence of inputs from the running statistics.
+
+    Each channel of the inputs ``(N, C, ...)`` counts as a normal distribution with its own mean and variance. It is
+    compared with the normal distribution that has the running ``mean`` and ``variance``, ``(C,)`` each.
 
     Example:
         >>> divergence(torch.tensor([[0.0], [2.0]]), torch.tensor([0.0]), torch.tensor([1.0]), 0.0)

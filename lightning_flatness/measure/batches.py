@@ -1,4 +1,4 @@
-"""Split batches in the formats that users give them in into inputs and targets."""
+"""Read batches in any of the formats that users have, and split them into inputs and targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_flatness.model.isolation import random_states_kept
 
 # Common names of entries of a batch that hold the inputs of a model, and its targets.
 INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data")
-MOST_SHAPES = 3  # that a message lists
+MOST_SHAPES = 3  # largest number of shapes that an error message lists
 TARGETS = ("y", "target", "targets", "label", "labels")
 
 
@@ -29,10 +29,11 @@ REMEDY = "give a DataLoader, or a list of batches such as [(inputs, targets)]"
 
 @contextmanager
 def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterator[tuple[Any, Tensor | None]]]:
-    """Yield an iterator over the inputs and targets of batches, moved to the model's device.
+    """Yield an iterator over pairs ``(inputs, targets)``, on the model's device; a context manager.
 
-    On leaving, random states are restored, so that every call reads the batches with the same random numbers. This
-    includes generators of the loader, its sampler and its data set: a ``DataLoader`` draws a seed at each iteration.
+    At the end, the context manager restores the random states, so that every call reads the batches with the same
+    random numbers. These states include generators of the loader, its sampler and its data set, because a
+    ``DataLoader`` draws a seed at each iteration.
     """
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     batches = as_batches(batches)
@@ -41,9 +42,9 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
 
 
 def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
-    """Return batches as they are, or a single batch in a list; raise an error if it is open which of them was given.
+    """Return an iterable of batches: the argument itself, or a list of it if it is a single batch.
 
-    Errors name the ``argument``.
+    Raises a :class:`BatchError` that names the ``argument``, if the argument may be both, or is neither.
 
     Example:
         >>> images, labels = torch.zeros(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
@@ -65,7 +66,10 @@ def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
 
 
 def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
-    """Return a list of one batch, a mapping, dataclass or named tuple; an object with ``__getitem__`` as it is."""
+    """Return a single batch (a mapping, dataclass or named tuple) in a list.
+
+    An object that is no batch, but has ``__getitem__``, is taken for batches and returned as it is.
+    """
     try:
         split_batch(batch)
     except BatchError:
@@ -76,16 +80,17 @@ def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
 
 
 def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterable[Any]:
-    """Return a list of batches, or of one if ``batches`` is ``(inputs, targets)``.
+    """Return a tuple or list of batches as it is, or in a list of length one if it is a pair ``(inputs, targets)``.
 
-    Batches of inputs alone are tensors of one type and as many dimensions. Targets have one or two dimensions, and a
-    row for every sample. Tensors that may be both, or are neither, are refused.
+    Several tensors are batches of inputs if all have the same dtype and number of dimensions. Two tensors are a pair if
+    the second one, the targets, has one or two dimensions and as many rows as the inputs. Raises a
+    :class:`BatchError` if both descriptions fit, or none.
     """
     tensors = [part for part in batches if isinstance(part, Tensor)]
     if len(batches) == 2 and isinstance(batches[0], Tensor) and batches[1] is None:
         return [tuple(batches)]
     if len(tensors) < len(batches):
-        # Batches with and without targets may be mixed, if their inputs are alike.
+        # Some batches may have targets and others not, if the inputs of all have one dtype and number of dimensions.
         inputs = (part[0] if isinstance(part, (tuple, list)) and part else part for part in batches)
         if any(isinstance(part, (Tensor, *_arrays())) for part in batches) and not _are_alike(inputs):
             what = f"of {_kinds(batches)}, which looks like one batch"
@@ -106,26 +111,30 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
 
 
 def _are_alike(inputs: Iterable[Any]) -> bool:
-    """Return whether inputs of several batches may be those of one network."""
+    """Return whether all inputs are tensors of the same dtype and number of dimensions."""
     kinds = {(part.ndim, part.dtype) if isinstance(part, Tensor) else None for part in inputs}
     return len(kinds) == 1 and None not in kinds
 
 
 def _arrays() -> tuple[Any, ...]:
+    """Return the class of NumPy's arrays in a tuple; an empty tuple if NumPy was not imported."""
     numpy = sys.modules.get("numpy")
     return () if numpy is None else (numpy.ndarray,)
 
 
 def _kinds(parts: Iterable[Any]) -> str:
+    """Return the names of the parts' types, each once."""
     return ", ".join(dict.fromkeys(type(part).__name__ for part in parts))
 
 
 def _unclear(argument: str, batches: Any, what: str, remedy: str) -> BatchError:
+    """Return an error that says what ``batches`` is and what to give in its place."""
     also = "" if remedy.startswith(REMEDY) else f"{REMEDY}; "
     return BatchError(f"{argument} is a {type(batches).__name__}, {what}: {also}{remedy}.")
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor | None]:
+    """Return ``(inputs, targets)`` of a batch; raise an error if the targets have no dimension for samples."""
     inputs, targets = split_batch(batch)
     if targets is not None and targets.ndim == 0:
         raise BatchError(
@@ -136,7 +145,7 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """Return ``(inputs, targets)`` of a batch; a single tensor is taken as inputs without targets.
+    """Return ``(inputs, targets)`` of a batch; a single tensor counts as inputs without targets.
 
     A mapping, dataclass or named tuple must have exactly one entry named like inputs (``image``, ``x``, ...), exactly
     one named like targets (``label``, ``y``, ...), and no other tensor of two or more dimensions.
@@ -159,7 +168,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def targets_of(batch: Any) -> Tensor | None:
-    """Return the targets of a batch: the second of a pair, or the one entry named like targets; None if in doubt.
+    """Return the targets of a batch: the second entry of a pair, or the only entry named like targets; otherwise None.
 
     Example:
         >>> targets_of({"image": torch.zeros(2, 3), "mask": torch.ones(2, 3), "label": torch.tensor([0, 1])})
@@ -174,6 +183,7 @@ def targets_of(batch: Any) -> Tensor | None:
 
 
 def _entries(batch: Any) -> dict[Any, Any]:
+    """Return the entries of a dataclass, named tuple or mapping by name; none for other batches."""
     if is_dataclass(batch):
         return {field.name: getattr(batch, field.name) for field in fields(batch)}
     if hasattr(batch, "_fields"):
@@ -182,13 +192,17 @@ def _entries(batch: Any) -> dict[Any, Any]:
 
 
 def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any]:
-    """Return the keys of tensors with one of the names. A key of targets may also end with one (``gt_label``)."""
+    """Return the keys of the tensors that have one of the ``names``.
+
+    A key may also end with the name of targets, as in ``gt_label``, if that name is among ``names``.
+    """
     ends = tuple(f"_{name}" for name in TARGETS if name in names and len(name) > 1)
     tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
     return [key for key in tensors if str(key).lower() in names or str(key).lower().endswith(ends)]
 
 
 def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
+    """Return the entries of a batch that are named like inputs and like targets; None if it is not clear which."""
     entries = _entries(batch)
     inputs, targets = _tensors_named(entries, INPUTS), _tensors_named(entries, TARGETS)
     if len(inputs) != 1 or len(targets) != 1:

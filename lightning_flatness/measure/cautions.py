@@ -1,4 +1,4 @@
-"""What must not be concluded from a comparison, found by looking at its rows."""
+"""Find the reasons why models of a comparison cannot be compared, from the rows of the comparison."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from lightning_flatness.measure.network_cautions import network_cautions
 from lightning_flatness.results import CAUTIONS, Caution, ComparedModel, number_of
 from lightning_flatness.results.texts import named
 
-# Training losses may differ by this share of the larger one.
+# Training losses that differ by at most this share of the larger loss cause no caution.
 MOST_APART = 0.1
 
 
 def cautions_of(
     rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Module], batches: Iterable[Any] | None
 ) -> tuple[Caution, ...]:
-    """Return the cautions of models that are compared, in the order of ``CAUTIONS``; some may have no network.
+    """Return the cautions of a comparison, in the order of ``CAUTIONS``.
 
-    The first batch shows whether statistics of BatchNorm fit the data.
+    ``networks`` lacks the models that were given as reports. If ``batches`` is not None, the networks run once on its
+    first batch, to find out whether the running statistics of BatchNorm fit the data.
     """
     found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows), *_of_outcomes(rows)]
     found += network_cautions(rows, networks, statistics_apart(networks, batches))
@@ -33,6 +34,7 @@ def cautions_of(
 
 
 def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    """Return a caution if a training loss is not known, or if training losses differ."""
     losses = {name: row.train_loss for name, row in rows.items()}
     unknown = tuple(name for name, loss in losses.items() if not math.isfinite(loss))
     if unknown:
@@ -55,6 +57,7 @@ def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_layers(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    """Return cautions if the measured layers differ in name or in size."""
     found = []
     if _differ(row.layers for row in rows.values()):
         names = " / ".join(dict.fromkeys(named(row.layers) for row in rows.values()))
@@ -70,7 +73,7 @@ def _of_layers(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _sizes(rows: Mapping[str, ComparedModel]) -> str:
-    """Return the sizes, filters x features, of the first layer that differs, by model."""
+    """Return a text with the size (filters x features) in each model of the first layer whose size differs."""
     pairs = {name: list(zip(row.filters, row.features, strict=True)) for name, row in rows.items()}
     places = zip_longest(*pairs.values())
     index = next(index for index, of_models in enumerate(places) if _differ(of_models))
@@ -79,6 +82,7 @@ def _sizes(rows: Mapping[str, ComparedModel]) -> str:
 
 
 def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    """Return cautions about how the numbers were measured: exactness, method, loss, precision, data and samples."""
     found = []
     inexact = tuple(name for name, row in rows.items() if not row.exact)
     if inexact:
@@ -113,6 +117,7 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    """Return a caution if there are outcomes, but of too few models."""
     number = sum(math.isfinite(row.outcome) for row in rows.values())
     if not 0 < number < FEWEST:
         return []
@@ -124,8 +129,10 @@ def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _differ(values: object) -> bool:
+    """Return whether the values are not all equal."""
     return len(set(values)) > 1  # type: ignore[call-overload]
 
 
 def _for(names: tuple[str, ...], rows: Mapping[str, ComparedModel]) -> str:
+    """Return " for" and the names of models, or an empty text if a sentence is about all models."""
     return "" if len(names) == len(rows) else f" for {named(names)}"

@@ -1,4 +1,4 @@
-"""Compare models by their flatness: which is flatter, by how much, how sure, and what must not be concluded."""
+"""Compare models by their flatness: which one is flatter, by how much, with what error and with what cautions."""
 
 from __future__ import annotations
 
@@ -32,29 +32,32 @@ def compare(
     progress: bool | None = None,
     **options: Any,
 ) -> Comparison:
-    """Compare models, or reports of them, by the flatness of the same layers.
+    """Compare models, or reports of models, by the flatness of the same layers.
 
-    The result has a row for every model, differences to the first one with their errors, and cautions, which say what
-    must not be concluded. Models are measured together, on the same samples, so that errors of differences are those of
-    the same samples; so are those of reports with ``per_sample=True`` of one data set in one order.
+    The result has a row for every model, the differences to the first model with standard errors, and cautions, which
+    say what must not be concluded. Models are measured together on the same samples. Numbers on the same samples go up
+    and down together, and the error of their difference counts that, which makes most errors smaller. The same holds
+    for reports that were measured with ``per_sample=True`` on the same samples in the same order.
 
-    What belongs to a model is given by the same names as the models, or as a sequence in the same order.
+    Arguments with one entry for each model are mappings with the same names as ``models``, or sequences in the order of
+    ``models``.
 
     Args:
-        models: models, or reports of :func:`~lightning_flatness.measure_flatness`, by name or as a sequence; the first
-            one is the reference. Those of a sequence are called 1, 2, ...
-        batches: data to measure the models on, as :func:`~lightning_flatness.measure_flatness` takes them. They are
-            read once for all models.
-        data: what these data are: ``"train"``, ``"val"`` or a description.
-        train_batches: training data, on which the loss of the models is measured; not needed with ``data="train"``.
-        train_losses: training losses that are known, as numbers or as reports of the training data.
-        outcome: what flatness is to tell, larger where a model is worse: a generalization gap, a test loss. It adds
-            rank correlations, and numbers that come for free to compare with, which take one more pass over
-            ``batches``.
-        outcome_name: what the outcome is.
-        hyperparameters: hyper-parameters of every model, for τ among models that differ in one of them alone.
+        models: models, or reports of :func:`~lightning_flatness.measure_flatness`, as a mapping from names or as a
+            sequence. The first model is the reference. The models of a sequence get the names 1, 2, ...
+        batches: data to measure the models on, in the same formats as for
+            :func:`~lightning_flatness.measure_flatness`. They are read once for all models.
+        data: description of ``batches``: ``"train"``, ``"val"`` or a text.
+        train_batches: training data, to measure the training loss of the models; not needed with ``data="train"``.
+        train_losses: training losses that are known already, as numbers or as reports on training data.
+        outcome: number of each model that flatness is expected to predict, such as a generalization gap or a test loss;
+            larger is worse. It adds rank correlations between the measures and the outcome. It also adds baselines,
+            which need no Hessian, but one more pass over ``batches``.
+        outcome_name: name of the outcome in tables.
+        hyperparameters: hyper-parameters of each model. They add granulated τ: the mean rank correlation among models
+            that differ in one hyper-parameter only.
         same_samples: whether reports with ``per_sample=True`` are known to be of the same samples in the same order. By
-            default this must show in what the models classify correctly.
+            default, the reports are checked: samples that two models both classify correctly must have the same class.
         progress: show a progress bar; by default only in a terminal.
         **options: options of :func:`~lightning_flatness.measure_flatness` for the models, such as ``layers=``.
 
@@ -62,8 +65,8 @@ def compare(
         A :class:`~lightning_flatness.Comparison`.
 
     Raises:
-        FlatnessError: there are fewer than two models, models have no batches, or names do not fit; and all that
-            :func:`~lightning_flatness.measure_flatness` raises, with the name of the model.
+        FlatnessError: there are fewer than two models, models were given without ``batches``, or an argument has other
+            names than ``models``. Errors of :func:`~lightning_flatness.measure_flatness` name the model.
 
     Source:
         Jiang et al. 2020 (arXiv 1912.02178), granulated τ; Efron 1982, the jackknife.
@@ -102,7 +105,7 @@ def compare(
 
 
 def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, options: Any, is_reread: bool) -> None:
-    """Raise an error if models lack data, or data or options have no models to be used for."""
+    """Raise an error if models lack data, if data or options lack models, or for ``sync`` and unsuitable iterators."""
     if networks and batches is None:
         raise FlatnessError(f"Model '{next(iter(networks))}' has no data to be measured on: give batches=.")
     unused = [*["batches"] * (batches is not None), *["train_batches"] * (train_batches is not None), *options]
@@ -124,7 +127,7 @@ def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, 
 
 
 def _loss_of(name: str, loss: FlatnessReport | float) -> float:
-    """Return a training loss that is known, from a report or as a number."""
+    """Return the training loss of model ``name``, which the user gave as a number or as a report."""
     value = loss.loss if isinstance(loss, FlatnessReport) else loss
     if not is_number(value):
         raise FlatnessError(f"train_losses of '{name}': give a number, or a FlatnessReport of the training data.")
@@ -132,7 +135,7 @@ def _loss_of(name: str, loss: FlatnessReport | float) -> float:
 
 
 def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what belongs to the models by name, from a mapping of the same names or a sequence of the same length."""
+    """Return the values of an argument by model, from a mapping or a sequence with one value for each model."""
     if values is None:
         return {}
     if isinstance(values, Mapping):
@@ -147,7 +150,7 @@ def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str,
 
 
 def _named(models: Models) -> dict[str, FlatnessReport | nn.Module]:
-    """Return models by name; those of a sequence are called 1, 2, ..."""
+    """Return models by name; the models of a sequence get the names 1, 2, ..."""
     if isinstance(models, (FlatnessReport, nn.Module)) or not isinstance(models, (Mapping, Sequence)):
         raise FlatnessError(f"models is a {type(models).__name__}; give a mapping or a list of models or reports.")
     pairs = models.items() if isinstance(models, Mapping) else enumerate(models, start=1)

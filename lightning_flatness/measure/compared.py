@@ -1,4 +1,4 @@
-"""The rows of a comparison from reports, and the covariances of their errors."""
+"""Make the rows of a comparison from reports, and the covariances of the errors between models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional.sampling import grouped, jackknife_covariance, means_without_groups
 from lightning_flatness.results import ComparedModel, FlatnessReport
 
-# Measures that are sums over layers, of which a report has errors.
+# Measures that a report sums over layers, and for which it has standard errors.
 SUMS = ("normalized_relative_flatness", "relative_flatness", "hessian_trace")
-# Relative flatness is divided by these means.
+# Relative flatness divided by a mean over samples, and the name of that mean.
 RATIOS = {"relative_flatness_per_loss": "loss", "relative_flatness_per_curvature": "curvature"}
 
 
@@ -26,9 +26,10 @@ def row_of(
     train_loss: float | None = None,
     outcome: float | None = None,
 ) -> ComparedModel:
-    """Return the row of a model from its report; without ``train_loss`` it is that of the report, if it is of training.
+    """Return the row of a comparison for a model, from its report.
 
-    Raises a :class:`FlatnessError` if an outcome is no number.
+    Without ``train_loss``, the row takes the loss of the report, if the report was measured on training data. Raises a
+    :class:`FlatnessError` if the outcome is no number.
     """
     if outcome is not None and not is_number(outcome):
         raise FlatnessError(f"outcome of '{name}' is {outcome!r}; give a number.")
@@ -66,10 +67,11 @@ def row_of(
 
 
 def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[str, Tensor]:
-    """Return the covariances of the errors of every number, float64 ``(M, M)`` for ``M`` reports, by number.
+    """Return the covariances of the models' errors, by name of the number: float64 ``(M, M)`` for ``M`` reports.
 
-    On the diagonal are the squares of the standard errors, over samples and of estimates. Beside it are, where
-    ``is_paired``, the jackknife's covariances over the groups of samples that all have in common; otherwise zeros.
+    The diagonal has the variance over samples plus the variance of estimates. The other entries are zero unless
+    ``is_paired``: then they are covariances from a jackknife over groups of samples, because all models were measured
+    on the same samples (``docs/theory.md``, "Errors over samples").
     """
     means = [_means_without_groups(report) for report in reports]
     found = {}
@@ -92,10 +94,11 @@ def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[s
 
 
 def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> bool:
-    """Return whether reports have values of single samples, of samples that are known to be the same.
+    """Return whether all reports have per-sample values, and these belong to the same samples in the same order.
 
-    They are if they were measured ``together``. Else it must show: samples that two networks both classify correctly
-    must have the same class. Another order, or other samples, is seen in this.
+    Models that were measured ``together`` had the same samples. Otherwise the reports must have equal sample weights,
+    and a sample that two networks both classify correctly must have the same class in both reports. This check detects
+    reports whose samples differ or are in another order. It needs correct samples of two classes at least.
     """
     if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
         return False
@@ -115,7 +118,10 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
 
 
 def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
-    """Return the means of every number without each group of samples, ``(G,)``, as far as single samples are known."""
+    """Return the jackknife means of each number, ``(G,)``: entry ``g`` is the mean over all samples except group ``g``.
+
+    Numbers without per-sample values in the report are left out.
+    """
     samples = report.samples
     if "weight" not in samples:
         return {}
@@ -136,13 +142,14 @@ def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
 
 
 def _without(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted means of per-sample values without each group, ``(G,)``, from values and weights ``(N,)``."""
     positions = torch.arange(len(weights), device="cpu")
     weighted = torch.where(weights > 0, values.double() * weights, 0.0)  # values of ignored samples are NaN
     return means_without_groups(grouped(weighted[:, None], positions), grouped(weights[:, None], positions)[:, 0])[:, 0]
 
 
 def _estimate_error(report: FlatnessReport, number: str) -> float:
-    """Return the standard error of an estimate: of independent layers, the root of the sum of squares."""
+    """Return the standard error of a number that is a sum of estimates, which are independent between layers."""
     measure = "relative_flatness" if number in RATIOS else number
     error = math.hypot(*(layer.standard_errors.get(measure, 0.0) for layer in report.layers.values()))
     divisor = float(getattr(report, RATIOS[number])) if number in RATIOS else 1.0
@@ -150,6 +157,6 @@ def _estimate_error(report: FlatnessReport, number: str) -> float:
 
 
 def errors_of(covariances: Mapping[str, Tensor], index: int) -> dict[str, float]:
-    """Return the standard errors of a model's numbers, by name; those that are not known are left out."""
+    """Return the standard errors of the model at ``index``, by name of the number, without errors that are unknown."""
     found = {number: float(covariance[index, index]) for number, covariance in covariances.items()}
     return {number: math.sqrt(variance) for number, variance in found.items() if math.isfinite(variance)}

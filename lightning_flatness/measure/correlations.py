@@ -1,4 +1,4 @@
-"""How the order of models by each number agrees with their order by an outcome."""
+"""Compute how well the order of models by each number agrees with the order of the models by an outcome."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional.rank_correlation import bootstrap_interval, granulated_tau, kendall_tau, partial_tau
 from lightning_flatness.results import BASELINES, MEASURES, ComparedModel, RankCorrelation
 
-# What partial correlations hold.
+# Numbers that partial correlations hold constant.
 HELD = ("train_loss", "weight_norm")
 
 
 def correlations_of(
     rows: Mapping[str, ComparedModel], hyperparameters: Mapping[str, Mapping[str, Any]]
 ) -> tuple[RankCorrelation, ...]:
-    """Return the correlations of all numbers that are known of two models at least, measures first."""
+    """Return the rank correlations with the outcome of all measures, then of all baselines.
+
+    Numbers that fewer than two models have are left out. Raises a :class:`FlatnessError` if a model lacks a
+    hyper-parameter that another model has.
+    """
     keys = {key for settings in hyperparameters.values() for key in settings}
     for name, settings in hyperparameters.items():
         missing = sorted(keys - settings.keys())
@@ -34,6 +38,7 @@ def correlations_of(
 def _correlation(
     number: str, rows: Mapping[str, ComparedModel], settings: Mapping[str, tuple[Any, ...]]
 ) -> RankCorrelation:
+    """Return the rank correlation of one number with the outcome, over the models that have both."""
     known = [n for n, row in rows.items() if math.isfinite(getattr(row, number)) and math.isfinite(row.outcome)]
     values, outcome = _column(rows, known, number), _column(rows, known, "outcome")
     low, high = bootstrap_interval(values, outcome)
@@ -54,4 +59,5 @@ def _correlation(
 
 
 def _column(rows: Mapping[str, ComparedModel], names: list[str], number: str) -> Tensor:
+    """Return one number of the models ``names``, as a float64 vector."""
     return torch.tensor([getattr(rows[name], number) for name in names], dtype=torch.float64, device="cpu")

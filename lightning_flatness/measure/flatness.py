@@ -40,17 +40,18 @@ def measure_flatness(
 ) -> FlatnessReport:
     """Measure the flatness of convolutions and linear layers over all batches.
 
-    Numbers are exact where that is certified; otherwise they are labelled. The model is measured in evaluation mode,
-    and its weights, gradients, buffers, modes and random states are left as they were. Batches may have different
-    sizes, and every sample has the same weight.
+    Numbers that are certified to be those of the exact Hessian are called exact; other numbers are labelled as not
+    exact, with the reason. The model is measured in evaluation mode, and its weights, gradients, buffers, modes and
+    random states stay as they were. Batches may have different sizes, and every sample has the same weight.
 
     Args:
         model: any module that returns logits ``(N, K)``.
-        batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``; or only inputs, if neither the loss's curvature nor
-            the curvature of an activation depends on targets. Tensors are moved to the model's device.
-        layers: ``"last"``, the last convolution before the classifier, or linear layer of many tokens or positions;
-            ``"classifier"``; ``"all"``, every convolution and linear layer that can be measured (``report.left_out``
-            names the others); or names or glob patterns.
+        batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``. Inputs alone are enough if the numbers do not
+            depend on targets, as with cross-entropy without class weights in a ReLU network. Tensors are moved to the
+            model's device.
+        layers: ``"last"`` for the last layer before the classifier that is a convolution, or a linear layer applied to
+            many tokens or positions; ``"classifier"``; ``"all"`` for every convolution and linear layer that can be
+            measured (``report.left_out`` names the others); or names or glob patterns.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` (with logits, for several binary labels) or ``"mse"``, all
             averaged as in torch; a loss module of torch with ``reduction="mean"``; or a function of ``(logits,
             targets)`` that returns the loss of every sample, ``(N,)``, whose mean is measured.
@@ -60,20 +61,21 @@ def measure_flatness(
         measures: the measures to compute, by default all but ``"channelwise_flatness"``. Without relative, normalised
             and channel-wise flatness, only the diagonals of the block traces are kept, which takes less time and
             memory.
-        tolerance: relative standard error of trace and relative flatness for layers whose Gauss-Newton matrix is
-            measured, with 128 classes or more: classes with little probability mass are sampled until it is reached.
-            Such numbers are not called exact. With 0, or with ``strict``, all classes are computed.
+        tolerance: largest relative standard error of trace and relative flatness, for layers that are measured by the
+            Gauss-Newton method with 128 classes or more. Classes with little probability mass are sampled until the
+            error is below the tolerance. Such numbers are not called exact. With 0, or with ``strict``, all classes are
+            computed.
         residual: ``"hutchinson"`` estimates, by random probes, the part of the Hessian that the Gauss-Newton matrix
             leaves out; ``layer.standard_errors`` has the standard errors.
         num_probes: number of these probes for every layer and batch.
         seed: seed of the probes.
-        strict: raise an error instead of returning numbers that are not those of the Hessian.
+        strict: raise an error instead of returning numbers that are not exact.
         dtype: ``"float32"`` or ``"float64"``, the precision in which copies of weights and batches run; by default the
             model's own, but at least float32. Sums are always kept in float64.
         sync: sum over all ranks of a process group of ``torch.distributed``. Every rank then calls this function with
-            its own batches, or none, and gets the flatness over the batches of all ranks. (If one rank raises an error,
-            the others keep waiting, as with any collective.) Weights that ``fully_shard`` (FSDP2) has sharded are then
-            measured in a whole copy, which every rank holds meanwhile. By default nothing communicates.
+            its own batches, or with none, and gets the flatness over the batches of all ranks. (If one rank raises an
+            error, the others keep waiting, as with any collective.) If ``fully_shard`` (FSDP2) has sharded the weights,
+            every rank measures a whole copy of the model, and holds it until the end. By default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
         per_sample: keep trace, relative flatness, loss and prediction of every sample, in ``samples`` of the report and
             of its layers.
@@ -83,9 +85,9 @@ def measure_flatness(
 
     Raises:
         FlatnessError: an option is invalid.
-        LayerSelectionError: a layer does not exist, never runs, or does more than convolve; its weight is also used
-            elsewhere; samples of a batch affect each other; or the forward is random.
-        NotExactError: with ``strict``, a number would not be that of the Hessian.
+        LayerSelectionError: a layer does not exist, never runs, or does more than one convolution; a layer's weight is
+            also used elsewhere; samples of a batch affect each other; or the forward pass is random.
+        NotExactError: with ``strict``, a number would not be exact.
         BatchError: logits, targets or weights cannot be measured, there are no batches, or memory does not suffice.
 
     Source:

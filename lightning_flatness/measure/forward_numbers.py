@@ -1,4 +1,4 @@
-"""Numbers of a network that come with forward passes: mean loss, margin, and features times spread of the weights."""
+"""Compute numbers that need forward passes only: the mean loss, and two baselines for measures of flatness."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from lightning_flatness.model.options import MeasuringOptions
 
 @dataclass(frozen=True)
 class ForwardNumbers:
-    """Means over samples; NaN for what is not known."""
+    """Means over samples; NaN if a number is not known."""
 
     loss: float
-    margin: float = math.nan  # of targets that are classes
-    feature_spread: float = math.nan  # of networks with a linear classifier
+    margin: float = math.nan  # target's logit minus the largest other logit; NaN unless targets are class indices
+    feature_spread: float = math.nan  # see ``functional.baselines.feature_spreads``; NaN without a linear classifier
 
 
 def forward_numbers(model: nn.Module, batches: Iterable[Any], options: MeasuringOptions) -> ForwardNumbers:
-    """Compute the numbers over batches with targets, in evaluation mode; the model stays as it was.
+    """Compute mean loss, margin and feature spread over batches with targets, in evaluation mode.
 
-    Raises a :class:`BatchError` if there are no targets, or no samples.
+    The model stays as it was. Raises a :class:`BatchError` if there are no targets, or no samples.
     """
     model = without_wrapper(model)
     classifier, sums = _Classifier(), torch.zeros(0, device="cpu")
@@ -58,7 +58,7 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
 
 
 class _Classifier:
-    """What the linear classifier of a network reads, heard by a hook on it."""
+    """Records the input and the weight of a network's linear classifier, by a forward hook."""
 
     def __init__(self) -> None:
         self._module: nn.Module | None = None
@@ -66,12 +66,13 @@ class _Classifier:
         self._weight: Tensor | None = None
 
     def find(self, model: nn.Module, copy: ModelCopy, inputs: Any) -> None:
-        with suppress(LayerSelectionError):  # there is none
+        """Find the classifier in a forward pass on ``inputs``."""
+        with suppress(LayerSelectionError):  # the network has no linear classifier
             self._module = select(model, lambda: copy(inputs), "classifier").classifier
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Listen to the calls of the classifier inside the block."""
+        """Return a context manager that records the classifier's calls; TorchScript modules are not recorded."""
         if self._module is None or isinstance(self._module, torch.jit.ScriptModule):
             yield
             return
@@ -82,12 +83,16 @@ class _Classifier:
             handle.remove()
 
     def _hear(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Record the input and the weight of one call; a forward pre-hook."""
         weight = getattr(module, "weight", None)
         if arguments and isinstance(arguments[0], Tensor) and isinstance(weight, Tensor):
             self._features, self._weight = arguments[0].detach(), weight.detach()
 
     def spreads(self, logits: Tensor) -> Tensor:
-        """Return the spreads of the samples of the last call, ``(N,)``; NaN if they are not known."""
+        """Return the feature spread of each sample in the last recorded call, ``(N,)``.
+
+        All are NaN if no call was recorded, or if its input and weight do not fit the ``logits``.
+        """
         if self._features is not None and self._weight is not None:
             features, weight = self._features.flatten(1), self._weight.flatten(1)
             if len(features) == len(logits) and weight.shape == (logits.shape[1], features.shape[1]):
@@ -96,7 +101,10 @@ class _Classifier:
 
 
 def _sums(options: MeasuringOptions, logits: Tensor, targets: Tensor, classifier: _Classifier) -> Tensor:
-    """Return the sums over a batch of weight, weighted loss, count, margin and spread, ``(5,)``, on the CPU."""
+    """Return five sums over the samples of a batch, on the CPU: weight, weighted loss, count, margin, feature spread.
+
+    Only samples whose targets are not ignored count.
+    """
     outcomes = options.loss_function(logits, targets).outcomes
     assert outcomes is not None  # there are targets
     weight, count, loss, correct = outcomes.unbind(1)

@@ -43,16 +43,28 @@ def measure_lambda_max(
 ) -> LambdaMaxReport:
     """Compute the largest eigenvalue of the Hessian of each layer's kernel, and its variants relative to the weights.
 
-    The model runs once on every batch. The tensors that products with the Hessian need are kept, so memory grows with
-    the number of samples; some hundreds are advisable.
+    The model runs once on every batch. The tensors that products with the Hessian need are kept in memory, which grows
+    with the number of samples: use some hundreds.
 
-    The iteration stops when residuals are at most ``tolerance`` times the eigenvalues, or after ``max_products``
-    products with the Hessian. If more than ``max_gigabytes`` would be kept, an error is raised. ``by_filter`` also
-    computes the largest eigenvalue of each filter's own block, for the neuron-wise variant. ``seed`` determines the
-    starting vectors. ``strict`` raises an error for layers of which only the Gauss-Newton matrix can be computed. With
-    ``sync``, the Hessian is that of the batches of all ranks of a process group: call this function on every rank then,
-    each with its own batches, or none; by default nothing communicates. The other arguments, and the errors, are those
-    of :func:`~lightning_flatness.measure_flatness`.
+    The errors are the same as for :func:`~lightning_flatness.measure_flatness`.
+
+    Args:
+        model: any module that returns logits ``(N, K)``.
+        batches: as for :func:`~lightning_flatness.measure_flatness`.
+        layers: as for :func:`~lightning_flatness.measure_flatness`.
+        loss: as for :func:`~lightning_flatness.measure_flatness`.
+        label_smoothing: label smoothing of cross-entropy.
+        class_weight: class weights of cross-entropy.
+        ignore_index: target value that cross-entropy ignores.
+        by_filter: also compute the largest eigenvalue of each filter's own block, for the neuron-wise variant.
+        tolerance: stop the Lanczos iteration when the residuals are at most ``tolerance`` times the eigenvalues.
+        max_products: largest number of products with the Hessian, after which the iteration stops in any case.
+        max_gigabytes: memory for the tensors that are kept; if more is needed, a :class:`BatchError` is raised.
+        seed: seed of the starting vectors.
+        strict: raise an error for a layer if only its Gauss-Newton matrix can be computed, and not its Hessian.
+        dtype: precision in which the model runs, as for :func:`~lightning_flatness.measure_flatness`.
+        sync: compute the Hessian over the batches of all ranks of a process group. Then call this function on every
+            rank, with that rank's batches or with none. By default nothing communicates.
 
     Returns:
         A :class:`~lightning_flatness.LambdaMaxReport`: a mapping of layer names to
@@ -136,7 +148,7 @@ def measure_lambda_max(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What one rank has measured: layers and kernels by name, and the number of its samples."""
+    """The layers and kernels that one rank has measured, by layer name, and the number of its samples."""
 
     infos: Mapping[str, LayerInfo]
     kernels: Mapping[str, Tensor]
@@ -145,7 +157,10 @@ class _Measured:
 
 
 def _together(ranks: Sequence[_Measured], model: nn.Module) -> _Measured:
-    """Return what all ranks have measured, with the kernels on the model's device."""
+    """Merge the measurements of all ranks, with the kernels on the model's device.
+
+    Raises a :class:`BatchError` if no rank has samples, or if ranks measured different layers.
+    """
     measured = [rank for rank in ranks if rank.num_samples]
     normalizer = sum(rank.normalizer for rank in ranks)
     if not normalizer > 0:
@@ -167,9 +182,10 @@ def _together(ranks: Sequence[_Measured], model: nn.Module) -> _Measured:
 
 @dataclass(frozen=True)
 class _MeanHessian:
-    """The mean over samples of a layer's Hessian, as the sum of the operators kept for each batch of this rank.
+    """The Hessian of the mean loss with respect to one layer's kernel, for products with vectors.
 
-    With ``sync``, products are summed over ranks.
+    It is the sum of ``operators``, one for each part of this rank's batches, divided by ``normalizer``. With ``sync``,
+    products are summed over ranks.
     """
 
     name: str
@@ -181,7 +197,7 @@ class _MeanHessian:
     def largest(
         self, by_filter: bool, generator: torch.Generator, tolerance: float, max_products: int
     ) -> LargestEigenvalues:
-        """Return the largest eigenvalue of the Hessian, or with ``by_filter`` that of each filter's own block."""
+        """Return the largest eigenvalue of the layer's Hessian, or with ``by_filter`` of each filter's block in it."""
         rows = len(self.kernel) if by_filter else 1
         shape = rows, self.kernel.numel() // rows
         start = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.kernel.device)

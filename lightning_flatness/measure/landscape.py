@@ -1,4 +1,4 @@
-"""Loss landscapes: the loss on a line or plane through the weights."""
+"""Compute loss landscapes: the loss on a line or plane through the weights of a model."""
 
 from __future__ import annotations
 
@@ -56,37 +56,43 @@ def loss_landscape(
 ) -> LandscapeResult:
     """Compute mean loss and accuracy at ``w + Σ_i α_i d_i`` on a line or a plane through a model's weights ``w``.
 
-    The model runs on copies, in evaluation mode, and is left as it was. Every sample has the same weight. Points are
-    computed from the middle outwards. After an interrupt (Ctrl-C), the points computed so far are returned, and
-    ``resume=`` completes them. If no progress bar is shown, Python's logger ``lightning_flatness`` gets the number of
-    points and an estimate of the time, as for :func:`~lightning_flatness.hessian_spectrum`. ``docs/landscape.md`` has
-    the formulas.
+    Here ``d_1`` and ``d_2`` are the axes, directions in weight space, and ``α_1`` and ``α_2`` are the coordinates of a
+    point. ``docs/landscape.md`` has the formulas.
+
+    The model runs on copies of its weights, in evaluation mode, and stays as it was. Every sample has the same weight.
+    Points are computed from the middle outwards. After an interrupt (Ctrl-C), the function returns the points computed
+    so far, and a call with ``resume=`` computes the others. If no progress bar is shown, Python's logger
+    ``lightning_flatness`` gets the number of points and an estimate of the time, as for
+    :func:`~lightning_flatness.hessian_spectrum`.
 
     Args:
         model: any module that returns logits ``(samples, classes)``.
         batches: pairs ``(inputs, targets)`` that can be read many times, as a list or a ``DataLoader``. Every pass uses
             the same random numbers.
         axes: ``"random"``, ``"adam"`` or ``"hessian"`` for a plane of two axes of this kind; or a list of one (a line)
-            or two (a plane) of these strings or of directions. Random axes are normal random numbers; the second one is
-            made orthogonal to the first before it is normalised. Adam axes are the optimizer's ``exp_avg`` and
-            ``exp_avg_sq``; a line takes ``exp_avg``. Hessian axes are unit eigenvectors of the largest eigenvalues for
-            the trainable parameters that are not ``frozen``. A direction is a mapping from names of parameters or
-            buffers to tensors, e.g. from ``direction_between`` or ``pca_directions``, or a flat tensor.
-        normalize: scale every ``"weight"``, ``"filter"``, ``"layer"`` (tensor) or the whole ``"model"`` of a direction
-            to the norm of the weights; or ``"none"``. By default ``"filter"`` for random axes, ``"none"`` for others.
-        norm: order of this norm, 1 or 2.
-        biases: in a normalised direction, parameters with one dimension (biases, BatchNorm) do not move (``"zero"``, as
-            in the paper's code) or are ``"scaled"`` like all others.
+            or two (a plane) of these strings or of directions. Random axes have normal random entries; the second one
+            is made orthogonal to the first before the normalisation. Adam axes are the optimizer's ``exp_avg`` and
+            ``exp_avg_sq``; a line takes ``exp_avg``. Hessian axes are unit eigenvectors of the Hessian's largest
+            eigenvalues, with respect to the trainable parameters that are not ``frozen``. A direction is a flat tensor,
+            or a mapping from names of parameters or buffers to tensors, e.g. from ``direction_between`` or
+            ``pca_directions``.
+        normalize: part of a direction that is scaled to the norm of the same part of the weights: every ``"weight"``,
+            ``"filter"`` or ``"layer"`` (tensor), or the whole ``"model"``; or ``"none"``. By default ``"filter"`` for
+            random axes, ``"none"`` for others.
+        norm: order of the norm for ``normalize``, 1 or 2.
+        biases: treatment of parameters with one dimension (biases, BatchNorm) in normalised directions: they do not
+            move (``"zero"``, as in the code of Li et al. 2018), or are ``"scaled"`` like all others.
         update: ``"add"`` for the points above; or ``"adam"``, with Adam axes, for the points
-            ``w + α_1 m / (sqrt(α_2 v) + ε)``, on a line with ``α_2 = 1``.
+            ``w + α_1 m / (sqrt(α_2 v) + ε)``, where ``m`` and ``v`` are the two Adam axes and ``ε`` is the optimizer's
+            ``eps``. On a line, ``α_2 = 1``.
         span: range of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for
             every axis. With ``update="adam"``, a number applies to ``α_1`` only, and ``α_2`` goes from 0.1 to 1.9.
-        steps: number of points along every axis, or a list of one number per axis. If it is odd, the middle of a
-            symmetric span, which is the model itself, is a point.
+        steps: number of points along every axis, or a list of one number per axis. With an odd number, the middle of a
+            symmetric span is a point; the middle is the model itself.
         frozen: names or glob patterns of parameters or modules that do not move.
-        batch_norm: with ``"kept"``, BatchNorm uses the model's statistics at all points. With ``"recomputed"``,
+        batch_norm: with ``"kept"``, BatchNorm uses the model's running statistics at all points. With ``"recomputed"``,
             statistics are computed anew at every point from these batches, with equal weights, as torch does with
-            ``momentum=None``; with ``sync``, from each rank's own batches.
+            ``momentum=None``. With ``sync``, each rank computes them from its own batches.
         loss: as for :func:`~lightning_flatness.measure_flatness`.
         label_smoothing: label smoothing of cross-entropy.
         class_weight: class weights of cross-entropy.
@@ -96,9 +102,9 @@ def loss_landscape(
         dtype: precision in which the model runs, as for ``measure_flatness``.
         chunk: number of points that ``torch.func.vmap`` computes at once, if it supports the model; by default 16 if
             forward passes are cheap, otherwise 1.
-        resume: an earlier result of the same call that is not ``complete``.
-        sync: compute the losses over the batches of all ranks of a process group: call this function on every rank
-            then, each with its own batches, or none. By default nothing communicates.
+        resume: an earlier result of the same call, to compute only the points that it lacks.
+        sync: compute the losses over the batches of all ranks of a process group. Then call this function on every
+            rank, with that rank's batches or with none. By default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
 
     Returns:
@@ -106,7 +112,7 @@ def loss_landscape(
 
     Raises:
         FlatnessError: an option is invalid, all parameters are frozen, the optimizer has no moments for Adam axes,
-            batches can be read only once, or ``resume=`` is another landscape.
+            batches can be read only once, or ``resume=`` has other settings, weights, axes or data.
         BatchError: batches, targets or logits do not fit the loss.
         LandscapeError: the model or the loss fails at a point; the error's ``result`` has the points computed so far.
 
