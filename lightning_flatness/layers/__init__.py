@@ -1,1 +1,1 @@
-"""Layers: recording them in a forward pass, certifying how they can be measured, and computing block traces."""
+"""Record layers in a forward pass, certify by which method each can be measured, and compute their block traces."""

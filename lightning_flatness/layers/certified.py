@@ -1,4 +1,4 @@
-"""The certified properties of layers and of a forward pass, as frozen values."""
+"""What certificates have established about layers and about a forward pass, as frozen values."""
 
 from __future__ import annotations
 
@@ -24,72 +24,78 @@ Calls = dict[str, tuple[LayerCall, ...]]
 
 @dataclass(frozen=True)
 class CertifiedLayer:
-    """The properties of one layer that the batches so far have certified."""
+    """What the batches so far have certified about one layer, and how it is measured."""
 
     info: LayerInfo
     kernel: Known[Kernel]
-    gram: Folded  # inner products of its filters, or their diagonal
-    gram_norm: Tensor | None = None  # a bound of its spectral norm, if classes may be left out
-    tail: Known[Tail] | None = None  # under the closed form
-    inexact: Inexact | None = None  # under Gauss-Newton: why the number is not the Hessian's
+    gram: Folded  # Gram matrix of the kernel's filters, or its diagonal
+    gram_norm: Tensor | None = None  # upper bound of the spectral norm of `gram`; None if no class may be left out
+    tail: Known[Tail] | None = None  # None under Gauss-Newton
+    inexact: Inexact | None = None  # under Gauss-Newton: why the layer is not called exact; None if it is
 
     def with_deviation(self, *deviations: float) -> CertifiedLayer:
-        """Return the same layer, with the largest of its deviation and these."""
+        """Return a copy whose deviation is the maximum of the layer's deviation so far and the given ones."""
         return replace(self, info=replace(self.info, deviation=max(self.info.deviation, *deviations)))
 
     def in_precision(self, precision: str, deviation: float) -> CertifiedLayer:
-        """Return the same layer, measured in half precision, which changes its trace by ``deviation``."""
+        """Return a copy that is labelled as measured in ``precision``.
+
+        ``deviation`` is the relative change of the Hessian trace from float32.
+        """
         return replace(self, info=replace(self.info, precision=precision, precision_deviation=deviation))
 
 
 @dataclass(frozen=True)
 class Certified:
-    """What was certified of a model on the batches seen so far."""
+    """What the batches so far have certified about a model."""
 
     layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)  # layers of layers="all" that cannot be measured
-    paths: Known[None] | None = None  # recognised by the uses of kernels
-    affine: Known[None] | None = None  # recognised if no function of the graph can curve
+    left_out: Mapping[str, str] = field(default_factory=dict)  # with layers="all": why not measured, by name
+    paths: Known[None] | None = None  # certificate 4; the fingerprint is the functions that take the kernels
+    affine: Known[None] | None = None  # that logits are affine in kernels; recognised if no function can curve
 
     def without_operations(self) -> Certified:
-        """Return the same certificates for a pass in another precision, whose operations are not known yet."""
+        """Return a copy without the fingerprints of the tails.
+
+        A pass in another precision has other operations, so the first such pass sets the fingerprints anew.
+        """
         tails = {name: layer.tail and replace(layer.tail, fingerprint=None) for name, layer in self.layers.items()}
         return replace(self, layers={name: replace(self.layers[name], tail=tail) for name, tail in tails.items()})
 
     @property
     def infos(self) -> dict[str, LayerInfo]:
-        """How every layer is measured."""
+        """The descriptions of how the layers are measured, by name."""
         return {name: layer.info for name, layer in self.layers.items()}
 
 
 @dataclass(frozen=True)
 class CertifiedPass:
-    """A certified forward pass on some samples."""
+    """A recorded forward pass on some samples that has passed the certificates, with the derivatives of its loss."""
 
     recorded: Pass
     loss: LossDerivatives
     calls: Calls
-    tails: Mapping[str, TailDerivatives]  # of the layers under the closed form
+    tails: Mapping[str, TailDerivatives]  # by layer, of those under the closed form only
 
     @property
     def others(self) -> Calls:
-        """Calls of the layers under Gauss-Newton."""
+        """The calls of the layers under Gauss-Newton, by name."""
         return {name: calls for name, calls in self.calls.items() if name not in self.tails}
 
 
 @dataclass(frozen=True)
 class Context:
-    """The context of certificates: the layers to measure, the options, and a function that copies the model."""
+    """What all certificates need: the layers to measure, the options, and a function that copies the model."""
 
     selection: Selection
     options: Options
     copy: Callable[[], ModelCopy]
 
     def recorder(self, copy: ModelCopy | None = None) -> Recorder:
-        """Return a recorder for our forward pass on ``copy``, or, without a copy, for a forward pass of the user's."""
+        """Return a recorder for a pass of our own on ``copy``, or without a copy for the user's forward pass."""
         watched = {name: copy.copy_of(p) if copy else p for name, p in self.selection.parameters.items()}
         return Recorder(self.selection.modules, self.selection.classifier, watched, live=copy is None)
 
     def gram(self, kernel: Tensor, groups: int) -> Folded:
-        """Return the inner products of a layer's filters, or only their diagonal if the options need no more."""
+        """Return the Gram matrix of a kernel's filters, or its diagonal if the wanted measures need no more."""
         return Folded.of(weight_gram(kernel, groups, self.options.diagonal))

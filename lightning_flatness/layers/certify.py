@@ -1,4 +1,7 @@
-"""Certifying a recorded forward pass, given the certificates of earlier batches, which are updated and returned."""
+"""Certify a recorded forward pass, and decide by which method each layer is measured.
+
+The functions take what earlier batches have certified, and return what is certified after this batch.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,21 @@ from lightning_flatness.model.logits import logits_of, question_outputs
 def certify(
     recorded: Pass, loss: LossDerivatives, known: Certified, context: Context, masks: Tensor
 ) -> tuple[CertifiedPass, Certified]:
-    """Certify a forward pass of our own with all certificates, and decide how each layer is measured."""
+    """Certify a forward pass of our own, and decide how each layer is measured.
+
+    Args:
+        recorded: the forward pass.
+        loss: the derivatives of the loss at its logits.
+        known: what earlier batches have certified.
+        context: the layers to measure, the options, and a function that copies the model.
+        masks: samples ``(M, N)`` whose logits must not depend on the other samples (certificate 5).
+
+    Returns:
+        The certified pass, and what is certified after this batch.
+
+    Raises:
+        LayerSelectionError: a layer cannot be measured, and ``layers="all"`` may not leave it out.
+    """
     certificates = _Certificates(recorded, known, context)
     first, left_out = certificates.first, dict(known.left_out)
     calls, kernels = certificates.certified_calls(left_out)
@@ -54,7 +71,7 @@ def certify(
     tails, failures = certificates.certified_tails(calls, layers)
     certified = CertifiedPass(recorded, loss, calls, tails)
     others = certified.others
-    if others:  # the tail certificate covers all pairs of samples
+    if others:  # under the closed form, certificate 2 already tests all pairs of samples
         every_pair = separating_masks(len(recorded.logits)).to(recorded.logits.device)
         mixing = find_mixing_layer(others, recorded.logits, every_pair if failures else masks)
         if mixing is not None:
@@ -69,10 +86,23 @@ def certify(
 def certify_observed(
     recorded: Pass, loss_at: Callable[[Tensor], LossDerivatives], known: Certified, context: Context
 ) -> tuple[CertifiedPass, Certified]:
-    """Certify the user's forward pass, whose graph ends at the classifier; the layers keep their methods.
+    """Certify an observed forward pass of the user's.
 
-    ``loss_at`` returns the derivatives of the loss at logits. A pass in half precision is compared with an earlier one,
-    and all that follows from its features is float32.
+    Its autograd graph ends at the classifier's input. All layers must be under the closed form already. In half
+    precision, the operations of the pass are compared with those of the first such pass, and everything that is
+    computed from the classifier's input is float32.
+
+    Args:
+        recorded: the observed forward pass.
+        loss_at: returns the derivatives of the loss at given logits.
+        known: what the trial and earlier observed batches have certified.
+        context: the layers to measure, the options, and a function that copies the model.
+
+    Returns:
+        The certified pass, and what is certified after this batch.
+
+    Raises:
+        FlatnessError: a certificate fails.
     """
     if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
         raise LayerSelectionError("the forward does something else with a kernel than before")
@@ -92,7 +122,11 @@ def certify_observed(
 
 
 def in_float32(call: LayerCall) -> LayerCall:
-    """Return a call of a layer with what its convolution read, rounded as the convolution rounds it, in float32."""
+    """Return a copy of a layer's call whose convolution has its inputs in float32.
+
+    The inputs are first rounded to the type of the convolution's output, because a convolution under autocast rounds
+    them so.
+    """
     convolution = call.convolution
     inputs = convolution.inputs.to(convolution.output.dtype).float()
     read = None if convolution.unpadded is None else convolution.unpadded.to(convolution.output.dtype).float()
@@ -100,13 +134,13 @@ def in_float32(call: LayerCall) -> LayerCall:
 
 
 def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """Return the recorded uses of the kernels of these layers, as pairs of a layer and the function that took it."""
+    """Return the uses of the kernels of these layers: pairs of a layer's name and a function that took its kernel."""
     return tuple(use for use in recorded.kernel_uses if use[0] in layers)
 
 
 @dataclass(frozen=True)
 class _Certificates:
-    """The certificates of one forward pass, by layer."""
+    """Runs the certificates on one forward pass. ``known`` is what earlier batches have certified."""
 
     recorded: Pass
     known: Certified
@@ -114,7 +148,7 @@ class _Certificates:
 
     @property
     def first(self) -> bool:
-        """Whether these are the first samples, which decide how layers are measured."""
+        """Whether no samples were certified before: the first samples decide how layers are measured."""
         return not self.known.layers
 
     @property
@@ -123,7 +157,10 @@ class _Certificates:
         return self.context.options.loss_function.shift_invariant
 
     def leave_out(self, name: str, error: LayerSelectionError, calls: Calls, left_out: dict[str, str]) -> None:
-        """Leave out a layer that cannot be measured, if ``layers="all"`` on the first samples; else raise."""
+        """Move a layer that cannot be measured from ``calls`` to ``left_out``, or raise ``error``.
+
+        A layer may be left out with ``layers="all"``, on the first samples, unless it is the last one that is left.
+        """
         left = self.context.selection.modules.keys() - left_out.keys()
         if not self.first or self.context.options.layers != "all" or len(left) == 1:
             raise error
@@ -131,7 +168,7 @@ class _Certificates:
         calls.pop(name, None)
 
     def certified_calls(self, left_out: dict[str, str]) -> tuple[Calls, dict[str, Known[Kernel]]]:
-        """Return the calls and kernels of all layers; every call is certified to be one convolution."""
+        """Certify that every layer returns the output of a single convolution; return the layers' calls and kernels."""
         calls: Calls = {}
         kernels: dict[str, Known[Kernel]] = {}
         samples = len(self.recorded.logits)
@@ -157,6 +194,7 @@ class _Certificates:
         return calls, kernels
 
     def _certified_kernel(self, calls: Sequence[LayerCall], layer: CertifiedLayer | None) -> Known[Kernel]:
+        """Run certificate 1 on the calls of one layer; ``layer`` is what earlier batches have certified about it."""
         groups = calls[0].convolution.geometry.groups
 
         def unchanged(weight: Tensor) -> bool:
@@ -166,7 +204,10 @@ class _Certificates:
         return certify_layer(calls, None if layer is None else layer.kernel, unchanged, half)
 
     def certified_paths(self, calls: Calls, left_out: dict[str, str]) -> dict[str, float]:
-        """Certify the paths of all layers in one backward pass; return the deviation by layer."""
+        """Run certificate 4 on all layers, with one backward pass through the model; return deviations by layer.
+
+        The certificate does not apply to a kernel that is computed from a parameter; such a layer has deviation zero.
+        """
         own = [name for name, of_layer in calls.items() if is_own_weight(of_layer[0])]
         u = random_like(self.recorded.logits)
         gradients = self._gradients({name: calls[name][0] for name in own}, u)
@@ -183,7 +224,7 @@ class _Certificates:
         return deviations
 
     def _gradients(self, layers: Mapping[str, LayerCall], u: Tensor) -> dict[str, Tensor | None]:
-        """Return gradients of the sum of ``u`` times the logits at the layers' weights, from a copy of the model."""
+        """Run a copy of the model, and return the gradients of ``<u, logits>`` at the layers' weights, by name."""
         copy = self.context.copy()
         parameters = {name: own_weight(call.module) for name, call in layers.items()}
         kernels = [copy.copy_of(parameter).requires_grad_() for parameter in parameters.values()]
@@ -193,6 +234,7 @@ class _Certificates:
         return dict(zip(parameters, torch.autograd.grad(again, kernels, u, allow_unused=True), strict=True))
 
     def certified_head(self) -> Head:
+        """Run certificate 3 on the classifier."""
         selection = self.context.selection
         with naming(selection.classifier_name or "", "Classifier"):
             return certify_head(selection.classifier, self.recorded, self.shift_invariant)
@@ -200,7 +242,11 @@ class _Certificates:
     def certified_tails(
         self, calls: Calls, layers: dict[str, CertifiedLayer]
     ) -> tuple[dict[str, TailDerivatives], dict[str, str]]:
-        """Return the certified tails by layer, and why the closed form fails for other layers; update ``layers``."""
+        """Run certificates 2 and 3 on the layers that are under the closed form so far.
+
+        Return the derivatives of the tails by layer, and why the closed form fails for the other layers. ``layers`` is
+        updated with the certified tails and deviations.
+        """
         candidates = [name for name, layer in layers.items() if layer.info.method == "closed_form"]
         if not candidates:
             return {}, {}
@@ -233,10 +279,12 @@ class _Certificates:
     def why_not_affine(
         self, calls: Calls, layers: Mapping[str, CertifiedLayer]
     ) -> tuple[dict[str, Inexact | None], Known[None]]:
-        """Return why the logits are not affine in the kernels, for the layers that are not labelled inexact yet.
+        """Return why the logits are not affine in the kernels, by layer, and the updated certificate.
 
-        On the first samples, second derivatives are computed. Later it is enough that no function of the graph can have
-        one. The graph does not show hooks on tensors, so the derivatives are computed again once in a while.
+        Layers that are labelled inexact already are not tested again. On the first samples, second derivatives are
+        computed. On later samples they are not computed if every function of the autograd graph is known to have the
+        second derivative zero. Hooks on tensors do not appear in the graph, so on one of sixteen batches the second
+        derivatives are computed in any case.
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}
@@ -251,9 +299,11 @@ class _Certificates:
         return reasons | {name: self._why_polynomial(of_layer) for name, of_layer in repeated.items()}, known
 
     def _why_polynomial(self, calls: Sequence[LayerCall]) -> Inexact | None:
+        """Return why the logits are not affine in the kernel of a layer that runs several times; None if they are."""
         if not is_own_weight(calls[0]):
             return Inexact.COMPUTED_KERNEL
-        # The output of one call may be input to the next, so the whole model is tested as a function of the kernel.
+        # The output of one call may be the input of the next, which makes the logits a polynomial in the kernel. So the
+        # whole model is tested as a function of the kernel.
         kernel = calls[0].convolution.weight.detach().clone().requires_grad_()
         replacement = {own_weight(calls[0].module): kernel}
         logits = logits_of(self.context.copy()(self.recorded.inputs, replacement))

@@ -1,4 +1,4 @@
-"""Block traces of one layer under the closed form."""
+"""Compute the block traces of one layer under the closed form."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lightning_flatness.layers.certified import Certified, CertifiedLayer, Certi
 from lightning_flatness.layers.estimates import BlockTraces
 from lightning_flatness.layers.recording import Convolution
 
-# The largest relative change of relative flatness that leaving out classes may cause.
+# Leaving out classes may change relative flatness by at most this share.
 TRUNCATION = 1e-6
 
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """What the closed form of one layer is computed from, for some samples. It is not in the graph of their pass."""
+    """The inputs of the closed form of one layer for some samples, detached from the autograd graph."""
 
     layer: CertifiedLayer
     convolution: Convolution
     tail: TailDerivatives
     loss: LossDerivatives
-    curved: tuple[Tensor, Tensor] | None  # curvatures of the tail and dloss/df; None if there are none
+    curved: tuple[Tensor, Tensor] | None  # the tail's curvatures and dloss/df; None if the tail is piecewise linear
 
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> ClosedForm:
-        """Return the closed form of a layer in a certified pass."""
+        """Collect the inputs of the closed form of layer ``name`` from a certified pass."""
         tail, convolution = certified.tails[name].detached(), certified.calls[name][0].convolution
         curved = curved_part(tail, certified.loss)
         return cls(known.layers[name], convolution.detached(), tail, certified.loss, curved)
@@ -43,15 +43,18 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class ClosedForms:
-    """What the sums of an observed pass are computed from. It is not in the graph of the pass."""
+    """The inputs of the closed form of all layers for some samples, detached from the autograd graph.
+
+    Sums over the samples can be computed from them after the forward pass has been freed.
+    """
 
     by_layer: Mapping[str, ClosedForm]
     loss: LossDerivatives
-    outcomes: Tensor  # of every sample
+    outcomes: Tensor  # (N, 6), the OUTCOMES of `sums.py` of every sample
 
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified, outcomes: Tensor) -> ClosedForms:
-        """Return the closed forms of the layers of a certified pass."""
+        """Collect the inputs of the closed form of all layers under the closed form from a certified pass."""
         by_layer = {}
         for name in certified.tails:
             with naming(name):
@@ -59,28 +62,29 @@ class ClosedForms:
         return cls(by_layer, certified.loss, outcomes)
 
     def channels(self) -> dict[str, ChannelSums]:
-        """Return the sums of every input channel of the layers, for every sample."""
+        """Return, by layer, the number, mean and squared deviations of every input channel's entries, per sample."""
         rows = slice(self.num_samples)
         return {name: ChannelSums.of(form.convolution.read[rows]) for name, form in self.by_layer.items()}
 
     @property
     def num_samples(self) -> int:
-        """Number of samples; a single one may have run as a pair."""
+        """The number of samples: one if a single sample ran as a pair of equal rows."""
         return 1 if self.loss.is_pair else len(self.outcomes)
 
 
 def closed_form_layer(form: ClosedForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
-    """Return block traces of one layer, or their diagonals, summed over the samples of a pass.
+    """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
-    With many classes (:attr:`CertifiedLayer.gram_norm`), classes of negligible weight are left out. The relative change
-    of relative flatness, plain and normalised, is certified to be less than :data:`TRUNCATION`; the other measures do
-    not change.
+    If the layer has a :attr:`CertifiedLayer.gram_norm`, there are many classes, and classes of negligible weight are
+    left out. This is accepted only if it certainly changes relative flatness and normalised relative flatness by less
+    than the share :data:`TRUNCATION`; otherwise all classes are used. The other measures do not change.
     """
     layer = form.layer
     if layer.gram_norm is not None:
         gram, gram_norm = layer.gram.whole(), layer.gram_norm
-        # What is left out is a positive matrix of at most this share of the trace. Its trace times the norm of the Gram
-        # matrix bounds the change of relative flatness, which is about the trace times the filters' mean squared norm.
+        # The classes left out form a positive matrix whose trace is at most `tolerance` times the full trace. Times the
+        # norm of the Gram matrix, this bounds the change of relative flatness. Relative flatness itself is about the
+        # trace times the mean squared norm of the filters.
         mean = weight_norm(gram).square() / gram[..., 0].numel()
         tolerance = float(TRUNCATION / 2 * mean / gram_norm)
         part = _gauss_newton(form, weighting, diagonal, tolerance)
@@ -97,6 +101,7 @@ def closed_form_layer(form: ClosedForm, weighting: Weighting, diagonal: bool) ->
 
 
 def _gauss_newton(form: ClosedForm, weighting: Weighting, diagonal: bool, tolerance: float) -> Contraction:
+    """Compute the Gauss-Newton term; the classes left out add at most the share ``tolerance`` of the trace."""
     convolution, tail = form.convolution, form.tail
     with torch.no_grad():
         return closed_form_contraction(
@@ -112,12 +117,12 @@ def _gauss_newton(form: ClosedForm, weighting: Weighting, diagonal: bool, tolera
 
 
 def _with_curved_part(form: ClosedForm, weighting: Weighting, diagonal: bool, part: Contraction) -> Contraction:
-    """Add the terms of curved activations, which are on the diagonal, to the sum and to the values of every sample."""
+    """Add the diagonal term of curved activations to the block traces and to the measures of every sample."""
     if form.curved is None:
         return part
     (curvatures, residual), geometry, inputs = form.curved, form.convolution.geometry, form.convolution.inputs
 
-    def of_filters(inputs: Tensor) -> Tensor:  # of every sample, (N, G, S/G)
+    def of_filters(inputs: Tensor) -> Tensor:  # the term of every sample, (N, G, S/G)
         return closed_form_residual(inputs, geometry, curvatures, form.tail.columns, residual, summed=False)
 
     added = of_filters(inputs)
@@ -140,7 +145,11 @@ def _with_curved_part(form: ClosedForm, weighting: Weighting, diagonal: bool, pa
 
 
 def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, Tensor] | None:
-    """Return curvatures of the tail and ``dloss/df``; None if the Hessian is the Gauss-Newton matrix."""
+    """Return the curvatures of the tail and ``dloss/df``; None if the Hessian is the Gauss-Newton matrix.
+
+    Raises:
+        BatchError: the activation is curved, and the batch has no targets.
+    """
     if tail.curvatures is None:
         return None
     if loss.residual is not None:
@@ -154,7 +163,7 @@ def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, T
 
 
 def spectral_bound(gram: Tensor) -> Tensor:
-    """Return an upper bound of the spectral norm of symmetric matrices: their Schatten norm of order eight."""
+    """Return an upper bound of the spectral norms of symmetric matrices: their largest Schatten norm of order eight."""
     scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
     fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
     bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # float32 is rounded

@@ -1,4 +1,4 @@
-"""Vector-Jacobian products between logits, the outputs of layers and their kernels."""
+"""Vector-Jacobian products from the logits to the outputs of layers, and from these to the layers' kernels."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from lightning_flatness.layers.recording import Convolution, LayerCall
 from lightning_flatness.model.graph import random_like
 
-Calls = Mapping[str, Sequence[LayerCall]]  # what layers did in a forward pass, by name
+Calls = Mapping[str, Sequence[LayerCall]]  # the calls of each layer in a forward pass, by the layer's name
 
 
 def nodes_of(calls: Calls) -> list[Tensor]:
-    """Return the outputs of all calls of all layers, in order."""
+    """Return the outputs of all calls of all layers, as tensors of the autograd graph, in the order of ``calls``."""
     return [call.node for of_layer in calls.values() for call in of_layer]
 
 
 def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> list[Tensor]:
-    """Return vector-Jacobian products of the logits and a cotangent ``(N, K)``, at all nodes; zeros if unconnected."""
+    """Return the gradients of ``<cotangent, logits>`` at all nodes; zeros for nodes without influence on the logits."""
     pulled = pull_back_where_used(logits, nodes, cotangent, create_graph)
     return [torch.zeros_like(node) if p is None else p for p, node in zip(pulled, nodes, strict=True)]
 
@@ -28,7 +28,7 @@ def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create
 def pull_back_where_used(
     end: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
 ) -> Sequence[Tensor | None]:
-    """Return the same products for any tensor ``end``, with None for nodes that it does not depend on."""
+    """Return the gradients of ``<cotangent, end>`` at all nodes; None for nodes without influence on ``end``."""
     if not end.requires_grad or not nodes:
         return [None] * len(nodes)
     return torch.autograd.grad(
@@ -37,9 +37,10 @@ def pull_back_where_used(
 
 
 def kernel_gradient(calls: Sequence[LayerCall], cotangents: Sequence[Tensor], squares: bool = False) -> Tensor:
-    """Return the gradient with respect to a layer's kernel, from cotangents at its outputs.
+    """Return the gradient with respect to a layer's kernel, given the cotangents at the layer's outputs.
 
-    With ``squares``, return the sum of the squares of its terms.
+    The gradient is a sum of products over samples and positions. With ``squares``, the products are squared before they
+    are summed.
     """
     total = torch.zeros_like(calls[0].convolution.weight)
     for call, cotangent in zip(calls, cotangents, strict=True):
@@ -51,7 +52,11 @@ def kernel_gradient(calls: Sequence[LayerCall], cotangents: Sequence[Tensor], sq
 
 
 def gradient_of_convolution(convolution: Convolution, delta: Tensor) -> Tensor:
-    r"""Return ``\sum_n \sum_p δ[s, p] phi[p]``, the gradient at the kernel, from ``δ`` ``(N, S, *output)``."""
+    r"""Return the gradient at a convolution's kernel, given the cotangent ``δ`` ``(N, S, *output)`` at its output.
+
+    The gradient is ``\sum_n \sum_p δ[s, p] phi[p]``, where ``phi[p]`` is the input patch of sample ``n`` at output
+    position ``p``.
+    """
     kernel = convolution.weight.detach().requires_grad_()
     with torch.enable_grad():
         output = convolve(convolution, kernel)
@@ -60,7 +65,7 @@ def gradient_of_convolution(convolution: Convolution, delta: Tensor) -> Tensor:
 
 
 def convolve(convolution: Convolution, kernel: Tensor) -> Tensor:
-    """Return the recorded convolution's output for another kernel, without bias; dimension 1 is the channels."""
+    """Apply another kernel to the inputs of a recorded convolution, without bias; return ``(N, S, *output)``."""
     inputs, geometry = convolution.inputs, convolution.geometry
     kernel = kernel if convolution.channel_dimension == 1 else kernel[..., None]
     stride, padding, dilation = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
@@ -74,9 +79,10 @@ def to_positions(per_channel: Tensor, output: Tensor) -> Tensor:
 
 
 def random_direction(tensor: Tensor, stream: int = 0) -> Tensor:
-    """Return an outer product of random vectors; a non-zero linear map is non-zero on almost all such products.
+    """Return a random tensor that is an outer product of random vectors.
 
-    If one derivative takes directions at several nodes, each needs a stream of its own: else they could cancel.
+    A linear map that is zero on such a tensor is zero, with probability one. If one derivative is taken along the
+    directions of several tensors, each tensor needs its own ``stream``, because equal random numbers could cancel.
     """
     product = torch.ones_like(tensor)
     for dimension, size in enumerate(tensor.shape):

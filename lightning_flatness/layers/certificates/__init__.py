@@ -1,6 +1,7 @@
-"""Certificates, in the order of docs/theory.md: each computes the same number in two ways and compares them.
+"""Certificates: numerical checks that a layer's result is exact (``docs/theory.md``, "What is certified, and how").
 
-Their messages say why a certificate fails and call the layer "it"; the caller puts the layer's name in front.
+Each certificate computes the same number in two ways and compares the results. If they differ, the message says why and
+calls the layer "it"; the caller puts the layer's name in front.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-# The largest relative difference allowed between the two ways, in units of the machine epsilon.
+# The two results may differ by at most this many machine epsilons, relative to their size.
 ROUNDINGS = 1e3
-# A value that may change with the data is certified in full at least once in this many batches.
+# At least one in this many batches is certified in full, because a certified value may change with the data.
 FULL_EVERY = 16
 
 Value = TypeVar("Value")
@@ -19,7 +20,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Known(Generic[Value]):
-    """A certified value, and the fingerprint of its batch: a later batch with the same one needs no full certificate.
+    """A certified value and the fingerprint of the batch on which it was certified.
+
+    The fingerprint identifies what the value depends on, such as the operations of the forward pass. A later batch with
+    the same fingerprint needs no full certificate.
 
     Example:
         >>> known = Known(1.0, fingerprint="relu, mean")
@@ -28,14 +32,17 @@ class Known(Generic[Value]):
     """
 
     value: Value
-    fingerprint: Hashable  # None if batches have none, so that every batch is certified in full
-    batches: int = 0  # how many were recognised since the full certificate
+    fingerprint: Hashable  # None: no later batch is recognised, so every batch is certified in full
+    batches: int = 0  # number of batches recognised since the last full certificate
 
     def recognises(self, fingerprint: Hashable, every: int | None = FULL_EVERY) -> bool:
-        """Return whether a batch needs no full certificate; once in ``every`` batches it needs one in any case."""
+        """Return whether a batch with this fingerprint needs no full certificate.
+
+        One in ``every`` batches is not recognised even if its fingerprint is the same; None recognises all of them.
+        """
         due = every is not None and self.batches + 1 >= every
         return fingerprint is not None and fingerprint == self.fingerprint and not due
 
     def again(self) -> Known[Value]:
-        """Return the same value, with one more recognised batch counted."""
+        """Return a copy that counts one more recognised batch."""
         return replace(self, batches=self.batches + 1)

@@ -1,4 +1,4 @@
-"""Whether the Gauss-Newton matrix of a layer is its Hessian: it is if the logits are affine in its kernel."""
+"""Certify that the logits are affine in a layer's kernel: then its Gauss-Newton matrix is its Hessian."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_flatness.results import SAMPLED
 
 
 class Inexact(Enum):
-    """Reasons why a layer's numbers are not, or only estimate, those of the Hessian; users read the values."""
+    """Reasons why a layer is not called exact; the values appear in reports as ``LayerInfo.reason``."""
 
     CURVED = "the network is curved after it"
     NOT_FINITE = "a second derivative after it is not finite (a square root or norm at zero?)"
@@ -24,16 +24,21 @@ class Inexact(Enum):
 
 
 def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[str, Inexact | None]:
-    """Return why the logits are not affine in the kernel, for each layer that ran once; None if they are.
+    """Return, for each layer, why the logits are not affine in its kernel; None if they are.
 
-    With ``shift_invariant``, they need be so only up to a number added to all logits of a sample, which such a loss
-    does not see: its derivatives sum to zero, and so do the entries of the combinations.
+    Requires: every layer in ``calls`` ran once.
 
-    The second derivative of a random combination of logits, along a random direction, must be exactly zero at every
-    output of the layer. It is zero in piecewise-linear networks; one curved operation makes it non-zero. One double
-    backward pass serves all layers: at the output of a layer it gives the sum of the second derivatives with respect to
-    this output and every other one. A sum of random numbers is zero only if all of them are. If the sum is not zero,
-    the layer is tested alone, since its output may only interact with other layers, as before a gate.
+    The test differentiates a random combination of logits twice, along random directions at the outputs of the layers.
+    This second derivative must be exactly zero. It is zero in a piecewise-linear network, and one curved operation
+    makes it non-zero.
+
+    One double backward pass serves all layers. At the output of layer ``i`` it returns a sum over all layers ``j`` of
+    second derivatives with respect to outputs ``i`` and ``j``. Because the directions are random and independent, the
+    sum is zero only if every term is zero. If it is not zero, layer ``i`` is tested by itself: the logits may still be
+    affine in its kernel alone, for example if a gate multiplies the outputs of two layers.
+
+    With ``shift_invariant``, adding a number to all logits of a sample does not change the loss. Then the logits need
+    to be affine only up to such a number, so the coefficients of the random combination sum to zero for every sample.
     """
     nodes = nodes_of(calls)
     deltas = pull_back(logits, nodes, _combination(logits, shift_invariant), create_graph=True)
@@ -51,7 +56,10 @@ def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[
 
 
 def why_curved(logits: Tensor, node: Tensor, shift_invariant: bool) -> Inexact | None:
-    """Return why a random combination of logits is not affine in ``node`` along a random direction; None if it is."""
+    """Return why the logits are not affine in ``node``; None if they are.
+
+    The test is that of :func:`why_not_affine`, for one tensor: a layer's output, or its kernel.
+    """
     deltas = pull_back(logits, [node], _combination(logits, shift_invariant), create_graph=True)
     second = second_derivatives(deltas, [random_direction(node)], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):
@@ -60,17 +68,18 @@ def why_curved(logits: Tensor, node: Tensor, shift_invariant: bool) -> Inexact |
 
 
 def _not_zero(second: Tensor | None) -> Inexact | None:
+    """Return why a second derivative is not zero, ``CURVED`` or ``NOT_FINITE``; None if it is zero or there is none."""
     if second is None or not bool(second.any()):
         return None
     return Inexact.CURVED if bool(second.isfinite().all()) else Inexact.NOT_FINITE
 
 
 def _combination(logits: Tensor, shift_invariant: bool) -> Tensor:
-    """Return the random cotangent of a combination of logits; with ``shift_invariant``, its rows sum to zero."""
+    """Return the random coefficients ``(N, K)`` of the logits; with ``shift_invariant``, every row sums to zero."""
     u = random_like(logits)
     if shift_invariant:
-        # Multiples of a power of two, of so few digits that their sums are not rounded, in whatever order: the rows
-        # sum to zero exactly.
+        # Multiples of one power of two, with so few digits that no sum of a row is rounded, in whatever order it is
+        # taken. So every row sums to zero exactly.
         unit = torch.finfo(u.dtype).eps * 2 ** (16 * u.shape[1]).bit_length()
         u = (u / unit).round() * unit
         u[:, -1] -= u.sum(1)

@@ -1,4 +1,4 @@
-"""Certificate 3, the head: the loss is computed from ``V g + b``."""
+"""Certificate 3, the head: the logits are ``V g + b``, an affine map of the classifier's input ``g``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from lightning_flatness.model.logits import are_probabilities
 
 @dataclass(frozen=True)
 class Head:
-    """The certified linear map from features to logits, in one forward pass."""
+    """The certified affine map from the classifier's input ``g`` to the logits, in one forward pass."""
 
-    features: Tensor  # g, (N, m), in the graph of the layers
-    weight: Tensor  # V, (K, m)
-    deviation: Tensor  # relative deviation of the logits, a scalar
+    features: Tensor  # the classifier's input g, (N, m), connected to the layers in the autograd graph
+    weight: Tensor  # the classifier's weight V, (K, m)
+    deviation: Tensor  # of the logits from the classifier's output, relative to the largest logit; a scalar
     shift_invariant: bool  # whether the loss stays the same if a number is added to all logits of a sample
-    logits: Tensor  # f, (N, K): the model's, or in half precision V g + b in float32
+    logits: Tensor  # (N, K): the model's logits; in half precision, V g + b computed in float32
 
 
 def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: bool) -> Head:
-    """Certify that the logits are a linear map of the classifier's input, one vector for every sample.
+    """Certify that the logits are ``V g + b``, and return this map.
 
-    With ``shift_invariant``, a number may be added to all logits of a sample: log-softmax outputs pass.
+    Here ``g`` is the classifier's input, one vector for every sample, and ``V`` and ``b`` are its weight and bias.
+    Without a classifier, the logits themselves are ``g``, and ``V`` is the identity. With ``shift_invariant``, a number
+    may be added to all logits of a sample, so log-softmax outputs pass.
+
+    Raises:
+        NotClosedFormError: the logits are computed in another way.
     """
     logits = recorded.logits
     if classifier is None:
@@ -60,7 +65,7 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
 
 
 def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, eps: float) -> None:
-    """Certify that the classifier returned ``V g + b``."""
+    """Certify that the classifier returned ``V g + b``, up to rounding."""
     expected, size = features @ weight.T, features.abs() @ weight.abs().T
     if bias is not None:
         expected, size = expected + bias, size + bias.abs()
@@ -71,9 +76,10 @@ def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, outpu
 
 
 def _certify_rounded(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    """Certify that a classifier in half precision returned ``V g + b``, of operands that are rounded as it rounds them.
+    """Certify that a classifier in half precision returned ``V g + b``.
 
-    All arguments but the output are float32. Products are summed in float32, and partial sums may be rounded.
+    All arguments except the output are float32. The features and the weight are rounded to half precision first,
+    because the classifier rounds them so. The allowed error covers a classifier that also rounds partial sums.
     """
     features, weight = features.to(output.dtype).float(), weight.to(output.dtype).float()
     expected, size = features @ weight.T, (features.square() @ weight.square().T).sqrt()
@@ -91,7 +97,10 @@ NOT_LINEAR = (
 
 
 def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Tensor:
-    """Certify that the model returned the classifier's output; return the deviation relative to the largest logit."""
+    """Certify that the model returned the classifier's output as its logits.
+
+    The returned deviation is the largest difference, relative to the largest logit of the sample.
+    """
     if logits.shape != output.shape:
         raise NotClosedFormError(
             f"the model returns {logits.shape[1]} logits and this last linear layer {output.shape[1]}: it is not the "

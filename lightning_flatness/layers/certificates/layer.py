@@ -1,4 +1,4 @@
-"""Certificate 1, the layer: its output is that of one convolution, whose kernel stays the same throughout."""
+"""Certificate 1, the layer: it returns the output of a single convolution, whose kernel never changes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from lightning_flatness.layers.recording import LayerCall, kernel_sample
 
 @dataclass(frozen=True)
 class Kernel:
-    """The kernel of a layer, as it was when it was certified."""
+    """A layer's kernel, as it was when it was certified."""
 
     weight: Tensor  # detached
-    sample: Tensor  # some of its entries
-    parameter: Tensor | None = None  # the model's parameter that is the kernel; kept, so that its id stays unique
+    sample: Tensor  # a copy of some of its entries
+    parameter: Tensor | None = None  # the model's parameter, if it is the kernel; held so that its id stays unique
 
 
 def certify_layer(
     calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool], half: bool = False
 ) -> Known[Kernel]:
-    """Certify that every call of a layer is one convolution with the same kernel, and return that kernel.
+    """Certify that every call of a layer runs exactly one convolution, always with the same kernel; return the kernel.
 
-    If earlier batches have certified a kernel (``known``), it must be the same. ``unchanged`` returns whether a kernel
-    has the Gram matrix of the earlier batches. With ``half``, the layers may run in half precision.
+    If earlier batches have certified a kernel, it is given as ``known``, and this batch must use the same one.
+    ``unchanged`` returns whether a kernel has the same Gram matrix as the kernel of the earlier batches. With ``half``,
+    the layers may run in half precision.
+
+    Raises:
+        LayerSelectionError: the layer cannot be measured.
+        BatchError: the types, the shape of the input or NaN in the weights forbid it.
     """
     for call in calls:
         _certify_convolution(call, known, half)
@@ -37,10 +42,10 @@ def certify_layer(
 
 
 def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bool) -> None:
-    """Certify that the layer's output is one convolution, ``W phi + b``.
+    """Certify that a layer ran exactly one convolution and returned that convolution's output unchanged.
 
-    A layer that pads its input or transforms its weight is measured with respect to the padded input that its
-    convolution reads and the transformed kernel that it applies.
+    The measured input and kernel are those of the convolution: if the layer pads its input or transforms its weight
+    itself, they are the padded input and the transformed weight.
     """
     if len(call.convolutions) != 1:
         raise LayerSelectionError(
@@ -77,6 +82,7 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
 def _certified_kernel(
     calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool]
 ) -> Known[Kernel]:
+    """Certify that all calls apply the same kernel, which is also the kernel of earlier batches; return it."""
     if known is None:
         weight = calls[0].convolution.weight
         known = Known(Kernel(weight.detach(), kernel_sample(weight)), None)
@@ -89,7 +95,7 @@ def _certified_kernel(
         return known
     reference = kernel.weight
     if kernel.parameter is not None and any(weight is kernel.parameter for weight in weights):
-        # The kept kernel is the parameter itself, so only its Gram matrix can be compared.
+        # `kernel` holds the parameter itself, not a copy. So only its Gram matrix shows whether it was changed.
         if not unchanged(kernel.parameter.detach()):
             raise LayerSelectionError("its kernel was written to since the measurement began.")
         known, reference = Known(kernel, identity(kernel.parameter)), kernel.parameter
@@ -102,7 +108,7 @@ def _certified_kernel(
 
 
 def as_parameter(known: Known[Kernel], weight: Tensor) -> Known[Kernel]:
-    """Return the kernel as a parameter of the model if it equals ``weight``, so that no copy of it is kept."""
+    """Replace a certified kernel by the model's parameter ``weight`` if both are equal, so that no copy is kept."""
     kernel = known.value
     if kernel.weight.shape != weight.shape or not torch.equal(kernel.weight, weight.to(kernel.weight)):
         return known
@@ -110,18 +116,21 @@ def as_parameter(known: Known[Kernel], weight: Tensor) -> Known[Kernel]:
 
 
 def identity(weight: Tensor) -> tuple[int, int]:
-    """Return an identifier of a tensor that lives as long as the model, which changes when the tensor is written to."""
+    """Return an identifier of a tensor that changes when the tensor is written to.
+
+    Requires: the tensor stays alive while identifiers are compared, because Python reuses ids.
+    """
     return id(weight), weight._version
 
 
 def is_own_weight(call: LayerCall) -> bool:
-    """Return whether the kernel that is applied is the layer's parameter itself, not computed from it."""
+    """Return whether the applied kernel equals the layer's parameter ``weight``, and is not computed from it."""
     weight = call.convolution.weight
     own = dict(call.module.named_parameters(recurse=False)).get("weight")
     return own is not None and own.shape == weight.shape and torch.equal(own.to(weight), weight)
 
 
 def own_weight(module: nn.Module) -> nn.Parameter:
-    """Return the weight of a layer that applies this parameter itself as its kernel."""
+    """Return the parameter ``weight`` of a layer. Requires: :func:`is_own_weight`."""
     assert isinstance(module.weight, nn.Parameter)
     return module.weight

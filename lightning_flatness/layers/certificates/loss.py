@@ -1,4 +1,4 @@
-"""Certificate of a training step's loss: in the logits it curves as mean cross-entropy does."""
+"""Certify that a training step's loss has the second derivative of mean cross-entropy in the logits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from lightning_flatness.model.graph import NoSecondDerivative, random_like, seco
 
 
 def why_not_cross_entropy(loss: Tensor, logits: Tensor, targets: Tensor | None, scale: float, **options: Any) -> str:
-    """Return why ``loss / scale`` is not mean cross-entropy of the logits, but for what is linear in them, or "".
+    """Return why ``loss / scale`` is not mean cross-entropy of the logits, or an empty string if it is.
 
-    Its second derivative along a random direction ``v`` must be ``c (π ∘ v - π <π, v>) / Z``. The targets, which may be
-    mixed, only shift the first derivative. ``options`` are those of ``flatness_penalty``. Only the graph between logits
-    and loss is used.
+    Terms that are linear in the logits do not matter, because only the second derivative is compared. Along a random
+    direction ``v`` it must be ``c (π ∘ v - π <π, v>) / Z``. Here ``π`` is the softmax of the logits, ``c`` the sum of a
+    sample's weighted targets and ``Z`` the normalizer (``docs/theory.md``, "Losses"). So mixed targets (mixup) pass,
+    because they change the first derivative only. ``options`` are those of ``flatness_penalty``. Only the part of the
+    autograd graph between logits and loss is used.
     """
     start = torch.full_like(loss, 1 / scale)
     (first,) = torch.autograd.grad(loss, logits, start, create_graph=True, allow_unused=True)
@@ -33,7 +35,7 @@ def why_not_cross_entropy(loss: Tensor, logits: Tensor, targets: Tensor | None, 
     expected = pi * (v - (pi * v).sum(1, keepdim=True)) / normalizer
     if sums is not None:
         expected = expected * sums.double()[:, None]
-    # Of confident samples the loss itself has lost the digits of 1 - π, which are those of its second derivative.
+    # For a confident sample the second derivative is about 1 - π, whose digits the loss has lost to rounding.
     lost = 16 * torch.finfo(torch.float32).eps * float(v.abs().max() / normalizer)
     allowed = max(1e-4, 16 * torch.finfo(f.dtype).eps) * float(expected.abs().max()) + lost
     deviation = float((second.double().flatten(1) - expected).abs().max())

@@ -14,12 +14,22 @@ from lightning_flatness.layers.recording import LayerCall
 
 
 def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents: Sequence[Tensor]) -> float:
-    """Certify that autograd's gradient at the kernel equals the one computed from the cotangents at the layer.
+    """Certify that a kernel's gradient through the whole model is the gradient through the layer's outputs.
 
-    Both belong to one random combination of logits: the gradient at the kernel, through the whole model, and the
-    cotangents at the layer's outputs. A kernel that the model also uses elsewhere (tied weights, a functional call)
-    fails here. The returned deviation is relative to the norm of the gradient, or, if its terms cancel, to the norm of
-    the terms.
+    Args:
+        gradient: the gradient of a random combination of logits with respect to the kernel, by autograd through the
+            whole model; None if the logits do not depend on the kernel.
+        calls: the calls of the layer.
+        cotangents: the gradients of the same combination with respect to the layer's outputs. From these follows the
+            gradient that the kernel has if the model uses it in this layer only.
+
+    Returns:
+        The deviation between the two gradients of the kernel, relative to their norm or, if terms of the gradient
+        cancel, to the norm of the terms.
+
+    Raises:
+        LayerSelectionError: the two gradients differ, because the model also uses the kernel elsewhere (tied weights, a
+            functional call).
     """
     expected = kernel_gradient(calls, cotangents)
     if gradient is None and bool(expected.any()):

@@ -1,4 +1,4 @@
-"""Certificate 5, the samples: the loss is a mean over samples, and the logits of each depend on no other sample."""
+"""Certificate 5, the samples: no sample's logits depend on another sample, so the loss is a mean over samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from lightning_flatness.model.graph import random_like
 
 
 def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
-    """Return the layers that the logits do not depend on, or whose output has no row for every sample, and why."""
+    """Return why layers cannot be measured, by name.
+
+    The reasons are that the logits do not depend on a layer's output, or that the output does not have one row for
+    every sample.
+
+    Raises:
+        BatchError: a gradient of the logits at a layer's output is not finite.
+    """
     gradients = iter(pull_back_where_used(logits, nodes_of(calls), torch.ones_like(logits)))
     reasons = {}
     for name, of_layer in calls.items():
@@ -38,9 +45,14 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
 
 
 def find_mixing_layer(calls: Calls, logits: Tensor, masks: Iterable[Tensor]) -> str | None:
-    """Return the first layer after which the logits of the samples in a mask ``(N,)`` depend on samples outside it.
+    """Return the first layer after which the model mixes samples, or None if there is no such layer.
 
-    Return None if none is found. :func:`~lightning_flatness.functional.separating_masks` tests every pair of samples.
+    Each mask ``(N,)`` selects some samples. The logits of the selected samples must not depend on what the layer
+    returned for the other samples. The masks of :func:`~lightning_flatness.functional.separating_masks` test every pair
+    of samples.
+
+    Raises:
+        BatchError: a gradient of the logits at a layer's output is not finite.
     """
     for mask in masks:
         pulled = iter(pull_back(logits, nodes_of(calls), random_like(logits) * mask.to(logits)[:, None]))
@@ -68,7 +80,10 @@ SAMPLES_MIX = (
 
 
 def certify_rows(logits: Tensor, rows: int) -> None:
-    """Certify that there is one row of logits for every sample; a single sample is run twice and has two rows."""
+    """Certify that there is one row of logits for each of ``rows`` samples.
+
+    A single sample must have two rows, because it is run twice (``docs/theory.md``, "Numerics").
+    """
     if len(logits) != max(rows, 2):
         raise BatchError(
             f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "

@@ -1,4 +1,9 @@
-"""Certificate 2, the tail: from the layer's output ``z`` to the classifier's input ``g``, channels do not mix."""
+"""Certificate 2, the tail: the operations between a layer and the classifier treat every channel by itself.
+
+Let ``z`` be the layer's output and ``g`` the classifier's input. Channel ``s`` of ``z`` may reach only one entry of
+``g``, whose index is ``c(s)``. The slopes are ``a[s, p] = dg[c(s)] / dz[s, p]`` at the output positions ``p``, and the
+curvatures ``a'[s, p] = da[s, p] / dz[s, p]`` (``docs/theory.md``, "The closed form").
+"""
 
 from __future__ import annotations
 
@@ -24,47 +29,56 @@ from lightning_flatness.model.graph import (
 
 @dataclass(frozen=True)
 class Tail:
-    """The properties of the tail of one layer that a full certificate has established."""
+    """The properties of one layer's tail that a full certificate has found."""
 
-    channels: Tensor  # c(s), (S,); -1 where unknown
+    channels: Tensor  # c(s), (S,); -1 if unknown, since channel s had no active slope
     unknown: Tensor  # the channels whose c(s) is unknown
-    curved: bool  # whether slopes may depend on the layer's output
+    curved: bool  # whether the slopes may depend on the layer's output, so that there are curvatures
     deviation: float
 
 
 @dataclass(frozen=True)
 class TailDerivatives:
-    """The derivatives of the tail of one layer that the closed form needs, for one batch."""
+    """The derivatives of one layer's tail on one batch, from which the closed form computes block traces."""
 
-    slopes: Tensor  # a, (N, S, *output)
-    curvatures: Tensor | None  # a', the same shape; None if it is zero
-    columns: Tensor  # V[:, c(s)], (K, S); zero if c(s) is unknown
+    slopes: Tensor  # a[s, p], (N, S, *output)
+    curvatures: Tensor | None  # a'[s, p], the same shape; None if all are zero
+    columns: Tensor  # of the classifier's weight, V[:, c(s)], (K, S); zero if c(s) is unknown
 
     def detached(self) -> TailDerivatives:
-        """Return the same derivatives outside the graph."""
+        """Return the same derivatives, detached from the autograd graph."""
         curvatures = None if self.curvatures is None else self.curvatures.detach()
         return TailDerivatives(self.slopes.detach(), curvatures, self.columns.detach())
 
 
 @dataclass(frozen=True)
 class FirstOrder:
-    """Three vector-Jacobian products from the features to the output of one layer, and what follows from them."""
+    """First derivatives of the classifier's input ``g`` ``(N, m)`` with respect to one layer's output."""
 
-    slopes: Tensor  # a[s, p] = dg[c(s)] / dz[s, p], the shape of the output
-    channels: Tensor  # c(s), (S,); -1 for a channel without an active slope in the batch, which contributes nothing
-    cotangent: Tensor  # u, (N, m), random
-    pulled: Tensor  # u pulled back to the output
-    deviation: float  # of `pulled` from u[c(s)] a[s, p], relative to the largest entry
+    slopes: Tensor  # a[s, p], (N, S, *output)
+    channels: Tensor  # c(s), (S,); -1 for a channel whose slopes are all zero in this batch, which adds nothing
+    cotangent: Tensor  # a random u, (N, m)
+    pulled: Tensor  # the vector-Jacobian product with u, (N, S, *output)
+    deviation: float  # of `pulled` from u[c(s)] a[s, p], relative to the largest entry; large if channels mix
 
 
 def certify_tail(
     node: Tensor, head: Head, logits: Tensor | None, known: Known[Tail] | None
 ) -> tuple[TailDerivatives, Known[Tail]]:
-    """Certify the tail of one layer, and return its slopes and curvatures.
+    """Certify the tail of one layer, and return its derivatives.
 
-    ``node`` is ``z``, ``(N, S, *output)``. If ``logits`` in the graph are given, tail and head are also certified
-    together. A batch whose tail has the same operations as the previous batch needs no full certificate. Tails with
-    custom operations, or operations that move entries by indices, are certified in full on every batch.
+    The full certificate is skipped if ``known`` has been certified on a batch with the same operations in its tail.
+    Then only the derivatives are computed. A tail is certified in full on every batch if it has custom operations, or
+    operations that move entries by indices.
+
+    Args:
+        node: the layer's output ``z``, ``(N, S, *output)``.
+        head: the certified head, whose ``features`` are ``g``.
+        logits: the logits with their autograd graph, or None; if given, tail and head are also certified together.
+        known: the tail that earlier batches have certified, or None.
+
+    Raises:
+        NotClosedFormError: the closed form does not hold for this layer.
     """
     operations = operations_of(head.features)
     if known is not None:
@@ -91,10 +105,14 @@ def certify_tail(
 
 
 def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDerivatives, Known[Tail]]:
-    """Return the derivatives of a tail in half precision, whose rounding errors hide what a certificate looks for.
+    """Return the derivatives of a tail that runs in half precision.
 
-    The tail was certified in float32. Now its operations must be those of the first pass in half precision, which has
-    a ``known`` without fingerprint.
+    Rounding errors of half precision would hide what the certificate of :func:`certify_tail` tests. So ``known`` was
+    certified in float32, and here only the operations are compared: they must be those of the first pass in half
+    precision. On that first pass, ``known`` has no fingerprint yet.
+
+    Raises:
+        NotClosedFormError: the operations differ or cannot be compared, or channels mix.
     """
     tail, operations = known.value, operations_of(head.features, samples=len(node))
     if operations is None:
@@ -115,10 +133,14 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
 
 
 def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Tensor) -> Tensor:
-    """Return ``c(s)`` like :func:`_channels`, in a precision that cannot tell numbers of channels apart.
+    """Return ``c(s)`` as :func:`_channels` does, in half precision, which cannot represent large indices ``j``.
 
-    A cotangent of zeros and ones, bit ``k`` of the entries' numbers, gives the slopes or zero. ``known`` is ``c(s)`` on
-    earlier batches, or -1.
+    The indices are found bit by bit. For bit ``k``, the cotangent of entry ``j`` is bit ``k`` of the number ``j``. Its
+    vector-Jacobian product is then the slopes where this bit of ``c(s)`` is one, and zero where it is zero. ``known``
+    is ``c(s)`` from earlier batches, -1 if unknown.
+
+    Raises:
+        NotClosedFormError: a product is neither, so channels mix.
     """
     numbers = torch.arange(features.shape[1], device=features.device)
     over = [dimension for dimension in range(slopes.ndim) if dimension != 1]
@@ -136,21 +158,29 @@ def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Ten
 
 
 def _derivatives(slopes: Tensor, curvatures: Tensor | None, tail: Tail, head: Head) -> TailDerivatives:
+    """Return the derivatives in the type of the classifier's weight, with the columns ``V[:, c(s)]``."""
     columns = head.weight[:, tail.channels.clamp_min(0)] * (tail.channels >= 0)
     curvatures = None if curvatures is None else curvatures.detach().to(columns)
     return TailDerivatives(slopes.detach().to(columns), curvatures, columns)
 
 
 def why_not_first_order(features: Tensor, nodes: Sequence[Tensor]) -> list[str]:
-    """Return how each layer fails the first-order condition, or an empty string; passing certifies nothing yet."""
+    """Return why each layer fails the first-order condition, or an empty string if it passes.
+
+    This is a first test that rules layers out. A layer that passes still needs :func:`certify_tail`.
+    """
     return [_failure(first, features) for first in first_order(features, nodes, create_graph=False)]
 
 
 def first_order(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> list[FirstOrder | None]:
-    """Return first derivatives of features ``(N, m)`` at outputs ``(N, S, *output)`` of layers; None if not connected.
+    """Return the first derivatives of the classifier's input with respect to the outputs of layers.
 
-    The vector-Jacobian product with ones is ``a``. The product with the cotangent ``g_j -> j``, divided by ``a``, is
-    ``c(s)``. A third product, with a random cotangent that differs between samples, tests whether such ``c(s)`` exist.
+    ``features`` is the classifier's input ``g`` ``(N, m)``, and ``nodes`` are the outputs ``(N, S, *output)``. The
+    result is None for a layer on which ``g`` does not depend.
+
+    Three vector-Jacobian products are computed for all layers at once. With the cotangent ``1`` for all entries, the
+    product is ``a``. With the cotangent ``j`` for entry ``j``, it is ``c(s) a[s, p]``, from which ``c(s)`` follows. The
+    third cotangent is random and differs between samples; it tests whether every channel reaches a single entry.
     """
     u = random_like(features)
     entries = torch.arange(features.shape[1], dtype=features.dtype, device=features.device).expand_as(features)
@@ -168,12 +198,17 @@ def first_order(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -
 
 
 def _slopes(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor | None]:
-    # With a cotangent in the graph, a once-differentiable function shows (`second_derivatives`).
+    """Return the slopes ``a`` of each layer; None for a layer on which the features do not depend."""
+    # The cotangent requires gradients, because otherwise `second_derivatives` could not find a custom function that is
+    # differentiable only once.
     return pull_back_where_used(features, nodes, torch.ones_like(features).requires_grad_(create_graph), create_graph)
 
 
 def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
-    """Return ``c(s)``, by least squares over samples and positions; it is meaningless if the tail mixes channels."""
+    """Return ``c(s)``, by least squares over samples and positions, or -1 if there is none.
+
+    ``weighted`` should be ``c(s) a[s, p]``. If the tail mixes channels, the result is meaningless.
+    """
     scale = a.abs().amax()  # products of tiny slopes must not underflow
     a, weighted = (t.double() / scale.clamp_min(torch.finfo(a.dtype).tiny) for t in (a, weighted))
     over = [dimension for dimension in range(a.ndim) if dimension != 1]
@@ -184,7 +219,10 @@ def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
 
 
 def _failure(first: FirstOrder | None, features: Tensor) -> str:
-    """Return how a layer fails the first-order condition: every feature depends on one channel of its own sample."""
+    """Return why a layer fails the first-order condition, or an empty string if it passes.
+
+    The condition is that ``u`` pulled back to the layer is ``u[c(s)] a[s, p]``.
+    """
     if first is None:
         return NO_GRAPH
     if first.deviation <= _tolerance(features):
@@ -198,7 +236,7 @@ def _failure(first: FirstOrder | None, features: Tensor) -> str:
 
 
 def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
-    """Return the derivative of a first derivative along a vector; None if it does not depend on the layer's output."""
+    """Return the gradient of ``<derivative, vector>`` at the layer's output, or None if it does not depend on it."""
     second = second_derivatives([derivative], [vector], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):
         raise NotClosedFormError(
@@ -210,10 +248,10 @@ def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
 
 
 def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Tensor, features: Tensor) -> float:
-    """Certify that positions of a channel do not interact; return the deviation, relative to the largest entry.
+    """Certify that positions of one channel do not interact; return the deviation, relative to the largest entry.
 
-    Pulling back a random ``u`` and differentiating along a random ``v`` must give ``u[c(s)] a'[s, p] v[s, p]``. A tail
-    like InstanceNorm fulfils the first-order condition but not this one.
+    The derivative of the pulled-back ``u`` along a random ``v`` must be ``u[c(s)] a'[s, p] v[s, p]``. A tail such as
+    InstanceNorm meets the first-order condition but not this one.
     """
     v = random_like(first.slopes)
     along = _along(first.pulled, node, v)
@@ -232,9 +270,9 @@ def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Te
 def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, shift_invariant: bool) -> float:
     """Certify tail and head together; return the deviation, relative to the largest entry.
 
-    Pulling a random ``u`` back from the logits must give ``(uᵀV)[c(s)] a[s, p]``. This detects operations that change
-    gradients but not values. If adding a number to all logits of a sample does not change the loss, as in
-    cross-entropy, ``u`` sums to zero over the classes.
+    A random ``u`` ``(N, K)`` pulled back from the logits must be ``(uᵀV)[c(s)] a[s, p]``, where ``V`` is the
+    classifier's weight. This detects operations that change gradients but not values. With ``shift_invariant``, adding
+    a number to all logits of a sample does not change the loss, so ``u`` sums to zero over the classes.
     """
     u = random_like(logits)
     if shift_invariant:
@@ -252,15 +290,17 @@ def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, s
 
 
 def _tolerance(tensor: Tensor) -> float:
+    """Return the largest allowed deviation of derivatives in the precision of this tensor."""
     return ROUNDINGS * torch.finfo(tensor.dtype).eps
 
 
 def _per_channel(cotangent: Tensor, channels: Tensor, node: Tensor) -> Tensor:
-    """Return ``u[c(s)]``, shaped to multiply the layer's output; zero for channels without ``c(s)``."""
+    """Return ``u[c(s)]``, shaped so that it multiplies the layer's output; zero if ``c(s)`` is unknown."""
     return to_positions(cotangent[:, channels.clamp_min(0)] * (channels >= 0), node)
 
 
 def _deviation(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference between two tensors, relative to their largest entry."""
     difference = (actual - expected).abs().amax()
     scale = torch.maximum(expected.abs().amax(), actual.abs().amax())
     return float(torch.where(difference == 0, difference, difference / scale))
