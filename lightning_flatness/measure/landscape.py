@@ -141,7 +141,7 @@ def landscape_of(
     progress: bool | None = None,
     say: Say | None = LOGGER.log,
 ) -> LandscapeResult:
-    """Compute what :func:`loss_landscape` returns, from options that have been checked."""
+    """Compute a landscape as :func:`loss_landscape` does, from options that have been checked."""
     start = time.perf_counter()
     model, precision = without_wrapper(model), options.measuring_dtype
     repeated = RepeatedBatches(model, batches, options.loss_function, sync)
@@ -186,7 +186,7 @@ def landscape_of(
             loss=options.loss_function.name,
             num_samples=origin.sums.num_samples,
             seed=options.seed,
-            # Recomputed statistics depend on which samples are in the same batch.
+            # Recomputed statistics depend on which samples share a batch, so the fingerprint includes batch sizes.
             fingerprint=points.fingerprint(origin.batch_sizes if options.batch_norm == "recomputed" else None),
             seconds=time.perf_counter() - start,
         )

@@ -1,4 +1,4 @@
-"""Options of a landscape, and the coordinates that follow from them; all are checked before a model is used."""
+"""Check the options of a landscape, and compute the coordinates of its points from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import NORMALIZATIONS
 from lightning_flatness.model.options import MeasuringOptions
 
-SECOND_MOMENT = (0.1, 1.9)  # symmetric around 1, and positive
+SECOND_MOMENT = (0.1, 1.9)  # default range of the factor of Adam's second moment: positive, and symmetric around 1
 KINDS = ("random", "adam", "hessian")
 WORDS: dict[str, tuple[Any, ...]] = {
     "normalize": (None, *NORMALIZATIONS),
@@ -62,7 +62,10 @@ class LandscapeOptions(MeasuringOptions):
 
 
 def as_list(axes: Any) -> list[Any]:
-    """Return a list of axes: a single string means two axes of that kind, a single direction means one axis."""
+    """Return one or two axes as a list: a single string stands for two axes of that kind, a direction for one axis.
+
+    Raises a :class:`FlatnessError` for a wrong number of axes or an unknown string.
+    """
     if isinstance(axes, str):
         axes = [axes, axes]
     elif isinstance(axes, (Mapping, Tensor)):
@@ -79,7 +82,10 @@ def as_list(axes: Any) -> list[Any]:
 
 
 def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...]:
-    """Return equally spaced coordinates for every axis, float64, including both ends."""
+    """Return equally spaced coordinates for every axis, float64, including both ends of the axis.
+
+    Raises a :class:`FlatnessError` if ``steps`` or ``span`` is invalid.
+    """
     steps, span = _plain(steps), _plain(span)
     counts = [steps] * num_axes if is_number(steps) else steps
     if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(map(_is_count, counts)):
@@ -96,7 +102,7 @@ def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...
 
 
 def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
-    """Return the two ends of every axis."""
+    """Return the lowest and the highest coordinate of every axis."""
     ranges = span if isinstance(span, Sequence) and not isinstance(span, str) else []
     if is_number(span):
         ranges = [(-span, span), SECOND_MOMENT if update == "adam" else (-span, span)][:num_axes]
@@ -110,18 +116,19 @@ def _ranges(span: Any, num_axes: int, update: str) -> list[tuple[float, float]]:
 
 
 def _is_range(pair: Any) -> bool:
+    """Return whether an argument is a pair of finite numbers, the lower one first."""
     whole = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair))
     return whole and -math.inf < pair[0] < pair[1] < math.inf
 
 
 def _spaced(low: float, high: float, count: int) -> Tensor:
-    """Return equally spaced numbers; the ends, and 0 in the middle of a symmetric range, are exact."""
+    """Return ``count`` equally spaced numbers, without rounding at the ends and at 0 in the middle of a range."""
     part = torch.arange(count, dtype=torch.float64, device="cpu") / (count - 1)
     return low * (1 - part) + high * part
 
 
 def _plain(value: Any) -> Any:
-    """Convert numbers of NumPy or torch, also within lists and tuples, to numbers of Python."""
+    """Convert numbers of NumPy or torch to numbers of Python, also within lists and tuples."""
     if isinstance(value, (list, tuple)):
         numbers = [_plain(number) for number in value]
         return numbers if isinstance(value, list) else tuple(numbers)
@@ -129,4 +136,5 @@ def _plain(value: Any) -> Any:
 
 
 def _is_count(value: Any) -> bool:
+    """Return whether a value is a whole number of points, two at least."""
     return is_number(value) and isinstance(value, int) and value >= 2

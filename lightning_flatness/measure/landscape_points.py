@@ -1,4 +1,4 @@
-"""Compute the losses at the points of a landscape that are missing."""
+"""Compute the losses at those points of a landscape that have none yet."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def completed(
     progress: bool | None,
     say: Say | None,
 ) -> LandscapeResult:
-    """Return the result with the losses at its missing points added.
+    """Return the result with losses at the points that had none.
 
-    If ``batches`` has ``sync``, this is a collective: call it on every rank. ``chunk`` points are computed at once;
-    None chooses the number. After an interrupt (Ctrl-C), the result has the points computed before. If a point fails on
-    any rank, a ``LandscapeError`` is raised; its ``result`` has the points that all ranks have computed.
+    If ``batches`` has ``sync``, this is a collective: call it on every rank. ``chunk`` points are computed at once, or
+    ``origin.chunk`` points if ``chunk`` is None. After an interrupt (Ctrl-C), the result has the points that were
+    computed before the interrupt. If a point fails on any rank, a ``LandscapeError`` is raised; its ``result`` has the
+    points that all ranks have computed.
     """
     grid = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
     start = time.perf_counter()
@@ -87,7 +88,7 @@ def completed(
 
 
 def _announcement(result: LandscapeResult, number: int, say: Say | None) -> Announcement:
-    """Return what the missing points will take."""
+    """Return the announcement of how many points are computed, and of how many passes over the samples they need."""
     passes = "two passes" if result.batch_norm == "recomputed" else "a pass"
     samples = number_of(result.num_samples, "sample")
     parts = f"{number_of(number, 'point')}, each {passes} over {samples}"
@@ -95,7 +96,10 @@ def _announcement(result: LandscapeResult, number: int, say: Say | None) -> Anno
 
 
 def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResult:
-    """Return the result with the points of an earlier one of the same settings, weights, axes and data."""
+    """Return ``result`` with the points that ``earlier`` has computed.
+
+    Raises a :class:`FlatnessError` if the two landscapes differ in settings, weights, axes, coordinates or data.
+    """
     if not isinstance(earlier, LandscapeResult):
         raise FlatnessError(f"resume is a {type(earlier).__name__}; give the LandscapeResult of an earlier call.")
     different = [name for name in SETTINGS if getattr(result, name) != getattr(earlier, name)]
@@ -116,7 +120,7 @@ def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResul
 
 
 def _outwards(coordinates: Sequence[Tensor]) -> Tensor:
-    """Return the indices of the points, ordered from the middle of the grid outwards."""
+    """Return the indices of all points of the grid, ordered from the middle outwards."""
     offsets = [torch.linspace(-1, 1, len(axis), dtype=torch.float64, device="cpu") for axis in coordinates]
     distances = torch.cartesian_prod(*offsets).reshape(-1, len(offsets)).square().sum(1)
     return distances.round(decimals=9).argsort(stable=True)

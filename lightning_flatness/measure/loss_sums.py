@@ -1,4 +1,4 @@
-"""Sum losses over batches, at the model's own weights and at other points of a landscape."""
+"""Sum losses over all batches, at the model's own weights and at other points of a landscape."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LIGHT_PASS = 5e7  # floating-point operations of one batch
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums of losses and numbers of samples."""
+    """Sums of losses and numbers of samples, which can be added up."""
 
     loss: float = 0.0
     normalizer: float = 0.0  # the mean loss is loss / normalizer
     num_samples: int = 0  # samples whose targets are not ignored
-    correct: float = 0.0  # samples whose largest logit is at their class
-    counted: int = 0  # samples whose target is a class index that is not ignored
+    correct: float = 0.0  # number of samples whose largest logit is at their class
+    counted: int = 0  # number of samples whose target is a class index that is not ignored
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
@@ -48,16 +48,16 @@ class LossSums:
 
 @dataclass(frozen=True)
 class Origin:
-    """Results of a first pass over the batches at the model's own weights."""
+    """Results of the first pass over the batches, with the model's own weights."""
 
-    sums: LossSums  # with sync, over all ranks
+    sums: LossSums  # with sync, over the batches of all ranks
     own: LossSums  # over the batches of this rank
-    batch_sizes: list[list[int]]  # of every rank that measures
-    num_samples: int  # samples of this rank, including those with ignored targets
+    batch_sizes: list[list[int]]  # sizes of the batches, one list for each rank
+    num_samples: int  # number of samples of this rank, including samples with ignored targets
     chunk: int  # number of points to compute at once
 
     def check(self, loss: float) -> None:
-        """Raise an error if this rank's summed loss at the model's own weights differs from that of the first pass."""
+        """Raise an error if this rank's summed loss at the model's own weights is not the same as in the first pass."""
         first = self.own.loss
         if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self.own.normalizer:
             raise BatchError(
@@ -68,10 +68,7 @@ class Origin:
 
 
 class RepeatedBatches:
-    """Batches that are read in many passes, each with the same order and the same random numbers.
-
-    With ``sync``, sums are those of all ranks.
-    """
+    """Batches that are read many times, always in the same order and with the same random numbers."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, sync: bool) -> None:
         if isinstance(batches, Iterator):
@@ -84,7 +81,7 @@ class RepeatedBatches:
         self.sync = sync
 
     def pairs(self) -> Generator[tuple[Any, Tensor]]:
-        """Yield inputs and targets of every batch with samples. Closing the generator restores random states."""
+        """Yield inputs and targets of every batch that has samples; closing the generator restores random states."""
         with paired_batches(self._model, self._batches) as pairs:
             for inputs, targets in pairs:
                 if targets is None:
@@ -93,7 +90,10 @@ class RepeatedBatches:
                     yield inputs, targets
 
     def at_origin(self, points: Points) -> Origin:
-        """Compute the sums at the model's own weights. With ``sync`` this is a collective: call it on every rank."""
+        """Sum the losses at the model's own weights. With ``sync`` this is a collective: call it on every rank.
+
+        Raises a :class:`BatchError` on all ranks if one of them fails, or if no sample counts.
+        """
         own, failure, chunk = LossSums(), None, 1
         sizes: list[int] = []
         try:
@@ -119,9 +119,10 @@ class RepeatedBatches:
         return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:
-        """Return this rank's summed losses and numbers of correct samples, ``(2, points)``, float64.
+        """Return this rank's summed losses and numbers of correct samples at several points, ``(2, points)``, float64.
 
-        ``coordinates`` ``(points, axes)`` are those of the points. ``recompute`` recomputes BatchNorm's statistics.
+        ``coordinates`` are ``(points, axes)``. With ``recompute``, BatchNorm's statistics are computed anew at every
+        point.
         """
         sums = torch.zeros(2, len(coordinates), dtype=torch.float64, device="cpu")
         if not origin.num_samples:
@@ -148,6 +149,7 @@ class RepeatedBatches:
         return sums
 
     def _sums(self, logits: Tensor, targets: Tensor) -> LossSums:
+        """Return the sums over one batch; raise an error if logits and targets differ in length."""
         targets = targets.to(logits.device)
         if targets.ndim == 0 or len(targets) != len(logits):
             raise BatchError(f"The batch has {len(logits)} logits and targets of shape {tuple(targets.shape)}.")
@@ -159,7 +161,7 @@ class RepeatedBatches:
         return sums + LossSums(correct=float(_num_correct(logits, targets, counted)), counted=int(counted.sum()))
 
     def _with_class(self, logits: Tensor, targets: Tensor) -> Tensor | None:
-        """Return a mask of the samples with a class, or None if targets are not class indices, as in regression."""
+        """Return a mask of the samples whose class index is not ignored; None if targets are not class indices."""
         whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
         if not whole or targets.ndim != 1 or logits.shape[1] < 2 or self._loss.name in ("mse", "binary_cross_entropy"):
             return None
@@ -170,18 +172,19 @@ class RepeatedBatches:
 def _worthwhile_chunk(points: Points, inputs: Any) -> int:
     """Return how many points to compute at once: ``CHUNK`` if a forward pass has few operations, otherwise 1.
 
-    In a small forward pass, most time is spent on calling operations; the limit was measured (``docs/landscape.md``).
-    Floating-point operations are counted instead of seconds, so that every run gives the same result.
+    A small forward pass spends most of its time on calling operations; ``LIGHT_PASS`` was found by measuring
+    (``docs/landscape.md``). Floating-point operations are counted instead of seconds, so that every run gives the same
+    result.
     """
     counter = FlopCounterMode(display=False)
     try:
         with counter:
             points.own_logits(inputs)
     except Exception:
-        return 1  # the counter does not support every operation; the forward itself has succeeded before
+        return 1  # the counter does not support every operation; the forward pass itself has succeeded before
     return CHUNK if counter.get_total_flops() < LIGHT_PASS else 1
 
 
 def _num_correct(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Count correct samples: from logits ``(..., N, K)``, return ``(...)``, float64."""
+    """Count the samples whose largest logit is at their class: ``(...)``, float64, from logits ``(..., N, K)``."""
     return ((logits.argmax(-1) == targets) & counted).double().sum(-1)

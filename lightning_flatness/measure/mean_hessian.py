@@ -1,4 +1,4 @@
-"""Multiply the Hessian of the mean loss over all batches with vectors."""
+"""Multiply vectors by the Hessian of the mean loss over all batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_flatness.model.hessian import LossCurvature
 
 
 class MeanHessian:
-    """The Hessian (or Gauss-Newton matrix) of the mean loss, as a function that multiplies it with vectors ``(D,)``.
+    """The Hessian (or Gauss-Newton matrix) of the mean loss, as a function from a vector ``(D,)`` to its product.
 
-    Every product reads all batches, with the same random numbers. With ``sync`` the batches of all ranks count, and a
-    product is a collective: call it on every rank. ``loss`` is the mean over samples, ``num_samples`` their number,
-    ``num_products`` the number of products.
+    Every product reads all batches, with the same random numbers. With ``sync``, the loss is the mean over the batches
+    of all ranks, and a product is a collective: call it on every rank. ``loss`` is the mean loss over the
+    ``num_samples`` samples, ``num_products`` the number of products so far.
     """
 
     def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any], sync: bool) -> None:
@@ -37,11 +37,15 @@ class MeanHessian:
         self.loss = self._sum / self._normalizer
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Return the product with a vector, in the vector's dtype."""
+        """Return the product of the Hessian with a vector, in the vector's dtype.
+
+        Raises a :class:`BatchError` if the mean loss is not the same as in the first pass.
+        """
         sums = self._pass(vector)
         self.num_products += 1
         loss = float(sums[0])
-        # A loss that differs between products reveals changed data. Float32 rounding depends on the order of samples.
+        # A loss that differs between passes shows that the data have changed. A loader that shuffles may change the
+        # order of the samples, and with it the rounding.
         rounding = max(1e-9, 1e3 * torch.finfo(self._curvature.dtype).eps)
         if abs(loss - self._sum) > rounding * max(abs(self._sum), abs(loss)):
             raise BatchError(
@@ -53,7 +57,10 @@ class MeanHessian:
         return mean.to(vector)
 
     def _pass(self, vector: Tensor | None) -> Tensor:
-        """Return ``[loss, normalizer, samples, product...]``, float64: sums over batches, with ``sync`` over ranks."""
+        """Return sums over all batches, with ``sync`` over all ranks: ``[loss, normalizer, samples, product...]``.
+
+        The product with ``vector`` is left out if ``vector`` is None. The sums are float64.
+        """
         error: Exception | None = None
         size = 0 if vector is None else self._curvature.size
         sums = torch.zeros(3 + size, dtype=torch.float64, device=self._curvature.device)

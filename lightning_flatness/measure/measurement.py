@@ -1,4 +1,4 @@
-"""One measurement in progress: batches in, a report out."""
+"""Measure the flatness of layers batch by batch, and make the report."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo,
 class Measurement:
     """One measurement in progress: an observer of the model, and the sums over samples for every layer.
 
-    With ``sync``, all ranks report together. Until the first samples of all ranks have shown the spread of the input
-    channels, samples are held, and measured afterwards: see :meth:`take_spread`.
+    The normalised measure needs the standard deviations ("spread") of every layer's input channels before the first
+    sample is measured. They come from the first samples of the measured set, over all ranks. So the measurement holds
+    these samples until it has seen all of them, and measures them then: see :meth:`take_spread`. With ``sync``, all
+    ranks make one report together.
     """
 
     def __init__(self, model: nn.Module, *, sync: bool = False, per_sample: bool = False, **options: Any) -> None:
@@ -50,7 +52,7 @@ class Measurement:
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
-        """How each layer is measured, by layer name; empty before the first batch."""
+        """Descriptions of how each layer is measured, by layer name; empty before the first batch."""
         return self._observer.layers
 
     @property
@@ -67,7 +69,9 @@ class Measurement:
     ) -> None:
         """Add one batch. A batch without samples adds nothing.
 
-        ``positions`` are those of the samples in the measured set; by default the ranks take turns.
+        ``advance`` is called with the fraction of the batch that is done. ``positions`` are the indices of the samples
+        in the measured set, ``(N,)``. By default the ranks take turns: rank ``r`` of ``R`` has the samples ``r``,
+        ``r + R``, ``r + 2R``, ...
         """
         samples = num_rows(inputs, targets)
         if self._deviations is not None or not samples:
@@ -78,14 +82,14 @@ class Measurement:
         first = int(among_first.max()) + 1 if len(among_first) else 0
         channels = self._observer.channels(inputs, targets, first) if first else {}
         kept: tuple[Any, Tensor | None] = inputs, targets
-        if not self._is_last(positions):  # somebody may write to a batch before it is measured
+        if not self._is_last(positions):  # the user's code may write to this batch before it is measured
             copied = inputs.clone() if isinstance(inputs, Tensor) else as_call(inputs).copied()
             kept = copied, None if targets is None else targets.clone()
         self._held.append(Held(channels, positions, self._unless_changed(lambda: self._observer.sums(*kept, advance))))
         self.settle_when_due()
 
     def _unless_changed(self, measure: Callable[[], dict[str, LayerSums]]) -> Callable[[], dict[str, LayerSums]]:
-        """Return a function that measures later, and raises an error if the weights are others then."""
+        """Return a function that calls ``measure``, but raises an error if the weights have changed in the meantime."""
         before = self._weights()
 
         def measured() -> dict[str, LayerSums]:
@@ -100,65 +104,70 @@ class Measurement:
         return measured
 
     def _weights(self) -> list[Tensor]:
-        """Return copies of some entries of every parameter; a forward may write to buffers."""
+        """Return copies of some entries of every parameter; buffers do not count, as a forward pass may change them."""
         tensors = [parameter.detach().flatten() for parameter in self._model.parameters()]
         return [tensor[:: max(1, len(tensor) // 64)].clone() for tensor in tensors]
 
     @property
     def waits(self) -> bool:
-        """Whether samples wait for the spread of the input channels."""
+        """Whether the spread of the input channels is not known yet, so that samples have to wait for it."""
         return self._deviations is None
 
     def settle_when_due(self) -> None:
-        """Measure the samples that are held, if the first samples of the measured set have been seen on this rank."""
+        """Measure the samples that are held, if this rank has seen all its samples that the spread is taken from."""
         if self._deviations is None and any(self._is_last(held.positions) for held in self._held):
             self.take_spread()
             self.measure_held()
 
     def _is_last(self, positions: Tensor) -> bool:
-        """Return whether no more of the first samples follow these on this rank."""
+        """Return whether this rank has seen all its first samples once it has seen the ones at ``positions``."""
         return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
 
     def take_spread(self) -> None:
-        """Take the spread of the input channels from the first samples of all ranks, unless that is done.
+        """Compute the spread of the input channels from the first samples of all ranks, unless it is known already.
 
-        With ``sync`` every rank does this once in a measurement, also one without samples, or one that has failed.
+        With ``sync`` this is a collective: every rank calls it once in a measurement, also a rank that has no samples
+        or has failed.
         """
         if self._deviations is None:
             self._deviations = deviations_of(self._held, self._sync)
             self._observer.normalize(self._deviations)
 
     def measure_held(self) -> None:
-        """Measure the samples that were held until the spread of the channels was known."""
+        """Measure the samples that are held; the spread of the channels must be known."""
         held, self._held = self._held, []
         for some in held:
             self._add(some.measure(), some.positions)
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch where the mask, ``(N,)``, is true (see ``FlatnessObserver``)."""
+        """Return the samples of a batch where the mask, ``(N,)``, is true, as ``FlatnessObserver.chosen`` does."""
         return self._observer.chosen(inputs, targets, mask)
 
     def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
-        """Certify the layers on a batch, whose numbers are not kept; if passes will be observed, try that."""
+        """Certify the layers on a batch without adding it to the measurement.
+
+        If ``live`` and the model runs in half precision, also find out whether its forward passes can be observed.
+        """
         self._observer.sums(inputs, targets)
         if live and runs_in_half(self._model, as_call(inputs).precision):
-            with untouched(self._model), torch.no_grad():  # training may have begun
+            with untouched(self._model), torch.no_grad():  # training may have begun, and must not see this pass
                 self.why_not_live(inputs, targets)
 
     def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
-        """Return why the user's forward passes cannot be observed, or ``""`` if they can (see ``FlatnessObserver``)."""
+        """Return why the user's forward passes cannot be observed; ``""`` if ``FlatnessObserver`` can observe them."""
         return self._observer.why_not_live(inputs, targets)
 
     def listen(self, inputs: Any = None) -> Listener:
-        """Return a context that observes the user's call of the model (see ``FlatnessObserver``)."""
+        """Return a context manager that observes the user's call of the model, as ``FlatnessObserver.listen`` does."""
         return self._observer.listen(inputs)
 
     def update_observed(
         self, listener: Listener, targets: Tensor | None = None, positions: Tensor | None = None
     ) -> None:
-        """Add a batch on which the user's forward pass was observed. If this raises an error, nothing is added.
+        """Add a batch whose forward pass, made by the user, was observed by ``listener``.
 
-        Call :meth:`settle_when_due` afterwards: the batch may have to wait.
+        If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the batch may have
+        to wait for the spread of the channels.
         """
         if self._deviations is not None:
             self._add(self._observer.observed_sums(listener, targets), positions)
@@ -167,18 +176,22 @@ class Measurement:
 
     @property
     def observes_half(self) -> bool:
-        """Whether :meth:`why_not_live` has found that features are half precision."""
+        """Whether :meth:`why_not_live` has found that the classifier's input is in half precision."""
         return self._observer.observes_half
 
     @property
     def repeats(self) -> bool:
-        """Whether :meth:`update_repeated` is to be used also where no pass is observed (see ``FlatnessObserver``)."""
+        """Whether batches whose forward pass was not observed must be added by :meth:`update_repeated`.
+
+        This is so in half precision, where all samples are measured in one precision, and if the model is compiled.
+        """
         return self._observer.repeats
 
     def update_repeated(self, inputs: Any, targets: Tensor | None = None, positions: Tensor | None = None) -> None:
-        """Add one batch in an observed pass of our own, which runs as the user's do. An error adds nothing.
+        """Add one batch by a forward pass of our own that runs like the user's passes, and is observed like them.
 
-        Call :meth:`settle_when_due` afterwards.
+        If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the batch may have
+        to wait for the spread of the channels.
         """
         forms = self._observer.repeated_forms(inputs, targets)
         if self._deviations is None:
@@ -187,12 +200,16 @@ class Measurement:
             self._add(self._observer.sums_of(forms), positions)
 
     def _hold(self, forms: ClosedForms, positions: Tensor | None) -> None:
+        """Keep an observed batch until the spread of the channels is known."""
         positions = self._positions(forms.num_samples, positions)
         later = self._unless_changed(lambda: self._observer.sums_of(forms))
         self._held.append(Held(forms.channels(), positions, later))
 
     def _positions(self, samples: int, positions: Tensor | None) -> Tensor:
-        """Return the positions of the next samples of this rank in the measured set, ``(samples,)``."""
+        """Return the indices of this rank's next samples in the measured set, ``(samples,)``.
+
+        These are the given ``positions`` if there is one for each sample; otherwise the ranks take turns.
+        """
         first, self._num_seen = self._num_seen, self._num_seen + samples
         if positions is not None and len(positions) == samples:
             return positions
@@ -200,6 +217,7 @@ class Measurement:
         return own * num_ranks(self._sync) + own_rank(self._sync)
 
     def _add(self, sums: dict[str, LayerSums], positions: Tensor | None) -> None:
+        """Add the sums of one batch, by layer; raise an error if its layers are not those of the batches before."""
         different = sorted(sums.keys() ^ self._sums.keys())
         if sums and self._sums and different:
             raise BatchError(
@@ -214,11 +232,12 @@ class Measurement:
         self._sums = self._sums | added(self._sums, {name: sums[name].without_samples() for name in sums})
 
     def _metric(self, info: LayerInfo) -> FlatnessMetric:
-        # The metric is created only here, so that only the sums take memory while the model runs. It is on the model's
-        # device, since a backend such as NCCL sums only tensors on its own kind of device over ranks.
+        """Return a metric with the sums of one layer on this rank; the sums are zero without samples."""
+        # The metric is created at the end, so that only the sums take memory while the model runs. It is on the model's
+        # device, because a backend such as NCCL sums only tensors on its own kind of device over ranks.
         tensor = next(iter(self._model.parameters()), None)
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
-        with torch.device("cpu"):  # whatever the default device is
+        with torch.device("cpu"):  # because the user may have set another default device
             metric = FlatnessMetric(info.num_filters, info.groups, self._options.diagonal)
         metric = metric.to(device)
         if info.name in self._sums:
@@ -226,10 +245,11 @@ class Measurement:
         return metric
 
     def report(self) -> FlatnessReport:
-        """Return the flatness over all batches so far; with ``sync``, over those of all ranks.
+        """Return the flatness over all batches so far; with ``sync``, over the batches of all ranks.
 
-        With ``sync``, call it on every rank, also on a rank without batches. A label (a reason why a layer's numbers
-        are not exact) that any rank has given is in the report of all ranks.
+        With ``sync``, call it on every rank, also on a rank without batches. If a layer's numbers are not exact on any
+        rank, the reports of all ranks say so, with the reason. Raises a :class:`BatchError` if no rank has samples, or
+        if ranks measured different layers.
         """
         self.take_spread()
         self.measure_held()
@@ -260,6 +280,7 @@ class Measurement:
         )
 
     def _layer(self, info: LayerInfo, samples: Samples) -> LayerFlatness:
+        """Return the results of one layer; with ``sync``, a collective."""
         metric, deviations = self._metric(info), (self._deviations or {}).get(info.name)
         with metric.sync_context(should_sync=self._sync):
             means = metric.means()

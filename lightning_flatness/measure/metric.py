@@ -1,4 +1,4 @@
-"""A ``torchmetrics.Metric`` for the flatness of one layer."""
+"""Sum the flatness of one layer over batches and ranks, as a ``torchmetrics.Metric``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from lightning_flatness.layers.options import ALL_MEASURES
 class FlatnessMetric(Metric):
     """Hessian trace and flatness measures of one layer, from sums over batches in float64.
 
-    All states are sums over samples. So the result does not depend on how samples are split into updates, ranks or
-    merged copies. The metric takes tensors from a :class:`~lightning_flatness.FlatnessObserver`, never a module.
+    All states are sums over samples, so the result does not depend on how samples are split into updates, ranks or
+    merged copies. The metric gets tensors from a :class:`~lightning_flatness.FlatnessObserver`. It never holds a
+    module.
 
     Args:
         num_filters: number of filters ``S``.
         groups: number of groups ``G`` of the convolution.
-        diagonal: keep only the diagonal of the block traces. Then no relative flatness is computed.
+        diagonal: keep only the diagonal of the block traces, which saves memory but gives no relative flatness.
         kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
@@ -86,13 +87,16 @@ class FlatnessMetric(Metric):
         """Add one batch.
 
         Args:
-            block_traces: ``(G, S/G, S/G)``, float64, summed over the batch's samples; with ``diagonal``, ``(G, S/G)``.
-            weight_gram: inner products of the filters, in the same shape.
+            block_traces: block traces ``(G, S/G, S/G)``, float64, summed over the batch's samples; with ``diagonal``
+                only their diagonals ``(G, S/G)``.
+            weight_gram: inner products of the filters, float64, in the shape of ``block_traces``.
             num_samples: number of samples in the batch.
-            normalizer: number by which to divide the sum over samples; by default the number of samples.
-            variances: variances ``(6,)`` of the measures of the batch's sum, if the sum is an estimate.
-            extra: normalised and channel-wise flatness of the batch's sum, ``(2,)``; NaN if not measured.
-            groups: sums over groups of samples, ``(32, 5)``: weights, and the four measures of single samples.
+            normalizer: number by which the loss divides the batch's sum, such as the sum of the class weights; by
+                default the number of samples.
+            variances: variances ``(6,)`` of the measures, if ``block_traces`` is an estimate.
+            extra: normalised and channel-wise flatness, ``(2,)``, summed over the batch's samples; NaN if not measured.
+            groups: sums ``(32, 5)`` over the groups of samples that standard errors are computed from: the weights of
+                the samples, and the four per-sample measures.
         """
         if self.block_traces.dtype != torch.float64:
             raise BatchError(
@@ -120,7 +124,7 @@ class FlatnessMetric(Metric):
         return self.measures()
 
     def measures(self) -> dict[str, Tensor]:
-        """Return the measures over the samples in the metric's states, which may be those of all ranks."""
+        """Return the measures from the metric's present states, without communication between ranks."""
         extra = dict(zip(ALL_MEASURES[-2:], self.extra / self.normalizer, strict=True))
         measured = {name: value for name, value in extra.items() if not bool(value.isnan())}
         return measures_of(*self.means()) | measured
@@ -136,10 +140,11 @@ class FlatnessMetric(Metric):
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: Any = None
     ) -> tuple[Any, Any]:
-        """Draw the measures, as metrics of torchmetrics do, and return the figure and its axes.
+        """Draw the measures like other metrics of torchmetrics, and return the figure and its axes.
 
-        ``val`` is a result of ``compute`` or ``forward``, or a list of them, one for every step; by default what
-        ``compute`` returns. The scale is logarithmic if all numbers are positive, as they differ in units and size.
+        ``val`` is a result of ``compute`` or ``forward``, or a list with one result for every step; by default the
+        result of ``compute``. The scale is logarithmic if all numbers are positive, because the measures differ in
+        units and size.
         """
         results = self.compute() if val is None else val
         steps = list(results) if isinstance(results, Sequence) else [results]
@@ -153,11 +158,11 @@ class FlatnessMetric(Metric):
         return ax.figure, ax
 
     def standard_errors(self) -> dict[str, float]:
-        """Return the standard errors of the measures by name; they are zero for exact measures."""
+        """Return the standard errors of estimated measures, by name; zero for a measure that is not an estimate."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
         return dict(zip(ALL_MEASURES, errors, strict=True))
 
     def sampling_errors(self) -> dict[str, float]:
-        """Return standard errors over samples by name, from groups of samples; NaN if they are not known."""
+        """Return the standard errors over samples of the measures, by name; NaN if ``update`` got no ``groups``."""
         errors = sampling_errors(self.groups[:, 1:], self.groups[:, 0]).tolist()
         return dict(zip(SAMPLE_MEASURES, errors, strict=True))

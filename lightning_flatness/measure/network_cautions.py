@@ -1,4 +1,4 @@
-"""What must not be concluded from a comparison, for what the networks are made of."""
+"""Find reasons why models cannot be compared in the networks themselves: their depth and their BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from torch import nn
 from lightning_flatness.results import Caution, ComparedModel
 from lightning_flatness.results.texts import named
 
-# Statistics fit the data badly if they are so far apart, and so many times as far as those of the other networks: the
-# first batch may be of one class only, which moves the statistics of all networks.
+# A network gets a caution if its running statistics are farther than FAR_APART from those of the first batch, and more
+# than TIMES as far as in the best network. The second condition is needed because the first batch may have one class
+# only, which changes the statistics of the batch in all networks.
 FAR_APART, TIMES = 0.25, 4.0
 
 
 def network_cautions(
     rows: Mapping[str, ComparedModel], networks: Mapping[str, nn.Module], apart: Mapping[str, float]
 ) -> list[Caution]:
-    """Return cautions of depth and of BatchNorm; some rows may have no network.
+    """Return cautions about the depth of the networks and about BatchNorm.
 
-    ``apart`` is how far running statistics are from those of the data, by model.
+    ``networks`` lacks the models that were given as reports. ``apart`` has the distance between the running statistics
+    and the statistics of the data, by model.
     """
     counted = {name: row for name, row in rows.items() if row.depth}
     return [*_of_depth(counted), *_of_batch_norm(counted), *_of_misfit(apart), *_of_statistics(networks)]
 
 
 def _of_depth(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    """Return a caution if networks have different depths."""
     if len({row.depth for row in rows.values()}) < 2:
         return []
     numbers = named(f"{name} {row.depth}" for name, row in rows.items())
@@ -38,6 +41,7 @@ def _of_depth(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_batch_norm(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    """Return cautions if only some networks have BatchNorm, or if running statistics were never updated."""
     found = []
     without = tuple(name for name, row in rows.items() if not row.batch_norms)
     if 0 < len(without) < len(rows):
@@ -57,6 +61,7 @@ def _of_batch_norm(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_misfit(apart: Mapping[str, float]) -> list[Caution]:
+    """Return a caution if running statistics do not fit the data in some networks, and fit in others."""
     if len(apart) < 2:
         return []
     least = min(apart.values())
@@ -72,6 +77,7 @@ def _of_misfit(apart: Mapping[str, float]) -> list[Caution]:
 
 
 def _of_statistics(networks: Mapping[str, nn.Module]) -> list[Caution]:
+    """Return a caution if two networks have the same weights, but different running statistics."""
     names = list(networks)
     pairs = ((one, other) for index, one in enumerate(names) for other in names[index + 1 :])
     alike = next((pair for pair in pairs if _differ_in_statistics(*(networks[name] for name in pair))), None)
@@ -85,7 +91,7 @@ def _of_statistics(networks: Mapping[str, nn.Module]) -> list[Caution]:
 
 
 def _differ_in_statistics(one: nn.Module, other: nn.Module) -> bool:
-    """Return whether two networks have the same parameters, and different buffers of the same names."""
+    """Return whether two networks have the same parameters, but different running statistics of BatchNorm."""
     if one is other or not _statistics(one):
         return False
     return _are_equal(dict(one.named_parameters()), dict(other.named_parameters())) and not _are_equal(
@@ -94,10 +100,12 @@ def _differ_in_statistics(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the running means and variances of a network by name."""
     return {name: buffer for name, buffer in network.named_buffers() if name.endswith(("running_mean", "running_var"))}
 
 
 def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether two mappings have the same names and equal tensors, on whatever devices."""
     if one.keys() != other.keys():
         return False
     return all(

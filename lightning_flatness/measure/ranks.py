@@ -1,8 +1,8 @@
 """Share values, sums and errors between the processes (ranks) of ``torch.distributed``.
 
 With ``sync`` these functions are collectives: call them on every rank or on none. If one rank raised an error alone,
-the others would wait for it. So an error is kept until the next collective, which raises it on all ranks. Without
-``sync`` this process is the only rank, and nothing communicates.
+the others would wait for that rank forever. So a rank keeps its error until the next collective, which raises it on all
+ranks. Without ``sync`` this process counts as the only rank, and nothing communicates.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Value = TypeVar("Value")
 
 
 def own_rank(sync: bool) -> int:
-    """Return the rank of this process; 0 without ``torch.distributed``, or if this process measures alone."""
+    """Return the rank of this process; 0 without ``sync`` or without a process group."""
     return distributed.get_rank() if _together(sync) else 0
 
 
 def num_ranks(sync: bool) -> int:
-    """Return the number of processes that measure together; 1 without ``sync``."""
+    """Return the number of processes that measure together; 1 without ``sync`` or without a process group."""
     return distributed.get_world_size() if _together(sync) else 1
 
 
 def gather(value: Value, sync: bool) -> list[Value]:
-    """Return the values of all ranks, ordered by rank. They are pickled, so they should be small."""
+    """Return the values of all ranks, ordered by rank; values should be small, because they are pickled."""
     if not _together(sync):
         return [value]
     gathered: list[Any] = [None] * distributed.get_world_size()
@@ -37,13 +37,17 @@ def gather(value: Value, sync: bool) -> list[Value]:
 
 
 def failed_ranks(error: Exception | str | None, sync: bool) -> dict[int, str]:
-    """Return the error messages of all ranks that failed, by rank. ``error`` is this rank's error or message."""
+    """Return the error messages of all ranks that failed, by rank; ``error`` is this rank's error, message or None."""
     messages = gather(in_one_line(error) if isinstance(error, Exception) else error, sync)
     return {rank: message for rank, message in enumerate(messages) if message is not None}
 
 
 def raise_on_all(error: Exception | None, sync: bool) -> None:
-    """Raise an error on all ranks if any rank failed: its own error on that rank, a ``BatchError`` on the others."""
+    """Raise an error on all ranks if any rank failed; ``error`` is this rank's error, or None.
+
+    A rank that failed raises its own error. The other ranks raise a :class:`BatchError` with the message of a failed
+    rank.
+    """
     failed = failed_ranks(error, sync)
     if error is not None:
         raise error
@@ -52,9 +56,9 @@ def raise_on_all(error: Exception | None, sync: bool) -> None:
 
 
 def sum_over_ranks(tensor: Tensor, error: Exception | None, sync: bool) -> Tensor:
-    """Return the sum over all ranks of a tensor ``(n,)``, on a device that the process group supports.
+    """Return the sum of a tensor ``(n,)`` over all ranks, or raise an error on all ranks if any rank has one.
 
-    If a rank has an error, :func:`raise_on_all` raises it on all ranks.
+    The tensor must be on a device that the process group supports.
     """
     if not _together(sync):
         raise_on_all(error, sync)
@@ -67,4 +71,5 @@ def sum_over_ranks(tensor: Tensor, error: Exception | None, sync: bool) -> Tenso
 
 
 def _together(sync: bool) -> bool:
+    """Return whether functions communicate: with ``sync``, and if there is a process group."""
     return sync and distributed.is_available() and distributed.is_initialized()

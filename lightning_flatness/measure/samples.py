@@ -1,4 +1,4 @@
-"""What a measurement keeps of single samples: sums over groups of them, and their values where these are wanted."""
+"""Keep sums over groups of samples for standard errors, and, if wanted, the values of every sample."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from lightning_flatness.functional.weighting import RELATIVE, SAMPLE_MEASURES
 from lightning_flatness.layers.sums import CORRECT, COUNT, CURVATURE, LOSS, OUTCOMES, PREDICTION, WEIGHT, LayerSums
 from lightning_flatness.measure.ranks import gather
 
-# The spread of input channels is taken from so many first samples of the measured set, over all ranks.
+# Number of samples at the beginning of the measured set, over all ranks, from which the standard deviations of the
+# input channels are computed.
 FIRST_SAMPLES = 128
 
 
 @dataclass(frozen=True)
 class Held:
-    """Samples that wait for the spread of the channels before they are measured."""
+    """A batch that waits for the standard deviations of the input channels before it is measured."""
 
-    channels: Mapping[str, ChannelSums]  # of every sample, by layer
-    positions: Tensor
+    channels: Mapping[str, ChannelSums]  # sums over every input channel for each sample, by layer
+    positions: Tensor  # indices of the samples in the measured set
     measure: Callable[[], dict[str, LayerSums]]
 
 
 def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
-    """Return the standard deviation of every input channel over the first samples, by layer.
+    """Return the standard deviation of every input channel over the first ``FIRST_SAMPLES`` samples, by layer.
 
-    With ``sync`` these are the first samples of all ranks, and every rank calls this function once in a measurement.
+    With ``sync`` the samples of all ranks count, and this is a collective, which every rank calls once in a
+    measurement.
     """
     totals: dict[str, list[ChannelSums]] = {}
     for some in held:
@@ -49,21 +51,26 @@ def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
 
 
 def without_samples(sync: bool) -> None:
-    """Take part in :func:`deviations_of` on a rank that has no measurement."""
+    """Call the collective :func:`deviations_of` on a rank that has no measurement."""
     deviations_of([], sync)
 
 
 class SampleValues:
-    """Sums over groups of samples, which are found by their positions in the measured set, and single values."""
+    """Sums over the 32 groups of samples that standard errors are computed from, and values of single samples.
+
+    The index of a sample in the measured set, its position, decides its group (``functional.sampling``). ``outcomes``
+    are numbers that belong to a sample and not to a layer, such as its loss (``layers.sums.OUTCOMES``). With
+    ``keeps_all``, all outcomes and measures of every sample are kept.
+    """
 
     def __init__(self, keeps_all: bool = False) -> None:
-        self.groups: dict[str, Tensor] = {}  # (32, 5) by layer: weights, and the SAMPLE_MEASURES
+        self.groups: dict[str, Tensor] = {}  # (32, 5) by layer: sums of the weights and of the SAMPLE_MEASURES
         self.outcomes = torch.zeros(GROUPS, len(OUTCOMES), dtype=torch.float64, device="cpu")
         self._keeps_all = keeps_all
         self._kept: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []  # positions, outcomes, values by layer
 
     def add(self, sums: Mapping[str, LayerSums], positions: Tensor, keeps: set[str]) -> None:
-        """Add samples; of the layers in ``keeps``, relative flatness of every sample is kept."""
+        """Add the samples of a batch, and keep each sample's relative flatness for the layers in ``keeps``."""
         for name, of_layer in sums.items():
             groups = of_layer.groups(positions)
             self.groups[name] = self.groups[name] + groups if name in self.groups else groups
@@ -72,7 +79,7 @@ class SampleValues:
         if self._keeps_all:
             kept = {name: of_layer.samples for name, of_layer in sums.items()}
         else:
-            # NaN stands for ignored samples: to leave them out here would make the program wait for a GPU.
+            # Ignored samples become NaN. Removing them here would make the program wait for a GPU.
             counts = outcomes[:, COUNT, None] > 0
             kept = {
                 name: torch.where(counts, sums[name].samples[:, RELATIVE, None], torch.nan)
@@ -97,7 +104,7 @@ class SampleValues:
         )
 
     def gathered(self, sync: bool) -> Samples:
-        """Return the sums and the kept values of all ranks. With ``sync`` this is a collective."""
+        """Return the sums and the kept values of all ranks; with ``sync`` this is a collective."""
         measured = [of_rank for of_rank in gather(self.of_rank(), sync) if of_rank.groups]
         if not measured:
             raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
@@ -116,26 +123,26 @@ class SampleValues:
 
 
 class OfRank(NamedTuple):
-    """The sums over groups of samples, and the kept values, of one rank."""
+    """The sums over groups of samples, and the values of single samples, that one rank has kept."""
 
-    sums: Tensor  # (32, 6), of OUTCOMES
-    groups: dict[str, Tensor]  # (32, 5) by layer
-    positions: Tensor  # of the samples whose values are kept
-    outcomes: Tensor  # (N, 6)
-    values: dict[str, Tensor]  # (N, 4) or (N, 1) by layer
+    sums: Tensor  # (32, 6), sums of OUTCOMES
+    groups: dict[str, Tensor]  # (32, 5) by layer: sums of the weights and of the SAMPLE_MEASURES
+    positions: Tensor  # (N,), indices of this rank's samples in the measured set
+    outcomes: Tensor  # (N, 6), OUTCOMES of every sample; (0, 6) if they are not kept
+    values: dict[str, Tensor]  # by layer: SAMPLE_MEASURES of every sample (N, 4), or relative flatness alone (N, 1)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The values of single samples over all ranks, in the order of the measured set, and their sums over groups."""
+    """Sums over groups of samples and values of single samples, of all ranks, in the order of the measured set."""
 
     outcomes: Tensor  # (32, 6), sums of OUTCOMES
-    groups: Mapping[str, Tensor]  # (32, 5) by layer
-    of_samples: Tensor | None  # (N, 6), OUTCOMES of every sample, if wanted
-    of_layers: Mapping[str, Tensor]  # (N, 4), or relative flatness alone (N, 1), by layer
+    groups: Mapping[str, Tensor]  # (32, 5) by layer: sums of the weights and of the SAMPLE_MEASURES
+    of_samples: Tensor | None  # (N, 6), OUTCOMES of every sample; None unless all values are kept
+    of_layers: Mapping[str, Tensor]  # by layer: SAMPLE_MEASURES of every sample (N, 4), or relative flatness (N, 1)
 
     def network(self) -> tuple[float, float, float]:
-        """Return mean loss, accuracy and curvature."""
+        """Return mean loss, accuracy and curvature (the mean trace of the loss's second derivative at the logits)."""
         sums = self.outcomes.sum(0)
         return (
             float(sums[LOSS] / sums[WEIGHT]),
@@ -144,7 +151,10 @@ class Samples:
         )
 
     def network_errors(self) -> dict[str, float]:
-        """Return standard errors over samples of loss, accuracy, curvature, and of the sums over layers, by name."""
+        """Return standard errors over samples by name: of loss, accuracy and curvature, and of measures over layers.
+
+        The error of a measure is that of its sum over all layers.
+        """
         weights = self.outcomes[:, WEIGHT]
         of_loss = sampling_errors(self.outcomes[:, [LOSS, CURVATURE]], weights)
         of_accuracy = sampling_errors(self.outcomes[:, [CORRECT]], self.outcomes[:, COUNT])
@@ -154,12 +164,15 @@ class Samples:
         return {name: float(error) for name, error in errors.items()} | _named(of_sums)
 
     def layer_errors(self, name: str) -> dict[str, float]:
-        """Return standard errors over samples of a layer's measures, by name; NaN if they are not known."""
+        """Return the standard errors over samples of a layer's measures, by name; NaN for an unknown error."""
         groups = self.groups[name]
         return _named(sampling_errors(groups[:, 1:], groups[:, 0]))
 
     def largest_tenth(self, name: str) -> float:
-        """Return the share of a layer's relative flatness that the largest tenth of the samples carries."""
+        """Return the share of a layer's relative flatness that comes from the tenth of the samples with most of it.
+
+        NaN if the values of single samples are not known.
+        """
         values = self.of_layers.get(name)
         if values is None:
             return math.nan
@@ -173,7 +186,7 @@ class Samples:
         return int((self.outcomes[:, WEIGHT] > 0).sum())
 
     def values_of_layer(self, name: str) -> dict[str, Tensor]:
-        """Return the measures of every sample, ``(N,)`` each; none unless all values were kept."""
+        """Return a layer's measures for every sample, ``(N,)`` each, by name; empty unless all values are kept."""
         if self.of_samples is None:
             return {}
         weighted = self.of_layers[name] / self.of_samples[:, WEIGHT, None]
@@ -181,7 +194,10 @@ class Samples:
         return {measure: of_samples for measure, of_samples in values.items() if not bool(of_samples.isnan().all())}
 
     def values_of_network(self) -> dict[str, Tensor]:
-        """Return what is known of every sample, ``(N,)`` each, by name; nothing unless all values were kept."""
+        """Return loss, curvature, prediction, correctness and weight of every sample, ``(N,)`` each, by name.
+
+        The mapping is empty unless all values are kept.
+        """
         if self.of_samples is None:
             return {}
         weight = self.of_samples[:, WEIGHT]
@@ -195,4 +211,5 @@ class Samples:
 
 
 def _named(errors: Tensor) -> dict[str, float]:
+    """Return errors ``(4,)`` by the names of ``SAMPLE_MEASURES``."""
     return dict(zip(SAMPLE_MEASURES, errors.tolist(), strict=True))

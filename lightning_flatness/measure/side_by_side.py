@@ -1,4 +1,4 @@
-"""Measure several models on the same samples, which are read once."""
+"""Measure several models on the same samples, reading the data once."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def measured_together(
     progress: bool | None,
     options: Mapping[str, Any],
 ) -> dict[str, FlatnessReport]:
-    """Measure models on the same batches, which are read once, and return their reports with values of samples.
+    """Measure models on the same batches, which are read once; return reports with per-sample values, by model.
 
-    ``data`` names the batches in the reports. Errors name the model.
+    ``data`` describes the batches in the reports. Errors name the model.
     """
     options = {"per_sample": True, **options}
     measurements = {name: Measurement(model, **options) for name, model in models.items()}
@@ -50,13 +50,14 @@ def measured_together(
 
 
 def _moved(batch: Any, model: nn.Module) -> Any:
+    """Return a batch with all tensors on the model's device."""
     tensor = next((tensor for tensor in [*model.parameters(), *model.buffers()]), None)
     return batch if tensor is None else apply_to_collection(batch, Tensor, lambda part: part.to(tensor.device))
 
 
 @contextmanager
 def model_named(name: str) -> Iterator[None]:
-    """Name the model in the errors of this package that are raised inside the block."""
+    """Put the model's name in front of the message of every ``FlatnessError`` raised inside the block."""
     try:
         yield
     except FlatnessError as error:
@@ -65,14 +66,14 @@ def model_named(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Beside:
-    """What is measured beside flatness: the training loss, and with ``batches`` the baselines."""
+    """Measures numbers other than flatness: the training loss, and with ``batches`` the baselines of a comparison."""
 
     batches: Iterable[Any] | None
     train_batches: Iterable[Any] | None
     options: Mapping[str, Any]
 
     def add(self, row: ComparedModel, model: nn.Module) -> ComparedModel:
-        """Return the row of a model with the numbers that are not known yet."""
+        """Return the row of a model with its training loss, if that was unknown, and with its baselines."""
         with model_named(row.name):
             if self.train_batches is not None and math.isnan(row.train_loss):
                 row = replace(row, train_loss=forward_numbers(model, self.train_batches, self._options).loss)

@@ -82,12 +82,12 @@ def hessian_spectrum(
 ) -> SpectrumResult:
     """Compute largest eigenvalues, trace, spectral density and criteria of the Hessian of the mean loss.
 
-    The model is measured in evaluation mode and left as it was. Every product of the Hessian with a vector is a pass
-    over all batches, in which every sample has the same weight. The density takes ``num_probes * num_steps`` products,
-    the eigenvalues at most ``max_products + top_k``. Before the first product, Python's logger ``lightning_flatness``
-    gets their number, and after it an estimate of the time: as a warning, if it is more than a minute, otherwise as
-    information. With a progress bar it gets nothing. Memory holds ``max(num_steps, 2 top_k + 20) + top_k`` vectors of
-    the length of all parameters, in the model's dtype; it does not grow with batches or probes.
+    The model is measured in evaluation mode and stays as it was. Every product of the Hessian with a vector is a pass
+    over all batches, in which every sample has the same weight. The density needs ``num_probes * num_steps`` products,
+    the eigenvalues at most ``max_products + top_k``. Unless a progress bar is shown, Python's logger
+    ``lightning_flatness`` gets two messages: the number of products before the first product, and an estimate of the
+    time after it, which is a warning if it is more than a minute. Memory holds ``max(num_steps, 2 top_k + 20) + top_k``
+    vectors, each as long as all parameters together, in the model's dtype; it does not grow with batches or probes.
 
     Args:
         model: any module that returns logits ``(N, K)``.
@@ -98,28 +98,31 @@ def hessian_spectrum(
         class_weight: class weights of cross-entropy.
         ignore_index: target value that cross-entropy ignores.
         params: name or glob pattern of parameters or modules, such as ``"layer4.1.conv2"`` or ``"*.bias"``, or a list
-            of them; None for all parameters. Frozen parameters (``requires_grad=False``) are always left out.
+            of names and patterns; None for all parameters. Frozen parameters (``requires_grad=False``) are always left
+            out.
         matrix: ``"hessian"``, or ``"gauss_newton"``, which leaves out the curvature of the network itself and, for the
             losses that are given by name, has no negative eigenvalues.
         top_k: number of largest eigenvalues to compute, with their eigenvectors; 0 for none.
         num_steps: number of steps of the Lanczos method for every probe.
         num_probes: number of probes, which are vectors of random signs; 0 for eigenvalues alone, without density,
-            trace and criteria. With the defaults of 30 steps and 4 probes, the 1-Wasserstein distance of the density
-            from the exact spectrum was below 0.9 % of its range on nine small networks, and the error of ``c_t`` below
-            0.001. The standard error of the trace is 1.6 times that of 10 probes.
+            trace and criteria. With the defaults of 30 steps and 4 probes, the 1-Wasserstein distance between the
+            density and the exact spectrum was below 0.9 % of the spectrum's range on nine small networks, and the error
+            of the criterion ``c_t`` below 0.001. The standard error of the trace is 1.6 times as large as with 10
+            probes.
         exponent: exponent ``n`` of the criterion ``K_Hn``.
         tolerance: largest residual of an eigenvalue, relative to it; by default 1e-7 in float64 and 1e-4 in float32.
         max_products: maximal number of products for the eigenvalues. If it does not suffice, ``result.converged`` is
             False.
         seed: seed of the probes.
         dtype: precision in which the model runs, as for ``measure_flatness``.
-        sync: measure the batches of all ranks of a process group together: call this function on every rank then, each
-            with its own batches, or none. By default nothing communicates.
+        sync: compute the Hessian over the batches of all ranks of a process group. Then call this function on every
+            rank, with that rank's batches or with none. By default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
 
     Raises:
         FlatnessError: an option is invalid, or there is nothing to compute.
-        LayerSelectionError: a parameter does not exist, all are frozen, or the forward has no second derivative.
+        LayerSelectionError: a parameter does not exist, all parameters are frozen, or the forward pass has no second
+            derivative.
         BatchError: batches can be read only once, differ between passes, are missing, or cannot be measured.
 
     Source:
@@ -144,7 +147,7 @@ def spectrum_of(
     sync: bool,
     say: Say | None = LOGGER.log,
 ) -> SpectrumResult:
-    """Compute what :func:`hessian_spectrum` returns, from options that have been checked."""
+    """Compute a spectrum as :func:`hessian_spectrum` does, from options that have been checked."""
     start = time.perf_counter()
     model = without_wrapper(model)
     with isolated(model), torch.no_grad():
@@ -207,7 +210,10 @@ def spectrum_of(
 
 
 def _announcement(options: SpectrumOptions, top_k: int, num_steps: int, num_samples: int) -> Announcement:
-    """Return what a spectrum will take. The number of products for eigenvalues is an estimate, seen on networks."""
+    """Return the announcement of how many products a spectrum needs.
+
+    The number of products for the eigenvalues is an estimate from networks that were measured.
+    """
     density = options.num_probes * num_steps
     eigenvalues = min(options.max_products, 15 + 8 * top_k) + top_k if top_k else 0
     parts = [f"{density} for the density"] * bool(density)
@@ -226,7 +232,11 @@ def _announcement(options: SpectrumOptions, top_k: int, num_steps: int, num_samp
 
 
 def _criteria(values: Tensor, weights: Tensor, exponent: float, weight_norm: float, rounding: float) -> dict[str, Any]:
-    """Return the criteria of all probes: means, kind and spread."""
+    """Return the criteria of a spectrum as fields of :class:`~lightning_flatness.SpectrumResult`.
+
+    These are the means over the probes, the kind that most probes have, and the spread. ``values`` and ``weights`` are
+    the Ritz values and weights of every probe. Without probes, all numbers are NaN.
+    """
     if not len(values):
         unknown = dict.fromkeys(CRITERIA, math.nan)
         return {**unknown, "kind": "unknown", "spread": unknown | {"kind": math.nan}}
@@ -238,9 +248,10 @@ def _criteria(values: Tensor, weights: Tensor, exponent: float, weight_norm: flo
 
 
 def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
-    """Return Hutchinson's estimate of the trace from one probe; the part along known eigenvectors is exact.
+    """Return Hutchinson's estimate of the trace from one probe; the part along the eigenvectors in ``top`` is exact.
 
-    The eigenvectors do not depend on the probe, so the estimate is unbiased even if they have not converged.
+    The eigenvectors do not depend on the probe, so the estimate is unbiased even if the eigenvectors have not
+    converged.
     """
     size = len(probe)
     overlaps = (top.vectors @ (probe / math.sqrt(size))).double().cpu().square()
@@ -248,7 +259,7 @@ def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
 
 
 def _certify_symmetric(found: Quadrature | Eigenpairs, rounding: float) -> None:
-    """Raise an error if products are not those of a symmetric matrix, since then second derivatives are wrong."""
+    """Raise an error if the products with vectors show that the matrix is not symmetric, as a Hessian must be."""
     if found.asymmetry > 10 * math.sqrt(rounding):
         raise LayerSelectionError(
             f"Products with the Hessian are not symmetric (by {found.asymmetry:.0e}, relative), so they are not "
@@ -258,11 +269,12 @@ def _certify_symmetric(found: Quadrature | Eigenpairs, rounding: float) -> None:
 
 
 def _deviation(numbers: Tensor) -> float:
+    """Return the standard deviation of numbers; NaN for fewer than two."""
     return float(numbers.std()) if len(numbers) > 1 else math.nan
 
 
 def _advancing(bar: Progress, name: str, total: int, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a function that computes the same product and advances a task of the progress bar."""
+    """Return a function that computes the same as ``product`` and advances a new task of the progress bar."""
     task = bar.add_task(name, total=total)
 
     def advancing(vector: Tensor) -> Tensor:
