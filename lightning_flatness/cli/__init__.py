@@ -1,1 +1,1 @@
-"""The command ``lightning-flatness``: measure, compare and picture checkpoints."""
+"""The command ``lightning-flatness``, which measures, compares and plots the networks in checkpoints."""

@@ -1,4 +1,4 @@
-"""The arguments of the command line. Nothing here imports torch, so that ``--help`` answers at once."""
+"""The arguments of the command line. This module does not import torch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Exit codes: 0 done, 1 the command line is wrong, 2 it could not be measured.
 
 
 class UsageError(FlatnessError):
-    """The command line is wrong: an option, a class, an argument of a class, or a file that is not there."""
+    """The command line is wrong: a wrong option, class or argument of a class, or a file that does not exist."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,20 +41,23 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that was understood: its options, and the arguments of the classes of model and data."""
+    """A parsed command line.
+
+    Options can be read as attributes, such as ``command.split``.
+    """
 
     name: str
     checkpoints: tuple[Path, ...]
     options: argparse.Namespace
-    arguments: Mapping[str, Sequence[str]]  # of "model" and "data", such as ["--model.width=64"]
-    words: tuple[str, ...]  # all of it
+    arguments: Mapping[str, Sequence[str]]  # keys "model" and "data"; values such as ["--model.width=64"]
+    words: tuple[str, ...]  # the whole command line, before parsing
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.options, name)
 
 
 def parse(words: Sequence[str]) -> Command:
-    """Return the command that the words of a command line give; raise a :class:`UsageError` if they give none.
+    """Parse the words of a command line; raise a :class:`UsageError` if they are not a valid command.
 
     Example:
         >>> command = parse(["measure", "a.ckpt", "--model", "net.Net", "--model.width", "64", "--max-samples", "100"])
@@ -69,7 +72,10 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _nested(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Take the arguments of classes, ``--model.width 64`` or ``--model.width=64``, out of a command line."""
+    """Separate arguments of classes, such as ``--model.width 64`` or ``--model.width=64``, from all other words.
+
+    Returns the other words, and the arguments in the form ``--model.width=64``, by ``"model"`` and ``"data"``.
+    """
     plain: list[str] = []
     nested: dict[str, list[str]] = {"model": [], "data": []}
     remaining = iter(words)
@@ -119,7 +125,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="CLASS", help="class of the network, package.Class; its arguments as --model.ARG VALUE")
     add("--network", metavar="NAME", help="attribute of the LightningModule that is the network, such as net")
     add("--inputs", choices=("step", "batch"), help=(
-        "measure what the validation step gives to the network (default), or the batch's own inputs, without a step"
+        "give the network what the validation step gives it (default), or the inputs of the batch, without a step"
     ))  # fmt: skip
     add("--trust", action="store_true", help="unpickle Python objects in the checkpoint, which can run code")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps")

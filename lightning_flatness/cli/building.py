@@ -1,4 +1,7 @@
-"""The model and the data of a run, from classes and their arguments: of the command line, a checkpoint, a config."""
+"""Build the model and the data of a run from classes and their arguments.
+
+Classes and arguments come from the command line, a checkpoint or a config file.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ REMEDIES = {
 
 
 def read_config(path: Path | None) -> dict[str, Any]:
-    """Return the config of a LightningCLI run, as it was saved or as it is given to ``fit``; empty without a path."""
+    """Read the config file of a LightningCLI run; return an empty dict if ``path`` is None.
+
+    The file is either the ``config.yaml`` that LightningCLI saves, or a file whose entry ``fit`` has that content.
+    """
     if path is None:
         return {}
     import yaml
@@ -39,10 +45,11 @@ def read_config(path: Path | None) -> dict[str, Any]:
 
 
 def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, str]:
-    """Return the ``"model"`` or ``"data"`` object of a run, and the name of its class.
+    """Build the model (``kind="model"``) or the data (``kind="data"``) of a run; return it with its class's name.
 
-    Its class is that of the command line, the config or the checkpoint, whichever says it first. Its arguments are
-    those of all three; where they differ, the command line counts before the checkpoint, and that before the config.
+    The class is looked up on the command line first, then in the config, then in the checkpoint. Arguments from all
+    three are merged. Where they disagree, the command line wins over the checkpoint, and the checkpoint over the
+    config.
     """
     configured = _configured(kind, config)
     stored = checkpoint.stored(kind)
@@ -55,15 +62,20 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
         source = f"--{kind}" if getattr(command, kind) else f"--config '{command.config}'"
     made = imported(class_path, source)
     if own and own.rpartition(".")[2] != class_path.rpartition(".")[2]:
-        stored = {}  # of another class; the same one may have been in the script that was run
+        # These arguments belong to another class. Modules are not compared, because the class may have been defined in
+        # the training script and be importable under another module name now.
+        stored = {}
     of_config = configured.get("init_args", {}) if "class_path" in configured else configured
     if configured.get("class_path") not in (None, class_path):
-        of_config = {}  # of another class
+        of_config = {}  # these arguments belong to another class
     return made_of(made, kind, class_path, of_config or {}, stored, command.arguments[kind]), class_path
 
 
 def class_of(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> str:
-    """Return the import path of the class of the ``"model"`` or the ``"data"``; empty if nobody says it."""
+    """Return the import path of the class of the ``"model"`` or the ``"data"``, or an empty string if it is unknown.
+
+    The path comes from the command line, the config or the checkpoint, in this order.
+    """
     own = checkpoint.stored(kind).get("_class_path")
     return getattr(command, kind) or _configured(kind, config).get("class_path") or own or ""
 
@@ -76,12 +88,12 @@ def _configured(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _nobody_says(kind: str, command: Command, checkpoint: Checkpoint) -> str:
     if command.config:
         nobody = f"Neither '{checkpoint.path}' nor --config '{command.config}' says"
-        return f"{nobody} the class of the {kind}, as where a LightningCLI has a fixed one: {REMEDIES[kind]}."
+        return f"{nobody} the class of the {kind} (a LightningCLI with a fixed class saves none): {REMEDIES[kind]}."
     return f"'{checkpoint.path}' does not say the class of the {kind}: {REMEDIES[kind]}, or the --config of the run."
 
 
 def imported(path: str, source: str) -> Any:
-    """Return the class or function that an import path names; ``source`` says in errors who has named it."""
+    """Import the class or function at ``path``; ``source`` says in error messages where the path was given."""
     module_name, _, name = path.rpartition(".")
     if module_name == "__main__":
         raise UsageError(
@@ -111,7 +123,16 @@ def made_of(
     stored: Mapping[str, Any],
     words: Sequence[str],
 ) -> Any:
-    """Call a class or function with its arguments, which are read by their types, as LightningCLI reads them."""
+    """Call the class or function ``made`` with arguments that are parsed by their type hints, as in LightningCLI.
+
+    Args:
+        made: the class or function.
+        kind: ``"model"`` or ``"data"``, the prefix of the options in ``words``.
+        name: import path of ``made``, for error messages.
+        configured: arguments from the config.
+        stored: arguments from the checkpoint, which override those from the config.
+        words: options such as ``--model.width=64``, which override both.
+    """
     try:
         from jsonargparse import ArgumentParser
     except ModuleNotFoundError as error:
@@ -125,7 +146,7 @@ def made_of(
         else:
             parser.add_function_arguments(made, kind, fail_untyped=False)
         known = set(vars(getattr(parser.get_defaults(), kind, None) or argparse.Namespace())) | _parameters(made)
-        # A checkpoint may hold more hyper-parameters than the class has arguments: Lightning leaves them out, too.
+        # A checkpoint may hold more hyper-parameters than the class has arguments. Lightning ignores the others, too.
         given = {**configured, **{key: value for key, value in stored.items() if key in known}}
         parser.set_defaults({f"{kind}.{key}": value for key, value in given.items()})
         parsed = parser.parse_args(list(words))
@@ -145,7 +166,7 @@ def _parameters(made: Any) -> set[str]:
 
 
 def _problem(error: Exception, kind: str) -> str:
-    """Return what is wrong with the arguments, in one line, of jsonargparse's many or of the class's own error."""
+    """Shorten an error of jsonargparse, or of the class that it calls, to one line about the arguments."""
     text = " ".join(str(error).split())
     text = re.sub(rf'Parser key "{kind}\.([\w.]+)":', rf"--{kind}.\1:", text)
     text = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", text)

@@ -1,4 +1,4 @@
-"""Reading of checkpoints: files of Lightning and state dicts, without unpickling objects unless they are trusted."""
+"""Read checkpoints of Lightning and files with state dicts; unpickle Python objects only with ``trust=True``."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.errors import FlatnessError
 
 VERSION = "pytorch-lightning_version"
-# Objects that are common in hyper-parameters, and run no code when they are made.
+# Classes that are common in hyper-parameters, and that are safe to unpickle.
 HARMLESS: list[Any] = [type(Path()), argparse.Namespace]
 CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a file: weights and, of a checkpoint of Lightning, all else that it holds."""
+    """The weights in a file and, if Lightning wrote the file, all its other entries in ``content``."""
 
     path: Path
     state: Mapping[str, Any]
-    digest: str  # of the file
+    digest: str  # SHA-256 of the file
     content: Mapping[str, Any] = field(default_factory=dict)
-    part: str = ""  # the entry that the weights are, of a file that is not Lightning's
+    part: str = ""  # in a file that Lightning did not write, the key of the entry that holds the weights
 
     def stored(self, kind: str) -> dict[str, Any]:
-        """Return the arguments that Lightning has stored of the ``"model"`` or the ``"data"``; empty if there are none.
+        """Return the hyper-parameters that Lightning saved for the ``"model"`` or the ``"data"`` (empty if none).
 
-        The entry ``"_class_path"`` is the class, where a LightningCLI has made the run.
+        If the run was made with LightningCLI, the entry ``"_class_path"`` is the import path of the class.
         """
         prefix = "datamodule_" if kind == "data" else ""
         stored = self.content.get(f"{prefix}hyper_parameters")
@@ -48,7 +48,7 @@ class Checkpoint:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The records of the first FlatnessCallback of the run; empty without one."""
+        """The history of the run's first FlatnessCallback; an empty list if the run had no FlatnessCallback."""
         states = self.content.get("callbacks")
         for key, state in (states if isinstance(states, Mapping) else {}).items():
             if str(key).startswith("FlatnessCallback") and isinstance(state, Mapping):
@@ -57,11 +57,13 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, trust: bool = False) -> Checkpoint:
-    """Read a file; with ``trust`` it may hold Python objects, and reading it can run code of whoever wrote it.
+    """Read a checkpoint of Lightning or a file with a state dict.
+
+    With ``trust``, Python objects in the file are unpickled, which can run any code that the file's author put there.
 
     Raises:
-        UsageError: There is no such file.
-        FlatnessError: It is not a checkpoint, is broken, or holds objects that are not trusted.
+        UsageError: the file does not exist.
+        FlatnessError: the file is not a checkpoint, is damaged, or holds Python objects and ``trust`` is False.
     """
     if not path.exists():
         raise UsageError(f"There is no file '{path}'.")
@@ -84,7 +86,7 @@ def read_checkpoint(path: Path, trust: bool = False) -> Checkpoint:
 
 
 def _of_states(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoint:
-    """Return the weights of a file that is a state dict, or that has one among its entries."""
+    """Find the state dict in a file that Lightning did not write: the whole file, or one entry of the file."""
     if _is_state(content):
         return Checkpoint(path, content, digest)
     states = {key: value for key, value in content.items() if isinstance(value, Mapping) and _is_state(value)}
@@ -112,12 +114,13 @@ def _read_pickle(path: Path, trust: bool) -> Any:
         if trust or not found:
             raise FlatnessError(_broken(path, error)) from error
         raise FlatnessError(
-            f"'{path}' holds a Python object, {found[1]}, beside the weights. To unpickle it can run any code: add "
+            f"'{path}' holds a Python object, {found[1]}, beside the weights. Unpickling can run any code: add "
             "--trust if you trust whoever wrote the file."
         ) from error
     except (ModuleNotFoundError, AttributeError) as error:
         raise FlatnessError(
-            f"'{path}' holds a Python object whose class is not found ({error}). Run where the code of the run is."
+            f"'{path}' holds a Python object whose class is not found ({error}). Run this command in a folder where "
+            "Python can import the code of the training run."
         ) from error
     except Exception as error:  # torch, zipfile, pickle and struct raise errors of many types
         raise FlatnessError(_broken(path, error)) from error
@@ -144,7 +147,7 @@ def _broken(path: Path, error: Exception) -> str:
     if start.startswith(b"PK"):
         return f"'{path}' is cut off or damaged ({path.stat().st_size:,} bytes): copy or download it again."
     begins = "".join(character for character in start.decode("latin-1")[:24] if character.isprintable())
-    # What torch says of a file that it cannot unpickle is a page about its own arguments.
+    # The message of an UnpicklingError is left out because it is a page of text about the arguments of torch.load.
     reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({' '.join(str(error).split())[:120]})"
     return f"'{path}' is not a checkpoint, or is damaged: it begins with {begins!r}{reason}."
 

@@ -1,4 +1,4 @@
-"""The commands: from a command line to results."""
+"""The four commands ``measure``, ``compare``, ``spectrum`` and ``landscape``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from lightning_flatness.cli.building import read_config
 from lightning_flatness.cli.checkpoints import Checkpoint, read_checkpoint
 from lightning_flatness.cli.session import Session
 
-DEFAULT_KEPT = 512  # samples that a spectrum or a landscape is of
+DEFAULT_KEPT = 512  # number of samples for a spectrum or a landscape, unless --max-samples is given
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command has found: results by the name of their network, and how they came about."""
+    """The results of a command.
+
+    ``results`` has one result for each network, by the network's name. ``history`` holds the records of the training
+    run, ``details`` how the results were computed (files, seed, device), and ``notes`` warnings for the user.
+    """
 
     results: Mapping[str, Any]
     comparison: Any = None
@@ -30,11 +34,11 @@ class Outcome:
 
 
 def run(command: Command) -> Outcome:
-    """Measure what a command asks for.
+    """Run a command and return its results.
 
     Raises:
-        UsageError: The command line is wrong.
-        FlatnessError: A checkpoint, the data or the network cannot be measured.
+        UsageError: the command line is wrong.
+        FlatnessError: a checkpoint cannot be read, or the network cannot be measured on the data.
     """
     checkpoints = [read_checkpoint(path, command.trust) for path in command.checkpoints]
     session = Session(command, read_config(command.config))
@@ -48,10 +52,10 @@ Measure = Callable[[nn.Module, Sequence[Any]], Any]
 
 
 def _one(session: Session, checkpoint: Checkpoint, function: Measure | None = None) -> Outcome:
-    """Measure one network: its flatness, or what a function of its samples returns."""
+    """Measure the flatness of one network, or call ``function`` with the network and its batches instead."""
     command = session.command
     model = session.model_of(checkpoint)
-    # Whether Lightning is lightning.pytorch or pytorch_lightning is known only when the classes are imported.
+    # Import this only now: the user's classes, imported above, decide between lightning.pytorch and pytorch_lightning.
     from lightning_flatness.cli.consumers import Kept
 
     name = names_of([checkpoint.path])[0]
@@ -150,7 +154,10 @@ def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Any) ->
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """Return short names of files, which differ: of the file, with its folder, or of the whole path.
+    """Return a short, distinct name for every file.
+
+    The name is the file's stem if all stems differ, else ``folder/stem``, else the whole path, else the path with a
+    number.
 
     Example:
         >>> names_of([Path("runs/a/last.ckpt"), Path("runs/b/last.ckpt")])

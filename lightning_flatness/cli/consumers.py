@@ -1,4 +1,8 @@
-"""What is made of the samples that validation steps show: flatness, a mean loss, or a function of all of them."""
+"""Three consumers of samples: each one turns the inputs and targets of validation steps into a result.
+
+:class:`Flatness` computes a flatness report and :class:`MeanLoss` a mean loss. :class:`Kept` collects all samples and
+calls a function with them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Found(Generic[Result]):
-    """A result, a hash of the data that it is of, and the device that it was measured on."""
+    """A result, with a hash of the measured data and the name of the device."""
 
     result: Result
     data_hash: str
@@ -31,7 +35,10 @@ class Found(Generic[Result]):
 
 
 class Flatness:
-    """Measures flatness batch by batch, as :func:`~lightning_flatness.measure_flatness` does, with its ``options``."""
+    """Measures flatness batch by batch; the ``options`` are those of :func:`~lightning_flatness.measure_flatness`.
+
+    ``data`` is the name of the split, ``"val"`` or ``"train"``, for the report.
+    """
 
     def __init__(self, data: str, options: Mapping[str, Any]) -> None:
         self._data, self._options = data, options
@@ -40,7 +47,7 @@ class Flatness:
         self._measurement: Measurement | None = None
 
     def add(self, network: Network, inputs: Any, targets: Tensor | None) -> None:
-        """Measure the samples of a batch."""
+        """Measure the network on one batch."""
         self._network = _same(self._network, network)
         if self._measurement is None:
             self._measurement = Measurement(network.module, prefix=network.prefix, per_sample=True, **self._options)
@@ -48,22 +55,22 @@ class Flatness:
         self._measurement.update(inputs, targets)
 
     def result(self) -> Found[FlatnessReport]:
-        """Return the report."""
+        """Return the report on all batches, with the hash of the data and the device."""
         report = replace(_begun(self._measurement).report(), data=self._data)
         return Found(report, self._hash.text, _device(_begun(self._network).module))
 
 
 class MeanLoss:
-    """Adds up the losses of batches."""
+    """Computes the mean loss over all batches."""
 
     def __init__(self, loss: Any) -> None:
         self._loss = Options(loss=loss).loss_function
         self._sum = self._normalizer = 0.0
 
     def add(self, network: Network, inputs: Any, targets: Tensor | None) -> None:
-        """Add the loss of a batch."""
+        """Run the network on a batch and add the loss of the batch to the sum."""
         if targets is None:
-            raise BatchError("A training batch has no targets, which its loss needs.")
+            raise BatchError("A training batch has no targets, so its loss cannot be computed.")
         call = as_call(inputs)
         with torch.no_grad():
             logits = logits_of(network.module(*call.arguments, **call.keywords)).double()
@@ -71,12 +78,12 @@ class MeanLoss:
         self._normalizer += self._loss(logits, targets).normalizer
 
     def result(self) -> float:
-        """Return the mean loss."""
+        """Return the mean loss over all batches."""
         return self._sum / self._normalizer
 
 
 class Kept(Generic[Result]):
-    """Keeps the samples of all batches, for a function that reads them many times."""
+    """Keeps copies of all batches, and calls ``function`` with the network and the batches at the end."""
 
     def __init__(self, function: Callable[[nn.Module, Sequence[Any]], Result]) -> None:
         self._function = function
@@ -85,13 +92,13 @@ class Kept(Generic[Result]):
         self._batches: list[tuple[Any, Tensor | None]] = []
 
     def add(self, network: Network, inputs: Any, targets: Tensor | None) -> None:
-        """Keep the samples of a batch."""
+        """Keep a copy of a batch."""
         self._network = _same(self._network, network)
         self._hash.add(inputs, targets)
         self._batches.append((as_call(inputs)._replace(precision=None).copied(), targets))
 
     def result(self) -> Found[Result]:
-        """Return what the function makes of the network and the batches."""
+        """Return what ``function`` returns, with the hash of the data and the device."""
         network = _begun(self._network)
         model = Within(network.module, network.prefix) if network.prefix else network.module
         return Found(self._function(model, self._batches), self._hash.text, _device(model))

@@ -1,4 +1,4 @@
-"""The command line: understands it, measures, and says what was found or why it could not be."""
+"""The entry point of the command line: parse the words, measure, and print the results or one line with the error."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PACKAGE = str(Path(__file__).parents[1])
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a command line, by default the one that was given to the process, and return its exit code.
+    """Run a command line (by default ``sys.argv[1:]``) and return the exit code of the process.
 
-    The code is 0 if all is done, 1 if the command line is wrong, 2 if it could not be measured, 130 after Ctrl-C.
+    The exit code is 0 on success, 1 if the command line is wrong, 2 if the measurement failed, and 130 after Ctrl-C.
 
     Example:
         >>> main(["measure", "nothing.ckpt"])  # prints: lightning-flatness: There is no file 'nothing.ckpt'.
@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         command = parse(words)
         if "" not in sys.path:
-            sys.path.insert(0, "")  # classes of the folder that it runs in, as for python -m
+            sys.path.insert(0, "")  # find classes in the current folder, as python -m does
         with _noted() as notes:
             from lightning_flatness.cli.commands import run
             from lightning_flatness.cli.output import show, write
@@ -60,17 +60,20 @@ def _fail(message: str, code: int, words: Sequence[str]) -> int:
 
 
 def _in_words_of_options(message: str) -> str:
-    """Add to a message about arguments of a callback what they are on the command line."""
+    """Append the options of the command line to a message that names arguments of a callback (``model=``)."""
     if "model=" in message:
         message += " On the command line: --network NAME."
     if "batch_fn=" in message:
-        message += " On the command line: --inputs batch measures the batch's own inputs; all else needs Python."
+        message += " On the command line: --inputs batch gives the network the batch's inputs; others need Python."
     return message
 
 
 @contextmanager
 def _noted() -> Iterator[list[str]]:
-    """Keep Lightning silent, and yield a list that gets the warnings of this package and of the user's code."""
+    """Silence Lightning in a ``with`` block, and collect the warnings of this package and of the user's code.
+
+    Yields a list, which is empty until the block ends and then receives the texts of the warnings.
+    """
     notes: list[str] = []
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)

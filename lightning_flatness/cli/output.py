@@ -1,4 +1,4 @@
-"""Tables in the terminal, and files."""
+"""Print results as tables in the terminal, and write them to files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.text import Text
 
 from lightning_flatness.cli.commands import Outcome
 
-WIDTH = 120  # of tables that do not go to a terminal
+WIDTH = 120  # characters in a line where the output is not a terminal
 
 
 def show(outcome: Outcome, notes: Sequence[str]) -> None:
-    """Print tables on stdout, and notes on stderr."""
+    """Print the results as tables on stdout, and the notes on stderr."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal or file that is not UTF-8 has no ‖
-    console = Console(file=sys.stdout, markup=False, emoji=False)  # names may have brackets
+        sys.stdout.reconfigure(errors="replace")  # encodings other than UTF-8 may lack characters such as ‖
+    console = Console(file=sys.stdout, markup=False, emoji=False)  # brackets in names are not markup
     if not console.is_terminal:
         console.width = WIDTH
     for result in _shown(outcome):
@@ -31,7 +31,10 @@ def show(outcome: Outcome, notes: Sequence[str]) -> None:
 
 
 def write(path: Path, outcome: Outcome, words: Sequence[str]) -> None:
-    """Write a page, numbers as JSON, or the result as npz."""
+    """Write the results to ``path``: an HTML page, a JSON file with the numbers, or an npz file with the whole result.
+
+    The suffix of ``path`` decides. ``words`` is not used.
+    """
     if path.suffix == ".html":
         from lightning_flatness.pages import save_html
 

@@ -1,4 +1,4 @@
-"""A command in progress: the networks and data that it is about, and the samples of these."""
+"""The state of a running command: it builds the networks and the data, and runs validation steps on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_flatness.measure.progress import progress_bar
 
 
 class Session:
-    """A command in progress: the options, and the data, which are set up once for all networks."""
+    """The state of a running command: its options, its notes, and the data, which all networks share."""
 
     def __init__(self, command: Command, config: Mapping[str, Any]) -> None:
         self.command, self._config = command, config
@@ -27,7 +27,7 @@ class Session:
         self.seed: int = next(
             (seed for seed in (command.seed, configured) if isinstance(seed, int) and not isinstance(seed, bool)), 0
         )
-        self.show = False if command.quiet else None  # a progress bar; in a terminal only
+        self.show = False if command.quiet else None  # progress bars: never, or (None) if stderr is a terminal
         self.notes: list[str] = []
         self.details: dict[str, str] = {}
         self._data: Any = None
@@ -35,7 +35,7 @@ class Session:
         self._splits: dict[str, Any] = {}
 
     def model_of(self, checkpoint: Checkpoint) -> nn.Module:
-        """Return the network of a checkpoint, with its weights; with the first one the data are made, too."""
+        """Build the network of a checkpoint and load its weights; the first call also builds the data."""
         seed_all(self.seed)
         model, class_path = build("model", self.command, self._config, checkpoint)
         if not isinstance(model, nn.Module):
@@ -57,7 +57,11 @@ class Session:
         return data
 
     def visit(self, model: nn.Module, split: str, consumer: Any, max_samples: int | None, title: str = "") -> Any:
-        """Return what a consumer makes of the samples of a split, as validation steps give them to the network."""
+        """Run validation steps on a split of the data, and return the result of ``consumer``.
+
+        The consumer (``cli/consumers.py``) gets the inputs that each step gives to the network, and the targets.
+        ``title`` is the text of the progress bar; without a title there is no bar.
+        """
         from lightning_flatness.cli.splits import split_of
         from lightning_flatness.cli.steps import visit
 
@@ -85,7 +89,11 @@ class Session:
 
 
 def _loss(text: str) -> Any:
-    """Return the ``loss=`` argument: a name, or what an import path names; of a class, an object."""
+    """Return the ``loss=`` argument for ``--loss text``.
+
+    A text without a dot is the name of a built-in loss and is returned as it is. Any other text is an import path: a
+    function is returned, and a class is called without arguments.
+    """
     if "." not in text:
         return text
     found = imported(text, f"--loss {text}")

@@ -1,4 +1,4 @@
-"""A split of the data of a run, set up once, and a Trainer that reads it."""
+"""A split of the data (training or validation), and the Trainer that reads the split."""
 
 from __future__ import annotations
 
@@ -18,28 +18,36 @@ from lightning_flatness.errors import FlatnessError
 
 @dataclass(frozen=True)
 class Split:
-    """A split of the data that is set up: its loader, and who moves its batches to a device."""
+    """A split of the data whose loader is ready to be read."""
 
     name: str  # "val" or "train"
-    number: int  # of the loader among several
+    number: int  # index of the loader among the validation loaders
     loader: Any
-    data: Any  # a LightningDataModule, or None if the model has the loader
+    data: Any  # the LightningDataModule, whose hooks move batches to the device; None if the model has the loader
 
 
 def split_of(
     name: str, model: nn.Module, data: Any, number: int, max_samples: int | None, device: str = "cpu"
 ) -> Split:
-    """Return a split, set up as for a fit, since a split that is drawn at random is drawn there.
+    """Set up the data and return one split.
 
-    ``number`` is that of the loader among several. With ``max_samples`` it is a fixed random subset, as for
-    :class:`~lightning_flatness.FlatnessCallback`; of training data one of 4,096 samples by default.
+    The data module is set up with ``setup("fit")``, because that is where data modules draw random splits.
+
+    Args:
+        name: ``"val"`` or ``"train"``.
+        model: the network, which has the loaders if ``data`` is None.
+        data: the LightningDataModule, or None.
+        number: index of the loader, if there are several.
+        max_samples: size of a fixed random subset, drawn as in :class:`~lightning_flatness.FlatnessCallback`. If it is
+            None, all validation samples are read, or 4,096 training samples.
+        device: the option ``--device``.
     """
     owner = model if data is None else data
     hook = "train_dataloader" if name == "train" else "val_dataloader"
     if not hasattr(owner, hook):
         if data is None:
             raise UsageError(
-                "It is not said on which data: give --data package.DataModule, or the --config of the run."
+                "There are no data to measure on: give --data package.DataModule, or the --config of the run."
             )
         raise UsageError(f"--data: {type(data).__name__} is no LightningDataModule, as it has no {hook}.")
     trainer = quiet_trainer(device, [])
@@ -67,7 +75,7 @@ def split_of(
 
 
 class _Subset:
-    """A fixed subset as a loader."""
+    """A loader that yields the batches of a fixed subset."""
 
     def __init__(self, subset: FixedSubset, model: nn.Module) -> None:
         self._subset, self._model = subset, model
@@ -80,13 +88,13 @@ class _Subset:
 
 
 def _alone() -> Any:
-    """Return an environment of one process, whatever a cluster's job is told of others."""
+    """Return Lightning's environment for a single process, so that variables of a cluster's job have no effect."""
     root = Trainer.__module__.removesuffix(".trainer.trainer")
     return import_module(f"{root}.plugins.environments").LightningEnvironment()
 
 
 def quiet_trainer(device: str, callbacks: list[Any]) -> Trainer:
-    """Return a Trainer on one device that writes nothing."""
+    """Return a Trainer that runs on one device, and that neither logs nor writes checkpoints."""
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda", "gpu", "mps") or (index and not index.isdecimal()):
         raise UsageError(f"--device {device}: give auto, cpu, cuda, cuda:1 or mps.")
@@ -104,4 +112,4 @@ def quiet_trainer(device: str, callbacks: list[Any]) -> Trainer:
             use_distributed_sampler=False,
         )
     except Exception as error:
-        raise UsageError(f"--device {device} is not to be had here: {error}") from error
+        raise UsageError(f"--device {device} cannot be used on this machine: {error}") from error

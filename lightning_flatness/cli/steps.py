@@ -1,4 +1,4 @@
-"""Run validation steps on a split of the data, and pass on what each gives to the network."""
+"""Run validation steps on a split of the data, and pass the inputs of the network on to a consumer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ Found = TypeVar("Found", covariant=True)
 
 
 class Consumer(Protocol[Found]):
-    """Takes the samples of one batch after the other, and returns what it makes of them."""
+    """An object that takes batches one by one, and computes a result from them (``cli/consumers.py``)."""
 
     def add(self, network: Network, inputs: Any, targets: Tensor | None) -> None:
-        """Take the samples of a batch."""
+        """Take the inputs that the network gets in one validation step, and the targets of the batch."""
 
     def result(self) -> Found:
-        """Return the result. The network is still where it was measured."""
+        """Return the result. When this is called, the network is still on the device of the validation steps."""
 
 
 class SamplesOfSteps(MeasuringCallback, Generic[Found]):
-    """A callback that passes on what each validation step gives to the network, and the targets of its batch.
+    """A callback that passes the network's inputs in each validation step, with the targets, on to ``consumer``.
 
-    ``name`` is the attribute that is the network, if the user says so. Without steps, batches are passed on as they
-    are.
+    ``name`` is the attribute of the LightningModule that holds the network, or None if the user names no attribute. If
+    ``has_steps`` is False, no validation step calls the network, and the consumer gets the inputs of the batch.
+    ``advance`` is called after every batch with the share of batches that are done.
     """
 
     def __init__(
@@ -57,16 +58,16 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
         self.found: Found | None = None
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Measure always."""
+        """Return True: every validation is measured."""
         return True
 
     def _draw_run(self, trainer: Trainer) -> None:
-        """Draw nothing."""
+        """Do nothing: the command line draws no figures during the run."""
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch every step."""
+        """Forget the network of the last step, so that the callback watches this step for its network."""
         self._network = None
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
@@ -79,7 +80,7 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Pass the samples on."""
+        """Pass the network's inputs in this step, and the targets, on to the consumer."""
         asked = self._asked
         assert asked is not None
         with self._measuring(trainer, pl_module), torch.enable_grad(), asked.explaining():
@@ -92,7 +93,7 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
         self._advance((batch_idx + 1) / trainer.num_val_batches[0])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the result."""
+        """Store the result of the consumer in ``self.found``."""
         with self._measuring(trainer, pl_module), torch.enable_grad():
             self.found = self._consumer.result()
 
@@ -107,9 +108,11 @@ def visit(
     device: str = "auto",
     advance: Callable[[float], None] = lambda share: None,
 ) -> Found:
-    """Run a validation step on every batch, and return what the consumer makes of what the network is given.
+    """Run a validation step on every batch of a split, and return the result of the consumer.
 
-    With ``inputs="batch"``, or where there is no step, the network is given the batch's own inputs.
+    The consumer gets the inputs that the step gives to the network. With ``inputs="batch"``, or if the model has no
+    validation step, no step runs and the consumer gets the inputs of the batch. ``network`` is the attribute of the
+    model that holds the network, and ``advance`` is called with the share of batches that are done.
     """
     module: Any = model if is_lightning_module(model) else _Plain(model)
     has_steps = is_overridden("validation_step", module) and not isinstance(module, _Plain)
@@ -125,7 +128,7 @@ def visit(
             trainer.validate(module, datamodule=split.data, verbose=False)
         except FlatnessError:
             raise
-        except SystemExit as error:  # what Lightning makes of Ctrl-C
+        except SystemExit as error:  # Lightning turns Ctrl-C into SystemExit
             raise KeyboardInterrupt from error
         except Exception as error:
             if not _is_of_step(error):
@@ -141,7 +144,7 @@ def visit(
 
 
 class _Plain(LightningModule):
-    """A module of plain PyTorch, for a Trainer."""
+    """A LightningModule around a module of plain PyTorch, because a Trainer accepts only LightningModules."""
 
     def __init__(self, plain: nn.Module) -> None:
         super().__init__()
@@ -151,12 +154,16 @@ class _Plain(LightningModule):
         return self.plain(*arguments, **keywords)
 
     def validation_step(self, *arguments: Any) -> None:
-        """Call nothing: the network is given the batch's own inputs."""
+        """Do nothing: the callback measures the network on the inputs of the batch."""
 
 
 @contextmanager
 def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
-    """Make a split what the Trainer validates on; data that are set up are not set up again."""
+    """In a ``with`` block, make the Trainer validate on ``split``.
+
+    The block replaces ``val_dataloader``, and ``validation_step`` where needed. It also replaces ``prepare_data`` and
+    ``setup`` by functions that do nothing, because the data are already set up.
+    """
     data = split.data
     own: list[tuple[Any, str, Any]] = [(module if data is None else data, "val_dataloader", lambda: split.loader)]
     if data is not None:
@@ -179,7 +186,7 @@ def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
 
 
 def _is_of_step(error: BaseException) -> bool:
-    """Return whether an error was raised in a validation step, not in a hook of ours."""
+    """Return whether an error was raised inside a validation step and not inside a hook of this module."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = {frame.f_code.co_name for frame in frames}
     hooks = {frame.f_code.co_name for frame in frames if frame.f_globals.get("__name__") == __name__}

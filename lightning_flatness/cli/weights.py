@@ -1,4 +1,4 @@
-"""Loading of the weights of a checkpoint into a model."""
+"""Load the weights of a checkpoint into a model, or explain why they do not fit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ MOST_NAMES = 3
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """Load the weights into a model, as Lightning does; return a note if some are missing and need not be there.
+    """Load the weights of a checkpoint into a model, as Lightning does.
+
+    If the model's ``strict_loading`` is False, weights may be missing. In this case the function returns a note that
+    names the missing weights, otherwise an empty string.
 
     Raises:
-        FlatnessError: They do not fit: names or shapes differ.
+        FlatnessError: names or shapes of the weights differ from those of the model.
     """
     before_loading = getattr(model, "on_load_checkpoint", None)
     if checkpoint.content and callable(before_loading):
@@ -31,7 +34,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
 
 
 def _misfit(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """Say in what a model and the weights of a file differ; nothing if they do not."""
+    """Return a message that lists how the weights of a file differ from the model's; empty if they do not differ."""
     wanted, given = model.state_dict(), checkpoint.state
     missing, unknown = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
     shapes = {name: (tuple(given[name].shape), tuple(wanted[name].shape)) for name in wanted if name in given}
@@ -45,17 +48,18 @@ def _misfit(model: nn.Module, checkpoint: Checkpoint) -> str:
         return ""
     remedy = "Give the class and the arguments that it was trained with: --model CLASS --model.ARG VALUE."
     return (
-        f"'{checkpoint.path}' is not of a {type(model).__name__} as it was made: {'; '.join(filter(None, parts))}. "
+        f"'{checkpoint.path}' does not fit the {type(model).__name__} that was built: "
+        f"{'; '.join(filter(None, parts))}. "
         f"{remedy}{_prefix_hint(missing, unknown)}"
     )
 
 
 def _prefix_hint(missing: Sequence[str], unknown: Sequence[str]) -> str:
-    """Say if the names of the file are those of the model behind a prefix."""
+    """Return a hint if the names in the file are the model's names with a common prefix; else an empty string."""
     for name in unknown:
         prefix = next((name[: -len(own)] for own in missing if name.endswith(f".{own}")), "")
         if prefix and all(other.startswith(prefix) for other in unknown):
-            return f" All these begin with '{prefix}': the file is of a module that has this one as an attribute."
+            return f" The others begin with '{prefix}': the file may hold a larger module that contains this model."
     return ""
 
 

@@ -77,7 +77,7 @@ IMAGES = "--data tests.cli.project.Images"
 # The file, the options, the exit code, and phrases of the line.
 COMMANDS = {
     "other class": (
-        f"small.ckpt {PROJECT}.Plain {IMAGES}", 2, ["is not of a Plain", "are missing", "begin with 'net.'"]
+        f"small.ckpt {PROJECT}.Plain {IMAGES}", 2, ["does not fit the Plain", "are missing", "begin with 'net.'"]
     ),
     "other width": (
         f"small.ckpt {PROJECT}.Net {IMAGES} --model.width 5", 2,
