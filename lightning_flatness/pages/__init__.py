@@ -1,4 +1,4 @@
-"""One self-contained HTML page of results."""
+"""Write results to one self-contained HTML page."""
 
 from lightning_flatness.pages.hashing import DataHash, data_hash
 from lightning_flatness.pages.page import save_html

@@ -1,4 +1,4 @@
-"""A hash of the data that were measured, so that two pages can be seen to be about the same."""
+"""A hash of the measured data, which shows whether two pages are about the same data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from lightning_flatness.model.call import as_call, tensors_of
 
 
 class DataHash:
-    """A hash of samples in their order, from the shapes, types and bytes of all tensors, batch by batch.
+    """A hash of batches, computed from the shapes, types and bytes of their tensors.
+
+    The hash depends on the order of the batches and on how samples are divided into batches.
 
     Example:
         >>> one, other = DataHash(), DataHash()
@@ -27,7 +29,7 @@ class DataHash:
         self._digest = hashlib.sha256()
 
     def add(self, inputs: Any, targets: Tensor | None = None) -> None:
-        """Add the samples of a batch."""
+        """Add the tensors of a batch to the hash."""
         call = as_call(inputs)
         for tensor in tensors_of([call.arguments, dict(call.keywords), targets]):
             self._digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -35,12 +37,12 @@ class DataHash:
 
     @property
     def text(self) -> str:
-        """The first 16 digits of the hash, in hexadecimal."""
+        """The first 16 hexadecimal digits of the hash."""
         return self._digest.hexdigest()[:16]
 
 
 def data_hash(batches: Iterable[Any]) -> str:
-    """Return a hash of batches ``(inputs, targets)``, 16 hexadecimal digits.
+    """Return a hash of batches ``(inputs, targets)`` as 16 hexadecimal digits.
 
     Example:
         >>> data_hash([(torch.ones(2, 3), torch.tensor([0, 1]))])

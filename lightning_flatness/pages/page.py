@@ -23,12 +23,12 @@ from lightning_flatness.results import Comparison
 from lightning_flatness.results.records import Record
 from lightning_flatness.versions import __version__, versions
 
-MOST_SUMMARIES = 4  # results that the summary speaks of
+MOST_SUMMARIES = 4  # number of results that the summary describes
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the template shows."""
+    """The texts and sections that the template ``report.html.j2`` renders."""
 
     title: str
     version: str
@@ -46,24 +46,25 @@ def save_html(
     details: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write results to one HTML page that loads nothing, and return its path.
+    """Write results to one HTML page that needs no other files, and return the path of the page.
 
-    The page says what was measured, how exact it is and how sure, how to read it, and what must not be concluded. It
-    follows the reader's choice of light or dark, and can be printed. Figures need matplotlib; without it the page says
-    so.
+    The page says what was measured, whether the numbers are exact, how large their errors are, how to read them, and
+    what must not be concluded. The page has a light and a dark mode and can be printed. Figures need matplotlib;
+    if matplotlib is not installed, the page says so.
 
     Args:
-        path: the file to write; its name ends in ``.html``.
+        path: the file to write; the name must end in ``.html`` or ``.htm``.
         results: a :class:`~lightning_flatness.FlatnessReport`, a :class:`~lightning_flatness.Comparison`, a spectrum, a
             landscape or any other result of the package; or mappings from names of networks to results.
-        history: the records of a run, ``callback.history``.
-        title: the title of the page.
-        details: how the results came about, by name: a checkpoint, a seed, ``pages.data_hash(batches)``. Versions are
-            added.
-        notes: sentences to show with them, such as warnings.
+        history: the records of a training run, from ``callback.history``.
+        title: the title of the page; by default it names the networks.
+        details: facts about how the results were computed, such as ``{"Seed": "0"}``, a checkpoint, or
+            ``pages.data_hash(batches)``. The page adds the versions of the packages.
+        notes: sentences to show below the details, such as warnings.
 
     Raises:
-        FlatnessError: There is nothing to show, a result is of another kind, or the name does not end in ``.html``.
+        FlatnessError: there are neither results nor a history, an argument is not a result of this package, or the name
+            of the file does not end in ``.html`` or ``.htm``.
 
     Example:
         >>> import tempfile, torch, lightning_flatness as lf
@@ -76,7 +77,7 @@ def save_html(
     """
     path = Path(path)
     if path.suffix not in (".html", ".htm"):
-        raise FlatnessError(f"Pages are written to files .html, and '{path}' is not one.")
+        raise FlatnessError(f"save_html writes .html files, but the name '{path}' does not end in .html.")
     shown = list(_named(results))
     if not shown and not history:
         raise FlatnessError("save_html has nothing to show; give a result or history=.")
@@ -85,7 +86,7 @@ def save_html(
 
 
 def _named(results: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield results with the names of their networks; a name is empty if there is only one."""
+    """Yield pairs of a network's name and a result; the name is empty for a result outside a mapping."""
     for result in results:
         is_named = isinstance(result, Mapping) and not isinstance(result, Record)
         entries = result.items() if is_named else [("", result)]
@@ -114,7 +115,7 @@ def _page(
         date=f"{now.day} {now:%B %Y, %H:%M %Z}",
         summary=tuple(sentence for name, result in short for sentence in summary_of(name, result)),
         cautions=cautions_of(results, bool(history)),
-        # How to read numbers stands below the first ones.
+        # Readers need "How to read it" directly below the first numbers.
         sections=(*found[:1], Section("How to read it", points=reading_of(results, bool(history))), *found[1:], how),
     )
 

@@ -1,4 +1,4 @@
-"""The parts of a page as frozen values: sections of facts, tables, figures and sentences."""
+"""Frozen classes for the parts of a page: sections, tables and figures."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich import table as rich_table
 
 from lightning_flatness.errors import FlatnessError
 
-# A drawing with more bytes than this, such as a filled plane, is written as pixels.
+# A figure with more bytes than this as SVG, such as filled contours, is written as PNG.
 MOST_BYTES = 400_000
 PIXELS_PER_INCH = 160
 
 
 @dataclass(frozen=True)
 class Head:
-    """The heading of a column."""
+    """The heading of a table column; with ``right`` the column is aligned to the right."""
 
     text: str
     right: bool = False
@@ -27,7 +27,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; a folded one is opened by a click on its title."""
+    """A table. If it is ``folded``, the page shows only its title until the reader clicks on the title."""
 
     heads: tuple[Head, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -38,7 +38,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as a data URI, with a caption that can stand for it. A dark page inverts it unless it is filled."""
+    """An image as a data URI, with a caption that is also the alternative text.
+
+    In dark mode the page inverts the colours, except those of a ``filled`` figure (filled contours).
+    """
 
     source: str
     caption: str
@@ -47,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a page."""
+    """A section of a page. Facts are pairs of name and text; points are the items of a list."""
 
     title: str
     facts: tuple[tuple[str, str], ...] = ()
@@ -58,7 +61,7 @@ class Section:
 
 
 def table_of(table: rich_table.Table, caption: str | None = None) -> Table:
-    """Return a table of a terminal as one of a page; a ``caption`` replaces its own.
+    """Convert a table for the terminal (``rich``) to a table for a page; ``caption`` replaces the table's caption.
 
     Example:
         >>> table = rich_table.Table("layer", title="a title")
@@ -75,7 +78,7 @@ def table_of(table: rich_table.Table, caption: str | None = None) -> Table:
 def drawn(
     draw: Callable[[], tuple[Any, Any]], caption: str, filled: bool = False
 ) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
-    """Draw a figure; return it, or the reason why there is none, each as a tuple."""
+    """Call ``draw`` and return two tuples: the figure, and the reason why there is no figure. One of them is empty."""
     try:
         figure, _ = draw()
     except FlatnessError as error:
@@ -84,7 +87,7 @@ def drawn(
 
 
 def _data_uri(figure: Any) -> str:
-    """Return a figure of matplotlib as a data URI: as a drawing, or as pixels where that would be large."""
+    """Return a matplotlib figure as a data URI: SVG, or PNG if the SVG has more than ``MOST_BYTES``."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "lightning-flatness", "svg.fonttype": "path"}):

@@ -1,4 +1,7 @@
-"""Results as sections of a page, each number with its error and its label."""
+"""Turn results into sections of a page: tables, figures, and sentences on how to read them.
+
+The numbers are shown with their errors, and with a label that says whether they are exact.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from lightning_flatness.results.texts import measured, named
 
 DATA = {"val": "validation data", "train": "training data"}
 UNITS = "in units of the loss"
-MUCH = 0.5  # share of the largest tenth of the samples
-# Columns of the table of a history: keys of its records, and headings.
+MUCH = 0.5  # above this share of relative flatness in a tenth of the samples, the page adds a doubt
+# Columns of the table of a history: the key in the records, and the heading.
 HISTORY = {
     "accuracy": "accuracy",
     "loss": "loss",
@@ -77,7 +80,7 @@ NOT_TO_CONCLUDE = (
 
 
 def reading_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
-    """Return how to read these results, and a history."""
+    """Return sentences that explain how to read results of these kinds."""
     is_flatness = has_history or any(isinstance(one, (FlatnessReport, Comparison)) for one in results)
     return (
         *(READING if is_flatness else ()),
@@ -87,7 +90,10 @@ def reading_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
 
 
 def cautions_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
-    """Return what must not be concluded from these results: what comparisons know, then what is always so."""
+    """Return sentences on what must not be concluded from these results.
+
+    The cautions of comparisons come first, and then those that hold for all results.
+    """
     known = [caution for one in results if isinstance(one, Comparison) for caution in one.cautions]
     about_loss = () if any(caution.kind.startswith("train_loss") for caution in known) else (EQUAL_LOSS,)
     is_flatness = has_history or any(isinstance(one, (FlatnessReport, Comparison)) for one in results)
@@ -96,7 +102,7 @@ def cautions_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
 
 
 def section_of(name: str, result: Any) -> Section:
-    """Return the section of a result; ``name`` is that of its network, if several are on the page."""
+    """Return the section of a page for one result; ``name`` names the network, or is empty."""
     ending = f": {name}" if name else ""
     if isinstance(result, Comparison):
         return _comparison(result)
@@ -111,7 +117,7 @@ def section_of(name: str, result: Any) -> Section:
 
 
 def summary_of(name: str, result: Any) -> tuple[str, ...]:
-    """Return what a result says, in sentences that can stand alone."""
+    """Return sentences for the summary at the top of the page, with the main numbers of a result."""
     who = f"{name}: " if name else ""
     if isinstance(result, Comparison):
         return (result.verdict,)
@@ -130,7 +136,10 @@ def summary_of(name: str, result: Any) -> tuple[str, ...]:
 
 
 def history_section(history: Sequence[Mapping[str, Any]]) -> Section:
-    """Return the section of the records of a run, which may be of other layers and data than reports on the page."""
+    """Return the section with a figure and a table of the records of a training run.
+
+    The section names layers and data, because the reports on the page may be about other layers and data.
+    """
     figures, notes = drawn(lambda: plots.plot_history(history), "Accuracy and flatness over the epochs of the run.")
     shown = {key: heading for key, heading in HISTORY.items() if any(record.get(key) is not None for record in history)}
     heads = (Head("epoch", True), *(Head(heading, True) for heading in shown.values()), Head("exact"))
@@ -161,7 +170,10 @@ def _is_exact(record: Mapping[str, Any]) -> str:
 
 
 def _comparison(result: Comparison) -> Section:
-    """Return the tables and figures; verdict and cautions stand on top of the page."""
+    """Return the section with the tables and figures of a comparison.
+
+    The section leaves out the verdict and the cautions, because they are at the top of the page.
+    """
     tables = [table_of(decision_table(result, has_caption=False), reading(result)), table_of(measures_table(result))]
     loss = "loss" if all(math.isnan(row.train_loss) for row in result.models.values()) else "train_loss"
     shown = ("normalized_relative_flatness", loss)  # more panels would be too small
@@ -206,7 +218,7 @@ def _described(info: LayerInfo) -> str:
 
 
 def _concentration(share: float, layers: int) -> str:
-    """Return how much of relative flatness comes from the samples that have most of it."""
+    """Say which share of relative flatness comes from the tenth of the samples with the largest values."""
     where = " in one of the layers" if layers > 1 else ""
     doubt = ", so a few samples decide it and its ± is rough" if share > MUCH else ""
     return f"the tenth of the samples with most of it carries {100 * share:.0f} % of relative flatness{where}{doubt}"
@@ -252,6 +264,6 @@ def _of(data: str) -> str:
 
 
 def check_result(result: Any) -> None:
-    """Raise an error for what is no result."""
+    """Raise an error unless ``result`` is a result of this package."""
     if not isinstance(result, Record):
         raise FlatnessError(f"save_html writes results, such as a FlatnessReport, and not a {type(result).__name__}.")

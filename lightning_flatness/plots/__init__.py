@@ -1,8 +1,7 @@
-"""Figures of results: each function draws into axes ``ax`` or a new figure, and returns the figure and its axes.
+"""Figures of results. Each function draws into the axes ``ax`` or a new figure, and returns the figure and its axes.
 
 The functions do not show figures or write files. They raise :class:`FlatnessError` if matplotlib is missing (``pip
-install 'lightning-flatness[plots]'``) or the data cannot be drawn. Figures of landscapes draw losses above ``cap`` as
-``cap``.
+install 'lightning-flatness[plots]'``) or if the data cannot be drawn.
 
 Example:
     >>> import torch

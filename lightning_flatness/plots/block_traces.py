@@ -12,21 +12,27 @@ from lightning_flatness.plots.canvas import axes_or_new, set_heading, short
 from lightning_flatness.plots.words import exactness, known_error, samples_of, with_error
 from lightning_flatness.results import LayerFlatness
 
-# Dark is negative, light is positive and grey is zero, so that the sign is seen without colours, too.
+# Negative is dark, zero grey and positive light, so that the sign can be seen in a print without colours.
 COLOURS = "cividis"
-CLIPPED = 0.99
+CLIPPED = 0.99  # quantile of |T| at which the colour scale ends
 
 
 def plot_block_traces(
     layer: LayerFlatness, *, sort: bool = True, data: str | None = None, ax: Any = None
 ) -> tuple[Any, Any]:
-    """Draw the block traces ``T[s, s']`` (loss per squared weight) as a heat map: light if positive, dark if negative.
+    """Draw the block traces of a layer as a heat map: light if positive, dark if negative.
 
-    The colour scale ends at the 99th percentile of ``|T|``, so that a few large entries do not hide the rest; the title
-    says how many are beyond. The frame is dashed if the numbers are not exact. With ``sort``, filters that interact are
-    placed next to each other, within each group of a grouped convolution. They are sorted by the angle of their entries
-    in the two leading eigenvectors of ``T`` normalised to a unit diagonal. ``data`` names the data for the title:
-    ``"val"``, ``"train"`` or another name.
+    The entry ``T[s, s']`` is the trace of the Hessian's block of the filters ``s`` and ``s'``, in loss per squared
+    weight. The colour scale ends at the 99th percentile of ``|T|``, so that a few large entries do not hide the rest;
+    the title says how many entries are larger. The frame is dashed if the numbers are not exact.
+
+    Args:
+        layer: a layer of a :class:`~lightning_flatness.FlatnessReport`.
+        sort: place filters that interact next to each other, within each group of a grouped convolution. ``T`` is
+            scaled to a unit diagonal, and filters are sorted by the angle of their entries in its two leading
+            eigenvectors.
+        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        ax: axes to draw into.
     """
     if layer.block_traces.ndim != 3:
         raise FlatnessError(
@@ -71,7 +77,10 @@ def _largest(entries: Tensor) -> str:
 
 
 def _by_interaction(block: Tensor) -> Tensor:
-    """Return an order of filters: by angle in the plane of the two leading eigenvectors of normalised block traces."""
+    """Return indices that sort filters by their angle in the plane of the two leading eigenvectors.
+
+    The eigenvectors are those of the block traces, scaled to a unit diagonal.
+    """
     if len(block) < 3:
         return torch.arange(len(block), device="cpu")
     scale = block.diagonal().abs().clamp_min(torch.finfo(block.dtype).tiny).rsqrt()

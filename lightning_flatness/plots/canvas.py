@@ -1,4 +1,7 @@
-"""Helpers for all figures: axes, panels, curves, round ticks; matplotlib is imported when needed, pyplot never."""
+"""Helpers for all figures: axes, panels, curves and round ticks.
+
+The functions import matplotlib only when they are called, because it is optional. No code imports pyplot.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from lightning_flatness.errors import FlatnessError
 
 # Curves with more points than this are drawn without markers.
 MOST_MARKERS = 40
-# Colours that colour-blind readers can tell apart, and that have different greys; the markers differ, too.
+# These colours differ for colour-blind readers and in a grey print. The markers differ as well.
 SERIES = ("#0b3c6f", "#d1571a", "#3f9fd8", "#00805f")
 MARKERS = ("o", "s", "^", "D")
-# Size of titles, which say what was measured, and of legends.
+# Font sizes of titles and legends.
 TITLE_SIZE, LEGEND_SIZE = 9, 8
 
 
 def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """Return a figure and its axes: those of ``ax``, or if it is None new ones, of the given size in inches."""
+    """Return ``ax`` with its figure; if ``ax`` is None, a new figure of this size in inches with its axes."""
     if ax is not None:
         return ax.figure, ax
     try:
@@ -31,9 +34,12 @@ def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[A
 
 
 def panel_below(figure: Any, ax: Any, shares: tuple[float, float]) -> Any:
-    """Divide the place of ``ax`` in two, by their shares of the height; return new axes below that share its x axis."""
+    """Split the place of ``ax`` into an upper and a lower part, and return new axes in the lower part.
+
+    ``ax`` moves to the upper part. ``shares`` are the relative heights of both parts. The two axes share the x axis.
+    """
     spec = ax.get_subplotspec()
-    if spec is None:  # axes at a place of their own, as of figure.add_axes
+    if spec is None:  # axes outside a grid, as figure.add_axes makes them
         box, part = ax.get_position(), shares[1] / sum(shares)
         ax.set_position((box.x0, box.y0 + (part + 0.03) * box.height, box.width, (0.97 - part) * box.height))
         below = figure.add_axes((box.x0, box.y0, box.width, (part - 0.03) * box.height), sharex=ax)
@@ -46,28 +52,29 @@ def panel_below(figure: Any, ax: Any, shares: tuple[float, float]) -> Any:
 
 
 def plain_frame(ax: Any, grid: str, hidden: Sequence[str] = ("top", "right")) -> None:
-    """Hide some sides of the frame, and draw a light grid across ``"x"``, ``"y"`` or ``"both"``."""
+    """Hide the ``hidden`` sides of the frame, and draw light grid lines for the axis ``"x"``, ``"y"`` or ``"both"``."""
     ax.spines[list(hidden)].set_visible(False)
     ax.grid(axis=grid, alpha=0.25, linewidth=0.6)
     ax.set_axisbelow(True)
 
 
 def set_heading(ax: Any, *lines: str) -> None:
-    """Write the lines that are not empty above the axes, from the left; break those that are longer than the axes."""
+    """Write lines as a left-aligned title; leave out empty lines, and wrap lines that are wider than the axes."""
     characters = int(1.05 * ax.get_window_extent().width / ax.figure.dpi / (0.52 * TITLE_SIZE / 72))
     broken = [part for line in lines for part in (textwrap.wrap(line, max(characters, 30)) or [line] * bool(line))]
     ax.set_title("\n".join(broken), fontsize=TITLE_SIZE, loc="left")
 
 
 def overlays(ax: Any, kind: str) -> list[Any]:
-    """Return the curves of this kind that are in the axes, in the order in which they were drawn."""
+    """Return the curves of this kind in the axes, in drawing order (:func:`set_joint_heading` marks the kind)."""
     return [line for line in ax.lines if (line.get_gid() or "").partition("\n")[0] == kind]
 
 
 def set_joint_heading(ax: Any, kind: str, curve: Any, *lines: str) -> None:
-    """Write the heading of all curves of this kind, of which ``curve`` is the last; parts that differ are all named.
+    """Write one title for all curves of this kind in the axes.
 
-    A curve keeps its own heading as its ``gid``.
+    ``lines`` is the title of ``curve``, the curve that was drawn last. Its kind and title are stored in its ``gid``.
+    Parts of the titles (separated by "; ") in which the curves differ are all written, with slashes between them.
     """
     curve.set_gid("\n".join((kind, *lines)))
     headings = [line.get_gid().split("\n")[1:] for line in overlays(ax, kind)]
@@ -83,9 +90,9 @@ def plot_over_epochs(
     exact: Sequence[bool] | None = None,
     **style: Any,
 ) -> None:
-    """Draw a curve over epochs, with gaps at values that are None, and with markers if it has few points.
+    """Draw a curve over epochs, with a gap where a value is None, and with markers if the curve has few points.
 
-    Where ``exact`` is False, the curve is dashed and its markers are hollow.
+    The curve is dashed, with hollow markers, where ``exact`` is False.
     """
     numbers = [math.nan if value is None else value for value in values]
     flags = [True] * len(numbers) if exact is None else list(exact)
@@ -97,7 +104,7 @@ def plot_over_epochs(
         ax.plot(epochs, solid, marker=marker, **style)
         style.pop("label", None)
     if not all(flags):
-        # A part of the curve is solid only between two exact values.
+        # The curve is solid only between two exact values, so the dashed curve includes the neighbours.
         padded = [True, *flags, True]
         near = [not all(padded[index : index + 3]) for index in range(len(flags))]
         dashed = [number if beside else math.nan for number, beside in zip(numbers, near, strict=True)]
@@ -108,7 +115,7 @@ def plot_over_epochs(
 
 
 def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
-    """Label the epoch axis at whole epochs; around a single epoch, show half an epoch on either side."""
+    """Label the horizontal axis at whole epochs; if there is one epoch only, extend the axis by half an epoch."""
     ax.set_xlabel("epoch")
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(set(epochs)) == 1:
@@ -116,7 +123,11 @@ def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
 
 
 def label_logarithm(axis: Any) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 of every power of ten; at more numbers if it is short, or powers alone."""
+    """Label a logarithmic axis at round numbers.
+
+    Labels are at 1, 2 and 5 times the powers of ten. An axis of less than a factor of ten has more labels, and an axis
+    of more than a factor of a thousand has labels at powers of ten only.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())
@@ -128,7 +139,10 @@ def label_logarithm(axis: Any) -> None:
 
 
 def round_numbers(low: float, high: float) -> list[float]:
-    """Return numbers within positive bounds: 1, 2 and 5 of every power of ten, or powers alone if those are many.
+    """Return at most eight round numbers between two positive bounds.
+
+    They are 1, 2 and 5 times the powers of ten, or powers of ten only if there are more than eleven. If more than eight
+    numbers remain, only every second, third, ... number is returned.
 
     Example:
         >>> round_numbers(0.3, 12.0)
@@ -139,13 +153,13 @@ def round_numbers(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     numbers = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
     numbers = [number for number in numbers if low <= number <= high]
-    if len(numbers) > 11:  # then there are four powers of ten at least
+    if len(numbers) > 11:  # at least four of them are powers of ten
         numbers = [number for number in numbers if f"{number:e}".startswith("1.")]
     return numbers[:: max(1, -(-len(numbers) // 8))]
 
 
 def short(value: float) -> str:
-    """Format a number of few digits, as a power of ten if it is very large or small.
+    """Format a number that has few digits; write very large and very small numbers with a power of ten.
 
     Example:
         >>> short(0.02), short(2000.0), short(1e-5), short(-1e6)

@@ -1,4 +1,4 @@
-"""Figure of models side by side, and what figures of models share."""
+"""Draw a comparison of models, and define the helpers that ``gap.py`` uses, too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LABELS = NAMES | {
     "margin": "margin",
     "feature_spread": "features x spread",
 }
-# Numbers that can be drawn.
+# Numbers that can be drawn. The first five are numbers of flatness (_OF_HESSIAN).
 DRAWN = (
     "normalized_relative_flatness", "relative_flatness", "relative_flatness_per_loss",
     "relative_flatness_per_curvature", "hessian_trace", "loss", "train_loss", "accuracy", "weight_norm", "margin",
@@ -42,12 +42,21 @@ BARS = "bars: ± 2 standard errors"
 def plot_comparison(
     comparison: Comparison, measures: Sequence[str] | None = None, *, ax: Any = None
 ) -> tuple[Any, list[Any]]:
-    """Draw measures of every model as dots, a panel for each measure; dots that are not exact are hollow.
+    """Draw every model as a dot, with one panel for each measure; dots of numbers that are not exact are hollow.
 
-    ``measures`` are by default the normalised and plain relative flatness, the Hessian trace and the loss; the loss,
-    accuracy and the baselines can be drawn, too. An axis is logarithmic if its values are
-    positive and far apart. Bars are two standard errors; a line marks the first model, and ≈ what cannot be told from
-    it. Axes ``ax`` have room for one measure. Returns the figure and a list of its axes.
+    An axis is logarithmic if its values are positive and the largest is more than three times the smallest. Bars are
+    two standard errors. A dotted line marks the value of the reference, which is the first model. The sign ≈ marks
+    models that do not clearly differ from the reference.
+
+    Args:
+        comparison: the result of :func:`~lightning_flatness.compare`.
+        measures: names of the numbers to draw: measures of flatness, losses, the accuracy, or baselines such as
+            ``"weight_norm"``. By default normalised and plain relative flatness, the Hessian trace, the training loss
+            and the loss, as far as they are known.
+        ax: axes to draw into; they have room for one measure only, by default the first one.
+
+    Returns:
+        The figure and a list of its axes.
     """
     rows = list(comparison.models.values())
     chosen = list(measures or _default_measures(comparison, alone=ax is not None))
@@ -114,12 +123,12 @@ def _is_unclear(comparison: Comparison, measure: str, name: str) -> bool:
 
 
 def draw_models(ax: Any, rows: Sequence[ComparedModel], measure: str, heights: Sequence[float]) -> None:
-    """Draw dots and bars; numbers of flatness that are not exact are hollow."""
+    """Draw a dot and an error bar for every model; dots are hollow for numbers of flatness that are not exact."""
     values = [getattr(row, measure) for row in rows]
     errors = [2 * known_error(row.errors.get(measure)) for row in rows]
     if any(errors):
         lowest = 0.6 * min(value for value in values if math.isfinite(value))
-        # On a logarithmic axis no bar goes to zero.
+        # Bars are cut off on a logarithmic axis, because it has no zero.
         ends = [min(e, max(v - lowest, 0.0)) for v, e in zip(values, errors, strict=True)]
         below = ends if is_logarithmic(values) else errors
         ax.errorbar(values, heights, xerr=[below, errors], fmt="none", ecolor=COLOUR, elinewidth=1.0, capsize=2.0)
@@ -134,13 +143,13 @@ _OF_HESSIAN = DRAWN[:5]
 
 
 def is_logarithmic(values: Sequence[float]) -> bool:
-    """Return whether an axis is to be logarithmic: values are positive, and the largest is three times the smallest."""
+    """Return whether all values are positive and the largest is more than three times the smallest."""
     known = [value for value in values if math.isfinite(value)]
     return bool(known) and max(known) > 3 * min(known) > 0
 
 
 def subject_of_models(comparison: Comparison) -> str:
-    """Return what was compared: models, layers, samples, and whether the numbers are exact."""
+    """Return a line for the title: the number of models, layers, samples, and whether the numbers are exact."""
     rows = list(comparison.models.values())
     layers = " / ".join(dict.fromkeys(", ".join(row.layers[:3]) + ", ..." * (len(row.layers) > 3) for row in rows))
     samples = " / ".join(dict.fromkeys(samples_of(row.num_samples, row.data) for row in rows))
@@ -156,29 +165,29 @@ def _words(methods: str) -> str:
 
 
 def has_errors(comparison: Comparison) -> bool:
-    """Return whether the error of any number is known, so that there are bars."""
+    """Return whether the standard error of at least one number is known, so that the figure has error bars."""
     return any(error for row in comparison.models.values() for error in row.errors.values())
 
 
 def cautions_of(comparison: Comparison) -> str:
-    """Return the cautions in a few words."""
+    """Return the short texts of a comparison's cautions in one line; empty if there are none."""
     return f"CAUTION: {'; '.join(dict.fromkeys(one.short for one in comparison.cautions))}" * bool(comparison.cautions)
 
 
 def name_of(measure: str) -> str:
-    """Return the name of a number."""
+    """Return the name of a measure as it is written on figures."""
     return LABELS.get(measure, measure)
 
 
 def label_with_unit(measure: str) -> str:
-    """Return the name of a number with its unit."""
+    """Return the name of a measure with its unit, for the label of an axis."""
     units = {"hessian_trace": "  (loss per squared weight)"}
     has_unit = "flatness" in measure and "per_" not in measure
     return name_of(measure) + units.get(measure, "  (unit: loss)" if has_unit else "")
 
 
 def head(figure: Any, ax: Any, *lines: str) -> None:
-    """Write the lines above the axes, or without axes above the whole figure, from its left edge."""
+    """Write lines as the title of ``ax``, or of the whole figure if ``ax`` is None."""
     if ax is not None:
         set_heading(ax, *lines)
         return

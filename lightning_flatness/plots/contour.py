@@ -1,4 +1,4 @@
-"""Figures of the loss on a plane: contours, also of several planes or of two side by side."""
+"""Draw the loss on a plane as contours: one plane, several planes in the same axes, or two planes side by side."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from lightning_flatness.results import LandscapeResult
 
 END_COLOUR = SERIES[1]
 NUM_LEVELS = 24
-# Planes that are drawn as lines into the same axes have other strokes, so that they differ in grey, too.
+# Several planes in the same axes have different strokes, so that they differ in a print without colours.
 STROKES = ("solid", "dashed", "dotted", "dashdot")
-# A plane more than so many times as wide as high, or the reverse, is not drawn to scale.
+# A plane is not drawn to scale if one side is more than this many times as long as the other.
 MOST_ELONGATED = 3.0
 
 
@@ -47,22 +47,23 @@ def plot_contour(
     data: str | None = None,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw the loss on a plane as filled contours, or in one ``color`` as lines, and the model as a cross.
+    """Draw the loss on a plane as filled contours, or as lines if ``color`` is given; a cross marks the model.
 
-    Cells at points without a finite loss are hatched grey, and cells at points that were not computed are dotted. Both
-    axes have the same scale, unless they have other units or the plane is more than three times as long as wide.
+    The cells of the grid around a point without a finite loss are hatched grey, and the cells around a point that was
+    not computed are dotted. Both axes have the same scale, unless their units differ (steps of Adam) or one side of the
+    plane is more than three times as long as the other.
 
     Args:
         result: a landscape with two axes.
-        cap: draw losses above it as ``cap``.
-        trajectory: coordinates ``(points, 2)`` in order of time, from :func:`~lightning_flatness.pca_directions`; drawn
-            as a line, clipped to the plane.
-        levels: losses of the contours, ascending. By default they are evenly spaced, in the logarithm of the loss if
-            the losses are positive and span more than a factor of ten. To compare planes, give all the same levels,
-            such as :func:`shared_levels`.
+        cap: draw losses above ``cap`` as if they were ``cap``.
+        trajectory: coordinates of training steps, ``(points, 2)``, in order of time, from
+            :func:`~lightning_flatness.pca_directions`. They are drawn as a line; parts outside the plane are not shown.
+        levels: losses at which contours are drawn, ascending. By default they are evenly spaced, in the logarithm of
+            the loss if the losses are positive and span more than a factor of ten. To compare planes, give all of them
+            the same levels, such as :func:`shared_levels`.
         label: name of the plane, for the title, or for the legend if ``color`` is given.
-        color: draw lines of equal loss in this colour, with their losses written on them. So several planes can be
-            drawn into the same ``ax``, with a ``label`` each.
+        color: draw lines of equal loss in this colour instead of filled contours, with the losses written on the
+            lines. To compare planes, draw them into the same ``ax``, each with its own ``color`` and ``label``.
         data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
     """
@@ -105,12 +106,15 @@ def plot_contour(
 
 
 def shared_levels(*results: LandscapeResult, cap: float | None = None) -> Tensor:
-    """Return levels for :func:`plot_contour` that suit several planes: equal colours are then equal losses."""
+    """Return ``levels=`` for :func:`plot_contour` that cover several planes, so that equal colours mean equal losses.
+
+    Losses above ``cap`` count as ``cap``.
+    """
     return contour_levels(torch.cat([drawable_losses(one, 2, "shared_levels", cap).flatten() for one in results]))
 
 
 def contour_levels(losses: Tensor) -> Tensor:
-    """Return the losses at which contours are drawn, float64, ascending."""
+    """Return the default levels of the contours: losses in ascending order, in float64."""
     finite = losses[losses.isfinite()]
     low, high = float(finite.min()), float(finite.max())
     if is_constant(losses):
@@ -118,7 +122,7 @@ def contour_levels(losses: Tensor) -> Tensor:
         return torch.tensor([low - half, low + half], dtype=torch.float64, device="cpu")
     if is_logarithmic(low, high):
         levels = torch.logspace(math.log10(low), math.log10(high), NUM_LEVELS, dtype=torch.float64, device="cpu")
-        levels[0], levels[-1] = low, high  # exact, so that every point lies between two levels
+        levels[0], levels[-1] = low, high  # without rounding, so that all losses lie within the levels
         return levels
     return torch.linspace(low, high, NUM_LEVELS, dtype=torch.float64, device="cpu")
 
@@ -131,14 +135,14 @@ def _norm(levels: Tensor) -> Any:
 
 
 def _ratio(result: LandscapeResult) -> float | None:
-    """Return height over width of a plane that is drawn to scale; None for one that is not."""
+    """Return the height of a plane divided by its width, or None if the plane is not drawn to scale."""
     width, height = (float(axis[-1] - axis[0]) for axis in result.coordinates)
     is_long = max(width, height) > MOST_ELONGATED * min(width, height)
     return None if result.update == "adam" or is_long else height / width
 
 
 def _draw_filled(figure: Any, ax: Any, result: LandscapeResult, losses: Tensor, levels: Tensor, extend: str) -> None:
-    """Fill the contours, draw lines at round losses, and a colour bar of the height of the axes."""
+    """Draw filled contours, white lines at round losses, and a colour bar as high as the axes."""
     x, y = result.coordinates
     norm = _norm(levels)
     filled = ax.contourf(x, y, masked(losses.T), levels=levels.tolist(), cmap=COLOURS, norm=norm, extend=extend)
@@ -153,7 +157,7 @@ def _draw_filled(figure: Any, ax: Any, result: LandscapeResult, losses: Tensor, 
 
 
 def _draw_lines(ax: Any, result: LandscapeResult, losses: Tensor, levels: Tensor, color: Any, label: str | None) -> Any:
-    """Draw lines of equal loss at round losses; return a handle for the legend."""
+    """Draw lines of equal loss in one colour, at round losses; return a handle for the legend."""
     low, high = float(levels[0]), float(levels[-1])
     stroke = STROKES[len(overlays(ax, "plane")) % len(STROKES)]
     at = round_losses(low, high, is_logarithmic(low, high))
@@ -165,7 +169,7 @@ def _draw_lines(ax: Any, result: LandscapeResult, losses: Tensor, levels: Tensor
 
 
 def _set_limits(ax: Any, x: Tensor, y: Tensor, is_overlay: bool) -> None:
-    """Show the whole plane, and of several planes in the same axes all."""
+    """Set the limits of the axes so that the plane is visible; with ``is_overlay``, earlier planes stay visible."""
     for axis, name in ((x, "x"), (y, "y")):
         low, high = float(axis[0]), float(axis[-1])
         if is_overlay:
@@ -175,7 +179,10 @@ def _set_limits(ax: Any, x: Tensor, y: Tensor, is_overlay: bool) -> None:
 
 
 def _draw_gaps(ax: Any, result: LandscapeResult, masks: dict[str, Tensor]) -> list[Any]:
-    """Hatch every cell that has a corner in a gap; return handles for a legend."""
+    """Hatch the cells of the grid that have a corner without a loss; return handles for the legend.
+
+    ``masks`` holds the points without a loss by reason (:func:`~lightning_flatness.plots.landscape.gaps`).
+    """
     import numpy as np
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -197,13 +204,13 @@ def _draw_gaps(ax: Any, result: LandscapeResult, masks: dict[str, Tensor]) -> li
 
 
 def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[Any]:
-    """Draw a line, and mark its first and last point; return handles for a legend."""
+    """Draw the trajectory as a line, and mark its first and last point; return handles for the legend."""
     points = torch.as_tensor(trajectory, device="cpu")
     if points.ndim != 2 or points.shape[1] != 2 or not bool(points.isfinite().all()):
         raise FlatnessError(f"trajectory has shape {tuple(points.shape)}; give finite coordinates (points, 2).")
     from matplotlib.patheffects import withStroke
 
-    # Black with a white edge is seen on all colours, and in grey.
+    # A black line with a white edge is visible on every colour.
     style = {"color": "black", "marker": "o", "markersize": 3.0, "linewidth": 1.2}
     ax.plot(points[:, 0], points[:, 1], path_effects=[withStroke(linewidth=3.0, foreground="white")], **style)
     handles = []
@@ -218,9 +225,18 @@ def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[
 def plot_kept_and_recomputed(
     kept: LandscapeResult, recomputed: LandscapeResult, *, cap: float | None = None, data: str | None = None
 ) -> tuple[Any, Any]:
-    """Compare a landscape with the model's BatchNorm statistics and one with statistics recomputed at every point.
+    """Draw two landscapes that differ in the running statistics of BatchNorm.
 
-    Lines are drawn into the same axes. Planes are drawn side by side with equal colours, and two axes are returned.
+    Lines are drawn into the same axes. Planes are drawn side by side with the same colour scale.
+
+    Args:
+        kept: a landscape with ``batch_norm="kept"``: the statistics of the model at all points.
+        recomputed: a landscape at the same points with ``batch_norm="recomputed"``: new statistics at every point.
+        cap: draw losses above ``cap`` as if they were ``cap``.
+        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+
+    Returns:
+        The figure, and its axes for lines or an array of two axes for planes.
     """
     pair = (kept, recomputed)
     same_points = len(kept.axes) == len(recomputed.axes) and all(

@@ -1,4 +1,4 @@
-"""Figure of an outcome of models against one of their numbers."""
+"""Draw an outcome of models, such as the generalisation gap, against one of their measures."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from lightning_flatness.plots.words import check_measure
 from lightning_flatness.results import Comparison, number_of
 from lightning_flatness.results.rank_correlation import BEST
 
-# With more models than this, dots have no names.
+# Dots are named only up to this number of models.
 MOST_NAMES = 12
 
 
 def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> tuple[Any, Any]:
-    """Draw the outcome of every model against one of its numbers, with Kendall's τ in the title.
+    """Draw the outcome of every model against one of its measures, with Kendall's τ in the title.
 
-    Dots that are not exact are hollow; bars are two standard errors. The axis of the number is logarithmic if its
-    values are positive and far apart.
+    The outcome is what was given as ``compare(outcome=)``. Dots of numbers that are not exact are hollow, and bars are
+    two standard errors. The axis of the measure is logarithmic if its values are positive and the largest is more than
+    three times the smallest.
     """
     check_measure(measure, DRAWN)
     rows = [
@@ -48,7 +49,7 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
     if is_logarithmic(values):
         label_logarithm(ax.xaxis)
     if len(rows) <= MOST_NAMES:
-        # Names of dots that are next to each other in height are on different sides.
+        # Dots with neighbouring outcomes have their names on different sides, so that the names overlap less.
         for index, row in enumerate(sorted(rows, key=lambda row: row.outcome)):
             side, align = ((5, "left"), (-5, "right"))[index % 2]
             at = {"xytext": (side, 4), "textcoords": "offset points", "fontsize": 7, "ha": align}

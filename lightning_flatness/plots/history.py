@@ -1,4 +1,4 @@
-"""Figures of flatness over the epochs: of all measured layers together, and of every layer."""
+"""Draw flatness over the epochs: summed over all measured layers, or one curve for each layer."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from lightning_flatness.plots.words import (
 from lightning_flatness.results import FlatnessReport, number_of
 
 ACCURACY_COLOUR, FLATNESS_COLOUR = SERIES[:2]
-# Sampling errors of more layers than this are not drawn as bands, which would hide each other.
+# Error bands are drawn only up to this number of layers, because more bands would hide each other.
 MOST_BANDS = 6
-# More layers than this have a colour bar in place of a legend.
+# With more layers than this, the figure has a colour bar instead of a legend.
 MOST_NAMES = 12
 BAND = "± 2 standard errors over samples"
 Record = Mapping[str, Any]
@@ -51,27 +51,29 @@ def plot_history(
     stopped: int | None = None,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw accuracy and, in a second panel below, one measure of flatness over the epochs.
+    """Draw the accuracy over the epochs and, in a second panel below, one measure of flatness.
 
-    Without accuracy there is one panel. The axis of flatness is logarithmic if all values are positive. Values that are
-    not exact are hollow and dashed, and a band shows two standard errors over samples where the history has them.
+    If the history has no accuracy, there is only the panel of flatness. The axis of flatness is logarithmic if all
+    values are positive. Where values are not exact, markers are hollow and the curve is dashed. If the history has
+    standard errors over samples, a band of two standard errors is drawn around the values.
 
     Args:
-        history: :attr:`FlatnessCallback.history`: records with ``epoch``, the measure, and optionally ``accuracy``,
-            ``exact`` and ``{measure}_error``.
-        measure: such as ``"normalized_relative_flatness"``; by default relative flatness, or the Hessian trace if no
-            record has it.
-        report: a report of the run, such as :attr:`FlatnessCallback.report`, from which the title names the layer, the
-            samples and the method.
+        history: records with ``epoch``, the measure, and optionally ``accuracy``, ``exact`` and ``{measure}_error``,
+            such as :attr:`FlatnessCallback.history`.
+        measure: such as ``"normalized_relative_flatness"``. By default relative flatness, or the Hessian trace if no
+            record has relative flatness.
+        report: a report of the run, such as :attr:`FlatnessCallback.report`. The title then names its layers, samples
+            and method.
         accuracy_label: label of the accuracy axis.
-        data: the data that flatness was measured on: ``"val"``, ``"train"`` or another name; by default the report's.
+        data: the data that flatness was measured on: ``"val"``, ``"train"`` or another name. By default the data that
+            the report or the history names.
         burn_in: number of epochs that a stopping rule ignores; they are shaded.
-        best: epoch to mark as the best; by default the first one with the highest accuracy.
-        stopped: epoch after which training was stopped early, to mark.
-        ax: axes to draw into; their place is divided for the two panels.
+        best: epoch to mark as the best; by default the first epoch with the highest accuracy.
+        stopped: epoch after which training was stopped early; it is marked.
+        ax: axes to draw into; the place of ``ax`` is divided between the two panels.
 
     Returns:
-        The figure and the upper axes; ``figure.axes`` has both.
+        The figure and the upper axes; ``figure.axes`` holds both.
     """
     if measure is None:
         measures = ("relative_flatness", "hessian_trace")
@@ -123,7 +125,7 @@ def _draw_band(
     colour: Any,
     label: str | None,
 ) -> bool:
-    """Draw two standard errors around the values, if any are known; return whether there are."""
+    """Draw a band of two standard errors around the values; return False if no standard error is known."""
     widths = [2 * known_error(error) if value is not None else 0.0 for value, error in zip(values, errors, strict=True)]
     if not any(widths):
         return False
@@ -134,7 +136,7 @@ def _draw_band(
 
 
 def _scale(ax: Any, values: Sequence[float | None], errors: Sequence[float | None]) -> None:
-    """Make the axis logarithmic if all values are positive; bands may leave it below."""
+    """Make the axis logarithmic if all values are positive; bands may extend below the lower limit of the axis."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     if not known or min(known) <= 0:
         return
@@ -155,7 +157,10 @@ def _mark(
     best: int | None,
     stopped: int | None,
 ) -> None:
-    """Mark the burn-in, the best epoch and the stop in all panels, and name them in the upper one's legend."""
+    """Mark the burn-in, the best epoch and the early stop in all panels; the upper panel's legend explains the marks.
+
+    ``curves`` holds the values that each panel shows.
+    """
     for panel, curve in zip(panels, curves, strict=True):
         is_named = panel is panels[0]
         if burn_in:
@@ -176,7 +181,7 @@ def _mark(
 def _heading(
     measure: str, subject: str, history: Sequence[Record], report: FlatnessReport | None, data: str | None
 ) -> tuple[str, str]:
-    """Return two lines that say what was measured, on what, and whether it is exact."""
+    """Return two lines for the title: measure and layers; then samples and whether the numbers are exact."""
     name = NAMES[measure][0].upper() + NAMES[measure][1:]
     if report is not None:
         where = samples_of(report.num_samples, data or report.data)
@@ -196,17 +201,23 @@ def plot_layer_history(
     data: str | None = None,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw one measure of every layer over the epochs, from the first layer (dark) to the last (light).
+    """Draw one measure of every layer over the epochs, one curve for each layer, from dark (first) to light (last).
 
-    The history is :attr:`FlatnessCallback.history`: records with ``epoch`` and ``{layer}/{measure}``, which the
-    callback keeps if it measures two or more layers. The measures are ``"hessian_trace"`` (loss per squared weight) and
-    those in units of the loss, such as ``"relative_flatness"``. The axis is logarithmic if all values are positive.
-    Values that are not exact are hollow and dashed. Bands show two standard errors over samples where the history has
-    them, for up to six layers. ``report`` and ``data`` give the title what :func:`plot_history` describes.
+    The axis is logarithmic if all values are positive. Where values are not exact, markers are hollow and curves are
+    dashed. With up to six layers, bands show two standard errors over samples if the history has them.
+
+    Args:
+        history: records with ``epoch`` and ``{layer}/{measure}``, such as :attr:`FlatnessCallback.history`. The
+            callback keeps values of single layers if it measures two or more layers.
+        measure: ``"hessian_trace"`` (loss per squared weight), or a measure in units of the loss, such as
+            ``"relative_flatness"``.
+        report: a report of the run. The title then names its samples and method.
+        data: the data that flatness was measured on: ``"val"``, ``"train"`` or another name.
+        ax: axes to draw into.
     """
     check_measure(measure, NAMES)
     figure, ax = axes_or_new(ax, 7.0, 4.0)
-    from matplotlib import colormaps  # after axes_or_new, whose error says how to install matplotlib
+    from matplotlib import colormaps  # axes_or_new comes first: its error says how to install matplotlib
 
     suffix = f"/{measure}"
     keys = list(dict.fromkeys(key for record in history for key in record if key.endswith(suffix)))
@@ -245,7 +256,7 @@ def plot_layer_history(
 
 
 def _draw_order(figure: Any, ax: Any, names: Sequence[str]) -> None:
-    """Draw the colours from the first layer to the last with some names, instead of a legend that would be too long."""
+    """Draw a colour bar from the first layer to the last, with eight of the names; a legend would be too long."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize

@@ -1,4 +1,4 @@
-"""What the figures of landscapes share: losses to draw, gaps, titles, names of axes, colours."""
+"""Helpers for all figures of landscapes: losses to draw, points without a loss, titles, axis labels, colours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_flatness.plots.words import samples_of
 from lightning_flatness.results import LandscapeResult
 
 COLOURS = "viridis"
-# Style of points that have no loss to draw, by reason.
+# Style of points without a loss, by the reason why they have none.
 GAPS: dict[str, dict[str, Any]] = {
     "not finite": {"facecolor": "#d9d9d9", "hatch": "///", "edgecolor": "white"},
     "not computed": {"facecolor": "white", "hatch": "...", "edgecolor": "#c4c4c4"},
@@ -21,7 +21,11 @@ GAPS: dict[str, dict[str, Any]] = {
 
 
 def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: float | None = None) -> Tensor:
-    """Return the losses, at most ``cap``; raise an error for a wrong number of axes or if no loss is finite."""
+    """Return the losses of a landscape, with ``cap`` in place of larger losses.
+
+    Raises an error unless the landscape has ``num_axes`` axes and a finite loss. ``figure`` is the name of the plotting
+    function, for the message.
+    """
     if not isinstance(result, LandscapeResult) or len(result.axes) != num_axes:
         given = f"{len(result.axes)} axes" if isinstance(result, LandscapeResult) else type(result).__name__
         raise FlatnessError(f"{figure} draws a LandscapeResult with {num_axes} coordinate axes; this one has {given}.")
@@ -36,19 +40,22 @@ def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: fl
 
 
 def gaps(result: LandscapeResult, losses: Tensor) -> dict[str, Tensor]:
-    """Return boolean masks of the points that have no loss to draw, one for each reason that occurs."""
+    """Return boolean masks of the points without a loss, by the reason: ``"not finite"`` or ``"not computed"``.
+
+    A reason that does not occur has no mask.
+    """
     masks = {"not finite": result.computed & ~losses.isfinite(), "not computed": ~result.computed}
     return {reason: points for reason, points in masks.items() if bool(points.any())}
 
 
 def corner_counts(points: Tensor) -> Tensor:
-    """Count the marked corners of every cell of a grid, ``(n - 1, m - 1)``, from marked points ``(n, m)``."""
+    """Count how many corners of every grid cell are marked: from points ``(n, m)`` to cells ``(n - 1, m - 1)``."""
     edges = points[1:].int() + points[:-1].int()
     return edges[:, 1:] + edges[:, :-1]
 
 
 def has_contours(losses: Tensor) -> bool:
-    """Return whether some cell has at least three finite corners, which a contour needs."""
+    """Return whether contours can be drawn: at least one grid cell must have three finite corners."""
     return bool((corner_counts(losses.isfinite()) >= 3).any())
 
 
@@ -59,21 +66,21 @@ def is_constant(losses: Tensor) -> bool:
 
 
 def masked(losses: Tensor) -> Any:
-    """Return the losses as a numpy array in which losses that are not finite are masked."""
+    """Return the losses as a masked numpy array; losses that are not finite are masked."""
     import numpy as np
 
     return np.ma.masked_invalid(losses.numpy())
 
 
 def axis_names(result: LandscapeResult) -> list[str]:
-    """Return a name for every coordinate axis."""
+    """Return the names of the coordinate axes, for labels."""
     if result.update == "adam":
         return ["α: steps of Adam, as learning rate", "β: factor of the second moment"]
     return list(result.axes)
 
 
 def name_axis(axis: Any, text: str) -> None:
-    """Label an axis of the figure; a common factor or offset of its numbers is written into the label."""
+    """Label an axis of the figure, and move matplotlib's common factor or offset of the ticks into the label."""
     formatter = axis.get_major_formatter()
     formatter.format_ticks(axis.get_majorticklocs())
     offset = formatter.get_offset()  # such as "1e-9+9.89e-1"
@@ -85,7 +92,7 @@ def name_axis(axis: Any, text: str) -> None:
 
 
 def heading(result: LandscapeResult, data: str | None, label: str | None = None) -> tuple[str, str, str]:
-    """Return lines for the title: a name, the samples, and how the directions and BatchNorm were treated."""
+    """Return three lines for the title: ``label``; loss and samples; scale of directions and BatchNorm statistics."""
     if result.update == "adam":
         scale = "updates of Adam"
     elif result.normalize == "none":
@@ -100,7 +107,7 @@ def heading(result: LandscapeResult, data: str | None, label: str | None = None)
 
 
 def is_logarithmic(low: float, high: float) -> bool:
-    """Return whether losses are drawn on a logarithmic scale: they are positive and span more than a factor of ten."""
+    """Return whether losses from ``low`` to ``high`` are positive and span more than a factor of ten."""
     return low > 0 and high > 10 * low
 
 
@@ -115,7 +122,7 @@ def round_losses(low: float, high: float, logarithmic: bool) -> list[float]:
 
 
 def draw_colour_bar(figure: Any, bar_axes: dict[str, Any], filled: Any, ticks: list[float], form: Any = None) -> Any:
-    """Draw the colour bar of losses, with labels of few digits, into axes ``cax`` or beside axes ``ax``."""
+    """Draw the colour bar of losses; ``bar_axes`` gives its place as arguments of ``figure.colorbar``."""
     from matplotlib.colors import LogNorm
 
     if form is None and isinstance(filled.norm, LogNorm):

@@ -1,4 +1,4 @@
-"""Figure of one measure of all layers, side by side."""
+"""Draw one measure of all layers of a report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_flatness.plots.words import NAMES, check_measure, exactness, know
 from lightning_flatness.results import FlatnessReport, LayerFlatness, number_of
 
 COLOUR = SERIES[0]
-# Space of one name, in inches. Where names would overlap, only every second, third, ... one is written.
+# Height of one layer's name, in inches. If the names would overlap, only every second, third, ... name is written.
 NAME_HEIGHT = 0.14
 HIGHEST = 12.0
 
@@ -27,13 +27,19 @@ HIGHEST = 12.0
 def plot_layers(
     report: FlatnessReport, measure: str = "relative_flatness", *, data: str | None = None, ax: Any = None
 ) -> tuple[Any, Any]:
-    """Draw one measure of every layer as a dot, from input (top) to output; dots that are not exact are hollow.
+    """Draw one measure of every layer as a dot, from the input (top) to the output (bottom).
 
-    The measures are ``"hessian_trace"`` (loss per squared weight), and in units of the loss ``"relative_flatness"``,
-    ``"normalized_relative_flatness"``, ``"channelwise_flatness"``, ``"neuronwise_flatness"`` and
-    ``"layerwise_flatness"``. The axis is logarithmic if all values are positive. Error bars are two standard errors,
-    over samples and of estimates. ``data`` names the data for the title: ``"val"``, ``"train"`` or another name; by
-    default the report's.
+    Dots of numbers that are not exact are hollow. The axis is logarithmic if all values are positive. Error bars are
+    two standard errors, which combine the error over samples with the error of an estimate.
+
+    Args:
+        report: the report.
+        measure: ``"hessian_trace"`` (loss per squared weight), or, in units of the loss, ``"relative_flatness"``,
+            ``"normalized_relative_flatness"``, ``"channelwise_flatness"``, ``"neuronwise_flatness"`` or
+            ``"layerwise_flatness"``.
+        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name; by default the data
+            that the report names.
+        ax: axes to draw into.
     """
     check_measure(measure, NAMES)
     layers = list(report.layers.values())
@@ -63,7 +69,7 @@ def plot_layers(
     ax.set_xlabel(label_of(measure))
     room = ""
     if not report.exact:
-        room = "\u00a0"  # a line for the legend, between title and axes
+        room = "\u00a0"  # an empty line, which leaves room for the legend between title and axes
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderpad": 0, "borderaxespad": 0.3}
         ax.legend(fontsize=LEGEND_SIZE, frameon=False, **place)
     where = loss_of(report, data)
@@ -76,19 +82,19 @@ def plot_layers(
 
 
 def _errors(layer: LayerFlatness, measure: str) -> tuple[float, float]:
-    """Return the standard errors over samples and of the estimate; zero if not known."""
+    """Return two standard errors of a measure, over samples and of an estimate; zero if unknown."""
     return known_error(layer.sampling_errors.get(measure)), known_error(layer.standard_errors.get(measure))
 
 
 def _bars(parts: Sequence[tuple[float, float]]) -> str:
-    """Say what the error bars are, if there are any."""
+    """Return a line that explains the error bars; empty if there are none."""
     kinds = (any(sampling for sampling, _ in parts), any(estimate for _, estimate in parts))
     words = [word for word, there in zip(("over samples", "of estimates"), kinds, strict=True) if there]
     return f"bars: ± 2 standard errors {' and '.join(words)}" if words else ""
 
 
 def _draw_bars(ax: Any, values: Sequence[float], errors: Sequence[float], lowest: float) -> None:
-    """Draw error bars; on a logarithmic axis none goes below ``lowest``, if that is positive."""
+    """Draw error bars; if ``lowest`` is positive (logarithmic axis), cut them off there."""
     if not any(errors):
         return
     below = [
@@ -100,7 +106,7 @@ def _draw_bars(ax: Any, values: Sequence[float], errors: Sequence[float], lowest
 
 
 def _name_layers(ax: Any, positions: Sequence[int], names: Sequence[str]) -> None:
-    """Write the names of layers, as many as do not overlap, and say in which direction they run."""
+    """Write the names of layers beside the axis, leaving some out so that they do not overlap."""
     height = ax.get_window_extent().height / ax.figure.dpi
     step = max(1, math.ceil(len(names) * NAME_HEIGHT / max(height, NAME_HEIGHT)))
     ax.set_yticks(positions[::step], names[::step], fontsize=7)

@@ -1,4 +1,4 @@
-"""Figure of the loss along a line."""
+"""Draw the loss along a line in weight space."""
 
 from __future__ import annotations
 
@@ -32,13 +32,24 @@ def plot_line(
     data: str | None = None,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw the loss along a line, and, unless ``accuracy`` is False, the accuracy in percent in a panel below.
+    """Draw the loss along a line and, in a panel below, the accuracy in percent if the result has it.
 
     Points without a finite loss are drawn as hatched grey bands, and points that were not computed as dotted bands. To
-    compare lines, draw them into the same ``ax`` with a ``label`` each, and a ``color`` if you like; the accuracy is
-    then not drawn. ``ends`` names the points at the coordinates 0 and, if there are two names, 1, where
-    :func:`~lightning_flatness.direction_between` puts the other model. ``data`` names the measured data for the title:
-    ``"val"``, ``"train"`` or another name. The function returns the axes of the loss.
+    compare several lines, draw them into the same ``ax``, each with its own ``label``.
+
+    Args:
+        result: a landscape with one axis.
+        cap: draw losses above ``cap`` as if they were ``cap``.
+        accuracy: draw the accuracy, unless a ``label`` is given.
+        label: name of the line, for the legend. With a label the accuracy is not drawn.
+        color: colour of the line.
+        ends: one or two names. The first labels the point at coordinate 0, the second the point at coordinate 1, where
+            :func:`~lightning_flatness.direction_between` puts the other model.
+        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        ax: axes to draw into; if the accuracy is drawn, its panel takes the lower part of their place.
+
+    Returns:
+        The figure and the axes of the loss.
     """
     losses = drawable_losses(result, 1, "plot_line", cap)
     accuracies = result.accuracies if accuracy and label is None else None
@@ -79,7 +90,7 @@ def plot_line(
 
 
 def _name_ends(ax: Any, names: Mapping[int, str]) -> None:
-    """Write the names of points, by their coordinates, beside their lines, at the top of the axes."""
+    """Write names at the top of the axes, beside the vertical lines at the coordinates ``names`` maps from."""
     low, high = ax.get_xlim()
     for at, name in names.items():
         side = "left" if at < low + 0.8 * (high - low) else "right"

@@ -1,4 +1,4 @@
-"""Figures of the spectral density of a Hessian, and of its eigenvalues over the epochs."""
+"""Draw the spectral density of a Hessian, and its largest eigenvalues over the epochs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_flatness.results.spectrum import MATRICES, NO_DENSITY, default_si
 
 EIGENVALUE_COLOUR = SERIES[1]
 LOWEST_COLOUR = SERIES[0]
-# Number of powers of ten over which the density is drawn. Lower values come from the Gaussians, not the spectrum.
+# The density is drawn over this many powers of ten. Lower values are tails of the Gaussians that smooth the spectrum.
 DECADES = 7
 
 
@@ -44,17 +44,18 @@ def plot_density(
 ) -> tuple[Any, Any]:
     """Draw the spectral density on a logarithmic scale, and mark the largest eigenvalues on the horizontal axis.
 
-    One eigenvalue among ``D`` is a bump of height ``1 / (D sigma √(2π))``, so outliers and bulk are visible together. A
-    band shows the range over the probes. The density of a Gauss-Newton matrix is dashed.
+    The density is a sum of Gaussians with standard deviation ``sigma``. A single eigenvalue of a matrix with ``D``
+    eigenvalues is a bump of height ``1 / (D sigma √(2π))``, which the logarithmic scale makes visible. A band shows
+    the range over the random probes. The curve is dashed if the matrix is a Gauss-Newton matrix.
 
     Args:
         result: the spectrum.
-        sigma: standard deviation of the Gaussians, in loss per squared weight; by default a hundredth of the range of
-            Ritz values and eigenvalues. See :meth:`~lightning_flatness.SpectrumResult.density`. Spectra that are
-            compared need the same.
-        label: name of the spectrum for the legend. To compare spectra, draw them into the same ``ax`` with a ``label``
-            each; the axes then show all of them.
-        color: colour of the density and its eigenvalues.
+        sigma: standard deviation of the Gaussians, in loss per squared weight. By default a hundredth of the range of
+            all Ritz values and eigenvalues (see :meth:`~lightning_flatness.SpectrumResult.density`). Give the same
+            ``sigma`` to all spectra that are compared.
+        label: name of the spectrum for the legend. To compare spectra, draw them into the same ``ax``, each with its
+            own ``label``.
+        color: colour of the curve and, if a ``label`` is given, of the marks of the eigenvalues.
         data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
 
@@ -66,7 +67,7 @@ def plot_density(
     figure, ax = axes_or_new(ax, 7.0, 4.0)
     index = len(overlays(ax, "density"))
     color = color or SERIES[index % len(SERIES)]
-    # After few Lanczos steps, eigenvalues can lie far outside the range of the Ritz values.
+    # After few Lanczos steps, the largest eigenvalues can lie far outside the range of the Ritz values.
     values = torch.cat([result.ritz_values.flatten(), result.eigenvalues]).double()
     low, high = float(values.min()), float(values.max())
     sigma = default_sigma(low, high) if sigma is None else sigma
@@ -142,7 +143,7 @@ def _criterion(result: SpectrumResult) -> str:
 
 
 def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
-    """Return three lines: what was measured on which samples, trace and criteria, and how sure these are."""
+    """Return three lines for the title: size, loss and samples; trace and criteria; the meaning of their errors."""
     trace = f"trace {with_error(result.trace, result.trace_stderr)}"
     criteria = f"{_criterion(result)}, C_t = {with_error(result.c_t, result.spread['c_t'])}"
     errors = "±: standard error of the trace, standard deviation of the criteria over probes"
@@ -157,11 +158,16 @@ def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
 def plot_eigenvalues(
     history: Iterable[tuple[float, SpectrumResult] | Mapping[str, Any]], *, data: str | None = None, ax: Any = None
 ) -> tuple[Any, Any]:
-    """Draw the largest eigenvalues over the epochs, and the lowest Ritz value of all probes.
+    """Draw the largest eigenvalues over the epochs, and the lowest Ritz value of all random probes.
 
-    The history consists of pairs of epoch and result, or of records of ``SpectrumCallback.history``, in any order.
-    Eigenvalues can have both signs, so the vertical axis is linear near zero and logarithmic elsewhere. Markers are
-    hollow, and curves dashed, where eigenvalues have not converged. ``data`` names the measured data for the title.
+    The vertical axis is linear near zero and logarithmic elsewhere, because eigenvalues can have both signs. Where
+    eigenvalues have not converged, markers are hollow and curves are dashed.
+
+    Args:
+        history: pairs of an epoch and a :class:`~lightning_flatness.SpectrumResult`, or records of
+            ``SpectrumCallback.history``, in any order.
+        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        ax: axes to draw into.
     """
     records = sorted((_numbers(entry) for entry in history), key=lambda record: record["epoch"])
     if not records:
@@ -203,7 +209,10 @@ def plot_eigenvalues(
 
 
 def _scale(ax: Any, low: float, high: float, threshold: float) -> None:
-    """Scale the axis linearly around zero, up to a threshold, and logarithmically beyond; label zero and powers."""
+    """Make the vertical axis linear between ``-threshold`` and ``threshold`` and logarithmic beyond.
+
+    Labels are at zero and at powers of ten.
+    """
     ax.set_yscale("symlog", linthresh=threshold)
     ax.set_ylim(low, high)
     powers = [10.0**power for power in range(-30, 31) if 10.0**power >= threshold]
@@ -215,7 +224,7 @@ def _scale(ax: Any, low: float, high: float, threshold: float) -> None:
 
 
 def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return epoch, eigenvalues and lowest Ritz value, with what is known of how they were measured."""
+    """Return an entry of a history as a record: epoch, eigenvalues, lowest Ritz value, convergence, samples, matrix."""
     if isinstance(entry, Mapping):
         return entry
     epoch, result = entry

@@ -1,4 +1,4 @@
-"""Figure of the loss on a plane as a surface."""
+"""Draw the loss on a plane as a surface in three dimensions."""
 
 from __future__ import annotations
 
@@ -38,11 +38,18 @@ def plot_surface(
     data: str | None = None,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw the loss on a plane, with ``log`` on a logarithmic axis, as a surface, with its contours below.
+    """Draw the loss on a plane as a surface, with contours below it.
 
-    Points that have no finite loss or were not computed leave holes, and the figure states their number. A steep
-    surface needs ``cap`` or ``log``. ``label`` names the plane in the title, and ``data`` the measured data: ``"val"``,
-    ``"train"`` or another name. If ``ax`` is given, it must have ``projection="3d"``.
+    Points that have no finite loss or were not computed leave holes in the surface; the figure states their number. A
+    steep surface is readable only with ``cap`` or ``log``.
+
+    Args:
+        result: a landscape with two axes.
+        cap: draw losses above ``cap`` as if they were ``cap``.
+        log: draw the logarithm of the loss; all losses must be positive.
+        label: name of the plane, for the title.
+        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        ax: axes to draw into, with ``projection="3d"``.
     """
     losses = drawable_losses(result, 2, "plot_surface", cap)
     if log and not bool((losses[losses.isfinite()] > 0).all()):
@@ -70,7 +77,7 @@ def plot_surface(
         name_axis(axis, name)
         axis.pane.set_facecolor((1, 1, 1, 0))
         axis.set_tick_params(labelsize=8)
-    set_heading(ax, *heading(result, data, label))  # before the bar takes width from the axes
+    set_heading(ax, *heading(result, data, label))  # before the colour bar makes the axes narrower
     draw_colour_bar(figure, {"ax": ax, "shrink": 0.6, "pad": 0.2, "aspect": 16}, surface, ticks, form)
     holes = [f"{int(points.sum())} {reason}" for reason, points in gaps(result, losses).items()]
     if holes:
@@ -82,7 +89,7 @@ def plot_surface(
 
 
 def _draw_facets(ax: Any, result: LandscapeResult, heights: Tensor, low: float, high: float) -> Any:
-    """Draw the surface; every facet has one colour, so a coarse grid is interpolated to get more facets."""
+    """Draw the surface. A coarse grid is interpolated to more facets, because every facet has a single colour."""
     parts = [max(1, NUM_FACETS // (len(axis) - 1)) for axis in result.coordinates]
     x, y = torch.meshgrid(*map(_refined, result.coordinates, parts), indexing="ij")
     drawn = _refined(_refined(torch.where(heights.isfinite(), heights, math.nan), parts[0]).T, parts[1]).T
@@ -93,14 +100,14 @@ def _draw_facets(ax: Any, result: LandscapeResult, heights: Tensor, low: float, 
 
 
 def _as_losses() -> Any:
-    """Return a formatter that turns decimal logarithms into losses."""
+    """Return a tick formatter that turns the decimal logarithm of a loss into the loss."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda value, _: short(float(f"{10**value:.3g}")))
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Return where round losses are on the axis, which has their decimal logarithm with ``log``."""
+    """Return the positions of round losses on the axis; with ``log``, the axis has the losses' decimal logarithms."""
     if not log:
         return round_losses(low, high, False)
     losses = round_losses(10**low, 10**high, is_logarithmic(10**low, 10**high))
@@ -108,7 +115,10 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def _refined(values: Tensor, parts: int) -> Tensor:
-    """Divide every interval of the first dimension into ``parts`` by linear interpolation; gaps do not grow."""
+    """Divide every interval of the first dimension into ``parts`` by linear interpolation.
+
+    The given values stay unchanged, also finite values beside a NaN.
+    """
     where = torch.arange(parts, dtype=values.dtype, device="cpu").reshape(-1, *[1] * (values.ndim - 1)) / parts
     start = values[:-1, None]
     between = torch.where(where > 0, start + (values[1:, None] - start) * where, start)

@@ -1,4 +1,4 @@
-"""Words on figures: what was measured, on what data, whether it is exact, and how sure it is."""
+"""Texts on figures: names of measures, data and samples, whether numbers are exact, and numbers with their errors."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ METHODS = {
 
 
 def label_of(measure: str) -> str:
-    """Return the name of a measure with its unit."""
+    """Return the name of a measure with its unit, for the label of an axis."""
     return f"{NAMES[measure]}  ({'loss per squared weight' if measure == 'hessian_trace' else 'loss'})"
 
 
 def check_measure(measure: str, known: Iterable[str]) -> None:
-    """Raise an error for a measure that cannot be drawn."""
+    """Raise an error unless ``measure`` is one of the ``known`` measures."""
     if measure not in known:
         raise FlatnessError(f"measure={measure!r}: give one of {', '.join(known)}.")
 
 
 def samples_of(num_samples: int, data: str | None = "") -> str:
-    """Return the number of samples, if known, and the data that they are from.
+    """Return a text with the number of samples (left out if zero) and the name of the data (left out if empty).
 
     Example:
         >>> samples_of(1300, "train"), samples_of(0, "val"), samples_of(1)
@@ -48,18 +48,21 @@ def samples_of(num_samples: int, data: str | None = "") -> str:
 
 
 def loss_of(report: FlatnessReport, data: str | None) -> str:
-    """Return the loss of a report, if known, with the samples that it and the other numbers are of."""
+    """Return a text with the loss of a report (left out if unknown), the number of samples and the data."""
     where = samples_of(report.num_samples, data or report.data)
     return where if math.isnan(report.loss) else f"{report.loss_name or 'loss'} {report.loss:.3g} on {where}"
 
 
 def subject_of(names: Sequence[str]) -> str:
-    """Return the name of the only layer, or the number of layers that numbers are summed over."""
+    """Return the name of a single layer, or a text that says over how many layers the numbers are summed."""
     return f"layer {names[0]}" if len(names) == 1 else f"{number_of(len(names), 'layer')}, summed"
 
 
 def exactness(infos: Collection[LayerInfo]) -> str:
-    """Say whether numbers are exact, by which method, and at features of which precision."""
+    """Return a text that says whether the layers' numbers are exact, and by which method they were measured.
+
+    If the network's features were in a lower precision than float32, the text says so.
+    """
     inexact = [info for info in infos if not info.exact]
     if all(info.reason == SAMPLED for info in inexact):
         text = "estimated, with some classes sampled" if inexact else "exact"
@@ -72,12 +75,15 @@ def exactness(infos: Collection[LayerInfo]) -> str:
 
 
 def is_exact(flag: float | None) -> bool:
-    """Return whether a flag of a record says that numbers are exact; without one, they are drawn as if they were."""
+    """Return whether numbers of a record are drawn as exact: unless the record's flag ``exact`` is false.
+
+    A record without a flag (None) is drawn as exact.
+    """
     return flag is None or bool(flag)
 
 
 def recorded_exactness(history: Sequence[Mapping[str, Any]]) -> str:
-    """Say the same from the records of a history; nothing if they do not have it."""
+    """Return a text like that of :func:`exactness` from the records of a history; empty if no record has the flag."""
     known = [record["exact"] for record in history if record.get("exact") is not None]
     if not known:
         return ""
@@ -88,7 +94,7 @@ def recorded_exactness(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def known_error(*parts: float | None) -> float:
-    """Return the standard error that independent parts have together; those that are not known do not count.
+    """Combine independent standard errors by the root of their sum of squares; unknown (None, NaN) ones count as zero.
 
     Example:
         >>> known_error(3.0, 4.0), known_error(None, float("nan"))
@@ -98,7 +104,7 @@ def known_error(*parts: float | None) -> float:
 
 
 def with_error(value: float, error: float) -> str:
-    """Return a number with as many digits as its error allows.
+    """Format a number and its error, with as many digits as the error allows; without the error if it is unknown.
 
     Example:
         >>> with_error(323.7, 41.0), with_error(0.0404, 0.0007), with_error(2.5, float("nan"))
