@@ -1,4 +1,4 @@
-"""Exact flatness of neural networks while they train."""
+"""Measure the exact flatness of neural networks while they train."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ __all__ = [
     "save_html",
 ]
 
-# Where each name is defined. It is imported when first asked for, so that plain PyTorch needs no Lightning.
+# The modules that define the public names. A name is imported when a user first accesses it, because users of plain
+# PyTorch need not have Lightning installed.
 _MODULES = {
     "callbacks.checkpoint": ["FlatCheckpoint"],
     "callbacks.flatness": ["FlatnessCallback"],

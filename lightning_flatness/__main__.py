@@ -1,4 +1,4 @@
-"""``python -m lightning_flatness`` is the command ``lightning-flatness``."""
+"""Run the command ``lightning-flatness`` when Python is called as ``python -m lightning_flatness``."""
 
 import sys
 

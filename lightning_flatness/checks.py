@@ -1,4 +1,4 @@
-"""Checks of arguments that are numbers, sequences, or strings from a fixed list (called words)."""
+"""Checks of arguments: numbers, sequences, and words (a word is a value from a fixed list, such as ``"last"``)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from lightning_flatness.errors import FlatnessError
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is an ``int`` or ``float``, and not a ``bool``."""
+    """Return whether a value is an ``int`` or a ``float`` but not a ``bool``."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def plain(value: Any) -> Any:
-    """Return sequences of any type, also nested ones, as lists; tuples and values that are no sequences stay.
+    """Convert a sequence to a ``list``, and the sequences inside it too.
 
-    Configurations hand over lists that are no ``list``, such as the ``ListConfig`` of Hydra.
+    Tuples stay tuples. Strings and values that are not sequences are returned unchanged. The conversion is needed
+    because configurations contain list types that are not ``list``, such as Hydra's ``ListConfig``.
 
     Example:
         >>> from collections import UserList
@@ -31,7 +32,10 @@ def plain(value: Any) -> Any:
 
 
 def check_whole(name: str, value: Any, least: int | None = None, or_none: bool = False) -> None:
-    """Raise an error unless ``value`` is an integer of at least ``least``; a ``bool`` is not an integer."""
+    """Raise an error unless ``value`` is an ``int`` (a ``bool`` does not count) that is not below ``least``.
+
+    With ``or_none``, the value None is accepted too.
+    """
     if value is None and or_none:
         return
     if not is_number(value) or not isinstance(value, int) or (least is not None and value < least):
@@ -40,12 +44,12 @@ def check_whole(name: str, value: Any, least: int | None = None, or_none: bool =
 
 
 def check_positive(name: str, value: Any, or_none: bool = False) -> None:
-    """Raise an error unless ``value`` is a positive, finite number."""
+    """Raise an error unless ``value`` is a positive, finite number; with ``or_none``, None is accepted too."""
     if not (value is None and or_none) and not (is_number(value) and 0 < value < math.inf):
         raise FlatnessError(f"{name}={value!r} must be a positive number{', or None' if or_none else ''}.")
 
 
 def check_word(name: str, value: Any, words: Sequence[Any]) -> None:
-    """Raise an error unless ``value`` equals one of ``words`` and has the same type."""
+    """Raise an error unless ``value`` equals one of ``words`` and has the type of that word."""
     if not any(type(value) is type(word) and value == word for word in words):
         raise FlatnessError(f"{name}={value!r} is not known; there are {', '.join(map(repr, words))}.")

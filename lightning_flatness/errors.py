@@ -1,4 +1,4 @@
-"""The errors of the package. A message names what is wrong, the reason and a remedy."""
+"""The errors of the package. Every error message says what is wrong, why, and what the user can do."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ class FlatnessError(ValueError):
 
 
 class LayerSelectionError(FlatnessError):
-    """A layer is not found or cannot be measured, samples are not independent, or the forward pass is random."""
+    """A layer does not exist or cannot be measured, samples influence each other, or the forward pass is random."""
 
 
 class NotClosedFormError(FlatnessError):
-    """A layer does not meet the conditions of the closed form. It is caught if another method can be used."""
+    """A layer does not meet the conditions of the closed form (``docs/theory.md``).
+
+    The package catches this error where it can measure the layer by the Gauss-Newton method instead.
+    """
 
 
 class BatchError(FlatnessError):
-    """A batch or the model's output for it cannot be measured: wrong shapes, no targets, NaN or infinity."""
+    """A batch, or the model's output for the batch, cannot be measured: wrong shapes, no targets, NaN or infinity."""
 
 
 class NotExactError(FlatnessError):
-    """With ``strict=True``, a number of a layer would not be exactly that of the Hessian."""
+    """A layer's numbers would not be exactly those of the Hessian, and the user has set ``strict=True``."""
 
 
 class LandscapeError(FlatnessError):
-    """A point of a landscape failed; ``result`` has the points computed so far (for ``resume=``), or is None."""
+    """The loss at a point of a landscape could not be computed.
+
+    ``result`` holds the points that were computed before the error, and can be passed on as ``resume=``. It is None if
+    there are no such points.
+    """
 
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)
@@ -36,12 +43,12 @@ class LandscapeError(FlatnessError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that a GPU or the CPU had no memory left."""
+    """Return whether an error was raised because a GPU or the CPU had no memory left."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def explained(error: Exception) -> FlatnessError | None:
-    """Return an error that explains an error of autograd and names a remedy, or None if it is not a known one."""
+    """Translate a known error of autograd into an error that names a remedy; return None for any other error."""
     if "use_reentrant" in str(error):
         return LayerSelectionError(
             "The forward uses gradient checkpointing of the reentrant kind, which autograd cannot follow to chosen "
@@ -56,13 +63,13 @@ def explained(error: Exception) -> FlatnessError | None:
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the message of an error, preceded by its type unless it is an error of this package."""
+    """Return the message of an error; for errors of other packages, put the name of the error's type in front."""
     return str(error) if isinstance(error, FlatnessError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
 def naming(name: str, kind: str = "Layer") -> Iterator[None]:
-    """Put the name of a layer in front of the errors that are raised in the block."""
+    """In a ``with`` block, prefix the messages of this package's errors with ``{kind} '{name}': ``."""
     try:
         yield
     except FlatnessError as error:

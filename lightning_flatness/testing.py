@@ -1,6 +1,7 @@
-"""A slow and simple check: block traces from the Hessian that autograd computes, without code of the package.
+"""A slow, simple check of the package: block traces from the Hessian that autograd computes.
 
-Use this check on a small model of your own to verify the numbers of the package.
+The expected numbers are computed without any code of the package. Use this check to verify the numbers of the package
+on a small model of your own.
 
 Example:
     >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
@@ -35,9 +36,15 @@ def hessian_rows(
 ) -> Tensor:
     """Compute rows of the Hessian of the mean loss with respect to one layer's weight, by double backward.
 
-    The model must be in evaluation mode and float64. The batch is a pair of inputs and targets. ``layer`` names a
-    module with a weight of ``S`` filters of ``D`` numbers. ``loss_function`` maps logits and targets to the mean loss.
-    The result is ``H[i, d, s', d'] = d²L / dw[filters[i], d] dw[s', d']``, of shape ``(len(filters), D, S, D)``.
+    Args:
+        model: a model in evaluation mode and in float64.
+        batch: a pair of inputs and targets.
+        layer: name of a module whose weight ``w`` has ``S`` filters with ``D`` numbers each.
+        filters: indices of the filters that the rows belong to.
+        loss_function: maps logits and targets to the mean loss ``L``.
+
+    Returns:
+        The rows ``H[i, d, s', d'] = d²L / dw[filters[i], d] dw[s', d']``, of shape ``(len(filters), D, S, D)``.
     """
     inputs, targets = batch
     weight = model.get_submodule(layer).weight
@@ -65,10 +72,11 @@ def oracle_block_traces(
     filters: Sequence[int] | None = None,
     loss_function: LossFunction = cross_entropy,
 ) -> Tensor:
-    """Compute block traces ``T[s, s']`` for some filters ``s`` (by default all) and all filters ``s'``.
+    """Compute the block traces ``T[s, s']`` of the given filters ``s`` (by default all) with every filter ``s'``.
 
-    The arguments are those of :func:`hessian_rows`. The result is ``(len(filters), S)``. For a grouped convolution it
-    includes pairs of filters of different groups.
+    ``T[s, s']`` is the trace of the Hessian's block of the filters ``s`` and ``s'`` (``docs/theory.md``). The arguments
+    are the same as in :func:`hessian_rows`. The result has the shape ``(len(filters), S)`` for ``S`` filters in the
+    layer. For a grouped convolution, the result includes pairs of filters from different groups.
     """
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
@@ -89,14 +97,25 @@ def assert_matches_oracle(
     loss_function: LossFunction = cross_entropy,
     **options: Any,
 ) -> None:
-    """Assert that ``measure_flatness`` agrees with the Hessian that autograd computes for one layer, in float64.
+    """Assert that ``measure_flatness`` agrees, for one layer, with the Hessian that autograd computes in float64.
 
-    Any model that ``measure_flatness`` accepts can be used; it is copied. The inputs must be a tensor. The check takes
-    one backward pass for every weight of the filters, so choose a small layer or a few ``filters``. With ``filters``,
-    only the block traces of these filters are compared, not the measures. In the copy, a parametrised weight is
-    replaced by its value. A layer that computes its kernel in another way cannot be checked. Errors up to ``rtol``
-    times the largest block trace are allowed. ``options`` are options of ``measure_flatness``, such as ``loss``, and
-    ``loss_function`` must be the mean loss that they choose.
+    The check makes one backward pass for every weight of the filters, so choose a small layer or a few ``filters``.
+
+    Args:
+        model: any model that ``measure_flatness`` accepts. The check works on a copy of the model, in which the value
+            of a parametrised weight replaces the parametrisation.
+        batch: a pair of inputs and targets; the inputs must be one tensor.
+        layer: name of the layer.
+        filters: indices of filters. If they are given, only the block traces of these filters are compared, and the
+            measures (such as relative flatness) are not.
+        rtol: largest allowed error, relative to the largest block trace. For a measure, the error is relative to the
+            sum of the absolute values of the terms that add up to the measure.
+        loss_function: maps logits and targets to the mean loss; must be the same loss as in ``options``.
+        **options: options of ``measure_flatness``, such as ``loss``.
+
+    Raises:
+        AssertionError: the numbers differ, or the layer computes its kernel from its weight by other means than a
+            parametrisation, so that it cannot be checked.
     """
     from lightning_flatness import measure_flatness
 
@@ -136,6 +155,6 @@ def assert_matches_oracle(
     for name, matrix in matrices.items():
         terms = matrix * expected
         error = abs(getattr(measured, name) - float(terms.sum()))
-        # Terms of both signs may cancel, so the error is relative to the sum of their absolute values.
+        # The error is relative to the sum of absolute values because positive and negative terms may cancel.
         if not error <= rtol * float(terms.abs().sum()):
             raise AssertionError(f"{name} differs by {error} from the Hessian's.")

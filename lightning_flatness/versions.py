@@ -1,4 +1,4 @@
-"""The version of this package, and of what it runs on, without importing torch."""
+"""The versions of this package and of the packages that it needs, read without importing torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PACKAGES = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "numpy")
 
 
 def versions() -> str:
-    """Return one line: the versions of this package, of those that it uses, of Python, and the system.
+    """Return one line with the versions of this package, of ``PACKAGES`` and of Python, and the operating system.
 
     Example:
         >>> versions()  # doctest: +ELLIPSIS
