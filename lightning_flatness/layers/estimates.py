@@ -1,4 +1,7 @@
-"""Estimates from random probes, with variances: for sampled classes, and for the residual of the Hessian."""
+"""Estimate block traces by random probes, with variances.
+
+Probes are used for classes of small weight, and for the part of the Hessian that Gauss-Newton leaves out.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +24,20 @@ from lightning_flatness.layers.options import ALL_MEASURES, Options
 
 
 class BlockTraces(NamedTuple):
-    """Block traces of one layer, summed over samples, and what its measures need besides."""
+    """Block traces of one layer, summed over samples, and the measures that cannot be computed from them."""
 
     total: Tensor  # (G, S/G, S/G), or (G, S/G) for the diagonals, float64
-    extra: Tensor  # (2,): normalised relative flatness and channel-wise flatness of the sum; NaN if not measured
-    samples: Tensor | None  # (N, 4), values of every sample, of SAMPLE_MEASURES; None if they are not known
-    variances: Tensor | None = None  # (6,), of ALL_MEASURES, if probes estimated them
+    extra: Tensor  # (2,): normalised relative and channel-wise flatness, summed over samples; NaN if not measured
+    samples: Tensor | None  # (N, 4), the SAMPLE_MEASURES of every sample; None if unknown, as from probes of a kernel
+    variances: Tensor | None = None  # (6,), of the ALL_MEASURES of the sum; None if nothing was estimated by probes
 
     @classmethod
     def of(cls, contraction: Contraction) -> BlockTraces:
-        """Return the block traces of a contraction."""
+        """Convert a contraction, which was computed without probes."""
         return cls(contraction.total, contraction.samples[:, NORMALIZED:].sum(0), contraction.samples)
 
     def plus(self, other: BlockTraces) -> BlockTraces:
-        """Return the sum with independent block traces of the same layer."""
+        """Add block traces of the same layer; their estimates must be independent, because variances are added."""
         samples = None
         if self.samples is not None and other.samples is not None:
             samples = self.samples + other.samples
@@ -47,7 +50,10 @@ class BlockTraces(NamedTuple):
         )
 
     def measures(self, gram: Tensor) -> Tensor:
-        """Return the measures of the sum, ``(6,)``, of ``ALL_MEASURES``; zero or NaN if not measured."""
+        """Return the ``ALL_MEASURES`` of the sum over samples, ``(6,)``; zero or NaN if a measure is not computed.
+
+        ``gram`` is the Gram matrix of the filters, or its diagonal.
+        """
         measures = measures_of(self.total, gram) | {
             "normalized_relative_flatness": self.extra[0],
             "channelwise_flatness": self.extra[1],
@@ -56,7 +62,10 @@ class BlockTraces(NamedTuple):
 
 
 class Probes:
-    """The mean of independent estimates of one layer's block traces, with variances; ``gram`` is ``(G, S/G, S/G)``."""
+    """Collects independent estimates of one layer's block traces, and returns their mean with variances.
+
+    ``gram`` is the Gram matrix of the layer's filters, ``(G, S/G, S/G)``, or its diagonal, ``(G, S/G)``.
+    """
 
     def __init__(self, gram: Tensor) -> None:
         self._gram = gram
@@ -69,7 +78,7 @@ class Probes:
         self._measures.append(estimate.measures(self._gram))
 
     def estimate(self, known: BlockTraces | None = None) -> BlockTraces:
-        """Return the mean of the estimates, plus the part ``known`` that is exact."""
+        """Return the mean of the estimates plus ``known``, a part of the block traces that was computed exactly."""
         assert self._sum is not None
         number = len(self._measures)
         samples = None if self._sum.samples is None else self._sum.samples / number
@@ -77,9 +86,10 @@ class Probes:
         return mean if known is None else known.plus(mean)
 
     def precise(self, tolerance: float, known: BlockTraces | None = None) -> bool:
-        """Return whether relative standard errors are at most ``tolerance``, of trace and relative flatness.
+        """Return whether the relative standard errors are at most ``tolerance``.
 
-        The same holds of normalised relative flatness, if it is measured.
+        The errors are those of the trace, relative flatness and, if measured, normalised relative flatness of
+        :meth:`estimate`.
         """
         sizes = self.estimate(known).measures(self._gram).abs()
         errors = self._variances().sqrt()
@@ -87,11 +97,12 @@ class Probes:
         return not bool((errors[wanted] > tolerance * sizes[wanted]).any())
 
     def _variances(self) -> Tensor:
+        """Return the variances of the mean's measures, ``(6,)``."""
         return torch.stack(self._measures).var(0) / len(self._measures)
 
 
 def random_signs(like: Tensor, generator: Generator) -> Tensor:
-    """Return random signs of the shape, type and device of ``like``, from a generator on the CPU."""
+    """Return random signs in the shape, type and device of ``like``, drawn from a generator on the CPU."""
     return (2 * torch.randint(2, like.shape, generator=generator, device="cpu") - 1).to(like)
 
 
@@ -103,11 +114,19 @@ def hutchinson_residual(
     options: Options,
     generator: Generator,
 ) -> dict[str, BlockTraces]:
-    r"""Return block traces of ``\sum_n \sum_k (dloss/df_k) d²f_k / dW²`` by layer, with variances.
+    r"""Estimate the block traces of the Hessian minus the Gauss-Newton matrix, by layer, with variances.
 
-    For a kernel ``v`` of random signs, the mean of ``<v_s, (Hv)_s'>`` is ``T[s, s']``. Source: Hutchinson 1989, "A
-    stochastic estimator of the trace of the influence matrix". ``scalar`` is the sum of the logits times fixed
-    ``dloss/df``, in the graph of the kernels ``(S, ...)``. The groups follow from the shapes of the Gram matrices.
+    This difference is ``H = \sum_n \sum_k (dloss/df_k) d²f_k / dW²`` for logits ``f``. For a kernel ``v`` of random
+    signs, the mean of ``<v_s, (Hv)_s'>`` is the block trace of filters ``s`` and ``s'``. Source: Hutchinson 1989, "A
+    stochastic estimator of the trace of the influence matrix".
+
+    Args:
+        scalar: the sum of the logits times ``dloss/df``, which counts as constant, with its autograd graph.
+        kernels: the kernels ``(S, ...)`` in this graph, by layer.
+        grams: Gram matrices ``(G, S/G, S/G)`` of the filters, or their diagonals, by layer.
+        weightings: the matrices of the normalised and the channel-wise measure, by layer.
+        options: the number of probes, and whether diagonals suffice.
+        generator: draws the random signs.
     """
     gradients = pull_back(scalar, list(kernels.values()), torch.ones_like(scalar), create_graph=True)
     estimates = {}
@@ -115,7 +134,7 @@ def hutchinson_residual(
         inner, probes = grams[name], Probes(grams[name])
         for _ in range(options.num_probes):
             v = random_signs(kernel, generator)
-            (product,) = pull_back(gradient, [kernel], v)  # of the Hessian
+            (product,) = pull_back(gradient, [kernel], v)  # Hv
             rows, products = (tensor.double().reshape(*inner.shape[:2], -1) for tensor in (v, product))
             traces = (rows * products).sum(2) if options.diagonal else rows @ products.mT
             traces = traces if options.diagonal else (traces + traces.mT) / 2
@@ -128,7 +147,7 @@ def hutchinson_residual(
 def _extra(weighting: Weighting, rows: Tensor, products: Tensor, diagonal: bool) -> Tensor:
     """Return one probe's estimate of the normalised and the channel-wise measure, ``(2,)``; NaN if not measured.
 
-    ``rows`` are the probe and ``products`` its products with the Hessian, ``(1, G, S/G, D)``.
+    ``rows`` is the probe ``v`` and ``products`` is ``Hv``, both ``(1, G, S/G, D)``.
     """
     extra = rows.new_full((2,), torch.nan)
     if weighting.normalized is not None and not diagonal:

@@ -1,6 +1,7 @@
-"""Block traces of layers under the Gauss-Newton method.
+"""Compute the block traces of layers under the Gauss-Newton method.
 
-The columns of the factor ``B`` of the loss's curvature ``Λ`` are pulled back to all layers at once.
+The loss's second derivative at the logits is factored as ``Λ = B Bᵀ``. Each column of ``B`` is pulled back from the
+logits to the outputs of all layers at once (``docs/theory.md``, "Any layer: Gauss-Newton").
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.estimates import BlockTraces, Probes, random_signs
 from lightning_flatness.layers.options import Options
 
-# How many elements, over all layers, are kept in memory at a time: on a CPU about a hundred megabytes.
+# How many entries of tensors, over all layers, are kept in memory at a time: on a CPU about a hundred megabytes.
 ELEMENTS = {"cpu": 3 * 2**23}
 ELEMENTS_DEFAULT = 2**29
-# The memory of the graph of a forward pass, in columns. (The certificate's graph is freed before columns are taken.)
+# A forward pass's autograd graph takes about the memory of so many pulled-back columns. (The double backward of the
+# certificate takes more, but is freed before columns are pulled back.)
 GRAPH = 4
-# How many columns must fit into memory besides the graph: with more, fewer samples would be taken at a time.
+# The number of samples at a time is chosen so that this many columns fit into memory besides the graph.
 COLUMNS = 6
-# At most so many columns are taken at a time: more are no faster, and memory must not grow with the classes.
+# At most this many columns are pulled back at a time: more are no faster, and memory must not grow with the classes.
 MOST_COLUMNS = {"cpu": 12}
+# Random probes are added in groups of this size.
 MIN_PROBES = 16
 
-Columns = list[list[Tensor]]  # some columns, each pulled back to all calls of all layers
+Columns = list[list[Tensor]]  # for each of some columns, what is pulled back to each call of all layers
 Advance = Callable[[float], None]  # called with the fraction of the work that is done
 
 
@@ -49,10 +52,11 @@ def gauss_newton_layers(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, BlockTraces]:
-    """Return block traces of the layers under Gauss-Newton, summed over the samples of a pass.
+    """Return the block traces of the layers under Gauss-Newton, summed over the samples of a pass, by layer.
 
-    One backward pass per column, down to activations only, serves all layers. Columns are taken in chunks, so that
-    memory does not grow with the number of classes. Random probes are drawn from ``generator``.
+    One backward pass for each column of ``B`` serves all layers; no gradients at weights are computed. Columns are
+    taken in chunks, so that memory does not grow with the number of classes. With many classes, classes of small weight
+    are sampled by random probes, which are drawn from ``generator`` (:func:`is_sampled`).
     """
     curvature, tolerance = certified.loss.curvature, options.class_tolerance
     layers = _Layers(certified.others, certified.recorded.logits, weightings, options.diagonal)
@@ -69,14 +73,14 @@ def gauss_newton_layers(
 
 
 def is_sampled(curvature: Curvature, tolerance: float) -> bool:
-    """Return whether classes of small weight in the curvature are sampled instead of taken one by one."""
+    """Return whether classes of small weight are sampled by random probes instead of taken one by one."""
     return tolerance > 0 and not isinstance(curvature, DenseCurvature) and curvature.num_classes >= MANY_CLASSES
 
 
 def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int:
-    """Return how many samples fit in memory at a time, at least two: the graph, and what is pulled back from logits.
+    """Return for how many samples the autograd graph and the pulled-back columns fit in memory, at least two.
 
-    ``elements`` are the entries of the measured layers' outputs for one sample.
+    ``elements`` is the number of entries that the measured layers' outputs have for one sample.
     """
     kept = ELEMENTS.get(device.type, ELEMENTS_DEFAULT)
     return max(2, kept // (elements * (min(num_columns, COLUMNS) + GRAPH)))
@@ -84,15 +88,15 @@ def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers to which columns are pulled back, in one pass."""
+    """The layers of one forward pass to which columns are pulled back."""
 
     calls: Calls
-    logits: Tensor  # (N, K), in the graph of the layers' outputs
+    logits: Tensor  # (N, K), with their autograd graph
     weightings: Mapping[str, Weighting]
-    diagonal: bool  # only the diagonals of the block traces
+    diagonal: bool  # whether only the diagonals of the block traces are computed
 
     def pulled(self, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
-        """Yield chunks of the cotangents ``(N, K)``, each pulled back to all calls of all layers."""
+        """Yield the cotangents ``(N, K)`` pulled back to all calls of all layers, in chunks that fit in memory."""
         logits, nodes = self.logits, nodes_of(self.calls)
         kept = ELEMENTS.get(logits.device.type, ELEMENTS_DEFAULT)
         at_a_time = max(1, kept // max(1, sum(node.numel() for node in nodes)) - GRAPH)
@@ -103,7 +107,12 @@ class _Layers:
     def factored(
         self, curvature: ClassCurvature | AutogradCurvature, vectors: Iterable[Tensor]
     ) -> Iterator[tuple[Columns, Tensor | None]]:
-        """Yield chunks of the columns that a curvature gives for vectors ``(N, K)``, pulled back, and their signs."""
+        """Multiply vectors ``(N, K)`` by a factor of the curvature and pull the products back; yield them in chunks.
+
+        A :class:`ClassCurvature` makes one column of each vector. An :class:`AutogradCurvature` makes two, and the
+        block traces of the second are subtracted. So each chunk comes with the signs of its columns, None if all are
+        positive.
+        """
         if isinstance(curvature, ClassCurvature):
             for columns in self.pulled(curvature.factor(x) for x in vectors):
                 yield columns, None
@@ -115,7 +124,10 @@ class _Layers:
                 yield columns, self.logits.new_tensor(signs).expand(len(self.logits), -1)
 
     def contracted(self, columns: Columns, signs: Tensor | None = None) -> Iterator[tuple[str, BlockTraces]]:
-        """Yield block traces by layer, from the columns; the lists of columns are emptied, which keeps memory low."""
+        """Yield the name and block traces of each layer, computed from pulled-back columns with their signs.
+
+        To save memory, the lists in ``columns`` are emptied on the way.
+        """
         for name, of_layer in self.calls.items():
             convolutions = [call.convolution for call in of_layer]
             cotangents = [
@@ -127,7 +139,7 @@ class _Layers:
             yield name, BlockTraces.of(contraction)
 
     def add(self, totals: dict[str, BlockTraces], columns: Columns, signs: Tensor | None = None) -> None:
-        """Add the block traces from these columns to the totals by layer."""
+        """Compute the block traces from pulled-back columns, and add them to ``totals``, by layer."""
         for name, part in self.contracted(columns, signs):
             totals[name] = totals[name].plus(part) if name in totals else part
 
@@ -140,12 +152,13 @@ def _by_probes(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, BlockTraces]:
-    """Return block traces: classes of large weight are taken one by one, the sum over the others is estimated.
+    r"""Return block traces by layer, where the sum over classes of small weight is estimated.
 
-    A probe pulls ``sum_k ±√w_k (e_k - π)`` over the other classes back (or the pair of columns of an
-    :class:`AutogradCurvature` for these signs); random signs make the estimate unbiased. Probes
-    are added until trace and relative flatness of every layer reach the tolerance. If that would take more probes than
-    there are classes, these classes are taken one by one, too.
+    Classes of large weight are taken one by one. For the others, a probe pulls back ``\sum_k ±√w_k (e_k - π)``, with
+    class weights ``w``, unit vectors ``e_k`` and softmax ``π`` (for an :class:`AutogradCurvature`, its two columns for
+    the same signs). The signs are random, so the estimate is unbiased. Probes are added until :meth:`Probes.precise`
+    holds for every layer. If that took more backward passes than taking all classes, the other classes are taken one by
+    one, too.
     """
     order = curvature.weights.argsort(1, descending=True)
     mass = curvature.weights.gather(1, order)
@@ -153,7 +166,7 @@ def _by_probes(
     unit = torch.zeros_like(mass)
     totals: dict[str, BlockTraces] = {}
 
-    def take_one_by_one(ranks: range) -> None:
+    def take_one_by_one(ranks: range) -> None:  # positions in the order of falling weight
         units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
         for columns, column_signs in layers.factored(curvature, units):
             layers.add(totals, columns, column_signs)
@@ -179,8 +192,11 @@ def _by_probes(
 
 
 def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
-    """Return how many classes to take one by one, so that their number plus that of the probes is smallest."""
+    """Return how many classes to take one by one, so that these and the expected probes are fewest together.
+
+    ``mass`` has the class weights of every sample in falling order, summed over samples, ``(K,)``.
+    """
     rest = (1 - mass.cumsum(0) / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).clamp_min(0)
-    # The relative variance of a probe is about 0.1 for one sample, times the square of the sampled share of the weight.
+    # A probe's relative variance is about 0.1 / samples, times the square of the share of the weight that is sampled.
     num_probes = 0.1 / (samples * tolerance**2) * rest.square()
     return int((torch.arange(1, len(mass) + 1, device=mass.device) + num_probes).argmin()) + 1

@@ -1,4 +1,7 @@
-"""Observing a forward pass of the user's, after a trial on a pass of our own has shown that this changes nothing."""
+"""Observe a forward pass that the user makes, so that the measurement needs no pass of its own.
+
+A trial (``trial.py``) must first show that observing changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,25 @@ from lightning_flatness.model.precision import Precision, current_precision
 
 
 class Listener:
-    """A context manager that records the call that the user makes of a model, and observes the pass if it may.
+    """A context manager that records the call that the user makes of a model, and may observe its forward pass.
 
-    :attr:`call` is the first call, on copies of its tensors; with ``inputs``, the first call on these very objects.
-    Later calls on the same objects are ignored; other ones are counted in :attr:`num_others`. Nothing is observed
-    without a ``recorder``, nor in another precision than the given one. Our own errors are kept in :attr:`reason` and
-    never raised. After the call, modes are as they were before it, even if it raises. If the observed forward fails, it
-    is run again unobserved.
+    Only one call counts: the first one, or with ``inputs``, the first one on these very objects. Its arguments are kept
+    in :attr:`call`, as copies. Later calls on the same objects are ignored. Without ``inputs``, later calls on other
+    objects are counted in :attr:`num_others`.
+
+    Errors of the package are never raised in the user's code. They are kept in :attr:`reason`. If the observed forward
+    fails because it is observed, the listener runs it again unobserved. After the call, the grad mode and the inference
+    mode are as they were before it, even if it raised an error.
+
+    Args:
+        model: the model that the user calls.
+        recorder: makes the recorder that observes the pass; without it, the call is recorded but not observed.
+        inputs: the inputs of the call that counts; None for any.
+        precision: observe the pass only if it runs in this precision; None for any.
     """
 
-    _active: ClassVar[list[Listener]] = []  # that observe
-    _observing: ClassVar[bool] = False  # only one may: nodes of two would be in each other's graphs
+    _active: ClassVar[list[Listener]] = []  # listeners that are entered and have a recorder
+    _observing: ClassVar[bool] = False  # one listener at a time: the graph of one would contain the other's nodes
 
     def __init__(
         self,
@@ -40,18 +51,22 @@ class Listener:
     ) -> None:
         self.call: Call | None = None
         self.num_others = 0
-        self.reason = NOT_CALLED  # why the pass was not observed; empty if it was
-        self.output: Any = None  # of the call
+        self.reason = NOT_CALLED  # why the pass was not observed; empty if it was observed
+        self.output: Any = None  # what the call that counts returned
         self._model, self._recorder, self._precision = model, recorder, precision
         self._wanted = None if inputs is None else as_call(inputs)
-        self._called: Call | None = None  # with the user's tensors
+        self._called: Call | None = None  # the call that counts, on the user's tensors
         self._recorded: Recorder | None = None
         self._is_called = False  # while the call that counts runs
         self._overheard = Overheard([model], self._hear)
         self._state: list[Any] = []
 
     def result(self) -> Pass:
-        """Return the observed forward pass; raise an error if there is none."""
+        """Return the observed forward pass.
+
+        Raises:
+            BatchError: no pass was observed, or observing failed.
+        """
         recorder = self._recorded
         if recorder is None or self.reason or recorder.failure is not None:
             raise BatchError(self.reason or f"observing failed ({recorder and recorder.failure})")
@@ -70,15 +85,18 @@ class Listener:
             Listener._active.remove(self)
 
     def alone(self) -> AbstractContextManager[None]:
-        """Return a context in which nobody else hears the model's calls: those of a trial are not the user's."""
+        """Return a context in which only this listener notices calls of the model.
+
+        A trial uses it, because the calls of a trial are not made by the user.
+        """
         return only_heard_by(self._overheard)
 
     def release(self) -> None:
-        """Drop all references to tensors."""
+        """Drop all references to tensors, so that their memory can be freed."""
         self._recorded = self.output = self.call = self._called = self._wanted = None
 
     def graph(self) -> weakref.ref[Any]:
-        """Return a weak reference that is alive as long as any tensor of the observed graph."""
+        """Return a weak reference that is alive as long as any part of the observed autograd graph is."""
         token = _Token()
         with torch.inference_mode(False), torch.enable_grad():
             for node in [] if self._recorded is None else self._recorded.nodes:
@@ -89,6 +107,7 @@ class Listener:
     def _hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
+        """Run a call of the model for the user, and record or observe it if it is the call that counts."""
         called = heard_call(arguments, keywords)
         counts = not self._is_called and (self._wanted is None or same_inputs(called, self._wanted))
         if not counts or self._called is not None:
@@ -100,7 +119,7 @@ class Listener:
         self._is_called = True
         try:
             if not self.reason and self._recorder is not None:
-                # Whatever modes the forward enters or leaves, these contexts restore them afterwards.
+                # These contexts restore the grad and inference modes, even if the forward leaves them changed.
                 with torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
                     self._observe(self._recorder(), forward, called)
             if self.reason:
@@ -110,10 +129,12 @@ class Listener:
             self._is_called = False
         if self._recorded is None or self._recorded.has_classifier:
             return self.output
-        # Without a classifier the output is in the graph. In inference mode the clone is an inference tensor.
+        # Without a classifier the output is part of the observed graph, so the user gets a detached copy. In inference
+        # mode this copy is an inference tensor, as the user expects.
         return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
 
     def _observe(self, recorder: Recorder, forward: Callable[..., Any], called: Call) -> None:
+        """Run the forward under the recorder; if it fails because it is observed, put the error into ``reason``."""
         Listener._observing = True
         try:
             with recorder:
@@ -121,7 +142,8 @@ class Listener:
             self._recorded = recorder
         except BaseException as error:
             self.reason = f"the network fails when it is observed ({type(error).__name__}: {error})"
-            # Autograd raises RuntimeErrors for operations that a graph cannot contain.
+            # Only a RuntimeError can come from observing: autograd raises it for operations that it cannot record. Any
+            # other error is the network's own.
             if not (recorder.nodes and isinstance(error, RuntimeError)):
                 self.reason = "the network raised an error"
                 raise
@@ -129,6 +151,7 @@ class Listener:
             Listener._observing = False
 
     def _why_not_now(self) -> str:
+        """Return why the pass that begins now must not be observed, or an empty string."""
         if Listener._observing:
             return "another callback observes the same forward pass"
         if torch.is_grad_enabled():
@@ -141,7 +164,7 @@ class Listener:
 
 
 def is_observed(model: nn.Module) -> bool:
-    """Return whether a listener observes a model, a part of it, or what it is a part of."""
+    """Return whether an active listener observes the model, or a model that shares a module with it."""
     modules = set(model.modules())
     return any(not modules.isdisjoint(listener._model.modules()) for listener in Listener._active)
 

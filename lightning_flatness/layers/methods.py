@@ -1,4 +1,4 @@
-"""The description of each layer's method: the closed form until it fails, then Gauss-Newton."""
+"""Describe how a layer is measured: by the closed form until a certificate of it fails, then by Gauss-Newton."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lightning_flatness.layers.recording import Convolution, LayerCall
 from lightning_flatness.model.precision import name_of
 from lightning_flatness.results import LayerInfo
 
-# Matrices kept per layer while a batch is added, in float64: total block traces, those of the batch, the Gram matrix.
+# Float64 matrices that a layer keeps while a batch is added: block traces so far and of the batch, the Gram matrix.
 MATRICES_KEPT = 3
-# Gram matrices that single samples are weighted with, in the type of the kernel.
+# Gram matrices of :class:`Weighting`, in the type of the kernel.
 WEIGHTING_MATRICES = 2
 
 
@@ -33,7 +33,10 @@ def first_description(
     curvature: Curvature,
     context: Context,
 ) -> CertifiedLayer:
-    """Return a layer's first description, under the closed form; ``deviation`` is that of the path certificate."""
+    """Describe a layer on the first samples, before it is known whether the closed form holds.
+
+    The description says that it does. ``deviation`` is what certificate 4 has found (:func:`certify_path`).
+    """
     call, convolution = calls[0], calls[0].convolution
     groups, filters = convolution.geometry.groups, convolution.weight.shape[0]
     diagonal = context.options.diagonal
@@ -70,10 +73,18 @@ def under_gauss_newton(
     options: Options,
     first: bool,
 ) -> CertifiedLayer:
-    """Return a layer's description under Gauss-Newton.
+    """Describe a layer that is measured by Gauss-Newton.
 
-    ``inexact`` is why the logits are not affine in its kernel, if so; ``failure`` is why the closed form failed, if it
-    did on this batch.
+    Args:
+        layer: the description so far.
+        certified: the forward pass.
+        inexact: why the logits are not affine in the layer's kernel; None if they are.
+        failure: why the closed form failed on this batch; empty if it failed earlier.
+        options: the options of the measurement.
+        first: whether no samples were measured before.
+
+    Raises:
+        NotExactError: the layer is not exact, and the options have ``strict=True``.
     """
     info, calls, curvature = layer.info, certified.calls[layer.info.name], certified.loss.curvature
     if options.strict and inexact:
@@ -101,7 +112,7 @@ def under_gauss_newton(
 
 
 def _multiplications(convolution: Convolution, columns: int, diagonal: bool) -> int:
-    """Return the number of multiplications per sample."""
+    """Return the number of multiplications for the block traces of one sample, besides passes through the model."""
     groups, (filters, length) = convolution.geometry.groups, convolution.weight.flatten(1).shape
     positions = convolution.output[0].numel() // filters
     return groups * min(contraction_costs(positions, length, filters // groups, columns, diagonal))

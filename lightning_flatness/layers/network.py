@@ -1,4 +1,4 @@
-"""What a network is made of, as far as it matters when networks are compared."""
+"""Count the layers and the BatchNorms of a network, for comparisons of networks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def make_of(network: nn.Module) -> dict[str, Any]:
-    """Return the numbers of convolutions and linear layers, of BatchNorms, and of those that were never updated.
+    """Count the convolutions and linear layers (``depth``), the BatchNorms, and the BatchNorms never updated.
 
-    A BatchNorm was never updated if its running statistics are those that it began with. The device is waited for once.
+    A BatchNorm counts as never updated (``fresh_batch_norms``) if its running mean is 0 and its running variance 1
+    everywhere. The device is waited for once.
 
     Example:
         >>> make_of(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))

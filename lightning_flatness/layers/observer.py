@@ -1,4 +1,4 @@
-"""The observer, which computes block traces of batches of one model."""
+"""Compute the block traces of a model's layers, batch by batch."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ Result = TypeVar("Result")
 
 
 class FlatnessObserver:
-    """An observer that measures batches of one model, whose weights must not change between batches.
+    """Measures batches of one model, whose weights must not change between batches.
 
-    The first call finds the layers, and certifies on its batch how each can be measured: by the closed form, if it
-    holds, else by the Gauss-Newton method. Gauss-Newton is exact if the logits are affine in the layer's weight; if
-    not, the layer is labelled inexact. :attr:`layers` then describes the layers. Every call leaves the model, its
+    The first call selects the layers and certifies how each can be measured: by the closed form if it holds, otherwise
+    by the Gauss-Newton method. Gauss-Newton is exact if the logits are affine in the layer's weight; if they are not,
+    the layer is labelled inexact. From then on, :attr:`layers` describes the layers. Every call leaves the model, its
     gradients, buffers and modes, the batch and all random states as they were.
 
-    The normalised measure needs the spread of the layers' input channels before the first sample is measured:
-    :meth:`channels` returns it for some samples, and :meth:`normalize` takes it for all that follows. Without it this
-    measure is NaN.
+    Normalised relative flatness needs the standard deviations of the layers' input channels before the first sample is
+    measured. Compute them from what :meth:`channels` returns for some samples, and set them with :meth:`normalize`.
+    Without them, this measure is NaN.
 
-    An observer can also observe forward passes that the user makes: :meth:`why_not_live`, :meth:`listen`,
-    :meth:`observed`. The model, the options and the errors are those of :func:`~lightning_flatness.measure_flatness`.
+    An observer can also observe forward passes that the user makes. Call :meth:`why_not_live` first, then
+    :meth:`listen`, then :meth:`observed`. The arguments and the errors are those of
+    :func:`~lightning_flatness.measure_flatness`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
@@ -62,71 +63,83 @@ class FlatnessObserver:
         self._options = Options(**options)
         self._model = without_wrapper(model)
         self._own = OwnPasses(self._model, self._options)
-        # Its certificates are separate: passes of our own must not rely on the few samples of the trial.
+        # The certificates of observed passes are separate from those of passes of our own, which must not rely on the
+        # few samples of the trial.
         self._observable: Observable | None = None
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self._defers_checks = True
         self._deviations: Mapping[str, Tensor] = {}
-        self._before: OwnPasses | None = None  # passes that show the channels
-        self._weightings: dict[str, Weighting] = {}  # of the layers that were measured
+        self._before: OwnPasses | None = None  # the passes of `channels`
+        self._weightings: dict[str, Weighting] = {}  # by layer, made when first needed
         self._num_seen = 0
 
     @property
     def layers(self) -> dict[str, LayerInfo]:
-        """How each layer is measured; empty before the first batch."""
+        """The description of how each layer is measured, by name; empty before the first batch."""
         own, observed = self._own.known.infos, {} if self._observable is None else self._observable.known.infos
         return {name: merged([infos[name] for infos in (own, observed) if name in infos]) for name in own | observed}
 
     @property
     def left_out(self) -> dict[str, str]:
-        """The layers that ``layers="all"`` leaves out since they cannot be measured, and why."""
+        """With ``layers="all"``, why layers were left out, by name: they cannot be measured."""
         observed = {} if self._observable is None else self._observable.known.left_out
         return dict(self._own.known.left_out or observed)
 
     def __call__(
         self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None
     ) -> dict[str, LayerStatistics]:
-        """Return statistics of one batch, by layer; ``advance`` is called with the fraction of it that is done.
+        """Measure one batch, and return its statistics by layer.
 
-        ``inputs`` are a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments. ``targets``
-        have the form that the loss takes. Layers whose Hessian depends on them raise an error without them.
+        Args:
+            inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments of the model.
+            targets: targets in the form that the loss expects. Without targets, a layer whose Hessian depends on them
+                raises an error.
+            advance: called with the fraction of the batch that is done.
         """
         return self._statistics(self.sums(inputs, targets, advance))
 
     def channels(
         self, inputs: Any, targets: Tensor | None = None, samples: int | None = None
     ) -> dict[str, ChannelSums]:
-        """Return the sums of every input channel of the layers, for the first samples of a batch, by layer.
+        """Return, by layer, the number, mean and squared deviations of every input channel's entries, per sample.
 
-        This makes a forward pass. With ``samples=None`` all samples of the batch are taken.
+        The model runs on the first ``samples`` samples of the batch, or on all with ``samples=None``.
         """
-        # Apart from what certifies: the first pass of that shows more than a later one would.
+        # These passes use an OwnPasses of their own, so that the first pass of `self._own` is still a first pass, which
+        # gets more certificates than later ones.
         self._before = self._before or OwnPasses(self._model, self._options)
         return self._before.channels(inputs, targets, samples)
 
     def normalize(self, deviations: Mapping[str, Tensor]) -> None:
-        """Set the standard deviations ``(C,)`` of the input channels of every layer, by name."""
+        """Set the standard deviations ``(C,)`` of the input channels, by layer, for all later batches."""
         self._deviations, self._before = deviations, None
         self._weightings.clear()
 
     def sums(self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None) -> dict[str, LayerSums]:
-        """Return the results of a call in a form that can be added: symmetric matrices are kept as upper triangles."""
+        """Measure one batch as a call does, and return sums that can be added to those of other batches.
+
+        In these sums, symmetric matrices are kept as upper triangles.
+        """
         totals: dict[str, LayerSums] = {}
         for part in self._own(inputs, targets, self._block_traces, advance):
             totals = added(totals, part)
         return totals
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch where the mask, ``(N,)``, is true; an error if they cannot be cut out."""
+        """Return the samples of a batch where the mask ``(N,)`` is true.
+
+        Raises:
+            BatchError: the model gives these samples other logits alone than in the whole batch.
+        """
         return self._own.chosen(inputs, targets, mask)
 
     def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or an empty string if they can.
 
-        A trial on the first samples of a batch decides. It observes a pass of our own as it would observe the user's,
-        under the current modes and in the precision of ``inputs``, if they are a ``Call`` that was heard. The pass must
-        return bit-identical outputs, keep no tensors of the graph, and give the same block traces, but for rounding in
-        half precision.
+        A trial on the first samples of a batch decides (:func:`try_observing`). It observes a pass of our own in the
+        same way as a pass of the user's, under the current modes. If ``inputs`` are a recorded :class:`Call`, the pass
+        runs in the precision of that call. It must return bit-identical outputs, keep no tensors of the graph alive,
+        and give the same block traces as an unobserved measurement, except for rounding in half precision.
         """
         batch = inputs, targets
         outcome = try_observing(self._model, self._options, batch, self._block_traces, self._sums_observed)
@@ -136,27 +149,31 @@ class FlatnessObserver:
         return outcome.compiled
 
     def listen(self, inputs: Any = None) -> Listener:
-        """Return a context that observes the call that the user makes of the model, by default whatever its inputs.
+        """Return a context manager that observes the first call that the user makes of the model.
 
-        :meth:`why_not_live` must come first.
+        With ``inputs``, it observes the first call on these very objects. Requires: :meth:`why_not_live` was called and
+        found that passes can be observed.
         """
         assert self._observable is not None
         return Listener(self._model, self._observable.context.recorder, inputs, self._observable.precision)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
-        """Return statistics of a batch on which the user's forward pass was observed.
+        """Return the statistics of a batch, by layer, from the user's forward pass that the listener observed.
 
         Raises:
-            FlatnessError: The pass differed from the passes of our own.
+            FlatnessError: the pass was not observed, or does not pass the certificates.
         """
         return self._statistics(self.observed_sums(listener, targets))
 
     def observed_sums(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerSums]:
-        """Return the results of :meth:`observed` in a form that can be added, like :meth:`sums`."""
+        """Return what :meth:`observed` computes, as sums that can be added to those of other batches."""
         return self._observe(lambda observable: self._sums_observed(observable, listener, targets))
 
     def observed_forms(self, listener: Listener, targets: Tensor | None, is_pair: bool = False) -> ClosedForms:
-        """Certify an observed pass, and return what :meth:`sums_of` computes its sums from later."""
+        """Certify an observed pass, and return the inputs from which :meth:`sums_of` computes its sums later.
+
+        With ``is_pair``, the pass ran on a single sample that was duplicated.
+        """
 
         def forms(observable: Observable) -> tuple[ClosedForms, Certified]:
             return self._checked(lambda: self._forms(observable, listener, targets, is_pair))
@@ -164,11 +181,12 @@ class FlatnessObserver:
         return self._observe(forms)
 
     def sums_of(self, forms: ClosedForms) -> dict[str, LayerSums]:
-        """Return the sums of a pass that was observed before."""
+        """Compute the sums of an observed pass from what :meth:`observed_forms` returned."""
         with differentiable(self._model):
             return self._measured(forms)
 
     def _observe(self, work: Callable[[Observable], tuple[Result, Certified]]) -> Result:
+        """Call ``work``, keep the certificates that it returns, and return its result."""
         assert self._observable is not None
         result, known = work(self._observable)
         self._observable = replace(self._observable, known=known)
@@ -176,19 +194,23 @@ class FlatnessObserver:
 
     @property
     def observes_half(self) -> bool:
-        """Whether the trial has shown that features are half precision."""
+        """Whether the trial has found layers, classifier or logits in half precision."""
         return self._observable is not None and self._observable.half is not None
 
     @property
     def repeats(self) -> bool:
-        """Whether passes of our own run as the user's do (see :meth:`repeated_forms`), also if these are not observed.
+        """Whether passes of our own must run in the same way as the user's passes (see :meth:`repeated_forms`).
 
-        They do in half precision, so that all samples are measured in one precision, and if the network is compiled.
+        This is so in half precision, because all samples must be measured in the same precision. It is also so if the
+        network is compiled, because then the user's passes cannot be observed.
         """
         return self.observes_half or (self._observable is not None and bool(self._observable.compiled))
 
     def repeated_forms(self, inputs: Any, targets: Tensor | None) -> ClosedForms:
-        """Certify an observed pass of our own, which runs as the user's do; one sample runs as a pair."""
+        """Make a pass of our own in the same way as the user's passes, observe it, and certify it.
+
+        A single sample is duplicated, so that it runs as a pair. The result is that of :meth:`observed_forms`.
+        """
         assert self._observable is not None
         if as_call(inputs).precision != self._observable.precision:
             raise BatchError("validation runs in another precision than before (autocast)")
@@ -207,7 +229,7 @@ class FlatnessObserver:
     def _sums_observed(
         self, observable: Observable, listener: Listener, targets: Tensor | None
     ) -> tuple[dict[str, LayerSums], Certified]:
-        """Return sums of an observed batch, and the updated certificates."""
+        """Return the sums of an observed batch by layer, and what is certified after it."""
 
         def sums() -> tuple[dict[str, LayerSums], Certified]:
             forms, known = self._forms(observable, listener, targets)
@@ -216,10 +238,10 @@ class FlatnessObserver:
         return self._checked(sums)
 
     def _checked(self, work: Callable[[], Result]) -> Result:
-        """Return the result of ``work``, whose checks of tensors are evaluated together at the end.
+        """Call ``work``, evaluate its checks of tensors together at the end, and return its result.
 
-        So the CPU waits for a GPU only once. If a check fails, the checks of this batch and of all later batches are
-        evaluated one by one, to find out which one fails.
+        So the CPU waits for a GPU only once. If a check fails, ``work`` is called again with every check evaluated
+        immediately, to find out which one fails. From then on this is done for all batches.
         """
         with differentiable(self._model):
             if self._defers_checks:
@@ -237,6 +259,7 @@ class FlatnessObserver:
     def _forms(
         self, observable: Observable, listener: Listener, targets: Tensor | None, is_pair: bool = False
     ) -> tuple[ClosedForms, Certified]:
+        """Certify an observed pass; return the inputs of the closed form, and what is certified after this pass."""
         recorded = listener.result()
         if len(recorded.logits) < 2:
             raise BatchError("a batch of one sample cannot be observed, since a single sample is measured as a pair")
@@ -249,6 +272,7 @@ class FlatnessObserver:
         return ClosedForms.of(certified, known, outcomes_of_pass(certified)), known
 
     def _measured(self, forms: ClosedForms) -> dict[str, LayerSums]:
+        """Return the sums of the layers under the closed form, by layer."""
         sums = {}
         for name, form in forms.by_layer.items():
             with naming(name):
@@ -257,7 +281,7 @@ class FlatnessObserver:
         return sums
 
     def _weighting(self, layer: CertifiedLayer) -> Weighting:
-        """Return the matrices that values of single samples of a layer are taken with, made once."""
+        """Return the matrices that weight a layer's block traces in the measures; they are made once."""
         info, options = layer.info, self._options
         if info.name not in self._weightings:
             kernel, deviations = layer.kernel.value.weight, self._deviations.get(info.name)
@@ -269,7 +293,7 @@ class FlatnessObserver:
     def _block_traces(
         self, certified: CertifiedPass, known: Certified, advance: Advance = lambda part: None
     ) -> dict[str, LayerSums]:
-        """Return block traces of all layers, summed over the samples of a pass."""
+        """Return the sums of all layers over the samples of a certified pass, by layer."""
         forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
         sums = self._measured(forms)
         if not certified.others:
@@ -284,7 +308,7 @@ class FlatnessObserver:
     def _residuals(
         self, certified: CertifiedPass, known: Certified, weightings: Mapping[str, Weighting]
     ) -> dict[str, BlockTraces]:
-        """Return estimates of the Hessian minus the Gauss-Newton matrix, for the layers measured with this residual."""
+        """Estimate the Hessian minus the Gauss-Newton matrix, for the layers with ``residual="hutchinson"``."""
         wanted = [name for name, info in known.infos.items() if info.method == "gauss_newton+hutchinson"]
         if not wanted:
             return {}
@@ -299,6 +323,7 @@ class FlatnessObserver:
         return hutchinson_residual(scalar, kernels, grams, weightings, self._options, self._generator)
 
     def _statistics(self, sums: dict[str, LayerSums]) -> dict[str, LayerStatistics]:
+        """Turn sums into statistics, where the position of a sample is its number since the first call."""
         number = max((len(of_layer.samples) for of_layer in sums.values()), default=0)
         positions = self._num_seen + torch.arange(number, device="cpu")
         self._num_seen += number

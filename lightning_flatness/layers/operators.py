@@ -1,4 +1,4 @@
-"""A layer's Hessian as an operator on kernels, computed from one certified forward pass."""
+"""Multiply a layer's Hessian by kernels, using what one certified forward pass has recorded."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ from lightning_flatness.layers.recording import Convolution
 
 @dataclass(frozen=True)
 class ColumnOperator:
-    """The Gauss-Newton matrix of a layer, from pulled-back columns of the factor of the loss's curvature."""
+    """Multiplies kernels by a layer's Gauss-Newton matrix.
+
+    With ``Λ = B Bᵀ`` the loss's second derivative at the logits, the columns of ``B`` are kept, pulled back to the
+    layer's output.
+    """
 
     convolutions: Sequence[Convolution]
-    columns: Sequence[Tensor]  # δ, for every convolution (N, B, S, *output)
-    signs: Tensor | None  # (N, B)
+    columns: Sequence[Tensor]  # pulled back, (N, number of columns, S, *output) for every convolution
+    signs: Tensor | None  # of the columns, (N, number of columns); None if all are positive
 
     def __call__(self, kernel: Tensor, by_filter: bool) -> Tensor:
-        """Return the product with a kernel ``(S, ...)``; ``by_filter``, only with each filter's diagonal block."""
+        """Return the product of the matrix and a kernel ``(S, ...)``.
+
+        With ``by_filter``, blocks of the matrix that belong to two different filters count as zero.
+        """
         deltas = [delta.reshape(*delta.shape[:3], -1) for delta in self.columns]  # (N, B, S, P)
         weights = torch.zeros_like(deltas[0][:, :, :, 0])
         for convolution, delta in zip(self.convolutions, deltas, strict=True):
@@ -48,16 +55,23 @@ class ColumnOperator:
 
 @dataclass(frozen=True)
 class TailOperator:
-    """The Hessian of a layer under the closed form."""
+    """Multiplies kernels by the Hessian of a layer under the closed form.
+
+    Here ``V`` are the ``tail.columns`` of the classifier's weight, and ``Λ`` and ``dloss/df`` are the derivatives of
+    the loss at the logits.
+    """
 
     convolution: Convolution
     tail: TailDerivatives
     curvature: Curvature
-    diagonal: Tensor  # of VᵀΛV, (N, S)
-    pulled: Tensor | None  # r = Vᵀ dloss/df, (N, S)
+    diagonal: Tensor  # diagonal of VᵀΛV, (N, S)
+    pulled: Tensor | None  # Vᵀ dloss/df, (N, S); None if the tail is piecewise linear
 
     def __call__(self, kernel: Tensor, by_filter: bool) -> Tensor:
-        """Return the product with a kernel, as :class:`ColumnOperator` does."""
+        """Return the product of the Hessian and a kernel ``(S, ...)``.
+
+        With ``by_filter``, blocks of the Hessian that belong to two different filters count as zero.
+        """
         output = convolve(self.convolution, kernel)
         over = list(range(2, output.ndim))
         columns = self.tail.columns
@@ -82,7 +96,10 @@ Operator = ColumnOperator | TailOperator
 
 
 def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[float], None]) -> dict[str, Operator]:
-    """Return, for every layer, its Hessian on the samples of one forward pass, as an operator on vectors.
+    """Return, by layer, an operator that multiplies kernels by the layer's Hessian, summed over the samples of a pass.
+
+    For a layer under Gauss-Newton, it is the Gauss-Newton matrix. ``advance`` is called with the fraction of the work
+    that is done.
 
     Raises:
         BatchError: the operators would hold more than ``max_bytes`` of memory.
@@ -102,6 +119,7 @@ def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[
 
 
 def _tail_operator(name: str, certified: CertifiedPass) -> TailOperator:
+    """Return the operator of a layer under the closed form."""
     tail, loss = certified.tails[name], certified.loss
     with naming(name):
         curved = curved_part(tail, loss)
@@ -112,6 +130,7 @@ def _tail_operator(name: str, certified: CertifiedPass) -> TailOperator:
 
 
 def _column_operators(certified: CertifiedPass, advance: Callable[[float], None]) -> dict[str, ColumnOperator]:
+    """Return the operators of the layers under Gauss-Newton, by name."""
     curvature, logits, others = certified.loss.curvature, certified.recorded.logits, certified.others
     pulled = []
     for index in range(curvature.num_columns):
@@ -131,4 +150,5 @@ def _column_operators(certified: CertifiedPass, advance: Callable[[float], None]
 
 
 def _without_graph(convolution: Convolution) -> Convolution:
+    """Return the convolution without its output, which would keep the autograd graph alive."""
     return replace(convolution, output=convolution.output.new_empty(0))

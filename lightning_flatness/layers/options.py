@@ -1,4 +1,4 @@
-"""Options of which layers to measure and how, which are checked without a model."""
+"""The options of a measurement of layers; they are checked before there is a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_flatness.checks import check_whole, is_number
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.options import MeasuringOptions
 
-# The measures of a layer that are measured by default, and all.
+# The measures that are computed by default, and all measures.
 MEASURES = (
     "hessian_trace",
     "relative_flatness",
@@ -23,10 +23,10 @@ ALL_MEASURES = (*MEASURES, "channelwise_flatness")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(MeasuringOptions):
-    """Options of :func:`~lightning_flatness.measure_flatness`, which explains them."""
+    """The options of :func:`~lightning_flatness.measure_flatness`, where they are explained."""
 
     layers: str | Sequence[str] = "last"
-    prefix: str = ""  # the model's name in a larger module, which begins the names of layers
+    prefix: str = ""  # the model's name in a larger module; the names of layers begin with it
     measures: Sequence[str] = MEASURES
     tolerance: float = 0.01
     residual: Literal["hutchinson"] | None = None
@@ -59,20 +59,20 @@ class Options(MeasuringOptions):
 
     @property
     def diagonal(self) -> bool:
-        """Whether the diagonals of the block traces suffice for the measures."""
+        """Whether the measures need only the diagonals of the block traces."""
         return not {"relative_flatness", "normalized_relative_flatness", "channelwise_flatness"} & {*self.measures}
 
     @property
     def is_normalized(self) -> bool:
-        """Whether the normalised measure is measured, which needs the spread of the input channels."""
+        """Whether normalised relative flatness is wanted, which needs the standard deviations of input channels."""
         return "normalized_relative_flatness" in self.measures
 
     @property
     def by_channel(self) -> bool:
-        """Whether the channel-wise measure is measured."""
+        """Whether channel-wise flatness is wanted."""
         return "channelwise_flatness" in self.measures
 
     @property
     def class_tolerance(self) -> float:
-        """Relative standard error that is accepted with many classes; 0 takes every class."""
+        """The accepted relative standard error with many classes; 0 means that no class is sampled or left out."""
         return 0.0 if self.strict else self.tolerance

@@ -1,4 +1,4 @@
-"""Forward passes of our own on parts of batches, which are recorded, certified and then measured by a callable."""
+"""Run forward passes of our own on parts of batches, record and certify them, and hand them to a function."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class PartSize:
-    """The largest number of samples in a part of a batch; as long as it is None, a batch is taken whole."""
+    """How many samples a part of a batch may have. ``most`` is the maximum; None means the whole batch."""
 
     most: int | None = None
-    halved: bool = False  # memory ran out once
+    halved: bool = False  # whether memory ran out once
 
     def next_rows(self, left: int, begun: bool) -> int:
-        """Return the size of the next part, so that the parts of the remaining samples have about equal size.
+        """Return the size of the next part, when ``left`` samples of the batch are left.
 
-        The first part of the first batch is half as large as the others: certifying it takes about fifteen passes.
+        The remaining parts get about equal sizes. Until ``begun``, i.e. for the first part of the first batch, the
+        maximum is half as large, because certifying that part takes about fifteen backward passes.
         """
         if self.most is None:
             return left
@@ -47,7 +48,11 @@ class PartSize:
         return -(-left // -(-left // most))
 
     def half_of(self, rows: int, known: Certified) -> PartSize:
-        """Return half the size, after memory ran out for ``rows`` samples; raise an error if it is halved already."""
+        """Return half the size, after memory ran out for ``rows`` samples.
+
+        Raises:
+            BatchError: the size was halved before, or a single sample is too large.
+        """
         if self.halved or rows == 1:
             largest = max(known.infos.values(), key=lambda info: info.memory, default=None)
             where = "" if largest is None else f" The largest layer is '{largest.name}'."
@@ -60,29 +65,32 @@ class PartSize:
 
 @dataclass(frozen=True)
 class Part:
-    """Some samples of a batch."""
+    """Successive samples of a batch that are measured together."""
 
     inputs: Any
     targets: Tensor | None
-    rows: int  # number of samples; a single one is taken twice
-    start: int  # the first of them
-    tell: Advance  # takes the progress on the part
+    rows: int  # number of samples; a single one has two equal rows in `inputs` and `targets`
+    start: int  # position of the first sample in the batch
+    tell: Advance  # is called with the fraction of the part that is done
 
 
 class _TooManySamplesError(Exception):
-    """Raised within a part of a batch that has too many samples for one part."""
+    """Raised when a part of a batch turns out to have too many samples; the part is then cut again."""
 
 
 def of_calls(inputs: list[Tensor]) -> ChannelSums:
-    """Return the sums of every input channel of a layer over all its calls, for every sample."""
+    """Return number, mean and squared deviations of every input channel's entries over all calls, per sample.
+
+    ``inputs`` are the inputs ``(N, C, *spatial)`` of each call of a layer.
+    """
     return ChannelSums.of(torch.cat([one.flatten(2) if one.ndim > 2 else one[:, :, None] for one in inputs], dim=2))
 
 
 class OwnPasses:
-    """Runs a copy of a model on batches, some samples at a time."""
+    """Runs a copy of a model on batches, some samples at a time, and keeps what the batches have certified."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        self.known = Certified()  # of the model, so far
+        self.known = Certified()  # what the batches so far have certified
         self._selection: Selection | None = None  # none before the first pass
         self._model = model
         self._options = options
@@ -97,10 +105,11 @@ class OwnPasses:
         work: Callable[[CertifiedPass, Certified, Advance], Result],
         advance: Advance | None = None,
     ) -> Iterator[Result]:
-        """Yield the result of ``work`` on each part of a batch.
+        """Certify a forward pass on each part of a batch, and yield the result of ``work`` for each.
 
-        ``work`` is called under :func:`isolated` with a certified pass, the certificates so far, and a function that
-        takes the progress on the part. ``advance`` is called with the progress on the batch.
+        ``work`` is called under :func:`isolated`. Its arguments are the certified pass, what is certified so far, and a
+        function that it calls with the fraction of the part that is done. ``advance`` is called with the fraction of
+        the batch that is done.
         """
         first_batch = not self.known.layers
 
@@ -110,7 +119,10 @@ class OwnPasses:
         yield from self._parts(inputs, targets, measured, advance=advance)
 
     def channels(self, inputs: Any, targets: Tensor | None, most: int | None = None) -> dict[str, ChannelSums]:
-        """Return the sums of every input channel of the layers, for each of the first samples of a batch."""
+        """Return, by layer, the number, mean and squared deviations of every input channel's entries, per sample.
+
+        Only the first ``most`` samples of the batch are used; None means all. Nothing is certified.
+        """
 
         def recorded(part: Part) -> dict[str, ChannelSums]:
             self._selected(part)
@@ -119,7 +131,7 @@ class OwnPasses:
                 inputs = [convolution.read for call in calls for convolution in call.convolutions]
                 if all(one.ndim > 1 and one.shape[:2] == inputs[0].shape[:2] for one in inputs) and inputs:
                     sums[name] = of_calls(inputs)[: part.rows]
-            return sums  # of other layers, certifying will say what is wrong
+            return sums  # a layer whose inputs do not fit is left out; its certificate will raise an error later
 
         of_parts = list(self._parts(inputs, targets, recorded, most))
         return {name: ChannelSums.joined([one[name] for one in of_parts if name in one]) for name in of_parts[0]}
@@ -132,9 +144,10 @@ class OwnPasses:
         most: int | None = None,
         advance: Advance | None = None,
     ) -> Iterator[Result]:
-        """Yield the result of ``work`` on each part of a batch, or of its first samples.
+        """Yield the result of ``work`` on each part of a batch, or of its first ``most`` samples.
 
-        It is called under :func:`isolated`, and again on fewer samples if these are too many for one part.
+        ``work`` is called under :func:`isolated`. If a part has too many samples, or memory runs out, the part is
+        repeated with fewer samples.
         """
         samples, start = num_rows(inputs, targets), 0
         end = min(samples, most or samples)
@@ -167,28 +180,37 @@ class OwnPasses:
             yield result
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch where the mask is true, after certifying that they can be cut out."""
+        """Return the samples of a batch where the mask ``(N,)`` is true.
+
+        Raises:
+            BatchError: the model gives these samples other logits alone than in the whole batch.
+        """
         self._tensors = self._tensors.narrowed(inputs, len(mask))
         with isolated(self._model):
             self._tensors = self._tensors.certified(inputs, mask, lambda part: logits_of(self._copy(part)))
         return self._tensors.chosen(inputs, targets, mask)
 
     def release(self) -> None:
-        """Drop the copy of the model; the next pass makes a new one."""
+        """Drop the copy of the model to free its memory; the next pass makes a new copy."""
         vars(self).pop("_copy", None)
 
     @property
     def context(self) -> Context:
-        """The context of certificates, which exists after the first pass."""
+        """What certificates need: layers, options and a way to copy the model. Requires: a pass was made."""
         assert self._selection is not None
         return Context(self._selection, self._options, lambda: ModelCopy(self._model, self._options.measuring_dtype))
 
     @cached_property
     def _copy(self) -> ModelCopy:
+        """The copy of the model that passes run on."""
         return ModelCopy(self._model, self._options.measuring_dtype)
 
     def _selected(self, part: Part) -> Selection:
-        """Return the selection of layers, made on the first part, unless that turns out to have too many samples."""
+        """Return the selection of layers, which is made on the first part.
+
+        Raises:
+            _TooManySamplesError: the outputs of the selected layers are too large for this many samples.
+        """
         if self._selection is None:
             self._selection = select(
                 self._model, lambda: self._copy(part.inputs), self._options.layers, self._options.prefix
@@ -203,11 +225,12 @@ class OwnPasses:
         return self._selection
 
     def _certified(self, part: Part, first_batch: bool) -> CertifiedPass:
-        """Run the model and certify the pass."""
+        """Run the model on a part, and certify the pass."""
         first, is_new = not self.known.layers, self._selection is None
         selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
         if first and not is_new:
-            # Random states are reset for every part, so only an earlier pass shows whether the forward is random.
+            # `isolated` restores random states, so the first pass in each of its blocks draws the same random numbers.
+            # With this pass before it, the recorded pass below draws others, which shows if the forward is random.
             certify_deterministic(selection.logits[:rows], logits_of(self._copy(part.inputs))[:rows].detach())
         recorded = self._recorded(part.inputs)
         logits = recorded.logits
@@ -219,28 +242,32 @@ class OwnPasses:
         if first_batch and start + rows <= len(whole):  # `whole` is only part of the batch if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if first:
-            self.release()  # certifying makes a copy of its own
+            self.release()  # certificate 4 makes another copy, so two copies would be in memory
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
         masks = self._masks(len(logits), first) if start == 0 else no_masks
         certified, self.known = certify(recorded, loss, self.known, self.context, masks.to(logits.device))
-        modules = selection.modules  # of which some may be left out
+        modules = selection.modules  # `certify` may have left some of them out
         self._selection = replace(selection, modules={name: modules[name] for name in self.known.layers})
         return certified
 
     def _recorded(self, inputs: Any) -> Pass:
+        """Run the model's copy on the inputs, and record the pass."""
         with self.context.recorder(self._copy) as recorder:
             output = self._copy(inputs)
         return recorder.result(inputs, output)
 
     def _masks(self, samples: int, first: bool) -> Tensor:
-        """Return masks that separate all pairs of samples on the first part, later each pair with probability 1/2."""
+        """Return the masks ``(M, N)`` for certificate 5.
+
+        On the first part they separate all pairs of samples. Later they separate each pair with probability 1/2.
+        """
         if first:
             return separating_masks(samples)
         half = torch.rand(samples, generator=self._chance, device="cpu") < 0.5
         return torch.stack([half, ~half])
 
     def _explained(self, error: RuntimeError) -> FlatnessError | None:
-        """Return an error that names a remedy for one of torch's, or None if there is no such error."""
+        """Return an error that explains one of torch's errors and names a remedy, or None if that error is unknown."""
         in_plain_words = explained(error)
         if in_plain_words is None and "type" in str(error) and self._is_cast:
             in_plain_words = BatchError(
@@ -252,7 +279,7 @@ class OwnPasses:
 
     @property
     def _is_cast(self) -> bool:
-        """Whether the model is measured in another floating-point type than its own."""
+        """Whether the model has parameters that are measured in another floating-point type than their own."""
         dtype = self._options.measuring_dtype
         types = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
         return any(own in HALF or own != (dtype or own) for own in types)

@@ -1,4 +1,4 @@
-"""Recording one forward pass: the convolutions of the layers, and the input and output of the classifier."""
+"""Record one forward pass: the convolutions of the layers, and the input and output of the classifier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_flatness.model.isolation import float32_is_reduced
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.precision import HALF
 
-# The machine epsilon of TF32, which has ten bits.
+# The machine epsilon of TF32, whose mantissa has ten bits.
 REDUCED_EPS = 2.0**-10
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,10 +26,10 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Convolution:
-    """One call of ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``, as a convolution.
+    """One call of ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``, described as a convolution.
 
-    Uneven padding is applied to the inputs. A linear layer is a convolution of kernel size one over its tokens, whose
-    output has its channels last.
+    If padding is uneven, ``inputs`` are the padded inputs. A linear map is described as a convolution of kernel size
+    one over its tokens; its ``output`` has the channels in the last dimension.
     """
 
     inputs: Tensor  # (N, C, *spatial), detached
@@ -37,15 +37,15 @@ class Convolution:
     geometry: ConvolutionGeometry
     output: Tensor  # (N, S, *output), or (N, *tokens, S)
     channel_dimension: int = 1
-    unpadded: Tensor | None = None  # the inputs before uneven padding, if there is some
+    unpadded: Tensor | None = None  # the inputs before uneven padding; None if padding is even
 
     @property
     def read(self) -> Tensor:
-        """The inputs without padding with zeros, ``(N, C, *spatial)``."""
+        """The inputs ``(N, C, *spatial)`` without any zeros that pad them."""
         return self.inputs if self.unpadded is None else self.unpadded
 
     def detached(self) -> Convolution:
-        """Return the same convolution outside the graph."""
+        """Return the same convolution, detached from the autograd graph."""
         return replace(self, weight=self.weight.detach(), output=self.output.detach())
 
 
@@ -54,38 +54,43 @@ class LayerCall:
     """The record of one call of one layer in a forward pass."""
 
     module: nn.Module
-    convolutions: tuple[Convolution, ...]  # that ran inside the module's forward
+    convolutions: tuple[Convolution, ...]  # those that ran inside the module's forward
     returned: Tensor  # what the module returned, detached
-    node: Tensor  # the same values, as the node of the graph that derivatives are taken with respect to
-    kernel_sample: Tensor | None = None  # entries of the kernel at that time, in a user's pass
+    node: Tensor  # the same values, as a tensor of the autograd graph; derivatives are taken at it
+    kernel_sample: Tensor | None = None  # in a user's pass, a copy of some entries of the kernel
 
     @property
     def convolution(self) -> Convolution:
-        """The convolution of a layer that is certified to have exactly one."""
+        """The convolution that ran. Requires: exactly one ran, which certificate 1 shows."""
         return self.convolutions[0]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A recorded forward pass on some samples. Its graph lives as long as this object."""
+    """A recorded forward pass on some samples, which keeps the pass's autograd graph alive."""
 
-    inputs: Any  # of the model
-    logits: Tensor  # (N, K), that the model returned
-    calls: Mapping[str, tuple[LayerCall, ...]]  # by layer, in order
-    features: tuple[Any, ...]  # what the classifier was called with, once for every call
+    inputs: Any  # the inputs of the model
+    logits: Tensor  # (N, K), which the model returned
+    calls: Mapping[str, tuple[LayerCall, ...]]  # by layer, in the order of the calls
+    features: tuple[Any, ...]  # the argument of each call of the classifier; None if it had several
     classifier_output: Tensor | None
-    kernel_uses: tuple[tuple[str, str], ...]  # layers, and the functions that take their kernel
-    eps: float  # machine epsilon of products: that of the logits' type, or of TF32 if the user allows it
-    half: torch.dtype | None = None  # the half precision that the layers, the classifier or the logits run in
+    kernel_uses: tuple[tuple[str, str], ...]  # pairs of a layer and a function that took its kernel
+    eps: float  # machine epsilon of products: of the logits' type, or of TF32 if torch's flags allow it
+    half: torch.dtype | None = None  # half precision that layers, classifier or logits have; None if none has
 
 
 class Recorder:
-    """A context manager that records one forward pass, of ours or, with ``live``, of the user's.
+    """A context manager that records one forward pass.
 
-    From the first layer on, the pass builds a graph; values stay the same. Hooks are removed and the grad mode is
-    restored at the end of the block, also on an error. In a user's pass the graph is built whatever the modes, but ends
-    at the classifier's input, and errors in our hooks are kept in :attr:`failure`. The functions that take one of the
-    ``watched`` tensors (by layer name) are recorded.
+    From the first layer on, the pass builds an autograd graph; all values stay the same. At the end of the block, also
+    after an error, hooks are removed and the grad mode is restored.
+
+    Args:
+        layers: the layers to record, by name.
+        classifier: the classifier, or None.
+        watched: a kernel for each layer; the functions that take these tensors are recorded.
+        live: whether the user makes the pass. Then the graph is built whatever the modes of torch are, and ends at the
+            classifier's input. An error in a hook of the recorder is kept in :attr:`failure` instead of raised.
     """
 
     def __init__(
@@ -96,17 +101,17 @@ class Recorder:
         live: bool = False,
     ) -> None:
         self.failure: Exception | None = None
-        self.has_classifier = classifier is not None  # the graph of a live pass ends at it
+        self.has_classifier = classifier is not None  # the graph of a live pass ends at the classifier's input
         self._layers, self._classifier, self._live = layers, classifier, live
         self._calls: dict[str, list[LayerCall]] = {}
         self._features: list[Any] = []
         self._classifier_output: Tensor | None = None
-        self._reduced: set[str] = set()  # devices on which the user lets float32 run in TF32
+        self._reduced: set[str] = set()  # types of devices where torch's flags let float32 run in TF32
         self._functions = _FunctionMode({id(tensor): name for name, tensor in (watched or {}).items()})
 
     @property
     def nodes(self) -> list[Tensor]:
-        """The outputs of the layers that have run, in the graph."""
+        """The outputs of the layers that have run so far, as tensors of the autograd graph."""
         return [call.node for calls in self._calls.values() for call in calls]
 
     def result(self, inputs: Any, output: Any) -> Pass:
@@ -132,7 +137,7 @@ class Recorder:
             handles.append(module.register_forward_hook(self._quiet(partial(self._after_layer, name))))
         if self._classifier is not None:
             before = self._quiet(self._before_classifier)
-            # In the user's pass it runs before the user's own hooks, which may keep the tensors that they are given.
+            # In the user's pass this hook detaches the input, before hooks of the user's run that may keep the input.
             handles.append(self._classifier.register_forward_pre_hook(before, prepend=self._live))
             handles.append(self._classifier.register_forward_hook(self._quiet(self._after_classifier)))
         for handle in handles:
@@ -145,7 +150,7 @@ class Recorder:
         torch.set_grad_enabled(self._grad_mode)
 
     def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the hook; in the user's forward pass, one that keeps its errors instead of raising them."""
+        """Return the hook itself, or in the user's pass a hook that keeps errors in :attr:`failure`."""
         if not self._live:
             return hook
 
@@ -160,9 +165,11 @@ class Recorder:
         return quiet
 
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
+        """Begin a list of the convolutions that run inside a layer."""
         self._functions.running.append([])
 
     def _after_layer(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> Any:
+        """Record the call of a layer, and return its output as a tensor of the autograd graph."""
         convolutions = tuple(self._functions.running.pop())
         sample = kernel_sample(convolutions[0].weight) if self._live and convolutions else None
         if not isinstance(returned, Tensor):
@@ -177,10 +184,11 @@ class Recorder:
         return node.clone()  # an in-place activation must not write to a leaf
 
     def _record_gradients(self) -> None:
+        """Let autograd record what follows, also in a user's pass under ``no_grad`` or in inference mode."""
         if self._live:
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
-            # What autocast casts now is in the graph, so its cache must not keep it.
+            # Weights that autocast casts from now on are in the graph, so its cache must not keep them.
             self._modes.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
             self._functions.weights = self._functions.weights or []
@@ -188,7 +196,7 @@ class Recorder:
             torch.set_grad_enabled(True)
 
     def _leave_tail(self) -> None:
-        """Go back to the user's modes, and have autocast keep the weights that it would have kept in them."""
+        """Go back to the user's modes, and fill autocast's cache with the weights that it would have cached."""
         self._modes.close()
         weights, self._functions.weights = self._functions.weights or [], None
         with torch._C.DisableTorchFunction():
@@ -197,6 +205,7 @@ class Recorder:
                     torch.matmul(weight, weight.new_empty(weight.shape[-1], 0))
 
     def _before_classifier(self, module: nn.Module, arguments: Any) -> Any:
+        """Record the classifier's input; in a user's pass, end the graph at it."""
         self._features.append(arguments[0] if len(arguments) == 1 else None)
         if not self._live:
             return None
@@ -204,30 +213,35 @@ class Recorder:
         return tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
 
     def _after_classifier(self, module: nn.Module, arguments: Any, returned: Any) -> None:
+        """Record the classifier's output."""
         if isinstance(returned, Tensor):
             self._classifier_output = returned.detach()
 
 
 def kernel_sample(kernel: Tensor) -> Tensor:
-    """Return a copy of some thousand entries, which shows if other (e.g. averaged) weights replaced a kernel."""
-    # Active function modes must not record this as a use of the kernel.
+    """Return a copy of some thousand entries of a kernel.
+
+    The copy shows later whether the kernel was replaced, for example by averaged weights.
+    """
+    # An active `_FunctionMode` must not record this as a use of the kernel.
     with torch._C.DisableTorchFunction():
         rows = kernel.detach()[:: max(1, kernel.shape[0] // 64)].flatten(1)
         return rows[:, :: max(1, rows.shape[1] // 64)].clone()
 
 
 class _FunctionMode(TorchFunctionMode):
-    """A mode that records the convolutions that run in any module, and the functions that take watched tensors.
+    """A mode that records the convolutions that run in layers, and the functions that take watched tensors.
 
-    It is called for every operation of the network. A tensor subclass would cost less, but users would notice it: in
-    ``type``, in their own subclasses, in other threads.
+    ``watched`` are the names of layers by the ``id`` of their kernels. Torch calls the mode for every operation of the
+    network. A tensor subclass would cost less time, but users would notice it: in ``type``, in their own subclasses, in
+    other threads.
     """
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
         self.uses: list[tuple[str, str]] = []
-        self.running: list[list[Convolution]] = []  # of the layers that run: a recorded layer may hold another
-        self.weights: list[Tensor] | None = None  # that convolve in the tail of a user's pass
+        self.running: list[list[Convolution]] = []  # one list for each running layer; layers may be nested
+        self.weights: list[Tensor] | None = None  # parameters that convolve in the tail of a user's pass; else None
         self._watched = watched
 
     def __torch_function__(
@@ -248,7 +262,7 @@ class _FunctionMode(TorchFunctionMode):
         return result
 
 
-# Functions that convolve, by the number of spatial dimensions.
+# The functions that convolve; the index is the number of spatial dimensions.
 CONVOLVING = (nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d)
 
 
@@ -263,13 +277,15 @@ def _convolution(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Convolution:
+    """Describe a call of ``conv1d``, ``conv2d`` or ``conv3d``; the arguments have the names of torch's functions."""
+
     def per_dimension(value: int | tuple[int, ...]) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)
         return values * dimensions if len(values) == 1 else values
 
     kernel_size, dilations = tuple(weight.shape[2:]), per_dimension(dilation)
     inputs, unpadded = input.detach(), None
-    if padding == "same":  # if the padding is odd, the right side gets one more
+    if padding == "same":  # an odd number of padding pixels: the right side gets one more
         totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
         widths = [width for total in reversed(totals) for width in (total // 2, total - total // 2)]
         inputs = nn.functional.pad(inputs, widths)
@@ -280,6 +296,7 @@ def _convolution(
 
 
 def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Convolution:
+    """Describe a call of ``linear`` as a convolution of kernel size one over its tokens."""
     inputs = input.detach()
     tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]) if inputs.ndim > 1 else inputs
     geometry = ConvolutionGeometry((1,), (1,), (0,), (1,))

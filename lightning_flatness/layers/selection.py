@@ -1,4 +1,4 @@
-"""Choosing the layers to measure and the classifier, by the modules that run in one forward pass."""
+"""Choose the classifier and the layers to measure among the modules that run in one forward pass."""
 
 from __future__ import annotations
 
@@ -22,22 +22,29 @@ class Selection:
 
     modules: dict[str, nn.Module]  # the layers, by plain name, in the order in which they run
     classifier_name: str | None
-    classifier: nn.Module | None  # None: the last layer that runs is not linear on pooled features
-    logits: Tensor  # (N, K), of the first samples
-    elements: int  # of the outputs of all calls of the layers, per sample
-    passed_over: Mapping[str, str]  # with layers="all", what applies a kernel but cannot be measured, and why
+    classifier: nn.Module | None  # None if the last layer that runs is not linear on pooled features
+    logits: Tensor  # (N, K), of the samples that the choice was made on
+    elements: int  # number of entries per sample in the outputs of all calls of the layers
+    passed_over: Mapping[str, str]  # with layers="all": why modules that apply a kernel cannot be measured
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The weights of the layers that have their own parameter ``weight``, by layer."""
+        """The parameters ``weight`` of the layers, by name, without layers that have no such parameter."""
         own = {name: dict(module.named_parameters(recurse=False)) for name, module in self.modules.items()}
         return {name: parameters["weight"] for name, parameters in own.items() if "weight" in parameters}
 
 
 def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[str], prefix: str = "") -> Selection:
-    """Run ``forward`` once, and choose layers and classifier of ``model`` by the modules that run.
+    """Run ``forward`` once, and choose the classifier and the layers among the modules that run.
 
-    ``prefix`` is the model's name in a larger module, which begins the names of layers.
+    Args:
+        model: the model.
+        forward: runs the model on the first samples.
+        layers: ``"last"``, ``"all"``, ``"classifier"``, or names or patterns of layers.
+        prefix: the model's name in a larger module; the names of layers begin with it.
+
+    Raises:
+        LayerSelectionError: there are no such layers, or they cannot be measured.
     """
     modules: dict[str, nn.Module] = {plain_name(n): module for n, module in model.named_modules(prefix=prefix)}
     traced = trace(model, modules, forward)
@@ -57,10 +64,10 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
 
 
 def _classifier(candidates: dict[str, nn.Module], calls: Sequence[TracedCall], logits: Tensor) -> str | None:
-    """Return the name of the last layer that runs, if it is linear on pooled features; else None.
+    """Return the name of the last layer that runs if it is a linear layer, otherwise None.
 
-    A 1x1 convolution on a 1x1 map is linear, too. Without a classifier, the logits are the pooled output of the last
-    layer, as in SqueezeNet.
+    A 1x1 convolution on a 1x1 map counts as linear. Without a classifier, the logits are assumed to be the pooled
+    output of the last layer, as in SqueezeNet.
     """
     if not calls or not calls[-1].has_weight:
         return None
@@ -71,10 +78,14 @@ def _classifier(candidates: dict[str, nn.Module], calls: Sequence[TracedCall], l
 
 
 def _last(traced: Trace, classifier: str | None) -> str:
-    """Return the last convolution before the classifier.
+    """Return the name of the last convolution before the classifier, for ``layers="last"``.
 
-    A linear layer of several positions (tokens) counts, since it is a convolution of kernel size one: in a vision
-    transformer or a mixer the last one is the end of the last block. One of pooled or flattened features does not.
+    A linear layer over several positions (tokens) counts as a convolution of kernel size one. So in a vision
+    transformer or a mixer, the result is the linear layer at the end of the last block. A linear layer on pooled or
+    flattened features does not count.
+
+    Raises:
+        LayerSelectionError: there is no such convolution, or another one runs after it and cannot be measured.
     """
     for index, call in reversed(list(enumerate(traced.calls))):
         if call.convolves and call.name != classifier:
@@ -136,6 +147,7 @@ def _wanted(
 
 
 def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, nn.Module], traced: Trace) -> list[str]:
+    """Return the names of the candidates that fit a pattern; raise an error if there are none."""
     matched = [name for name in candidates if fits(pattern, name)]
     if not matched and pattern in traced.passed_over:
         raise LayerSelectionError(traced.passed_over[pattern])
@@ -151,5 +163,6 @@ def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, 
 
 
 def _listing(names: list[str]) -> str:
+    """Return the first five names in quotes, and the number of the others."""
     shown = ", ".join(f"'{name}'" for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Sums over the samples of a layer, which can be added up over batches and ranks."""
+"""Sums of one layer's block traces and measures over samples, which can be added over batches and ranks."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ from lightning_flatness.functional.weighting import SAMPLE_MEASURES
 from lightning_flatness.layers.certified import CertifiedLayer, CertifiedPass
 from lightning_flatness.layers.estimates import BlockTraces
 
-# What is known of every sample besides its block traces: the first four are functional.losses.OUTCOMES.
+# What is kept of every sample besides its measures, the same for all layers: the `OUTCOMES` of functional/losses.py,
+# the trace of the loss's second derivative at the logits, and the predicted class.
 OUTCOMES = ("weight", "count", "loss", "correct", "curvature", "prediction")
 WEIGHT, COUNT, LOSS, CORRECT, CURVATURE, PREDICTION = range(len(OUTCOMES))
 
 
 class LayerStatistics(NamedTuple):
-    """Sums over samples of one layer, for ``FlatnessMetric.update``."""
+    """The sums of one layer over samples: the arguments of ``FlatnessMetric.update``."""
 
     block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
-    weight_gram: Tensor  # of the same shape, float64
+    weight_gram: Tensor  # Gram matrix of the filters, in the shape of block_traces, float64; not summed
     num_samples: int
-    normalizer: float  # the divisor of the sum: the number of samples, or the sum of their class weights
-    variances: Tensor | None = None  # (6,), of the measures of the sum, if it is estimated
-    extra: Tensor | None = None  # (2,), normalised and channel-wise flatness of the sum; NaN if not measured
-    groups: Tensor | None = None  # (32, 5), sums over groups of samples: weights, and the four SAMPLE_MEASURES
+    normalizer: float  # the sum divided by it is the mean: number of samples, or sum of their class weights
+    variances: Tensor | None = None  # (6,), of ALL_MEASURES, each of the sum; None if nothing is estimated
+    extra: Tensor | None = None  # (2,), sums of normalised and channel-wise flatness; NaN if not measured
+    groups: Tensor | None = None  # (32, 5), for each group of samples the sums of weights and of the 4 SAMPLE_MEASURES
 
 
 @dataclass(frozen=True)
 class LayerSums:
-    """The same sums in a form that can be added: symmetric matrices are folded, i.e. kept as upper triangles."""
+    """The sums of one layer over samples, in a form that can be added to the sums of other samples.
+
+    Symmetric matrices are folded, i.e. kept as upper triangles. The other fields are those of :class:`LayerStatistics`,
+    except for ``samples`` and ``outcomes``, which keep the values of single samples.
+    """
 
     block_traces: Folded
     weight_gram: Folded
@@ -44,8 +49,8 @@ class LayerSums:
     normalizer: float
     extra: Tensor
     variances: Tensor | None
-    samples: Tensor  # (N, 4), values of SAMPLE_MEASURES; NaN for what is not known
-    outcomes: Tensor  # (N, 6), of OUTCOMES, the same for all layers
+    samples: Tensor  # (N, 4), the SAMPLE_MEASURES of every sample; NaN if unknown
+    outcomes: Tensor  # (N, 6), the OUTCOMES of every sample
 
     def __add__(self, other: LayerSums) -> LayerSums:
         variances = [one for one in (self.variances, other.variances) if one is not None]
@@ -61,15 +66,18 @@ class LayerSums:
         )
 
     def without_samples(self) -> LayerSums:
-        """Return the sums alone, whose memory does not grow with the samples."""
+        """Return a copy without the values of single samples, whose memory grows with their number."""
         return replace(self, samples=self.samples[:0], outcomes=self.outcomes[:0])
 
     def groups(self, positions: Tensor) -> Tensor:
-        """Return sums over groups of samples, by their positions: ``(32, 5)``, weights and SAMPLE_MEASURES."""
+        """Sum the weights and ``SAMPLE_MEASURES`` over each of 32 groups of samples, ``(32, 5)``.
+
+        ``positions`` ``(N,)`` are the positions of the samples in the measured set, which decide on the groups.
+        """
         return grouped(torch.cat([self.outcomes[:, WEIGHT, None], self.samples], dim=1), positions)
 
     def statistics(self, groups: Tensor | None = None) -> LayerStatistics:
-        """Return the sums with whole matrices, which share no memory with these."""
+        """Return the sums with unfolded matrices, which share no memory with these sums."""
         with torch.inference_mode(False):
             traces, gram = self.block_traces.whole(), self.weight_gram.whole()
             return LayerStatistics(
@@ -78,12 +86,12 @@ class LayerSums:
 
 
 def added(one: dict[str, LayerSums], other: dict[str, LayerSums]) -> dict[str, LayerSums]:
-    """Add the per-layer sums of ``other`` to those of ``one``."""
+    """Add two dictionaries of sums by layer. ``one`` may lack layers, as before the first batch."""
     return {name: one[name] + sums if name in one else sums for name, sums in other.items()}
 
 
 def outcomes_of_pass(certified: CertifiedPass) -> Tensor:
-    """Return the outcomes of every sample of a pass, ``(N, 6)``; what depends on targets is NaN without them."""
+    """Return the ``OUTCOMES`` of every sample of a pass, ``(N, 6)``; without targets, loss and correctness are NaN."""
     loss, logits = certified.loss, certified.recorded.logits.detach()
     known = loss.outcomes
     if known is None:
@@ -93,7 +101,11 @@ def outcomes_of_pass(certified: CertifiedPass) -> Tensor:
 
 
 def layer_sums(layer: CertifiedLayer, traces: BlockTraces, loss: LossDerivatives, outcomes: Tensor) -> LayerSums:
-    """Return the sums of one layer over the samples of a pass."""
+    """Put the block traces of a layer and the outcomes of its samples together into sums.
+
+    Raises:
+        BatchError: the block traces are not finite.
+    """
     if not holds(traces.total.sum().isfinite()):
         raise BatchError(
             f"The block traces of layer '{layer.info.name}' are not finite: activations overflow in this batch, or a "
@@ -102,11 +114,11 @@ def layer_sums(layer: CertifiedLayer, traces: BlockTraces, loss: LossDerivatives
     samples = traces.samples
     if samples is None:
         samples = outcomes.new_full((len(outcomes), len(SAMPLE_MEASURES)), torch.nan)
-    if loss.is_pair:  # two rows that are one sample, each of which counts half
+    if loss.is_pair:  # two equal rows stand for one sample; each of them counts half
         first = outcomes[:1, PREDICTION:]
         samples, outcomes = samples.sum(0, keepdim=True), outcomes.sum(0, keepdim=True)
         outcomes = torch.cat([outcomes[:, :PREDICTION], first], dim=1)
-    folded = Folded.of(traces.total)  # symmetric but for rounding
+    folded = Folded.of(traces.total)  # of the matrix only the upper triangle is kept: it is symmetric up to rounding
     return LayerSums(
         folded, layer.gram, loss.num_samples, loss.normalizer, traces.extra, traces.variances, samples, outcomes
     )

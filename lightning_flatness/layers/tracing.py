@@ -1,4 +1,4 @@
-"""Tracing which convolutions and linear maps run in a forward pass, and in which modules."""
+"""Trace which convolutions and linear maps run in a forward pass, and in which modules."""
 
 from __future__ import annotations
 
@@ -15,65 +15,66 @@ from torch.overrides import TorchFunctionMode
 from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
-UNNAMED = "forward"  # stands for a computed kernel that the forward of the whole model applies
+UNNAMED = "forward"  # the name of a convolution with a computed kernel in the forward of the whole model
 
 
 @dataclass(frozen=True)
 class TracedCall:
-    """A call of a layer: a convolution, a linear layer, or a module of the user's that applies one of these."""
+    """A call of a layer: of a convolution, a linear layer, or a module of the user's that only applies one kernel."""
 
     name: str
     input_shape: tuple[int, ...]  # () if the input is not a tensor
     output_shape: tuple[int, ...]
-    convolves: bool  # whether it is a convolution, or a linear map of several positions, a convolution of size one
+    convolves: bool  # whether it is a convolution, or a linear map over several positions, which counts as one
     is_linear: bool  # whether it is a linear layer
     has_weight: bool = True  # whether its kernel is its own parameter ``weight``
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The layers that ran in a forward pass, in order, and what else applied a trained kernel."""
+    """The layers that ran in a forward pass, in order, and other modules that applied a trained kernel."""
 
-    output: Any
+    output: Any  # what the forward returned
     calls: tuple[TracedCall, ...]
-    passed_over: Mapping[str, str]  # what cannot be measured, and why; of these the convolutions in `hidden`
-    hidden: Mapping[str, int]  # after how many calls of layers each convolution ran that no hook has seen
+    passed_over: Mapping[str, str]  # why the other modules cannot be measured, by name
+    hidden: Mapping[str, int]  # for those of them that convolve, how many calls of layers came before
 
 
 @dataclass(eq=False)
 class _Applied:
-    """One function that convolves or is linear, as it was called."""
+    """One call of a function that convolves or is linear."""
 
     owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None for a computed kernel
-    module: str  # the innermost module that ran
-    trained: bool
+    module: str  # name of the innermost module that ran
+    trained: bool  # whether the kernel is a parameter, or may be computed from one
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     is_linear: bool
-    calls_before: int = 0
-    in_layer: bool = False
+    calls_before: int = 0  # number of calls of layers before this one
+    in_layer: bool = False  # whether it is part of a TracedCall
 
     @property
     def convolves(self) -> bool:
-        """Whether it is a convolution, or a linear map of several positions."""
+        """Whether it is a convolution, or a linear map over several positions."""
         return not self.is_linear or _has_positions(self.output_shape)
 
 
 @dataclass(eq=False)
 class _Frame:
-    """A module that runs."""
+    """A module that is running."""
 
     name: str
-    applied: list[_Applied] = field(default_factory=list)
-    output: Tensor | None = None  # the last one that was made in the module itself
+    applied: list[_Applied] = field(default_factory=list)  # the calls inside the module
+    output: Tensor | None = None  # of the last of these calls, without calls in submodules
 
 
 def _has_positions(output_shape: tuple[int, ...]) -> bool:
+    """Return whether the output of a linear map, channels last, has several positions (tokens) for every sample."""
     return len(output_shape) > 2 and prod(output_shape[1:-1]) > 1
 
 
 def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], Any]) -> Trace:
-    """Run ``forward`` once, and return the layers that ran. ``modules`` are those of the model, by plain name."""
+    """Run ``forward`` once, and return which layers ran. ``modules`` are the model's modules by plain name."""
     mode = _Tracing(modules)
     handles = []
     for name, module in modules.items():
@@ -100,7 +101,7 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
 
 
 def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """Return a name for what applied a kernel without being a layer, and why it is none."""
+    """Return a name for a convolution or linear map that ran outside a layer, and why it cannot be measured."""
     owner, parameter = applied.owner or (applied.module, "")
     if owner and isinstance(modules[owner], LAYERS):
         return owner, (
@@ -116,7 +117,7 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
 
 
 class _Tracing(TorchFunctionMode):
-    """A mode that notes the functions that convolve or are linear, and the modules that call them."""
+    """A mode that notes the calls of functions that convolve or are linear, and the modules that make them."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -128,9 +129,11 @@ class _Tracing(TorchFunctionMode):
         self._buffers: set[int] = set()
 
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
+        """Note that a module begins to run."""
         self._frames.append(_Frame(name))
 
     def leave_module(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> None:
+        """Note that a module has run; if it is a layer, add its call to ``calls``."""
         frame = self._frames.pop()
         if returned is None:  # the module raised an error, which the forward may catch
             return
@@ -165,7 +168,8 @@ class _Tracing(TorchFunctionMode):
         return result
 
     def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
-        if not self._owners:  # now the modules hold the tensors that they run on
+        """Note one call of a function that convolves or is linear."""
+        if not self._owners:  # only while the model runs do its modules hold the tensors that they run on
             for name, module in self._modules.items():
                 self._owners |= {id(tensor): (name, key) for key, tensor in module._parameters.items()}
                 self._buffers |= {id(tensor) for tensor in module._buffers.values()}
@@ -180,16 +184,20 @@ class _Tracing(TorchFunctionMode):
             self._frames[-1].output = output
 
     def _may_be_trained(self, kernel: Tensor, module: nn.Module) -> bool:
-        """Return whether a kernel that is no parameter may be computed from one; a fixed filter (a blur) is not."""
+        """Return whether a kernel that is not a parameter may be computed from one of the module's parameters.
+
+        A fixed filter, such as a blur, is not.
+        """
         return id(kernel) not in self._buffers and any(p.numel() == kernel.numel() for p in module.parameters())
 
 
 def _operands(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
-    return input, weight  # by the names that torch's functions give them
+    """Return the inputs and the kernel of a function; the arguments have the names of torch's functions."""
+    return input, weight
 
 
 def _is_layer(frame: _Frame, applied: _Applied, returned: Any) -> bool:
-    """Return whether a module only applies one trained kernel, its own or a computed one, and returns the result."""
+    """Return whether a module is a layer: it returns the output of ``applied``, whose kernel is its own or computed."""
     its_own = applied.trained and (applied.owner is None or applied.owner[0] == frame.name)
     if not its_own or frame.output is None or not isinstance(returned, Tensor) or returned.shape != frame.output.shape:
         return False
@@ -197,4 +205,5 @@ def _is_layer(frame: _Frame, applied: _Applied, returned: Any) -> bool:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor; ``()`` for anything else."""
     return tuple(value.shape) if isinstance(value, Tensor) else ()

@@ -1,4 +1,4 @@
-"""A trial of whether observing the user's forward passes changes nothing and gives the same block traces."""
+"""Try whether observing forward passes changes nothing in the network and gives the right block traces."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from lightning_flatness.model.rows import num_rows, take
 
 # The number of samples of the trial.
 TRIAL = 4
-# The largest relative difference between block traces in full float32 and in the user's TF32.
+# Block traces of an observed pass in TF32 may differ from those in full float32 by this share.
 REDUCED = 0.02
-# The same between float32 and features in half precision; up to 0.09 was seen on a ResNet's confident samples.
+# Those of a pass in half precision may differ by this share; up to 0.09 was seen on a ResNet's confident samples.
 ROUNDED = 0.25
 # Attributes that torch and Lightning set on a module when they compile it.
 COMPILERS = ("_compiled_call_impl", "_compiler_ctx")
@@ -45,9 +45,9 @@ class Observable:
 
     known: Certified
     context: Context
-    precision: Precision | None = None  # of the passes
-    half: torch.dtype | None = None  # the half precision of the features, if so
-    compiled: str = ""  # the compiled module, if there is one: passes of our own are eager, the user's are not
+    precision: Precision | None = None  # in which the observed pass of the trial ran
+    half: torch.dtype | None = None  # half precision that layers, classifier or logits have in this pass
+    compiled: str = ""  # which module is compiled, if any: then only our own passes can be observed, as they are eager
 
 
 MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Certified]]
@@ -60,10 +60,21 @@ def try_observing(
     measure_own: Callable[[CertifiedPass, Certified], Sums],
     measure_observed: MeasureObserved,
 ) -> Observable | str:
-    """Measure the first samples of a batch in a pass of our own, then in an observed one, and compare them.
+    """Measure the first samples of a batch twice, without and with observing, and compare the block traces.
 
-    Return the observable model, or why it cannot be observed. The observed pass runs in the precision of the inputs, if
-    these are a call of the user's. It is eager: of a compiled model, passes of our own can be observed, the user's not.
+    The model makes both passes for us, not for the user. The observed one runs as the user's passes do: in the current
+    modes and, if the inputs are a recorded call, in the precision of that call. It runs eagerly even if the model is
+    compiled; then passes of our own can be observed, but not the user's.
+
+    Args:
+        model: the model.
+        options: the options of the measurement.
+        batch: inputs and targets.
+        measure_own: returns sums of a certified pass, given what is certified.
+        measure_observed: returns sums of an observed pass, and what is certified after it.
+
+    Returns:
+        The observable model, or a text that says why it cannot be observed.
     """
     samples = num_rows(*batch)
     reason = why_not_observed(model, options.measuring_dtype, as_call(batch[0]).precision)
@@ -103,18 +114,23 @@ def try_observing(
 
 
 def _relative(one: Tensor, other: Tensor) -> float:
+    """Return the norm of the difference of two tensors, relative to the norm of ``other``."""
     difference = (one - other).norm()
     return float(torch.where(difference == 0, difference, difference / other.norm()))
 
 
 def _trace(sums: LayerSums) -> float:
+    """Return the Hessian trace, summed over samples."""
     return float(hessian_trace(sums.block_traces.whole()))
 
 
 def _observe(
     model: nn.Module, inputs: Any, targets: Tensor | None, observable: Observable, measure: MeasureObserved
 ) -> tuple[Sums, Observable] | str:
-    """Observe a pass of our own as the user's would be, under the current modes; return sums, or why that fails."""
+    """Observe a pass of our own in the same way as a pass of the user's, under the current modes.
+
+    Return its sums and the model with its certificates, or why observing fails.
+    """
     precision = as_call(inputs).precision or current_precision()
     model_copy, own = _copied(model)
     with untouched(model), precision.entered():
@@ -137,7 +153,7 @@ def _observe(
             if half is not None:
                 observable = replace(observable, known=observable.known.without_operations(), half=half)
             sums, known = measure(observable, listener, targets)
-        except (FlatnessError, RuntimeError) as error:  # of autograd, or no memory
+        except (FlatnessError, RuntimeError) as error:  # a RuntimeError comes from autograd, or memory ran out
             return str(error)
         finally:
             listener.release()
@@ -149,7 +165,10 @@ def _observe(
 
 
 def repeated(model: nn.Module, inputs: Any, observable: Observable) -> Listener:
-    """Observe a pass of our own on these inputs as the user's would be, in the precision of the trial."""
+    """Make a pass of our own on these inputs, observed in the same way as a pass of the user's.
+
+    It runs in the precision of the trial. The listener that is returned has the observed pass.
+    """
     assert observable.precision is not None
     listener = Listener(model, observable.context.recorder)
     model_copy, own = _copied(model)
@@ -159,14 +178,15 @@ def repeated(model: nn.Module, inputs: Any, observable: Observable) -> Listener:
 
 
 def _copied(model: nn.Module) -> tuple[ModelCopy, dict[nn.Parameter, Tensor]]:
-    """Return a copy of a model that runs as the model does, and the parameters to call it with."""
+    """Return a copy of a model that keeps its precision, and the copied parameters by those of the model."""
     with torch.inference_mode(False):
         model_copy = ModelCopy(model, as_it_runs=True)
-        # The graph equals that of the user's pass only if the same parameters require gradients.
+        # The same parameters must require gradients, so that the graph is the same as in a pass of the user's.
         return model_copy, {p: model_copy.copy_of(p).requires_grad_(p.requires_grad) for p in model.parameters()}
 
 
 def _why_different(output: Any, expected: Any) -> str:
+    """Return how the output of an observed pass differs from the expected one, or an empty string."""
     tensors, expected_tensors = tensors_of(output), tensors_of(expected)
     if any(tensor.requires_grad for tensor in tensors):
         return "the network returns more than what its classifier makes"
@@ -176,12 +196,13 @@ def _why_different(output: Any, expected: Any) -> str:
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same type and entries, and both or neither are inference tensors."""
     kinds = [(tensor.dtype, tensor.is_inference()) for tensor in (one, other)]
     return kinds[0] == kinds[1] and torch.equal(one.detach(), other.detach())
 
 
 def why_compiled(model: nn.Module) -> str:
-    """Return which module of a model is compiled; empty if none is."""
+    """Return a text that says which module of a model is compiled; empty if none is."""
     for name, module in model.named_modules():
         if COMPILED in dict(module.named_children()) or any(vars(module).get(name) for name in COMPILERS):
             return f"module '{name or type(module).__name__}' is compiled"
@@ -189,9 +210,10 @@ def why_compiled(model: nn.Module) -> str:
 
 
 def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None, precision: Precision | None = None) -> str:
-    """Return why a model, measured in ``dtype``, must not be observed in the user's passes; empty if it may be.
+    """Return why the user's passes of a model must not be observed; empty if they may be.
 
-    ``precision`` is that of the passes. Without ``dtype`` the model is measured as it runs.
+    ``dtype`` is the type that the user wants the model to be measured in; None for the type that it runs in.
+    ``precision`` is the precision of the user's passes.
     """
     if dtype is not None and precision is not None and precision.autocast:
         return f"validation runs under autocast, and dtype= asks for {dtype}"
