@@ -1,4 +1,4 @@
-"""Reasons why models cannot be compared as they are, as data."""
+"""The cautions of a comparison: reasons why models cannot be compared as they are, as frozen records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lightning_flatness.results.records import Record
 
-# What a caution may be about, in a few words, in the order in which cautions are listed.
+# The kinds of cautions and a few words on each, in the order in which cautions are listed.
 CAUTIONS = {
     "train_loss": "training losses differ",
     "train_loss_unknown": "training loss not known",
@@ -27,7 +27,7 @@ CAUTIONS = {
     "few_samples": "too few samples for errors",
     "few_models": "too few models for τ",
 }
-# Those about numbers that are missing, which say nothing against comparing the others.
+# The kinds that are about missing numbers or errors, which are no reason against comparing the other numbers.
 ABOUT_NUMBERS = ("not_normalised", "few_samples", "few_models")
 
 
@@ -36,9 +36,9 @@ class Caution(Record):
     """A reason why models cannot be compared as they are.
 
     Attributes:
-        kind: what the caution is about, a key of ``lightning_flatness.results.CAUTIONS``.
-        sentence: what is the matter and what follows from it, in plain words.
-        models: names of the models concerned; all of them if it is about the comparison.
+        kind: subject of the caution, a key of ``lightning_flatness.results.CAUTIONS``.
+        sentence: the problem, and what follows from it for the comparison.
+        models: names of the models with the problem; all models if the problem is a difference between models.
     """
 
     kind: str

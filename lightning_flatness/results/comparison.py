@@ -1,4 +1,4 @@
-"""The comparison of several models, as frozen records: a row for every model, differences, and what they tell."""
+"""The comparison of several models, as frozen records: a row for every model, differences, and a verdict."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURE
 from lightning_flatness.results.records import Record, flat
 from lightning_flatness.results.texts import as_text, measured, named
 
-# A difference counts as clear if it is larger than so many standard errors of the difference.
+# A difference is clear if it is larger than this number of standard errors of the difference.
 CLEAR = 2.0
 
 
 @dataclass(frozen=True, repr=False)
 class Difference(Record):
-    """Difference of one number of two models, the other's minus the reference's, and their ratio, with standard errors.
+    """Difference and ratio of one number between a model and the reference model, with standard errors.
 
     Attributes:
-        value: the difference.
-        error: its standard error over samples, and of estimates; NaN if it is not known.
-        ratio: the number divided by the reference's; NaN unless the reference's is positive.
-        ratio_error: standard error of the ratio, to first order; NaN if it is not known.
-        is_paired: whether the error takes into account that both were measured on the same samples.
+        value: the model's number minus the reference's number.
+        error: standard error of ``value``, over samples and of estimates; NaN if not known.
+        ratio: the model's number divided by the reference's number; NaN unless the reference's number is positive.
+        ratio_error: standard error of ``ratio``, to first order; NaN if not known.
+        is_paired: whether the errors take into account that both models were measured on the same samples.
     """
 
     value: float
@@ -42,12 +42,12 @@ class Difference(Record):
 
     @property
     def is_known(self) -> bool:
-        """Whether the difference has an error, so that it can be judged."""
+        """Whether the difference and its standard error are finite, so that :attr:`is_clear` means something."""
         return math.isfinite(self.value) and math.isfinite(self.error)
 
     @property
     def is_clear(self) -> bool:
-        """Whether the difference is larger than two standard errors; not where the error is not known."""
+        """Whether the difference is larger than two standard errors; False if the error is not known."""
         return self.is_known and abs(self.value) > CLEAR * self.error
 
     def _line(self) -> str:
@@ -64,21 +64,23 @@ class Difference(Record):
 
 @dataclass(frozen=True, repr=False)
 class ComparedModel(Record):
-    """One row of a comparison: the numbers of one model, and how they were measured. NaN stands for what is not known.
+    """One row of a comparison: the numbers of one model, and how they were measured. Unknown numbers are NaN.
 
     Attributes:
         loss: mean loss over the measured samples.
         train_loss: mean loss over training data.
-        margin: mean of the target's logit minus the largest other one.
-        feature_spread: mean squared norm of the classifier's input times the spread of its weights over classes.
-        outcome: what the measures are to tell, as given: a generalization gap, a test loss.
-        errors: standard errors by number, over samples and of estimates.
+        margin: mean over samples of the target's logit minus the largest other logit.
+        feature_spread: mean over samples of the squared norm of the classifier's input, times the variance of the
+            classifier's weight rows over classes.
+        outcome: the number that flatness is expected to predict, as the user gave it, such as a generalization gap.
+        errors: standard errors over samples and of estimates, by name of the number.
         layers: names of the measured layers.
-        filters, features: number of filters of each measured layer, and of the weights of one filter.
-        depth: number of convolutions and linear layers of the whole network; 0 if nobody counted them.
-        batch_norms: number of its BatchNorm layers.
-        fresh_batch_norms: number of those that were never updated.
-        reasons: why the numbers are not exact; empty if they are.
+        filters: number of filters of each measured layer.
+        features: number of weights of one filter of each measured layer.
+        depth: number of convolutions and linear layers of the whole network; 0 if not known.
+        batch_norms: number of BatchNorm layers of the whole network.
+        fresh_batch_norms: number of BatchNorm layers whose running statistics were never updated.
+        reasons: reasons why the numbers are not exact; empty if they are exact.
     """
 
     name: str
@@ -129,17 +131,18 @@ class ComparedModel(Record):
 class Comparison(Record):
     """Several models side by side, by the flatness of one or several layers; ``print(comparison)`` shows a table.
 
-    Lower is flatter. ``cautions`` say what must not be concluded; read them first. The differences are those to the
-    first model, the reference.
+    Lower is flatter. ``cautions`` say what must not be concluded; read them first. Differences are between each model
+    and the first model, the reference.
 
     Attributes:
-        models: a row for every model, by name, in the order given.
+        models: a row for every model, by name, in the order in which the models were given.
         cautions: reasons why models cannot be compared as they are.
-        covariances: of the errors of every model's number, float64 ``(M, M)``, by number. What is not on the diagonal
-            is zero unless the models were measured on the same samples and this is known (``is_paired``).
-        is_paired: whether errors of differences are those of the same samples, measured in both models.
-        correlations: how each number agrees with the outcome; empty without outcomes.
-        outcome_name: what the outcome is.
+        covariances: covariances between the errors of the ``M`` models, float64 ``(M, M)``, by name of the number. They
+            are zero between different models unless ``is_paired``.
+        is_paired: whether all models are known to be measured on the same samples, so that errors of differences take
+            the covariances between models into account.
+        correlations: rank correlations of each number with the outcome; empty without outcomes.
+        outcome_name: name of the outcome.
 
     Example:
         >>> import torch, lightning_flatness as lf
@@ -160,17 +163,17 @@ class Comparison(Record):
 
     @property
     def reference(self) -> str:
-        """Name of the first model, which the others are compared with."""
+        """Name of the first model, with which the other models are compared."""
         return next(iter(self.models))
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers of all models are those of the Hessian."""
+        """Whether the numbers of all models are exact (see ``LayerFlatness.exact``)."""
         return all(model.exact for model in self.models.values())
 
     @property
     def differences(self) -> dict[str, dict[str, Difference]]:
-        """Differences to the first model, by model and number."""
+        """Differences between each other model and the first model, by model and by name of the number."""
         numbers = ("loss", "accuracy", *MEASURES)
         return {
             name: {number: self.difference(number, name) for number in numbers}
@@ -180,11 +183,12 @@ class Comparison(Record):
 
     @property
     def verdict(self) -> str:
-        """Which model is the flattest by the normalised measure, by how much, how sure that is, and what is against."""
+        """Sentences that name the flattest model by the normalised measure, the margin, its error, and the cautions."""
         return self._found + self._doubt
 
     @property
     def _doubt(self) -> str:
+        """A sentence that names the reasons against comparing the models; empty if there are none."""
         kinds = [caution for caution in self.cautions if caution.kind not in ABOUT_NUMBERS]
         if not kinds:
             return ""
@@ -192,6 +196,7 @@ class Comparison(Record):
 
     @property
     def _found(self) -> str:
+        """A sentence that says which model is the flattest by the normalised measure, or that it is a tie."""
         values = {name: model.normalized_relative_flatness for name, model in self.models.items()}
         order = sorted((name for name, value in values.items() if math.isfinite(value)), key=values.__getitem__)
         if len(order) < 2:
@@ -217,9 +222,10 @@ class Comparison(Record):
         )
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
-        """Return by how much a number of model ``name`` differs from that of the ``reference``, by default the first.
+        """Return the difference in one number between the model ``name`` and the ``reference``, by default the first.
 
-        ``number`` is ``"loss"``, ``"accuracy"`` or one of the measures. Raises a :class:`FlatnessError` for others.
+        ``number`` is ``"loss"``, ``"accuracy"`` or the name of a measure. Raises a :class:`FlatnessError` for an
+        unknown number or model.
         """
         names = list(self.models)
         reference = self.reference if reference is None else reference
@@ -245,7 +251,7 @@ class Comparison(Record):
         return decision_table(self)
 
     def tables(self) -> list[Table]:
-        """Return all tables: that of :meth:`table`, the other measures, and the rank correlations if there are any."""
+        """Return all tables: :meth:`table`, the table of the other measures, and the rank correlations if any."""
         correlations = [correlation_table(self.correlations, self.outcome_name)] if self.correlations else []
         return [self.table(), measures_table(self), *correlations]
 
@@ -276,9 +282,10 @@ class Comparison(Record):
 
 
 def _standard_errors(found: Difference) -> str:
+    """Return the size of a difference in standard errors, as text."""
     return f"{abs(found.value) / found.error:.2g} standard errors" if found.error else "more than two standard errors"
 
 
 def _root(variance: float) -> float:
-    """Return the root of a variance; zero where it is negative by rounding."""
+    """Return the square root of a variance; zero for a variance that rounding has made negative."""
     return math.nan if math.isnan(variance) else math.sqrt(max(variance, 0.0))

@@ -1,4 +1,4 @@
-"""The tables of a comparison, and its HTML for notebooks."""
+"""Make the tables of a comparison, and its HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
-    """Return the table of the measure that compares networks, and of what it must be read beside."""
+    """Return the main table: per model the normalised measure, its ratio to the first model, losses and accuracy.
+
+    The caption has the verdict and the cautions; ``has_caption=False`` leaves it out.
+    """
     rows = comparison.models
     caption = _caption(comparison) if has_caption else None
     table = Table(title=Text(title(comparison)), caption=caption, caption_justify="left", caption_style="")
@@ -31,7 +34,7 @@ def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     headings = MEASURES | BASELINES
     outcome = [comparison.outcome_name] * bool(comparison.outcome_name)
     if all(row.data == "val" for row in rows.values()):
-        headings |= {"loss": "val loss"}  # beside the training loss
+        headings |= {"loss": "val loss"}  # to tell it from the training loss in the next column
     for heading in (headings[BEST], f"times {comparison.reference}", *(headings.get(n, n) for n in numbers), *outcome):
         table.add_column(Text(heading), justify="right")
     table.add_column("exact")
@@ -44,7 +47,7 @@ def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
 
 
 def _caption(comparison: Comparison) -> Text:
-    """Return what is found, the cautions, and how to read the numbers; cautions stand out in a terminal."""
+    """Return the verdict, the cautions in bold red, and how to read the numbers."""
     caption = Text(comparison.verdict, style="bold")
     for caution in comparison.cautions:
         caption.append("\nCAUTION: ", style="bold red").append(caution.sentence, style="not bold")
@@ -52,7 +55,7 @@ def _caption(comparison: Comparison) -> Text:
 
 
 def measures_table(comparison: Comparison) -> Table:
-    """Return the table of the other measures and of the baselines."""
+    """Return the table of the measures other than the normalised one, and of the baselines."""
     rows = comparison.models
     known = [
         number
@@ -69,7 +72,10 @@ def measures_table(comparison: Comparison) -> Table:
 
 
 def with_mark(comparison: Comparison, number: str, name: str) -> str:
-    """Return a number of a model, marked where it cannot be told from the first model's."""
+    """Return a model's number as text, with a mark unless it differs clearly from the first model's number.
+
+    The mark is ``≈`` for a difference that is not clear, and ``?`` for a difference of unknown error.
+    """
     text = comparison.models[name].shown(number)
     if name == comparison.reference or text == "-" or number not in MEASURES:
         return text
@@ -78,7 +84,7 @@ def with_mark(comparison: Comparison, number: str, name: str) -> str:
 
 
 def title(comparison: Comparison) -> str:
-    """Return what is compared: how many models, which layers, and which samples."""
+    """Return the title of a comparison: the number of models, the layers and the samples."""
     rows = comparison.models.values()
     layers = " / ".join(dict.fromkeys(named(row.layers) for row in rows))
     samples = " / ".join(dict.fromkeys(number_of(row.num_samples, "sample") + _of(row.data) for row in rows))
@@ -86,7 +92,7 @@ def title(comparison: Comparison) -> str:
 
 
 def reading(comparison: Comparison) -> str:
-    """Return how the numbers are to be read."""
+    """Return sentences that explain the numbers, errors and marks of the tables."""
     first = comparison.reference
     pairs = (
         "Errors of differences are those of the same samples in all models."
@@ -106,7 +112,7 @@ def reading(comparison: Comparison) -> str:
 
 
 def as_page(comparison: Comparison) -> str:
-    """Return the comparison as HTML that needs no style sheet: what is found, the cautions, the tables."""
+    """Return the comparison as HTML that needs no style sheet: the verdict, the cautions and the tables."""
     style = "border-left: 0.3em solid currentColor; padding: 0.1em 0.8em; margin: 0.3em 0; max-width: 60em"
     cautions = "".join(
         f'<p style="{style}"><strong>Caution.</strong> {escape(caution.sentence)}</p>'
@@ -124,4 +130,5 @@ def as_page(comparison: Comparison) -> str:
 
 
 def _of(data: str) -> str:
+    """Return the description of the data as the end of a phrase, such as " of val data"; empty if not known."""
     return f" of {data} data" if data in ("val", "train") else f" of {data}" if data else ""

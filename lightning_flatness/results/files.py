@@ -1,8 +1,8 @@
-"""Saving records to compressed ``.npz`` files that contain plain arrays and one JSON text, without pickle.
+"""Save records to compressed ``.npz`` files of plain arrays and one JSON text, without pickle, and load them.
 
-The JSON text has the fields of the record. In the place of a tensor it has the name of an array; NaN and infinities are
-words. The types of a class's fields say how to read them back. What is read differently in files of earlier versions is
-in :func:`_from_format_1`.
+The JSON text has the fields of the record. A tensor appears in it as the name of an array, and NaN and infinities as
+strings. To read a file, the type annotations of the record's fields say how to convert each value.
+:func:`_from_format_1` converts files of the format before.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from lightning_flatness.errors import FlatnessError
 
 Result = TypeVar("Result", bound="Saved")
 
-# Version of the file format, written to every file, so that later versions of the package know how to read it.
+# Version of the file format. It is written to every file, so that later versions of the package can read the file.
 FORMAT = 2
 RECORD = "record"  # name of the array that holds the JSON text
 
 
 class Saved:
-    """A frozen dataclass of tensors, plain values, mappings, tuples and other records that can be saved and loaded."""
+    """Base class of frozen dataclasses that can be saved and loaded.
 
-    # Names of the arrays of files from before files said what they are.
+    Fields may be tensors, plain values, other records, and tuples or mappings of these.
+    """
+
+    # Names of the arrays in old files, which had no JSON text to say which record they hold; empty if there are none.
     _unlabelled: ClassVar[frozenset[str]] = frozenset()
 
     def save(self, path: str | PathLike[str]) -> Path:
@@ -50,7 +53,10 @@ class Saved:
 
     @classmethod
     def load(cls: type[Result], path: str | PathLike[str]) -> Result:
-        """Read a file that :meth:`save` wrote; raise a :class:`FlatnessError` if it is broken or of another kind."""
+        """Return the record in a file that :meth:`save` wrote.
+
+        Raises a :class:`FlatnessError` if the file is broken, holds another kind of record, or is of a later format.
+        """
         import numpy as np
 
         with Path(path).open("rb") as stream:
@@ -74,7 +80,7 @@ class Saved:
                 record: Result = _unpacked(entries, cls, tensors)
             except FlatnessError:
                 raise
-            except Exception as error:  # numpy, zipfile, zlib, struct, json and torch raise errors of many types
+            except Exception as error:  # because numpy, zipfile, zlib, struct, json and torch raise many types
                 reason = f"{type(error).__name__}: {error}"
                 raise FlatnessError(
                     f"'{path}' is not a file of {cls.__name__}.save, or is broken ({reason})."
@@ -83,14 +89,17 @@ class Saved:
 
 
 def has_tensors(kind: Any) -> bool:
-    """Return whether values of a type are tensors, or tuples or mappings of tensors."""
+    """Return whether values of the type ``kind`` are tensors, or tuples or mappings of tensors."""
     return kind is Tensor or any(map(has_tensors, get_args(kind)))
 
 
 def _packed(value: Any, name: str, arrays: dict[str, Any]) -> Any:
-    """Return a value as JSON can hold it, and add its tensors to ``arrays``, by their place in the record."""
+    """Return a value in a form that JSON can hold, and add its tensors to ``arrays``.
+
+    The name of an array is the path to the tensor in the record, such as ``layers.conv1.block_traces``.
+    """
     if isinstance(value, Tensor):
-        while name in arrays or name == RECORD:  # names of layers contain dots, too
+        while name in arrays or name == RECORD:  # two paths may be equal, because layer names contain dots, too
             name += "_"
         arrays[name] = value.detach().cpu().numpy()
         return name
@@ -105,7 +114,7 @@ def _packed(value: Any, name: str, arrays: dict[str, Any]) -> Any:
 
 
 def _unpacked(value: Any, kind: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the value of a type that :func:`_packed` has packed; raise an error if it is of another type."""
+    """Return the value of type ``kind`` that :func:`_packed` has packed; raise an error for a value of another type."""
     parts, origin = get_args(kind), get_origin(kind)
     if NoneType in parts:
         (kind,) = (part for part in parts if part is not NoneType)
@@ -116,7 +125,7 @@ def _unpacked(value: Any, kind: Any, tensors: Mapping[str, Tensor]) -> Any:
         kinds = get_type_hints(kind)
         if unknown := sorted(value.keys() - {field.name for field in fields(kind)}):
             raise TypeError(f"unknown field {unknown[0]}")
-        # Fields with a default may have been added after the file was written.
+        # A field with a default may be missing, because it may be newer than the file.
         read = [field.name for field in fields(kind) if field.name in value or _is_needed(field)]
         return cast(Any, kind)(**{name: _unpacked(value[name], kinds[name], tensors) for name in read})
     if origin is tuple:
@@ -131,11 +140,16 @@ def _unpacked(value: Any, kind: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _is_needed(field: Any) -> bool:
+    """Return whether a dataclass field has no default."""
     return field.default is MISSING and field.default_factory is MISSING
 
 
 def _from_format_1(entries: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the fields of a file of format 1, where tensors were no fields and a tuple of tensors was in pieces."""
+    """Convert the fields of a file of format 1 to format 2.
+
+    In format 1 the JSON text did not mention tensors: each array had the name of a field, and the tuple
+    ``coordinates`` was in arrays ``coordinates_0``, ``coordinates_1``.
+    """
     pieces = [name for name in tensors if name.startswith("coordinates_")]
     whole = {name: name for name in tensors if name not in pieces}
     return {**entries, **whole, **({"coordinates": sorted(pieces)} if pieces else {})}

@@ -1,4 +1,4 @@
-"""The results of measuring layers, as frozen records that do not need the rest of the package."""
+"""The flatness of layers and of a whole model, as frozen records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_flatness.results.records import Record, flat
 from lightning_flatness.results.tables import LayerInfo, lowest_precision, notes, sentence_of
 from lightning_flatness.results.texts import as_text, measured, named, number_of
 
-# Headings of measures in tables.
+# Measures in the columns of tables, and the headings of the columns.
 COLUMNS = {
     "hessian_trace": "Hessian trace",
     "relative_flatness": "rel. flatness",
@@ -23,19 +23,22 @@ COLUMNS = {
     "channelwise_flatness": "channel-wise",
     "neuronwise_flatness": "neuron-wise",
 }
-ALWAYS = ("hessian_trace", "relative_flatness", "neuronwise_flatness")  # shown also where they were not measured
+ALWAYS = ("hessian_trace", "relative_flatness", "neuronwise_flatness")  # columns shown also without any values
 SUMS = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "neuronwise_flatness")
 MEANS = {"loss": "loss", "accuracy": "accuracy", "curvature": "curvature (trace of Λ)"}
 
 
 @dataclass(frozen=True, repr=False)
 class LayerFlatness(Record):
-    """Flatness of one layer with ``S`` filters in ``G`` groups, of the mean loss over ``num_samples`` samples.
+    """Flatness of one layer with ``S`` filters in ``G`` groups.
+
+    The Hessian is the second derivative of the mean loss over ``num_samples`` samples, with respect to the layer's
+    kernel ``W``, whose filters are ``w_s``.
 
     Attributes:
-        block_traces: ``T``, float64 ``(G, S/G, S/G)``, loss per squared weight; ``T[g, s, s']`` is the trace of the
-            Hessian block of filters ``s`` and ``s'`` of group ``g``. If relative flatness was not measured, only the
-            diagonals, ``(G, S/G)``.
+        block_traces: ``T``, float64 ``(G, S/G, S/G)``, in loss per squared weight; ``T[g, s, s']`` is the trace of the
+            Hessian's block for the filters ``s`` and ``s'`` of group ``g``. If relative flatness was not measured,
+            only the diagonals, ``(G, S/G)``.
         filter_traces: Hessian trace of every filter, float64 ``(S,)``, in loss per squared weight.
         filter_flatness: ``‖w_s‖² T[s, s]``, float64 ``(S,)``; its sum is ``neuronwise_flatness``.
         hessian_trace: trace of the layer's Hessian, in loss per squared weight.
@@ -43,22 +46,23 @@ class LayerFlatness(Record):
             loss; NaN if not measured.
         neuronwise_flatness: ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019), in units of the loss.
         layerwise_flatness: ``‖W‖_F² Tr(H)`` (Petzka et al. 2019), in units of the loss.
-        weight_norm: Frobenius norm ``‖W‖_F`` of the weight.
-        standard_errors: standard errors of the measures, by name; zero for a measure that is not estimated.
-        info: how the layer was measured.
-        normalized_relative_flatness: relative flatness of the same function written for inputs whose channels all have
-            standard deviation one, in units of the loss: rescaling the channels of the layer before does not change it
-            either. NaN if not measured; zero if no channel varies.
-        channelwise_flatness: ``sum_c sum_{s, s'} <w_sc, w_s'c> Tr(H_{sc, s'c})``, summed over input channels ``c``, in
-            units of the loss; invariant to the same rescalings. NaN unless asked for.
+        weight_norm: Frobenius norm ``‖W‖_F`` of the kernel.
+        standard_errors: standard errors of estimated measures, by name; zero for a measure that is not estimated.
+        info: description of how the layer was measured.
+        normalized_relative_flatness: relative flatness of the equivalent layer whose input channels all have standard
+            deviation one, in units of the loss. Rescaling the input channels, with the inverse change of ``W``, does
+            not change it (``docs/theory.md``, "Invariance"). NaN if not measured; zero if no channel varies.
+        channelwise_flatness: ``sum_c sum_{s, s'} <w_sc, w_s'c> Tr(H_{sc, s'c})`` in units of the loss, where ``c`` is
+            an input channel and ``w_sc`` the part of filter ``s`` on it. Rescaling the input channels does not change
+            it either. NaN unless asked for.
         num_dead_channels: number of input channels that do not vary, which the normalised measure leaves out.
-        sampling_errors: standard errors over samples, by measure: how far the mean over other samples of the same
-            distribution would be. NaN if they are not known.
-        largest_tenth: share of relative flatness that the tenth of the samples with the largest values carries; NaN if
-            values of single samples are not known, or some are negative.
-        samples: values of single samples by measure, ``(N,)`` each, in the order of the measured set; NaN for ignored
-            samples. Weighted by ``report.samples["weight"]``, their mean is the layer's number. Empty unless asked for,
-            and with ``residual="hutchinson"``.
+        sampling_errors: standard errors of the means over samples, by measure: the usual distance to the mean over a
+            large data set from the same distribution. NaN if not known.
+        largest_tenth: share of relative flatness that comes from the tenth of the samples with the largest values; NaN
+            if per-sample values are not known, or some are negative.
+        samples: per-sample values by measure, ``(N,)`` each, in the order of the measured set; NaN for ignored
+            samples. Their mean, weighted by ``report.samples["weight"]``, is the layer's number. Empty unless asked
+            for, and with ``residual="hutchinson"``.
     """
 
     block_traces: Tensor
@@ -81,17 +85,17 @@ class LayerFlatness(Record):
 
     @property
     def num_features(self) -> int:
-        """``m``, the number of weights of one filter: the features that a filter reads."""
+        """``m``, the number of weights of one filter, which is the number of features that the filter reads."""
         return self.info.patch_length
 
     @property
     def flatness_per_feature(self) -> float:
-        """``κ / 2m``, the term of relative flatness in the bound of Petzka et al. 2021, Theorem 5."""
+        """``κ / 2m``: relative flatness ``κ`` as it enters the bound of Petzka et al. 2021, Theorem 5."""
         return self.relative_flatness / (2 * self.num_features)
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers are those of the Hessian."""
+        """Whether the numbers are certified to be those of the Hessian itself, not of a part of it or an estimate."""
         return self.info.exact
 
     @property
@@ -122,19 +126,22 @@ class FlatnessReport(Record):
 
     Attributes:
         loss: mean loss over the measured samples; NaN if the batches have no targets.
-        accuracy: share of the measured samples whose largest logit is the target; NaN unless targets are classes.
-        curvature: mean trace of ``Λ``, the second derivative of the loss at the logits.
+        accuracy: share of the measured samples whose largest logit is at the target; NaN unless targets are class
+            indices.
+        curvature: mean over samples of the trace of ``Λ``, the second derivative of the loss at the logits.
         loss_name: name of the loss.
-        data: the data that were measured: ``"val"``, ``"train"`` or a description; empty if nobody said.
-        sampling_errors: standard errors over samples of loss, accuracy, curvature, and the sums over layers, by name.
-        num_groups: number of groups of samples that these errors are taken from; the t-distribution of an interval
-            (``functional.sampling.interval``) has one degree of freedom less.
-        samples: ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and ``weight`` of single
-            samples, ``(N,)`` each; empty unless asked for. The weight is that of the target's class, and 0 for an
-            ignored sample.
-        depth: number of convolutions and linear layers of the whole network; 0 if nobody counted them.
-        batch_norms: number of its BatchNorm layers.
-        fresh_batch_norms: number of those that were never updated.
+        data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
+        sampling_errors: standard errors over samples by name: of loss, accuracy and curvature, and of the measures
+            summed over layers.
+        num_groups: number of groups of samples in the jackknife for these errors. A confidence interval
+            (``functional.sampling.interval``) uses the t-distribution with ``num_groups - 1`` degrees of freedom.
+        samples: per-sample ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and
+            ``weight``, ``(N,)`` each; empty unless asked for. The weight of a sample is the weight of its target's
+            class, and 0 for an ignored sample.
+        depth: number of convolutions and linear layers of the whole network; 0 if not known.
+        batch_norms: number of BatchNorm layers of the whole network.
+        fresh_batch_norms: number of BatchNorm layers whose running statistics were never updated.
+        seconds: wall time of the measurement; NaN if not known.
 
     Example:
         >>> import torch
@@ -192,17 +199,20 @@ class FlatnessReport(Record):
 
     @property
     def relative_flatness_per_loss(self) -> float:
-        """Relative flatness divided by the loss, to compare models of different loss; NaN without a loss."""
+        """Relative flatness divided by the mean loss, to compare models whose losses differ; NaN without a loss."""
         return self.relative_flatness / self.loss if self.loss else math.nan
 
     @property
     def relative_flatness_per_curvature(self) -> float:
-        """Relative flatness divided by the mean trace of ``Λ``, which confident samples make small."""
+        """Relative flatness divided by ``curvature``, which is small for a network with confident predictions."""
         return self.relative_flatness / self.curvature if self.curvature else math.nan
 
     @property
     def standard_errors(self) -> dict[str, float]:
-        """Upper bounds on the standard errors of the two sums, by name: the sums of the layers' standard errors."""
+        """Upper bounds on the standard errors of ``hessian_trace`` and ``relative_flatness``, if they are estimates.
+
+        Each bound is the sum of the layers' standard errors; it is zero if no layer is estimated.
+        """
         return {
             name: sum(layer.standard_errors.get(name, 0.0) for layer in self.layers.values())
             for name in ("hessian_trace", "relative_flatness")
@@ -220,17 +230,17 @@ class FlatnessReport(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers of every layer are those of the Hessian."""
+        """Whether the numbers of every layer are exact (see ``LayerFlatness.exact``)."""
         return all(layer.exact for layer in self.layers.values())
 
     @property
     def precision(self) -> str:
-        """The lowest precision that a layer was measured in: ``"bfloat16"`` where its features are, as it ran."""
+        """The lowest precision that a layer was measured in, such as ``"bfloat16"`` under autocast."""
         return lowest_precision(self._infos).precision if self.layers else "float32"
 
     @property
     def precision_deviation(self) -> float:
-        """In half precision the largest relative change of a layer's trace from that of float32, on a few samples."""
+        """In half precision, the largest relative difference of a layer's trace from float32, on a few samples."""
         return lowest_precision(self._infos).precision_deviation if self.layers else 0.0
 
     @property
@@ -238,7 +248,7 @@ class FlatnessReport(Record):
         return [layer.info for layer in self.layers.values()]
 
     def table(self) -> Table:
-        """Return a rich table with a row for every layer, and one for their sum."""
+        """Return a rich table with a row for every layer, and a row for the sums over layers."""
         data = f" of {self.data} data" if self.data in ("val", "train") else f" of {self.data}" if self.data else ""
         table = Table(
             title=f"Flatness over {number_of(self.num_samples, 'sample')}{data}",
@@ -268,7 +278,7 @@ class FlatnessReport(Record):
         return measured(getattr(self, measure), *errors)
 
     def _explanations(self) -> list[str]:
-        """Return sentences on what flatness is to be compared with, and on the errors in the table."""
+        """Return sentences with the mean loss, accuracy and curvature, and about the errors in the table."""
         means = [
             f"{name} {self._shown(field)}" for field, name in MEANS.items() if not math.isnan(getattr(self, field))
         ]

@@ -20,16 +20,21 @@ NUMBERS = ("lambda_max", "residual_norm", "layerwise_lambda_max", "neuronwise_la
 
 @dataclass(frozen=True, repr=False)
 class LayerLambdaMax(Record):
-    """Largest eigenvalues of the Hessian of the mean loss with respect to one layer's kernel.
+    """Largest eigenvalues of the Hessian ``H`` of the mean loss with respect to one layer's kernel ``W``.
+
+    ``H_ss`` is the block of ``H`` for filter ``w_s``, and ``λ_max`` the largest eigenvalue of a matrix.
 
     Attributes:
-        lambda_max: largest eigenvalue of the layer's whole block, in loss per squared weight.
-        residual_norm: ``‖H v - λ v‖`` for the unit vector ``v`` found; some eigenvalue differs from ``lambda_max`` by
-            at most this.
+        lambda_max: ``λ_max(H)``, in loss per squared weight.
+        residual_norm: ``‖H v - λ v‖``, where ``λ`` is ``lambda_max`` and ``v`` its unit eigenvector as computed. Some
+            eigenvalue of ``H`` differs from ``λ`` by at most this.
+        num_products: number of products of ``H`` with a vector that ``lambda_max`` needed.
         layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
-        neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss, or NaN.
+        neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss; NaN if not
+            measured.
         filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``, in loss per squared weight; None if not measured.
-        info: how the layer was measured; if it is not exact, the eigenvalues are those of the Gauss-Newton matrix.
+        info: description of how the layer was measured. If it is not exact, the matrix is the Gauss-Newton matrix
+            instead of ``H``.
     """
 
     lambda_max: float
@@ -43,7 +48,7 @@ class LayerLambdaMax(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether the eigenvalues are those of the Hessian."""
+        """Whether the eigenvalues are those of the Hessian itself, not of its Gauss-Newton part."""
         return self.info.exact
 
     def table(self) -> Table:
@@ -57,7 +62,7 @@ class LayerLambdaMax(Record):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
-    """The largest eigenvalues of the measured layers, by name: a mapping, and a table if printed.
+    """The largest eigenvalues of the measured layers, as a mapping from layer names; ``print`` shows a table.
 
     Example:
         >>> import torch
@@ -71,7 +76,7 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
 
     @property
     def exact(self) -> bool:
-        """Whether the eigenvalues of every layer are those of the Hessian."""
+        """Whether the eigenvalues of every layer are those of the Hessian itself, not of its Gauss-Newton part."""
         return all(layer.exact for layer in self.layers.values())
 
     @property

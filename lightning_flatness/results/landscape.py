@@ -1,4 +1,4 @@
-"""The result of computing a loss landscape, as a frozen record that can be printed and saved."""
+"""A loss landscape, as a frozen record that can be printed and saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import number_of
 
-# Fields that describe how a landscape was computed. A computation can be resumed only if all of them are the same.
+# Fields that describe how a landscape was computed. A landscape can be resumed only with the same values of all.
 SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
 
 
@@ -21,21 +21,24 @@ SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "froz
 class LandscapeResult(Record):
     """Mean losses at points ``w + Σ_i α_i d_i`` of a line (one axis) or plane (two axes) through the weights ``w``.
 
+    ``d_i`` are the axes, directions in weight space, and ``α_i`` the coordinates of a point.
+
     Attributes:
-        coordinates: ``α_i``, float64 ``(n_i,)`` for every axis.
+        coordinates: values of ``α_i``, float64 ``(n_i,)``, for every axis ``i``.
         losses: mean loss at every point, float64 ``(n_1,)`` or ``(n_1, n_2)``. It may be infinite or NaN, and is NaN at
             points that were not computed.
         accuracies: accuracy at every point, between 0 and 1; None if the targets are not class indices.
         computed: boolean mask of the points that were computed.
-        origin_loss: loss at ``w``, with the BatchNorm statistics of the model; ``origin_accuracy`` is the accuracy.
+        origin_loss: mean loss at ``w``, with the model's own BatchNorm statistics.
+        origin_accuracy: accuracy at ``w``, with the model's own BatchNorm statistics.
         axis_norms: L2 norm of every ``d_i``, after normalisation.
         cosine: cosine of the angle between the two axes; NaN for a line.
         weight_norm: L2 norm of the parameters that are not frozen.
-        fingerprint: hash of weights, buffers and axes; a landscape can be resumed only if it is the same.
+        fingerprint: hash of weights, buffers and axes. A landscape can be resumed only with the same fingerprint.
         seconds: wall time, over all calls if it was resumed; NaN if not known, as in files of earlier versions.
 
     ``axes``, ``normalize``, ``norm``, ``biases``, ``update``, ``batch_norm``, ``frozen``, ``loss`` and ``seed`` are the
-    arguments of :func:`~lightning_flatness.loss_landscape`; ``axes`` and ``loss`` are recorded by their names.
+    arguments of :func:`~lightning_flatness.loss_landscape`. Of ``axes`` and ``loss`` only the names are kept.
 
     Example:
         >>> import tempfile, torch
@@ -82,7 +85,7 @@ class LandscapeResult(Record):
 
     @property
     def lowest_loss(self) -> float:
-        """The lowest finite loss of a point; NaN if there is none."""
+        """The lowest finite loss of all points; NaN if no loss is finite."""
         return float(self.losses[self.finite].min()) if bool(self.finite.any()) else math.nan
 
     def table(self) -> Table:
@@ -97,6 +100,7 @@ class LandscapeResult(Record):
         return "\n".join(self._lines())
 
     def _lines(self) -> list[str]:
+        """Return the title, numbers and settings of the landscape as lines of text."""
         kept = " (with its own BatchNorm statistics)" if self.batch_norm == "recomputed" else ""
         lines = [
             f"Loss landscape, {self._shape} points along {' and '.join(self.axes)}, "
@@ -115,6 +119,7 @@ class LandscapeResult(Record):
 
     @property
     def _shape(self) -> str:
+        """The numbers of points along the axes, such as ``"25 x 25"``."""
         return " x ".join(str(len(axis)) for axis in self.coordinates)
 
     def _line(self) -> str:
@@ -123,7 +128,7 @@ class LandscapeResult(Record):
         return f"{points}, {samples}, {part}loss {self.origin_loss:.4g}, lowest {self.lowest_loss:.4g}"
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Return a row for every point, with the coordinate along every axis."""
+        """Return a row for every point, with its coordinates, its loss and its accuracy."""
         grids = [grid.flatten().tolist() for grid in torch.meshgrid(*self.coordinates, indexing="ij")]
         columns = {f"coordinate_{index}": grid for index, grid in enumerate(grids)}
         columns |= {"loss": self.losses.flatten().tolist(), "computed": self.computed.flatten().tolist()}

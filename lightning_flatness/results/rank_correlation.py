@@ -1,4 +1,4 @@
-"""How the order of models by a measure agrees with their order by an outcome, as a frozen record."""
+"""Rank correlations between measures and an outcome, as frozen records, and their table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import number_of
 
-# The measures of a comparison and their headings in tables, the one that compares networks first.
+# The measures of a comparison and their headings in tables. The first one is BEST.
 MEASURES = {
     "normalized_relative_flatness": "normalised",
     "relative_flatness": "rel. flatness",
@@ -20,9 +20,9 @@ MEASURES = {
     "relative_flatness_per_curvature": "rel. / curvature",
     "hessian_trace": "Hessian trace",
 }
-# The measure that compares networks (docs/theory.md, "Invariance").
+# The measure by which networks are compared, because rescaling them does not change it (docs/theory.md, "Invariance").
 BEST = "normalized_relative_flatness"
-# Numbers that come for free, and their headings.
+# Numbers that need no Hessian, with which the measures are compared, and their headings in tables.
 BASELINES = {
     "train_loss": "train loss",
     "weight_norm": "‖W‖",
@@ -33,19 +33,20 @@ BASELINES = {
 
 @dataclass(frozen=True, repr=False)
 class RankCorrelation(Record):
-    """How the order of the models by one number agrees with their order by the outcome: Kendall's τ.
+    """Kendall's τ between one number and the outcome, over the models of a comparison.
 
-    1 means that both orders are the same, 0 that they have nothing to do with each other, -1 that one is the reverse of
-    the other. NaN stands for what cannot be told.
+    1 means that the number and the outcome put the models in the same order, -1 that one order is the reverse of the
+    other, 0 that the orders are unrelated. NaN means that τ is not defined or cannot be computed.
 
     Attributes:
         measure: name of the number, a field of :class:`ComparedModel`.
         tau: Kendall's τ-b.
-        low, high: ends of the 95 % bootstrap interval over models.
-        given: partial τ, by what is held: ``"train_loss"`` and ``"weight_norm"``.
-        granulated: mean of τ among models that differ in one hyper-parameter alone (Jiang et al. 2020).
-        is_baseline: whether the number comes for free, without a Hessian.
-        num_models: number of models for which number and outcome are known.
+        low: lower end of the 95 % bootstrap interval over models.
+        high: upper end of the 95 % bootstrap interval over models.
+        given: partial τ by the number that is held constant: ``"train_loss"`` or ``"weight_norm"``.
+        granulated: mean τ among models that differ in one hyper-parameter only (Jiang et al. 2020).
+        is_baseline: whether the number is a baseline, which needs no Hessian.
+        num_models: number of models that have both the number and an outcome.
     """
 
     measure: str
@@ -59,7 +60,7 @@ class RankCorrelation(Record):
 
     @property
     def interval(self) -> str:
-        """The interval as text, such as ``"[-0.12, 0.60]"``; empty if there is none."""
+        """The bootstrap interval as text, such as ``"[-0.12, 0.60]"``; empty if there is no interval."""
         return "" if math.isnan(self.low) else f"[{self.low:.2f}, {self.high:.2f}]"
 
     def _line(self) -> str:
@@ -73,11 +74,15 @@ class RankCorrelation(Record):
 
 
 def _tau(value: float) -> str:
+    """Return τ as text; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def correlation_table(correlations: Sequence[RankCorrelation], outcome: str) -> Table:
-    """Return a table with a row for every number that was tried, and below it what must not be concluded."""
+    """Return a table with a row for every correlation; the caption says how to read them, and what not to conclude.
+
+    ``outcome`` is the name of the outcome.
+    """
     headings = MEASURES | BASELINES
     granulated = any(not math.isnan(found.granulated) for found in correlations)
     largest = max(found.num_models for found in correlations)

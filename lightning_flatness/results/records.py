@@ -1,4 +1,4 @@
-"""What all records have: one line of text, a table for notebooks, plain data and rows, and files."""
+"""The base class of all results: text, HTML, plain data, data frames and files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_flatness.results.texts import as_html
 
 
 class Record(Saved):
-    """A frozen dataclass that prints as one line, shows as a table in notebooks, and turns into plain data.
+    """Base class of results: frozen dataclasses with a one-line ``repr``, a table in notebooks, and plain data.
 
-    Subclasses are dataclasses with ``repr=False``; they define ``_line`` and ``table``.
+    Subclasses are dataclasses with ``repr=False``. They define ``_line`` and ``table``.
     """
 
-    # Tensors that are short, and so a part of ``to_dict()``.
+    # Names of fields with tensors that are short enough for ``to_dict()``.
     _short: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self, tensors: bool = False) -> dict[str, Any]:
-        """Return all fields and properties as values that JSON can hold; ``"result"`` is the name of the class.
+        """Return all fields and properties as values that JSON can hold, and the class name as ``"result"``.
 
-        NaN and infinities are None. Long tensors, such as block traces or values of single samples, are left out unless
-        ``tensors`` asks for them, as nested lists; :meth:`save` keeps them, and loses nothing.
+        NaN and infinities become None. Long tensors, such as block traces or per-sample values, are left out; with
+        ``tensors=True`` they become nested lists. To keep everything, use :meth:`save`.
         """
         return {
             "result": type(self).__name__,
@@ -36,7 +36,7 @@ class Record(Saved):
         }
 
     def to_pandas(self) -> Any:
-        """Return a ``pandas.DataFrame`` of :meth:`to_dict`'s numbers, with NaN for what is not known."""
+        """Return the numbers of :meth:`to_dict` as a ``pandas.DataFrame``, in which unknown numbers are NaN."""
         try:
             import pandas
         except ModuleNotFoundError as error:
@@ -47,7 +47,7 @@ class Record(Saved):
         return pandas.DataFrame(self._rows())
 
     def table(self) -> Table:
-        """Return a rich table."""
+        """Return a rich table of the main numbers."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -57,15 +57,15 @@ class Record(Saved):
         return as_html(self.table())
 
     def _line(self) -> str:
-        """Return what the record is about and its main numbers, in one line."""
+        """Return one line of text with the main numbers, for ``repr``."""
         raise NotImplementedError
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Return the rows of a data frame; by default one, of the values that are no tensors."""
+        """Return the rows of the data frame; by default one row with all values that are not tensors."""
         return [flat(self._values(tensors=False))]
 
     def _values(self, tensors: bool) -> dict[str, Any]:
-        """Return fields and properties by name; mappings and records come last."""
+        """Return fields and properties by name, mappings and records last; long tensors only if ``tensors``."""
         kinds = get_type_hints(type(self))
         wanted = {field.name: kinds[field.name] for field in fields(cast(Any, self))} | _properties(type(self))
         values = {
@@ -73,19 +73,19 @@ class Record(Saved):
             for name, kind in wanted.items()
             if tensors or name in self._short or not has_tensors(kind)
         }
-        info = values.pop("info", None)  # how a layer is measured: its fields stand beside the numbers
+        info = values.pop("info", None)  # a LayerInfo: its fields become entries of the same level as the numbers
         values = values if info is None else info._values(tensors) | values
         return dict(sorted(values.items(), key=lambda entry: isinstance(entry[1], (Mapping, Record))))
 
 
 def _properties(owner: type) -> dict[str, Any]:
-    """Return the types of the public properties of a class."""
+    """Return the types of the public properties of a class, by name."""
     found = {name: value for name, value in vars(owner).items() if isinstance(value, property) and name[0] != "_"}
     return {name: get_type_hints(value.fget)["return"] for name, value in found.items()}
 
 
 def _plain(value: Any, tensors: bool) -> Any:
-    """Return a value as JSON can hold it: NaN and infinities are None."""
+    """Return a value in a form that JSON can hold; NaN and infinities become None."""
     if isinstance(value, Record):
         return value.to_dict(tensors)
     if isinstance(value, Tensor):
@@ -98,7 +98,10 @@ def _plain(value: Any, tensors: bool) -> Any:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a row; a mapping such as ``{"standard_errors": {"a": 1}}`` becomes ``a_standard_error``."""
+    """Return the values for a row of a data frame: plain values, and the entries of mappings as values of their own.
+
+    The mapping ``{"standard_errors": {"a": 1}}`` becomes ``{"a_standard_error": 1}``. Records are left out.
+    """
     row: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The result of computing a spectrum, as a frozen record that can be printed and saved."""
+"""The spectrum of a Hessian, as a frozen record that can be printed and saved."""
 
 from __future__ import annotations
 
@@ -23,36 +23,39 @@ MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 @dataclass(frozen=True, repr=False)
 class SpectrumResult(Record):
-    """Spectrum of the Hessian of the mean loss with respect to ``D`` parameters; ``print(result)`` shows a table.
+    """Spectrum of the Hessian ``H`` of the mean loss with respect to ``D`` parameters; ``print`` shows a table.
 
-    Eigenvalues, Ritz values and the trace are in loss per squared weight. The criteria (Gabdullin 2024, 2025) are means
-    over the ``P`` probes. They depend on ``num_steps`` (``k_hn`` strongly), so compare only results with equal steps.
+    The largest eigenvalues are computed one by one. The density, the trace and the criteria are estimated from ``P``
+    probes: ``m`` Lanczos steps from the random vector of a probe give ``m`` Ritz values ``θ``, which approximate
+    eigenvalues, and their weights ``τ``. Eigenvalues, Ritz values and the trace are in loss per squared weight. The
+    criteria ``r_e``, ``k_hn`` and ``c_t`` (Gabdullin 2024, 2025) are means over the probes. They depend on
+    ``num_steps`` (``k_hn`` strongly), so compare only results with equal steps.
 
     Attributes:
-        eigenvalues: largest eigenvalues (by value, not by modulus), descending, float64 ``(k,)``.
-        eigenvectors: orthonormal rows ``(k, D)``, in the dtype of the products; see :meth:`eigenvector`.
+        eigenvalues: ``λ``, the ``k`` largest eigenvalues (by value, not by modulus), descending, float64 ``(k,)``.
+        eigenvectors: orthonormal rows ``v``, ``(k, D)``, in the dtype of the products; see :meth:`eigenvector`.
         residuals: ``‖H v - λ v‖``, float64 ``(k,)``; some eigenvalue of ``H`` differs from ``λ`` by at most this.
-        trace: trace estimated from the probes; the part in the span of the eigenvectors is exact.
+        trace: trace of ``H``, estimated from the probes; the part in the span of the eigenvectors is exact.
         trace_stderr: standard error of the trace; NaN with one probe.
         ritz_values: ``θ``, float64 ``(P, m)``, ascending for every probe.
-        ritz_weights: ``τ``, float64 ``(P, m)``; their sum is one for every probe.
+        ritz_weights: ``τ``, float64 ``(P, m)``; the sum over each probe's weights is one.
         r_e: ``|θ_min / θ_max|``.
         k_hn: ``Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``.
         c_t: ``θ_min / θ_max``; minus infinity if no Ritz value is positive.
-        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, whichever most probes have.
+        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``: the kind that most probes have.
         spread: standard deviation of ``r_e``, ``k_hn`` and ``c_t`` over the probes (NaN with one probe). The entry
             ``"kind"`` is the share of the probes that have another kind.
         exponent: ``n`` in ``k_hn``.
         num_steps: ``m``, the number of Lanczos steps of every probe.
         num_products: number of products of the matrix with a vector; each is a pass over all samples.
-        parameters: shapes of the parameters by name, in the order of the eigenvectors' entries.
-        weight_norm: L2 norm of these parameters together.
-        matrix: ``"hessian"`` or ``"gauss_newton"``.
+        parameters: shapes of the ``D`` parameters by name, in the order of the eigenvectors' entries.
+        weight_norm: L2 norm of the ``D`` parameters together.
+        matrix: ``"hessian"``, or ``"gauss_newton"`` if ``H`` is the Gauss-Newton matrix.
         converged: whether all residuals are within the requested tolerance.
         seconds: wall time of the measurement; NaN if not known, as in files of earlier versions.
 
-    Without probes (``num_probes=0``) there are eigenvalues alone: the trace and the criteria are NaN, the kind is
-    ``"unknown"``, and there is no density.
+    Without probes (``num_probes=0``) the eigenvalues are the only result: the trace and the criteria are NaN, the kind
+    is ``"unknown"``, and there is no density.
 
     Example:
         >>> from lightning_flatness import hessian_spectrum
@@ -104,11 +107,12 @@ class SpectrumResult(Record):
         return {name: p.reshape(shape) for (name, shape), p in zip(self.parameters.items(), pieces, strict=True)}
 
     def density(self, grid: Tensor | None = None, sigma: float | None = None) -> tuple[Tensor, Tensor]:
-        """Compute the spectral density, whose integral is one, with a Gaussian for each Ritz value of each probe.
+        """Compute the spectral density as a sum of Gaussians, one for each Ritz value of each probe.
 
-        Grid and density are float64 ``(G,)``. ``sigma`` is the positive standard deviation of the Gaussians, in loss
-        per squared weight; by default a hundredth of the range of the Ritz values. The default grid has 2,000 points
-        and extends four ``sigma`` beyond this range. See Ghorbani et al. 2019 (arXiv 1901.10159), Section 3.
+        Returns the grid of eigenvalues and the density on it, float64 ``(n,)`` each. The integral of the density is
+        one. ``sigma`` is the standard deviation of the Gaussians, in loss per squared weight; by default a hundredth of
+        the range of the Ritz values. The default grid has 2,000 points and extends ``4 sigma`` beyond this range. See
+        Ghorbani et al. 2019 (arXiv 1901.10159), Section 3.
         """
         if not self.num_probes:
             raise FlatnessError(NO_DENSITY)
@@ -119,7 +123,7 @@ class SpectrumResult(Record):
         if grid is None:
             grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, 2000, dtype=torch.float64, device="cpu")
         grid = grid.double()
-        # One probe at a time, to save memory.
+        # The loop takes one probe at a time, to save memory.
         parts = [
             torch.exp(-((grid[:, None] - values) / sigma).square() / 2) @ weights / (sigma * math.sqrt(2 * math.pi))
             for values, weights in zip(self.ritz_values, self.ritz_weights, strict=True)
@@ -150,6 +154,7 @@ class SpectrumResult(Record):
         return table
 
     def _method(self) -> str:
+        """Return sentences with the numbers of probes, steps and products, and with the meaning of the errors."""
         products = number_of(self.num_products, "product")
         if not self.num_probes:
             return f"{products}; eigenvalues alone, without probes. ±: residual of eigenvalues."
@@ -181,9 +186,10 @@ class SpectrumResult(Record):
 
 
 def _error(value: float) -> str:
+    """Return an error as text; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.2g}"
 
 
 def default_sigma(low: float, high: float) -> float:
-    """Return a hundredth of a range of eigenvalues, or of their modulus if the range is empty."""
+    """Return a hundredth of ``high - low``; if both are equal, a hundredth of ``|high|``, or 0.01 if both are zero."""
     return (high - low or abs(high) or 1.0) / 100

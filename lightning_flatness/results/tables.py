@@ -1,4 +1,4 @@
-"""Records and tables that describe how layers are measured."""
+"""Descriptions of how layers are measured, as frozen records, tables and sentences."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.text import Text
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import named
 
-# ``LayerInfo.reason`` of a layer whose numbers are estimates for the whole Hessian, with standard errors.
+# ``LayerInfo.reason`` of a layer that would be exact, but is estimated because only some classes are sampled.
 SAMPLED = "classes without much mass are sampled"
 METHODS = {
     "closed_form": "closed form",
     "gauss_newton": "Gauss-Newton",
     "gauss_newton+hutchinson": "Gauss-Newton + Hutchinson",
 }
-# Bits of the precisions that layers are measured in.
+# Precisions that layers are measured in, and their bits.
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
-# Smallest width of the summary if the terminal is wide enough, so that its sentences are not broken into short lines.
+# Smallest width of the summary table, so that its caption is not broken into short lines.
 WIDTH = 80
-# What the numbers of a layer describe if they are not exact, by method.
+# What the numbers of a layer that is not exact describe, by method.
 PARTS = {
     "gauss_newton": "the Gauss-Newton part of the Hessian",
     "gauss_newton+hutchinson": "Gauss-Newton exactly and the rest of the Hessian estimated",
@@ -33,32 +33,33 @@ LABELS = {"gauss_newton": "no: Gauss-Newton", "gauss_newton+hutchinson": "no: es
 
 @dataclass(frozen=True, repr=False)
 class LayerInfo(Record):
-    """Description of how a layer is measured; it may change with later batches.
+    """Description of how a layer is measured, which may change with later batches.
 
-    The method ``"closed_form"`` computes the Hessian. ``"gauss_newton"`` computes the Gauss-Newton part of the Hessian,
-    which is the whole Hessian if ``exact``. ``"gauss_newton+hutchinson"`` also estimates the rest of the Hessian.
+    The method ``"closed_form"`` uses a formula for the whole Hessian. ``"gauss_newton"`` computes the Gauss-Newton part
+    of the Hessian, which is the whole Hessian if ``exact``. ``"gauss_newton+hutchinson"`` also estimates the rest of
+    the Hessian from random probes. ``docs/theory.md`` explains the methods.
     """
 
     name: str  # name of the module, without "_orig_mod.", which torch.compile adds
     kind: str  # name of the module's class
-    num_filters: int  # S
-    patch_length: int  # D
-    groups: int  # G
-    classifier: str | None  # None under Gauss-Newton, or if the pooled output of the layer is the logits
+    num_filters: int  # S in docs/theory.md
+    patch_length: int  # D, the number of weights of one filter
+    groups: int  # G, the number of groups of the convolution
+    classifier: str | None  # None for the Gauss-Newton methods, or if the layer's pooled output is the logits
     method: Literal["closed_form", "gauss_newton", "gauss_newton+hutchinson"]
-    exact: bool  # whether the numbers are those of the Hessian
-    reason: str  # why the numbers are not exact; empty if they are
-    kernel: Literal["parameter", "effective"]  # derivatives are taken at the weight, or at a kernel computed from it
-    deviation: float  # largest relative deviation found by the certificates, the checks against autograd
+    exact: bool  # whether the numbers are certified to be those of the exact Hessian
+    reason: str  # why the numbers are not exact; empty if they are exact
+    kernel: Literal["parameter", "effective"]  # derivatives are with respect to the weight, or a kernel made from it
+    deviation: float  # largest relative deviation found by the certificates, which are checks against autograd
     backward_passes: int = 0  # number per batch, shared by all layers; an upper bound if classes are sampled
-    multiplications: int = 0  # number per sample, in addition to passes through the model
-    memory: int = 0  # bytes of block traces (their sum and one batch) and of the Gram matrix of the filters
-    precision: str = "float32"  # the lowest that samples were measured in; "bfloat16" if the features are
-    precision_deviation: float = 0.0  # in half precision: relative change of the Hessian trace from float32, on a trial
+    multiplications: int = 0  # number per sample, without the passes through the model
+    memory: int = 0  # bytes of the block traces (the sum and one batch) and of the Gram matrix of the filters
+    precision: str = "float32"  # lowest precision that samples were measured in, such as "bfloat16" under autocast
+    precision_deviation: float = 0.0  # in half precision: relative difference of the trace from float32, on a trial
 
     @property
     def label(self) -> str:
-        """What the numbers are, in a few words: ``"yes"`` if they are exact, otherwise ``"no: Gauss-Newton"``."""
+        """Text for the table column "exact": ``"yes"``, or ``"no"`` with what was measured instead of the Hessian."""
         return "yes" if self.exact else "no: estimate" if self.reason == SAMPLED else LABELS[self.method]
 
     def table(self) -> Table:
@@ -71,7 +72,10 @@ class LayerInfo(Record):
 
 
 def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Merge one layer's records of several processes: exact only if all are, with the largest deviation."""
+    """Merge the descriptions of one layer from several processes, which may differ.
+
+    The result is exact only if all descriptions are exact. It has their largest deviation and their lowest precision.
+    """
     least_exact = min(infos, key=lambda info: (info.exact, info.method == "closed_form"))
     lowest = lowest_precision(infos)
     return replace(
@@ -83,7 +87,7 @@ def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
 
 
 def lowest_precision(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Return the record with the lowest precision, and of these the one with the largest deviation from float32."""
+    """Return the description with the lowest precision; among equals, the one that deviates most from float32."""
     return min(infos, key=lambda info: (BITS[info.precision], -abs(info.precision_deviation)))
 
 
@@ -93,10 +97,10 @@ def summary_table(
     title: str = "Flatness is measured for these layers.",
     verbose: bool = False,
 ) -> Table:
-    """Return the table, shown before training, of how each layer will be measured and which layers are left out.
+    """Return a table, to be shown before training, with the method for each layer; the caption names layers left out.
 
-    With ``verbose``, the table also has the size of every layer (filters x weights of one filter), the multiplications
-    per sample, and the largest deviation that the certificates found.
+    With ``verbose``, the table also has the size of every layer (filters x weights of one filter) and the
+    multiplications per sample, and the caption has the largest deviation that the certificates found.
     """
     caption = _caption(list(layers.values()), left_out or {}, verbose)
     table = Table(title=title, caption=caption, caption_justify="left", min_width=WIDTH)
@@ -122,6 +126,7 @@ def summary_table(
 
 
 def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: bool) -> str:
+    """Return sentences that explain the methods and columns of the summary table."""
     passes = max((info.backward_passes for info in layers), default=0)
     sentences = []
     if any(info.method == "closed_form" for info in layers):
@@ -147,7 +152,7 @@ def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: 
 
 
 def notes(layers: Sequence[LayerInfo], left_out: Mapping[str, str]) -> list[str]:
-    """Return sentences on which numbers are inexact or estimated, which layers are left out, and why."""
+    """Return sentences that name the numbers that are not exact and the layers that are left out, with the reasons."""
     inexact = [info for info in layers if not info.exact]
     sentences = []
     for method, part in PARTS.items():
@@ -164,7 +169,7 @@ def notes(layers: Sequence[LayerInfo], left_out: Mapping[str, str]) -> list[str]
 
 
 def sentence_of(info: LayerInfo) -> str:
-    """Return whether a layer's numbers are exact, and if not what they are and why, as a part of a sentence."""
+    """Return "exact", or "not exact" with what was measured instead and why, as a part of a sentence."""
     if info.exact:
         return "exact"
     part = "estimates" if info.reason == SAMPLED else PARTS.get(info.method, "")
@@ -172,16 +177,18 @@ def sentence_of(info: LayerInfo) -> str:
 
 
 def _of_layers(infos: Sequence[LayerInfo], method: str, reason: str) -> str:
+    """Return the names of the layers with a method and a reason, in parentheses."""
     return f" ({named(info.name for info in infos if (info.method, info.reason) == (method, reason))})"
 
 
 def precision_of(layers: Sequence[LayerInfo]) -> str:
-    """Return the lowest precision that layers were measured in, and what it changes."""
+    """Return a sentence with the lowest precision that layers were measured in, and with its effect on the trace."""
     lowest = lowest_precision(layers)
     change = f"{lowest.precision_deviation:+.1%}".replace("%", " %")
     return f"Features are {lowest.precision}, as the network runs; trace {change} of float32 features on a trial"
 
 
 def _millions(number: int) -> str:
+    """Return a number in millions, as text."""
     millions = number / 1e6
     return "<0.1" if millions < 0.1 else f"{millions:,.1f}" if millions < 100 else f"{millions:,.0f}"

@@ -1,4 +1,4 @@
-"""Numbers, layers and tables as text and as HTML."""
+"""Write numbers, names and tables as text and as HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# With more layers than this, a sentence names the first ones only.
+# A sentence lists this number of names, and counts the others.
 MOST_NAMES = 3
 CELL = "padding: 0.2em 0.8em; white-space: nowrap"
 
@@ -21,7 +21,7 @@ def number_of(number: int, noun: str) -> str:
 
 
 def measured(value: float, sampling_error: float = math.nan, standard_error: float = 0.0) -> str:
-    """Return a number with its error over samples, and, if it is an estimate, with the standard error of that.
+    """Return a number as text, with its standard error over samples, and with ``standard_error`` if it is an estimate.
 
     Example:
         >>> measured(1.2345, 0.0421), measured(1234.5, 62.0), measured(1.2345, standard_error=0.1), measured(math.nan)
@@ -35,9 +35,9 @@ def measured(value: float, sampling_error: float = math.nan, standard_error: flo
 
 
 def _with_error(value: float, error: float) -> str:
-    """Return a value with the digits that its error leaves."""
+    """Return a value and its error as text, with as many digits as the error makes meaningful."""
     leading = math.floor(math.log10(error))
-    digits = 1 - leading if f"{error:.1e}"[0] == "1" else -leading  # two digits of an error that begins with a one
+    digits = 1 - leading if f"{error:.1e}"[0] == "1" else -leading  # an error that begins with 1 gets two digits
     if digits <= 0:
         return f"{value:.0f} ± {error:.0f}" if abs(value) < 1e6 else f"{value:.4g} ± {error:.1g}"
     if digits <= 5:
@@ -47,7 +47,7 @@ def _with_error(value: float, error: float) -> str:
 
 
 def named(names: Iterable[str]) -> str:
-    """Return names in a sentence; of many, the first ones.
+    """Return names as part of a sentence; if there are many, the first three names and the number of the others.
 
     Example:
         >>> named(["a", "b"]), named("abcdef")
@@ -87,10 +87,12 @@ def as_html(table: Table) -> str:
 
 
 def _cell(tag: str, content: Any, justify: str) -> str:
+    """Return a cell of an HTML table."""
     side = "right" if justify == "right" else "left"
     weight = "; border-bottom: 1px solid currentColor" if tag == "th" else ""
     return f'<{tag} style="{CELL}; text-align: {side}{weight}">{_html(content)}</{tag}>'
 
 
 def _html(content: Any) -> str:
+    """Return text with HTML's special characters escaped."""
     return escape(str(content)).replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""The way of the weights through a plane, as a frozen record."""
+"""The path of the weights during training, in a plane, as a frozen record."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lightning_flatness.results.texts import number_of
 
 @dataclass(frozen=True, repr=False)
 class TrajectoryResult(Record):
-    """Coordinates of the weights, initially and after every epoch, in the plane in which they moved most.
+    """The weights before training and after every epoch, as points in the plane in which they moved most.
 
-    ``plot_contour(result, trajectory=trajectory.coordinates)`` draws them into the landscape of the same name.
+    ``plot_contour(landscape, trajectory=trajectory.coordinates)`` draws the points into a landscape of this plane.
 
     Attributes:
-        coordinates: coordinates of the states of the weights, float64 ``(states, 2)``; the present weights are at zero.
-        explained: share of each axis in the sum of squared distances from the present weights, float64 ``(2,)``.
+        coordinates: coordinates of each state of the weights, float64 ``(states, 2)``. The origin is at the weights
+            that the network had when the plane was computed.
+        explained: share of each axis in the sum of the states' squared distances from the origin, float64 ``(2,)``.
 
     Example:
         >>> import tempfile, torch
