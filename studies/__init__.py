@@ -1,6 +1,8 @@
-"""The reference study: does flatness predict generalization? ``python -m studies --help``; docs/study.md is its page.
+"""The reference study: does flatness predict generalization?
 
-The way of a number: ``families`` lists networks as data, and ``training`` trains many at once. ``measuring`` measures
-their snapshots by the package's public functions; ``tables`` keeps a row of each in CSV files. ``analysis`` and
-``verdicts`` read these files alone, and ``page`` writes what they find.
+Run it with ``python -m studies --help``. Its results are in ``docs/study.md``.
+
+``families`` lists the networks as data, and ``training`` trains many networks at once. ``measuring`` measures their
+snapshots with the public functions of the package, and ``tables`` stores one row for each snapshot in CSV files.
+``analysis`` and ``verdicts`` use only these files, and ``page`` writes the page from their results.
 """

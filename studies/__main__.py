@@ -1,6 +1,6 @@
 """Run the study: ``python -m studies digits``; ``--help`` lists the parts.
 
-Parts can be interrupted, and go on where they stopped. The page is written from the tables alone.
+An interrupted part can be started again and continues where it stopped. The part ``page`` needs only the CSV files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the tables of a family to the tables of the page: everything the page says is in a CSV file that this writes."""
+"""Compute the numbers of the page from the measured tables of a family, and write them to CSV files."""
 
 from __future__ import annotations
 
@@ -32,21 +32,24 @@ TARGETS = ("loss gap", "accuracy gap", "test error", "scaled test loss")
 MAIN_TARGETS = ("loss gap", "test error")
 MAIN = "loss 0.05"
 SCOPES = ("all networks", "within noise levels")
-NEAR = 0.5  # a snapshot at a training loss counts if its loss is at least this part of it
-REFERENCES = (*BASELINES, "hessian_trace.last")  # what measures are compared with
+NEAR = 0.5  # a network counts at "loss 0.05" only if its training loss there is at least this share of 0.05
+REFERENCES = (*BASELINES, "hessian_trace.last")  # the numbers that each measure of the package is compared with
 
 
 @dataclass(frozen=True)
 class Sample:
-    """All networks of a family at one snapshot: ``n`` of them, and ``m`` measures."""
+    """All networks of a family at one snapshot: ``m`` measures, and the targets that they are to predict.
+
+    There is one row for each of the ``n`` networks. ``halves`` holds each target on two halves of the test images.
+    """
 
     snapshot: str
     rows: list[dict[str, str]]
     names: list[str]
-    measures: Array  # (m, n), with the signs that make a positive τ what is expected
+    measures: Array  # (m, n), with signs such that a positive τ with the target is expected
     targets: dict[str, Array]
     halves: dict[str, tuple[Array, Array]]
-    left_out: int  # networks that have the snapshot, but jumped too far below the loss, or miss a number
+    left_out: int  # networks with this snapshot that do not count: the loss is too far below, or a number is missing
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,7 +59,7 @@ class Sample:
 
     @property
     def clusters(self) -> list[str]:
-        """The configuration of every network without its seed."""
+        """The configuration of every network without its seed, as a string."""
         return ["|".join(v for k, v in row.items() if k not in ("name", "seed", "snapshot")) for row in self.rows]
 
     @property
@@ -66,7 +69,7 @@ class Sample:
 
 
 def sample(results: Path, family: Family, snapshot: str) -> Sample:
-    """Read a family's networks at one snapshot."""
+    """Read the configurations, measures and targets of a family's networks at one snapshot."""
     configurations = {c.name: {key: shown(value) for key, value in c.row().items()} for c in family.configurations}
     losses = {
         row["name"]: row
@@ -118,7 +121,10 @@ def sample(results: Path, family: Family, snapshot: str) -> Sample:
 
 
 def analyse(results: Path, family: Family, seed: int = 0, is_written: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Compute all tables of a family, and write each to ``<family>-<table>.csv``; ``seed`` is the bootstrap's."""
+    """Compute all tables of a family; write each table to ``<family>-<table>.csv`` if ``is_written``.
+
+    ``seed`` is the seed of the bootstrap.
+    """
     samples = [sample(results, family, snapshot) for snapshot in family.snapshots]
     samples = [one for one in samples if len(one) >= 10]
     found = {
@@ -180,7 +186,7 @@ def tau_rows(key: dict[str, Any], one: Sample, of_target: Resampled) -> list[dic
 
 
 def difference_rows(key: dict[str, Any], one: Sample, of_target: Resampled) -> list[dict[str, Any]]:
-    """Return by how much the τ of every measure of the package is above that of every baseline, and of the trace."""
+    """Return the differences in τ between each measure of the package and each of ``REFERENCES``."""
     rows = []
     for reference in (name for name in REFERENCES if name in one.names):
         of = of_target.minus(one.names.index(reference))
@@ -193,13 +199,13 @@ def difference_rows(key: dict[str, Any], one: Sample, of_target: Resampled) -> l
 
 
 def corrected(rows: list[dict[str, Any]]) -> None:
-    """Add p-values that are corrected for the number of rows."""
+    """Add a column ``p_holm`` of p-values that are corrected for the number of rows."""
     for row, p in zip(rows, holm(np.array([row["p"] for row in rows])), strict=True):
         row["p_holm"] = float(p)
 
 
 def is_clear(row: dict[str, Any]) -> bool:
-    """Return whether a number differs from zero after the correction."""
+    """Return whether the number in a row differs significantly from zero, by its corrected p-value."""
     return float(row["p_holm"] or "nan") < LEVEL
 
 
@@ -208,7 +214,10 @@ def family_pairs(one: Sample, family: Family) -> list[Pair]:
 
 
 def details(one: Sample, target: str, family: Family) -> list[dict[str, Any]]:
-    """Return conditional and granulated τ, sign errors in environments, and Pearson's r of every measure."""
+    """Return one row for every measure: partial and granulated τ, sign errors in environments, Pearson's r.
+
+    ``studies/statistics.py`` defines granulated τ, sign errors and environments.
+    """
     y, noise = one.targets[target], reliability(*one.halves[target]).noise
     ratio = column_of(one.rows, "learning_rate") / column_of(one.rows, "batch_size")
     held = {"train_loss": one.column("train_loss"), "weight_norm": one.column("weight_norm"), "rate_over_batch": ratio}
@@ -237,7 +246,10 @@ def pearson(x: Array, y: Array) -> float:
 
 
 def matched_rows(one: Sample, family: Family) -> list[dict[str, Any]]:
-    """Return in how many matched pairs every measure and target is larger with the most label noise than with none."""
+    """Count how often label noise makes each measure and target larger.
+
+    Each pair consists of two networks that differ in label noise alone: the lowest level and the highest.
+    """
     pairs = family_pairs(one, family)
     noise = sorted({row["label_noise"] for row in one.rows}, key=float)
     if len(noise) < 2:

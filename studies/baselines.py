@@ -1,7 +1,8 @@
-"""Numbers to compare measures of flatness with: what papers have proposed, and what comes for free.
+"""Baselines: numbers that measures of flatness are compared with.
 
-The package has margins and the spread of the classifier's weights; the others are here, in plain PyTorch. All are of a
-network in evaluation mode on one batch of its training samples, as the package's measures are.
+Some baselines were proposed in papers, others are cheap, such as the norm of the weights. Margins and feature spreads
+come from the package; all other baselines are computed here, in plain PyTorch. Like the package's measures, they are
+computed for a network in evaluation mode on a batch of its training samples.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch.nn.functional import cross_entropy, one_hot
 from lightning_flatness.functional.baselines import feature_spreads, margins
 
 Tensors = dict[str, Tensor]
-RADIUS, ADAPTIVE_RADIUS = 0.05, 0.5  # of SAM and ASAM, as in their papers
-SIGMA, RELATIVE_SIGMA, DRAWS = 0.01, 0.05, 10  # random perturbations
-DAMPING = 0.01  # of the Takeuchi criterion, times the mean eigenvalue
+RADIUS, ADAPTIVE_RADIUS = 0.05, 0.5  # radii of SAM and ASAM, as in their papers
+SIGMA, RELATIVE_SIGMA, DRAWS = 0.01, 0.05, 10  # for random perturbations
+DAMPING = 0.01  # for the Takeuchi criterion, relative to the mean eigenvalue of the Hessian
 
 
 def baselines(
     model: nn.Module, classifier: nn.Linear, initial: Tensors, inputs: Tensor, targets: Tensor, seed: int
 ) -> dict[str, float]:
-    """Return all baselines of a network whose initial parameters are given."""
+    """Return all baselines of a network; ``initial`` holds the parameters that it had before training."""
     params = {name: p.detach() for name, p in model.named_parameters()}
     heard: list[Tensor] = []
     handle = classifier.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[0]))
@@ -55,12 +56,15 @@ def norm(tensors: Tensors) -> float:
 
 
 def weight_of_last(model: nn.Module) -> Tensor:
-    """Return the kernel of the convolution that stands last in the network."""
+    """Return the kernel of the last convolution in the order of ``model.modules()``."""
     return [module for module in model.modules() if isinstance(module, nn.Conv2d)][-1].weight.detach()
 
 
 def fisher_rao(model: nn.Module, params: Tensors, inputs: Tensor, targets: Tensor) -> float:
-    """Return ``E (θ · ∇_θ loss)²``, the Fisher-Rao norm of Liang et al. 2019 with the labels of the data."""
+    """Return ``E (θ · ∇_θ loss)²``, the Fisher-Rao norm of Liang et al. 2019.
+
+    ``θ`` are the parameters, and the mean is over samples, with the labels of the data.
+    """
 
     def losses(p: Tensors) -> Tensor:
         return cross_entropy(functional_call(model, p, (inputs,)), targets, reduction="none")
@@ -71,8 +75,8 @@ def fisher_rao(model: nn.Module, params: Tensors, inputs: Tensor, targets: Tenso
 def takeuchi(features: Tensor, logits: Tensor, targets: Tensor) -> dict[str, float]:
     """Return Takeuchi's criterion of the classifier, ``Tr(H⁻¹ C)``, and ``Tr(C) / Tr(H)`` (Thomas et al. 2020).
 
-    ``H`` is the Hessian of the mean loss with respect to weight and bias of the classifier, and ``C`` the mean of
-    outer products of the gradients of single samples. ``H`` is damped, since it is nearly singular.
+    ``H`` is the Hessian of the mean loss with respect to the classifier's weight and bias. ``C`` is the mean outer
+    product of per-sample gradients. ``H`` is damped in the criterion because it is nearly singular.
     """
     ones = torch.ones_like(features[:, :1])
     g, p = torch.cat([features, ones], dim=1).double(), logits.double().softmax(1)
@@ -88,7 +92,10 @@ def takeuchi(features: Tensor, logits: Tensor, targets: Tensor) -> dict[str, flo
 
 
 def perturbed(model: nn.Module, params: Tensors, inputs: Tensor, targets: Tensor, seed: int) -> dict[str, float]:
-    """Return by how much the loss rises a step of SAM or ASAM away, and in the mean of random directions."""
+    """Return by how much the loss rises when the weights are perturbed: by SAM, by ASAM, and at random.
+
+    For random perturbations, the result is the mean over ``DRAWS`` draws.
+    """
 
     def loss(p: Tensors) -> Tensor:
         return cross_entropy(functional_call(model, p, (inputs,)), targets)

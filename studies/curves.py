@@ -1,4 +1,4 @@
-"""Flatness in training: twenty runs, and which rule picks a good epoch."""
+"""Flatness during training: measure twenty runs after every epoch, and compare rules that pick an epoch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def family() -> Family:
 
 
 class Worker:
-    """The tasks of a process."""
+    """The state and the tasks of a worker process."""
 
     data: Data
 
@@ -68,7 +68,7 @@ class Worker:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Train the twenty runs, and measure what is missing."""
+    """Train the twenty runs, and measure the epochs that are not in the table yet."""
     of, table = family(), Table(settings.results / "curves.csv", "name", "epoch")
     every = {c.name: c for c in of.configurations}
     saved = settings.work / "curves" / "stack-000.pt"
@@ -86,7 +86,10 @@ def lowest_ratio(key: str) -> Callable[[Curve], int]:
 
 
 def stalled(*watched: tuple[str, float]) -> Callable[[Curve], int]:
-    """Return the rule of ``FlatnessStopping``: stop when none of the numbers has fallen by its part for some epochs."""
+    """Return the rule of ``FlatnessStopping``: stop when no watched number has improved for ``PATIENCE`` epochs.
+
+    ``watched`` are pairs of a number's name and the share by which the number must fall to count as improved.
+    """
 
     def rule(curve: Curve) -> int:
         best, waits = dict.fromkeys(watched, np.inf), dict.fromkeys(watched, 0)
@@ -104,7 +107,7 @@ def stalled(*watched: tuple[str, float]) -> Callable[[Curve], int]:
     return rule
 
 
-# Rules, what they need beside the training data, and the index of the epoch that they pick from a curve.
+# For every rule: what it needs in addition to the training data, and a function that returns the index of the epoch.
 RULES: dict[str, tuple[str, Callable[[Curve], int]]] = {
     "last epoch": ("nothing", lambda curve: EPOCHS - 1),
     "epoch 20": ("nothing", lambda curve: 19),
@@ -125,7 +128,7 @@ RULES: dict[str, tuple[str, Callable[[Curve], int]]] = {
 
 
 def curves_of(results: Path) -> dict[str, Curve]:
-    """Return the complete curves by run, arrays ``(epochs,)``."""
+    """Return the measured numbers of every run as arrays ``(epochs,)``; runs with missing epochs are left out."""
     found: dict[str, list[dict[str, str]]] = {}
     for row in read_rows(results / "curves.csv"):
         found.setdefault(row["name"], []).append(row)
@@ -138,7 +141,7 @@ def curves_of(results: Path) -> dict[str, Curve]:
 
 
 def analyse(results: Path, seed: int = 0, is_written: bool = True) -> list[dict[str, Any]]:
-    """Return the test error and loss at the epochs that the rules pick, beside those of the last epoch."""
+    """Return test error and test loss at the epoch that each rule picks, and their changes from the last epoch."""
     curves = curves_of(results)
     if len(curves) < 5:
         return []

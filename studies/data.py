@@ -1,4 +1,4 @@
-"""The data: scikit-learn's digits and CIFAR-10, labels with noise, images drawn otherwise."""
+"""The data: scikit-learn's digits and CIFAR-10, label noise, and distortions of the images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Data:
 
 
 def digits(num_train: int = 200) -> Data:
-    """Return scikit-learn's 1,797 digits (8x8; Alpaydin and Kaynak 1998), split at random, the same split always."""
+    """Return scikit-learn's 1,797 digits (8x8; Alpaydin and Kaynak 1998), in a random split with a fixed seed."""
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16 - 0.5
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -39,9 +39,9 @@ def digits(num_train: int = 200) -> Data:
 
 
 def cifar10(arrays: Path | None = None, root: Path = Path("data"), download: bool = False) -> Data:
-    """Return CIFAR-10 from torchvision, or from a folder of ``train_images.npy`` and three others.
+    """Load CIFAR-10 from torchvision, or from ``{train,test}_{images,labels}.npy`` in the folder ``arrays``.
 
-    Classes take turns, so that the first images of any number are balanced.
+    The classes take turns in the order of the images, so that the first images are balanced, however many are used.
     """
     parts = []
     for part in ("train", "test"):
@@ -63,7 +63,7 @@ def column(values: tuple[float, ...]) -> Tensor:
 
 
 def in_turns(labels: Tensor) -> Tensor:
-    """Return an order of the samples in which the classes take turns, and else stay as they are."""
+    """Return indices that sort samples so that the classes take turns; each class keeps the order of its samples."""
     rank = torch.zeros_like(labels)
     for label in labels.unique():
         mine = labels == label
@@ -72,9 +72,10 @@ def in_turns(labels: Tensor) -> Tensor:
 
 
 def training_part(data: Data, configuration: Configuration) -> tuple[Tensor, Tensor]:
-    """Return the images that a network is trained on, and their labels, some of them wrong with label noise.
+    """Return the images and labels that a network is trained on; with label noise, some labels are wrong.
 
-    Wrong labels depend on the seed and the level of noise alone; those of a lower level are a subset.
+    The wrong labels depend only on the seed and the noise level. Those of a lower level are wrong at a higher level,
+    too.
     """
     images, labels = data.images[: configuration.train_size], data.labels[: configuration.train_size]
     generator = torch.Generator().manual_seed(2000 + configuration.seed)
@@ -87,7 +88,7 @@ def training_part(data: Data, configuration: Configuration) -> tuple[Tensor, Ten
 
 
 def shifted(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Return images drawn otherwise, by name: moved, rotated, blurred, noisy, faint, small."""
+    """Return distorted copies of the images by name: moved, rotated, small, blurred, noisy and faint."""
     generator = torch.Generator().manual_seed(seed)
     dark = float(images.min())
     angle = torch.tensor(np.pi / 9)
@@ -103,7 +104,7 @@ def shifted(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
 
 
 def warped(images: Tensor, matrix: Tensor, outside: float) -> Tensor:
-    """Return images read at linearly mapped coordinates; ``outside`` is the value beyond their border."""
+    """Return images whose coordinates are mapped by ``matrix``; pixels outside the image have the value ``outside``."""
     size = images.shape[-1]
     line = (torch.arange(size) * 2 + 1) / size - 1
     points = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1) @ matrix.T

@@ -1,4 +1,4 @@
-"""Families of networks as data: a list of configurations each."""
+"""Families of networks as data: each family is a list of configurations."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Configuration:
     """One network: its data, its architecture, how it is trained, and its seed."""
 
     name: str
-    arm: str  # what differs from the centre of a star; empty in a factorial
+    arm: str  # in a star, the difference from the centre; empty in a factorial
     train_size: int
-    label_noise: float  # share of the training labels that are drawn anew from the other classes
+    label_noise: float  # share of the training labels that are replaced by a random other class
     augment: bool
     network: str  # "plain" or "resnet"
     width: int
-    depth: int  # convolutions of a plain network, blocks a stage of a ResNet
+    depth: int  # number of convolutions in a plain network, or of blocks in a stage of a ResNet
     kernel: int
     batch_norm: bool
     dropout: float
@@ -37,30 +37,37 @@ class Configuration:
 
     @property
     def stack_key(self) -> tuple[Any, ...]:
-        """What networks that are trained at once must have in common: shapes, and the order of operations."""
+        """The values that must be equal in networks that are trained at once.
+
+        They decide on the shapes of tensors and the order of operations.
+        """
         differing = {"name", "arm", "label_noise", "learning_rate", "weight_decay", "seed"}
         return tuple(value for key, value in asdict(self).items() if key not in differing)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Configurations, and at which snapshots they are measured."""
+    """A list of configurations, and the snapshots (moments in training) at which their networks are measured.
+
+    There are two kinds of families. A factorial has every combination of its factors. A star has a centre, and arms
+    that differ from the centre in one hyper-parameter.
+    """
 
     name: str
     data: str  # "digits" or "cifar10"
     configurations: tuple[Configuration, ...]
-    epochs: tuple[int, ...]  # snapshots at the end of these
-    losses: tuple[float, ...]  # and when the training loss has fallen to these
-    checks: int  # how often in an epoch the training loss is looked at
-    stack: int  # networks trained at once at most
+    epochs: tuple[int, ...]  # take a snapshot at the end of these epochs
+    losses: tuple[float, ...]  # take a snapshot when the training loss first is at most one of these
+    checks: int  # number of times in an epoch that the training loss is computed
+    stack: int  # largest number of networks that are trained at once
     stack_on_cpu: int  # the same on a CPU, where large networks are faster one by one
-    factors: tuple[str, ...]  # hyper-parameters that differ
-    measured_samples: int  # training samples that are measured
+    factors: tuple[str, ...]  # hyper-parameters that differ between the configurations
+    measured_samples: int  # number of training samples that measures are computed on
     costly: tuple[str, ...]  # snapshots at which eigenvalues and the whole network's spectrum are measured
 
     @property
     def snapshots(self) -> tuple[str, ...]:
-        """Names of the snapshots."""
+        """The names of the snapshots, such as ``"loss 0.05"`` and ``"epoch 120"``."""
         return (*(f"loss {loss:g}" for loss in self.losses), *(f"epoch {epoch}" for epoch in self.epochs))
 
 
@@ -94,7 +101,7 @@ ARMS: dict[str, tuple[Any, ...]] = {
     "train_size": (1000, 4000),
     "network": ("resnet",),
 }
-# What else an arm changes, so that its networks can be trained at all.
+# Some arms need other changes as well, because their networks would not train otherwise.
 ALONG: dict[tuple[str, Any], dict[str, Any]] = {
     ("optimizer", "adam"): {"learning_rate": 0.002},
     ("network", "resnet"): {"depth": 1},
@@ -129,7 +136,7 @@ def cifar(seeds: int = 3) -> Family:
 
 
 def accurate(seeds: int = 5) -> Family:
-    """Return networks of real accuracy on CIFAR-10: small ResNets and plain networks, all images, augmented."""
+    """Return networks with high accuracy on CIFAR-10: ResNets and plain CNNs, trained on all images, augmented."""
     centre = replace(
         CIFAR, train_size=50_000, augment=True, width=32, batch_size=125, learning_rate=0.1, weight_decay=5e-4,
         epochs=30, schedule="cosine",
@@ -147,7 +154,10 @@ FAMILIES: dict[str, Callable[[], Family]] = {"digits": digits, "cifar": cifar, "
 
 
 def stacks(family: Family, device: str = "cpu") -> list[tuple[Configuration, ...]]:
-    """Group configurations that are trained at once on a device, in the order of the list."""
+    """Divide the configurations into groups of networks that are trained at once.
+
+    The groups are sorted by the position of their first network in ``family.configurations``.
+    """
     size = family.stack_on_cpu if device == "cpu" else family.stack
     groups: dict[tuple[Any, ...], list[Configuration]] = {}
     for configuration in family.configurations:

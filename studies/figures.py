@@ -1,4 +1,4 @@
-"""The figures of the page, drawn from the tables of the analysis."""
+"""Draw the figures of the page from the tables of the analysis."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def figure(width: float, height: float) -> Figure:
 
 
 def save(drawn: Figure, path: Path) -> None:
-    """Write a small PNG without the date and versions, so that the same numbers give the same file."""
+    """Write a PNG without date and versions, so that the same numbers give the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, metadata={"Software": None})
 
@@ -36,7 +36,7 @@ def plain(ax: Any) -> None:
 
 
 def intervals(rows: Rows, family: str) -> Figure:
-    """Draw τ of every measure with its interval, baselines first: a column for each target and scope."""
+    """Draw τ of every measure with its 95 % interval, baselines first, with a panel for each target and scope."""
     known = {row["measure"] for row in rows if row["snapshot"] == MAIN}
     names = [name for name in LABELS if name in known]
     drawn = figure(12, 0.19 * len(names) + 1.2)
@@ -64,7 +64,7 @@ def intervals(rows: Rows, family: str) -> Figure:
 
 
 def heat(rows: Rows, family: str) -> Figure:
-    """Draw τ of every measure, for all targets and snapshots, in one picture."""
+    """Draw a heat map of τ: measures as rows, targets and snapshots as columns, and a panel for each scope."""
     snapshots = list(dict.fromkeys(row["snapshot"] for row in rows))
     known = {row["measure"] for row in rows}
     names = [name for name in LABELS if name in known]
@@ -89,7 +89,7 @@ def heat(rows: Rows, family: str) -> Figure:
 
 
 def scatter(sample: Sample, family: str) -> Figure:
-    """Draw loss gap and test error against two measures and two baselines."""
+    """Draw scatter plots of loss gap and test error against two measures and two baselines (``SCATTERED``)."""
     drawn = figure(10, 5)
     noise = np.array([float(row["label_noise"]) for row in sample.rows])
     for row, (target, axes) in enumerate(zip(MAIN_TARGETS, drawn.subplots(2, 4, sharey="row"), strict=True)):
@@ -112,7 +112,7 @@ def scatter(sample: Sample, family: str) -> Figure:
 
 
 def training(results: Path) -> Figure:
-    """Draw relative flatness of training and validation data, and the test error, over the epochs of all runs."""
+    """Draw relative flatness on training and validation data, and the test error, over the epochs of all runs."""
     of = curves.curves_of(results)
     noise = {c.name: c.label_noise for c in curves.family().configurations}
     parts = ("train_relative_flatness", "val_relative_flatness", "test_error")
@@ -134,7 +134,7 @@ def training(results: Path) -> Figure:
 
 
 def shifted(rows: Rows) -> Figure:
-    """Draw how changes go with the change of error, over shifts and over networks."""
+    """Draw how changes in measures correlate with changes in the error: over shifts, and over networks."""
     drawn = figure(8, 3.2)
     left, right = drawn.subplots(1, 2, sharey=True)
     for place, row in enumerate(rows):
@@ -156,7 +156,7 @@ def shifted(rows: Rows) -> Figure:
 
 
 def speed(rows: Rows) -> Figure:
-    """Draw how many times faster a network is trained among others than by itself."""
+    """Draw how many times faster a network is trained in a stack of networks than alone."""
     drawn = figure(6, 3)
     ax = drawn.subplots()
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}

@@ -1,4 +1,4 @@
-"""Pieces of the page: numbers, intervals and tables in Markdown."""
+"""Format numbers, intervals, tables and figures in Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def number(value: Any, digits: int = 2) -> str:
-    """Return a number with a sign that lines up, or a dash if it is not known."""
+    """Format a number with a true minus sign, which aligns in tables; return a dash if the number is unknown."""
     value = float(value) if value not in ("", None) else math.nan
     if math.isnan(value):
         return "–"
@@ -17,12 +17,12 @@ def number(value: Any, digits: int = 2) -> str:
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """Return a share in percent."""
+    """Format a share, such as 0.05, in percent."""
     return f"{number(100 * float(value), digits)} %"
 
 
 def interval(row: dict[str, Any], key: str, low: str = "low", high: str = "high", digits: int = 2) -> str:
-    """Return a number with its interval, bold where the difference from zero is clear after the correction."""
+    """Format a number with its interval; the number is bold if its corrected p-value is below 0.05."""
     value = number(row[key], digits)
     bold = (
         "**" if not math.isnan(float(row.get("p_holm", math.nan) or math.nan)) and float(row["p_holm"]) < 0.05 else ""
@@ -31,12 +31,12 @@ def interval(row: dict[str, Any], key: str, low: str = "low", high: str = "high"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Return a table whose first columns are aligned to the left and whose others to the right."""
+    """Return a Markdown table; the first ``left`` columns are aligned to the left, the others to the right."""
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * left + "---:|" * (len(headings) - left)]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def picture(name: str, words: str) -> str:
-    """Return a figure of the study."""
+    """Return the Markdown for a figure of the study; ``words`` is its alternative text."""
     return f"![{words}](images/study/{name}.png)\n"

@@ -1,4 +1,4 @@
-"""What is compared: every measure of the package and every baseline, with the names the page gives them."""
+"""The measures of the package and the baselines that the study compares, with their names on the page."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ COSTLY = {
 }
 PACKAGE = CHEAP | COSTLY
 LABELS = BASELINES | PACKAGE
-# A large margin is expected of networks that generalise, and a C_t near zero: these count with a minus sign, so that
-# everywhere a positive τ means that the measure does what its authors say.
+# Authors expect a large margin and a C_t near zero from networks that generalise, and small values of all other
+# numbers. Margins and C_t are negated, so that a positive τ always means that a number does what its authors say.
 NEGATED = {"margin", "margin_tenth", "normalised_margin", "c_t"}
 COLUMNS = ["name", "snapshot", "exact", *(name for name in LABELS if not name.startswith("train_"))]

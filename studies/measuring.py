@@ -1,4 +1,4 @@
-"""Measure one snapshot of a network: its losses, the package's measures, and baselines."""
+"""Measure one snapshot of a network: losses and errors, the measures of the package, and the baselines."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from studies.measures import COLUMNS, FLATNESS
 from studies.networks import build
 from studies.training import Snapshot
 
-STEPS, PROBES = 20, 2  # of the spectrum
+STEPS, PROBES = 20, 2  # Lanczos steps and random probes for the spectrum
 COSTLY_FLATNESS = ("channelwise_flatness",)
 CHUNK = 256
 
 
 def network_of(configuration: Configuration, snapshot: Snapshot, data: Data) -> nn.Module:
-    """Return the network of a snapshot, in evaluation mode."""
+    """Return a network with the weights of a snapshot, in evaluation mode."""
     model = build(configuration, data.images.shape[1])
     model.load_state_dict(snapshot.state)
     return model.to(data.images.device).eval()
@@ -33,7 +33,10 @@ def network_of(configuration: Configuration, snapshot: Snapshot, data: Data) -> 
 def measured_rows(
     family: Family, configuration: Configuration, snapshot: Snapshot, data: Data
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the row of losses and the row of measures of a snapshot; what is not finite is left empty."""
+    """Return two rows for a snapshot: losses and errors, and measures with baselines.
+
+    The cells of the measures are empty if the training loss is not finite.
+    """
     model = network_of(configuration, snapshot, data)
     key = {"name": snapshot.name, "snapshot": snapshot.snapshot}
     images, labels = training_part(data, configuration)
@@ -57,7 +60,8 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 def outcomes_of(model: nn.Module, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> dict:
     """Return losses and errors on the training images, the test images, and each half of the test images.
 
-    Temperatures are fitted on one half and used on the other.
+    ``scaled_loss`` is the test loss after temperature scaling: the temperature is fitted on one half of the test images
+    and the loss is computed on the other half.
     """
     train, test = logits_of(model, images), logits_of(model, test_images)
     parts = {"_a": slice(0, None, 2), "_b": slice(1, None, 2)}
@@ -80,7 +84,7 @@ def error_of(logits: Tensor, targets: Tensor) -> float:
 
 
 def temperature_of(logits: Tensor, targets: Tensor) -> float:
-    """Return the temperature with the lowest loss (Guo et al. 2017)."""
+    """Return the number by which the logits must be divided for the lowest loss (Guo et al. 2017)."""
     if not bool(logits.isfinite().all()):
         return math.nan
 
@@ -91,7 +95,10 @@ def temperature_of(logits: Tensor, targets: Tensor) -> float:
 
 
 def flatness_of(model: nn.Module, inputs: Tensor, targets: Tensor, is_costly: bool) -> dict[str, Any]:
-    """Return the package's measures of a network on its training samples: all of them if costly ones are wanted."""
+    """Return the package's measures of a network on its training samples.
+
+    Channel-wise flatness, eigenvalues and the whole network's spectrum are measured only if ``is_costly``.
+    """
     batches = list(zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True))
     wanted = tuple(measure for measure in FLATNESS if is_costly or measure not in COSTLY_FLATNESS)
     report = lf.measure_flatness(model, batches, layers="all", measures=wanted, progress=False)
@@ -115,7 +122,7 @@ def flatness_of(model: nn.Module, inputs: Tensor, targets: Tensor, is_costly: bo
 
 
 def spectrum_of(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Return trace, largest eigenvalue (a Ritz value) and criteria of the whole network's Hessian."""
+    """Return trace, largest Ritz value (as largest eigenvalue) and criteria of the whole network's Hessian."""
     spectrum = lf.hessian_spectrum(model, batches, top_k=0, num_steps=STEPS, num_probes=PROBES, progress=False)
     return {
         "trace.network": spectrum.trace,

@@ -1,4 +1,4 @@
-"""The networks: plain CNNs and small ResNets, with global average pooling and a linear classifier."""
+"""The networks of the study: plain CNNs and small ResNets, with global average pooling and a linear classifier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from studies.families import Configuration
 
 
 def build(configuration: Configuration, channels: int, classes: int = 10) -> nn.Module:
-    """Build a network with the initial weights of its seed; the global generator stays as it was."""
+    """Build a network with initial weights from its seed, without changing the state of the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + configuration.seed)
         kind = {"plain": Plain, "resnet": ResNet}[configuration.network]
@@ -23,7 +23,10 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int, batch_norm:
 
 
 class Plain(nn.Module):
-    """Convolutions with ReLU. Every second one halves the map and, up to four times the width, doubles the channels."""
+    """A plain CNN with ReLU.
+
+    Every second convolution halves the feature map and doubles the channels, up to four times the width.
+    """
 
     def __init__(self, configuration: Configuration, channels: int, classes: int) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class Plain(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions around which the input goes, itself or through a 1x1 convolution."""
+    """A residual block of two convolutions; the skip connection is the identity or a 1x1 convolution."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, configuration: Configuration) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem and three stages of ``depth`` blocks, with the width, twice and four times the width."""
+    """A ResNet: a stem, and three stages of ``depth`` blocks with one, two and four times the width as channels."""
 
     def __init__(self, configuration: Configuration, channels: int, classes: int) -> None:
         super().__init__()

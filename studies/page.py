@@ -1,4 +1,4 @@
-"""Write docs/study.md and its figures from the tables."""
+"""Write ``docs/study.md`` and its figures from the CSV files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = list[dict[str, Any]]
 
 
 def write(results: Path, root: Path = ROOT) -> Path:
-    """Analyse all tables, draw all figures, and write the page; return its path."""
+    """Analyse the CSV files in ``results``, draw the figures, write the page, and return the path of the page."""
     page, images = root / "docs" / "study.md", root / "docs" / "images" / "study"
     images.mkdir(parents=True, exist_ok=True)
     factorial, found = family_section(results, images, digits(), "Digits: a factorial", DIGITS_WORDS)
@@ -34,7 +34,7 @@ def write(results: Path, root: Path = ROOT) -> Path:
 
 
 def not_run(results: Path) -> str:
-    """Say which parts of the study the tables do not hold."""
+    """Return the section that lists the parts of the study without results."""
     lines = []
     for family in (digits(), cifar(), accurate()):
         done = len(read_rows(results / f"{family.name}-configurations.csv"))
@@ -51,7 +51,7 @@ def not_run(results: Path) -> str:
 
 
 def shift_section(results: Path, images: Path) -> str:
-    """Return the section on images drawn otherwise."""
+    """Return the section on distorted test images."""
     rows = shift.analyse(results)
     if not rows:
         return ""
@@ -78,7 +78,7 @@ def shift_section(results: Path, images: Path) -> str:
 
 
 def curves_section(results: Path, images: Path) -> str:
-    """Return the section on flatness in training."""
+    """Return the section on flatness during training."""
     rows = curves.analyse(results)
     if not rows:
         return ""
@@ -124,7 +124,7 @@ def speed_section(results: Path, images: Path) -> str:
 
 
 def numbers_section() -> str:
-    """Say which measures and baselines there are."""
+    """Return the section that lists all measures and baselines."""
     return (
         "## What was compared\n\n"
         f"{len(PACKAGE)} measures of the package: {'; '.join(LABELS[name] for name in PACKAGE)}.\n\n"

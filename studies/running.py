@@ -1,6 +1,7 @@
-"""Train and measure a family: stack by stack, in several processes, a row in the tables for every snapshot.
+"""Train and measure a family of networks in several processes, and append a row to the tables for every snapshot.
 
-What is in the tables already is not done again, so a run that was interrupted goes on where it stopped.
+A stack is a group of networks that are trained at once. Snapshots that are in the tables are not measured again, so
+that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Settings:
-    """Where data come from, where results go, and how many processes work."""
+    """The options of the command line: sources of data, folders for results, processes and limits."""
 
     arrays: Path | None = None
     root: Path = Path("data")
@@ -43,8 +44,8 @@ class Settings:
     device: str = "cpu"
     keep_weights: bool = False
     minutes: float = math.inf
-    skip: int = 0  # leave out the first stacks, which another process may do
-    limit: int | None = None  # and stop after so many
+    skip: int = 0  # leave out this many stacks at the beginning, because another run may train them
+    limit: int | None = None  # train at most this many stacks
 
 
 def load(data: str, settings: Settings) -> Data:
@@ -53,7 +54,7 @@ def load(data: str, settings: Settings) -> Data:
 
 
 class Worker:
-    """The tasks of a process, which reads the data once."""
+    """The state and the tasks of a worker process; the process reads the data only once."""
 
     data: Data
     family: Family
@@ -75,7 +76,7 @@ class Worker:
 
 
 class Later(Future[Any]):
-    """A task that runs in this process when its result is asked for."""
+    """A future whose task runs in this process when ``result()`` is called."""
 
     def __init__(self, task: Callable[[], Any]) -> None:
         super().__init__()
@@ -86,21 +87,24 @@ class Later(Future[Any]):
 
 
 class Here(Executor):
-    """Runs tasks in this process, one after the other, as a GPU wants it."""
+    """An executor that runs tasks in this process one by one, because several processes do not share a GPU."""
 
     def submit(self, task: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
         return Later(partial(task, *arguments, **options))
 
 
 def finished(pending: Iterable[Future[Any]]) -> list[Future[Any]]:
-    """Return tasks whose results can be asked for: those that are done, or the next one of this process."""
+    """Return futures to call ``result()`` on: the next task of this process, or all finished tasks of others.
+
+    If all tasks run in other processes, the function waits until at least one is finished.
+    """
     here = [future for future in pending if isinstance(future, Later)]
     return here[:1] or list(wait(pending, return_when=FIRST_COMPLETED).done)
 
 
 @contextmanager
 def workers(initializer: Callable[..., None], arguments: tuple[Any, ...], jobs: int) -> Iterator[Executor]:
-    """Yield what runs tasks: processes of one thread each, or this one."""
+    """Yield an executor: a pool of processes with one thread each, or this process if ``jobs`` is 1."""
     if jobs == 1:
         initializer(*arguments)
         yield Here()
@@ -128,7 +132,10 @@ def measure_all(
     console: Console,
     what: str,
 ) -> None:
-    """Append a row to the table for each task that is not there, by its first entries."""
+    """Measure all tasks whose rows are not in the table, and append their rows to the table.
+
+    The first entries of a task are the key of its row.
+    """
     tasks = [task for task in tasks if tuple(map(str, task[: len(table.keys)])) not in table]
     try:
         with workers(begin, (settings,), settings.jobs) as pool, bar(console) as progress:
@@ -149,7 +156,10 @@ def stopped(console: Console) -> None:
 
 
 class FamilyRun:
-    """One pass over a family: what is done, what is under way."""
+    """A run over the stacks of a family that are not finished.
+
+    ``left`` counts the snapshots still to be measured of every stack in progress; -1 means that the stack is trained.
+    """
 
     def __init__(self, family: Family, settings: Settings) -> None:
         self.family, self.settings = family, settings
@@ -168,7 +178,7 @@ class FamilyRun:
         return (configuration.name,) in self.tables["configurations"]
 
     def run(self, console: Console) -> None:
-        """Do what is left of the family."""
+        """Train and measure the stacks that are not finished."""
         networks = sum(len(stack) for _, stack in self.todo)
         with workers(Worker.begin, (self.family, self.settings), self.settings.jobs) as pool, bar(console) as progress:
             trained = progress.add_task("networks trained", total=networks)
@@ -207,7 +217,7 @@ class FamilyRun:
                         self._finish(number, stack)
 
     def _to_measure(self, snapshots: list[Snapshot]) -> list[Snapshot]:
-        """Return the snapshots that are not in the tables, the main one first."""
+        """Return the snapshots that are not in the tables; the costly ones come first."""
         missing = [one for one in snapshots if (one.name, one.snapshot) not in self.tables["losses"]]
         return sorted(missing, key=lambda one: one.snapshot not in self.family.costly)
 
@@ -223,7 +233,7 @@ class FamilyRun:
 
 
 def run_family(name: str, settings: Settings, console: Console) -> None:
-    """Train and measure what is missing of a family."""
+    """Train and measure all networks of a family that are not in the tables."""
     family = FAMILIES[name]()
     run = FamilyRun(family, settings)
     done = sum(run._is_done(c) for c in family.configurations)
@@ -235,6 +245,6 @@ def run_family(name: str, settings: Settings, console: Console) -> None:
 
 
 def smaller(family: Family, number: int, epochs: int) -> Family:
-    """Return a family of the first configurations and few epochs, for trials."""
+    """Return a small family for trials: the first ``number`` configurations, trained for ``epochs`` epochs."""
     some = tuple(replace(c, epochs=epochs) for c in family.configurations[:number])
     return replace(family, configurations=some, epochs=(epochs,), costly=(f"epoch {epochs}",))

@@ -1,4 +1,4 @@
-"""Sections of the page about one family."""
+"""Write the sections of the page about one family of networks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPARED = (OURS, NORMALISED, TRACE)
 
 
 def family_section(results: Path, images: Path, family: Family, title: str, words: str) -> tuple[str, dict[str, Rows]]:
-    """Analyse a family, draw its figures, and return its part of the page with the tables."""
+    """Analyse a family and draw its figures; return its part of the page, and the tables of the analysis."""
     found = analyse(results, family)
     if not found["taus"]:
         return f"## {title}\n\n{words}\n\nNot run yet.\n", found
@@ -44,7 +44,7 @@ def family_section(results: Path, images: Path, family: Family, title: str, word
 
 
 def reached(rows: Rows) -> str:
-    """Say how many networks there are at each snapshot."""
+    """Return the section with the number of networks at each snapshot."""
     headings = ("snapshot", "networks", "of", "left out", "configurations", "training loss", "test error")
     cells = [
         (row["snapshot"], str(row["n"]), str(row["of"]), str(row["left_out"]), str(row["configurations"]),
@@ -61,7 +61,7 @@ def reached(rows: Rows) -> str:
 
 
 def reliability(rows: Rows) -> str:
-    """Say how well targets can be told apart at all."""
+    """Return the section that says how reliable the targets are, by comparing two halves of the test images."""
     text = (
         "Before any measure: how well does one half of the test images tell what the other half says of the same "
         "networks? *τ of halves* is between both halves. *Reliability* is Pearson's r, stepped up to all test images; "
@@ -77,7 +77,7 @@ def reliability(rows: Rows) -> str:
 
 
 def answers(found: dict[str, Rows]) -> str:
-    """Show the verdicts, a column for each target and scope."""
+    """Return the section with the verdicts, with a column for each target and scope."""
     columns = [(target, scope) for target in MAIN_TARGETS for scope in SCOPES]
     rows: dict[str, dict[tuple[str, str], str]] = {}
     for row in found["verdicts"]:
@@ -97,7 +97,7 @@ def answers(found: dict[str, Rows]) -> str:
 
 
 def wobble(results: Path, family: Family, found: dict[str, Rows]) -> str:
-    """Say what a second seed of the bootstrap changes."""
+    """Return a sentence on how much the results change with another seed of the bootstrap."""
     other = analyse(results, family, seed=1, is_written=False)
     other["verdicts"] = verdicts(other)
     changed = sum(a != b for a, b in zip(found["verdicts"], other["verdicts"], strict=True))
@@ -122,7 +122,7 @@ def wobble(results: Path, family: Family, found: dict[str, Rows]) -> str:
 
 
 def main_table(found: dict[str, Rows], target: str) -> str:
-    """Return the table of all baselines and measures for one target."""
+    """Return the section with all baselines and measures for one target."""
     whole, within = ({r["measure"]: r for r in chosen(found["taus"], target, scope)} for scope in SCOPES)
     of = {row["measure"]: row for row in found["details"] if row["target"] == target}
     headings = (
@@ -151,7 +151,10 @@ def main_table(found: dict[str, Rows], target: str) -> str:
 
 
 def difference_table(found: dict[str, Rows]) -> str:
-    """Return by how much three measures, and the one with the largest τ, are above the baselines."""
+    """Return the section with differences in τ between measures and baselines.
+
+    The measures are those in ``COMPARED`` and the measure of the package with the largest τ.
+    """
     parts = ["### Against the baselines\n"]
     parts.append(
         "The difference of two τ on the same networks, with its interval: above zero the measure is better. The fourth "
@@ -173,7 +176,7 @@ def difference_table(found: dict[str, Rows]) -> str:
 
 
 def pairs_table(rows: Rows) -> str:
-    """Return how often label noise raises each number."""
+    """Return the section that counts how often label noise raises each number."""
     first = rows[0]
     text = (
         f"Pairs of networks that differ in label noise alone ({first['environment'].replace('_', ' ')}; "

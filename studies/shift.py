@@ -1,7 +1,6 @@
-"""Digits drawn otherwise: does the change of a measure go with the change of accuracy?
+"""Distorted digits: does a measure change together with the accuracy when the test images are distorted?
 
-As in the papers on Hessian criteria (Gabdullin 2024, 2025): networks stay as they are, and what they are measured on
-changes.
+As in the papers on Hessian criteria (Gabdullin 2024, 2025), the networks stay the same and the data change.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from studies.tables import Table, column_of, read_rows, write_rows
 from studies.training import Run, Snapshot
 
 SNAPSHOT = "epoch 120"
-MEASURED = 200  # test images
+MEASURED = 200  # number of test images that measures are computed on
 CLEAN = "clean"
 SHIFTS = ("moved", "rotated", "small", "blurred", "noisy", "faint")
-# The sign makes a positive τ what is expected: the measure rises where accuracy falls.
+# With these signs, a positive τ is expected: the signed measure rises where the accuracy falls.
 MEASURES = {
     "confidence": ("−mean confidence", -1),
     "loss": ("test loss", 1),
@@ -44,13 +43,13 @@ BASELINES = ("confidence", "loss")
 
 
 def networks() -> list[Configuration]:
-    """Return the networks that are measured: one seed, no weight decay, two batch sizes, two learning rates."""
+    """Return the configurations to measure: one seed, no weight decay, two batch sizes, two learning rates."""
     every = (c for c in digits().configurations if not c.seed and not c.weight_decay)
     return [c for c in every if c.batch_size in (10, 100) and c.learning_rate in (0.02, 0.2)]
 
 
 class Worker:
-    """The tasks of a process, with the digits in all their forms."""
+    """The state and the tasks of a worker process, with the test images, clean and distorted."""
 
     data: Data
     images: dict[str, torch.Tensor]
@@ -76,7 +75,7 @@ class Worker:
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Measure what is missing; networks are trained if their weights were not kept."""
+    """Measure the networks and shifts that are not in the table; train networks again if their weights are gone."""
     family, wanted = digits(), {c.name: c for c in networks()}
     table = Table(settings.results / "shift.csv", "name", "shift")
     kinds = (CLEAN, *SHIFTS)
@@ -96,7 +95,7 @@ def run(settings: Settings, console: Console) -> None:
 
 
 def analyse(results: Path, seed: int = 0, is_written: bool = True) -> list[dict[str, Any]]:
-    """Return how the change of each measure goes with the change of error: over shifts, and over networks."""
+    """Return Kendall's τ between changes of each measure and changes of the error, over shifts and over networks."""
     rows = read_rows(results / "shift.csv")
     names = sorted({row["name"] for row in rows})
     at = {(row["name"], row["shift"]): row for row in rows}

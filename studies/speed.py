@@ -1,4 +1,4 @@
-"""What training many networks at once brings: time per network and step, stacked against one by one."""
+"""Compare the time of a training step for one network in a stack of networks with the time for a network alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPEATS = 7
 
 
 def run(settings: Settings, console: Console) -> None:
-    """Time steps of the digits' and CIFAR's centre, on one thread of a CPU or on the GPU."""
+    """Time training steps of ``DIGITS`` and ``CIFAR`` networks, on one thread of a CPU or on the GPU."""
     torch.set_num_threads(1)
     rows = []
     for data, centre, batches, shape in (

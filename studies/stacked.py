@@ -1,4 +1,4 @@
-"""Many networks of one architecture as one: stacked parameters, and steps of their optimizers."""
+"""Train many networks of one architecture at once, with stacked parameters and stacked optimizer states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
 Tensors = dict[str, Tensor]
-Loss = Callable[[Tensors, Tensors, Tensor, Tensor], Tensor]  # of parameters, buffers, inputs and targets
+Loss = Callable[[Tensors, Tensors, Tensor, Tensor], Tensor]  # (parameters, buffers, inputs, targets) -> loss
 MOMENTUM, RADIUS = 0.9, 0.05
 
 
@@ -28,7 +28,11 @@ class Stack:
         return len(next(iter(self.params.values())))
 
     def losses(self, inputs: Tensor, targets: Tensor, keep_buffers: bool = False) -> Tensor:
-        """Return the training loss of every network ``(M,)`` on its own batch, ``(M, B, ...)`` and ``(M, B)``."""
+        """Return the losses ``(M,)`` in training mode; every network has its own batch of ``B`` samples.
+
+        The inputs are ``(M, B, ...)`` and the targets ``(M, B)``. With ``keep_buffers``, the running statistics of
+        BatchNorm do not change.
+        """
         self.skeleton.train()
         buffers = {name: b.clone() for name, b in self.buffers.items()} if keep_buffers else self.buffers
 
@@ -38,13 +42,16 @@ class Stack:
         return self._of_each(loss, buffers, inputs, targets)
 
     def gradients(self, inputs: Tensor, targets: Tensor, keep_buffers: bool = False) -> Tensors:
-        """Return the gradient of every network's loss, stacked."""
+        """Return the gradients of the losses, each with a first dimension ``M``."""
         total = self.losses(inputs, targets, keep_buffers).sum()  # no network's loss depends on another's weights
         return dict(zip(self.params, torch.autograd.grad(total, list(self.params.values())), strict=True))
 
     @torch.no_grad()
     def mean_losses(self, inputs: Tensor, targets: Tensor, chunk: int = 500) -> Tensor:
-        """Return the loss of every network in evaluation mode ``(M,)``: images ``(N, ...)``, own targets ``(M, N)``."""
+        """Return the mean losses ``(M,)`` in evaluation mode.
+
+        All networks have the same inputs ``(N, ...)``, but every network has its own targets, ``(M, N)`` together.
+        """
         self.skeleton.eval()
 
         def loss(params: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -55,9 +62,9 @@ class Stack:
         return torch.stack(sums).sum(0) / len(inputs)
 
     def _of_each(self, loss: Loss, buffers: Tensors, inputs: Tensor, targets: Tensor, shared: bool = False) -> Tensor:
-        """Return the loss of every network ``(M,)``, on inputs of its own or on shared ones.
+        """Return ``loss`` of every network ``(M,)``; with ``shared``, all networks have the same inputs.
 
-        A single network runs without ``vmap``, which is faster.
+        A single network runs without ``vmap``, because that is faster.
         """
         if len(self) > 1:
             dims = (0, 0, None if shared else 0, 0)
@@ -67,12 +74,16 @@ class Stack:
         return loss(params, buffers, images, targets[0])[None]
 
     def state_of(self, index: int) -> Tensors:
-        """Return a copy of the state of one network."""
+        """Return a copy of the parameters and buffers of one network, on the CPU."""
         return {name: t[index].detach().cpu().clone() for name, t in (self.params | self.buffers).items()}
 
 
 class Optimizer:
-    """Steps of SGD with momentum, SAM or Adam, as ``torch.optim`` takes them, with rates for each network ``(M,)``."""
+    """SGD with momentum, SAM or Adam for a stack of networks.
+
+    The learning rates and weight decays are ``(M,)``, one for each network. The steps of SGD and Adam agree with
+    ``torch.optim``.
+    """
 
     def __init__(self, kind: str, stack: Stack, rates: Tensor, decays: Tensor) -> None:
         self.kind, self.rates, self.decays, self.steps = kind, rates, decays, 0
@@ -80,7 +91,7 @@ class Optimizer:
         self.moments = [{name: torch.zeros_like(p) for name, p in stack.params.items()} for _ in range(count)]
 
     def step(self, stack: Stack, inputs: Tensor, targets: Tensor, scale: float = 1.0) -> None:
-        """Take a step; ``scale`` multiplies the learning rates."""
+        """Make one step; ``scale`` multiplies the learning rates."""
         gradients = stack.gradients(inputs, targets)
         if self.kind == "sam":
             gradients = self._at_the_worst_point(stack, gradients, inputs, targets)
@@ -102,7 +113,7 @@ class Optimizer:
         return first / (1 - 0.9**self.steps) / root
 
     def _at_the_worst_point(self, stack: Stack, gradients: Tensors, inputs: Tensor, targets: Tensor) -> Tensors:
-        """Return the gradients a radius uphill, as sharpness-aware minimisation (Foret et al. 2021) takes them."""
+        """Return the gradients of SAM (Foret et al. 2021), at the weights moved by ``RADIUS`` along the gradient."""
         squares = sum(g.flatten(1).square().sum(1) for g in gradients.values())
         factor = RADIUS / (squares.sqrt() + 1e-12)
         uphill = {name: shaped(factor, g) * g for name, g in gradients.items()}
@@ -119,5 +130,5 @@ def moved(params: Tensors, by: Tensors, sign: int) -> None:
 
 
 def shaped(values: Tensor, like: Tensor) -> Tensor:
-    """Return values ``(M,)`` with the dimensions of a tensor ``(M, ...)``."""
+    """Reshape values ``(M,)`` so that they broadcast with a tensor ``(M, ...)``."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

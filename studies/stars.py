@@ -1,4 +1,4 @@
-"""The arms of a star beside its centre: what each hyper-parameter does to flatness, gap and error."""
+"""Compare the arms of a star with its centre: how each hyper-parameter changes flatness, loss gap and test error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from studies.verdicts import NORMALISED, OURS, TRACE
 
 
 def star_table(results: Path, family: Family, snapshot: str = MAIN) -> str:
-    """Return a table of all arms: ratios of measures and changes of targets from the centre, of the same seeds."""
+    """Return the section with a table of all arms.
+
+    Every network of an arm is compared with the network of the centre that has the same seed: measures by their ratio,
+    targets by their difference.
+    """
     found = sample(results, family, snapshot)
     at = {(row["arm"], row["seed"]): index for index, row in enumerate(found.rows)}
     arms = list(dict.fromkeys(row["arm"] for row in found.rows if row["arm"] != "centre"))

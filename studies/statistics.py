@@ -1,8 +1,8 @@
-"""The study's own statistics: rank correlations whose errors count configurations, not networks.
+"""Statistics of the study: rank correlations with errors that account for configurations.
 
-Seeds of one configuration are no independent evidence on what other configurations would give. So the bootstrap draws
-configurations, with all their networks, and the jackknife leaves one out at a time. Kendall's τ-b itself, partial and
-granulated τ are the package's.
+Networks that differ in their seed alone are not independent evidence about other configurations. So the bootstrap draws
+configurations with all their networks (a cluster), and the jackknife leaves out one configuration at a time. The
+functions for Kendall's τ-b, partial τ and granulated τ come from the package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Estimate:
-    """Values ``(m,)`` with bootstrap intervals, jackknife errors and two-sided p-values."""
+    """Values ``(m,)`` with bootstrap intervals from ``low`` to ``high``, jackknife errors, and two-sided p-values."""
 
     values: Array
     low: Array
@@ -33,16 +33,22 @@ class Estimate:
 
 
 def signs(values: Array) -> Array:
-    """Return the signs of all differences ``(n, n)``, with equal infinities equal."""
+    """Return the signs of all differences between values, ``(n, n)``; equal infinities have the difference zero."""
     ranks = stats.rankdata(values)
     return np.sign(ranks[:, None] - ranks[None, :])
 
 
 def weighted_taus(measures: Array, outcome: Array, weights: Array, pairs: Array | None = None) -> Array:
-    """Return τ-b of each of the measures ``(m, n)`` with the outcome ``(n,)`` for all weights ``(B, n)``: ``(B, m)``.
+    """Compute Kendall's τ-b between ``m`` measures and an outcome of ``n`` networks, for ``B`` sets of weights.
 
-    A network of weight 2 counts as if it were there twice. ``pairs`` ``(n, n)`` are the pairs that count, by default
-    all.
+    Args:
+        measures: the measures, ``(m, n)``.
+        outcome: the outcome, ``(n,)``.
+        weights: the weights of the networks, ``(B, n)``. A network with weight 2 counts as two equal networks.
+        pairs: a matrix ``(n, n)`` with 1 for every pair that counts and 0 for the others; by default all count.
+
+    Returns:
+        The values of τ-b, ``(B, m)``.
     """
     mask = 1 - np.eye(len(outcome)) if pairs is None else pairs * (1 - np.eye(len(outcome)))
     of_outcome, every = signs(outcome) * mask, _sums(mask, weights)
@@ -57,12 +63,15 @@ def weighted_taus(measures: Array, outcome: Array, weights: Array, pairs: Array 
 
 
 def _sums(matrix: Array, weights: Array) -> Array:
-    """Return ``Σ_ij w_i M_ij w_j`` for all weights; they are whole numbers, so that float32 is exact here."""
+    """Return ``Σ_ij w_i M_ij w_j`` with the matrix ``M``, for each row ``w`` of the weights.
+
+    Float32 is exact here because weights and entries are whole numbers.
+    """
     return ((weights.astype(np.float32) @ matrix.astype(np.float32)).astype(float) * weights).sum(1)
 
 
 def drawn_weights(clusters: Sequence[object], seed: int, draws: int = DRAWS) -> Array:
-    """Return how often each network counts in draws of whole clusters with replacement: ``(draws, n)``."""
+    """Draw clusters with replacement, and return how often each network was drawn, ``(draws, n)``."""
     _, index = np.unique(np.array([str(cluster) for cluster in clusters]), return_inverse=True)
     count = index.max() + 1
     chosen = np.random.default_rng(seed).integers(count, size=(draws, count))
@@ -71,15 +80,20 @@ def drawn_weights(clusters: Sequence[object], seed: int, draws: int = DRAWS) -> 
 
 
 def left_out_weights(clusters: Sequence[object]) -> Array:
-    """Return weights that leave out one cluster at a time: ``(clusters, n)``."""
+    """Return weights 0 and 1 of the networks; each row leaves out one cluster, ``(clusters, n)``."""
     _, index = np.unique(np.array([str(cluster) for cluster in clusters]), return_inverse=True)
     return (np.arange(index.max() + 1)[:, None] != index[None, :]).astype(float)
 
 
 def estimate(value: Array, drawn: Array, left_out: Array) -> Estimate:
-    """Return what is known of values ``(m,)`` from those of draws ``(B, m)`` and without each cluster ``(C, m)``.
+    """Compute intervals, errors and p-values of ``m`` values.
 
-    p-values take the jackknife's error and Student's t, so they depend on no random number.
+    Args:
+        value: the values of all networks, ``(m,)``.
+        drawn: the values for each draw of the bootstrap, ``(B, m)``, which give the intervals.
+        left_out: the values without each of the ``C`` clusters, ``(C, m)``, which give the jackknife errors.
+
+    The p-values use the jackknife errors and Student's t, so they do not depend on random numbers.
     """
     count = len(left_out)
     errors = np.sqrt((count - 1) / count * ((left_out - left_out.mean(0)) ** 2).sum(0))
@@ -91,7 +105,11 @@ def estimate(value: Array, drawn: Array, left_out: Array) -> Estimate:
 
 @dataclass(frozen=True)
 class Resampled:
-    """τ of measures with an outcome: of the networks ``(m,)``, of draws ``(B, m)``, without each cluster ``(C, m)``."""
+    """Values of τ between ``m`` measures and an outcome.
+
+    ``value`` ``(m,)`` is for all networks, ``drawn`` ``(B, m)`` for each draw of the bootstrap, and ``left_out``
+    ``(C, m)`` without each of the ``C`` clusters.
+    """
 
     value: Array
     drawn: Array
@@ -101,7 +119,7 @@ class Resampled:
         return estimate(self.value, self.drawn, self.left_out)
 
     def minus(self, index: int) -> Estimate:
-        """Return the differences of all τ to that of one measure, on the same networks."""
+        """Return τ of every measure minus τ of the measure at ``index``, with errors of these differences."""
         parts = (self.value, self.drawn, self.left_out)
         return estimate(*(part - part[..., index : index + 1] for part in parts))
 
@@ -118,7 +136,7 @@ def resampled(
 
 
 def holm(p: Array) -> Array:
-    """Return p-values corrected for their number (Holm 1979); NaN stay NaN and do not count."""
+    """Return p-values corrected for multiple tests (Holm 1979); NaNs stay NaN and do not count as tests."""
     p = np.asarray(p, dtype=float)
     found, known = np.full(p.shape, np.nan), np.flatnonzero(np.isfinite(p))
     order = known[np.argsort(p[known], kind="stable")]
@@ -132,7 +150,7 @@ def tau(x: Array, y: Array) -> float:
 
 
 def given(x: Array, y: Array, z: Array) -> float:
-    """Return partial τ of ``x`` and ``y`` given ``z``."""
+    """Return the partial τ of ``x`` and ``y`` given ``z``."""
     return partial_tau(ranked(x), ranked(y), ranked(z))
 
 
@@ -141,7 +159,7 @@ def ranked(values: Array) -> torch.Tensor:
 
 
 def granulated(x: Array, y: Array, settings: Sequence[tuple[object, ...]], seeds: Sequence[object]) -> float:
-    """Return granulated τ (Jiang et al. 2020) among networks of one seed, in the mean over seeds."""
+    """Return granulated τ (Jiang et al. 2020), computed among networks with the same seed and averaged over seeds."""
     found = []
     for seed in sorted(set(seeds)):
         mine = [index for index, own in enumerate(seeds) if own == seed]
@@ -151,22 +169,27 @@ def granulated(x: Array, y: Array, settings: Sequence[tuple[object, ...]], seeds
 
 @dataclass(frozen=True)
 class Reliability:
-    """How well one half of the test images tells what the other half says of the same networks."""
+    """How well an outcome on one half of the test images agrees with the outcome on the other half."""
 
     tau: float  # between the halves
-    whole: float  # Pearson's r between the halves, stepped up to both together (Spearman and Brown 1910)
+    whole: float  # Pearson's r between the halves, extrapolated to all test images (Spearman and Brown 1910)
     noise: float  # standard deviation of a network's outcome that is due to the choice of test images
 
 
 def reliability(one: Array, other: Array) -> Reliability:
     r = float(np.corrcoef(one, other)[0, 1])
-    noise = float(np.std(one - other, ddof=1) / 2)  # what all networks share cancels in their differences
+    noise = float(np.std(one - other, ddof=1) / 2)  # an error that all networks have in common does not count
     return Reliability(tau(one, other), 2 * r / (1 + r), noise)
 
 
 @dataclass(frozen=True)
 class Environments:
-    """Sign errors in pairs of networks that differ in one hyper-parameter, in the mean and where it is worst."""
+    """Sign errors: the mean over environments, and the worst environment.
+
+    An environment is a set of pairs of networks that differ in one hyper-parameter alone, with the same two values of
+    it. The sign error is the share of pairs that a measure puts in the wrong order. ``where`` names the worst
+    environment. ``number`` counts environments, and ``pairs`` the pairs in them.
+    """
 
     mean: float
     worst: float
@@ -175,14 +198,15 @@ class Environments:
     pairs: int
 
 
-Pair = tuple[int, int, str]  # two networks, and the name of the environment
+Pair = tuple[int, int, str]  # the indices of two networks, and the name of the environment
 
 
 def environments(x: Array, y: Array, pairs: Sequence[Pair], noise: float, fewest: int = 10) -> Environments:
-    """Return sign errors by environment, as Dziugaite et al. 2020 do: 0 is perfect, 0.5 a coin.
+    """Return sign errors of the measure ``x`` for the outcome ``y``, as in Dziugaite et al. 2020.
 
-    Pairs whose outcomes differ by less than two standard deviations of the noise of a difference do not count, nor
-    environments of few pairs.
+    A sign error of 0 is perfect, and 0.5 is as good as a coin. A pair counts only if its outcomes differ by more than
+    two standard deviations of the noise in their difference; ``noise`` is the standard deviation of one outcome. An
+    environment counts only if it has at least ``fewest`` such pairs.
     """
     found: dict[str, list[float]] = {}
     for i, j, name in pairs:
@@ -197,7 +221,7 @@ def environments(x: Array, y: Array, pairs: Sequence[Pair], noise: float, fewest
 
 
 def pairs_of(rows: Sequence[dict[str, str]], factors: Sequence[str]) -> list[Pair]:
-    """Return all pairs of networks that agree in all factors but one, and in the seed."""
+    """Return all pairs of networks that have the same seed and differ in exactly one factor."""
     found = []
     for factor in factors:
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -224,6 +248,6 @@ def sortable(value: str) -> tuple[float, str]:
 
 
 def matched(x: Array, pairs: Sequence[Pair], environment: str) -> tuple[int, int]:
-    """Return in how many pairs of an environment ``x`` is larger in the second network, and the number of pairs."""
+    """Count the pairs of an environment in which ``x`` is larger for the second network; return this and all pairs."""
     found = [bool(x[j] > x[i]) for i, j, name in pairs if name == environment]
     return sum(found), len(found)

@@ -1,4 +1,4 @@
-"""CSV files to which rows are appended one by one, so that an interrupted run keeps them."""
+"""Read and write CSV files; rows can be appended one by one, so that an interrupted run keeps its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Table:
-    """A CSV file of rows with a key, the first columns; a row that is there already is not written again."""
+    """A CSV file whose rows are identified by the columns ``keys``; a row is written only if its key is new."""
 
     def __init__(self, path: Path, *keys: str) -> None:
         self.path, self.keys = path, keys
@@ -24,7 +24,7 @@ class Table:
         return key in self._known
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row to the end of the file, at once; the first row decides on the columns."""
+        """Append a row to the file and flush the file; the first row of a file determines the columns."""
         key = tuple(str(row[name]) for name in self.keys)
         if key in self._known:
             return
@@ -42,7 +42,7 @@ class Table:
         self._known.add(key)
 
     def _mend(self) -> None:
-        """Cut off a last line that an interrupt has left unfinished."""
+        """Remove an incomplete last line, which an interrupted run may have left."""
         if self.path.exists():
             text = self.path.read_bytes()
             if text and not text.endswith(b"\n"):
@@ -50,7 +50,7 @@ class Table:
 
 
 def shown(value: Any) -> str:
-    """Return a cell: floats with six significant digits, nothing for NaN."""
+    """Return the text of a cell: six significant digits for a float, an empty string for NaN."""
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return str(value)
@@ -62,7 +62,7 @@ def header_of(path: Path) -> list[str]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file as they stand; none if there is no file."""
+    """Return the rows of a CSV file as dicts of strings; an empty list if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -70,7 +70,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole file of rows that have the same columns."""
+    """Write rows with the same columns to a file, replacing its content."""
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -80,5 +80,5 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def column_of(rows: list[dict[str, str]], name: str) -> np.ndarray:
-    """Return a column as numbers ``(n,)``; what is empty or missing is NaN."""
+    """Return a column as an array of floats ``(n,)``; empty and missing cells are NaN."""
     return np.array([float(row.get(name) or "nan") for row in rows], dtype=float)

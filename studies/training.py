@@ -1,7 +1,7 @@
 """Train a stack of networks, and keep snapshots at given epochs and at given training losses.
 
-All random numbers depend on the seed and the epoch alone, and the state is saved now and then: a run that was
-interrupted goes on, and ends as an uninterrupted one.
+The state of the training is saved regularly, and random numbers depend only on the seed and the epoch. So an
+interrupted run can continue, and gives the same networks as a run without interruption.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SAVE_EVERY = 20.0  # seconds
 class Snapshot:
     """The weights of one network at one moment."""
 
-    name: str  # of the configuration
+    name: str  # the name of the configuration
     snapshot: str  # "epoch 15" or "loss 0.05"
     epoch: float
     state: dict[str, Tensor]
 
 
 class Run:
-    """The training of one stack."""
+    """The training of one stack of networks; each network has its own configuration."""
 
     def __init__(
         self, family: Family, configurations: Sequence[Configuration], data: Data, device: str = "cpu"
@@ -60,9 +60,10 @@ class Run:
         self.steps = len(self.inputs) // first.batch_size
 
     def train(self, saved: Path | None = None, deadline: float = math.inf) -> list[Snapshot] | None:
-        """Train from where ``saved`` left it, if there is such a file, and return the snapshots of all networks.
+        """Train to the last epoch and return the snapshots of all networks.
 
-        After the ``deadline`` (of ``time.time()``) the state is saved, and there are no snapshots yet: None.
+        If the file ``saved`` exists, training continues from the state in the file. After the ``deadline`` (in the
+        units of ``time.time()``) training stops, the state is saved, and the function returns None.
         """
         if saved is not None and saved.exists():
             self.load(torch.load(saved, weights_only=False))
@@ -103,12 +104,12 @@ class Run:
         return min(1.0, 10 * done + 0.1) * (1 + math.cos(math.pi * done)) / 2  # with a short warm-up
 
     def _missing(self) -> bool:
-        """Return whether some network has not reached all losses."""
+        """Return whether a snapshot at one of the training losses is missing for some network."""
         reached = sum(snapshot.snapshot.startswith("loss") for snapshot in self.snapshots)
         return reached < len(self.stack) * len(self.family.losses)
 
     def _look(self, epoch: float) -> None:
-        """Keep the networks whose training loss has fallen to one of the losses for the first time."""
+        """Compute the training losses, and keep a snapshot of each network that first reaches one of the given losses."""
         have = {(snapshot.name, snapshot.snapshot) for snapshot in self.snapshots}
         for index, loss in enumerate(self.stack.mean_losses(self.inputs, self.targets).tolist()):
             for wanted in self.family.losses:
@@ -121,7 +122,7 @@ class Run:
         self.snapshots.append(Snapshot(self.configurations[index].name, label, epoch, state))
 
     def state(self) -> dict[str, Any]:
-        """Return all that goes on with the run."""
+        """Return the state that is needed to continue the run."""
         return {
             "epoch": self.epoch,
             "params": {name: p.detach() for name, p in self.stack.params.items()},
@@ -132,7 +133,7 @@ class Run:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Continue from a saved state."""
         self.epoch, self.snapshots = state["epoch"], state["snapshots"]
         with torch.no_grad():
             for name, p in self.stack.params.items():
@@ -143,7 +144,7 @@ class Run:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a file that is either the old or the new one, whenever the run is interrupted."""
+    """Save a state atomically: if the run is interrupted, the file still has its old content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     torch.save(state, beside)
@@ -155,7 +156,7 @@ def seed_of(seed: int, epoch: int) -> int:
 
 
 def augmented(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return images ``(M, B, C, H, W)`` moved by up to an eighth of their width, half of them mirrored."""
+    """Return images ``(M, B, C, H, W)``, each shifted by up to an eighth of its width and mirrored at random."""
     count, size, width = images.shape[0], images.shape[1], images.shape[-1]
     reach = width // 8
     draws = [torch.randint(0, 2 * (2 * reach + 1) ** 2, (size,), generator=g) for g in generators]

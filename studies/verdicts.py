@@ -1,4 +1,7 @@
-"""Verdicts, in the same words for every family, from p-values that depend on no random number."""
+"""Answer the questions of the study from p-values, in the same words for every family.
+
+The p-values do not depend on random numbers.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ TRACE = "hessian_trace.last"
 
 
 def chosen(rows: Rows, target: str, scope: str) -> Rows:
-    """Return the rows at the main snapshot for one target and scope."""
+    """Return the rows for one target and scope at the main snapshot ``MAIN``."""
     return [row for row in rows if (row["snapshot"], row["target"], row["scope"]) == (MAIN, target, scope)]
 
 
 def verdicts(found: dict[str, Rows]) -> list[dict[str, str]]:
-    """Answer the same questions for every target and scope."""
+    """Return the questions with their answers, for every main target and scope."""
     rows = []
     for target in MAIN_TARGETS:
         for scope in SCOPES:
@@ -32,7 +35,10 @@ def verdicts(found: dict[str, Rows]) -> list[dict[str, str]]:
 
 
 def answers_of(taus: dict[str, dict[str, Any]], differences: Rows) -> dict[str, str]:
-    """Return the questions and their answers."""
+    """Return the answers by question, for one target and scope.
+
+    ``taus`` are the rows of τ by measure, and ``differences`` the rows of differences in τ.
+    """
     beside = {(row["measure"], row["reference"]): row for row in differences}
     answers = {}
     for name in (OURS, NORMALISED, TRACE):
@@ -68,7 +74,10 @@ KINDS = {"measures": PACKAGE, "baselines": BASELINES}
 
 
 def sign_of(row: dict[str, Any], key: str, words: tuple[str, str, str]) -> str:
-    """Return the word for clearly positive, clearly negative, or neither; say so if only the correction forbids it."""
+    """Return the first word if a number is clearly positive, the second if clearly negative, else the third.
+
+    If only the correction for multiple tests makes the number unclear, the answer says so.
+    """
     word = words[0] if row[key] > 0 else words[1]
     if is_clear(row):
         return word
@@ -76,7 +85,7 @@ def sign_of(row: dict[str, Any], key: str, words: tuple[str, str, str]) -> str:
 
 
 def beats(beside: dict[tuple[str, str], dict[str, Any]], name: str, reference: str, sign: int = 1) -> bool:
-    """Return whether a measure's τ is clearly larger, or with sign -1 smaller, than a baseline's."""
+    """Return whether a measure's τ is clearly larger than a reference's; with ``sign=-1``, clearly smaller."""
     row = beside.get((name, reference))
     return row is not None and is_clear(row) and row["difference"] * sign > 0
 

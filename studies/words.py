@@ -1,4 +1,4 @@
-"""What the page says around its tables, and the summary of what was found, in words that follow the numbers."""
+"""The texts of the page around its tables, and a summary of the results whose sentences depend on the numbers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ al. 2019 (arXiv 1711.01530), Fisher–Rao norm · Thomas et al. 2020 (arXiv 1906
 
 
 def findings(found: dict[str, Rows]) -> str:
-    """Return the summary of the digits as a list; every sentence follows its numbers."""
+    """Return a Markdown list that summarises the results on the digits."""
     if not found.get("verdicts"):
         return "The digits have not been run yet.\n"
     lines = [about(found, target, scope) for target in ("loss gap", "test error") for scope in SCOPES]
@@ -79,7 +79,7 @@ def told(row: dict[str, Any], key: str = "tau") -> str:
 
 
 def about(found: dict[str, Rows], target: str, scope: str) -> str:
-    """Return τ of relative flatness and trace, and how measures stand against the best baseline."""
+    """Return a paragraph on τ of relative flatness and of the trace, and on measures against the best baseline."""
     taus = {row["measure"]: row for row in chosen(found["taus"], target, scope)}
     beside = {(row["measure"], row["reference"]): row for row in chosen(found["differences"], target, scope)}
     best = max((name for name in BASELINES if name in taus), key=lambda name: taus[name]["tau"])
@@ -100,7 +100,7 @@ def about(found: dict[str, Rows], target: str, scope: str) -> str:
 
 
 def held(found: dict[str, Rows]) -> str:
-    """Return what is left of relative flatness at fixed third numbers."""
+    """Return a paragraph on partial and granulated τ of relative flatness."""
     of = {row["target"]: row for row in found["details"] if row["measure"] == OURS}
     gap, error = of["loss gap"], of["test error"]
     return (
@@ -114,7 +114,7 @@ def held(found: dict[str, Rows]) -> str:
 
 
 def worst(found: dict[str, Rows]) -> str:
-    """Return how many numbers fail in their worst environment."""
+    """Return a paragraph on how many numbers are no better than a coin in their worst environment."""
     rows = [row for row in found["details"] if row["target"] == "loss gap"]
     failing = [row for row in rows if row["worst_sign_error"] >= 0.5]
     ours = next(row for row in rows if row["measure"] == OURS)
@@ -126,7 +126,7 @@ def worst(found: dict[str, Rows]) -> str:
 
 
 def at_the_end(found: dict[str, Rows]) -> str:
-    """Return what training loss and relative flatness tell at fixed epochs."""
+    """Return a paragraph on τ of training loss and relative flatness at the last epoch."""
     last = [row["snapshot"] for row in found["taus"]][-1]
     rows = {
         row["measure"]: row
@@ -140,7 +140,7 @@ def at_the_end(found: dict[str, Rows]) -> str:
 
 
 def noisy(rows: Rows) -> str:
-    """Return how often label noise raises relative flatness."""
+    """Return a sentence on how often label noise raises relative flatness and the trace."""
     of = {row["number"]: row for row in rows}
     if not of:
         return ""
@@ -152,7 +152,7 @@ def noisy(rows: Rows) -> str:
 
 
 def claims(found: dict[str, Rows], shifts: Rows) -> str:
-    """Return a table of what papers say, and what the digits say of it."""
+    """Return the section that compares claims of papers with the results on the digits."""
     if not found.get("details"):
         return ""
     of = {row["measure"]: row for row in found["details"] if row["target"] == "loss gap"}
