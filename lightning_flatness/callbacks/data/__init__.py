@@ -1,1 +1,1 @@
-"""The sources of the samples that a callback measures."""
+"""Where the samples that a callback measures come from."""

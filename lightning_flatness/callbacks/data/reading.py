@@ -1,4 +1,4 @@
-"""Reading data without changing the user's loaders and random states."""
+"""Read data without changing the user's loaders or random states."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ DEFAULT_BATCH_SIZE = 64
 def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[Any]:
     """Create a loader over the user's data set that shares no iterator, worker or generator with the user's loader.
 
-    The new loader reads the samples with these ``indices``, in this order. Without ``indices`` it reads the whole data
-    set, which may be an ``IterableDataset``.
+    The new loader reads the samples at ``indices``, in this order. Without ``indices``, the new loader reads the whole
+    data set, which may be an ``IterableDataset``.
     """
-    # A loader with a batch sampler of unknown batch size yields batches, too.
+    # A batch sampler may not tell its batch size. The user's loader yields batches all the same, so the new one must.
     size = batch_size_of(loader) or (DEFAULT_BATCH_SIZE if getattr(loader, "batch_sampler", None) is not None else None)
     return DataLoader(
         loader.dataset if indices is None else Subset(loader.dataset, indices),
@@ -44,10 +44,10 @@ def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[
 
 
 def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
-    """Yield the batches of an iterable with fixed random seeds, and restore all random states after every batch.
+    """Yield the batches of an iterable under fixed random seeds, and restore all random states after every batch.
 
-    Random transforms therefore give the same samples in every call. The random states of the devices that the model is
-    on are restored, too.
+    Because of the fixed seeds, random transforms give the same samples in every call. The restored states include those
+    of the model's devices.
     """
     iterator: Iterator[Any] | None = None
     for index in count():
@@ -61,7 +61,11 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[Any]:
-    """Yield the same batches in every call, of a loader made by :func:`own_loader`; raise errors that name a remedy."""
+    """Yield the batches of a loader made by :func:`own_loader`, the same ones in every call.
+
+    Raises:
+        FlatnessError: The data set raised an error. The message names a remedy.
+    """
     try:
         yield from batches_apart(loader, model)
     except Exception as error:
@@ -80,9 +84,10 @@ def seed_all(seed: int) -> None:
 
 
 def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
-    """Return one batch of samples from the data set of the first loader, without iterating over that loader.
+    """Read one batch from the data set of the first of the loaders, without iterating over that loader.
 
-    Return None if it is not known which samples that loader would read.
+    Return None if reading fails, or if it is unknown which samples the loader reads: its data set has no index, it has
+    a batch sampler of its own kind, or the class of its sampler is unknown.
     """
     loader = next(iter(loaders), None)
     known = (SequentialSampler, RandomSampler, DistributedSampler)
@@ -96,9 +101,10 @@ def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """Convert a batch and move it to the device as the Trainer's loops do, with transfer hooks and a fixed seed.
+    """Convert a batch to the Trainer's precision and move it to the device, as the Trainer's loops do.
 
-    Hooks that draw random numbers on the CPU draw the same numbers every time. Draws on an accelerator are not fixed.
+    The batch passes through the user's transfer hooks, under a fixed seed: hooks that draw random numbers on the CPU
+    draw the same numbers every time. Random numbers that a hook draws on an accelerator are not fixed.
     """
     batch = trainer.precision_plugin.convert_input(batch)
     with random_states_kept(pl_module):

@@ -1,4 +1,4 @@
-"""Finds which samples a loader reads, without iterating over it and without a trace."""
+"""Find out which samples a loader reads, without iterating over the loader or changing any state."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from lightning_flatness.model.generators import drawing, generators_kept, seed_g
 from lightning_flatness.model.isolation import random_states_kept
 
 FEW_EPOCHS, MANY_EPOCHS = 3, 16
-# A sampler that yields more than this many times the data set, and more than a million samples, has no end.
+# A sampler counts as endless if it yields more indices than ten passes over the data set, and more than a million.
 MOST_PASSES, MOST_SAMPLES = 10, 1_000_000
 
 
 def samples_read(loader: Any, num_batches: float = math.inf, num_ranks: int = 1) -> Tensor:
-    """Return the sorted indices of the samples that epochs of ``num_batches`` batches on every rank contain, each once.
+    """Return the sorted indices of all samples that a loader reads when every rank runs ``num_batches`` per epoch.
 
-    If the sampler shuffles, these are all samples that it yields, since every epoch begins with others. A sampler of an
-    unknown class is copied, and the copy is asked for some epochs. With several ranks, this is then a collective.
+    If the sampler shuffles, every sample that it can yield counts, because each epoch begins with other samples. If the
+    sampler's class is unknown, a copy of the sampler draws a few epochs. With several ranks, drawing is a collective.
     """
     sampler = sampler_of(loader)
     if not keeps_order(loader):
@@ -54,7 +54,7 @@ def samples_read(loader: Any, num_batches: float = math.inf, num_ranks: int = 1)
 
 
 def _shared_by_ranks(sampler: Any) -> Any | None:
-    """Return the sampler of which every rank gets a share, or None if ranks do not share one that is known."""
+    """Return the sampler whose samples the ranks share out among themselves, or None if no known sampler is shared."""
     if type(sampler) is DistributedSampler:
         return SequentialSampler(sampler.dataset)  # type: ignore[arg-type]
     # Lightning's wrapper has no public name for the sampler that it wraps.
@@ -63,9 +63,9 @@ def _shared_by_ranks(sampler: Any) -> Any | None:
 
 
 def _known(sampler: Any) -> tuple[Tensor, bool] | None:
-    """Return the indices that a sampler may yield, and whether their order is the same in every epoch.
+    """Return the indices that a sampler can yield, and whether it yields them in the same order in every epoch.
 
-    Return None if the sampler's class is not known. Subclasses of known classes may do something else.
+    Return None for unknown classes. A subclass of a known class counts as unknown, because it may yield other indices.
     """
     kind = type(sampler)
     if kind in (SequentialSampler, RandomSampler):
@@ -80,9 +80,9 @@ def _known(sampler: Any) -> tuple[Tensor, bool] | None:
 
 
 def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
-    """Return the indices that a copy of a sampler, or of a batch sampler, yields on any rank.
+    """Return the indices that a sampler or batch sampler yields on any rank, found by drawing epochs from a copy.
 
-    Only the first ``limit`` items of an epoch count, if their order is the same in every epoch.
+    If every epoch has the same order, only its first ``limit`` items count (indices, or batches of a batch sampler).
     """
     sets: list[Tensor] = []
     error: Exception | None = None
@@ -107,7 +107,7 @@ def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
 
 
 def _epochs(loader: Any, sampler: Any, limit: float, number: int) -> list[Tensor]:
-    """Return the indices in each of some epochs of a sampler's copy, drawn with fixed random numbers."""
+    """Draw ``number`` epochs from a copy of a sampler under fixed seeds, and return the indices of each epoch."""
     epochs: list[Tensor] = []
     ends: list[int] = []
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -119,7 +119,7 @@ def _epochs(loader: Any, sampler: Any, limit: float, number: int) -> list[Tensor
                 seed_generators(copied, epoch)
                 for part in (copied, getattr(copied, "sampler", None)):
                     set_epoch = getattr(part, "set_epoch", None)
-                    if callable(set_epoch):  # Lightning calls it, too
+                    if callable(set_epoch):  # as Lightning does before every epoch
                         set_epoch(epoch)
                 indices, end = _one_epoch(copied, limit, loader)
                 epochs.append(indices)
@@ -133,7 +133,7 @@ def _epochs(loader: Any, sampler: Any, limit: float, number: int) -> list[Tensor
 
 
 def _one_epoch(sampler: Any, limit: float, loader: Any) -> tuple[Tensor, int]:
-    """Return the indices of one epoch, and how many of them are in its first ``limit`` items."""
+    """Draw one epoch; return its indices, and how many of these are in the first ``limit`` items of the epoch."""
     most = max(MOST_PASSES * len(loader.dataset), MOST_SAMPLES)
     try:
         length: float = len(sampler)
@@ -159,7 +159,7 @@ def _as_indices(values: Iterable[Any], sampler: Any) -> Tensor:
 
 
 def _unique(indices: Tensor, loader: Any) -> Tensor:
-    """Return sorted indices without repetitions; a negative one counts from the end of the data set."""
+    """Return sorted indices without repetitions. A negative index counts from the end of the data set."""
     unique: Tensor = torch.where(indices < 0, indices + len(loader.dataset), indices).unique()
     return unique
 

@@ -1,4 +1,4 @@
-"""The sources of the samples of a measurement: the validated batches, or other data."""
+"""The sources that a measurement takes its samples from: the validated batches, or other data."""
 
 from __future__ import annotations
 
@@ -31,14 +31,20 @@ BatchFunction = Callable[[Any], Samples]
 
 @dataclass(frozen=True)
 class Wanted:
-    """The data to measure (``"val"``, ``"train"`` or given data), and the number of samples over all ranks."""
+    """What the user wants to measure.
+
+    Attributes:
+        data: ``"val"`` for the validated batches, ``"train"`` for training data, or the user's own batches.
+        max_samples: number of samples over all ranks; None for the default.
+        batch_fn: the user's function from a batch to ``(inputs, targets)``, or None.
+    """
 
     data: str | Iterable[Any]
     max_samples: int | None
     batch_fn: BatchFunction | None
 
     def split(self, batch: Any) -> Samples:
-        """Return ``(inputs, targets)`` of a batch."""
+        """Split a batch into ``(inputs, targets)``, with ``batch_fn`` if there is one."""
         pair = split_batch(batch) if self.batch_fn is None else self.batch_fn(batch)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise FlatnessError(
@@ -48,7 +54,7 @@ class Wanted:
         return pair[0], pair[1]
 
     def before_step(self, batch: Any, model: nn.Module) -> Asked:
-        """Return what a batch says of itself, before its step, which may change it."""
+        """Read inputs and targets from a batch before its validation step runs, because the step may change them."""
         if self.batch_fn is not None:
             with random_states_kept(model):
                 inputs, targets = self.split(apply_to_collection(batch, Tensor, torch.clone, allow_frozen=True))
@@ -63,15 +69,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a batch says of its inputs and targets, before its validation step."""
+    """The inputs and targets of a batch, as they were before its validation step."""
 
-    inputs: Any  # None if they are not known. The network's call counts, unless batch_fn= gives others.
+    inputs: Any  # None if unknown; what the step gives to the network has precedence, unless is_given
     targets: Tensor | None
     why_no_targets: str = ""
-    is_given: bool = False  # by batch_fn=
+    is_given: bool = False  # whether inputs come from batch_fn=
 
     def own_call(self) -> Call:
-        """Return the call of the network on the batch's own inputs."""
+        """Return the call of the network with :attr:`inputs` as arguments."""
         if self.inputs is None:
             problem = "batch_fn= gives no inputs, and the validation step is not seen to call the network."
             raise BatchError(self.why_no_targets or problem)
@@ -79,7 +85,7 @@ class Asked:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Add to errors about missing targets why the batch has none."""
+        """Catch errors about missing targets in the ``with`` block, and add to their message why the batch has none."""
         try:
             yield
         except BatchError as error:
@@ -91,46 +97,60 @@ class Asked:
             raise
 
     def samples(self, call: Call) -> Samples:
-        """Return ``(inputs, targets)`` to measure; the inputs are ``call``, if it has the same."""
+        """Return ``(inputs, targets)`` to measure. The inputs are ``call``, unless ``batch_fn=`` gives other values."""
         differ = self.is_given and not equal_inputs(call, as_call(self.inputs))
         return (as_call(self.inputs) if differ else call), self.targets
 
 
 class ValidationBatches:
-    """The validated batches as a source. It yields every sample once, though Lightning may repeat samples.
+    """The validated batches as a source of samples. Every sample counts once, though Lightning may repeat samples.
 
-    Lightning validates ``num_batches`` batches of each loader. If it is known before that parts of batches are
-    measured, ``why_not_observed`` says so, and it is useless to observe the forward passes of validation steps.
+    Args:
+        trainer: the Trainer that validates.
+        wanted: what the user wants to measure.
+        loaders: the validated loaders.
+        num_batches: number of batches that Lightning validates of each loader.
+
+    Attributes:
+        why_not_observed: why it is useless to observe the forward passes of validation steps: with ``max_samples=``,
+            only parts of batches are measured. Empty otherwise.
     """
 
     def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
         in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
         self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
-        self.positions: Tensor | None = None  # of the samples yielded last, among the measured ones of all ranks
+        self.positions: Tensor | None = None  # of the samples of the last mask, among the measured samples of all ranks
         self._num_batches = num_batches[0] if len(num_batches) == 1 else math.inf
 
     def is_last(self, batch_idx: int) -> bool:
-        """Return whether no batch follows this one, as far as that is known."""
+        """Return whether this batch is the last one; False if the number of batches is unknown."""
         return batch_idx + 1 >= self._num_batches
 
     def mask(self, samples: Samples, batch_idx: int) -> Tensor:
-        """Return a Boolean mask, ``(N,)``, of the samples of a validated batch that are to be measured."""
+        """Return a Boolean mask, ``(N,)``, that is true for the samples of a validated batch to measure."""
         rows = num_rows(*samples)
         mask, order = self._stream.mask(rows, batch_idx), self._stream.order(rows, batch_idx)
         self.positions = None if order is None else order[mask]
         return mask
 
     def rest(self) -> Iterator[Samples]:
-        """Yield nothing, since all samples were measured with their batches."""
+        """Yield nothing: every sample was measured right after the step that validated it."""
         return iter(())
 
 
 class SeparateData:
-    """A source that reads training data or given data, separately from the validated batches.
+    """A source that reads training data or the user's own batches, separately from the validated batches.
 
-    Its samples are measured in equal parts, one part after each validated batch, so that validation's progress bar
-    shows the true progress. Lightning validates ``num_batches`` batches of each of the ``loaders``.
+    The callback measures an equal part of this source after each validated batch, so that the progress bar of
+    validation shows the true progress.
+
+    Args:
+        trainer: the Trainer that validates.
+        pl_module: the LightningModule, for its transfer hooks and devices.
+        wanted: what the user wants to measure.
+        loaders: the validated loaders; None if there is no validation.
+        num_batches: number of batches that Lightning validates of each loader.
     """
 
     def __init__(
@@ -152,18 +172,18 @@ class SeparateData:
         self._num_read = 0
         self._num_validated = 0
         self._share, self._is_indexed = share, subset.is_indexed
-        self._batch_rows: int | None = None  # of the first batch
-        self.positions: Tensor | None = None  # of the samples yielded last; None if the ranks take turns
+        self._batch_rows: int | None = None  # size of the first batch
+        self.positions: Tensor | None = None  # of the samples yielded last; None: ranks take turns, sample by sample
         in_turn = loaders_in_turn(trainer, loaders)
-        # If the number of validated batches is not known before, everything is measured after the first batch.
+        # If the number of validated batches is not known in advance, everything is measured after the first one.
         self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
 
     def is_last(self, batch_idx: int) -> bool:
-        """Return whether no samples follow."""
+        """Return whether all parts have been asked for, so that no samples follow."""
         return self._num_validated >= self._num_to_validate
 
     def after_step(self) -> Iterator[Samples]:
-        """Yield the next part of the samples after a batch was validated."""
+        """Return an iterator over the next part of this source's samples. Call it once after each validated batch."""
         self._num_validated += 1
         fraction = self._num_validated / self._num_to_validate
         if fraction >= 1:
@@ -171,7 +191,7 @@ class SeparateData:
         return self._read_until(0 if math.isinf(self._num_batches) else math.ceil(self._num_batches * fraction))
 
     def rest(self) -> Iterator[Samples]:
-        """Yield the remaining samples: all samples if there was no validation or this rank validated no batch."""
+        """Return an iterator over all samples that were not read yet: the whole source if no batch was validated."""
         return self._read_until(math.inf)
 
     def _read_until(self, goal: float) -> Iterator[Samples]:
@@ -189,7 +209,11 @@ class SeparateData:
 def sources_of(
     trainer: Trainer, pl_module: LightningModule, wanted: Wanted, loaders: Any, num_batches: Sequence[float]
 ) -> Sequence[ValidationBatches | SeparateData]:
-    """Return a source for each loader that Lightning validates in turn; one for loaders combined, or for other data."""
+    """Return the sources of a validation.
+
+    If the validated batches are measured, each loader has its own source. Loaders that Lightning combines share one
+    source. Training data, or the user's own batches, are one source, too.
+    """
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return [SeparateData(trainer, pl_module, wanted, loaders, num_batches)]
     in_turn = loaders_in_turn(trainer, loaders)
@@ -200,9 +224,10 @@ def sources_of(
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:
-    """Return the first batch of samples before training, without changing its loader.
+    """Read the first batch of the data to measure before training begins, without changing its loader.
 
-    Return None if this is not possible, if Lightning has not set up validation yet, or if this rank has no samples.
+    Return None if this rank has no samples, if Lightning has not set up validation yet, or if the first batch cannot be
+    known without iterating over the loader.
     """
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return next(SeparateData(trainer, pl_module, wanted).rest(), None)

@@ -1,4 +1,4 @@
-"""A fixed random choice of samples, stratified by class if the labels are known."""
+"""Choose a fixed random subset of samples, stratified by class if the labels are known."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 
 def choose(total: int, chosen: int, labels: Tensor | None = None) -> Tensor:
-    """Return the sorted indices of ``chosen`` random samples of ``total``, which are the same in every call.
+    """Choose ``chosen`` of ``total`` samples at random, the same ones in every call, and return their sorted indices.
 
-    If ``chosen`` is at least ``total``, all indices are returned. With ``labels``, ``(total,)``, the number of samples
-    of a class is proportional to the size of the class, rounded up or down.
+    If ``chosen`` is at least ``total``, return all indices. With ``labels``, a tensor ``(total,)``, the number of
+    chosen samples of a class is proportional to the size of the class, rounded up or down.
     """
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
     if chosen >= total:
         return order.sort().values
     if labels is None:
         return order[:chosen].sort().values
-    # The samples are sorted by class and shuffled within a class, so evenly spaced ones are stratified.
+    # by_class is sorted by class and shuffled within a class, so a choice at even distances is stratified.
     by_class = order[labels[order].argsort(stable=True)]
     spaced = (2 * torch.arange(chosen, device="cpu") + 1) * total // (2 * chosen)
     return by_class[spaced].sort().values
 
 
 def labels_of(dataset: Any) -> Tensor | None:
-    """Return the class of every sample, ``(samples,)``, or None if the data set does not have all labels in memory.
+    """Return the class of every sample, ``(samples,)``, or None if the data set does not hold all labels in memory.
 
-    No sample is read. Supported are data sets with an attribute ``targets`` or ``labels`` (as in torchvision),
-    ``TensorDataset``, and ``Subset`` and ``ConcatDataset`` of these.
+    This function reads no sample. It knows data sets with an attribute ``targets`` or ``labels`` (as in torchvision),
+    ``TensorDataset``, and a ``Subset`` or ``ConcatDataset`` of these.
     """
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)

@@ -1,4 +1,4 @@
-"""Selects the samples of validated batches to measure: no sample twice, and at most ``max_samples``."""
+"""Select which samples of the validated batches to measure: no sample twice, and at most ``max_samples``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from lightning_flatness.callbacks.data.stratified import choose, labels_of
 class ValidationStream:
     """The sequence of samples that all ranks together validate, one loader after the other.
 
-    A ``DistributedSampler`` repeats samples until every rank has equally many. The position of a sample in the sequence
-    tells whether it is repeated. Repeated samples are not measured, so several processes measure the same samples as
-    one process. ``max_samples`` selects positions as well. These are the same samples in every epoch, unless the loader
-    shuffles. ``loaders`` is empty if Lightning may combine the loaders. ``num_batches`` batches of each loader are run.
+    A sample is identified by its position in this sequence. A ``DistributedSampler`` appends repeated samples until
+    every rank has equally many. Repeated samples are at the end of the sequence, and the stream leaves them out: several
+    processes then measure the same samples as one process. ``max_samples`` selects positions, too, so
+    it selects the same samples in every epoch, unless the loader shuffles.
+
+    Args:
+        loaders: the loaders that Lightning validates one after the other; empty if Lightning may combine them.
+        num_batches: number of batches that Lightning runs of each loader.
+        max_samples: number of samples to measure over all ranks and loaders; None for all.
+        rank: rank of this process.
+        num_ranks: number of processes.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -41,9 +48,9 @@ class ValidationStream:
         self._shards = [_Shard(loader, number, rank, num_ranks) for loader, number in pairs]
         self._num_ranks = num_ranks
         self._has_warned = False
-        self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, True at the positions to measure
-        self._num_left: int | None = None  # samples still to measure, if a length is not known
-        self._order: Tensor | None = None  # of one loader: at each chosen position, the number of those before it
+        self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, a mask of the positions to measure
+        self._num_left: int | None = None  # samples to measure on this rank, if a length is unknown
+        self._order: Tensor | None = None  # at each chosen position, the number of chosen ones before it
         if max_samples is None:
             return
         totals = [shard.total for shard in self._shards if shard.total is not None]
@@ -59,7 +66,7 @@ class ValidationStream:
         self._chosen = [shard.share(part) for shard, part in zip(self._shards, chosen.split(totals), strict=True)]
 
     def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return a Boolean mask, ``(rows,)``, of the rows of a batch to measure."""
+        """Return a Boolean mask, ``(rows,)``, that is true for the rows of a batch to measure."""
         mask = torch.ones(rows, dtype=torch.bool, device="cpu")
         if self._num_left is not None:
             mask[self._num_left :] = False
@@ -80,7 +87,7 @@ class ValidationStream:
         return mask
 
     def order(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Return the positions of a batch's rows among the measured samples of all ranks, if they are known."""
+        """Return the position of every row of a batch among the measured samples of all ranks, or None if unknown."""
         positions = self._shards[0].positions(rows, batch_idx) if len(self._shards) == 1 else None
         if positions is None or self._order is None:
             return positions if self._num_left is None else None
@@ -96,10 +103,12 @@ class ValidationStream:
 
 
 class _Shard:
-    """The part of the stream that comes from one loader, over all ranks.
+    """The part of a :class:`ValidationStream` that comes from one loader, over all ranks.
 
-    ``length`` is the number of different samples, 0 if it is not known. ``repeats`` tells whether the sampler repeats
-    samples. ``total`` is the number of samples that are run, None if it is not known.
+    Attributes:
+        length: number of different samples, 0 if unknown.
+        repeats: whether the sampler repeats samples.
+        total: number of samples that Lightning runs, None if unknown.
     """
 
     def __init__(self, loader: Any, num_batches: float, rank: int, num_ranks: int) -> None:
@@ -112,7 +121,7 @@ class _Shard:
         self.repeats = False
         if isinstance(sampler, DistributedSampler):
             self._step, self._first = sampler.num_replicas, sampler.rank
-            self._rank, self._num_ranks = 0, 1  # every position is on one rank only
+            self._rank, self._num_ranks = 0, 1  # each rank has other samples, so nothing is left to divide
             self.length = sampler.total_size if sampler.drop_last else len(sampler.dataset)  # type: ignore[arg-type]
             self.repeats = not sampler.drop_last and self.length % self._step > 0
         else:
@@ -124,19 +133,22 @@ class _Shard:
         self.total = int(num_run) if self.length and self._in_order and self._batches is not None else None
 
     def labels(self) -> Tensor | None:
-        """Return the class of every sample that is run, or None if labels or their order are not known."""
+        """Return the class of every sample that Lightning runs, or None if the labels or their order are unknown."""
         labels = labels_of(self._loader.dataset) if reads_in_order(self._loader) else None
         return None if labels is None else labels[: self.total]
 
     def share(self, chosen: Tensor) -> Tensor:
-        """Return a mask of the chosen positions that this rank measures, if ranks do not have different samples."""
+        """Return a mask of the chosen positions that this rank measures.
+
+        If every rank runs all samples, each rank takes an equal part of ``chosen``. Otherwise the mask is ``chosen``.
+        """
         positions = chosen.nonzero().flatten()
         share = torch.zeros_like(chosen)
         share[positions[self._rank :: self._num_ranks]] = True
         return share
 
     def positions(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Return the positions of a batch's rows in the stream of this loader, ``(rows,)``, or None if not known."""
+        """Return the position of every row of a batch in this loader's stream, ``(rows,)``, or None if unknown."""
         if not self._in_order:
             return None
         if self._batches is None:

@@ -1,4 +1,4 @@
-"""A fixed subset of data, read without changing the user's loader."""
+"""Read a fixed subset of the data, without changing the user's loader."""
 
 from __future__ import annotations
 
@@ -20,17 +20,29 @@ DEFAULT_TRAINING_SAMPLES = 4096
 
 
 class FixedSubset:
-    """A subset that consists of the same samples every time it is read.
+    """A subset of the data that consists of the same samples every time it is read.
 
-    If ``loader`` is a ``DataLoader`` over an indexed data set, it is never iterated: a new loader with its settings
-    reads the samples. The data set's transforms and the loader's ``collate_fn`` are applied, and random transforms draw
-    the same numbers every time. If the user's loader has workers, one new worker reads the subset. Otherwise the main
-    process reads it and restores all random states, also of the data set's own generators. Any other iterable of
-    batches is iterated directly, and random states are restored.
+    If ``loader`` is a ``DataLoader`` over an indexed data set, a new loader with the same settings reads the samples,
+    and ``loader`` itself is never iterated. Transforms and ``collate_fn`` are applied as usual, and random transforms
+    draw the same numbers every time. If ``loader`` has workers, one new worker reads the subset. Otherwise the main
+    process reads the subset and restores all random states, those of the data set's own generators included.
 
-    ``max_samples`` is the size of the subset over all ranks. The subset is stratified by class, and chosen from the
-    samples that the loader's sampler does not leave out, each once, in epochs of ``num_read`` batches. With several
-    ranks this may be a collective. ``num_batches`` is the number of batches of this rank, infinite if it is not known.
+    A new loader also reads an ``IterableDataset``. Any other iterable of batches is iterated directly, and random states
+    are restored after every batch.
+
+    The constructor may be a collective if there are several ranks.
+
+    Args:
+        loader: a ``DataLoader``, or another iterable of batches.
+        max_samples: size of the subset over all ranks; None for all samples that the sampler yields. The subset is
+            stratified by class if the labels are known.
+        rank: rank of this process.
+        num_ranks: number of processes.
+        num_read: number of batches that every rank reads of ``loader`` in an epoch. Samples that are in no epoch are
+            not chosen.
+
+    Attributes:
+        num_batches: number of batches of the subset on this rank, infinite if unknown.
 
     Example:
         >>> import torch
@@ -63,7 +75,7 @@ class FixedSubset:
         self.num_batches = math.inf
 
     def batches(self, model: nn.Module) -> Iterator[Any]:
-        """Yield this rank's batches, and restore random states, also of the devices that the model is on."""
+        """Return an iterator over this rank's batches. It restores random states, also on the devices of ``model``."""
         if self.is_indexed:
             return repeatable_batches(self._loader, model)
         return islice(batches_apart(self._loader, model), self._rank, None, self._num_ranks)
@@ -72,9 +84,13 @@ class FixedSubset:
 def training_subset(
     loader: Any, max_samples: int | None, rank: int, num_ranks: int, num_batches: float = math.inf
 ) -> FixedSubset:
-    """Return a fixed subset of the training data, by default of 4,096 samples.
+    """Return a fixed subset of the training data, by default 4,096 samples.
 
-    Every epoch trains on ``num_batches`` batches of this rank. Samples that no epoch trains on are not chosen.
+    ``num_batches`` is the number of batches that this rank trains on in an epoch. The subset contains no sample that
+    the epochs leave out.
+
+    Raises:
+        FlatnessError: The samples of the loader cannot be read by index.
     """
     if not is_indexed(loader):
         raise FlatnessError(
