@@ -1,1 +1,1 @@
-"""Lightning callbacks. The computations are in the package ``measure``; the callbacks contain no mathematics."""
+"""Lightning callbacks. They contain no mathematics: the computations are in ``lightning_flatness.measure``."""

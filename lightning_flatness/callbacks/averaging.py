@@ -1,4 +1,4 @@
-"""Weights that other callbacks put into the network: averages, at validation and at the end of the fit."""
+"""Handle callbacks that change the network's weights at the end of the fit, such as weight averaging."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.callbacks.lightning_imports import Callback, Checkpoint, Trainer
 
+# A sample of the weights has about this many entries of every tensor, or all entries of a smaller tensor.
 ENTRIES = 1000
 
 
@@ -22,7 +23,7 @@ def leaves_averages(callback: Any) -> bool:
 
 
 def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
-    """Warn if ``WeightAveraging`` puts averages into the network that it has never updated."""
+    """Warn if ``WeightAveraging`` has never updated its averages: they are then the initial weights."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         # Lightning has no public name for the averages.
@@ -36,14 +37,14 @@ def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
 
 
 def weights_sample(network: nn.Module) -> Mapping[str, Tensor]:
-    """Return copies of some entries of all parameters and buffers, which show if these have changed."""
+    """Return copies of some entries of each parameter and buffer, for :func:`have_changed`."""
     named = [*network.named_parameters(), *network.named_buffers()]
     entries = {name: tensor.detach().flatten() for name, tensor in named if tensor.is_floating_point()}
     return {name: flat[:: max(1, len(flat) // ENTRIES)].cpu().double() for name, flat in entries.items()}
 
 
 def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:
-    """Return whether a network's weights are not those of a :func:`weights_sample`."""
+    """Return whether a network's weights have changed since :func:`weights_sample` made ``sample``."""
     now = weights_sample(network)
     return sample.keys() != now.keys() or any(
         value.shape != now[name].shape or not torch.allclose(value, now[name], rtol=0, atol=0, equal_nan=True)
@@ -52,11 +53,12 @@ def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:
 
 
 def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> bool:
-    """Have Lightning call this callback's ``on_train_end`` again, after the last other callback that has this hook.
+    """Have Lightning call ``callback.on_train_end`` a second time, after all other callbacks that have this hook.
 
-    Return False if there is none, or in the second call. Checkpoints and callbacks of the class ``own`` do not count.
+    Return True if there will be a second call. Return False in the second call, or if no other callback follows.
+    Checkpoints, and callbacks of the class ``own``, do not count as other callbacks.
     """
-    # Lightning calls the callbacks of this list in turn, also those that are added meanwhile.
+    # Lightning iterates over this list while it calls the hook, so an entry that is inserted now is called, too.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if is_called_again(trainer, callback):
         call_once(trainer, callback)
@@ -71,13 +73,13 @@ def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> 
 
 
 def is_called_again(trainer: Trainer, callback: Callback) -> bool:
-    """Return whether a second call of this callback is still to come."""
+    """Return whether this callback is in the Trainer's list twice, so that its second call is still to come."""
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return sum(other is callback for other in callbacks) > 1
 
 
 def call_once(trainer: Trainer, callback: Callback) -> None:
-    """Remove the second entry of a callback from the Trainer's list."""
+    """Remove the second entry of a callback from the Trainer's list, if there is one."""
     if is_called_again(trainer, callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         first = callbacks.index(callback) + 1

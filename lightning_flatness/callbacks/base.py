@@ -1,4 +1,4 @@
-"""The base class of all measuring callbacks: arguments, history, checkpoints, errors on all ranks, figures."""
+"""The base class of the callbacks that measure: arguments, history, checkpoints, errors on all ranks, figures."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Record = dict[str, Any]
 
 
 class MeasuringCallback(Callback):
-    """Base class of the callbacks that measure a network while it trains. Its subclasses document the arguments.
+    """Base class of the callbacks that measure a network while it trains.
 
-    Messages contain ``name``, the callback's name, and ``measured``, the measured quantity. The key of the callback's
-    state in checkpoints contains ``name``, too.
+    A subclass passes ``name``, the name of the callback in messages and in the key of its state in checkpoints, and
+    ``measured``, the name of the measured quantity in messages. It documents the other arguments itself.
     """
 
-    gives_way = False  # whether the callback removes itself if another one has its prefix
-    folder: str | Path | None = None  # of the files; None for one of the run
+    gives_way = False  # whether this callback removes itself if another callback has the same prefix
+    folder: str | Path | None = None  # for files; None for a new folder within the folder of the run
 
     def __init__(
         self,
@@ -80,28 +80,28 @@ class MeasuringCallback(Callback):
         self._errors = RankErrors(on_error, name, measured)
         self.run_outputs = RunOutputs(name, prefix, self.figures)
         self._num_drawn = 0  # number of records in the history when figures were drawn last
-        self._stopwatch = Stopwatch()  # of the measurement in progress
+        self._stopwatch = Stopwatch()  # for the measurement in progress
         self._stage: str | None = None
-        self._is_checked = False  # whether no other callback has this prefix
+        self._is_checked = False  # whether it is known that no other callback has this prefix
         self._is_restored = False
-        self._network: Network | None = None  # as a validation step of this run has shown it
-        self._asked: Asked | None = None  # of the batch that is validated
-        self._watch: StepWatch | None = None  # of its step
-        self._whole: WholeWeights | None = None  # while FSDP2 shards the weights, and they are measured
+        self._network: Network | None = None  # the network that a validation step of this run has called
+        self._asked: Asked | None = None  # inputs and targets of the batch that is being validated
+        self._watch: StepWatch | None = None  # on the validation step of that batch
+        self._whole: WholeWeights | None = None  # during a measurement, if FSDP2 shards the weights
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to measure now. Override it for another schedule; all ranks must return the same value."""
+        """Return whether to measure now. Override this method for another schedule; all ranks must return the same."""
 
     def _release(self) -> None:
-        """Release the data and model of a measurement in progress, and drop a pending error."""
+        """Drop the data and the model of a measurement in progress, and the pending error."""
         self._errors.pending = None
         self._stop_watching()
         self._network = self._whole = None
 
     @abstractmethod
     def _draw_run(self, trainer: Trainer) -> None:
-        """Draw the figures of the whole run. Called when the run ends or is interrupted."""
+        """Draw the figures of the whole run. The callback calls this method when the run ends or is interrupted."""
 
     @property
     def state_key(self) -> str:
@@ -115,24 +115,24 @@ class MeasuringCallback(Callback):
         return {"history": [dict(record) for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history from a checkpoint, unless the checkpoint is loaded to validate or test."""
+        """Restore the history from a checkpoint, unless Lightning loads the checkpoint to validate or test."""
         if self._stage in (None, "fit"):
             self.history = [dict(record) for record in state_dict["history"]]
             self._is_restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the prefix, and store the stage, since Lightning loads the state of callbacks in every stage."""
+        """Check the prefix, and store the stage: :meth:`load_state_dict`, which runs in every stage, needs it."""
         check_prefix(trainer, self)
         self._is_checked = True
         self._stage = stage
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release the data and the model."""
+        """Drop the data and the model."""
         self._stage = None
         self._release()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history, unless a history was restored, and check that the network is found."""
+        """Start a new history, unless a checkpoint has restored one, and check that ``model=`` names a network."""
         if not self._is_restored:
             self.history = []
         if not self.history:
@@ -148,7 +148,7 @@ class MeasuringCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch the first validation step of a run, which shows the network and what it is called with."""
+        """Watch the first validation step of a run, to see which network the step calls, and with which inputs."""
         if self._network is None and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._start_watching(pl_module, batch)
@@ -162,7 +162,7 @@ class MeasuringCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Find the network in the step that was watched."""
+        """Find the network in the validation step that was watched."""
         if self._asked is not None and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._find_network(pl_module)
@@ -172,7 +172,7 @@ class MeasuringCallback(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
-        self._stop_watching()  # of a step that raised an error
+        self._stop_watching()  # an earlier step may have raised an error
         self._asked = self._wanted.before_step(batch, pl_module)
         if self._network is None and is_watchable(pl_module):
             self._watch = StepWatch(pl_module, named_network(pl_module, self.model))
@@ -185,10 +185,11 @@ class MeasuringCallback(Callback):
         self._watch = self._asked = None
 
     def _find_network(self, pl_module: LightningModule) -> Call | None:
-        """Find the network in the step that was watched, and return its call, if there is one.
+        """Find the network in the watched validation step, and return the step's call of the network, if there is one.
 
-        If other data than the validated batches are measured, there are no steps to see what the network is given. So
-        check that it is given the inputs of the batch as they are.
+        Unless ``data="val"``, no step shows what the network is given for the measured batches. So compare this call
+        with the inputs that the callback finds in the validated batch. If these differ, raise an error, or warn if they
+        come from ``batch_fn=``.
         """
         watch, asked = self._watch, self._asked
         assert asked is not None
@@ -225,7 +226,7 @@ class MeasuringCallback(Callback):
         return found.call
 
     def _gather(self, pl_module: LightningModule) -> None:
-        """Gather weights that FSDP2 has sharded. This is a collective: all ranks call it, also after an error."""
+        """Gather the weights that FSDP2 has sharded. A collective: even ranks that have failed must call it."""
         self._whole = WholeWeights(pl_module)
 
     @contextmanager
@@ -237,11 +238,11 @@ class MeasuringCallback(Callback):
             self._whole = None
 
     def _whole_copy(self, network: nn.Module) -> nn.Module:
-        """Return a copy with the gathered weights; without any, the network itself."""
+        """Return a copy of the network with the gathered weights, or the network itself if no weights are sharded."""
         return self._whole.copy_of(network) if self._whole else network
 
     def _model_of(self, pl_module: LightningModule) -> nn.Module:
-        """Return the network, whose parameters have their names in the LightningModule unless ``model=`` names it."""
+        """Return the network. Unless ``model=`` names it, its parameters have their names in the LightningModule."""
         network = self._network_of(pl_module)
         return Within(network.module, network.prefix) if network.prefix else network.module
 
@@ -253,14 +254,18 @@ class MeasuringCallback(Callback):
         self._draw_run(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop an unfinished measurement. If the run was interrupted with Ctrl-C, draw its figures."""
+        """Drop an unfinished measurement. If Ctrl-C has interrupted a fit, draw the figures of the fit."""
         self._release()
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             self._draw_run(trainer)
 
     @contextmanager
     def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Store errors until all ranks handle them together, suppress what the network logs, and take the time."""
+        """Run the ``with`` block as a part of measuring.
+
+        Errors are stored until all ranks handle them together, calls of ``log`` in the network have no effect, and the
+        stopwatch runs.
+        """
         clock = self._stopwatch.running(pl_module.device)
         with self._errors.kept(trainer.world_size), logging_muted(pl_module), clock:
             yield
@@ -275,15 +280,15 @@ class MeasuringCallback(Callback):
 
     @property
     def _draws_now(self) -> bool:
-        """Return whether the last measurement is one of those that are drawn during training."""
+        """Whether ``figures_every`` asks for figures after the last measurement."""
         return self.figures_every is not None and len(self.history) % self.figures_every == 0
 
     @property
     def _is_drawn(self) -> bool:
-        """Return whether the last measurement of this fit, if there is any, has been drawn."""
+        """Whether nothing was measured since figures were drawn last."""
         return len(self.history) <= self._num_drawn
 
     def _draw(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], suffix: str = "") -> None:
-        """Draw the last measurement and give the figures to the loggers. ``draw`` returns them by their tags."""
+        """Give the figures of the last measurement to the loggers. ``draw`` returns a dict from tags to figures."""
         self._num_drawn = len(self.history)
         self.run_outputs.add_figures(trainer, draw, self.history[-1], suffix)

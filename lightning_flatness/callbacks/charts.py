@@ -1,4 +1,4 @@
-"""Charts of accuracy and flatness on TensorBoard's page Custom Scalars. Other loggers have no charts of ours."""
+"""Define charts of accuracy and flatness for TensorBoard's page Custom Scalars. Other loggers get no charts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_flatness.callbacks.logged import accuracy_key
 
 
 def add_charts_once(trainer: Trainer, callbacks: Sequence[Any]) -> None:
-    """Add charts of the flatness and accuracy of callbacks, unless one of them has done so in this fit.
+    """Add a chart of flatness and a chart of accuracy for each callback, unless this was done before in this fit.
 
-    Every chart has one key: TensorBoard draws all curves of a run in one colour and on one linear axis, so two
-    quantities in a chart could not be told apart. It reads only one layout per run, so one layout contains the charts
-    of all callbacks.
+    Every chart shows one key, because TensorBoard draws all curves of a run in the same colour and on the same linear
+    axis: two quantities in one chart could not be told apart. The charts of all callbacks are in one layout, because
+    TensorBoard reads only one layout per run.
     """
     if any(callback.run_outputs.has_charts for callback in callbacks):
         return
@@ -35,7 +35,7 @@ def _writers(trainer: Trainer) -> list[Any]:
     writers = []
     loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
     for logger in loggers:
-        with suppress(Exception):  # a logger that fails has no charts
+        with suppress(Exception):  # a logger that raises an error gets no charts
             if hasattr(logger.experiment, "add_custom_scalars"):
                 writers.append(logger.experiment)
     return writers

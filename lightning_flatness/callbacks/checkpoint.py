@@ -1,4 +1,4 @@
-"""Checkpoints of the flattest network among those of nearly the best accuracy."""
+"""Keep the checkpoint of the flattest network among those of nearly the best accuracy."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that is the flattest, or may be when the best score rises."""
+    """A checkpoint that is the flattest near the best score, or may become the flattest when the best score rises."""
 
     path: str
-    score: float  # of which the largest is the best
+    score: float  # the accuracy, or a loss times -1: the largest score is the best
     flatness: float
 
 
 def survivors(candidates: Sequence[Candidate], within: float, max_files: int) -> list[Candidate]:
-    """Return the candidates that can still be the flattest of those near the best score, the flattest one last.
+    """Return the candidates that are worth keeping, sorted by score: the best score first, the flattest one last.
 
-    A candidate can be if its score is near the best one, and no other candidate is as good in both respects. The first
-    one returned has the best score. If there are more than ``max_files``, those are left out whose place another one
-    takes at the least cost in flatness; never the first or the last.
+    A candidate is worth keeping if its score is within ``within`` of the best score, and no other candidate is at least
+    as good in both score and flatness.
+
+    If there are more than ``max_files``, candidates are left out one at a time, never the first or the last. Each time,
+    the candidate goes whose flatness is nearest to that of its predecessor.
 
     Example:
         >>> first, second = Candidate("1", 0.99, 5.0), Candidate("2", 0.98, 3.0)
@@ -62,36 +64,40 @@ class FlatCheckpoint(ModelCheckpoint):
     Flatness goes on falling for many epochs after the accuracy has levelled off. A ``ModelCheckpoint`` on the accuracy
     keeps the first epoch of the best accuracy; one on flatness keeps a network that has not learnt anything.
 
-    ``best_model_path`` is the checkpoint of the smallest flatness among all validations whose accuracy is at most
-    ``within`` worse than the best one so far. When the best accuracy rises, this checkpoint may fall out, and another
-    one takes its place. So all checkpoints that may be needed are kept on disk: those near the best accuracy to which
-    no other one is preferable in both accuracy and flatness. These are few in most runs, and never more than
-    ``max_files``. If there were more, the best accuracy and the flattest one are kept, and of the others those that
-    differ most in flatness; the checkpoint that takes the place of another may then be less flat than a deleted one.
+    ``best_model_path`` is the checkpoint with the smallest flatness number among all validations whose accuracy is at
+    most ``within`` worse than the best accuracy so far. When the best accuracy rises, this checkpoint may no longer be
+    near enough, and the flattest of the others takes its place. So several checkpoints stay on disk: all that are near
+    the best accuracy, except those that another checkpoint equals or beats in both accuracy and flatness.
 
-    A validation counts if both numbers were measured at the same step and are finite. If flatness is measured every n
-    epochs only, these epochs count. Ranks compare the mean of their accuracies.
+    There are never more than ``max_files`` checkpoints. Where there would be more, the one with the best accuracy and
+    the flattest one stay, and of the others those that differ most in flatness. ``best_model_path`` may then, at the
+    end, be less flat than a checkpoint that was deleted.
+
+    A validation counts if accuracy and flatness were measured at the same step, and both are finite. So if flatness is
+    measured in every n-th epoch only, the other epochs do not count. With several ranks, the mean of each number over
+    the ranks counts.
 
     Args:
         monitor: key of the accuracy, or of another metric such as a loss.
-        within: largest difference from the best accuracy; 0 for no less than the best.
-        flatness: key of the number of which the smallest is kept, such as
-            :class:`~lightning_flatness.FlatnessCallback` logs it.
+        within: largest accepted difference from the best accuracy; with 0, only the best accuracy is accepted.
+        flatness: key of the flatness number, which should be small. :class:`~lightning_flatness.FlatnessCallback` logs
+            such numbers.
         mode: ``"max"`` if a large accuracy is good, ``"min"`` for a loss.
-        max_files: largest number of checkpoints on disk, two at least.
+        max_files: largest number of checkpoints on disk; at least two.
         dirpath: folder of the checkpoints. For this argument and the following ones, see Lightning's
             ``ModelCheckpoint``.
         filename: name of the files, by default ``"{epoch}-{step}"``. Files of the same name get a version number.
         verbose: print at every validation whether a checkpoint was saved.
-        save_last: also keep the last checkpoint that was saved as ``last.ckpt``.
-        save_weights_only: save the weights only.
-        auto_insert_metric_name: put the names of metrics into the file name; False if they contain a slash.
+        save_last: keep a copy of the checkpoint that was saved last, too, as ``last.ckpt``.
+        save_weights_only: save the weights, and no states of optimizers and callbacks.
+        auto_insert_metric_name: put the names of metrics into the file name; use False if the names contain a slash.
         every_n_epochs: number of epochs from one check to the next.
         save_on_train_epoch_end: check at the end of training epochs rather than after validation.
 
     Attributes:
-        best_model_path: path of the kept checkpoint, e.g. for ``trainer.test(ckpt_path="best")``.
-        best_model_score: its accuracy; ``best_flatness`` is its flatness.
+        best_model_path: path of the flattest checkpoint near the best accuracy, e.g. for
+            ``trainer.test(ckpt_path="best")``.
+        best_model_score: accuracy of that checkpoint. ``best_flatness`` is its flatness.
 
     Raises:
         FlatnessError: An argument is invalid, or a metric is not logged at a validation.
@@ -146,34 +152,34 @@ class FlatCheckpoint(ModelCheckpoint):
 
     @property
     def best_flatness(self) -> float | None:
-        """Flatness of the kept checkpoint, or None if there is none yet."""
+        """Flatness of the checkpoint at ``best_model_path``, or None if there is no checkpoint yet."""
         return self._candidates[-1].flatness if self._candidates else None
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints. Instances that keep other checkpoints have different keys."""
+        """Key of the state in checkpoints. Instances with other metrics, ``within`` or ``mode`` have other keys."""
         return self._generate_state_key(
             monitor=self.monitor, within=self.within, flatness=self.flatness, mode=self.mode
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of ``ModelCheckpoint`` and the checkpoints on disk."""
+        """Return the state of ``ModelCheckpoint``, and the list of the checkpoints on disk."""
         candidates = [[one.path, one.score, one.flatness] for one in self._candidates]
         return {**super().state_dict(), "candidates": candidates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state. If the folder has changed, only the path of the kept checkpoint is restored."""
+        """Restore the state. If ``dirpath`` has changed, the list of the checkpoints on disk is not restored."""
         super().load_state_dict(state_dict)
         is_same = state_dict.get("dirpath", self.dirpath) == self.dirpath
         self._candidates = [Candidate(*one) for one in state_dict["candidates"]] if is_same else []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget checkpoints that were deleted after the one from which the run is resumed was written."""
+        """Drop checkpoints from the list that are no longer on disk when a run is resumed."""
         super().on_train_start(trainer, pl_module)
         self._keep([one for one in self._candidates if self.file_exists(one.path, trainer)])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if there was nothing to keep."""
+        """Warn if no checkpoint was kept."""
         super().on_train_end(trainer, pl_module)
         if not self._candidates and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(
@@ -208,7 +214,7 @@ class FlatCheckpoint(ModelCheckpoint):
                 self._remove_checkpoint(trainer, candidate.path)
 
     def _keep(self, candidates: list[Candidate]) -> None:
-        """Set the attributes that Lightning and its loggers read."""
+        """Store the list of checkpoints, and set the attributes that Lightning and its loggers read."""
         self._candidates = candidates
         sign = 1 if self.mode == "max" else -1
         self.best_k_models = {one.path: torch.tensor(sign * one.score, device="cpu") for one in candidates}
@@ -227,7 +233,10 @@ class FlatCheckpoint(ModelCheckpoint):
 
 
 def _is_measured_now(trainer: Trainer, key: str) -> bool:
-    """Return whether the callbacks that log a key have measured these weights; values of earlier steps stay logged."""
+    """Return whether the callbacks that log this key have measured the present weights.
+
+    A logged value alone does not show this, because Lightning keeps the values of earlier steps.
+    """
     own = [
         one for one in callbacks_of(trainer) if isinstance(one, MeasuringCallback) and key.startswith(f"{one.prefix}/")
     ]

@@ -1,4 +1,4 @@
-"""Search for the classifier in a training step: the linear layer whose output the loss takes as logits."""
+"""Find the classifier in a training step: the linear layer whose output is the logits of the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_flatness.model.precision import HALF
 
 
 class LayerCall(NamedTuple):
-    """A call of a linear layer in a training step, in the step's graph."""
+    """One call of a linear layer in a training step. Its tensors are in the autograd graph of the step."""
 
     name: str
     features: Any
@@ -29,9 +29,10 @@ class LayerCall(NamedTuple):
 
 
 class CallRecorder:
-    """A forward hook that records the calls of layers while it listens. Copies of it never listen.
+    """Records the calls of layers, by forward hooks. It records only while it listens; a copy of it never listens.
 
-    It stays on the classifier for the whole fit, since compiled code does not see hooks that come later.
+    The hook stays on the classifier for the whole fit, because compiled code ignores hooks that are added after
+    compilation.
     """
 
     def __init__(self) -> None:
@@ -40,46 +41,52 @@ class CallRecorder:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, layers: dict[str, nn.Module]) -> None:
-        """Record calls of these layers, and no longer those of others."""
+        """Put hooks on these layers, and remove those from all other layers."""
         self.detach()
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_hook(_Hook(self, name), with_kwargs=True))
 
     def detach(self) -> None:
-        """Remove all hooks, and drop what is recorded."""
+        """Remove all hooks, and drop the recorded calls."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.listen(False)
 
     def listen(self, listens: bool) -> None:
-        """Start anew, or stop and drop what is recorded."""
+        """Start or stop listening. Both drop the calls that were recorded before."""
         self.calls.clear()
         self.listens = listens
 
     def take(self) -> list[LayerCall]:
-        """Stop to listen, and return what is recorded."""
+        """Stop listening, and return the recorded calls."""
         calls = list(self.calls)
         self.listen(False)
         return calls
 
 
 class _Hook:
+    """A forward hook that appends the calls of one layer to a recorder."""
+
     def __init__(self, recorder: CallRecorder | None, name: str) -> None:
         self.recorder, self.name = recorder, name
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        # Without gradients it is a teacher's call, or one in a checkpointed segment.
+        # A call without gradients is that of a teacher network, or is in a checkpointed segment.
         if self.recorder is not None and self.recorder.listens and isinstance(output, Tensor) and output.requires_grad:
             features = arguments[0] if len(arguments) > 0 else keywords.get("input")
             self.recorder.calls.append(LayerCall(self.name, features, output))
 
     def __reduce__(self) -> Any:
-        return _Hook, (None, self.name)  # copies and pickles of the module hold no callback
+        return _Hook, (None, self.name)  # a copy or pickle of the module must not contain the callback
 
 
 def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Module]:
-    """Return the layers that may be the classifier, by plain name: all, or the one that ``layers`` names."""
+    """Return the layers that may be the classifier, as a dict by plain name.
+
+    With ``layers="classifier"`` these are all linear layers and convolutions; otherwise the one with the name
+    ``layers``.
+    """
     every: dict[str, nn.Module] = {plain_name(name): module for name, module in pl_module.named_modules()}
     named = {name: module for name, module in every.items() if isinstance(module, LAYERS)}
     if layers == "classifier":
@@ -96,10 +103,14 @@ def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Modul
 def find_classifier(
     calls: Sequence[LayerCall], layers: dict[str, nn.Module], why_not: Callable[[LayerCall], str]
 ) -> str:
-    """Return the name of the layer whose only call gave the logits: the last one for which ``why_not`` returns "".
+    """Return the name of the layer that returns the logits of the loss, found in the calls of a training step.
+
+    The classifier is the last layer in the step that is linear, is called on one vector a sample, and for which
+    ``why_not`` returns an empty string. Calls that a found classifier depends on are not considered. Otherwise
+    ``why_not`` returns the reason why a call does not give the logits.
 
     Raises:
-        FlatnessError: no call did, or several that do not depend on each other.
+        FlatnessError: No call gives the logits, or several calls that do not depend on each other give logits.
     """
     remaining = [call for call in reversed(calls) if _is_on_vectors(call)]
     found: list[str] = []
@@ -138,7 +149,7 @@ def find_classifier(
 
 
 def called_often(name: str, number: int) -> str:
-    """Return the message that a step calls the classifier several times."""
+    """Return the message that a training step calls the classifier ``number`` times instead of once."""
     return f"the training step calls '{name}' {number} times in the graph of its loss. {BY_HAND}"
 
 
@@ -149,12 +160,13 @@ BY_HAND = (
 
 
 def _is_on_vectors(call: LayerCall) -> bool:
-    """Return whether a layer was called on one vector for every sample."""
+    """Return whether the features and the logits of a call have one vector for every sample."""
     shapes = [tensor.shape for tensor in call[1:] if isinstance(tensor, Tensor)]
     return len(shapes) == 2 and all(len(shape) >= 2 and set(shape[2:]) <= {1} for shape in shapes)
 
 
 def _why_not_linear(layer: nn.Module, call: LayerCall) -> str:
+    """Return why a layer's output is not its weight times its input plus its bias, or an empty string if it is."""
     logits = call.logits.detach().flatten(1)
     reduced = logits.dtype == torch.float32 and float32_is_reduced(logits.device)
     eps = REDUCED_EPS if reduced else torch.finfo(logits.dtype).eps

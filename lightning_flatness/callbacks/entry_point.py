@@ -1,4 +1,4 @@
-"""Adds a FlatnessCallback to every Trainer if the environment variable ``LIGHTNING_FLATNESS`` is set to 1."""
+"""Add a FlatnessCallback to every Trainer if the environment variable ``LIGHTNING_FLATNESS`` is set."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ VARIABLE = "LIGHTNING_FLATNESS"
 
 
 def callbacks() -> list[Callback]:
-    """Return the callbacks for Lightning to add to every Trainer: none if the variable is unset, empty or 0."""
+    """Return the callbacks that Lightning adds to every Trainer: none if the variable is unset, empty or 0."""
     return [] if os.environ.get(VARIABLE, "0") in ("", "0") else [_FromEnvironment(on_error="warn", summary=False)]
 
 
 class _FromEnvironment(FlatnessCallback):
-    """A FlatnessCallback that removes itself from a Trainer that has a FlatnessCallback, or one with its prefix."""
+    """A FlatnessCallback that gives way to the user's own callbacks.
+
+    It removes itself if the Trainer has another FlatnessCallback, or another callback of this package with the same
+    prefix.
+    """
 
     gives_way = True
 
@@ -26,7 +30,7 @@ class _FromEnvironment(FlatnessCallback):
         return "FlatnessCallback[environment]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Store the stage, and remove this callback if the Trainer has another one in its place."""
+        """Store the stage, and remove this callback from the Trainer if it must give way."""
         super().setup(trainer, pl_module, stage)
         others = [callback for callback in callbacks_of(trainer) if callback is not self]
         measuring = [callback for callback in others if isinstance(callback, MeasuringCallback)]

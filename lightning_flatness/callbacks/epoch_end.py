@@ -1,4 +1,4 @@
-"""The base class of callbacks that measure at the end of a fit and, optionally, at the end of epochs."""
+"""The base class of callbacks that measure at the end of a fit and, on request, at the end of epochs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ DEFAULT_SAMPLES = 512
 class EpochEndCallback(MeasuringCallback):
     """Base class of callbacks that measure the network at the end of epochs and at the end of the fit.
 
-    The end of an epoch is the right time for two reasons: all ranks reach it, even without validation data, and
-    Lightning's weight averaging has not swapped in averaged weights yet. At the end of the fit the callback measures
-    the weights that the fit leaves, after all other callbacks have had their turn to change them. Samples stay in
-    memory during a measurement, which iterates over them many times. ``arguments`` are the remaining arguments of
-    :class:`MeasuringCallback`.
+    The end of a training epoch is a good time for two reasons: all ranks reach it, even without validation data, and
+    Lightning's weight averaging has not swapped the averaged weights in. At the end of the fit, the callback waits
+    until all other callbacks have changed the weights as they want, and measures the final weights.
+
+    The samples stay in memory during a measurement, because a measurement iterates over them many times. ``arguments``
+    are the other arguments of :class:`MeasuringCallback`.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class EpochEndCallback(MeasuringCallback):
         check_whole(f"{name}: every_n_epochs", every_n_epochs, least=1, or_none=True)
         self.every_n_epochs = every_n_epochs
         self.folder = folder
-        self._measured: Mapping[str, Tensor] | None = None  # a sample of the weights that were measured last
+        self._measured: Mapping[str, Tensor] | None = None  # sample of the weights that were measured last
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether to measure after this epoch. Override it for another schedule, the same on all ranks."""
@@ -67,27 +68,27 @@ class EpochEndCallback(MeasuringCallback):
 
     @abstractmethod
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:
-        """Make a minimal measurement on one batch, to find errors before training. Called on every rank."""
+        """Make a minimal measurement on one batch, to raise errors before training. All ranks call this method."""
 
     @abstractmethod
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        """Measure, store the result, and return a record for the history. Called on every rank."""
+        """Measure, store the result, and return a record for the history. All ranks call this method."""
 
     @abstractmethod
     def _write(self, stem: Path) -> list[Path]:
-        """Write the result to files whose paths start with ``stem``, and return the paths. Called on rank zero."""
+        """Write the result to files whose paths start with ``stem``; return the paths. Only rank zero calls this."""
 
     @abstractmethod
     def _figures(self) -> dict[str, Any]:
-        """Draw the result, and the history if it has several records; return a dict from tags to figures."""
+        """Draw the result, and the history if it has several records. Return a dict from tags to figures."""
 
     def _logged(self, record: Record) -> dict[str, float]:
-        """Return the values of a record to log, as a dict whose keys have no prefix."""
+        """Return the values of a record that are logged, as a dict whose keys have no prefix."""
         return {}
 
     @staticmethod
     def _say(level: int, message: str) -> None:
-        """Say on rank zero what a measurement takes, whatever the level of its message."""
+        """Print on rank zero what a measurement will take, in time or work, at any logging ``level``."""
         rank_zero_info(message)
 
     def _is_ready(self, final: bool) -> bool:
@@ -96,11 +97,11 @@ class EpochEndCallback(MeasuringCallback):
 
     @property
     def _is_interrupted(self) -> bool:
-        """Return whether the user has ended the last measurement with Ctrl-C."""
+        """Whether the user has interrupted the last measurement with Ctrl-C."""
         return False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history, and raise errors or warn of problems that can be found before training."""
+        """Start a new history. Raise errors, or warn of problems, that can be found before training."""
         self._measured = None
         self._warn_monitored_earlier(trainer)
         super().on_fit_start(trainer, pl_module)
@@ -109,7 +110,7 @@ class EpochEndCallback(MeasuringCallback):
                 raise FlatnessError("data='val', and this fit has no validation. Use data='train' or data of your own.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure one batch as a trial, so that errors are raised now and not at the end of training."""
+        """Make a trial measurement on one batch, so that errors are raised now and not at the end of training."""
         has_data, where = self._has_data(trainer), "the start of training"
         batches: list[Samples] = []
         if has_data:
@@ -122,19 +123,20 @@ class EpochEndCallback(MeasuringCallback):
             self._errors.settle(where)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log if due, before callbacks that monitor a key read it at the end of the same epoch."""
+        """Measure and log if due. Callbacks that monitor a logged key read it later in the same epoch."""
         if self.is_due(trainer) and self._has_data(trainer) and self._is_ready(final=False):
             self._measure(trainer, pl_module, trainer.current_epoch, final=False)
         elif self.history and self.every_n_epochs is not None:
-            # After a resume, log the last values again, so that callbacks that monitor them find them.
+            # After a resume, log the last values again, so that callbacks that monitor these keys find values.
             values = self._logged(self.history[-1]).items()
             known = trainer.callback_metrics
             log(pl_module, self.prefix, {key: value for key, value in values if f"{self.prefix}/{key}" not in known})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, unless they were measured after the last epoch, and draw the history.
+        """Measure the final weights, unless these were measured already, and draw the figures of the run.
 
-        Other callbacks may change the weights in this hook, so the callback waits until they have done so.
+        Other callbacks may change the weights in this hook, so the measurement waits until Lightning has called all of
+        them.
         """
         if call_again_after_others(trainer, self, MeasuringCallback):
             return
@@ -148,7 +150,7 @@ class EpochEndCallback(MeasuringCallback):
         self._draw_run(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the weights have changed after the measurement at the end of the fit."""
+        """Warn if the weights have changed since the final measurement."""
         is_late = self._measured is not None and self._have_changed(pl_module)
         if is_late or is_called_again(trainer, self):
             rank_zero_warn(
@@ -157,18 +159,18 @@ class EpochEndCallback(MeasuringCallback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop an unfinished measurement, also one that is still to come."""
+        """Drop an unfinished measurement, and cancel a final measurement that waits for other callbacks."""
         super().on_exception(trainer, pl_module, exception)
         call_once(trainer, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release the data, the model and the sample of its weights."""
+        """Drop the data, the model and the sample of its weights."""
         super().teardown(trainer, pl_module, stage)
         self._measured = None
         call_once(trainer, self)
 
     def _have_changed(self, pl_module: LightningModule) -> bool:
-        """Return whether the weights are not those that were measured last."""
+        """Return whether the weights have changed since the last measurement, or were never measured."""
         return self._measured is None or have_changed(self._measured, self._model_of(pl_module))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch: int, final: bool) -> None:
@@ -176,7 +178,7 @@ class EpochEndCallback(MeasuringCallback):
         batches: list[Samples] = []
         with self._measuring(trainer, pl_module):
             batches = list(self._source(trainer, pl_module).rest())
-        if not self._errors.settle(where):  # all ranks must agree before a computation that communicates
+        if not self._errors.settle(where):  # without an error on any rank, since computing is a collective
             return
         suffix = self._suffix(trainer) if final else ""
         record: Record = {"epoch": epoch, "step": trainer.global_step}
@@ -209,7 +211,7 @@ class EpochEndCallback(MeasuringCallback):
                 logger.save()
 
     def _write_files(self, trainer: Trainer, record: Record, suffix: str, where: str) -> None:
-        """Write the result, except in a trial run (``fast_dev_run``)."""
+        """Write the result to files, except in a trial run (``fast_dev_run``)."""
         if getattr(trainer, "fast_dev_run", False):
             return
         if trainer.is_global_zero:
@@ -222,7 +224,7 @@ class EpochEndCallback(MeasuringCallback):
             self._draw(trainer, self._figures)
 
     def _has_data(self, trainer: Trainer) -> bool:
-        """Return whether the data can be read. Lightning sets up validation data just before the first validation."""
+        """Return whether the data can be read. Validation data cannot before Lightning sets up a first validation."""
         return self._data_name != "val" or trainer.val_dataloaders is not None
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> SeparateData:
@@ -237,7 +239,7 @@ class EpochEndCallback(MeasuringCallback):
         return SeparateData(trainer, pl_module, wanted)
 
     def _suffix(self, trainer: Trainer) -> str:
-        """Return what the file names of the end of the fit have more than those of the last epoch."""
+        """Return the suffix of file names at the end of the fit, which tells them from those of the last epoch."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(map(leaves_averages, callbacks)):
             return "-averaged"
@@ -245,7 +247,7 @@ class EpochEndCallback(MeasuringCallback):
         return "-final" if is_second else ""
 
     def _warn_monitored_earlier(self, trainer: Trainer) -> None:
-        """Warn if a callback such as ModelCheckpoint would read a value before this callback logs the value."""
+        """Warn of callbacks such as ModelCheckpoint that would read a key before this callback logs it."""
         monitors = [
             type(callback).__name__
             for callback in callbacks_of(trainer)

@@ -1,4 +1,4 @@
-"""Gives the figures and files of a callback to every logger, or to a folder of the run."""
+"""Give the figures and files of a callback to every logger, or to a folder of the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Figures = Literal["auto", "files", False]
 
 
 def checked(figures: bool | str, name: str) -> Figures:
-    """Return the ``figures`` argument of a callback, or raise an error; True is ``"auto"``.
+    """Check the ``figures`` argument of a callback, and return it. True becomes ``"auto"``.
 
     Example:
         >>> checked(True, "FlatnessCallback")
@@ -33,33 +33,33 @@ def checked(figures: bool | str, name: str) -> Figures:
 
 
 class RunOutputs:
-    """The figures and files of one callback in one fit: where they go, and which failures have been told.
+    """The figures and files of one callback in one fit: where they go, and which failures the user knows of.
 
-    What a logger or a figure raises becomes a warning, once for every logger, and the figure goes to the folder of the
-    run. Only rank zero may add figures and files.
+    If a logger raises an error, the figure goes to the folder of the run instead, and a warning says so, once for every
+    logger. If drawing fails, a warning says so once. Only rank zero may add figures and files.
 
     Args:
         name: name of the callback, for warnings.
         prefix: prefix of the callback's logged keys.
         figures: ``"auto"`` for loggers, and for PNG files where a logger takes no figures; ``"files"`` for PNG files.
-        folder: folder of the files, or None for a folder that no other run writes to.
+        folder: folder for the files, or None for a new folder that no other run writes to.
     """
 
     def __init__(self, name: str, prefix: str, figures: Figures, folder: str | Path | None = None) -> None:
         self._name, self._prefix, self._figures = name, prefix, figures
         self._folder = None if folder is None else Path(folder)
-        self._path = prefix  # of the files in loggers that have files
+        self._path = prefix  # path of the folder within loggers that store files
         self._told: set[str] = set()
-        self.has_charts = False  # on TensorBoard's page Custom Scalars
-        self.version: Path | None = None  # folder of the run, where no logger has one; all callbacks share it
+        self.has_charts = False  # whether charts were added to TensorBoard's page Custom Scalars
+        self.version: Path | None = None  # folder of the run if no logger has one; callbacks share it
 
     def add_figures(
         self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], record: Mapping[str, Any], suffix: str = ""
     ) -> None:
         """Draw figures of a measurement, and give them to the loggers.
 
-        ``draw`` returns a mapping from tags without prefix to figures. ``record`` has the epoch and step of the
-        measurement, which names of files begin with, as those of Lightning's checkpoints do; then comes ``suffix``.
+        ``draw`` returns a dict from tags without prefix to figures. File names begin with the epoch and step in
+        ``record``, as those of Lightning's checkpoints do, and go on with ``suffix``.
         """
         is_trial = getattr(trainer, "fast_dev_run", False) or getattr(trainer, "barebones", False)
         if self._figures is False or is_trial or not trainer.is_global_zero:
@@ -84,7 +84,8 @@ class RunOutputs:
     ) -> None:
         """Write files of a measurement, and give them to the loggers.
 
-        ``write`` takes what the paths begin with, and returns the paths. Its errors are raised.
+        ``write`` gets the beginning of the paths, and returns the paths of the files that it has written. Its errors
+        are raised.
         """
         for path in write(self.folder(trainer) / f"{_stem(record)}{suffix}"):
             item = self._item(path.stem, record, path.name)
@@ -92,7 +93,7 @@ class RunOutputs:
                 self._add(logger, "file", path, item)
 
     def folder(self, trainer: Trainer) -> Path:
-        """Return the folder of the files, which is made when it is first asked for."""
+        """Return the folder for files. The first call creates it."""
         if self._folder is None:
             parent = own_folder(trainer.loggers)
             if parent is None:
@@ -109,7 +110,7 @@ class RunOutputs:
         return Item(f"{self._prefix}/{tag}", logged_step(record["step"]), f"{self._path}/{file}")
 
     def _add(self, logger: Any, kind: Literal["figure", "file"], value: Any, item: Item) -> bool:
-        """Give a logger a figure or file, and return whether it has taken it."""
+        """Give a figure or file to a logger, and return whether the logger has taken it."""
         try:
             add = getattr(interface_of(logger), f"add_{kind}")
             if add is not None:
@@ -144,6 +145,6 @@ def _stem(record: Mapping[str, Any]) -> str:
 
 
 def _version_of(trainer: Trainer) -> Path | None:
-    """Return the folder that another callback of the Trainer has made for this run."""
+    """Return the folder that another callback of the Trainer has created for this run, or None."""
     outputs = [getattr(callback, "run_outputs", None) for callback in callbacks_of(trainer)]
     return next((one.version for one in outputs if isinstance(one, RunOutputs) and one.version), None)

@@ -18,9 +18,9 @@ class ValidationStream:
     """The sequence of samples that all ranks together validate, one loader after the other.
 
     A sample is identified by its position in this sequence. A ``DistributedSampler`` appends repeated samples until
-    every rank has equally many. Repeated samples are at the end of the sequence, and the stream leaves them out: several
-    processes then measure the same samples as one process. ``max_samples`` selects positions, too, so
-    it selects the same samples in every epoch, unless the loader shuffles.
+    every rank has equally many. The stream leaves out these repeated samples at its end, so several processes measure
+    the same samples as one process. ``max_samples`` selects positions, so it selects the same samples in every epoch,
+    unless the loader shuffles.
 
     Args:
         loaders: the loaders that Lightning validates one after the other; empty if Lightning may combine them.

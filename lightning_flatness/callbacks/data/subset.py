@@ -27,8 +27,8 @@ class FixedSubset:
     draw the same numbers every time. If ``loader`` has workers, one new worker reads the subset. Otherwise the main
     process reads the subset and restores all random states, those of the data set's own generators included.
 
-    A new loader also reads an ``IterableDataset``. Any other iterable of batches is iterated directly, and random states
-    are restored after every batch.
+    A new loader also reads an ``IterableDataset``. Any other iterable of batches is iterated directly, and random
+    states are restored after every batch.
 
     The constructor may be a collective if there are several ranks.
 
