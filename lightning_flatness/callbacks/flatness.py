@@ -1,4 +1,4 @@
-"""Flatness of a network while it trains."""
+"""The callback that measures the flatness of a network while it trains."""
 
 from __future__ import annotations
 
@@ -28,67 +28,76 @@ from lightning_flatness.results import FlatnessReport, LayerInfo
 class FlatnessCallback(FlatnessHistory):
     """A callback that logs the Hessian trace and relative flatness of layers at every validation.
 
-    It measures convolutions and linear layers, and logs the following values, which ``ModelCheckpoint``, schedulers and
-    :class:`~lightning_flatness.FlatnessStopping` can monitor:
+    It measures convolutions and linear layers. ``ModelCheckpoint``, schedulers and
+    :class:`~lightning_flatness.FlatnessStopping` can monitor the values that it logs:
 
-    - ``{prefix}/hessian_trace``: the sum over the measured layers, in units of loss per squared weight;
-    - ``{prefix}/relative_flatness``: the sum over the measured layers, in units of the loss;
-    - ``{prefix}/log10_relative_flatness``: its base-10 logarithm, for charts with accuracy; NaN if it is not positive;
-    - ``{prefix}/normalized_relative_flatness``: the sum of the measure that rescaled input channels do not change;
+    - ``{prefix}/hessian_trace``: the Hessian trace, summed over the measured layers, in loss per squared weight;
+    - ``{prefix}/relative_flatness``: relative flatness, summed over the measured layers, in units of the loss;
+    - ``{prefix}/log10_relative_flatness``: the base-10 logarithm of that sum, for charts; NaN if it is not positive;
+    - ``{prefix}/normalized_relative_flatness``: feature-normalised relative flatness, which does not change if input
+      channels are rescaled, summed over the measured layers;
     - ``{prefix}/relative_flatness_error`` and so on: standard errors of these sums over samples;
     - ``{prefix}/weight_norm``: the norm of the measured kernels, for comparison;
-    - ``{prefix}/loss``, ``{prefix}/top1``, ``{prefix}/curvature``: mean loss of the measured samples, share of them
-      whose class is found, and mean trace of the loss's second derivative at the logits;
-    - ``{prefix}/exact``: 1 if all numbers are those of the Hessian, else 0;
+    - ``{prefix}/loss``: the mean loss of the measured samples;
+    - ``{prefix}/top1``: the share of the measured samples that the network classifies correctly;
+    - ``{prefix}/curvature``: the mean trace of the loss's second derivative with respect to the logits;
+    - ``{prefix}/exact``: 1 if all numbers are exactly those of the Hessian; 0 if some are estimates or leave out a part
+      of the Hessian;
     - ``{prefix}/seconds``: the time that measuring took, on the slowest rank;
-    - ``{prefix}/{layer}/relative_flatness``, ``{prefix}/{layer}/exact`` and so on: per layer, if there are several;
-    - ``{prefix}/.../dataloader_idx_1`` and so on: of further validation loaders; the keys above are the first one's.
+    - ``{prefix}/{layer}/relative_flatness``, ``{prefix}/{layer}/exact`` and so on: the same for each layer, if several
+      layers are measured;
+    - ``{prefix}/.../dataloader_idx_1`` and so on: the same for further validation loaders. Keys without such an ending
+      belong to the first loader.
 
     Training with this callback is bit-identical to training without it.
 
     Args:
-        layers: the layers to measure. For this argument and all after ``figures_every``, see
-            :func:`~lightning_flatness.measure_flatness`.
+        layers: the layers to measure. :func:`~lightning_flatness.measure_flatness` explains this argument, and those
+            from ``strict`` to ``dtype``.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function that returns per-sample losses.
         data: ``"val"`` for the validated batches; ``"train"`` for a fixed random subset of the training data, in
-            evaluation mode, which a separate loader reads; or a ``DataLoader`` or list of batches, of which every rank
-            measures a part. The papers define flatness on the training loss.
+            evaluation mode, which a separate loader reads; or your own ``DataLoader`` or list of batches. Of these,
+            every rank measures a part. The papers define flatness on the training loss.
         every_n_epochs: number of epochs from one measurement to the next. The first validation is always measured.
         max_samples: number of samples of a fixed random subset, over all ranks. The subset is stratified by class if
-            the data set has ``targets`` or ``labels``. By default all samples, or 4,096 of the training data. For a
-            ``DataLoader`` with ``batch_size=None``, it is a number of batches.
+            the data set has ``targets`` or ``labels``. The default is all samples, or 4,096 of the training data. For a
+            ``DataLoader`` with ``batch_size=None``, ``max_samples`` is a number of batches.
         prefix: prefix of the logged keys. Several callbacks in one Trainer need different prefixes.
         accuracy: key of the logged accuracy to plot with flatness; by default the first logged key that contains
-            ``acc``, preferably one that contains ``val``, too.
+            ``acc`` and ``val``, or else the first that contains ``acc``.
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
             LightningModule and returns the network; by default the network that the validation step calls.
-        batch_fn: function that takes a batch and returns ``(inputs, targets)``; by default inputs are what the
-            validation step gives to the network, and the second of a pair or an entry named like ``label`` is targets.
+        batch_fn: function that takes a batch and returns ``(inputs, targets)``. By default, the inputs are what the
+            validation step gives to the network, and the targets are the second entry of a pair, or an entry with a
+            name like ``label``.
         summary: print before training which layers are measured, and how each result was certified.
-        figures: ``"auto"`` to give figures of accuracy, flatness and block traces to every logger that takes them, and
-            to write PNG files for others; ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
+        figures: ``"auto"`` to give figures of accuracy, flatness and block traces to every logger that takes figures,
+            and to write PNG files for the other loggers; ``"files"`` for PNG files only; False for none. See
+            ``docs/loggers.md``.
         figures_every: draw after every n-th measurement, too; by default only at the end of training.
         strict: raise an error if a value is not exactly that of the Hessian.
         label_smoothing: label smoothing of the cross-entropy.
         class_weight: class weights of the cross-entropy.
         ignore_index: target value that the cross-entropy ignores.
         measures: the measures to compute. With ``["hessian_trace"]`` no kind of relative flatness is logged.
-        tolerance: accepted relative standard error of estimates, which are made if there are many classes.
+        tolerance: accepted relative standard error of estimates. Numbers are estimated if there are many classes.
         residual: ``"hutchinson"`` to estimate the part of the Hessian that the Gauss-Newton matrix omits.
         num_probes: number of random probe vectors of the Hutchinson estimate.
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
-        live: observe the forward passes of validation if this does not change them; False to make extra passes always.
-        on_error: ``"raise"``, or ``"warn"`` to continue training. A measurement that fails logs nothing.
+        live: observe the forward passes of validation, if observing does not change them; False to make extra forward
+            passes in any case.
+        on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs nothing.
 
     Attributes:
-        history: one record for every measurement of a fit, saved in checkpoints: a dict of the numbers above, None if
-            not known; of what they are (``data``, ``num_samples``, ``layers``, ``method``, ``precision``, and standard
-            errors ``..._error`` of all); and of the module's own ``accuracy``.
+        history: one record for every measurement of a fit, saved in checkpoints. A record is a dict. It has the numbers
+            above (None if unknown) with standard errors ``..._error`` for all measures; ``data``, ``num_samples``,
+            ``layers``, ``method`` and ``precision``, which say what was measured, and how; and ``accuracy``, which the
+            LightningModule has logged.
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
-            history and report stay in these processes, but the main process has the logged values.
+            history and report stay in these processes, and the main process has the logged values only.
         reports: the last measurement of every validation loader, by its index.
-        num_measurements: number of measurements, including measurements in validation and test runs.
+        num_measurements: number of measurements, those in validation and test runs included.
 
     Raises:
         FlatnessError: An argument is invalid, or (before the first epoch) the network or data cannot be measured.
@@ -141,7 +150,8 @@ class FlatnessCallback(FlatnessHistory):
             "dtype": dtype,
         }
         checked = Options(**self._options)
-        self._waits = checked.is_normalized  # for the first samples of all ranks
+        # Whether samples are held until the first samples of all ranks have shown the spread of the input channels.
+        self._waits = checked.is_normalized
         self._measures = ["hessian_trace"] if checked.diagonal else ["hessian_trace", "relative_flatness"]
         shared = (data, max_samples, prefix, model, batch_fn, figures, figures_every, on_error)
         super().__init__(accuracy, self._measures[-1], "FlatnessCallback", "flatness", *shared)
@@ -152,24 +162,24 @@ class FlatnessCallback(FlatnessHistory):
         self.num_measurements = 0
         self._wants_live = live
         self._passes = PassesOfRun(live)
-        # Certified before training: how each measured layer is measured, and why each other layer is not.
+        # As certified before training: how each layer is measured, and why each layer that is left out is not.
         self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
         self._running: Validation | None = None
-        self._num_sources = 1  # of the validation in progress
-        self._told_inexact: frozenset[str] = frozenset()  # layers that a warning of this run names
+        self._num_sources = 1  # number of sources of the validation in progress
+        self._told_inexact: frozenset[str] = frozenset()  # layers that a warning has named in this run
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to measure at the validation that begins, or in a fit without validation after this epoch.
+        """Return whether to measure: at the validation that begins, or in a fit without validation after this epoch.
 
-        Override it for another schedule, which must be the same on all ranks.
+        Override this method for another schedule, which must be the same on all ranks.
         """
         if trainer.state.fn != "fit" or not self.history:
             return True
         passed: int = trainer.current_epoch - self.history[-1]["epoch"]
-        return passed == 0 or passed >= self.every_n_epochs  # if an epoch is measured, then at all its validations
+        return passed == 0 or passed >= self.every_n_epochs  # all validations of a measured epoch are measured
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history, and raise errors or warn of problems that can be found before training."""
+        """Start a new history. Raise errors, or warn of problems, that can be found before training."""
         self._certified = None
         self._told_inexact = frozenset()
         super().on_fit_start(trainer, pl_module)
@@ -194,14 +204,14 @@ class FlatnessCallback(FlatnessHistory):
         self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Certify the layers on data that no step has shown; without any, the first validation does."""
+        """Certify the layers before training, on data that no validation step has shown, if there are any."""
         waits = self._data_name == "val" and self._network is None
         try:
             samples = first_samples(trainer, pl_module, self._wanted)
             if samples is not None and not self._errors.pending:
                 self._certify(self._network_of(pl_module), samples)
         except Exception as error:
-            # The first validation will show the network, and what it is called with.
+            # The first validation step will show which network it calls, and with what: certify it then.
             if not waits or isinstance(error, (LayerSelectionError, NotExactError)):
                 raise
 
@@ -225,7 +235,7 @@ class FlatnessCallback(FlatnessHistory):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Start to record what the step gives to the network, and to observe its forward pass."""
+        """Start to record what the step gives to the network, and to observe the forward pass."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         is_known = self._network is not None and self._data_name == "val" and not self._errors.pending
         if self._running is not None and is_known:
@@ -244,7 +254,7 @@ class FlatnessCallback(FlatnessHistory):
     ) -> None:
         """Measure the validated batch, or the next part of other data. In the sanity check, certify the layers.
 
-        This is not done at the end of the epoch, since weight averaging has swapped the weights back by then.
+        The end of the epoch would be too late, because weight averaging swaps the weights back before that hook.
         """
         if not self._errors.pending:
             with self._measuring(trainer, pl_module):
@@ -261,7 +271,7 @@ class FlatnessCallback(FlatnessHistory):
         self._stop_watching()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the values, before callbacks and schedulers that monitor a key read the key in the same epoch."""
+        """Log the values. Callbacks and schedulers that monitor a key read it later in the same epoch."""
         if not trainer.sanity_checking:
             self._finish(trainer, pl_module)
 
@@ -271,7 +281,10 @@ class FlatnessCallback(FlatnessHistory):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure other data if there is no validation. The module logs its accuracy after this hook."""
+        """In a fit without validation, measure the training data or given data.
+
+        The LightningModule may log its accuracy only after this hook, so the record gets the accuracy later.
+        """
         if self._data_name != "val" and not trainer.enable_validation:
             self._start(trainer, pl_module, None, [])
             self._finish(trainer, pl_module)
@@ -301,7 +314,7 @@ class FlatnessCallback(FlatnessHistory):
             return
         where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
-            # Of validated batches nothing is left, and a rank without any has seen no network.
+            # Validated batches are all measured by now. A rank that had none has seen no network.
             if running is not None and self._data_name != "val" and not self._errors.pending:
                 running.measure_rest(self._network_of(pl_module))
         with self._measuring(trainer, pl_module):

@@ -1,4 +1,4 @@
-"""What the FlatnessCallback draws."""
+"""Draw the figures of the FlatnessCallback."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lightning_flatness.callbacks.logged import accuracy_key
 from lightning_flatness.plots import plot_block_traces, plot_history, plot_layer_history, plot_layers
 from lightning_flatness.results import FlatnessReport
 
-# The user can draw the block traces of further layers with plot_block_traces.
+# Layers with a heat map. The user can draw those of further layers with plot_block_traces.
 MOST_HEAT_MAPS = 8
 
 
 def stopping_of(trainer: Trainer) -> dict[str, Any]:
-    """Return the burn-in of the run's stopping rule, if it has one, and the epoch after which it stopped the run."""
+    """Return the burn-in of the run's early stopping, if it has one, and the epoch after which it stopped the run."""
     rules: list[Any] = list(trainer.early_stopping_callbacks)
     burn_ins = [rule.burn_in for rule in rules if getattr(rule, "burn_in", 0)]
     stops = [rule.stopped_epoch for rule in rules if rule.stopped_epoch]
@@ -25,7 +25,7 @@ def stopping_of(trainer: Trainer) -> dict[str, Any]:
 def flatness_figures(
     trainer: Trainer, history: Sequence[Mapping[str, Any]], report: FlatnessReport, accuracy: str | None, data: str
 ) -> dict[str, Any]:
-    """Draw the history, a comparison of layers and heat maps of block traces, as a dict from tags to figures."""
+    """Draw the history, a comparison of layers, and heat maps of block traces; return a dict from tags to figures."""
     shared: dict[str, Any] = {"report": report, "data": data}
     label = accuracy_key(trainer.callback_metrics, accuracy) or "accuracy"
     figures = {"history": plot_history(history, accuracy_label=label, **shared, **stopping_of(trainer))[0]}

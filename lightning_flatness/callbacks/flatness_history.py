@@ -1,4 +1,4 @@
-"""What a FlatnessCallback does with its records: the history with the accuracy beside, charts and figures."""
+"""Keep the records of a FlatnessCallback: pair them with the accuracy, add them to the history, and draw them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ class FlatnessHistory(MeasuringCallback):
     def __init__(self, accuracy: str | None, measure: str, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.accuracy = accuracy
-        self.charted = f"{self.prefix}/log10_{measure}"  # key of the chart beside that of the accuracy
+        self.charted = f"{self.prefix}/log10_{measure}"  # key that is charted, next to the accuracy
         self.report: FlatnessReport | None = None
         self._awaits_accuracy: Record | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history, and raise errors or warn of problems that can be found before training."""
+        """Start a new history. Raise errors, or warn of problems, that can be found before training."""
         self.report = self._awaits_accuracy = None
         super().on_fit_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add flatness and accuracy to the history. The module may log its accuracy after flatness was logged."""
+        """Add the record of this validation, with its accuracy, to the history.
+
+        This hook comes after the LightningModule has logged its accuracy, which may happen after flatness was logged.
+        """
         if self._awaits_accuracy is not None:
             self._add_to_history(trainer, self._awaits_accuracy)
             self._pair_accuracy(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the accuracy of the last epoch to the last record if there is no validation."""
+        """In a fit without validation, add the accuracy of the last epoch to the last record."""
         self._pair_accuracy(trainer)
 
     def _add_to_history(self, trainer: Trainer, record: Record) -> None:

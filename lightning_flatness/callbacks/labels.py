@@ -1,4 +1,4 @@
-"""What numbers are: records of reports, the numbers of these that loggers get, and a warning of inexact ones."""
+"""Turn reports into records for the history and numbers for loggers, and warn of numbers that are not exact."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from lightning_flatness.plots.words import DATA
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, summary_table
 from lightning_flatness.results.tables import PARTS, SAMPLED
 
-# What the measured samples say beside flatness: keys, and the names of the report's fields. The share of samples that
-# are classified correctly is not called accuracy, since that is what the module logs.
+# Numbers of the measured samples that are logged beside flatness: keys, and the fields of the report that have them.
+# The share of samples that are classified correctly is not called accuracy, since the LightningModule logs its own.
 BESIDE = {"loss": "loss", "top1": "accuracy", "curvature": "curvature"}
-# Further measures, which are kept where they were measured.
+# Measures that are kept in addition, where the report has them.
 FURTHER = ("normalized_relative_flatness", "channelwise_flatness")
-# A warning names this many layers.
+# Largest number of layers that a warning names.
 MOST_NAMES = 8
 
 
 def with_data(
     reports: Mapping[int, FlatnessReport], data: str, is_test: bool, seconds: float
 ) -> dict[int, FlatnessReport]:
-    """Return the reports of validation loaders, each with the name of its data; a single one took all the seconds."""
+    """Return the report of each validation loader, with the name of its data and the seconds that measuring took.
+
+    With several loaders the seconds of each loader are unknown, so they are NaN.
+    """
     data = "test" if is_test and data == "val" else data
     seconds = seconds if len(reports) == 1 else math.nan
     return {
@@ -36,9 +39,9 @@ def with_data(
 
 
 def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, Any]:
-    """Return what the history keeps of a report: numbers, and beside them what they are. None stands for NaN.
+    """Return what the history keeps of a report: numbers, and labels that say how they were measured.
 
-    If there are several layers, there are numbers of each. The keys have no prefix.
+    If there are several layers, the record has numbers for each layer, too. Keys have no prefix. None stands for NaN.
     """
     errors = report.sampling_errors
     record = {
@@ -60,7 +63,7 @@ def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, Any]
 
 
 def values_of_loaders(reports: Mapping[int, FlatnessReport], measures: Sequence[str]) -> dict[str, Any]:
-    """Return the values of several validation loaders; keys of all but the first end with the loader's index."""
+    """Return the values of several validation loaders. Keys of all but the first end with the loader's index."""
     return {
         f"{key}/dataloader_idx_{loader}" if loader else key: value
         for loader, report in reports.items()
@@ -69,9 +72,10 @@ def values_of_loaders(reports: Mapping[int, FlatnessReport], measures: Sequence[
 
 
 def numbers_of(record: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]] = ()) -> dict[str, float]:
-    """Return the numbers of a record that loggers get; ``exact`` is 1 or 0.
+    """Return the numbers of a record that loggers get, as floats. ``exact`` becomes 1 or 0.
 
-    A number that is not known is left out, but it is NaN if an ``earlier`` record has it, so that keys stay.
+    A number that is None is left out, unless one of the ``earlier`` records has it: then it is NaN, so that a key that
+    was logged once is always logged.
 
     Example:
         >>> numbers_of({"epoch": 3, "exact": True, "loss": None, "hessian_trace": 2.0, "method": "closed_form"})
@@ -88,13 +92,16 @@ def numbers_of(record: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]] =
 
 
 def print_summary(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str], data: str, prefix: str) -> None:
-    """Print which layers are measured, and how; under this prefix, on this data."""
+    """Print which layers are measured and how, which are left out and why, on which data and under which prefix."""
     title = f"Flatness on {DATA.get(data, data)} data is measured for these layers, under '{prefix}'."
     Console().print(summary_table(layers, left_out, title))
 
 
 def warn_of_inexact(infos: Iterable[LayerInfo], told: Set[str], prefix: str) -> frozenset[str]:
-    """Warn of layers whose numbers are not exact, unless they are among those ``told``; return all told now."""
+    """Warn of layers whose numbers are not exact, unless the user was ``told`` of these layers before.
+
+    Return the names of all layers that the user was told of, those in ``told`` included.
+    """
     names: dict[tuple[str, str], list[str]] = {}
     for info in infos:
         if not info.exact and info.name not in told:
@@ -124,7 +131,11 @@ def known(value: float) -> float | None:
 
 
 def _is_logged(name: str) -> bool:
-    """Return whether loggers get a number of this name. Of standard errors they get those of the sums of measures."""
+    """Return whether loggers get the number with this key.
+
+    Of standard errors, they get only those of measures summed over layers. ``accuracy`` is not logged, because the
+    LightningModule logs it.
+    """
     is_minor = "/" in name or name.removesuffix("_error") in BESIDE
     return name != "accuracy" and not (name.endswith("_error") and is_minor)
 

@@ -1,4 +1,4 @@
-"""The loss landscape around a network while it trains."""
+"""The callback that computes the loss landscape around a network while it trains."""
 
 from __future__ import annotations
 
@@ -29,60 +29,64 @@ Statistics = Literal["kept", "recomputed"]
 class LandscapeCallback(EpochEndCallback):
     """A callback that computes the loss on a line or plane through the weights.
 
-    It does so at the end of a fit and, optionally, of epochs. Figures show contours and surface.
-    Every result is written to a file ``epoch=...-step=...-kept.npz`` (or ``-recomputed``), which
-    :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads; a trajectory is read by
-    ``TrajectoryResult.load``. Ctrl-C ends the computation of a landscape, and the points computed so far are kept.
+    It computes a landscape at the end of a fit and, on request, at the end of epochs. Figures show the losses of a line
+    as a curve, and those of a plane as contours and as a surface. Every landscape is written to a file
+    ``epoch=...-step=...-kept.npz`` (or ``-recomputed``), which
+    :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads. A trajectory is written to a file that
+    ``TrajectoryResult.load`` reads. Ctrl-C ends the computation of a landscape, and the points computed so far are
+    kept.
 
     Training with this callback is bit-identical to training without it. The origin of a landscape is at the present
-    weights, at the end of the fit at the weights that the fit leaves. These are averaged weights if a callback such as
-    Lightning's ``StochasticWeightAveraging`` or ``WeightAveraging`` puts them into the network when training ends, in
-    whatever order the callbacks are listed.
+    weights. At the end of the fit, these are the weights that the fit leaves: averaged weights, if a callback such as
+    Lightning's ``StochasticWeightAveraging`` or ``WeightAveraging`` puts averages into the network when training ends.
+    The order of the callbacks in the list does not matter.
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
-            loader reads; or a ``DataLoader`` or list of batches, of which every rank measures a part. The network is in
-            evaluation mode. All samples stay in memory during a measurement.
+            loader reads; or your own ``DataLoader`` or list of batches. Of these, every rank measures a part. The
+            network is in evaluation mode. All samples stay in memory during a measurement.
         max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
-        every_n_epochs: measure also after the first epoch and every n-th epoch after it; None: only after the fit.
+        every_n_epochs: measure after the first epoch and every n-th epoch after it, too; None: only after the fit.
         axes: ``"random"``, ``"adam"`` (moments of the Trainer's optimizer) or ``"hessian"`` for a plane with two such
-            axes; a list of one of these strings (a line) or two; or ``"trajectory"`` for the plane of the two principal
-            directions of the weights after all epochs, with their path drawn into it. ``"trajectory"`` keeps a copy of
-            the initial parameters and of those after every epoch of this fit in CPU memory, on every rank. The copies
-            are not saved in checkpoints.
-        normalize: normalization of the axes. For this argument and the following ones up to ``dtype``, see
-            :func:`~lightning_flatness.loss_landscape`.
-        norm: norm of the normalization, 1 for L1 or 2 for L2.
-        biases: ``"zero"`` or ``"scaled"``, the treatment of biases in the axes.
-        update: ``"add"`` or ``"adam"``, the way a point's weights are computed.
-        span: range of the coordinates; by default 1, or the range of the trajectory plus a quarter of it on every side.
+            axes; a list of one of these strings for a line, or of two for a plane; or ``"trajectory"`` for the plane of
+            the first two principal directions of the weights after all epochs. The figure then shows the path of the
+            weights through this plane. ``"trajectory"`` keeps a copy of the initial parameters, and of the parameters
+            after every epoch of this fit, in CPU memory on every rank. Checkpoints do not contain these copies.
+        normalize: normalization of the axes. :func:`~lightning_flatness.loss_landscape` explains this argument and the
+            following ones up to ``dtype``.
+        norm: norm that the normalization uses: 1 for L1, 2 for L2.
+        biases: ``"zero"`` or ``"scaled"``: how the axes treat biases.
+        update: ``"add"`` or ``"adam"``: how the weights of a point are computed from its coordinates.
+        span: range of the coordinates; by default 1. For a trajectory, the default is the range of the trajectory,
+            extended by a quarter on every side.
         steps: number of points along every axis.
         frozen: parameters that are the same at all points.
-        batch_norm: ``"kept"`` or ``"recomputed"`` statistics, or ``"both"`` for two landscapes, drawn side by side.
+        batch_norm: ``"kept"`` to keep the running statistics of BatchNorm at all points, ``"recomputed"`` to compute
+            them at every point, or ``"both"`` for two landscapes, drawn side by side.
         loss: name, module or function of the loss.
         label_smoothing: label smoothing of the cross-entropy.
         class_weight: class weights of the cross-entropy.
         ignore_index: target value that the cross-entropy ignores.
         seed: seed of the random axes.
         dtype: floating-point type of the computation.
-        cap: largest loss in figures. Larger losses are drawn with this value.
+        cap: largest loss in figures. Larger losses are drawn as this value.
         prefix: prefix of the figures' tags. Several callbacks in one Trainer need different prefixes.
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
-            LightningModule and returns the network; by default the network that the first validation step
-            calls, or without validation the LightningModule itself.
+            LightningModule and returns the network; by default the network that the first validation step calls, or the
+            LightningModule itself if there is no validation.
         batch_fn: function that takes a batch and returns ``(inputs, targets)``.
-        folder: folder of the files; by default one named ``prefix`` in the run's folder, which no other run writes to.
-            Loggers that store files get them, too.
-        figures: ``"auto"`` to give figures to every logger that takes them, and to write PNG files for others;
-            ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
+        folder: folder for the files; by default a new folder named ``prefix`` in the folder of the run. Loggers that
+            store files get the files, too.
+        figures: ``"auto"`` to give figures to every logger that takes figures, and to write PNG files for the other
+            loggers; ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
         figures_every: draw after every n-th measurement, and at the end; None: only at the end.
-        on_error: ``"raise"``, or ``"warn"`` to continue training.
+        on_error: ``"raise"``, or ``"warn"`` to go on training after an error.
 
     Attributes:
-        history: one record for every landscape of a fit: ``epoch``, ``step``, ``loss`` and ``accuracy`` of the model,
-            ``lowest_loss`` of all points, whether the landscape is ``complete``, its ``seconds`` (also
-            logged, as ``{prefix}/seconds``), and what was measured: ``data``, ``num_samples``, ``loss_name``, ``axes``,
-            ``batch_norm``. Saved in checkpoints.
+        history: one record for every measurement of a fit, saved in checkpoints. A record is a dict with ``epoch`` and
+            ``step``; ``loss`` and ``accuracy`` at the origin; ``lowest_loss`` of all points; ``complete``, False after
+            Ctrl-C; ``seconds``, which are also logged as ``{prefix}/seconds``; and ``data``, ``num_samples``,
+            ``loss_name``, ``axes`` and ``batch_norm``, which say what was measured.
         results: the last landscapes, a dict with keys ``"kept"`` and ``"recomputed"`` and values of type
             :class:`~lightning_flatness.LandscapeResult`.
 
@@ -136,7 +140,7 @@ class LandscapeCallback(EpochEndCallback):
                 f"{axes=}: there are {known}, or one or two of these in a list, and 'trajectory' alone."
             )
         options = LandscapeOptions(
-            axes="random" if axes == "trajectory" else axes,  # the axes of a trajectory are not known yet
+            axes="random" if axes == "trajectory" else axes,  # placeholder: a trajectory's axes are not known yet
             normalize=normalize,
             norm=norm,
             biases=biases,
@@ -167,17 +171,17 @@ class LandscapeCallback(EpochEndCallback):
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure one batch as a trial, and store the initial weights for the trajectory."""
+        """Compute a small landscape on one batch as a trial, and store the initial weights for the trajectory."""
         super().on_train_start(trainer, pl_module)
         self._keep_weights(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the weights for the trajectory, and measure if due."""
+        """Store the weights for the trajectory, and compute a landscape if one is due."""
         self._keep_weights(pl_module)
         super().on_train_epoch_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release the data, the model and the weights of the trajectory."""
+        """Drop the data, the model and the stored weights of the trajectory."""
         super().teardown(trainer, pl_module, stage)
         if self._trajectory is not None:
             self._trajectory.release()
@@ -204,7 +208,7 @@ class LandscapeCallback(EpochEndCallback):
         if self._needs_adam:
             _adam(trainer, network)
         for options in self._options.values():
-            # Compute two points along a random axis, which can be drawn before training.
+            # Compute two points along a random axis, since other axes may not exist before training.
             trial = replace(options, axes=["random"], span=1.0, steps=2, update="add", biases="scaled")
             landscape_of(network, batches, trial, sync=True, progress=False, say=None)
 
@@ -214,7 +218,7 @@ class LandscapeCallback(EpochEndCallback):
             axes, span = self._trajectory.plane(network)
             plane = {"axes": axes, "span": span} if self._spans_trajectory else {"axes": axes}
         optimizer = _adam(trainer, network) if self._needs_adam else None
-        say = None if self.results else self._say  # once a run
+        say = None if self.results else self._say  # only once in a run
         shared: dict[str, Any] = {"optimizer": optimizer, "sync": True, "progress": progress}
         self.results = {}
         for name, options in self._options.items():
@@ -247,7 +251,10 @@ class LandscapeCallback(EpochEndCallback):
 
     @property
     def trajectory(self) -> Tensor | None:
-        """Coordinates of the weights, initially and after each epoch, in the last plane, ``(epochs + 1, 2)``."""
+        """Coordinates of the stored weights in the last plane, ``(epochs + 1, 2)``, or None without a trajectory.
+
+        The first row is for the initial weights, and every other row for the weights after an epoch.
+        """
         return None if self._trajectory is None else self._trajectory.coordinates
 
     @property
@@ -277,13 +284,13 @@ class LandscapeCallback(EpochEndCallback):
 
 
 def _spans_tenfold(result: LandscapeResult) -> bool:
-    """Return whether the finite losses differ by more than a factor of ten. The surface is logarithmic then."""
+    """Return whether the finite losses are positive and differ by more than a factor of ten."""
     finite = result.losses[result.finite]
     return bool(len(finite)) and 0 < 10 * float(finite.min()) < float(finite.max())
 
 
 def _adam(trainer: Trainer, network: nn.Module) -> list[torch.optim.Optimizer]:
-    """Return the Trainer's optimizers that have parameters of this network and keep Adam's moments."""
+    """Return the Trainer's optimizers that keep Adam's moments for this network; raise an error if none does."""
     own = {id(parameter) for parameter in network.parameters()}
     fitting = [
         optimizer

@@ -1,4 +1,4 @@
-"""Imports of Lightning from the package that the user has imported: ``lightning.pytorch`` or ``pytorch_lightning``."""
+"""Import Lightning from the package that the user has imported: ``lightning.pytorch`` or ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = [
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
-    """Return the callbacks of a Trainer, of any class."""
+    """Return the callbacks of a Trainer. Lightning does not annotate this attribute."""
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def is_lightning_module(module: Any) -> bool:
-    """Return whether a module is a LightningModule of either package."""
+    """Return whether a module is a LightningModule of one of the two packages."""
     return _is_lightning(type(module))  # type: ignore[arg-type]  # mypy does not know that classes have a hash
 
 
@@ -46,6 +46,6 @@ def _is_lightning(kind: type) -> bool:
 
 
 def is_overridden(method: str, module: LightningModule) -> bool:
-    """Return whether a LightningModule of either package overrides a method."""
+    """Return whether a LightningModule overrides a method, whichever of the two packages it is from."""
     base = next(base for base in type(module).__mro__ if f"{base.__module__}.{base.__name__}" in MODULES)
     return getattr(type(module), method) is not getattr(base, method)

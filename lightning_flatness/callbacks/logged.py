@@ -1,4 +1,4 @@
-"""Logging of measured values, and suppression of all other logging during a measurement."""
+"""Log measured values, and suppress all other logging during a measurement."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ LOGGING = ("log", "log_dict")
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
-    """Return the values and the base-10 logarithm of one value, which is NaN unless that value is positive."""
+    """Return the values, and the base-10 logarithm of ``measure``, which is NaN unless that value is positive."""
     value = values[measure]
     return {**values, f"log10_{measure}": math.log10(value) if value > 0 else math.nan}
 
 
 def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
-    """Return the key under which loggers have the accuracy with this name.
+    """Return the key under which loggers have the accuracy that is called ``name``.
 
-    Without a name, the first key that contains ``acc`` is used, preferably one that contains ``val``, too.
+    Without a name, use the first key that contains ``acc`` and ``val``, or else the first that contains ``acc``.
 
     Example:
         >>> accuracy_key({"train_acc": 0, "val_acc": 0, "val_acc_epoch": 0}, None)
@@ -34,18 +34,18 @@ def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
     """
     names = [key for key in metrics if "acc" in key.lower()]
     name = name or next((key for key in names if "val" in key.lower()), next(iter(names), None))
-    # Loggers have only this key if a metric is logged both on steps and on epochs.
+    # If a metric is logged both in steps and in epochs, loggers have the epoch's value under this key only.
     return f"{name}_epoch" if f"{name}_epoch" in metrics else name
 
 
 def accuracy_of(metrics: Mapping[str, Any], name: str | None) -> float | None:
-    """Return the logged accuracy with this name, or None if there is none."""
+    """Return the logged accuracy that :func:`accuracy_key` finds, or None if no accuracy is logged."""
     value = metrics.get(accuracy_key(metrics, name) or "")
     return None if value is None else float(value)
 
 
 def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:
-    """Log values, which must be the same on all ranks."""
+    """Log values under ``prefix``. The values must be the same on all ranks."""
     device = pl_module.device
     kind = torch.float64 if measuring_device(device) == device else torch.float32
     for key, value in values.items():
@@ -56,12 +56,12 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
             on_epoch=True,
             sync_dist=True,  # the values are the same on all ranks, but Lightning warns without it
             batch_size=1,
-            add_dataloader_idx=False,  # keys of further loaders have it already
+            add_dataloader_idx=False,  # keys of further loaders have the index already
         )
 
 
 def record_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values as a record for the history, with epoch and step; the accuracy is still to come."""
+    """Return the values as a record for the history, with epoch and step. ``accuracy`` is None until it is known."""
     return {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None, **values}
 
 
@@ -72,25 +72,25 @@ def log_record(
     earlier: Sequence[Mapping[str, Any]],
     measure: str,
 ) -> None:
-    """Log the numbers of a record, which follows ``earlier`` records, and the logarithm of one measure."""
+    """Log the numbers of a record, and the logarithm of ``measure``. ``earlier`` are the records before this one."""
     log(pl_module, prefix, with_logarithm(numbers_of(record, earlier), measure))
 
 
 def log_again(
     trainer: Trainer, pl_module: LightningModule, prefix: str, history: Sequence[Mapping[str, Any]], measure: str
 ) -> None:
-    """Log the values of the last record again after a resume, so that callbacks that monitor them find them."""
+    """Log the last record again if a resumed run has not logged it, so that callbacks that monitor a key find it."""
     if f"{prefix}/{measure}" not in trainer.callback_metrics:
         log_record(pl_module, prefix, history[-1], history, measure)
 
 
 def warn_outside_of_fit() -> None:
-    """Warn that the training data are not measured in a validation or test run."""
+    """Warn that a validation or test run does not measure the training data."""
     rank_zero_warn("FlatnessCallback(data='train') measures during fit only; nothing is measured now.")
 
 
 def warn_no_validation(prefix: str) -> None:
-    """Warn that a fit without validation logs no flatness of validation data."""
+    """Warn that a fit without validation measures no validation data."""
     rank_zero_warn(
         "FlatnessCallback measures at validation, and this fit runs none (no validation_step, no validation data, or "
         f"limit_val_batches=0): '{prefix}/hessian_trace' and the other keys will not be logged, and callbacks that "
@@ -100,9 +100,10 @@ def warn_no_validation(prefix: str) -> None:
 
 @contextmanager
 def logging_muted(pl_module: LightningModule) -> Iterator[None]:
-    """Disable ``log`` and ``log_dict`` of this LightningModule and all LightningModules inside it.
+    """Disable ``log`` and ``log_dict`` of this LightningModule and of all LightningModules inside it.
 
-    Otherwise a forward that logs would log values of the measured samples, or raise when Lightning forbids logging.
+    Otherwise a ``forward`` that logs would log values of the measured samples, or raise an error where Lightning
+    forbids logging.
     """
     modules = [vars(module) for module in pl_module.modules() if is_lightning_module(module)]
     own = [{name: attributes[name] for name in LOGGING if name in attributes} for attributes in modules]

@@ -1,4 +1,7 @@
-"""What loggers take: figures and files, and how each is given them. A logger is known by its methods, not its class."""
+"""Describe how each kind of logger takes figures and files.
+
+A logger is recognised by its methods, not by its class.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Item:
-    """A figure or file of one measurement.
+    """A figure or file of one measurement, as loggers name it.
 
-    ``tag`` and ``step`` are like those of the logged numbers. ``path`` is the path of its file in the folder of the
-    run, and in loggers that have files.
+    Attributes:
+        tag: name of the figure or file, like the key of a logged number.
+        step: number of the training step, like that of a logged number.
+        path: path of the file, relative to the folder of the run and to a logger's own store of files.
     """
 
     tag: str
@@ -31,7 +36,13 @@ Add = Callable[[Any, Any, Item], None]
 
 @dataclass(frozen=True)
 class Interface:
-    """Functions that give a logger a figure, or the path of a file; None if the logger takes none."""
+    """How to give figures and files to one kind of logger.
+
+    Attributes:
+        fits: function that returns whether a logger is of this kind.
+        add_figure: function that gives a logger a figure, or None if the logger takes no figures.
+        add_file: function that gives a logger the path of a file, or None if the logger takes no files.
+    """
 
     fits: Callable[[Any], bool]
     add_figure: Add | None = None
@@ -39,7 +50,9 @@ class Interface:
 
 
 def interface_of(logger: Any) -> Interface:
-    """Return the functions for a logger. For an unknown one, and for one that has files of its own, these are None.
+    """Return the :class:`Interface` for a logger.
+
+    A logger of an unknown kind takes neither figures nor files.
 
     Example:
         >>> from types import SimpleNamespace
@@ -52,7 +65,7 @@ def interface_of(logger: Any) -> Interface:
 
 
 def logged_step(global_step: int) -> int:
-    """Return the step number under which Lightning logs scalars after this number of optimizer steps."""
+    """Return the step number under which Lightning logs scalars after ``global_step`` optimizer steps."""
     return max(0, global_step - 1)
 
 
@@ -65,12 +78,12 @@ def _add_tensorboard_figure(logger: Any, figure: Any, item: Item) -> None:
 
 
 def _add_wandb_figure(logger: Any, figure: Any, item: Item) -> None:
-    # As the scalars, it gets a row of its own, with the step as "trainer/global_step", which is the x axis of charts.
+    # WandbLogger logs an image like scalars: in a row with the step as "trainer/global_step", the x axis of charts.
     logger.log_image(key=item.tag, images=[_as_image(figure)], step=item.step)
 
 
 def _add_wandb_file(logger: Any, path: Path, item: Item) -> None:
-    # A copy in the folder of the W&B run. save() alone would make a link, which a run that is moved would lose.
+    # Copy the file into the folder of the W&B run. save() alone would make a link, which breaks if the run is moved.
     folder = Path(logger.experiment.dir)
     (folder / item.path).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, folder / item.path)
@@ -103,7 +116,7 @@ def _add_aim_figure(logger: Any, figure: Any, item: Item) -> None:
 
 
 def _as_image(figure: Any) -> Any:
-    """Return a figure as an image of PIL, which matplotlib depends on."""
+    """Return a figure as a PIL image. PIL is installed, because matplotlib depends on it."""
     from PIL import Image
 
     buffer = BytesIO()
@@ -111,7 +124,8 @@ def _as_image(figure: Any) -> Any:
     return Image.open(buffer)
 
 
-# The first that fits is taken. Those that look at the logger alone come first, since experiments are made on demand.
+# The first interface that fits is used. First come those that do not look at logger.experiment, because looking at it
+# creates the experiment.
 INTERFACES = (
     Interface(lambda logger: hasattr(logger, "log_image"), _add_wandb_figure, _add_wandb_file),
     # LitLogger

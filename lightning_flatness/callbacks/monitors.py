@@ -1,4 +1,4 @@
-"""Callbacks that watch logged flatness: whether it is new, and whether they watch it in a way that misleads."""
+"""Find the callbacks that monitor logged flatness, and warn of those that monitor it in a misleading way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_flatness.callbacks.lightning_imports import ROOTS, Trainer, callbacks_of
 
-# Logged numbers that are small where a network is flat, and small before it has learnt anything.
+# Logged numbers that are small if the network is flat, and also before the network has learnt anything.
 FLAT_IF_SMALL = (
     "hessian_trace",
     "relative_flatness",
@@ -26,15 +26,16 @@ REMEDIES = {
 
 
 def watched_keys(callback: Any) -> list[str]:
-    """Return the keys that a callback such as ``ModelCheckpoint`` or ``FlatCheckpoint`` watches."""
+    """Return the keys that a callback such as ``ModelCheckpoint`` or ``FlatCheckpoint`` monitors."""
     keys = (getattr(callback, name, None) for name in ("monitor", "flatness"))
     return [key for key in keys if isinstance(key, str)]
 
 
 def warn_of_traps(trainer: Trainer, prefix: str) -> None:
-    """Warn of callbacks of Lightning that watch a key with this prefix from epoch 0 on, or in the wrong direction.
+    """Warn if a callback of Lightning monitors flatness from the first epoch on, or in the wrong direction.
 
-    Subclasses are not warned of, since they may begin later.
+    Only keys with this ``prefix`` count. Subclasses of Lightning's callbacks do not count, because they may begin
+    later.
     """
     for callback in callbacks_of(trainer):
         kind, key = type(callback), str(getattr(callback, "monitor", None))
@@ -56,6 +57,6 @@ def warn_of_traps(trainer: Trainer, prefix: str) -> None:
 
 
 def _begins_at_once(callback: Any) -> bool:
-    """Return whether a callback compares the first epoch with the others."""
+    """Return whether a callback compares the value of the first epoch with those of later epochs."""
     keeps_some = getattr(callback, "save_top_k", 1) not in (0, -1)
     return keeps_some and (getattr(callback, "every_n_epochs", 1) or 0) <= 1

@@ -1,4 +1,4 @@
-"""Search for the network in a LightningModule: named by the user, or the one that a validation step calls."""
+"""Find the network in a LightningModule: the one that the user names, or the one that a validation step calls."""
 
 from __future__ import annotations
 
@@ -17,34 +17,46 @@ from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, 
 from lightning_flatness.model.logits import any_logits_of
 from lightning_flatness.model.names import plain_name
 
-# Calls within calls that are recorded, in search of the one that returns logits.
+# Depth to which calls within calls are recorded, in search of the call that returns logits.
 DEPTH = 4
 
 
 @dataclass(frozen=True)
 class Network:
-    """The network to measure, and which of its calls in a validation step counts.
+    """The network to measure, and which of its calls in a validation step is measured.
 
-    ``prefix`` is its name in the LightningModule, which begins the names of its layers; empty if ``model=`` names it.
+    Attributes:
+        module: the network.
+        prefix: name of the network in the LightningModule, with which names of its layers begin; empty if ``model=``
+            names the network.
+        on_batch: whether only the call on the batch's own inputs is measured, because the step calls the network on
+            other inputs, too.
+        is_called: False if the steps are not seen to call the network, so that the batch's own inputs are measured.
     """
 
     module: nn.Module
     prefix: str = ""
-    on_batch: bool = False  # only the call on the batch's own inputs counts, since there are calls on others
-    is_called: bool = True  # False: steps are not seen to call it, so the batch's own inputs are measured
+    on_batch: bool = False
+    is_called: bool = True
 
 
 @dataclass(frozen=True)
 class Found:
-    """The network that a step has called, and the call that counts, if one does."""
+    """The network that a step has called, and the call to measure, if there is one.
+
+    Attributes:
+        network: the network.
+        call: the call to measure, on copies of its tensors, or None.
+        original: the same call on the user's tensors, or None.
+    """
 
     network: Network
-    call: Call | None = None  # on copies of its tensors
-    original: Call | None = None  # on the user's tensors
+    call: Call | None = None
+    original: Call | None = None
 
 
 class Within(nn.Module):
-    """A network under its name in a larger module, so that names of parameters begin with it.
+    """A wrapper that gives a network its name in a larger module, so that names of parameters begin with it.
 
     Example:
         >>> [name for name, _ in Within(nn.Linear(2, 3), "parts.net").named_parameters()]
@@ -59,7 +71,7 @@ class Within(nn.Module):
             parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(name, network)
-        self._network = (network,)  # in a tuple, since an attribute would be a second name
+        self._network = (network,)  # in a tuple, since as an attribute it would have a second name
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the network."""
@@ -67,7 +79,11 @@ class Within(nn.Module):
 
 
 def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network | None:
-    """Return the module that ``model`` names or returns. Without ``model``, return None: a step must show it."""
+    """Return the network that ``model`` names or returns, or None if ``model`` is None.
+
+    Raises:
+        FlatnessError: ``model`` is a module, or there is no module where it says.
+    """
     if model is None:
         return None
     children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
@@ -90,7 +106,7 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
 
 
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
-    """Return the network where no validation step shows it: the named one, or the LightningModule itself."""
+    """Return the network if no step shows it: the one that ``model`` names, or the LightningModule itself."""
     named = named_network(pl_module, model)
     if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
         children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
@@ -103,7 +119,7 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
 
 @dataclass
 class _Heard:
-    """A call of a module in a step, and the calls within it."""
+    """A call of a module in a step, its output, and the calls of other modules that it makes."""
 
     module: nn.Module
     call: Call  # with the user's tensors
@@ -113,7 +129,7 @@ class _Heard:
 
 
 class StepWatch:
-    """A context manager that records which modules with weights a step calls, and finds the network among them.
+    """A context manager that records the calls of modules with weights in a step, to find the network among them.
 
     Example:
         >>> module = LightningModule()
@@ -131,12 +147,12 @@ class StepWatch:
         self.step_is_compiled = False
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
-        self._open = [self._calls]  # the lists of calls within the calls that run
-        self._others: list[_Heard] = []  # calls of modules apart from the one that the user names
-        # Of a compiled LightningModule the steps run eagerly, if it is compiled in place.
+        self._open = [self._calls]  # for each call that is running now, the list of calls within it
+        self._others: list[_Heard] = []  # if the user names a module: calls of other modules
+        # The steps of a LightningModule that is compiled in place run eagerly, so its children can be watched.
         watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
-        self._around: set[nn.Module] = set()  # compiled modules whose code has the named one in it
+        self._around: set[nn.Module] = set()  # compiled modules that contain the one that the user names
         if named:
             apart = [module for module in modules if set(module.modules()).isdisjoint(named.module.modules())]
             self._around = {module for module in pl_module.modules() if _is_compiled_around(module, named.module)}
@@ -153,7 +169,7 @@ class StepWatch:
     def _hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        # DDP calls the LightningModule to run a step of it. If the module is compiled, the step is, too.
+        # DDP calls the LightningModule to run a step. If the LightningModule is compiled, this step is compiled, too.
         is_step = module is self._pl_module and vars(module).get("forward") is not self._forward
         self.step_is_compiled |= is_step
         if is_step or module in self._around:
@@ -165,7 +181,7 @@ class StepWatch:
         if self._named and module is not self._named.module:
             self._others.append(heard)
             return forward(*arguments, **keywords)
-        if len(self._open) == 1:  # copies of all features would take much memory
+        if len(self._open) == 1:  # only here, since copies of the inputs of all layers would take much memory
             heard.copied = heard.call.copied()
         self._open[-1].append(heard)
         self._open.append(heard.within)
@@ -180,16 +196,20 @@ class StepWatch:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the step has called no module with weights, or not the one that the user names."""
+        """Whether the step has called no module with weights, or not the module that the user names."""
         return not self._calls
 
     def found(self, inputs: Any, is_given: bool = False) -> Found:
-        """Return the network and the call that counts; ``inputs`` are the batch's own, or None if it is not known.
+        """Return the network, and the call to measure.
 
-        If the user has given them, and no call or several are on other inputs, no call counts.
+        ``inputs`` are the batch's own inputs, or None if unknown. If the step calls the network on different inputs,
+        the call on the batch's own inputs is the one to measure. If there is no such call, and the user gives the
+        inputs (``is_given``), the result has no call.
 
         Raises:
-            FlatnessError: the step calls several networks, or one on several inputs.
+            FlatnessError: The step calls several networks; or it calls one network on different inputs, none of which
+                is the batch's own input, and ``is_given`` is false.
+            BatchError: The output of the network has no logits.
         """
         heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
         prefix = "" if self._named else self._names[heard.module]
@@ -207,7 +227,11 @@ class StepWatch:
         return Found(network, heard.copied or heard.call.copied(), heard.call)
 
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
-        """Return a call, the number of different inputs of its module, and whether this is the call that counts."""
+        """Find the call to measure.
+
+        Return this call, the number of different inputs that the step calls its module on, and True; or, if there is no
+        call to measure, another call of the module, that number, and False.
+        """
         self._refuse_several(calls)
         different: list[_Heard] = []
         for heard in calls:
@@ -237,6 +261,7 @@ class StepWatch:
             )
 
     def _refuse_several(self, calls: Sequence[_Heard]) -> None:
+        """Raise an error if the step calls several modules. The message tells how to name the network."""
         modules = list(dict.fromkeys(heard.module for heard in calls))
         if len(modules) < 2:
             return
@@ -268,7 +293,7 @@ class StepWatch:
         )
 
     def _expression(self, module: nn.Module) -> str:
-        """Return code that finds a module in the LightningModule ``module``."""
+        """Return Python code that finds a module in the LightningModule ``module``."""
         name = self._names.get(module, "")
         plain = all(part.isidentifier() for part in name.split("."))
         return f"module.{name}" if plain else f"module.get_submodule({name!r})"
@@ -278,7 +303,7 @@ class StepWatch:
 
 
 def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and its submodules, but not those within a compiled one."""
+    """Yield a module and its submodules, except for submodules within a compiled module."""
     yield module
     if not _is_compiled(module) and "_orig_mod" not in dict(module.named_children()):
         for child in module.children():
@@ -302,10 +327,10 @@ def _why_no_logits(output: Any) -> str:
 
 
 def _takes(heard: _Heard, output: Any) -> bool:
-    """Return whether a call takes a tensor of another call's output."""
+    """Return whether a call has a tensor of ``output`` among its arguments."""
     return any(one is other for one in tensors_of(heard.call) for other in tensors_of(output))
 
 
 def is_watchable(pl_module: LightningModule) -> bool:
-    """Return whether steps run eagerly, so that calls in them can be recorded."""
+    """Return whether the steps of a LightningModule run eagerly, so that calls in them can be recorded."""
     return getattr(pl_module, "_compiler_ctx", None) is None and not torch.compiler.is_compiling()

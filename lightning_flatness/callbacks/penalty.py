@@ -1,4 +1,4 @@
-"""The FlatnessPenalty: the classifier's flatness is added to the training loss."""
+"""The callback FlatnessPenalty, which adds the classifier's flatness to the training loss."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ from lightning_flatness.model.isolation import refuse_sharded
 
 
 class EagerSteps:
-    """What compiled code does in first steps: it runs uncompiled until the last of several callbacks has seen its own.
+    """A switch that keeps compiled code uncompiled during the first steps of several callbacks.
 
-    Each callback by itself would put back what it found, which for all but one is what another callback has set.
+    A callback alone must not switch back what it found: for all callbacks but the first, this is what another callback
+    has set. So the switch counts the callbacks, and switches back when the last one is done.
     """
 
     _num_steps: ClassVar[int] = 0
@@ -43,7 +44,7 @@ class EagerSteps:
 
     @classmethod
     def begin(cls) -> None:
-        """Run uncompiled from now on."""
+        """Run compiled code uncompiled from now on."""
         if cls._stance is None:
             cls._stance = torch.compiler.set_stance("force_eager")
             cls._stance.__enter__()
@@ -51,7 +52,7 @@ class EagerSteps:
 
     @classmethod
     def end(cls) -> None:
-        """Put back what was, unless another callback still needs it."""
+        """Run compiled code as before, unless another callback still needs it uncompiled."""
         cls._num_steps -= 1
         if cls._num_steps == 0 and cls._stance is not None:
             cls._stance.__exit__(None, None, None)
@@ -61,35 +62,38 @@ class EagerSteps:
 class FlatnessPenalty(Callback):
     """Trains towards flat minima: adds ``λ κ`` to the loss, where ``κ`` is the classifier's relative flatness.
 
-    This is exactly the relative flatness of mean cross-entropy on the batch, computed by
-    :func:`~lightning_flatness.functional.flatness_penalty` from what the classifier reads and returns in the training
-    step. There is no second forward or backward pass. The first step of a fit shows which layer is the classifier: the
-    linear layer whose output the loss takes as logits. That step also certifies that the loss curves as mean
-    cross-entropy does. Logged as means over an epoch are ``penalty/relative_flatness`` (``κ``), ``penalty/strength``
-    (``λ``) and ``penalty/loss`` (what was added).
+    ``κ`` is exactly the relative flatness of mean cross-entropy on the batch.
+    :func:`~lightning_flatness.functional.flatness_penalty` computes ``κ`` from the input and the output of the
+    classifier in the training step, without a second forward or backward pass.
 
-    It works with precision plugins, gradient accumulation, clipping, DDP and ``torch.compile``. With manual
-    optimization, call the function in ``training_step`` instead.
+    The first step of a fit shows which layer is the classifier: the linear layer whose output is the logits of the
+    loss. That step also certifies that the loss has the same second derivative with respect to the logits as mean
+    cross-entropy.
+
+    The callback logs three means over every epoch: ``penalty/relative_flatness`` (``κ``), ``penalty/strength`` (``λ``)
+    and ``penalty/loss`` (the term added to the loss). It works with precision plugins, gradient accumulation, gradient
+    clipping, DDP and ``torch.compile``. With manual optimization, call ``flatness_penalty`` in ``training_step``
+    instead.
 
     Args:
         strength: ``λ``. Adilova et al. 2023 (arXiv 2307.02337) use 0.1 to 1. With 0, ``κ`` is only logged.
-        layers: ``"classifier"``, or the name of the layer that is it, where the loss takes logits of several.
-        schedule: a function from the number of optimizer steps so far to a factor of ``λ``.
+        layers: ``"classifier"``, or the name of one layer, which is needed if the loss takes logits of several layers.
+        schedule: a function from the number of optimizer steps so far to a factor that multiplies ``λ``.
         warmup_steps: over this number of optimizer steps, ``λ`` rises linearly from zero.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
-        normalize: measure features scaled to standard deviation one in the batch, on every rank for itself.
+        normalize: scale every feature to standard deviation one over the batch. Every rank takes its own batch.
         maximize: subtract ``λ κ`` instead, to train away from flat minima.
-        label_smoothing: as in your loss. It matters only with class weights.
-        class_weight: as in your loss: a weight for every class.
-        ignore_index: as in your loss: samples with this class index are ignored, if the batch's targets are found.
-        batch_fn: a function from a batch to ``(inputs, targets)``, if the targets are neither the second of a pair nor
-            named like ``label``. Inputs are not used.
-        check_loss: False penalises the flatness of cross-entropy without a look at what the loss is.
+        label_smoothing: label smoothing of your loss. It matters only with class weights.
+        class_weight: class weights of your loss, one for every class.
+        ignore_index: class index that your loss ignores. This needs the batch's targets.
+        batch_fn: a function from a batch to ``(inputs, targets)``. It is needed if the targets are neither the second
+            entry of a pair nor an entry with a name like ``label``. The callback does not use the inputs.
+        check_loss: False to penalise the flatness of cross-entropy whatever the loss is.
         prefix: prefix of the logged keys.
 
     Raises:
-        FlatnessError: before or in the first step, if the optimization is manual, weights are sharded, the classifier
-            is not found, or the loss does not fit.
+        FlatnessError: Before or in the first step: the optimization is manual, weights are sharded, the classifier is
+            not found, or the loss does not curve as mean cross-entropy does.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -119,7 +123,7 @@ class FlatnessPenalty(Callback):
             raise FlatnessError(f"FlatnessPenalty: layers={layers!r} must be 'classifier' or the name of one layer.")
         check_whole("FlatnessPenalty: warmup_steps", warmup_steps, least=0)
         check_word("FlatnessPenalty: measure", measure, PENALTIES)
-        find_loss("cross_entropy", label_smoothing, class_weight, ignore_index)  # checks them
+        find_loss("cross_entropy", label_smoothing, class_weight, ignore_index)  # raises an error for invalid options
         self.strength = strength
         self.layers = layers
         self.schedule = schedule
@@ -137,18 +141,18 @@ class FlatnessPenalty(Callback):
         }
         self._errors = RankErrors("raise", "FlatnessPenalty", "penalty")
         self._recorder = CallRecorder()
-        self._classifier: tuple[str, nn.Module] | None = None  # as the first step has shown it
-        self._is_eager = False  # in the first step
-        self._targets: Tensor | None = None  # of the batch that is trained on
-        self._sums: dict[str, Tensor | float] = {}  # of what is logged, over the samples of an epoch
+        self._classifier: tuple[str, nn.Module] | None = None  # name and layer, known after the first step
+        self._is_eager = False  # whether this callback keeps compiled code uncompiled, in the first step
+        self._targets: Tensor | None = None  # targets of the batch that is trained on
+        self._sums: dict[str, Tensor | float] = {}  # sums of the logged values over the samples of an epoch
 
     def strength_at(self, step: int) -> float:
-        """Return ``λ`` after a number of optimizer steps."""
+        """Return ``λ`` after ``step`` optimizer steps."""
         factor = 1.0 if self.schedule is None else float(self.schedule(step))
         return self.strength * factor * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse manual optimization, names of layers that are not there, and the prefix of another callback."""
+        """Raise an error for manual optimization, an unknown layer name, or the prefix of another callback."""
         self._release()
         check_prefix(trainer, self)
         if not pl_module.automatic_optimization:
@@ -159,12 +163,12 @@ class FlatnessPenalty(Callback):
         linear_layers(pl_module, self.layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse sharded weights."""
+        """Raise an error if weights are sharded."""
         for name, module in pl_module.named_modules():
             refuse_sharded(name, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to the training step. In the first one of a fit, listen to all layers, and run it uncompiled."""
+        """Listen to the training step. In the first step of a fit, listen to all layers, and run uncompiled."""
         targets = targets_of(batch) if self.batch_fn is None else self.batch_fn(batch)[1]
         self._targets = None if targets is None else targets.clone()  # the step may change them
         if self._classifier is None:
@@ -191,7 +195,7 @@ class FlatnessPenalty(Callback):
             flatness = self._flatness(calls[0], layer)
             added = (-strength if self.maximize else strength) * flatness
             if strength != 0:
-                # As Lightning has divided and scaled the loss.
+                # Lightning has divided and scaled the loss already, so do the same with what is added.
                 part = added / trainer.accumulate_grad_batches
                 loss.add_((part if scaler is None else scaler.scale(part)).to(loss))
         samples = len(calls[0].logits)
@@ -200,38 +204,38 @@ class FlatnessPenalty(Callback):
             self._sums[key] = self._sums.get(key, 0.0) + samples * value
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start new means."""
+        """Start new means of the logged values."""
         self._sums = {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the means over the epoch. To log in every step would take longer than the penalty."""
+        """Log the means over the epoch. Logging in every step would take longer than the penalty itself."""
         samples = self._sums.pop("samples", 0.0)
         for key, total in self._sums.items():
             pl_module.log(f"{self.prefix}/{key}", total / samples, sync_dist=trainer.world_size > 1, batch_size=1)
         self._sums = {}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen again, since an optimizer may run the step several times."""
+        """Listen again, because an optimizer may run the training step several times."""
         self._recorder.listen(True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop to listen."""
+        """Stop listening."""
         self._recorder.listen(False)
         self._targets = None
         self._leave_eager()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the hook."""
+        """Remove the hooks."""
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hook."""
+        """Remove the hooks."""
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hook."""
+        """Remove the hooks."""
         self._release()
 
     def _release(self) -> None:
@@ -247,7 +251,7 @@ class FlatnessPenalty(Callback):
     def _find_classifier(
         self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[LayerCall], loss: Tensor, scale: float
     ) -> None:
-        """Find the classifier in the calls of the first step, and listen to it alone from now on."""
+        """Find the classifier in the calls of the first step. From now on, listen to the classifier alone."""
         layers = linear_layers(pl_module, self.layers)
 
         def why_not(call: LayerCall) -> str:
@@ -258,13 +262,13 @@ class FlatnessPenalty(Callback):
 
         with self._errors.kept(trainer.world_size):
             name = find_classifier(calls, layers, why_not)
-            self._flatness(next(call for call in calls if call.name == name), layers[name])  # raises its own errors
+            self._flatness(next(call for call in calls if call.name == name), layers[name])  # to raise its errors now
             self._classifier = name, layers[name]
             self._recorder.attach({name: layers[name]})
         self._errors.settle("the first training step")
 
     def _targets_for(self, call: LayerCall) -> Tensor | None:
-        """Return the targets of the batch; None if the penalty can do without, and they do not fit."""
+        """Return the batch's targets, or None if they do not fit the logits and the penalty does not need them."""
         targets = self._targets
         if targets is None or self._options["class_weight"] is not None:
             return targets
@@ -281,7 +285,7 @@ class FlatnessPenalty(Callback):
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Add the callback's name to errors about a batch, and how it is given targets."""
+    """Add the callback's name to errors about a batch, and if targets are the problem, a remedy."""
     try:
         yield
     except BatchError as error:

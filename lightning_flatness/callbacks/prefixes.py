@@ -1,4 +1,4 @@
-"""Prefixes of logged keys, of which every callback of a Trainer needs its own."""
+"""Raise an error if two callbacks of a Trainer have the same prefix of logged keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def error_of(name: str, other: str, prefix: str) -> FlatnessError:
-    """Return the error for two callbacks that have one prefix."""
+    """Return the error for two callbacks ``name`` and ``other`` that have the same prefix."""
     return FlatnessError(
         f"{name} and another {other} have prefix='{prefix}', under which both would log. Give each callback a prefix= "
         f"of its own, e.g. prefix='{prefix}_2'."
@@ -19,7 +19,10 @@ def error_of(name: str, other: str, prefix: str) -> FlatnessError:
 
 
 def check_prefix(trainer: Trainer, callback: Any) -> None:
-    """Raise an error if another callback of this package has the same prefix; one that gives way does not count."""
+    """Raise an error if another callback of this package has the same prefix.
+
+    A pair of callbacks is accepted if one of the two gives way, which means that it removes itself from the Trainer.
+    """
     for other in callbacks_of(trainer):
         is_ours = any(base.__module__.partition(".")[0] == PACKAGE for base in type(other).__mro__)
         gives_way = getattr(callback, "gives_way", False) or getattr(other, "gives_way", False)
@@ -28,10 +31,11 @@ def check_prefix(trainer: Trainer, callback: Any) -> None:
 
 
 class UncheckedKey(str):
-    """A state key, ``name[prefix=...]``, that raises an error when it is compared with an equal one.
+    """A state key ``name[prefix=...]`` that raises an error when it is compared with an equal key.
 
-    A Trainer compares the state keys of its callbacks before it calls any of them. Its own error for equal keys does
-    not say that ``prefix=`` tells callbacks apart.
+    A Trainer compares the state keys of its callbacks before it calls any of them, and raises an error if two keys are
+    equal. Lightning's own message does not say that a ``prefix=`` tells callbacks apart; the message of this error
+    does.
     """
 
     __hash__ = str.__hash__

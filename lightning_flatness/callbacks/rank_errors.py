@@ -1,4 +1,4 @@
-"""Errors during a measurement: all ranks raise them, or warn of them, together."""
+"""Handle errors during a measurement: all ranks raise an error together, or warn of it together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class RankErrors:
     """A store for the first error of a measurement on this rank, until all ranks handle their errors together.
 
-    If one rank raised alone, the other ranks would wait for it forever.
+    If one rank raised an error alone, the other ranks would wait for that rank forever.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class RankErrors:
         self._last_warning: str | None = None
 
     def start_run(self) -> None:
-        """Drop a pending error, and forget the last warning, so that a new run repeats it."""
+        """Drop a pending error, and forget the last warning, so that a new run warns again."""
         self.pending = self._last_warning = None
 
     @contextmanager
     def kept(self, num_ranks: int) -> Iterator[None]:
-        """Store an error raised in the ``with`` block. With one rank and ``on_error="raise"``, let the error propagate.
+        """Store an error of the ``with`` block, or, with one rank and ``on_error="raise"``, let the error propagate.
 
-        The error is stored as a string, since the exception itself would keep all tensors of its frames alive.
+        The error is stored as a string, because an exception would keep all tensors of its stack frames alive.
         """
         try:
             yield
@@ -50,10 +50,10 @@ class RankErrors:
             logger.debug("An error while measuring flatness", exc_info=True)
 
     def settle(self, where: str) -> bool:
-        """Return True if no rank has a pending error; otherwise raise or warn on every rank.
+        """Return True if no rank has a pending error. Otherwise raise an error, or warn, on every rank.
 
-        All ranks must call this method, since it communicates. The message contains ``where``, the point in training,
-        and the first rank that failed.
+        All ranks must call this method, because it is a collective. The message names the first rank that failed and
+        ``where``, the point in training.
         """
         messages = gather(self.pending, sync=True)
         self.pending = None
@@ -65,7 +65,7 @@ class RankErrors:
         on_rank = f" on rank {rank}" if len(messages) > 1 else ""
         if self._on_error == "raise":
             raise FlatnessError(f"{self._name} failed at {where}{on_rank}: {message}")
-        if message != self._last_warning:  # warn only once of an error that persists
+        if message != self._last_warning:  # an error that persists gives one warning only
             rank_zero_warn(
                 f"{self._name}(on_error='warn') has no {self._measured} for {where}; it failed{on_rank}: {message}"
             )

@@ -1,4 +1,4 @@
-"""Folders that no other run writes to."""
+"""Create folders that no other run writes to."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 
 
 def own_folder(loggers: Sequence[Any]) -> Path | None:
-    """Return the folder of the first logger that has one for every run, as TensorBoard and CSV have, or None.
+    """Return the folder of the first logger that has a folder for every run, as TensorBoard and CSV have, or None.
 
-    Others have a folder for all runs (``save_dir``), where MLflow takes every folder for an experiment.
+    Other loggers have only ``save_dir``, one folder for all runs. It is not used, because MLflow takes every folder in
+    ``save_dir`` for an experiment.
     """
     folders = [getattr(logger, "log_dir", None) for logger in loggers]
     return next((Path(folder) for folder in folders if folder), None)
 
 
 def claim(folder: Path) -> Path:
-    """Make a new folder of this name, or if there is one already, of this name with ``-v1``, ``-v2`` and so on.
+    """Create a new folder with this name, or, if there is one already, with this name and ``-v1``, ``-v2`` and so on.
 
     Example:
         >>> import tempfile
@@ -32,7 +33,7 @@ def claim(folder: Path) -> Path:
 
 
 def claim_version(parent: Path) -> Path:
-    """Make the next folder ``version_...``, as loggers of Lightning do.
+    """Create the next folder ``version_...`` in ``parent``, as loggers of Lightning do.
 
     Example:
         >>> import tempfile
@@ -47,11 +48,12 @@ def claim_version(parent: Path) -> Path:
 
 
 def _made(parent: Path, names: Iterable[str]) -> Path:
+    """Create the first of these folders in ``parent`` that does not exist, and return it."""
     for name in names:
         folder = parent / name
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:  # of another run, which may have made it just now
+        except FileExistsError:  # another run has created it, maybe just now
             continue
         return folder
     raise AssertionError("There are infinitely many names.")

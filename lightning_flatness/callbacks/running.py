@@ -1,4 +1,4 @@
-"""A measurement in progress, which observes the forward passes of validation if this does not change them."""
+"""Measure during validation, and observe the forward passes of validation if observing does not change them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from lightning_flatness.results import FlatnessReport
 
 
 class PassesOfRun:
-    """A record of whether forward passes can be observed in a run. It informs the user whenever this changes.
+    """A record of whether a run's forward passes can be observed. It tells the user whenever this changes.
 
-    ``example`` are a few samples of an earlier call of the network, and their targets: a trial on them comes first.
+    ``example`` is a few samples of an earlier call of the network, with their targets. Before passes are observed, a
+    trial on these samples must show that observing changes nothing.
     """
 
     def __init__(self, possible: bool) -> None:
@@ -36,7 +37,7 @@ class PassesOfRun:
         self._told: str | None = None
 
     def keep_example(self, call: Call, targets: Tensor | None) -> None:
-        """Keep the first samples of a call, unless there is only one."""
+        """Keep the first samples of a call as the example, unless there is one already or the call has one sample."""
         samples = num_rows(call, targets)
         if self.possible and self.example is None and samples > 1:
             rows = slice(0, TRIAL)
@@ -60,12 +61,13 @@ class PassesOfRun:
 
 
 class Running:
-    """A measurement of one loader in progress.
+    """A measurement of one source of samples, in progress.
 
-    It records the call that each validation step makes of the network. It also observes the forward pass, instead of
-    making one of its own, if a trial shows that observing changes nothing. If the trial fails, no passes are observed
-    in the rest of the run. If the pass of a later batch cannot be used, no passes are observed in the rest of this
-    measurement.
+    It records the call of the network in each validation step. If a trial shows that observing changes nothing, it also
+    observes the forward pass of that call, which saves an extra pass.
+
+    If the trial fails, no pass is observed in the rest of the run. If the pass of a later batch cannot be used, no pass
+    is observed in the rest of this measurement.
     """
 
     def __init__(
@@ -76,16 +78,16 @@ class Running:
         self._network = network
         self._passes = passes
         self._is_tried = False
-        self._repeats = True  # passes of our own run as the user's do and are observed, if the trial has passed
+        self._repeats = True  # whether passes of our own run as the user's do and are observed, after the trial
         self._listener: Listener | None = None
-        self._asked: Asked | None = None  # of the last batch
+        self._asked: Asked | None = None  # inputs and targets of the last batch
         self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
         if self._observes and isinstance(source, ValidationBatches) and source.why_not_observed:
             passes.rule_out(source.why_not_observed)
             self._observes = False
 
     def before_step(self, asked: Asked) -> None:
-        """Start to record the call of a batch that is about to be validated."""
+        """Start to record the network's call on a batch that is about to be validated."""
         self.release()
         if not self._network.is_called:
             return
@@ -96,12 +98,12 @@ class Running:
         if observes:
             self._passes.tell("")
         inputs = asked.inputs if self._network.on_batch else None
-        # What is measured may be a whole copy of a network that is sharded, which the step does not call.
+        # The step calls the user's network. If this is sharded, the measured network is a copy with gathered weights.
         self._listener = self.measurement.listen(inputs) if observes else Listener(self._network.module, inputs=inputs)
         self._listener.__enter__()
 
     def _try_once(self) -> None:
-        """Find out whether passes can be observed, unless this measurement has."""
+        """Make the trial that shows whether passes can be observed, unless this measurement has made the trial."""
         example = self._passes.example
         if not self._observes or self._is_tried or example is None:
             return
@@ -117,11 +119,15 @@ class Running:
         self._passes.rule_out(reason)
 
     def _try(self, call: Call, targets: Tensor | None) -> str:
-        """Return why passes cannot be observed; an example that the network no longer takes says nothing yet."""
+        """Make the trial, and return why passes cannot be observed, or an empty string.
+
+        If the network raises an error on the example, the trial says nothing yet: drop the example, so that a later
+        batch gives another one.
+        """
         try:
             reason = self.measurement.why_not_live(call, targets)
         except Exception:
-            self._passes.example = None  # the next batch gives another, or raises the same error
+            self._passes.example = None  # the next batch gives another example, or raises the same error
             return ""
         self._is_tried = True
         return reason
@@ -129,7 +135,9 @@ class Running:
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
         """Measure the samples of a validated batch that the source chooses, or the next samples of other data.
 
-        ``call`` is that of a step that was watched; otherwise it was recorded, or the batch's own inputs are measured.
+        ``call`` is the network's call if a :class:`~lightning_flatness.callbacks.network.StepWatch` has watched this
+        step. Otherwise the call that was recorded in this step is measured, or the batch's own inputs if the network is
+        not seen to be called.
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():
@@ -153,26 +161,30 @@ class Running:
             self.measurement.settle_when_due()
 
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
-        """Add samples in a pass of our own, which runs as the user's do if a trial has shown that it can."""
+        """Measure samples in a forward pass of our own.
+
+        If the trial has shown that such a pass can run as the user's passes do, in their precision, it does so and is
+        observed.
+        """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.repeats):
             try:
                 self.measurement.update_repeated(inputs, targets, self.source.positions)
                 return
-            except (RuntimeError, FlatnessError) as error:  # as of an observed pass
+            except (RuntimeError, FlatnessError) as error:  # the errors that an observed pass may raise, too
                 self._repeats = False
-                if self._observes and self.measurement.observes_half:  # passes of two precisions are not mixed
+                if self._observes and self.measurement.observes_half:  # do not mix passes of two precisions
                     self._passes.tell(f"the forward pass of a batch could not be used ({error})")
                     self._observes = False
         self.measurement.update(inputs, targets, positions=self.source.positions)
 
     def measure_rest(self) -> None:
-        """Measure the remaining samples when all batches have been validated."""
+        """Measure the samples that the source has left when all batches have been validated."""
         for inputs, targets in self.source.rest():
             self.measurement.update(inputs, targets, positions=self.source.positions)
 
     def measure_held(self) -> None:
-        """Measure the samples that were held until the first ones of all ranks were seen."""
+        """Measure the samples that were held until the first samples of all ranks had shown the spread of channels."""
         with nullcontext() if self._asked is None else self._asked.explaining():
             self.measurement.measure_held()
 
@@ -182,13 +194,18 @@ class Running:
         return self._asked is None or self._asked.targets is not None
 
     def release(self) -> None:
-        """Remove hooks from the network, and release the tensors of an observed pass."""
+        """Remove hooks from the network, and drop the tensors of an observed pass."""
         if self._listener is not None:
             self._listener.__exit__()
             self._listener.release()
         self._listener = None
 
     def _recorded_call(self, asked: Asked, batch_idx: int) -> Call:
+        """Return the recorded call, if the step has called the network, and on one input only.
+
+        Otherwise return the call on the inputs that ``batch_fn=`` gives, or raise an error if there is no
+        ``batch_fn=``.
+        """
         listener = self._listener
         assert listener is not None
         listener.__exit__()
@@ -204,11 +221,11 @@ class Running:
         return listener.call
 
     def _add_observed(self, targets: Tensor | None) -> bool:
-        """Add the observed pass on a batch to the measurement. Return False if an extra pass must be made."""
+        """Add the observed pass of a batch to the measurement. Return False if an extra pass must be made instead."""
         listener = self._listener
         if listener is None or not (self._observes and self._is_tried):
             return False
-        if num_rows(listener.call, targets) < 2:  # a single sample needs an extra pass, which duplicates the sample
+        if num_rows(listener.call, targets) < 2:  # a single sample needs an extra pass, on two copies of it
             self.release()
             return False
         reason, is_measured = listener.reason, False
@@ -232,9 +249,9 @@ class Running:
 
 
 class Validation:
-    """The measurement of one validation: of every loader by itself, or of other data.
+    """The measurement of one validation, with a :class:`Running` for every validation loader, or one for other data.
 
-    A measurement begins with the first step of its loader, as only then is the network known.
+    The measurement of a loader begins with the first step on this loader, because no earlier step shows the network.
     """
 
     def __init__(
@@ -244,19 +261,21 @@ class Validation:
         measurement_of: Callable[[Network], Measurement],
         waits: bool,
     ) -> None:
-        self._waits = waits  # samples wait for the first ones of all ranks
+        self._waits = waits  # whether samples are held until all ranks know the spread of channels
         self._sources, self._passes, self._measurement_of = sources, passes, measurement_of
         self._running: dict[int, Running] = {}
         self._left_out: dict[int, str] = {}  # loaders that cannot be measured, and why
 
     def before_step(self, asked: Asked, network: Network, loader: int) -> None:
-        """Start to record the call of a batch that is about to be validated."""
+        """Start to record the network's call on a batch that is about to be validated."""
         self._of(loader, network).before_step(asked)
 
     def after_step(self, asked: Asked | None, call: Call | None, network: Network, batch_idx: int, loader: int) -> None:
-        """Measure a validated batch, or the next part of other data. A further loader may have no targets.
+        """Measure a validated batch, or the next part of other data.
 
-        After the last batch of a loader nothing waits: weights may be swapped before the epoch ends.
+        A loader other than the first is left out if its batches have no targets. After the last batch of a loader, the
+        samples that were held are measured at once, because another callback may swap the weights before the epoch
+        ends.
         """
         running = self._of(loader, network)
         if loader in self._left_out:
@@ -274,12 +293,12 @@ class Validation:
             running.release()
 
     def measure_rest(self, network: Network) -> None:
-        """Measure the remaining samples when all batches have been validated."""
+        """Measure the samples that the sources have left when all batches have been validated."""
         for loader in range(len(self._sources)):
             self._of(loader, network).measure_rest()
 
     def settle(self, network: Network, failed: bool) -> None:
-        """Measure the samples that are held, unless this rank has failed. Call it on every rank."""
+        """Measure the samples that are held, unless this rank has failed. All ranks must call this method."""
         failures = [self._take_spread(loader, network) for loader in range(len(self._sources))]
         for failure in failures:
             if failure is not None:
@@ -295,7 +314,10 @@ class Validation:
                 self._left_out[loader] = str(error)
 
     def _take_spread(self, loader: int, network: Network) -> Exception | None:
-        """Take part in what the ranks communicate about a loader; return the error if it cannot be measured."""
+        """Find the spread of a loader's input channels, which is a collective.
+
+        If this rank cannot measure the loader, it takes part in the collective without samples, and returns the error.
+        """
         try:
             measurement = self._of(loader, network).measurement
         except Exception as error:
@@ -306,7 +328,7 @@ class Validation:
         return None
 
     def reports(self, network: Network) -> dict[int, FlatnessReport]:
-        """Return the report of every loader that was measured. Call it on every rank."""
+        """Return the report of every loader that was measured, by its index. All ranks must call this method."""
         several = len(self._sources) > 1
         left_out = (
             {loader: why for of_rank in gather(self._left_out, sync=True) for loader, why in of_rank.items()}
@@ -319,15 +341,16 @@ class Validation:
         return {loader: self._of(loader, network).measurement.report() for loader in measured}
 
     def release(self) -> None:
-        """Remove hooks from the network, and release the tensors of an observed pass."""
+        """Remove hooks from the network, and drop the tensors of observed passes."""
         for running in self._running.values():
             running.release()
 
     def _of(self, loader: int, network: Network) -> Running:
+        """Return the :class:`Running` of a loader, and begin its measurement at the first call."""
         loader = loader if len(self._sources) > 1 else 0
         if loader not in self._running:
             if loader > 0 and self._of(loader - 1, network).measurement.waits:
-                # Ranks communicate about one loader after the other, also a rank that validates no batch of one.
+                # The collectives come in the order of the loaders, even on a rank that has no batch of one loader.
                 self._of(loader - 1, network).measurement.take_spread()
             measurement = self._measurement_of(network)
             self._running[loader] = Running(measurement, network, self._sources[loader], self._passes)
@@ -335,9 +358,10 @@ class Validation:
 
 
 def settle(running: Validation | None, network: Network, num_loaders: int, waits: bool, failed: bool) -> None:
-    """Measure the samples that are held, unless this rank has failed. Call it on every rank.
+    """Measure the samples that are held, unless this rank has failed. All ranks must call this function.
 
-    ``running`` is None on a rank that could not begin to measure these loaders.
+    ``running`` is None on a rank that could not begin to measure. This rank takes part in the collectives without
+    samples.
     """
     if running is not None:
         running.settle(network, failed)

@@ -1,4 +1,4 @@
-"""The spectrum of the Hessian of a network while it trains."""
+"""The callback that measures the spectrum of the Hessian of a network while it trains."""
 
 from __future__ import annotations
 
@@ -24,35 +24,38 @@ LOGGED = ("lambda_max", "trace", "trace_stderr", *CRITERIA, "exact", "seconds")
 
 
 class SpectrumCallback(EpochEndCallback):
-    """A callback that measures the spectrum of the Hessian after a fit and, optionally, after every n-th epoch.
+    """A callback that measures the spectrum of the Hessian after a fit and, on request, after every n-th epoch.
 
-    It computes eigenvalues, trace, spectral density and generalization criteria. It logs ``{prefix}/lambda_max``,
-    ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``, ``exact``, which is 1 if the eigenvalues are those of
-    the Hessian, 0 if they have not converged or are those of the Gauss-Newton matrix, and ``seconds``. At the end of
-    every n-th epoch, callbacks such as ``ModelCheckpoint`` can monitor these keys; at the end of the fit, only the
-    loggers get them. Figures show the density, and the eigenvalues over the epochs. Every result is written to a file
-    ``epoch=...-step=....npz``, which :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
+    It computes the largest eigenvalues, the trace, the spectral density and criteria of generalization. It logs
+    ``{prefix}/lambda_max``, ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``, ``exact`` and ``seconds``, all
+    under the prefix. ``exact`` is 1 if the eigenvalues have converged and the matrix is the Hessian. It is 0 if they
+    have not converged, or the matrix is the Gauss-Newton matrix.
 
-    Training with this callback is bit-identical to training without it. At the end of the fit it measures the weights
-    that the fit leaves. These are averaged weights if a callback such as Lightning's ``StochasticWeightAveraging`` or
-    ``WeightAveraging`` puts them into the network when training ends, in whatever order the callbacks are listed.
+    At the end of every n-th epoch, callbacks such as ``ModelCheckpoint`` can monitor these keys. At the end of the fit,
+    only the loggers get them. Figures show the density, and the eigenvalues over the epochs. Every result is written to
+    a file ``epoch=...-step=....npz``, which :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
+
+    Training with this callback is bit-identical to training without it. At the end of the fit, the callback measures
+    the weights that the fit leaves: averaged weights, if a callback such as Lightning's ``StochasticWeightAveraging``
+    or ``WeightAveraging`` puts averages into the network when training ends. The order of the callbacks in the list
+    does not matter.
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
-            loader reads; or a ``DataLoader`` or list of batches, of which every rank measures a part. The network is in
-            evaluation mode. All samples stay in memory during a measurement.
+            loader reads; or your own ``DataLoader`` or list of batches. Of these, every rank measures a part. The
+            network is in evaluation mode. All samples stay in memory during a measurement.
         max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
-        every_n_epochs: measure also after the first epoch and every n-th epoch after it; None: only after the fit.
-        params: names or glob patterns of parameters or modules; None for all parameters. For this argument and the
-            following ones up to ``dtype``, see :func:`~lightning_flatness.hessian_spectrum`.
+        every_n_epochs: measure after the first epoch and every n-th epoch after it, too; None: only after the fit.
+        params: names or glob patterns of parameters or modules; None for all parameters.
+            :func:`~lightning_flatness.hessian_spectrum` explains this argument and the following ones up to ``dtype``.
         loss: name, module or function of the loss.
         label_smoothing: label smoothing of the cross-entropy.
         class_weight: class weights of the cross-entropy.
         ignore_index: target value that the cross-entropy ignores.
         matrix: ``"hessian"`` or ``"gauss_newton"``.
-        top_k: number of eigenvalues.
+        top_k: number of largest eigenvalues to compute.
         num_steps: number of Lanczos steps for every random probe vector.
-        num_probes: number of random probe vectors; 0 for eigenvalues alone.
+        num_probes: number of random probe vectors; with 0, only the eigenvalues are computed.
         exponent: exponent ``n`` of the criterion ``K_Hn``.
         tolerance: tolerance of the eigenvalues' residuals.
         max_products: largest number of Hessian-vector products for the eigenvalues.
@@ -60,22 +63,22 @@ class SpectrumCallback(EpochEndCallback):
         dtype: floating-point type of the computation.
         prefix: prefix of the logged keys. Several callbacks in one Trainer need different prefixes.
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
-            LightningModule and returns the network; by default the network that the first validation step
-            calls, or without validation the LightningModule itself.
+            LightningModule and returns the network; by default the network that the first validation step calls, or the
+            LightningModule itself if there is no validation.
         batch_fn: function that takes a batch and returns ``(inputs, targets)``.
-        folder: folder of the files; by default one named ``prefix`` in the run's folder, which no other run writes to.
-            Loggers that store files get them, too.
+        folder: folder for the files; by default a new folder named ``prefix`` in the folder of the run. Loggers that
+            store files get the files, too.
         eigenvectors: write the eigenvectors to the files, too: ``top_k`` vectors with one entry per parameter.
-        figures: ``"auto"`` to give figures to every logger that takes them, and to write PNG files for others;
-            ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
+        figures: ``"auto"`` to give figures to every logger that takes figures, and to write PNG files for the other
+            loggers; ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
         figures_every: draw after every n-th measurement, and at the end; None: only at the end.
-        on_error: ``"raise"``, or ``"warn"`` to continue training.
+        on_error: ``"raise"``, or ``"warn"`` to go on training after an error.
 
     Attributes:
-        history: one record for every measurement of a fit, with ``epoch``, ``step``, the logged keys, the values that
-            :func:`~lightning_flatness.plots.plot_eigenvalues` needs, and what they are: ``data``, ``num_samples``,
-            ``matrix``, ``num_probes``, ``num_steps``, residuals of the eigenvalues, standard deviations ``r_e_std`` and
-            so on over the probes. None if not known. Saved in checkpoints.
+        history: one record for every measurement of a fit, saved in checkpoints. A record is a dict with ``epoch`` and
+            ``step``; the logged values (None if unknown); standard deviations over the probes, ``r_e_std`` and so on;
+            the eigenvalues and their residuals, for :func:`~lightning_flatness.plots.plot_eigenvalues`; and ``data``,
+            ``num_samples``, ``matrix``, ``num_probes`` and ``num_steps``, which say what was measured, and how.
         result: the last measurement, a :class:`~lightning_flatness.SpectrumResult`.
 
     Raises:
@@ -135,7 +138,7 @@ class SpectrumCallback(EpochEndCallback):
         )
         self.eigenvectors = eigenvectors
         self.result: SpectrumResult | None = None
-        self._is_told = False  # that eigenvalues have not converged
+        self._is_told = False  # whether a warning has said that eigenvalues have not converged
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history, and warn if gradients are clipped."""
@@ -153,7 +156,7 @@ class SpectrumCallback(EpochEndCallback):
         spectrum_of(network, batches, one_product, progress=False, sync=True, say=None)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        say = self._say if self.result is None else None  # once a run
+        say = self._say if self.result is None else None  # only once in a run
         result = self.result = spectrum_of(network, batches, self._options, progress, True, say)
         if not result.converged and not self._is_told:
             self._is_told = True

@@ -1,4 +1,4 @@
-"""Early stopping on flatness and accuracy."""
+"""Stop training early when neither flatness nor accuracy improves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_flatness.errors import FlatnessError
 
 @dataclass
 class _Watched:
-    """A metric, its best value so far, and the number of validations since it last improved."""
+    """A metric, its best value so far, and the number of validations since its last improvement."""
 
     key: str
     mode: str
@@ -46,17 +46,17 @@ class FlatnessStopping(EarlyStopping):
 
     In the first epochs relative flatness rises, while the network learns to tell classes apart. A plain
     ``EarlyStopping`` on relative flatness takes these epochs for the best ones, and stops early, at a low accuracy.
-    ``FlatnessStopping`` ignores both metrics during the burn-in. Then it lets training continue as long as one of the
-    metrics improves. Validations at which flatness was not measured (because of ``every_n_epochs``, or because a
-    measurement failed) are not counted.
+    ``FlatnessStopping`` ignores both metrics during the burn-in. Afterwards training continues as long as one of the
+    metrics improves. A validation does not count if flatness was not measured there, because of ``every_n_epochs`` or
+    because the measurement failed.
 
     Args:
         monitor: key of a flatness measure that :class:`~lightning_flatness.FlatnessCallback` logs, or a list of keys.
-            Training stops only if none of them improves. They are best measured on the training data, with
-            ``FlatnessCallback(data="train")``.
+            With a list, training stops only if none of these measures improves. The training data are best for this:
+            use ``FlatnessCallback(data="train")``.
         accuracy: key of a second metric. Training stops only if its mean over ranks does not improve either.
-        burn_in: number of initial epochs to ignore; about as long as the accuracy rises steeply.
-        patience: number of validations without an improvement of any metric, after which training stops.
+        burn_in: number of initial epochs to ignore; about as many as the accuracy rises steeply in.
+        patience: training stops after this number of validations without an improvement of any metric.
         min_delta: smallest change of flatness that counts as an improvement, as a fraction of the best value.
         accuracy_min_delta: smallest absolute change of the second metric that counts as an improvement.
         mode: ``"min"`` or ``"max"``, for flatness.
@@ -124,7 +124,7 @@ class FlatnessStopping(EarlyStopping):
 
     @property
     def accuracy_wait_count(self) -> int:
-        """Number of validations since the second metric last improved."""
+        """Number of validations since the last improvement of the second metric."""
         return self._watched[-1].wait_count
 
     @property
@@ -133,12 +133,12 @@ class FlatnessStopping(EarlyStopping):
         return f"FlatnessStopping[{', '.join(f'{watched.mode} {watched.key}' for watched in self._watched)}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters and best values of all metrics."""
+        """Return the best values and the counters of all metrics."""
         watched = {watched.key: {"best": watched.best, "wait_count": watched.wait_count} for watched in self._watched}
         return {**super().state_dict(), "watched": watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state from a checkpoint, except for the patience, which stays as given to this instance."""
+        """Restore the state from a checkpoint, except for ``patience``, which this instance keeps."""
         patience = self.patience
         super().load_state_dict(state_dict)
         self.patience = patience
@@ -151,7 +151,7 @@ class FlatnessStopping(EarlyStopping):
         self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the metrics after every epoch if there is no validation."""
+        """Check the metrics after every epoch of a fit without validation."""
         if not trainer.enable_validation:
             self._check(trainer)
 

@@ -1,4 +1,4 @@
-"""The time that measuring takes, and what it is beside the validation that it is part of."""
+"""Take the time that measuring takes, and compare it with the rest of the validation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 import torch
 
-# Share of a validation from which on the user is told how to measure less, and the share to come down to.
+# If measuring takes more than the share MUCH of the rest of a validation, suggest max_samples= for the share MODEST.
 MUCH, MODEST = 0.2, 0.1
-FEWEST = 100  # samples that max_samples= is suggested for
+FEWEST = 100  # smallest max_samples= that is suggested
 
 
 class Stopwatch:
-    """A sum of the times of blocks of code, and the time since it was made.
+    """Adds up the times of blocks of code, and knows the time since its creation.
 
-    On a CUDA device the device's own clock is read. Nobody waits for the device before :meth:`seconds` does.
+    On a CUDA device it reads the device's own clock. Only :meth:`seconds` waits for the device.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
-        """Add the time of the ``with`` block, unless it is inside of another one."""
+        """Add the time of the ``with`` block to the sum. A block within a running block adds nothing."""
         if self._is_running:
             yield
             return
@@ -43,7 +43,7 @@ class Stopwatch:
                 self._intervals.append((event, end))
 
     def seconds(self) -> float:
-        """Return the sum so far, in seconds. On a CUDA device this waits for the measured blocks."""
+        """Return the sum so far, in seconds. On a CUDA device, wait until the measured blocks are done."""
         if self._intervals:
             self._intervals[-1][1].synchronize()
         self._elapsed += sum(start.elapsed_time(end) for start, end in self._intervals) / 1e3  # milliseconds
@@ -52,12 +52,12 @@ class Stopwatch:
 
     @property
     def since_start(self) -> float:
-        """Seconds since this stopwatch was made."""
+        """Seconds since the creation of this stopwatch."""
         return time.perf_counter() - self.start
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
-    """Return an event at the present end of the device's queue; None for other devices than CUDA's."""
+    """Record an event at the present end of a CUDA device's queue, and return it; return None for other devices."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -66,7 +66,12 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def in_words(seconds: float, whole: float, num_samples: int) -> str:
-    """Say what measuring took beside the rest of a validation, and how to measure less if that is much.
+    """Say how long measuring took, compared with the rest of the validation; if that is long, how to measure less.
+
+    Args:
+        seconds: time that measuring took.
+        whole: time of the whole validation, measuring included.
+        num_samples: number of measured samples.
 
     Example:
         >>> in_words(3.1, 28.1, 5000)
@@ -85,6 +90,6 @@ def in_words(seconds: float, whole: float, num_samples: int) -> str:
 
 
 def _rounded(number: float) -> int:
-    """Round down to two digits."""
+    """Round a number down to two significant digits."""
     scale: int = 10 ** max(0, len(str(int(number))) - 2)
     return int(number) // scale * scale

@@ -1,4 +1,4 @@
-"""The weights after every epoch, and the plane that explains most of their variance."""
+"""Store the weights after every epoch, and find the plane that explains most of their variance."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_flatness.results import TrajectoryResult
 
 
 class Trajectory:
-    """Copies of a network's parameters on the CPU. Every call of :meth:`add` adds a copy, called a state."""
+    """Copies of a network's parameters on the CPU, called states. Every call of :meth:`add` adds a state."""
 
     def __init__(self) -> None:
         self._principal: PrincipalDirections | None = None
         self.release()
 
     def release(self) -> None:
-        """Delete all states, but keep the coordinates of the last plane."""
+        """Delete all states, but keep the coordinates in the last plane."""
         self._states: list[dict[str, Tensor]] = []
 
     def add(self, network: nn.Module) -> None:
@@ -31,7 +31,7 @@ class Trajectory:
 
     @property
     def spans_a_plane(self) -> bool:
-        """Return whether there are at least three states."""
+        """Whether there are at least three states, as a plane needs."""
         return len(self._states) > 2
 
     @property
@@ -46,9 +46,10 @@ class Trajectory:
         return None if self._principal is None else self._principal.coordinates
 
     def plane(self, network: nn.Module) -> tuple[list[Any], list[list[float]]]:
-        """Return the two axes of the plane, and for each a span of coordinates around all states.
+        """Return the two axes of the plane, and for each axis a range of coordinates.
 
-        The plane contains the network's present weights. Each side of a span has a margin of a quarter of the range.
+        The origin of the plane is at the network's present weights. The range contains the coordinates of all states
+        and of the origin, and extends by a quarter of its length beyond these on both sides.
         """
         principal = pca_directions(network, self._states)
         self._principal = principal._replace(directions=())  # drop the directions, which are as large as the network
@@ -58,6 +59,6 @@ class Trajectory:
         return list(principal.directions), torch.stack([low - margin, high + margin], 1).tolist()
 
     def save(self, path: str) -> Path:
-        """Write the way of the states through the last plane to an npz file, and return its path."""
+        """Write the coordinates of the states in the last plane to an npz file, and return its path."""
         assert self._principal is not None
         return TrajectoryResult(self._principal.coordinates, self._principal.explained).save(path)
