@@ -1,6 +1,6 @@
-"""The mathematics: functions from tensors to tensors, without modules of torch or Lightning.
+"""The mathematics of the package: functions that take tensors and return tensors, and know nothing of networks.
 
-The same letters are used throughout:
+All docstrings use the letters of this table. In shapes, ``s`` is short for ``S / G``; as an index, ``s`` is one filter.
 
 ====================  ==========================================================================================
 ``N``, ``K``          samples; classes

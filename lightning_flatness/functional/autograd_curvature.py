@@ -1,4 +1,7 @@
-"""The curvature of a loss of the user's: products with it by autograd, and its diagonal if it has nothing else."""
+"""The curvature ``Λ`` of a loss that the user has written: autograd computes its products with vectors.
+
+``Λ`` is the second derivative of the loss with respect to the logits of a sample, as in ``curvature.py``.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,23 @@ from torch import Tensor
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional.curvature import ClassCurvature, DenseCurvature, Projection
 
-# Probes of the second derivative: they certify that it is diagonal, and tell the size of its rows.
+# Number of random vectors to multiply ``Λ`` with, to certify that it is diagonal or to estimate the norms of its rows.
 NUM_PROBES = 4
-# The largest relative difference between products with a diagonal, in units of the machine epsilon.
+# ``Λ`` counts as diagonal if products with ``Λ`` and with its diagonal differ by at most this, relative to the products
+# and in units of the machine epsilon.
 ROUNDINGS = 100
 
 
 @dataclass(frozen=True)
 class AutogradCurvature:
-    r"""Any symmetric curvature of many classes, as a function: no matrix is computed.
+    r"""Any symmetric curvature ``Λ`` for losses with many classes; no matrix is computed, only products ``Λ x``.
 
-    ``function`` maps logits and targets to the loss of every sample. Gauss-Newton takes pairs of columns: for
-    ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``, the sum over all classes of ``(x + y)(x + y)ᵀ / 4 - (x - y)(x - y)ᵀ / 4``
-    is ``Λ``, whatever the positive ``weights`` ``w`` are. If these are about the size of the rows of ``Λ``, ``x`` and
-    ``y`` are about equally large, so that little cancels.
+    ``function`` maps logits and targets to the loss of every sample.
+
+    The Gauss-Newton method needs ``Λ`` as a sum of columns times their transposes, each with a sign. Here every class
+    ``k`` gives two columns. Let ``e_k`` be its unit vector, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive
+    ``w``, the sum of ``(x + y)(x + y)ᵀ / 4 - (x - y)(x - y)ᵀ / 4`` over all classes is ``Λ``. The property ``weights``
+    is ``w``, about the norms of the rows of ``Λ``. Then ``x`` and ``y`` are about equally large, so little cancels.
 
     Example:
         >>> curvature = AutogradCurvature(lambda f, y: f.logsumexp(1), torch.zeros(1, 4), torch.zeros(1))
@@ -52,25 +58,25 @@ class AutogradCurvature:
 
     @property
     def num_columns(self) -> int:
-        """Number of columns of the Gauss-Newton method: two for every class."""
+        """The number of columns that :meth:`column` can return: two for every class."""
         return 2 * self.num_classes
 
     @property
     def signs(self) -> Tensor:
-        """Signs of the columns, ``(N, 2 K)``."""
+        """The signs of the columns, ``(N, 2 K)``: +1 for the first column of every class, -1 for the second."""
         signs = torch.ones(len(self.logits), self.num_columns, dtype=torch.float64, device=self.logits.device)
         signs[:, 1::2] = -1
         return signs
 
     @cached_property
     def weights(self) -> Tensor:
-        """The norm of every row of ``Λ``, about, float64 ``(N, K)``."""
+        """Estimates of the norm of every row of ``Λ``, from products with random vectors, float64 ``(N, K)``."""
         squares = [self.apply(probe).square() for probe in probes_like(self.logits)]
         return torch.stack(squares).mean(0).sqrt()
 
     @cached_property
     def _gradient(self) -> tuple[Tensor, Tensor]:
-        """The logits as a leaf, and the gradient of the loss at them, in the graph."""
+        """The logits as a leaf of the autograd graph, and the gradient of the loss with respect to this leaf."""
         with torch.enable_grad():
             leaf = self.logits.detach().clone().requires_grad_()
             losses = self.function(leaf, self.targets)
@@ -83,23 +89,26 @@ class AutogradCurvature:
         return self.factor * product(gradient, leaf, x)
 
     def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two columns for ``x``, ``(N, K)``, of which the second one has a negative sign."""
+        """Return the two columns ``(√w x ± Λ (x / √w)) / 2`` for vectors ``x``; all are ``(N, K)``.
+
+        The first column counts with the sign +1, the second with -1.
+        """
         roots = self.weights.sqrt()
         image = self.apply(torch.where(roots > 0, x / roots, 0.0))
         return (roots * x + image) / 2, (roots * x - image) / 2
 
     def column(self, index: int) -> Tensor:
-        """Return one column, ``(N, K)``: of class ``index // 2`` the first or the second."""
+        """Return a column of class ``index // 2``, ``(N, K)``: the first one if ``index`` is even, else the second."""
         x = torch.zeros_like(self.weights)
         x[:, index // 2] = 1
         return self.pair(x)[index % 2]
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return ``V`` unchanged."""
+        """Return the matrix ``V`` unchanged; :meth:`ClassCurvature.centred` subtracts its mean row."""
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        """Factor ``VᵀΛV`` into ``V`` and ``ΛV``; ``scales`` and ``tolerance`` have no effect."""
+        """Factor ``VᵀΛV`` into ``V``, which is ``matrix``, and ``ΛV``; ``scales`` and ``tolerance`` have no effect."""
         samples, (classes, filters) = len(self.logits), matrix.shape
         others = matrix.new_empty(samples, classes, filters)
         for index, image in enumerate(self._images(matrix)):
@@ -107,7 +116,7 @@ class AutogradCurvature:
         return Projection(matrix.expand_as(others), [classes] * samples, others=others)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """Compute the diagonal of ``VᵀΛV``, float64 ``(N, S)``."""
+        """Compute the diagonal of ``VᵀΛV``, where ``V`` is ``matrix``: float64 ``(N, S)``."""
         columns = matrix.double().unbind(1)
         sums = [image @ column for image, column in zip(self._images(matrix), columns, strict=True)]
         return torch.stack(sums, dim=1)
@@ -118,7 +127,7 @@ class AutogradCurvature:
         return torch.stack([scales @ image for image in self._images(identity)])
 
     def traces(self) -> Tensor:
-        """Return NaN ``(N,)``: the trace of every ``Λ`` would take a product for every class."""
+        """Return NaN, ``(N,)``, because the trace of ``Λ`` would take a product for every class."""
         return torch.full((len(self.logits),), torch.nan, dtype=torch.float64, device=self.logits.device)
 
     def _images(self, matrix: Tensor) -> Iterator[Tensor]:
@@ -131,7 +140,10 @@ Curvature = ClassCurvature | DenseCurvature | AutogradCurvature
 
 
 def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
-    """Compute the product of a loss's second derivative with ``x``, float64, from its gradient at the leaf."""
+    """Multiply the second derivative of a loss with ``x``, in float64, by differentiating ``gradient`` at ``leaf``.
+
+    ``leaf`` holds the logits, and ``gradient`` is the gradient of the loss with respect to ``leaf``, in the graph.
+    """
     image = None
     if gradient.requires_grad:
         (image,) = torch.autograd.grad(gradient, leaf, x.to(gradient), retain_graph=True, allow_unused=True)
@@ -145,16 +157,17 @@ def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
 
 
 def probes_like(logits: Tensor) -> list[Tensor]:
-    """Return some fixed vectors of standard normal numbers, float64, in the shape of the logits."""
+    """Return ``NUM_PROBES`` standard normal vectors in the shape of the logits, float64; they are always the same."""
     generator = torch.Generator().manual_seed(logits.shape[1])
     shape = (NUM_PROBES, *logits.shape)
     return list(torch.randn(shape, generator=generator, device="cpu").to(logits.device).double())
 
 
 def certified_diagonal(gradient: Tensor, leaf: Tensor) -> Tensor | None:
-    """Return the diagonal of a loss's second derivative, float64 ``(N, K)``; None unless all else is zero.
+    """Return the diagonal of a loss's second derivative, float64 ``(N, K)``, or None if other entries are not zero.
 
-    It is the product with ones, if there is nothing else. Products with random vectors certify this, for every sample.
+    If all other entries are zero, the product with a vector of ones is the diagonal. Products with random vectors
+    certify that they are zero, for every sample. The arguments are as in :func:`product`.
     """
     diagonal = product(gradient, leaf, torch.ones_like(leaf))
     allowed = ROUNDINGS * torch.finfo(leaf.dtype).eps

@@ -1,4 +1,4 @@
-"""Numbers that come with a forward pass, to compare measures of flatness with."""
+"""Simple numbers from a forward pass, which measures of flatness can be compared with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def margins(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the logit of each target minus the largest other one, ``(N,)``, float64; targets are class indices.
+    """Compute the logit of each sample's target class minus the largest other logit, float64 ``(N,)``.
+
+    ``targets`` are class indices, ``(N,)``.
 
     Example:
         >>> margins(torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0]]), torch.tensor([1, 2]))
@@ -19,10 +21,11 @@ def margins(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def feature_spreads(features: Tensor, weight: Tensor) -> Tensor:
-    """Return ``‖g‖² mean_k ‖w_k - w̄‖²`` of each sample, ``(N,)``, float64, of a classifier's input and weight.
+    """Compute ``‖g‖² mean_k ‖w_k - w̄‖²`` for every sample, float64 ``(N,)``.
 
-    It is the relative flatness of the classifier if all its classes were equally probable. ``features`` are ``(N, m)``
-    and ``weight`` ``(K, m)``; further dimensions must have size one.
+    ``g`` is the classifier's input, a row of ``features`` ``(N, m)``. ``w_k`` are the rows of the classifier's
+    ``weight`` ``(K, m)``, and ``w̄`` is their mean. Further dimensions must have size one. If the network gave all
+    classes the same probability, this would be the sample's relative flatness.
 
     Example:
         >>> feature_spreads(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))

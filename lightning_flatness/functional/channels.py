@@ -1,8 +1,9 @@
-"""The spread of a layer's input channels, which normalised relative flatness needs.
+"""The standard deviations of a layer's input channels, which normalised relative flatness needs.
 
-Let ``σ_c`` be the standard deviation of input channel ``c`` over samples and positions. The same function has a kernel
-``σ_c w_sc`` that reads channels ``x_c / σ_c``, all of standard deviation one. Normalised relative flatness is relative
-flatness of that kernel (``docs/theory.md``, "Invariance").
+Let ``x_c`` be input channel ``c``, ``σ_c`` its standard deviation over samples and positions, and ``w_sc`` the slice of
+filter ``s`` on this channel. A layer with the slices ``σ_c w_sc`` that reads ``x_c / σ_c`` computes the same function,
+and its input channels have standard deviation one. Normalised relative flatness is the relative flatness of that layer
+(``docs/theory.md``, "Invariance").
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A channel whose standard deviation is at most so many roundings of its root mean square does not vary.
+# A channel counts as constant if its standard deviation is at most this many rounding errors of its root mean square.
 ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
 class ChannelSums:
-    """Number, mean and squared deviations of the entries of each channel, which can be added over samples.
+    """For each channel, the number of its entries, their mean, and the sum of their squared deviations from the mean.
+
+    An object holds these either for every sample (:meth:`of`) or for all samples together, as a total (:meth:`total`).
 
     Example:
         >>> sums = ChannelSums.of(torch.tensor([[[1.0, 3.0]], [[5.0, 3.0]]]))
@@ -26,14 +29,14 @@ class ChannelSums:
         (tensor([1.4142], dtype=torch.float64), tensor([1.4142], dtype=torch.float64))
     """
 
-    count: Tensor  # (N,), or () of a total, float64
-    mean: Tensor  # (N, C), or (C,), float64
-    squares: Tensor  # sum of squared deviations from the mean, of the same shape
+    count: Tensor  # (N,), in a total (); float64
+    mean: Tensor  # (N, C), in a total (C,); float64
+    squares: Tensor  # sum of squared deviations from the mean, in the shape of the mean
     eps: float = torch.finfo(torch.float64).eps  # machine epsilon of the entries
 
     @classmethod
     def of(cls, inputs: Tensor) -> ChannelSums:
-        """Return the sums of every sample of inputs ``(N, C, *spatial)``, without padding."""
+        """Compute the sums of every sample from a layer's inputs ``(N, C, *spatial)``, without their padding."""
         entries = inputs.detach().flatten(2) if inputs.ndim > 2 else inputs.detach()[:, :, None]
         mean = entries.mean(2, dtype=torch.float64)
         squares = (entries.double() - mean[:, :, None]).square().sum(2)
@@ -45,7 +48,7 @@ class ChannelSums:
 
     @classmethod
     def joined(cls, parts: list[ChannelSums]) -> ChannelSums:
-        """Return the sums of every sample of several parts."""
+        """Put the samples of several objects into one object, which has the sums of every sample."""
         count = torch.cat([part.count for part in parts])
         mean, squares = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "squares"))
         return cls(count, mean, squares, max(part.eps for part in parts))
@@ -55,7 +58,7 @@ class ChannelSums:
         return ChannelSums(self.count.cpu(), self.mean.cpu(), self.squares.cpu(), self.eps)
 
     def total(self) -> ChannelSums:
-        """Return the sums over all samples."""
+        """Return the total: the sums over all samples together."""
         count = self.count.sum()
         mean = (self.count[:, None] * self.mean).sum(0) / count.clamp_min(1)
         squares = (self.squares + self.count[:, None] * (self.mean - mean).square()).sum(0)
@@ -63,13 +66,13 @@ class ChannelSums:
 
     @classmethod
     def added(cls, totals: list[ChannelSums]) -> ChannelSums:
-        """Return the total of several totals."""
+        """Add up several totals, and return their total."""
         count = torch.stack([one.count for one in totals])
         mean, squares = (torch.stack([getattr(one, name) for one in totals]) for name in ("mean", "squares"))
         return cls(count, mean, squares, max(one.eps for one in totals)).total()
 
     def deviations(self) -> Tensor:
-        """Return ``σ``, the standard deviation of every channel of a total, ``(C,)``; 0 if it does not vary."""
+        """Return the standard deviation ``σ`` of every channel, ``(C,)``, from a total; constant channels have 0."""
         variance = self.squares / self.count
         size = variance + self.mean.square()
         return torch.where(variance > (ROUNDINGS * self.eps) ** 2 * size, variance, 0.0).sqrt()

@@ -1,4 +1,4 @@
-"""The closed form: block traces of a convolution, elementwise layers, global pooling and a linear classifier."""
+"""The closed form: block traces of a convolution that elementwise layers, global pooling and a classifier follow."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from lightning_flatness.functional.weighting import (
     no_values,
 )
 
-# Numbers in the factors of one chunk of samples.
+# How many numbers the factors of one chunk of samples may have.
 FACTOR_ELEMENTS = {"cpu": 2**24}
-# Largest number of samples that are summed in the dtype of the factors instead of float64.
+# Largest number of samples in a chunk, because within a chunk sums are in the dtype of the factors, not in float64.
 MOST_SAMPLES = 64
 
 
@@ -52,11 +52,14 @@ def closed_form_block_traces(
     .. math::
         T = \sum_n (V^\top \Lambda V) \circ (a \Gamma a^\top)
 
-    Here ``a[s, p] = dg[c(s)] / dz[s, p]`` are slopes, ``Γ`` is the patch Gram matrix, and ``V[:, s] = weight[:, c(s)]``
-    are columns of the classifier's weight. The result is exact if every input ``g[c(s)]`` of the classifier is a sum of
-    piecewise-linear functions of single entries ``z[s, p]``. For curved functions add :func:`closed_form_residual`. The
-    result is float64: symmetric ``(G, S/G, S/G)``, or ``(G, S/G)`` with ``diagonal``. See Taleghani et al. 2026 (arXiv
-    2603.09016) for ReLU, and ``docs/theory.md``, "The closed form", for the derivation.
+    Let ``g`` be the input of the classifier, and ``c(s)`` the entry of ``g`` that channel ``s`` reaches. Then
+    ``a[s, p] = dg[c(s)] / dz[s, p]`` are slopes, and ``V[:, s] = weight[:, c(s)]`` are columns of the classifier's
+    weight. ``Γ`` is the patch Gram matrix, and ``Λ`` the second derivative of the loss with respect to the logits.
+
+    The result is exact if every ``g[c(s)]`` is a sum of piecewise-linear functions of single entries ``z[s, p]``. For
+    curved functions add :func:`closed_form_residual`. The result is float64: symmetric ``(G, S/G, S/G)``, or
+    ``(G, S/G)`` with ``diagonal``. See Taleghani et al. 2026 (arXiv 2603.09016) for ReLU, and ``docs/theory.md``, "The
+    closed form", for the derivation.
 
     Args:
         inputs: inputs of the convolution, ``(N, C, *spatial)``.
@@ -64,9 +67,10 @@ def closed_form_block_traces(
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``.
         curvature: ``Λ`` of all ``N`` samples.
-        tolerance: leave out pairs of sample and class that together contribute at most this share of the trace. The
-            diagonal of the result stays exact. The error off the diagonal is that of a positive semi-definite matrix
-            whose trace is at most this share. Has an effect only on a :class:`ClassCurvature`, without ``diagonal``.
+        tolerance: leave out classes of single samples, as long as these terms together are at most this share of the
+            trace of the result. The diagonal of the result stays exact. The entries off the diagonal lack those of a
+            positive semi-definite matrix whose trace is at most this share of the full trace. It has an effect only if
+            ``curvature`` is a :class:`ClassCurvature` and ``diagonal`` is False.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -96,10 +100,10 @@ def closed_form_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute the block traces of :func:`closed_form_block_traces`, and with a weighting the values of every sample.
+    """Compute block traces like :func:`closed_form_block_traces`; with a ``weighting``, also the samples' measures.
 
-    The terms that a tolerance leaves out change the normalised measure by at most ``left_out`` times the spectral norm
-    of ``weighting.normalized``.
+    With a ``tolerance``, terms are left out. They would change normalised relative flatness by at most ``left_out``
+    times the spectral norm of ``weighting.normalized``.
     """
     samples, filters = slopes.shape[:2]
     groups = geometry.groups
@@ -173,7 +177,10 @@ def closed_form_contraction(
 
 
 def _features(inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use_gram: bool) -> Pair:
-    """Return two factors of ``a Γ aᵀ`` for every sample: ``a Γ`` and ``a``, or twice ``sum_p a[s, p] phi[p]``."""
+    """Return a pair ``(left, right)`` with ``left rightᵀ = a Γ aᵀ`` for every sample.
+
+    With ``use_gram``, ``left`` is ``a Γ`` and ``right`` is ``a``; otherwise both are ``sum_p a[s, p] phi[p]``.
+    """
     if use_gram:
         return slopes @ patch_gram(inputs, geometry), slopes
     return (slopes @ patches(inputs, geometry).mT,) * 2  # (N, G, s, D)
@@ -182,7 +189,10 @@ def _features(inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use
 def _columns(
     projected: Projection, by_group: tuple[int, int], like: Tensor
 ) -> tuple[Pair, Sequence[int], Tensor | None]:
-    """Return the factors of ``VᵀΛV``, ``(N, G, s, C)``, and of every sample the number of columns and the floor."""
+    """Return ``(columns, others)`` with ``VᵀΛV = columns othersᵀ``, each ``(N, G, s, C)``; the counts; and the floor.
+
+    The counts and the floor are those of :class:`Projection`, a number for every sample.
+    """
     columns = projected.columns.unflatten(2, by_group).permute(0, 2, 3, 1)
     others = columns if projected.signs is None else columns * projected.signs[:, None, None]
     if projected.others is not None:
@@ -192,7 +202,10 @@ def _columns(
 
 
 def _channelwise(kernel: Tensor, jacobian: Tensor, projected: Projection) -> Tensor:
-    """Return channel-wise flatness of every sample, ``(N,)``, from ``sum_p a[s, p] phi[p]``, ``(N, G, s, D)``."""
+    """Compute channel-wise flatness of every sample, ``(N,)``.
+
+    ``jacobian`` is ``sum_p a[s, p] phi[p]``, ``(N, G, s, D)``.
+    """
     columns, others = _columns(projected, (jacobian.shape[1], jacobian.shape[2]), jacobian)[0]
     total = torch.zeros(len(jacobian), dtype=torch.float64, device=jacobian.device)
     for index in range(columns.shape[3]):
@@ -211,7 +224,7 @@ def _diagonal(factors: Factors, matrices: Matrices, rest: Tensor | None) -> Tens
 
 
 def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
-    """Return the sum over filters ``(N, G, s)``, weighted by the diagonal of a Gram matrix: ``(N,)``."""
+    """Sum numbers of filters ``(N, G, s)``, weighted by the diagonal of a Gram matrix; the result is ``(N,)``."""
     weighted: Tensor = (filters * gram.diagonal(dim1=1, dim2=2)).flatten(1).sum(1)
     return weighted
 
@@ -219,9 +232,9 @@ def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
     r"""Compute the block traces of the classifier's own Hessian, summed over samples: ``T = \sum_n ‖g_n‖² Λ_n``.
 
-    The result is exact, since the logits are linear in the classifier's weight. The inputs of the classifier are ``g``,
-    ``(N, m)``, and ``Λ`` is the curvature at the logits ``g Wᵀ + b``. The result is float64 ``(1, K, K)``. Petzka et
-    al. 2021 (arXiv 2001.00939), Definition 3, compute the same from the whole Hessian.
+    ``features`` are the inputs ``g`` of the classifier, ``(N, m)``, and ``curvature`` is ``Λ`` at the logits
+    ``g Wᵀ + b``. The result is float64 ``(1, K, K)``. It is exact because the logits are affine in the classifier's
+    weight ``W``. Petzka et al. 2021 (arXiv 2001.00939), Definition 3, compute the same from the whole Hessian.
 
     Example:
         >>> from lightning_flatness.functional import CrossEntropy, relative_flatness, weight_gram
@@ -231,7 +244,7 @@ def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
         >>> bool(relative_flatness(mean, weight_gram(classifier.weight)) > 0)
         True
     """
-    norms = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float64)  # float16 squares overflow
+    norms = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float64)  # squares of float16 overflow
     return curvature.summed(norms.square())[None]
 
 
@@ -245,10 +258,10 @@ def closed_form_residual(
 ) -> Tensor:
     r"""Compute the terms ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` that curved activations add to ``T[s, s]``.
 
-    Here ``r = Vᵀ dloss/df``. The argument ``residual`` is ``dloss/df``, ``(N, K)``, and ``curvatures`` are the slopes'
-    derivatives ``a' = da / dz``, ``(N, S, *output)``. The other arguments are as in :func:`closed_form_block_traces`.
-    The result is float64 ``(G, S/G)``, summed over samples; without ``summed`` it is ``(N, G, S/G)``
-    (``docs/theory.md``, "The closed form").
+    The argument ``curvatures`` is ``a'``, the derivative of the slopes: ``a' = da / dz``, ``(N, S, *output)``. The
+    argument ``residual`` is ``dloss/df``, the gradient of the loss at the logits, ``(N, K)``, and ``r = Vᵀ dloss/df``.
+    The other arguments are as in :func:`closed_form_block_traces`. The result is float64 ``(G, S/G)``, summed over
+    samples; without ``summed`` it is ``(N, G, S/G)``. See ``docs/theory.md``, "The closed form".
 
     Example:
         >>> x = torch.randn(2, 3, 6, 6).double()

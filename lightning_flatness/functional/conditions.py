@@ -1,7 +1,7 @@
-"""Conditions on tensors that decide whether a result may be used, evaluated one by one or all together.
+"""Check conditions on tensors, which decide whether a result may be used, one by one or all together.
 
-Evaluating a condition waits for the GPU. A batch of the user's validation has about twelve conditions, so they are
-deferred and evaluated together: the program then waits once.
+To read a condition, the program has to wait for the GPU. A batch that is observed in the user's validation has about
+twelve conditions. They are deferred and read together, so that the program waits once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _pending: ContextVar[list[Tensor] | None] = ContextVar("pending", default=None)
 
 
 def holds(condition: Tensor) -> bool:
-    """Return a condition as a ``bool``; within :func:`deferred_checks` return True and evaluate it later."""
+    """Return a condition as a ``bool``; within :func:`deferred_checks`, return True and check it later."""
     pending = _pending.get()
     if pending is None:
         return bool(condition)
@@ -26,15 +26,15 @@ def holds(condition: Tensor) -> bool:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same shape and entries; the entries are compared by :func:`holds`."""
+    """Return whether two tensors have the same shape and equal entries; :func:`holds` checks the entries."""
     return one is other or (one.shape == other.shape and holds((one == other).all()))
 
 
 @contextmanager
 def deferred_checks() -> Iterator[Callable[[], bool]]:
-    """Defer the conditions given to :func:`holds`, and yield a function that evaluates all of them together.
+    """Defer all checks of :func:`holds` inside the block, and yield a function that tells whether all conditions hold.
 
-    Results computed inside the block may be used only if this function returns True.
+    Use results that were computed inside the block only if this function returns True.
 
     Example:
         >>> with deferred_checks() as all_hold:

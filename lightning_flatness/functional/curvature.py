@@ -1,8 +1,8 @@
-"""The curvature of a loss: its second derivative ``Λ_n`` with respect to the logits of every sample.
+"""The curvature of a loss: for every sample ``n``, the second derivative ``Λ_n`` of the loss in the logits.
 
-The matrix ``Λ`` is not computed. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The
-Gauss-Newton method needs one column after the other of a matrix ``B`` with ``B Bᵀ = Λ``. Two classes here provide both,
-and a third one in ``autograd_curvature.py``.
+No method uses the matrix ``Λ`` itself. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The
+Gauss-Newton method needs the columns of a matrix ``B`` with ``B Bᵀ = Λ``, one after the other. (If ``Λ`` has negative
+eigenvalues, every column has a sign.) The two classes here provide both, and so does ``autograd_curvature.py``.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# With fewer classes than this, the Gauss-Newton method uses all classes, and ``floor`` is None.
+# With fewer classes than this, the Gauss-Newton method takes every class, and :attr:`ClassCurvature.floor` is None.
 MANY_CLASSES = 128
-# Classes are left out only if less than this share of them remains; otherwise using all is faster.
+# Classes of samples are left out only if less than this share of all remains; otherwise it is faster to take all.
 WORTHWHILE = 0.9
-# Numbers in the intermediate results computed at a time.
+# How many numbers an intermediate result may have.
 ELEMENTS = 2**22
 
 
 class Projection(NamedTuple):
     """Factors of ``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)`` for every sample.
 
-    If there are ``others``, these are multiplied by instead: ``VᵀΛV = columnsᵀ others``.
+    If there are ``others``, then ``VᵀΛV = columnsᵀ others`` instead.
     """
 
     columns: Tensor  # (N, C, S)
@@ -39,11 +39,12 @@ class Projection(NamedTuple):
 class ClassCurvature:
     r"""A curvature that is a sum over classes, ``Λ_n = \sum_k w_{nk} (e_k - π_n)(e_k - π_n)ᵀ``.
 
-    For cross-entropy ``w = c π``, hence ``Λ = c (diag(π) - π πᵀ)``. Without ``center``, ``Λ = diag(w)``.
+    ``e_k`` is the unit vector of class ``k``. For cross-entropy, ``w = c π`` and so ``Λ = c (diag(π) - π πᵀ)``, where
+    ``π`` is the softmax of the logits and ``c`` the sum of the target's entries. Without ``center``, ``Λ = diag(w)``.
 
     Args:
-        weights: ``w``, float64 ``(N, K)``, not negative. With a center, ``w_n`` must be a multiple of ``π_n``.
-        center: ``π``, ``(N, K)``, whose rows sum to one, or None, which stands for zero.
+        weights: ``w``, float64 ``(N, K)``, not negative. With a ``center``, ``w_n`` must be a multiple of ``π_n``.
+        center: ``π``, ``(N, K)``, whose rows sum to one. None means that zero takes the place of ``π``.
 
     Example:
         >>> pi = torch.softmax(torch.randn(1, 4).double(), dim=1)
@@ -71,7 +72,7 @@ class ClassCurvature:
 
     @property
     def num_columns(self) -> int:
-        """Number of columns of ``B`` that :meth:`column` can return: ``K - 1`` with a center, else ``K``."""
+        """The number of columns that :meth:`column` can return: ``K - 1`` with a center, else ``K``."""
         return self.num_classes - (self.center is not None)
 
     def factor(self, x: Tensor) -> Tensor:
@@ -82,8 +83,8 @@ class ClassCurvature:
     def column(self, index: int) -> Tensor:
         """Return one column, ``(N, K)``, of a matrix ``B`` with ``B Bᵀ = Λ`` and as few columns as possible.
 
-        With a center, the matrix of :meth:`factor` maps ``√π`` to zero. It is multiplied by the reflection that maps
-        the last unit vector to ``√π``. The last column of the product is zero, so ``K - 1`` columns remain.
+        With a center, the matrix of :meth:`factor` maps ``√π`` to zero. Multiply this matrix from the right by the
+        reflection that maps the last unit vector to ``√π``: the last column becomes zero, and ``K - 1`` remain.
         """
         x = torch.zeros_like(self.weights)
         x[:, index] = 1
@@ -93,23 +94,26 @@ class ClassCurvature:
         return self.factor(x)
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return ``V``, ``(K, S)``, minus its mean row if there is a center, which does not change ``VᵀΛV``."""
+        """Return ``V``, ``(K, S)``, minus its mean row if there is a center; this does not change ``VᵀΛV``."""
         return matrix if self.center is None else matrix - matrix.mean(0)
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest class weight of each sample, ``(N,)``; None with few classes, or if these are negligible."""
+        """The smallest class weight of each sample, ``(N,)``; None with few classes, or if negligible."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        r"""Factor ``VᵀΛV`` for a matrix from :meth:`centred`; with a tolerance, leave out classes that add little.
+        r"""Factor ``VᵀΛV`` for ``V`` from :meth:`centred`; with a tolerance, leave out classes that add little.
 
-        The columns are ``√w_k (v_k - πᵀV)``, which avoids the cancellation in ``diag(π) - π πᵀ``. With a tolerance, the
-        smallest weight of every sample is returned separately, as ``floor``. The classes left out add at most a share
-        ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` are not negative. Their
-        diagonal is returned as ``rest``, so that only entries off the diagonal are approximate.
+        The columns are ``√w_k (v_k - πᵀV)``, where ``v_k`` is row ``k`` of ``V``. This avoids the cancellation in
+        ``diag(π) - π πᵀ``.
+
+        With a tolerance, classes are left out if that saves enough work. The terms left out are at most a share
+        ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be negative.
+        Their diagonal is returned as ``rest``, so that only entries off the diagonal are approximate. With many
+        classes, the smallest weight of every sample is returned as ``floor``; the columns have only what exceeds it.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
@@ -128,7 +132,7 @@ class ClassCurvature:
         shared = int(mean is not None and floor is not None)  # one more column, for K floor m mᵀ
         columns = matrix.new_empty(samples, shared + weights.shape[1], matrix.shape[1])
         of_classes = columns[:, shared:]
-        # In place, to save memory: with a thousand classes, a sample takes some ten megabytes.
+        # In place, to save memory: with a thousand classes, the columns of one sample take some ten megabytes.
         if chosen is not None:
             for rows, indices in zip(of_classes, chosen, strict=True):
                 torch.index_select(matrix, 0, indices, out=rows)
@@ -142,7 +146,7 @@ class ClassCurvature:
         return Projection(columns, [count + shared for count in counts], floor=floor, rest=rest)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """Compute the diagonal of ``VᵀΛV``, float64 ``(N, S)``."""
+        """Compute the diagonal of ``VᵀΛV``, where ``V`` is ``matrix``: float64 ``(N, S)``."""
         return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center.to(matrix) @ matrix)
 
     def summed(self, scales: Tensor) -> Tensor:
@@ -150,7 +154,8 @@ class ClassCurvature:
         scaled = self.weights * scales[:, None]
         if self.center is None:
             return scaled.sum(0).diag()
-        # Rows sum to zero, so the diagonal is minus the sum of the rest. This is accurate for confident samples.
+        # Rows of Λ sum to zero, so a diagonal entry is minus the sum of the others. This is accurate even if π is
+        # almost one-hot.
         total = -(scaled.T @ self.center).fill_diagonal_(0)
         return total - total.sum(1).diag()
 
@@ -159,7 +164,7 @@ class ClassCurvature:
         weight = self.weights.sum(1)
         if self.center is None:
             return weight
-        # The largest entry of π may be close to one, so what it leaves is summed instead of subtracted.
+        # If the largest entry of π is close to one, 1 - largest would cancel, so the other entries are summed instead.
         largest, top = self.center.max(1, keepdim=True)
         others = self.center.scatter(1, top, 0.0)
         return weight * (others.sum(1) * (1 + largest[:, 0]) - others.square().sum(1))
@@ -174,9 +179,9 @@ class ClassCurvature:
 
 @dataclass(frozen=True)
 class DenseCurvature:
-    """Any symmetric curvature, ``Λ_n = B_n diag(signs_n) B_nᵀ``; its eigenvalues may be negative.
+    """Any symmetric curvature, stored as ``Λ_n = B_n diag(signs_n) B_nᵀ``; its eigenvalues may be negative.
 
-    ``roots`` is ``B``, float64 ``(N, K, C)``, and ``signs`` has the sign of each of its columns, ``(N, C)``.
+    ``roots`` is ``B``, float64 ``(N, K, C)``, and ``signs`` has the signs of the columns of ``B``, ``(N, C)``.
 
     Example:
         >>> curvature = DenseCurvature.of(torch.tensor([[[2.0, 0.0], [0.0, -3.0]]]))
@@ -207,7 +212,7 @@ class DenseCurvature:
 
     @property
     def num_columns(self) -> int:
-        """Number of columns of ``B``."""
+        """The number of columns of ``B``."""
         return self.roots.shape[2]
 
     def column(self, index: int) -> Tensor:
@@ -215,16 +220,19 @@ class DenseCurvature:
         return self.roots[:, :, index]
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return ``V`` unchanged."""
+        """Return the matrix ``V`` unchanged; :meth:`ClassCurvature.centred` subtracts its mean row."""
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        """Factor ``VᵀΛV``: the columns are ``BᵀV``, all of them; ``scales`` and ``tolerance`` have no effect."""
+        """Factor ``VᵀΛV``, where ``V`` is ``matrix``, with the columns ``BᵀV``.
+
+        No columns are left out: ``scales`` and ``tolerance`` have no effect.
+        """
         columns = self.roots.mT.to(matrix.dtype) @ matrix
         return Projection(columns, [columns.shape[1]] * len(columns), signs=self.signs.to(matrix.dtype))
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """Compute the diagonal of ``VᵀΛV``, float64 ``(N, S)``."""
+        """Compute the diagonal of ``VᵀΛV``, where ``V`` is ``matrix``: float64 ``(N, S)``."""
         return ((self.roots.mT @ matrix.double()).square() * self.signs[:, :, None]).sum(1)
 
     def summed(self, scales: Tensor) -> Tensor:
@@ -243,7 +251,10 @@ class DenseCurvature:
 
 
 def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    r"""Compute ``\sum_k w_k (v_k - m)[s]²`` for every sample, float64 ``(N, S)``."""
+    r"""Compute ``\sum_k w_k (v_k - m)[s]²`` for every sample and filter ``s``, float64 ``(N, S)``.
+
+    ``w`` are the sample's weights, ``v_k`` is row ``k`` of ``matrix``, and ``m`` the sample's row of ``mean``.
+    """
     if mean is None:
         return (weights.to(matrix.dtype) @ matrix.square()).double()
     # Subtract before squaring: for a confident sample, expanded squares would cancel.
@@ -260,8 +271,10 @@ def _kept(
 ) -> Tensor:
     r"""Return a mask of the pairs of sample and class that are kept, ``(N, K)``.
 
-    A class adds ``w_k \sum_s scales[s] (v_k - m)[s]²`` to the trace. A bound on the rounding errors is added to the
-    terms that are left out and subtracted from the trace, so the tolerance holds despite rounding.
+    A class ``k`` of a sample adds ``w_k \sum_s scales[s] (v_k - m)[s]²`` to the trace, where ``v_k`` is row ``k`` of
+    ``matrix``, and ``m`` the sample's row of ``mean``. Terms are left out from the smallest on, while their sum is
+    below ``tolerance`` times the trace. A bound on rounding errors is added to every term and subtracted from the
+    trace, so that the tolerance holds despite rounding.
     """
     squares, scales = matrix.square(), scales.to(matrix.dtype)
     parts = size = scales @ squares.T
@@ -278,11 +291,14 @@ def _kept(
 
 
 def _sum_over_dropped(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    r"""Compute ``\sum_k w_k (v_k - m)[s]²``, float64 ``(N, S)``, where all weights but the largest are small."""
+    r"""Compute the sums of :func:`_sum_of_squares` with expanded squares, which is faster.
+
+    Requires: all weights of a sample, except the largest one, are small.
+    """
     w = weights.to(matrix.dtype)
     if mean is None:
         return (w @ matrix.square()).double()
-    # The class with the largest weight is close to the mean, so its difference is taken before squaring.
+    # The row of the class with the largest weight is close to the mean, so here subtract before squaring.
     largest, top = w.max(1, keepdim=True)
     w = w.scatter(1, top, 0.0)
     total = w @ matrix.square() - 2 * mean * (w @ matrix) + w.sum(1, keepdim=True) * mean.square()

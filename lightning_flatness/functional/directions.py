@@ -1,6 +1,6 @@
 """Directions in weight space: random directions, Adam's step, principal directions, and their normalisation.
 
-A direction ``d`` maps the names of tensors to tensors of the same shapes as the weights ``w``.
+A direction ``d`` is a dictionary. It maps names of a model's tensors to tensors of the same shapes.
 
 Example:
     >>> d, other = {"w": torch.tensor([3.0, -4.0]), "b": torch.zeros(1)}, {"w": torch.tensor([0.0, 2.0])}
@@ -27,9 +27,10 @@ NORMALIZATIONS = ("none", "weight", "filter", "layer", "model")
 
 
 def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> Direction:
-    """Draw independent standard normal numbers in float64 on the CPU, so that they are the same for every device.
+    """Draw a direction of independent standard normal numbers in float64.
 
-    The result has the names (in their order), shapes and devices of ``like``. ``generator`` must be a CPU generator.
+    The result has the names (in their order), shapes and devices of ``like``. The numbers are drawn on the CPU, so that
+    they are the same for every device; ``generator`` must be a CPU generator.
     """
     return {
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor.device)
@@ -38,18 +39,18 @@ def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> 
 
 
 def inner_product(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Compute ``<d, d'>`` over the names that both directions have, in float64."""
+    """Compute the inner product ``<d, d'>`` of two directions over the names that both have, in float64."""
     return sum(float((one[name].double() * other[name].double()).sum()) for name in one if name in other)
 
 
 def direction_norm(direction: Mapping[str, Tensor], order: int = 2) -> float:
-    """Compute the norm ``(Σ |d|^p)^(1/p)`` over all tensors, ``p = order``, in float64."""
+    """Compute the norm ``(Σ |d|^p)^(1/p)`` over the entries of all tensors, with ``p = order``, in float64."""
     norms = [torch.linalg.vector_norm(tensor.double(), order) for tensor in direction.values()]
     return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]), order)) if norms else 0.0
 
 
 def orthogonal_to(direction: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Direction:
-    """Compute the part ``d - d' <d, d'> / <d', d'>`` of a direction that is orthogonal to another direction."""
+    """Compute ``d - d' <d, d'> / <d', d'>``, the part of ``direction`` ``d`` that is orthogonal to ``other`` ``d'``."""
     square = inner_product(other, other)
     factor = inner_product(direction, other) / square if square else 0.0
     return {name: tensor - factor * other[name] if name in other else tensor for name, tensor in direction.items()}
@@ -64,12 +65,13 @@ def normalized(
 ) -> Direction:
     """Rescale each part of a direction to the norm of the same part of the weights; zero parts stay zero.
 
-    ``unit`` chooses the parts. With ``"filter"`` they are slices ``f`` along the first dimension, which become
-    ``d_f ‖w_f‖ / ‖d_f‖`` (Li et al. 2018, arXiv 1712.09913, Section 4). With ``"layer"`` they are single tensors, with
-    ``"model"`` all tensors together. With ``"weight"`` every number ``d`` becomes ``d w``. With ``"none"`` nothing is
-    rescaled. The norm is L1 or L2, by ``order``. Unless ``unit`` is ``"none"``, tensors with at most one dimension
-    (biases, BatchNorm) are set to zero, as in the code of Li et al. With ``biases="scaled"`` they are rescaled instead,
-    and ``"filter"`` takes such a tensor as one filter.
+    ``unit`` chooses the parts. With ``"filter"``, a part is a slice ``f`` of a tensor along its first dimension, and
+    becomes ``d_f ‖w_f‖ / ‖d_f‖`` (Li et al. 2018, arXiv 1712.09913, Section 4). With ``"layer"``, a part is a tensor.
+    With ``"model"``, all tensors together are one part. With ``"weight"``, every number ``d`` is multiplied by its
+    weight ``w``. With ``"none"``, nothing is rescaled. ``order`` is 1 or 2 and chooses the L1 or the L2 norm.
+
+    Tensors with at most one dimension (biases, BatchNorm) are set to zero, as in the code of Li et al., unless ``unit``
+    is ``"none"``. With ``biases="scaled"`` they are rescaled instead; for ``"filter"``, such a tensor is one filter.
 
     Example:
         >>> weights = {"w": torch.tensor([[3.0, 4.0], [0.0, 1.0]])}
@@ -92,7 +94,7 @@ def normalized(
 
 
 def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
-    """Rescale every slice along the first dimension, or the whole tensor, to the norm of the same part of ``w``."""
+    """Rescale ``d`` to the norm of ``w``: with ``by_filter`` every slice along the first dimension, else as a whole."""
     rows = len(d) if by_filter and d.ndim > 1 else 1
     norms_d = torch.linalg.vector_norm(d.reshape(rows, -1), order, dim=1, keepdim=True)
     norms_w = torch.linalg.vector_norm(w.reshape(rows, -1), order, dim=1, keepdim=True)
@@ -101,28 +103,30 @@ def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
 
 
 def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: float) -> Tensor:
-    """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1; ``β`` is ``scale``.
+    """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1.
 
-    ``m`` and ``v`` are the moments as the optimizer keeps them, without bias correction. See Kingma and Ba 2015 (arXiv
-    1412.6980), Algorithm 1, and Gabdullin 2024 (arXiv 2412.10146) for this step in a loss landscape.
+    ``first`` is ``m`` and ``second`` is ``v``, the moments as the optimizer keeps them, without bias correction.
+    ``scale`` is ``β``, and ``epsilon`` is ``ε``. See Kingma and Ba 2015 (arXiv 1412.6980), Algorithm 1, and Gabdullin
+    2024 (arXiv 2412.10146) for this step in a loss landscape.
     """
     return first / ((scale * second).sqrt() + epsilon)
 
 
 class PrincipalDirections(NamedTuple):
-    """The directions in which points differ most from an origin."""
+    """The directions in which a set of points differs most from an origin."""
 
     directions: tuple[Direction, ...]  # orthonormal
     coordinates: Tensor  # coordinates of the points in these directions, float64 (points, directions)
-    explained: Tensor  # share of every direction in the points' sum of squared distances, float64 (directions,)
+    explained: Tensor  # every direction's share of the sum of squared distances, float64 (directions,)
 
 
 def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 2) -> PrincipalDirections:
-    """Compute the first right singular vectors of the matrix whose rows are the offsets, without centring them.
+    """Compute the first right singular vectors of the matrix whose rows are the offsets; their mean is not subtracted.
 
     The offsets are points minus the origin; at least ``number`` of them must be linearly independent. The vectors are
-    computed from the eigenvectors of the small matrix of inner products. The sign of every direction is chosen so that
-    its first coordinate that is not negligible is positive. See Li et al. 2018 (arXiv 1712.09913), Section 7.2.
+    computed from the eigenvectors of the small matrix of inner products. The sign of a direction is such that among the
+    points' coordinates along it, the first that is not negligible is positive. See Li et al. 2018 (arXiv 1712.09913),
+    Section 7.2.
 
     Example:
         >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])

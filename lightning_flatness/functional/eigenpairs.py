@@ -1,4 +1,4 @@
-"""The largest eigenvalues of one operator, with eigenvectors, by the Lanczos method with thick restarts."""
+"""The largest eigenvalues of one symmetric operator and their eigenvectors, by the thick-restart Lanczos method."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_flatness.functional.lanczos import orthogonalised, random_orthogonal, rounding_error
 
-# An eigenvector is excluded if its part in a random unit vector is this at most, in units of 1/√D: the probability of
-# such a small part is below 1e-4.
+# A search from a random unit vector ends when a missed eigenvector could only have a component of at most this along
+# that vector, in units of 1/√D. The probability of such a small component is below 1e-4.
 IMPROBABLE_PART = 1e-4
 
 
@@ -21,7 +21,7 @@ class Eigenpairs(NamedTuple):
 
     values: Tensor  # float64 (k,)
     vectors: Tensor  # (k, D), orthonormal rows
-    residuals: Tensor  # float64 (k,), ‖A v - θ v‖, each from a separate product
+    residuals: Tensor  # float64 (k,), ‖A v - θ v‖, computed with a further product for every pair
     num_products: int  # number of products of A with a vector
     asymmetry: float = 0.0  # largest |q_iᵀA q_j - q_jᵀA q_i| for basis vectors q, divided by the largest ‖A q_i‖
 
@@ -36,14 +36,15 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """Find the ``k`` largest eigenvalues (by value, not by modulus) and eigenvectors by thick-restart Lanczos.
 
-    A Krylov space contains only one vector of every eigenspace. When all ``k`` pairs have converged, a search from a
-    random vector in the complement of all that is known looks for what was missed: an eigenvalue larger than the
-    ``k``-th. It ends when such eigenvalues are excluded. In this way repeated eigenvalues are found as often as they
-    occur. See Wu and Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems".
+    A Krylov space contains only one vector of every eigenspace, so it misses copies of repeated eigenvalues. Therefore,
+    when ``k`` pairs have converged, a second search begins with a random vector orthogonal to all converged
+    eigenvectors. It looks for a missed eigenvalue larger than the ``k``-th, until none can exist except with negligible
+    probability. So a repeated eigenvalue is found as often as it occurs. See Wu and Simon 2000, "Thick-restart Lanczos
+    method for large symmetric eigenvalue problems".
 
     Args:
         product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
-        basis: memory ``(m, D)`` for basis vectors, which is overwritten; ``m`` is at least ``k + 2``, or ``D``.
+        basis: memory ``(m, D)`` for basis vectors, which is overwritten; ``m`` must be at least ``k + 2``, or be ``D``.
         top_k: ``k``; at most ``D`` pairs are returned.
         generator: CPU generator that draws the starting vectors.
         tolerance: a pair has converged when its residual is at most this times its eigenvalue.
@@ -58,7 +59,7 @@ def top_eigenpairs(
     rows, length = basis.shape
     top_k = min(top_k, length)
     search = _Search(product, basis, random_orthogonal(basis[:0], generator), generator)
-    others = 0  # products of the searches for what was missed
+    others = 0  # number of products in the searches for missed eigenvalues
     while True:
         search.step()
         if search.size == length:
@@ -69,7 +70,7 @@ def top_eigenpairs(
         accuracy = tolerance * search.values.abs() + search.rounding
         if search.size >= top_k and bool((search.residuals <= accuracy)[:top_k].all()):
             lowest, enough = float(search.values[top_k - 1]), float(accuracy[top_k - 1])
-            # Further pairs that are known as well make the search for what was missed shorter. It needs two rows.
+            # Keep further converged pairs, too: they shorten the search for missed eigenvalues, which needs two rows.
             errors = search.residuals.square() / (lowest + enough - search.values)
             settled = int((errors <= enough)[top_k : max(rows - 2, top_k)].cumprod(0).sum())
             search.keep(top_k + settled)
@@ -101,11 +102,14 @@ def _missed(
     generator: torch.Generator,
     max_products: int,
 ) -> tuple[Tensor | None, int]:
-    """Look for an eigenvalue above the ``lowest`` one that counts, in the complement of ``known`` orthonormal rows.
+    """Search for an eigenvalue above ``lowest``, the ``k``-th largest found, orthogonal to the ``known`` eigenvectors.
 
-    A copy of an eigenvector whose Krylov space is known is orthogonal to that space, so nothing of it is projected
-    away, while the other large eigenvalues are. Return a vector ``(D,)`` with a larger Rayleigh quotient, or None if
-    there is no such eigenvalue, and the number of products. ``basis`` is memory of two rows or more.
+    The projection onto the complement of the orthonormal rows ``known`` removes the eigenvalues already found. It keeps
+    further eigenvectors of a repeated eigenvalue, because these are orthogonal to the known ones.
+
+    Return the number of products and a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``. The
+    vector is None if such an eigenvalue is excluded or ``max_products`` are used up. ``basis`` is memory of at least
+    two rows.
     """
 
     def complement(vector: Tensor) -> Tensor:
@@ -140,10 +144,11 @@ class _Search:
         self._product, self._basis, self._generator = product, basis, generator
         self._projected = torch.zeros(len(basis), len(basis), device="cpu").double()
         self._coefficients = torch.zeros(0, 0, device="cpu").double()  # columns: Ritz vectors in the basis
-        # The first vector's coefficients in the basis and the following vector, as an eigenvector at `level` sees them.
+        # Coefficients of the starting vector in the basis and the following vector. After a restart these give its
+        # correct inner product only with an eigenvector whose eigenvalue is `level`.
         self._level, self._first = level, torch.eye(1, len(basis) + 1, dtype=torch.float64, device="cpu")[0]
-        self._scale = self._beyond = 0.0  # largest norm of a product; part of the last one beyond the basis
-        self._coupling: Tensor | None = None  # the following vector's products with the basis, by symmetry
+        self._scale = self._beyond = 0.0  # largest norm of a product; norm of the last product outside the basis
+        self._coupling: Tensor | None = None  # coefficients of the following vector's product, by symmetry
         self.size = self.num_products = 0
         self.asymmetry = 0.0
         self.values = self.residuals = torch.zeros(0, device="cpu").double()
@@ -151,11 +156,14 @@ class _Search:
 
     @property
     def rounding(self) -> float:
-        """Size below which residuals are rounding errors."""
+        """The size below which residuals are rounding errors."""
         return rounding_error(self._basis.dtype) * self._scale
 
     def step(self) -> None:
-        """Add one vector to the basis and update the Ritz values, in descending order."""
+        """Add the following vector to the basis, multiply the operator with it, and update the Ritz values.
+
+        These are in descending order.
+        """
         assert self.following is not None
         self._basis[self.size] = self.following
         image = self._product(self._basis[self.size])
@@ -183,21 +191,26 @@ class _Search:
 
     @property
     def part_above(self) -> float:
-        """The largest part that the first vector may have in an eigenvector whose eigenvalue is ``level`` or above.
+        """A bound on the starting vector's component along an eigenvector whose eigenvalue is at least ``level``.
 
-        All Ritz values are below. From ``A V = V T + β q eᵀ`` with the following vector ``q``, an eigenvector's parts
-        in the basis are ``β (level - T)⁻¹ e`` times its part in ``q``, and together these have norm one at most.
+        Requires: all Ritz values are below ``level``. Let ``V`` be the basis, ``T`` the projected operator, ``q`` the
+        following vector and ``e`` the last unit vector. Because ``A V = V T + β q eᵀ``, the components of the
+        eigenvector in the basis are ``β (level - T)⁻¹ e`` times its component along ``q``. The norm of all these
+        components is at most one.
         """
         parts = self._parts()
         first = self._first[: self.size] @ self._coefficients
         return float((first @ parts).abs() / (1 + parts @ parts).sqrt())
 
     def _parts(self) -> Tensor:
-        """Return an eigenvector's parts in the Ritz vectors, in units of its part in the following vector."""
+        """Return an eigenvector's components along the Ritz vectors, relative to its component along ``following``.
+
+        The eigenvector is one whose eigenvalue is ``level``.
+        """
         return self._beyond * self._coefficients[-1] / (self._level - self.values)
 
     def keep(self, number: int) -> None:
-        """Replace the basis by the ``number`` best Ritz vectors."""
+        """Replace the basis by the ``number`` Ritz vectors with the largest Ritz values."""
         mix = self._coefficients[:, :number].T.to(self._basis)
         for columns in self._basis[: self.size].split(2**16, dim=1):  # in parts, to save memory
             columns[:number] = mix @ columns
@@ -213,5 +226,5 @@ class _Search:
         self._projected[:number, :number] = torch.diag(self.values)
 
     def follow(self, vector: Tensor) -> None:
-        """Go on with a vector that is orthogonal to the basis, and that none of its products has led to."""
+        """Continue with a vector that is orthogonal to the basis and is no remainder of an earlier product."""
         self.following, self._coupling = vector, None

@@ -20,7 +20,7 @@ from lightning_flatness.functional.weighting import (
     no_values,
 )
 
-# Numbers in the largest intermediate results of one chunk of samples. On a CPU they fit into the cache of a core.
+# How many numbers the largest intermediate results of one chunk may have. On a CPU they fit into the cache of a core.
 CHUNK_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 
@@ -37,17 +37,18 @@ def gauss_newton_block_traces(
     .. math::
         T = \sum_n \sum_b J_b J_b^\top, \qquad J_b = \sum_p \delta_b[:, p]\, \phi[p]^\top
 
-    Let ``B Bᵀ = Λ``, the Hessian of the loss with respect to the logits. Then ``δ_b`` is column ``b`` of ``B``,
-    backpropagated from the logits to the layer's output. With all columns of ``B``, the result belongs to the
-    Gauss-Newton matrix, which equals the Hessian if the logits are affine in the layer's weight (``docs/theory.md``,
-    "Any layer: Gauss-Newton"). A linear layer is a convolution of kernel size one over its tokens. The result is
-    float64 and symmetric up to rounding, ``(G, S/G, S/G)``, or ``(G, S/G)`` with ``diagonal``.
+    Let ``Λ`` be the Hessian of the loss with respect to the logits, and ``B`` a matrix with ``B Bᵀ = Λ``. Then ``δ_b``
+    is column ``b`` of ``B``, pulled back from the logits to the layer's output by a vector-Jacobian product. Give the
+    ``δ_b`` of all columns to get the full Gauss-Newton matrix. It equals the Hessian if the logits are affine in the
+    layer's weight (``docs/theory.md``, "Any layer: Gauss-Newton"). A linear layer is a convolution of kernel size one
+    over its tokens. The result is float64 and symmetric up to rounding: ``(G, S/G, S/G)``, or ``(G, S/G)`` with
+    ``diagonal``.
 
     Args:
         calls: the input ``(N, C, *spatial)`` and the geometry of every call of the layer in one forward pass; ``J_b``
             is summed over the calls.
-        cotangents: for every call the list of the ``δ_b``, each ``(N, S, *output)``.
-        signs: signs of the columns of ``B``, ``(N, B)``, if ``Λ`` has negative eigenvalues.
+        cotangents: for every call, the list of its ``δ_b``, each ``(N, S, *output)``.
+        signs: if ``Λ`` has negative eigenvalues, the signs of the columns, ``(N, B)``: ``Λ = B diag(signs) Bᵀ``.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -69,7 +70,7 @@ def gauss_newton_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute the same block traces, and with a weighting the values of every sample."""
+    """Compute block traces like :func:`gauss_newton_block_traces`; with a ``weighting``, also the samples' measures."""
     columns = len(cotangents[0])
     samples, filters = cotangents[0][0].shape[:2]
     inputs, geometry = calls[0]
@@ -144,9 +145,10 @@ def gauss_newton_contraction(
 def _features(
     parts: Sequence[Tensor], calls: Sequence[tuple[Tensor, ConvolutionGeometry]], use_gram: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return two factors of ``δ Γ δᵀ`` for every sample and column: ``δ`` and ``δ Γ``, or twice ``sum_p δ[p] phi[p]``.
+    """Return a pair ``(left, right)`` with ``left rightᵀ = δ Γ δᵀ`` for every sample and column.
 
-    ``parts`` are the ``δ`` of every call, ``(N, G, B, s, P)``.
+    With ``use_gram``, ``left`` is ``δ`` and ``right`` is ``δ Γ``; otherwise both are ``sum_p δ[p] phi[p]``. ``parts``
+    holds the ``δ`` of every call, ``(N, G, B, s, P)``.
     """
     if use_gram:
         left, (inputs, geometry) = parts[0], calls[0]
@@ -158,11 +160,11 @@ def _features(
 
 
 def _weighted(gram: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return the inner product of ``gram`` with ``left rightᵀ``, summed over columns, float64 ``(N,)``."""
+    """Compute each sample's inner product of ``gram`` with ``left rightᵀ``, summed over columns: float64 ``(N,)``."""
     product = gram.to(left) @ _by_filter(left)
     return (product * _by_filter(right)).flatten(1).sum(1).double()
 
 
 def _by_filter(features: Tensor) -> Tensor:
-    """Return ``(N, G, B, s, F)`` as ``(N, G, s, B F)``."""
+    """Reshape features ``(N, G, B, s, F)`` to ``(N, G, s, B F)``."""
     return features.transpose(2, 3).flatten(3)

@@ -1,4 +1,4 @@
-"""The Lanczos method: its shared steps, and the largest eigenvalues of many operators."""
+"""The Lanczos method: steps that all variants share, and the largest eigenvalue of each of many matrices."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Number of basis vectors after which the method restarts.
+# Number of basis vectors after which :func:`largest_eigenvalues` restarts.
 RESTART = 20
 
 
 def orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a vector into a part orthogonal to a basis of orthonormal rows ``(m, D)``, and its coefficients in it.
+    """Split a vector into its part orthogonal to a basis, and its coefficients in the basis.
 
-    The coefficients are float64 ``(m,)``, on the CPU. The projection is subtracted twice, which makes the result
-    orthogonal to working precision (Parlett 1998, "The Symmetric Eigenvalue Problem", Section 6.9).
+    The basis has orthonormal rows, ``(m, D)``. The coefficients are float64 ``(m,)``, on the CPU. The projection onto
+    the basis is subtracted twice, because only then the result is orthogonal to working precision (Parlett 1998, "The
+    Symmetric Eigenvalue Problem", Section 6.9).
     """
     total = torch.zeros(len(basis), device="cpu").double()
     for _ in range(2):
@@ -27,7 +28,7 @@ def orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a random unit vector ``(D,)`` orthogonal to a basis of orthonormal rows ``(m, D)``, ``m < D``."""
+    """Draw a random unit vector ``(D,)`` orthogonal to a basis of orthonormal rows ``(m, D)``; requires ``m < D``."""
     vector: Tensor = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(basis)
     for _ in range(2):  # twice, since the first result may be so short that rounding errors dominate it
         vector, _ = orthogonalised(vector / vector.norm(), basis)
@@ -36,26 +37,29 @@ def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Return the relative size up to which a remainder is rounding error, which means an invariant Krylov space."""
+    """Return the size up to which the remainder of a Lanczos step is rounding error, relative to the operator.
+
+    A remainder of that size means that the Krylov space is invariant.
+    """
     return 100 * torch.finfo(dtype).eps
 
 
 class LargestEigenvalues(NamedTuple):
-    """The largest Ritz value ``θ`` of every operator, and a bound on its distance from an eigenvalue."""
+    """The largest Ritz value ``θ`` of every matrix, and a bound on the distance of ``θ`` from an eigenvalue."""
 
     values: Tensor  # (B,)
     residuals: Tensor  # (B,), ‖H v - θ v‖ of the unit Ritz vector v
-    num_products: int  # number of calls of the operator, each a product of all matrices with a vector each
+    num_products: int  # number of calls of the operator; a call multiplies each matrix with one vector
 
 
 def largest_eigenvalues(
     operator: Callable[[Tensor], Tensor], start: Tensor, tolerance: float = 1e-3, max_products: int = 100
 ) -> LargestEigenvalues:
-    """Find the largest eigenvalues (by value, not by modulus) of ``B`` symmetric matrices of size ``D``.
+    """Find the largest eigenvalue (by value, not by modulus) of each of ``B`` symmetric matrices of size ``D``.
 
-    This is the Lanczos method with full re-orthogonalisation. It restarts from the best vector, so that memory does not
-    grow. Each returned value is at most the largest eigenvalue, and differs from some eigenvalue by at most its
-    residual. See Lanczos 1950, and Parlett 1998, "The Symmetric Eigenvalue Problem", Chapter 13.
+    This is the Lanczos method with full re-orthogonalisation. It restarts from the best Ritz vector, so that memory
+    does not grow. Each returned value is at most the largest eigenvalue of its matrix, and some eigenvalue lies within
+    its residual. See Lanczos 1950, and Parlett 1998, "The Symmetric Eigenvalue Problem", Chapter 13.
 
     Args:
         operator: function that multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.
@@ -80,7 +84,7 @@ def largest_eigenvalues(
             product = operator(basis[-1])
             done += 1
             rayleigh = (product * basis[-1]).sum(1)
-            if diagonal:  # in an ended space vectors are zero; their entries must stay below the largest Ritz value
+            if diagonal:  # vectors after the end are zero; their entries must stay below the largest Ritz value
                 rayleigh = torch.where(ended, diagonal[0] - diagonal[0].abs() - 1, rayleigh)
             diagonal.append(rayleigh)
             before = product.norm(dim=1)
@@ -101,6 +105,7 @@ def largest_eigenvalues(
 
 
 def _ritz(diagonal: list[Tensor], beyond: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest Ritz values, their residuals, and the coefficients of their Ritz vectors in the basis."""
     tridiagonal = torch.diag_embed(torch.stack(diagonal, dim=1))
     if len(diagonal) > 1:
         off = torch.diag_embed(torch.stack(beyond[:-1], dim=1), offset=1)

@@ -1,4 +1,4 @@
-"""The ``loss=`` argument: a name, a torch module or the user's function becomes a loss with derivatives."""
+"""The ``loss=`` argument: turn a name, a torch module or the user's function into a loss with derivatives."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ def find_loss(
     class_weight: Sequence[float] | Tensor | None = None,
     ignore_index: int = -100,
 ) -> Loss:
-    """Return the loss for a name, module or function; raise a :class:`FlatnessError` if it cannot be used.
+    """Return the loss that a name, module or function stands for.
 
     Names are ``"cross_entropy"``, ``"binary_cross_entropy"`` and ``"mse"``. Modules are ``nn.CrossEntropyLoss``,
     ``nn.NLLLoss``, ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` without weights; their reduction must be the mean. A
     function or another module becomes a :class:`CustomLoss`. The other arguments are options of ``"cross_entropy"``;
     see :class:`CrossEntropy`.
+
+    Raises:
+        FlatnessError: the loss is not known or has options that cannot be used.
 
     Example:
         >>> find_loss("cross_entropy", label_smoothing=0.1)
@@ -78,9 +81,9 @@ def find_loss(
     parameters = [name for name, _ in loss.named_parameters()] if isinstance(loss, nn.Module) else []
     if parameters:
         warnings.warn(
-            f"loss={type(loss).__name__} holds parameters ({', '.join(parameters[:3])}). They count as constants: "
-            "measured are layers of the model, whose output is given to this loss. To measure the parameters too, put "
-            "them into the model, e.g. nn.Sequential(model, head), with a loss of what that returns.",
+            f"loss={type(loss).__name__} holds parameters ({', '.join(parameters[:3])}). They count as constants, "
+            "because only layers of the model are measured. To measure them too, move them into the model, e.g. "
+            "nn.Sequential(model, head), and give a loss that takes the output of that model.",
             stacklevel=2,
         )
     return CustomLoss(loss)
@@ -112,11 +115,13 @@ def _mean(loss: nn.CrossEntropyLoss | nn.NLLLoss | nn.MSELoss | nn.BCEWithLogits
 class CustomLoss(Loss):
     """A loss written by the user; autograd computes its derivatives.
 
-    If its second derivative is diagonal (a sum over classes, as in the squared error), ``K`` numbers per sample are
-    kept. Else, with few classes, a ``K x K`` matrix is kept; with many, a function that multiplies by it.
+    The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is the mean over
+    samples. Requires: the loss of a sample depends on no other sample, because the function may be called with the
+    float64 logits of a part of a batch.
 
-    The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``. The measured loss is their mean. The
-    function is called with float64 logits of a part of a batch, so it must not use statistics of the batch.
+    The second derivative is stored in the least costly form. If it is diagonal without negative entries (as for the
+    squared error, a sum over classes), these are ``K`` numbers per sample. Otherwise it is a ``K x K`` matrix per
+    sample, or with 128 classes or more a function that multiplies by this matrix.
 
     Example:
         >>> from torch.nn.functional import cross_entropy
@@ -151,7 +156,7 @@ class CustomLoss(Loss):
         return LossDerivatives(curvature, residual.detach().double(), len(f), float(len(f)), outcomes)
 
     def _curvature(self, f: Tensor, residual: Tensor, targets: Tensor) -> Curvature:
-        """Return the second derivative at the logits ``f`` in the least costly form, from the gradient there."""
+        """Return the second derivative at the logits ``f`` in the least costly form; ``residual`` is the gradient."""
         diagonal = certified_diagonal(residual, f)
         if diagonal is not None and bool((diagonal >= 0).all()):
             return ClassCurvature(diagonal)
@@ -166,7 +171,7 @@ class CustomLoss(Loss):
         return losses.double().sum()
 
     def _called(self, logits: Tensor, targets: Tensor) -> Any:
-        """Call the function; a module runs on copies of its tensors, in the type of the logits."""
+        """Call the function; if it is a module, run it on copies of its tensors, in the dtype of the logits."""
         if not isinstance(self.function, nn.Module):
             return self.function(logits, targets.clone())
         named = {**dict(self.function.named_parameters()), **dict(self.function.named_buffers())}
@@ -177,7 +182,7 @@ class CustomLoss(Loss):
         return functional_call(self.function, copies, (logits, targets.clone()))
 
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
-        """Return logits and losses in float64, or in the logits' dtype if the function holds tensors of that dtype."""
+        """Return logits and losses in float64, or in the dtype of the logits if the function fails on float64."""
         first_error: Exception | None = None
         for dtype in dict.fromkeys((torch.float64, logits.dtype)):
             f = logits.to(dtype, copy=True).requires_grad_()
@@ -216,8 +221,8 @@ class CustomLoss(Loss):
 def separating_masks(samples: int) -> Tensor:
     """Choose masks ``(M, N)`` such that for any two samples ``i`` and ``j``, some mask contains ``i`` but not ``j``.
 
-    Every sample is in half of the masks, and no two samples are in the same half. Distinct sets of equal size never
-    contain each other. By Sperner's theorem, no smaller number of masks is enough; it is about ``log2(N) + 2``.
+    Every sample is in ``M // 2`` masks, and any two samples are in different sets of masks. Sets of equal size that
+    differ never contain each other. ``M`` is about ``log2(N) + 2``; by Sperner's theorem, fewer masks are not enough.
 
     Example:
         >>> separating_masks(5).int()

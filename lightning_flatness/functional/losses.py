@@ -1,7 +1,7 @@
-"""Losses: first and second derivatives with respect to the logits, and the denominator of the mean over samples.
+"""Losses: their first and second derivatives with respect to the logits, and what the mean over samples divides by.
 
-A loss maps logits ``f`` ``(N, K)`` and targets to :class:`LossDerivatives`. All derivatives are computed in float64,
-since ``π - y`` and ``1 - max π`` cancel for confident samples.
+A loss maps logits ``f`` ``(N, K)`` and targets to :class:`LossDerivatives`. All derivatives are computed in float64.
+For a confident sample, whose softmax ``π`` is close to the one-hot target ``y``, ``π - y`` would cancel in float32.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from lightning_flatness.functional.curvature import ClassCurvature
 
 
 class LossDerivatives(NamedTuple):
-    """Derivatives of the loss of every sample of a batch; a sum over samples divided by ``normalizer`` is the mean."""
+    """The derivatives of the loss of every sample in a batch, and the ``normalizer`` of means over samples.
+
+    A mean over samples is the sum over samples divided by ``normalizer``.
+    """
 
     curvature: Curvature  # Λ of every sample
     residual: Tensor | None  # dloss/df, float64 (N, K); None without targets
     num_samples: int  # number of samples that are not ignored
     normalizer: float  # num_samples, or the sum of the weights of the target classes
-    outcomes: Tensor | None = None  # of OUTCOMES, float64 (N, 4); None without targets
-    is_pair: bool = False  # two rows that are one sample, each of which counts half
+    outcomes: Tensor | None = None  # the columns OUTCOMES, float64 (N, 4); None without targets
+    is_pair: bool = False  # True if the batch is one sample, taken twice; each of the two rows then counts half
 
     def halved(self) -> LossDerivatives:
-        """Halve the derivatives of a batch that is one sample taken twice, so that both copies count as one sample."""
+        """Halve the derivatives of a batch that is one sample, taken twice, so that both rows count as one sample."""
         residual = None if self.residual is None else self.residual / 2
         outcomes = None if self.outcomes is None else self.outcomes / 2
         return LossDerivatives(
@@ -38,22 +41,22 @@ class LossDerivatives(NamedTuple):
         )
 
 
-# What is known of every sample: its weight in the mean, whether it is not ignored, its loss times its weight, and
-# whether its largest logit is the target.
+# What is known of every sample: its weight in the mean; 1 unless it is ignored; its loss times its weight; 1 if its
+# largest logit is that of its target.
 OUTCOMES = ("weight", "count", "loss", "correct")
 
 
 def outcomes_of(
     losses: Tensor, logits: Tensor, targets: Tensor, weights: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """Return the outcomes of samples, ``(N, 4)``; ``correct`` is NaN unless targets are class indices."""
+    """Return the columns ``OUTCOMES``, ``(N, 4)``; ``correct`` is NaN unless targets are class indices."""
     ones = torch.ones_like(losses, dtype=torch.float64)
     counts = ones if kept is None else kept.double()
     classes = logits.shape[1]
     is_index = targets.shape == (len(logits),) and classes > 1
     if is_index and not targets.is_floating_point() and targets.dtype != torch.bool:
         correct = (logits.argmax(1) == targets).double() * counts
-        if kept is None:  # a target that is no class may be one that a loss of the user's own ignores
+        if kept is None:  # a target that is no class index may mark a sample that the user's loss ignores
             correct = torch.where((targets >= 0) & (targets < classes), correct, torch.nan)
     else:
         correct = torch.full_like(ones, torch.nan)
@@ -61,13 +64,16 @@ def outcomes_of(
 
 
 class Loss:
-    """Base class of losses; if ``shift_invariant``, adding a number to all logits of a sample does not change it."""
+    """Base class of losses.
+
+    If ``shift_invariant``, the loss does not change when a number is added to all logits of a sample.
+    """
 
     shift_invariant = False
     name: str
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at ``logits`` ``(N, K)``; raise a :class:`BatchError` if the targets are wrong."""
+        """Compute the derivatives at ``logits`` ``(N, K)``; raise a :class:`BatchError` if the targets do not fit."""
         raise NotImplementedError
 
     def total(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -85,8 +91,9 @@ IGNORED = -100  # torch's default
 class CrossEntropy(Loss):
     """The loss ``torch.nn.functional.cross_entropy``, with the same options and the same mean over samples.
 
-    The loss is ``-sum_k q_k log π_k``, where ``π`` is the softmax of the logits and ``q`` the target after smoothing
-    and weighting. Hence ``Λ = c (diag(π) - π πᵀ)`` and ``dloss/df = c π - q`` with ``c = sum_k q_k``.
+    The loss of a sample is ``-sum_k q_k log π_k``, where ``π`` is the softmax of the logits and ``q`` the target after
+    smoothing and weighting. With ``c = sum_k q_k``, the first derivative is ``dloss/df = c π - q`` and the second one
+    ``Λ = c (diag(π) - π πᵀ)``.
 
     Targets are class indices, integers ``(N,)``, or probabilities, floating-point ``(N, K)``.
 
@@ -140,7 +147,7 @@ class CrossEntropy(Loss):
         else:
             kept = self._kept(targets, classes, samples)
             count = samples if kept is None else int(kept.sum())
-            # An index out of range is an error from which a GPU does not recover.
+            # Clamped, because a GPU does not recover from the error of an index out of range.
             indices = (targets if kept is None else torch.where(kept, targets, 0)).long().clamp(0, classes - 1)
             q = torch.zeros_like(pi).scatter_(1, indices[:, None], 1.0)
             normalizer, of_samples = float(count), None
@@ -154,7 +161,7 @@ class CrossEntropy(Loss):
             q = q * kept[:, None]
         c = q.sum(1, keepdim=True)
         residual = c * pi - q
-        # The entries of a row sum to zero, so the entry at the target is minus the sum of the other entries. This is
+        # A row of the residual sums to zero, so its entry at the target is minus the sum of the other entries. This is
         # accurate even when π is close to q.
         top = q.argmax(1, keepdim=True)
         residual.scatter_(1, top, -residual.scatter(1, top, 0.0).sum(1, keepdim=True))
@@ -200,12 +207,12 @@ class CrossEntropy(Loss):
 ROUNDED = 1e-2
 SEVERAL_LABELS = (
     "Rows of the targets do not sum to one, so they are no probabilities of classes, and loss='cross_entropy' weights "
-    "every sample by that sum. For several labels per sample use loss='binary_cross_entropy'."
+    "every sample by the sum of its row. For several labels per sample use loss='binary_cross_entropy'."
 )
 
 
 def _remedy(targets: Tensor, samples: int, classes: int) -> str:
-    """Return how to turn targets of the wrong shape or type into some that cross-entropy takes, if that is known."""
+    """Return a sentence that says how to convert targets of a wrong shape or type; it is empty if that is not known."""
     shape = tuple(targets.shape)
     if shape == (samples, 1) and classes > 1:
         return f" Give targets.squeeze(1){'.long()' if targets.is_floating_point() else ''}."
@@ -220,7 +227,9 @@ def _remedy(targets: Tensor, samples: int, classes: int) -> str:
 
 @dataclass(frozen=True)
 class NegativeLogLikelihood(CrossEntropy):
-    """The loss ``torch.nn.NLLLoss`` of log-probabilities, which is cross-entropy: their softmax is themselves.
+    """The loss ``torch.nn.NLLLoss``, which takes log-probabilities.
+
+    It is computed as cross-entropy, because ``log_softmax`` leaves log-probabilities unchanged.
 
     Example:
         >>> NegativeLogLikelihood()(torch.zeros(1, 4).log_softmax(1), torch.tensor([2])).residual
@@ -243,7 +252,7 @@ class NegativeLogLikelihood(CrossEntropy):
 class BinaryCrossEntropy(Loss):
     """The loss ``torch.nn.functional.binary_cross_entropy_with_logits``, averaged over samples and ``K`` binary labels.
 
-    ``Λ = diag(σ(f) σ(-f)) / K``. Targets are numbers from 0 to 1 in the shape of the logits, ``(N, K)``.
+    ``Λ = diag(σ(f) σ(-f)) / K``, where ``σ`` is the sigmoid. Targets ``(N, K)`` are numbers from 0 to 1.
 
     Example:
         >>> derivatives = BinaryCrossEntropy()(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))

@@ -1,8 +1,8 @@
 """Flatness measures: sums ``sum(Q * T)`` of the block traces ``T`` with a matrix ``Q`` made of the weights alone.
 
-``T`` (in loss per squared weight) and the Gram matrix of the filters have shape ``(G, S/G, S/G)``. Pairs of filters of
-different groups do not contribute (``docs/theory.md``, "Groups"). All measures except relative flatness use only the
-diagonals, and accept ``(G, S/G)`` instead.
+``T`` and the Gram matrix of the filters have the shape ``(G, S/G, S/G)``. The unit of ``T`` is loss per squared weight.
+Pairs of filters in different groups do not contribute (``docs/theory.md``, "Groups"). All measures except relative
+flatness use only the diagonals of ``T`` and the Gram matrix, and also accept these diagonals, ``(G, S/G)``.
 
 Example:
     >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
@@ -25,12 +25,12 @@ COLUMNS = 1024
 
 
 def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tensor:
-    """Compute the inner products ``<w_s, w_s'>`` of the filters of a kernel ``(S, ...)``, within groups.
+    """Compute the inner products ``<w_s, w_s'>`` of the filters of a kernel ``(S, ...)`` that are in the same group.
 
-    The result is float64 ``(G, S/G, S/G)``; with ``diagonal``, only the squared norms, ``(G, S/G)``.
+    The result is float64 ``(G, S/G, S/G)``. With ``diagonal`` it has only the filters' squared norms, ``(G, S/G)``.
     """
     rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
-    # Convert a part at a time, since the whole weight in float64 would take twice its memory.
+    # Convert a part at a time, since the whole weight in float64 would take twice the memory of the weight.
     parts = (part.double() for part in rows.split(COLUMNS, dim=2))
     return sum(
         (part.square().sum(2) if diagonal else part @ part.mT for part in parts),
@@ -56,9 +56,9 @@ def hessian_trace(block_traces: Tensor) -> Tensor:
 def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
     """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``: a scalar, in units of the loss.
 
-    Rescaling the layer's own filters, where the layers behind undo it, does not change ``κ``; rescaling the channels
-    that the layer reads does (``docs/theory.md``). See Petzka et al. 2021 (arXiv 2001.00939), Definition 3, and
-    Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
+    ``κ`` stays the same if the layer's own filters are rescaled and later layers undo this. ``κ`` changes if the
+    channels that the layer reads are rescaled (``docs/theory.md``, "Invariance"). See Petzka et al. 2021 (arXiv
+    2001.00939), Definition 3, and Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
     """
     return block_traces.flatten() @ gram.flatten()
 
@@ -79,7 +79,7 @@ def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Compute all measures and the weight norm, by name; omit relative flatness if ``T`` holds only the diagonals."""
+    """Compute all measures and the weight norm, by name; without relative flatness if ``T`` has only its diagonals."""
     measures = {
         "hessian_trace": hessian_trace(block_traces),
         "neuronwise_flatness": neuronwise_flatness(block_traces, gram),

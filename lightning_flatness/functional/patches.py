@@ -31,7 +31,10 @@ ADDITION = 4
 
 @dataclass(frozen=True)
 class ConvolutionGeometry:
-    """Kernel size, stride, zero padding (on both sides) and dilation of a convolution, one number per dimension."""
+    """The kernel size, stride, zero padding (on both sides) and dilation of a convolution, and its number of groups.
+
+    All but the number of groups have one number per spatial dimension.
+    """
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -40,7 +43,7 @@ class ConvolutionGeometry:
     groups: int = 1
 
     def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Compute the spatial size of the output from that of the input without padding."""
+        """Compute the spatial size of the output from the spatial size of the input without padding."""
         sizes = zip(input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         return tuple((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sizes)
 
@@ -50,7 +53,7 @@ class ConvolutionGeometry:
         return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
 
     def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """Yield, for every kernel position, slices of the padded input that it multiplies at all output positions."""
+        """Yield for every kernel position the slices that cut out the padded input's pixels it is multiplied with."""
         for offset in product(*map(range, self.kernel_size)):
             yield tuple(
                 slice(o * d, o * d + s * (n - 1) + 1, s)
@@ -59,7 +62,7 @@ class ConvolutionGeometry:
 
 
 def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Return patches ``phi[p]`` of inputs ``(N, C, *spatial)`` as ``(N, G, D, P)``, ``D`` ordered as in the weight."""
+    """Return the patches ``phi[p]`` of inputs ``(N, C, *spatial)``: ``(N, G, D, P)``, ``D`` ordered as in a filter."""
     size = geometry.output_size(tuple(inputs.shape[2:]))
     padded = geometry.pad(inputs)
     every = slice(None)  # sample, channel
@@ -68,13 +71,13 @@ def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the squared length ``‖phi[p]‖²`` of every patch, by group: ``(N, G, P)``."""
+    """Compute the squared length ``‖phi[p]‖²`` of every patch, for each group: ``(N, G, P)``."""
     squares = inputs.square().unflatten(1, (geometry.groups, -1)).sum(2)
     return patches(squares, geometry).sum(2)
 
 
 def channel_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the squared length of every patch on every input channel: ``(N, G, C/G, P)``."""
+    """Compute the squared length of each patch's part on each input channel: ``(N, G, C/G, P)``."""
     apart = replace(geometry, groups=inputs.shape[1])
     norms: Tensor = patch_square_norms(inputs, apart).unflatten(1, (geometry.groups, -1))
     return norms
@@ -83,11 +86,11 @@ def channel_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tenso
 def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """Compute the patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of inputs ``(N, C, *spatial)``: ``(N, G, P, P)``.
 
-    Inner products of overlapping patches multiply the same pixels repeatedly. Instead, ``Γ[p, p']`` can be computed as
-    the sum of ``X[p + o, p' + o]`` over kernel offsets ``o``, one spatial dimension after the other. Here ``X`` is the
-    Gram matrix of single pixels, zero outside the image. With a 3x3 kernel of stride one this takes a ninth of the
-    multiplications. With larger strides there are more pixels than patches. The function therefore counts the
-    multiplications of both ways and chooses the cheaper way (``docs/theory.md``, "Numerics").
+    Inner products of overlapping patches multiply the same pixels repeatedly. To avoid this, let ``X`` be the Gram
+    matrix of single pixels, zero outside the image. Then ``Γ[p, p']`` is the sum of ``X[p + o, p' + o]`` over kernel
+    offsets ``o``, one spatial dimension after the other. With a 3x3 kernel of stride one this takes a ninth of the
+    multiplications. With larger strides there are more pixels than patches. So the function counts the multiplications
+    of both ways and takes the cheaper one (``docs/theory.md``, "Numerics").
     """
     input_size = tuple(inputs.shape[2:])
     size = geometry.output_size(input_size)
@@ -107,7 +110,10 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size: int) -> Tensor:
-    """Compute ``sum_o gram[p s + o, p' s + o]`` along one spatial dimension; ``gram`` is zero outside the image."""
+    """Compute ``sum_o gram[p r + o, p' r + o]`` along one spatial dimension, where ``r`` is the stride.
+
+    ``gram`` counts as zero outside the image.
+    """
     stride, pixels = geometry.stride[axis], gram.shape[2 + axis]
     axes = (2 + axis, 2 + axis + len(geometry.kernel_size))  # after samples and groups
     total: Tensor = gram.new_zeros([size if i in axes else n for i, n in enumerate(gram.shape)])
@@ -128,8 +134,9 @@ def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size:
 def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     r"""Compute ``\sum_p slopes[r, p] phi[p]``, ``(N, G, R, D)``, from slopes ``(N, G, R, P)``.
 
-    This is the gradient of a convolution with respect to its kernel, for every sample separately if samples are taken
-    as groups. On a CPU in float32, torch computes this gradient about twice as fast as the product with patches.
+    This is the gradient of a convolution with respect to its kernel, for every sample separately. On a CPU in float32,
+    torch's kernel for this gradient is about twice as fast as the product with patches. For this kernel, samples stand
+    for groups.
     """
     samples, channels = inputs.shape[:2]
     size = geometry.output_size(tuple(inputs.shape[2:]))
@@ -152,10 +159,10 @@ def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry)
 def contraction_costs(
     positions: int, patch_length: int, filters: int, columns: int = 1, diagonal: bool = False
 ) -> tuple[int, int]:
-    """Count the multiplications of two ways to compute block traces from slopes ``δ``, per sample and group.
+    """Count the multiplications, per sample and group, of two ways to compute block traces from slopes ``δ``.
 
     The first way is ``δ Γ δᵀ`` with the patch Gram matrix, the second ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``.
-    ``positions`` is ``P``, ``patch_length`` is ``D``, ``filters`` is ``S/G``, and ``columns`` is the number of arrays
+    ``positions`` is ``P``, ``patch_length`` is ``D``, ``filters`` is ``S/G``, and ``columns`` is the number of matrices
     ``δ``. With ``diagonal`` only the diagonal of the result is computed.
     """
     width = 1 if diagonal else filters

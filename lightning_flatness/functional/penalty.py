@@ -1,4 +1,4 @@
-"""Relative flatness of the classifier as a penalty: a differentiable function of its input, logits and weight."""
+"""The classifier's flatness as a penalty: a differentiable function of its input, logits and weight."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ def flatness_penalty(
     .. math::
         \kappa = \frac{1}{Z} \sum_n c_n \|g_n\|^2 \operatorname{Var}_{k \sim \pi_n}(w_k)
 
-    This is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). The
-    input of the classifier is ``g``, the softmax of the logits ``π``, and row ``k`` of the weight ``w_k``. For the
-    layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. To train on ``loss + λ κ`` needs no second
+    Here ``g_n`` is the input of the classifier for sample ``n``, ``π_n`` the softmax of the logits, and ``w_k`` row
+    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting: 1 without class weights. ``Z`` is
+    what the mean cross-entropy divides by: the number of samples, or the sum of the weights of their classes.
+
+    This is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). For
+    the layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. Training on ``loss + λ κ`` needs no second
     backward pass. See Petzka et al. 2021 (arXiv 2001.00939) and Adilova et al. 2023 (arXiv 2307.02337).
 
     Args:
@@ -44,15 +47,16 @@ def flatness_penalty(
         weight: ``W``, ``(K, m)``.
         targets: targets of the loss. Only class weights and ignored samples make the result depend on them.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
-        normalize: measure the equivalent classifier whose features have standard deviation one in this batch (``g / σ``
-            and ``W σ``). ``σ`` counts as a constant; features that are constant in the batch are left out.
+        normalize: measure the equivalent classifier ``W σ`` on the features ``g / σ``, whose standard deviation in this
+            batch is one. ``σ`` has no gradient; features that are constant in the batch are left out.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``; without class weights it changes nothing.
         class_weight: weight of every class, ``(K,)``.
         ignore_index: samples with this class index are ignored.
         reduction: ``"none"`` returns ``c_n ‖g_n‖² Var(w_k)`` of every sample, ``(N,)``, as torch's losses do.
 
     Returns:
-        A scalar in units of the loss, in float64 if an argument is, else in float32, whatever autocast says.
+        A scalar in units of the loss (``(N,)`` with ``reduction="none"``). It is float64 if ``features``, ``logits`` or
+        ``weight`` is float64, else float32, also under autocast.
 
     Raises:
         BatchError: shapes do not fit, targets are missing, or ``normalize`` is given a single sample.
@@ -95,9 +99,10 @@ def _check_shapes(features: Tensor, logits: Tensor, weight: Tensor) -> None:
 
 
 def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``δ = π - e_p``, whose entry ``p`` is minus the sum of the others, and the likeliest class ``p``, (N,).
+    """Return ``δ = π - e_p``, ``(N, K)``, and the likeliest class ``p`` of every sample, ``(N,)``.
 
-    ``1 - π_p`` would have lost its digits for confident samples.
+    ``e_p`` is the one-hot vector of ``p``. Entry ``p`` of ``δ`` is computed as minus the sum of the other entries,
+    because ``π_p - 1`` would lose its digits for confident samples.
     """
     likeliest = logits.detach().argmax(1)
     is_likeliest = nn.functional.one_hot(likeliest, logits.shape[1]).bool()
@@ -108,25 +113,26 @@ def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _variance(logits: Tensor, weight: Tensor) -> Tensor:
     """Compute ``Var_{k~π}(w_k) = Σ_k π_k ‖w_k‖² - ‖Σ_k π_k w_k‖²`` of every sample, ``(N,)``.
 
-    With ``u = δ W`` it is ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>``, of which each term goes to zero with ``1 - π_p``.
+    Computed as ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, because both terms are small where ``π_p`` is
+    close to one; ``δ`` and ``p`` are those of :func:`_offsets`.
     """
     delta, likeliest = _offsets(logits)
-    centred = weight - weight.mean(0)  # a common offset of all rows does not count, but costs digits
+    centred = weight - weight.mean(0)  # an offset that all rows share changes nothing, but costs digits
     offset = delta @ centred
-    # The backward of an embedding adds up in a fixed order on GPUs, that of an index does not.
+    # On GPUs, the backward pass of an embedding sums in a fixed order; the backward pass of indexing does not.
     reference = nn.functional.embedding(likeliest, centred)
     return delta @ centred.square().sum(1) - (offset * (2 * reference + offset)).sum(1)
 
 
 def _layerwise(logits: Tensor, weight: Tensor) -> Tensor:
-    """Compute ``‖W‖² (1 - Σ_k π_k²)`` of every sample, ``(N,)``; the latter is ``-2 δ_p - ‖δ‖²``."""
+    """Compute ``‖W‖² (1 - Σ_k π_k²)`` of every sample, ``(N,)``, where ``1 - Σ_k π_k² = -2 δ_p - ‖δ‖²``."""
     delta, likeliest = _offsets(logits)
     of_likeliest = delta.gather(1, likeliest[:, None])[:, 0]
     return weight.square().sum() * (-2 * of_likeliest - delta.square().sum(1))
 
 
 def _deviations(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the standard deviation of every feature, and its inverse; both are zero for one that is constant."""
+    """Return the standard deviation of every feature, and its inverse; both are zero for a constant feature."""
     if len(features) < 2:
         raise BatchError(
             "normalize=True needs the standard deviation of every feature over the batch, which has one sample. Use "
@@ -146,9 +152,9 @@ def target_sums(
     class_weight: Sequence[float] | Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor | None, Tensor | int]:
-    """Return ``c_n = Σ_k q_nk``, which is None if all are one, and ``Z``; ``q`` are the targets of the loss.
+    """Return ``c_n`` of every sample, or None if all are one, and ``Z``; see :func:`flatness_penalty`.
 
-    Nothing is waited for on a GPU, so values of targets are not checked: the loss has seen them.
+    The values of targets are not checked, because that waits for the GPU; the user's loss has used the same targets.
     """
     samples, classes = logits.shape
     if targets is None:

@@ -1,4 +1,8 @@
-"""Sums over samples of the elementwise product of two matrix products, strip by strip of the upper triangle."""
+"""The closed form's sums over samples: elementwise products of two matrix products.
+
+The sums are symmetric, so only their upper triangles are computed, in strips: blocks of rows, each from the diagonal to
+the right (``symmetric.py``).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,11 @@ from torch import Tensor
 
 from lightning_flatness.functional.symmetric import strip_rows
 
-# Numbers in the matrix products computed at a time. On a CPU they should fit into the cache. On other devices large
-# products are faster.
+# How many numbers the matrix products computed at a time may have. On a CPU they should fit into the cache. On other
+# devices large products are faster.
 PRODUCT_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
-# If columns times positions is at most this, one matrix product over all pairs of the two is fastest.
+# Up to this number of pairs of a column and a position, one matrix product over all pairs is fastest.
 FEW = 24
 
 Pair = tuple[Tensor, Tensor]
@@ -23,28 +27,31 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of some samples: ``(columns othersᵀ) ∘ (left rightᵀ)`` plus ``floor · VᵀV ∘ (left rightᵀ)``.
+    """The factors of ``(columns othersᵀ) ∘ (left rightᵀ) + floor · VᵀV ∘ (left rightᵀ)`` for some samples.
 
-    ``features`` are ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``; ``normalized`` are the same for
-    inputs whose channels have standard deviation one. ``columns`` are ``(columns, others)``, ``(N, G, s, C)``; of the
-    ``C`` columns of sample ``n``, the first ``counts[n]`` are used.
+    Attributes:
+        features: ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``.
+        normalized: the same for inputs whose channels are divided by their standard deviation.
+        columns: ``(columns, others)``, each ``(N, G, s, C)``.
+        counts: for every sample, how many of its ``C`` columns are used; later columns are zero.
+        floor: a number for every sample, ``(N,)``; ``V`` has the classifier's weights for the filters, ``(K, S)``.
     """
 
     features: Pair
     normalized: Pair | None
     columns: Pair
     counts: Sequence[int]
-    floor: Tensor | None = None  # (N,)
+    floor: Tensor | None = None
 
     @property
     def are_few(self) -> bool:
-        """Whether one matrix product over all columns and positions is fastest."""
+        """Whether there are so few columns and positions that one matrix product over all pairs is fastest."""
         return self.columns[0].shape[3] * self.features[0].shape[3] <= FEW and self.floor is None
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """Matrices ``(G, s, s)`` of one layer: ``gram`` and ``normalized`` weight the products of every sample."""
+    """Matrices of one layer, ``(G, s, s)``: the two Gram matrices of :class:`Weighting`, and ``VᵀV``."""
 
     gram: Tensor | None
     normalized: Tensor | None
@@ -53,16 +60,18 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Totals:
-    """The sums over samples, whose upper triangles are added to in place."""
+    """The sums over samples. They grow in place, and only their upper triangles are filled."""
 
     products: Tensor  # (G, s, s), float64
-    of_floor: Tensor | None = None  # of floor · (left rightᵀ)
+    of_floor: Tensor | None = None  # sum of floor · (left rightᵀ)
 
 
 def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
-    """Add the products of some samples to the totals; return every sample's sums weighted by the two Gram matrices.
+    """Add the products of some samples to the totals, and return every sample's sums weighted by the Gram matrices.
 
-    The result is float64 ``(N, 2)``; zero where there is no matrix.
+    The result is float64 ``(N, 2)``. Column 0 has the inner product of each sample's product with ``matrices.gram``.
+    Column 1 has that of its product of normalised features with ``matrices.normalized``. A column is zero if its matrix
+    is None.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
@@ -94,13 +103,13 @@ def _add_some(
     some: slice,
     buffers: Sequence[Tensor | None],
 ) -> Tensor:
-    """Add one strip of some samples' products to the totals; return the samples' weighted sums, ``(n, 2)``."""
+    """Add one strip of the products of the samples ``some`` to the totals; return its weighted sums, ``(n, 2)``."""
     features = _product(factors.features, some, strip, buffers[0])
     products = _product(factors.columns, some, strip, buffers[1], max(factors.counts[some]))
     floor = None if factors.floor is None else factors.floor[some]
     values = torch.zeros(len(products), 2, dtype=torch.float64, device=products.device)
     if weights.normalized is not None and factors.normalized is not None:
-        # Only its sum over pairs of filters is needed, so the product of the features is not made.
+        # Only a sum over pairs of filters is needed, so the product of the normalised features is not computed.
         one, other = (factors.normalized[side][some, :, strip[side]] for side in (0, 1))
         weighted = _elementwise(products, weights.normalized.view(products.shape[1:]), buffers[2])
         values[:, 1] += ((weighted @ other) * one).flatten(1).sum(1)
@@ -120,7 +129,7 @@ def _add_some(
 
 @dataclass(frozen=True)
 class _Weights:
-    """One strip of the two Gram matrices, and the same times ``VᵀV``, flat; what is None is not needed."""
+    """One strip of each Gram matrix, alone and times ``VᵀV`` elementwise, flattened; None if it is not needed."""
 
     gram: Tensor | None
     normalized: Tensor | None
@@ -129,7 +138,7 @@ class _Weights:
 
     @classmethod
     def of(cls, matrices: Matrices, rows: slice, rest: slice, like: Tensor) -> _Weights:
-        """Return a strip, in which entries whose mirror image is in no strip count twice, in the type of ``like``."""
+        """Cut out one strip, in the dtype of ``like``; entries whose mirror image is in no strip are doubled."""
 
         def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
             if gram is None:
@@ -144,7 +153,7 @@ class _Weights:
 
 
 def strips(filters: int) -> Iterator[tuple[slice, slice]]:
-    """Yield for every strip of the upper triangle its rows, and its columns from the diagonal to the right."""
+    """Yield for every strip the slice of its rows and the slice of its columns, from the diagonal to the right."""
     size = strip_rows(filters)
     for row in range(0, filters, size):
         yield slice(row, row + size), slice(row, None)
@@ -153,7 +162,10 @@ def strips(filters: int) -> Iterator[tuple[slice, slice]]:
 def _product(
     pair: Pair, some: slice, strip: tuple[slice, slice], buffer: Tensor | None, most: int | None = None
 ) -> Tensor:
-    """Compute ``one @ otherᵀ`` of one strip, in ``buffer`` unless it is None (autograd needs new memory)."""
+    """Compute one strip of ``one @ otherᵀ`` for the samples ``some``, from the first ``most`` columns of the pair.
+
+    The result is in ``buffer``, or in new memory if ``buffer`` is None, as autograd needs it.
+    """
     one, other = pair[0][some, :, strip[0], :most], pair[1][some, :, strip[1], :most]
     if buffer is None:
         return one @ other.mT
@@ -168,12 +180,12 @@ def _elementwise(products: Tensor, weights: Tensor, buffer: Tensor | None) -> Te
 
 
 def _all_pairs(factors: Factors, rows: slice, right: bool = False) -> Tensor:
-    """Return products of every column with every position, ``(G, rows, N C P)``."""
+    """Return the product of each column with each position, for the filters ``rows``: ``(G, rows, N C P)``."""
     columns, features = factors.columns[right][:, :, rows], factors.features[right][:, :, rows]
     return (columns[..., None] * features[..., None, :]).flatten(3).permute(1, 2, 0, 3).flatten(2)
 
 
 def _quadratic_forms(gram: Tensor, features: Pair, columns: Pair) -> Tensor:
-    """Compute the same weighted sums from all pairs of a column and a position, float64 ``(N,)``."""
+    """Compute every sample's sum weighted by ``gram``, from all pairs of a column and a position: float64 ``(N,)``."""
     one, other = ((c[..., None] * f[..., None, :]).flatten(3) for c, f in zip(columns, features, strict=True))
     return ((gram.to(one) @ one) * other).flatten(1).sum(1).double()

@@ -1,4 +1,4 @@
-"""Kendall's rank correlation of two lists of numbers, with intervals, at fixed third numbers, and within groups."""
+"""Kendall's rank correlation τ of two lists: with intervals, with a third list held fixed, and within groups."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# With fewer models there is no interval: a list of four has 24 orders, one of which agrees by chance in 4 % of cases.
+# Fewest pairs for an interval: four numbers have 24 orders, so two lists agree completely by chance in 4 % of cases.
 FEWEST = 5
 DRAWS = 2000
 
 
 def kendall_tau(x: Tensor, y: Tensor) -> float:
-    """Return Kendall's τ-b of two lists ``(n,)``; NaN if one of them is constant or there are fewer than two.
+    """Return Kendall's τ-b of two lists ``(n,)``; NaN if a list is constant or has fewer than two numbers.
 
     Source: Kendall 1945, "The treatment of ties in ranking problems".
 
@@ -25,10 +25,10 @@ def kendall_tau(x: Tensor, y: Tensor) -> float:
 
 
 def partial_tau(x: Tensor, y: Tensor, z: Tensor) -> float:
-    """Return the τ of ``x`` and ``y`` given ``z``, ``(n,)`` each: what is left when the part by way of ``z`` is out.
+    """Return the partial τ of ``x`` and ``y`` given ``z``: their correlation without the influence of ``z``.
 
-    It is NaN where the order of ``z`` is that of ``x`` or ``y``, or a list is constant. Source: Kendall 1942, "Partial
-    rank correlation".
+    All three are ``(n,)``. The result is NaN if ``z`` has the order of ``x`` or ``y``, or the reverse order, or if a
+    list is constant. Source: Kendall 1942, "Partial rank correlation".
 
     Example:
         >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -41,9 +41,10 @@ def partial_tau(x: Tensor, y: Tensor, z: Tensor) -> float:
 
 
 def bootstrap_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = DRAWS) -> tuple[float, float]:
-    """Return a 95 % interval of τ-b over lists drawn with replacement; NaN with fewer than five pairs.
+    """Return a 95 % bootstrap interval of τ-b; NaN with fewer than five pairs.
 
-    The ends are percentiles (Efron 1982). Draws in which a list is constant do not count.
+    Pairs of numbers are drawn with replacement; the ends of the interval are percentiles over draws (Efron 1982). Draws
+    in which a list is constant do not count.
 
     Example:
         >>> low, high = bootstrap_interval(torch.arange(9.0), torch.tensor([0.0, 2, 1, 3, 5, 4, 6, 8, 7]))
@@ -70,11 +71,11 @@ def bootstrap_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = DRAWS) 
 
 
 def granulated_tau(x: Tensor, y: Tensor, hyperparameters: Sequence[Sequence[object]]) -> float:
-    """Return the mean τ among models that differ in one hyper-parameter alone.
+    """Return the mean τ among models that differ in only one hyper-parameter.
 
-    ``hyperparameters`` has a row for each of the ``n`` models. For every hyper-parameter, τ is averaged over all
-    groups of models whose other hyper-parameters agree; the result is the mean over hyper-parameters. NaN if there are
-    no such groups. Source: Jiang et al. 2020 (arXiv 1912.02178), Section 4.2.
+    ``hyperparameters`` has a row for each of the ``n`` models. For every hyper-parameter, τ is averaged over all groups
+    of models whose other hyper-parameters agree. The result is the mean over hyper-parameters, and NaN if there are no
+    such groups. Source: Jiang et al. 2020 (arXiv 1912.02178), Section 4.2.
 
     Example:
         >>> runs = [(0.1, 32), (0.1, 64), (0.2, 32), (0.2, 64)]
@@ -94,17 +95,17 @@ def granulated_tau(x: Tensor, y: Tensor, hyperparameters: Sequence[Sequence[obje
 
 
 def _signs(values: Tensor) -> Tensor:
-    """Return the signs of all differences, ``(n, n)``."""
+    """Return the signs of the differences of all pairs of values, ``(n, n)``."""
     values = values.double()
     return (values[:, None] - values[None, :]).sign()
 
 
 def _tau(of_x: Tensor, of_y: Tensor) -> Tensor:
-    """Return τ-b from the signs of differences ``(..., n, n)``."""
+    """Compute τ-b from the signs of the differences in two lists, each ``(..., n, n)``."""
     squares = of_x.square().sum((-2, -1)) * of_y.square().sum((-2, -1))
     return (of_x * of_y).sum((-2, -1)) / squares.sqrt()
 
 
 def _at_once(number: int) -> int:
-    """Return how many draws to take at a time, so that they take some megabytes."""
+    """Return how many draws of ``number`` pairs to process at a time, so that they fit into some megabytes."""
     return max(1, 1_000_000 // number**2)

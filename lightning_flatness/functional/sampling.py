@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Samples are put into so many groups, by their position in the measured set.
+# Number of groups that samples are put into, by their position in the measured set.
 GROUPS = 32
-# Quantile 0.975 of Student's t-distribution with 1, 2, ... 31 degrees of freedom.
+# The 0.975 quantiles of Student's t-distribution with 1, 2, ... 31 degrees of freedom.
 T_QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042, 2.040,
@@ -15,9 +15,10 @@ T_QUANTILES = (
 
 
 def grouped(values: Tensor, positions: Tensor) -> Tensor:
-    """Sum values ``(N, Q)`` over the samples of each group, ``(32, Q)``, float64; sample ``i`` is in group ``i % 32``.
+    """Sum values ``(N, Q)`` over the samples of each group: float64 ``(32, Q)``.
 
-    Groups depend on the samples' positions in the measured set alone, not on batches or ranks.
+    ``positions`` ``(N,)`` has the position of each sample in the measured set. The sample at position ``i`` is in group
+    ``i % 32``, so groups do not depend on batches or ranks.
 
     Example:
         >>> grouped(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0, 1, 32]))[:2].flatten()
@@ -28,7 +29,7 @@ def grouped(values: Tensor, positions: Tensor) -> Tensor:
 
 
 def sampling_errors(sums: Tensor, weights: Tensor) -> Tensor:
-    """Return standard errors of the means ``sum(sums) / sum(weights)``, by a jackknife over groups: ``(Q,)``.
+    """Compute the standard errors of the means ``sum(sums) / sum(weights)`` by a jackknife over groups: ``(Q,)``.
 
     ``sums`` are ``(32, Q)`` and ``weights`` ``(32,)``. Groups without samples do not count. With fewer than two groups
     the errors are NaN. Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 3.
@@ -47,9 +48,10 @@ def sampling_errors(sums: Tensor, weights: Tensor) -> Tensor:
 
 
 def means_without_groups(sums: Tensor, weights: Tensor) -> Tensor:
-    """Return the means over all groups but one, for every group that has samples: ``(G, Q)``, float64.
+    """Compute, for every group that has samples, the means over all other groups: float64 ``(G, Q)``.
 
-    ``sums`` are ``(32, Q)`` and ``weights`` ``(32,)``, as :func:`grouped` gives them.
+    ``sums`` are ``(32, Q)`` and ``weights`` ``(32,)``, as :func:`grouped` returns them. ``G`` is the number of groups
+    that have samples.
 
     Example:
         >>> sums, weights = torch.tensor([[1.0], [2.0], [6.0], [0.0]]), torch.tensor([1.0, 1.0, 1.0, 0.0])
@@ -62,10 +64,11 @@ def means_without_groups(sums: Tensor, weights: Tensor) -> Tensor:
 
 
 def jackknife_covariance(without: Tensor) -> Tensor:
-    """Return the covariances ``(Q, Q)`` of ``Q`` numbers from their values without each group, ``(G, Q)``.
+    """Compute the covariances ``(Q, Q)`` of ``Q`` means by the jackknife; NaN with fewer than two groups.
 
-    With fewer than two groups they are NaN. The variances are the squares of :func:`sampling_errors`; numbers of the
-    same samples have covariances that make the error of their difference smaller or larger.
+    ``without`` ``(G, Q)`` has the means without each group, from :func:`means_without_groups`. The diagonal has the
+    squares of :func:`sampling_errors`. Means over the same samples are correlated, and the error of their difference
+    depends on the covariance.
 
     Example:
         >>> jackknife_covariance(torch.tensor([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]]))
@@ -80,9 +83,9 @@ def jackknife_covariance(without: Tensor) -> Tensor:
 
 
 def largest_tenth(values: Tensor) -> float:
-    """Return the share of the sum that the tenth of the values ``(N,)`` with the largest ones carries, rounded up.
+    """Return the share of the sum of ``values`` ``(N,)`` that the largest tenth of the values contributes.
 
-    It is NaN if values are negative, beyond rounding, or all are zero.
+    ``N / 10`` is rounded up. The share is NaN if a value is negative beyond rounding, or if all values are zero.
 
     Example:
         >>> largest_tenth(torch.tensor([8.0, *[1.0] * 9]))
@@ -95,7 +98,7 @@ def largest_tenth(values: Tensor) -> float:
 
 
 def interval(mean: float, error: float, num_groups: int) -> tuple[float, float]:
-    """Return the 95 % interval of a mean from its standard error over groups.
+    """Return the 95 % interval of a mean from its jackknife standard error over groups; NaN with one group.
 
     Example:
         >>> interval(1.0, 0.1, 32)

@@ -1,4 +1,4 @@
-"""Spectra of symmetric operators, estimated from random probe vectors: Lanczos quadrature, and criteria based on it."""
+"""Spectra of symmetric operators, estimated from random vectors by Lanczos quadrature, and criteria of spectra."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_flatness.functional.lanczos import orthogonalised, random_orthogo
 
 Product = Callable[[Tensor], Tensor]
 
-# A spectrum is mainly positive if C_t is above this (Gabdullin 2025).
+# A spectrum is mainly positive if C_t (see spectrum_criteria) is above this (Gabdullin 2025).
 MAINLY_POSITIVE = -0.6
-# A spectrum counts as zero up to this max |θ| ‖w‖², in units of the loss.
+# A spectrum is quasi-singular if max |θ| ‖w‖² is at most this, in units of the loss.
 QUASI_SINGULAR = 1e-3
 
 
 class Quadrature(NamedTuple):
-    """Quadrature of the spectrum of ``A`` by one probe: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``."""
+    """Quadrature of the spectrum of ``A`` from one probe: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``."""
 
     values: Tensor  # Ritz values, ascending, float64 (m,)
     weights: Tensor  # float64 (m,), their sum is one
@@ -31,11 +31,13 @@ class Quadrature(NamedTuple):
 def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator: torch.Generator) -> Quadrature:
     """Compute Ritz values and weights by ``min(m, D)`` Lanczos steps, each re-orthogonalised twice.
 
-    The probe ``(D,)`` must not be zero; its length does not matter. The memory ``basis``, ``(m, D)``, is overwritten by
-    the orthonormal Lanczos vectors. If the Krylov space of the probe becomes invariant, the steps continue with a
-    random vector orthogonal to it. This adds other eigenvalues with weight zero, so the quadrature stays exact for the
-    probe. See Golub and Meurant 1994, and Ubaru, Chen and Saad 2017, for the quadrature, and Parlett 1998, "The
-    Symmetric Eigenvalue Problem", Chapter 13, for the steps.
+    ``product`` multiplies the operator with a vector. The ``probe`` ``(D,)`` must not be zero; its length does not
+    matter. The memory ``basis`` ``(m, D)`` is overwritten by the orthonormal Lanczos vectors. If the Krylov space of
+    the probe becomes invariant, the steps continue with a random vector orthogonal to this space. That adds other
+    eigenvalues with weight zero, so the quadrature stays exact for the probe.
+
+    Sources: Golub and Meurant 1994, and Ubaru, Chen and Saad 2017, for the quadrature; Parlett 1998, "The Symmetric
+    Eigenvalue Problem", Chapter 13, for the steps.
 
     Example:
         >>> matrix, probe = torch.diag(torch.tensor([1.0, 2.0, 4.0]).double()), torch.ones(3).double()
@@ -67,14 +69,14 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
 
 
 def _nodes(diagonal: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the eigenvalues of the tridiagonal matrix, and the squared first components of its eigenvectors."""
+    """Compute a tridiagonal matrix's eigenvalues, and the squared first components of its eigenvectors."""
     matrix = torch.diag(diagonal) + torch.diag(beyond, 1) + torch.diag(beyond, -1)
     values, vectors = torch.linalg.eigh(matrix)  # blocks separated by a zero in beyond are not mixed
     return values, vectors[0].square()
 
 
 class Criteria(NamedTuple):
-    """Gabdullin's criteria of ``P`` probes; see :func:`spectrum_criteria`."""
+    """Gabdullin's criteria of the spectrum for each of ``P`` probes; see :func:`spectrum_criteria`."""
 
     r_e: Tensor  # (P,)
     k_hn: Tensor  # (P,)
@@ -85,12 +87,15 @@ class Criteria(NamedTuple):
 def spectrum_criteria(
     values: Tensor, weights: Tensor, exponent: float = 0.5, scale: float = 1.0, zero: float = 0.0
 ) -> Criteria:
-    """Compute Gabdullin's criteria of every probe (arXiv 2412.10146; arXiv 2504.17618 for ``C_t`` and the kinds).
+    """Compute Gabdullin's criteria of the spectrum for every probe.
 
-    With Ritz values ``θ`` and weights ``τ``, ``(P, m)`` each, ``C_t = min θ / max θ``, ``r_e = |C_t|`` and
-    ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. If no ``θ`` is positive, ``C_t`` is minus infinity, and
-    ``r_e`` and ``K_Hn`` are infinite. If all ``θ`` are zero, all three are NaN. A ``θ`` counts as zero if ``|θ|`` is at
-    most ``zero`` times the largest ``|θ|`` of its probe.
+    Sources: arXiv 2412.10146; for ``C_t`` and the kinds arXiv 2504.17618.
+
+    ``values`` are the Ritz values ``θ`` and ``weights`` the weights ``τ`` of :class:`Quadrature`, ``(P, m)`` each. With
+    ``n = exponent``, the criteria are ``C_t = min θ / max θ``, ``r_e = |C_t|`` and
+    ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. If no ``θ`` is positive, ``C_t`` is minus infinity, and ``r_e`` and
+    ``K_Hn`` are infinite. If all ``θ`` are zero, all three are NaN. A ``θ`` counts as zero if ``|θ|`` is at most
+    ``zero`` times the largest ``|θ|`` of its probe.
 
     A spectrum is *quasi-singular* if every ``|θ|`` times ``scale`` is at most ``1e-3`` (a threshold of this package).
     For a Hessian with respect to ``w``, ``scale`` is ``‖w‖²``. A spectrum that is not quasi-singular is *mainly

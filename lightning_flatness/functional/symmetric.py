@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows of a strip that is computed at a time: 64, or a sixteenth of the matrix, whichever is larger.
+# Computations take strips of this many rows, or of a sixteenth of the rows, whichever is larger.
 STRIP = 64
-# Rows of a strip that is stored: 16, or a thirty-second of the matrix, whichever is larger.
+# Stored strips have this many rows, or a thirty-second of the rows, whichever is larger.
 KEPT_STRIP = 16
 
 
 def strip_rows(rows: int) -> int:
-    """Return the number of rows of a strip that is computed at a time."""
+    """Return how many rows a strip has in computations on a matrix with ``rows`` rows."""
     return min(rows, max(STRIP, rows // 16))
 
 
 def kept_rows(rows: int) -> int:
-    """Return the number of rows of a strip that is stored."""
+    """Return how many rows a stored strip has, for a matrix with ``rows`` rows."""
     return min(rows, max(KEPT_STRIP, rows // 32))
 
 
@@ -39,7 +39,7 @@ def mirror_(upper: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Folded:
-    """Symmetric matrices ``(G, S, S)``, stored as strips of their upper triangles; or diagonals, stored unchanged.
+    """Symmetric matrices ``(G, S, S)``, stored as strips of their upper triangles; or diagonals ``(G, S)``, unchanged.
 
     The strips of a large matrix take little more than half of its memory. A matrix with at most :data:`KEPT_STRIP` rows
     is one strip.
@@ -50,7 +50,7 @@ class Folded:
 
     @classmethod
     def of(cls, symmetric: Tensor) -> Folded:
-        """Fold matrices ``(G, S, S)``, of which only the upper triangles are read, or store diagonals ``(G, S)``."""
+        """Fold matrices ``(G, S, S)``, reading only their upper triangles; or store diagonals ``(G, S)``."""
         if symmetric.ndim == 2:
             return cls(symmetric, None)
         rows = symmetric.shape[1]

@@ -1,4 +1,4 @@
-"""Values of single samples: inner products of a sample's block traces with matrices made of the weights."""
+"""Measures of single samples: inner products of a sample's block traces with matrices made of the weights."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from lightning_flatness.functional.measures import weight_gram
 
-# The measures that a contraction gives for every sample, in this order.
+# The measures that a :class:`Contraction` has for every sample, in this order.
 SAMPLE_MEASURES = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "channelwise_flatness")
 TRACE, RELATIVE, NORMALIZED, CHANNELWISE = range(len(SAMPLE_MEASURES))
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """The matrices of one layer that its block traces are weighted with; what is None is not measured.
+    """The matrices of one layer that weight its block traces; a measure whose matrix is None is not measured.
 
     Attributes:
-        gram: inner products ``<w_s, w_s'>``, ``(G, S/G, S/G)``, in the type of the kernel.
-        deviations: ``σ``, standard deviations of the input channels, float64 ``(C,)``; 0 leaves a channel out.
-        normalized: ``sum_c σ_c² <w_sc, w_s'c>``, of the shape of ``gram``.
-        kernel: the kernel ``(S, C/G, *kernel_size)``, for the channel-wise measure.
+        gram: inner products ``<w_s, w_s'>``, ``(G, S/G, S/G)``, in the dtype of the kernel; for relative flatness.
+        deviations: ``σ``, the standard deviations of the input channels, float64 ``(C,)``; 0 leaves a channel out.
+        normalized: ``sum_c σ_c² <w_sc, w_s'c>`` over input channels ``c``, in the shape of ``gram``; for normalised
+            relative flatness.
+        kernel: the kernel ``(S, C/G, *kernel_size)``, for channel-wise flatness.
     """
 
     gram: Tensor | None = None
@@ -36,7 +37,11 @@ class Weighting:
     def of(
         cls, kernel: Tensor, groups: int, gram: Tensor | None, deviations: Tensor | None, by_channel: bool
     ) -> Weighting:
-        """Return the matrices for a kernel; without ``deviations`` the normalised measure is not measured."""
+        """Make the matrices for a kernel.
+
+        Normalised relative flatness is measured only with ``deviations``, channel-wise flatness only with
+        ``by_channel``.
+        """
         kernel = kernel.detach()
         normalized = None
         if deviations is not None:
@@ -58,7 +63,7 @@ class Weighting:
         return inputs * self.inverse.to(inputs).view(-1, *[1] * (inputs.ndim - 2))
 
     def scaled_patches(self, sums: Tensor) -> Tensor:
-        """Return ``sum_p a[p] phi[p]``, ``(N, G, ..., D)``, of inputs divided by ``σ``."""
+        """Convert ``sum_p a[p] phi[p]``, ``(N, G, ..., D)``, to the same sums for inputs divided by ``σ``."""
         groups, length = sums.shape[1], sums.shape[-1]
         of_groups = self.inverse.to(sums).view(groups, -1)
         of_entries = of_groups.repeat_interleave(length // of_groups.shape[1], dim=1)
@@ -66,24 +71,25 @@ class Weighting:
 
 
 class Contraction(NamedTuple):
-    """Block traces summed over samples, and the values of every sample."""
+    """Block traces summed over samples, and the measures of every sample."""
 
     total: Tensor  # (G, S/G, S/G), or (G, S/G), float64
-    samples: Tensor  # (N, 4), of SAMPLE_MEASURES, float64; NaN for what is not measured
-    left_out: Tensor  # trace of what was left out of the normalised measure, a scalar
+    samples: Tensor  # the columns SAMPLE_MEASURES, float64 (N, 4); NaN if not measured
+    left_out: Tensor  # trace of the terms that a tolerance left out of normalised relative flatness, a scalar
 
 
 def no_values(samples: int, device: torch.device) -> Tensor:
-    """Return values of samples that are not measured yet, NaN ``(N, 4)``."""
+    """Return NaN, ``(N, 4)``, for samples whose measures are not computed yet."""
     return torch.full((samples, len(SAMPLE_MEASURES)), torch.nan, dtype=torch.float64, device=device)
 
 
 def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
     r"""Compute ``\sum_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
 
-    ``L`` and ``R`` are Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``; ``W_c`` are the entries of the kernel
-    ``(S, C/G, *kernel_size)`` on input channel ``c``, ``S/G`` x kernel positions. With ``L = R``, the sum over the
-    columns of ``B`` is channel-wise flatness.
+    ``left`` is ``L`` and ``right`` is ``R``: Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``. ``W_c``, ``L_c``
+    and ``R_c`` are the parts of the kernel, ``L`` and ``R`` on input channel ``c``: ``S/G`` x kernel positions. Let
+    ``B Bᵀ`` be the loss's second derivative in the logits, and ``L = R`` the Jacobian for one column of ``B``. Then the
+    sum over all columns is channel-wise flatness.
     """
     samples, groups, filters, _ = left.shape
     channels = kernel.shape[1]
