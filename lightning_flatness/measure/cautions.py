@@ -111,7 +111,7 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
         found.append(Caution("not_normalised", sentence, missing))
     fewest = min(row.num_samples for row in rows.values())
     if fewest < GROUPS:
-        sentence = f"{number_of(fewest, 'sample')} are too few to tell the errors: {GROUPS} at least."
+        sentence = f"{number_of(fewest, 'sample')}: too few for standard errors, which need {GROUPS} at least."
         found.append(Caution("few_samples", sentence, tuple(rows)))
     return found
 
@@ -122,8 +122,8 @@ def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     if not 0 < number < FEWEST:
         return []
     sentence = (
-        f"{number_of(number, 'model')} with an outcome: nothing can be concluded on how flatness goes with it. Some "
-        "dozens of models are needed."
+        f"{number_of(number, 'model')} with an outcome: too few to conclude anything on how flatness goes with the "
+        "outcome. Some dozens of models are needed."
     )
     return [Caution("few_models", sentence, tuple(rows))]
 

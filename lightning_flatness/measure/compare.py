@@ -35,9 +35,10 @@ def compare(
     """Compare models, or reports of models, by the flatness of the same layers.
 
     The result has a row for every model, the differences to the first model with standard errors, and cautions, which
-    say what must not be concluded. Models are measured together on the same samples. Numbers on the same samples go up
-    and down together, and the error of their difference counts that, which makes most errors smaller. The same holds
-    for reports that were measured with ``per_sample=True`` on the same samples in the same order.
+    say what must not be concluded. Models are measured together on the same samples. Because a sample that is hard for
+    one model is often hard for the others, too, most differences have smaller errors than with different samples. The
+    errors take this into account for models, and for reports that were measured with ``per_sample=True`` on the same
+    samples in the same order.
 
     Arguments with one entry for each model are mappings with the same names as ``models``, or sequences in the order of
     ``models``.
@@ -105,7 +106,10 @@ def compare(
 
 
 def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, options: Any, is_reread: bool) -> None:
-    """Raise an error if models lack data, if data or options lack models, or for ``sync`` and unsuitable iterators."""
+    """Raise an error if the arguments do not fit together.
+
+    Models need ``batches``; data and options need models; ``sync`` is not supported; an iterator can be read only once.
+    """
     if networks and batches is None:
         raise FlatnessError(f"Model '{next(iter(networks))}' has no data to be measured on: give batches=.")
     unused = [*["batches"] * (batches is not None), *["train_batches"] * (train_batches is not None), *options]

@@ -67,7 +67,7 @@ def row_of(
 
 
 def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[str, Tensor]:
-    """Return the covariances of the models' errors, by name of the number: float64 ``(M, M)`` for ``M`` reports.
+    """Return, for each number such as ``"loss"``, the covariances of its errors in ``M`` reports, float64 ``(M, M)``.
 
     The diagonal has the variance over samples plus the variance of estimates. The other entries are zero unless
     ``is_paired``: then they are covariances from a jackknife over groups of samples, because all models were measured
@@ -149,7 +149,10 @@ def _without(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _estimate_error(report: FlatnessReport, number: str) -> float:
-    """Return the standard error of a number that is a sum of estimates, which are independent between layers."""
+    """Return the standard error that a number of the report has because some layers are estimates.
+
+    The errors of different layers are independent, so their squares add up.
+    """
     measure = "relative_flatness" if number in RATIOS else number
     error = math.hypot(*(layer.standard_errors.get(measure, 0.0) for layer in report.layers.values()))
     divisor = float(getattr(report, RATIOS[number])) if number in RATIOS else 1.0

@@ -84,8 +84,8 @@ def _of_statistics(networks: Mapping[str, nn.Module]) -> list[Caution]:
     if alike is None:
         return []
     sentence = (
-        f"{alike[0]} and {alike[1]} have the same weights, and other statistics of BatchNorm: what differs is the "
-        "statistics alone."
+        f"{alike[0]} and {alike[1]} have the same weights; the only difference between them is in the running "
+        "statistics of BatchNorm."
     )
     return [Caution("batch_norm", sentence, alike)]
 

@@ -168,7 +168,7 @@ class Comparison(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers of all models are exact (see ``LayerFlatness.exact``)."""
+        """Whether the numbers of all models are certified to be those of the Hessian itself."""
         return all(model.exact for model in self.models.values())
 
     @property
@@ -183,7 +183,10 @@ class Comparison(Record):
 
     @property
     def verdict(self) -> str:
-        """Sentences that name the flattest model by the normalised measure, the margin, its error, and the cautions."""
+        """Sentences that name the flattest model by the normalised measure, and its distance to the second model.
+
+        If there are cautions against comparing the models, a sentence lists them.
+        """
         return self._found + self._doubt
 
     @property
@@ -200,7 +203,7 @@ class Comparison(Record):
         values = {name: model.normalized_relative_flatness for name, model in self.models.items()}
         order = sorted((name for name, value in values.items() if math.isfinite(value)), key=values.__getitem__)
         if len(order) < 2:
-            return "The normalised measure is not known of two models, so no model can be called the flattest."
+            return "The normalised measure is known of fewer than two models, so no model can be called the flattest."
         lowest, second = order[:2]
         others = {name: self.difference(BEST, name, lowest) for name in order[1:]}
         unsure = [name for name, found in others.items() if not found.is_clear]

@@ -95,9 +95,9 @@ def reading(comparison: Comparison) -> str:
     """Return sentences that explain the numbers, errors and marks of the tables."""
     first = comparison.reference
     pairs = (
-        "Errors of differences are those of the same samples in all models."
+        "Errors of differences take into account that all models were measured on the same samples."
         if comparison.is_paired
-        else "Errors of differences are those of different samples; if the samples are the same, most are smaller."
+        else "Errors of differences assume different samples; if the samples are the same, most errors are smaller."
     )
     found = [one for of_model in comparison.differences.values() for one in of_model.values()]
     return (
@@ -107,7 +107,7 @@ def reading(comparison: Comparison) -> str:
         + f" ≈: no clear difference from {first}, less than two standard errors."
         * any(one.is_known and not one.is_clear for one in found)
         + " ?: error not known." * any(not one.is_known for one in found)
-        + " Exact: the number of these samples is that of the full Hessian." * comparison.exact
+        + " Exact: the numbers are those of the full Hessian on these samples." * comparison.exact
     )
 
 

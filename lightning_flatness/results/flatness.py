@@ -230,7 +230,7 @@ class FlatnessReport(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers of every layer are exact (see ``LayerFlatness.exact``)."""
+        """Whether the numbers of every layer are certified to be those of the Hessian itself."""
         return all(layer.exact for layer in self.layers.values())
 
     @property

@@ -98,7 +98,7 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
         notes_on_layers = notes([layer.info for layer in self.layers.values()], {})
         table = Table(
             title=f"Largest eigenvalues over {number_of(self.num_samples, 'sample')}",
-            caption=" ".join(["Residual: some eigenvalue is that close to λ_max.", *notes_on_layers]),
+            caption=" ".join(["Residual: λ_max is at most that far from an eigenvalue.", *notes_on_layers]),
             caption_justify="left",
         )
         table.add_column("layer", overflow="fold")

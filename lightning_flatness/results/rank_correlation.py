@@ -88,8 +88,8 @@ def correlation_table(correlations: Sequence[RankCorrelation], outcome: str) -> 
     largest = max(found.num_models for found in correlations)
     sentences = [
         f"{number_of(len(correlations), 'number')} tried on {number_of(largest, 'model')}: the best of so many looks "
-        "better than it is. 1: the same order as the outcome; 0: none; -1: reversed. Interval: bootstrap over models. "
-        "Given: partial τ. *: baseline, which needs no Hessian."
+        "better than it is. 1: the same order as the outcome; 0: unrelated; -1: reversed. Interval: bootstrap over "
+        "models. Given: partial τ, with that number held constant. *: baseline, which needs no Hessian."
     ]
     if all(math.isnan(found.low) for found in correlations):
         sentences.append("With fewer than five models there is no interval, and nothing can be concluded.")

@@ -87,7 +87,7 @@ def test_marks_in_the_table():
     unknown = comparison(1.0, 2.0, errors=[math.nan, math.nan])
     assert list(unknown.table().columns[1].cells) == ["1", "2 ?"]
     assert "?: error not known" in str(unknown.table().caption)
-    assert "are those of different samples" in str(found.table().caption)
+    assert "assume different samples" in str(found.table().caption)
 
 
 @pytest.mark.parametrize(("data", "heading"), [("val", "val loss"), ("train", "loss"), ("", "loss")])
