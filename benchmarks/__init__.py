@@ -1,1 +1,1 @@
-"""Measurements of cost (``python -m benchmarks``) and of coverage (``python -m benchmarks.coverage``)."""
+"""Measure what the package costs (``python -m benchmarks``) and which models it covers (``benchmarks.coverage``)."""

@@ -2,9 +2,10 @@
 
     python -m benchmarks [--rows FAMILY ...] [--quick] [--missing]
 
-Every family of rows runs in a separate process. If one fails, or the system kills it for its memory, the table shows
-the reason, and the other families are not affected. Results are kept in build/benchmarks; --missing continues an
-interrupted run. The page is written when all families were measured; --rows and --quick only print the table.
+A family is a group of rows of the table. Every family runs in a separate process. If a process fails, or the system
+kills it because it uses too much memory, the table shows the reason, and the other families are not affected. Results
+are kept in build/benchmarks; --missing continues an interrupted run. The page is written after all families were
+measured; with --rows or --quick only the table is printed.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ ROOT = Path(__file__).parents[1]
 PAGE, STORE = ROOT / "docs" / "benchmarks.md", ROOT / "build" / "benchmarks"
 FAMILIES = ("callback", "classes", "traces", "classifier", "all_layers", "growth")
 PROFILES = {"ResNet-18": "resnet18", "ResNet-20": "resnet20"}
-LIMIT = 900  # seconds for a family
+LIMIT = 900  # largest time for a family, in seconds
 
 
 def family(name: str, device: str, quick: bool, store: Path) -> None:
-    """Measure one family in this process and write the result to a file."""
+    """Measure one family in this process, and write the result to the file ``store``."""
     warnings.filterwarnings("ignore")
     if name == "live_profile":
         from benchmarks import live_profile
@@ -51,7 +52,7 @@ def family(name: str, device: str, quick: bool, store: Path) -> None:
 
 
 def measured(name: str, device: str, quick: bool, missing: bool) -> Any:
-    """Measure a family in a separate process; return its result as JSON, or the reason for having none as a string."""
+    """Measure a family in a separate process; return its parsed JSON, or a string with the reason of a failure."""
     store = STORE / f"{name}-{device}{'-quick' if quick else ''}.json"
     if missing and store.exists():
         return json.loads(store.read_text())

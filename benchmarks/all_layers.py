@@ -1,4 +1,4 @@
-"""All layers of a ResNet-20, compared with BackPACK, bare backward passes and a training step."""
+"""Measure all layers of a ResNet-20; compare with BackPACK, with plain backward passes, and with a training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation epochs with and without the callback."""
+"""Compare validation epochs with the callback to validation epochs without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.rows import Row
 from benchmarks.timing import interleaved, peaks_apart
 
 BATCH = 64
-BATCHES = 157  # 10,000 images, as many as CIFAR-10 has for validation; each epoch begins with a trial on a few samples
+BATCHES = 157  # 10,000 images, as in CIFAR-10, so that the trial at the beginning of an epoch has its usual share
 NETWORKS: dict[str, tuple[str, float]] = {"ResNet-18": ("resnet18", 0.03), "ResNet-20": ("resnet20", 0.05)}
 
 
@@ -50,7 +50,7 @@ class Classifier(L.LightningModule):
 
 
 class Synthetic(Dataset):
-    """A data set of equal samples, so that loading is not measured."""
+    """A data set whose images are all the same, so that the time of loading is not measured."""
 
     def __init__(self, samples: int):
         self.samples = samples
@@ -82,7 +82,7 @@ def loader_of(batches: int) -> DataLoader:
 
 
 def epoch(device: str, network: str, batches: int, with_callback: bool) -> tuple[Callable[[], None], ...]:
-    """Return a warm-up and an epoch, to measure the peak of memory."""
+    """Return two functions, a short warm-up and a whole validation epoch, for measuring peak memory."""
     quiet()
     torch.manual_seed(0)
     model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
@@ -98,7 +98,7 @@ def measure(device: str, quick: bool) -> list[Row]:
         torch.manual_seed(0)
         model, loader = Classifier(getattr(networks, network)()), loader_of(batches)
         tasks = {name: partial(validate, model, loader, name == "with", device) for name in ("with", "without")}
-        times = interleaved(tasks, repeats, device, budget=400)  # whole epochs, since single batches scatter
+        times = interleaved(tasks, repeats, device, budget=400)  # whole epochs: times of single batches vary too much
         runs = len(times.wall["with"])
         note = f"{batches} batches, {runs} runs, {times.median('without'):.2f} s without; "
         note += times.spread("with", "without")

@@ -1,17 +1,20 @@
-"""How many operations the callback adds to a batch of validation that it observes.
+"""Count the operations that the callback adds to an observed validation batch.
 
     python -m benchmarks.calls
 
-Counts do not depend on the machine or on what else runs there, as times do. Validations of 12 and of 6 batches, with
-the callback and without; the difference of the differences, over 6, is what a batch costs when all has settled (on one
-batch of 16 more of a certificate is done; none of these). Counted are
+Counts, unlike times, do not depend on the machine or on other processes. Validations of 12 and of 6 batches are run,
+with the callback and without it. The difference between 12 and 6 batches, divided by 6, is the count of one batch. It
+leaves out what happens only at the beginning, and the full certificate, which every sixteenth batch gets. Three kinds
+of counts are made:
 
-- operations, as a dispatch mode sees them: an operation made of others counts as one in inference mode, else as these;
-- events of the profiler, with all that operations are made of. Each `_local_scalar_dense` or `equal` makes the host
-  wait for a GPU; `is_nonzero` holds one of the former, which the dispatch mode does not see in inference mode;
-- calls of torch's functions from Python.
+- Operations in a dispatch mode. In inference mode, a composite operation counts as one operation; otherwise the
+  operations that it consists of count.
+- Events of the profiler, which include all parts of composite operations. Each `_local_scalar_dense` or `equal` makes
+  the host wait for a GPU. `is_nonzero` contains a `_local_scalar_dense`, which the dispatch mode does not see in
+  inference mode.
+- Calls of torch's functions from Python.
 
-That the callback observes also while it is counted is checked by what it says.
+The counting checks, by the callback's log messages, that the callback still observes the forward passes.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ Counts = Counter[str]
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts operations by name."""
+    """A dispatch mode that counts operations by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +54,7 @@ class Dispatched(TorchDispatchMode):
 
 
 class Called(TorchFunctionMode):
-    """Counts calls of torch's functions by name."""
+    """A function mode that counts calls of torch's functions by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class Called(TorchFunctionMode):
 
 
 class Profiled:
-    """Counts what torch's profiler sees: also operations that are made of others, as `conv2d` and `is_nonzero` are."""
+    """A context manager that counts the events of torch's profiler, including composite operations and their parts."""
 
     def __init__(self) -> None:
         self.counts: Counts = Counter()
@@ -80,7 +83,7 @@ class Profiled:
 
 @contextmanager
 def told() -> Iterator[list[str]]:
-    """What is said on rank zero meanwhile."""
+    """In a ``with`` block, collect the log messages of rank zero in the list that is yielded."""
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
@@ -95,7 +98,7 @@ def told() -> Iterator[list[str]]:
 
 
 def validated(count: Callable[[], Any], batches: int, with_callback: bool) -> Counts:
-    """Counts of a whole validation."""
+    """Run a whole validation inside the counter ``count()``, and return the counts by name."""
     torch.manual_seed(0)
     module, loader = Classifier(resnet20()), loader_of(batches)
     trainer = L.Trainer(
@@ -115,7 +118,7 @@ def validated(count: Callable[[], Any], batches: int, with_callback: bool) -> Co
 
 
 def of_a_batch(count: Callable[[], Any]) -> tuple[Counts, Counts]:
-    """What the callback adds to a batch, and what a batch takes without it; by name."""
+    """Return two counts for one batch, by name: what the callback adds, and what a batch takes without it."""
     counts = {}
     for with_callback in (True, False):
         more, few = (validated(count, batches, with_callback) for batches in (MORE, FEW))

@@ -1,4 +1,4 @@
-"""A thousand classes: the last convolution of a ResNet-50, in addition to a forward pass."""
+"""Measure the last convolution of a ResNet-50 with a thousand classes; compare with a forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.timing import interleaved
 from lightning_flatness.measure.measurement import Measurement
 
 SAMPLES = 8
-MASS = 1e-6  # share of the probability that the other classes carry
+MASS = 1e-6  # share of the probability that the classes may carry that are not counted
 
 
 def rows(device: str) -> list[Row]:
@@ -28,13 +28,13 @@ def rows(device: str) -> list[Row]:
 
 
 def classes_needed(logits: Tensor) -> float:
-    """Count the classes that carry all but a small part of the probability: the median over samples."""
+    """Count the classes that carry all but ``MASS`` of a sample's probability; return the median over samples."""
     mass = logits.double().softmax(1).sort(1, descending=True).values.cumsum(1)
     return float((mass < 1 - MASS).sum(1).double().median()) + 1
 
 
 def spread_logits(net: nn.Module, x: Tensor, wanted: int) -> float:
-    """Scale the classifier by bisection until about ``wanted`` classes carry the probability; return how many do."""
+    """Scale the classifier, by bisection, so that ``classes_needed`` is about ``wanted``; return its value."""
     with torch.no_grad():
         logits, weight = net(x).double(), net.fc.weight.clone()
         low, high = 1.0, 2.0**20
@@ -47,7 +47,7 @@ def spread_logits(net: nn.Module, x: Tensor, wanted: int) -> float:
 
 
 def own(net: nn.Module, batch: networks.Batch) -> Callable[[], None]:
-    """Return a function that runs a forward pass, and then a measurement with its own forward pass."""
+    """Return a function that runs a forward pass, and then a measurement with a forward pass of its own."""
     measurement = Measurement(net, tolerance=0.0)
 
     def step() -> None:
@@ -86,7 +86,10 @@ def measure(device: str, quick: bool) -> list[Row]:
 
 
 def calibrate(net: nn.Module, x: Tensor) -> None:
-    """Set BatchNorm statistics to those of these images; with those of a new network all logits are alike."""
+    """Set the running statistics of BatchNorm to those of ``x``.
+
+    With the statistics of a new network, all logits would be nearly equal.
+    """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None

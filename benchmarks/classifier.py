@@ -1,8 +1,8 @@
-"""Relative flatness of the classifier layer, compared with its full Hessian by autograd (``torch.func.hessian``).
+"""Measure relative flatness of the classifier; compare with the full Hessian by autograd (``torch.func.hessian``).
 
-The full Hessian is what the code of Petzka et al. 2021 computes: all second derivatives, then traces of blocks. Both
-start from the features before the classifier, and neither checks that they are its input. One more row starts from
-images, and includes the whole measurement with its certificates.
+The code of Petzka et al. 2021 computes the full Hessian, too: all second derivatives, and then the traces of blocks.
+Most rows compare the two formulas alone, which start from the features that the classifier reads and certify nothing.
+The last row compares a whole measurement, which starts from images and includes the certificates.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.timing import interleaved
 from lightning_flatness.functional import CrossEntropy, classifier_block_traces, relative_flatness, weight_gram
 
 SAMPLES = 64
-CALLS = 100  # of the formula that are timed together, since one takes less than a millisecond
+CALLS = 100  # calls of the formula that are timed together, because one call takes less than a millisecond
 SIZES = {
     (512, 10): "ResNet-18, 10 classes",
     (64, 100): "ResNet-20, 100 classes",
@@ -47,20 +47,20 @@ def rows(device: str) -> list[Row]:
     return [
         *from_features_only,
         Row("classifier", whole, against, "faster"),
-    ]  # no goal: both begin with the forward pass
+    ]  # the last row has no goal, because on both sides the forward pass takes most of the time
 
 
 def from_hessian(net: nn.Module, name: str, batch: networks.Batch) -> float:
-    """Compute sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}) from all entries of the Hessian."""
+    """Compute relative flatness, sum_{s,s'} <w_s, w_s'> Tr(H_{s,s'}), from all entries of the Hessian ``H``."""
     x, y = batch
-    weight = net.get_parameter(name).detach()  # the rows are the neurons
+    weight = net.get_parameter(name).detach()  # the row w_s belongs to neuron s
     full = hessian(lambda w: cross_entropy(functional_call(net, {name: w}, (x,)), y))(weight)
     traces = torch.einsum("sdtd->st", full)
     return float((traces.detach() * (weight @ weight.T)).sum())
 
 
 def from_features(classifier: nn.Linear, batch: networks.Batch) -> float:
-    """Compute the same as in the example of :func:`classifier_block_traces`."""
+    """Compute relative flatness by :func:`classifier_block_traces`, from the features that the classifier reads."""
     features, targets = batch
     loss = CrossEntropy()(classifier(features).detach(), targets)
     traces = classifier_block_traces(features, loss.curvature) / loss.normalizer
@@ -72,7 +72,7 @@ def certified(net: nn.Module, batch: networks.Batch) -> float:
 
 
 def stops_fitting(device: str) -> str:
-    """Describe the largest classifier whose Hessian fits the memory once."""
+    """Describe the largest classifier whose Hessian fits into the memory of this machine."""
     there = torch.cuda.mem_get_info()[1] if device == "cuda" else machine.memory()
     weights = int((there / 4) ** 0.5)
     return (
@@ -115,7 +115,7 @@ def compared(
 
     try:
         times = interleaved({kind: partial(task, kind) for kind in ("ours", "hessian")}, repeats, device)
-    except RuntimeError as error:  # memory
+    except RuntimeError as error:  # out of memory
         return row.failed(f"{error}; {stops_fitting(device)}")
     apart = abs(values["ours"] / values["hessian"] - 1)
     if apart > 1e-3:

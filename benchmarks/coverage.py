@@ -2,8 +2,8 @@
 
     python -m benchmarks.coverage [--all] [--missing] [--only NAME ...] [--limit SECONDS]
 
-Results are written to runs/coverage.json, and the page anew, after every model; --missing continues an interrupted run.
---all measures every size of torchvision's families, which needs much memory and hours.
+After every model, the results are written to runs/coverage.json, and the page is written again. --missing continues an
+interrupted run. --all measures every size of torchvision's families, which takes hours and much memory.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ TIMM = """convmixer_768_32 convnext_atto dla34 dpn68 eca_nfnet_l0 ese_vovnet19b_
     mobilenetv4_conv_small mobileone_s0 repvgg_a0 res2net50_26w_4s resnetv2_50 resnetv2_50x1_bit skresnet18
     tf_efficientnet_b0 tf_efficientnet_cc_b0_4e"""
 TIMM_SIZED = """coatnet_nano_rw_224 levit_128s mixer_s32_224 resmlp_12_224 swin_tiny_patch4_window7_224
-    vit_tiny_patch16_224 xcit_nano_12_p16_224"""  # made for images of one size
-SIZES = {"inception_v3": 75, "vit_h_14": 56}  # 64 for all others
-ROWS = 16  # filters of a layer whose rows of block traces are compared
-SAME = 1e-9  # relative difference below which the Hessian is the Gauss-Newton matrix
+    vit_tiny_patch16_224 xcit_nano_12_p16_224"""  # these need img_size=, because they are made for one size of images
+SIZES = {"inception_v3": 75, "vit_h_14": 56}  # image sizes; 64 for all other models
+ROWS = 16  # number of filters of a layer whose rows of block traces are compared
+SAME = 1e-9  # below this relative difference, the Hessian counts as equal to the Gauss-Newton matrix
 
 HEAD = """# Coverage
 
@@ -72,13 +72,16 @@ Batch = tuple[Tensor, Tensor]
 
 
 def build(name: str, library: str) -> tuple[nn.Module, Batch, list[str]]:
-    """Build a random model and a batch; name the convolutions and linear layers that run, in order."""
+    """Build a random model and a batch; return them with the names of convolutions and linear layers that run.
+
+    The names are in the order in which the layers run.
+    """
     torch.manual_seed(0)
     size = SIZES.get(name, 64)
     if library == "timm":
         options = {"img_size": size} if name in TIMM_SIZED.split() else {}
         model = timm.create_model(name, pretrained=False, num_classes=10, **options)
-    elif name == "maxvit_t":  # with windows of 2 x 2, as its 7 x 7 need images of 224
+    elif name == "maxvit_t":  # windows of 2 x 2, because its windows of 7 x 7 need images of 224 x 224
         model = models.MaxVit((size, size), 64, 2, [64, 128, 256, 512], [2, 2, 5, 2], 32, 0.2, num_classes=10)
     else:
         options = {"image_size": size} if name.startswith("vit") else {}
@@ -89,7 +92,7 @@ def build(name: str, library: str) -> tuple[nn.Module, Batch, list[str]]:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     ran: dict[str, None] = {}
     with torch.no_grad():
-        for parameter in model.parameters():  # of normalisations, layer scales, biases
+        for parameter in model.parameters():  # constant ones belong to normalisations, layer scales and biases
             first = float(parameter.flatten()[0])
             if bool((parameter == first).all()):
                 nn.init.uniform_(parameter, 0.5, 1.5) if first else nn.init.normal_(parameter, 0, 0.1)
@@ -105,7 +108,7 @@ def build(name: str, library: str) -> tuple[nn.Module, Batch, list[str]]:
         spread = float(model(batch[0]).std(1).mean())
         for handle in handles:
             handle.remove()
-        model.get_submodule(list(ran)[-1]).weight.div_(spread)  # so that predictions are neither certain nor all alike
+        model.get_submodule(list(ran)[-1]).weight.div_(spread)  # logits that differ by about one: no sure predictions
     return model, batch, list(ran)
 
 
@@ -116,14 +119,18 @@ def logits_and_kernels(model: nn.Module, x: Tensor, layers: list[str]) -> tuple[
 
 
 def jacobian_rows(model: nn.Module, x: Tensor, filters: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Compute rows of the Gauss-Newton block traces by one backward pass for every sample and class."""
+    """Compute rows of the Gauss-Newton block traces of several layers, by a backward pass for each sample and class.
+
+    ``filters`` holds, for every layer, the indices of the rows.
+    """
     rows = {layer: torch.zeros(()).double() for layer in filters}
     logits, kernels = logits_and_kernels(model, x, list(filters))
     pi = logits.detach().softmax(1)
     for sample, p in enumerate(pi):
         root = torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())
         for column in root.T:
-            # A sample stays in its batch: the gradients of torch 2.15's BatchNorm2d are wrong for some batches of one.
+            # The sample is not taken out of its batch: torch 2.15's BatchNorm2d has wrong gradients for some batches of
+            # one sample.
             u = torch.zeros_like(pi).index_put_((torch.tensor(sample),), column)
             gradients = torch.autograd.grad(logits, kernels, u, retain_graph=True)
             for (layer, chosen), gradient in zip(filters.items(), gradients, strict=True):
@@ -132,7 +139,10 @@ def jacobian_rows(model: nn.Module, x: Tensor, filters: dict[str, list[int]]) ->
 
 
 def curved_part(model: nn.Module, batch: Batch, layer: str) -> float | None:
-    """Compute ``|Hv - Gv| / |Hv|`` for a random ``v``; None if torch has no second derivative."""
+    """Compute ``|Hv - Gv| / |Hv|`` for a random ``v``, the Hessian ``H`` and the Gauss-Newton matrix ``G`` of a layer.
+
+    Returns None if torch does not implement the second derivative of an operation.
+    """
     logits, (kernel,) = logits_and_kernels(model, batch[0], [layer])
     v, u, pi = torch.randn_like(kernel), torch.zeros_like(logits, requires_grad=True), logits.detach().softmax(1)
     try:
@@ -149,7 +159,7 @@ def curved_part(model: nn.Module, batch: Batch, layer: str) -> float | None:
 
 
 def hessian_rows(model: nn.Module, batch: Batch, layer: str, chosen: list[int]) -> Tensor:
-    """Compute rows of the Hessian's block traces by a double backward pass for every weight of a filter."""
+    """Compute rows of the Hessian's block traces, by a double backward pass for every weight of the chosen filters."""
     logits, (kernel,) = logits_and_kernels(model, batch[0], [layer])
     (gradient,) = torch.autograd.grad(cross_entropy(logits, batch[1]), kernel, create_graph=True)
     rows = torch.zeros(len(chosen), len(kernel)).double()
@@ -160,7 +170,11 @@ def hessian_rows(model: nn.Module, batch: Batch, layer: str, chosen: list[int]) 
 
 
 def row_error(actual: Tensor, expected: Tensor, chosen: list[int]) -> float:
-    """Compute the largest difference over the largest expected entry, within the groups of the filters."""
+    """Compute the largest difference between rows of block traces, relative to the largest expected entry.
+
+    ``actual`` is ``(groups, filters, filters)`` with the filters of a group; ``expected`` has a row of all filters for
+    every chosen filter. Pairs of filters from different groups are not compared.
+    """
     size = actual.shape[1]
     expected = torch.stack([row.unflatten(0, (-1, size))[s // size] for s, row in zip(chosen, expected, strict=True)])
     difference = torch.stack([actual[s // size, s % size] for s in chosen]) - expected
@@ -188,20 +202,20 @@ def checked(model: nn.Module, batch: Batch, layers: dict[str, lf.LayerFlatness])
 def measure(
     model: nn.Module, batch: Batch, layers: str | list[str]
 ) -> tuple[dict[str, lf.LayerFlatness], str, dict[str, str]]:
-    """Measure layers; return them, or none and the reason; and what was left out."""
+    """Measure layers; return the measured layers, the error message (else empty), and reasons for layers left out."""
     try:
         report = lf.measure_flatness(model, [batch], layers=layers)
         return dict(report.layers), "", dict(report.left_out)
     except lf.FlatnessError as error:
         return {}, str(error), {}
-    except Exception as error:  # crashes are what this script looks for
+    except Exception as error:  # this script must report crashes, so it catches them all
         return {}, f"CRASH {type(error).__name__}: {error}", {}
 
 
 def measure_all(
     model: nn.Module, batch: Batch, names: list[str], every: bool
 ) -> tuple[dict[str, lf.LayerFlatness], dict[str, str]]:
-    """Measure layers, again without each one that is refused, until the rest is measured."""
+    """Measure layers; if a layer is refused, measure again without it. Return measured layers and refusals."""
     refused: dict[str, str] = {}
     while left := [name for name in names if name not in refused]:
         layers, reason, left_out = measure(model, batch, "all" if every and not refused else left)
@@ -236,7 +250,7 @@ def run(name: str, library: str, limit: int) -> dict:
 
 
 def brief(reason: str) -> str:
-    """Shorten a reason: without names and remedies."""
+    """Shorten an error message to its reason, without the layer's name and the remedy."""
     reason = re.sub(r"^Layer '[^']+'( \(\w+\))?:? ", "", reason.splitlines()[0])
     return reason[:150] if reason.startswith("CRASH") else re.split(r"[;(]|\. |\.$", reason)[0].strip()
 

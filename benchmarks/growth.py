@@ -1,7 +1,8 @@
-"""How time and memory grow: exponents, the slopes of straight lines through the logarithms of measured points.
+"""Measure how time and memory grow with the size of a problem, as exponents of power laws.
 
-Every point is measured in a separate process: first the peak of memory beyond the batch and the network, then times,
-of which the median counts. Time grows more slowly than its leading term while constant parts are not small.
+An exponent is the slope of a straight line through the logarithms of measured points. Every point is measured in a
+separate process: first the peak of memory, without the batch and the network, and then the median of several times. The
+exponent of time is below that of the leading term as long as constant parts of the time are not small.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from benchmarks import networks
 from benchmarks.rows import Row
 from benchmarks.timing import apart
 
-# What varies, what is measured, the points, what else is fixed, goals for the exponents of time and memory.
+# By name: what varies, the measured layers, the points, arguments of point() (zero: it varies), and the goals for the
+# exponents of time and memory.
 CASES: dict[str, tuple[str, str, list[int], dict[str, Any], float | None, float | None]] = {
     "N": ("images in a batch", "last", [256, 512, 1024, 2048], {"samples": 0}, 1.1, 0.1),
     "batches": ("batches of 64 images", "last", [1, 2, 4, 8], {"batches": 0}, 1.1, 0.1),
@@ -50,9 +52,12 @@ def point(
     classes: int = 10,
     positions: int = 64,
     filters: int = 64,
-    depth: int = 14,  # of 8, the last convolution to run is a shortcut of 1x1
+    depth: int = 14,  # with depth 8, the convolution that runs last would be a 1x1 shortcut
 ) -> tuple[Callable[[], object], ...]:
-    """Return a warm-up and a measurement of a CIFAR ResNet; positions are (image size / 4)²."""
+    """Return two functions for a ResNet for CIFAR: a warm-up and a measurement.
+
+    ``positions`` are the output positions of the last convolution, (image size / 4)².
+    """
     torch.manual_seed(0)
     net = networks.resnet20(classes, depth, filters // 4).to(device)
     data = networks.images(samples, 4 * math.isqrt(positions), classes, device)
@@ -65,7 +70,7 @@ def taken(net: nn.Module, batches: list[networks.Batch], layers: str) -> None:
 
 
 def slope(points: list[int], values: list[float]) -> float:
-    """Fit a straight line through the logarithms by least squares; return its slope.
+    """Fit a straight line to the logarithms of ``points`` and ``values`` by least squares; return its slope.
 
     Example:
         >>> round(slope([1, 2, 4], [3.0, 6.0, 12.0]), 6)

@@ -1,7 +1,8 @@
-"""Where the time of an observed validation batch goes, and how far each part is from the machine's limit.
+"""Measure where the time of an observed validation batch goes, and how far each part is from the machine's limit.
 
-Timers are put around the functions that do the work. What a part needs is counted: multiplications, and bytes that must
-be read and written at least once. The limit is whichever takes longer at the speeds measured in the same run.
+Timers are put around the functions that do the work. For each part, the multiplications are counted, and the bytes that
+must be read and written at least once. The limit of a part is the time for its multiplications or its bytes, whichever
+is longer, at the speeds that were measured in the same run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from lightning_flatness.layers.certificates import FULL_EVERY
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.samples import FIRST_SAMPLES
 
-# Parts of a batch, and the functions that are timed for them. Time of a part within another is counted once.
+# The parts of a batch, and the functions that are timed for them. If a part runs inside another part, its time counts
+# for the inner part only.
 REST = "what is left of `update_observed` (metric states, checks)"
 TAIL = "certificates of the tail, slopes"
 PARTS = {
@@ -46,7 +48,7 @@ WHOLE = f"whole certificate of the tail, on one batch of {FULL_EVERY}"
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a batch: its seconds, and the operations and bytes it needs; NaN if these are not counted."""
+    """A part of a batch, with its time and the operations and bytes that it needs (NaN if these are not counted)."""
 
     name: str
     seconds: float
@@ -59,7 +61,10 @@ class Part:
 
 @contextmanager
 def timers(device: str) -> Iterator[dict[str, float]]:
-    """Record seconds by part, without parts inside of it; a function that does not exist is an error."""
+    """In a ``with`` block, time the functions of ``PARTS``, and yield their seconds by part.
+
+    The time of a part does not include other parts that run inside it. A function that does not exist is an error.
+    """
     seconds_of: dict[str, float] = defaultdict(float)
     inner: list[float] = []
 
@@ -91,7 +96,10 @@ def timers(device: str) -> Iterator[dict[str, float]]:
 
 
 def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> dict[str, tuple[float, float]]:
-    """Count operations (two for a multiplication with an addition) and bytes of a batch in float32."""
+    """Count the operations and bytes that each part needs for a batch in float32.
+
+    A multiplication with an addition counts as two operations.
+    """
     flops, shapes = 0, {}
 
     def of_layer(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -118,7 +126,7 @@ def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> 
         4 * samples * (channels * prod(size) + pixels**2 + positions**2),
     )
     contraction = (
-        # a Γ; half of (aΓ)aᵀ, of VᵀΛV, and of their product, since these are symmetric
+        # The product a Γ, and half of (aΓ)aᵀ, of VᵀΛV and of their product, because these three are symmetric.
         samples * (2 * filters * positions**2 + filters**2 * (positions + classes + 1)),
         z + 4 * samples * positions**2 + 8 * filters**2,
     )
@@ -126,14 +134,14 @@ def counted(net: nn.Module, layer: nn.Conv2d, x: torch.Tensor, classes: int) -> 
         BARE: (flops, moved),
         "patch Gram matrix": gram,
         "contraction": contraction,
-        # Slopes, channel map and one random cotangent: three passes through the tail; second derivatives are zero.
+        # Three backward passes through the tail: slopes, channel map, and a random cotangent. Second derivatives are 0.
         TAIL: (3 * samples * filters * positions, 3 * 2 * z),
         "loss derivatives": (float("nan"), 4 * samples * classes + 8 * 3 * samples * classes),
     }
 
 
 def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64, classes: int = 10) -> list[Part]:
-    """Measure the parts of a batch, in the order in which they end: medians over repeats."""
+    """Measure the parts of a batch; return medians over repeats, in the order in which the parts end."""
     torch.manual_seed(0)
     net = getattr(networks, name)().to(device)
     x, y = networks.images(samples, 224 if name == "resnet50" else 32, classes, device)
@@ -144,7 +152,7 @@ def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64,
         raise RuntimeError(f"not observed: {reason}")
     layer = net.get_submodule(next(iter(measurement.layers)))
     first = batch(net, measurement, x, y, device)
-    for _ in range(math.ceil(FIRST_SAMPLES / samples)):  # samples wait until the spread of the channels is known
+    for _ in range(math.ceil(FIRST_SAMPLES / samples)):  # samples are held until the channels' spread is known
         batch(net, measurement, x, y, device)
     raw: dict[str, list[float]] = defaultdict(list)
     for _ in range(2 if quick else 9):
@@ -158,7 +166,7 @@ def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64,
 
 
 def batch(net: nn.Module, measurement: Measurement, x: torch.Tensor, y: torch.Tensor, device: str) -> dict[str, float]:
-    """Time one batch that is not observed, and the parts of the same batch observed."""
+    """Time a forward pass that is not observed, and then the parts of an observed batch with the same samples."""
 
     def seconds(call: Callable[[], object]) -> float:
         synchronize(device)

@@ -1,4 +1,4 @@
-"""The machine that is measured on: its description, and how fast it multiplies and copies."""
+"""Describe the machine, and measure how fast it multiplies and copies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = [
 
 
 def described() -> dict[str, str]:
-    """Describe processor, threads, memory and versions."""
+    """Return a description of the machine by keys: processor, threads, memory, versions of packages and so on."""
     return {
         "processor": processor(),
         "cores": f"{os.cpu_count()}, of which {len(os.sched_getaffinity(0))} may be used",
@@ -52,7 +52,7 @@ def memory() -> int:
 
 
 def installed(name: str) -> str:
-    """Return the version of a package."""
+    """Return the version of a package, or ``"not installed"``."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -60,9 +60,10 @@ def installed(name: str) -> str:
 
 
 def limits(device: str = "cpu") -> dict[str, float]:
-    """Measure the speed in float32: multiplications and additions per second, and bytes copied per second.
+    """Measure the speed in float32: ``"flops"``, multiplications and additions per second, and ``"bytes"`` per second.
 
-    Tasks are a matrix product of 2048x2048, and a copy of 256 MB, which moves 512 MB (read and written).
+    The first is measured with a product of 2048x2048 matrices. The second is measured with a copy of 256 MB, which
+    reads and writes 512 MB together.
     """
     a = torch.randn(2048, 2048, device=device)
     b, out = torch.randn_like(a), torch.empty_like(a)

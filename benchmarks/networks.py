@@ -1,4 +1,4 @@
-"""Networks and data that are measured."""
+"""The networks and data of the benchmarks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resnet20(classes: int = 10, depth: int = 20, width: int = 16) -> nn.Module:
 
 
 def resnet18(classes: int = 10) -> nn.Module:
-    """Build torchvision's ResNet-18 with the stem for small images."""
+    """Build torchvision's ResNet-18 with a 3x3 stem and without max pooling, for small images."""
     from torchvision.models import resnet18 as of_torchvision
 
     net = of_torchvision(num_classes=classes)
@@ -56,7 +56,7 @@ def resnet50() -> nn.Module:
 
 
 def images(samples: int, size: int = 32, classes: int = 10, device: str = "cpu") -> Batch:
-    """Draw random images and labels, the same in every call."""
+    """Draw random images and labels with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 3, size, size, generator=generator)
     return x.to(device), torch.randint(classes, (samples,), generator=generator).to(device)
@@ -73,7 +73,7 @@ def digits() -> Batch:
 
 
 def trained(net: nn.Module, data: Batch, steps: int, batch_size: int = 64) -> nn.Module:
-    """Train for a few steps, and compute the BatchNorm statistics of the trained weights."""
+    """Train a network for a few steps, and then compute the running statistics of BatchNorm with the final weights."""
     generator = torch.Generator().manual_seed(0)
 
     def batches(number: int) -> Iterator[Batch]:

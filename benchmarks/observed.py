@@ -1,4 +1,4 @@
-"""The forward pass of a validation, and the same pass when the callback observes it."""
+"""Run a forward pass as a validation does, plain or observed by a measurement."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from lightning_flatness.measure.samples import FIRST_SAMPLES
 
 
 def forward(net: nn.Module, x: Tensor) -> None:
-    """Run the forward pass of a validation."""
+    """Run a forward pass without gradients, as in validation."""
     with torch.no_grad():
         net(x)
 
 
 def observed(net: nn.Module, batch: networks.Batch, defers_checks: bool = True, **options: Any) -> Callable[[], None]:
-    """Return a function that observes one forward pass and measures it.
+    """Return a function that runs, observes and measures one forward pass.
 
-    What a measurement begins with is done here: the trial, and batches until the spread of the channels is known, which
-    samples wait for. Without ``defers_checks`` every check of a tensor waits for the device by itself.
+    The beginning of the measurement runs here, so that the function does not include it: the trial on a few samples,
+    and the first batches, which are held until the spread of the channels is known. With ``defers_checks=False``, every
+    check of a tensor waits for the device separately.
     """
     x, y = batch
     measurement = Measurement(net, **options)

@@ -1,4 +1,4 @@
-"""The table, in a terminal and as docs/benchmarks.md."""
+"""Show the results as a table in the terminal, and as docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ A cell is empty where a part is mostly Python and small tensors.
 
 
 def table(rows: list[Row], title: str) -> Table:
-    """Build the table for a terminal."""
+    """Return the table of the rows for the terminal."""
     shown = Table(*(Column(heading, overflow="fold") for heading in HEADINGS), title=title, show_lines=True)
     for row in rows:
         shown.add_row(*(cell.replace("**", "") for cell in row.cells()))
@@ -94,7 +94,7 @@ def profile_lines(profile: dict[str, Any]) -> list[str]:
 def text(
     rows: dict[str, list[Row]], profiles: dict[str, dict[str, Any]], machine: dict[str, str], minutes: float | None
 ) -> str:
-    """Write the page in Markdown."""
+    """Return the page in Markdown."""
     parts = [HEAD, "| machine | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in machine.items())]
     for device, of_device in rows.items():
         missed = sum(row.met is False for row in of_device)

@@ -1,4 +1,4 @@
-"""Rows of the table: what is measured, against what, and the goal."""
+"""The rows of the table of benchmarks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 NO_GPU = "no GPU at hand"
-# How a ratio is shown: percent more than the other, times the other, times faster, or the exponent of a power law.
+# How ``ratio`` is shown: how many percent more than the other side, how many times as much, how many times faster, or
+# as the exponent of a power law.
 Form = Literal["percent", "times", "faster", "exponent"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row; its goal is about ``ratio``, which is None if it was not measured.
+    """One row of the table: what is measured, against what, the measured ratio, and the goal for the ratio.
+
+    ``ratio`` is None if there is no measurement; ``note`` then has the reason. ``goal`` is None if there is no goal.
 
     Example:
         >>> Row("callback", "validation", "without", "percent", 0.03).measured(1.021, "24 batches").cells()
@@ -29,22 +32,22 @@ class Row:
     raw: dict[str, list[float]] = field(default_factory=dict)
 
     def measured(self, ratio: float, note: str = "", raw: dict[str, list[float]] | None = None) -> Row:
-        """Add a result; for ``"percent"``, give the ratio of new to old."""
+        """Return the row with a result. For the form ``"percent"``, give the ratio itself: 1.03 for 3 percent more."""
         return replace(self, ratio=ratio - 1 if self.form == "percent" else ratio, note=note, raw=raw or {})
 
     def failed(self, why: str) -> Row:
-        """Add the reason why there is no result."""
+        """Return the row with the reason why there is no result."""
         return replace(self, note=why)
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None without a goal or a number."""
+        """Whether the goal is met; None if there is no goal or no ratio."""
         if self.goal is None or self.ratio is None:
             return None
         return self.ratio >= self.goal if self.form == "faster" else self.ratio <= self.goal
 
     def cells(self) -> tuple[str, ...]:
-        """Format the cells: what, against, ratio, goal, met, note."""
+        """Return the texts of the cells: what, against, ratio, goal, met, note."""
         sign = ">=" if self.form == "faster" else "<="
         goal = "" if self.goal is None else f"{sign} {self._shown(self.goal)}"
         ratio = "" if self.ratio is None else self._shown(self.ratio)
@@ -60,5 +63,5 @@ class Row:
         return f"{number:,.0f}{unit}" if abs(number) >= 100 else f"{number:.3g}{unit}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Convert to a dictionary that JSON can hold."""
+        """Return the row as a dictionary that can be written as JSON."""
         return asdict(self)

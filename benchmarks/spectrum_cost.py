@@ -1,10 +1,10 @@
-"""Compare products with the Hessian: of this package, of bare autograd, and of curvlinops if it is installed.
+"""Compare the time of Hessian-vector products by this package, by plain autograd and, if installed, by curvlinops.
 
     python -m benchmarks.spectrum_cost [--samples 64] [--repeats 7] [--device cpu]
 
-The network is a ResNet-20 for CIFAR in evaluation mode, on one batch of random data. Every repeat runs all tasks in
-turn. Shown are medians, their ratios, and all times. With curvlinops (pip install curvlinops-for-pytorch), the largest
-eigenvalue is checked with its products, too.
+The network is a ResNet-20 for CIFAR in evaluation mode, with one batch of random data. Every repeat runs all tasks in
+turn. The script prints medians, their ratios and all times. If curvlinops is installed (pip install
+curvlinops-for-pytorch), its products also check the largest eigenvalue.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def ours(net: nn.Module, x: Tensor, y: Tensor, matrix: str = "hessian") -> Calla
 def curvlinops(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     from curvlinops import HessianLinearOperator
 
-    # Without its check for determinism, which runs once and not with every product.
+    # The check for determinism is switched off because it is not part of a product.
     parameters = list(net.parameters())
     operator = HessianLinearOperator(net, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False)
     return lambda vector: operator @ vector

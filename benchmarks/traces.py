@@ -1,16 +1,17 @@
-"""The trace of the last layer's Hessian, compared with the estimates of curvlinops and PyHessian.
+"""Measure the trace of the last convolution's Hessian; compare with the estimates of curvlinops and PyHessian.
 
-The network is a ResNet-20, trained for a few steps on scikit-learn's digits. With random weights all samples are alike,
-and the rank of the Hessian would be so low that estimates are easy. Batch, precision and loss are the same for all.
+The network is a ResNet-20, trained for a few steps on scikit-learn's digits. With random weights, all samples would be
+alike, and the rank of the Hessian would be so low that estimates are easy. Batch, precision and loss are the same for
+all packages.
 
 - curvlinops: ``xtrace(HessianLinearOperator(model, loss, [weight], [batch]), num_matvecs)``. The number of products is
-  doubled until the error is below 1e-5 or time runs out. In the latter case the row says so, and the number of products
-  is taken to be twice the rank of the Hessian, at the measured cost of one product.
-- PyHessian: ``hessian(model, loss, data=batch, cuda=False).trace()``, for the parameters that require gradients: the
-  layer's weight only. The number of probes follows from the measured variance.
+  doubled until the error is below 1e-5 or the time is up. If the time is up, the row says so, and the time is
+  extrapolated from the measured cost of a product to twice as many products as the rank of the Hessian.
+- PyHessian: ``hessian(model, loss, data=batch, cuda=False).trace()``. Only the layer's weight requires gradients, so
+  that PyHessian uses no other parameters. The number of probes follows from the measured variance.
 
-This package is measured in two ways: alone, with its own forward pass and all certificates; and as the time that the
-callback adds to the forward passes of a validation epoch, per batch, including the trial at its start.
+This package is measured in two ways: alone, with its own forward pass and all certificates; and as the time that
+observing adds to each batch of a validation epoch, including the trial at the start of the epoch.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from benchmarks.timing import interleaved, once
 SAMPLES = 64
 STEPS = 20
 WANTED = 1e-5
-SECONDS = 40.0  # for curvlinops
+SECONDS = 40.0  # limit for curvlinops
 PROBES = 200
-BATCHES = 32  # of the epoch
+BATCHES = 32  # in the validation epoch
 
 
 def rows(device: str) -> list[Row]:
@@ -47,7 +48,7 @@ def rows(device: str) -> list[Row]:
 
 @contextmanager
 def only(net: nn.Module, weight: nn.Parameter):
-    """Let only one parameter require a gradient meanwhile."""
+    """In a ``with`` block, let only the parameter ``weight`` require a gradient."""
     required = {parameter: parameter.requires_grad for parameter in net.parameters()}
     for parameter in required:
         parameter.requires_grad_(parameter is weight)
@@ -71,7 +72,7 @@ def ours(net: nn.Module, batch: networks.Batch) -> lf.FlatnessReport:
 
 
 def epoch(net: nn.Module, batch: networks.Batch, batches: int) -> None:
-    """Observe an epoch of validation."""
+    """Run and observe the forward passes of a validation epoch."""
     step = observed(net, batch, measures=("hessian_trace",))
     for _ in range(batches):
         step()
@@ -80,7 +81,7 @@ def epoch(net: nn.Module, batch: networks.Batch, batches: int) -> None:
 def with_curvlinops(
     net: nn.Module, weight: nn.Parameter, batch: networks.Batch, expected: float, limit: float
 ) -> tuple[float, str, list[float]]:
-    """Return the seconds that XTrace needs, how they were measured, and all measured times."""
+    """Return the seconds that XTrace needs, a note on how they were measured, and all measured times."""
     from curvlinops import HessianLinearOperator
     from curvlinops.trace.epperly2024xtrace import xtrace
 
@@ -108,7 +109,12 @@ def with_curvlinops(
 def with_pyhessian(
     net: nn.Module, batch: networks.Batch, expected: float, probes: int
 ) -> tuple[float, float, str, list[float]]:
-    """Return seconds to a standard error of 1 %, those without the first backward pass, how, and all times."""
+    """Return the seconds that PyHessian needs for a standard error of 1 %.
+
+    Returns:
+        The seconds with the first backward pass, the seconds of the probes alone, a note on how they were measured, and
+        all measured times.
+    """
     from pyhessian import hessian
 
     made: list = []
@@ -122,7 +128,7 @@ def with_pyhessian(
     start, _ = once(build, device)
     torch.manual_seed(1)
     values: list[float] = []
-    # tol=0 uses every probe; its stopping rule compares two successive means, which is not a standard error.
+    # tol=0 uses every probe. PyHessian's stopping rule compares two successive means, which says nothing of the error.
     seconds, _ = once(lambda: values.extend(made[-1].trace(maxIter=probes, tol=0)), device)
     estimates = torch.tensor(values, dtype=torch.float64)
     mean, deviation = float(estimates.mean()), float(estimates.std())
@@ -183,10 +189,11 @@ def measure(device: str, quick: bool) -> list[Row]:
 
 
 def exact_trace(net: nn.Module, weight: nn.Parameter, batch: networks.Batch) -> float:
-    """Compute the trace by autograd in float64, from the logits' Jacobian, if the logits are affine in the weight.
+    """Compute the trace of the Hessian by autograd in float64, without this package.
 
-    Tr H = mean over samples of sum_{k,l} Λ[k,l] <J_k, J_l>, by one backward pass for every sample and class: slow, but
-    independent of the package.
+    Requires: the logits are affine in the weight. Then the trace is the mean over samples of
+    ``sum_{k,l} Λ[k,l] <J_k, J_l>``. ``J_k`` is the gradient of logit ``k`` with respect to the weight, and ``Λ`` the
+    second derivative of the loss at the logits. This takes one backward pass for every sample and class.
     """
     from copy import deepcopy
 

@@ -109,7 +109,7 @@ class Run:
         return reached < len(self.stack) * len(self.family.losses)
 
     def _look(self, epoch: float) -> None:
-        """Compute the training losses, and keep a snapshot of each network that first reaches one of the given losses."""
+        """Keep a snapshot of each network whose training loss reaches one of the given losses for the first time."""
         have = {(snapshot.name, snapshot.snapshot) for snapshot in self.snapshots}
         for index, loss in enumerate(self.stack.mean_losses(self.inputs, self.targets).tolist()):
             for wanted in self.family.losses:

@@ -1,1 +1,1 @@
-"""Correctness and cost on one GPU, in eight minutes, with nothing to install or download."""
+"""Check correctness and measure cost on one GPU, in about eight minutes and without downloads."""

@@ -1,7 +1,8 @@
-"""Run every check and every table on the GPU at hand; write ``results.json`` after each, and a page at the end.
+"""Run checks of correctness and tables of costs on a GPU, and write a page with the results.
 
-``python -m benchmarks.gpu --out FOLDER``. Checks of correctness run side by side, each in a process of its own; the
-tables of costs follow one after the other, most important rows first, until the time is spent.
+``python -m benchmarks.gpu --out FOLDER``. The checks run side by side, each in a process of its own. The tables of
+costs follow one by one, with the most important rows first, until the time is up. Every check and every table writes
+its results to a file ``NAME.json`` in the folder, and the page is ``page.md``.
 """
 
 from __future__ import annotations
@@ -55,18 +56,18 @@ def main() -> None:
 
 
 def begin(name: str, options: argparse.Namespace, seconds: float) -> subprocess.Popen[bytes]:
-    """Start one check or table in a process of its own."""
+    """Start a check or table in a process of its own, which stops by itself after about ``seconds``."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--one", name, "--out", str(options.out)]
     command += ["--device", options.device, "--seconds", str(seconds), *["--quick"] * options.quick]
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if name == "identical" else dict(os.environ)
-    if name in CHECKS:  # they run side by side
+    if name in CHECKS:  # checks run side by side, so each gets few threads
         environment["OMP_NUM_THREADS"] = "2"
     log = (options.out / f"{name}.log").open("wb")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def end(name: str, process: subprocess.Popen[bytes], out: Path, seconds: float) -> None:
-    """Wait for it; what it has not written is told from its log."""
+    """Wait for a check or table; if it fails, or takes more than ``seconds``, add the end of its log to its results."""
     try:
         code = process.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
@@ -81,7 +82,7 @@ def end(name: str, process: subprocess.Popen[bytes], out: Path, seconds: float) 
 
 
 def one(name: str, device: str, quick: bool, seconds: float, out: Path) -> None:
-    """Rows of one check or table, written after each row."""
+    """Run one check or table in this process, and write its results to a file after each row."""
     module = importlib.import_module(f"benchmarks.gpu.{'cost' if name in TABLES else 'correctness'}")
     if device == "cpu":
         torch.set_num_threads(2)

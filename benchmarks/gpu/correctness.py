@@ -1,6 +1,8 @@
-"""Numbers on a GPU against the same network in float64 on the CPU, and training with the callback against without.
+"""Compare numbers on a GPU with float64 on the CPU, and training with the callback with training without it.
 
-Every function yields rows: ``what``, then numbers by name. An error of one case is a row of its own.
+Every check is a function that yields rows: dictionaries with a description ``what``, and numbers by name. If a case
+fails, its row has the error instead of numbers. The arguments of a check are the device, whether sizes are small, and
+the time at which it must stop.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ FAMILIES = (
 
 
 def tried(what: str, case: Callable[[], Row]) -> Row:
-    """The row of a case, or its error."""
+    """Run a case and return its row, or a row with the error if the case fails."""
     try:
         return {"what": what, **case()}
     except Exception as error:
@@ -44,7 +46,7 @@ def tried(what: str, case: Callable[[], Row]) -> Row:
 
 
 def randomised(net: nn.Module, images: Tensor) -> nn.Module:
-    """BatchNorm statistics of these images and logits that differ by about one."""
+    """Set the running statistics of BatchNorm to those of ``images``, and scale logits to differ by about one."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None
@@ -64,7 +66,7 @@ def torchvision_net(name: str, images: Tensor) -> nn.Module:
 
 
 def compared(found: lf.FlatnessReport, expected: lf.FlatnessReport) -> Row:
-    """Largest relative errors over the layers."""
+    """Return the largest relative errors over all layers, and whether the labels ``exact`` are the same."""
     errors: dict[str, float] = {"trace": 0.0, "relative flatness": 0.0, "block traces": 0.0}
     pairs_of_layers = list(zip(found.layers.values(), expected.layers.values(), strict=True))
     for layer, reference in pairs_of_layers:
@@ -81,7 +83,7 @@ def compared(found: lf.FlatnessReport, expected: lf.FlatnessReport) -> Row:
 
 
 def on(net: nn.Module, batch: tuple[Tensor, Tensor], device: str, dtype: torch.dtype, **options: Any) -> Any:
-    """``measure_flatness`` of a copy there, in that precision."""
+    """Return ``measure_flatness`` of a copy of the network on this device and in this precision."""
     x, y = batch
     there = copy.deepcopy(net).to(device, dtype)
     return lf.measure_flatness(there, [(x.to(device, dtype), y.to(device))], **options)
@@ -169,7 +171,7 @@ def default_device(device: str, quick: bool, until: float) -> Iterator[Row]:
     data = TensorDataset(batch[0].cpu(), batch[1].cpu())
 
     def fit(callback: L.Callback) -> Row:
-        generator = torch.Generator(device)  # torch's own sampler wants one of the default device
+        generator = torch.Generator(device)  # torch's random sampler needs a generator on the default device
         loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
         validation = DataLoader(data, batch_size=4)
         trainer_of(device, [callback], max_epochs=1).fit(Classifier(copy.deepcopy(net)), loader, validation)

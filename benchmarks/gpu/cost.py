@@ -1,6 +1,7 @@
-"""What measuring costs on a GPU: validation and training epochs with and without, and where a batch's time goes.
+"""Measure costs on a GPU: validation and training epochs with and without the callback, and the parts of a batch.
 
-Batches lie ready in memory, so that no loading is measured. With and without run in turn; medians are compared.
+All batches are in memory, so that the time of loading is not measured. Runs with and without the callback take turns,
+and their medians are compared.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks import networks
 from benchmarks.gpu.correctness import Classifier, Row, quiet, randomised, trainer_of, tried
 from benchmarks.timing import interleaved, peak, synchronize
 
-# network, size, classes, batch, batches, precision, compiled; most important first
+# network, image size, classes, batch size, batches, precision, whether it is compiled; the most important come first
 SETUPS = (
     ("resnet18", 32, 10, 64, 300, "32-true", False),
     ("resnet18", 32, 10, 64, 300, "bf16-mixed", False),
@@ -40,7 +41,7 @@ def named(network: str, size: int, batch: int, precision: str, compiled: bool) -
 
 
 def ready(batch: int, size: int, classes: int, batches: int) -> DataLoader[Any]:
-    """So many batches, of which eight are different; they lie in memory that a GPU can copy from directly."""
+    """Return a loader of ``batches`` batches in pinned memory; only eight of them are different."""
     x, y = networks.images(batch * min(8, batches), size, classes)
     if torch.cuda.is_available():
         x, y = x.pin_memory(), y.pin_memory()
@@ -81,7 +82,7 @@ def validation(device: str, quick: bool, until: float) -> Iterator[Row]:
 
 
 def training(device: str, quick: bool, until: float) -> Iterator[Row]:
-    """An epoch of training with a validation of a fifth as many images, as in Lightning's own loop."""
+    """Yield rows for a training epoch in Lightning that ends with a validation of a fifth as many images."""
     for precision in ("32-true", "bf16-mixed"):
         for data in ("val", "train"):
             if time.monotonic() > until - 20:
@@ -104,7 +105,7 @@ def training(device: str, quick: bool, until: float) -> Iterator[Row]:
 
 
 def profile(device: str, quick: bool, until: float) -> Iterator[Row]:
-    """One observed batch: seconds of its parts, and the kernels that take the time."""
+    """Yield rows for one observed batch: the times of its parts, its whole time, and its most expensive kernels."""
     from benchmarks.live_profile import measure
     from benchmarks.observed import forward, observed
 

@@ -1,4 +1,4 @@
-"""The results as Markdown: a table for every check and every kind of cost."""
+"""Write the results as Markdown, with a section for every check and every kind of cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEAD = """# On one GPU
 Written by `python -m benchmarks.gpu`, which needs PyTorch, Lightning, torchmetrics and torchvision only. Errors are
 relative to the same network in float64 on the CPU. Times are medians of runs in turn.
 """
-REMARKS = Path(__file__).with_name("remarks.md")  # on the last run
+REMARKS = Path(__file__).with_name("remarks.md")  # remarks on the last run, written by hand
 TITLES = {
     "families": "Ten families of torchvision, last convolution, random weights",
     "all_layers": "Every layer",
@@ -27,7 +27,7 @@ TITLES = {
 
 
 def text(results: dict[str, list[dict[str, Any]]], machine: dict[str, str], minutes: float) -> str:
-    """The page."""
+    """Return the whole page in Markdown."""
     parts = [HEAD, "| machine | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in machine.items())]
     parts.append(REMARKS.read_text())
     for name, title in TITLES.items():
@@ -37,7 +37,7 @@ def text(results: dict[str, list[dict[str, Any]]], machine: dict[str, str], minu
 
 
 def section(rows: list[dict[str, Any]]) -> str:
-    """A table for all rows with the same columns; kernels in tables of their own."""
+    """Return a table for each set of rows that have the same columns, and tables of the kernels."""
     tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         tables.setdefault(tuple(key for key in row if key not in ("what", "top")), []).append(row)
@@ -56,7 +56,7 @@ def section(rows: list[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A cell."""
+    """Return the text of a cell."""
     if isinstance(value, bool):
         return "yes" if value else "**no**"
     if isinstance(value, list):

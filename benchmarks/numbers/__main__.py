@@ -1,4 +1,4 @@
-"""The two commands."""
+"""The commands ``measure`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ from benchmarks.numbers import cases, training
 
 LIMIT, LIMIT_FLOAT32 = 1e-12, 1e-5
 KINDS = ("label", "text", "share")
-# Of results: what is rounding error, has a sign of its own, or is long.
+# Fields of results that are not compared: rounding errors, vectors with an arbitrary sign, counts, and long tensors.
 LEFT_OUT = {"residual_norm", "residuals", "eigenvectors", "num_products", "fingerprint", "computed", "parameters"}
 COSTS = ("backward_passes", "multiplications", "memory")
 
 
 def flat(found: Any, name: str = "") -> dict[str, Any]:
-    """Numbers by name, where ``share ...`` is an entry over the norm of all; ``label ...`` and ``text ...``."""
+    """Flatten a result to numbers, labels and texts by name.
+
+    Names of labels begin with ``label`` and names of texts with ``text``. A tensor becomes its norm, and three entries
+    divided by the norm, whose names begin with ``share``. ``name`` is the prefix of all names.
+    """
     if isinstance(found, lf.FlatnessReport):
         sums = ("hessian_trace", "relative_flatness", "weight_norm", "num_samples", "standard_errors", "exact")
         parts: dict[str, Any] = {key: getattr(found, key) for key in sums} | dict(found.layers)
         left_out = {f"text {name}left out {layer}": reason for layer, reason in found.left_out.items()}
         return {**flat(parts, name), f"label {name}left out": sorted(found.left_out), **left_out}
-    if hasattr(found, "deviation"):  # how a layer was measured
+    if hasattr(found, "deviation"):  # LayerInfo: how a layer was measured
         about = {key: getattr(found, key) for key in ("exact", "method", "kernel", "kind", "classifier")}
         costs = ", ".join(f"{key} {getattr(found, key)}" for key in COSTS)
         texts = {f"text {name}reason": found.reason, f"text {name}costs": costs}
@@ -56,7 +60,11 @@ def flat(found: Any, name: str = "") -> dict[str, Any]:
 
 
 def measure(out: Path, wanted: str) -> int:
-    """Run all cases; an error of one is its result, and no success unless its name says so."""
+    """Run the cases whose names contain ``wanted``, write the results to ``out``, and return the exit code.
+
+    The error of a case is recorded as its result. The exit code is 1 if a case raises an error and its name does not
+    begin with ``refused``, or if it raises none and its name does.
+    """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -81,7 +89,7 @@ def measure(out: Path, wanted: str) -> int:
 
 
 def difference(name: str, one: float, other: float) -> float:
-    """Relative, but for shares of a norm and cosines."""
+    """Return the relative difference of two numbers; the absolute difference if they are shares or cosines."""
     if one == other or (math.isnan(one) and math.isnan(other)):
         return 0.0
     absolute = name.startswith("share") or "cosine" in name
@@ -90,7 +98,10 @@ def difference(name: str, one: float, other: float) -> float:
 
 
 def compare(old: Path, new: Path) -> int:
-    """Print what is different; texts and what they are is no difference that counts."""
+    """Print all differences between two files, and return the exit code: 1 if numbers or labels differ.
+
+    Reworded texts are printed, too, but they do not count as differences.
+    """
     before, after = (json.loads(path.read_text()) for path in (old, new))
     print(f"{before['package']} and {after['package']}")
     before, after = before["cases"], after["cases"]

@@ -1,4 +1,4 @@
-"""The cases in plain PyTorch: measurements, the observer and the metric, formulas, spectra, landscapes."""
+"""The cases in plain PyTorch: measurements, the observer and the metric, formulas, spectra and landscapes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def case(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> Case:
-    """A network measured on batches, by default one of five images."""
+    """Return a case that measures a network on batches, by default on one batch of five images."""
     return lambda: measure(made(network, dtype), images(dtype=dtype) if batches is None else batches(), **options)
 
 
@@ -204,7 +204,7 @@ def options() -> Cases:
 
 @torch.no_grad()
 def of_observer(model: nn.Module, batches: Iterable[Any], **given: Any) -> Any:
-    """What the observer and the metric make of batches, in passes of their own and in those of the user."""
+    """Return the results of ``FlatnessObserver`` and ``FlatnessMetric``, for own passes and for observed passes."""
     observer, metrics, observed = lf.FlatnessObserver(model, **given), {}, []
     for own in (True, False):
         for x, y in batches:
@@ -236,7 +236,7 @@ def observers_and_metrics() -> Cases:
 
 
 def of_formulas(name: str) -> Any:
-    """Formulas by themselves, on random tensors."""
+    """Return the result of functions of ``lightning_flatness.functional`` on random tensors."""
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     x, weight, logits = draw(3, 4, 6, 6), draw(6, 2, 3, 3), draw(3, CLASSES)
@@ -291,7 +291,10 @@ def spectrum(model: nn.Module, batches: Any, **given: Any) -> lf.SpectrumResult:
 
 
 def landscape(model: nn.Module, batches: Any, axes: Any = "random", **given: Any) -> lf.LandscapeResult:
-    """Three points along every axis, which may be those of some steps of Adam."""
+    """Return a landscape with three points along every axis.
+
+    For the axes ``"adam"``, ``"between"`` and ``"principal"``, the model is first trained by a few steps of Adam.
+    """
     optimizer, states = torch.optim.Adam(model.parameters(), lr=0.01), []
     for x, y in batches * 3 if axes in ("adam", "between", "principal") else []:
         optimizer.zero_grad()
@@ -343,6 +346,6 @@ def of_the_whole_network() -> Cases:
 
 
 def cases() -> Cases:
-    """All, by name."""
+    """Return all cases in plain PyTorch by name."""
     families = (closed_form, all_layers, many, losses, options, observers_and_metrics, formulas, of_the_whole_network)
     return {name: found for family in families for name, found in family().items()}

@@ -1,4 +1,4 @@
-"""Small networks and data, made of seeds."""
+"""Small networks and data, made from fixed seeds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SIZE = {1: 9, 2: 7, 3: 5}  # of images, by dimensions
+SIZE = {1: 9, 2: 7, 3: 5}  # length of each side of an image, by the number of dimensions
 CHANNELS, CLASSES = 2, 5
 Network = Callable[[], nn.Module]
 Batches = list[tuple[Tensor, Tensor]]
 
 
 class Net(nn.Module):
-    """A stem, the convolution of interest, a tail that acts on every channel by itself, pooling, a linear head."""
+    """A small network: stem, the convolution that is measured, a tail that does not mix channels, pooling and head."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Net(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Every convolution reads what all before have made, as in a DenseNet; or adds to it, as in a ResNet."""
+    """A small DenseNet; with ``add``, a small ResNet."""
 
     def __init__(self, act: str = "ReLU", add: bool = False):
         super().__init__()
@@ -86,7 +86,7 @@ class Blocks(nn.Module):
 
 
 class Odd(Net):
-    """Something else after a grouped convolution; see TAILS."""
+    """A network with an unusual tail (``TAILS``) behind a grouped convolution."""
 
     def __init__(self, tail: str):
         super().__init__(filters=4, groups=2, padding=1)
@@ -118,14 +118,18 @@ def vgg(act: str = "ReLU") -> nn.Module:
 
 
 def tokens(act: str = "ReLU", norm: bool = False) -> nn.Module:
-    """Linear layers on the lines of an image."""
+    """Return a network of linear layers, whose tokens are the lines of an image."""
     layers = [nn.Linear(SIZE[2], 6), getattr(nn, act)(), nn.LayerNorm(6) if norm else nn.Identity()]
     pool = [nn.ReLU(), nn.AdaptiveAvgPool2d((1, None)), nn.Flatten()]
     return nn.Sequential(nn.Flatten(1, 2), *layers, nn.Linear(6, 4), *pool, nn.Linear(4, CLASSES))
 
 
 def many_classes(confidence: float, act: str = "ReLU", classes: int = 150) -> nn.Module:
-    """By the closed form classes are left out where it is sure, by Gauss-Newton they are sampled where it is not."""
+    """Return a network with many classes, whose logits are scaled by ``confidence``.
+
+    If the network is sure of its classes, the closed form leaves out classes. If it is unsure, Gauss-Newton samples
+    classes.
+    """
     model = Net(act=act, classes=classes, filters=6)
     model.head[2].weight.data.mul_(confidence)
     return model
@@ -144,10 +148,10 @@ def broken() -> nn.Module:
 
 
 def made(network: Network, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """In evaluation mode, with the BatchNorm statistics of a network that has seen data."""
+    """Build a network in evaluation mode, with random running statistics of BatchNorm as after training."""
     torch.manual_seed(0)
     kept = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # weights that depend on the processor by rounding errors of these only
+    torch.set_default_dtype(torch.float64)  # initial weights in float64 differ little between processors
     model = network()
     torch.set_default_dtype(kept)
     for module in model.modules():
@@ -160,7 +164,7 @@ def made(network: Network, dtype: torch.dtype = torch.float64) -> nn.Module:
 def images(
     *sizes: int, dims: int = 2, classes: int = CLASSES, seed: int = 1, dtype: torch.dtype = torch.float64
 ) -> Batches:
-    """Batches of these sizes, or one of five."""
+    """Return random batches of the given sizes, or one batch of five images if no size is given."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for size in sizes or (5,):
@@ -187,14 +191,14 @@ RANDOM = {
 
 
 def drawn(seed: int) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Options of a random :class:`Net`, and sizes of its batches."""
+    """Draw options of a random :class:`Net`, and sizes of batches for it."""
     choice = random.Random(seed).choice
     found = {name: choice(values) for name, values in RANDOM.items()}
-    found["dilation"] = found["dilation"] if found["dims"] < 3 else 1  # else the kernel is larger than the image
+    found["dilation"] = found["dilation"] if found["dims"] < 3 else 1  # a dilated kernel may not fit into a 3d image
     return found, found.pop("sizes")
 
 
 def focal(logits: Tensor, targets: Tensor) -> Tensor:
-    """A loss of one's own, of every sample."""
+    """Return the focal loss of every sample, as an example of a user's own loss."""
     loss = F.cross_entropy(logits, targets, reduction="none")
     return (1 - (-loss).exp()) ** 2 * loss

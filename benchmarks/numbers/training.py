@@ -1,4 +1,4 @@
-"""The cases in Trainers, in one process and in two."""
+"""The cases in Lightning's Trainer, in one process and in two processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Classifier(L.LightningModule):
 
 
 class Heard(logging.Handler):
-    """What the callback says of forward passes."""
+    """A handler that collects log messages, in which the callback says whether it observes forward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,10 @@ def run(
     validation: Callable[[], Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """What callbacks have measured and logged, and the norm of the weights that they were there at."""
+    """Run a Trainer with callbacks; return what they measured and logged, and the norms of the final weights.
+
+    ``how`` is ``"fit"``, ``"fit without validation"``, ``"validate"`` or ``"test"``.
+    """
     heard, logger = Heard(), rank_zero.log
     logger.addHandler(heard)
     made_callbacks = [make() for make in callbacks]
@@ -194,7 +197,7 @@ def own(batches: list[Any]) -> list[Any]:
 
 
 def plain(measure: Callable[..., Any], **options: Any) -> Any:
-    """In plain PyTorch, every rank its own batches."""
+    """Measure a network in plain PyTorch, where every rank has its own batches."""
     return measure(made(CURVED), own(images(4, 3, 2)), **options)
 
 
@@ -211,7 +214,10 @@ ON_RANKS: Cases = {
 
 
 def on_this_rank(folder: Path, flat: Callable[[Any], dict[str, Any]]) -> int:
-    """Write what every case gives here; the first one opens the process group of all."""
+    """Run all cases for several ranks in this process, and write the results to ``{rank}.json`` in the folder.
+
+    The first case is a Trainer with DDP, which opens the process group for the cases after it.
+    """
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     found = {name: flat(case()) for name, case in ON_RANKS.items()}
@@ -222,7 +228,10 @@ def on_this_rank(folder: Path, flat: Callable[[Any], dict[str, Any]]) -> int:
 
 @cache
 def of_all_ranks() -> dict[str, Any]:
-    """By case, of the ranks one after the other; the processes are started once."""
+    """Run the cases on two ranks, and return a list of results for every case, with an entry for every rank.
+
+    The processes are started only in the first call.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -256,5 +265,5 @@ def in_two_processes(name: str) -> dict[str, Any]:
 
 
 def cases() -> Cases:
-    """All, by name."""
+    """Return all cases with Trainers by name, and those on two ranks."""
     return {**in_one_process(), **{name: partial(in_two_processes, name) for name in ON_RANKS}}
