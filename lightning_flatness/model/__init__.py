@@ -1,1 +1,1 @@
-"""Run a user's network without leaving a trace on it, and analyse its outputs and graph."""
+"""The user's network as a whole: run it without leaving a trace, analyse its outputs and graph, move its weights."""

@@ -1,4 +1,4 @@
-"""Calls of a network: what it was called with, and how to notice the calls that the user's code makes."""
+"""Calls of a network: their arguments, and a way to intercept the calls that the user's code makes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_flatness.model.precision import Precision, current_precision
 
 
 class Call(NamedTuple):
-    """The arguments of one call of a network, and the precision that it was heard in.
+    """The arguments of one call of a network, and the precision that the call was made in.
 
     Example:
         >>> as_call({"x": 1}).keywords, as_call([1, 2]).arguments, as_call(1).arguments
@@ -25,19 +25,19 @@ class Call(NamedTuple):
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
-    precision: Precision | None = None  # unknown if nobody heard the call
+    precision: Precision | None = None  # None unless the user's code made the call
 
     def copied(self) -> Call:
         """Return the same call on copies of its tensors, or on the tensors themselves if they cannot be copied."""
         try:
             copied: Call = apply_to_collection(self, Tensor, torch.clone, allow_frozen=True)
-        except Exception:  # in the middle of a step of the user's, which must go on
+        except Exception:  # in the middle of the user's step, which must go on
             return self
         return copied
 
 
 def as_call(inputs: Any) -> Call:
-    """Return the call on a tensor, on a tuple or list of arguments, or on a mapping of keyword arguments."""
+    """Return the call with one tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Mapping):
@@ -46,22 +46,22 @@ def as_call(inputs: Any) -> Call:
 
 
 def heard_call(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Call:
-    """Return a call that is made now, on the user's tensors."""
+    """Return the call that the user's code is making right now, with the user's tensors and the current precision."""
     return Call(arguments, keywords, current_precision())
 
 
 def same_inputs(one: Any, other: Any) -> bool:
-    """Return whether two inputs consist of identical objects."""
+    """Return whether two inputs, as :func:`as_call` takes them, consist of the very same objects."""
     return _agree(one, other, lambda a, b: a is b)
 
 
 def equal_inputs(one: Any, other: Any) -> bool:
-    """Return whether two inputs consist of tensors with equal entries, and of equal other objects."""
+    """Return whether two inputs, as :func:`as_call` takes them, consist of equal tensors and equal other objects."""
     return _agree(one, other, _equal)
 
 
 def same_tensors(call: Call, inputs: Any, targets: Tensor | None) -> bool:
-    """Return whether a call has the tensors of ``inputs``, in their order and with equal entries, but for targets."""
+    """Return whether the tensors of a call equal those of ``inputs`` one by one; the call may have the targets, too."""
     called, given = tensors_of(call), tensors_of(inputs)
     if targets is not None:
         called = [tensor for tensor in called if tensor.shape != targets.shape or not _equal(tensor, targets)]
@@ -92,22 +92,23 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class Hear(Protocol):
-    """A function that is called instead of a module's forward, and calls it."""
+    """The type of a function that takes the place of a module's forward and calls that forward itself."""
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Return what the module's call returns."""
+        """Call ``forward``, and return the output of the module's call."""
 
 
 class Overheard:
-    """A context manager in which ``hear`` is called instead of the forward of some modules.
+    """A context manager that intercepts the calls of some modules: ``hear`` is called instead of their forward.
 
-    It also runs for direct calls of ``forward``, which hooks do not see. In a compiled module it replaces what runs the
-    compiled code, never a part of that code. Passes of our own are not overheard (:func:`only_heard_by`).
+    ``hear`` also runs when the user's code calls ``forward`` directly, which hooks do not see. In a compiled module it
+    wraps the call of the compiled code, never a part of that code. Forward passes of our own are not intercepted
+    (:func:`only_heard_by`).
     """
 
-    _only: ClassVar[list[Overheard | None]] = []  # who hears calls now, innermost last; empty: everybody
+    _only: ClassVar[list[Overheard | None]] = []  # of only_heard_by: the last one alone hears; all if empty
 
     def __init__(self, modules: Iterable[nn.Module], hear: Hear) -> None:
         self._modules, self._hear = list(modules), hear
@@ -131,7 +132,7 @@ class Overheard:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Put the modules' forward back for a block, so that a compiler sees the user's modules."""
+        """Put the original forward back inside the block, so that a compiler sees the modules of the user."""
         self.__exit__()
         try:
             yield
@@ -141,7 +142,7 @@ class Overheard:
     def hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Call ``hear``, or only the forward if this call is not to be heard, or is traced by a compiler."""
+        """Pass a call to ``hear``; if another object alone may hear it, or a compiler traces it, just run it."""
         if torch.compiler.is_compiling() or (Overheard._only and Overheard._only[-1] is not self):
             return forward(*arguments, **keywords)
         return self._hear(module, forward, arguments, keywords)
@@ -151,14 +152,17 @@ ATTRIBUTES = ("_compiled_call_impl", "forward")
 
 
 def _attribute(module: nn.Module) -> str:
-    """Return the attribute of a module that runs its forward, or its compiled code."""
+    """Return the name of the attribute through which a call of a module runs: compiled code, else the forward."""
     compiled, forward = ATTRIBUTES
     return compiled if vars(module).get(compiled) else forward
 
 
 @contextmanager
 def only_heard_by(overheard: Overheard | None) -> Iterator[None]:
-    """Run a block whose calls nobody but ``overheard`` hears: a forward pass of our own is not one of the user's."""
+    """Let only ``overheard`` intercept calls inside the block, or nobody if it is None.
+
+    Forward passes of our own run inside such a block, because they must not count as calls of the user's code.
+    """
     Overheard._only.append(overheard)
     try:
         yield
@@ -167,7 +171,7 @@ def only_heard_by(overheard: Overheard | None) -> Iterator[None]:
 
 
 class _Forward:
-    """A wrapper of a module's forward while it is overheard; copies and pickles contain the original forward."""
+    """A wrapper of a module's forward while calls are intercepted; copies and pickles have the original forward."""
 
     def __init__(self, module: nn.Module, attribute: str) -> None:
         self.hearers: list[Overheard] = []

@@ -1,4 +1,4 @@
-"""Copy a model's tensors, in the precision and on the device of the measurement."""
+"""Run a model on copies of its tensors, in the precision and on the device of the measurement."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class ModelCopy:
     """A model that runs on copies of its parameters and buffers, which are made on construction.
 
     No gradient can reach the user's parameters. A forward that writes to parameters, buffers or inputs writes to their
-    copies. The user's model is called through ``__call__``, so forward hooks run. Use a ``ModelCopy`` within
-    :func:`isolated`. With ``as_it_runs``, half precision is kept.
+    copies. The user's model is called through ``__call__``, so its forward hooks run. Use a ``ModelCopy`` within
+    :func:`isolated`. Copies have the dtype that :func:`measured` gives them; with ``as_it_runs`` they keep their own,
+    half precision too.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, as_it_runs: bool = False) -> None:
@@ -42,7 +43,7 @@ class ModelCopy:
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             self._buffers |= {id(buffer) for buffer in buffers.values()}
             for name, tensor in (tensors | buffers).items():
-                # One copy for each tensor, so that tied parameters stay tied.
+                # A tensor with several names gets one copy, so that tied parameters stay tied.
                 self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
                 if id(tensor) not in self._copies:
                     self._copies[id(tensor)] = measured(tensor.detach(), self._dtype_of(tensor)).clone()
@@ -60,20 +61,21 @@ class ModelCopy:
         replacements: Mapping[nn.Parameter, Tensor] | Mapping[Tensor, Tensor] | None = None,
         written: Collection[Tensor] = (),
     ) -> Any:
-        """Call the model on a copy of its inputs, which :func:`as_call` takes.
+        """Call the model on a copy of ``inputs``, which are in any form that :func:`as_call` takes.
 
-        ``replacements`` maps parameters and buffers to the tensors used in their place. The forward may write to the
-        replacements of the buffers ``written``; of every other buffer, each call gets a new copy.
+        ``replacements`` maps parameters and buffers to the tensors used in their place. If the forward writes to a
+        buffer in ``written``, it changes the replacement of this buffer. All other buffers are copied for each call.
         """
         call = apply_to_collection(
             as_call(inputs), Tensor, lambda tensor: measured(tensor, self._dtype_of(tensor)).clone()
         )
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
         begun = self._buffers - {id(buffer) for buffer in written}
-        with torch.inference_mode(False):  # so that these tensors can be in a graph, as the user's can
+        with torch.inference_mode(False):  # so that these tensors can be in an autograd graph
             tensors |= {key: tensors[key].clone() for key in begun}  # so that every call begins with the same buffers
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
-        # Ties are handled above: with tie_weights, functional_call swaps a module with two names twice, and not back.
+        # Tied tensors are handled above. With tie_weights, functional_call would replace the tensors of a module with
+        # two names twice, and not put the first ones back.
         try:
             output = functional_call(self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False)
         except (TypeError, RuntimeError, *LOOKUP_ERRORS) as error:
@@ -87,7 +89,7 @@ class ModelCopy:
 
 
 def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
-    """Return a reason and a remedy if the forward does not take these inputs; an empty string if that is not known."""
+    """Return why the forward fails on the inputs of a call, and a remedy; an empty string if the cause is not known."""
     if isinstance(error, TypeError):
         try:
             signature(model.forward).bind(*call.arguments, **call.keywords)
@@ -112,17 +114,17 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
     return ""
 
 
-# What a tensor raises that is not the mapping or object that a forward expects.
+# Errors of a forward that is given a tensor and expects a mapping or another object.
 LOOKUP_ERRORS = (IndexError, AttributeError)
-# Words in torch's messages about types of tensors that do not fit.
+# Words in torch's messages about tensors of a wrong dtype.
 TYPE_WORDS = ("type", "not implemented for", "Byte", "Char", "Int", "Long")
 
 
 def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Move a tensor to the device of the measurement, and convert a floating-point tensor to ``dtype``.
 
-    Without ``dtype`` a tensor keeps its own, except that half precision becomes float32: a Hessian of activations
-    rounded to half precision has no meaning.
+    Without ``dtype``, a tensor keeps its dtype, except that half precision becomes float32, because a Hessian of
+    activations rounded to half precision has no meaning.
     """
     tensor = tensor.to(measuring_device(tensor.device))
     if not tensor.is_floating_point():
@@ -131,5 +133,5 @@ def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def measuring_device(device: torch.device) -> torch.device:
-    """Return the device to measure on: the model's own, or the CPU if its own does not support float64."""
+    """Return the device to measure on: the model's ``device``, or the CPU if that device does not support float64."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device

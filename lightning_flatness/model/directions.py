@@ -1,4 +1,4 @@
-"""Compute directions between states of a model."""
+"""Compute directions in weight space from several states of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ State = nn.Module | Mapping[str, Tensor]
 
 
 class NamedDirection(dict[str, Tensor]):
-    """A direction with a name for the axis along it."""
+    """A direction together with a name, which labels the axis along the direction."""
 
     def __init__(self, direction: Direction, name: str) -> None:
         super().__init__(direction)
@@ -27,11 +27,12 @@ class NamedDirection(dict[str, Tensor]):
 
 
 def direction_between(model: nn.Module, other: State) -> Direction:
-    """Return the direction ``w' - w`` from a model to another model of the same architecture.
+    """Return the direction ``w' - w`` from a model with weights ``w`` to a model of the same architecture with ``w'``.
 
-    The direction includes parameters and buffers, so the other model, with its BatchNorm statistics, lies at the
-    coordinate 1. At other coordinates, statistics are interpolated linearly like the weights; with
-    ``batch_norm="recomputed"`` they are computed for the weights at every point.
+    The direction includes parameters and buffers, so at the coordinate 1 lies the other model with its own BatchNorm
+    statistics. At other coordinates the statistics are interpolated linearly, like the weights. (With
+    ``batch_norm="recomputed"``, :func:`~lightning_flatness.loss_landscape` computes them for the weights at every
+    point.)
 
     ``other`` is the other model or its ``state_dict()``. The result maps names to float64 tensors; pass it in ``axes=``
     of :func:`~lightning_flatness.loss_landscape`.
@@ -53,12 +54,13 @@ def direction_between(model: nn.Module, other: State) -> Direction:
 def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -> PrincipalDirections:
     """Compute the principal directions (PCA) of the differences between states of a trajectory and ``model``.
 
-    The directions are orthonormal. ``model``, usually the trained one, is the origin. ``states`` are models or state
-    dicts along the trajectory. Only parameters are used, since BatchNorm statistics would outweigh them.
+    ``model``, usually the trained one, is the origin. ``states`` are models or state dicts along the trajectory. Only
+    parameters are used, because differences of BatchNorm statistics would outweigh those of parameters.
 
     Returns:
-        ``directions`` for ``axes=`` of :func:`~lightning_flatness.loss_landscape`; ``coordinates`` ``(states, number)``
-        for ``trajectory=`` of the figures; ``explained``, each direction's share of the squared distances.
+        ``directions``, orthonormal, for ``axes=`` of :func:`~lightning_flatness.loss_landscape`; ``coordinates``
+        ``(states, number)`` for ``trajectory=`` of the figures; ``explained``, each direction's share of the squared
+        distances between the states and ``model``.
 
     Raises:
         FlatnessError: states do not fit the model or are not finite, or too few of them differ.
@@ -89,7 +91,7 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
 
 
 def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], name: str) -> Direction:
-    """Return ``state`` minus the model for the tensors ``wanted``, float64."""
+    """Return ``state`` minus the model for the tensors ``wanted``, float64; messages call the state ``name``."""
     if isinstance(state, nn.Module):
         state = without_wrapper(state)
         state = {**dict(state.named_parameters(remove_duplicate=False)), **dict(state.named_buffers())}

@@ -1,4 +1,4 @@
-"""Find, restore and seed random generators that a data set or a model holds in its attributes."""
+"""Find, restore and seed the random generators that a data set or a model holds in its attributes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-# Longer sequences are taken for data, in which no generators are searched.
+# Longer lists, tuples and dictionaries count as data and are not searched.
 MOST_PARTS = 100
+# How many attributes or entries deep an object is searched.
 DEEPEST = 8
 PLAIN = frozenset([bool, int, float, str, bytes, type(None), Tensor, nn.Parameter])
 MAPPINGS = frozenset([dict, OrderedDict])
+# Packages whose objects are not searched, except modules and data sets.
 OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -27,8 +29,8 @@ OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 def generators_kept(owner: Any) -> Iterator[None]:
     """On leaving, restore the states of all generators that an object holds, directly or through other objects.
 
-    Generators of torch, numpy and Python are found in attributes of the object (of a module, also of its submodules),
-    and in short lists, tuples and mappings that are attributes.
+    Generators of torch, numpy and Python are searched in the attributes of the object and, if it is a module, of its
+    submodules, and in short lists, tuples and dictionaries among these attributes.
     """
     restore = [restoring(generator) for generator in _generators(owner)]
     try:
@@ -39,7 +41,7 @@ def generators_kept(owner: Any) -> Iterator[None]:
 
 
 def seed_generators(owner: Any, seed: int) -> None:
-    """Seed all generators that an object holds."""
+    """Seed all generators that an object holds, directly or through other objects."""
     for generator in _generators(owner):
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)
@@ -56,7 +58,7 @@ def drawing(batches: Any) -> list[Any]:
 
 
 def restoring(generator: Any) -> Callable[[], Any]:
-    """Return a function that restores a generator's present state."""
+    """Return a function that puts a generator back into the state that it has now."""
     if isinstance(generator, random.Random):
         return partial(generator.setstate, generator.getstate())
     if hasattr(generator, "bit_generator"):  # numpy.random.Generator
@@ -87,7 +89,7 @@ def _generators(owner: Any) -> list[Any]:
 
 
 def _parts(part: Any) -> list[Any]:
-    """Return the attributes or entries to search for generators; none for objects of Python's and torch's own types."""
+    """Return the attributes or entries of an object to search; none for most objects of Python's and torch's types."""
     if isinstance(part, (dict, list, tuple)):
         return list(part.values() if isinstance(part, dict) else part) if len(part) <= MOST_PARTS else []
     if isinstance(part, nn.Module):

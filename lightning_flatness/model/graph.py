@@ -1,4 +1,4 @@
-"""Analyse a tensor's autograd graph: which operations it has, and whether they can be differentiated twice."""
+"""Analyse a tensor's autograd graph: which operations it consists of, and whether these have second derivatives."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-# For each function of a graph: its name, its saved values that are not tensors, and the indices of its next functions.
+# For each node of an autograd graph: its name, its saved values that are not tensors, the indices of the next nodes.
 Operations = tuple[tuple[Any, ...], ...]
 
-# Functions that move or mix entries depending on another tensor, such as indices or weights.
+# Words in the names of functions that move or mix entries as another tensor tells, such as indices or weights.
 MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
 
 
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
     """Return the operations that compute a tensor, or None if names and saved values do not determine what they do.
 
-    With the number of ``samples``, sizes of batches are left out of it.
+    If ``samples`` is given, the number of samples in the batch, the result is the same for batches of every size.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -42,7 +42,7 @@ def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
     )
 
 
-# Functions whose second derivative is zero wherever it exists.
+# Functions whose second derivative is zero wherever it exists, by the names that autograd gives their nodes.
 # fmt: off
 PIECEWISE_LINEAR = frozenset([
     "AccumulateGrad", "AdaptiveAvgPool2D", "Add", "AsStrided", "AvgPool2D", "AvgPool3D", "Cat", "Clone",
@@ -58,15 +58,15 @@ def is_piecewise_linear(operations: Operations) -> bool:
     return all(_plain(name) in PIECEWISE_LINEAR for name, *_ in operations)
 
 
-# Functions that are linear in one of their tensors if all their other tensors are constants.
+# Functions that are linear in one of their inputs if all other inputs are constants.
 LINEAR_IN_ONE = frozenset(["Addmm", "Bmm", "Convolution", "CudnnConvolution", "MkldnnConvolution", "Mm", "Mul", "Mv"])
 
 
 def cannot_curve(end: Tensor) -> bool:
-    """Return whether the functions in a tensor's graph imply that all its second derivatives are zero.
+    """Return whether the functions in a tensor's graph imply that all second derivatives of the tensor are zero.
 
-    Every function must be known to be linear or piecewise linear in those of its inputs that are in the graph. Then its
-    backward only multiplies by constants and masks, whose derivatives are zero for any data.
+    For every function in the graph, it must be known that the function is linear or piecewise linear in its inputs that
+    are in the graph. Then its backward only multiplies by constants and masks, whose derivatives are zero for any data.
 
     Example:
         >>> z, w = torch.randn(2, 3, requires_grad=True), torch.randn(3, 4)
@@ -87,7 +87,7 @@ ARRANGING = frozenset(["Alias", "Clone", "Permute", "Select", "Slice", "Squeeze"
 
 
 def ends_with_sigmoid(end: Tensor) -> bool:
-    """Return whether the last function that computes a tensor is a sigmoid, apart from shapes and types.
+    """Return whether a tensor is the output of a sigmoid, possibly reshaped, sliced or converted to another dtype.
 
     Example:
         >>> z = torch.randn(2, 3, requires_grad=True)
@@ -101,7 +101,7 @@ def ends_with_sigmoid(end: Tensor) -> bool:
 
 
 def functions_of(ends: Sequence[Tensor]) -> Iterator[Any]:
-    """Yield each function in the graph of the tensors once."""
+    """Yield each function (node) in the autograd graph of the tensors ``ends`` once."""
     visited: set[Any] = set()
     waiting = [end.grad_fn for end in ends]
     while waiting:
@@ -113,7 +113,7 @@ def functions_of(ends: Sequence[Tensor]) -> Iterator[Any]:
 
 
 def _plain(name: str) -> str:
-    """Return the name of a function of a graph without namespace, ``Backward`` and number."""
+    """Return the name of a node without its namespace, ``Backward`` and number: ``Relu`` for ``ReluBackward0``."""
     return re.sub(r"(Backward)?\d*$", "", name.rpartition("::")[2])
 
 
@@ -127,7 +127,7 @@ def _saved_numbers(node: Any, samples: int | None) -> tuple[Any, ...]:
 
 
 def _of_one_sample(name: str, value: Any, samples: int) -> Any:
-    """Return a saved value; if it is the shape or size of a tensor of all samples, that of one sample."""
+    """Return a saved value; convert the shape or number of entries of a batch's tensor to those of one sample."""
     if name.endswith("sizes") and isinstance(value, tuple) and value[:1] == (samples,):
         return value[1:]
     return value // samples if name.endswith("numel") else value
@@ -138,9 +138,9 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def random_like(tensor: Tensor, stream: int = 0) -> Tensor:
-    """Return standard normal numbers in the shape, dtype and device of a tensor, without using global generators.
+    """Return standard normal numbers in the shape, dtype and device of a tensor, without the global generators.
 
-    The numbers are the same in every call. Numbers of different streams are independent.
+    The numbers are the same in every call. Different values of ``stream`` give independent numbers.
     """
     generator = torch.Generator().manual_seed(10 * stream + tensor.ndim)
     # Drawing in float64 would take six times as long.
@@ -149,7 +149,7 @@ def random_like(tensor: Tensor, stream: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class NoSecondDerivative:
-    """The reason why torch cannot differentiate first derivatives again."""
+    """The reason why torch cannot differentiate some first derivatives again."""
 
     marked: bool  # True: a custom function is marked once_differentiable; False: torch lacks a derivative
     message: str  # which operation, in torch's words
@@ -161,9 +161,10 @@ def second_derivatives(
     inputs: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Sequence[Tensor | None] | NoSecondDerivative:
-    """Return the gradients of ``sum_i <derivatives[i], directions[i]>`` by the inputs, or why torch has none.
+    """Return the gradients of ``sum_i <derivatives[i], directions[i]>`` for the inputs, or why torch has none.
 
-    First derivatives that are None or constant are skipped. The gradient is None for inputs without influence.
+    ``derivatives`` are first derivatives; those that are None or constant are skipped. The gradient is None for an
+    input on which the sum does not depend.
     """
     pairs = [
         (derivative, direction)
@@ -188,9 +189,9 @@ NOT_DIFFERENTIABLE = ("derivative for", "not implemented", "double backward", "d
 
 
 def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
-    """Return whether the graph of first derivatives has a custom function that cannot be differentiated again.
+    """Return whether the graph of first derivatives has a custom function marked ``once_differentiable``.
 
-    Such a function leaves an error node, which ends the graph. Autograd raises its error only if it visits the node;
-    otherwise gradients behind the node are silently missing.
+    Such a function leaves an error node, at which the graph ends. Autograd raises an error only if it visits this node;
+    otherwise the gradients behind the node are silently missing.
     """
     return any(node.name().endswith("Error") for node in functions_of(derivatives))

@@ -1,4 +1,4 @@
-"""Multiply the Hessian or Gauss-Newton matrix of the loss, with respect to chosen parameters, with vectors."""
+"""Products with vectors of the Hessian or Gauss-Newton matrix of the loss with respect to chosen parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over samples. Divided by ``normalizer``, they are means."""
+    """Sums over samples. Divide ``loss`` and ``product`` by ``normalizer`` to get means."""
 
     loss: float = 0.0
     normalizer: float = 0.0
@@ -34,10 +34,11 @@ class LossSums:
 class LossCurvature:
     """The Hessian or Gauss-Newton matrix of the loss summed over batches, as products with vectors ``(D,)``.
 
-    ``D`` is the number of entries of all chosen parameters. The Gauss-Newton matrix is ``Σ Jᵀ Λ J``, where ``Λ`` is the
-    loss's Hessian at the logits. The model runs in evaluation mode on copies and is left as it was. For every batch, a
-    product takes one forward pass, one backward pass and one backward pass through both (with the Gauss-Newton matrix
-    one more backward pass). The graph of a batch is freed before the next batch.
+    ``D`` is the number of entries of all chosen parameters. The Gauss-Newton matrix is ``Σ Jᵀ Λ J`` over samples, where
+    ``J`` is the Jacobian of the logits and ``Λ`` the loss's Hessian with respect to the logits. The model runs in
+    evaluation mode on copies of its tensors and is left as it was. For every batch, a product takes one forward pass,
+    one backward pass and one backward pass through both (with the Gauss-Newton matrix one more backward pass). The
+    graph of a batch is freed before the next batch.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class LossCurvature:
         self._replacements = dict(zip(chosen.values(), self._leaves, strict=True))
         self._sizes = [leaf.numel() for leaf in self._leaves]
         self._tensors = SampleTensors()
-        self._questioned = False  # whether the outputs of the first batch were looked at
+        self._questioned = False  # whether question_outputs has seen the outputs of the first batch
         self._depends = False  # whether a product has shown that the loss depends on the parameters
         self.shapes = {name: tuple(parameter.shape) for name, parameter in chosen.items()}
         self.dtype = torch.float32
@@ -68,9 +69,9 @@ class LossCurvature:
         self.weight_norm = float(torch.stack([leaf.detach().double().norm().cpu() for leaf in self._leaves]).norm())
 
     def sums(self, batches: Iterable[tuple[Any, Tensor | None]], vector: Tensor | None = None) -> LossSums:
-        """Return the loss summed over batches, and the product with a vector.
+        """Return the loss summed over batches, and the product of the matrix with ``vector`` ``(D,)``.
 
-        Without a vector, check targets and compute the normalizer instead of the product.
+        Without a vector, check the targets and compute the normalizer and the number of samples instead of the product.
         """
         loss = normalizer = 0.0
         num_samples = 0
@@ -93,7 +94,7 @@ class LossCurvature:
                 if not self._questioned:
                     question_outputs(logits, self._loss)
                     self._questioned, logits = True, logits.detach() if vector is None else logits
-                targets = targets.to(logits.device, copy=True)  # no inference tensor
+                targets = targets.to(logits.device, copy=True)  # inference tensors cannot be in a graph
                 if vector is None or product is None:
                     derivatives = self._loss(logits, targets)
                     loss += share * float(self._loss.total(logits, targets))
@@ -137,7 +138,7 @@ class LossCurvature:
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         f = logits.detach().requires_grad_()
         loss = self._loss.total(f, targets)
-        # J v by reverse mode only, which every operation supports: Jᵀu is linear in u, and its derivative is J.
+        # J v by reverse mode only, which every operation supports: Jᵀu is linear in u, so differentiating it gives J v.
         u = torch.zeros_like(f, requires_grad=True)
         gradients = self._certified(_gradients(logits, self._leaves, u, create_graph=True))
         (forward,) = _second(gradients, vector, [u])
@@ -147,7 +148,7 @@ class LossCurvature:
         return loss, _gradients(logits, self._leaves, column)
 
     def _certified(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the gradients; raise an error if no batch so far has had any."""
+        """Return the gradients; raise an error if the loss has not depended on the parameters in any batch so far."""
         self._depends = self._depends or any(gradient is not None for gradient in gradients)
         if not self._depends:
             names = list(self.shapes)
@@ -175,14 +176,14 @@ def _second(
     if isinstance(second, NoSecondDerivative):
         raise LayerSelectionError(
             f"The model or the loss has an operation without a second derivative ({second.message}). Replace it for "
-            "the measurement, or choose params= behind it, whose gradient does not pass it."
+            "the measurement, or choose with params= only layers after it, whose gradients do not pass through it."
         )
     return second
 
 
 @contextmanager
 def _explained(index: int) -> Iterator[None]:
-    """Replace known errors of torch by errors that explain the reason and the remedy."""
+    """Replace known errors of torch by errors that name the reason and the remedy, for batch ``index``."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one

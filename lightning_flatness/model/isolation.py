@@ -1,4 +1,4 @@
-"""Run a forward pass without leaving a trace on the model, its inputs or random number generators."""
+"""Run a block of code without leaving a trace on the model, its attributes or random number generators."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ FABRIC = "_FabricModule"  # only callbacks may import Lightning
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
-    """Return the network that ``Fabric.setup`` has wrapped: the wrapper casts, and forbids backward passes of ours."""
+    """Return the network inside the wrapper of ``Fabric.setup``, or the model itself if there is no wrapper.
+
+    The wrapper casts inputs and forbids our own backward passes.
+    """
     if not isinstance(model, nn.Module):
         raise FlatnessError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
     if type(model).__name__ != FABRIC:
@@ -37,10 +40,10 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def refuse_sharded(name: str, module: nn.Module) -> None:
-    """Raise an error if the weights of a module itself are sharded over processes."""
+    """Raise an error if a module's own weights, not those of its submodules, are sharded over processes."""
     wrapped = {"FullyShardedDataParallel", "FSDPModule"} & {base.__name__ for base in type(module).__mro__}
     parameters = list(module.parameters(recurse=False))
-    # Tensor parallelism has DTensors, DeepSpeed stage 3 empty parameters with a ds_id; FSDP does not always have them.
+    # Tensor parallelism shows in DTensors, DeepSpeed stage 3 in empty parameters with a ds_id, FSDP in its classes.
     if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
         raise LayerSelectionError(
             f"The weights of '{name or type(module).__name__}' are sharded over processes (FSDP, tensor parallelism, "
@@ -54,10 +57,10 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Run a block in evaluation mode, eagerly, in full precision and with gradients enabled, and restore everything.
 
-    Inside the block, inference mode, autocast (also that of the forward itself) and backward hooks are disabled,
-    ``torch.compile``d parts run uncompiled, and float32 products use neither TF32 nor bfloat16. On leaving, also after
-    an error, the attributes of every module and the random states of torch (CPU and the model's accelerators), numpy
-    and Python are restored.
+    Inside the block, inference mode, autocast and backward hooks are disabled, also autocast that the forward itself
+    enables. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor bfloat16. On
+    leaving, also after an error, the attributes of every module and the random states of torch (CPU and the model's
+    accelerators), numpy and Python are restored.
     """
     for name, module in model.named_modules():
         refuse_sharded(name, module)
@@ -88,7 +91,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 
 class _WithoutAutocast(TorchFunctionMode):
-    """A mode in which operations run without autocast, also where the model's forward switches autocast on."""
+    """A mode in which operations run without autocast, even where the model's forward enables autocast."""
 
     def __init__(self, device_types: Iterable[str]) -> None:
         super().__init__()
@@ -119,19 +122,22 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, eagerly and unheard, and restore what :func:`isolated` restores."""
+    """Run a block in evaluation mode, eagerly and without interception of calls (:class:`Overheard`).
+
+    On leaving, restore what :func:`isolated` restores.
+    """
     with (
         random_states_kept(model),
         _evaluation_mode(model),
         only_heard_by(None),
-        torch.compiler.set_stance("force_eager"),  # the last one, as it takes effect when it is made
+        torch.compiler.set_stance("force_eager"),  # last, because it takes effect when it is created
     ):
         yield
 
 
 @contextmanager
 def random_states_kept(model: nn.Module) -> Iterator[None]:
-    """On leaving, restore the random states of torch (CPU, accelerators), numpy, Python and the model's generators."""
+    """On leaving, restore the random states of torch (CPU, accelerators), numpy, Python and generators of the model."""
     numpy = sys.modules.get("numpy")  # without an imported numpy, user code cannot draw from it
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
@@ -150,7 +156,7 @@ def random_states_kept(model: nn.Module) -> Iterator[None]:
 
 
 def accelerators(model: nn.Module) -> list[torch.device]:
-    """Return the sorted devices, without the CPU, of a model's parameters and buffers."""
+    """Return the devices of a model's parameters and buffers, sorted, without the CPU."""
     if not _any_accelerator():  # saves the millisecond that the loop over all tensors takes
         return []
     tensors = [*model.parameters(), *model.buffers()]
@@ -166,7 +172,8 @@ def _any_accelerator() -> bool:
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode and remove backward hooks; on leaving, restore every attribute of every module.
 
-    Inside the block, tensor and list attributes are replaced by copies, so a metric updated in a forward is restored.
+    Inside the block, attributes that are tensors or lists are replaced by copies. So, for example, a metric that the
+    forward updates has its old value afterwards.
     """
     with ExitStack() as stack:
         switches = _switches_by_itself(model)
@@ -174,19 +181,19 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_tensors_kept(model))
         stack.enter_context(_attributes_kept(model))
         if switches:
-            # A layer with a ``train()`` of its own computes in evaluation mode what validation sees only if it ran.
-            with torch.no_grad(), suppress(NotImplementedError):  # of exported modules, which have one mode only
+            # A layer that overrides ``train()`` computes what validation sees only after this method was called.
+            with torch.no_grad(), suppress(NotImplementedError):  # exported modules raise it, as they have one mode
                 model.eval()
         for module in model.modules():
             module.training = False
-            # A hook can change gradients and so the derivatives; torch has no public way to remove all of them.
+            # Hooks can change gradients, and so the derivatives. Torch has no public way to remove all hooks.
             vars(module).update({name: OrderedDict() for name in BACKWARD_HOOKS if vars(module).get(name)})
         yield
 
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Replace tensor and list attributes of all modules by copies, and restore all attributes on leaving."""
+    """Replace attributes of all modules that are tensors or lists by copies; on leaving, restore all attributes."""
     modules = list(model.modules())
     before = [dict(vars(module)) for module in modules]
     try:
@@ -210,7 +217,7 @@ BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def _switches_by_itself(model: nn.Module) -> bool:
-    """Return whether a module is in training mode and some module does more than set a flag in ``train()``."""
+    """Return whether some module is in training mode and some module overrides ``train()`` or ``eval()``."""
     modules = list(model.modules())
     return any(module.training for module in modules) and any(
         getattr(type(module), name) is not getattr(nn.Module, name) or name in vars(module)
@@ -221,10 +228,10 @@ def _switches_by_itself(model: nn.Module) -> bool:
 
 @contextmanager
 def _tensors_kept(model: nn.Module) -> Iterator[None]:
-    """On leaving, restore which parameters, buffers and submodules all modules have, and the tensors to the bit.
+    """On leaving, restore which parameters, buffers and submodules all modules have, and their values to the bit.
 
-    This takes a copy of all weights. A layer that merges weights and takes them apart again would restore them only up
-    to rounding.
+    This takes a copy of all weights. The copy is needed because a layer that merges weights for evaluation, and splits
+    them again for training, restores them only up to rounding.
     """
     tables = [vars(module)[name] for module in model.modules() for name in ("_parameters", "_buffers", "_modules")]
     before = [dict(table) for table in tables]
@@ -253,7 +260,7 @@ def _tensors_kept(model: nn.Module) -> Iterator[None]:
 
 
 def float32_is_reduced(device: torch.device) -> bool:
-    """Return whether torch's flags let float32 products on a device run in TF32 or bfloat16, as GPUs do by default."""
+    """Return whether torch's flags let float32 products on a device run in TF32 or bfloat16, the default on GPUs."""
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         of_gpu = device.type == "cuda"
@@ -267,7 +274,7 @@ def float32_is_reduced(device: torch.device) -> bool:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Disable TF32 and bfloat16 inside float32 products: their rounding errors in a layer's output are about 1e-3."""
+    """Disable TF32 and bfloat16 in float32 products, because they round a layer's output with errors of about 1e-3."""
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later, where reading the older names may raise
         owners: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul]  # type: ignore[attr-defined]

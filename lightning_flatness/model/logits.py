@@ -1,4 +1,4 @@
-"""Find the logits in a model's output, and compare those of two passes."""
+"""Find the logits in a model's output, check them, and compare the logits of two forward passes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from lightning_flatness.functional import Loss
 from lightning_flatness.functional.conditions import holds
 from lightning_flatness.model.graph import ends_with_sigmoid
 
-# The largest relative difference between logits that are the same but for rounding, in units of the machine epsilon.
+# Logits that differ by at most this count as equal up to rounding; relative, in units of the machine epsilon.
 ROUNDINGS = 1e3
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the finite logits ``(N, K)``: the output itself if it is a tensor, or its ``logits`` attribute or key."""
+    """Return the logits ``(N, K)``: the output if it is a tensor, else its ``logits`` attribute or key.
+
+    Raise a :class:`BatchError` if the logits are not finite, have another shape or no samples.
+    """
     logits = any_logits_of(output)
     if not len(logits):
         raise BatchError("A batch has no samples.")
@@ -31,7 +34,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def any_logits_of(output: Any) -> Tensor:
-    """Return the logits like :func:`logits_of`, but also if they are not finite or there are no samples."""
+    """Return the logits like :func:`logits_of`, but accept logits that are not finite or have no samples."""
     logits = output
     if not isinstance(output, Tensor):
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
@@ -47,22 +50,22 @@ def any_logits_of(output: Any) -> Tensor:
 
 
 def differ(one: Tensor, other: Tensor) -> bool:
-    """Return whether logits differ by more than rounding."""
+    """Return whether two tensors of logits differ by more than rounding."""
     return not float((one - other).abs().amax()) <= ROUNDINGS * torch.finfo(one.dtype).eps * float(one.abs().amax())
 
 
 def certify_deterministic(first: Tensor, second: Tensor) -> None:
-    """Certify that two forward passes on the same samples give the same logits."""
+    """Raise an error unless the logits of two forward passes on the same samples agree up to rounding."""
     if differ(first, second):
         raise LayerSelectionError(
             "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
-            "training=self.training? noise in the forward? statistics of the batch?), so there is no one loss to take "
-            "the Hessian of."
+            "training=self.training? noise in the forward? statistics of the batch?), so the loss, and with it the "
+            "Hessian, is not determined."
         )
 
 
 def _entries(output: Any) -> dict[Any, Any]:
-    """Return the entries of an output that is a tuple, list or dictionary, by index or key."""
+    """Return the entries of an output by index or key; an empty dictionary unless it is a tuple, list or dictionary."""
     if isinstance(output, dict):
         return output
     return dict(enumerate(output)) if isinstance(output, (tuple, list)) else {}
@@ -87,22 +90,24 @@ def _remedy(output: Any) -> str:
 
 
 def question_outputs(logits: Tensor, loss: Loss) -> None:
-    """Warn if a model returns probabilities, although the loss takes logits.
+    """Warn if a model returns probabilities although the loss takes logits.
 
-    Whether it ends with a sigmoid is read from the graph, since logits may well lie between zero and one.
+    A sigmoid at the end of the model is looked up in the autograd graph, because logits may lie between zero and one,
+    too.
     """
     if loss.name == "cross_entropy" and are_probabilities(logits):
         warnings.warn(
             "The model returns probabilities (rows that sum to one, as after a softmax), but loss='cross_entropy' "
-            "takes logits and applies a softmax itself. Measured is the loss with both, which is not that of a "
-            "training on the logarithm of these probabilities. Let the model return the logits, or their log_softmax.",
+            "takes logits and applies a softmax itself. The measured loss has both softmaxes, so it is not the "
+            "loss of a training on the logarithm of these probabilities. Let the model return the logits, or their "
+            "log_softmax.",
             stacklevel=2,
         )
     if loss.name == "binary_cross_entropy" and ends_with_sigmoid(logits):
         warnings.warn(
             "The model returns probabilities (it ends with a sigmoid), but loss='binary_cross_entropy' takes logits "
-            "and applies a sigmoid itself, like nn.BCEWithLogitsLoss. Measured is the loss with both. Let the model "
-            "return the logits.",
+            "and applies a sigmoid itself, like nn.BCEWithLogitsLoss. The measured loss has both sigmoids. Let the "
+            "model return the logits.",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""Map names to a model's parameters and buffers, and check directions in their space."""
+"""Map names to a model's parameters and buffers, and check directions in the space of these tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from lightning_flatness.model.names import lies_in, plain_name
 
 
 class NamedTensors:
-    """The ``parameters`` and floating-point ``buffers`` of a model in its order, by name without ``_orig_mod``.
+    """The floating-point ``parameters`` and ``buffers`` of a model by name, in the order of the model.
 
-    A tensor with several names is listed only under its first; ``first_names`` maps every name to the first one.
+    Names are without ``_orig_mod``, which ``torch.compile`` adds. A tensor with several names (a tied one) is listed
+    only under its first name; ``first_names`` maps all names of a tensor to the first one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +49,7 @@ class NamedTensors:
         return self.parameters[name] if name in self.parameters else self.buffers[name]
 
     def frozen(self, patterns: Sequence[str]) -> set[str]:
-        """Return the names of tensors that match a pattern, or that are in a module that matches one."""
+        """Return the names of the tensors that match one of the patterns, or that lie in a module that matches one."""
         names: set[str] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -64,8 +65,9 @@ class NamedTensors:
     def direction(self, given: Any, name: str) -> Direction:
         """Check a direction that a user gives, and return it as float64 tensors by name.
 
-        ``given`` maps names of some parameters or floating-point buffers to tensors; or it is one tensor with the
-        entries of all parameters in the order of ``torch.nn.utils.parameters_to_vector``. Messages use ``name``.
+        ``given`` maps names of some parameters or floating-point buffers to tensors. Or it is one tensor with the
+        entries of all parameters, in the order of ``torch.nn.utils.parameters_to_vector``. Error messages call the
+        direction ``name``.
         """
         if isinstance(given, Tensor):
             given = self._split(given, name)

@@ -1,4 +1,4 @@
-"""Remove ``torch.compile``'s additions from names, and choose parameters by patterns."""
+"""Remove the additions of ``torch.compile`` from names, and choose parameters by patterns of names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plain_name(name: str) -> str:
 
 
 def lies_in(pattern: str, name: str) -> bool:
-    """Return whether a name or glob pattern matches a tensor's name or that of a module that contains the tensor.
+    """Return whether a name or glob pattern matches a tensor's name, or the name of a module that contains the tensor.
 
     Example:
         >>> lies_in("net", "net.conv1.weight"), lies_in("*.bias", "net.conv1.weight")
@@ -36,14 +36,15 @@ def lies_in(pattern: str, name: str) -> bool:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Return whether a name or glob pattern matches a name without additions of ``torch.compile``."""
+    """Return whether a name or glob pattern matches ``name``, which has no additions of ``torch.compile``."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
 def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """Return the chosen parameters that require gradients, by name, in the model's order; tied parameters only once.
 
-    ``params`` are names or glob patterns. One that matches a module chooses all parameters in it. None chooses all.
+    ``params`` are names or glob patterns of parameters or modules. A module stands for all its parameters, and None for
+    all parameters of the model.
     """
     patterns = [params] if isinstance(params, str) else ["*"] if params is None else plain(params)
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) and p for p in patterns):

@@ -18,9 +18,9 @@ Options = TypeVar("Options", bound="MeasuringOptions")
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuringOptions:
-    """The loss, its options, the ``loss_function`` that they describe, and the ``dtype`` of the measurement.
+    """The loss, its options, the ``loss_function`` made from these, and the ``dtype`` of the measurement.
 
-    In these options and those of subclasses, every sequence is a list or a tuple, whatever type it was given in.
+    All are checked on creation. Sequences of any type, also in fields of subclasses, are converted to lists or tuples.
     """
 
     loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy"
@@ -40,7 +40,7 @@ class MeasuringOptions:
 
     @property
     def measuring_dtype(self) -> torch.dtype | None:
-        """The dtype in which the model runs; None for the model's own, but at least float32."""
+        """The dtype in which the model runs; None means the model's own, with half precision raised to float32."""
         known: dict[Any, torch.dtype | None] = {None: None, "float32": torch.float32, "float64": torch.float64}
         known |= {torch.float32: torch.float32, torch.float64: torch.float64}
         try:
@@ -52,5 +52,5 @@ class MeasuringOptions:
 
 
 def of_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:
-    """Create options from a function's arguments of the same names, given as its ``locals()``."""
+    """Create options from the arguments of a function that have the same names; pass its ``locals()``."""
     return options(**{field.name: arguments[field.name] for field in fields(options) if field.init})

@@ -1,4 +1,4 @@
-"""Run copies of a model at other points in weight space."""
+"""Run a copy of a model at other points in weight space."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from lightning_flatness.model.named_tensors import NamedTensors
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-State = dict[Tensor, Tensor]  # from tensors of the user's model to values (points, ...)
+State = dict[Tensor, Tensor]  # from tensors of the user's model to their values at several points, (points, ...)
 
 
 class Points:
-    """The model at points ``w + Σ_i α_i d_i`` along axes ``d_i``. Use it within :func:`isolated`.
+    """The model at points ``w + Σ_i α_i d_i``, where the ``d_i`` are axes. Use it within :func:`isolated`.
 
-    Several points are computed at once. A tensor that is in no axis does not move. If Adam's ``epsilons`` are given by
-    parameter name, the axes are Adam's moments ``m`` and ``v``, and the points ``w + α_1 m / (sqrt(α_2 v) + ε)``.
+    The methods compute several points at once. Tensors that are in no axis keep their values. If Adam's ``epsilons``
+    are given (by parameter name), the two axes must be Adam's moments ``m`` and ``v``, and the points are
+    ``w + α_1 m / (sqrt(α_2 v) + ε)``.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Points:
         self._synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
 
     def fingerprint(self, batches: object = None) -> str:
-        """Return a digest of the model's tensors, the axes, Adam's ``ε``, and a description of the batches."""
+        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``batches``, which describe the data."""
         digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
@@ -58,7 +59,7 @@ class Points:
         return digest.hexdigest()
 
     def at(self, coordinates: Tensor) -> State:
-        """Return the values of the moving tensors at points with coordinates ``(points, axes)``."""
+        """Return the values that the moving tensors have at points with these coordinates, ``(points, axes)``."""
         state: State = {}
         for name in self._moving:
             tensor = self._tensors[name]
@@ -72,26 +73,26 @@ class Points:
             first, second = (axis[name].double() for axis in self._axes)
             scale = alphas[:, 1] if alphas.shape[1] > 1 else torch.ones_like(alphas[:, 0])
             return alphas[:, 0] * adam_step(first, second, scale, self._epsilons[name])
-        # In float64, so that at α = 1 the point is the end of the direction, up to rounding.
+        # In float64, so that the point at α = 1 is the end of the direction, up to rounding.
         return sum(
             (alphas[:, index] * axis[name].double() for index, axis in enumerate(self._axes) if name in axis),
             torch.zeros((), dtype=torch.float64, device=alphas.device),
         )
 
     def logits(self, state: State, inputs: Any) -> Tensor:
-        """Return the logits ``(points, samples, classes)`` at the points of a state."""
+        """Return the logits ``(points, samples, classes)`` of the model at the points of a state."""
         logits = self._mapped(lambda point: any_logits_of(self._copy(inputs, point)), state)
         return logits if isinstance(logits, Tensor) else torch.stack(logits)
 
     def own_logits(self, inputs: Any) -> Tensor:
-        """Return the logits ``(samples, classes)`` of the model itself."""
+        """Return the logits ``(samples, classes)`` of the model at its own weights."""
         return any_logits_of(self._copy(inputs))
 
     def recompute_statistics(self, state: State, batches: Iterable[Any]) -> State:
-        """Return the state with BatchNorm statistics recomputed for its weights from these inputs.
+        """Return the state with BatchNorm's running statistics recomputed at its weights, from batches of inputs.
 
-        The statistics are averages over batches, with equal weights, of each batch's means and unbiased variances, as
-        torch computes them with ``momentum=None`` after a reset. All other modules are in evaluation mode.
+        The new statistics are the averages of the means and unbiased variances of the batches. All batches have the
+        same weight, as in torch with ``momentum=None`` after a reset. All other modules run in evaluation mode.
         """
         if self._synchronized:
             raise FlatnessError(
@@ -138,14 +139,14 @@ class Points:
             try:
                 return vmap(lambda *parts: function(dict(zip(keys, parts, strict=True))))(*state.values())
             except Exception:
-                # Not every forward works in vmap, and memory may not suffice. The model's own errors recur below.
+                # Some forwards fail in vmap, and memory may not suffice. Errors of the model itself are raised below.
                 self._vectorized = False
         return [function({key: tensor[index] for key, tensor in state.items()}) for index in range(number)]
 
 
 @contextmanager
 def _averaging(norms: Sequence[Any], factor: float) -> Iterator[None]:
-    """Put modules in training mode with ``momentum = factor`` inside the block."""
+    """Put BatchNorm modules in training mode with ``momentum = factor`` inside the block."""
     before = [(norm, norm.training, norm.momentum) for norm in norms]
     try:
         for norm in norms:

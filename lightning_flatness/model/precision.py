@@ -1,4 +1,4 @@
-"""The precision that a network is called in: autocast, and the default type of new tensors."""
+"""The precision that a network is called in: autocast, and the default dtype of new tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Precision(NamedTuple):
-    """The precision of a call, beside the types of weights and inputs.
+    """What decides on the precision of a call, apart from the dtypes of weights and inputs.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16):
@@ -26,8 +26,8 @@ class Precision(NamedTuple):
         True
     """
 
-    autocast: tuple[tuple[str, torch.dtype], ...]  # device types with autocast, and the type it casts to
-    default: torch.dtype  # of new tensors
+    autocast: tuple[tuple[str, torch.dtype], ...]  # device types with autocast, and the dtype that autocast uses
+    default: torch.dtype  # dtype of new tensors
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -42,13 +42,13 @@ class Precision(NamedTuple):
 
 
 def current_precision() -> Precision:
-    """Return the precision of a call that is made now."""
+    """Return the precision that a call would have if it were made now."""
     autocast = ((kind, torch.get_autocast_dtype(kind)) for kind in _device_types() if torch.is_autocast_enabled(kind))
     return Precision(tuple(autocast), torch.get_default_dtype())
 
 
 def runs_in_half(model: nn.Module, precision: Precision | None) -> bool:
-    """Return whether a model whose calls have this precision may run in half precision."""
+    """Return whether autocast or half-precision parameters may let a model run in half precision."""
     return bool(precision and precision.autocast) or any(p.dtype in HALF for p in model.parameters())
 
 
@@ -59,7 +59,7 @@ def _device_types() -> tuple[str, ...]:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return the name of a type without ``torch.``.
+    """Return the name of a dtype without ``torch.``.
 
     Example:
         >>> name_of(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Count, select and duplicate the samples of a batch, and certify which of its tensors have a row for every sample."""
+"""Count, select and duplicate samples of a batch, and check which tensors of the batch have a row for every sample."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from lightning_flatness.model.logits import certify_deterministic, differ
 
 
 def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
-    """Return the number of samples: the length of the targets, or the largest first dimension of the inputs."""
+    """Return the number of samples in a batch.
+
+    This is the largest first dimension of the inputs, or the length of the targets if the inputs are not one tensor.
+    """
     if targets is not None and targets.ndim and not isinstance(inputs, Tensor):
         return targets.shape[0]
     return max((tensor.shape[0] if tensor.ndim else 1 for tensor in tensors_of(inputs)), default=1)
 
 
 def take(batch: Any, rows: slice, num_samples: int) -> Any:
-    """Return some samples of a batch, a single one twice; a tensor of another length than ``num_samples`` stays whole.
+    """Return the samples ``rows`` of a batch; a single sample is returned twice.
+
+    Tensors whose length is not ``num_samples`` stay whole.
 
     Example:
         >>> import torch
@@ -35,18 +40,18 @@ def take(batch: Any, rows: slice, num_samples: int) -> Any:
 
 @dataclass(frozen=True)
 class SampleTensors:
-    """Which tensors of a model's inputs have a row for every sample; the others are the same for all samples.
+    """Which tensors of a model's inputs have a row for every sample; all samples share the other tensors.
 
-    The first dimension alone cannot tell: a table may happen to have as many rows as there are samples. So a tensor
-    counts only if it has had the right number of rows in every batch, and before inputs of several tensors are cut or
-    duplicated, :meth:`certified` compares with the whole batch.
+    The first dimension of a tensor does not tell: a shared table may happen to have as many rows as there are samples.
+    So a tensor must have had the right number of rows in every batch. And before inputs of several tensors are cut or
+    duplicated, :meth:`certified` compares the logits with those of the whole batch.
     """
 
     has_rows: tuple[bool, ...] | None = None  # in the order of the tensors; None before the first batch
     is_certified: bool = False
 
     def narrowed(self, inputs: Any, samples: int) -> SampleTensors:
-        """Return the tensors that had a row for every sample in all batches so far and in this one."""
+        """Return which tensors have a row for every sample, in all batches so far and in this batch of ``inputs``."""
         now = tuple(tensor.ndim > 0 and tensor.shape[0] == samples for tensor in tensors_of(inputs))
         if self.has_rows is None or len(now) != len(self.has_rows):
             return SampleTensors(now, is_certified=_is_single(inputs))
@@ -54,7 +59,10 @@ class SampleTensors:
         return self if both == self.has_rows else SampleTensors(both, is_certified=_is_single(inputs))
 
     def take(self, inputs: Any, rows: slice | Tensor) -> Any:
-        """Return some samples of a batch; a single one twice, since torch's BatchNorm has wrong gradients for it."""
+        """Return the samples ``rows`` of a batch.
+
+        A single sample is returned twice, because torch's BatchNorm can have wrong gradients for one sample on a CPU.
+        """
         kinds = iter(self.has_rows or ())
 
         def of_tensor(tensor: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ class SampleTensors:
         return apply_to_collection(inputs, Tensor, of_tensor)
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch where the mask is true."""
+        """Return the inputs and targets of the samples where the mask is true."""
         kinds = iter(self.has_rows or ())
         cut = apply_to_collection(
             inputs, Tensor, lambda tensor: tensor[mask.to(tensor.device)] if next(kinds) else tensor, allow_frozen=True
@@ -74,9 +82,9 @@ class SampleTensors:
         return cut, targets if targets is None else targets[mask.to(targets.device)]
 
     def certified(self, inputs: Any, rows: slice | Tensor, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
-        """Certify that the logits of some samples alone are those rows of the whole batch's logits.
+        """Certify that the samples ``rows`` have the same logits when they run alone as in the whole batch.
 
-        ``logits_of`` runs the model.
+        Otherwise raise an error. ``logits_of`` runs the model and returns its logits.
         """
         if self.is_certified:
             return self
@@ -92,22 +100,22 @@ class SampleTensors:
         named = zip(_names(inputs), tensors_of(inputs), self.has_rows or (), strict=True)
         found = ", ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor, has_rows in named if has_rows)
         return (
-            f"When {found} are cut by samples, the logits of some samples differ from theirs in the whole batch. Do "
-            "all samples share one of these inputs (a table, prompts, a context), which happens to have as many rows "
-            "as there are samples? Then bind it to the model, model.forward = functools.partial(model.forward, "
-            "context=context), and leave it out of the batches (in a callback by batch_fn=). Or do samples depend on "
-            "each other? Then no sample has a loss of its own."
+            f"When {found} are cut by samples, the logits of some samples differ from their logits in the whole "
+            "batch. Do all samples share one of these inputs (a table, prompts, a context), which happens to have as "
+            "many rows as there are samples? Then bind it to the model, model.forward = functools.partial("
+            "model.forward, context=context), and leave it out of the batches (in a callback by batch_fn=). Or do "
+            "samples depend on each other? Then no sample has a loss of its own."
         )
 
 
 def _is_single(inputs: Any) -> bool:
-    """Return whether a model is called with one tensor and nothing else."""
+    """Return whether ``inputs`` call a model with one tensor and nothing else."""
     call = as_call(inputs)
     return len(call.arguments) + len(call.keywords) == len(tensors_of(call)) == 1
 
 
 def _names(inputs: Any) -> list[str]:
-    """Return a name for each of the tensors, e.g. ``inputs[1]``."""
+    """Return a name for each of the tensors in ``inputs``, e.g. ``inputs[1]``."""
     call = as_call(inputs)
     entries = [*enumerate(call.arguments), *call.keywords.items()]
     return [f"inputs[{key!r}]" for key, entry in entries for _ in tensors_of(entry)]

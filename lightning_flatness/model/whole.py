@@ -1,4 +1,4 @@
-"""A whole copy of a model whose weights FSDP2 (``fully_shard``) has sharded over processes."""
+"""Copy a model with whole weights, if FSDP2 (``fully_shard``) has sharded its weights over processes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lightning_flatness.errors import FlatnessError
 
 STATE = "__composable_api"  # torch has no public name for it
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-SHARED = ("_trainer", "_fabric", "_device_mesh")  # attributes of a LightningModule that a copy has in common with it
+SHARED = ("_trainer", "_fabric", "_device_mesh")  # attributes of a LightningModule that its copy shares with it
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with whole weights and without FSDP2; of another model, the model itself.
+    """Return a copy of a model with whole weights and without FSDP2; return a model without FSDP2 itself.
 
-    This is a collective: call it on every rank. Every rank then holds all weights. Weights that are sharded in another
-    way as well stay as they are.
+    This is a collective: call it on every rank. Every rank then holds all weights. A model is also returned as it is if
+    some of its weights are sharded in a second way, too.
     """
     return WholeWeights(model).copy_of(model)
 
 
 class WholeWeights:
-    """Whole weights of a model that FSDP2 has sharded, as they are now; it is empty for another model.
+    """The present weights of a model that FSDP2 has sharded, gathered as whole tensors; empty for other models.
 
-    To create it is a collective, :meth:`copy_of` is not.
+    Creating the object is a collective, so do it on every rank. :meth:`copy_of` is not a collective.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +45,7 @@ class WholeWeights:
         return bool(self._weights)
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model, or of a part of it, with these weights; the module itself if there are none."""
+        """Return a copy of the model, or of a part of it, with the whole weights; without any, return it as it is."""
         sharded = _sharded_modules(model) if self._weights else []
         if not sharded:
             return model
@@ -72,13 +72,13 @@ def _sharded_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Drop weights that are whole at the moment, which may be out of date."""
+    """Drop weights that FSDP2 has gathered for a forward pass, because these may be out of date."""
     for module in _sharded_modules(model):
         module.reshard()  # type: ignore[operator]
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """Return a copy of about a thousand entries of this rank's part of a sharded weight."""
+    """Return a copy of at most two thousand entries of this rank's part of a sharded weight, evenly spaced."""
     part: Tensor = parameter.detach().to_local().flatten()  # type: ignore[attr-defined]
     return part[:: max(1, len(part) // 1000)].clone()
 
@@ -92,7 +92,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 
 def _is_of_one_mesh(parameter: Tensor) -> bool:
-    """Return whether a parameter is not sharded, or along one dimension of a mesh of processes."""
+    """Return whether a parameter is not sharded, or sharded over a mesh of processes that has one dimension."""
     return not _is_sharded(parameter) or parameter.device_mesh.ndim == 1  # type: ignore[attr-defined]
 
 
