@@ -1,4 +1,4 @@
-"""Check conditions on tensors, which decide whether a result may be used, one by one or all together.
+"""Check conditions on tensors, one by one or all together; the conditions decide whether a result may be used.
 
 To read a condition, the program has to wait for the GPU. A batch that is observed in the user's validation has about
 twelve conditions. They are deferred and read together, so that the program waits once.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 # With fewer classes than this, the Gauss-Newton method takes every class, and :attr:`ClassCurvature.floor` is None.
 MANY_CLASSES = 128
-# Classes of samples are left out only if less than this share of all remains; otherwise it is faster to take all.
+# Classes of single samples are left out only if less than this share of them remains; otherwise all are faster.
 WORTHWHILE = 0.9
 # How many numbers an intermediate result may have.
 ELEMENTS = 2**22

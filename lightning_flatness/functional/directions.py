@@ -50,7 +50,7 @@ def direction_norm(direction: Mapping[str, Tensor], order: int = 2) -> float:
 
 
 def orthogonal_to(direction: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Direction:
-    """Compute ``d - d' <d, d'> / <d', d'>``, the part of ``direction`` ``d`` that is orthogonal to ``other`` ``d'``."""
+    """Compute ``d - d' <d, d'> / <d', d'>``, the part of a direction ``d`` orthogonal to another direction ``d'``."""
     square = inner_product(other, other)
     factor = inner_product(direction, other) / square if square else 0.0
     return {name: tensor - factor * other[name] if name in other else tensor for name, tensor in direction.items()}
@@ -65,10 +65,11 @@ def normalized(
 ) -> Direction:
     """Rescale each part of a direction to the norm of the same part of the weights; zero parts stay zero.
 
-    ``unit`` chooses the parts. With ``"filter"``, a part is a slice ``f`` of a tensor along its first dimension, and
-    becomes ``d_f ‖w_f‖ / ‖d_f‖`` (Li et al. 2018, arXiv 1712.09913, Section 4). With ``"layer"``, a part is a tensor.
-    With ``"model"``, all tensors together are one part. With ``"weight"``, every number ``d`` is multiplied by its
-    weight ``w``. With ``"none"``, nothing is rescaled. ``order`` is 1 or 2 and chooses the L1 or the L2 norm.
+    ``unit`` chooses the parts. With ``"filter"``, a part is a slice ``f`` of a tensor along its first dimension. The
+    slice ``d_f`` of the direction becomes ``d_f ‖w_f‖ / ‖d_f‖``, where ``w_f`` is the same slice of the weights (Li et
+    al. 2018, arXiv 1712.09913, Section 4). With ``"layer"``, a part is a tensor. With ``"model"``, all tensors together
+    are one part. With ``"weight"``, every number ``d`` is multiplied by its weight ``w``. With ``"none"``, nothing is
+    rescaled. ``order`` is 1 or 2 and chooses the L1 or the L2 norm.
 
     Tensors with at most one dimension (biases, BatchNorm) are set to zero, as in the code of Li et al., unless ``unit``
     is ``"none"``. With ``biases="scaled"`` they are rescaled instead; for ``"filter"``, such a tensor is one filter.

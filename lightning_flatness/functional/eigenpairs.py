@@ -102,12 +102,12 @@ def _missed(
     generator: torch.Generator,
     max_products: int,
 ) -> tuple[Tensor | None, int]:
-    """Search for an eigenvalue above ``lowest``, the ``k``-th largest found, orthogonal to the ``known`` eigenvectors.
+    """Search for a missed eigenvalue above ``lowest``, the ``k``-th largest eigenvalue found so far.
 
-    The projection onto the complement of the orthonormal rows ``known`` removes the eigenvalues already found. It keeps
-    further eigenvectors of a repeated eigenvalue, because these are orthogonal to the known ones.
+    The search takes place in the complement of the orthonormal rows ``known``, which are the eigenvectors found so far.
+    Further eigenvectors of a repeated eigenvalue are orthogonal to these, so they lie in the complement.
 
-    Return the number of products and a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``. The
+    Return a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``, and the number of products. The
     vector is None if such an eigenvalue is excluded or ``max_products`` are used up. ``basis`` is memory of at least
     two rows.
     """
@@ -144,8 +144,8 @@ class _Search:
         self._product, self._basis, self._generator = product, basis, generator
         self._projected = torch.zeros(len(basis), len(basis), device="cpu").double()
         self._coefficients = torch.zeros(0, 0, device="cpu").double()  # columns: Ritz vectors in the basis
-        # Coefficients of the starting vector in the basis and the following vector. After a restart these give its
-        # correct inner product only with an eigenvector whose eigenvalue is `level`.
+        # Coefficients of the starting vector in the basis and the following vector. After a restart, the inner product
+        # that they give with an eigenvector is right only if its eigenvalue is `level`.
         self._level, self._first = level, torch.eye(1, len(basis) + 1, dtype=torch.float64, device="cpu")[0]
         self._scale = self._beyond = 0.0  # largest norm of a product; norm of the last product outside the basis
         self._coupling: Tensor | None = None  # coefficients of the following vector's product, by symmetry

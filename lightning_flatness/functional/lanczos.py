@@ -84,7 +84,8 @@ def largest_eigenvalues(
             product = operator(basis[-1])
             done += 1
             rayleigh = (product * basis[-1]).sum(1)
-            if diagonal:  # vectors after the end are zero; their entries must stay below the largest Ritz value
+            if diagonal:
+                # Vectors beyond an invariant space are zero; their entries must stay below the largest Ritz value.
                 rayleigh = torch.where(ended, diagonal[0] - diagonal[0].abs() - 1, rayleigh)
             diagonal.append(rayleigh)
             before = product.norm(dim=1)

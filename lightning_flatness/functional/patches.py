@@ -135,8 +135,8 @@ def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry)
     r"""Compute ``\sum_p slopes[r, p] phi[p]``, ``(N, G, R, D)``, from slopes ``(N, G, R, P)``.
 
     This is the gradient of a convolution with respect to its kernel, for every sample separately. On a CPU in float32,
-    torch's kernel for this gradient is about twice as fast as the product with patches. For this kernel, samples stand
-    for groups.
+    torch's own routine for this gradient, with samples in place of groups, is about twice as fast as the product with
+    patches.
     """
     samples, channels = inputs.shape[:2]
     size = geometry.output_size(tuple(inputs.shape[2:]))

@@ -69,9 +69,9 @@ class Totals:
 def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
     """Add the products of some samples to the totals, and return every sample's sums weighted by the Gram matrices.
 
-    The result is float64 ``(N, 2)``. Column 0 has the inner product of each sample's product with ``matrices.gram``.
-    Column 1 has that of its product of normalised features with ``matrices.normalized``. A column is zero if its matrix
-    is None.
+    The result is float64 ``(N, 2)``. Column 0 has the inner product of ``matrices.gram`` with the sample's product, as
+    in :class:`Factors`. Column 1 has the inner product of ``matrices.normalized`` with the same product made from
+    ``factors.normalized`` in place of ``factors.features``. A column is zero if its matrix is None.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
@@ -162,9 +162,10 @@ def strips(filters: int) -> Iterator[tuple[slice, slice]]:
 def _product(
     pair: Pair, some: slice, strip: tuple[slice, slice], buffer: Tensor | None, most: int | None = None
 ) -> Tensor:
-    """Compute one strip of ``one @ otherᵀ`` for the samples ``some``, from the first ``most`` columns of the pair.
+    """Compute one strip of ``one @ otherᵀ``, where ``pair`` is ``(one, other)``, for the samples ``some``.
 
-    The result is in ``buffer``, or in new memory if ``buffer`` is None, as autograd needs it.
+    Only the first ``most`` columns of the pair are used. The result is written to ``buffer``; if ``buffer`` is None,
+    it is in new memory, as autograd needs it.
     """
     one, other = pair[0][some, :, strip[0], :most], pair[1][some, :, strip[1], :most]
     if buffer is None:
@@ -180,7 +181,7 @@ def _elementwise(products: Tensor, weights: Tensor, buffer: Tensor | None) -> Te
 
 
 def _all_pairs(factors: Factors, rows: slice, right: bool = False) -> Tensor:
-    """Return the product of each column with each position, for the filters ``rows``: ``(G, rows, N C P)``."""
+    """Return the products of all columns with all positions, for the filters ``rows``: ``(G, rows, N C P)``."""
     columns, features = factors.columns[right][:, :, rows], factors.features[right][:, :, rows]
     return (columns[..., None] * features[..., None, :]).flatten(3).permute(1, 2, 0, 3).flatten(2)
 

@@ -1,4 +1,4 @@
-"""Spectra of symmetric operators, estimated from random vectors by Lanczos quadrature, and criteria of spectra."""
+"""Spectra of symmetric operators, estimated from random vectors by Lanczos quadrature, and Gabdullin's criteria."""
 
 from __future__ import annotations
 

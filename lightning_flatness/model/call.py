@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 def as_call(inputs: Any) -> Call:
-    """Return the call with one tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    """Return the call that inputs stand for: a tensor, a tuple or list of arguments, or a mapping of keywords."""
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Mapping):
@@ -108,7 +108,8 @@ class Overheard:
     (:func:`only_heard_by`).
     """
 
-    _only: ClassVar[list[Overheard | None]] = []  # of only_heard_by: the last one alone hears; all if empty
+    # The stack of only_heard_by: only the last entry hears calls. If the stack is empty, all objects hear them.
+    _only: ClassVar[list[Overheard | None]] = []
 
     def __init__(self, modules: Iterable[nn.Module], hear: Hear) -> None:
         self._modules, self._hear = list(modules), hear

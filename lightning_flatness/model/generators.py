@@ -29,8 +29,8 @@ OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 def generators_kept(owner: Any) -> Iterator[None]:
     """On leaving, restore the states of all generators that an object holds, directly or through other objects.
 
-    Generators of torch, numpy and Python are searched in the attributes of the object and, if it is a module, of its
-    submodules, and in short lists, tuples and dictionaries among these attributes.
+    The search covers generators of torch, numpy and Python in the attributes of the object and, if it is a module, in
+    the attributes of its submodules. Short lists, tuples and dictionaries among these attributes are searched, too.
     """
     restore = [restoring(generator) for generator in _generators(owner)]
     try:

@@ -52,5 +52,5 @@ class MeasuringOptions:
 
 
 def of_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:
-    """Create options from the arguments of a function that have the same names; pass its ``locals()``."""
+    """Create options from a function's ``locals()``: every field is the argument of the same name."""
     return options(**{field.name: arguments[field.name] for field in fields(options) if field.init})

@@ -59,7 +59,7 @@ class WholeWeights:
         for module in model.modules():
             copies |= {id(value): value for name in SHARED if (value := vars(module).get(name)) is not None}
         for module in sharded:  # their class refuses deepcopy
-            plain: Any = type(module).__mro__[2]  # as torch's own FSDPModule.__new__ finds it
+            plain: Any = type(module).__mro__[2]  # the original class, as torch finds it, too
             copies[id(module)] = plain.__new__(plain)
         for module in sharded:
             vars(copies[id(module)]).update(deepcopy(_without_sharding(vars(module)), copies))
