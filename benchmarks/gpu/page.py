@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-HEAD = """# On one GPU
+HEAD = """# On a GPU
 
 Written by `python -m benchmarks.gpu`, which needs PyTorch, Lightning, torchmetrics and torchvision only. Errors are
 relative to the same network in float64 on the CPU. Times are medians of runs in turn.
