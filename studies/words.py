@@ -11,7 +11,7 @@ from studies.verdicts import NORMALISED, OURS, TRACE, beats, chosen
 
 Rows = list[dict[str, Any]]
 
-HEAD = """# Does flatness predict generalization?
+HEAD = """# Does flatness predict generalisation?
 
 You want to know what a flatness measure tells about how a network does on new data. This page is the answer of an
 experiment that anyone can repeat: `make study` trains and measures the networks, analyses them and writes this page.
@@ -46,7 +46,7 @@ BELOW = """## Limits
 - The networks are small, the digits are easy, and all of them are image CNNs with ReLU. Nothing here is about
   transformers, language, or networks of millions of weights.
 - Choosing which hyper-parameters differ, and over which range, decides much about every τ. Batch size, learning rate
-  and label noise act on flatness and on generalization at once; *within noise levels*, *granulated* and *given lr/batch*
+  and label noise act on flatness and on generalisation at once; *within noise levels*, *granulated* and *given lr/batch*
   take some of that out, not all.
 - A snapshot at a loss is taken when the loss is first reached. The order at convergence may differ: see the snapshots at
   fixed epochs.
