@@ -105,7 +105,7 @@ def certify_observed(
         FlatnessError: a certificate fails.
     """
     if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
-        raise LayerSelectionError("the forward does something else with a kernel than before")
+        raise LayerSelectionError("the forward uses a kernel in other functions than on the first samples")
     certificates = _Certificates(recorded, known, context)
     calls, kernels = certificates.certified_calls({})
     head = certificates.certified_head()

@@ -76,8 +76,8 @@ def closed_form_layer(form: ClosedForm, weighting: Weighting, diagonal: bool) ->
     """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
     If the layer has a :attr:`CertifiedLayer.gram_norm`, there are many classes, and classes of negligible weight are
-    left out. This is accepted only if it certainly changes relative flatness and normalised relative flatness by less
-    than the share :data:`TRUNCATION`; otherwise all classes are used. The other measures do not change.
+    left out. This is accepted only if a bound shows that it changes relative flatness and normalised relative flatness
+    by at most the share :data:`TRUNCATION`; otherwise all classes are used. The other measures do not change.
     """
     layer = form.layer
     if layer.gram_norm is not None:

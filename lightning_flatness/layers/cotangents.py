@@ -81,8 +81,8 @@ def to_positions(per_channel: Tensor, output: Tensor) -> Tensor:
 def random_direction(tensor: Tensor, stream: int = 0) -> Tensor:
     """Return a random tensor that is an outer product of random vectors.
 
-    A linear map that is zero on such a tensor is zero, with probability one. If one derivative is taken along the
-    directions of several tensors, each tensor needs its own ``stream``, because equal random numbers could cancel.
+    With probability one, a linear map that sends this tensor to zero is the zero map. If one derivative is taken along
+    the directions of several tensors, each of these needs its own ``stream``, because equal numbers could cancel.
     """
     product = torch.ones_like(tensor)
     for dimension, size in enumerate(tensor.shape):

@@ -33,7 +33,7 @@ class BlockTraces(NamedTuple):
 
     @classmethod
     def of(cls, contraction: Contraction) -> BlockTraces:
-        """Convert a contraction, which was computed without probes."""
+        """Return the block traces that a contraction has computed, which no probe has estimated."""
         return cls(contraction.total, contraction.samples[:, NORMALIZED:].sum(0), contraction.samples)
 
     def plus(self, other: BlockTraces) -> BlockTraces:

@@ -192,7 +192,7 @@ def _by_probes(
 
 
 def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
-    """Return how many classes to take one by one, so that these and the expected probes are fewest together.
+    """Return how many classes to take one by one, so that their number plus that of expected probes is smallest.
 
     ``mass`` has the class weights of every sample in falling order, summed over samples, ``(K,)``.
     """

@@ -115,7 +115,7 @@ class Listener:
                 self.num_others += 1
             return forward(*arguments, **keywords)
         self._called, self.call = called, called.copied()
-        self.reason = "it is not asked for" if self._recorder is None else self._why_not_now()
+        self.reason = "observing is not asked for" if self._recorder is None else self._why_not_now()
         self._is_called = True
         try:
             if not self.reason and self._recorder is not None:

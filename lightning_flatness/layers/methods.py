@@ -97,7 +97,7 @@ def under_gauss_newton(
     label = inexact or (Inexact.SAMPLED if is_sampled(curvature, options.class_tolerance) else None)
     reason = "" if label is None else label.value
     if inexact and not first:
-        reason = f"{reason} for some samples; others may count with all their Hessian"
+        reason = f"{reason} for some samples; of others the number may contain the whole Hessian"
     columns = curvature.num_columns
     info = replace(
         info,

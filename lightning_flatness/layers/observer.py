@@ -129,7 +129,7 @@ class FlatnessObserver:
         """Return the samples of a batch where the mask ``(N,)`` is true.
 
         Raises:
-            BatchError: the model gives these samples other logits alone than in the whole batch.
+            BatchError: the logits of these samples alone differ from their logits in the whole batch.
         """
         return self._own.chosen(inputs, targets, mask)
 

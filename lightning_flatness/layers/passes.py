@@ -183,7 +183,7 @@ class OwnPasses:
         """Return the samples of a batch where the mask ``(N,)`` is true.
 
         Raises:
-            BatchError: the model gives these samples other logits alone than in the whole batch.
+            BatchError: the logits of these samples alone differ from their logits in the whole batch.
         """
         self._tensors = self._tensors.narrowed(inputs, len(mask))
         with isolated(self._model):

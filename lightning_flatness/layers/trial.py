@@ -189,7 +189,7 @@ def _why_different(output: Any, expected: Any) -> str:
     """Return how the output of an observed pass differs from the expected one, or an empty string."""
     tensors, expected_tensors = tensors_of(output), tensors_of(expected)
     if any(tensor.requires_grad for tensor in tensors):
-        return "the network returns more than what its classifier makes"
+        return "the network returns more than its classifier's output, such as features"
     if len(tensors) != len(expected_tensors) or not all(map(_identical, tensors, expected_tensors)):
         return "the network returns other values when it is observed"
     return ""

@@ -29,7 +29,7 @@ NOT_OBSERVED = {
     "WritesAttribute": "keeps tensors",
     "WritesBuffer": "writes features to a buffer",
     "AssignsBuffer": "buffers were made in inference mode",  # by the first step
-    "Embeddings": "returns more than what its classifier makes",
+    "Embeddings": "returns more than its classifier's output",
     "AsksForGradients": "returns other values",
     "ChangesEmbeddings": "",
     "CallsTwice": "not measured by the closed form",
@@ -60,7 +60,7 @@ def test_network_that_can_be_observed(tmp_path, told, name):
 
 def test_network_that_copies_its_kernels(tmp_path, told):
     # The trial is made on tensors, which are copied by other functions than parameters.
-    assert_as_without(tmp_path, make("CopiesKernels"), told, "does something else with a kernel")
+    assert_as_without(tmp_path, make("CopiesKernels"), told, "uses a kernel in other functions")
 
 
 @guards("layers/trial.py", "if model_copy.keeps_graph:", "if False:", ids="WritesBuffer")

@@ -123,7 +123,7 @@ STEPS = {
     CallsAgain: OBSERVES,
     Autocast: OBSERVES,  # float64 is not cast
     HooksInStep: "changes modes or hooks",
-    AveragesWeights: "had another kernel",
+    AveragesWeights: "is not the one that was certified",
     AveragesClassifier: "could not be used",
 }
 

@@ -115,10 +115,10 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
         cause = (
             "the model returns probabilities; return the logits, the loss applies the softmax itself"
             if are_probabilities(logits)
-            else "something after it changes them, e.g. a temperature, a soft cap, added priors or masked classes"
+            else "something after it changes the logits, e.g. a temperature, a soft cap, added priors or masked classes"
         )
         raise NotClosedFormError(
-            f"the model's output is not its output (relative deviation {deviation:.1e}): {cause}. The "
+            f"the model does not return its output (relative deviation {deviation:.1e}): {cause}. The "
             "closed form needs the loss to see the classifier's own output."
         )
     return deviation

@@ -50,7 +50,7 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
     if len(call.convolutions) != 1:
         raise LayerSelectionError(
             f"it ({type(call.module).__name__}) runs {len(call.convolutions)} convolutions or linear maps in its "
-            "forward; its Hessian is that of one only if there is one. Choose another layer with layers=."
+            "forward, and only a layer that runs exactly one can be measured. Choose another layer with layers=."
         )
     convolution = call.convolution
     output, weight = convolution.output, convolution.weight
@@ -89,7 +89,7 @@ def _certified_kernel(
     kernel = known.value
     for call in calls:
         if call.kernel_sample is not None and not same(call.kernel_sample, kernel.sample):
-            raise LayerSelectionError("it had another kernel during the forward pass than before.")
+            raise LayerSelectionError("its kernel in this forward pass is not the one that was certified before.")
     weights = [call.convolution.weight for call in calls]
     if all(known.recognises(identity(weight), every=None) for weight in weights):
         return known
@@ -101,8 +101,8 @@ def _certified_kernel(
         known, reference = Known(kernel, identity(kernel.parameter)), kernel.parameter
     if not all(same(weight, reference) for weight in weights):
         raise LayerSelectionError(
-            "it applies another kernel from one call to the next (computed from its input?), so there is no one kernel "
-            "to take the Hessian of. Choose another layer with layers=."
+            "it applies another kernel from one call to the next (computed from its input?), so there is no single "
+            "kernel to take the Hessian of. Choose another layer with layers=."
         )
     return known
 

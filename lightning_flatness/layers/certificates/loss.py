@@ -15,10 +15,10 @@ def why_not_cross_entropy(loss: Tensor, logits: Tensor, targets: Tensor | None, 
     """Return why ``loss / scale`` is not mean cross-entropy of the logits, or an empty string if it is.
 
     Terms that are linear in the logits do not matter, because only the second derivative is compared. Along a random
-    direction ``v`` it must be ``c (π ∘ v - π <π, v>) / Z``. Here ``π`` is the softmax of the logits, ``c`` the sum of a
-    sample's weighted targets and ``Z`` the normalizer (``docs/theory.md``, "Losses"). So mixed targets (mixup) pass,
-    because they change the first derivative only. ``options`` are those of ``flatness_penalty``. Only the part of the
-    autograd graph between logits and loss is used.
+    direction ``v`` this derivative must be ``c (π ∘ v - π <π, v>) / Z``. Here ``π`` is the softmax of the logits, ``c``
+    the sum of a sample's weighted targets and ``Z`` the normalizer (``docs/theory.md``, "Losses"). So mixed targets
+    (mixup) pass, because they change the first derivative only. ``options`` are those of ``flatness_penalty``. Only the
+    part of the autograd graph between logits and loss is used.
     """
     start = torch.full_like(loss, 1 / scale)
     (first,) = torch.autograd.grad(loss, logits, start, create_graph=True, allow_unused=True)

@@ -67,9 +67,9 @@ def certify_tail(
 ) -> tuple[TailDerivatives, Known[Tail]]:
     """Certify the tail of one layer, and return its derivatives.
 
-    The full certificate is skipped if ``known`` has been certified on a batch with the same operations in its tail.
-    Then only the derivatives are computed. A tail is certified in full on every batch if it has custom operations, or
-    operations that move entries by indices.
+    If ``known`` was certified on a batch with the same operations in its tail, the full certificate is skipped, except
+    on one of sixteen batches, and only the derivatives are computed. A tail is certified in full on every batch if it
+    has custom operations, or operations that move entries by indices.
 
     Args:
         node: the layer's output ``z``, ``(N, S, *output)``.
@@ -117,8 +117,8 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
     tail, operations = known.value, operations_of(head.features, samples=len(node))
     if operations is None:
         raise NotClosedFormError(
-            "the operations after it (custom ones, or indices) cannot be told apart by their names, and rounding to "
-            "half precision hides the rest"
+            "in half precision the operations after it must be recognised by their names, and custom operations or "
+            "indexing cannot be"
         )
     if known.fingerprint not in (None, operations):
         raise NotClosedFormError("other operations follow it than on the first samples")
@@ -140,7 +140,7 @@ def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Ten
     is ``c(s)`` from earlier batches, -1 if unknown.
 
     Raises:
-        NotClosedFormError: a product is neither, so channels mix.
+        NotClosedFormError: a product is neither the slopes nor zero, so channels mix.
     """
     numbers = torch.arange(features.shape[1], device=features.device)
     over = [dimension for dimension in range(slopes.ndim) if dimension != 1]
@@ -295,7 +295,7 @@ def _tolerance(tensor: Tensor) -> float:
 
 
 def _per_channel(cotangent: Tensor, channels: Tensor, node: Tensor) -> Tensor:
-    """Return ``u[c(s)]``, shaped so that it multiplies the layer's output; zero if ``c(s)`` is unknown."""
+    """Return ``u[c(s)]`` for a cotangent ``u``, shaped to multiply the layer's output; zero if ``c(s)`` is unknown."""
     return to_positions(cotangent[:, channels.clamp_min(0)] * (channels >= 0), node)
 
 

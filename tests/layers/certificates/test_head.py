@@ -23,7 +23,7 @@ from tests.layers.pooled_net import Apply, PooledNet, X, Y, assert_not_closed_fo
     ids=["temperature", "soft cap", "priors", "masked", "clamped"],
 )
 def test_changed_logits_are_noticed(after):
-    assert_not_closed_form(PooledNet(after=Apply(after)), "'head': the model's output is not its output.*temperature")
+    assert_not_closed_form(PooledNet(after=Apply(after)), "'head': the model does not return its output.*temperature")
 
 
 @pytest.mark.parametrize("after", [lambda f: f / 1.5, lambda f: f + torch.tensor([0.5, 0.0, 0.0, 0.0])])
@@ -117,7 +117,7 @@ def test_skip_around_the_classifier_is_noticed():
             g = self.tail(self.conv(x)).mean((2, 3))
             return self.head(g) + g[:, :4]
 
-    assert_not_closed_form(Bypass(), "output is not its output")
+    assert_not_closed_form(Bypass(), "does not return its output")
 
 
 def test_logits_that_are_clamped_later_are_noticed_then():
@@ -131,7 +131,7 @@ def test_logits_that_are_clamped_later_are_noticed_then():
 def test_later_failure_of_the_closed_form_says_what_is_in_the_sum():
     net = PooledNet(after=Apply(lambda f: f.clamp(-0.6, 0.6))).double()
     layer = lf.measure_flatness(net, [(X.double() / 10, Y), (4 * X.double(), Y)]).layers["conv"]
-    assert "for some samples; others may count with all their Hessian" in layer.info.reason
+    assert "for some samples; of others the number may contain the whole Hessian" in layer.info.reason
 
 
 @pytest.mark.parametrize(
