@@ -35,7 +35,7 @@ class ClosedForm:
 
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> ClosedForm:
-        """Collect the inputs of the closed form of layer ``name`` from a certified pass."""
+        """Collect the inputs of the closed form from a certified pass, for the layer ``name``."""
         tail, convolution = certified.tails[name].detached(), certified.calls[name][0].convolution
         curved = curved_part(tail, certified.loss)
         return cls(known.layers[name], convolution.detached(), tail, certified.loss, curved)
@@ -54,7 +54,7 @@ class ClosedForms:
 
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified, outcomes: Tensor) -> ClosedForms:
-        """Collect the inputs of the closed form of all layers under the closed form from a certified pass."""
+        """Collect the inputs of the closed form from a certified pass, for every layer that is measured by it."""
         by_layer = {}
         for name in certified.tails:
             with naming(name):

@@ -81,7 +81,7 @@ class FlatnessObserver:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """With ``layers="all"``, why layers were left out, by name: they cannot be measured."""
+        """The layers that ``layers="all"`` has left out, and for each the reason why it cannot be measured."""
         observed = {} if self._observable is None else self._observable.known.left_out
         return dict(self._own.known.left_out or observed)
 
@@ -116,7 +116,7 @@ class FlatnessObserver:
         self._weightings.clear()
 
     def sums(self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None) -> dict[str, LayerSums]:
-        """Measure one batch as a call does, and return sums that can be added to those of other batches.
+        """Measure one batch as :meth:`__call__` does, and return sums that can be added to those of other batches.
 
         In these sums, symmetric matrices are kept as upper triangles.
         """

@@ -131,7 +131,7 @@ class OwnPasses:
                 inputs = [convolution.read for call in calls for convolution in call.convolutions]
                 if all(one.ndim > 1 and one.shape[:2] == inputs[0].shape[:2] for one in inputs) and inputs:
                     sums[name] = of_calls(inputs)[: part.rows]
-            return sums  # a layer whose inputs do not fit is left out; its certificate will raise an error later
+            return sums  # a layer whose inputs do not fit is left out; certifying it will raise an error later
 
         of_parts = list(self._parts(inputs, targets, recorded, most))
         return {name: ChannelSums.joined([one[name] for one in of_parts if name in one]) for name in of_parts[0]}

@@ -118,7 +118,7 @@ def layer_sums(layer: CertifiedLayer, traces: BlockTraces, loss: LossDerivatives
         first = outcomes[:1, PREDICTION:]
         samples, outcomes = samples.sum(0, keepdim=True), outcomes.sum(0, keepdim=True)
         outcomes = torch.cat([outcomes[:, :PREDICTION], first], dim=1)
-    folded = Folded.of(traces.total)  # of the matrix only the upper triangle is kept: it is symmetric up to rounding
+    folded = Folded.of(traces.total)  # keeps the upper triangle: the matrix is symmetric up to rounding
     return LayerSums(
         folded, layer.gram, loss.num_samples, loss.normalizer, traces.extra, traces.variances, samples, outcomes
     )

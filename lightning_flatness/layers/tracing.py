@@ -25,7 +25,7 @@ class TracedCall:
     name: str
     input_shape: tuple[int, ...]  # () if the input is not a tensor
     output_shape: tuple[int, ...]
-    convolves: bool  # whether it is a convolution, or a linear map over several positions, which counts as one
+    convolves: bool  # whether it is a convolution, or a linear map over several positions (of kernel size one)
     is_linear: bool  # whether it is a linear layer
     has_weight: bool = True  # whether its kernel is its own parameter ``weight``
 
