@@ -142,7 +142,7 @@ Curvature = ClassCurvature | DenseCurvature | AutogradCurvature
 def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
     """Multiply the second derivative of a loss with ``x``, in float64, by differentiating ``gradient`` at ``leaf``.
 
-    ``leaf`` holds the logits, and ``gradient`` is the gradient of the loss with respect to ``leaf``, in the graph.
+    ``leaf`` holds the logits, and ``gradient`` is the loss's gradient with respect to ``leaf``, with its graph.
     """
     image = None
     if gradient.requires_grad:
@@ -167,7 +167,7 @@ def certified_diagonal(gradient: Tensor, leaf: Tensor) -> Tensor | None:
     """Return the diagonal of a loss's second derivative, float64 ``(N, K)``, or None if other entries are not zero.
 
     If all other entries are zero, the product with a vector of ones is the diagonal. Products with random vectors
-    certify that they are zero, for every sample. The arguments are as in :func:`product`.
+    certify that these entries are zero, for every sample. The arguments are as in :func:`product`.
     """
     diagonal = product(gradient, leaf, torch.ones_like(leaf))
     allowed = ROUNDINGS * torch.finfo(leaf.dtype).eps

@@ -1,4 +1,4 @@
-"""The closed form: block traces of a convolution that elementwise layers, global pooling and a classifier follow."""
+"""The closed form: block traces of a convolution with elementwise layers, pooling and a classifier after it."""
 
 from __future__ import annotations
 

@@ -160,10 +160,7 @@ class _Search:
         return rounding_error(self._basis.dtype) * self._scale
 
     def step(self) -> None:
-        """Add the following vector to the basis, multiply the operator with it, and update the Ritz values.
-
-        These are in descending order.
-        """
+        """Add the following vector to the basis, multiply the operator with it, and update the sorted Ritz values."""
         assert self.following is not None
         self._basis[self.size] = self.following
         image = self._product(self._basis[self.size])

@@ -37,7 +37,7 @@ def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Return the size up to which the remainder of a Lanczos step is rounding error, relative to the operator.
+    """Return the size, relative to a product with the operator, up to which its remainder is rounding error.
 
     A remainder of that size means that the Krylov space is invariant.
     """

@@ -120,8 +120,8 @@ class CustomLoss(Loss):
     float64 logits of a part of a batch.
 
     The second derivative is stored in the least costly form. If it is diagonal without negative entries (as for the
-    squared error, a sum over classes), these are ``K`` numbers per sample. Otherwise it is a ``K x K`` matrix per
-    sample, or with 128 classes or more a function that multiplies by this matrix.
+    squared error, a sum over classes), these ``K`` entries are stored for every sample. Otherwise it is a ``K x K``
+    matrix for every sample, or with 128 classes or more a function that multiplies by this matrix.
 
     Example:
         >>> from torch.nn.functional import cross_entropy

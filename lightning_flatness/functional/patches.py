@@ -53,7 +53,7 @@ class ConvolutionGeometry:
         return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
 
     def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """Yield for every kernel position the slices that cut out the padded input's pixels it is multiplied with."""
+        """Yield for every kernel position the slices of the padded input's pixels that this position multiplies."""
         for offset in product(*map(range, self.kernel_size)):
             yield tuple(
                 slice(o * d, o * d + s * (n - 1) + 1, s)

@@ -34,8 +34,9 @@ def flatness_penalty(
         \kappa = \frac{1}{Z} \sum_n c_n \|g_n\|^2 \operatorname{Var}_{k \sim \pi_n}(w_k)
 
     Here ``g_n`` is the input of the classifier for sample ``n``, ``π_n`` the softmax of the logits, and ``w_k`` row
-    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting: 1 without class weights. ``Z`` is
-    what the mean cross-entropy divides by: the number of samples, or the sum of the weights of their classes.
+    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting: 1 without class weights, 0 for an
+    ignored sample. ``Z`` is what the mean cross-entropy divides by: the number of samples, or for class indices with
+    class weights the sum of the samples' weights.
 
     This is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). For
     the layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. Training on ``loss + λ κ`` needs no second

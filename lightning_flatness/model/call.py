@@ -143,7 +143,7 @@ class Overheard:
     def hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Pass a call to ``hear``; if another object alone may hear it, or a compiler traces it, just run it."""
+        """Pass a call to ``hear``; just run it if :func:`only_heard_by` forbids to hear it or a compiler traces it."""
         if torch.compiler.is_compiling() or (Overheard._only and Overheard._only[-1] is not self):
             return forward(*arguments, **keywords)
         return self._hear(module, forward, arguments, keywords)

@@ -1,4 +1,4 @@
-"""Products with vectors of the Hessian or Gauss-Newton matrix of the loss with respect to chosen parameters."""
+"""Multiply vectors by the Hessian or Gauss-Newton matrix of the loss with respect to chosen parameters."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Run a block in evaluation mode, eagerly, in full precision and with gradients enabled, and restore everything.
 
-    Inside the block, inference mode, autocast and backward hooks are disabled, also autocast that the forward itself
-    enables. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor bfloat16. On
+    Inside the block, inference mode, backward hooks and autocast are disabled, even where the forward itself enables
+    autocast. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor bfloat16. On
     leaving, also after an error, the attributes of every module and the random states of torch (CPU and the model's
     accelerators), numpy and Python are restored.
     """

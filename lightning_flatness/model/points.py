@@ -27,7 +27,7 @@ class Points:
 
     The methods compute several points at once. Tensors that are in no axis keep their values. If Adam's ``epsilons``
     are given (by parameter name), the two axes must be Adam's moments ``m`` and ``v``, and the points are
-    ``w + α_1 m / (sqrt(α_2 v) + ε)``.
+    ``w + α_1 m / (sqrt(α_2 v) + ε)``; with one coordinate, ``α_2`` is 1.
     """
 
     def __init__(

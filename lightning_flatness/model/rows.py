@@ -18,7 +18,8 @@ from lightning_flatness.model.logits import certify_deterministic, differ
 def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
     """Return the number of samples in a batch.
 
-    This is the largest first dimension of the inputs, or the length of the targets if the inputs are not one tensor.
+    This is the length of the targets if they are given and the inputs are not one tensor. Otherwise it is the largest
+    first dimension of the inputs.
     """
     if targets is not None and targets.ndim and not isinstance(inputs, Tensor):
         return targets.shape[0]

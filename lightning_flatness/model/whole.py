@@ -45,7 +45,7 @@ class WholeWeights:
         return bool(self._weights)
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model, or of a part of it, with the whole weights; without any, return it as it is."""
+        """Return a copy of the model, or of a part of it, with the whole weights; without any, the model itself."""
         sharded = _sharded_modules(model) if self._weights else []
         if not sharded:
             return model
