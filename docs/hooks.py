@@ -23,7 +23,8 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages whose files lie at the top of the repository."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+        text = (ROOT / source).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, page, content=text))
     for notebook in NOTEBOOKS:
         for path, content in notebook_files(notebook, config.repo_url).items():
             files.append(File.generated(config, f"tutorials/{path}", content=content))
