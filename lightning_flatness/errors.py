@@ -51,13 +51,13 @@ def explained(error: Exception) -> FlatnessError | None:
     """Translate a known error of autograd into an error that names a remedy; return None for any other error."""
     if "use_reentrant" in str(error):
         return LayerSelectionError(
-            "The forward uses gradient checkpointing of the reentrant kind, which autograd cannot follow to chosen "
-            "tensors. Use checkpoint(..., use_reentrant=False), or checkpoint only `if self.training`."
+            "The forward pass uses reentrant gradient checkpointing, through which torch.autograd.grad cannot compute "
+            "gradients. Use checkpoint(..., use_reentrant=False), or checkpoint only `if self.training`."
         )
     if "modified by an inplace operation" in str(error):
         return LayerSelectionError(
-            f"The forward changes a tensor in place that autograd needs ({error}). Use the out-of-place operation "
-            "there, e.g. x = x + y for x += y."
+            f"The forward pass changes a tensor in place that autograd needs ({error}). Use an out-of-place operation, "
+            "such as x = x + y for x += y."
         )
     return None
 

@@ -157,4 +157,4 @@ def assert_matches_oracle(
         error = abs(getattr(measured, name) - float(terms.sum()))
         # The error is relative to the sum of absolute values because positive and negative terms may cancel.
         if not error <= rtol * float(terms.abs().sum()):
-            raise AssertionError(f"{name} differs by {error} from the Hessian's.")
+            raise AssertionError(f"{name} differs by {error} from the value that the Hessian gives.")

@@ -101,7 +101,7 @@ def imported(path: str, source: str) -> Any:
             f"imported: --model script.{name} or --data script.{name}."
         )
     if not module_name:
-        raise UsageError(f"{source} names '{path}', which is no import path such as package.{path or 'Class'}.")
+        raise UsageError(f"{source} names '{path}', which is not an import path such as package.{path or 'Class'}.")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -177,4 +177,4 @@ def _problem(error: Exception, kind: str) -> str:
         return f"there is no argument '{name}'."
     if type(error).__name__ in ("ArgumentError", "ArgumentTypeError"):
         return text[:300]
-    return text if isinstance(error, FlatnessError) else f"making it fails with {type(error).__name__}: {text[:300]}"
+    return text if isinstance(error, FlatnessError) else f"calling it fails with {type(error).__name__}: {text[:300]}"

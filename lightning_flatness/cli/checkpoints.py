@@ -76,7 +76,7 @@ def read_checkpoint(path: Path, trust: bool = False) -> Checkpoint:
             f"'{path}' holds a whole module, not its weights: write them with torch.save(module.state_dict(), path)."
         )
     if not isinstance(content, Mapping):
-        raise FlatnessError(f"'{path}' holds a {type(content).__name__}, not weights by their names.")
+        raise FlatnessError(f"'{path}' holds a {type(content).__name__}, not a state dict.")
     if VERSION in content:
         state = content.get("state_dict")
         if not isinstance(state, Mapping) or not state:
@@ -95,7 +95,7 @@ def _of_states(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoin
         return Checkpoint(path, state, digest, part=str(part))
     held = ", ".join(f"'{key}'" for key in list(content)[:8]) or "nothing"
     raise FlatnessError(
-        f"'{path}' holds {held}: {'several sets of weights' if states else 'no weights by their names'}. Write the "
+        f"'{path}' holds {held}: {'several sets of weights' if states else 'no state dict'}. Write the "
         "weights alone with torch.save(model.state_dict(), path)."
     )
 

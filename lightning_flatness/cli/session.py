@@ -100,7 +100,7 @@ def _loss(text: str) -> Any:
     try:
         return found() if inspect.isclass(found) else found
     except Exception as error:
-        raise UsageError(f"--loss {text}: making it fails with {type(error).__name__}: {error}") from error
+        raise UsageError(f"--loss {text}: calling it fails with {type(error).__name__}: {error}") from error
 
 
 def _has_loader(model: nn.Module) -> bool:

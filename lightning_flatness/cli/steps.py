@@ -134,12 +134,12 @@ def visit(
             if not _is_of_step(error):
                 raise
             raise FlatnessError(
-                f"The validation step of {type(model).__name__} fails outside of its run, with "
-                f"{type(error).__name__}: {error}. With --inputs batch no step is run, and the network is given "
-                "the inputs of the batch as they are."
+                f"The validation step of {type(model).__name__} fails when it runs outside its training run, with "
+                f"{type(error).__name__}: {error}. With --inputs batch no step runs, and the network gets the inputs "
+                "of the batch as they are."
             ) from error
     if callback.found is None:
-        raise FlatnessError(f"The {split.name} data have no batch.")
+        raise FlatnessError(f"The loader of the {split.name} data is empty: it yields no batch.")
     return callback.found
 
 

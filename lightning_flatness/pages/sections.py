@@ -47,12 +47,13 @@ READING = (
     "Normalised: the same, with every channel that the layer reads scaled to standard deviation one over samples. "
     "Compare networks by it. It stays the same where channels are rescaled in a way that leaves the network's function "
     "as it is; the Hessian trace and plain relative flatness do not.",
-    "Curvature is that of the loss in the network's output, before any weight; it is high where outputs are unsure. "
-    "Relative flatness divided by it, or by the loss, shows how much of the number comes from elsewhere. Neither makes "
-    "networks of different training loss comparable.",
+    "The curvature is that of the loss with respect to the network's output, without any weights; it is high where "
+    "predictions are unsure. Relative flatness divided by the curvature, or by the loss, shows how much of it comes "
+    "from elsewhere. Neither makes networks of different training loss comparable.",
     "± is one standard error over samples: how far the number would be for other samples of the same kind. It says "
-    "nothing of other seeds of the training. Two numbers differ clearly if their difference is more than two standard "
-    "errors of the difference. The norm of weights ‖W‖ has no error; that of the neuron-wise measure is not known.",
+    "nothing about other seeds of the training. Two numbers differ clearly if their difference is more than two "
+    "standard errors of the difference. The norm of weights ‖W‖ has no error; the error of the neuron-wise measure is "
+    "not known.",
     "Exact means equal, up to rounding, to the number of the full Hessian on these samples: that of the loss with "
     "respect to the layer's weights. What is not exact says so, and why. (est. ± ...) is the standard error of an "
     "estimate.",
@@ -60,12 +61,12 @@ READING = (
 )
 READING_OF_SPECTRA = (
     "An eigenvalue λ of the Hessian says how strongly the loss curves along its direction; the trace is the sum of "
-    "all. Smaller is flatter. Beside an eigenvalue stands its residual: some eigenvalue of the Hessian is that near. "
+    "all. Smaller is flatter. Beside an eigenvalue stands its residual r: the Hessian has an eigenvalue within ± r. "
     "Eigenvalues and trace change when weights are rescaled, so they compare epochs of one run rather than networks.",
 )
 READING_OF_LANDSCAPES = (
     "A landscape shows the mean loss at weights around those of the network, which are at the origin. A wide valley "
-    "looks flat along these directions; others, of as many as there are weights, may look different.",
+    "looks flat along these directions. There are as many directions as weights, and others may look different.",
 )
 EQUAL_LOSS = (
     "Anything from networks of different training loss: these numbers follow how far training has come. Compare at "

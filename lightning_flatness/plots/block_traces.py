@@ -1,4 +1,4 @@
-"""Figure of the block traces of one layer."""
+"""Draw the block traces of one layer as a heat map."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def plot_comparison(
     for measure in chosen:
         check_measure(measure, DRAWN)
         if all(math.isnan(getattr(row, measure)) for row in rows):
-            raise FlatnessError(f"{measure} is not known of any model; choose other measures=.")
+            raise FlatnessError(f"{measure} is not known for any model; choose other measures=.")
     if ax is not None and len(chosen) > 1:
         raise FlatnessError(f"ax= has room for one measure, and measures= has {len(chosen)}.")
     figure, axes = _panels(ax, len(chosen), len(rows))

@@ -93,7 +93,7 @@ def plot_density(
     curve = {"color": color, "linewidth": 1.3, "linestyle": dashes, **marker}
     (drawn,) = ax.plot(grid.numpy(), density.clamp(min=floor / 1e3).numpy(), label=words, **curve)
     limits = {"x": (float(grid[0]), float(grid[-1])), "y": (floor, 3 * top)}
-    if index:  # show what was drawn before, too
+    if index:  # keep the densities that were drawn before within the limits
         before = {"x": ax.get_xlim(), "y": ax.get_ylim()}
         limits = {name: (min(pair[0], before[name][0]), max(pair[1], before[name][1])) for name, pair in limits.items()}
     ax.set(yscale="log", ylim=limits["y"], xlim=limits["x"])
@@ -123,7 +123,7 @@ def plot_density(
 
 
 def _of_probe(result: SpectrumResult, probe: int, grid: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Return the density that one probe gives."""
+    """Return the spectral density at the points ``grid``, estimated from one of the random probes alone."""
     one = slice(probe, probe + 1)
     single = replace(result, ritz_values=result.ritz_values[one], ritz_weights=result.ritz_weights[one])
     return single.density(grid, sigma)[1]
