@@ -194,7 +194,7 @@ def test_history_shows_errors_and_what_is_not_known(page):
 @pytest.mark.parametrize(
     ("path", "results", "phrase"),
     [
-        ("page.txt", [BATCHES], "'.*page.txt' is not one"),
+        ("page.txt", [BATCHES], "'.*page.txt' does not end"),
         ("page.html", [], "nothing to show"),
         ("page.html", [3], "a int"),
     ],
