@@ -123,7 +123,7 @@ def _is_unclear(comparison: Comparison, measure: str, name: str) -> bool:
 
 
 def draw_models(ax: Any, rows: Sequence[ComparedModel], measure: str, heights: Sequence[float]) -> None:
-    """Draw a dot and an error bar for every model; dots are hollow for numbers of flatness that are not exact."""
+    """Draw a dot and an error bar for every model; the dot of a flatness value that is not exact is hollow."""
     values = [getattr(row, measure) for row in rows]
     errors = [2 * known_error(row.errors.get(measure)) for row in rows]
     if any(errors):

@@ -49,7 +49,7 @@ def gaps(result: LandscapeResult, losses: Tensor) -> dict[str, Tensor]:
 
 
 def corner_counts(points: Tensor) -> Tensor:
-    """Count how many corners of every grid cell are marked: from points ``(n, m)`` to cells ``(n - 1, m - 1)``."""
+    """Count the marked corners of every grid cell, ``(n - 1, m - 1)``; ``points`` ``(n, m)`` says which are marked."""
     edges = points[1:].int() + points[:-1].int()
     return edges[:, 1:] + edges[:, :-1]
 
