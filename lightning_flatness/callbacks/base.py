@@ -199,7 +199,7 @@ class MeasuringCallback(Callback):
             self._network = network_without_step(pl_module, self.model)
             if self._data_name == "val" and not asked.is_given:
                 watched = watch is not None and not watch.step_is_compiled
-                compiled, none = "torch.compile runs the whole validation step", "the validation step calls none"
+                compiled, none = "torch.compile runs the whole validation step", "the validation step does not call it"
                 rank_zero_warn(
                     f"{self._name} cannot see what the network is given ({none if watched else compiled}), so it "
                     "measures the batch's own inputs. If the network takes others, give batch_fn=, a function from a "
@@ -214,14 +214,14 @@ class MeasuringCallback(Callback):
         differs = not same_tensors(found.original, asked.inputs, asked.targets)
         if differs and asked.is_given:
             rank_zero_warn(
-                f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. Those of "
-                "batch_fn= are measured. For validated batches, (None, targets) keeps those of the step."
+                f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. The inputs "
+                "of batch_fn= are measured. With data='val', batch_fn= may return (None, targets) to keep the step's."
             )
         elif differs:
             raise FlatnessError(
-                f"{self._name}: the validation step gives other tensors to the network than those of the batch, which "
-                f"data={self._data_name!r} cannot follow. Give batch_fn=, a function from a batch to (inputs, targets) "
-                "that prepares the inputs as the step does."
+                f"{self._name}: the validation step gives other tensors to the network than the batch contains, but no "
+                f"step prepares the batches of data={self._data_name!r}. Give batch_fn=, a function from a batch to "
+                "(inputs, targets) that prepares the inputs as the step does."
             )
         return found.call
 

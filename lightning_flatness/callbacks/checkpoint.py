@@ -129,9 +129,9 @@ class FlatCheckpoint(ModelCheckpoint):
                 f"FlatCheckpoint: monitor= and flatness= are names of logged metrics; got {monitor=}, {flatness=}."
             )
         if not is_number(within) or not 0 <= within < math.inf:
-            raise FlatnessError(f"FlatCheckpoint: {within=} must be a number, 0 at least: a difference of '{monitor}'.")
+            raise FlatnessError(f"FlatCheckpoint: {within=} must be a number, 0 at least, for '{monitor}'.")
         if mode not in ("max", "min"):
-            raise FlatnessError(f"FlatCheckpoint: mode is 'max' or 'min', of '{monitor}'; got {mode=}.")
+            raise FlatnessError(f"FlatCheckpoint: mode is 'max' or 'min', for '{monitor}'; got {mode=}.")
         check_whole("FlatCheckpoint: max_files", max_files, least=2)
         super().__init__(
             dirpath=dirpath,
@@ -184,7 +184,7 @@ class FlatCheckpoint(ModelCheckpoint):
         if not self._candidates and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(
                 f"FlatCheckpoint has kept no checkpoint: at no check were '{self.monitor}' and '{self.flatness}' both "
-                "measured at this step, and finite."
+                "finite, and measured at the same step."
             )
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:

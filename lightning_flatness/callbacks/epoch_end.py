@@ -154,8 +154,9 @@ class EpochEndCallback(MeasuringCallback):
         is_late = self._measured is not None and self._have_changed(pl_module)
         if is_late or is_called_again(trainer, self):
             rank_zero_warn(
-                f"The final result of {self._name} is not that of the weights that the fit leaves, which have changed "
-                f"since. Change them in on_train_end of a callback, and list {self._name} after it."
+                f"The final result of {self._name} is not that of the weights that the fit leaves: the weights have "
+                "changed after the measurement. Let a callback change them in its on_train_end, and list "
+                f"{self._name} after that callback."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -67,7 +67,7 @@ class RunOutputs:
         try:
             figures = draw()
         except Exception as error:
-            self._tell_once("draw", f"draws no figures: {in_one_line(error)}. figures=False draws none silently.")
+            self._tell_once("draw", f"draws no figures: {in_one_line(error)}. With figures=False there is no warning.")
             return
         for tag, figure in figures.items():
             item = self._item(tag, record, f"{_stem(record)}{suffix}-{tag.replace('/', '-')}.png")

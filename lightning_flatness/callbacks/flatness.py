@@ -222,7 +222,7 @@ class FlatnessCallback(FlatnessHistory):
 
     def _new_measurement(self, network: Network) -> Measurement:
         if self._whole:
-            self._passes.rule_out("FSDP2 shards the weights, so every rank holds a whole copy meanwhile")
+            self._passes.rule_out("FSDP2 shards the weights, so every rank measures a copy with all weights")
         return Measurement(self._whole_copy(network.module), sync=True, prefix=network.prefix, **self._options)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -136,9 +136,7 @@ class LandscapeCallback(EpochEndCallback):
             raise FlatnessError(f"{axes=}: the callback takes strings only; loss_landscape() takes directions, too.")
         if axes != "trajectory" and not set(words) <= set(KINDS):
             known = ", ".join(map(repr, KINDS))
-            raise FlatnessError(
-                f"{axes=}: there are {known}, or one or two of these in a list, and 'trajectory' alone."
-            )
+            raise FlatnessError(f"{axes=} must be one of {known}, a list of one or two of these, or 'trajectory'.")
         options = LandscapeOptions(
             axes="random" if axes == "trajectory" else axes,  # placeholder: a trajectory's axes are not known yet
             normalize=normalize,
@@ -201,7 +199,7 @@ class LandscapeCallback(EpochEndCallback):
             when = f"after {epochs} epoch{'s' * (epochs > 1)} of this fit" if epochs else "at the start of this fit"
             reason = f"needs finite weights, and those {when} are not: the training has diverged"
         if reason is not None and final:
-            rank_zero_warn(f"LandscapeCallback(axes='trajectory') {reason}; none is drawn.")
+            rank_zero_warn(f"LandscapeCallback(axes='trajectory') {reason}; there is no landscape.")
         return reason is None
 
     def _try(self, trainer: Trainer, network: nn.Module, batches: list[Samples]) -> None:

@@ -216,9 +216,9 @@ class StepWatch:
         if not counts and not is_given:
             raise FlatnessError(
                 f"The validation step calls {self._name(heard.module)} on {num_inputs} different inputs, none of which "
-                "is the batch's own. Give batch_fn=, a function from a batch to (inputs, targets), for the inputs to "
-                "measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]); a tuple of inputs is passed as arguments, "
-                "a mapping as keyword arguments."
+                "is the batch's own input. Give batch_fn=, a function from a batch to (inputs, targets), for the "
+                "inputs to measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]); a tuple of inputs is passed as "
+                "arguments, a mapping as keyword arguments."
             )
         if not counts:
             return Found(Network(heard.module, prefix, is_called=False))
@@ -274,16 +274,16 @@ class StepWatch:
                 owning = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
                 raise FlatnessError(
                     f"The validation step gives the output of {self._name(heard.module)} to "
-                    f"{' and '.join(map(self._name, heads))}, {owning}. Say what makes the logits to measure, e.g. "
+                    f"{' and '.join(map(self._name, heads))}, {owning}. Say which network returns the logits, e.g. "
                     f"model=lambda module: torch.nn.Sequential({parts}), batch_fn=lambda batch: (batch[0], batch[1]), "
-                    "where batch_fn= returns what the first part takes, and the targets; or, if the output of "
+                    "where batch_fn= returns the inputs of the first part, and the targets; or, if the output of "
                     f"{self._name(heard.module)} is the logits, model={self._name(heard.module)}."
                 )
         if any(_why_no_logits(heard.output) for heard in calls):
             raise FlatnessError(
-                f"The validation step calls {names}, of which not all return logits, so they seem to be parts of one "
+                f"The validation step calls {names}. Not all of these return logits, so they seem to be parts of one "
                 "network. Call one module in the step that returns the logits, e.g. self(x) with a forward() that "
-                "applies all of them; or name the network with model=..., if one of them is."
+                "applies all parts; or, if one of these modules is the whole network, name it with model=."
             )
         trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
         own = [self._name(module) for module in trained or modules if module is not self._pl_module]

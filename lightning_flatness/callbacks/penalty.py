@@ -289,7 +289,9 @@ def _named() -> Iterator[None]:
     try:
         yield
     except BatchError as error:
-        remedy = " With batch_fn=, a function gives those of a batch." if "targets" in str(error) else ""
+        remedy = (
+            " With batch_fn=, you give a function from a batch to (inputs, targets)." if "targets" in str(error) else ""
+        )
         raise BatchError(f"FlatnessPenalty: {error}{remedy}") from error
 
 

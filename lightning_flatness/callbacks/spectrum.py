@@ -161,8 +161,8 @@ class SpectrumCallback(EpochEndCallback):
         if not result.converged and not self._is_told:
             self._is_told = True
             rank_zero_warn(
-                f"SpectrumCallback: the eigenvalues have not converged, and '{self.prefix}/exact' is 0 (a residual is "
-                f"{float(result.residuals.max()):.2g}). Allow more products: max_products=."
+                f"SpectrumCallback: the eigenvalues have not converged, and '{self.prefix}/exact' is 0 (the largest "
+                f"residual is {float(result.residuals.max()):.2g}). Allow more products: max_products=."
             )
         values = result.eigenvalues.tolist()
         return {

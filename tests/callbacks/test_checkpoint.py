@@ -329,7 +329,7 @@ def test_state_is_read_with_weights_only(tmp_path):
         ({"within": -0.1}, "within=-0.1 must be a number, 0 at least"),
         ({"within": math.nan}, "within=nan"),
         ({"within": True}, "within=True"),
-        ({"mode": "flat"}, "mode is 'max' or 'min', of 'val_acc'; got mode='flat'"),
+        ({"mode": "flat"}, "mode is 'max' or 'min', for 'val_acc'; got mode='flat'"),
         ({"max_files": 1}, "max_files=1 must be a whole number, 2 at least"),
         ({"monitor": ""}, "names of logged metrics"),
         ({"flatness": ["flatness/hessian_trace"]}, "names of logged metrics"),

@@ -137,7 +137,7 @@ def test_validation_step(tmp_path, told, step):
 
 def test_a_step_that_calls_the_network_on_several_inputs_of_its_own_is_refused(tmp_path, told):
     with pytest.raises(
-        lf.FlatnessError, match="on 2 different inputs, none of which is the batch's own. Give batch_fn="
+        lf.FlatnessError, match="on 2 different inputs, none of which is the batch's own input. Give batch_fn="
     ):
         validated(tmp_path, make("Plain", Adversarial), lf.FlatnessCallback())
     callback = lf.FlatnessCallback(batch_fn=lambda batch: batch)

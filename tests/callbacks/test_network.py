@@ -238,7 +238,7 @@ class Distils(TwoNetworks):
 
 
 REFUSED = {
-    PartsInTheStep: r"calls 'body' and 'head', of which not all return logits.*Call one module in the step",
+    PartsInTheStep: r"calls 'body' and 'head'[.] Not all of these return logits.*Call one module in the step",
     Distils: r"calls several networks, 'net' and 'teacher'. Name the one.* e.g. model='teacher'",
     TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
     HeadInTheStep: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
@@ -250,7 +250,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("make", [HeadInTheStep, TwoHeadsInTheStep])
 def test_remedy_for_a_head_in_the_step_measures_what_it_names(tmp_path, make):
-    with pytest.raises(lf.FlatnessError, match="Say what makes the logits") as caught:
+    with pytest.raises(lf.FlatnessError, match="Say which network returns the logits") as caught:
         fit(tmp_path, flatness_callback(), module=make(), num_sanity_val_steps=1)
     found = re.search(r"model=(.*), batch_fn=(.*), where", str(caught.value))
     options = {"model": eval(found[1], {"torch": torch}), "batch_fn": eval(found[2])}

@@ -100,8 +100,8 @@ def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
             return sets[0]
     found: Tensor = torch.cat(sets).unique()
     rank_zero_warn(
-        f"A {type(sampler).__name__} leaves out other samples in every epoch. Measured are the {len(found)} samples "
-        f"that {MANY_EPOCHS} epochs of it contain. To measure others, give data= a loader or batches of your own."
+        f"A {type(sampler).__name__} leaves out other samples in every epoch. The {len(found)} samples that it reads "
+        f"in {MANY_EPOCHS} epochs are measured. To measure others, give data= a loader or batches of your own."
     )
     return found
 
@@ -166,6 +166,6 @@ def _unique(indices: Tensor, loader: Any) -> Tensor:
 
 def _unknown(sampler: Any, reason: str) -> FlatnessError:
     return FlatnessError(
-        f"Which samples are read is not known from the sampler, a {type(sampler).__name__}: {reason}. Use data='val', "
-        "or data= with a loader or batches of your own."
+        f"It is not known which samples the sampler, a {type(sampler).__name__}, reads: {reason}. Use data='val', or "
+        "data= with a loader or batches of your own."
     )

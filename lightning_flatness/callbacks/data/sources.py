@@ -91,8 +91,8 @@ class Asked:
         except BatchError as error:
             if self.targets is None and self.why_no_targets and "target" in str(error):
                 raise BatchError(
-                    f"{error} {self.why_no_targets} If it returns (None, targets), the inputs stay those that the "
-                    "validation step gives to the network."
+                    f"{error} {self.why_no_targets} If batch_fn= returns (None, targets), the inputs stay those that "
+                    "the validation step gives to the network."
                 ) from error
             raise
 

@@ -79,7 +79,7 @@ class ValidationStream:
         if shard.repeats or chosen is not None:
             positions = shard.positions(rows, batch_idx)
             if positions is None:
-                self._warn("their sizes are not those of the sampler; max_samples has no effect on them")
+                self._warn("they are not as large as the sampler says; max_samples has no effect on them")
                 return mask
             mask &= positions < shard.length
             if chosen is not None:

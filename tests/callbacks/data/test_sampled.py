@@ -237,7 +237,7 @@ class NotCopied(InTurn):
     ids=["list of names", "names", "indices with sizes", "no copies"],
 )
 def test_samplers_that_cannot_be_understood(sampler, reason):
-    with pytest.raises(lf.FlatnessError, match=rf"Which samples are read is not known.*{reason}.*data= with a loader"):
+    with pytest.raises(lf.FlatnessError, match=rf"It is not known which samples.*{reason}.*data= with a loader"):
         samples_read(by_samples(sampler))
 
 
