@@ -170,7 +170,8 @@ class StepWatch:
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
         # DDP calls the LightningModule to run a step. If the LightningModule is compiled, this step is compiled, too.
-        is_step = module is self._pl_module and vars(module).get("forward") is not self._forward
+        is_replaced = vars(module).get("forward") is not self._forward
+        is_step = module is self._pl_module and _is_compiled(module) and is_replaced
         self.step_is_compiled |= is_step
         if is_step or module in self._around:
             with self._overheard.paused():

@@ -189,8 +189,8 @@ class CalledThroughWrapper(SingleDeviceStrategy):
 
 @guards(
     "callbacks/network.py",
-    'module is self._pl_module and vars(module).get("forward") is not self._forward',
-    "False",
+    "is_step = module is self._pl_module and",
+    "is_step = False and",
     ids="val-None",
 )
 @guards("callbacks/network.py", "self._around = {", "self._around or {", ids="val-net")
