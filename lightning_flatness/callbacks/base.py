@@ -91,7 +91,7 @@ class MeasuringCallback(Callback):
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to measure now. Override this method for another schedule; all ranks must return the same."""
+        """Return whether to measure now, the same on all ranks. Override this method for another schedule."""
 
     def _release(self) -> None:
         """Drop the data and the model of a measurement in progress, and the pending error."""

@@ -29,7 +29,7 @@ class LayerCall(NamedTuple):
 
 
 class CallRecorder:
-    """Records the calls of layers, by forward hooks. It records only while it listens; a copy of it never listens.
+    """Forward hooks that record the calls of layers, but only while the recorder listens. A copy never listens.
 
     The hook stays on the classifier for the whole fit, because compiled code ignores hooks that are added after
     compilation.
@@ -105,9 +105,9 @@ def find_classifier(
 ) -> str:
     """Return the name of the layer that returns the logits of the loss, found in the calls of a training step.
 
-    The classifier is the last layer in the step that is linear, is called on one vector a sample, and for which
-    ``why_not`` returns an empty string. Calls that a found classifier depends on are not considered. Otherwise
-    ``why_not`` returns the reason why a call does not give the logits.
+    ``why_not`` takes a call, and returns the reason why this call does not give the logits, or an empty string. The
+    classifier is the last layer that has such an empty string, is linear, and was called on one vector a sample. Calls
+    before it, which it depends on, are not considered.
 
     Raises:
         FlatnessError: No call gives the logits, or several calls that do not depend on each other give logits.

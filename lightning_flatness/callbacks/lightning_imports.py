@@ -36,7 +36,7 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
 
 
 def is_lightning_module(module: Any) -> bool:
-    """Return whether a module is a LightningModule of one of the two packages."""
+    """Return whether a module is a LightningModule of ``lightning.pytorch`` or of ``pytorch_lightning``."""
     return _is_lightning(type(module))  # type: ignore[arg-type]  # mypy does not know that classes have a hash
 
 
@@ -46,6 +46,6 @@ def _is_lightning(kind: type) -> bool:
 
 
 def is_overridden(method: str, module: LightningModule) -> bool:
-    """Return whether a LightningModule overrides a method, whichever of the two packages it is from."""
+    """Return whether a LightningModule, of either package, overrides a method of its base class."""
     base = next(base for base in type(module).__mro__ if f"{base.__module__}.{base.__name__}" in MODULES)
     return getattr(type(module), method) is not getattr(base, method)

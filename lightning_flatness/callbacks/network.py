@@ -82,7 +82,7 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
     """Return the network that ``model`` names or returns, or None if ``model`` is None.
 
     Raises:
-        FlatnessError: ``model`` is a module, or there is no module where it says.
+        FlatnessError: ``model`` is itself a module, or what it names or returns is not a module.
     """
     if model is None:
         return None

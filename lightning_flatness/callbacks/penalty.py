@@ -33,10 +33,10 @@ from lightning_flatness.model.isolation import refuse_sharded
 
 
 class EagerSteps:
-    """A switch that keeps compiled code uncompiled during the first steps of several callbacks.
+    """A switch, shared by all FlatnessPenalties, that makes ``torch.compile``'s code run uncompiled in first steps.
 
-    A callback alone must not switch back what it found: for all callbacks but the first, this is what another callback
-    has set. So the switch counts the callbacks, and switches back when the last one is done.
+    Every callback needs this until its own first step has ended. So the switch counts the callbacks, and restores the
+    earlier setting when the last one is done.
     """
 
     _num_steps: ClassVar[int] = 0
@@ -168,7 +168,7 @@ class FlatnessPenalty(Callback):
             refuse_sharded(name, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to the training step. In the first step of a fit, listen to all layers, and run uncompiled."""
+        """Record the calls of the classifier; in the first step of a fit, those of all layers, and uncompiled."""
         targets = targets_of(batch) if self.batch_fn is None else self.batch_fn(batch)[1]
         self._targets = None if targets is None else targets.clone()  # the step may change them
         if self._classifier is None:
@@ -215,13 +215,13 @@ class FlatnessPenalty(Callback):
         self._sums = {}
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen again, because an optimizer may run the training step several times."""
+        """Record calls again, because an optimizer may run the training step several times."""
         self._recorder.listen(True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop listening."""
+        """Stop recording calls."""
         self._recorder.listen(False)
         self._targets = None
         self._leave_eager()
@@ -251,7 +251,7 @@ class FlatnessPenalty(Callback):
     def _find_classifier(
         self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[LayerCall], loss: Tensor, scale: float
     ) -> None:
-        """Find the classifier in the calls of the first step. From now on, listen to the classifier alone."""
+        """Find the classifier in the calls of the first step. From now on, record the calls of this layer alone."""
         layers = linear_layers(pl_module, self.layers)
 
         def why_not(call: LayerCall) -> str:
@@ -285,7 +285,7 @@ class FlatnessPenalty(Callback):
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Add the callback's name to errors about a batch, and if targets are the problem, a remedy."""
+    """Add the callback's name to errors about a batch. If targets are the problem, add a remedy, too."""
     try:
         yield
     except BatchError as error:

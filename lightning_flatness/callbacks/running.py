@@ -27,6 +27,7 @@ from lightning_flatness.results import FlatnessReport
 class PassesOfRun:
     """A record of whether a run's forward passes can be observed. It tells the user whenever this changes.
 
+    To observe a pass is to measure in a forward pass that validation makes anyway, instead of an extra pass.
     ``example`` is a few samples of an earlier call of the network, with their targets. Before passes are observed, a
     trial on these samples must show that observing changes nothing.
     """
@@ -179,12 +180,12 @@ class Running:
         self.measurement.update(inputs, targets, positions=self.source.positions)
 
     def measure_rest(self) -> None:
-        """Measure the samples that the source has left when all batches have been validated."""
+        """Measure the samples that remain in the source when all batches have been validated."""
         for inputs, targets in self.source.rest():
             self.measurement.update(inputs, targets, positions=self.source.positions)
 
     def measure_held(self) -> None:
-        """Measure the samples that were held until the first samples of all ranks had shown the spread of channels."""
+        """Measure the samples that were held until all ranks knew the spread of the input channels."""
         with nullcontext() if self._asked is None else self._asked.explaining():
             self.measurement.measure_held()
 
@@ -252,6 +253,9 @@ class Validation:
     """The measurement of one validation, with a :class:`Running` for every validation loader, or one for other data.
 
     The measurement of a loader begins with the first step on this loader, because no earlier step shows the network.
+
+    Feature-normalised flatness needs the spread of the input channels, which the first samples of all ranks show. Until
+    they have, samples are held. Finding the spread is a collective.
     """
 
     def __init__(
@@ -293,12 +297,12 @@ class Validation:
             running.release()
 
     def measure_rest(self, network: Network) -> None:
-        """Measure the samples that the sources have left when all batches have been validated."""
+        """Measure the samples that remain in the sources when all batches have been validated."""
         for loader in range(len(self._sources)):
             self._of(loader, network).measure_rest()
 
     def settle(self, network: Network, failed: bool) -> None:
-        """Measure the samples that are held, unless this rank has failed. All ranks must call this method."""
+        """Measure the samples that are still held, unless this rank has failed. All ranks must call this method."""
         failures = [self._take_spread(loader, network) for loader in range(len(self._sources))]
         for failure in failures:
             if failure is not None:
@@ -358,7 +362,7 @@ class Validation:
 
 
 def settle(running: Validation | None, network: Network, num_loaders: int, waits: bool, failed: bool) -> None:
-    """Measure the samples that are held, unless this rank has failed. All ranks must call this function.
+    """Measure the samples that are still held, unless this rank has failed. All ranks must call this function.
 
     ``running`` is None on a rank that could not begin to measure. This rank takes part in the collectives without
     samples.

@@ -27,9 +27,9 @@ class SpectrumCallback(EpochEndCallback):
     """A callback that measures the spectrum of the Hessian after a fit and, on request, after every n-th epoch.
 
     It computes the largest eigenvalues, the trace, the spectral density and criteria of generalization. It logs
-    ``{prefix}/lambda_max``, ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``, ``exact`` and ``seconds``, all
-    under the prefix. ``exact`` is 1 if the eigenvalues have converged and the matrix is the Hessian. It is 0 if they
-    have not converged, or the matrix is the Gauss-Newton matrix.
+    ``{prefix}/lambda_max`` and, with the same prefix, ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``,
+    ``exact`` and ``seconds``. ``exact`` is 1 if the eigenvalues have converged and the matrix is the Hessian. It is 0
+    if they have not converged, or the matrix is the Gauss-Newton matrix.
 
     At the end of every n-th epoch, callbacks such as ``ModelCheckpoint`` can monitor these keys. At the end of the fit,
     only the loggers get them. Figures show the density, and the eigenvalues over the epochs. Every result is written to

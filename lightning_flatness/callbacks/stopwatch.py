@@ -1,4 +1,4 @@
-"""Take the time that measuring takes, and compare it with the rest of the validation."""
+"""Time the measurement, and compare it with the rest of the validation."""
 
 from __future__ import annotations
 

@@ -59,6 +59,6 @@ class Trajectory:
         return list(principal.directions), torch.stack([low - margin, high + margin], 1).tolist()
 
     def save(self, path: str) -> Path:
-        """Write the coordinates of the states in the last plane to an npz file, and return its path."""
+        """Write the coordinates of all states in the last plane to an npz file, and return the file's path."""
         assert self._principal is not None
         return TrajectoryResult(self._principal.coordinates, self._principal.explained).save(path)
