@@ -162,10 +162,10 @@ class Running:
             self.measurement.settle_when_due()
 
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
-        """Measure samples in a forward pass of our own.
+        """Measure samples in an extra forward pass.
 
-        If the trial has shown that such a pass can run as the user's passes do, in their precision, it does so and is
-        observed.
+        If a trial has shown that an extra pass can run in the same way and precision as the user's passes, the extra
+        pass runs like that and is observed.
         """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.repeats):
@@ -320,7 +320,8 @@ class Validation:
     def _take_spread(self, loader: int, network: Network) -> Exception | None:
         """Find the spread of a loader's input channels, which is a collective.
 
-        If this rank cannot measure the loader, it takes part in the collective without samples, and returns the error.
+        If this rank cannot measure the loader, the rank takes part in the collective without samples, and the method
+        returns the error.
         """
         try:
             measurement = self._of(loader, network).measurement
