@@ -174,7 +174,7 @@ class FlatCheckpoint(ModelCheckpoint):
         self._candidates = [Candidate(*one) for one in state_dict["candidates"]] if is_same else []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop checkpoints from the list that are no longer on disk when a run is resumed."""
+        """If a resumed run restores checkpoints that are no longer on disk, forget these."""
         super().on_train_start(trainer, pl_module)
         self._keep([one for one in self._candidates if self.file_exists(one.path, trainer)])
 

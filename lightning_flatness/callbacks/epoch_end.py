@@ -179,7 +179,7 @@ class EpochEndCallback(MeasuringCallback):
         batches: list[Samples] = []
         with self._measuring(trainer, pl_module):
             batches = list(self._source(trainer, pl_module).rest())
-        if not self._errors.settle(where):  # without an error on any rank, since computing is a collective
+        if not self._errors.settle(where):  # go on only if no rank has failed: computing is a collective
             return
         suffix = self._suffix(trainer) if final else ""
         record: Record = {"epoch": epoch, "step": trainer.global_step}

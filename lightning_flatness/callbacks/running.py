@@ -109,7 +109,7 @@ class Running:
         if not self._observes or self._is_tried or example is None:
             return
         reason = self._try(*example)
-        if reason and self.measurement.repeats:  # compiled
+        if reason and self.measurement.repeats:  # the network is compiled
             self._observes = False
             self._passes.tell(reason)
         elif reason:

@@ -29,7 +29,7 @@ def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[
     The new loader reads the samples at ``indices``, in this order. Without ``indices``, the new loader reads the whole
     data set, which may be an ``IterableDataset``.
     """
-    # A batch sampler may not tell its batch size. The user's loader yields batches all the same, so the new one must.
+    # If the user's batch sampler does not tell its batch size, the new loader must yield batches all the same.
     size = batch_size_of(loader) or (DEFAULT_BATCH_SIZE if getattr(loader, "batch_sampler", None) is not None else None)
     return DataLoader(
         loader.dataset if indices is None else Subset(loader.dataset, indices),
