@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError, naming
 from lightning_flatness.functional import LossDerivatives
-from lightning_flatness.functional.channels import ChannelSums
 from lightning_flatness.functional.conditions import deferred_checks
 from lightning_flatness.functional.weighting import Weighting
 from lightning_flatness.layers.certificates.layer import own_weight
@@ -25,6 +24,7 @@ from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.layers.sums import LayerStatistics, LayerSums, added, layer_sums, outcomes_of_pass
 from lightning_flatness.layers.trial import Observable, repeated, try_observing
+from lightning_flatness.layers.waiting import WaitingSamples
 from lightning_flatness.model.call import as_call
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import differentiable, without_wrapper
@@ -44,7 +44,7 @@ class FlatnessObserver:
     gradients, buffers and modes, the batch and all random states as they were.
 
     Normalised relative flatness needs the standard deviations of the layers' input channels before the first sample is
-    measured. Compute them from what :meth:`channels` returns for some samples, and set them with :meth:`normalize`.
+    measured. Compute them from what :meth:`waiting` returns for some samples, and set them with :meth:`normalize`.
     Without them, this measure is NaN.
 
     An observer can also observe forward passes that the user makes. Call :meth:`why_not_live` first, then
@@ -69,7 +69,6 @@ class FlatnessObserver:
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self._defers_checks = True
         self._deviations: Mapping[str, Tensor] = {}
-        self._before: OwnPasses | None = None  # the passes of `channels`
         self._weightings: dict[str, Weighting] = {}  # by layer, made when first needed
         self._num_seen = 0
 
@@ -98,30 +97,30 @@ class FlatnessObserver:
         """
         return self._statistics(self.sums(inputs, targets, advance))
 
-    def channels(
-        self, inputs: Any, targets: Tensor | None = None, samples: int | None = None
-    ) -> dict[str, ChannelSums]:
-        """Return, by layer, the number, mean and squared deviations of every input channel's entries, per sample.
+    def waiting(
+        self, inputs: Any, targets: Tensor | None = None, rows: slice = slice(None), advance: Advance | None = None
+    ) -> list[WaitingSamples]:
+        """Certify the samples ``rows`` of a batch, and return what is kept of them, part by part.
 
-        The model runs on the first ``samples`` samples of the batch, or on all with ``samples=None``.
+        When the standard deviations of the input channels are known, :meth:`sums_of` measures parts that have closed
+        forms. Samples without them are measured by :meth:`sums`, in a forward pass more.
         """
-        # These passes use an OwnPasses of their own, so that the first pass of `self._own` is still a first pass, which
-        # gets more certificates than later ones.
-        self._before = self._before or OwnPasses(self._model, self._options)
-        return self._before.channels(inputs, targets, samples)
+        return list(self._own(inputs, targets, _kept, advance, rows))
 
     def normalize(self, deviations: Mapping[str, Tensor]) -> None:
         """Set the standard deviations ``(C,)`` of the input channels, by layer, for all later batches."""
-        self._deviations, self._before = deviations, None
+        self._deviations = deviations
         self._weightings.clear()
 
-    def sums(self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None) -> dict[str, LayerSums]:
-        """Measure one batch as :meth:`__call__` does, and return sums that can be added to those of other batches.
+    def sums(
+        self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None, rows: slice = slice(None)
+    ) -> dict[str, LayerSums]:
+        """Measure the samples ``rows`` of a batch, and return sums that can be added to those of other batches.
 
         In these sums, symmetric matrices are kept as upper triangles.
         """
         totals: dict[str, LayerSums] = {}
-        for part in self._own(inputs, targets, self._block_traces, advance):
+        for part in self._own(inputs, targets, self._block_traces, advance, rows):
             totals = added(totals, part)
         return totals
 
@@ -328,3 +327,7 @@ class FlatnessObserver:
         positions = self._num_seen + torch.arange(number, device="cpu")
         self._num_seen += number
         return {name: of_layer.statistics(of_layer.groups(positions)) for name, of_layer in sums.items()}
+
+
+def _kept(certified: CertifiedPass, known: Certified, advance: Advance) -> WaitingSamples:
+    return WaitingSamples.of(certified, known)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, FlatnessError, explained, is_out_of_memory
 from lightning_flatness.functional import separating_masks
-from lightning_flatness.functional.channels import ChannelSums
 from lightning_flatness.layers.certificates.samples import certify_rows
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
 from lightning_flatness.layers.certify import certify
@@ -78,14 +77,6 @@ class _TooManySamplesError(Exception):
     """Raised when a part of a batch turns out to have too many samples; the part is then cut again."""
 
 
-def of_calls(inputs: list[Tensor]) -> ChannelSums:
-    """Return number, mean and squared deviations of every input channel's entries over all calls, per sample.
-
-    ``inputs`` are the inputs ``(N, C, *spatial)`` of each call of a layer.
-    """
-    return ChannelSums.of(torch.cat([one.flatten(2) if one.ndim > 2 else one[:, :, None] for one in inputs], dim=2))
-
-
 class OwnPasses:
     """Runs a copy of a model on batches, some samples at a time, and keeps what the batches have certified."""
 
@@ -104,53 +95,16 @@ class OwnPasses:
         targets: Tensor | None,
         work: Callable[[CertifiedPass, Certified, Advance], Result],
         advance: Advance | None = None,
+        rows: slice = slice(None),
     ) -> Iterator[Result]:
-        """Certify a forward pass on each part of a batch, and yield the result of ``work`` for each.
+        """Certify a forward pass on each part of the samples ``rows`` of a batch, and yield ``work``'s result for each.
 
         ``work`` is called under :func:`isolated`. Its arguments are the certified pass, what is certified so far, and a
         function that it calls with the fraction of the part that is done. ``advance`` is called with the fraction of
-        the batch that is done.
+        the batch that is done. If a part has too many samples, or memory runs out, the part is repeated with fewer.
         """
-        first_batch = not self.known.layers
-
-        def measured(part: Part) -> Result:
-            return work(self._certified(part, first_batch), self.known, part.tell)
-
-        yield from self._parts(inputs, targets, measured, advance=advance)
-
-    def channels(self, inputs: Any, targets: Tensor | None, most: int | None = None) -> dict[str, ChannelSums]:
-        """Return, by layer, the number, mean and squared deviations of every input channel's entries, per sample.
-
-        Only the first ``most`` samples of the batch are used; None means all. Nothing is certified.
-        """
-
-        def recorded(part: Part) -> dict[str, ChannelSums]:
-            self._selected(part)
-            sums = {}
-            for name, calls in self._recorded(part.inputs).calls.items():
-                inputs = [convolution.read for call in calls for convolution in call.convolutions]
-                if all(one.ndim > 1 and one.shape[:2] == inputs[0].shape[:2] for one in inputs) and inputs:
-                    sums[name] = of_calls(inputs)[: part.rows]
-            return sums  # a layer whose inputs do not fit is left out; certifying it will raise an error later
-
-        of_parts = list(self._parts(inputs, targets, recorded, most))
-        return {name: ChannelSums.joined([one[name] for one in of_parts if name in one]) for name in of_parts[0]}
-
-    def _parts(
-        self,
-        inputs: Any,
-        targets: Tensor | None,
-        work: Callable[[Part], Result],
-        most: int | None = None,
-        advance: Advance | None = None,
-    ) -> Iterator[Result]:
-        """Yield the result of ``work`` on each part of a batch, or of its first ``most`` samples.
-
-        ``work`` is called under :func:`isolated`. If a part has too many samples, or memory runs out, the part is
-        repeated with fewer samples.
-        """
-        samples, start = num_rows(inputs, targets), 0
-        end = min(samples, most or samples)
+        first_batch, samples = not self.known.layers, num_rows(inputs, targets)
+        start, end, _ = rows.indices(samples)
         self._tensors = self._tensors.narrowed(inputs, samples)
         while start < end:
             rows = self._size.next_rows(end - start, begun=bool(self.known.layers))
@@ -165,7 +119,7 @@ class OwnPasses:
                 with isolated(self._model):
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
-                    result = work(part)
+                    result = work(self._certified(part, first_batch), self.known, part.tell)
             except _TooManySamplesError:
                 continue
             except RuntimeError as error:

@@ -17,6 +17,7 @@ from lightning_flatness.layers.network import make_of
 from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.sums import LayerSums, added
+from lightning_flatness.layers.waiting import WaitingSamples
 from lightning_flatness.measure.metric import FlatnessMetric
 from lightning_flatness.measure.ranks import gather, num_ranks, own_rank
 from lightning_flatness.measure.samples import FIRST_SAMPLES, Held, Samples, SampleValues, deviations_of
@@ -80,12 +81,22 @@ class Measurement:
         positions = self._positions(samples, positions)
         among_first = (positions < FIRST_SAMPLES).nonzero()
         first = int(among_first.max()) + 1 if len(among_first) else 0
-        channels = self._observer.channels(inputs, targets, first) if first else {}
-        kept: tuple[Any, Tensor | None] = inputs, targets
-        if not self._is_last(positions):  # the user's code may write to this batch before it is measured
-            copied = inputs.clone() if isinstance(inputs, Tensor) else as_call(inputs).copied()
-            kept = copied, None if targets is None else targets.clone()
-        self._held.append(Held(channels, positions, self._unless_changed(lambda: self._observer.sums(*kept, advance))))
+        waiting = self._observer.waiting(inputs, targets, slice(0, first), advance) if first else []
+        channels, held = {}, 0
+        if any(part.forms is None for part in waiting):
+            channels = WaitingSamples.joined(waiting)
+        else:
+            for part in waiting:
+                self._hold(part.forms, positions[held : held + part.num_samples])
+                held += part.num_samples
+        if held < samples:
+            rows = slice(held, samples)
+            kept: tuple[Any, Tensor | None] = inputs, targets
+            if not self._is_last(positions):  # the user's code may write to this batch before it is measured
+                copied = inputs.clone() if isinstance(inputs, Tensor) else as_call(inputs).copied()
+                kept = copied, None if targets is None else targets.clone()
+            later = self._unless_changed(lambda: self._observer.sums(*kept, advance, rows))
+            self._held.append(Held(channels, positions[rows], later))
         self.settle_when_due()
 
     def _unless_changed(self, measure: Callable[[], dict[str, LayerSums]]) -> Callable[[], dict[str, LayerSums]]:
@@ -172,7 +183,8 @@ class Measurement:
         if self._deviations is not None:
             self._add(self._observer.observed_sums(listener, targets), positions)
             return
-        self._hold(self._observer.observed_forms(listener, targets), positions)
+        forms = self._observer.observed_forms(listener, targets)
+        self._hold(forms, self._positions(forms.num_samples, positions))
 
     @property
     def observes_half(self) -> bool:
@@ -195,13 +207,12 @@ class Measurement:
         """
         forms = self._observer.repeated_forms(inputs, targets)
         if self._deviations is None:
-            self._hold(forms, positions)
+            self._hold(forms, self._positions(forms.num_samples, positions))
         else:
             self._add(self._observer.sums_of(forms), positions)
 
-    def _hold(self, forms: ClosedForms, positions: Tensor | None) -> None:
-        """Keep an observed batch until the spread of the channels is known."""
-        positions = self._positions(forms.num_samples, positions)
+    def _hold(self, forms: ClosedForms, positions: Tensor) -> None:
+        """Keep the closed forms of some samples until the spread of the channels is known."""
         later = self._unless_changed(lambda: self._observer.sums_of(forms))
         self._held.append(Held(forms.channels(), positions, later))
 

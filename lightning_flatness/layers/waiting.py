@@ -1,0 +1,49 @@
+"""What is kept of samples that wait until the spread of the input channels is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_flatness.functional.channels import ChannelSums
+from lightning_flatness.layers.certified import Certified, CertifiedPass
+from lightning_flatness.layers.closed_form import ClosedForms
+from lightning_flatness.layers.recording import LayerCall
+from lightning_flatness.layers.sums import outcomes_of_pass
+
+
+@dataclass(frozen=True)
+class WaitingSamples:
+    """The samples of one certified pass, which wait for the spread of the input channels.
+
+    Layers under the closed form need no second pass: their sums are computed from ``forms`` later. Gauss-Newton needs
+    the autograd graph, which is not kept, so with such a layer ``forms`` is None and the samples run once more.
+    """
+
+    num_samples: int
+    channels: Mapping[str, ChannelSums]  # of every sample, by layer
+    forms: ClosedForms | None
+
+    @classmethod
+    def of(cls, certified: CertifiedPass, known: Certified) -> WaitingSamples:
+        """Collect what is kept of a certified pass."""
+        forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
+        sums = {name: channel_sums(calls) for name, calls in certified.calls.items()}
+        channels = {name: of_layer[: forms.num_samples] for name, of_layer in sums.items() if of_layer is not None}
+        return cls(forms.num_samples, channels, None if certified.others else forms)
+
+    @classmethod
+    def joined(cls, parts: Sequence[WaitingSamples]) -> dict[str, ChannelSums]:
+        """Return the sums of the input channels of all samples of several passes, by layer."""
+        names = [name for name in parts[0].channels if all(name in part.channels for part in parts)]
+        return {name: ChannelSums.joined([part.channels[name] for part in parts]) for name in names}
+
+
+def channel_sums(calls: Sequence[LayerCall]) -> ChannelSums | None:
+    """Return the sums of every input channel of a layer over its calls, per sample; None if these have other shapes."""
+    inputs = [call.convolution.read for call in calls]
+    if len({one.shape[:2] for one in inputs}) > 1:
+        return None
+    return ChannelSums.of(torch.cat([one.flatten(2) if one.ndim > 2 else one[:, :, None] for one in inputs], dim=2))
