@@ -95,16 +95,16 @@ class OwnPasses:
         targets: Tensor | None,
         work: Callable[[CertifiedPass, Certified, Advance], Result],
         advance: Advance | None = None,
-        rows: slice = slice(None),
+        chosen: slice = slice(None),
     ) -> Iterator[Result]:
-        """Certify a forward pass on each part of the samples ``rows`` of a batch, and yield ``work``'s result for each.
+        """Certify a forward pass on each part of the samples ``chosen``, and yield the result of ``work`` for each.
 
         ``work`` is called under :func:`isolated`. Its arguments are the certified pass, what is certified so far, and a
         function that it calls with the fraction of the part that is done. ``advance`` is called with the fraction of
         the batch that is done. If a part has too many samples, or memory runs out, the part is repeated with fewer.
         """
         first_batch, samples = not self.known.layers, num_rows(inputs, targets)
-        start, end, _ = rows.indices(samples)
+        start, end, _ = chosen.indices(samples)
         self._tensors = self._tensors.narrowed(inputs, samples)
         while start < end:
             rows = self._size.next_rows(end - start, begun=bool(self.known.layers))

@@ -22,7 +22,6 @@ class WaitingSamples:
     the autograd graph, which is not kept, so with such a layer ``forms`` is None and the samples run once more.
     """
 
-    num_samples: int
     channels: Mapping[str, ChannelSums]  # of every sample, by layer
     forms: ClosedForms | None
 
@@ -32,7 +31,7 @@ class WaitingSamples:
         forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
         sums = {name: channel_sums(calls) for name, calls in certified.calls.items()}
         channels = {name: of_layer[: forms.num_samples] for name, of_layer in sums.items() if of_layer is not None}
-        return cls(forms.num_samples, channels, None if certified.others else forms)
+        return cls(channels, None if certified.others else forms)
 
     @classmethod
     def joined(cls, parts: Sequence[WaitingSamples]) -> dict[str, ChannelSums]:

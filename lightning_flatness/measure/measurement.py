@@ -82,13 +82,13 @@ class Measurement:
         among_first = (positions < FIRST_SAMPLES).nonzero()
         first = int(among_first.max()) + 1 if len(among_first) else 0
         waiting = self._observer.waiting(inputs, targets, slice(0, first), advance) if first else []
-        channels, held = {}, 0
-        if any(part.forms is None for part in waiting):
+        forms, channels, held = [part.forms for part in waiting if part.forms is not None], {}, 0
+        if len(forms) < len(waiting):
             channels = WaitingSamples.joined(waiting)
         else:
-            for part in waiting:
-                self._hold(part.forms, positions[held : held + part.num_samples])
-                held += part.num_samples
+            for of_part in forms:
+                self._hold(of_part, positions[held : held + of_part.num_samples])
+                held += of_part.num_samples
         if held < samples:
             rows = slice(held, samples)
             kept: tuple[Any, Tensor | None] = inputs, targets
