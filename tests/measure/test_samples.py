@@ -37,7 +37,22 @@ def test_the_spread_is_that_of_the_first_samples_whatever_is_held():
     torch.testing.assert_close(deviations_of(held, sync=False)["conv"], expected, rtol=1e-12, atol=0)
 
 
-def test_only_the_first_samples_of_a_large_batch_are_run_to_see_the_channels():
+@guards("layers/waiting.py", "None if certified.others else forms", "None", ids="last")
+@guards("layers/waiting.py", "None if certified.others else forms", "forms", ids="classifier")
+@pytest.mark.parametrize(
+    ("layers", "sizes", "expected"),
+    [
+        # One pass finds the layers, one is certified and one shows that weights act through the layers alone.
+        ("last", [64], [64, 64, 64]),
+        ("last", [64, 64, 64], [64, 64, 64, 64, 64]),
+        ("last", [1000], [128, 128, 128, 872]),
+        # Gauss-Newton needs the graph, so the first samples run again when the spread of the channels is known.
+        ("classifier", [64, 64], [64, 64, 64, 64, 64, 64]),
+        ("classifier", [1000], [128, 128, 128, 1000]),
+    ],
+    ids=["last", "last-batches", "last-large", "classifier", "classifier-large"],
+)
+def test_samples_run_once_besides_the_passes_that_certify_the_first(layers, sizes, expected):
     rows = []
 
     class Net(nn.Sequential):
@@ -45,7 +60,11 @@ def test_only_the_first_samples_of_a_large_batch_are_run_to_see_the_channels():
             rows.append(len(x))
             return super().forward(x)
 
-    net = Net(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
-    lf.measure_flatness(net, [(torch.randn(1000, 1, 4, 4), torch.arange(1000) % 4)])
-    assert sorted(rows)[:2] == [128, 128]  # one finds the layers, one shows their channels
-    assert set(rows) == {128, 1000}
+    net = Net(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)).double()
+    x, y = torch.randn(sum(sizes), 1, 4, 4).double(), torch.arange(sum(sizes)) % 4
+    found = lf.measure_flatness(net, list(zip(x.split(sizes), y.split(sizes), strict=True)), layers=layers)
+    assert rows == expected
+    whole = lf.measure_flatness(net, [(x[:64], y[:64])] if sizes == [64] else (x, y), layers=layers)
+    for one, other in zip(found.layers.values(), whole.layers.values(), strict=True):
+        torch.testing.assert_close(one.block_traces, other.block_traces, rtol=1e-12, atol=1e-15)
+        assert one.normalized_relative_flatness == pytest.approx(other.normalized_relative_flatness, rel=1e-12)
