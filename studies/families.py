@@ -80,9 +80,9 @@ DIGITS = Configuration(
 )  # fmt: skip
 
 CIFAR = Configuration(
-    name="", arm="centre", train_size=2000, label_noise=0.0, augment=False, network="plain", width=16, depth=4,
+    name="", arm="centre", train_size=1000, label_noise=0.0, augment=False, network="plain", width=16, depth=4,
     kernel=3, batch_norm=True, dropout=0.0, optimizer="sgd", batch_size=50, learning_rate=0.05, weight_decay=0.0,
-    epochs=20, schedule="constant", seed=0,
+    epochs=60, schedule="constant", seed=0,
 )  # fmt: skip
 
 # Every arm of the star changes one hyper-parameter of the centre.
@@ -98,7 +98,7 @@ ARMS: dict[str, tuple[Any, ...]] = {
     "learning_rate": (0.02, 0.1),
     "weight_decay": (1e-3, 5e-3),
     "label_noise": (0.1, 0.2),
-    "train_size": (1000, 4000),
+    "train_size": (500, 2000),
     "network": ("resnet",),
 }
 # Some arms need other changes as well, because their networks would not train otherwise.
@@ -132,7 +132,7 @@ def cifar(seeds: int = 3) -> Family:
     for seed in range(seeds):
         for setting in settings:
             found.append(replace(CIFAR, name=f"cifar-{len(found):03d}", seed=seed, **setting))
-    return Family("cifar", "cifar10", tuple(found), (10, 20), LOSSES, 2, 9, 1, tuple(ARMS), 256, ("loss 0.05",))
+    return Family("cifar", "cifar10", tuple(found), (30, 60), LOSSES, 2, 9, 1, tuple(ARMS), 256, ("loss 0.05",))
 
 
 def accurate(seeds: int = 5) -> Family:
