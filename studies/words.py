@@ -37,7 +37,7 @@ constant learning rate, 120 epochs. Measures and baselines are those of the 200 
 were trained on. Eigenvalues and the spectrum of the whole network (20 Lanczos steps, 2 probes) are measured at one
 snapshot only, since they take the longest."""
 
-STAR_WORDS = """A plain CNN with BatchNorm, of four convolutions with 16 to 64 channels, on 2,000 images, and arms that
+STAR_WORDS = """A plain CNN with BatchNorm, of four convolutions with 16 to 64 channels, on 1,000 images, and arms that
 change one hyper-parameter each, three seeds; 5,000 or 10,000 test images. Measures are those of 256 training images. The
 networks are small and see few images, so their accuracy is far below what CIFAR-10 allows."""
 
