@@ -75,18 +75,21 @@ def in_words(seconds: float, whole: float, num_samples: int) -> str:
 
     Example:
         >>> in_words(3.1, 28.1, 5000)
-        'measuring took 3.1 s beside a validation of 25 s (+12 %)'
+        'measuring 5,000 samples took 3.1 s beside a validation of 25 s (+12 %)'
         >>> in_words(10.0, 20.0, 5000)
-        'measuring took 10 s beside a validation of 10 s (+100 %); max_samples=500 would make that about +10 %'
+        'measuring 5,000 samples took 10 s beside a validation of 10 s (+100 %); max_samples=500 would make it +10 %'
     """
     rest = max(whole - seconds, 1e-9)
-    sentence = f"measuring took {seconds:.2g} s beside a validation of {rest:.2g} s (+{100 * seconds / rest:.0f} %)"
+    share = 100 * seconds / rest
+    sentence = (
+        f"measuring {num_samples:,} samples took {seconds:.2g} s beside a validation of {rest:.2g} s (+{share:.0f} %)"
+    )
     if seconds <= MUCH * rest:
         return sentence
     fewer = _rounded(num_samples * MODEST * rest / seconds)
     if fewer < FEWEST:
         return sentence
-    return f"{sentence}; max_samples={fewer} would make that about +{100 * MODEST:.0f} %"
+    return f"{sentence}; max_samples={fewer} would make it +{100 * MODEST:.0f} %"
 
 
 def _rounded(number: float) -> int:

@@ -61,7 +61,7 @@ def test_seconds_are_in_reports_history_and_logs(tmp_path, monkeypatch):
     assert callback.report.seconds == seconds[-1]
     assert float(trainer.callback_metrics["flatness/seconds"]) == pytest.approx(seconds[-1])
     assert len(said) == 1
-    assert said[0].startswith("FlatnessCallback: measuring took ")
+    assert said[0].startswith(f"FlatnessCallback: measuring {callback.report.num_samples} samples took ")
 
 
 def test_measure_flatness_says_what_it_took():
