@@ -57,6 +57,7 @@ def first_description(
         multiplications=_multiplications(convolution, 1, diagonal) + curvature.num_columns * elements,
         memory=elements * (MATRICES_KEPT * 8 + (0 if diagonal else WEIGHTING_MATRICES * kernel_bytes)),
         precision=name_of(convolution.weight.dtype),
+        num_classes=curvature.num_classes,
     )
     gram = context.gram(convolution.weight, groups)
     may_leave_out_classes = (

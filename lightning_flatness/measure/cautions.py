@@ -14,6 +14,7 @@ from lightning_flatness.functional.sampling import GROUPS
 from lightning_flatness.measure.batch_norm import statistics_apart
 from lightning_flatness.measure.network_cautions import network_cautions
 from lightning_flatness.results import CAUTIONS, Caution, ComparedModel, number_of
+from lightning_flatness.results.cautions import FEW_SAMPLES
 from lightning_flatness.results.texts import named
 
 # Training losses that differ by at most this share of the larger loss cause no caution.
@@ -29,7 +30,7 @@ def cautions_of(
     first batch, to find out whether the running statistics of BatchNorm fit the data.
     """
     found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows), *_of_outcomes(rows)]
-    found += network_cautions(rows, networks, statistics_apart(networks, batches))
+    found += [*_of_classes(rows), *network_cautions(rows, networks, statistics_apart(networks, batches))]
     return tuple(sorted(found, key=lambda caution: list(CAUTIONS).index(caution.kind)))
 
 
@@ -112,8 +113,21 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     fewest = min(row.num_samples for row in rows.values())
     if fewest < GROUPS:
         sentence = f"{number_of(fewest, 'sample')}: too few for standard errors, which need {GROUPS} at least."
-        found.append(Caution("few_samples", sentence, tuple(rows)))
+        found.append(Caution(FEW_SAMPLES, sentence, tuple(rows)))
     return found
+
+
+def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
+    """Return a caution if networks have different numbers of classes, as far as these are known."""
+    numbers = {name: row.num_classes for name, row in rows.items() if row.num_classes}
+    if not _differ(numbers.values()):
+        return []
+    listed = named(f"{name}: {number}" for name, number in numbers.items())
+    sentence = (
+        f"Networks have different numbers of classes ({listed}). The loss, and flatness with it, depends on that "
+        "number: compare networks that tell the same classes apart."
+    )
+    return [Caution("classes", sentence, tuple(rows))]
 
 
 def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:

@@ -58,6 +58,7 @@ def row_of(
         layers=tuple(report.layers),
         filters=tuple(info.num_filters for info in infos),
         features=tuple(info.patch_length for info in infos),
+        num_classes=max((info.num_classes for info in infos), default=0),
         depth=report.depth,
         batch_norms=report.batch_norms,
         fresh_batch_norms=report.fresh_batch_norms,

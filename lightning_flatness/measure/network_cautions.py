@@ -49,14 +49,15 @@ def _of_batch_norm(rows: Mapping[str, ComparedModel]) -> list[Caution]:
             f"Only some networks have BatchNorm ({named(without)} without). It changes the scale of features and "
             "weights, and flatness with it: compare networks that all have it, or none."
         )
-        found.append(Caution("batch_norm", sentence, without))
+        found.append(Caution("batch_norm", sentence, without, "only some networks have BatchNorm"))
     fresh = tuple(name for name, row in rows.items() if row.fresh_batch_norms)
     if fresh:
         sentence = (
             f"Statistics of BatchNorm were never updated in {named(fresh)}. Networks are measured with their running "
             "statistics: after averaging weights, update these first (torch.optim.swa_utils.update_bn)."
         )
-        found.append(Caution("batch_norm", sentence, fresh))
+        words = f"statistics of BatchNorm never updated in {named(fresh)}"
+        found.append(Caution("batch_norm", sentence, fresh, words))
     return found
 
 
@@ -73,7 +74,8 @@ def _of_misfit(apart: Mapping[str, float]) -> list[Caution]:
         "network is not the one that was trained; after averaging weights, update the statistics "
         "(torch.optim.swa_utils.update_bn)."
     )
-    return [Caution("batch_norm", sentence, misfits)]
+    words = f"statistics of BatchNorm do not fit the data in {named(misfits)}"
+    return [Caution("batch_norm", sentence, misfits, words)]
 
 
 def _of_statistics(networks: Mapping[str, nn.Module]) -> list[Caution]:
@@ -87,7 +89,8 @@ def _of_statistics(networks: Mapping[str, nn.Module]) -> list[Caution]:
         f"{alike[0]} and {alike[1]} have the same weights; the only difference between them is in the running "
         "statistics of BatchNorm."
     )
-    return [Caution("batch_norm", sentence, alike)]
+    words = f"{alike[0]} and {alike[1]} differ in statistics of BatchNorm alone"
+    return [Caution("batch_norm", sentence, alike, words)]
 
 
 def _differ_in_statistics(one: nn.Module, other: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from lightning_flatness.results.records import Record
 
+FEW_SAMPLES = "few_samples"  # the kind that says that errors are not known well enough to judge differences by
 # The kinds of cautions and a few words on each, in the order in which cautions are listed.
 CAUTIONS = {
     "train_loss": "training losses differ",
@@ -16,6 +17,7 @@ CAUTIONS = {
     "layers": "layers of different names",
     "width": "layers of different widths",
     "depth": "networks of different depths",
+    "classes": "different numbers of classes",
     "batch_norm": "BatchNorm differs",
     "not_exact": "not exact",
     "method": "different methods",
@@ -24,11 +26,11 @@ CAUTIONS = {
     "data": "different data",
     "num_samples": "different numbers of samples",
     "not_normalised": "normalised measure not known",
-    "few_samples": "too few samples for errors",
+    FEW_SAMPLES: "too few samples for errors",
     "few_models": "too few models for τ",
 }
 # The kinds that are about missing numbers or errors, which are no reason against comparing the other numbers.
-ABOUT_NUMBERS = ("not_normalised", "few_samples", "few_models")
+ABOUT_NUMBERS = ("not_normalised", FEW_SAMPLES, "few_models")
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,16 +41,18 @@ class Caution(Record):
         kind: subject of the caution, a key of ``lightning_flatness.results.CAUTIONS``.
         sentence: the problem, and what follows from it for the comparison.
         models: names of the models with the problem; all models if the problem is a difference between models.
+        words: the problem in a few words, where those of the kind would not say enough; else empty.
     """
 
     kind: str
     sentence: str
     models: tuple[str, ...] = ()
+    words: str = ""
 
     @property
     def short(self) -> str:
         """The caution in a few words, such as ``"training losses differ"``."""
-        return CAUTIONS.get(self.kind, self.kind)
+        return self.words or CAUTIONS.get(self.kind, self.kind)
 
     def _line(self) -> str:
         return f"{self.kind}: {self.sentence}"

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.results.cautions import ABOUT_NUMBERS, Caution
+from lightning_flatness.results.cautions import ABOUT_NUMBERS, CAUTIONS, FEW_SAMPLES, Caution
 from lightning_flatness.results.comparison_tables import as_page, decision_table, measures_table
 from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURES, RankCorrelation, correlation_table
 from lightning_flatness.results.records import Record, flat
@@ -28,7 +28,7 @@ class Difference(Record):
 
     Attributes:
         value: the model's number minus the reference's number.
-        error: standard error of ``value``, over samples and of estimates; NaN if not known.
+        error: standard error of ``value``, over samples and of estimates; NaN if not known, as with too few samples.
         ratio: the model's number divided by the reference's number; NaN unless the reference's number is positive.
         ratio_error: standard error of ``ratio``, to first order; NaN if not known.
         is_paired: whether the errors take into account that both models were measured on the same samples.
@@ -77,6 +77,7 @@ class ComparedModel(Record):
         layers: names of the measured layers.
         filters: number of filters of each measured layer.
         features: number of weights of one filter of each measured layer.
+        num_classes: number of columns of the logits; 0 if not known.
         depth: number of convolutions and linear layers of the whole network; 0 if not known.
         batch_norms: number of BatchNorm layers of the whole network.
         fresh_batch_norms: number of BatchNorm layers whose running statistics were never updated.
@@ -103,6 +104,7 @@ class ComparedModel(Record):
     layers: tuple[str, ...]
     filters: tuple[int, ...]
     features: tuple[int, ...]
+    num_classes: int = 0
     depth: int = 0
     batch_norms: int = 0
     fresh_batch_norms: int = 0
@@ -205,12 +207,14 @@ class Comparison(Record):
         if len(order) < 2:
             return "The normalised measure is known of fewer than two models, so no model can be called the flattest."
         lowest, second = order[:2]
+        alike = [name for name in order if values[name] == values[lowest]]
+        if len(alike) == len(order):
+            return f"No difference: the normalised flatness of {named(alike)} is the same."
         others = {name: self.difference(BEST, name, lowest) for name in order[1:]}
         unsure = [name for name, found in others.items() if not found.is_clear]
         if all(not others[name].is_known for name in unsure) and unsure:
-            return (
-                f"{lowest} has the lowest normalised flatness. How sure that is, is not known, as errors are missing."
-            )
+            why = "as errors are missing" if self._has_errors else f"with {CAUTIONS[FEW_SAMPLES]}"
+            return f"{lowest} has the lowest normalised flatness. How sure that is, is not known, {why}."
         if unsure:
             return (
                 f"A tie: {lowest} has the lowest normalised flatness, and {named(unsure)} no more than two standard "
@@ -223,6 +227,11 @@ class Comparison(Record):
             f"{second} is larger by {measured(found.value, found.error)}{factor}: a clear difference, of "
             f"{_standard_errors(found)}."
         )
+
+    @property
+    def _has_errors(self) -> bool:
+        """Whether there are enough samples for errors of differences; a caution says if there are not."""
+        return all(caution.kind != FEW_SAMPLES for caution in self.cautions)
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
         """Return the difference in one number between the model ``name`` and the ``reference``, by default the first.
@@ -243,6 +252,8 @@ class Comparison(Record):
         of_errors = (
             [[math.nan] * 2] * 2 if covariance is None else covariance[[first, second]][:, [first, second]].tolist()
         )
+        if not self._has_errors:
+            of_errors = [[math.nan] * 2] * 2
         (own, both), (_, other) = of_errors
         ratio = value / of_reference if of_reference > 0 else math.nan
         variance = other + own - 2 * both

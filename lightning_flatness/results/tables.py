@@ -56,6 +56,7 @@ class LayerInfo(Record):
     memory: int = 0  # bytes of the block traces (the sum and one batch) and of the Gram matrix of the filters
     precision: str = "float32"  # lowest precision that samples were measured in, such as "bfloat16" under autocast
     precision_deviation: float = 0.0  # in half precision: relative difference of the trace from float32, on a trial
+    num_classes: int = 0  # number of columns of the logits; 0 if not known
 
     @property
     def label(self) -> str:

@@ -14,11 +14,11 @@ from lightning_flatness.results import CAUTIONS
 from tests.guarding import guards
 
 
-def network(seed=0, *, filters=4, norm=True, depth=1):
+def network(seed=0, *, filters=4, norm=True, depth=1, classes=3):
     torch.manual_seed(seed)
     hidden = [part for _ in range(depth - 1) for part in (nn.Conv2d(1, 1, 3, padding=1), nn.ReLU())]
     middle = [nn.BatchNorm2d(filters)] if norm else []
-    tail = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, 3)
+    tail = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, classes)
     return with_statistics(nn.Sequential(*hidden, nn.Conv2d(1, filters, 3), *middle, *tail))
 
 
@@ -72,6 +72,17 @@ def test_other_layers_widths_and_depths():
     assert "(1: 4 x 9, 2: 1 x 9)" in found.cautions[1].sentence
 
 
+def test_other_numbers_of_classes():
+    found = lf.compare({"a": network(), "b": network(classes=5)}, [BATCH], train_losses=[1, 1])
+    assert [caution.kind for caution in found.cautions] == ["classes"]
+    assert "different numbers of classes (a: 3, b: 5)" in found.cautions[0].sentence
+    assert found.verdict.endswith("different numbers of classes.")
+    first, second = reports()
+    layer = second.layers["0"]
+    old = replace(layer, info=replace(layer.info, num_classes=0))  # of a file that does not say it
+    assert kinds([first, replace(second, layers={"0": old})], train_losses=[1, 1]) == []
+
+
 def test_labels():
     first, second = reports()
     layer = second.layers["0"]
@@ -106,9 +117,12 @@ def test_statistics_of_batch_norm():
     assert {caution.kind for caution in found.cautions} == {"batch_norm"}
     assert "never updated in averaged" in found.cautions[0].sentence
     assert "same weights" in found.cautions[1].sentence
+    said = "never updated in averaged, net and averaged differ in statistics of BatchNorm alone."
+    assert found.verdict.endswith(said)
     plain = network(norm=False)
     (caution,) = lf.compare({"net": net, "plain": plain}, [BATCH], **alike).cautions
     assert "plain without" in caution.sentence
+    assert caution.short == "only some networks have BatchNorm"
     moved = network()
     moved[1].running_mean += 0.1
     (caution,) = lf.compare({"net": net, "moved": moved}, [BATCH], **alike).cautions
@@ -135,6 +149,7 @@ def test_statistics_that_do_not_fit_the_data_after_averaging_weights():
     (caution,) = lf.compare({"one": one, "averaged": averaged, "other": other}, [BATCH], **alike).cautions
     assert (caution.kind, caution.models) == ("batch_norm", ("averaged",))
     assert "do not fit the data in averaged" in caution.sentence
+    assert caution.short == "statistics of BatchNorm do not fit the data in averaged"
     swa_utils.update_bn([BATCH[0]], averaged)
     assert kinds({"one": one, "averaged": averaged, "other": other}, [BATCH], **alike) == []
     # A batch that is unlike all statistics is not their fault.

@@ -11,6 +11,7 @@ from rich.console import Console
 import lightning_flatness as lf
 from lightning_flatness.results import BASELINES, Caution, ComparedModel, Comparison
 from lightning_flatness.results.rank_correlation import BEST, MEASURES
+from tests.guarding import guards
 
 NUMBERS = ("loss", "accuracy", *MEASURES)
 
@@ -51,6 +52,27 @@ def test_the_verdict_of_a_tie():
     assert comparison(1.0, 1.2).verdict == (
         "A tie: a has the lowest normalised flatness, and b no more than two standard errors above it."
     )
+
+
+def test_a_tie_to_the_bit():
+    assert comparison(1.0, 1.0).verdict == "No difference: the normalised flatness of a, b is the same."
+    assert comparison(1.0, 1.0, errors=[math.nan] * 2).verdict.startswith("No difference")
+    assert comparison(1.0, 1.0, 5.0).verdict.startswith("A tie: a has the lowest normalised flatness, and b no more")
+
+
+@guards("results.comparison:Comparison._has_errors", returns=True)
+def test_too_few_samples_for_errors_make_no_clear_difference():
+    found = replace(comparison(3.0, 1.0), cautions=(Caution("few_samples", "..."),))
+    assert found.verdict == (
+        "b has the lowest normalised flatness. How sure that is, is not known, with too few samples for errors."
+    )
+    assert not found.difference(BEST, "b").is_known
+    assert list(found.table().columns[1].cells)[1] == "1.00 ± 0.10 ?"
+
+
+def test_a_caution_may_have_words_of_its_own():
+    found = replace(comparison(3.0, 1.0), cautions=(Caution("batch_norm", "...", ("a",), "never updated in a"),))
+    assert found.verdict.endswith(" But the models cannot be compared as they are: never updated in a.")
 
 
 def test_the_next_may_be_unsure_although_the_second_is_clear():
