@@ -52,4 +52,4 @@ def check_positive(name: str, value: Any, or_none: bool = False) -> None:
 def check_word(name: str, value: Any, words: Sequence[Any]) -> None:
     """Raise an error unless ``value`` equals one of ``words`` and has the type of that word."""
     if not any(type(value) is type(word) and value == word for word in words):
-        raise FlatnessError(f"{name}={value!r} is not known; there are {', '.join(map(repr, words))}.")
+        raise FlatnessError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, words))}.")

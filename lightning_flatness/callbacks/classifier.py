@@ -54,7 +54,7 @@ class CallRecorder:
         self.listen(False)
 
     def listen(self, listens: bool) -> None:
-        """Start or stop listening. Both drop the calls that were recorded before."""
+        """Start or stop recording the classifier's calls. Both drop the calls that were recorded before."""
         self.calls.clear()
         self.listens = listens
 

@@ -37,7 +37,7 @@ class FlatnessHistory(MeasuringCallback):
             self._pair_accuracy(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In a fit without validation, add the accuracy of the last epoch to the last record."""
+        """In a fit without validation, add the accuracy of the epoch that has ended to the latest record."""
         self._pair_accuracy(trainer)
 
     def _add_to_history(self, trainer: Trainer, record: Record) -> None:

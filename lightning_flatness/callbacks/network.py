@@ -89,8 +89,8 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
     children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
     if isinstance(model, nn.Module):
         raise FlatnessError(
-            "model= is a module; give the name of an attribute of the LightningModule, or a function that takes the "
-            f"LightningModule and returns the network. There are: {children}."
+            "model= must not be a module; give the name of an attribute of the LightningModule, or a function that "
+            f"takes it and returns the network. Its submodules are: {children}."
         )
     network: Any = pl_module
     if callable(model):

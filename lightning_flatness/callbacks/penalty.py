@@ -168,7 +168,7 @@ class FlatnessPenalty(Callback):
             refuse_sharded(name, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the calls of the classifier; in the first step of a fit, those of all layers, and uncompiled."""
+        """Record the classifier's calls. In the first step of a fit, run uncompiled and record all layers' calls."""
         targets = targets_of(batch) if self.batch_fn is None else self.batch_fn(batch)[1]
         self._targets = None if targets is None else targets.clone()  # the step may change them
         if self._classifier is None:

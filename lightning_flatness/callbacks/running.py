@@ -134,7 +134,7 @@ class Running:
         return reason
 
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
-        """Measure the samples of a validated batch that the source chooses, or the next samples of other data.
+        """After a validation step, measure the samples of its batch that the source chooses, or samples of other data.
 
         ``call`` is the network's call if a :class:`~lightning_flatness.callbacks.network.StepWatch` has watched this
         step. Otherwise the call that was recorded in this step is measured, or the batch's own inputs if the network is
@@ -222,7 +222,7 @@ class Running:
         return listener.call
 
     def _add_observed(self, targets: Tensor | None) -> bool:
-        """Add the observed pass of a batch to the measurement. Return False if an extra pass must be made instead."""
+        """Add the forward pass that was observed to the measurement. Return False if an extra pass must be made."""
         listener = self._listener
         if listener is None or not (self._observes and self._is_tried):
             return False

@@ -95,7 +95,7 @@ def normalized(
 
 
 def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
-    """Rescale ``d`` to the norm of ``w``: with ``by_filter`` every slice along the first dimension, else as a whole."""
+    """Rescale ``d`` to the norm of ``w``, with ``by_filter`` each slice of it to the norm of that slice of ``w``."""
     rows = len(d) if by_filter and d.ndim > 1 else 1
     norms_d = torch.linalg.vector_norm(d.reshape(rows, -1), order, dim=1, keepdim=True)
     norms_w = torch.linalg.vector_norm(w.reshape(rows, -1), order, dim=1, keepdim=True)

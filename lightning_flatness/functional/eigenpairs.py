@@ -108,7 +108,7 @@ def _missed(
     Further eigenvectors of a repeated eigenvalue are orthogonal to these, so they lie in the complement.
 
     Return a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``, and the number of products. The
-    vector is None if such an eigenvalue is excluded or ``max_products`` are used up. ``basis`` is memory of at least
+    vector is None if there is no such eigenvalue, or ``max_products`` are used up. ``basis`` is memory of at least
     two rows.
     """
 
@@ -207,7 +207,7 @@ class _Search:
         return self._beyond * self._coefficients[-1] / (self._level - self.values)
 
     def keep(self, number: int) -> None:
-        """Replace the basis by the ``number`` Ritz vectors with the largest Ritz values."""
+        """Keep only the Ritz vectors with the largest Ritz values, ``number`` of them, as the basis."""
         mix = self._coefficients[:, :number].T.to(self._basis)
         for columns in self._basis[: self.size].split(2**16, dim=1):  # in parts, to save memory
             columns[:number] = mix @ columns

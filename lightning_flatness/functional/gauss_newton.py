@@ -166,5 +166,5 @@ def _weighted(gram: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_filter(features: Tensor) -> Tensor:
-    """Reshape features ``(N, G, B, s, F)`` to ``(N, G, s, B F)``."""
+    """Move dimension ``B`` next to ``F`` and merge both: ``(N, G, B, s, F)`` becomes ``(N, G, s, B F)``."""
     return features.transpose(2, 3).flatten(3)

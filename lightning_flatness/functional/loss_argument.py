@@ -138,7 +138,7 @@ class CustomLoss(Loss):
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at ``logits`` ``(N, K)``."""
+        """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""
         if targets is None:
             raise BatchError(f"The loss '{self.name}' needs targets, but this batch has none.")
         with torch.enable_grad():

@@ -73,7 +73,11 @@ class Loss:
     name: str
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at ``logits`` ``(N, K)``; raise a :class:`BatchError` if the targets do not fit."""
+        """Compute the derivatives of the loss at ``logits`` ``(N, K)``.
+
+        Raises:
+            BatchError: the targets do not fit.
+        """
         raise NotImplementedError
 
     def total(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ class CrossEntropy(Loss):
     name = "cross_entropy"
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at ``logits`` ``(N, K)``."""
+        """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""
         samples, classes = logits.shape
         if classes < 2:
             raise BatchError(
@@ -239,7 +243,7 @@ class NegativeLogLikelihood(CrossEntropy):
     name = "nll"
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at log-probabilities ``(N, K)``."""
+        """Compute the derivatives of the loss at log-probabilities ``(N, K)``."""
         if not holds((logits.double().logsumexp(1).abs() <= ROUNDED).all()):
             raise BatchError(
                 "The model does not return log-probabilities, which nn.NLLLoss takes. If your step applies log_softmax "
@@ -263,7 +267,7 @@ class BinaryCrossEntropy(Loss):
     name = "binary_cross_entropy"
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at ``logits`` ``(N, K)``."""
+        """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""
         f = logits.double()
         on, off, labels = f.sigmoid(), (-f).sigmoid(), f.shape[1]
         residual = outcomes = None
@@ -296,7 +300,7 @@ class MeanSquaredError(Loss):
     name = "mse"
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
-        """Compute the derivatives at ``logits`` ``(N, K)``."""
+        """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""
         f, outputs = logits.double(), logits.shape[1]
         residual = outcomes = None
         if targets is not None:

@@ -122,7 +122,7 @@ def certify_observed(
 
 
 def in_float32(call: LayerCall) -> LayerCall:
-    """Return a copy of a layer's call whose convolution has its inputs in float32.
+    """Return a copy of the record of a layer's call, with the inputs of its convolution in float32.
 
     The inputs are first rounded to the type of the convolution's output, because a convolution under autocast rounds
     them so.

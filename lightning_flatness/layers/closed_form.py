@@ -148,7 +148,7 @@ def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, T
     """Return the curvatures of the tail and ``dloss/df``; None if the Hessian is the Gauss-Newton matrix.
 
     Raises:
-        BatchError: the activation is curved, and the batch has no targets.
+        BatchError: an activation has a second derivative, and the batch has no targets.
     """
     if tail.curvatures is None:
         return None

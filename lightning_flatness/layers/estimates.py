@@ -50,7 +50,7 @@ class BlockTraces(NamedTuple):
         )
 
     def measures(self, gram: Tensor) -> Tensor:
-        """Return the ``ALL_MEASURES`` of the sum over samples, ``(6,)``; zero or NaN if a measure is not computed.
+        """Return the ``ALL_MEASURES`` from the summed block traces, ``(6,)``; zero or NaN if a measure is not computed.
 
         ``gram`` is the Gram matrix of the filters, or its diagonal.
         """

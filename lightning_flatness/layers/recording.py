@@ -196,7 +196,7 @@ class Recorder:
             torch.set_grad_enabled(True)
 
     def _leave_tail(self) -> None:
-        """Go back to the user's modes, and fill autocast's cache with the weights that it would have cached."""
+        """Restore the user's modes, and put the weights into autocast's cache that it would have cached in them."""
         self._modes.close()
         weights, self._functions.weights = self._functions.weights or [], None
         with torch._C.DisableTorchFunction():

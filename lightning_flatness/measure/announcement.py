@@ -25,7 +25,7 @@ class Announcement:
         >>> plane.begin()
         20 The landscape takes 625 points, each a pass over 512 samples.
         >>> plane.after(1, seconds=0.5)
-        30 The landscape will take about 5.2 min: 625 points, each a pass over 512 samples. Cheaper: steps=.
+        30 The landscape will take about 5.2 min: 625 points, each a pass over 512 samples. To make it cheaper: steps=.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Announcement:
     say: Say | None  # called with a logging level and a message; None for a silent measurement
 
     def begin(self) -> None:
-        """Pass a message with the number of parts to ``say``."""
+        """Call ``say`` with a message that names the number of parts."""
         if self.say is not None:
             self.say(logging.INFO, f"The {self.name} takes {self.parts}.")
 
@@ -48,7 +48,8 @@ class Announcement:
         if self.say is None:
             return
         if estimate > LONG:
-            message = f"The {self.name} will take about {duration(estimate)}: {self.parts}. Cheaper: {self.cheaper}."
+            takes = f"The {self.name} will take about {duration(estimate)}: {self.parts}."
+            message = f"{takes} To make it cheaper: {self.cheaper}."
             self.say(logging.WARNING, message)
         else:
             self.say(logging.INFO, f"The {self.name} will take about {duration(estimate)}.")

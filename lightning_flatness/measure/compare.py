@@ -117,7 +117,7 @@ def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, 
         raise FlatnessError(f"{unused[0]}= is for models, and only reports were given, which are measured already.")
     if options.get("sync"):
         raise FlatnessError(
-            "compare measures in one process. Measure reports with measure_flatness(..., sync=True) on all ranks, and "
+            "compare() runs in one process. Make reports with measure_flatness(..., sync=True) on all ranks, and "
             "compare these."
         )
     if is_reread and isinstance(batches, Iterator):

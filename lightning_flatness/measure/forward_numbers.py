@@ -66,7 +66,7 @@ class _Classifier:
         self._weight: Tensor | None = None
 
     def find(self, model: nn.Module, copy: ModelCopy, inputs: Any) -> None:
-        """Find the classifier in a forward pass on ``inputs``."""
+        """Run the model on ``inputs`` and find its classifier."""
         with suppress(LayerSelectionError):  # the network has no linear classifier
             self._module = select(model, lambda: copy(inputs), "classifier").classifier
 

@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 def as_call(inputs: Any) -> Call:
-    """Return the call that inputs stand for: a tensor, a tuple or list of arguments, or a mapping of keywords."""
+    """Return a call on ``inputs``: a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Mapping):

@@ -31,7 +31,7 @@ def plot_block_traces(
         sort: place filters that interact next to each other, within each group of a grouped convolution. ``T`` is
             scaled to a unit diagonal, and filters are sorted by the angle of their entries in its two leading
             eigenvectors.
-        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
     """
     if layer.block_traces.ndim != 3:

@@ -64,7 +64,7 @@ def plot_contour(
         label: name of the plane, for the title, or for the legend if ``color`` is given.
         color: draw lines of equal loss in this colour instead of filled contours, with the losses written on the
             lines. To compare planes, draw them into the same ``ax``, each with its own ``color`` and ``label``.
-        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
     """
     losses = drawable_losses(result, 2, "plot_contour", cap)
@@ -233,7 +233,7 @@ def plot_kept_and_recomputed(
         kept: a landscape with ``batch_norm="kept"``: the statistics of the model at all points.
         recomputed: a landscape at the same points with ``batch_norm="recomputed"``: new statistics at every point.
         cap: draw losses above ``cap`` as if they were ``cap``.
-        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
 
     Returns:
         The figure, and its axes for lines or an array of two axes for planes.

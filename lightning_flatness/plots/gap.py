@@ -30,7 +30,7 @@ MOST_NAMES = 12
 def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> tuple[Any, Any]:
     """Draw the outcome of every model against one of its measures, with Kendall's τ in the title.
 
-    The outcome is what was given as ``compare(outcome=)``. Dots of numbers that are not exact are hollow, and bars are
+    The outcome is what was given as ``compare(outcome=)``. Numbers that are not exact have hollow dots, and bars are
     two standard errors. The axis of the measure is logarithmic if its values are positive and the largest is more than
     three times the smallest.
     """

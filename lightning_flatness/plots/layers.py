@@ -29,7 +29,7 @@ def plot_layers(
 ) -> tuple[Any, Any]:
     """Draw one measure of every layer as a dot, from the input (top) to the output (bottom).
 
-    Dots of numbers that are not exact are hollow. The axis is logarithmic if all values are positive. Error bars are
+    Numbers that are not exact have hollow dots. The axis is logarithmic if all values are positive. Error bars are
     two standard errors, which combine the error over samples with the error of an estimate.
 
     Args:
@@ -37,7 +37,7 @@ def plot_layers(
         measure: ``"hessian_trace"`` (loss per squared weight), or, in units of the loss, ``"relative_flatness"``,
             ``"normalized_relative_flatness"``, ``"channelwise_flatness"``, ``"neuronwise_flatness"`` or
             ``"layerwise_flatness"``.
-        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name; by default the data
+        data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name; by default the data
             that the report names.
         ax: axes to draw into.
     """

@@ -45,8 +45,8 @@ def plot_line(
         color: colour of the line.
         ends: one or two names. The first labels the point at coordinate 0, the second the point at coordinate 1, where
             :func:`~lightning_flatness.direction_between` puts the other model.
-        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
-        ax: axes to draw into; if the accuracy is drawn, its panel takes the lower part of their place.
+        data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
+        ax: axes to draw into; if the accuracy is drawn, it takes the lower part of them.
 
     Returns:
         The figure and the axes of the loss.
@@ -90,7 +90,7 @@ def plot_line(
 
 
 def _name_ends(ax: Any, names: Mapping[int, str]) -> None:
-    """Write names at the top of the axes, beside the vertical lines at the coordinates ``names`` maps from."""
+    """Write names at the top of the axes. ``names`` maps the coordinate of each vertical line to its name."""
     low, high = ax.get_xlim()
     for at, name in names.items():
         side = "left" if at < low + 0.8 * (high - low) else "right"

@@ -56,7 +56,7 @@ def plot_density(
         label: name of the spectrum for the legend. To compare spectra, draw them into the same ``ax``, each with its
             own ``label``.
         color: colour of the curve and, if a ``label`` is given, of the marks of the eigenvalues.
-        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
 
     Raises:
@@ -166,7 +166,7 @@ def plot_eigenvalues(
     Args:
         history: pairs of an epoch and a :class:`~lightning_flatness.SpectrumResult`, or records of
             ``SpectrumCallback.history``, in any order.
-        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
     """
     records = sorted((_numbers(entry) for entry in history), key=lambda record: record["epoch"])

@@ -48,7 +48,7 @@ def plot_surface(
         cap: draw losses above ``cap`` as if they were ``cap``.
         log: draw the logarithm of the loss; all losses must be positive.
         label: name of the plane, for the title.
-        data: the data that were measured, for the title: ``"val"``, ``"train"`` or another name.
+        data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into, with ``projection="3d"``.
     """
     losses = drawable_losses(result, 2, "plot_surface", cap)

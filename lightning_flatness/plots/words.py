@@ -83,7 +83,7 @@ def is_exact(flag: float | None) -> bool:
 
 
 def recorded_exactness(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return a text like that of :func:`exactness` from the records of a history; empty if no record has the flag."""
+    """Return the text of :func:`exactness` for a history; empty if no record says whether it is exact."""
     known = [record["exact"] for record in history if record.get("exact") is not None]
     if not known:
         return ""

@@ -280,7 +280,7 @@ def test_inputs_of_batch_fn_that_the_step_does_not_give(tmp_path, data):
 
 def test_a_module_as_model_is_refused(tmp_path):
     module = Classifier()
-    with pytest.raises(lf.FlatnessError, match="model= is a module; give the name of an attribute"):
+    with pytest.raises(lf.FlatnessError, match="model= must not be a module; give the name of an attribute"):
         fit(tmp_path, flatness_callback(model=module.net), module=module)
 
 

@@ -239,7 +239,7 @@ def test_it_can_be_compiled():
         ({"class_weight": [1.0, 2.0]}, r"class_weight has shape \(2,\), and there are 3 classes"),
         ({"targets": torch.zeros(5)}, r"integers of shape \(5,\), or probabilities"),
         ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets have shape \(4,\)"),
-        ({"measure": "hessian_trace"}, "measure='hessian_trace' is not known; there are 'relative_flatness'"),
+        ({"measure": "hessian_trace"}, "measure='hessian_trace' is not known; choose one of 'relative_flatness'"),
         ({"reduction": "sum"}, "reduction='sum' is not known"),
     ],
 )

@@ -57,7 +57,7 @@ def test_what_is_long_is_a_warning_with_what_makes_it_cheaper(measurement, caplo
     ((level, message),) = said(caplog)  # the logger's own level shows warnings only
     assert level == logging.WARNING
     assert text.split(" takes ")[1].removesuffix(".") in message
-    assert "Cheaper: " in message
+    assert "To make it cheaper: " in message
     assert message.endswith("or fewer samples.")
 
 

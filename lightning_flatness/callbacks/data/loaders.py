@@ -56,7 +56,7 @@ def keeps_order(loader: Any) -> bool:
 
 
 def reads_in_order(loader: Any) -> bool:
-    """Return whether all ranks together read the samples in the order of the data set."""
+    """Return whether the samples of all ranks, taken in turns, are in the order of the data set."""
     sampler = sampler_of(loader)
     if isinstance(sampler, DistributedSampler):  # Lightning's subclass may wrap a sampler, not the data set
         return keeps_order(loader) and not sampler.shuffle and sampler.dataset is loader.dataset

@@ -99,7 +99,8 @@ NOT_LINEAR = (
 def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Tensor:
     """Certify that the model returned the classifier's output as its logits.
 
-    The returned deviation is the largest difference, relative to the largest logit of the sample.
+    The returned deviation is the largest difference between the classifier's output and the logits, relative to the
+    largest logit of the same sample.
     """
     if logits.shape != output.shape:
         raise NotClosedFormError(

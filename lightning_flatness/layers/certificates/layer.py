@@ -16,7 +16,7 @@ from lightning_flatness.layers.recording import LayerCall, kernel_sample
 
 @dataclass(frozen=True)
 class Kernel:
-    """A layer's kernel, as it was when it was certified."""
+    """The kernel of a layer, as it was when the layer was certified."""
 
     weight: Tensor  # detached
     sample: Tensor  # a copy of some of its entries
@@ -131,6 +131,6 @@ def is_own_weight(call: LayerCall) -> bool:
 
 
 def own_weight(module: nn.Module) -> nn.Parameter:
-    """Return the parameter ``weight`` of a layer. Requires: :func:`is_own_weight`."""
+    """Return the parameter ``weight`` of a layer for which :func:`is_own_weight` is true."""
     assert isinstance(module.weight, nn.Parameter)
     return module.weight
