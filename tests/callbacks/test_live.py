@@ -151,15 +151,15 @@ def rows_of(folder, *callbacks):
 
 def test_which_forward_passes_are_made(tmp_path, monkeypatch, told):
     """Beside the user's: in the trial on a few samples three to certify, two to compare; then one on the first batch,
-    which no step was observed on. Where nothing is observed, five on the first batch, which see the spread of the
-    channels and certify.
+    which no step was observed on. Where nothing is observed, three on the first batch, which certify, and one on every
+    other.
     """
     monkeypatch.setattr("lightning_flatness.layers.trial.TRIAL", 3)
     users = rows_of(tmp_path)
     assert users == [8] * 5
     assert rows_of(tmp_path, lf.FlatnessCallback()) == [3] * 5 + [8] + users
     own = rows_of(tmp_path, lf.FlatnessCallback(live=False))
-    assert own == [8] * (3 * 5 + 3)
+    assert own == [8] * (2 * 5 + 2)
 
 
 @guards("layers.live:Listener.release", returns=None)
