@@ -15,8 +15,9 @@ from lightning_flatness.callbacks.data.sources import Samples, first_samples, so
 from lightning_flatness.callbacks.flatness_history import FlatnessHistory
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.network import Network
-from lightning_flatness.callbacks.running import PassesOfRun, Validation, settle
+from lightning_flatness.callbacks.running import PassesOfRun
 from lightning_flatness.callbacks.stopwatch import Stopwatch, in_words
+from lightning_flatness.callbacks.validation import Validation, settle
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options

@@ -1,14 +1,13 @@
-"""Measure during validation, and observe the forward passes of validation if observing does not change them."""
+"""Measure one validation loader, and observe the forward passes of validation if observing does not change them."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_flatness.callbacks.data.sources import Asked, SeparateData, ValidationBatches
@@ -17,11 +16,8 @@ from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.layers.live import KEEPS_TENSORS, OBSERVED_BY_ANOTHER, Listener, is_observed
 from lightning_flatness.layers.trial import TRIAL
 from lightning_flatness.measure.measurement import Measurement
-from lightning_flatness.measure.ranks import gather
-from lightning_flatness.measure.samples import without_samples
 from lightning_flatness.model.call import Call
 from lightning_flatness.model.rows import num_rows, take
-from lightning_flatness.results import FlatnessReport
 
 
 class PassesOfRun:
@@ -247,129 +243,3 @@ class Running:
             self._observes = False
             self._passes.tell(reason)
         return is_measured
-
-
-class Validation:
-    """The measurement of one validation, with a :class:`Running` for every validation loader, or one for other data.
-
-    The measurement of a loader begins with the first step on this loader, because no earlier step shows the network.
-
-    Feature-normalised flatness needs the spread of the input channels, which the first samples of all ranks show. Until
-    they have, samples are held. Finding the spread is a collective.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[ValidationBatches | SeparateData],
-        passes: PassesOfRun,
-        measurement_of: Callable[[Network], Measurement],
-        waits: bool,
-    ) -> None:
-        self._waits = waits  # whether samples are held until all ranks know the spread of channels
-        self._sources, self._passes, self._measurement_of = sources, passes, measurement_of
-        self._running: dict[int, Running] = {}
-        self._left_out: dict[int, str] = {}  # loaders that cannot be measured, and why
-
-    def before_step(self, asked: Asked, network: Network, loader: int) -> None:
-        """Start to record the network's call on a batch that is about to be validated."""
-        self._of(loader, network).before_step(asked)
-
-    def after_step(self, asked: Asked | None, call: Call | None, network: Network, batch_idx: int, loader: int) -> None:
-        """Measure a validated batch, or the next part of other data.
-
-        A loader other than the first is left out if its batches have no targets. After the last batch of a loader, the
-        samples that were held are measured at once, because another callback may swap the weights before the epoch
-        ends.
-        """
-        running = self._of(loader, network)
-        if loader in self._left_out:
-            return
-        try:
-            running.after_step(asked, call, batch_idx)
-            if running.source.is_last(batch_idx):
-                running.measurement.take_spread()
-                running.measure_held()
-        except BatchError as error:
-            if loader == 0 or asked is None or asked.targets is not None:
-                raise
-            self._left_out[loader] = str(error)
-        finally:
-            running.release()
-
-    def measure_rest(self, network: Network) -> None:
-        """Measure the samples that remain in the sources when all batches have been validated."""
-        for loader in range(len(self._sources)):
-            self._of(loader, network).measure_rest()
-
-    def settle(self, network: Network, failed: bool) -> None:
-        """Measure the samples that are still held, unless this rank has failed. All ranks must call this method."""
-        failures = [self._take_spread(loader, network) for loader in range(len(self._sources))]
-        for failure in failures:
-            if failure is not None:
-                raise failure
-        for loader in range(0 if failed else len(self._sources)):
-            running = self._of(loader, network)
-            try:
-                if loader not in self._left_out:
-                    running.measure_held()
-            except BatchError as error:
-                if loader == 0 or running.has_targets:
-                    raise
-                self._left_out[loader] = str(error)
-
-    def _take_spread(self, loader: int, network: Network) -> Exception | None:
-        """Find the spread of a loader's input channels, which is a collective.
-
-        If this rank cannot measure the loader, the rank takes part in the collective without samples, and the method
-        returns the error.
-        """
-        try:
-            measurement = self._of(loader, network).measurement
-        except Exception as error:
-            if self._waits:
-                without_samples(sync=True)
-            return error
-        measurement.take_spread()
-        return None
-
-    def reports(self, network: Network) -> dict[int, FlatnessReport]:
-        """Return the report of every loader that was measured, by its index. All ranks must call this method."""
-        several = len(self._sources) > 1
-        left_out = (
-            {loader: why for of_rank in gather(self._left_out, sync=True) for loader, why in of_rank.items()}
-            if several
-            else {}
-        )
-        for loader, reason in left_out.items():
-            rank_zero_warn(f"FlatnessCallback leaves out validation loader {loader}: {reason}")
-        measured = [loader for loader in range(len(self._sources)) if loader not in left_out]
-        return {loader: self._of(loader, network).measurement.report() for loader in measured}
-
-    def release(self) -> None:
-        """Remove hooks from the network, and drop the tensors of observed passes."""
-        for running in self._running.values():
-            running.release()
-
-    def _of(self, loader: int, network: Network) -> Running:
-        """Return the :class:`Running` of a loader, and begin its measurement at the first call."""
-        loader = loader if len(self._sources) > 1 else 0
-        if loader not in self._running:
-            if loader > 0 and self._of(loader - 1, network).measurement.waits:
-                # The collectives come in the order of the loaders, even on a rank that has no batch of one loader.
-                self._of(loader - 1, network).measurement.take_spread()
-            measurement = self._measurement_of(network)
-            self._running[loader] = Running(measurement, network, self._sources[loader], self._passes)
-        return self._running[loader]
-
-
-def settle(running: Validation | None, network: Network, num_loaders: int, waits: bool, failed: bool) -> None:
-    """Measure the samples that are still held, unless this rank has failed. All ranks must call this function.
-
-    ``running`` is None on a rank that could not begin to measure. This rank takes part in the collectives without
-    samples.
-    """
-    if running is not None:
-        running.settle(network, failed)
-    else:
-        for _ in range(num_loaders if waits else 0):
-            without_samples(sync=True)
