@@ -58,7 +58,7 @@ bench: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	$(BIN)/python -m pytest --quiet tests/test_docs.py tests/test_prose.py
+	$(PYTEST) --quiet tests/test_docs.py tests/test_prose.py
 	$(BIN)/mkdocs build --strict
 
 gallery: $(READY)
