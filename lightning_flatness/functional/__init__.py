@@ -3,11 +3,11 @@
 All docstrings use the letters of this table. In shapes, ``s`` is short for ``S / G``; as an index, ``s`` is one filter.
 
 ====================  ==========================================================================================
-``N``, ``K``          samples; classes
-``S``, ``G``          filters (output channels) of the layer; its groups; ``s = S / G`` filters in one group
-``C``                 input channels of the layer
+``N``, ``K``          number of samples; number of classes
+``S``, ``G``          number of filters (output channels) of the layer; of its groups; ``s = S / G`` per group
+``C``                 number of input channels of the layer
 ``D``                 length of one filter: ``C / G`` times the number of kernel positions
-``P``                 output positions of the layer, e.g. ``H_out * W_out``
+``P``                 number of output positions of the layer, e.g. ``H_out * W_out``
 ``phi[p]``            the input patch at output position ``p``, length ``D``
 ``z[s, p]``           the layer's output, ``<w_s, phi[p]> + b_s``
 ``T[s, s']``          block trace: trace of the ``D x D`` block ``d²L / dw_s dw_s'`` of the Hessian

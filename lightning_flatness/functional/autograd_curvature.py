@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional.curvature import ClassCurvature, DenseCurvature, Projection
 
-# Number of random vectors to multiply ``Λ`` with, to certify that it is diagonal or to estimate the norms of its rows.
+# How many random vectors are multiplied by ``Λ``, to show that ``Λ`` is diagonal or to estimate the norms of its rows.
 NUM_PROBES = 4
 # ``Λ`` counts as diagonal if products with ``Λ`` and with its diagonal differ by at most this, relative to the products
 # and in units of the machine epsilon.
@@ -31,7 +31,8 @@ class AutogradCurvature:
     The Gauss-Newton method needs ``Λ`` as a sum of columns times their transposes, each with a sign. Here every class
     ``k`` gives two columns. Let ``e_k`` be its unit vector, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive
     ``w``, the sum of ``(x + y)(x + y)ᵀ / 4 - (x - y)(x - y)ᵀ / 4`` over all classes is ``Λ``. The property ``weights``
-    is ``w``, about the norms of the rows of ``Λ``. Then ``x`` and ``y`` are about equally large, so little cancels.
+    is ``w``, an estimate of the norms of the rows of ``Λ``. It makes ``x`` and ``y`` about equally large, so that
+    little cancels.
 
     Example:
         >>> curvature = AutogradCurvature(lambda f, y: f.logsumexp(1), torch.zeros(1, 4), torch.zeros(1))
@@ -108,7 +109,10 @@ class AutogradCurvature:
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        """Factor ``VᵀΛV`` into ``V``, which is ``matrix``, and ``ΛV``; ``scales`` and ``tolerance`` have no effect."""
+        """Return ``V``, which is ``matrix``, and ``ΛV`` as the factors of ``VᵀΛV``.
+
+        ``scales`` and ``tolerance`` have no effect.
+        """
         samples, (classes, filters) = len(self.logits), matrix.shape
         others = matrix.new_empty(samples, classes, filters)
         for index, image in enumerate(self._images(matrix)):
@@ -127,7 +131,7 @@ class AutogradCurvature:
         return torch.stack([scales @ image for image in self._images(identity)])
 
     def traces(self) -> Tensor:
-        """Return NaN, ``(N,)``, because the trace of ``Λ`` would take a product for every class."""
+        """Return NaN for every sample, ``(N,)``, because the trace of ``Λ`` would take one product per class."""
         return torch.full((len(self.logits),), torch.nan, dtype=torch.float64, device=self.logits.device)
 
     def _images(self, matrix: Tensor) -> Iterator[Tensor]:
@@ -142,7 +146,8 @@ Curvature = ClassCurvature | DenseCurvature | AutogradCurvature
 def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
     """Multiply the second derivative of a loss with ``x``, in float64, by differentiating ``gradient`` at ``leaf``.
 
-    ``leaf`` holds the logits, and ``gradient`` is the loss's gradient with respect to ``leaf``, with its graph.
+    ``leaf`` holds the logits. ``gradient`` is the loss's gradient with respect to ``leaf``, and still has its autograd
+    graph.
     """
     image = None
     if gradient.requires_grad:
@@ -166,8 +171,8 @@ def probes_like(logits: Tensor) -> list[Tensor]:
 def certified_diagonal(gradient: Tensor, leaf: Tensor) -> Tensor | None:
     """Return the diagonal of a loss's second derivative, float64 ``(N, K)``, or None if other entries are not zero.
 
-    If all other entries are zero, the product with a vector of ones is the diagonal. Products with random vectors
-    certify that these entries are zero, for every sample. The arguments are as in :func:`product`.
+    If all other entries are zero, the product with a vector of ones is the diagonal. Products with random vectors show
+    whether these entries are zero for every sample. The arguments are as in :func:`product`.
     """
     diagonal = product(gradient, leaf, torch.ones_like(leaf))
     allowed = ROUNDINGS * torch.finfo(leaf.dtype).eps

@@ -1,4 +1,4 @@
-"""Simple numbers from a forward pass, which measures of flatness can be compared with."""
+"""Simple numbers from a forward pass, for comparison with measures of flatness."""
 
 from __future__ import annotations
 

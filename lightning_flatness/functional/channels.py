@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A channel counts as constant if its standard deviation is at most this many rounding errors of its root mean square.
+# A channel counts as constant if its standard deviation is at most this many machine epsilons times its root mean
+# square.
 ROUNDINGS = 8
 
 
@@ -66,7 +67,7 @@ class ChannelSums:
 
     @classmethod
     def added(cls, totals: list[ChannelSums]) -> ChannelSums:
-        """Add up several totals, and return their total."""
+        """Combine several totals into the total over all their samples."""
         count = torch.stack([one.count for one in totals])
         mean, squares = (torch.stack([getattr(one, name) for one in totals]) for name in ("mean", "squares"))
         return cls(count, mean, squares, max(one.eps for one in totals)).total()

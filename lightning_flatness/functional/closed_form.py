@@ -33,7 +33,8 @@ from lightning_flatness.functional.weighting import (
 
 # How many numbers the factors of one chunk of samples may have.
 FACTOR_ELEMENTS = {"cpu": 2**24}
-# Largest number of samples in a chunk, because within a chunk sums are in the dtype of the factors, not in float64.
+# Largest number of samples in a chunk. It is limited because sums within a chunk have the dtype of the factors, which
+# may be less precise than float64.
 MOST_SAMPLES = 64
 
 
@@ -67,10 +68,10 @@ def closed_form_block_traces(
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``.
         curvature: ``Λ`` of all ``N`` samples.
-        tolerance: leave out classes of single samples, as long as these terms together are at most this share of the
-            trace of the result. The diagonal of the result stays exact. The entries off the diagonal lack those of a
-            positive semi-definite matrix whose trace is at most this share of the full trace. It has an effect only if
-            ``curvature`` is a :class:`ClassCurvature` and ``diagonal`` is False.
+        tolerance: for each sample, leave out classes that add little to the trace; together they add at most this
+            share of the full trace. The diagonal of the result stays exact. Its other entries lack those of a positive
+            semi-definite matrix whose trace is at most the same share. The argument has an effect only if ``curvature``
+            is a :class:`ClassCurvature` and ``diagonal`` is False.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -100,10 +101,10 @@ def closed_form_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute block traces like :func:`closed_form_block_traces`; with a ``weighting``, also the samples' measures.
+    """Compute block traces like :func:`closed_form_block_traces`, and with a ``weighting`` each sample's measures.
 
-    With a ``tolerance``, terms are left out. They would change normalised relative flatness by at most ``left_out``
-    times the spectral norm of ``weighting.normalized``.
+    With a ``tolerance``, some terms are left out. This changes normalised relative flatness by at most the ``left_out``
+    of the result times the spectral norm of ``weighting.normalized``.
     """
     samples, filters = slopes.shape[:2]
     groups = geometry.groups
@@ -191,7 +192,7 @@ def _columns(
 ) -> tuple[Pair, Sequence[int], Tensor | None]:
     """Return ``(columns, others)`` with ``VᵀΛV = columns othersᵀ``, each ``(N, G, s, C)``; the counts; and the floor.
 
-    The counts and the floor are those of :class:`Projection`, a number for every sample.
+    The counts and the floor are those of :class:`Projection`; both have one number for every sample.
     """
     columns = projected.columns.unflatten(2, by_group).permute(0, 2, 3, 1)
     others = columns if projected.signs is None else columns * projected.signs[:, None, None]
@@ -224,7 +225,7 @@ def _diagonal(factors: Factors, matrices: Matrices, rest: Tensor | None) -> Tens
 
 
 def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
-    """Sum numbers of filters ``(N, G, s)``, weighted by the diagonal of a Gram matrix; the result is ``(N,)``."""
+    """Sum one number per filter, ``(N, G, s)``, weighted by the diagonal of a Gram matrix; the result is ``(N,)``."""
     weighted: Tensor = (filters * gram.diagonal(dim1=1, dim2=2)).flatten(1).sum(1)
     return weighted
 

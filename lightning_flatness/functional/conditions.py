@@ -1,7 +1,7 @@
 """Check conditions on tensors, one by one or all together; the conditions decide whether a result may be used.
 
-To read a condition, the program has to wait for the GPU. A batch that is observed in the user's validation has about
-twelve conditions. They are deferred and read together, so that the program waits once.
+To read a condition, the program has to wait for the GPU. A batch that is measured during the user's validation has
+about twelve conditions. They are deferred and read together, so that the program waits only once.
 """
 
 from __future__ import annotations

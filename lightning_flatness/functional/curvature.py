@@ -1,4 +1,4 @@
-"""The curvature of a loss: for every sample ``n``, the second derivative ``Λ_n`` of the loss in the logits.
+"""The curvature of a loss: for every sample ``n``, the Hessian ``Λ_n`` of the loss with respect to the logits.
 
 No method uses the matrix ``Λ`` itself. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The
 Gauss-Newton method needs the columns of a matrix ``B`` with ``B Bᵀ = Λ``, one after the other. (If ``Λ`` has negative
@@ -15,7 +15,8 @@ from torch import Tensor
 
 # With fewer classes than this, the Gauss-Newton method takes every class, and :attr:`ClassCurvature.floor` is None.
 MANY_CLASSES = 128
-# Classes of single samples are left out only if less than this share of them remains; otherwise all are faster.
+# Classes of single samples are left out only if less than this share of all pairs of a sample and a class remains.
+# Otherwise it is faster to compute all of them.
 WORTHWHILE = 0.9
 # How many numbers an intermediate result may have.
 ELEMENTS = 2**22
@@ -99,7 +100,7 @@ class ClassCurvature:
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest class weight of each sample, ``(N,)``; None with few classes, or if negligible."""
+        """The smallest class weight of each sample, ``(N,)``; None if classes are few or if it is negligible."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
@@ -112,8 +113,9 @@ class ClassCurvature:
 
         With a tolerance, classes are left out if that saves enough work. The terms left out are at most a share
         ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be negative.
-        Their diagonal is returned as ``rest``, so that only entries off the diagonal are approximate. With many
-        classes, the smallest weight of every sample is returned as ``floor``; the columns have only what exceeds it.
+        The diagonal of these terms is returned as ``rest``, so that only entries off the diagonal are approximate. With
+        many classes, the smallest class weight of every sample is returned as ``floor``. The columns then contain only
+        the part of each weight above ``floor``.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
@@ -272,7 +274,7 @@ def _kept(
     r"""Return a mask of the pairs of sample and class that are kept, ``(N, K)``.
 
     A class ``k`` of a sample adds ``w_k \sum_s scales[s] (v_k - m)[s]²`` to the trace, where ``v_k`` is row ``k`` of
-    ``matrix``, and ``m`` the sample's row of ``mean``. Terms are left out from the smallest on, while their sum is
+    ``matrix``, and ``m`` the sample's row of ``mean``. Terms are left out in ascending order, as long as their sum is
     below ``tolerance`` times the trace. A bound on rounding errors is added to every term and subtracted from the
     trace, so that the tolerance holds despite rounding.
     """

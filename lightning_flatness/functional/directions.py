@@ -95,7 +95,7 @@ def normalized(
 
 
 def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
-    """Rescale ``d`` to the norm of ``w``, with ``by_filter`` each slice of it to the norm of that slice of ``w``."""
+    """Rescale ``d`` to the norm of ``w``; with ``by_filter``, each slice of ``d`` to the norm of that of ``w``."""
     rows = len(d) if by_filter and d.ndim > 1 else 1
     norms_d = torch.linalg.vector_norm(d.reshape(rows, -1), order, dim=1, keepdim=True)
     norms_w = torch.linalg.vector_norm(w.reshape(rows, -1), order, dim=1, keepdim=True)
@@ -122,12 +122,12 @@ class PrincipalDirections(NamedTuple):
 
 
 def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 2) -> PrincipalDirections:
-    """Compute the first right singular vectors of the matrix whose rows are the offsets; their mean is not subtracted.
+    """Compute the first ``number`` right singular vectors of the matrix whose rows are the offsets.
 
-    The offsets are points minus the origin; at least ``number`` of them must be linearly independent. The vectors are
-    computed from the eigenvectors of the small matrix of inner products. The sign of a direction is such that among the
-    points' coordinates along it, the first that is not negligible is positive. See Li et al. 2018 (arXiv 1712.09913),
-    Section 7.2.
+    The offsets are points minus the origin; their mean is not subtracted. At least ``number`` of them must be linearly
+    independent. The vectors are computed from the eigenvectors of the small matrix of inner products. The sign of each
+    direction is chosen so that the first of its coordinates that is not negligible is positive. See Li et al. 2018
+    (arXiv 1712.09913), Section 7.2.
 
     Example:
         >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])

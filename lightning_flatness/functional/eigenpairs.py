@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_flatness.functional.lanczos import orthogonalised, random_orthogonal, rounding_error
 
-# A search from a random unit vector ends when a missed eigenvector could only have a component of at most this along
-# that vector, in units of 1/√D. The probability of such a small component is below 1e-4.
+# A search starts from a random unit vector. It ends when every eigenvector that it may have missed has a component of
+# at most this along the unit vector, in units of 1/√D. The probability of such a small component is below 1e-4.
 IMPROBABLE_PART = 1e-4
 
 
@@ -38,13 +38,13 @@ def top_eigenpairs(
 
     A Krylov space contains only one vector of every eigenspace, so it misses copies of repeated eigenvalues. Therefore,
     when ``k`` pairs have converged, a second search begins with a random vector orthogonal to all converged
-    eigenvectors. It looks for a missed eigenvalue larger than the ``k``-th, until none can exist except with negligible
-    probability. So a repeated eigenvalue is found as often as it occurs. See Wu and Simon 2000, "Thick-restart Lanczos
+    eigenvectors. It looks for a missed eigenvalue larger than the ``k``-th, until the probability that one exists is
+    negligible. So a repeated eigenvalue is found as often as it occurs. See Wu and Simon 2000, "Thick-restart Lanczos
     method for large symmetric eigenvalue problems".
 
     Args:
         product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
-        basis: memory ``(m, D)`` for basis vectors, which is overwritten; ``m`` must be at least ``k + 2``, or be ``D``.
+        basis: memory ``(m, D)`` for basis vectors, which is overwritten; ``m`` must be at least ``k + 2``, or ``D``.
         top_k: ``k``; at most ``D`` pairs are returned.
         generator: CPU generator that draws the starting vectors.
         tolerance: a pair has converged when its residual is at most this times its eigenvalue.
@@ -70,7 +70,8 @@ def top_eigenpairs(
         accuracy = tolerance * search.values.abs() + search.rounding
         if search.size >= top_k and bool((search.residuals <= accuracy)[:top_k].all()):
             lowest, enough = float(search.values[top_k - 1]), float(accuracy[top_k - 1])
-            # Keep further converged pairs, too: they shorten the search for missed eigenvalues, which needs two rows.
+            # Keep further converged pairs, too, because they shorten the search for missed eigenvalues. Leave two rows
+            # for that search.
             errors = search.residuals.square() / (lowest + enough - search.values)
             settled = int((errors <= enough)[top_k : max(rows - 2, top_k)].cumprod(0).sum())
             search.keep(top_k + settled)
@@ -108,7 +109,7 @@ def _missed(
     Further eigenvectors of a repeated eigenvalue are orthogonal to these, so they lie in the complement.
 
     Return a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``, and the number of products. The
-    vector is None if there is no such eigenvalue, or ``max_products`` are used up. ``basis`` is memory of at least
+    vector is None if there is no such eigenvalue, or all ``max_products`` are used up. ``basis`` is memory of at least
     two rows.
     """
 
@@ -131,7 +132,10 @@ def _missed(
 
 
 class _Search:
-    """An orthonormal basis that grows by Lanczos steps, and the operator projected onto it."""
+    """An orthonormal basis that grows by Lanczos steps, and the operator projected onto it.
+
+    The next step adds the vector ``following`` to the basis.
+    """
 
     def __init__(
         self,
@@ -144,11 +148,12 @@ class _Search:
         self._product, self._basis, self._generator = product, basis, generator
         self._projected = torch.zeros(len(basis), len(basis), device="cpu").double()
         self._coefficients = torch.zeros(0, 0, device="cpu").double()  # columns: Ritz vectors in the basis
-        # Coefficients of the starting vector in the basis and the following vector. After a restart, the inner product
-        # that they give with an eigenvector is right only if its eigenvalue is `level`.
+        # Coefficients of the starting vector along the basis and the following vector. After a restart, they give the
+        # right inner product of the starting vector with an eigenvector only if the eigenvalue of that is `level`.
         self._level, self._first = level, torch.eye(1, len(basis) + 1, dtype=torch.float64, device="cpu")[0]
-        self._scale = self._beyond = 0.0  # largest norm of a product; norm of the last product outside the basis
-        self._coupling: Tensor | None = None  # coefficients of the following vector's product, by symmetry
+        # The largest norm of a product, and the norm of the latest product's part outside the basis.
+        self._scale = self._beyond = 0.0
+        self._coupling: Tensor | None = None  # what symmetry predicts for the next product's coefficients
         self.size = self.num_products = 0
         self.asymmetry = 0.0
         self.values = self.residuals = torch.zeros(0, device="cpu").double()
@@ -191,9 +196,9 @@ class _Search:
         """A bound on the starting vector's component along an eigenvector whose eigenvalue is at least ``level``.
 
         Requires: all Ritz values are below ``level``. Let ``V`` be the basis, ``T`` the projected operator, ``q`` the
-        following vector and ``e`` the last unit vector. Because ``A V = V T + β q eᵀ``, the components of the
-        eigenvector in the basis are ``β (level - T)⁻¹ e`` times its component along ``q``. The norm of all these
-        components is at most one.
+        following vector and ``e`` the last unit vector. Because ``A V = V T + β q eᵀ`` for a number ``β``, the
+        components of the eigenvector along the basis are ``β (level - T)⁻¹ e`` times its component along ``q``. The
+        norm of all these components is at most one.
         """
         parts = self._parts()
         first = self._first[: self.size] @ self._coefficients
@@ -223,5 +228,5 @@ class _Search:
         self._projected[:number, :number] = torch.diag(self.values)
 
     def follow(self, vector: Tensor) -> None:
-        """Continue with a vector that is orthogonal to the basis and is no remainder of an earlier product."""
+        """Continue with ``vector``, which is orthogonal to the basis and comes from no product in this search."""
         self.following, self._coupling = vector, None

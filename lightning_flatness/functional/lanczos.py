@@ -37,9 +37,10 @@ def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Return the size, relative to a product with the operator, up to which its remainder is rounding error.
+    """Return how large the remainder of a product may be, relative to the product, to count as rounding error.
 
-    A remainder of that size means that the Krylov space is invariant.
+    The remainder is the part of the operator's product that is orthogonal to the basis. If it is only rounding error,
+    the Krylov space is invariant.
     """
     return 100 * torch.finfo(dtype).eps
 
@@ -58,8 +59,9 @@ def largest_eigenvalues(
     """Find the largest eigenvalue (by value, not by modulus) of each of ``B`` symmetric matrices of size ``D``.
 
     This is the Lanczos method with full re-orthogonalisation. It restarts from the best Ritz vector, so that memory
-    does not grow. Each returned value is at most the largest eigenvalue of its matrix, and some eigenvalue lies within
-    its residual. See Lanczos 1950, and Parlett 1998, "The Symmetric Eigenvalue Problem", Chapter 13.
+    does not grow. Each returned value is at most the largest eigenvalue of its matrix, and some eigenvalue of the
+    matrix differs from it by at most its residual. See Lanczos 1950, and Parlett 1998, "The Symmetric Eigenvalue
+    Problem", Chapter 13.
 
     Args:
         operator: function that multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.

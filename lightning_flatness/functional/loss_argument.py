@@ -39,9 +39,9 @@ def find_loss(
     """Return the loss that a name, module or function stands for.
 
     Names are ``"cross_entropy"``, ``"binary_cross_entropy"`` and ``"mse"``. Modules are ``nn.CrossEntropyLoss``,
-    ``nn.NLLLoss``, ``nn.MSELoss`` and ``nn.BCEWithLogitsLoss`` without weights; their reduction must be the mean. A
-    function or another module becomes a :class:`CustomLoss`. The other arguments are options of ``"cross_entropy"``;
-    see :class:`CrossEntropy`.
+    ``nn.NLLLoss``, ``nn.MSELoss``, and ``nn.BCEWithLogitsLoss`` if it has no weights. The reduction of all these
+    modules must be the mean. A function or another module becomes a :class:`CustomLoss`. The other arguments are
+    options of ``"cross_entropy"``; see :class:`CrossEntropy`.
 
     Raises:
         FlatnessError: the loss is not known or has options that cannot be used.
@@ -116,12 +116,12 @@ class CustomLoss(Loss):
     """A loss written by the user; autograd computes its derivatives.
 
     The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is the mean over
-    samples. Requires: the loss of a sample depends on no other sample, because the function may be called with the
-    float64 logits of a part of a batch.
+    samples. The loss of a sample must not depend on other samples. The function may be called with the float64 logits
+    of only a part of a batch.
 
-    The second derivative is stored in the least costly form. If it is diagonal without negative entries (as for the
-    squared error, a sum over classes), these ``K`` entries are stored for every sample. Otherwise it is a ``K x K``
-    matrix for every sample, or with 128 classes or more a function that multiplies by this matrix.
+    The second derivative is stored in the least costly form. If it is a diagonal matrix without negative entries (as
+    for the squared error summed over classes), its ``K`` diagonal entries are stored for every sample. Otherwise the
+    ``K x K`` matrix is stored for every sample or, with 128 classes or more, a function that multiplies by it.
 
     Example:
         >>> from torch.nn.functional import cross_entropy

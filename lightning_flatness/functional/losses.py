@@ -1,4 +1,4 @@
-"""Losses: their first and second derivatives with respect to the logits, and what the mean over samples divides by.
+"""Losses: their first and second derivatives with respect to the logits, and the divisor of the mean over samples.
 
 A loss maps logits ``f`` ``(N, K)`` and targets to :class:`LossDerivatives`. All derivatives are computed in float64.
 For a confident sample, whose softmax ``π`` is close to the one-hot target ``y``, ``π - y`` would cancel in float32.
@@ -41,8 +41,8 @@ class LossDerivatives(NamedTuple):
         )
 
 
-# What is known of every sample: its weight in the mean; 1 unless it is ignored; its loss times its weight; 1 if its
-# largest logit is that of its target.
+# What is known of every sample: its "weight" in the mean; its "count", 0 if it is ignored and otherwise 1; its "loss"
+# times its weight; and whether its class is "correct", 1 if its largest logit is that of its target.
 OUTCOMES = ("weight", "count", "loss", "correct")
 
 
@@ -66,7 +66,7 @@ def outcomes_of(
 class Loss:
     """Base class of losses.
 
-    If ``shift_invariant``, the loss does not change when a number is added to all logits of a sample.
+    ``shift_invariant`` tells whether the loss stays the same when one number is added to all logits of a sample.
     """
 
     shift_invariant = False
@@ -216,7 +216,7 @@ SEVERAL_LABELS = (
 
 
 def _remedy(targets: Tensor, samples: int, classes: int) -> str:
-    """Return a sentence that says how to convert targets of a wrong shape or type; it is empty if that is not known."""
+    """Return a sentence that says how to convert targets of a wrong shape or type; it is empty if none is known."""
     shape = tuple(targets.shape)
     if shape == (samples, 1) and classes > 1:
         return f" Give targets.squeeze(1){'.long()' if targets.is_floating_point() else ''}."

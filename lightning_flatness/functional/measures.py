@@ -1,4 +1,4 @@
-"""Flatness measures: sums ``sum(Q * T)`` of the block traces ``T`` with a matrix ``Q`` made of the weights alone.
+"""Flatness measures ``sum(Q * T)``: block traces ``T``, weighted by a matrix ``Q`` that depends on the weights alone.
 
 ``T`` and the Gram matrix of the filters have the shape ``(G, S/G, S/G)``. The unit of ``T`` is loss per squared weight.
 Pairs of filters in different groups do not contribute (``docs/theory.md``, "Groups"). All measures except relative
@@ -25,7 +25,7 @@ COLUMNS = 1024
 
 
 def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tensor:
-    """Compute the inner products ``<w_s, w_s'>`` of the filters of a kernel ``(S, ...)`` that are in the same group.
+    """Compute ``<w_s, w_s'>`` for all pairs of filters of a kernel ``(S, ...)`` that are in the same group.
 
     The result is float64 ``(G, S/G, S/G)``. With ``diagonal`` it has only the filters' squared norms, ``(G, S/G)``.
     """
@@ -79,7 +79,10 @@ def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Compute all measures and the weight norm, by name; without relative flatness if ``T`` has only its diagonals."""
+    """Compute all measures and the weight norm, by name.
+
+    Relative flatness is missing if only the diagonals of ``T`` are given.
+    """
     measures = {
         "hessian_trace": hessian_trace(block_traces),
         "neuronwise_flatness": neuronwise_flatness(block_traces, gram),

@@ -53,7 +53,7 @@ class ConvolutionGeometry:
         return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
 
     def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """Yield for every kernel position the slices of the padded input's pixels that this position multiplies."""
+        """Yield, for every kernel position, the slices of the padded input that select the pixels it multiplies."""
         for offset in product(*map(range, self.kernel_size)):
             yield tuple(
                 slice(o * d, o * d + s * (n - 1) + 1, s)
@@ -62,7 +62,7 @@ class ConvolutionGeometry:
 
 
 def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Return the patches ``phi[p]`` of inputs ``(N, C, *spatial)``: ``(N, G, D, P)``, ``D`` ordered as in a filter."""
+    """Return the patches ``phi[p]`` of inputs ``(N, C, *spatial)``: ``(N, G, D, P)``, entries in a filter's order."""
     size = geometry.output_size(tuple(inputs.shape[2:]))
     padded = geometry.pad(inputs)
     every = slice(None)  # sample, channel
@@ -88,9 +88,9 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
     Inner products of overlapping patches multiply the same pixels repeatedly. To avoid this, let ``X`` be the Gram
     matrix of single pixels, zero outside the image. Then ``Γ[p, p']`` is the sum of ``X[p + o, p' + o]`` over kernel
-    offsets ``o``, one spatial dimension after the other. With a 3x3 kernel of stride one this takes a ninth of the
-    multiplications. With larger strides there are more pixels than patches. So the function counts the multiplications
-    of both ways and takes the cheaper one (``docs/theory.md``, "Numerics").
+    offsets ``o``. The sum is taken one spatial dimension after the other. With a 3x3 kernel of stride one this takes a
+    ninth of the multiplications. With larger strides there are more pixels than patches. So the function counts the
+    multiplications of both ways and takes the cheaper one (``docs/theory.md``, "Numerics").
     """
     input_size = tuple(inputs.shape[2:])
     size = geometry.output_size(input_size)

@@ -35,8 +35,8 @@ def flatness_penalty(
 
     Here ``g_n`` is the input of the classifier for sample ``n``, ``π_n`` the softmax of the logits, and ``w_k`` row
     ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting: 1 without class weights, 0 for an
-    ignored sample. ``Z`` is what the mean cross-entropy divides by: the number of samples, or for class indices with
-    class weights the sum of the samples' weights.
+    ignored sample. ``Z`` is the divisor of the mean cross-entropy: the number of samples that are not ignored or, for
+    class indices with class weights, the sum of the samples' weights.
 
     This is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). For
     the layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. Training on ``loss + λ κ`` needs no second
@@ -153,9 +153,9 @@ def target_sums(
     class_weight: Sequence[float] | Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor | None, Tensor | int]:
-    """Return ``c_n`` of every sample, or None if all are one, and ``Z``; see :func:`flatness_penalty`.
+    """Return ``c_n`` of every sample (None if all are one) and ``Z``; :func:`flatness_penalty` defines both.
 
-    The values of targets are not checked, because that waits for the GPU; the user's loss has used the same targets.
+    The values of targets are not checked: that would wait for the GPU, and the user's loss has used the same targets.
     """
     samples, classes = logits.shape
     if targets is None:

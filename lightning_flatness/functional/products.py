@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_flatness.functional.symmetric import strip_rows
 
-# How many numbers the matrix products computed at a time may have. On a CPU they should fit into the cache. On other
-# devices large products are faster.
+# How many numbers matrix products that are computed together may have. On a CPU they should fit into the cache. On
+# other devices large products are faster.
 PRODUCT_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 # Up to this number of pairs of a column and a position, one matrix product over all pairs is fastest.
@@ -31,10 +31,11 @@ class Factors:
 
     Attributes:
         features: ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``.
-        normalized: the same for inputs whose channels are divided by their standard deviation.
+        normalized: the same pair, from inputs whose channels are divided by their standard deviation; or None.
         columns: ``(columns, others)``, each ``(N, G, s, C)``.
         counts: for every sample, how many of its ``C`` columns are used; later columns are zero.
-        floor: a number for every sample, ``(N,)``; ``V`` has the classifier's weights for the filters, ``(K, S)``.
+        floor: a number for every sample, ``(N,)``. Column ``s`` of ``V``, ``(K, S)``, is the classifier's weight for
+            filter ``s``.
     """
 
     features: Pair
@@ -129,7 +130,7 @@ def _add_some(
 
 @dataclass(frozen=True)
 class _Weights:
-    """One strip of each Gram matrix, alone and times ``VᵀV`` elementwise, flattened; None if it is not needed."""
+    """One strip of each Gram matrix, flattened: as it is, and multiplied elementwise by ``VᵀV``; None if not needed."""
 
     gram: Tensor | None
     normalized: Tensor | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Number of groups that samples are put into, by their position in the measured set.
+# Number of groups of samples. The position of a sample in the measured set decides on its group.
 GROUPS = 32
 # The 0.975 quantiles of Student's t-distribution with 1, 2, ... 31 degrees of freedom.
 T_QUANTILES = (

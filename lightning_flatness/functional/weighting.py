@@ -87,9 +87,9 @@ def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
     r"""Compute ``\sum_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
 
     ``left`` is ``L`` and ``right`` is ``R``: Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``. ``W_c``, ``L_c``
-    and ``R_c`` are the parts of the kernel, ``L`` and ``R`` on input channel ``c``: ``S/G`` x kernel positions. Let
-    ``B Bᵀ`` be the loss's second derivative in the logits, and ``L = R`` the Jacobian for one column of ``B``. Then the
-    sum over all columns is channel-wise flatness.
+    and ``R_c`` are matrices with ``S/G`` rows and a column per kernel position: the parts of the kernel, ``L`` and
+    ``R`` on input channel ``c``. Let ``B Bᵀ`` be the loss's Hessian with respect to the logits, and ``L = R`` the
+    Jacobian for one column of ``B``. Then the sum over all columns is channel-wise flatness.
     """
     samples, groups, filters, _ = left.shape
     channels = kernel.shape[1]
