@@ -39,7 +39,7 @@ def is_indexed(loader: Any) -> bool:
 
 
 def sampler_of(loader: Any) -> Any:
-    """Return the sampler that yields indices of single samples, or None. A batch sampler may contain this sampler."""
+    """Return the sampler of a loader, or the sampler inside its batch sampler; None if there is no sampler."""
     batches = getattr(loader, "batch_sampler", None)
     return getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", None)
 
@@ -56,7 +56,10 @@ def keeps_order(loader: Any) -> bool:
 
 
 def reads_in_order(loader: Any) -> bool:
-    """Return whether the samples of all ranks, taken in turns, are in the order of the data set."""
+    """Return whether the loader reads the samples in the order of the data set.
+
+    With a ``DistributedSampler``, return whether the ranks do this together, taking turns sample by sample.
+    """
     sampler = sampler_of(loader)
     if isinstance(sampler, DistributedSampler):  # Lightning's subclass may wrap a sampler, not the data set
         return keeps_order(loader) and not sampler.shuffle and sampler.dataset is loader.dataset

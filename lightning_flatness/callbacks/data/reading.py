@@ -61,7 +61,7 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def repeatable_batches(loader: DataLoader[Any], model: nn.Module) -> Iterator[Any]:
-    """Yield the batches of a loader made by :func:`own_loader`, the same ones in every call.
+    """Yield the batches of a loader that :func:`own_loader` made. Every call yields the same batches.
 
     Raises:
         FlatnessError: The data set raised an error. The message names a remedy.
@@ -86,8 +86,8 @@ def seed_all(seed: int) -> None:
 def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
     """Read one batch from the data set of the first of the loaders, without iterating over that loader.
 
-    Return None if reading fails, or if it is unknown which samples the loader reads: its data set has no index, it has
-    a batch sampler of its own kind, or the class of its sampler is unknown.
+    Return None if reading fails, or if it is unknown which samples the loader reads. That is unknown if the data set
+    cannot be read by index, or if this function does not know the class of the sampler or of the batch sampler.
     """
     loader = next(iter(loaders), None)
     known = (SequentialSampler, RandomSampler, DistributedSampler)

@@ -35,8 +35,9 @@ MOST_PASSES, MOST_SAMPLES = 10, 1_000_000
 def samples_read(loader: Any, num_batches: float = math.inf, num_ranks: int = 1) -> Tensor:
     """Return the sorted indices of all samples that a loader reads when every rank runs ``num_batches`` per epoch.
 
-    If the sampler shuffles, every sample that it can yield counts, because each epoch begins with other samples. If the
-    sampler's class is unknown, a copy of the sampler draws a few epochs. With several ranks, drawing is a collective.
+    If the sampler shuffles, return all samples that it can yield, because each epoch begins with other samples. If the
+    sampler's class is unknown, find the samples by drawing a few epochs from a copy of the sampler. With several ranks,
+    drawing is a collective.
     """
     sampler = sampler_of(loader)
     if not keeps_order(loader):
@@ -54,7 +55,10 @@ def samples_read(loader: Any, num_batches: float = math.inf, num_ranks: int = 1)
 
 
 def _shared_by_ranks(sampler: Any) -> Any | None:
-    """Return the sampler whose samples the ranks share out among themselves, or None if no known sampler is shared."""
+    """Return the sampler whose samples a distributed ``sampler`` divides among the ranks.
+
+    Return None if ``sampler`` is not of a known distributed class.
+    """
     if type(sampler) is DistributedSampler:
         return SequentialSampler(sampler.dataset)  # type: ignore[arg-type]
     # Lightning's wrapper has no public name for the sampler that it wraps.
@@ -80,9 +84,10 @@ def _known(sampler: Any) -> tuple[Tensor, bool] | None:
 
 
 def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
-    """Return the indices that a sampler or batch sampler yields on any rank, found by drawing epochs from a copy.
+    """Draw epochs from a copy of a sampler or batch sampler, and return the indices that it yields on any rank.
 
-    If every epoch has the same order, only its first ``limit`` items count (indices, or batches of a batch sampler).
+    An item is an index, or a batch of indices if ``sampler`` is a batch sampler. If all epochs have the same order,
+    only the first ``limit`` items of an epoch count.
     """
     sets: list[Tensor] = []
     error: Exception | None = None
@@ -107,7 +112,10 @@ def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
 
 
 def _epochs(loader: Any, sampler: Any, limit: float, number: int) -> list[Tensor]:
-    """Draw ``number`` epochs from a copy of a sampler under fixed seeds, and return the indices of each epoch."""
+    """Draw epochs, ``number`` of them, from a copy of a sampler, and return the indices of each epoch.
+
+    Random seeds are fixed. If all epochs have the same order, return only the indices in the first ``limit`` items.
+    """
     epochs: list[Tensor] = []
     ends: list[int] = []
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

@@ -85,7 +85,7 @@ class Asked:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Catch errors about missing targets in the ``with`` block, and add to their message why the batch has none."""
+        """In a ``with`` block, extend the message of an error about missing targets: say why the batch has none."""
         try:
             yield
         except BatchError as error:
@@ -112,15 +112,15 @@ class ValidationBatches:
         num_batches: number of batches that Lightning validates of each loader.
 
     Attributes:
-        why_not_observed: why it is useless to observe the forward passes of validation steps: with ``max_samples=``,
-            only parts of batches are measured. Empty otherwise.
+        why_not_observed: reason for not measuring in the forward passes of the validation steps, or empty. The reason
+            is ``max_samples=``, with which only parts of batches are measured.
     """
 
     def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
         in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
         self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
-        self.positions: Tensor | None = None  # of the samples of the last mask, among the measured samples of all ranks
+        self.positions: Tensor | None = None  # of the samples in the latest mask, among the measured ones of all ranks
         self._num_batches = num_batches[0] if len(num_batches) == 1 else math.inf
 
     def is_last(self, batch_idx: int) -> bool:
@@ -173,7 +173,7 @@ class SeparateData:
         self._num_validated = 0
         self._share, self._is_indexed = share, subset.is_indexed
         self._batch_rows: int | None = None  # size of the first batch
-        self.positions: Tensor | None = None  # of the samples yielded last; None: ranks take turns, sample by sample
+        self.positions: Tensor | None = None  # of the samples yielded last; None if ranks take turns by sample
         in_turn = loaders_in_turn(trainer, loaders)
         # If the number of validated batches is not known in advance, everything is measured after the first one.
         self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
@@ -224,10 +224,10 @@ def sources_of(
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:
-    """Read the first batch of the data to measure before training begins, without changing its loader.
+    """Before training begins, read one batch of the data to measure, without changing the user's loader.
 
-    Return None if this rank has no samples, if Lightning has not set up validation yet, or if the first batch cannot be
-    known without iterating over the loader.
+    Return None if this rank has no samples, if Lightning has not set up validation yet, or if no batch can be read
+    without iterating over the loader.
     """
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return next(SeparateData(trainer, pl_module, wanted).rest(), None)

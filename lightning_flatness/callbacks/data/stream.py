@@ -18,9 +18,8 @@ class ValidationStream:
     """The sequence of samples that all ranks together validate, one loader after the other.
 
     A sample is identified by its position in this sequence. A ``DistributedSampler`` appends repeated samples until
-    every rank has equally many. The stream leaves out these repeated samples at its end, so several processes measure
-    the same samples as one process. ``max_samples`` selects positions, so it selects the same samples in every epoch,
-    unless the loader shuffles.
+    every rank has equally many. The stream leaves these out, so that several processes measure the same samples as one
+    process. ``max_samples`` selects positions. These are the same samples in every epoch, unless the loader shuffles.
 
     Args:
         loaders: the loaders that Lightning validates one after the other; empty if Lightning may combine them.
@@ -49,8 +48,8 @@ class ValidationStream:
         self._num_ranks = num_ranks
         self._has_warned = False
         self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, a mask of the positions to measure
-        self._num_left: int | None = None  # samples to measure on this rank, if a length is unknown
-        self._order: Tensor | None = None  # at each chosen position, the number of chosen ones before it
+        self._num_left: int | None = None  # if a length is unknown: samples this rank still has to measure
+        self._order: Tensor | None = None  # for each chosen position, the number of chosen ones before it
         if max_samples is None:
             return
         totals = [shard.total for shard in self._shards if shard.total is not None]
@@ -138,9 +137,10 @@ class _Shard:
         return None if labels is None else labels[: self.total]
 
     def share(self, chosen: Tensor) -> Tensor:
-        """Return a mask of the chosen positions that this rank measures.
+        """Return a mask of those chosen positions that this rank measures.
 
-        If every rank runs all samples, each rank takes an equal part of ``chosen``. Otherwise the mask is ``chosen``.
+        If every rank runs all samples, each rank takes an equal part of ``chosen``. If a ``DistributedSampler`` gives
+        every rank other samples, the mask is ``chosen`` itself.
         """
         positions = chosen.nonzero().flatten()
         share = torch.zeros_like(chosen)

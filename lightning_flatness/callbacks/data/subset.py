@@ -25,12 +25,12 @@ class FixedSubset:
     If ``loader`` is a ``DataLoader`` over an indexed data set, a new loader with the same settings reads the samples,
     and ``loader`` itself is never iterated. Transforms and ``collate_fn`` are applied as usual, and random transforms
     draw the same numbers every time. If ``loader`` has workers, one new worker reads the subset. Otherwise the main
-    process reads the subset and restores all random states, those of the data set's own generators included.
+    process reads the subset, and then restores all random states, also those of generators that the data set has.
 
     A new loader also reads an ``IterableDataset``. Any other iterable of batches is iterated directly, and random
     states are restored after every batch.
 
-    The constructor may be a collective if there are several ranks.
+    With several ranks, the constructor may be a collective, so all ranks must call it.
 
     Args:
         loader: a ``DataLoader``, or another iterable of batches.
@@ -38,7 +38,7 @@ class FixedSubset:
             stratified by class if the labels are known.
         rank: rank of this process.
         num_ranks: number of processes.
-        num_read: number of batches that every rank reads of ``loader`` in an epoch. Samples that are in no epoch are
+        num_read: number of batches of ``loader`` that every rank reads in an epoch. Samples that no epoch reaches are
             not chosen.
 
     Attributes:
@@ -86,8 +86,8 @@ def training_subset(
 ) -> FixedSubset:
     """Return a fixed subset of the training data, by default 4,096 samples.
 
-    ``num_batches`` is the number of batches that this rank trains on in an epoch. The subset contains no sample that
-    the epochs leave out.
+    ``num_batches`` is the number of batches in a training epoch of this rank. Samples that no epoch reaches are not in
+    the subset.
 
     Raises:
         FlatnessError: The samples of the loader cannot be read by index.
