@@ -23,7 +23,7 @@ def leaves_averages(callback: Any) -> bool:
 
 
 def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
-    """Warn if ``WeightAveraging`` has never updated its averages: they are then the initial weights."""
+    """Warn if ``WeightAveraging`` has never updated its averages, so that they are still the initial weights."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         # Lightning has no public name for the averages.
@@ -55,8 +55,8 @@ def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:
 def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> bool:
     """Have Lightning call ``callback.on_train_end`` a second time, after all other callbacks that have this hook.
 
-    Return True if there will be a second call. Return False in the second call, or if no other callback follows.
-    Checkpoints, and callbacks of the class ``own``, do not count as other callbacks.
+    Return True if there will be a second call. Return False in the second call, or if no other callback comes after
+    this one. Checkpoints, and callbacks of the class ``own``, do not count as other callbacks.
     """
     # Lightning iterates over this list while it calls the hook, so an entry that is inserted now is called, too.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

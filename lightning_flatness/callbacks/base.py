@@ -1,4 +1,7 @@
-"""The base class of the callbacks that measure: arguments, history, checkpoints, errors on all ranks, figures."""
+"""The base class of the callbacks that measure.
+
+It handles their common arguments, the history, the state in checkpoints, errors on all ranks, and figures.
+"""
 
 from __future__ import annotations
 
@@ -79,14 +82,14 @@ class MeasuringCallback(Callback):
         self._name = name
         self._errors = RankErrors(on_error, name, measured)
         self.run_outputs = RunOutputs(name, prefix, self.figures)
-        self._num_drawn = 0  # number of records in the history when figures were drawn last
+        self._num_drawn = 0  # number of records when the latest figures were drawn
         self._stopwatch = Stopwatch()  # for the measurement in progress
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
         self._is_restored = False
         self._network: Network | None = None  # the network that a validation step of this run has called
         self._asked: Asked | None = None  # inputs and targets of the batch that is being validated
-        self._watch: StepWatch | None = None  # on the validation step of that batch
+        self._watch: StepWatch | None = None  # records the calls in the validation step of that batch
         self._whole: WholeWeights | None = None  # during a measurement, if FSDP2 shards the weights
 
     @abstractmethod
@@ -121,7 +124,7 @@ class MeasuringCallback(Callback):
             self._is_restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the prefix, and store the stage: :meth:`load_state_dict`, which runs in every stage, needs it."""
+        """Check the prefix, and store the stage for :meth:`load_state_dict`, which Lightning calls in every stage."""
         check_prefix(trainer, self)
         self._is_checked = True
         self._stage = stage
@@ -187,9 +190,9 @@ class MeasuringCallback(Callback):
     def _find_network(self, pl_module: LightningModule) -> Call | None:
         """Find the network in the watched validation step, and return the step's call of the network, if there is one.
 
-        Unless ``data="val"``, no step shows what the network is given for the measured batches. So compare this call
-        with the inputs that the callback finds in the validated batch. If these differ, raise an error, or warn if they
-        come from ``batch_fn=``.
+        With ``data="val"`` and no inputs from ``batch_fn=``, the inputs of that call are measured. In all other cases,
+        the callback finds the inputs in the batch. So check on the validated batch that the step gives the same inputs
+        to the network. If it does not, raise an error, or only warn if the inputs come from ``batch_fn=``.
         """
         watch, asked = self._watch, self._asked
         assert asked is not None
@@ -226,7 +229,7 @@ class MeasuringCallback(Callback):
         return found.call
 
     def _gather(self, pl_module: LightningModule) -> None:
-        """Gather the weights that FSDP2 has sharded. A collective: even ranks that have failed must call it."""
+        """Gather the weights that FSDP2 has sharded. This is a collective: ranks that have failed must call it, too."""
         self._whole = WholeWeights(pl_module)
 
     @contextmanager
@@ -242,7 +245,7 @@ class MeasuringCallback(Callback):
         return self._whole.copy_of(network) if self._whole else network
 
     def _model_of(self, pl_module: LightningModule) -> nn.Module:
-        """Return the network. Unless ``model=`` names it, its parameters have their names in the LightningModule."""
+        """Return the network. Its parameters are named as in the LightningModule, unless the user gives ``model=``."""
         network = self._network_of(pl_module)
         return Within(network.module, network.prefix) if network.prefix else network.module
 
@@ -280,15 +283,15 @@ class MeasuringCallback(Callback):
 
     @property
     def _draws_now(self) -> bool:
-        """Whether ``figures_every`` asks for figures after the last measurement."""
+        """Whether ``figures_every`` asks for figures after the latest measurement."""
         return self.figures_every is not None and len(self.history) % self.figures_every == 0
 
     @property
     def _is_drawn(self) -> bool:
-        """Whether nothing was measured since figures were drawn last."""
+        """Whether figures were drawn after the latest measurement, or there is no measurement."""
         return len(self.history) <= self._num_drawn
 
     def _draw(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], suffix: str = "") -> None:
-        """Give the figures of the last measurement to the loggers. ``draw`` returns a dict from tags to figures."""
+        """Give the figures of the latest measurement to the loggers. ``draw`` returns a dict from tags to figures."""
         self._num_drawn = len(self.history)
         self.run_outputs.add_figures(trainer, draw, self.history[-1], suffix)

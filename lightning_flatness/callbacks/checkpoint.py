@@ -36,8 +36,8 @@ def survivors(candidates: Sequence[Candidate], within: float, max_files: int) ->
     A candidate is worth keeping if its score is within ``within`` of the best score, and no other candidate is at least
     as good in both score and flatness.
 
-    If there are more than ``max_files``, candidates are left out one at a time, never the first or the last. Each time,
-    the candidate goes whose flatness is nearest to that of its predecessor.
+    If there are more than ``max_files``, remove one candidate after another, but never the first or the last. Each
+    time, remove the candidate whose flatness is nearest to that of the candidate before it.
 
     Example:
         >>> first, second = Candidate("1", 0.99, 5.0), Candidate("2", 0.98, 3.0)
@@ -69,13 +69,13 @@ class FlatCheckpoint(ModelCheckpoint):
     near enough, and the flattest of the others takes its place. So several checkpoints stay on disk: all that are near
     the best accuracy, except those that another checkpoint equals or beats in both accuracy and flatness.
 
-    There are never more than ``max_files`` checkpoints. Where there would be more, the one with the best accuracy and
-    the flattest one stay, and of the others those that differ most in flatness. ``best_model_path`` may then, at the
-    end, be less flat than a checkpoint that was deleted.
+    There are never more than ``max_files`` checkpoints. If there would be more, the one with the best accuracy and the
+    flattest one stay, and among the others, those that differ most in flatness. The final ``best_model_path`` may then
+    be less flat than a checkpoint that was deleted earlier.
 
     A validation counts if accuracy and flatness were measured at the same step, and both are finite. So if flatness is
-    measured in every n-th epoch only, the other epochs do not count. With several ranks, the mean of each number over
-    the ranks counts.
+    measured in every n-th epoch only, the other epochs do not count. With several ranks, each of the two numbers is its
+    mean over the ranks.
 
     Args:
         monitor: key of the accuracy, or of another metric such as a loss.
@@ -88,7 +88,7 @@ class FlatCheckpoint(ModelCheckpoint):
             ``ModelCheckpoint``.
         filename: name of the files, by default ``"{epoch}-{step}"``. Files of the same name get a version number.
         verbose: print at every validation whether a checkpoint was saved.
-        save_last: keep a copy of the checkpoint that was saved last, too, as ``last.ckpt``.
+        save_last: also keep a copy of the latest checkpoint, as ``last.ckpt``.
         save_weights_only: save the weights, and no states of optimizers and callbacks.
         auto_insert_metric_name: put the names of metrics into the file name; use False if the names contain a slash.
         every_n_epochs: number of epochs from one check to the next.
@@ -157,7 +157,7 @@ class FlatCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints. Instances with other metrics, ``within`` or ``mode`` have other keys."""
+        """Key of the state in checkpoints. It is different for different metrics, ``within`` or ``mode``."""
         return self._generate_state_key(
             monitor=self.monitor, within=self.within, flatness=self.flatness, mode=self.mode
         )
@@ -174,7 +174,7 @@ class FlatCheckpoint(ModelCheckpoint):
         self._candidates = [Candidate(*one) for one in state_dict["candidates"]] if is_same else []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """If a resumed run restores checkpoints that are no longer on disk, forget these."""
+        """Forget checkpoints that a resumed run has restored, but that are no longer on disk."""
         super().on_train_start(trainer, pl_module)
         self._keep([one for one in self._candidates if self.file_exists(one.path, trainer)])
 

@@ -29,10 +29,10 @@ class LayerCall(NamedTuple):
 
 
 class CallRecorder:
-    """Forward hooks that record the calls of layers, but only while the recorder listens. A copy never listens.
+    """Records the calls of layers by forward hooks, but only while recording is switched on (``listens``).
 
     The hook stays on the classifier for the whole fit, because compiled code ignores hooks that are added after
-    compilation.
+    compilation. In a copy of a layer, the hook records nothing.
     """
 
     def __init__(self) -> None:
@@ -54,12 +54,12 @@ class CallRecorder:
         self.listen(False)
 
     def listen(self, listens: bool) -> None:
-        """Start or stop recording the classifier's calls. Both drop the calls that were recorded before."""
+        """Start recording calls (True) or stop it (False), and drop the calls that were recorded before."""
         self.calls.clear()
         self.listens = listens
 
     def take(self) -> list[LayerCall]:
-        """Stop listening, and return the recorded calls."""
+        """Stop recording, and return the recorded calls."""
         calls = list(self.calls)
         self.listen(False)
         return calls
@@ -84,8 +84,8 @@ class _Hook:
 def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Module]:
     """Return the layers that may be the classifier, as a dict by plain name.
 
-    With ``layers="classifier"`` these are all linear layers and convolutions; otherwise the one with the name
-    ``layers``.
+    With ``layers="classifier"`` these are all linear layers and convolutions. Any other ``layers`` is the name of one
+    layer, and the dict has this layer only.
     """
     every: dict[str, nn.Module] = {plain_name(name): module for name, module in pl_module.named_modules()}
     named = {name: module for name, module in every.items() if isinstance(module, LAYERS)}
@@ -105,9 +105,9 @@ def find_classifier(
 ) -> str:
     """Return the name of the layer that returns the logits of the loss, found in the calls of a training step.
 
-    ``why_not`` takes a call, and returns the reason why this call does not give the logits, or an empty string. The
-    classifier is the last layer that has such an empty string, is linear, and was called on one vector a sample. Calls
-    before it, which it depends on, are not considered.
+    ``why_not`` takes a call, and returns the reason why this call does not give the logits, or an empty string if it
+    does. The classifier is the last layer that was called on one vector per sample, is linear, and gives the logits.
+    Earlier calls, on whose outputs these logits depend, are not considered.
 
     Raises:
         FlatnessError: No call gives the logits, or several calls that do not depend on each other give logits.

@@ -60,7 +60,7 @@ class EpochEndCallback(MeasuringCallback):
         check_whole(f"{name}: every_n_epochs", every_n_epochs, least=1, or_none=True)
         self.every_n_epochs = every_n_epochs
         self.folder = folder
-        self._measured: Mapping[str, Tensor] | None = None  # sample of the weights that were measured last
+        self._measured: Mapping[str, Tensor] | None = None  # sample of the weights of the latest measurement
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether to measure after this epoch. Override it for another schedule, the same on all ranks."""
@@ -83,12 +83,12 @@ class EpochEndCallback(MeasuringCallback):
         """Draw the result, and the history if it has several records. Return a dict from tags to figures."""
 
     def _logged(self, record: Record) -> dict[str, float]:
-        """Return the values of a record that are logged, as a dict whose keys have no prefix."""
+        """Return those values of a record that are to be logged, as a dict whose keys have no prefix."""
         return {}
 
     @staticmethod
     def _say(level: int, message: str) -> None:
-        """Print on rank zero what a measurement will take, in time or work, at any logging ``level``."""
+        """Print on rank zero how much time or work a measurement will take. The logging ``level`` is ignored."""
         rank_zero_info(message)
 
     def _is_ready(self, final: bool) -> bool:
@@ -97,7 +97,7 @@ class EpochEndCallback(MeasuringCallback):
 
     @property
     def _is_interrupted(self) -> bool:
-        """Whether the user has interrupted the last measurement with Ctrl-C."""
+        """Whether the user has interrupted the latest measurement with Ctrl-C."""
         return False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,7 +225,7 @@ class EpochEndCallback(MeasuringCallback):
             self._draw(trainer, self._figures)
 
     def _has_data(self, trainer: Trainer) -> bool:
-        """Return whether the data can be read. Validation data cannot before Lightning sets up a first validation."""
+        """Return whether the data can be read. For validation data, Lightning must have set up a validation first."""
         return self._data_name != "val" or trainer.val_dataloaders is not None
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> SeparateData:
@@ -240,7 +240,7 @@ class EpochEndCallback(MeasuringCallback):
         return SeparateData(trainer, pl_module, wanted)
 
     def _suffix(self, trainer: Trainer) -> str:
-        """Return the suffix of file names at the end of the fit, which tells them from those of the last epoch."""
+        """Return a suffix for the files of the final measurement, so that their names differ from earlier ones."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(map(leaves_averages, callbacks)):
             return "-averaged"

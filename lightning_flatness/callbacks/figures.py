@@ -33,15 +33,16 @@ def checked(figures: bool | str, name: str) -> Figures:
 
 
 class RunOutputs:
-    """The figures and files of one callback in one fit: where they go, and which failures the user knows of.
+    """Gives the figures and files of one callback in one fit to the loggers, and writes files to a folder.
 
-    If a logger raises an error, the figure goes to the folder of the run instead, and a warning says so, once for every
-    logger. If drawing fails, a warning says so once. Only rank zero may add figures and files.
+    If a logger raises an error, the figure goes to the folder of the run instead, with one warning for every logger. If
+    drawing fails, there is one warning in the fit. Only rank zero may add figures and files.
 
     Args:
         name: name of the callback, for warnings.
         prefix: prefix of the callback's logged keys.
-        figures: ``"auto"`` for loggers, and for PNG files where a logger takes no figures; ``"files"`` for PNG files.
+        figures: ``"auto"`` to give figures to loggers, and to write PNG files for loggers that take none; ``"files"``
+            for PNG files only; False for no figures.
         folder: folder for the files, or None for a new folder that no other run writes to.
     """
 
@@ -51,7 +52,7 @@ class RunOutputs:
         self._path = prefix  # path of the folder within loggers that store files
         self._told: set[str] = set()
         self.has_charts = False  # whether charts were added to TensorBoard's page Custom Scalars
-        self.version: Path | None = None  # folder of the run if no logger has one; callbacks share it
+        self.version: Path | None = None  # folder of the run if no logger has one, for all callbacks
 
     def add_figures(
         self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], record: Mapping[str, Any], suffix: str = ""

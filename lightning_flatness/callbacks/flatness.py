@@ -56,9 +56,9 @@ class FlatnessCallback(FlatnessHistory):
         layers: the layers to measure. :func:`~lightning_flatness.measure_flatness` explains this argument, and those
             from ``strict`` to ``dtype``.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function that returns per-sample losses.
-        data: ``"val"`` for the validated batches; ``"train"`` for a fixed random subset of the training data, in
-            evaluation mode, which a separate loader reads; or your own ``DataLoader`` or list of batches. Of these,
-            every rank measures a part. The papers define flatness on the training loss.
+        data: ``"val"`` for the validated batches; ``"train"`` for a fixed random subset of the training data, which a
+            separate loader reads; or your own ``DataLoader`` or list of batches, of which every rank measures a part.
+            The network is in evaluation mode. The papers define flatness on the training loss.
         every_n_epochs: number of epochs from one measurement to the next. The first validation is always measured.
         max_samples: number of samples of a fixed random subset, over all ranks. The subset is stratified by class if
             the data set has ``targets`` or ``labels``. The default is all samples, or 4,096 of the training data. For a
@@ -71,7 +71,7 @@ class FlatnessCallback(FlatnessHistory):
         batch_fn: function that takes a batch and returns ``(inputs, targets)``. By default, the inputs are what the
             validation step gives to the network, and the targets are the second entry of a pair, or an entry with a
             name like ``label``.
-        summary: print before training which layers are measured, and how each result was certified.
+        summary: print before training which layers are measured and how, and which are left out and why.
         figures: ``"auto"`` to give figures of accuracy, flatness and block traces to every logger that takes figures,
             and to write PNG files for the other loggers; ``"files"`` for PNG files only; False for none. See
             ``docs/loggers.md``.
@@ -86,8 +86,8 @@ class FlatnessCallback(FlatnessHistory):
         num_probes: number of random probe vectors of the Hutchinson estimate.
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
-        live: observe the forward passes of validation, if observing does not change them; False to make extra forward
-            passes in any case.
+        live: measure in the forward passes that validation makes, if a trial shows that this changes nothing; False to
+            make extra forward passes in any case.
         on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs nothing.
 
     Attributes:
@@ -151,7 +151,7 @@ class FlatnessCallback(FlatnessHistory):
             "dtype": dtype,
         }
         checked = Options(**self._options)
-        # Whether samples are held until the first samples of all ranks have shown the spread of the input channels.
+        # Whether samples wait in memory until all ranks know the spread of the input channels.
         self._waits = checked.is_normalized
         self._measures = ["hessian_trace"] if checked.diagonal else ["hessian_trace", "relative_flatness"]
         shared = (data, max_samples, prefix, model, batch_fn, figures, figures_every, on_error)
@@ -163,14 +163,14 @@ class FlatnessCallback(FlatnessHistory):
         self.num_measurements = 0
         self._wants_live = live
         self._passes = PassesOfRun(live)
-        # As certified before training: how each layer is measured, and why each layer that is left out is not.
+        # Found out before training: how each layer is measured, and why each other layer is left out.
         self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
         self._running: Validation | None = None
         self._num_sources = 1  # number of sources of the validation in progress
         self._told_inexact: frozenset[str] = frozenset()  # layers that a warning has named in this run
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to measure: at the validation that begins, or in a fit without validation after this epoch.
+        """Return whether to measure in the validation that begins or, in a fit without validation, after this epoch.
 
         Override this method for another schedule, which must be the same on all ranks.
         """
@@ -188,7 +188,7 @@ class FlatnessCallback(FlatnessHistory):
             logged.warn_no_validation(self.prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Certify the layers on one batch, unless the sanity check has done so, and print the summary."""
+        """Check how each layer can be measured, unless the sanity check has shown it, and print the summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             logged.warn_no_validation(self.prefix)
@@ -205,14 +205,14 @@ class FlatnessCallback(FlatnessHistory):
         self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Certify the layers before training, on data that no validation step has shown, if there are any."""
+        """Check before training how each layer can be measured, on one batch of the data if this can be read."""
         waits = self._data_name == "val" and self._network is None
         try:
             samples = first_samples(trainer, pl_module, self._wanted)
             if samples is not None and not self._errors.pending:
                 self._certify(self._network_of(pl_module), samples)
         except Exception as error:
-            # The first validation step will show which network it calls, and with what: certify it then.
+            # The first validation step will show the network and its inputs, so the layers can be checked then.
             if not waits or isinstance(error, (LayerSelectionError, NotExactError)):
                 raise
 
@@ -253,7 +253,7 @@ class FlatnessCallback(FlatnessHistory):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Measure the validated batch, or the next part of other data. In the sanity check, certify the layers.
+        """Measure the validated batch, or the next part of other data. In a sanity check, only check the layers.
 
         The end of the epoch would be too late, because weight averaging swaps the weights back before that hook.
         """

@@ -13,12 +13,16 @@ from lightning_flatness.results import FlatnessReport
 
 
 class FlatnessHistory(MeasuringCallback):
-    """Base class of the callback that measures flatness. ``arguments`` are those of :class:`MeasuringCallback`."""
+    """Base class of the callback that measures flatness.
+
+    ``accuracy`` is the key of the logged accuracy, and ``measure`` is the measure in charts. ``arguments`` are those of
+    :class:`MeasuringCallback`.
+    """
 
     def __init__(self, accuracy: str | None, measure: str, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.accuracy = accuracy
-        self.charted = f"{self.prefix}/log10_{measure}"  # key that is charted, next to the accuracy
+        self.charted = f"{self.prefix}/log10_{measure}"  # key that gets a chart, as the accuracy does
         self.report: FlatnessReport | None = None
         self._awaits_accuracy: Record | None = None
 

@@ -14,10 +14,10 @@ from lightning_flatness.plots.words import DATA
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, summary_table
 from lightning_flatness.results.tables import PARTS, SAMPLED
 
-# Numbers of the measured samples that are logged beside flatness: keys, and the fields of the report that have them.
+# Numbers that are logged in addition to flatness. The dict maps a logged key to the field of the report that has it.
 # The share of samples that are classified correctly is not called accuracy, since the LightningModule logs its own.
 BESIDE = {"loss": "loss", "top1": "accuracy", "curvature": "curvature"}
-# Measures that are kept in addition, where the report has them.
+# Measures that a record has, too, if the report has them.
 FURTHER = ("normalized_relative_flatness", "channelwise_flatness")
 # Largest number of layers that a warning names.
 MOST_NAMES = 8
@@ -39,7 +39,7 @@ def with_data(
 
 
 def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, Any]:
-    """Return what the history keeps of a report: numbers, and labels that say how they were measured.
+    """Return the record of a report for the history: numbers, and labels that say how they were measured.
 
     If there are several layers, the record has numbers for each layer, too. Keys have no prefix. None stands for NaN.
     """
@@ -74,8 +74,8 @@ def values_of_loaders(reports: Mapping[int, FlatnessReport], measures: Sequence[
 def numbers_of(record: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]] = ()) -> dict[str, float]:
     """Return the numbers of a record that loggers get, as floats. ``exact`` becomes 1 or 0.
 
-    A number that is None is left out, unless one of the ``earlier`` records has it: then it is NaN, so that a key that
-    was logged once is always logged.
+    None is left out. But if one of the ``earlier`` records has a number under the same key, None becomes NaN, so that a
+    key that was logged once is always logged.
 
     Example:
         >>> numbers_of({"epoch": 3, "exact": True, "loss": None, "hessian_trace": 2.0, "method": "closed_form"})
@@ -133,8 +133,8 @@ def known(value: float) -> float | None:
 def _is_logged(name: str) -> bool:
     """Return whether loggers get the number with this key.
 
-    Of standard errors, they get only those of measures summed over layers. ``accuracy`` is not logged, because the
-    LightningModule logs it.
+    Among standard errors, loggers get only those of measures summed over layers. ``accuracy`` is not logged, because
+    the LightningModule logs it.
     """
     is_minor = "/" in name or name.removesuffix("_error") in BESIDE
     return name != "accuracy" and not (name.endswith("_error") and is_minor)

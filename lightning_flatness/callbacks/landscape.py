@@ -43,15 +43,16 @@ class LandscapeCallback(EpochEndCallback):
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
-            loader reads; or your own ``DataLoader`` or list of batches. Of these, every rank measures a part. The
+            loader reads; or your own ``DataLoader`` or list of batches, of which every rank measures a part. The
             network is in evaluation mode. All samples stay in memory during a measurement.
         max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
         every_n_epochs: measure after the first epoch and every n-th epoch after it, too; None: only after the fit.
-        axes: ``"random"``, ``"adam"`` (moments of the Trainer's optimizer) or ``"hessian"`` for a plane with two such
-            axes; a list of one of these strings for a line, or of two for a plane; or ``"trajectory"`` for the plane of
-            the first two principal directions of the weights after all epochs. The figure then shows the path of the
-            weights through this plane. ``"trajectory"`` keeps a copy of the initial parameters, and of the parameters
-            after every epoch of this fit, in CPU memory on every rank. Checkpoints do not contain these copies.
+        axes: kind of the axes: ``"random"``, ``"adam"`` (from the moments of the Trainer's optimizer) or ``"hessian"``.
+            One such string gives a plane with two axes of this kind. A list of one string gives a line, a list of two
+            a plane. ``"trajectory"`` gives the plane of the first two principal directions of the weights after all
+            epochs, and the figure shows the path of the weights in this plane. For ``"trajectory"``, every rank keeps
+            copies of the initial parameters and of the parameters after every epoch of this fit in CPU memory.
+            Checkpoints do not contain these copies.
         normalize: normalization of the axes. :func:`~lightning_flatness.loss_landscape` explains this argument and the
             following ones up to ``dtype``.
         norm: norm that the normalization uses: 1 for L1, 2 for L2.
@@ -87,7 +88,7 @@ class LandscapeCallback(EpochEndCallback):
             ``step``; ``loss`` and ``accuracy`` at the origin; ``lowest_loss`` of all points; ``complete``, False after
             Ctrl-C; ``seconds``, which are also logged as ``{prefix}/seconds``; and ``data``, ``num_samples``,
             ``loss_name``, ``axes`` and ``batch_norm``, which say what was measured.
-        results: the last landscapes, a dict with keys ``"kept"`` and ``"recomputed"`` and values of type
+        results: the latest landscapes, a dict with keys ``"kept"`` and ``"recomputed"`` and values of type
             :class:`~lightning_flatness.LandscapeResult`.
 
     Raises:
@@ -216,7 +217,7 @@ class LandscapeCallback(EpochEndCallback):
             axes, span = self._trajectory.plane(network)
             plane = {"axes": axes, "span": span} if self._spans_trajectory else {"axes": axes}
         optimizer = _adam(trainer, network) if self._needs_adam else None
-        say = None if self.results else self._say  # only once in a run
+        say = None if self.results else self._say  # print the expected effort once in a run
         shared: dict[str, Any] = {"optimizer": optimizer, "sync": True, "progress": progress}
         self.results = {}
         for name, options in self._options.items():
@@ -249,7 +250,7 @@ class LandscapeCallback(EpochEndCallback):
 
     @property
     def trajectory(self) -> Tensor | None:
-        """Coordinates of the stored weights in the last plane, ``(epochs + 1, 2)``, or None without a trajectory.
+        """Coordinates of the stored weights in the latest plane, ``(epochs + 1, 2)``, or None without a trajectory.
 
         The first row is for the initial weights, and every other row for the weights after an epoch.
         """

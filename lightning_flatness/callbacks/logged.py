@@ -18,7 +18,7 @@ LOGGING = ("log", "log_dict")
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
-    """Return the values, and the base-10 logarithm of ``measure``, which is NaN unless that value is positive."""
+    """Return the values, and the base-10 logarithm of the value ``measure``: NaN if this value is not positive."""
     value = values[measure]
     return {**values, f"log10_{measure}": math.log10(value) if value > 0 else math.nan}
 
@@ -79,7 +79,7 @@ def log_record(
 def log_again(
     trainer: Trainer, pl_module: LightningModule, prefix: str, history: Sequence[Mapping[str, Any]], measure: str
 ) -> None:
-    """Log the last record again if a resumed run has not logged it, so that callbacks that monitor a key find it."""
+    """After a resume, log the last record again, so that callbacks that monitor one of its keys find a value."""
     if f"{prefix}/{measure}" not in trainer.callback_metrics:
         log_record(pl_module, prefix, history[-1], history, measure)
 

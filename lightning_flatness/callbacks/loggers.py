@@ -23,7 +23,7 @@ class Item:
     Attributes:
         tag: name of the figure or file, like the key of a logged number.
         step: number of the training step, like that of a logged number.
-        path: path of the file, relative to the folder of the run and to a logger's own store of files.
+        path: relative path of the file, the same in the folder of the run and in a logger's own store of files.
     """
 
     tag: str

@@ -27,8 +27,8 @@ class Network:
 
     Attributes:
         module: the network.
-        prefix: name of the network in the LightningModule, with which names of its layers begin; empty if ``model=``
-            names the network.
+        prefix: name of the network in the LightningModule. Names of its layers begin with it. It is empty if
+            ``model=`` names the network.
         on_batch: whether only the call on the batch's own inputs is measured, because the step calls the network on
             other inputs, too.
         is_called: False if the steps are not seen to call the network, so that the batch's own inputs are measured.
@@ -106,7 +106,7 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
 
 
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
-    """Return the network if no step shows it: the one that ``model`` names, or the LightningModule itself."""
+    """Return the network that ``model`` names, or else the LightningModule, for use where no step shows the network."""
     named = named_network(pl_module, model)
     if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
         children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
@@ -119,7 +119,7 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
 
 @dataclass
 class _Heard:
-    """A call of a module in a step, its output, and the calls of other modules that it makes."""
+    """A recorded call of a module in a step, with its output and the calls of other modules within this call."""
 
     module: nn.Module
     call: Call  # with the user's tensors
@@ -228,10 +228,10 @@ class StepWatch:
         return Found(network, heard.copied or heard.call.copied(), heard.call)
 
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
-        """Find the call to measure.
+        """Find the call to measure among these calls, or among the calls within them.
 
-        Return this call, the number of different inputs that the step calls its module on, and True; or, if there is no
-        call to measure, another call of the module, that number, and False.
+        Return this call, the number of different inputs that its module gets in the step, and True. If there is no call
+        to measure, return some call of the same module, that number, and False.
         """
         self._refuse_several(calls)
         different: list[_Heard] = []
@@ -294,7 +294,7 @@ class StepWatch:
         )
 
     def _expression(self, module: nn.Module) -> str:
-        """Return Python code that finds a module in the LightningModule ``module``."""
+        """Return Python code that gets a submodule of the LightningModule, which the code calls ``module``."""
         name = self._names.get(module, "")
         plain = all(part.isidentifier() for part in name.split("."))
         return f"module.{name}" if plain else f"module.get_submodule({name!r})"

@@ -33,10 +33,10 @@ from lightning_flatness.model.isolation import refuse_sharded
 
 
 class EagerSteps:
-    """A switch, shared by all FlatnessPenalties, that makes ``torch.compile``'s code run uncompiled in first steps.
+    """A switch that makes compiled modules run eagerly. All FlatnessPenalty callbacks share it.
 
-    Every callback needs this until its own first step has ended. So the switch counts the callbacks, and restores the
-    earlier setting when the last one is done.
+    Every callback needs eager modules until its first step has ended. So the switch counts the callbacks that need
+    them, and restores the earlier setting when the last one is done.
     """
 
     _num_steps: ClassVar[int] = 0
@@ -44,7 +44,7 @@ class EagerSteps:
 
     @classmethod
     def begin(cls) -> None:
-        """Run compiled code uncompiled from now on."""
+        """Make compiled modules run eagerly from now on."""
         if cls._stance is None:
             cls._stance = torch.compiler.set_stance("force_eager")
             cls._stance.__enter__()
@@ -52,7 +52,7 @@ class EagerSteps:
 
     @classmethod
     def end(cls) -> None:
-        """Run compiled code as before, unless another callback still needs it uncompiled."""
+        """Run compiled modules as before, unless another callback still needs them to run eagerly."""
         cls._num_steps -= 1
         if cls._num_steps == 0 and cls._stance is not None:
             cls._stance.__exit__(None, None, None)
@@ -67,8 +67,8 @@ class FlatnessPenalty(Callback):
     classifier in the training step, without a second forward or backward pass.
 
     The first step of a fit shows which layer is the classifier: the linear layer whose output is the logits of the
-    loss. That step also certifies that the loss has the same second derivative with respect to the logits as mean
-    cross-entropy.
+    loss. In that step, the callback also checks that the loss has the same second derivative with respect to the logits
+    as mean cross-entropy.
 
     The callback logs three means over every epoch: ``penalty/relative_flatness`` (``κ``), ``penalty/strength`` (``λ``)
     and ``penalty/loss`` (the term added to the loss). It works with precision plugins, gradient accumulation, gradient
@@ -81,7 +81,7 @@ class FlatnessPenalty(Callback):
         schedule: a function from the number of optimizer steps so far to a factor that multiplies ``λ``.
         warmup_steps: over this number of optimizer steps, ``λ`` rises linearly from zero.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
-        normalize: scale every feature to standard deviation one over the batch. Every rank takes its own batch.
+        normalize: scale every feature to standard deviation one over the batch; on every rank, over its own batch.
         maximize: subtract ``λ κ`` instead, to train away from flat minima.
         label_smoothing: label smoothing of your loss. It matters only with class weights.
         class_weight: class weights of your loss, one for every class.
@@ -92,8 +92,8 @@ class FlatnessPenalty(Callback):
         prefix: prefix of the logged keys.
 
     Raises:
-        FlatnessError: Before or in the first step: the optimization is manual, weights are sharded, the classifier is
-            not found, or the loss does not curve as mean cross-entropy does.
+        FlatnessError: The optimization is manual, weights are sharded, the classifier is not found, or the second
+            derivative of the loss is not that of mean cross-entropy. The error comes before or in the first step.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -142,7 +142,7 @@ class FlatnessPenalty(Callback):
         self._errors = RankErrors("raise", "FlatnessPenalty", "penalty")
         self._recorder = CallRecorder()
         self._classifier: tuple[str, nn.Module] | None = None  # name and layer, known after the first step
-        self._is_eager = False  # whether this callback keeps compiled code uncompiled, in the first step
+        self._is_eager = False  # whether this callback makes compiled modules run eagerly now
         self._targets: Tensor | None = None  # targets of the batch that is trained on
         self._sums: dict[str, Tensor | float] = {}  # sums of the logged values over the samples of an epoch
 
@@ -168,7 +168,7 @@ class FlatnessPenalty(Callback):
             refuse_sharded(name, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the classifier's calls. In the first step of a fit, run uncompiled and record all layers' calls."""
+        """Record the classifier's calls. In the first step of a fit, run eagerly and record the calls of all layers."""
         targets = targets_of(batch) if self.batch_fn is None else self.batch_fn(batch)[1]
         self._targets = None if targets is None else targets.clone()  # the step may change them
         if self._classifier is None:

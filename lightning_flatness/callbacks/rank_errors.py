@@ -35,7 +35,7 @@ class RankErrors:
 
     @contextmanager
     def kept(self, num_ranks: int) -> Iterator[None]:
-        """Store an error of the ``with`` block, or, with one rank and ``on_error="raise"``, let the error propagate.
+        """Store an error of the ``with`` block. With one rank and ``on_error="raise"``, let it propagate instead.
 
         The error is stored as a string, because an exception would keep all tensors of its stack frames alive.
         """
@@ -52,8 +52,8 @@ class RankErrors:
     def settle(self, where: str) -> bool:
         """Return True if no rank has a pending error. Otherwise raise an error, or warn, on every rank.
 
-        All ranks must call this method, because it is a collective. The message names the first rank that failed and
-        ``where``, the point in training.
+        All ranks must call this method, because it is a collective. The message names the first rank that failed, and
+        the point in training (``where``).
         """
         messages = gather(self.pending, sync=True)
         self.pending = None

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def own_folder(loggers: Sequence[Any]) -> Path | None:
-    """Return the folder of the first logger that has a folder for every run, as TensorBoard and CSV have, or None.
+    """Return the folder of this run in the first logger that has one for every run (TensorBoard, CSV), or None.
 
     Other loggers have only ``save_dir``, one folder for all runs. It is not used, because MLflow takes every folder in
     ``save_dir`` for an experiment.

@@ -75,9 +75,9 @@ class Running:
         self._network = network
         self._passes = passes
         self._is_tried = False
-        self._repeats = True  # whether passes of our own run as the user's do and are observed, after the trial
+        self._repeats = True  # whether extra passes after the trial run as the user's do, and are observed
         self._listener: Listener | None = None
-        self._asked: Asked | None = None  # inputs and targets of the last batch
+        self._asked: Asked | None = None  # inputs and targets of the latest batch
         self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
         if self._observes and isinstance(source, ValidationBatches) and source.why_not_observed:
             passes.rule_out(source.why_not_observed)
@@ -130,11 +130,11 @@ class Running:
         return reason
 
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
-        """After a validation step, measure the samples of its batch that the source chooses, or samples of other data.
+        """After a validation step, measure those samples of the batch that the source selects, or other data.
 
-        ``call`` is the network's call if a :class:`~lightning_flatness.callbacks.network.StepWatch` has watched this
-        step. Otherwise the call that was recorded in this step is measured, or the batch's own inputs if the network is
-        not seen to be called.
+        ``call`` is the network's call, if a :class:`~lightning_flatness.callbacks.network.StepWatch` has found it in
+        this step. If it is None, measure the call that this object has recorded in this step. If no step is seen to
+        call the network, measure the batch's own inputs.
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():
@@ -160,8 +160,8 @@ class Running:
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
         """Measure samples in an extra forward pass.
 
-        If a trial has shown that an extra pass can run in the same way and precision as the user's passes, the extra
-        pass runs like that and is observed.
+        If a trial has shown that an extra pass can run in the same way and precision as the user's passes, run it in
+        this way, and observe it.
         """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.repeats):
@@ -181,13 +181,13 @@ class Running:
             self.measurement.update(inputs, targets, positions=self.source.positions)
 
     def measure_held(self) -> None:
-        """Measure the samples that were held until all ranks knew the spread of the input channels."""
+        """Measure the samples that have waited in memory until all ranks knew the spread of the input channels."""
         with nullcontext() if self._asked is None else self._asked.explaining():
             self.measurement.measure_held()
 
     @property
     def has_targets(self) -> bool:
-        """Whether the last batch had targets."""
+        """Whether the latest batch had targets. True if there was no batch."""
         return self._asked is None or self._asked.targets is not None
 
     def release(self) -> None:
@@ -200,8 +200,7 @@ class Running:
     def _recorded_call(self, asked: Asked, batch_idx: int) -> Call:
         """Return the recorded call, if the step has called the network, and on one input only.
 
-        Otherwise return the call on the inputs that ``batch_fn=`` gives, or raise an error if there is no
-        ``batch_fn=``.
+        Otherwise return the call on the inputs that ``batch_fn=`` gives, or raise an error if it gives none.
         """
         listener = self._listener
         assert listener is not None

@@ -42,7 +42,7 @@ class SpectrumCallback(EpochEndCallback):
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
-            loader reads; or your own ``DataLoader`` or list of batches. Of these, every rank measures a part. The
+            loader reads; or your own ``DataLoader`` or list of batches, of which every rank measures a part. The
             network is in evaluation mode. All samples stay in memory during a measurement.
         max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
         every_n_epochs: measure after the first epoch and every n-th epoch after it, too; None: only after the fit.
@@ -79,7 +79,7 @@ class SpectrumCallback(EpochEndCallback):
             ``step``; the logged values (None if unknown); standard deviations over the probes, ``r_e_std`` and so on;
             the eigenvalues and their residuals, for :func:`~lightning_flatness.plots.plot_eigenvalues`; and ``data``,
             ``num_samples``, ``matrix``, ``num_probes`` and ``num_steps``, which say what was measured, and how.
-        result: the last measurement, a :class:`~lightning_flatness.SpectrumResult`.
+        result: the latest measurement, a :class:`~lightning_flatness.SpectrumResult`.
 
     Raises:
         FlatnessError: An argument is invalid, or (before the first epoch) the network or data cannot be measured.
@@ -156,7 +156,7 @@ class SpectrumCallback(EpochEndCallback):
         spectrum_of(network, batches, one_product, progress=False, sync=True, say=None)
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        say = self._say if self.result is None else None  # only once in a run
+        say = self._say if self.result is None else None  # print the expected effort once in a run
         result = self.result = spectrum_of(network, batches, self._options, progress, True, say)
         if not result.converged and not self._is_told:
             self._is_told = True

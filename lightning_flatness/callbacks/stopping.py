@@ -52,10 +52,10 @@ class FlatnessStopping(EarlyStopping):
 
     Args:
         monitor: key of a flatness measure that :class:`~lightning_flatness.FlatnessCallback` logs, or a list of keys.
-            With a list, training stops only if none of these measures improves. The training data are best for this:
-            use ``FlatnessCallback(data="train")``.
+            With a list, training stops only if none of these measures improves. Flatness on the training data is the
+            best choice: use ``FlatnessCallback(data="train")``.
         accuracy: key of a second metric. Training stops only if its mean over ranks does not improve either.
-        burn_in: number of initial epochs to ignore; about as many as the accuracy rises steeply in.
+        burn_in: number of initial epochs to ignore. Choose those in which the accuracy rises steeply.
         patience: training stops after this number of validations without an improvement of any metric.
         min_delta: smallest change of flatness that counts as an improvement, as a fraction of the best value.
         accuracy_min_delta: smallest absolute change of the second metric that counts as an improvement.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-# If measuring takes more than the share MUCH of the rest of a validation, suggest max_samples= for the share MODEST.
+# If measuring takes more than MUCH times the rest of a validation, suggest max_samples= for MODEST times.
 MUCH, MODEST = 0.2, 0.1
 FEWEST = 100  # smallest max_samples= that is suggested
 
@@ -66,7 +66,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def in_words(seconds: float, whole: float, num_samples: int) -> str:
-    """Say how long measuring took, compared with the rest of the validation; if that is long, how to measure less.
+    """Say how long measuring took, compared with the rest of the validation. If it took long, suggest ``max_samples``.
 
     Args:
         seconds: time that measuring took.

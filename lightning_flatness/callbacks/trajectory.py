@@ -21,7 +21,7 @@ class Trajectory:
         self.release()
 
     def release(self) -> None:
-        """Delete all states, but keep the coordinates in the last plane."""
+        """Delete all states, but keep the coordinates in the latest plane."""
         self._states: list[dict[str, Tensor]] = []
 
     def add(self, network: nn.Module) -> None:
@@ -42,7 +42,7 @@ class Trajectory:
 
     @property
     def coordinates(self) -> Tensor | None:
-        """Coordinates of the states in the last plane, ``(states, 2)``, or None if no plane was computed yet."""
+        """Coordinates of the states in the latest plane, ``(states, 2)``, or None if no plane was computed yet."""
         return None if self._principal is None else self._principal.coordinates
 
     def plane(self, network: nn.Module) -> tuple[list[Any], list[list[float]]]:
@@ -59,6 +59,6 @@ class Trajectory:
         return list(principal.directions), torch.stack([low - margin, high + margin], 1).tolist()
 
     def save(self, path: str) -> Path:
-        """Write the coordinates of all states in the last plane to an npz file, and return the file's path."""
+        """Write the coordinates of all states in the latest plane to an npz file, and return the file's path."""
         assert self._principal is not None
         return TrajectoryResult(self._principal.coordinates, self._principal.explained).save(path)

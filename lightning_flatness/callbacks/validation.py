@@ -22,8 +22,8 @@ class Validation:
 
     The measurement of a loader begins with the first step on this loader, because no earlier step shows the network.
 
-    Feature-normalised flatness needs the spread of the input channels, which the first samples of all ranks show. Until
-    they have, samples are held. Finding the spread is a collective.
+    Feature-normalised flatness needs the spread of the input channels, which is computed from the first samples of all
+    ranks. Until it is known, samples are held, that is, they wait in memory. Finding the spread is a collective.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Validation:
         measurement_of: Callable[[Network], Measurement],
         waits: bool,
     ) -> None:
-        self._waits = waits  # whether samples are held until all ranks know the spread of channels
+        self._waits = waits  # whether samples wait until all ranks know the spread of channels
         self._sources, self._passes, self._measurement_of = sources, passes, measurement_of
         self._running: dict[int, Running] = {}
         self._left_out: dict[int, str] = {}  # loaders that cannot be measured, and why
