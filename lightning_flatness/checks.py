@@ -18,7 +18,7 @@ def plain(value: Any) -> Any:
     """Convert a sequence to a ``list``, and the sequences inside it too.
 
     Tuples stay tuples. Strings and values that are not sequences are returned unchanged. The conversion is needed
-    because configurations contain list types that are not ``list``, such as Hydra's ``ListConfig``.
+    because configuration packages have list types of their own, such as Hydra's ``ListConfig``.
 
     Example:
         >>> from collections import UserList
@@ -32,9 +32,9 @@ def plain(value: Any) -> Any:
 
 
 def check_whole(name: str, value: Any, least: int | None = None, or_none: bool = False) -> None:
-    """Raise an error unless ``value`` is an ``int`` (a ``bool`` does not count) that is not below ``least``.
+    """Raise an error unless ``value`` is an ``int`` of at least ``least``. A ``bool`` is not accepted.
 
-    With ``or_none``, the value None is accepted too.
+    If ``least`` is None, every ``int`` is accepted. With ``or_none``, None is accepted too.
     """
     if value is None and or_none:
         return

@@ -33,8 +33,8 @@ class NotExactError(FlatnessError):
 class LandscapeError(FlatnessError):
     """The loss at a point of a landscape could not be computed.
 
-    ``result`` holds the points that were computed before the error, and can be passed on as ``resume=``. It is None if
-    there are no such points.
+    ``result`` holds the points that were computed before the error, or None if there are none. To compute the other
+    points, pass ``result`` as ``resume=`` in another call.
     """
 
     def __init__(self, message: str, result: Any = None) -> None:

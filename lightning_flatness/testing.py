@@ -72,11 +72,12 @@ def oracle_block_traces(
     filters: Sequence[int] | None = None,
     loss_function: LossFunction = cross_entropy,
 ) -> Tensor:
-    """Compute the block traces ``T[s, s']`` of the given filters ``s`` (by default all) with every filter ``s'``.
+    """Compute the block traces of one layer: a number for every pair of filters.
 
-    ``T[s, s']`` is the trace of the Hessian's block of the filters ``s`` and ``s'`` (``docs/theory.md``). The arguments
-    are the same as in :func:`hessian_rows`. The result has the shape ``(len(filters), S)`` for ``S`` filters in the
-    layer. For a grouped convolution, the result includes pairs of filters from different groups.
+    The block trace ``T[s, s']`` is the trace of the block of the Hessian with the rows of filter ``s`` and the columns
+    of filter ``s'`` (``docs/theory.md``). The rows ``s`` are the given ``filters``, by default all; the columns ``s'``
+    are all ``S`` filters of the layer. So the result has the shape ``(len(filters), S)``. For a grouped convolution, it
+    includes pairs of filters from different groups. The arguments are the same as in :func:`hessian_rows`.
     """
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
@@ -106,22 +107,22 @@ def assert_matches_oracle(
             of a parametrised weight replaces the parametrisation.
         batch: a pair of inputs and targets; the inputs must be one tensor.
         layer: name of the layer.
-        filters: indices of filters. If they are given, only the block traces of these filters are compared, and the
-            measures (such as relative flatness) are not.
+        filters: indices of filters. With them, the check compares only the block traces of these filters, and no
+            measures such as relative flatness.
         rtol: largest allowed error, relative to the largest block trace. For a measure, the error is relative to the
             sum of the absolute values of the terms that add up to the measure.
         loss_function: maps logits and targets to the mean loss; must be the same loss as in ``options``.
         **options: options of ``measure_flatness``, such as ``loss``.
 
     Raises:
-        AssertionError: the numbers differ, or the layer computes its kernel from its weight by other means than a
-            parametrisation, so that it cannot be checked.
+        AssertionError: the numbers differ. The error is also raised for a layer that cannot be checked, because it
+            computes its kernel from its weight without a parametrisation.
     """
     from lightning_flatness import measure_flatness
 
     model = copy.deepcopy(model).cpu().double().eval()
     inputs, targets = batch[0].cpu().double(), batch[1].cpu()
-    options = {"tolerance": 0, **options}  # use every class
+    options = {"tolerance": 0, **options}  # compute with all classes; estimate nothing
     measured = measure_flatness(model, [(inputs, targets)], layers=layer, **options).layers[layer]
 
     module = model.get_submodule(layer)

@@ -123,7 +123,7 @@ def made_of(
     stored: Mapping[str, Any],
     words: Sequence[str],
 ) -> Any:
-    """Call the class or function ``made`` with arguments that are parsed by their type hints, as in LightningCLI.
+    """Call the class or function ``made``. Its type hints decide how arguments are parsed, as in LightningCLI.
 
     Args:
         made: the class or function.

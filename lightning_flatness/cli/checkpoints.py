@@ -25,7 +25,7 @@ CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights in a file and, if Lightning wrote the file, all its other entries in ``content``."""
+    """The weights in a file. If Lightning wrote the file, ``content`` has all its entries."""
 
     path: Path
     state: Mapping[str, Any]

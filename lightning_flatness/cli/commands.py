@@ -22,8 +22,9 @@ DEFAULT_KEPT = 512  # number of samples for a spectrum or a landscape, unless --
 class Outcome:
     """The results of a command.
 
-    ``results`` has one result for each network, by the network's name. ``history`` holds the records of the training
-    run, ``details`` how the results were computed (files, seed, device), and ``notes`` warnings for the user.
+    ``results`` has one result for each network, by the network's name. ``history`` has the records that the training
+    run has saved in the checkpoint. ``details`` say how the results were computed (files, seed, device). ``notes`` are
+    warnings for the user.
     """
 
     results: Mapping[str, Any]
@@ -156,8 +157,8 @@ def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Any) ->
 def names_of(paths: Sequence[Path]) -> list[str]:
     """Return a short, distinct name for every file.
 
-    The name is the file's stem if all stems differ, else ``folder/stem``, else the whole path, else the path with a
-    number.
+    The name is the file's stem if all stems differ. If not, it is the first of these that differs for all files:
+    ``folder/stem``, the whole path, the path with a number.
 
     Example:
         >>> names_of([Path("runs/a/last.ckpt"), Path("runs/b/last.ckpt")])

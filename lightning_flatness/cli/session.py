@@ -27,7 +27,7 @@ class Session:
         self.seed: int = next(
             (seed for seed in (command.seed, configured) if isinstance(seed, int) and not isinstance(seed, bool)), 0
         )
-        self.show = False if command.quiet else None  # progress bars: never, or (None) if stderr is a terminal
+        self.show = False if command.quiet else None  # progress bars: never (False), or on a terminal (None)
         self.notes: list[str] = []
         self.details: dict[str, str] = {}
         self._data: Any = None

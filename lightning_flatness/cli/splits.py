@@ -88,7 +88,7 @@ class _Subset:
 
 
 def _alone() -> Any:
-    """Return Lightning's environment for a single process, so that variables of a cluster's job have no effect."""
+    """Return Lightning's plugin for a single process, which ignores the environment variables of a cluster job."""
     root = Trainer.__module__.removesuffix(".trainer.trainer")
     return import_module(f"{root}.plugins.environments").LightningEnvironment()
 

@@ -35,8 +35,8 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
     """A callback that passes the network's inputs in each validation step, with the targets, on to ``consumer``.
 
     ``name`` is the attribute of the LightningModule that holds the network, or None if the user names no attribute. If
-    ``has_steps`` is False, no validation step calls the network, and the consumer gets the inputs of the batch.
-    ``advance`` is called after every batch with the share of batches that are done.
+    ``has_steps`` is False, no validation step calls the network, and the consumer gets the inputs of the batch. After
+    every batch, the callback calls ``advance`` with the share of batches that are done.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Forget the network of the last step, so that the callback watches this step for its network."""
+        """Forget the network of the previous step, so that the callback finds the network that this step calls."""
         self._network = None
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
@@ -112,7 +112,7 @@ def visit(
 
     The consumer gets the inputs that the step gives to the network. With ``inputs="batch"``, or if the model has no
     validation step, no step runs and the consumer gets the inputs of the batch. ``network`` is the attribute of the
-    model that holds the network, and ``advance`` is called with the share of batches that are done.
+    model that holds the network. After every batch, ``advance`` is called with the share of batches that are done.
     """
     module: Any = model if is_lightning_module(model) else _Plain(model)
     has_steps = is_overridden("validation_step", module) and not isinstance(module, _Plain)

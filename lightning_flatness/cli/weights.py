@@ -15,8 +15,8 @@ MOST_NAMES = 3
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
     """Load the weights of a checkpoint into a model, as Lightning does.
 
-    If the model's ``strict_loading`` is False, weights may be missing. In this case the function returns a note that
-    names the missing weights, otherwise an empty string.
+    If the model's ``strict_loading`` is False, weights may be missing. The function returns a note that names the
+    missing weights, or an empty string if none is missing.
 
     Raises:
         FlatnessError: names or shapes of the weights differ from those of the model.
