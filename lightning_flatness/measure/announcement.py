@@ -1,4 +1,4 @@
-"""Tell the user how much work and how much time a long measurement takes, before it begins and after its first part."""
+"""Announce a long measurement: the amount of work before it begins, and the expected time after its first part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 Say = Callable[[int, str], None]
 
 LOGGER = logging.getLogger("lightning_flatness")
-# Estimates of more seconds than this are warnings, which Python shows by default.
+# An estimate of more seconds than this is logged as a warning, because Python shows warnings by default.
 LONG = 60.0
 
 
@@ -40,7 +40,7 @@ class Announcement:
             self.say(logging.INFO, f"The {self.name} takes {self.parts}.")
 
     def after(self, done: int, seconds: float) -> None:
-        """Pass an estimate of the whole time to ``say``, from the ``seconds`` that the first ``done`` parts took.
+        """Estimate the whole time from the ``seconds`` that the first ``done`` parts took, and tell ``say`` about it.
 
         If the estimate is above ``LONG``, the message is a warning and names the arguments that save time.
         """

@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Axes(NamedTuple):
     """The normalised axes of a line or plane.
 
-    With ``update="adam"``, ``directions`` holds both moments, also for a line, which has one name.
+    With ``update="adam"``, ``directions`` holds both of Adam's moments, even for a line, whose ``names`` has one entry.
     """
 
     names: tuple[str, ...]
@@ -40,9 +40,9 @@ def find_axes(
     optimizer: Any,
     eigenvectors: Callable[[int], Sequence[Any]],
 ) -> Axes:
-    """Return the axes with normalised directions, from which frozen tensors are left out.
+    """Return the axes. Their directions are normalised and do not contain the ``frozen`` tensors.
 
-    The second axis of a kind takes the second direction of that kind: the second random direction, the second
+    If both axes are of the same kind, the second axis takes the second direction of that kind, such as the second
     eigenvector. ``weights`` are the parameters and buffers in the precision of the measurement. ``eigenvectors(n)``
     computes ``n`` eigenvectors of the Hessian.
     """
@@ -91,10 +91,10 @@ def find_axes(
 def adam_moments(
     optimizer: Any, tensors: NamedTensors, of_step: bool
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
-    """Return ``((exp_avg, exp_avg_sq), eps)`` of one or several Adam optimizers, each by parameter name.
+    """Return ``((exp_avg, exp_avg_sq), eps)`` of one or several Adam optimizers: three mappings from parameter names.
 
-    If ``of_step`` is true and an optimizer uses ``amsgrad``, its second moment is ``max_exp_avg_sq``, because the
-    optimizer's step divides by the root of ``max_exp_avg_sq``.
+    With ``of_step``, they are the moments that the optimizer's step uses. So if an optimizer uses ``amsgrad``, its
+    second moment is ``max_exp_avg_sq``.
     """
     given = plain(optimizer)
     optimizers = given if isinstance(given, (list, tuple)) else [given]

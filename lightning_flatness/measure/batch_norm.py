@@ -1,4 +1,7 @@
-"""Measure how far BatchNorm's running statistics are from the data, as after averaging weights without an update."""
+"""Measure the distance between BatchNorm's running statistics and the statistics of the data.
+
+It is large, for example, if weights were averaged and the running statistics were not updated afterwards.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def _apart(network: nn.Module, norms: list[Any], inputs: Any) -> float:
 
 
 def divergence(inputs: Tensor, mean: Tensor, variance: Tensor, eps: float) -> float:
-    """Return the mean over channels of the Kullback-Leibler divergence of inputs from the running statistics.
+    """Return the Kullback-Leibler divergence of inputs from the running statistics, averaged over channels.
 
     Each channel of the inputs ``(N, C, ...)`` counts as a normal distribution with its own mean and variance. It is
     compared with the normal distribution that has the running ``mean`` and ``variance``, ``(C,)`` each.

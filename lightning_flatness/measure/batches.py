@@ -18,7 +18,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.model.generators import drawing, generators_kept
 from lightning_flatness.model.isolation import random_states_kept
 
-# Common names of entries of a batch that hold the inputs of a model, and its targets.
+# Common names of the entries of a batch that hold the model's inputs. TARGETS below has those of targets.
 INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data")
 MOST_SHAPES = 3  # largest number of shapes that an error message lists
 TARGETS = ("y", "target", "targets", "label", "labels")
@@ -29,7 +29,7 @@ REMEDY = "give a DataLoader, or a list of batches such as [(inputs, targets)]"
 
 @contextmanager
 def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterator[tuple[Any, Tensor | None]]]:
-    """Yield an iterator over pairs ``(inputs, targets)``, on the model's device; a context manager.
+    """Return a context manager that gives an iterator over pairs ``(inputs, targets)`` on the model's device.
 
     At the end, the context manager restores the random states, so that every call reads the batches with the same
     random numbers. These states include generators of the loader, its sampler and its data set, because a
@@ -42,9 +42,10 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
 
 
 def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
-    """Return an iterable of batches: the argument itself, or a list of it if it is a single batch.
+    """Return an iterable of batches: ``batches`` itself, or if it is a single batch, a list with this batch.
 
-    Raises a :class:`BatchError` that names the ``argument``, if the argument may be both, or is neither.
+    Raises a :class:`BatchError` if ``batches`` may be one batch or several, or is neither. The message calls it by the
+    name ``argument``.
 
     Example:
         >>> images, labels = torch.zeros(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
@@ -68,7 +69,7 @@ def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
 def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
     """Return a single batch (a mapping, dataclass or named tuple) in a list.
 
-    An object that is no batch, but has ``__getitem__``, is taken for batches and returned as it is.
+    Any other object with ``__getitem__`` counts as an iterable of batches, and is returned as it is.
     """
     try:
         split_batch(batch)
@@ -80,7 +81,7 @@ def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
 
 
 def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterable[Any]:
-    """Return a tuple or list of batches as it is, or in a list of length one if it is a pair ``(inputs, targets)``.
+    """Return a tuple or list of batches as it is; put a pair ``(inputs, targets)``, which is one batch, into a list.
 
     Several tensors are batches of inputs if all have the same dtype and number of dimensions. Two tensors are a pair if
     the second one, the targets, has one or two dimensions and as many rows as the inputs. Raises a
@@ -90,7 +91,7 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
     if len(batches) == 2 and isinstance(batches[0], Tensor) and batches[1] is None:
         return [tuple(batches)]
     if len(tensors) < len(batches):
-        # Some batches may have targets and others not, if the inputs of all have one dtype and number of dimensions.
+        # Batches with and without targets may be mixed, if all inputs have the same dtype and number of dimensions.
         inputs = (part[0] if isinstance(part, (tuple, list)) and part else part for part in batches)
         if any(isinstance(part, (Tensor, *_arrays())) for part in batches) and not _are_alike(inputs):
             what = f"of {_kinds(batches)}, which looks like one batch"
@@ -183,7 +184,7 @@ def targets_of(batch: Any) -> Tensor | None:
 
 
 def _entries(batch: Any) -> dict[Any, Any]:
-    """Return the entries of a dataclass, named tuple or mapping by name; none for other batches."""
+    """Return the entries of a dataclass, named tuple or mapping by name; an empty mapping for other batches."""
     if is_dataclass(batch):
         return {field.name: getattr(batch, field.name) for field in fields(batch)}
     if hasattr(batch, "_fields"):
@@ -192,9 +193,9 @@ def _entries(batch: Any) -> dict[Any, Any]:
 
 
 def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any]:
-    """Return the keys of the tensors that have one of the ``names``.
+    """Return the keys of the tensors whose key is one of the ``names``.
 
-    A key may also end with the name of targets, as in ``gt_label``, if that name is among ``names``.
+    A name of targets, such as ``label``, also matches a key that ends with it, such as ``gt_label``.
     """
     ends = tuple(f"_{name}" for name in TARGETS if name in names and len(name) > 1)
     tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]

@@ -1,4 +1,4 @@
-"""Find the reasons why models of a comparison cannot be compared, from the rows of the comparison."""
+"""Find reasons against comparing models, from the rows of their comparison."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_flatness.results import CAUTIONS, Caution, ComparedModel, number_
 from lightning_flatness.results.cautions import FEW_SAMPLES
 from lightning_flatness.results.texts import named
 
-# Training losses that differ by at most this share of the larger loss cause no caution.
+# Training losses cause a caution if they differ by more than this share of the larger loss.
 MOST_APART = 0.1
 
 
@@ -26,8 +26,8 @@ def cautions_of(
 ) -> tuple[Caution, ...]:
     """Return the cautions of a comparison, in the order of ``CAUTIONS``.
 
-    ``networks`` lacks the models that were given as reports. If ``batches`` is not None, the networks run once on its
-    first batch, to find out whether the running statistics of BatchNorm fit the data.
+    ``networks`` holds only the models that were given as modules, and not as reports. If ``batches`` is not None, the
+    networks run once on its first batch, to find out whether the running statistics of BatchNorm fit the data.
     """
     found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows), *_of_outcomes(rows)]
     found += [*_of_classes(rows), *network_cautions(rows, networks, statistics_apart(networks, batches))]
@@ -74,7 +74,7 @@ def _of_layers(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _sizes(rows: Mapping[str, ComparedModel]) -> str:
-    """Return a text with the size (filters x features) in each model of the first layer whose size differs."""
+    """Return a text about the first layer whose size differs: its size (filters x features) in each model."""
     pairs = {name: list(zip(row.filters, row.features, strict=True)) for name, row in rows.items()}
     places = zip_longest(*pairs.values())
     index = next(index for index, of_models in enumerate(places) if _differ(of_models))
@@ -148,5 +148,5 @@ def _differ(values: object) -> bool:
 
 
 def _for(names: tuple[str, ...], rows: Mapping[str, ComparedModel]) -> str:
-    """Return " for" and the names of models, or an empty text if a sentence is about all models."""
+    """Return " for" and the names of models; an empty text if these are all models."""
     return "" if len(names) == len(rows) else f" for {named(names)}"

@@ -37,8 +37,8 @@ def compare(
     The result has a row for every model, the differences to the first model with standard errors, and cautions, which
     say what must not be concluded. Models are measured together on the same samples. Because a sample that is hard for
     one model is often hard for the others, too, most differences have smaller errors than with different samples. The
-    errors take this into account for models, and for reports that were measured with ``per_sample=True`` on the same
-    samples in the same order.
+    errors take this into account for models that are measured here, and for reports that were measured with
+    ``per_sample=True`` on the same samples in the same order.
 
     Arguments with one entry for each model are mappings with the same names as ``models``, or sequences in the order of
     ``models``.
@@ -51,9 +51,9 @@ def compare(
         data: description of ``batches``: ``"train"``, ``"val"`` or a text.
         train_batches: training data, to measure the training loss of the models; not needed with ``data="train"``.
         train_losses: training losses that are known already, as numbers or as reports on training data.
-        outcome: number of each model that flatness is expected to predict, such as a generalization gap or a test loss;
-            larger is worse. It adds rank correlations between the measures and the outcome. It also adds baselines,
-            which need no Hessian, but one more pass over ``batches``.
+        outcome: a number for each model that flatness is expected to predict, such as a generalization gap or a test
+            loss; larger is worse. The result then also has rank correlations between the measures and the outcome, and
+            baselines, which need no Hessian, but one more pass over ``batches``.
         outcome_name: name of the outcome in tables.
         hyperparameters: hyper-parameters of each model. They add granulated τ: the mean rank correlation among models
             that differ in one hyper-parameter only.

@@ -15,7 +15,7 @@ from lightning_flatness.results import ComparedModel, FlatnessReport
 
 # Measures that a report sums over layers, and for which it has standard errors.
 SUMS = ("normalized_relative_flatness", "relative_flatness", "hessian_trace")
-# Relative flatness divided by a mean over samples, and the name of that mean.
+# Measures that divide relative flatness by a mean over samples, and the name of that mean.
 RATIOS = {"relative_flatness_per_loss": "loss", "relative_flatness_per_curvature": "curvature"}
 
 
@@ -28,8 +28,8 @@ def row_of(
 ) -> ComparedModel:
     """Return the row of a comparison for a model, from its report.
 
-    Without ``train_loss``, the row takes the loss of the report, if the report was measured on training data. Raises a
-    :class:`FlatnessError` if the outcome is no number.
+    If ``train_loss`` is None and the report was measured on training data, the report's loss is the training loss.
+    Raises a :class:`FlatnessError` if the outcome is no number.
     """
     if outcome is not None and not is_number(outcome):
         raise FlatnessError(f"outcome of '{name}' is {outcome!r}; give a number.")
@@ -99,7 +99,7 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
 
     Models that were measured ``together`` had the same samples. Otherwise the reports must have equal sample weights,
     and a sample that two networks both classify correctly must have the same class in both reports. This check detects
-    reports whose samples differ or are in another order. It needs correct samples of two classes at least.
+    reports whose samples differ or are in another order. It needs correctly classified samples of at least two classes.
     """
     if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
         return False
@@ -143,14 +143,14 @@ def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
 
 
 def _without(values: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted means of per-sample values without each group, ``(G,)``, from values and weights ``(N,)``."""
+    """Return weighted means of ``values`` ``(N,)``; entry ``g`` of the result ``(G,)`` leaves out group ``g``."""
     positions = torch.arange(len(weights), device="cpu")
     weighted = torch.where(weights > 0, values.double() * weights, 0.0)  # values of ignored samples are NaN
     return means_without_groups(grouped(weighted[:, None], positions), grouped(weights[:, None], positions)[:, 0])[:, 0]
 
 
 def _estimate_error(report: FlatnessReport, number: str) -> float:
-    """Return the standard error that a number of the report has because some layers are estimates.
+    """Return the part of a number's standard error that exists because some layers are estimated.
 
     The errors of different layers are independent, so their squares add up.
     """
@@ -161,6 +161,6 @@ def _estimate_error(report: FlatnessReport, number: str) -> float:
 
 
 def errors_of(covariances: Mapping[str, Tensor], index: int) -> dict[str, float]:
-    """Return the standard errors of the model at ``index``, by name of the number, without errors that are unknown."""
+    """Return the standard errors of the model at ``index``, by name of the number; unknown errors are left out."""
     found = {number: float(covariance[index, index]) for number, covariance in covariances.items()}
     return {number: math.sqrt(variance) for number, variance in found.items() if math.isfinite(variance)}

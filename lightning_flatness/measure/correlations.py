@@ -1,4 +1,4 @@
-"""Compute how well the order of models by each number agrees with the order of the models by an outcome."""
+"""Compute rank correlations between each number of a comparison and an outcome, over the models."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HELD = ("train_loss", "weight_norm")
 def correlations_of(
     rows: Mapping[str, ComparedModel], hyperparameters: Mapping[str, Mapping[str, Any]]
 ) -> tuple[RankCorrelation, ...]:
-    """Return the rank correlations with the outcome of all measures, then of all baselines.
+    """Return the rank correlations of all measures, and then of all baselines, with the outcome.
 
-    Numbers that fewer than two models have are left out. Raises a :class:`FlatnessError` if a model lacks a
+    A number that fewer than two models have is left out. Raises a :class:`FlatnessError` if a model lacks a
     hyper-parameter that another model has.
     """
     keys = {key for settings in hyperparameters.values() for key in settings}

@@ -89,7 +89,7 @@ class _Classifier:
             self._features, self._weight = arguments[0].detach(), weight.detach()
 
     def spreads(self, logits: Tensor) -> Tensor:
-        """Return the feature spread of each sample in the last recorded call, ``(N,)``.
+        """Return the feature spread of each sample in the most recent call that was recorded, ``(N,)``.
 
         All are NaN if no call was recorded, or if its input and weight do not fit the ``logits``.
         """
@@ -103,7 +103,7 @@ class _Classifier:
 def _sums(options: MeasuringOptions, logits: Tensor, targets: Tensor, classifier: _Classifier) -> Tensor:
     """Return five sums over the samples of a batch, on the CPU: weight, weighted loss, count, margin, feature spread.
 
-    Only samples whose targets are not ignored count.
+    Samples with ignored targets are left out.
     """
     outcomes = options.loss_function(logits, targets).outcomes
     assert outcomes is not None  # there are targets

@@ -43,10 +43,10 @@ def measure_lambda_max(
 ) -> LambdaMaxReport:
     """Compute the largest eigenvalue of the Hessian of each layer's kernel, and its variants relative to the weights.
 
-    The model runs once on every batch. The tensors that products with the Hessian need are kept in memory, which grows
-    with the number of samples: use some hundreds.
+    The model runs once on every batch. The tensors that products with the Hessian need stay in memory. They grow with
+    the number of samples, so use some hundreds of samples.
 
-    The errors are the same as for :func:`~lightning_flatness.measure_flatness`.
+    The function raises the same errors as :func:`~lightning_flatness.measure_flatness`.
 
     Args:
         model: any module that returns logits ``(N, K)``.
@@ -197,7 +197,7 @@ class _MeanHessian:
     def largest(
         self, by_filter: bool, generator: torch.Generator, tolerance: float, max_products: int
     ) -> LargestEigenvalues:
-        """Return the largest eigenvalue of the layer's Hessian, or with ``by_filter`` of each filter's block in it."""
+        """Return the largest eigenvalue of the layer's Hessian; with ``by_filter``, of each filter's block instead."""
         rows = len(self.kernel) if by_filter else 1
         shape = rows, self.kernel.numel() // rows
         start = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.kernel.device)

@@ -72,27 +72,27 @@ def loss_landscape(
         axes: ``"random"``, ``"adam"`` or ``"hessian"`` for a plane of two axes of this kind; or a list of one (a line)
             or two (a plane) of these strings or of directions. Random axes have normal random entries; the second one
             is made orthogonal to the first before the normalisation. Adam axes are the optimizer's ``exp_avg`` and
-            ``exp_avg_sq``; a line takes ``exp_avg``. Hessian axes are unit eigenvectors of the Hessian's largest
-            eigenvalues, with respect to the trainable parameters that are not ``frozen``. A direction is a flat tensor,
-            or a mapping from names of parameters or buffers to tensors, e.g. from ``direction_between`` or
-            ``pca_directions``.
-        normalize: part of a direction that is scaled to the norm of the same part of the weights: every ``"weight"``,
-            ``"filter"`` or ``"layer"`` (tensor), or the whole ``"model"``; or ``"none"``. By default ``"filter"`` for
-            random axes, ``"none"`` for others.
+            ``exp_avg_sq``; a line takes ``exp_avg``. Hessian axes are the unit eigenvectors that have the
+            largest eigenvalues; this Hessian is with respect to the trainable parameters that are not ``frozen``. A
+            direction is a flat tensor, or a mapping from names of parameters or buffers to tensors, e.g. from
+            ``direction_between`` or ``pca_directions``.
+        normalize: the parts of a direction that are scaled, each to the norm of the same part of the weights: every
+            ``"weight"``, ``"filter"`` or ``"layer"`` (tensor), or the whole ``"model"``. ``"none"`` scales nothing. By
+            default ``"filter"`` for random axes, ``"none"`` for others.
         norm: order of the norm for ``normalize``, 1 or 2.
         biases: treatment of parameters with one dimension (biases, BatchNorm) in normalised directions: they do not
             move (``"zero"``, as in the code of Li et al. 2018), or are ``"scaled"`` like all others.
-        update: ``"add"`` for the points above; or ``"adam"``, with Adam axes, for the points
+        update: ``"add"`` for the points ``w + Σ_i α_i d_i``; or ``"adam"``, with Adam axes, for the points
             ``w + α_1 m / (sqrt(α_2 v) + ε)``, where ``m`` and ``v`` are the two Adam axes and ``ε`` is the optimizer's
             ``eps``. On a line, ``α_2 = 1``.
         span: range of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for
             every axis. With ``update="adam"``, a number applies to ``α_1`` only, and ``α_2`` goes from 0.1 to 1.9.
-        steps: number of points along every axis, or a list of one number per axis. With an odd number, the middle of a
-            symmetric span is a point; the middle is the model itself.
+        steps: number of points along every axis, or a list of one number per axis. With an odd number and a symmetric
+            span, the point in the middle is the model itself.
         frozen: names or glob patterns of parameters or modules that do not move.
         batch_norm: with ``"kept"``, BatchNorm uses the model's running statistics at all points. With ``"recomputed"``,
-            statistics are computed anew at every point from these batches, with equal weights, as torch does with
-            ``momentum=None``. With ``sync``, each rank computes them from its own batches.
+            statistics are computed anew at every point, as the mean over these batches. Every batch has the same
+            weight, as in torch with ``momentum=None``. With ``sync``, each rank computes them from its own batches.
         loss: as for :func:`~lightning_flatness.measure_flatness`.
         label_smoothing: label smoothing of cross-entropy.
         class_weight: class weights of cross-entropy.
@@ -209,7 +209,7 @@ def _eigenvectors(
     sync: bool,
     say: Say | None,
 ) -> list[Direction]:
-    """Return ``number`` eigenvectors of the largest eigenvalues of the Hessian with respect to ``params``."""
+    """Return ``number`` eigenvectors of the Hessian with respect to ``params``: those with the largest eigenvalues."""
     of_spectrum = SpectrumOptions(
         loss=options.loss_function,
         dtype=options.dtype,

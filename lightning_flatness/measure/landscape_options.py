@@ -122,7 +122,7 @@ def _is_range(pair: Any) -> bool:
 
 
 def _spaced(low: float, high: float, count: int) -> Tensor:
-    """Return ``count`` equally spaced numbers, without rounding at the ends and at 0 in the middle of a range."""
+    """Return ``count`` equally spaced numbers; both ends are exact, and so is 0 in the middle of a symmetric range."""
     part = torch.arange(count, dtype=torch.float64, device="cpu") / (count - 1)
     return low * (1 - part) + high * part
 

@@ -30,7 +30,7 @@ def completed(
 ) -> LandscapeResult:
     """Return the result with losses at the points that had none.
 
-    If ``batches`` has ``sync``, this is a collective: call it on every rank. ``chunk`` points are computed at once, or
+    With ``batches.sync`` this is a collective: call it on every rank. ``chunk`` points are computed at once, or
     ``origin.chunk`` points if ``chunk`` is None. After an interrupt (Ctrl-C), the result has the points that were
     computed before the interrupt. If a point fails on any rank, a ``LandscapeError`` is raised; its ``result`` has the
     points that all ranks have computed.
@@ -88,7 +88,7 @@ def completed(
 
 
 def _announcement(result: LandscapeResult, number: int, say: Say | None) -> Announcement:
-    """Return the announcement of how many points are computed, and of how many passes over the samples they need."""
+    """Return the announcement of the ``number`` of points to compute, and of the passes that each of them needs."""
     passes = "two passes" if result.batch_norm == "recomputed" else "a pass"
     samples = number_of(result.num_samples, "sample")
     parts = f"{number_of(number, 'point')}, each {passes} over {samples}"

@@ -19,7 +19,7 @@ from lightning_flatness.model.logits import question_outputs
 from lightning_flatness.model.points import Points
 
 CHUNK = 16
-LIGHT_PASS = 5e7  # floating-point operations of one batch
+LIGHT_PASS = 5e7  # a forward pass on one batch is cheap if it has fewer floating-point operations than this
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LossSums:
     loss: float = 0.0
     normalizer: float = 0.0  # the mean loss is loss / normalizer
     num_samples: int = 0  # samples whose targets are not ignored
-    correct: float = 0.0  # number of samples whose largest logit is at their class
+    correct: float = 0.0  # number of samples whose largest logit is that of their class
     counted: int = 0  # number of samples whose target is a class index that is not ignored
 
     def __add__(self, other: LossSums) -> LossSums:
@@ -57,7 +57,7 @@ class Origin:
     chunk: int  # number of points to compute at once
 
     def check(self, loss: float) -> None:
-        """Raise an error if this rank's summed loss at the model's own weights is not the same as in the first pass."""
+        """Raise an error if ``loss`` is not the sum of the first pass, on this rank and at the model's own weights."""
         first = self.own.loss
         if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self.own.normalizer:
             raise BatchError(
@@ -92,7 +92,8 @@ class RepeatedBatches:
     def at_origin(self, points: Points) -> Origin:
         """Sum the losses at the model's own weights. With ``sync`` this is a collective: call it on every rank.
 
-        Raises a :class:`BatchError` on all ranks if one of them fails, or if no sample counts.
+        If one rank fails, all ranks raise an error. Raises a :class:`BatchError` if there is no sample, or if the
+        targets of all samples are ignored.
         """
         own, failure, chunk = LossSums(), None, 1
         sizes: list[int] = []
@@ -121,8 +122,8 @@ class RepeatedBatches:
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:
         """Return this rank's summed losses and numbers of correct samples at several points, ``(2, points)``, float64.
 
-        ``coordinates`` are ``(points, axes)``. With ``recompute``, BatchNorm's statistics are computed anew at every
-        point.
+        ``coordinates`` have shape ``(points, axes)``. With ``recompute``, BatchNorm's statistics are computed anew at
+        every point.
         """
         sums = torch.zeros(2, len(coordinates), dtype=torch.float64, device="cpu")
         if not origin.num_samples:
@@ -186,5 +187,5 @@ def _worthwhile_chunk(points: Points, inputs: Any) -> int:
 
 
 def _num_correct(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Count the samples whose largest logit is at their class: ``(...)``, float64, from logits ``(..., N, K)``."""
+    """Return how many ``counted`` samples have their largest logit at their class: ``(...)`` from ``(..., N, K)``."""
     return ((logits.argmax(-1) == targets) & counted).double().sum(-1)

@@ -19,7 +19,7 @@ class MeanHessian:
 
     Every product reads all batches, with the same random numbers. With ``sync``, the loss is the mean over the batches
     of all ranks, and a product is a collective: call it on every rank. ``loss`` is the mean loss over the
-    ``num_samples`` samples, ``num_products`` the number of products so far.
+    ``num_samples`` samples, and ``num_products`` is the number of products so far.
     """
 
     def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any], sync: bool) -> None:
@@ -57,7 +57,7 @@ class MeanHessian:
         return mean.to(vector)
 
     def _pass(self, vector: Tensor | None) -> Tensor:
-        """Return sums over all batches, with ``sync`` over all ranks: ``[loss, normalizer, samples, product...]``.
+        """Return sums over all batches (with ``sync``, of all ranks): ``[loss, normalizer, samples, product...]``.
 
         The product with ``vector`` is left out if ``vector`` is None. The sums are float64.
         """

@@ -33,9 +33,9 @@ class Measurement:
     """One measurement in progress: an observer of the model, and the sums over samples for every layer.
 
     The normalised measure needs the standard deviations ("spread") of every layer's input channels before the first
-    sample is measured. They come from the first samples of the measured set, over all ranks. So the measurement holds
-    these samples until it has seen all of them, and measures them then: see :meth:`take_spread`. With ``sync``, all
-    ranks make one report together.
+    sample is measured. They come from the first samples of the measured set, over all ranks. So the measurement keeps
+    ("holds") these samples until it has seen all of them, and measures them only then: see :meth:`take_spread`. With
+    ``sync``, all ranks make one report together.
     """
 
     def __init__(self, model: nn.Module, *, sync: bool = False, per_sample: bool = False, **options: Any) -> None:
@@ -115,7 +115,7 @@ class Measurement:
         return measured
 
     def _weights(self) -> list[Tensor]:
-        """Return copies of some entries of every parameter; buffers do not count, as a forward pass may change them."""
+        """Return copies of some entries of every parameter; buffers are left out, as a forward pass may change them."""
         tensors = [parameter.detach().flatten() for parameter in self._model.parameters()]
         return [tensor[:: max(1, len(tensor) // 64)].clone() for tensor in tensors]
 
@@ -125,7 +125,7 @@ class Measurement:
         return self._deviations is None
 
     def settle_when_due(self) -> None:
-        """Measure the samples that are held, if this rank has seen all its samples that the spread is taken from."""
+        """Measure the held samples, if this rank has seen all its first samples, from which the spread is computed."""
         if self._deviations is None and any(self._is_last(held.positions) for held in self._held):
             self.take_spread()
             self.measure_held()
@@ -137,7 +137,7 @@ class Measurement:
     def take_spread(self) -> None:
         """Compute the spread of the input channels from the first samples of all ranks, unless it is known already.
 
-        With ``sync`` this is a collective: every rank calls it once in a measurement, also a rank that has no samples
+        With ``sync`` this is a collective: every rank calls it once in a measurement, even a rank that has no samples
         or has failed.
         """
         if self._deviations is None:
@@ -155,7 +155,7 @@ class Measurement:
         return self._observer.chosen(inputs, targets, mask)
 
     def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
-        """Certify the layers on a batch without adding it to the measurement.
+        """Certify the layers: check their numbers against autograd on a batch, without adding it to the measurement.
 
         If ``live`` and the model runs in half precision, also find out whether its forward passes can be observed.
         """
@@ -195,7 +195,7 @@ class Measurement:
     def repeats(self) -> bool:
         """Whether batches whose forward pass was not observed must be added by :meth:`update_repeated`.
 
-        This is so in half precision, where all samples are measured in one precision, and if the model is compiled.
+        This is so for a compiled model, and in half precision, because all samples must be measured in one precision.
         """
         return self._observer.repeats
 
@@ -245,7 +245,7 @@ class Measurement:
     def _metric(self, info: LayerInfo) -> FlatnessMetric:
         """Return a metric with the sums of one layer on this rank; the sums are zero without samples."""
         # The metric is created at the end, so that only the sums take memory while the model runs. It is on the model's
-        # device, because a backend such as NCCL sums only tensors on its own kind of device over ranks.
+        # device, because a backend such as NCCL works only with tensors on its own kind of device.
         tensor = next(iter(self._model.parameters()), None)
         device = torch.device("cpu") if tensor is None else measuring_device(tensor.device)
         with torch.device("cpu"):  # because the user may have set another default device
@@ -258,7 +258,7 @@ class Measurement:
     def report(self) -> FlatnessReport:
         """Return the flatness over all batches so far; with ``sync``, over the batches of all ranks.
 
-        With ``sync``, call it on every rank, also on a rank without batches. If a layer's numbers are not exact on any
+        With ``sync``, call it on every rank, also on a rank without batches. If a layer's numbers are not exact on one
         rank, the reports of all ranks say so, with the reason. Raises a :class:`BatchError` if no rank has samples, or
         if ranks measured different layers.
         """
@@ -291,7 +291,7 @@ class Measurement:
         )
 
     def _layer(self, info: LayerInfo, samples: Samples) -> LayerFlatness:
-        """Return the results of one layer; with ``sync``, a collective."""
+        """Return the results of one layer; with ``sync`` this is a collective."""
         metric, deviations = self._metric(info), (self._deviations or {}).get(info.name)
         with metric.sync_context(should_sync=self._sync):
             means = metric.means()

@@ -20,8 +20,8 @@ class FlatnessMetric(Metric):
     """Hessian trace and flatness measures of one layer, from sums over batches in float64.
 
     All states are sums over samples, so the result does not depend on how samples are split into updates, ranks or
-    merged copies. The metric gets tensors from a :class:`~lightning_flatness.FlatnessObserver`. It never holds a
-    module.
+    merged copies. The metric gets tensors from a :class:`~lightning_flatness.FlatnessObserver`. It has no reference to
+    a module.
 
     Args:
         num_filters: number of filters ``S``.
@@ -95,8 +95,8 @@ class FlatnessMetric(Metric):
                 default the number of samples.
             variances: variances ``(6,)`` of the measures, if ``block_traces`` is an estimate.
             extra: normalised and channel-wise flatness, ``(2,)``, summed over the batch's samples; NaN if not measured.
-            groups: sums ``(32, 5)`` over the groups of samples that standard errors are computed from: the weights of
-                the samples, and the four per-sample measures.
+            groups: sums ``(32, 5)`` for the 32 groups of samples from which standard errors are computed: in each row
+                the sum of the samples' weights, and the sums of the four per-sample measures.
         """
         if self.block_traces.dtype != torch.float64:
             raise BatchError(
@@ -109,7 +109,7 @@ class FlatnessMetric(Metric):
                     f"FlatnessMetric.update: {name} is {value.dtype} {tuple(value.shape)}, expected float64 "
                     f"{tuple(self.block_traces.shape)}."
                 )
-        # Not in place: a tensor created in inference mode cannot be changed outside it, and others may refer to it.
+        # Not in place: a tensor made in inference mode cannot be changed outside it, and other code may use the tensor.
         self.block_traces = self.block_traces + block_traces.to(self.block_traces)
         self.weight_gram = torch.add(self.weight_gram, weight_gram.to(self.weight_gram), alpha=num_samples)
         self.num_samples = self.num_samples + num_samples
@@ -163,6 +163,6 @@ class FlatnessMetric(Metric):
         return dict(zip(ALL_MEASURES, errors, strict=True))
 
     def sampling_errors(self) -> dict[str, float]:
-        """Return the standard errors over samples of the measures, by name; NaN if ``update`` got no ``groups``."""
+        """Return the measures' standard errors over samples, by name; NaN if ``update`` got no ``groups``."""
         errors = sampling_errors(self.groups[:, 1:], self.groups[:, 0]).tolist()
         return dict(zip(SAMPLE_MEASURES, errors, strict=True))

@@ -1,4 +1,4 @@
-"""Find reasons why models cannot be compared in the networks themselves: their depth and their BatchNorm layers."""
+"""Look at the depth and the BatchNorm layers of networks for reasons against comparing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_flatness.results import Caution, ComparedModel
 from lightning_flatness.results.texts import named
 
 # A network gets a caution if its running statistics are farther than FAR_APART from those of the first batch, and more
-# than TIMES as far as in the best network. The second condition is needed because the first batch may have one class
+# than TIMES as far as in the closest network. The second condition is needed because the first batch may have one class
 # only, which changes the statistics of the batch in all networks.
 FAR_APART, TIMES = 0.25, 4.0
 
@@ -21,8 +21,8 @@ def network_cautions(
 ) -> list[Caution]:
     """Return cautions about the depth of the networks and about BatchNorm.
 
-    ``networks`` lacks the models that were given as reports. ``apart`` has the distance between the running statistics
-    and the statistics of the data, by model.
+    ``networks`` holds only the models that were given as modules, and not as reports. ``apart`` has the distance
+    between the running statistics and the statistics of the data, by model.
     """
     counted = {name: row for name, row in rows.items() if row.depth}
     return [*_of_depth(counted), *_of_batch_norm(counted), *_of_misfit(apart), *_of_statistics(networks)]
@@ -108,7 +108,7 @@ def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether two mappings have the same names and equal tensors, on whatever devices."""
+    """Return whether two mappings have the same names and equal tensors; the tensors' devices may differ."""
     if one.keys() != other.keys():
         return False
     return all(

@@ -10,7 +10,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 
 def progress_bar(show: bool | None) -> Progress:
-    """Return a progress bar on stderr, which with ``show=None`` is visible only in a terminal."""
+    """Return a progress bar on stderr; with ``show=None`` it is visible only in a terminal."""
     console = Console(stderr=True)
     show = console.is_terminal if show is None else show
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
@@ -18,7 +18,7 @@ def progress_bar(show: bool | None) -> Progress:
 
 
 def length_of(batches: Iterable[Any]) -> int | None:
-    """Return the number of batches; None if ``batches`` has no length, as an iterator or a generator.
+    """Return the number of batches; None if ``batches`` has no length, such as a generator.
 
     Example:
         >>> length_of([1, 2]), length_of(iter([1, 2]))

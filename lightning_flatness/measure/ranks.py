@@ -37,7 +37,7 @@ def gather(value: Value, sync: bool) -> list[Value]:
 
 
 def failed_ranks(error: Exception | str | None, sync: bool) -> dict[int, str]:
-    """Return the error messages of all ranks that failed, by rank; ``error`` is this rank's error, message or None."""
+    """Return the error messages of failed ranks, by rank; ``error`` is this rank's error or its message, or None."""
     messages = gather(in_one_line(error) if isinstance(error, Exception) else error, sync)
     return {rank: message for rank, message in enumerate(messages) if message is not None}
 
@@ -56,7 +56,7 @@ def raise_on_all(error: Exception | None, sync: bool) -> None:
 
 
 def sum_over_ranks(tensor: Tensor, error: Exception | None, sync: bool) -> Tensor:
-    """Return the sum of a tensor ``(n,)`` over all ranks, or raise an error on all ranks if any rank has one.
+    """Return the sum of a tensor ``(n,)`` over all ranks, or raise an error on all ranks if one has an ``error``.
 
     The tensor must be on a device that the process group supports.
     """

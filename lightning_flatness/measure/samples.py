@@ -56,11 +56,11 @@ def without_samples(sync: bool) -> None:
 
 
 class SampleValues:
-    """Sums over the 32 groups of samples that standard errors are computed from, and values of single samples.
+    """Sums over the 32 groups of samples from which standard errors are computed, and values of single samples.
 
-    The index of a sample in the measured set, its position, decides its group (``functional.sampling``). ``outcomes``
-    are numbers that belong to a sample and not to a layer, such as its loss (``layers.sums.OUTCOMES``). With
-    ``keeps_all``, all outcomes and measures of every sample are kept.
+    The position of a sample, which is its index in the measured set, decides its group (``functional.sampling``).
+    ``outcomes`` are numbers that belong to a sample and not to a layer, such as its loss (``layers.sums.OUTCOMES``).
+    With ``keeps_all``, all outcomes and measures of every sample are kept.
     """
 
     def __init__(self, keeps_all: bool = False) -> None:
@@ -134,7 +134,7 @@ class OfRank(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Sums over groups of samples and values of single samples, of all ranks, in the order of the measured set."""
+    """Sums over groups of samples, and values of single samples in the order of the measured set, from all ranks."""
 
     outcomes: Tensor  # (32, 6), sums of OUTCOMES
     groups: Mapping[str, Tensor]  # (32, 5) by layer: sums of the weights and of the SAMPLE_MEASURES
@@ -151,9 +151,9 @@ class Samples:
         )
 
     def network_errors(self) -> dict[str, float]:
-        """Return standard errors over samples by name: of loss, accuracy and curvature, and of measures over layers.
+        """Return standard errors over samples by name.
 
-        The error of a measure is that of its sum over all layers.
+        They are the errors of loss, accuracy and curvature, and of the sum of each measure over all layers.
         """
         weights = self.outcomes[:, WEIGHT]
         of_loss = sampling_errors(self.outcomes[:, [LOSS, CURVATURE]], weights)
@@ -169,7 +169,7 @@ class Samples:
         return _named(sampling_errors(groups[:, 1:], groups[:, 0]))
 
     def largest_tenth(self, name: str) -> float:
-        """Return the share of a layer's relative flatness that comes from the tenth of the samples with most of it.
+        """Return the share of a layer's relative flatness in the tenth of the samples with the largest values.
 
         NaN if the values of single samples are not known.
         """

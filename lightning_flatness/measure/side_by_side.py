@@ -73,7 +73,7 @@ class Beside:
     options: Mapping[str, Any]
 
     def add(self, row: ComparedModel, model: nn.Module) -> ComparedModel:
-        """Return the row of a model with its training loss, if that was unknown, and with its baselines."""
+        """Return the ``row`` of a model, with the training loss filled in if it was unknown, and with the baselines."""
         with model_named(row.name):
             if self.train_batches is not None and math.isnan(row.train_loss):
                 row = replace(row, train_loss=forward_numbers(model, self.train_batches, self._options).loss)

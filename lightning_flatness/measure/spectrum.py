@@ -85,8 +85,8 @@ def hessian_spectrum(
     The model is measured in evaluation mode and stays as it was. Every product of the Hessian with a vector is a pass
     over all batches, in which every sample has the same weight. The density needs ``num_probes * num_steps`` products,
     the eigenvalues at most ``max_products + top_k``. Unless a progress bar is shown, Python's logger
-    ``lightning_flatness`` gets two messages: the number of products before the first product, and an estimate of the
-    time after it, which is a warning if it is more than a minute. Memory holds ``max(num_steps, 2 top_k + 20) + top_k``
+    ``lightning_flatness`` gets two messages: before the first product, the number of products; after it, an estimate of
+    the time. An estimate of more than a minute is a warning. Memory holds ``max(num_steps, 2 top_k + 20) + top_k``
     vectors, each as long as all parameters together, in the model's dtype; it does not grow with batches or probes.
 
     Args:
@@ -100,8 +100,8 @@ def hessian_spectrum(
         params: name or glob pattern of parameters or modules, such as ``"layer4.1.conv2"`` or ``"*.bias"``, or a list
             of names and patterns; None for all parameters. Frozen parameters (``requires_grad=False``) are always left
             out.
-        matrix: ``"hessian"``, or ``"gauss_newton"``, which leaves out the curvature of the network itself and, for the
-            losses that are given by name, has no negative eigenvalues.
+        matrix: ``"hessian"``, or ``"gauss_newton"``, which leaves out the curvature of the network itself. The
+            Gauss-Newton matrix has no negative eigenvalues for the losses that are given by name.
         top_k: number of largest eigenvalues to compute, with their eigenvectors; 0 for none.
         num_steps: number of steps of the Lanczos method for every probe.
         num_probes: number of probes, which are vectors of random signs; 0 for eigenvalues alone, without density,
@@ -110,7 +110,8 @@ def hessian_spectrum(
             of the criterion ``c_t`` below 0.001. The standard error of the trace is 1.6 times as large as with 10
             probes.
         exponent: exponent ``n`` of the criterion ``K_Hn``.
-        tolerance: largest residual of an eigenvalue, relative to it; by default 1e-7 in float64 and 1e-4 in float32.
+        tolerance: largest residual ``‖H v - λ v‖`` of an eigenvalue ``λ``, relative to ``|λ|``; by default 1e-7 in
+            float64 and 1e-4 in float32.
         max_products: maximal number of products for the eigenvalues. If it does not suffice, ``result.converged`` is
             False.
         seed: seed of the probes.
@@ -212,7 +213,7 @@ def spectrum_of(
 def _announcement(options: SpectrumOptions, top_k: int, num_steps: int, num_samples: int) -> Announcement:
     """Return the announcement of how many products a spectrum needs.
 
-    The number of products for the eigenvalues is an estimate from networks that were measured.
+    The number of products for the eigenvalues is an estimate, which comes from experiments with networks.
     """
     density = options.num_probes * num_steps
     eigenvalues = min(options.max_products, 15 + 8 * top_k) + top_k if top_k else 0
