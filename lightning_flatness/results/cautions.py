@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lightning_flatness.results.records import Record
 
-FEW_SAMPLES = "few_samples"  # the kind that says that errors are not known well enough to judge differences by
+FEW_SAMPLES = "few_samples"  # this kind of caution says that the errors of differences are not known well enough
 # The kinds of cautions and a few words on each, in the order in which cautions are listed.
 CAUTIONS = {
     "train_loss": "training losses differ",
@@ -29,7 +29,7 @@ CAUTIONS = {
     FEW_SAMPLES: "too few samples for errors",
     "few_models": "too few models for τ",
 }
-# The kinds that are about missing numbers or errors, which are no reason against comparing the other numbers.
+# Kinds about missing numbers or errors. They are no reason against comparing the numbers that are there.
 ABOUT_NUMBERS = ("not_normalised", FEW_SAMPLES, "few_models")
 
 
@@ -41,7 +41,7 @@ class Caution(Record):
         kind: subject of the caution, a key of ``lightning_flatness.results.CAUTIONS``.
         sentence: the problem, and what follows from it for the comparison.
         models: names of the models with the problem; all models if the problem is a difference between models.
-        words: the problem in a few words, where those of the kind would not say enough; else empty.
+        words: the problem in a few words; empty if the words for its kind in ``CAUTIONS`` say enough.
     """
 
     kind: str

@@ -28,7 +28,8 @@ class Difference(Record):
 
     Attributes:
         value: the model's number minus the reference's number.
-        error: standard error of ``value``, over samples and of estimates; NaN if not known, as with too few samples.
+        error: standard error of ``value``, which combines the errors over samples and of estimates; NaN if not known,
+            as with too few samples.
         ratio: the model's number divided by the reference's number; NaN unless the reference's number is positive.
         ratio_error: standard error of ``ratio``, to first order; NaN if not known.
         is_paired: whether the errors take into account that both models were measured on the same samples.
@@ -73,10 +74,10 @@ class ComparedModel(Record):
         feature_spread: mean over samples of the squared norm of the classifier's input, times the variance of the
             classifier's weight rows over classes.
         outcome: the number that flatness is expected to predict, as the user gave it, such as a generalization gap.
-        errors: standard errors over samples and of estimates, by name of the number.
+        errors: standard errors by name of the number, which combine the errors over samples and of estimates.
         layers: names of the measured layers.
         filters: number of filters of each measured layer.
-        features: number of weights of one filter of each measured layer.
+        features: number of weights per filter, for each measured layer.
         num_classes: number of columns of the logits; 0 if not known.
         depth: number of convolutions and linear layers of the whole network; 0 if not known.
         batch_norms: number of BatchNorm layers of the whole network.
@@ -230,11 +231,11 @@ class Comparison(Record):
 
     @property
     def _has_errors(self) -> bool:
-        """Whether there are enough samples for errors of differences; a caution says if there are not."""
+        """Whether there are enough samples for errors of differences; if not, there is a caution."""
         return all(caution.kind != FEW_SAMPLES for caution in self.cautions)
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
-        """Return the difference in one number between the model ``name`` and the ``reference``, by default the first.
+        """Return the difference in one number between model ``name`` and the ``reference``, by default the first model.
 
         ``number`` is ``"loss"``, ``"accuracy"`` or the name of a measure. Raises a :class:`FlatnessError` for an
         unknown number or model.

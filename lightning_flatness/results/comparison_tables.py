@@ -72,7 +72,7 @@ def measures_table(comparison: Comparison) -> Table:
 
 
 def with_mark(comparison: Comparison, number: str, name: str) -> str:
-    """Return a model's number as text, with a mark unless it differs clearly from the first model's number.
+    """Return a model's number as text, with a mark if it does not differ clearly from the first model's number.
 
     The mark is ``≈`` for a difference that is not clear, and ``?`` for a difference of unknown error.
     """

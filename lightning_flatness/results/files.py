@@ -1,8 +1,8 @@
 """Save records to compressed ``.npz`` files of plain arrays and one JSON text, without pickle, and load them.
 
 The JSON text has the fields of the record. A tensor appears in it as the name of an array, and NaN and infinities as
-strings. To read a file, the type annotations of the record's fields say how to convert each value.
-:func:`_from_format_1` converts files of the format before.
+strings. When a file is read, the type annotations of the record's fields decide how each value is converted.
+:func:`_from_format_1` converts files of the earlier format 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Saved:
     Fields may be tensors, plain values, other records, and tuples or mappings of these.
     """
 
-    # Names of the arrays in old files, which had no JSON text to say which record they hold; empty if there are none.
+    # Names of the arrays in old files of this class that have no JSON text; empty if there are no such files.
     _unlabelled: ClassVar[frozenset[str]] = frozenset()
 
     def save(self, path: str | PathLike[str]) -> Path:

@@ -23,7 +23,7 @@ COLUMNS = {
     "channelwise_flatness": "channel-wise",
     "neuronwise_flatness": "neuron-wise",
 }
-ALWAYS = ("hessian_trace", "relative_flatness", "neuronwise_flatness")  # columns shown also without any values
+ALWAYS = ("hessian_trace", "relative_flatness", "neuronwise_flatness")  # columns that are shown even without values
 SUMS = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "neuronwise_flatness")
 MEANS = {"loss": "loss", "accuracy": "accuracy", "curvature": "curvature (trace of Λ)"}
 
@@ -38,7 +38,7 @@ class LayerFlatness(Record):
     Attributes:
         block_traces: ``T``, float64 ``(G, S/G, S/G)``, in loss per squared weight; ``T[g, s, s']`` is the trace of the
             Hessian's block for the filters ``s`` and ``s'`` of group ``g``. If relative flatness was not measured,
-            only the diagonals, ``(G, S/G)``.
+            these are only the diagonals, ``(G, S/G)``.
         filter_traces: Hessian trace of every filter, float64 ``(S,)``, in loss per squared weight.
         filter_flatness: ``‖w_s‖² T[s, s]``, float64 ``(S,)``; its sum is ``neuronwise_flatness``.
         hessian_trace: trace of the layer's Hessian, in loss per squared weight.
@@ -56,13 +56,13 @@ class LayerFlatness(Record):
             an input channel and ``w_sc`` the part of filter ``s`` on it. Rescaling the input channels does not change
             it either. NaN unless asked for.
         num_dead_channels: number of input channels that do not vary, which the normalised measure leaves out.
-        sampling_errors: standard errors of the means over samples, by measure: the usual distance to the mean over a
-            large data set from the same distribution. NaN if not known.
+        sampling_errors: standard errors over samples, by measure: the typical distance between the measure and its
+            value on a large data set from the same distribution. NaN if not known.
         largest_tenth: share of relative flatness that comes from the tenth of the samples with the largest values; NaN
             if per-sample values are not known, or some are negative.
-        samples: per-sample values by measure, ``(N,)`` each, in the order of the measured set; NaN for ignored
-            samples. Their mean, weighted by ``report.samples["weight"]``, is the layer's number. Empty unless asked
-            for, and with ``residual="hutchinson"``.
+        samples: per-sample values by measure, ``(N,)`` each, in the order of the measured set; NaN for ignored samples.
+            Their mean, weighted by ``report.samples["weight"]``, is the layer's number. Empty unless asked for, and
+            always empty with ``residual="hutchinson"``.
     """
 
     block_traces: Tensor
@@ -126,7 +126,7 @@ class FlatnessReport(Record):
 
     Attributes:
         loss: mean loss over the measured samples; NaN if the batches have no targets.
-        accuracy: share of the measured samples whose largest logit is at the target; NaN unless targets are class
+        accuracy: share of the measured samples whose largest logit is that of the target; NaN unless targets are class
             indices.
         curvature: mean over samples of the trace of ``Λ``, the second derivative of the loss at the logits.
         loss_name: name of the loss.
@@ -240,7 +240,7 @@ class FlatnessReport(Record):
 
     @property
     def precision_deviation(self) -> float:
-        """In half precision, the largest relative difference of a layer's trace from float32, on a few samples."""
+        """In half precision, the largest relative change of a layer's trace from float32, on a few samples; else 0."""
         return lowest_precision(self._infos).precision_deviation if self.layers else 0.0
 
     @property

@@ -26,9 +26,9 @@ class LayerLambdaMax(Record):
 
     Attributes:
         lambda_max: ``λ_max(H)``, in loss per squared weight.
-        residual_norm: ``‖H v - λ v‖``, where ``λ`` is ``lambda_max`` and ``v`` its unit eigenvector as computed. Some
-            eigenvalue of ``H`` differs from ``λ`` by at most this.
-        num_products: number of products of ``H`` with a vector that ``lambda_max`` needed.
+        residual_norm: ``‖H v - λ v‖``, where ``λ`` is ``lambda_max`` and ``v`` the computed unit eigenvector. At least
+            one eigenvalue of ``H`` is at most this far from ``λ``.
+        num_products: number of products of ``H`` with vectors that were needed for ``lambda_max``.
         layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
         neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss; NaN if not
             measured.

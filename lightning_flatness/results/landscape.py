@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import number_of
 
-# Fields that describe how a landscape was computed. A landscape can be resumed only with the same values of all.
+# Fields that describe how a landscape was computed. A landscape can be resumed only if all of them are the same.
 SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
 
 
@@ -35,7 +35,8 @@ class LandscapeResult(Record):
         cosine: cosine of the angle between the two axes; NaN for a line.
         weight_norm: L2 norm of the parameters that are not frozen.
         fingerprint: hash of weights, buffers and axes. A landscape can be resumed only with the same fingerprint.
-        seconds: wall time, over all calls if it was resumed; NaN if not known, as in files of earlier versions.
+        seconds: wall time, summed over all calls if the landscape was resumed; NaN if not known, as in files of earlier
+            versions.
 
     ``axes``, ``normalize``, ``norm``, ``biases``, ``update``, ``batch_norm``, ``frozen``, ``loss`` and ``seed`` are the
     arguments of :func:`~lightning_flatness.loss_landscape`. Of ``axes`` and ``loss`` only the names are kept.

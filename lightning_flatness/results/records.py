@@ -65,7 +65,10 @@ class Record(Saved):
         return [flat(self._values(tensors=False))]
 
     def _values(self, tensors: bool) -> dict[str, Any]:
-        """Return fields and properties by name, mappings and records last; long tensors only with ``tensors=True``."""
+        """Return the values of fields and public properties, by name.
+
+        Mappings and records come after all other values. Long tensors are left out unless ``tensors`` is True.
+        """
         kinds = get_type_hints(type(self))
         wanted = {field.name: kinds[field.name] for field in fields(cast(Any, self))} | _properties(type(self))
         values = {

@@ -34,11 +34,11 @@ class SpectrumResult(Record):
     Attributes:
         eigenvalues: ``λ``, the ``k`` largest eigenvalues (by value, not by modulus), descending, float64 ``(k,)``.
         eigenvectors: orthonormal rows ``v``, ``(k, D)``, in the dtype of the products; see :meth:`eigenvector`.
-        residuals: ``‖H v - λ v‖``, float64 ``(k,)``; some eigenvalue of ``H`` differs from ``λ`` by at most this.
+        residuals: ``‖H v - λ v‖``, float64 ``(k,)``; at least one eigenvalue of ``H`` is at most this far from ``λ``.
         trace: trace of ``H``, estimated from the probes; the part in the span of the eigenvectors is exact.
         trace_stderr: standard error of the trace; NaN with one probe.
         ritz_values: ``θ``, float64 ``(P, m)``, ascending for every probe.
-        ritz_weights: ``τ``, float64 ``(P, m)``; the sum over each probe's weights is one.
+        ritz_weights: ``τ``, float64 ``(P, m)``; the weights of each probe sum to one.
         r_e: ``|θ_min / θ_max|``.
         k_hn: ``Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``.
         c_t: ``θ_min / θ_max``; minus infinity if no Ritz value is positive.

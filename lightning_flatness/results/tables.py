@@ -23,7 +23,7 @@ METHODS = {
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 # Smallest width of the summary table, so that its caption is not broken into short lines.
 WIDTH = 80
-# What the numbers of a layer that is not exact describe, by method.
+# What the numbers of an inexact layer describe instead of the whole Hessian, by method.
 PARTS = {
     "gauss_newton": "the Gauss-Newton part of the Hessian",
     "gauss_newton+hutchinson": "Gauss-Newton exactly and the rest of the Hessian estimated",
@@ -33,7 +33,7 @@ LABELS = {"gauss_newton": "no: Gauss-Newton", "gauss_newton+hutchinson": "no: es
 
 @dataclass(frozen=True, repr=False)
 class LayerInfo(Record):
-    """Description of how a layer is measured, which may change with later batches.
+    """Description of how a layer is measured. Later batches may change it.
 
     The method ``"closed_form"`` uses a formula for the whole Hessian. ``"gauss_newton"`` computes the Gauss-Newton part
     of the Hessian, which is the whole Hessian if ``exact``. ``"gauss_newton+hutchinson"`` also estimates the rest of
@@ -45,7 +45,7 @@ class LayerInfo(Record):
     num_filters: int  # S in docs/theory.md
     patch_length: int  # D, the number of weights of one filter
     groups: int  # G, the number of groups of the convolution
-    classifier: str | None  # None for the Gauss-Newton methods, or if the layer's pooled output is the logits
+    classifier: str | None  # its name; None for Gauss-Newton, or if the layer's pooled output is the logits
     method: Literal["closed_form", "gauss_newton", "gauss_newton+hutchinson"]
     exact: bool  # whether the numbers are certified to be those of the exact Hessian
     reason: str  # why the numbers are not exact; empty if they are exact
@@ -55,7 +55,7 @@ class LayerInfo(Record):
     multiplications: int = 0  # number per sample, without the passes through the model
     memory: int = 0  # bytes of the block traces (the sum and one batch) and of the Gram matrix of the filters
     precision: str = "float32"  # lowest precision that samples were measured in, such as "bfloat16" under autocast
-    precision_deviation: float = 0.0  # in half precision: relative difference of the trace from float32, on a trial
+    precision_deviation: float = 0.0  # in half precision: relative change of the trace from float32, on a trial
     num_classes: int = 0  # number of columns of the logits; 0 if not known
 
     @property
@@ -98,10 +98,11 @@ def summary_table(
     title: str = "Flatness is measured for these layers.",
     verbose: bool = False,
 ) -> Table:
-    """Return a table, to be shown before training, with the method for each layer; the caption names layers left out.
+    """Return a table with the method for each layer, to show before training.
 
-    With ``verbose``, the table also has the size of every layer (filters x weights of one filter) and the
-    multiplications per sample, and the caption has the largest deviation that the certificates found.
+    The caption names the layers that are left out. With ``verbose``, the table also has the size of every layer
+    (filters x weights of one filter) and the multiplications per sample, and the caption has the largest deviation that
+    the certificates found.
     """
     caption = _caption(list(layers.values()), left_out or {}, verbose)
     table = Table(title=title, caption=caption, caption_justify="left", min_width=WIDTH)
@@ -153,7 +154,7 @@ def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: 
 
 
 def notes(layers: Sequence[LayerInfo], left_out: Mapping[str, str]) -> list[str]:
-    """Return sentences that name the numbers that are not exact and the layers that are left out, with the reasons."""
+    """Return sentences on which numbers are not exact and which layers are left out, with the reasons."""
     inexact = [info for info in layers if not info.exact]
     sentences = []
     for method, part in PARTS.items():
