@@ -12,7 +12,7 @@ from rich import table as rich_table
 
 from lightning_flatness.errors import FlatnessError
 
-# A figure with more bytes than this as SVG, such as filled contours, is written as PNG.
+# A figure is written as PNG if its SVG would have more bytes than this, as with filled contours.
 MOST_BYTES = 400_000
 PIXELS_PER_INCH = 160
 

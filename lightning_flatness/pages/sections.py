@@ -28,7 +28,7 @@ from lightning_flatness.results.texts import measured, named
 
 DATA = {"val": "validation data", "train": "training data"}
 UNITS = "in units of the loss"
-MUCH = 0.5  # above this share of relative flatness in a tenth of the samples, the page adds a doubt
+MUCH = 0.5  # if a tenth of the samples has more than this share of relative flatness, the page warns
 # Columns of the table of a history: the key in the records, and the heading.
 HISTORY = {
     "accuracy": "accuracy",

@@ -28,9 +28,9 @@ def plot_block_traces(
 
     Args:
         layer: a layer of a :class:`~lightning_flatness.FlatnessReport`.
-        sort: place filters that interact next to each other, within each group of a grouped convolution. ``T`` is
-            scaled to a unit diagonal, and filters are sorted by the angle of their entries in its two leading
-            eigenvectors.
+        sort: place filters that interact next to each other, within each group of a grouped convolution. For this,
+            ``T`` is scaled to a unit diagonal. Its two leading eigenvectors place every filter at a point of a plane,
+            and filters are sorted by the angle of their points.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
     """
@@ -79,7 +79,7 @@ def _largest(entries: Tensor) -> str:
 def _by_interaction(block: Tensor) -> Tensor:
     """Return indices that sort filters by their angle in the plane of the two leading eigenvectors.
 
-    The eigenvectors are those of the block traces, scaled to a unit diagonal.
+    They are the eigenvectors of the block traces after these were scaled to a unit diagonal.
     """
     if len(block) < 3:
         return torch.arange(len(block), device="cpu")

@@ -73,8 +73,9 @@ def overlays(ax: Any, kind: str) -> list[Any]:
 def set_joint_heading(ax: Any, kind: str, curve: Any, *lines: str) -> None:
     """Write one title for all curves of this kind in the axes.
 
-    ``lines`` is the title of ``curve``, the curve that was drawn last. Its kind and title are stored in its ``gid``.
-    Parts of the titles (separated by "; ") in which the curves differ are all written, with slashes between them.
+    ``lines`` is the title of ``curve``, the newest curve. Its kind and title are stored in its ``gid``. Titles consist
+    of parts, separated by "; ". If the curves differ in a part, the joint title has all versions of this part, with
+    slashes between them.
     """
     curve.set_gid("\n".join((kind, *lines)))
     headings = [line.get_gid().split("\n")[1:] for line in overlays(ax, kind)]
@@ -125,8 +126,8 @@ def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
 def label_logarithm(axis: Any) -> None:
     """Label a logarithmic axis at round numbers.
 
-    Labels are at 1, 2 and 5 times the powers of ten. An axis of less than a factor of ten has more labels, and an axis
-    of more than a factor of a thousand has labels at powers of ten only.
+    Labels are at 1, 2 and 5 times the powers of ten. An axis that spans less than a factor of ten has more labels, and
+    an axis that spans more than a factor of a thousand has labels at powers of ten only.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -141,8 +142,8 @@ def label_logarithm(axis: Any) -> None:
 def round_numbers(low: float, high: float) -> list[float]:
     """Return at most eight round numbers between two positive bounds.
 
-    They are 1, 2 and 5 times the powers of ten, or powers of ten only if there are more than eleven. If more than eight
-    numbers remain, only every second, third, ... number is returned.
+    They are 1, 2 and 5 times the powers of ten, or powers of ten only, if there would be more than eleven. If more than
+    eight numbers remain, only every second, third, ... number is returned.
 
     Example:
         >>> round_numbers(0.3, 12.0)

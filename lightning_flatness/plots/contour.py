@@ -236,7 +236,7 @@ def plot_kept_and_recomputed(
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
 
     Returns:
-        The figure, and its axes for lines or an array of two axes for planes.
+        The figure and its axes. For planes, the axes are an array of two.
     """
     pair = (kept, recomputed)
     same_points = len(kept.axes) == len(recomputed.axes) and all(

@@ -60,8 +60,8 @@ def plot_history(
     Args:
         history: records with ``epoch``, the measure, and optionally ``accuracy``, ``exact`` and ``{measure}_error``,
             such as :attr:`FlatnessCallback.history`.
-        measure: such as ``"normalized_relative_flatness"``. By default relative flatness, or the Hessian trace if no
-            record has relative flatness.
+        measure: the measure to draw, such as ``"normalized_relative_flatness"``. By default relative flatness, or the
+            Hessian trace if no record has relative flatness.
         report: a report of the run, such as :attr:`FlatnessCallback.report`. The title then names its layers, samples
             and method.
         accuracy_label: label of the accuracy axis.
@@ -201,14 +201,14 @@ def plot_layer_history(
     data: str | None = None,
     ax: Any = None,
 ) -> tuple[Any, Any]:
-    """Draw one measure of every layer over the epochs, one curve for each layer, from dark (first) to light (last).
+    """Draw one measure of every layer over the epochs, as curves from dark (first layer) to light (last layer).
 
     The axis is logarithmic if all values are positive. Where values are not exact, markers are hollow and curves are
     dashed. With up to six layers, bands show two standard errors over samples if the history has them.
 
     Args:
         history: records with ``epoch`` and ``{layer}/{measure}``, such as :attr:`FlatnessCallback.history`. The
-            callback keeps values of single layers if it measures two or more layers.
+            callback records values of single layers if it measures two or more layers.
         measure: ``"hessian_trace"`` (loss per squared weight), or a measure in units of the loss, such as
             ``"relative_flatness"``.
         report: a report of the run. The title then names its samples and method.

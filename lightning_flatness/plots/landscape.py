@@ -49,7 +49,7 @@ def gaps(result: LandscapeResult, losses: Tensor) -> dict[str, Tensor]:
 
 
 def corner_counts(points: Tensor) -> Tensor:
-    """Count the marked corners of every grid cell, ``(n - 1, m - 1)``; ``points`` ``(n, m)`` says which are marked."""
+    """Count for each grid cell, ``(n - 1, m - 1)``, the corners where the mask ``points``, ``(n, m)``, is true."""
     edges = points[1:].int() + points[:-1].int()
     return edges[:, 1:] + edges[:, :-1]
 

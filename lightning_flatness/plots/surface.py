@@ -117,7 +117,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 def _refined(values: Tensor, parts: int) -> Tensor:
     """Divide every interval of the first dimension into ``parts`` by linear interpolation.
 
-    The given values stay unchanged, also finite values beside a NaN.
+    The given values stay unchanged, even a finite value beside a NaN.
     """
     where = torch.arange(parts, dtype=values.dtype, device="cpu").reshape(-1, *[1] * (values.ndim - 1)) / parts
     start = values[:-1, None]

@@ -75,9 +75,9 @@ def exactness(infos: Collection[LayerInfo]) -> str:
 
 
 def is_exact(flag: float | None) -> bool:
-    """Return whether numbers of a record are drawn as exact: unless the record's flag ``exact`` is false.
+    """Return whether numbers of a record are drawn as exact, from the record's flag ``exact``.
 
-    A record without a flag (None) is drawn as exact.
+    A record without a flag (None) is drawn as exact, too.
     """
     return flag is None or bool(flag)
 
