@@ -55,8 +55,8 @@ def compare(
             loss; larger is worse. The result then also has rank correlations between the measures and the outcome, and
             baselines, which need no Hessian, but one more pass over ``batches``.
         outcome_name: name of the outcome in tables.
-        hyperparameters: hyper-parameters of each model. They add granulated τ: the mean rank correlation among models
-            that differ in one hyper-parameter only.
+        hyperparameters: hyper-parameters of each model. With them, the result also has granulated τ: the mean rank
+            correlation among models that differ in one hyper-parameter only.
         same_samples: whether reports with ``per_sample=True`` are known to be of the same samples in the same order. By
             default, the reports are checked: samples that two models both classify correctly must have the same class.
         progress: show a progress bar; by default only in a terminal.

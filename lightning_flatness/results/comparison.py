@@ -71,8 +71,8 @@ class ComparedModel(Record):
         loss: mean loss over the measured samples.
         train_loss: mean loss over training data.
         margin: mean over samples of the target's logit minus the largest other logit.
-        feature_spread: mean over samples of the squared norm of the classifier's input, times the variance of the
-            classifier's weight rows over classes.
+        feature_spread: the mean squared norm of the classifier's input, times the variance over classes of the rows of
+            the classifier's weight.
         outcome: the number that flatness is expected to predict, as the user gave it, such as a generalization gap.
         errors: standard errors by name of the number, which combine the errors over samples and of estimates.
         layers: names of the measured layers.
