@@ -31,7 +31,7 @@ class CertifiedLayer:
     gram: Folded  # Gram matrix of the kernel's filters, or its diagonal
     gram_norm: Tensor | None = None  # upper bound of the spectral norm of `gram`; None if no class may be left out
     tail: Known[Tail] | None = None  # None under Gauss-Newton
-    inexact: Inexact | None = None  # under Gauss-Newton: why the layer is not called exact; None if it is
+    inexact: Inexact | None = None  # under Gauss-Newton: why the layer is not called exact; None if it is exact
 
     def with_deviation(self, *deviations: float) -> CertifiedLayer:
         """Return a copy whose deviation is the maximum of the layer's deviation so far and the given ones."""
@@ -40,7 +40,7 @@ class CertifiedLayer:
     def in_precision(self, precision: str, deviation: float) -> CertifiedLayer:
         """Return a copy that is labelled as measured in ``precision``.
 
-        ``deviation`` is the relative change of the Hessian trace from float32.
+        ``deviation`` is the relative change of the Hessian trace compared with float32.
         """
         return replace(self, info=replace(self.info, precision=precision, precision_deviation=deviation))
 
@@ -52,7 +52,7 @@ class Certified:
     layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # with layers="all": why not measured, by name
     paths: Known[None] | None = None  # certificate 4; the fingerprint is the functions that take the kernels
-    affine: Known[None] | None = None  # that logits are affine in kernels; recognised if no function can curve
+    affine: Known[None] | None = None  # logits are affine in kernels; its fingerprint: no function can curve
 
     def without_operations(self) -> Certified:
         """Return a copy without the fingerprints of the tails.
@@ -75,7 +75,7 @@ class CertifiedPass:
     recorded: Pass
     loss: LossDerivatives
     calls: Calls
-    tails: Mapping[str, TailDerivatives]  # by layer, of those under the closed form only
+    tails: Mapping[str, TailDerivatives]  # by name, for layers under the closed form only
 
     @property
     def others(self) -> Calls:
@@ -92,7 +92,7 @@ class Context:
     copy: Callable[[], ModelCopy]
 
     def recorder(self, copy: ModelCopy | None = None) -> Recorder:
-        """Return a recorder for a pass of our own on ``copy``, or without a copy for the user's forward pass."""
+        """Return a recorder for a pass of our own on ``copy``, or for the user's forward pass if there is no copy."""
         watched = {name: copy.copy_of(p) if copy else p for name, p in self.selection.parameters.items()}
         return Recorder(self.selection.modules, self.selection.classifier, watched, live=copy is None)
 

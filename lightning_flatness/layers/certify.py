@@ -43,7 +43,7 @@ def certify(
         loss: the derivatives of the loss at its logits.
         known: what earlier batches have certified.
         context: the layers to measure, the options, and a function that copies the model.
-        masks: samples ``(M, N)`` whose logits must not depend on the other samples (certificate 5).
+        masks: ``M`` sets of samples, ``(M, N)``. Logits of a set must not depend on samples outside it (certificate 5).
 
     Returns:
         The certified pass, and what is certified after this batch.
@@ -90,7 +90,7 @@ def certify_observed(
 
     Its autograd graph ends at the classifier's input. All layers must be under the closed form already. In half
     precision, the operations of the pass are compared with those of the first such pass, and everything that is
-    computed from the classifier's input is float32.
+    computed from the classifier's input has the dtype float32.
 
     Args:
         recorded: the observed forward pass.
@@ -159,7 +159,7 @@ class _Certificates:
     def leave_out(self, name: str, error: LayerSelectionError, calls: Calls, left_out: dict[str, str]) -> None:
         """Move a layer that cannot be measured from ``calls`` to ``left_out``, or raise ``error``.
 
-        A layer may be left out with ``layers="all"``, on the first samples, unless it is the last one that is left.
+        It may be left out only if ``layers="all"``, on the first samples, and if at least one other layer remains.
         """
         left = self.context.selection.modules.keys() - left_out.keys()
         if not self.first or self.context.options.layers != "all" or len(left) == 1:
@@ -283,7 +283,7 @@ class _Certificates:
 
         Layers that are labelled inexact already are not tested again. On the first samples, second derivatives are
         computed. On later samples they are not computed if every function of the autograd graph is known to have the
-        second derivative zero. Hooks on tensors do not appear in the graph, so on one of sixteen batches the second
+        second derivative zero. Hooks on tensors do not appear in the graph, so on one of sixteen batches, second
         derivatives are computed in any case.
         """
         logits, known = self.recorded.logits, self.known.affine

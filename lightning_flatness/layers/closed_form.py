@@ -82,9 +82,9 @@ def closed_form_layer(form: ClosedForm, weighting: Weighting, diagonal: bool) ->
     layer = form.layer
     if layer.gram_norm is not None:
         gram, gram_norm = layer.gram.whole(), layer.gram_norm
-        # The classes left out form a positive matrix whose trace is at most `tolerance` times the full trace. Times the
-        # norm of the Gram matrix, this bounds the change of relative flatness. Relative flatness itself is about the
-        # trace times the mean squared norm of the filters.
+        # The terms left out form a positive matrix whose trace is at most `tolerance` times the full trace. This trace
+        # times the norm of the Gram matrix bounds the change of relative flatness. Relative flatness itself is about
+        # the trace times the mean squared norm of the filters.
         mean = weight_norm(gram).square() / gram[..., 0].numel()
         tolerance = float(TRUNCATION / 2 * mean / gram_norm)
         part = _gauss_newton(form, weighting, diagonal, tolerance)
@@ -166,5 +166,5 @@ def spectral_bound(gram: Tensor) -> Tensor:
     """Return an upper bound of the spectral norms of symmetric matrices: their largest Schatten norm of order eight."""
     scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
     fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
-    bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # float32 is rounded
+    bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # 1.001: float32 rounds
     return bound

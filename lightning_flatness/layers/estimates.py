@@ -33,7 +33,7 @@ class BlockTraces(NamedTuple):
 
     @classmethod
     def of(cls, contraction: Contraction) -> BlockTraces:
-        """Return the block traces that a contraction has computed, which no probe has estimated."""
+        """Return the block traces of a contraction, without variances, because no probe has estimated them."""
         return cls(contraction.total, contraction.samples[:, NORMALIZED:].sum(0), contraction.samples)
 
     def plus(self, other: BlockTraces) -> BlockTraces:
@@ -97,7 +97,7 @@ class Probes:
         return not bool((errors[wanted] > tolerance * sizes[wanted]).any())
 
     def _variances(self) -> Tensor:
-        """Return the variances of the mean's measures, ``(6,)``."""
+        """Return the variances of the measures of the mean estimate, ``(6,)``."""
         return torch.stack(self._measures).var(0) / len(self._measures)
 
 
@@ -121,7 +121,7 @@ def hutchinson_residual(
     stochastic estimator of the trace of the influence matrix".
 
     Args:
-        scalar: the sum of the logits times ``dloss/df``, which counts as constant, with its autograd graph.
+        scalar: the sum of the logits times ``dloss/df``, with its autograd graph; ``dloss/df`` counts as constant.
         kernels: the kernels ``(S, ...)`` in this graph, by layer.
         grams: Gram matrices ``(G, S/G, S/G)`` of the filters, or their diagonals, by layer.
         weightings: the matrices of the normalised and the channel-wise measure, by layer.

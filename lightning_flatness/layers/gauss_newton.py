@@ -30,7 +30,7 @@ from lightning_flatness.layers.options import Options
 # How many entries of tensors, over all layers, are kept in memory at a time: on a CPU about a hundred megabytes.
 ELEMENTS = {"cpu": 3 * 2**23}
 ELEMENTS_DEFAULT = 2**29
-# A forward pass's autograd graph takes about the memory of so many pulled-back columns. (The double backward of the
+# A forward pass's autograd graph takes about the memory of this many pulled-back columns. (The double backward of the
 # certificate takes more, but is freed before columns are pulled back.)
 GRAPH = 4
 # The number of samples at a time is chosen so that this many columns fit into memory besides the graph.
@@ -40,7 +40,7 @@ MOST_COLUMNS = {"cpu": 12}
 # Random probes are added in groups of this size.
 MIN_PROBES = 16
 
-Columns = list[list[Tensor]]  # for each of some columns, what is pulled back to each call of all layers
+Columns = list[list[Tensor]]  # each column as pulled back to every call of every layer
 Advance = Callable[[float], None]  # called with the fraction of the work that is done
 
 
@@ -157,8 +157,8 @@ def _by_probes(
     Classes of large weight are taken one by one. For the others, a probe pulls back ``\sum_k ±√w_k (e_k - π)``, with
     class weights ``w``, unit vectors ``e_k`` and softmax ``π`` (for an :class:`AutogradCurvature`, its two columns for
     the same signs). The signs are random, so the estimate is unbiased. Probes are added until :meth:`Probes.precise`
-    holds for every layer. If that took more backward passes than taking all classes, the other classes are taken one by
-    one, too.
+    holds for every layer. If this takes as many backward passes as all classes would, the other classes are taken one
+    by one, too.
     """
     order = curvature.weights.argsort(1, descending=True)
     mass = curvature.weights.gather(1, order)
@@ -166,7 +166,7 @@ def _by_probes(
     unit = torch.zeros_like(mass)
     totals: dict[str, BlockTraces] = {}
 
-    def take_one_by_one(ranks: range) -> None:  # positions in the order of falling weight
+    def take_one_by_one(ranks: range) -> None:  # positions of classes in the order of falling weight
         units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
         for columns, column_signs in layers.factored(curvature, units):
             layers.add(totals, columns, column_signs)
@@ -192,7 +192,7 @@ def _by_probes(
 
 
 def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
-    """Return how many classes to take one by one, so that their number plus that of expected probes is smallest.
+    """Return how many classes to take one by one, so that this number plus the expected number of probes is smallest.
 
     ``mass`` has the class weights of every sample in falling order, summed over samples, ``(K,)``.
     """

@@ -35,7 +35,7 @@ def first_description(
 ) -> CertifiedLayer:
     """Describe a layer on the first samples, before it is known whether the closed form holds.
 
-    The description says that it does. ``deviation`` is what certificate 4 has found (:func:`certify_path`).
+    The description assumes that it holds. ``deviation`` is what certificate 4 has found (:func:`certify_path`).
     """
     call, convolution = calls[0], calls[0].convolution
     groups, filters = convolution.geometry.groups, convolution.weight.shape[0]

@@ -16,7 +16,7 @@ def make_of(network: nn.Module) -> dict[str, Any]:
     """Count the convolutions and linear layers (``depth``), the BatchNorms, and the BatchNorms never updated.
 
     A BatchNorm counts as never updated (``fresh_batch_norms``) if its running mean is 0 and its running variance 1
-    everywhere. The device is waited for once.
+    everywhere. The CPU waits for the device only once.
 
     Example:
         >>> make_of(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))

@@ -100,10 +100,10 @@ class FlatnessObserver:
     def waiting(
         self, inputs: Any, targets: Tensor | None = None, rows: slice = slice(None), advance: Advance | None = None
     ) -> list[WaitingSamples]:
-        """Certify the samples ``rows`` of a batch, and return what is kept of them, part by part.
+        """Certify the samples ``rows`` of a batch, and return what is kept of each part of them until it is measured.
 
-        When the standard deviations of the input channels are known, :meth:`sums_of` measures parts that have closed
-        forms. Samples without them are measured by :meth:`sums`, in a forward pass more.
+        Later, when the standard deviations of the input channels are known, :meth:`sums_of` measures the parts that
+        have closed forms. The other parts are measured by :meth:`sums`, which needs one more forward pass.
         """
         return list(self._own(inputs, targets, _kept, advance, rows))
 
@@ -322,7 +322,7 @@ class FlatnessObserver:
         return hutchinson_residual(scalar, kernels, grams, weightings, self._options, self._generator)
 
     def _statistics(self, sums: dict[str, LayerSums]) -> dict[str, LayerStatistics]:
-        """Turn sums into statistics, where the position of a sample is its number since the first call."""
+        """Turn sums into statistics; the position of a sample is the number of samples measured before it."""
         number = max((len(of_layer.samples) for of_layer in sums.values()), default=0)
         positions = self._num_seen + torch.arange(number, device="cpu")
         self._num_seen += number

@@ -21,8 +21,8 @@ from lightning_flatness.layers.recording import Convolution
 class ColumnOperator:
     """Multiplies kernels by a layer's Gauss-Newton matrix.
 
-    With ``Λ = B Bᵀ`` the loss's second derivative at the logits, the columns of ``B`` are kept, pulled back to the
-    layer's output.
+    Let ``Λ = B Bᵀ`` be the loss's second derivative at the logits. The operator keeps the columns of ``B``, pulled back
+    to the layer's output.
     """
 
     convolutions: Sequence[Convolution]
@@ -98,8 +98,8 @@ Operator = ColumnOperator | TailOperator
 def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[float], None]) -> dict[str, Operator]:
     """Return, by layer, an operator that multiplies kernels by the layer's Hessian, summed over the samples of a pass.
 
-    For a layer under Gauss-Newton, it is the Gauss-Newton matrix. ``advance`` is called with the fraction of the work
-    that is done.
+    For a layer under Gauss-Newton, the Gauss-Newton matrix takes the place of the Hessian. ``advance`` is called with
+    the fraction of the work that is done.
 
     Raises:
         BatchError: the operators would hold more than ``max_bytes`` of memory.

@@ -38,7 +38,7 @@ class PartSize:
     def next_rows(self, left: int, begun: bool) -> int:
         """Return the size of the next part, when ``left`` samples of the batch are left.
 
-        The remaining parts get about equal sizes. Until ``begun``, i.e. for the first part of the first batch, the
+        The remaining parts get about equal sizes. Unless ``begun``, i.e. for the first part of the first batch, the
         maximum is half as large, because certifying that part takes about fifteen backward passes.
         """
         if self.most is None:

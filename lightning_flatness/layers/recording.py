@@ -76,7 +76,7 @@ class Pass:
     classifier_output: Tensor | None
     kernel_uses: tuple[tuple[str, str], ...]  # pairs of a layer and a function that took its kernel
     eps: float  # machine epsilon of products: of the logits' type, or of TF32 if torch's flags allow it
-    half: torch.dtype | None = None  # half precision that layers, classifier or logits have; None if none has
+    half: torch.dtype | None = None  # half-precision dtype of layers, classifier or logits; None if all are full
 
 
 class Recorder:
@@ -137,7 +137,8 @@ class Recorder:
             handles.append(module.register_forward_hook(self._quiet(partial(self._after_layer, name))))
         if self._classifier is not None:
             before = self._quiet(self._before_classifier)
-            # In the user's pass this hook detaches the input, before hooks of the user's run that may keep the input.
+            # In the user's pass this hook detaches the input. It runs first, because hooks of the user's may keep the
+            # input.
             handles.append(self._classifier.register_forward_pre_hook(before, prepend=self._live))
             handles.append(self._classifier.register_forward_hook(self._quiet(self._after_classifier)))
         for handle in handles:
@@ -196,7 +197,7 @@ class Recorder:
             torch.set_grad_enabled(True)
 
     def _leave_tail(self) -> None:
-        """Restore the user's modes, and put the weights into autocast's cache that it would have cached in them."""
+        """Restore the user's modes, and put the weights into autocast's cache that these modes would have put there."""
         self._modes.close()
         weights, self._functions.weights = self._functions.weights or [], None
         with torch._C.DisableTorchFunction():

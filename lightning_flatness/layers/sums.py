@@ -29,8 +29,8 @@ class LayerStatistics(NamedTuple):
     block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
     weight_gram: Tensor  # Gram matrix of the filters, in the shape of block_traces, float64; not summed
     num_samples: int
-    normalizer: float  # the sum divided by it is the mean: number of samples, or sum of their class weights
-    variances: Tensor | None = None  # (6,), of ALL_MEASURES, each of the sum; None if nothing is estimated
+    normalizer: float  # divisor of the mean: the number of samples, or the sum of their class weights
+    variances: Tensor | None = None  # (6,), of ALL_MEASURES of the sum; None if nothing is estimated
     extra: Tensor | None = None  # (2,), sums of normalised and channel-wise flatness; NaN if not measured
     groups: Tensor | None = None  # (32, 5), for each group of samples the sums of weights and of the 4 SAMPLE_MEASURES
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
-UNNAMED = "forward"  # the name of a convolution with a computed kernel in the forward of the whole model
+UNNAMED = "forward"  # name of a convolution with a computed kernel that the model's own forward calls
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Trace:
     output: Any  # what the forward returned
     calls: tuple[TracedCall, ...]
     passed_over: Mapping[str, str]  # why the other modules cannot be measured, by name
-    hidden: Mapping[str, int]  # for those of them that convolve, how many calls of layers came before
+    hidden: Mapping[str, int]  # for those of the other modules that convolve: number of earlier calls of layers
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class _Frame:
 
     name: str
     applied: list[_Applied] = field(default_factory=list)  # the calls inside the module
-    output: Tensor | None = None  # of the last of these calls, without calls in submodules
+    output: Tensor | None = None  # output of the latest of these calls that is not in a submodule
 
 
 def _has_positions(output_shape: tuple[int, ...]) -> bool:
@@ -169,7 +169,7 @@ class _Tracing(TorchFunctionMode):
 
     def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
         """Note one call of a function that convolves or is linear."""
-        if not self._owners:  # only while the model runs do its modules hold the tensors that they run on
+        if not self._owners:  # modules hold the tensors that they run on only while the model runs
             for name, module in self._modules.items():
                 self._owners |= {id(tensor): (name, key) for key, tensor in module._parameters.items()}
                 self._buffers |= {id(tensor) for tensor in module._buffers.values()}

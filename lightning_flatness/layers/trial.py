@@ -30,7 +30,8 @@ from lightning_flatness.model.rows import num_rows, take
 TRIAL = 4
 # Block traces of an observed pass in TF32 may differ from those in full float32 by this share.
 REDUCED = 0.02
-# Those of a pass in half precision may differ by this share; up to 0.09 was seen on a ResNet's confident samples.
+# Block traces of a pass in half precision may differ by this share; up to 0.09 was seen on a ResNet's confident
+# samples.
 ROUNDED = 0.25
 # Attributes that torch and Lightning set on a module when they compile it.
 COMPILERS = ("_compiled_call_impl", "_compiler_ctx")
@@ -62,9 +63,9 @@ def try_observing(
 ) -> Observable | str:
     """Measure the first samples of a batch twice, without and with observing, and compare the block traces.
 
-    The model makes both passes for us, not for the user. The observed one runs as the user's passes do: in the current
-    modes and, if the inputs are a recorded call, in the precision of that call. It runs eagerly even if the model is
-    compiled; then passes of our own can be observed, but not the user's.
+    Both passes are our own, not the user's. The observed one runs as the user's passes do: in the current modes and, if
+    the inputs are a recorded call, in the precision of that call. It runs eagerly even if the model is compiled; then
+    passes of our own can be observed, but not the user's.
 
     Args:
         model: the model.
@@ -178,7 +179,7 @@ def repeated(model: nn.Module, inputs: Any, observable: Observable) -> Listener:
 
 
 def _copied(model: nn.Module) -> tuple[ModelCopy, dict[nn.Parameter, Tensor]]:
-    """Return a copy of a model that keeps its precision, and the copied parameters by those of the model."""
+    """Return a copy of a model that keeps its precision, and a map from the model's parameters to their copies."""
     with torch.inference_mode(False):
         model_copy = ModelCopy(model, as_it_runs=True)
         # The same parameters must require gradients, so that the graph is the same as in a pass of the user's.

@@ -1,4 +1,4 @@
-"""What is kept of samples that wait until the spread of the input channels is known."""
+"""What is kept of samples that wait until the standard deviations of the input channels are known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_flatness.layers.sums import outcomes_of_pass
 
 @dataclass(frozen=True)
 class WaitingSamples:
-    """The samples of one certified pass, which wait for the spread of the input channels.
+    """The samples of one certified pass, which wait for the standard deviations of the input channels.
 
     Layers under the closed form need no second pass: their sums are computed from ``forms`` later. Gauss-Newton needs
     the autograd graph, which is not kept, so with such a layer ``forms`` is None and the samples run once more.
@@ -41,7 +41,7 @@ class WaitingSamples:
 
 
 def channel_sums(calls: Sequence[LayerCall]) -> ChannelSums | None:
-    """Return the sums of every input channel of a layer over its calls, per sample; None if these have other shapes."""
+    """Return the sums of every input channel of a layer over its calls, per sample; None if their shapes differ."""
     inputs = [call.convolution.read for call in calls]
     if len({one.shape[:2] for one in inputs}) > 1:
         return None

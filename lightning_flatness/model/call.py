@@ -61,7 +61,7 @@ def equal_inputs(one: Any, other: Any) -> bool:
 
 
 def same_tensors(call: Call, inputs: Any, targets: Tensor | None) -> bool:
-    """Return whether the tensors of a call equal those of ``inputs`` one by one; the call may have the targets, too."""
+    """Return whether a call has the same tensors as ``inputs``, in the same order; it may have the targets, too."""
     called, given = tensors_of(call), tensors_of(inputs)
     if targets is not None:
         called = [tensor for tensor in called if tensor.shape != targets.shape or not _equal(tensor, targets)]
@@ -104,11 +104,11 @@ class Overheard:
     """A context manager that intercepts the calls of some modules: ``hear`` is called instead of their forward.
 
     ``hear`` also runs when the user's code calls ``forward`` directly, which hooks do not see. In a compiled module it
-    wraps the call of the compiled code, never a part of that code. Forward passes of our own are not intercepted
-    (:func:`only_heard_by`).
+    wraps the call of the compiled code, never a part of that code. Forward passes that this package makes itself are
+    not intercepted (:func:`only_heard_by`).
     """
 
-    # The stack of only_heard_by: only the last entry hears calls. If the stack is empty, all objects hear them.
+    # A stack, one entry per only_heard_by block: only its top intercepts calls. If it is empty, all objects do.
     _only: ClassVar[list[Overheard | None]] = []
 
     def __init__(self, modules: Iterable[nn.Module], hear: Hear) -> None:
@@ -143,7 +143,7 @@ class Overheard:
     def hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Pass a call to ``hear``; just run it if :func:`only_heard_by` forbids to hear it or a compiler traces it."""
+        """Pass a call to ``hear``, or just run it if :func:`only_heard_by` forbids it or a compiler traces the call."""
         if torch.compiler.is_compiling() or (Overheard._only and Overheard._only[-1] is not self):
             return forward(*arguments, **keywords)
         return self._hear(module, forward, arguments, keywords)
@@ -162,7 +162,8 @@ def _attribute(module: nn.Module) -> str:
 def only_heard_by(overheard: Overheard | None) -> Iterator[None]:
     """Let only ``overheard`` intercept calls inside the block, or nobody if it is None.
 
-    Forward passes of our own run inside such a block, because they must not count as calls of the user's code.
+    Forward passes that this package makes run inside such a block, because they must not count as calls of the user's
+    code.
     """
     Overheard._only.append(overheard)
     try:

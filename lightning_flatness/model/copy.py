@@ -23,8 +23,8 @@ class ModelCopy:
 
     No gradient can reach the user's parameters. A forward that writes to parameters, buffers or inputs writes to their
     copies. The user's model is called through ``__call__``, so its forward hooks run. Use a ``ModelCopy`` within
-    :func:`isolated`. Copies have the dtype that :func:`measured` gives them; with ``as_it_runs`` they keep their own,
-    half precision too.
+    :func:`isolated`. Copies have the dtype that :func:`measured` gives them; with ``as_it_runs`` they keep their own
+    dtype, even if it is half precision.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, as_it_runs: bool = False) -> None:
@@ -37,7 +37,7 @@ class ModelCopy:
         self._copies: dict[int, Tensor] = {}
         self._slots: dict[str, int] = {}
         self._buffers: set[int] = set()
-        self.keeps_graph = False  # whether a buffer requires gradients after the last call
+        self.keeps_graph = False  # whether a buffer requires gradients after the latest call
         for prefix, module in model.named_modules():
             tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
@@ -74,8 +74,8 @@ class ModelCopy:
         with torch.inference_mode(False):  # so that these tensors can be in an autograd graph
             tensors |= {key: tensors[key].clone() for key in begun}  # so that every call begins with the same buffers
         substitutes = {name: tensors[key] for name, key in self._slots.items()}
-        # Tied tensors are handled above. With tie_weights, functional_call would replace the tensors of a module with
-        # two names twice, and not put the first ones back.
+        # Tied tensors are handled above, not by tie_weights. If a module has two names, functional_call with
+        # tie_weights would replace its tensors twice, and not put the original ones back.
         try:
             output = functional_call(self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False)
         except (TypeError, RuntimeError, *LOOKUP_ERRORS) as error:
@@ -114,7 +114,7 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
     return ""
 
 
-# Errors of a forward that is given a tensor and expects a mapping or another object.
+# Errors of a forward that expects a mapping or another object, but is given a tensor.
 LOOKUP_ERRORS = (IndexError, AttributeError)
 # Words in torch's messages about tensors of a wrong dtype.
 TYPE_WORDS = ("type", "not implemented for", "Byte", "Char", "Int", "Long")

@@ -29,8 +29,8 @@ class NamedDirection(dict[str, Tensor]):
 def direction_between(model: nn.Module, other: State) -> Direction:
     """Return the direction ``w' - w`` from a model with weights ``w`` to a model of the same architecture with ``w'``.
 
-    The direction includes parameters and buffers, so at the coordinate 1 lies the other model with its own BatchNorm
-    statistics. At other coordinates the statistics are interpolated linearly, like the weights. (With
+    The direction includes parameters and buffers, so the point at coordinate 1 is the other model with its own
+    BatchNorm statistics. At other coordinates the statistics are interpolated linearly, like the weights. (With
     ``batch_norm="recomputed"``, :func:`~lightning_flatness.loss_landscape` computes them for the weights at every
     point.)
 

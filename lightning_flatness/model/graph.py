@@ -14,14 +14,15 @@ from torch.autograd.function import BackwardCFunction
 # For each node of an autograd graph: its name, its saved values that are not tensors, the indices of the next nodes.
 Operations = tuple[tuple[Any, ...], ...]
 
-# Words in the names of functions that move or mix entries as another tensor tells, such as indices or weights.
+# Words in the names of functions that move or mix entries. How they do so depends on another tensor, such as indices or
+# weights.
 MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
 
 
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
-    """Return the operations that compute a tensor, or None if names and saved values do not determine what they do.
+    """Return the operations that compute a tensor, or None if their names and saved values do not show what they do.
 
-    If ``samples`` is given, the number of samples in the batch, the result is the same for batches of every size.
+    If ``samples``, the number of samples in the batch, is given, the result does not depend on the batch size.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -65,8 +66,8 @@ LINEAR_IN_ONE = frozenset(["Addmm", "Bmm", "Convolution", "CudnnConvolution", "M
 def cannot_curve(end: Tensor) -> bool:
     """Return whether the functions in a tensor's graph imply that all second derivatives of the tensor are zero.
 
-    For every function in the graph, it must be known that the function is linear or piecewise linear in its inputs that
-    are in the graph. Then its backward only multiplies by constants and masks, whose derivatives are zero for any data.
+    Every function in the graph must be known to be linear or piecewise linear in those of its inputs that are in the
+    graph. Then its backward only multiplies by constants and masks, whose derivatives are zero for any data.
 
     Example:
         >>> z, w = torch.randn(2, 3, requires_grad=True), torch.randn(3, 4)
@@ -127,7 +128,7 @@ def _saved_numbers(node: Any, samples: int | None) -> tuple[Any, ...]:
 
 
 def _of_one_sample(name: str, value: Any, samples: int) -> Any:
-    """Return a saved value; convert the shape or number of entries of a batch's tensor to those of one sample."""
+    """Return a saved value; if it is the shape or size of a tensor of all samples, return that of one sample."""
     if name.endswith("sizes") and isinstance(value, tuple) and value[:1] == (samples,):
         return value[1:]
     return value // samples if name.endswith("numel") else value
@@ -138,7 +139,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def random_like(tensor: Tensor, stream: int = 0) -> Tensor:
-    """Return standard normal numbers in the shape, dtype and device of a tensor, without the global generators.
+    """Return standard normal numbers in the shape, dtype and device of a tensor, without using global generators.
 
     The numbers are the same in every call. Different values of ``stream`` give independent numbers.
     """
@@ -161,7 +162,7 @@ def second_derivatives(
     inputs: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Sequence[Tensor | None] | NoSecondDerivative:
-    """Return the gradients of ``sum_i <derivatives[i], directions[i]>`` for the inputs, or why torch has none.
+    """Return the gradients of ``sum_i <derivatives[i], directions[i]>`` at the inputs, or why torch does not have them.
 
     ``derivatives`` are first derivatives; those that are None or constant are skipped. The gradient is None for an
     input on which the sum does not depend.

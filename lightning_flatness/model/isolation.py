@@ -172,7 +172,7 @@ def _any_accelerator() -> bool:
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode and remove backward hooks; on leaving, restore every attribute of every module.
 
-    Inside the block, attributes that are tensors or lists are replaced by copies. So, for example, a metric that the
+    Inside the block, attributes that are tensors or lists are replaced by copies. For example, a metric that the
     forward updates has its old value afterwards.
     """
     with ExitStack() as stack:
@@ -181,7 +181,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_tensors_kept(model))
         stack.enter_context(_attributes_kept(model))
         if switches:
-            # A layer that overrides ``train()`` computes what validation sees only after this method was called.
+            # Call the method, because without it a layer that overrides ``train()`` computes something else than in
+            # validation.
             with torch.no_grad(), suppress(NotImplementedError):  # exported modules raise it, as they have one mode
                 model.eval()
         for module in model.modules():
@@ -193,7 +194,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Replace attributes of all modules that are tensors or lists by copies; on leaving, restore all attributes."""
+    """Replace tensors and lists among the attributes of all modules by copies; on leaving, restore all attributes."""
     modules = list(model.modules())
     before = [dict(vars(module)) for module in modules]
     try:
@@ -228,7 +229,7 @@ def _switches_by_itself(model: nn.Module) -> bool:
 
 @contextmanager
 def _tensors_kept(model: nn.Module) -> Iterator[None]:
-    """On leaving, restore which parameters, buffers and submodules all modules have, and their values to the bit.
+    """On leaving, give all modules the same parameters, buffers and submodules as before, with bit-identical values.
 
     This takes a copy of all weights. The copy is needed because a layer that merges weights for evaluation, and splits
     them again for training, restores them only up to rounding.

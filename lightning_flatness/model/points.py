@@ -47,7 +47,7 @@ class Points:
         self._synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
 
     def fingerprint(self, batches: object = None) -> str:
-        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``batches``, which describe the data."""
+        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``batches``, a description of the data."""
         digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
@@ -59,7 +59,7 @@ class Points:
         return digest.hexdigest()
 
     def at(self, coordinates: Tensor) -> State:
-        """Return the values that the moving tensors have at points with these coordinates, ``(points, axes)``."""
+        """Return the values of the tensors that are in some axis, at points with ``coordinates`` ``(points, axes)``."""
         state: State = {}
         for name in self._moving:
             tensor = self._tensors[name]

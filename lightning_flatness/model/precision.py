@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Precision(NamedTuple):
-    """What decides on the precision of a call, apart from the dtypes of weights and inputs.
+    """What determines the precision of a call, apart from the dtypes of weights and inputs.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16):

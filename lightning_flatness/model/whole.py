@@ -17,7 +17,7 @@ SHARED = ("_trainer", "_fabric", "_device_mesh")  # attributes of a LightningMod
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with whole weights and without FSDP2; return a model without FSDP2 itself.
+    """Return a copy of a model with whole weights and without FSDP2; other models are returned as they are.
 
     This is a collective: call it on every rank. Every rank then holds all weights. A model is also returned as it is if
     some of its weights are sharded in a second way, too.
@@ -26,7 +26,7 @@ def whole_model(model: nn.Module) -> nn.Module:
 
 
 class WholeWeights:
-    """The present weights of a model that FSDP2 has sharded, gathered as whole tensors; empty for other models.
+    """The current weights of a model that FSDP2 has sharded, gathered as whole tensors; empty for other models.
 
     Creating the object is a collective, so do it on every rank. :meth:`copy_of` is not a collective.
     """
@@ -45,7 +45,7 @@ class WholeWeights:
         return bool(self._weights)
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model, or of a part of it, with the whole weights; without any, the model itself."""
+        """Return a copy of the model, or of a part of it, with whole weights; the model itself if there are none."""
         sharded = _sharded_modules(model) if self._weights else []
         if not sharded:
             return model
@@ -59,7 +59,7 @@ class WholeWeights:
         for module in model.modules():
             copies |= {id(value): value for name in SHARED if (value := vars(module).get(name)) is not None}
         for module in sharded:  # their class refuses deepcopy
-            plain: Any = type(module).__mro__[2]  # the original class, as torch finds it, too
+            plain: Any = type(module).__mro__[2]  # the original class; torch finds it in the same way
             copies[id(module)] = plain.__new__(plain)
         for module in sharded:
             vars(copies[id(module)]).update(deepcopy(_without_sharding(vars(module)), copies))

@@ -38,7 +38,7 @@ class Known(Generic[Value]):
     def recognises(self, fingerprint: Hashable, every: int | None = FULL_EVERY) -> bool:
         """Return whether a batch with this fingerprint needs no full certificate.
 
-        One in ``every`` batches is not recognised even if its fingerprint is the same; None recognises all of them.
+        One in ``every`` batches is not recognised even if its fingerprint is the same; with None, all are recognised.
         """
         due = every is not None and self.batches + 1 >= every
         return fingerprint is not None and fingerprint == self.fingerprint and not due

@@ -20,7 +20,7 @@ class Kernel:
 
     weight: Tensor  # detached
     sample: Tensor  # a copy of some of its entries
-    parameter: Tensor | None = None  # the model's parameter, if it is the kernel; held so that its id stays unique
+    parameter: Tensor | None = None  # the model's parameter, if it is the kernel; kept alive so that its id is unique
 
 
 def certify_layer(
@@ -34,7 +34,7 @@ def certify_layer(
 
     Raises:
         LayerSelectionError: the layer cannot be measured.
-        BatchError: the types, the shape of the input or NaN in the weights forbid it.
+        BatchError: dtypes, the shape of the input or NaN in the weights forbid the measurement.
     """
     for call in calls:
         _certify_convolution(call, known, half)

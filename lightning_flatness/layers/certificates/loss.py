@@ -1,4 +1,4 @@
-"""Certify that a training step's loss has the second derivative of mean cross-entropy in the logits."""
+"""Certify that a training step's loss has the same Hessian with respect to the logits as mean cross-entropy."""
 
 from __future__ import annotations
 

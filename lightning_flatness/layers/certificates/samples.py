@@ -15,7 +15,7 @@ from lightning_flatness.model.graph import random_like
 def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
     """Return why layers cannot be measured, by name.
 
-    The reasons are that the logits do not depend on a layer's output, or that the output does not have one row for
+    There are two reasons: the logits do not depend on the layer's output, or this output does not have one row for
     every sample.
 
     Raises:

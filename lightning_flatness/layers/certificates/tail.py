@@ -67,9 +67,9 @@ def certify_tail(
 ) -> tuple[TailDerivatives, Known[Tail]]:
     """Certify the tail of one layer, and return its derivatives.
 
-    If ``known`` was certified on a batch with the same operations in its tail, the full certificate is skipped, except
-    on one of sixteen batches, and only the derivatives are computed. A tail is certified in full on every batch if it
-    has custom operations, or operations that move entries by indices.
+    If ``known`` was certified on a batch with the same operations in its tail, the full certificate is skipped and only
+    the derivatives are computed, except on one of sixteen batches. A tail is certified in full on every batch if it has
+    custom operations, or operations that move entries by indices.
 
     Args:
         node: the layer's output ``z``, ``(N, S, *output)``.
@@ -236,7 +236,7 @@ def _failure(first: FirstOrder | None, features: Tensor) -> str:
 
 
 def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
-    """Return the gradient of ``<derivative, vector>`` at the layer's output, or None if it does not depend on it."""
+    """Return the gradient of ``<derivative, vector>`` at the layer's output; None if there is no dependence."""
     second = second_derivatives([derivative], [vector], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):
         raise NotClosedFormError(
