@@ -88,9 +88,9 @@ def certify_observed(
 ) -> tuple[CertifiedPass, Certified]:
     """Certify an observed forward pass of the user's.
 
-    Its autograd graph ends at the classifier's input. All layers must be under the closed form already. In half
-    precision, the operations of the pass are compared with those of the first such pass, and everything that is
-    computed from the classifier's input has the dtype float32.
+    The recorded graph reaches from the layers to the classifier's input, and not to the logits. All layers must have the
+    closed form already. In half precision, the operations of this pass must be those of the first pass in half
+    precision; what is computed here from the classifier's input, is computed in float32.
 
     Args:
         recorded: the observed forward pass.

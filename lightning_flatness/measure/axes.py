@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Axes(NamedTuple):
     """The normalised axes of a line or plane.
 
-    With ``update="adam"``, ``directions`` holds both of Adam's moments, even for a line, whose ``names`` has one entry.
+    With ``update="adam"``, ``directions`` holds both of Adam's moments. A line has one entry in ``names``, a plane two.
     """
 
     names: tuple[str, ...]

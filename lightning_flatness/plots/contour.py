@@ -181,7 +181,8 @@ def _set_limits(ax: Any, x: Tensor, y: Tensor, is_overlay: bool) -> None:
 def _draw_gaps(ax: Any, result: LandscapeResult, masks: dict[str, Tensor]) -> list[Any]:
     """Hatch the cells of the grid that have a corner without a loss; return handles for the legend.
 
-    ``masks`` holds the points without a loss by reason (:func:`~lightning_flatness.plots.landscape.gaps`).
+    ``masks`` has a mask for every reason why points have no loss
+    (:func:`~lightning_flatness.plots.landscape.gaps`).
     """
     import numpy as np
     from matplotlib.colors import ListedColormap

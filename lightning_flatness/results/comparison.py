@@ -266,7 +266,7 @@ class Comparison(Record):
         return decision_table(self)
 
     def tables(self) -> list[Table]:
-        """Return all tables: :meth:`table`, the table of the other measures, and the rank correlations if any."""
+        """Return :meth:`table`, a table of the measures that it leaves out, and one of rank correlations, if any."""
         correlations = [correlation_table(self.correlations, self.outcome_name)] if self.correlations else []
         return [self.table(), measures_table(self), *correlations]
 

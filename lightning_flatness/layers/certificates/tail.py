@@ -260,7 +260,7 @@ def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Te
     deviation = _deviation(zero if along is None else along, expected)
     if not deviation <= _tolerance(features):
         raise NotClosedFormError(
-            "between this layer and the classifier, positions of one channel interact in a curved way (relative "
+            "between this layer and the classifier, positions of one channel interact nonlinearly (relative "
             f"deviation {deviation:.1e}), as in InstanceNorm or attention pooling; the closed form needs elementwise "
             "activations. Choose another layer with layers=."
         )
