@@ -3,7 +3,7 @@
 A guard is a function, or a line or two, that keeps a user's training as it is or a number right. The test that goes red
 without it says so in a decorator::
 
-    @guards("model.graph:differentiable_once", returns=False)  # a function that returns something else
+    @guards("model.isolation:refuse_sharded", returns=None)  # a function that returns something else
     @guards("model.isolation:_full_float32", body="yield")  # a function with another body
     @guards("model/isolation.py", "module.training = False", "pass")  # text that occurs once, and what replaces it
 

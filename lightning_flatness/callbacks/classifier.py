@@ -11,10 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_flatness.callbacks.lightning_imports import LightningModule
 from lightning_flatness.errors import FlatnessError, NotClosedFormError
+from lightning_flatness.functional.autograd_curvature import functions_of
 from lightning_flatness.layers.certificates.head import certify_head
 from lightning_flatness.layers.recording import REDUCED_EPS, Pass
 from lightning_flatness.layers.tracing import LAYERS
-from lightning_flatness.model.graph import functions_of
 from lightning_flatness.model.isolation import float32_is_reduced
 from lightning_flatness.model.names import plain_name
 from lightning_flatness.model.precision import HALF

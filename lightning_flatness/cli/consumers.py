@@ -18,7 +18,7 @@ from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.layers.options import Options
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.model.call import as_call
-from lightning_flatness.model.logits import logits_of
+from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of
 from lightning_flatness.pages import DataHash
 from lightning_flatness.results import FlatnessReport
 
@@ -72,7 +72,7 @@ class MeanLoss:
         if targets is None:
             raise BatchError("A training batch has no targets, so its loss cannot be computed.")
         call = as_call(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), finding_what_is_not_finite(network.module, call, network.prefix):
             logits = logits_of(network.module(*call.arguments, **call.keywords)).double()
         self._sum += float(self._loss.total(logits, targets))
         self._normalizer += self._loss(logits, targets).normalizer

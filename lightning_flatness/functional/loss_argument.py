@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations, count
 from math import comb
@@ -14,8 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_flatness.checks import check_whole
-from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
-from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
+from lightning_flatness.errors import NOT_DIFFERENTIABLE, BatchError, FlatnessError, is_out_of_memory
+from lightning_flatness.functional.autograd_curvature import (
+    AutogradCurvature,
+    Curvature,
+    certified_diagonal,
+    differentiable_once,
+    product,
+)
 from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
 from lightning_flatness.functional.losses import (
     BinaryCrossEntropy,
@@ -73,6 +80,9 @@ def find_loss(
         return _cross_entropy(label_smoothing, class_weight, ignore_index)
     if isinstance(loss, str) and loss in LOSSES:
         return LOSSES[loss]()
+    if isinstance(loss, type):
+        module = "nn." if loss.__module__.startswith("torch.nn.") else ""
+        raise FlatnessError(f"loss={module}{loss.__name__} is a class: give an instance, {module}{loss.__name__}().")
     if isinstance(loss, str) or not callable(loss):
         raise FlatnessError(
             f"loss={loss!r} is not known. Choose one of {', '.join(map(repr, LOSSES))}, or give a function from "
@@ -141,19 +151,39 @@ class CustomLoss(Loss):
         """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""
         if targets is None:
             raise BatchError(f"The loss '{self.name}' needs targets, but this batch has none.")
-        with torch.enable_grad():
+        with torch.enable_grad(), self._naming_what_has_no_derivative():
             f, losses = self._losses(logits.detach(), targets)
             self._check_shape(losses, len(f))
-            (residual,) = torch.autograd.grad(losses.sum(), f, create_graph=True)
+            ones = torch.ones_like(losses, requires_grad=True)  # else differentiable_once would have no node to see
+            (residual,) = torch.autograd.grad(losses, f, ones, create_graph=True)
             if not bool(residual.isfinite().all()):
                 raise BatchError(
                     f"A derivative of the loss '{self.name}' is not finite (a square root or logarithm at zero? Add an "
                     "epsilon there)."
                 )
+            if differentiable_once([residual]):
+                raise self._no_second_derivative("a custom function is marked once_differentiable")
             self._check_samples_are_separate(losses, f)
             curvature = self._curvature(f, residual, targets)
         outcomes = outcomes_of(losses.detach(), logits, targets)
         return LossDerivatives(curvature, residual.detach().double(), len(f), float(len(f)), outcomes)
+
+    @contextmanager
+    def _naming_what_has_no_derivative(self) -> Iterator[None]:
+        """In a ``with`` block, say in plain words that PyTorch cannot differentiate the loss twice."""
+        try:
+            yield
+        except RuntimeError as error:  # NotImplementedError is one
+            if not any(text in str(error) for text in NOT_DIFFERENTIABLE):
+                raise
+            raise self._no_second_derivative(str(error)) from error
+
+    def _no_second_derivative(self, reason: str) -> FlatnessError:
+        """Return an error that names the operation without a second derivative, and the remedy."""
+        return FlatnessError(
+            f"The loss '{self.name}' has no second derivative in PyTorch ({reason}), and the Hessian is made of it. "
+            "Write the loss with operations that have one, such as gather, clamp, exp and log."
+        )
 
     def _curvature(self, f: Tensor, residual: Tensor, targets: Tensor) -> Curvature:
         """Return the second derivative at the logits ``f`` in the least costly form; ``residual`` is the gradient."""

@@ -126,7 +126,7 @@ class CrossEntropy(Loss):
         if classes < 2:
             raise BatchError(
                 "The logits have one column, but cross-entropy needs one for every class. For two classes, train with "
-                "two logits or use loss='binary_cross_entropy'."
+                "two logits or use loss='binary_cross_entropy'; for a value to be predicted use loss='mse'."
             )
         pi = torch.softmax(logits.double(), dim=1)
         weight = None
@@ -145,7 +145,10 @@ class CrossEntropy(Loss):
             kept, count, of_samples = None, samples, None
             q, normalizer = targets.double(), float(samples)
             if not holds(((q >= 0) & q.isfinite()).all()):
-                raise BatchError("Targets that are probabilities must be finite and not negative.")
+                raise BatchError(
+                    "Targets that are probabilities must be finite and not negative. If they are values to be "
+                    "predicted, give loss='mse'."
+                )
             if bool(((q.sum(1) - 1).abs() > ROUNDED).any()):
                 warnings.warn(SEVERAL_LABELS, stacklevel=2)
         else:
@@ -211,7 +214,8 @@ class CrossEntropy(Loss):
 ROUNDED = 1e-2
 SEVERAL_LABELS = (
     "Rows of the targets do not sum to one, so they are no probabilities of classes, and loss='cross_entropy' weights "
-    "every sample by the sum of its row. For several labels per sample use loss='binary_cross_entropy'."
+    "every sample by the sum of its row. For several labels per sample use loss='binary_cross_entropy', for values to "
+    "be predicted loss='mse'."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError, FlatnessError, explained, is_out_of_memory
+from lightning_flatness.errors import BatchError, explained, is_out_of_memory
 from lightning_flatness.functional import separating_masks
 from lightning_flatness.layers.certificates.samples import certify_rows
 from lightning_flatness.layers.certified import Certified, CertifiedPass, Context
@@ -21,8 +22,7 @@ from lightning_flatness.layers.recording import Pass
 from lightning_flatness.layers.selection import Selection, select
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import isolated
-from lightning_flatness.model.logits import certify_deterministic, logits_of
-from lightning_flatness.model.precision import HALF
+from lightning_flatness.model.logits import certify_deterministic, finding_what_is_not_finite, logits_of
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
 Result = TypeVar("Result")
@@ -116,7 +116,7 @@ class OwnPasses:
             chunk = slice(start, start + rows)
             part = Part(self._tensors.take(inputs, chunk), take(targets, chunk, samples), rows, start, tell)
             try:
-                with isolated(self._model):
+                with isolated(self._model), self._finding(part.inputs):
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
                     result = work(self._certified(part, first_batch), self.known, part.tell)
@@ -124,7 +124,7 @@ class OwnPasses:
                 continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
-                    in_plain_words = self._explained(error)
+                    in_plain_words = explained(error)
                     if in_plain_words is not None:
                         raise in_plain_words from error
                     raise
@@ -140,7 +140,7 @@ class OwnPasses:
             BatchError: the logits of these samples alone differ from their logits in the whole batch.
         """
         self._tensors = self._tensors.narrowed(inputs, len(mask))
-        with isolated(self._model):
+        with isolated(self._model), self._finding(inputs):
             self._tensors = self._tensors.certified(inputs, mask, lambda part: logits_of(self._copy(part)))
         return self._tensors.chosen(inputs, targets, mask)
 
@@ -220,20 +220,6 @@ class OwnPasses:
         half = torch.rand(samples, generator=self._chance, device="cpu") < 0.5
         return torch.stack([half, ~half])
 
-    def _explained(self, error: RuntimeError) -> FlatnessError | None:
-        """Return an error that explains one of torch's errors and names a remedy, or None if that error is unknown."""
-        in_plain_words = explained(error)
-        if in_plain_words is None and "type" in str(error) and self._is_cast:
-            in_plain_words = BatchError(
-                f"The model's forward fails in {self._options.measuring_dtype or torch.float32}, in which it is "
-                f"measured ({error}). It seems to cast to a type of its own; cast to the type of a weight instead, "
-                "e.g. x.to(self.conv.weight.dtype), or set dtype=."
-            )
-        return in_plain_words
-
-    @property
-    def _is_cast(self) -> bool:
-        """Whether the model has parameters that are measured in another floating-point type than their own."""
-        dtype = self._options.measuring_dtype
-        types = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
-        return any(own in HALF or own != (dtype or own) for own in types)
+    def _finding(self, inputs: Any) -> AbstractContextManager[None]:
+        """Return a context manager in which errors name what is not finite in the model or in ``inputs``."""
+        return finding_what_is_not_finite(self._model, inputs, self._options.prefix)

@@ -155,7 +155,9 @@ def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, 
         kind = type(modules[pattern]).__name__
         raise LayerSelectionError(f"Layer '{pattern}' is a {kind}, not a convolution or linear layer.")
     if not matched:
-        close = difflib.get_close_matches(pattern, candidates, n=3) or list(candidates)[-3:]
+        same_end = [name for name in candidates if name.endswith(f".{pattern}") or pattern.endswith(f".{name}")]
+        close = list(dict.fromkeys([*same_end, *difflib.get_close_matches(pattern, candidates, n=3)]))[:3]
+        close = close or list(candidates)[-3:]
         raise LayerSelectionError(
             f"layers='{pattern}' matches no convolution or linear layer of the model. Did you mean {_listing(close)}?"
         )

@@ -17,7 +17,7 @@ from lightning_flatness.layers.selection import select
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import isolated, without_wrapper
-from lightning_flatness.model.logits import logits_of
+from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of
 from lightning_flatness.model.options import MeasuringOptions
 
 
@@ -43,7 +43,7 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
                 raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
             if targets.ndim and not len(targets):
                 continue
-            with isolated(model):
+            with isolated(model), finding_what_is_not_finite(model, inputs):
                 copy = ModelCopy(model, options.measuring_dtype)
                 if not len(sums):
                     classifier.find(model, copy, inputs)

@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
 from lightning_flatness.model.call import Call, as_call, tensors_of
@@ -79,7 +80,7 @@ class ModelCopy:
         try:
             output = functional_call(self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False)
         except (TypeError, RuntimeError, *LOOKUP_ERRORS) as error:
-            reason = _why_it_fails(self._model, call, error)
+            reason = _why_it_fails(self._model, call, error, self._dtype)
             if reason:
                 raise BatchError(reason) from error
             raise
@@ -88,7 +89,7 @@ class ModelCopy:
         return output
 
 
-def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
+def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.dtype | None) -> str:
     """Return why the forward fails on the inputs of a call, and a remedy; an empty string if the cause is not known."""
     if isinstance(error, TypeError):
         try:
@@ -111,7 +112,28 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception) -> str:
             f"The model's forward fails on inputs of type {whole[0]} ({error}). Convert them to floating point, e.g. "
             "images.float() / 255, in the data set, in the forward or, in a callback, by batch_fn=."
         )
-    return ""
+    if not isinstance(error, RuntimeError) or isinstance(error, CheckpointError) or is_out_of_memory(error):
+        return ""
+    if "type" in str(error) and _is_cast(model, dtype):
+        return (
+            f"The model's forward fails in {dtype or torch.float32}, in which it is measured ({error}). It seems to "
+            "cast to a type of its own; cast to the type of a weight instead, e.g. x.to(self.conv.weight.dtype), or "
+            "set dtype=."
+        )
+    kinds = dict.fromkeys(f"{tuple(tensor.shape)} and type {tensor.dtype}" for tensor in tensors_of(call))
+    doubles = {tensor.dtype for tensor in tensors_of(call)} - {parameter.dtype for parameter in model.parameters()}
+    remedy = (
+        "Convert them to the type of the weights, inputs.float()."
+        if torch.float64 in doubles
+        else "Give inputs like those that it was trained on, in their number of channels, their size and their type."
+    )
+    return f"The model's forward fails on inputs of shape {', '.join(kinds)} ({error}). {remedy}" * bool(kinds)
+
+
+def _is_cast(model: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Return whether some parameters are measured in another floating-point type than their own."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return any(own in HALF or own != (dtype or own) for own in types)
 
 
 # Errors of a forward that expects a mapping or another object, but is given a tensor.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+
+from lightning_flatness.errors import NOT_DIFFERENTIABLE
+from lightning_flatness.functional.autograd_curvature import differentiable_once, functions_of
 
 # For each node of an autograd graph: its name, its saved values that are not tensors, the indices of the next nodes.
 Operations = tuple[tuple[Any, ...], ...]
@@ -101,18 +104,6 @@ def ends_with_sigmoid(end: Tensor) -> bool:
     return node is not None and _plain(node.name()) == "Sigmoid"
 
 
-def functions_of(ends: Sequence[Tensor]) -> Iterator[Any]:
-    """Yield each function (node) in the autograd graph of the tensors ``ends`` once."""
-    visited: set[Any] = set()
-    waiting = [end.grad_fn for end in ends]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in visited:
-            visited.add(node)
-            yield node
-            waiting += [following for following, _ in node.next_functions]
-
-
 def _plain(name: str) -> str:
     """Return the name of a node without its namespace, ``Backward`` and number: ``Relu`` for ``ReluBackward0``."""
     return re.sub(r"(Backward)?\d*$", "", name.rpartition("::")[2])
@@ -183,16 +174,3 @@ def second_derivatives(
         if not any(text in str(error) for text in NOT_DIFFERENTIABLE):
             raise
         return NoSecondDerivative(False, str(error))
-
-
-# Parts of torch's messages for operations that have a first derivative but no second one.
-NOT_DIFFERENTIABLE = ("derivative for", "not implemented", "double backward", "double-backward")
-
-
-def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
-    """Return whether the graph of first derivatives has a custom function marked ``once_differentiable``.
-
-    Such a function leaves an error node, at which the graph ends. Autograd raises an error only if it visits this node;
-    otherwise the gradients behind the node are silently missing.
-    """
-    return any(node.name().endswith("Error") for node in functions_of(derivatives))

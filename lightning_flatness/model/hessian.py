@@ -16,7 +16,7 @@ from lightning_flatness.functional import Loss
 from lightning_flatness.model.copy import ModelCopy, measuring_device
 from lightning_flatness.model.graph import NoSecondDerivative, second_derivatives
 from lightning_flatness.model.isolation import isolated
-from lightning_flatness.model.logits import logits_of, question_outputs
+from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of, question_outputs
 from lightning_flatness.model.names import choose_parameters
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
@@ -83,7 +83,7 @@ class LossCurvature:
             if targets is None:
                 raise BatchError(f"Batch {index} has no targets, and the Hessian of the loss needs them.")
             share = 0.5 if samples == 1 else 1.0  # a single sample is taken twice
-            with _explained(index), isolated(self._model):
+            with _explained(index), isolated(self._model), finding_what_is_not_finite(self._model, inputs):
                 self._tensors = self._tensors.narrowed(inputs, samples)
                 if samples == 1:
                     one, targets = slice(0, 1), take(targets, slice(0, 1), 1)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError, LayerSelectionError
 from lightning_flatness.functional import Loss
 from lightning_flatness.functional.conditions import holds
+from lightning_flatness.model.call import as_call, tensors_of
 from lightning_flatness.model.graph import ends_with_sigmoid
+from lightning_flatness.model.names import plain_name
 
 # Logits that differ by at most this count as equal up to rounding; relative, in units of the machine epsilon.
 ROUNDINGS = 1e3
@@ -26,11 +30,51 @@ def logits_of(output: Any) -> Tensor:
     if not len(logits):
         raise BatchError("A batch has no samples.")
     if not holds(logits.isfinite().all()):
-        raise BatchError(
-            "The logits contain NaN or infinity: training has diverged, the inputs contain them, or classes are masked "
-            "with -inf. The Hessian does not exist for such logits."
+        raise _NotFiniteError(
+            f"{NOT_FINITE}: training has diverged, the inputs contain them, or classes are masked with -inf. "
+            f"{NO_HESSIAN}"
         )
     return logits
+
+
+NOT_FINITE = "The logits contain NaN or infinity"
+NO_HESSIAN = "The Hessian does not exist for such logits."
+
+
+class _NotFiniteError(BatchError):
+    """Raised if logits are not finite; :func:`finding_what_is_not_finite` says why."""
+
+
+@contextmanager
+def finding_what_is_not_finite(model: nn.Module, inputs: Any, prefix: str = "") -> Iterator[None]:
+    """In a ``with`` block, let errors about logits that are not finite name what made them so.
+
+    That is the first parameter or buffer of the model that is not finite, or the inputs. Names begin with ``prefix``.
+    """
+    try:
+        yield
+    except _NotFiniteError as error:
+        raise BatchError(f"{NOT_FINITE}{_cause(model, inputs, prefix)} {NO_HESSIAN}") from error
+
+
+def _cause(model: nn.Module, inputs: Any, prefix: str) -> str:
+    """Return what is not finite besides the logits, as the rest of a sentence, and a remedy."""
+    for name, parameter in model.named_parameters(prefix):
+        if not bool(parameter.isfinite().all()):
+            found = plain_name(name)
+            return f", and so does the parameter '{found}': training has diverged. Take an earlier checkpoint."
+    for name, buffer in model.named_buffers(prefix):
+        if not bool((buffer.isfinite() | (buffer == -torch.inf)).all()):  # -inf may mask positions
+            return (
+                f", and so does the buffer '{plain_name(name)}': training has diverged, or has seen such inputs. Take "
+                "an earlier checkpoint, or compute the buffer again."
+            )
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(as_call(inputs))):
+        return ", and so do the inputs. Clean the data, or leave out the samples that contain them."
+    return (
+        ", but inputs, parameters and buffers do not: activations overflow, the forward divides by zero, or it masks "
+        "classes with -inf."
+    )
 
 
 def any_logits_of(output: Any) -> Tensor:
@@ -43,8 +87,18 @@ def any_logits_of(output: Any) -> Tensor:
             f"The model returns a {_described(output)}; flatness needs the logits, a tensor of shape "
             f"(samples, classes), or an output with a 'logits' entry. {_remedy(output)}"
         )
+    if not logits.is_floating_point():
+        raise BatchError(
+            f"The logits are numbers of type {logits.dtype}, which have no derivative. Return them as they are before "
+            "argmax, round or a comparison."
+        )
     if logits.ndim != 2:
         hint = " Dense prediction (a class for every pixel or token) is not supported." if logits.ndim > 2 else ""
+        if logits.ndim == 1:
+            hint = (
+                " Return a single logit of every sample as a column, logits.unsqueeze(1), and measure "
+                "loss='binary_cross_entropy' or 'mse'. Classes, as argmax returns them, have no derivative."
+            )
         raise BatchError(f"The logits have shape {tuple(logits.shape)}; they must be (samples, classes).{hint}")
     return logits
 

@@ -1,5 +1,7 @@
 """Which layers are measured, and what is said of names that fit none."""
 
+from collections import OrderedDict
+
 import pytest
 from torch import nn
 
@@ -38,6 +40,14 @@ def test_pattern_without_a_match(pattern, meant):
     refused(
         lf.LayerSelectionError, f"layers='{pattern}' matches no convolution.*Did you mean .*'{meant}'", layers=pattern
     )
+
+
+@pytest.mark.parametrize(("pattern", "meant"), [("c", "net.c"), ("model.net.h", "net.h"), ("x.net.a", "net.a")])
+def test_layers_of_the_same_last_name_are_meant_first(pattern, meant):
+    net = nn.Sequential()
+    parts = {"a": nn.Conv2d(2, 3, 1), "c": nn.Conv2d(3, 4, 3), "flat": nn.Flatten(), "h": nn.Linear(64, 4)}
+    net.add_module("net", nn.Sequential(OrderedDict(parts)))
+    refused(lf.LayerSelectionError, f"Did you mean '{meant}'", net, layers=pattern)
 
 
 def test_one_pattern_of_several_without_a_match():

@@ -73,6 +73,23 @@ def test_inputs_that_the_forward_does_not_take(measure):
         measure(net, [((x > 0).byte(), y)])
 
 
+WRONG = {
+    "channels": (lambda x: x[:, :1], r"\(4, 1, 6, 6\) and type torch.float32 \(.*channels.*\)"),
+    "size": (lambda x: x[:, :, :2, :2], r"\(4, 2, 2, 2\) and type torch.float32 \(.*Kernel size.*\)"),
+    "type": (lambda x: x.double(), r"\(4, 2, 6, 6\) and type torch.float64 \(.*\). Convert them.*inputs.float\(\)"),
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+@pytest.mark.parametrize("measure", MEASURE, ids=lambda f: f.__name__)
+def test_inputs_that_the_forward_fails_on(measure, change):
+    net, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 3)), torch.randn(4, 2, 6, 6)
+    wrong, says = WRONG[change]
+    with pytest.raises(lf.BatchError, match=f"forward fails on inputs of shape {says}") as caught:
+        measure(net, [(wrong(x), torch.arange(4) % 3)])
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
 def test_errors_of_the_forward_itself_stay():
     class Broken(nn.Module):
         def __init__(self):

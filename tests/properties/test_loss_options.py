@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.testing import assert_matches_oracle
+from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.networks import Network, focal, randomise_statistics, recipes, two_convolutions
 
@@ -174,6 +175,61 @@ def test_probabilities_that_are_none():
     net = linear_net()
     with pytest.raises(lf.BatchError, match="probabilities must be finite and not negative"):
         lf.measure_flatness(net, [(VECTORS, torch.full((8, 4), -1.0))], layers="a")
+
+
+def test_values_to_be_predicted_need_another_loss():
+    net, values = linear_net(), torch.linspace(-1, 1, 32).reshape(8, 4)
+    with pytest.raises(lf.BatchError, match="values to be predicted, give loss='mse'"):
+        lf.measure_flatness(net, [(VECTORS, values)], layers="a")
+    with pytest.warns(UserWarning, match="values to be predicted loss='mse'"):
+        lf.measure_flatness(net, [(VECTORS, values.abs())], layers="a")
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.HuberLoss])
+def test_a_class_of_losses_is_no_loss(loss):
+    with pytest.raises(lf.FlatnessError, match=rf"is a class: give an instance, nn.{loss.__name__}\(\)"):
+        lf.measure_flatness(linear_net(), [(VECTORS, LABELS)], layers="a", loss=loss)
+
+    class Own(nn.Module):
+        pass
+
+    with pytest.raises(lf.FlatnessError, match=r"loss=Own is a class: give an instance, Own\(\)"):
+        lf.measure_flatness(linear_net(), [(VECTORS, LABELS)], layers="a", loss=Own)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        return logits.square().sum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (logits,) = ctx.saved_tensors
+        return 2 * logits * gradient[:, None]
+
+
+NO_SECOND = {
+    "of torch": (lambda f, y: nn.functional.multi_margin_loss(f, y, reduction="none"), "multi_margin_loss_backward"),
+    "once_differentiable": (lambda f, y: Once.apply(f), "once_differentiable"),
+}
+
+
+@guards(
+    "functional/loss_argument.py",
+    "if differentiable_once([residual]):",
+    "if False:",
+    ids="measure_flatness-once_differentiable",
+)
+@guards("functional/loss_argument.py", "if not any(text in str(error) for text in NOT_DIFFERENTIABLE):", "if True:")
+@pytest.mark.parametrize("loss", NO_SECOND)
+@pytest.mark.parametrize("measure", [lf.measure_flatness, lf.hessian_spectrum], ids=lambda f: f.__name__)
+def test_a_loss_without_a_second_derivative(measure, loss):
+    function, operation = NO_SECOND[loss]
+    options = {"layers": "a"} if measure is lf.measure_flatness else {}
+    with pytest.raises(lf.FlatnessError, match=rf"no second derivative in PyTorch \(.*{operation}.*gather, clamp"):
+        measure(linear_net(), [(VECTORS, LABELS)], loss=function, **options)
 
 
 @pytest.mark.parametrize("options", [{"max_products": 0}, {"max_products": 1.5}, {"tolerance": -1.0}], ids=str)
