@@ -88,9 +88,9 @@ def certify_observed(
 ) -> tuple[CertifiedPass, Certified]:
     """Certify an observed forward pass of the user's.
 
-    The recorded graph reaches from the layers to the classifier's input, and not to the logits. All layers must have the
+    The recorded graph reaches from the layers to the classifier's input, not to the logits. All layers must have the
     closed form already. In half precision, the operations of this pass must be those of the first pass in half
-    precision; what is computed here from the classifier's input, is computed in float32.
+    precision. What is computed here from the classifier's input is computed in float32.
 
     Args:
         recorded: the observed forward pass.
