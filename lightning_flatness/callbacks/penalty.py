@@ -28,7 +28,7 @@ from lightning_flatness.functional.loss_argument import find_loss
 from lightning_flatness.functional.losses import IGNORED
 from lightning_flatness.functional.penalty import PENALTIES, flatness_penalty
 from lightning_flatness.layers.certificates.loss import why_not_cross_entropy
-from lightning_flatness.measure.batches import targets_of
+from lightning_flatness.measure.batches import called, targets_of
 from lightning_flatness.model.isolation import refuse_sharded
 
 
@@ -169,7 +169,8 @@ class FlatnessPenalty(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record the classifier's calls. In the first step of a fit, run eagerly and record the calls of all layers."""
-        targets = targets_of(batch) if self.batch_fn is None else self.batch_fn(batch)[1]
+        with _named():
+            targets = targets_of(batch) if self.batch_fn is None else called(self.batch_fn, batch)[1]
         self._targets = None if targets is None else targets.clone()  # the step may change them
         if self._classifier is None:
             self._recorder.attach(linear_layers(pl_module, self.layers))

@@ -68,6 +68,10 @@ def parse(words: Sequence[str]) -> Command:
     options = _parser().parse_args(plain)
     if options.command == "compare" and len(options.checkpoints) < 2:
         raise UsageError("compare needs two checkpoints or more.")
+    if options.command != "compare" and len(options.checkpoints) > 1:
+        raise UsageError(
+            f"{options.command} takes one checkpoint, and {len(options.checkpoints)} were given; compare takes several."
+        )
     return Command(options.command, tuple(map(Path, options.checkpoints)), options, nested, tuple(words))
 
 
@@ -105,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, about in ABOUT.items():
         usage = f"%(prog)s {'A B ...' if name == 'compare' else 'CKPT'} [options]"
         command = commands.add_parser(name, help=about, description=about, usage=usage, allow_abbrev=False)
-        _add_checkpoints(command, several=name == "compare")
+        _add_checkpoints(command)
         _add_network(command)
         _add_data(command, name)
         _add_own(command, name)
@@ -113,9 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_checkpoints(parser: argparse.ArgumentParser, several: bool) -> None:
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     about = "checkpoints of Lightning, or state dicts (.pt, .pth, .safetensors)"
-    parser.add_argument("checkpoints", metavar="CKPT", nargs="+" if several else 1, help=about)
+    parser.add_argument("checkpoints", metavar="CKPT", nargs="+", help=about)
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +130,10 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add("--network", metavar="NAME", help="attribute of the LightningModule that is the network, such as net")
     add("--inputs", choices=("step", "batch"), help=(
         "give the network what the validation step gives it (default), or the inputs of the batch, without a step"
+    ))  # fmt: skip
+    add("--targets", metavar="KEY", help=(
+        "entry of a batch that has the targets: a key, an attribute, or a position such as 1 (default: an entry like "
+        "'label', or the second of two)"
     ))  # fmt: skip
     add("--trust", action="store_true", help="unpickle Python objects in the checkpoint, which can run code")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps")

@@ -151,11 +151,10 @@ def made_of(
         parser.set_defaults({f"{kind}.{key}": value for key, value in given.items()})
         parsed = parser.parse_args(list(words))
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        whole = instantiate(parsed)
+        value = getattr(instantiate(parsed), kind, argparse.Namespace())  # without arguments there is no entry
+        return value if inspect.isclass(made) else made(**vars(value))
     except Exception as error:
         raise UsageError(f"--{kind} {name}: {_problem(error, kind)}") from error
-    value = getattr(whole, kind)
-    return value if inspect.isclass(made) else made(**vars(value))
 
 
 def _parameters(made: Any) -> set[str]:

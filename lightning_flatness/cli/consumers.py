@@ -70,7 +70,9 @@ class MeanLoss:
     def add(self, network: Network, inputs: Any, targets: Tensor | None) -> None:
         """Run the network on a batch and add the loss of the batch to the sum."""
         if targets is None:
-            raise BatchError("A training batch has no targets, so its loss cannot be computed.")
+            raise BatchError(
+                "A training batch has no targets, so its loss cannot be computed; --no-train-loss compares without it."
+            )
         call = as_call(inputs)
         with torch.no_grad(), finding_what_is_not_finite(network.module, call, network.prefix):
             logits = logits_of(network.module(*call.arguments, **call.keywords)).double()

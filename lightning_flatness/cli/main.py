@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if not command.quiet:
             show(outcome, [*outcome.notes, *notes])
         for path in command.output:
-            write(path, outcome, command.words)
+            write(path, outcome)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, words)
     except UsageError as error:
@@ -64,7 +64,10 @@ def _in_words_of_options(message: str) -> str:
     if "model=" in message:
         message += " On the command line: --network NAME."
     if "batch_fn=" in message:
-        message += " On the command line: --inputs batch gives the network the batch's inputs; others need Python."
+        message += (
+            " On the command line: --targets KEY names the entry of the batch that has the targets, --inputs batch "
+            "gives the network the batch's inputs; others need Python."
+        )
     return message
 
 

@@ -30,10 +30,10 @@ def show(outcome: Outcome, notes: Sequence[str]) -> None:
         Console(file=sys.stderr, width=WIDTH).print(Text(f"Note: {note}"))
 
 
-def write(path: Path, outcome: Outcome, words: Sequence[str]) -> None:
+def write(path: Path, outcome: Outcome) -> None:
     """Write the results to ``path``: an HTML page, a JSON file with the numbers, or an npz file with the whole result.
 
-    The suffix of ``path`` decides. ``words`` is not used.
+    The suffix of ``path`` decides.
     """
     if path.suffix == ".html":
         from lightning_flatness.pages import save_html

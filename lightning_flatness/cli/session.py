@@ -77,6 +77,7 @@ class Session:
                 consumer,
                 inputs=command.inputs,
                 network=command.network,
+                targets=command.targets,
                 device=command.device,
                 advance=advance,
             )

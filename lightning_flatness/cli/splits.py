@@ -49,7 +49,10 @@ def split_of(
             raise UsageError(
                 "There are no data to measure on: give --data package.DataModule, or the --config of the run."
             )
-        raise UsageError(f"--data: {type(data).__name__} is no LightningDataModule, as it has no {hook}.")
+        raise UsageError(
+            f"--data: {type(data).__name__} is no LightningDataModule, as it has no {hook}. Give the class of one, or "
+            "a function that returns one."
+        )
     trainer = quiet_trainer(device, [])
     try:
         if data is not None:

@@ -16,7 +16,8 @@ from lightning_flatness.callbacks.lightning_imports import LightningModule, Trai
 from lightning_flatness.callbacks.network import Network, network_without_step
 from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.cli.splits import Split, quiet_trainer
-from lightning_flatness.errors import FlatnessError
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.measure.batches import described, entries_of
 
 Found = TypeVar("Found", covariant=True)
 
@@ -36,11 +37,17 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
 
     ``name`` is the attribute of the LightningModule that holds the network, or None if the user names no attribute. If
     ``has_steps`` is False, no validation step calls the network, and the consumer gets the inputs of the batch. After
-    every batch, the callback calls ``advance`` with the share of batches that are done.
+    every batch, the callback calls ``advance`` with the share of batches that are done. ``targets`` is the entry of a
+    batch that has the targets, if the user names it.
     """
 
     def __init__(
-        self, consumer: Consumer[Found], name: str | None, has_steps: bool, advance: Callable[[float], None]
+        self,
+        consumer: Consumer[Found],
+        name: str | None,
+        has_steps: bool,
+        targets: str | None,
+        advance: Callable[[float], None],
     ) -> None:
         super().__init__(
             "lightning-flatness",
@@ -49,7 +56,7 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
             max_samples=None,
             prefix="flatness",
             model=name,
-            batch_fn=None,
+            batch_fn=None if targets is None else targets_at(targets, has_steps),
             figures=False,
             figures_every=None,
             on_error="raise",
@@ -105,6 +112,7 @@ def visit(
     *,
     inputs: str | None = None,
     network: str | None = None,
+    targets: str | None = None,
     device: str = "auto",
     advance: Callable[[float], None] = lambda share: None,
 ) -> Found:
@@ -112,7 +120,8 @@ def visit(
 
     The consumer gets the inputs that the step gives to the network. With ``inputs="batch"``, or if the model has no
     validation step, no step runs and the consumer gets the inputs of the batch. ``network`` is the attribute of the
-    model that holds the network. After every batch, ``advance`` is called with the share of batches that are done.
+    model that holds the network, ``targets`` the entry of a batch that has the targets. After every batch, ``advance``
+    is called with the share of batches that are done.
     """
     module: Any = model if is_lightning_module(model) else _Plain(model)
     has_steps = is_overridden("validation_step", module) and not isinstance(module, _Plain)
@@ -121,7 +130,7 @@ def visit(
     has_steps = has_steps and inputs != "batch"
     if isinstance(module, _Plain):
         network = f"plain.{network}" if network else "plain"
-    callback = SamplesOfSteps(consumer, network, has_steps, advance)
+    callback = SamplesOfSteps(consumer, network, has_steps, targets, advance)
     trainer = quiet_trainer(device, [callback])
     with _replaced(module, split, has_steps):
         try:
@@ -141,6 +150,27 @@ def visit(
     if callback.found is None:
         raise FlatnessError(f"The loader of the {split.name} data is empty: it yields no batch.")
     return callback.found
+
+
+def targets_at(key: str, has_steps: bool) -> Callable[[Any], tuple[Any, Tensor]]:
+    """Return a function from a batch to ``(inputs, targets)``, whose targets are the entry ``key`` of the batch.
+
+    The inputs are None if ``has_steps``, as the step shows them; else they are the only other entry.
+    """
+
+    def split(batch: Any) -> tuple[Any, Tensor]:
+        entries = {str(name): entry for name, entry in entries_of(batch).items()}
+        targets = entries.pop(key, None)
+        if not isinstance(targets, Tensor):
+            raise BatchError(f"--targets {key}: there is no such tensor in a batch, which is {described(batch)}.")
+        if not has_steps and len(entries) != 1:
+            raise BatchError(
+                f"--targets {key}: without a validation step a batch has one entry besides the targets, which is what "
+                f"the network is given; it is {described(batch)}."
+            )
+        return None if has_steps else next(iter(entries.values())), targets
+
+    return split
 
 
 class _Plain(LightningModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from os import PathLike
@@ -14,7 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from lightning_flatness.errors import BatchError
+from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
 from lightning_flatness.model.generators import drawing, generators_kept
 from lightning_flatness.model.isolation import random_states_kept
 
@@ -159,13 +159,38 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if pair is not None:
         return pair
     raise BatchError(
-        f"A batch is a {type(batch).__name__}"
-        + (f" of length {len(batch)} ({_kinds(batch)})" if isinstance(batch, (tuple, list)) else "")
-        + (f" with the entries {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else "")
-        + "; expected (inputs, targets) with a tensor of targets, a tensor of inputs, or a mapping or dataclass with "
-        "one entry like 'image' and one like 'label'. Reshape it, or give the callback batch_fn=, a function from a "
-        "batch to (inputs, targets)."
+        f"A batch is {described(batch)}; expected (inputs, targets) with a tensor of targets, a tensor of inputs, or a "
+        "mapping or dataclass with one entry like 'image' and one like 'label'. Reshape it, or give the callback "
+        "batch_fn=, a function from a batch to (inputs, targets)."
     )
+
+
+def described(batch: Any) -> str:
+    """Return what a batch is: its type, and its keys or the types of its entries.
+
+    Example:
+        >>> described({"pix": torch.zeros(2), "species": 3}), described((torch.zeros(2), 3))
+        ("a dict with the entries 'pix', 'species'", 'a tuple of length 2 (Tensor, int)')
+    """
+    is_sequence = isinstance(batch, (tuple, list))
+    named = {} if is_sequence and not hasattr(batch, "_fields") else entries_of(batch)
+    return (
+        f"a {type(batch).__name__}"
+        + (f" of length {len(batch)} ({_kinds(batch)})" if is_sequence else "")
+        + (f" with the entries {', '.join(map(repr, named))}" if named else "")
+    )
+
+
+def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
+    """Return what the user's ``batch_fn=`` returns for a batch; an error of it says what the batch is."""
+    try:
+        return batch_fn(batch)
+    except Exception as error:
+        if isinstance(error, FlatnessError) or is_out_of_memory(error):
+            raise
+        raise BatchError(
+            f"batch_fn= fails with {type(error).__name__}: {error}. A batch is {described(batch)}."
+        ) from error
 
 
 def targets_of(batch: Any) -> Tensor | None:
@@ -177,18 +202,20 @@ def targets_of(batch: Any) -> Tensor | None:
     """
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
         return batch[1] if len(batch) == 2 and isinstance(batch[1], Tensor) else None
-    entries = _entries(batch)
+    entries = entries_of(batch)
     names = _tensors_named(entries, TARGETS)
     targets: Tensor | None = entries[names[0]] if len(names) == 1 else None
     return targets
 
 
-def _entries(batch: Any) -> dict[Any, Any]:
-    """Return the entries of a dataclass, named tuple or mapping by name; an empty mapping for other batches."""
+def entries_of(batch: Any) -> dict[Any, Any]:
+    """Return the entries of a dataclass, named tuple or mapping by name, or of a tuple or list by position."""
     if is_dataclass(batch):
         return {field.name: getattr(batch, field.name) for field in fields(batch)}
     if hasattr(batch, "_fields"):
         return dict(batch._asdict())
+    if isinstance(batch, (tuple, list)):
+        return dict(enumerate(batch))
     return dict(batch) if isinstance(batch, Mapping) else {}
 
 
@@ -204,7 +231,7 @@ def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any
 
 def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
     """Return the entries of a batch that are named like inputs and like targets; None if it is not clear which."""
-    entries = _entries(batch)
+    entries = entries_of(batch)
     inputs, targets = _tensors_named(entries, INPUTS), _tensors_named(entries, TARGETS)
     if len(inputs) != 1 or len(targets) != 1:
         return None

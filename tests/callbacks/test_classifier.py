@@ -169,6 +169,7 @@ REFUSED = {
         {"class_weight": WEIGHTS, "batch_fn": lambda batch: (batch[0], None)},
         "depends on the targets; give targets=. With batch_fn=",
     ),
+    "batch_fn": (None, None, {"batch_fn": lambda batch: batch["x"]}, "FlatnessPenalty: batch_fn= fails with TypeError"),
     "cosine": (None, lambda: with_classifier(Cosine(5, CLASSES)), {}, "does not return weight @ input"),
     "a function": (
         lambda module, x, y: F.cross_entropy(F.linear(module.features(x), module.net.fc.weight), y),

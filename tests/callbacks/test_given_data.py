@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_flatness as lf
+from lightning_flatness.callbacks.data.sources import Wanted
 from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.compare import assert_same, end_of
 from tests.callbacks.flatness_runs import fit
@@ -248,3 +249,18 @@ def test_batches_with_names_in_a_run(tmp_path, options):
         wanted = lf.measure_flatness(module.net, loaders()[1])
         assert_close(callback.report.layers["net.conv2"].block_traces, wanted.layers["conv2"].block_traces)
     assert callback.report.num_samples == options.get("max_samples", 22)
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ({"pix": X, "kind": Y}, r"KeyError: 'x'. A batch is a dict with the entries 'pix', 'kind'"),
+        ([X, Y], r"TypeError: .*. A batch is a list of length 2 \(Tensor\)"),
+        (Named(X, None, None), r"TypeError: .*. A batch is a Named .*with the entries"),
+    ],
+    ids=["dict", "list", "named"],
+)
+def test_a_batch_fn_that_fails(batch, says):
+    with pytest.raises(lf.BatchError, match=f"^batch_fn= fails with {says}") as caught:
+        Wanted("val", None, lambda batch: (batch["x"], batch["y"])).split(batch)
+    assert isinstance(caught.value.__cause__, (KeyError, TypeError))

@@ -124,6 +124,27 @@ class Normalised(Images):
         return images / 2, labels
 
 
+class Species(Images):
+    """Its batches have names that say nothing."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {"pix": batch[0], "species": batch[1]}
+
+
+class OfSpecies(Net):
+    def validation_step(self, batch, batch_idx):
+        self.net(batch["pix"])
+
+
+class Three(Images):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {"a": batch[0], "b": batch[0], "label": batch[1]}
+
+
+def pairs():
+    return ([(0, 1)], [(1, 0)])
+
+
 class Numbered(Net):
     """Its validation step needs to know the loader."""
 

@@ -217,3 +217,19 @@ def test_a_split_drawn_from_the_global_generator_is_that_of_the_run(cli_run, num
     data = DrawnSplit(16)
     data.setup("fit")
     assert found["details"]["Hash of the data"] == data_hash(data.val_dataloader())
+
+
+@guards("cli/steps.py", "batch_fn=None if targets is None else targets_at(targets, has_steps)", "batch_fn=None")
+@pytest.mark.parametrize("words", [[], ["--inputs", "batch"]], ids=["step", "batch"])
+def test_targets_may_have_any_name(runs, numbers, words):
+    net, data = "tests.cli.project.OfSpecies", "tests.cli.project.Species"
+    expected = numbers("measure", runs / "small.ckpt", "--model", "tests.cli.project.Net", *DATA)
+    named = numbers("measure", runs / "small.ckpt", "--model", net, "--data", data, "--targets", "species", *words)
+    by_position = numbers("measure", runs / "small.ckpt", "--model", "tests.cli.project.Net", *DATA, "--targets", "1")
+    assert named["layers"] == by_position["layers"] == expected["layers"]
+    assert named["accuracy"] == expected["accuracy"]
+
+
+def test_data_may_be_made_by_a_function(runs, numbers):
+    words = ["measure", runs / "small.ckpt", "--model", "tests.cli.project.Net", "--data"]
+    assert numbers(*words, "tests.cli.project.images")["layers"] == numbers(*words, DATA[1])["layers"]

@@ -112,6 +112,19 @@ COMMANDS = {
         ["validation step of NeedsItsRun", "AttributeError", "--inputs batch"],
     ),
     "no step": (f"small.ckpt {PROJECT}.WithoutStep {IMAGES} --inputs step", 1, ["has no validation step"]),
+    "several files": ("small.ckpt wide.ckpt", 1, ["measure takes one checkpoint, and 2", "compare takes several"]),
+    "data of a function": (
+        f"small.ckpt {PROJECT}.Net --data tests.cli.project.pairs", 1,
+        ["--data: tuple is no LightningDataModule", "the class of one, or a function that returns one"],
+    ),
+    "no such targets": (
+        f"small.ckpt {PROJECT}.Net {IMAGES} --targets label", 2,
+        ["--targets label: there is no such tensor in a batch, which is a list of length 2"],
+    ),
+    "more than inputs": (
+        f"small.ckpt {PROJECT}.Net {PROJECT.replace('model', 'data')}.Three --targets label --inputs batch", 2,
+        ["--targets label: without a validation step a batch has one entry", "'a', 'b', 'label'"],
+    ),
     "not exact": (f"small.ckpt {PROJECT}.Net {IMAGES} --layers net.0 --strict", 2, ["net.0"]),
 }  # fmt: skip
 
@@ -121,6 +134,16 @@ def test_command_lines_that_are_wrong(runs, run, name):
     line, expected, phrases = COMMANDS[name]
     file, *words = line.split()
     assert_one_line(run("measure", runs / file, *words), expected, phrases)
+
+
+def test_a_comparison_of_batches_without_targets(runs, run):
+    words = ["--model", "tests.cli.project.OfSpecies", "--data", "tests.cli.project.Species", "--layers", "net.0"]
+    files = runs / "small.ckpt", runs / "small.ckpt"
+    code, out, err = run("compare", *files, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--no-train-loss compares without it" in err
+    assert "--targets KEY names the entry" in err
+    assert err.count("expected (inputs, targets)") == 1
 
 
 @pytest.mark.parametrize("words", [[], ["measure"], ["compare", "a.ckpt"], ["mesure", "a.ckpt"]])

@@ -17,7 +17,7 @@ from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from lightning_flatness.errors import BatchError, FlatnessError
-from lightning_flatness.measure.batches import split_batch, targets_of
+from lightning_flatness.measure.batches import called, split_batch, targets_of
 from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call
 from lightning_flatness.model.isolation import random_states_kept
 from lightning_flatness.model.rows import num_rows
@@ -45,7 +45,7 @@ class Wanted:
 
     def split(self, batch: Any) -> Samples:
         """Split a batch into ``(inputs, targets)``, with ``batch_fn`` if there is one."""
-        pair = split_batch(batch) if self.batch_fn is None else self.batch_fn(batch)
+        pair = split_batch(batch) if self.batch_fn is None else called(self.batch_fn, batch)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise FlatnessError(
                 f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), "
@@ -89,7 +89,8 @@ class Asked:
         try:
             yield
         except BatchError as error:
-            if self.targets is None and self.why_no_targets and "target" in str(error):
+            said = str(error)
+            if self.targets is None and self.why_no_targets not in said and "target" in said:
                 raise BatchError(
                     f"{error} {self.why_no_targets} If batch_fn= returns (None, targets), the inputs stay those that "
                     "the validation step gives to the network."
