@@ -120,6 +120,8 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
             "cast to a type of its own; cast to the type of a weight instead, e.g. x.to(self.conv.weight.dtype), or "
             "set dtype=."
         )
+    if not any(word in str(error).lower() for word in SHAPE_WORDS):
+        return ""  # an error of the user's own
     kinds = dict.fromkeys(f"{tuple(tensor.shape)} and type {tensor.dtype}" for tensor in tensors_of(call))
     doubles = {tensor.dtype for tensor in tensors_of(call)} - {parameter.dtype for parameter in model.parameters()}
     remedy = (
@@ -138,6 +140,8 @@ def _is_cast(model: nn.Module, dtype: torch.dtype | None) -> bool:
 
 # Errors of a forward that expects a mapping or another object, but is given a tensor.
 LOOKUP_ERRORS = (IndexError, AttributeError)
+# Words in torch's messages about tensors of a wrong shape or dtype.
+SHAPE_WORDS = ("size", "shape", "channel", "dimension", "expected", "type")
 # Words in torch's messages about tensors of a wrong dtype.
 TYPE_WORDS = ("type", "not implemented for", "Byte", "Char", "Int", "Long")
 
