@@ -70,7 +70,9 @@ class Stack:
             dims = (0, 0, None if shared else 0, 0)
             return vmap(loss, dims, randomness="different")(self.params, buffers, inputs, targets)
         params, buffers = ({name: t[0] for name, t in tensors.items()} for tensors in (self.params, buffers))
-        images = (inputs if shared else inputs[0]).contiguous(memory_format=torch.channels_last)
+        images = inputs if shared else inputs[0]
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         return loss(params, buffers, images, targets[0])[None]
 
     def state_of(self, index: int) -> Tensors:

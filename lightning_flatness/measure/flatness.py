@@ -14,6 +14,7 @@ from lightning_flatness.layers.options import MEASURES
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.progress import length_of, progress_bar
+from lightning_flatness.model.isolation import kept_switched
 from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import FlatnessReport
 
@@ -121,14 +122,15 @@ def measure_flatness(
         strict=strict,
         dtype=dtype,
     )
-    with progress_bar(progress) as bar, paired_batches(model, batches) as pairs:
-        task = bar.add_task("Flatness", total=length_of(batches))
-        for index, (inputs, targets) in enumerate(pairs):
+    with kept_switched(model):
+        with progress_bar(progress) as bar, paired_batches(model, batches) as pairs:
+            task = bar.add_task("Flatness", total=length_of(batches))
+            for index, (inputs, targets) in enumerate(pairs):
 
-            def advance(part: float, index: int = index) -> None:
-                bar.update(task, completed=index + part)
+                def advance(part: float, index: int = index) -> None:
+                    bar.update(task, completed=index + part)
 
-            measurement.update(inputs, targets, advance)
-            bar.update(task, completed=index + 1)
-    report = measurement.report()
+                measurement.update(inputs, targets, advance)
+                bar.update(task, completed=index + 1)
+        report = measurement.report()
     return replace(report, seconds=time.perf_counter() - start)

@@ -6,7 +6,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
@@ -166,6 +166,16 @@ def accelerators(model: nn.Module) -> list[torch.device]:
 @cache
 def _any_accelerator() -> bool:
     return torch.accelerator.is_available()  # cached, since torch looks for libraries in every call
+
+
+@contextmanager
+def kept_switched(model: nn.Module) -> Iterator[None]:
+    """Keep a model that overrides ``train()`` in evaluation mode for a block.
+
+    Such a model may make new modules whenever it is switched. Within the block, several passes find the same ones.
+    """
+    with _evaluation_mode(model) if _switches_by_itself(model) else nullcontext():
+        yield
 
 
 @contextmanager

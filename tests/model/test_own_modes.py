@@ -78,6 +78,7 @@ def state(net):
 
 
 MEASURE = {
+    "batches": lambda net: lf.measure_flatness(net, [(X[:3], Y[:3]), (X[3:], Y[3:])], layers="all").relative_flatness,
     "flatness": lambda net: {
         name: found.relative_flatness for name, found in lf.measure_flatness(net, [(X, Y)], layers="all").layers.items()
     },
@@ -93,6 +94,7 @@ MEASURE = {
 
 
 @guards("model.isolation:_switches_by_itself", returns=False, ids="Merging-last")
+@guards("model.isolation:kept_switched", body="yield", ids="Fused-batches")
 @guards("model.isolation:_tensors_kept", body="yield", ids="Merging-spectrum")
 @guards("model/isolation.py", "table.clear()", "pass", ids="Fused-flatness")
 @guards("model/isolation.py", "tensor.requires_grad_(requires_grad)", "pass", ids="Merging-landscape")
