@@ -51,7 +51,7 @@ class SpectrumResult(Record):
         parameters: shapes of the ``D`` parameters by name, in the order of the eigenvectors' entries.
         weight_norm: L2 norm of the ``D`` parameters together.
         matrix: ``"hessian"``, or ``"gauss_newton"`` if ``H`` is the Gauss-Newton matrix.
-        converged: whether all residuals are within the requested tolerance.
+        converged: whether all residuals are within twice the requested tolerance, and an allowance for rounding.
         seconds: wall time of the measurement; NaN if not known, as in files of earlier versions.
 
     Without probes (``num_probes=0``) the eigenvalues are the only result: the trace and the criteria are NaN, the kind
