@@ -187,11 +187,11 @@ def test_training_data_that_is_never_trained_on_is_not_measured(tmp_path, option
 
 
 def test_an_error_while_measuring_says_so(tmp_path):
-    def divide(batch):
-        return batch[0] / 0, batch[3]
+    def network(module):
+        return [module.net][3]
 
     with pytest.raises(IndexError) as caught:
-        fit(tmp_path, Classifier(), lf.FlatnessCallback(batch_fn=divide))
+        fit(tmp_path, Classifier(), lf.FlatnessCallback(model=network))
     if hasattr(caught.value, "__notes__"):
         assert caught.value.__notes__ == ["This happened while FlatnessCallback was measuring."]
 

@@ -38,7 +38,7 @@ def test_softmax_before_the_loss_is_noticed_by_name():
 
 def test_classes_masked_with_infinity_are_refused():
     mask = torch.tensor([False, True, False, False])
-    with pytest.raises(lf.BatchError, match="masked with -inf"):
+    with pytest.raises(lf.BatchError, match="masks classes with -inf"):
         measure(PooledNet(after=Apply(lambda f: f.masked_fill(mask, -torch.inf))))
 
 
