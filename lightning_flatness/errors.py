@@ -62,10 +62,6 @@ def explained(error: Exception) -> FlatnessError | None:
     return None
 
 
-# Parts of torch's messages for operations that have a first derivative but no second one.
-NOT_DIFFERENTIABLE = ("derivative for", "not implemented", "double backward", "double-backward", "differentiate twice")
-
-
 def in_one_line(error: Exception) -> str:
     """Return the message of an error; for errors of other packages, put the name of the error's type in front."""
     return str(error) if isinstance(error, FlatnessError) else f"{type(error).__name__}: {error}"

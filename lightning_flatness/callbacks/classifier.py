@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_flatness.callbacks.lightning_imports import LightningModule
 from lightning_flatness.errors import FlatnessError, NotClosedFormError
-from lightning_flatness.functional.autograd_curvature import functions_of
+from lightning_flatness.functional.graph_walk import functions_of
 from lightning_flatness.layers.certificates.head import certify_head
 from lightning_flatness.layers.recording import REDUCED_EPS, Pass
 from lightning_flatness.layers.tracing import LAYERS

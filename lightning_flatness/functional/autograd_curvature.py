@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,24 +182,3 @@ def certified_diagonal(gradient: Tensor, leaf: Tensor) -> Tensor | None:
         if not bool(((actual - expected).abs() <= allowed * scale).all()):
             return None
     return diagonal
-
-
-def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
-    """Return whether the graph of first derivatives has a custom function marked ``once_differentiable``.
-
-    Such a function leaves an error node, at which the graph ends. Autograd raises an error only if it visits this node;
-    otherwise the gradients behind the node are silently missing.
-    """
-    return any(node.name().endswith("Error") for node in functions_of(derivatives))
-
-
-def functions_of(ends: Sequence[Tensor]) -> Iterator[Any]:
-    """Yield each function (node) in the autograd graph of the tensors ``ends`` once."""
-    visited: set[Any] = set()
-    waiting = [end.grad_fn for end in ends]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in visited:
-            visited.add(node)
-            yield node
-            waiting += [following for following, _ in node.next_functions]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from lightning_flatness.errors import NOT_DIFFERENTIABLE
-from lightning_flatness.functional.autograd_curvature import differentiable_once, functions_of
+from lightning_flatness.functional.graph_walk import differentiable_once, functions_of, says_no_second_derivative
 
 # For each node of an autograd graph: its name, its saved values that are not tensors, the indices of the next nodes.
 Operations = tuple[tuple[Any, ...], ...]
@@ -171,6 +170,6 @@ def second_derivatives(
     try:
         return torch.autograd.grad(curved, inputs, along, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:  # NotImplementedError is one
-        if not any(text in str(error) for text in NOT_DIFFERENTIABLE):
+        if not says_no_second_derivative(error):
             raise
         return NoSecondDerivative(False, str(error))
