@@ -28,10 +28,12 @@ class WaitingSamples:
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified) -> WaitingSamples:
         """Collect what is kept of a certified pass."""
-        forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
+        if not certified.others:
+            forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
+            return cls(forms.channels(), forms)
+        rows = slice(1 if certified.loss.is_pair else len(certified.recorded.logits))
         sums = {name: channel_sums(calls) for name, calls in certified.calls.items()}
-        channels = {name: of_layer[: forms.num_samples] for name, of_layer in sums.items() if of_layer is not None}
-        return cls(channels, None if certified.others else forms)
+        return cls({name: of_layer[rows] for name, of_layer in sums.items() if of_layer is not None}, None)
 
     @classmethod
     def joined(cls, parts: Sequence[WaitingSamples]) -> dict[str, ChannelSums]:

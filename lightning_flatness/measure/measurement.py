@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces
+from lightning_flatness.functional.channels import ChannelSums
 from lightning_flatness.layers.closed_form import ClosedForms
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.network import make_of
@@ -79,25 +81,38 @@ class Measurement:
             self._add(self._observer.sums(inputs, targets, advance), positions)
             return
         positions = self._positions(samples, positions)
-        among_first = (positions < FIRST_SAMPLES).nonzero()
-        first = int(among_first.max()) + 1 if len(among_first) else 0
-        waiting = self._observer.waiting(inputs, targets, slice(0, first), advance) if first else []
-        forms, channels, held = [part.forms for part in waiting if part.forms is not None], {}, 0
-        if len(forms) < len(waiting):
-            channels = WaitingSamples.joined(waiting)
-        else:
-            for of_part in forms:
-                self._hold(of_part, positions[held : held + of_part.num_samples])
-                held += of_part.num_samples
+        held, channels = self._hold_first(inputs, targets, positions, advance)
         if held < samples:
             rows = slice(held, samples)
             kept: tuple[Any, Tensor | None] = inputs, targets
             if not self._is_last(positions):  # the user's code may write to this batch before it is measured
                 copied = inputs.clone() if isinstance(inputs, Tensor) else as_call(inputs).copied()
                 kept = copied, None if targets is None else targets.clone()
-            later = self._unless_changed(lambda: self._observer.sums(*kept, advance, rows))
-            self._held.append(Held(channels, positions[rows], later))
+            self._hold(channels, positions[rows], lambda: self._observer.sums(*kept, advance, rows))
         self.settle_when_due()
+
+    def _hold_first(
+        self, inputs: Any, targets: Tensor | None, positions: Tensor, advance: Callable[[float], None] | None
+    ) -> tuple[int, Mapping[str, ChannelSums]]:
+        """Certify the first samples of the measured set that are in a batch, and hold those that need no second pass.
+
+        Returns:
+            The number of samples that are held. If some must run again, that is zero, and the sums over the input
+            channels of all of them are returned, too.
+        """
+        among_first = (positions < FIRST_SAMPLES).nonzero()
+        if not len(among_first):
+            return 0, {}
+        waiting = self._observer.waiting(inputs, targets, slice(0, int(among_first.max()) + 1), advance)
+        forms = [part.forms for part in waiting if part.forms is not None]
+        if len(forms) < len(waiting):
+            return 0, WaitingSamples.joined(waiting)
+        held = 0
+        for part, of_part in zip(waiting, forms, strict=True):
+            end = held + of_part.num_samples
+            self._hold(part.channels, positions[held:end], partial(self._observer.sums_of, of_part))
+            held = end
+        return held, {}
 
     def _unless_changed(self, measure: Callable[[], dict[str, LayerSums]]) -> Callable[[], dict[str, LayerSums]]:
         """Return a function that calls ``measure``, but raises an error if the weights have changed in the meantime."""
@@ -183,8 +198,7 @@ class Measurement:
         if self._deviations is not None:
             self._add(self._observer.observed_sums(listener, targets), positions)
             return
-        forms = self._observer.observed_forms(listener, targets)
-        self._hold(forms, self._positions(forms.num_samples, positions))
+        self._hold_forms(self._observer.observed_forms(listener, targets), positions)
 
     @property
     def observes_half(self) -> bool:
@@ -207,14 +221,20 @@ class Measurement:
         """
         forms = self._observer.repeated_forms(inputs, targets)
         if self._deviations is None:
-            self._hold(forms, self._positions(forms.num_samples, positions))
+            self._hold_forms(forms, positions)
         else:
             self._add(self._observer.sums_of(forms), positions)
 
-    def _hold(self, forms: ClosedForms, positions: Tensor) -> None:
-        """Keep the closed forms of some samples until the spread of the channels is known."""
-        later = self._unless_changed(lambda: self._observer.sums_of(forms))
-        self._held.append(Held(forms.channels(), positions, later))
+    def _hold(
+        self, channels: Mapping[str, ChannelSums], positions: Tensor, measure: Callable[[], dict[str, LayerSums]]
+    ) -> None:
+        """Hold some samples until the spread of the channels is known, and then call ``measure``."""
+        self._held.append(Held(channels, positions, self._unless_changed(measure)))
+
+    def _hold_forms(self, forms: ClosedForms, positions: Tensor | None) -> None:
+        """Hold the samples of an observed pass."""
+        positions = self._positions(forms.num_samples, positions)
+        self._hold(forms.channels(), positions, partial(self._observer.sums_of, forms))
 
     def _positions(self, samples: int, positions: Tensor | None) -> Tensor:
         """Return the indices of this rank's next samples in the measured set, ``(samples,)``.
