@@ -75,9 +75,9 @@ def measure_flatness(
         dtype: ``"float32"`` or ``"float64"``, the precision in which the model runs, on copies of its weights and of
             the batches; by default the model's own, but at least float32. Sums are always kept in float64.
         sync: sum over all ranks of a process group of ``torch.distributed``. Every rank then calls this function with
-            its own batches, or with none, and gets the flatness over the batches of all ranks. (If one rank raises an
-            error, the others keep waiting, as with any collective.) If ``fully_shard`` (FSDP2) has sharded the weights,
-            every rank measures a whole copy of the model, which stays in memory until the end. By default nothing
+            its own batches, or with none, and gets the flatness over the batches of all ranks. If one rank raises an
+            error, the others keep waiting, as with any collective. If ``fully_shard`` (FSDP2) has sharded the weights,
+            every rank measures a whole copy of the model. The copy stays in memory until the end. By default nothing
             communicates.
         progress: show a progress bar; by default only in a terminal.
         per_sample: keep trace, relative flatness, loss and prediction of every sample, in ``samples`` of the report and

@@ -9,7 +9,9 @@ from rich.text import Text
 
 from lightning_flatness.results.records import Record
 
-FEW_SAMPLES = "few_samples"  # this kind of caution says that the errors of differences are not known well enough
+# The kind of caution that says that there are too few samples to know the errors of differences.
+FEW_SAMPLES = "few_samples"
+
 # The kinds of cautions and a few words on each, in the order in which cautions are listed.
 CAUTIONS = {
     "train_loss": "training losses differ",
