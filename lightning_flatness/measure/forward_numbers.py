@@ -16,7 +16,7 @@ from lightning_flatness.functional.baselines import feature_spreads, margins
 from lightning_flatness.layers.selection import select
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.model.copy import ModelCopy
-from lightning_flatness.model.isolation import isolated, without_wrapper
+from lightning_flatness.model.isolation import isolated, kept_switched, without_wrapper
 from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of
 from lightning_flatness.model.options import MeasuringOptions
 
@@ -37,7 +37,7 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
     """
     model = without_wrapper(model)
     classifier, sums = _Classifier(), torch.zeros(0, device="cpu")
-    with paired_batches(model, batches) as pairs:
+    with kept_switched(model), paired_batches(model, batches) as pairs:
         for inputs, targets in pairs:
             if targets is None:
                 raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")

@@ -18,7 +18,7 @@ from lightning_flatness.layers.passes import OwnPasses
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.ranks import gather, raise_on_all, sum_over_ranks
 from lightning_flatness.model.copy import measuring_device
-from lightning_flatness.model.isolation import isolated, without_wrapper
+from lightning_flatness.model.isolation import isolated, kept_switched, without_wrapper
 from lightning_flatness.model.whole import whole_model
 from lightning_flatness.results import LambdaMaxReport, LayerInfo, LayerLambdaMax, merged
 
@@ -114,7 +114,7 @@ def measure_lambda_max(
 
     error: Exception | None = None
     try:
-        with paired_batches(model, batches) as pairs:
+        with kept_switched(model), paired_batches(model, batches) as pairs:
             for inputs, targets in pairs:
                 list(passes(inputs, targets, keep))
     except Exception as caught:

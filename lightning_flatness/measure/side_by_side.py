@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.forward_numbers import forward_numbers
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.progress import length_of, progress_bar
+from lightning_flatness.model.isolation import kept_switched
 from lightning_flatness.model.options import MeasuringOptions
 from lightning_flatness.results import ComparedModel, FlatnessReport
 
@@ -34,18 +35,21 @@ def measured_together(
     options = {"per_sample": True, **options}
     measurements = {name: Measurement(model, **options) for name, model in models.items()}
     first = next(iter(models.values()))
-    with progress_bar(progress) as bar, paired_batches(first, batches) as pairs:
-        number = length_of(batches)
-        task = bar.add_task("Flatness", total=None if number is None else number * len(models))
-        for inputs, targets in pairs:
-            for name, measurement in measurements.items():
-                with model_named(name):
-                    measurement.update(*_moved((inputs, targets), models[name]))
-                bar.advance(task)
-    reports = {}
-    for name, measurement in measurements.items():
-        with model_named(name):
-            reports[name] = replace(measurement.report(), data=data)
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(kept_switched(model))
+        with progress_bar(progress) as bar, paired_batches(first, batches) as pairs:
+            number = length_of(batches)
+            task = bar.add_task("Flatness", total=None if number is None else number * len(models))
+            for inputs, targets in pairs:
+                for name, measurement in measurements.items():
+                    with model_named(name):
+                        measurement.update(*_moved((inputs, targets), models[name]))
+                    bar.advance(task)
+        reports = {}
+        for name, measurement in measurements.items():
+            with model_named(name):
+                reports[name] = replace(measurement.report(), data=data)
     return reports
 
 

@@ -77,14 +77,17 @@ def state(net):
     return tensors, gradients, modes, (id(count), float(count))
 
 
+BATCHES = [(X[:3], Y[:3]), (X[3:], Y[3:])]
 MEASURE = {
-    "batches": lambda net: lf.measure_flatness(net, [(X[:3], Y[:3]), (X[3:], Y[3:])], layers="all").relative_flatness,
+    "batches": lambda net: lf.measure_flatness(net, BATCHES, layers="all").relative_flatness,
     "flatness": lambda net: {
         name: found.relative_flatness for name, found in lf.measure_flatness(net, [(X, Y)], layers="all").layers.items()
     },
     "last": lambda net: {
         name: found.relative_flatness for name, found in lf.measure_flatness(net, [(X, Y)]).layers.items()
     },
+    "together": lambda net: lf.compare({"a": net, "b": network(Merging)}, BATCHES).models["a"].relative_flatness,
+    "lambda_max of batches": lambda net: lf.measure_lambda_max(net, BATCHES, layers="all")["6"].lambda_max,
     "lambda_max": lambda net: {
         name: found.lambda_max for name, found in lf.measure_lambda_max(net, [(X, Y)], layers="all").items()
     },
@@ -95,6 +98,8 @@ MEASURE = {
 
 @guards("model.isolation:_switches_by_itself", returns=False, ids="Merging-last")
 @guards("model.isolation:kept_switched", body="yield", ids="Fused-batches")
+@guards("measure/lambda_max.py", "with kept_switched(model), ", "with ", ids="Fused-lambda_max of batches")
+@guards("measure/side_by_side.py", "stack.enter_context(kept_switched(model))", "pass", ids="Fused-together")
 @guards("model.isolation:_tensors_kept", body="yield", ids="Merging-spectrum")
 @guards("model/isolation.py", "table.clear()", "pass", ids="Fused-flatness")
 @guards("model/isolation.py", "tensor.requires_grad_(requires_grad)", "pass", ids="Merging-landscape")
