@@ -10,6 +10,7 @@ from torch.nn import functional
 from lightning_flatness.errors import BatchError
 from lightning_flatness.measure.forward_numbers import forward_numbers
 from lightning_flatness.model.options import MeasuringOptions
+from tests.guarding import guards
 
 
 def network():
@@ -67,3 +68,32 @@ def test_what_there_is_not_is_not_known():
         forward_numbers(net, [inputs], MeasuringOptions())
     with pytest.raises(BatchError, match="No sample counts"):
         forward_numbers(net, [(inputs, torch.full_like(targets, -100))], MeasuringOptions())
+
+
+class MadeAnew(nn.Module):
+    """A linear layer that is made anew whenever the module goes to evaluation mode."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.linear = nn.Linear(*sizes)
+
+    def train(self, mode=True):
+        if not mode and "whole" not in self._modules:
+            self.whole = nn.Linear(self.linear.in_features, self.linear.out_features)
+            self.whole.load_state_dict(self.linear.state_dict())
+        elif mode:
+            self._modules.pop("whole", None)
+        return super().train(mode)
+
+    def forward(self, x):
+        return (self.linear if self.training else self.whole)(x)
+
+
+@guards("measure/forward_numbers.py", "with kept_switched(model), ", "with ")
+def test_a_classifier_that_is_made_anew_in_evaluation_mode():
+    batches = [images(7, 0), images(3, 1)]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), MadeAnew(36, 3))
+    validated = forward_numbers(net.eval(), batches, MeasuringOptions())
+    assert forward_numbers(net.train(), batches, MeasuringOptions()) == validated
+    assert validated.feature_spread > 0
