@@ -42,7 +42,7 @@ class Run:
     def __init__(
         self, family: Family, configurations: Sequence[Configuration], data: Data, device: str = "cpu"
     ) -> None:
-        self.family, self.configurations = family, configurations
+        self.family, self.configurations = family, tuple(configurations)
         first = configurations[0]
         self.first = first
         self.device = torch.device(device)
@@ -66,7 +66,9 @@ class Run:
         units of ``time.time()``) training stops, the state is saved, and the function returns None.
         """
         if saved is not None and saved.exists():
-            self.load(torch.load(saved, weights_only=False))
+            state = torch.load(saved, weights_only=False)
+            if state.get("configurations") == self.configurations:  # else the file is of other networks
+                self.load(state)
         last = time.monotonic()
         while self.epoch < self.first.epochs:
             self._train_epoch()
@@ -124,6 +126,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return the state that is needed to continue the run."""
         return {
+            "configurations": self.configurations,
             "epoch": self.epoch,
             "params": {name: p.detach() for name, p in self.stack.params.items()},
             "buffers": self.stack.buffers,

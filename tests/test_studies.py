@@ -99,6 +99,17 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(data, tmp_path, cha
     assert {one.snapshot for one in whole} == {"epoch 1", "epoch 3", "loss 2.6"}
 
 
+def test_a_run_does_not_take_up_the_state_of_other_networks(data, tmp_path):
+    family, other, saved = (
+        small_family(),
+        small_family(weight_decay=0.1, learning_rate=0.5, epochs=2),
+        tmp_path / "stack.pt",
+    )
+    Run(other, other.configurations[:1], data).train(saved)
+    found, expected = (Run(family, family.configurations[-1:], data).train(path) for path in (saved, None))
+    assert [(one.name, one.snapshot, one.epoch) for one in found] == [(s.name, s.snapshot, s.epoch) for s in expected]
+
+
 def test_a_table_keeps_its_rows_after_an_interrupt(tmp_path):
     path = tmp_path / "rows.csv"
     Table(path, "name").append({"name": "a", "value": 1.5, "other": float("nan")})
