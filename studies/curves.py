@@ -35,7 +35,10 @@ def family() -> Family:
         replace(DIGITS, name=f"curves-{number:02d}", epochs=EPOCHS, **dict(zip(keys, values, strict=True)))
         for number, values in enumerate(levels)
     )
-    return Family("curves", "digits", found, tuple(range(1, EPOCHS + 1)), (), 1, 20, keys[:-1], 200, ())
+    return Family(
+        name="curves", data="digits", configurations=found, epochs=tuple(range(1, EPOCHS + 1)), losses=(), checks=1,
+        stack=20, stack_on_cpu=20, factors=keys[:-1], measured_samples=200, costly=(),
+    )  # fmt: skip
 
 
 class Worker:

@@ -45,7 +45,7 @@ class Configuration:
         return tuple(value for key, value in asdict(self).items() if key not in differing)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A list of configurations, and the snapshots (moments in training) at which their networks are measured.
 
@@ -117,7 +117,10 @@ def digits(seeds: int = 3) -> Family:
         replace(DIGITS, name=f"digits-{number:03d}", **dict(zip(keys, values, strict=True)))
         for number, values in enumerate(levels)
     )
-    return Family("digits", "digits", found, (30, 120), LOSSES, 2, 18, 18, keys[:-1], 200, ("loss 0.05",))
+    return Family(
+        name="digits", data="digits", configurations=found, epochs=(30, 120), losses=LOSSES, checks=2, stack=18,
+        stack_on_cpu=18, factors=keys[:-1], measured_samples=200, costly=("loss 0.05",),
+    )  # fmt: skip
 
 
 def cifar(seeds: int = 3) -> Family:
@@ -132,7 +135,10 @@ def cifar(seeds: int = 3) -> Family:
     for seed in range(seeds):
         for setting in settings:
             found.append(replace(CIFAR, name=f"cifar-{len(found):03d}", seed=seed, **setting))
-    return Family("cifar", "cifar10", tuple(found), (30, 60), LOSSES, 2, 9, 1, tuple(ARMS), 256, ("loss 0.05",))
+    return Family(
+        name="cifar", data="cifar10", configurations=tuple(found), epochs=(30, 60), losses=LOSSES, checks=2, stack=9,
+        stack_on_cpu=1, factors=tuple(ARMS), measured_samples=256, costly=("loss 0.05",),
+    )  # fmt: skip
 
 
 def accurate(seeds: int = 5) -> Family:
@@ -147,7 +153,10 @@ def accurate(seeds: int = 5) -> Family:
         replace(centre, name=f"accurate-{number:03d}", seed=seed, **kind)
         for number, (seed, kind) in enumerate(settings)
     )
-    return Family("accurate", "cifar10", found, (10, 20, 30), LOSSES, 1, 2, 1, ("network",), 512, ("epoch 30",))
+    return Family(
+        name="accurate", data="cifar10", configurations=found, epochs=(10, 20, 30), losses=LOSSES, checks=1, stack=2,
+        stack_on_cpu=1, factors=("network",), measured_samples=512, costly=("epoch 30",),
+    )  # fmt: skip
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {"digits": digits, "cifar": cifar, "accurate": accurate}

@@ -111,6 +111,8 @@ def speed_section(results: Path, images: Path) -> str:
     figures.save(figures.speed(rows), images / "speed.png")
     best: dict[str, dict[str, str]] = {}
     for row in rows:
+        if int(row["networks"]) == 1:
+            continue  # runs alone, without vmap
         name = f"{row['data']}, batches of {row['batch_size']}"
         if name not in best or float(row["ratio"]) > float(best[name]["ratio"]):
             best[name] = row
@@ -119,6 +121,7 @@ def speed_section(results: Path, images: Path) -> str:
         "Networks of one architecture are trained at once: their parameters are stacked, `torch.func.functional_call` and "
         "`vmap` run them side by side. They are the networks that `torch.optim` trains one by one, to 1e-6 (a test). "
         f"How many times faster a network is trained so, on one thread of a CPU, at best: {found}.\n"
+        "Where that is below one, networks are trained one by one on a CPU. A single network runs without `vmap`.\n"
     )
     return "\n".join(["## Many networks at once\n", text, picture("speed", "Times faster against networks at once")])
 

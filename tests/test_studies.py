@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from studies import measures, statistics
+from studies import curves, measures, statistics
 from studies.analysis import sample
 from studies.data import Data, in_turns, shifted, training_part
 from studies.families import CIFAR, DIGITS, Family, accurate, cifar, digits, stacks
@@ -38,7 +38,10 @@ def small_family(epochs=3, **changes):
     keys = ("label_noise", "learning_rate", "weight_decay", "seed")
     found = [replace(centre, name=str(n), **dict(zip(keys, values, strict=True))) for n, values in enumerate(settings)]
     costly = (f"epoch {epochs}",)
-    return Family("small", "digits", tuple(found), (1, epochs), (2.6, 0.01), 3, 18, 18, keys[:-1], 30, costly)
+    return Family(
+        name="small", data="digits", configurations=tuple(found), epochs=(1, epochs), losses=(2.6, 0.01), checks=3,
+        stack=18, stack_on_cpu=18, factors=keys[:-1], measured_samples=30, costly=costly,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -142,7 +145,7 @@ def test_a_snapshot_has_every_measure_and_baseline(data):
 
 def test_families_can_be_stacked_and_have_their_number_of_networks():
     assert len(digits().configurations) >= 200
-    for family, device in product((digits(), cifar(), accurate()), ("cpu", "cuda")):
+    for family, device in product((digits(), cifar(), accurate(), curves.family()), ("cpu", "cuda")):
         grouped = stacks(family, device)
         assert sorted(c.name for stack in grouped for c in stack) == sorted(c.name for c in family.configurations)
         assert all(len({c.stack_key for c in stack}) == 1 for stack in grouped)
