@@ -1,4 +1,4 @@
-"""Checks of arguments: numbers, sequences, and words (a word is a value from a fixed list, such as ``"last"``)."""
+"""Checks of arguments that are numbers, sequences or words (values from a fixed list, such as ``"last"``)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def is_number(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Convert a sequence to a ``list``, and the sequences inside it too.
+    """Convert a sequence and all sequences inside it to ``list``.
 
-    Tuples stay tuples. Strings and values that are not sequences are returned unchanged. The conversion is needed
-    because configuration packages have list types of their own, such as Hydra's ``ListConfig``.
+    Tuples stay tuples, but their entries are converted. Strings and values that are not sequences are returned
+    unchanged. The conversion is needed because configuration packages have list types of their own, such as Hydra's
+    ``ListConfig``.
 
     Example:
         >>> from collections import UserList

@@ -23,7 +23,7 @@ class NotClosedFormError(FlatnessError):
 
 
 class BatchError(FlatnessError):
-    """A batch, or the model's output for the batch, cannot be measured: wrong shapes, no targets, NaN or infinity."""
+    """A batch or the model's output cannot be measured because of wrong shapes, missing targets, NaN or infinity."""
 
 
 class NotExactError(FlatnessError):
@@ -56,8 +56,8 @@ def explained(error: Exception) -> FlatnessError | None:
         )
     if "modified by an inplace operation" in str(error):
         return LayerSelectionError(
-            f"The forward pass changes a tensor in place that autograd needs ({error}). Use an out-of-place operation, "
-            "such as x = x + y for x += y."
+            f"The forward pass modifies in place a tensor that autograd needs ({error}). Use an out-of-place "
+            "operation, such as x = x + y instead of x += y."
         )
     return None
 

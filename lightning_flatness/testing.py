@@ -1,4 +1,4 @@
-"""A slow, simple check of the package: block traces from the Hessian that autograd computes.
+"""A slow, simple check of the package against block traces of the Hessian that autograd computes.
 
 The expected numbers are computed without any code of the package. Use this check to verify the numbers of the package
 on a small model of your own.
@@ -72,12 +72,12 @@ def oracle_block_traces(
     filters: Sequence[int] | None = None,
     loss_function: LossFunction = cross_entropy,
 ) -> Tensor:
-    """Compute the block traces of one layer: a number for every pair of filters.
+    """Compute the block traces of one layer, one number for every pair of filters.
 
     The block trace ``T[s, s']`` is the trace of the block of the Hessian with the rows of filter ``s`` and the columns
     of filter ``s'`` (``docs/theory.md``). The rows ``s`` are the given ``filters``, by default all; the columns ``s'``
-    are all ``S`` filters of the layer. So the result has the shape ``(len(filters), S)``. For a grouped convolution, it
-    includes pairs of filters from different groups. The arguments are the same as in :func:`hessian_rows`.
+    are all ``S`` filters of the layer. So the result has the shape ``(len(filters), S)``. For a grouped convolution,
+    the result includes pairs of filters from different groups. The arguments are the same as in :func:`hessian_rows`.
     """
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)

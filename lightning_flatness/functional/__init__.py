@@ -1,10 +1,11 @@
 """The mathematics of the package: functions that take tensors and return tensors, and know nothing of networks.
 
-All docstrings use the letters of this table. In shapes, ``s`` is short for ``S / G``; as an index, ``s`` is one filter.
+All docstrings use the letters of this table. In shapes, ``s`` means ``S / G``. As an index, ``s`` is the number of a
+filter.
 
 ====================  ==========================================================================================
 ``N``, ``K``          number of samples; number of classes
-``S``, ``G``          number of filters (output channels) of the layer; of its groups; ``s = S / G`` per group
+``S``, ``G``          number of the layer's filters (output channels); number of its groups
 ``C``                 number of input channels of the layer
 ``D``                 length of one filter: ``C / G`` times the number of kernel positions
 ``P``                 number of output positions of the layer, e.g. ``H_out * W_out``

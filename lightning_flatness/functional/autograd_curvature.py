@@ -1,4 +1,4 @@
-"""The curvature ``Λ`` of a loss that the user has written: autograd computes its products with vectors.
+"""The curvature ``Λ`` of a loss that the user has written; autograd computes products of ``Λ`` with vectors.
 
 ``Λ`` is the second derivative of the loss with respect to the logits of a sample, as in ``curvature.py``.
 """
@@ -17,8 +17,8 @@ from lightning_flatness.functional.curvature import ClassCurvature, DenseCurvatu
 
 # How many random vectors are multiplied by ``Λ``, to show that ``Λ`` is diagonal or to estimate the norms of its rows.
 NUM_PROBES = 4
-# ``Λ`` counts as diagonal if products with ``Λ`` and with its diagonal differ by at most this, relative to the products
-# and in units of the machine epsilon.
+# ``Λ`` counts as diagonal if the products ``Λ x`` and ``diag(Λ) x`` differ by at most this many machine epsilons,
+# relative to the largest entry of the products.
 ROUNDINGS = 100
 
 
@@ -31,8 +31,8 @@ class AutogradCurvature:
     The Gauss-Newton method needs ``Λ`` as a sum of columns times their transposes, each with a sign. Here every class
     ``k`` gives two columns. Let ``e_k`` be its unit vector, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive
     ``w``, the sum of ``(x + y)(x + y)ᵀ / 4 - (x - y)(x - y)ᵀ / 4`` over all classes is ``Λ``. The property ``weights``
-    is ``w``, an estimate of the norms of the rows of ``Λ``. It makes ``x`` and ``y`` about equally large, so that
-    little cancels.
+    returns ``w``, estimates of the norms of the rows of ``Λ``. This choice of ``w`` makes ``x`` and ``y`` about equally
+    large, so that little cancels.
 
     Example:
         >>> curvature = AutogradCurvature(lambda f, y: f.logsumexp(1), torch.zeros(1, 4), torch.zeros(1))
@@ -71,7 +71,7 @@ class AutogradCurvature:
 
     @cached_property
     def weights(self) -> Tensor:
-        """Estimates of the norm of every row of ``Λ``, from products with random vectors, float64 ``(N, K)``."""
+        """The norms of the rows of ``Λ``, estimated from products with random vectors, float64 ``(N, K)``."""
         squares = [self.apply(probe).square() for probe in probes_like(self.logits)]
         return torch.stack(squares).mean(0).sqrt()
 
@@ -85,31 +85,31 @@ class AutogradCurvature:
         return leaf, gradient
 
     def apply(self, x: Tensor) -> Tensor:
-        """Compute ``Λ x``; both are float64 ``(N, K)``."""
+        """Compute ``Λ x``; ``x`` and the result are float64 ``(N, K)``."""
         leaf, gradient = self._gradient
         return self.factor * product(gradient, leaf, x)
 
     def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two columns ``(√w x ± Λ (x / √w)) / 2`` for vectors ``x``; all are ``(N, K)``.
+        """Return the two columns ``(√w x ± Λ (x / √w)) / 2`` for vectors ``x``; ``x`` and both columns are ``(N, K)``.
 
-        The first column counts with the sign +1, the second with -1.
+        The sign of the first column is +1, and that of the second is -1.
         """
         roots = self.weights.sqrt()
         image = self.apply(torch.where(roots > 0, x / roots, 0.0))
         return (roots * x + image) / 2, (roots * x - image) / 2
 
     def column(self, index: int) -> Tensor:
-        """Return a column of class ``index // 2``, ``(N, K)``: the first one if ``index`` is even, else the second."""
+        """Return the first column of class ``index // 2``, or the second one if ``index`` is odd, as ``(N, K)``."""
         x = torch.zeros_like(self.weights)
         x[:, index // 2] = 1
         return self.pair(x)[index % 2]
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return the matrix ``V`` unchanged; :meth:`ClassCurvature.centred` subtracts its mean row."""
+        """Return ``matrix`` unchanged, whereas :meth:`ClassCurvature.centred` subtracts the mean row."""
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        """Return ``V``, which is ``matrix``, and ``ΛV`` as the factors of ``VᵀΛV``.
+        """Return the factors ``V`` and ``ΛV`` of ``VᵀΛV``, where ``V`` is ``matrix``.
 
         ``scales`` and ``tolerance`` have no effect.
         """
@@ -120,7 +120,7 @@ class AutogradCurvature:
         return Projection(matrix.expand_as(others), [classes] * samples, others=others)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """Compute the diagonal of ``VᵀΛV``, where ``V`` is ``matrix``: float64 ``(N, S)``."""
+        """Compute the diagonal of ``VᵀΛV`` for every sample, float64 ``(N, S)``; ``V`` is ``matrix``."""
         columns = matrix.double().unbind(1)
         sums = [image @ column for image, column in zip(self._images(matrix), columns, strict=True)]
         return torch.stack(sums, dim=1)
@@ -135,7 +135,7 @@ class AutogradCurvature:
         return torch.full((len(self.logits),), torch.nan, dtype=torch.float64, device=self.logits.device)
 
     def _images(self, matrix: Tensor) -> Iterator[Tensor]:
-        """Yield ``Λ v``, float64 ``(N, K)``, for every column ``v`` of a matrix ``(K, S)``."""
+        """For every column ``v`` of a matrix ``(K, S)``, yield ``Λ v``, float64 ``(N, K)``."""
         for column in matrix.double().unbind(1):
             yield self.apply(column.expand(len(self.logits), -1))
 
@@ -144,10 +144,10 @@ Curvature = ClassCurvature | DenseCurvature | AutogradCurvature
 
 
 def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
-    """Multiply the second derivative of a loss with ``x``, in float64, by differentiating ``gradient`` at ``leaf``.
+    """Multiply the second derivative of a loss with ``x``, by differentiating ``gradient`` with respect to ``leaf``.
 
-    ``leaf`` holds the logits. ``gradient`` is the loss's gradient with respect to ``leaf``, and still has its autograd
-    graph.
+    The result is converted to float64. ``leaf`` holds the logits. ``gradient`` is the loss's gradient with respect to
+    ``leaf``, and still has its autograd graph.
     """
     image = None
     if gradient.requires_grad:
@@ -156,20 +156,21 @@ def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
         return torch.zeros_like(leaf, dtype=torch.float64)
     if not bool(image.isfinite().all()):
         raise BatchError(
-            "The second derivative of the loss is not finite (a root or logarithm at zero? Add an epsilon there)."
+            "The second derivative of the loss is not finite. A likely cause is a square root or logarithm at zero. "
+            "Add an epsilon there."
         )
     return image.double()
 
 
 def probes_like(logits: Tensor) -> list[Tensor]:
-    """Return ``NUM_PROBES`` standard normal vectors in the shape of the logits, float64; they are always the same."""
+    """Return ``NUM_PROBES`` standard normal float64 tensors in the shape of the logits, the same in every call."""
     generator = torch.Generator().manual_seed(logits.shape[1])
     shape = (NUM_PROBES, *logits.shape)
     return list(torch.randn(shape, generator=generator, device="cpu").to(logits.device).double())
 
 
 def certified_diagonal(gradient: Tensor, leaf: Tensor) -> Tensor | None:
-    """Return the diagonal of a loss's second derivative, float64 ``(N, K)``, or None if other entries are not zero.
+    """Return the diagonal of a loss's second derivative, float64 ``(N, K)``, or None if the derivative is not diagonal.
 
     If all other entries are zero, the product with a vector of ones is the diagonal. Products with random vectors show
     whether these entries are zero for every sample. The arguments are as in :func:`product`.

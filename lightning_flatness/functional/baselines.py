@@ -24,8 +24,8 @@ def feature_spreads(features: Tensor, weight: Tensor) -> Tensor:
     """Compute ``‖g‖² mean_k ‖w_k - w̄‖²`` for every sample, float64 ``(N,)``.
 
     ``g`` is the classifier's input, a row of ``features`` ``(N, m)``. ``w_k`` are the rows of the classifier's
-    ``weight`` ``(K, m)``, and ``w̄`` is their mean. Further dimensions must have size one. If the network gave all
-    classes the same probability, this would be the sample's relative flatness.
+    ``weight`` ``(K, m)``, and ``w̄`` is their mean. Further dimensions of ``features`` and ``weight`` must have size
+    one. If the network gave all classes the same probability, this would be the sample's relative flatness.
 
     Example:
         >>> feature_spreads(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))

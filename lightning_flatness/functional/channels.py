@@ -1,8 +1,8 @@
 """The standard deviations of a layer's input channels, which normalised relative flatness needs.
 
 Let ``x_c`` be input channel ``c``, ``σ_c`` its standard deviation over samples and positions, and ``w_sc`` the slice of
-filter ``s`` on this channel. A layer with the slices ``σ_c w_sc`` that reads ``x_c / σ_c`` computes the same function,
-and its input channels have standard deviation one. Normalised relative flatness is the relative flatness of that layer
+filter ``s`` on this channel. A layer with the slices ``σ_c w_sc`` and the inputs ``x_c / σ_c`` has the same output, and
+its input channels have standard deviation one. Normalised relative flatness is the relative flatness of that layer
 (``docs/theory.md``, "Invariance").
 """
 
@@ -22,7 +22,8 @@ ROUNDINGS = 8
 class ChannelSums:
     """For each channel, the number of its entries, their mean, and the sum of their squared deviations from the mean.
 
-    An object holds these either for every sample (:meth:`of`) or for all samples together, as a total (:meth:`total`).
+    An object made by :meth:`of` holds these numbers for every sample. An object made by :meth:`total` is called a total
+    and holds them for all samples together.
 
     Example:
         >>> sums = ChannelSums.of(torch.tensor([[[1.0, 3.0]], [[5.0, 3.0]]]))
@@ -30,8 +31,8 @@ class ChannelSums:
         (tensor([1.4142], dtype=torch.float64), tensor([1.4142], dtype=torch.float64))
     """
 
-    count: Tensor  # (N,), in a total (); float64
-    mean: Tensor  # (N, C), in a total (C,); float64
+    count: Tensor  # float64, (N,), or () in a total
+    mean: Tensor  # float64, (N, C), or (C,) in a total
     squares: Tensor  # sum of squared deviations from the mean, in the shape of the mean
     eps: float = torch.finfo(torch.float64).eps  # machine epsilon of the entries
 
@@ -49,7 +50,7 @@ class ChannelSums:
 
     @classmethod
     def joined(cls, parts: list[ChannelSums]) -> ChannelSums:
-        """Put the samples of several objects into one object, which has the sums of every sample."""
+        """Concatenate objects that hold the sums of every sample."""
         count = torch.cat([part.count for part in parts])
         mean, squares = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "squares"))
         return cls(count, mean, squares, max(part.eps for part in parts))
@@ -59,7 +60,7 @@ class ChannelSums:
         return ChannelSums(self.count.cpu(), self.mean.cpu(), self.squares.cpu(), self.eps)
 
     def total(self) -> ChannelSums:
-        """Return the total: the sums over all samples together."""
+        """Return the sums over all samples together, as a total."""
         count = self.count.sum()
         mean = (self.count[:, None] * self.mean).sum(0) / count.clamp_min(1)
         squares = (self.squares + self.count[:, None] * (self.mean - mean).square()).sum(0)
@@ -73,7 +74,10 @@ class ChannelSums:
         return cls(count, mean, squares, max(one.eps for one in totals)).total()
 
     def deviations(self) -> Tensor:
-        """Return the standard deviation ``σ`` of every channel, ``(C,)``, from a total; constant channels have 0."""
+        """Return the standard deviation ``σ`` of every channel, ``(C,)``; the object must be a total.
+
+        ``σ`` is 0 for constant channels.
+        """
         variance = self.squares / self.count
         size = variance + self.mean.square()
         return torch.where(variance > (ROUNDINGS * self.eps) ** 2 * size, variance, 0.0).sqrt()

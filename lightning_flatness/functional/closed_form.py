@@ -1,4 +1,4 @@
-"""The closed form: block traces of a convolution with elementwise layers, pooling and a classifier after it."""
+"""The closed form: block traces of a convolution followed by elementwise layers, pooling and a classifier."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def closed_form_block_traces(
     weight. ``Γ`` is the patch Gram matrix, and ``Λ`` the second derivative of the loss with respect to the logits.
 
     The result is exact if every ``g[c(s)]`` is a sum of piecewise-linear functions of single entries ``z[s, p]``. For
-    curved functions add :func:`closed_form_residual`. The result is float64: symmetric ``(G, S/G, S/G)``, or
-    ``(G, S/G)`` with ``diagonal``. See Taleghani et al. 2026 (arXiv 2603.09016) for ReLU, and ``docs/theory.md``, "The
-    closed form", for the derivation.
+    curved functions add :func:`closed_form_residual`. The result is a symmetric float64 tensor ``(G, S/G, S/G)``. With
+    ``diagonal`` it has only the diagonals, ``(G, S/G)``. See Taleghani et al. 2026 (arXiv 2603.09016) for ReLU, and
+    ``docs/theory.md``, "The closed form", for the derivation.
 
     Args:
         inputs: inputs of the convolution, ``(N, C, *spatial)``.
@@ -68,10 +68,10 @@ def closed_form_block_traces(
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, ``(K, S)``.
         curvature: ``Λ`` of all ``N`` samples.
-        tolerance: for each sample, leave out classes that add little to the trace; together they add at most this
-            share of the full trace. The diagonal of the result stays exact. Its other entries lack those of a positive
-            semi-definite matrix whose trace is at most the same share. The argument has an effect only if ``curvature``
-            is a :class:`ClassCurvature` and ``diagonal`` is False.
+        tolerance: for each sample, leave out classes that add little to the trace. All terms that are left out sum to
+            at most this share of the full trace. The diagonal of the result stays exact. The other entries lack the
+            off-diagonal entries of a positive semi-definite matrix whose trace is at most this share. ``tolerance`` has
+            an effect only if ``curvature`` is a :class:`ClassCurvature` and ``diagonal`` is False.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -101,10 +101,10 @@ def closed_form_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute block traces like :func:`closed_form_block_traces`, and with a ``weighting`` each sample's measures.
+    """Compute the same as :func:`closed_form_block_traces`; with a ``weighting``, also each sample's measures.
 
-    With a ``tolerance``, some terms are left out. This changes normalised relative flatness by at most the ``left_out``
-    of the result times the spectral norm of ``weighting.normalized``.
+    With a ``tolerance``, some terms are left out. This changes normalised relative flatness by at most the number
+    ``left_out`` in the result, times the spectral norm of ``weighting.normalized``.
     """
     samples, filters = slopes.shape[:2]
     groups = geometry.groups
@@ -190,9 +190,10 @@ def _features(inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use
 def _columns(
     projected: Projection, by_group: tuple[int, int], like: Tensor
 ) -> tuple[Pair, Sequence[int], Tensor | None]:
-    """Return ``(columns, others)`` with ``VᵀΛV = columns othersᵀ``, each ``(N, G, s, C)``; the counts; and the floor.
+    """Return the pair ``(columns, others)``, each ``(N, G, s, C)``, the counts and the floor of a projection.
 
-    The counts and the floor are those of :class:`Projection`; both have one number for every sample.
+    ``columns othersᵀ`` is ``VᵀΛV`` without the terms ``floor · VᵀV`` and ``diag(rest)`` of :class:`Projection`. The
+    counts and the floor have one number for every sample.
     """
     columns = projected.columns.unflatten(2, by_group).permute(0, 2, 3, 1)
     others = columns if projected.signs is None else columns * projected.signs[:, None, None]
@@ -217,7 +218,7 @@ def _channelwise(kernel: Tensor, jacobian: Tensor, projected: Projection) -> Ten
 
 
 def _diagonal(factors: Factors, matrices: Matrices, rest: Tensor | None) -> Tensor:
-    """Return the diagonal of ``VᵀΛV`` of every sample, ``(N, G, s)``."""
+    """Return the diagonal of ``VᵀΛV`` for every sample, ``(N, G, s)``."""
     diagonal = (factors.columns[0] * factors.columns[1]).sum(3).double()
     if factors.floor is not None and matrices.head_gram is not None:
         diagonal += factors.floor[:, None, None] * matrices.head_gram.diagonal(dim1=1, dim2=2)
@@ -225,17 +226,17 @@ def _diagonal(factors: Factors, matrices: Matrices, rest: Tensor | None) -> Tens
 
 
 def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
-    """Sum one number per filter, ``(N, G, s)``, weighted by the diagonal of a Gram matrix; the result is ``(N,)``."""
+    """Compute sums ``(N,)`` of ``filters`` ``(N, G, s)`` over filters, weighted by the diagonal of a Gram matrix."""
     weighted: Tensor = (filters * gram.diagonal(dim1=1, dim2=2)).flatten(1).sum(1)
     return weighted
 
 
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
-    r"""Compute the block traces of the classifier's own Hessian, summed over samples: ``T = \sum_n ‖g_n‖² Λ_n``.
+    r"""Compute the block traces ``T = \sum_n ‖g_n‖² Λ_n`` of the Hessian with respect to the classifier's own weight.
 
     ``features`` are the inputs ``g`` of the classifier, ``(N, m)``, and ``curvature`` is ``Λ`` at the logits
     ``g Wᵀ + b``. The result is float64 ``(1, K, K)``. It is exact because the logits are affine in the classifier's
-    weight ``W``. Petzka et al. 2021 (arXiv 2001.00939), Definition 3, compute the same from the whole Hessian.
+    weight ``W``. Petzka et al. 2021 (arXiv 2001.00939), Definition 3, compute the same numbers from the whole Hessian.
 
     Example:
         >>> from lightning_flatness.functional import CrossEntropy, relative_flatness, weight_gram
@@ -259,10 +260,10 @@ def closed_form_residual(
 ) -> Tensor:
     r"""Compute the terms ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` that curved activations add to ``T[s, s]``.
 
-    The argument ``curvatures`` is ``a'``, the derivative of the slopes: ``a' = da / dz``, ``(N, S, *output)``. The
-    argument ``residual`` is ``dloss/df``, the gradient of the loss at the logits, ``(N, K)``, and ``r = Vᵀ dloss/df``.
-    The other arguments are as in :func:`closed_form_block_traces`. The result is float64 ``(G, S/G)``, summed over
-    samples; without ``summed`` it is ``(N, G, S/G)``. See ``docs/theory.md``, "The closed form".
+    The argument ``curvatures`` ``(N, S, *output)`` is ``a' = da / dz``, the derivative of the slopes. The argument
+    ``residual`` ``(N, K)`` is ``dloss/df``, the gradient with respect to the logits, and ``r = Vᵀ dloss/df``. The other
+    arguments are as in :func:`closed_form_block_traces`. The result is float64 ``(G, S/G)``, summed over samples;
+    without ``summed`` it is ``(N, G, S/G)``. See ``docs/theory.md``, "The closed form".
 
     Example:
         >>> x = torch.randn(2, 3, 6, 6).double()

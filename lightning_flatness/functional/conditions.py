@@ -1,7 +1,7 @@
-"""Check conditions on tensors, one by one or all together; the conditions decide whether a result may be used.
+"""Check conditions on tensors, one at a time or all together, to decide whether a result may be used.
 
 To read a condition, the program has to wait for the GPU. A batch that is measured during the user's validation has
-about twelve conditions. They are deferred and read together, so that the program waits only once.
+about twelve conditions. These are deferred and read together, so that the program waits only once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _pending: ContextVar[list[Tensor] | None] = ContextVar("pending", default=None)
 
 
 def holds(condition: Tensor) -> bool:
-    """Return a condition as a ``bool``; within :func:`deferred_checks`, return True and check it later."""
+    """Return a condition as a ``bool``; inside :func:`deferred_checks`, return True and defer the check."""
     pending = _pending.get()
     if pending is None:
         return bool(condition)
@@ -34,7 +34,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 def deferred_checks() -> Iterator[Callable[[], bool]]:
     """Defer all checks of :func:`holds` inside the block, and yield a function that tells whether all conditions hold.
 
-    Use results that were computed inside the block only if this function returns True.
+    Use results that were computed inside the block only if the yielded function returns True.
 
     Example:
         >>> with deferred_checks() as all_hold:

@@ -1,8 +1,9 @@
 """The curvature of a loss: for every sample ``n``, the Hessian ``Λ_n`` of the loss with respect to the logits.
 
 No method uses the matrix ``Λ`` itself. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The
-Gauss-Newton method needs the columns of a matrix ``B`` with ``B Bᵀ = Λ``, one after the other. (If ``Λ`` has negative
-eigenvalues, every column has a sign.) The two classes here provide both, and so does ``autograd_curvature.py``.
+Gauss-Newton method needs the columns of a matrix ``B`` with ``B diag(signs) Bᵀ = Λ``, one at a time. Signs of -1 are
+needed only if ``Λ`` may have negative eigenvalues. The two classes of this module provide factors and columns, and so
+does the class in ``autograd_curvature.py``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# With fewer classes than this, the Gauss-Newton method takes every class, and :attr:`ClassCurvature.floor` is None.
+# With fewer classes than this, the Gauss-Newton method computes with every class, and :attr:`ClassCurvature.floor` is
+# None.
 MANY_CLASSES = 128
-# Classes of single samples are left out only if less than this share of all pairs of a sample and a class remains.
-# Otherwise it is faster to compute all of them.
+# A sample's classes are left out only if less than this share of all pairs (sample, class) remains. Otherwise it is
+# faster to compute all pairs.
 WORTHWHILE = 0.9
 # How many numbers an intermediate result may have.
 ELEMENTS = 2**22
@@ -29,9 +31,9 @@ class Projection(NamedTuple):
     """
 
     columns: Tensor  # (N, C, S)
-    counts: list[int]  # number of columns of every sample that are used; later columns are zero
+    counts: list[int]  # for every sample, how many of its columns are used; later columns are zero
     signs: Tensor | None = None  # (N, C); None if all are +1
-    floor: Tensor | None = None  # (N,), the smallest weight of every sample; None if columns contain it
+    floor: Tensor | None = None  # (N,), the smallest class weight of every sample; None without this term
     rest: Tensor | None = None  # (N, S), the diagonal of the terms of the classes that were left out
     others: Tensor | None = None  # (N, C, S)
 
@@ -82,10 +84,10 @@ class ClassCurvature:
         return y if self.center is None else y - self.center * y.sum(1, keepdim=True)
 
     def column(self, index: int) -> Tensor:
-        """Return one column, ``(N, K)``, of a matrix ``B`` with ``B Bᵀ = Λ`` and as few columns as possible.
+        """Return one column, ``(N, K)``, of a matrix ``B`` with ``B Bᵀ = Λ`` and :attr:`num_columns` columns.
 
-        With a center, the matrix of :meth:`factor` maps ``√π`` to zero. Multiply this matrix from the right by the
-        reflection that maps the last unit vector to ``√π``: the last column becomes zero, and ``K - 1`` remain.
+        With a center, the matrix of :meth:`factor` maps ``√π`` to zero. ``B`` is the product of that matrix and the
+        reflection that maps the last unit vector to ``√π``. The last column of the product is zero and is left out.
         """
         x = torch.zeros_like(self.weights)
         x[:, index] = 1
@@ -95,27 +97,27 @@ class ClassCurvature:
         return self.factor(x)
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return ``V``, ``(K, S)``, minus its mean row if there is a center; this does not change ``VᵀΛV``."""
+        """If there is a center, subtract the mean row of ``V = matrix`` from all rows; ``VᵀΛV`` does not change."""
         return matrix if self.center is None else matrix - matrix.mean(0)
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest class weight of each sample, ``(N,)``; None if classes are few or if it is negligible."""
+        """The smallest class weight of each sample, ``(N,)``; None if it is negligible or there are few classes."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        r"""Factor ``VᵀΛV`` for ``V`` from :meth:`centred`; with a tolerance, leave out classes that add little.
+        r"""Factor ``VᵀΛV``, where ``V`` is from :meth:`centred`; with a tolerance, leave out classes that add little.
 
         The columns are ``√w_k (v_k - πᵀV)``, where ``v_k`` is row ``k`` of ``V``. This avoids the cancellation in
         ``diag(π) - π πᵀ``.
 
-        With a tolerance, classes are left out if that saves enough work. The terms left out are at most a share
-        ``tolerance`` of ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be negative.
-        The diagonal of these terms is returned as ``rest``, so that only entries off the diagonal are approximate. With
-        many classes, the smallest class weight of every sample is returned as ``floor``. The columns then contain only
-        the part of each weight above ``floor``.
+        With a tolerance, classes are left out if that saves enough work. The terms left out sum to at most
+        ``tolerance`` times ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be
+        negative. The diagonal of these terms is returned as ``rest``, so that only entries off the diagonal are
+        approximate. With many classes, the smallest class weight of every sample is returned as ``floor``. The columns
+        then contain only the part of each weight above ``floor``.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
@@ -148,7 +150,7 @@ class ClassCurvature:
         return Projection(columns, [count + shared for count in counts], floor=floor, rest=rest)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """Compute the diagonal of ``VᵀΛV``, where ``V`` is ``matrix``: float64 ``(N, S)``."""
+        """Compute the diagonal of ``VᵀΛV`` for every sample, float64 ``(N, S)``; ``V`` is ``matrix``."""
         return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center.to(matrix) @ matrix)
 
     def summed(self, scales: Tensor) -> Tensor:
@@ -156,8 +158,8 @@ class ClassCurvature:
         scaled = self.weights * scales[:, None]
         if self.center is None:
             return scaled.sum(0).diag()
-        # Rows of Λ sum to zero, so a diagonal entry is minus the sum of the others. This is accurate even if π is
-        # almost one-hot.
+        # Rows of Λ sum to zero, so a diagonal entry is minus the sum of the other entries in its row. This is accurate
+        # even if π is almost one-hot.
         total = -(scaled.T @ self.center).fill_diagonal_(0)
         return total - total.sum(1).diag()
 
@@ -172,7 +174,7 @@ class ClassCurvature:
         return weight * (others.sum(1) * (1 + largest[:, 0]) - others.square().sum(1))
 
     def apply(self, x: Tensor) -> Tensor:
-        """Compute ``Λ x``; both are float64 ``(N, K)``."""
+        """Compute ``Λ x``; ``x`` and the result are float64 ``(N, K)``."""
         if self.center is None:
             return self.weights * x
         y = self.weights * (x - (self.center * x).sum(1, keepdim=True))
@@ -183,7 +185,7 @@ class ClassCurvature:
 class DenseCurvature:
     """Any symmetric curvature, stored as ``Λ_n = B_n diag(signs_n) B_nᵀ``; its eigenvalues may be negative.
 
-    ``roots`` is ``B``, float64 ``(N, K, C)``, and ``signs`` has the signs of the columns of ``B``, ``(N, C)``.
+    ``roots`` ``(N, K, C)`` is ``B`` in float64, and ``signs`` ``(N, C)`` holds the signs of the columns of ``B``.
 
     Example:
         >>> curvature = DenseCurvature.of(torch.tensor([[[2.0, 0.0], [0.0, -3.0]]]))
@@ -222,19 +224,19 @@ class DenseCurvature:
         return self.roots[:, :, index]
 
     def centred(self, matrix: Tensor) -> Tensor:
-        """Return the matrix ``V`` unchanged; :meth:`ClassCurvature.centred` subtracts its mean row."""
+        """Return ``matrix`` unchanged, whereas :meth:`ClassCurvature.centred` subtracts the mean row."""
         return matrix
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        """Factor ``VᵀΛV``, where ``V`` is ``matrix``, with the columns ``BᵀV``.
+        """Factor ``VᵀΛV`` into the columns ``BᵀV`` and their signs, where ``V`` is ``matrix``.
 
-        No columns are left out: ``scales`` and ``tolerance`` have no effect.
+        ``scales`` and ``tolerance`` have no effect, because no columns are left out.
         """
         columns = self.roots.mT.to(matrix.dtype) @ matrix
         return Projection(columns, [columns.shape[1]] * len(columns), signs=self.signs.to(matrix.dtype))
 
     def diagonal(self, matrix: Tensor) -> Tensor:
-        """Compute the diagonal of ``VᵀΛV``, where ``V`` is ``matrix``: float64 ``(N, S)``."""
+        """Compute the diagonal of ``VᵀΛV`` for every sample, float64 ``(N, S)``; ``V`` is ``matrix``."""
         return ((self.roots.mT @ matrix.double()).square() * self.signs[:, :, None]).sum(1)
 
     def summed(self, scales: Tensor) -> Tensor:
@@ -247,7 +249,7 @@ class DenseCurvature:
         return (self.roots.square() * self.signs[:, None]).sum((1, 2))
 
     def apply(self, x: Tensor) -> Tensor:
-        """Compute ``Λ x``; both are float64 ``(N, K)``."""
+        """Compute ``Λ x``; ``x`` and the result are float64 ``(N, K)``."""
         y = (self.roots.mT @ x[:, :, None]) * self.signs[:, :, None]
         return (self.roots @ y)[:, :, 0]
 
@@ -271,7 +273,7 @@ def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Ten
 def _kept(
     weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor, floor: Tensor | None, tolerance: float
 ) -> Tensor:
-    r"""Return a mask of the pairs of sample and class that are kept, ``(N, K)``.
+    r"""Return a mask ``(N, K)`` of the pairs (sample, class) that are kept.
 
     A class ``k`` of a sample adds ``w_k \sum_s scales[s] (v_k - m)[s]²`` to the trace, where ``v_k`` is row ``k`` of
     ``matrix``, and ``m`` the sample's row of ``mean``. Terms are left out in ascending order, as long as their sum is
@@ -300,7 +302,7 @@ def _sum_over_dropped(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> T
     w = weights.to(matrix.dtype)
     if mean is None:
         return (w @ matrix.square()).double()
-    # The row of the class with the largest weight is close to the mean, so here subtract before squaring.
+    # The row of the class with the largest weight is close to the mean, so for this class subtract before squaring.
     largest, top = w.max(1, keepdim=True)
     w = w.scatter(1, top, 0.0)
     total = w @ matrix.square() - 2 * mean * (w @ matrix) + w.sum(1, keepdim=True) * mean.square()

@@ -1,6 +1,6 @@
 """Directions in weight space: random directions, Adam's step, principal directions, and their normalisation.
 
-A direction ``d`` is a dictionary. It maps names of a model's tensors to tensors of the same shapes.
+A direction ``d`` is a dictionary that maps the names of a model's tensors to tensors of the same shapes.
 
 Example:
     >>> d, other = {"w": torch.tensor([3.0, -4.0]), "b": torch.zeros(1)}, {"w": torch.tensor([0.0, 2.0])}
@@ -72,7 +72,8 @@ def normalized(
     rescaled. ``order`` is 1 or 2 and chooses the L1 or the L2 norm.
 
     Tensors with at most one dimension (biases, BatchNorm) are set to zero, as in the code of Li et al., unless ``unit``
-    is ``"none"``. With ``biases="scaled"`` they are rescaled instead; for ``"filter"``, such a tensor is one filter.
+    is ``"none"``. With ``biases="scaled"`` they are rescaled instead. With ``"filter"``, such a tensor counts as one
+    filter.
 
     Example:
         >>> weights = {"w": torch.tensor([[3.0, 4.0], [0.0, 1.0]])}
@@ -95,7 +96,10 @@ def normalized(
 
 
 def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
-    """Rescale ``d`` to the norm of ``w``; with ``by_filter``, each slice of ``d`` to the norm of that of ``w``."""
+    """Rescale ``d`` to the norm of ``w``.
+
+    With ``by_filter``, rescale each ``d[i]`` to the norm of ``w[i]`` instead if ``d`` has more than one dimension.
+    """
     rows = len(d) if by_filter and d.ndim > 1 else 1
     norms_d = torch.linalg.vector_norm(d.reshape(rows, -1), order, dim=1, keepdim=True)
     norms_w = torch.linalg.vector_norm(w.reshape(rows, -1), order, dim=1, keepdim=True)
@@ -124,10 +128,10 @@ class PrincipalDirections(NamedTuple):
 def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 2) -> PrincipalDirections:
     """Compute the first ``number`` right singular vectors of the matrix whose rows are the offsets.
 
-    The offsets are points minus the origin; their mean is not subtracted. At least ``number`` of them must be linearly
-    independent. The vectors are computed from the eigenvectors of the small matrix of inner products. The sign of each
-    direction is chosen so that the first of its coordinates that is not negligible is positive. See Li et al. 2018
-    (arXiv 1712.09913), Section 7.2.
+    The offsets are points minus the origin; their mean is not subtracted. At least ``number`` offsets must be linearly
+    independent. The singular vectors are computed from the eigenvectors of the small matrix of inner products. The sign
+    of each direction is chosen so that, among the coordinates of the points along it, the first one that is not
+    negligible is positive. See Li et al. 2018 (arXiv 1712.09913), Section 7.2.
 
     Example:
         >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_flatness.functional.lanczos import orthogonalised, random_orthogonal, rounding_error
 
-# A search starts from a random unit vector. It ends when every eigenvector that it may have missed has a component of
-# at most this along the unit vector, in units of 1/√D. The probability of such a small component is below 1e-4.
+# A search starts from a random unit vector. The search ends when this vector's component along any missed eigenvector
+# would be at most this, in units of 1/√D. The probability of such a small component is below 1e-4.
 IMPROBABLE_PART = 1e-4
 
 
@@ -38,13 +38,13 @@ def top_eigenpairs(
 
     A Krylov space contains only one vector of every eigenspace, so it misses copies of repeated eigenvalues. Therefore,
     when ``k`` pairs have converged, a second search begins with a random vector orthogonal to all converged
-    eigenvectors. It looks for a missed eigenvalue larger than the ``k``-th, until the probability that one exists is
-    negligible. So a repeated eigenvalue is found as often as it occurs. See Wu and Simon 2000, "Thick-restart Lanczos
-    method for large symmetric eigenvalue problems".
+    eigenvectors. This search looks for a missed eigenvalue larger than the ``k``-th, until the probability that there
+    is one is negligible. So a repeated eigenvalue is found as often as it occurs. See Wu and Simon 2000, "Thick-restart
+    Lanczos method for large symmetric eigenvalue problems".
 
     Args:
         product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
-        basis: memory ``(m, D)`` for basis vectors, which is overwritten; ``m`` must be at least ``k + 2``, or ``D``.
+        basis: memory ``(m, D)`` for basis vectors, which is overwritten. ``m`` must be ``D`` or at least ``k + 2``.
         top_k: ``k``; at most ``D`` pairs are returned.
         generator: CPU generator that draws the starting vectors.
         tolerance: a pair has converged when its residual is at most this times its eigenvalue.
@@ -70,7 +70,7 @@ def top_eigenpairs(
         accuracy = tolerance * search.values.abs() + search.rounding
         if search.size >= top_k and bool((search.residuals <= accuracy)[:top_k].all()):
             lowest, enough = float(search.values[top_k - 1]), float(accuracy[top_k - 1])
-            # Keep further converged pairs, too, because they shorten the search for missed eigenvalues. Leave two rows
+            # Also keep further converged pairs, because they shorten the search for missed eigenvalues. Leave two rows
             # for that search.
             errors = search.residuals.square() / (lowest + enough - search.values)
             settled = int((errors <= enough)[top_k : max(rows - 2, top_k)].cumprod(0).sum())
@@ -105,12 +105,12 @@ def _missed(
 ) -> tuple[Tensor | None, int]:
     """Search for a missed eigenvalue above ``lowest``, the ``k``-th largest eigenvalue found so far.
 
-    The search takes place in the complement of the orthonormal rows ``known``, which are the eigenvectors found so far.
-    Further eigenvectors of a repeated eigenvalue are orthogonal to these, so they lie in the complement.
+    The search takes place in the orthogonal complement of the rows of ``known``, which are the orthonormal eigenvectors
+    found so far. Further eigenvectors of a repeated eigenvalue lie in this complement.
 
-    Return a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``, and the number of products. The
-    vector is None if there is no such eigenvalue, or all ``max_products`` are used up. ``basis`` is memory of at least
-    two rows.
+    Return a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``, and the number of products. If no
+    such vector is found, or all ``max_products`` are used up, return None in place of the vector. ``basis`` is memory
+    with at least two rows.
     """
 
     def complement(vector: Tensor) -> Tensor:
@@ -148,12 +148,13 @@ class _Search:
         self._product, self._basis, self._generator = product, basis, generator
         self._projected = torch.zeros(len(basis), len(basis), device="cpu").double()
         self._coefficients = torch.zeros(0, 0, device="cpu").double()  # columns: Ritz vectors in the basis
-        # Coefficients of the starting vector along the basis and the following vector. After a restart, they give the
-        # right inner product of the starting vector with an eigenvector only if the eigenvalue of that is `level`.
+        # Coefficients of the starting vector along the basis and the following vector. After a restart, these
+        # coefficients give the right inner product of the starting vector with an eigenvector only if the eigenvalue of
+        # the eigenvector is `level`.
         self._level, self._first = level, torch.eye(1, len(basis) + 1, dtype=torch.float64, device="cpu")[0]
         # The largest norm of a product, and the norm of the latest product's part outside the basis.
         self._scale = self._beyond = 0.0
-        self._coupling: Tensor | None = None  # what symmetry predicts for the next product's coefficients
+        self._coupling: Tensor | None = None  # the next product's coefficients if the operator is symmetric
         self.size = self.num_products = 0
         self.asymmetry = 0.0
         self.values = self.residuals = torch.zeros(0, device="cpu").double()
@@ -197,7 +198,7 @@ class _Search:
 
         Requires: all Ritz values are below ``level``. Let ``V`` be the basis, ``T`` the projected operator, ``q`` the
         following vector and ``e`` the last unit vector. Because ``A V = V T + β q eᵀ`` for a number ``β``, the
-        components of the eigenvector along the basis are ``β (level - T)⁻¹ e`` times its component along ``q``. The
+        components of the eigenvector along the basis are ``β (level - T)⁻¹ e`` times the component along ``q``. The
         norm of all these components is at most one.
         """
         parts = self._parts()
@@ -212,7 +213,7 @@ class _Search:
         return self._beyond * self._coefficients[-1] / (self._level - self.values)
 
     def keep(self, number: int) -> None:
-        """Keep only the Ritz vectors with the largest Ritz values, ``number`` of them, as the basis."""
+        """Replace the basis by the ``number`` Ritz vectors with the largest Ritz values."""
         mix = self._coefficients[:, :number].T.to(self._basis)
         for columns in self._basis[: self.size].split(2**16, dim=1):  # in parts, to save memory
             columns[:number] = mix @ columns
@@ -228,5 +229,5 @@ class _Search:
         self._projected[:number, :number] = torch.diag(self.values)
 
     def follow(self, vector: Tensor) -> None:
-        """Continue with ``vector``, which is orthogonal to the basis and comes from no product in this search."""
+        """Continue with ``vector``, which is orthogonal to the basis but comes from outside this search."""
         self.following, self._coupling = vector, None

@@ -1,4 +1,7 @@
-"""The Gauss-Newton method: block traces of any convolution or linear layer, from gradients at the layer's output."""
+"""The Gauss-Newton method, which computes block traces of a layer from gradients at the layer's output.
+
+It works for any convolution or linear layer.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +44,15 @@ def gauss_newton_block_traces(
     is column ``b`` of ``B``, pulled back from the logits to the layer's output by a vector-Jacobian product. Give the
     ``δ_b`` of all columns to get the full Gauss-Newton matrix. It equals the Hessian if the logits are affine in the
     layer's weight (``docs/theory.md``, "Any layer: Gauss-Newton"). A linear layer is a convolution of kernel size one
-    over its tokens. The result is float64 and symmetric up to rounding: ``(G, S/G, S/G)``, or ``(G, S/G)`` with
-    ``diagonal``.
+    over its tokens. The result is a float64 tensor ``(G, S/G, S/G)``, symmetric up to rounding. With ``diagonal`` it
+    has only the diagonals, ``(G, S/G)``.
 
     Args:
         calls: the input ``(N, C, *spatial)`` and the geometry of every call of the layer in one forward pass; ``J_b``
             is summed over the calls.
         cotangents: for every call, the list of its ``δ_b``, each ``(N, S, *output)``.
-        signs: if ``Λ`` has negative eigenvalues, the signs of the columns, ``(N, B)``: ``Λ = B diag(signs) Bᵀ``.
+        signs: signs of the columns, ``(N, B)``, with ``Λ = B diag(signs) Bᵀ``; needed if ``Λ`` has negative
+            eigenvalues.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -70,7 +74,7 @@ def gauss_newton_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute block traces like :func:`gauss_newton_block_traces`, and with a ``weighting`` each sample's measures."""
+    """Compute the same as :func:`gauss_newton_block_traces`; with a ``weighting``, also each sample's measures."""
     columns = len(cotangents[0])
     samples, filters = cotangents[0][0].shape[:2]
     inputs, geometry = calls[0]
@@ -110,7 +114,7 @@ def gauss_newton_contraction(
         if diagonal and of_filters is not None:
             total += of_filters.sum(0).double()
         elif per_group > (1 if weighting is None else columns) * left.shape[-1]:
-            # One product that sums over samples and columns too: separate products would take more memory.
+            # A single matrix product also sums over samples and columns. Separate products would take more memory.
             first, second = (factor.permute(1, 3, 0, 2, 4).flatten(2) for factor in (left, right))
             total += (first @ second.mT).double()
             if weighting is not None and weighting.gram is not None:
@@ -160,7 +164,7 @@ def _features(
 
 
 def _weighted(gram: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Compute each sample's inner product of ``gram`` with ``left rightᵀ``, summed over columns: float64 ``(N,)``."""
+    """Compute each sample's inner product of ``gram`` with ``left rightᵀ``, summed over columns, float64 ``(N,)``."""
     product = gram.to(left) @ _by_filter(left)
     return (product * _by_filter(right)).flatten(1).sum(1).double()
 

@@ -1,4 +1,4 @@
-"""Find the functions of an autograd graph, and whether one of them cannot be differentiated twice."""
+"""Find the functions of an autograd graph, and tell whether a function cannot be differentiated twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
 
 
 def functions_of(ends: Sequence[Tensor]) -> Iterator[Any]:
-    """Yield each function (node) in the autograd graph of the tensors ``ends`` once."""
+    """Yield every function (node) of the autograd graph of the tensors ``ends``, each one once."""
     visited: set[Any] = set()
     waiting = [end.grad_fn for end in ends]
     while waiting:

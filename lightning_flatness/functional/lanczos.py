@@ -1,4 +1,4 @@
-"""The Lanczos method: steps that all variants share, and the largest eigenvalue of each of many matrices."""
+"""Steps that all variants of the Lanczos method share, and a variant for the largest eigenvalues of many matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def orthogonalised(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Split a vector into its part orthogonal to a basis, and its coefficients in the basis.
 
     The basis has orthonormal rows, ``(m, D)``. The coefficients are float64 ``(m,)``, on the CPU. The projection onto
-    the basis is subtracted twice, because only then the result is orthogonal to working precision (Parlett 1998, "The
+    the basis is subtracted twice, because only then is the result orthogonal to working precision (Parlett 1998, "The
     Symmetric Eigenvalue Problem", Section 6.9).
     """
     total = torch.zeros(len(basis), device="cpu").double()
@@ -37,7 +37,7 @@ def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Return how large the remainder of a product may be, relative to the product, to count as rounding error.
+    """Return the largest remainder of a product, relative to the product, that counts as rounding error.
 
     The remainder is the part of the operator's product that is orthogonal to the basis. If it is only rounding error,
     the Krylov space is invariant.
@@ -60,13 +60,13 @@ def largest_eigenvalues(
 
     This is the Lanczos method with full re-orthogonalisation. It restarts from the best Ritz vector, so that memory
     does not grow. Each returned value is at most the largest eigenvalue of its matrix, and some eigenvalue of the
-    matrix differs from it by at most its residual. See Lanczos 1950, and Parlett 1998, "The Symmetric Eigenvalue
-    Problem", Chapter 13.
+    matrix differs from the value by at most the value's residual. See Lanczos 1950, and Parlett 1998, "The Symmetric
+    Eigenvalue Problem", Chapter 13.
 
     Args:
         operator: function that multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.
         start: random vectors, ``(B, D)``.
-        tolerance: stop when every residual is at most this times its value.
+        tolerance: stop when every residual is at most this times the absolute value of its eigenvalue.
         max_products: largest number of calls of ``operator``.
 
     Example:
@@ -87,7 +87,8 @@ def largest_eigenvalues(
             done += 1
             rayleigh = (product * basis[-1]).sum(1)
             if diagonal:
-                # Vectors beyond an invariant space are zero; their entries must stay below the largest Ritz value.
+                # Basis vectors beyond an invariant space are zero. Their diagonal entries must stay below the largest
+                # Ritz value.
                 rayleigh = torch.where(ended, diagonal[0] - diagonal[0].abs() - 1, rayleigh)
             diagonal.append(rayleigh)
             before = product.norm(dim=1)

@@ -55,8 +55,8 @@ def find_loss(
     options = label_smoothing != 0 or class_weight is not None or ignore_index != -100
     if options and loss != "cross_entropy":
         raise FlatnessError(
-            "label_smoothing, class_weight and ignore_index are options of loss='cross_entropy'. Give another loss "
-            "with its options as a function from (logits, targets) to the loss of every sample."
+            "label_smoothing, class_weight and ignore_index are options of loss='cross_entropy'. For options of "
+            "another loss, give a function from (logits, targets) to the loss of every sample."
         )
     if isinstance(loss, Loss):
         return loss
@@ -103,15 +103,15 @@ def _cross_entropy(smoothing: float, class_weight: Sequence[float] | Tensor | No
     except (TypeError, ValueError):
         weight = (-1.0,)
     if weight is not None and not all(0 <= value < float("inf") for value in weight):
-        raise FlatnessError("class_weight must be a number for every class, each finite and not negative.")
+        raise FlatnessError("class_weight must contain one number for every class, each finite and not negative.")
     return CrossEntropy(smoothing, weight, ignore_index)
 
 
 def _mean(loss: nn.CrossEntropyLoss | nn.NLLLoss | nn.MSELoss | nn.BCEWithLogitsLoss) -> Any:
     if loss.reduction != "mean":
         raise FlatnessError(
-            f"loss={type(loss).__name__}(reduction={loss.reduction!r}): flatness is measured of a mean over samples; "
-            "use reduction='mean'."
+            f"loss={type(loss).__name__}(reduction={loss.reduction!r}) is not a mean over samples, but flatness "
+            "is measured for the mean loss. Use reduction='mean'."
         )
     return loss
 
@@ -121,12 +121,13 @@ class CustomLoss(Loss):
     """A loss written by the user; autograd computes its derivatives.
 
     The function maps ``(logits, targets)`` to the loss of every sample, ``(N,)``; the measured loss is the mean over
-    samples. The loss of a sample must not depend on other samples. The function may be called with the float64 logits
-    of only a part of a batch.
+    samples. The loss of a sample must not depend on other samples. The function may be called with float64 logits, and
+    with only a part of a batch.
 
     The second derivative is stored in the least costly form. If it is a diagonal matrix without negative entries (as
-    for the squared error summed over classes), its ``K`` diagonal entries are stored for every sample. Otherwise the
-    ``K x K`` matrix is stored for every sample or, with 128 classes or more, a function that multiplies by it.
+    for the squared error summed over classes), its ``K`` diagonal entries are stored for every sample. Otherwise, with
+    fewer than 128 classes, the ``K x K`` matrix is stored for every sample. With 128 classes or more, no matrix is
+    stored, and autograd computes products with the second derivative.
 
     Example:
         >>> from torch.nn.functional import cross_entropy
@@ -149,12 +150,12 @@ class CustomLoss(Loss):
         with torch.enable_grad(), self._naming_what_has_no_derivative():
             f, losses = self._losses(logits.detach(), targets)
             self._check_shape(losses, len(f))
-            ones = torch.ones_like(losses, requires_grad=True)  # else differentiable_once would have no node to see
+            ones = torch.ones_like(losses, requires_grad=True)  # so that differentiable_once can find error nodes
             (residual,) = torch.autograd.grad(losses, f, ones, create_graph=True)
             if not bool(residual.isfinite().all()):
                 raise BatchError(
-                    f"A derivative of the loss '{self.name}' is not finite (a square root or logarithm at zero? Add an "
-                    "epsilon there)."
+                    f"A derivative of the loss '{self.name}' is not finite. A likely cause is a square root or "
+                    "logarithm at zero. Add an epsilon there."
                 )
             if differentiable_once([residual]):
                 raise self._no_second_derivative("a custom function is marked once_differentiable")
@@ -165,19 +166,19 @@ class CustomLoss(Loss):
 
     @contextmanager
     def _naming_what_has_no_derivative(self) -> Iterator[None]:
-        """In a ``with`` block, say in plain words that PyTorch cannot differentiate the loss twice."""
+        """In a ``with`` block, explain errors that PyTorch raises because it cannot differentiate the loss twice."""
         try:
             yield
-        except RuntimeError as error:  # NotImplementedError is one
+        except RuntimeError as error:  # NotImplementedError is a subclass
             if not says_no_second_derivative(error):
                 raise
             raise self._no_second_derivative(str(error)) from error
 
     def _no_second_derivative(self, reason: str) -> FlatnessError:
-        """Return an error that names the operation without a second derivative, and the remedy."""
+        """Return an error that says why the loss has no second derivative, and what the user can do."""
         return FlatnessError(
-            f"The loss '{self.name}' has no second derivative in PyTorch ({reason}), and the Hessian is made of it. "
-            "Write the loss with operations that have one, such as gather, clamp, exp and log."
+            f"The loss '{self.name}' has no second derivative in PyTorch ({reason}), but the Hessian needs one. "
+            "Write the loss with operations that have a second derivative, such as gather, clamp, exp and log."
         )
 
     def _curvature(self, f: Tensor, residual: Tensor, targets: Tensor) -> Curvature:
@@ -196,7 +197,7 @@ class CustomLoss(Loss):
         return losses.double().sum()
 
     def _called(self, logits: Tensor, targets: Tensor) -> Any:
-        """Call the function; if it is a module, run it on copies of its tensors, in the dtype of the logits."""
+        """Call the function; for a module, use copies of its tensors, converted to the dtype of the logits."""
         if not isinstance(self.function, nn.Module):
             return self.function(logits, targets.clone())
         named = {**dict(self.function.named_parameters()), **dict(self.function.named_buffers())}
@@ -226,9 +227,9 @@ class CustomLoss(Loss):
         if not isinstance(losses, Tensor) or losses.shape != (samples,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise BatchError(
-                f"The loss '{self.name}' returns {shape} for {samples} samples; it must return one loss per sample, "
-                "shape (samples,). With a loss of torch use reduction='none', and average over all dimensions but the "
-                "first."
+                f"The loss '{self.name}' returns {shape} for {samples} samples. It must return one loss per sample, "
+                "a tensor of shape (samples,). With a loss of torch, use reduction='none', and average over all "
+                "dimensions but the first."
             )
         if not losses.requires_grad:
             raise BatchError(f"The loss '{self.name}' does not depend on the logits through autograd.")
@@ -238,8 +239,8 @@ class CustomLoss(Loss):
             (gradient,) = torch.autograd.grad(losses[mask].sum(), logits, retain_graph=True)
             if bool(gradient[~mask].any()):
                 raise BatchError(
-                    f"The loss '{self.name}' of one sample depends on other samples of the batch (a contrastive loss? "
-                    "a mean inside?), so the loss is not a mean over samples."
+                    f"The loss '{self.name}' of one sample depends on other samples of the batch, as in a contrastive "
+                    "loss or with a mean over the batch. So the loss is not a mean over samples."
                 )
 
 

@@ -1,4 +1,4 @@
-"""Losses: their first and second derivatives with respect to the logits, and the divisor of the mean over samples.
+"""Losses, with their first and second derivatives with respect to the logits, and the divisor of the mean loss.
 
 A loss maps logits ``f`` ``(N, K)`` and targets to :class:`LossDerivatives`. All derivatives are computed in float64.
 For a confident sample, whose softmax ``π`` is close to the one-hot target ``y``, ``π - y`` would cancel in float32.
@@ -20,20 +20,20 @@ from lightning_flatness.functional.curvature import ClassCurvature
 
 
 class LossDerivatives(NamedTuple):
-    """The derivatives of the loss of every sample in a batch, and the ``normalizer`` of means over samples.
+    """The derivatives of the loss of every sample in a batch, and the ``normalizer`` of the batch.
 
-    A mean over samples is the sum over samples divided by ``normalizer``.
+    The mean over samples is the sum over samples divided by ``normalizer``.
     """
 
     curvature: Curvature  # Λ of every sample
     residual: Tensor | None  # dloss/df, float64 (N, K); None without targets
     num_samples: int  # number of samples that are not ignored
     normalizer: float  # num_samples, or the sum of the weights of the target classes
-    outcomes: Tensor | None = None  # the columns OUTCOMES, float64 (N, 4); None without targets
-    is_pair: bool = False  # True if the batch is one sample, taken twice; each of the two rows then counts half
+    outcomes: Tensor | None = None  # float64 (N, 4), with the columns OUTCOMES; None without targets
+    is_pair: bool = False  # True if the batch holds one sample twice; each of the two rows then counts half
 
     def halved(self) -> LossDerivatives:
-        """Halve the derivatives of a batch that is one sample, taken twice, so that both rows count as one sample."""
+        """Halve the derivatives of a batch that holds one sample twice, so that the two rows count as one sample."""
         residual = None if self.residual is None else self.residual / 2
         outcomes = None if self.outcomes is None else self.outcomes / 2
         return LossDerivatives(
@@ -41,8 +41,9 @@ class LossDerivatives(NamedTuple):
         )
 
 
-# What is known of every sample: its "weight" in the mean; its "count", 0 if it is ignored and otherwise 1; its "loss"
-# times its weight; and whether its class is "correct", 1 if its largest logit is that of its target.
+# The columns of LossDerivatives.outcomes. "weight" is the weight of a sample in the mean. "count" is 0 for an ignored
+# sample, else 1. "loss" is the loss times the weight. "correct" is 1 if the largest logit is that of the target, and
+# else 0.
 OUTCOMES = ("weight", "count", "loss", "correct")
 
 
@@ -99,7 +100,7 @@ class CrossEntropy(Loss):
     smoothing and weighting. With ``c = sum_k q_k``, the first derivative is ``dloss/df = c π - q`` and the second one
     ``Λ = c (diag(π) - π πᵀ)``.
 
-    Targets are class indices, integers ``(N,)``, or probabilities, floating-point ``(N, K)``.
+    Targets are either class indices (integers ``(N,)``) or probabilities (floating-point numbers ``(N, K)``).
 
     Args:
         label_smoothing: ``ε``; the target ``y`` is replaced by ``(1 - ε) y + ε / K``.
@@ -126,13 +127,13 @@ class CrossEntropy(Loss):
         if classes < 2:
             raise BatchError(
                 "The logits have one column, but cross-entropy needs one for every class. For two classes, train with "
-                "two logits or use loss='binary_cross_entropy'; for a value to be predicted use loss='mse'."
+                "two logits or use loss='binary_cross_entropy'. For regression, use loss='mse'."
             )
         pi = torch.softmax(logits.double(), dim=1)
         weight = None
         if self.class_weight is not None:
             if len(self.class_weight) != classes:
-                raise BatchError(f"class_weight has {len(self.class_weight)} entries, and the model {classes} classes.")
+                raise BatchError(f"class_weight has {len(self.class_weight)} entries, but there are {classes} classes.")
             weight = torch.tensor(self.class_weight, dtype=torch.float64, device=logits.device)
         if targets is None:
             if weight is not None or self.ignore_index != IGNORED:
@@ -146,8 +147,7 @@ class CrossEntropy(Loss):
             q, normalizer = targets.double(), float(samples)
             if not holds(((q >= 0) & q.isfinite()).all()):
                 raise BatchError(
-                    "Targets that are probabilities must be finite and not negative. If they are values to be "
-                    "predicted, give loss='mse'."
+                    "Targets that are probabilities must be finite and not negative. For regression, give loss='mse'."
                 )
             if bool(((q.sum(1) - 1).abs() > ROUNDED).any()):
                 warnings.warn(SEVERAL_LABELS, stacklevel=2)
@@ -193,19 +193,20 @@ class CrossEntropy(Loss):
         wrong_type = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
         if targets.ndim != 1 or wrong_type:
             raise BatchError(
-                f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}. Cross-entropy takes class "
-                "indices, integers of shape (samples,), or probabilities, floating-point numbers (samples, classes)."
+                f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}. Cross-entropy takes either "
+                "class indices (integers of shape (samples,)) or probabilities (floating-point numbers of shape "
+                "(samples, classes))."
                 f"{_remedy(targets, samples, classes)}"
             )
         if len(targets) != samples:
-            raise BatchError(f"The batch has {samples} logits and {len(targets)} targets.")
+            raise BatchError(f"The batch has {samples} rows of logits but {len(targets)} targets.")
         kept = targets != self.ignore_index
         if not holds(((targets >= 0) & (targets < classes) | ~kept).all()):
             counted = targets[kept]
             span = f"{int(counted.min())}..{int(counted.max())}"
             raise BatchError(
-                f"The targets lie in {span}, but the model has {classes} classes (0..{classes - 1}). If one of them "
-                "stands for 'no class', name it with ignore_index=; labels that begin at 1 need targets - 1."
+                f"The targets lie in {span}, but the model has {classes} classes (0..{classes - 1}). If one "
+                "value means 'no class', give that value as ignore_index=. If labels begin at 1, give targets - 1."
             )
         return None if holds(kept.all()) else kept
 
@@ -213,22 +214,22 @@ class CrossEntropy(Loss):
 # How far the sum of rounded probabilities may be from one.
 ROUNDED = 1e-2
 SEVERAL_LABELS = (
-    "Rows of the targets do not sum to one, so they are no probabilities of classes, and loss='cross_entropy' weights "
-    "every sample by the sum of its row. For several labels per sample use loss='binary_cross_entropy', for values to "
-    "be predicted loss='mse'."
+    "Rows of the targets do not sum to one, so they are not probabilities of classes. With loss='cross_entropy', the "
+    "weight of a sample is the sum of its row. For several labels per sample, use loss='binary_cross_entropy'. For "
+    "regression, use loss='mse'."
 )
 
 
 def _remedy(targets: Tensor, samples: int, classes: int) -> str:
-    """Return a sentence that says how to convert targets of a wrong shape or type; it is empty if none is known."""
+    """Return a sentence on how to convert targets of a wrong shape or type, or ``""`` if no way is known."""
     shape = tuple(targets.shape)
     if shape == (samples, 1) and classes > 1:
         return f" Give targets.squeeze(1){'.long()' if targets.is_floating_point() else ''}."
     if shape == (samples,):
-        return " Give targets.long(), if they are class indices."
+        return " If they are class indices, give targets.long()."
     if shape == (samples, classes):
         return (
-            " Give targets.float() if they are one-hot; for several labels per sample use loss='binary_cross_entropy'."
+            " If they are one-hot, give targets.float(). For several labels per sample use loss='binary_cross_entropy'."
         )
     return ""
 
@@ -250,8 +251,9 @@ class NegativeLogLikelihood(CrossEntropy):
         """Compute the derivatives of the loss at log-probabilities ``(N, K)``."""
         if not holds((logits.double().logsumexp(1).abs() <= ROUNDED).all()):
             raise BatchError(
-                "The model does not return log-probabilities, which nn.NLLLoss takes. If your step applies log_softmax "
-                "to its output, measure loss='cross_entropy'; else let the model return torch.log_softmax(logits, 1)."
+                "The model does not return log-probabilities, but nn.NLLLoss needs them. If your step applies "
+                "log_softmax to the model's output, give loss='cross_entropy'. Otherwise let the model return "
+                "torch.log_softmax(logits, 1)."
             )
         return super().__call__(logits, targets)
 
@@ -324,9 +326,9 @@ def _like_logits(targets: Tensor, logits: Tensor, name: str) -> Tensor:
         targets = targets[:, None]
     if targets.shape != logits.shape or targets.is_complex():
         classes = targets.shape == logits.shape[:1] and not targets.is_floating_point()
-        remedy = " For class indices use loss='cross_entropy', or give their one_hot vectors." if classes else ""
+        remedy = " For class indices, use loss='cross_entropy', or give one_hot vectors." if classes else ""
         raise BatchError(
-            f"The targets have shape {tuple(targets.shape)}; loss='{name}' needs that of the model's output, "
+            f"The targets have shape {tuple(targets.shape)}, but loss='{name}' needs the shape of the model's output, "
             f"{tuple(logits.shape)}.{remedy}"
         )
     return targets.clone().double()

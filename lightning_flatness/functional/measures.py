@@ -1,8 +1,8 @@
-"""Flatness measures ``sum(Q * T)``: block traces ``T``, weighted by a matrix ``Q`` that depends on the weights alone.
+"""Flatness measures ``sum(Q * T)`` of block traces ``T``, where the matrix ``Q`` depends on the weights alone.
 
 ``T`` and the Gram matrix of the filters have the shape ``(G, S/G, S/G)``. The unit of ``T`` is loss per squared weight.
 Pairs of filters in different groups do not contribute (``docs/theory.md``, "Groups"). All measures except relative
-flatness use only the diagonals of ``T`` and the Gram matrix, and also accept these diagonals, ``(G, S/G)``.
+flatness use only the diagonals of ``T`` and of the Gram matrix. So they also accept the diagonals, ``(G, S/G)``.
 
 Example:
     >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
@@ -39,7 +39,7 @@ def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tens
 
 
 def weight_norm(gram: Tensor) -> Tensor:
-    """Compute the Frobenius norm ``‖W‖_F`` of the kernel from its Gram matrix: a scalar."""
+    """Compute the Frobenius norm ``‖W‖_F`` of the kernel, a scalar, from its Gram matrix."""
     return _diagonal(gram).sum().sqrt()
 
 
@@ -49,12 +49,12 @@ def filter_traces(block_traces: Tensor) -> Tensor:
 
 
 def hessian_trace(block_traces: Tensor) -> Tensor:
-    """Compute the trace ``sum_s T[s, s]`` of the layer's Hessian: a scalar, in loss per squared weight."""
+    """Compute the trace ``sum_s T[s, s]`` of the layer's Hessian, a scalar in units of loss per squared weight."""
     return _diagonal(block_traces).sum()
 
 
 def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``: a scalar, in units of the loss.
+    """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``, a scalar in units of the loss.
 
     ``κ`` stays the same if the layer's own filters are rescaled and later layers undo this. ``κ`` changes if the
     channels that the layer reads are rescaled (``docs/theory.md``, "Invariance"). See Petzka et al. 2021 (arXiv
@@ -64,22 +64,22 @@ def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def filter_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss; the sum is neuron-wise flatness."""
+    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss. Their sum is neuron-wise flatness."""
     return (_diagonal(block_traces) * _diagonal(gram)).flatten()
 
 
 def neuronwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019, arXiv 1912.00058): a scalar, in units of the loss."""
+    """Compute ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019, arXiv 1912.00058), a scalar in units of the loss."""
     return filter_flatness(block_traces, gram).sum()
 
 
 def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute ``‖W‖_F² Tr(H)`` (Petzka et al. 2019, arXiv 1912.00058): a scalar, in units of the loss."""
+    """Compute ``‖W‖_F² Tr(H)`` (Petzka et al. 2019, arXiv 1912.00058), a scalar in units of the loss."""
     return _diagonal(gram).sum() * hessian_trace(block_traces)
 
 
 def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Compute all measures and the weight norm, by name.
+    """Compute all measures and the weight norm, as a dict that maps names to numbers.
 
     Relative flatness is missing if only the diagonals of ``T`` are given.
     """

@@ -43,7 +43,7 @@ class ConvolutionGeometry:
     groups: int = 1
 
     def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Compute the spatial size of the output from the spatial size of the input without padding."""
+        """Compute the spatial size of the output from the spatial size of the input before padding."""
         sizes = zip(input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         return tuple((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in sizes)
 
@@ -53,7 +53,7 @@ class ConvolutionGeometry:
         return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
 
     def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """Yield, for every kernel position, the slices of the padded input that select the pixels it multiplies."""
+        """For every kernel position, yield the slices of the padded input that its weight multiplies."""
         for offset in product(*map(range, self.kernel_size)):
             yield tuple(
                 slice(o * d, o * d + s * (n - 1) + 1, s)
@@ -62,7 +62,10 @@ class ConvolutionGeometry:
 
 
 def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Return the patches ``phi[p]`` of inputs ``(N, C, *spatial)``: ``(N, G, D, P)``, entries in a filter's order."""
+    """Return the patches ``phi[p]`` of inputs ``(N, C, *spatial)`` as a tensor ``(N, G, D, P)``.
+
+    The entries of a patch are in the same order as those of a flattened filter.
+    """
     size = geometry.output_size(tuple(inputs.shape[2:]))
     padded = geometry.pad(inputs)
     every = slice(None)  # sample, channel
@@ -71,26 +74,27 @@ def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the squared length ``‖phi[p]‖²`` of every patch, for each group: ``(N, G, P)``."""
+    """Compute the squared norm ``‖phi[p]‖²`` of every patch in each group, ``(N, G, P)``."""
     squares = inputs.square().unflatten(1, (geometry.groups, -1)).sum(2)
     return patches(squares, geometry).sum(2)
 
 
 def channel_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the squared length of each patch's part on each input channel: ``(N, G, C/G, P)``."""
+    """Compute the squared norm of each patch on every single input channel, ``(N, G, C/G, P)``."""
     apart = replace(geometry, groups=inputs.shape[1])
     norms: Tensor = patch_square_norms(inputs, apart).unflatten(1, (geometry.groups, -1))
     return norms
 
 
 def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of inputs ``(N, C, *spatial)``: ``(N, G, P, P)``.
+    """Compute the patch Gram matrix ``Γ[p, p'] = <phi[p], phi[p']>`` of every sample and group, ``(N, G, P, P)``.
 
     Inner products of overlapping patches multiply the same pixels repeatedly. To avoid this, let ``X`` be the Gram
     matrix of single pixels, zero outside the image. Then ``Γ[p, p']`` is the sum of ``X[p + o, p' + o]`` over kernel
     offsets ``o``. The sum is taken one spatial dimension after the other. With a 3x3 kernel of stride one this takes a
     ninth of the multiplications. With larger strides there are more pixels than patches. So the function counts the
-    multiplications of both ways and takes the cheaper one (``docs/theory.md``, "Numerics").
+    multiplications of this way and of the direct product of patches, and takes the cheaper way (``docs/theory.md``,
+    "Numerics").
     """
     input_size = tuple(inputs.shape[2:])
     size = geometry.output_size(input_size)
@@ -134,9 +138,9 @@ def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size:
 def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     r"""Compute ``\sum_p slopes[r, p] phi[p]``, ``(N, G, R, D)``, from slopes ``(N, G, R, P)``.
 
-    This is the gradient of a convolution with respect to its kernel, for every sample separately. On a CPU in float32,
-    torch's own routine for this gradient, with samples in place of groups, is about twice as fast as the product with
-    patches.
+    This is the gradient of a convolution with respect to its kernel, for every sample separately. In float32 on a CPU,
+    torch's own routine for the gradient is about twice as fast as the product with patches. The routine is called with
+    one group per sample.
     """
     samples, channels = inputs.shape[:2]
     size = geometry.output_size(tuple(inputs.shape[2:]))
@@ -161,7 +165,7 @@ def contraction_costs(
 ) -> tuple[int, int]:
     """Count the multiplications, per sample and group, of two ways to compute block traces from slopes ``δ``.
 
-    The first way is ``δ Γ δᵀ`` with the patch Gram matrix, the second ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``.
+    The first way is ``δ Γ δᵀ`` with the patch Gram matrix. The second is ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``.
     ``positions`` is ``P``, ``patch_length`` is ``D``, ``filters`` is ``S/G``, and ``columns`` is the number of matrices
     ``δ``. With ``diagonal`` only the diagonal of the result is computed.
     """

@@ -1,4 +1,4 @@
-"""The classifier's flatness as a penalty: a differentiable function of its input, logits and weight."""
+"""The flatness of a classifier as a penalty, a differentiable function of the classifier's input, logits and weight."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def flatness_penalty(
         \kappa = \frac{1}{Z} \sum_n c_n \|g_n\|^2 \operatorname{Var}_{k \sim \pi_n}(w_k)
 
     Here ``g_n`` is the input of the classifier for sample ``n``, ``π_n`` the softmax of the logits, and ``w_k`` row
-    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting: 1 without class weights, 0 for an
-    ignored sample. ``Z`` is the divisor of the mean cross-entropy: the number of samples that are not ignored or, for
-    class indices with class weights, the sum of the samples' weights.
+    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting. It is 1 without class weights, and
+    0 for an ignored sample. ``Z`` is the divisor of the mean cross-entropy. For class indices with class weights, ``Z``
+    is the sum of the samples' weights. Otherwise it is the number of samples that are not ignored.
 
-    This is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). For
+    ``κ`` is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). For
     the layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. Training on ``loss + λ κ`` needs no second
     backward pass. See Petzka et al. 2021 (arXiv 2001.00939) and Adilova et al. 2023 (arXiv 2307.02337).
 
@@ -92,18 +92,18 @@ def _check_shapes(features: Tensor, logits: Tensor, weight: Tensor) -> None:
     matrices = all(len(shape) == 2 for shape in shapes)
     if not matrices or shapes[1] != (shapes[0][0], shapes[2][0]) or shapes[0][1] != shapes[2][1]:
         raise BatchError(
-            f"features {shapes[0]}, logits {shapes[1]} and weight {shapes[2]} do not fit; they must be (N, m), (N, K) "
-            "and (K, m), those of one linear classifier on one feature vector for every sample."
+            f"The shapes of features {shapes[0]}, logits {shapes[1]} and weight {shapes[2]} do not fit together. They "
+            "must be (N, m), (N, K) and (K, m), for a linear classifier that takes one feature vector per sample."
         )
     if shapes[1][1] < 2:
-        raise BatchError("The logits have one column, but cross-entropy needs one for every class, two at least.")
+        raise BatchError("The logits have one column, but cross-entropy needs at least two, one for every class.")
 
 
 def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``δ = π - e_p``, ``(N, K)``, and the likeliest class ``p`` of every sample, ``(N,)``.
 
     ``e_p`` is the one-hot vector of ``p``. Entry ``p`` of ``δ`` is computed as minus the sum of the other entries,
-    because ``π_p - 1`` would lose its digits for confident samples.
+    because ``π_p - 1`` would lose precision for confident samples.
     """
     likeliest = logits.detach().argmax(1)
     is_likeliest = nn.functional.one_hot(likeliest, logits.shape[1]).bool()
@@ -114,11 +114,11 @@ def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _variance(logits: Tensor, weight: Tensor) -> Tensor:
     """Compute ``Var_{k~π}(w_k) = Σ_k π_k ‖w_k‖² - ‖Σ_k π_k w_k‖²`` of every sample, ``(N,)``.
 
-    Computed as ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, because both terms are small where ``π_p`` is
-    close to one; ``δ`` and ``p`` are those of :func:`_offsets`.
+    It is computed as ``Σ_k δ_k ‖w_k‖² - <u, 2 w_p + u>`` with ``u = δ W``, because both terms are small where ``π_p``
+    is close to one. ``δ`` and ``p`` are those of :func:`_offsets`.
     """
     delta, likeliest = _offsets(logits)
-    centred = weight - weight.mean(0)  # an offset that all rows share changes nothing, but costs digits
+    centred = weight - weight.mean(0)  # an offset that all rows share changes nothing, but costs precision
     offset = delta @ centred
     # On GPUs, the backward pass of an embedding sums in a fixed order; the backward pass of indexing does not.
     reference = nn.functional.embedding(likeliest, centred)
@@ -136,8 +136,8 @@ def _deviations(features: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the standard deviation of every feature, and its inverse; both are zero for a constant feature."""
     if len(features) < 2:
         raise BatchError(
-            "normalize=True needs the standard deviation of every feature over the batch, which has one sample. Use "
-            "larger batches (drop_last=True), or normalize=False."
+            "normalize=True needs the standard deviation of every feature over the batch, but the batch has one "
+            "sample. Use larger batches (drop_last=True), or normalize=False."
         )
     g = features.double()
     sigma, largest = g.std(0, correction=0), g.abs().amax(0)
@@ -153,26 +153,28 @@ def target_sums(
     class_weight: Sequence[float] | Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor | None, Tensor | int]:
-    """Return ``c_n`` of every sample (None if all are one) and ``Z``; :func:`flatness_penalty` defines both.
+    """Return ``c_n`` of every sample (None if all are one) and ``Z``, as in :func:`flatness_penalty`.
 
-    The values of targets are not checked: that would wait for the GPU, and the user's loss has used the same targets.
+    The values of targets are not checked. A check would wait for the GPU, and the user's loss has used the same
+    targets.
     """
     samples, classes = logits.shape
     if targets is None:
         if class_weight is not None:
-            raise BatchError("With class_weight= the penalty depends on the targets; give targets=.")
+            raise BatchError("With class_weight= the penalty depends on the targets. Give targets=.")
         return None, samples
     weight = logits.new_ones(classes)
     if class_weight is not None:
         weight = torch.as_tensor(class_weight, dtype=logits.dtype, device=logits.device)
     if weight.shape != (classes,):
-        raise BatchError(f"class_weight has shape {tuple(weight.shape)}, and there are {classes} classes.")
+        raise BatchError(f"class_weight has shape {tuple(weight.shape)}, but there are {classes} classes.")
     if targets.is_floating_point() and targets.shape == logits.shape:
         return ((1 - label_smoothing) * targets.to(weight) + label_smoothing / classes) @ weight, samples
     if targets.shape != (samples,) or targets.is_floating_point() or targets.is_complex():
         raise BatchError(
-            f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; they must be class indices, "
-            f"integers of shape ({samples},), or probabilities, floating-point numbers {tuple(logits.shape)}."
+            f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}. They must be either class "
+            f"indices (integers of shape ({samples},)) or probabilities (floating-point numbers of shape "
+            f"{tuple(logits.shape)})."
         )
     kept = (targets != ignore_index).to(logits.dtype)
     of_samples = weight[targets.long().clamp(0, classes - 1)] * kept

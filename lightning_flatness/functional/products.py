@@ -1,7 +1,7 @@
-"""The closed form's sums over samples: elementwise products of two matrix products.
+"""The closed form's sums over samples, whose terms are elementwise products of two matrix products.
 
-The sums are symmetric, so only their upper triangles are computed, in strips: blocks of rows, each from the diagonal to
-the right (``symmetric.py``).
+The sums are symmetric, so only their upper triangles are computed, in strips. A strip is a block of rows, from the
+diagonal to the right (``symmetric.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_flatness.functional.symmetric import strip_rows
 
-# How many numbers matrix products that are computed together may have. On a CPU they should fit into the cache. On
-# other devices large products are faster.
+# How many numbers the matrix products that are computed together may have. On a CPU the products should fit into the
+# cache. On other devices large products are faster.
 PRODUCT_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 # Up to this number of pairs of a column and a position, one matrix product over all pairs is fastest.
@@ -31,7 +31,7 @@ class Factors:
 
     Attributes:
         features: ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``.
-        normalized: the same pair, from inputs whose channels are divided by their standard deviation; or None.
+        normalized: the same pair, computed from inputs whose channels are divided by their standard deviation; or None.
         columns: ``(columns, others)``, each ``(N, G, s, C)``.
         counts: for every sample, how many of its ``C`` columns are used; later columns are zero.
         floor: a number for every sample, ``(N,)``. Column ``s`` of ``V``, ``(K, S)``, is the classifier's weight for
@@ -52,7 +52,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Matrices:
-    """Matrices of one layer, ``(G, s, s)``: the two Gram matrices of :class:`Weighting`, and ``VᵀV``."""
+    """Matrices of one layer, each ``(G, s, s)``; ``gram`` and ``normalized`` are those of :class:`Weighting`."""
 
     gram: Tensor | None
     normalized: Tensor | None
@@ -70,9 +70,9 @@ class Totals:
 def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
     """Add the products of some samples to the totals, and return every sample's sums weighted by the Gram matrices.
 
-    The result is float64 ``(N, 2)``. Column 0 has the inner product of ``matrices.gram`` with the sample's product, as
-    in :class:`Factors`. Column 1 has the inner product of ``matrices.normalized`` with the same product made from
-    ``factors.normalized`` in place of ``factors.features``. A column is zero if its matrix is None.
+    The result is float64 ``(N, 2)``. Column 0 has the inner product of ``matrices.gram`` with the sample's product,
+    which :class:`Factors` defines. Column 1 has the inner product of ``matrices.normalized`` with the same product made
+    from ``factors.normalized`` in place of ``factors.features``. A column is zero if its matrix is None.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
@@ -104,7 +104,7 @@ def _add_some(
     some: slice,
     buffers: Sequence[Tensor | None],
 ) -> Tensor:
-    """Add one strip of the products of the samples ``some`` to the totals; return its weighted sums, ``(n, 2)``."""
+    """Add one strip of the products of the samples ``some`` to the totals; return the weighted sums ``(n, 2)``."""
     features = _product(factors.features, some, strip, buffers[0])
     products = _product(factors.columns, some, strip, buffers[1], max(factors.counts[some]))
     floor = None if factors.floor is None else factors.floor[some]
@@ -130,7 +130,11 @@ def _add_some(
 
 @dataclass(frozen=True)
 class _Weights:
-    """One strip of each Gram matrix, flattened: as it is, and multiplied elementwise by ``VᵀV``; None if not needed."""
+    """One strip of each Gram matrix, flattened.
+
+    In ``gram_floor`` and ``normalized_floor``, the strip is multiplied elementwise by ``VᵀV``. A field is None if it is
+    not needed.
+    """
 
     gram: Tensor | None
     normalized: Tensor | None
@@ -165,8 +169,8 @@ def _product(
 ) -> Tensor:
     """Compute one strip of ``one @ otherᵀ``, where ``pair`` is ``(one, other)``, for the samples ``some``.
 
-    Only the first ``most`` columns of the pair are used. The result is written to ``buffer``; if ``buffer`` is None,
-    it is in new memory, as autograd needs it.
+    Only the first ``most`` columns of the pair are used. The result is written to ``buffer``. If ``buffer`` is None,
+    new memory is used, which autograd needs.
     """
     one, other = pair[0][some, :, strip[0], :most], pair[1][some, :, strip[1], :most]
     if buffer is None:
@@ -182,12 +186,12 @@ def _elementwise(products: Tensor, weights: Tensor, buffer: Tensor | None) -> Te
 
 
 def _all_pairs(factors: Factors, rows: slice, right: bool = False) -> Tensor:
-    """Return the products of all columns with all positions, for the filters ``rows``: ``(G, rows, N C P)``."""
+    """Return the products ``(G, rows, N C P)`` of all columns with all positions, for the filters ``rows``."""
     columns, features = factors.columns[right][:, :, rows], factors.features[right][:, :, rows]
     return (columns[..., None] * features[..., None, :]).flatten(3).permute(1, 2, 0, 3).flatten(2)
 
 
 def _quadratic_forms(gram: Tensor, features: Pair, columns: Pair) -> Tensor:
-    """Compute every sample's sum weighted by ``gram``, from all pairs of a column and a position: float64 ``(N,)``."""
+    """Compute every sample's sum weighted by ``gram``, float64 ``(N,)``, from all pairs of a column and a position."""
     one, other = ((c[..., None] * f[..., None, :]).flatten(3) for c, f in zip(columns, features, strict=True))
     return ((gram.to(one) @ one) * other).flatten(1).sum(1).double()

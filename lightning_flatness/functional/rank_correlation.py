@@ -1,4 +1,4 @@
-"""Kendall's rank correlation τ of two lists: with intervals, with a third list held fixed, and within groups."""
+"""Kendall's rank correlation τ of two lists, its bootstrap interval, partial τ, and τ within groups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Fewest pairs for an interval: four numbers have 24 orders, so two lists agree completely by chance in 4 % of cases.
+# Smallest number of pairs for an interval. Four numbers have 24 orders, so two lists of four agree completely by chance
+# in 4 % of cases.
 FEWEST = 5
 DRAWS = 2000
 
@@ -74,7 +75,7 @@ def granulated_tau(x: Tensor, y: Tensor, hyperparameters: Sequence[Sequence[obje
     """Return the mean τ among models that differ in only one hyper-parameter.
 
     ``hyperparameters`` has a row for each of the ``n`` models. For every hyper-parameter, τ is averaged over all groups
-    of models whose other hyper-parameters agree. The result is the mean over hyper-parameters, and NaN if there are no
+    of models whose other hyper-parameters agree. The result is the mean over hyper-parameters, or NaN if there are no
     such groups. Source: Jiang et al. 2020 (arXiv 1912.02178), Section 4.2.
 
     Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Number of groups of samples. The position of a sample in the measured set decides on its group.
+# Number of groups of samples. The position of a sample in the measured set determines its group.
 GROUPS = 32
 # The 0.975 quantiles of Student's t-distribution with 1, 2, ... 31 degrees of freedom.
 T_QUANTILES = (
@@ -15,7 +15,7 @@ T_QUANTILES = (
 
 
 def grouped(values: Tensor, positions: Tensor) -> Tensor:
-    """Sum values ``(N, Q)`` over the samples of each group: float64 ``(32, Q)``.
+    """Sum values ``(N, Q)`` over the samples of each group; the result is float64 ``(32, Q)``.
 
     ``positions`` ``(N,)`` has the position of each sample in the measured set. The sample at position ``i`` is in group
     ``i % 32``, so groups do not depend on batches or ranks.
@@ -29,7 +29,7 @@ def grouped(values: Tensor, positions: Tensor) -> Tensor:
 
 
 def sampling_errors(sums: Tensor, weights: Tensor) -> Tensor:
-    """Compute the standard errors of the means ``sum(sums) / sum(weights)`` by a jackknife over groups: ``(Q,)``.
+    """Compute the standard errors ``(Q,)`` of the means ``sum(sums) / sum(weights)`` by a jackknife over groups.
 
     ``sums`` are ``(32, Q)`` and ``weights`` ``(32,)``. Groups without samples do not count. With fewer than two groups
     the errors are NaN. Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 3.
@@ -48,7 +48,7 @@ def sampling_errors(sums: Tensor, weights: Tensor) -> Tensor:
 
 
 def means_without_groups(sums: Tensor, weights: Tensor) -> Tensor:
-    """Compute, for every group that has samples, the means over all other groups: float64 ``(G, Q)``.
+    """For every group that has samples, compute the means over all other groups, float64 ``(G, Q)``.
 
     ``sums`` are ``(32, Q)`` and ``weights`` ``(32,)``, as :func:`grouped` returns them. ``G`` is the number of groups
     that have samples.
@@ -83,7 +83,7 @@ def jackknife_covariance(without: Tensor) -> Tensor:
 
 
 def largest_tenth(values: Tensor) -> float:
-    """Return the share of the sum of ``values`` ``(N,)`` that the largest tenth of the values contributes.
+    """Return the share that the largest tenth of ``values`` ``(N,)`` contributes to the sum of all values.
 
     ``N / 10`` is rounded up. The share is NaN if a value is negative beyond rounding, or if all values are zero.
 

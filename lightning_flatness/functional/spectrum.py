@@ -89,7 +89,7 @@ def spectrum_criteria(
 ) -> Criteria:
     """Compute Gabdullin's criteria of the spectrum for every probe.
 
-    Sources: arXiv 2412.10146; for ``C_t`` and the kinds arXiv 2504.17618.
+    Sources: arXiv 2412.10146, and arXiv 2504.17618 for ``C_t`` and the kinds.
 
     ``values`` are the Ritz values ``θ`` and ``weights`` the weights ``τ`` of :class:`Quadrature`, ``(P, m)`` each. With
     ``n = exponent``, the criteria are ``C_t = min θ / max θ``, ``r_e = |C_t|`` and

@@ -27,7 +27,7 @@ def kept_rows(rows: int) -> int:
 
 
 def mirror_(upper: Tensor) -> Tensor:
-    """Fill the lower triangles of ``(G, S, S)`` from the upper ones, in place."""
+    """Fill the lower triangles of matrices ``(G, S, S)`` from the upper triangles, in place."""
     size = strip_rows(upper.shape[1])
     for row in range(0, upper.shape[1], size):  # transposing the whole matrix would be slow
         rows, below = slice(row, row + size), slice(row + size, None)
@@ -39,10 +39,10 @@ def mirror_(upper: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Folded:
-    """Symmetric matrices ``(G, S, S)``, stored as strips of their upper triangles; or diagonals ``(G, S)``, unchanged.
+    """Symmetric matrices ``(G, S, S)``, stored as strips of their upper triangles, or diagonals ``(G, S)``.
 
-    The strips of a large matrix take little more than half of its memory. A matrix with at most :data:`KEPT_STRIP` rows
-    is one strip.
+    Diagonals are stored unchanged. The strips of a large matrix take little more than half of its memory. A matrix with
+    at most :data:`KEPT_STRIP` rows is one strip.
     """
 
     strips: Tensor
@@ -50,7 +50,7 @@ class Folded:
 
     @classmethod
     def of(cls, symmetric: Tensor) -> Folded:
-        """Fold matrices ``(G, S, S)``, reading only their upper triangles; or store diagonals ``(G, S)``."""
+        """Fold matrices ``(G, S, S)``, of which only the upper triangles are read, or store diagonals ``(G, S)``."""
         if symmetric.ndim == 2:
             return cls(symmetric, None)
         rows = symmetric.shape[1]

@@ -1,4 +1,4 @@
-"""Measures of single samples: inner products of a sample's block traces with matrices made of the weights."""
+"""Measures of single samples, which are inner products of block traces with matrices made of the weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ TRACE, RELATIVE, NORMALIZED, CHANNELWISE = range(len(SAMPLE_MEASURES))
 
 @dataclass(frozen=True)
 class Weighting:
-    """The matrices of one layer that weight its block traces; a measure whose matrix is None is not measured.
+    """The matrices from which flatness measures of one layer are computed.
+
+    A measure is not computed if its matrix is None.
 
     Attributes:
-        gram: inner products ``<w_s, w_s'>``, ``(G, S/G, S/G)``, in the dtype of the kernel; for relative flatness.
-        deviations: ``σ``, the standard deviations of the input channels, float64 ``(C,)``; 0 leaves a channel out.
-        normalized: ``sum_c σ_c² <w_sc, w_s'c>`` over input channels ``c``, in the shape of ``gram``; for normalised
-            relative flatness.
-        kernel: the kernel ``(S, C/G, *kernel_size)``, for channel-wise flatness.
+        gram: inner products ``<w_s, w_s'>``, ``(G, S/G, S/G)``, in the dtype of the kernel. Relative flatness needs
+            them.
+        deviations: ``σ``, the standard deviations of the input channels, float64 ``(C,)``. Channels with 0 are left
+            out.
+        normalized: ``sum_c σ_c² <w_sc, w_s'c>`` over input channels ``c``, in the shape of ``gram``. Normalised
+            relative flatness needs it.
+        kernel: the kernel ``(S, C/G, *kernel_size)``. Channel-wise flatness needs it.
     """
 
     gram: Tensor | None = None
@@ -39,8 +43,8 @@ class Weighting:
     ) -> Weighting:
         """Make the matrices for a kernel.
 
-        Normalised relative flatness is measured only with ``deviations``, channel-wise flatness only with
-        ``by_channel``.
+        Normalised relative flatness is measured only if ``deviations`` are given, and channel-wise flatness only if
+        ``by_channel`` is True.
         """
         kernel = kernel.detach()
         normalized = None
@@ -63,7 +67,7 @@ class Weighting:
         return inputs * self.inverse.to(inputs).view(-1, *[1] * (inputs.ndim - 2))
 
     def scaled_patches(self, sums: Tensor) -> Tensor:
-        """Convert ``sum_p a[p] phi[p]``, ``(N, G, ..., D)``, to the same sums for inputs divided by ``σ``."""
+        """Convert sums ``sum_p a[p] phi[p]``, ``(N, G, ..., D)``, to those for inputs divided by ``σ``."""
         groups, length = sums.shape[1], sums.shape[-1]
         of_groups = self.inverse.to(sums).view(groups, -1)
         of_entries = of_groups.repeat_interleave(length // of_groups.shape[1], dim=1)
@@ -74,7 +78,7 @@ class Contraction(NamedTuple):
     """Block traces summed over samples, and the measures of every sample."""
 
     total: Tensor  # (G, S/G, S/G), or (G, S/G), float64
-    samples: Tensor  # the columns SAMPLE_MEASURES, float64 (N, 4); NaN if not measured
+    samples: Tensor  # float64 (N, 4), with the columns SAMPLE_MEASURES; NaN if not measured
     left_out: Tensor  # trace of the terms that a tolerance left out of normalised relative flatness, a scalar
 
 
@@ -86,10 +90,10 @@ def no_values(samples: int, device: torch.device) -> Tensor:
 def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
     r"""Compute ``\sum_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
 
-    ``left`` is ``L`` and ``right`` is ``R``: Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``. ``W_c``, ``L_c``
-    and ``R_c`` are matrices with ``S/G`` rows and a column per kernel position: the parts of the kernel, ``L`` and
-    ``R`` on input channel ``c``. Let ``B Bᵀ`` be the loss's Hessian with respect to the logits, and ``L = R`` the
-    Jacobian for one column of ``B``. Then the sum over all columns is channel-wise flatness.
+    ``left`` is ``L`` and ``right`` is ``R``. Both are Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``. ``W_c``,
+    ``L_c`` and ``R_c`` are the parts of the kernel, of ``L`` and of ``R`` on input channel ``c``, as matrices with
+    ``S/G`` rows and one column per kernel position. Let ``B Bᵀ`` be the loss's Hessian with respect to the logits, and
+    ``L = R`` the Jacobian for one column of ``B``. Then the sum over all columns is channel-wise flatness.
     """
     samples, groups, filters, _ = left.shape
     channels = kernel.shape[1]

@@ -23,7 +23,7 @@ from lightning_flatness.results import Comparison
 from lightning_flatness.results.records import Record
 from lightning_flatness.versions import __version__, versions
 
-MOST_SUMMARIES = 4  # number of results that the summary describes
+MOST_SUMMARIES = 4  # largest number of results that the summary describes
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def save_html(
     Args:
         path: the file to write; the name must end in ``.html`` or ``.htm``.
         results: a :class:`~lightning_flatness.FlatnessReport`, a :class:`~lightning_flatness.Comparison`, a spectrum, a
-            landscape or any other result of the package; or mappings from names of networks to results.
+            landscape, any other result of the package, or a mapping from names of networks to results.
         history: the records of a training run, from ``callback.history``.
         title: the title of the page; by default it names the networks.
         details: facts about how the results were computed, such as ``{"Seed": "0"}``, a checkpoint, or
@@ -80,7 +80,7 @@ def save_html(
         raise FlatnessError(f"save_html writes .html files, but the name '{path}' does not end in .html.")
     shown = list(_named(results))
     if not shown and not history:
-        raise FlatnessError("save_html has nothing to show; give a result or history=.")
+        raise FlatnessError("save_html has nothing to show. Give a result or history=.")
     path.write_text(_rendered(_page(shown, list(history), title, dict(details or {}), tuple(notes))), encoding="utf-8")
     return path
 

@@ -78,7 +78,7 @@ def table_of(table: rich_table.Table, caption: str | None = None) -> Table:
 def drawn(
     draw: Callable[[], tuple[Any, Any]], caption: str, filled: bool = False
 ) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
-    """Call ``draw`` and return two tuples: the figure, and the reason why there is no figure. One of them is empty."""
+    """Call ``draw`` and return ``(figure,), ()``. If ``draw`` raises a FlatnessError, return ``(), (reason,)``."""
     try:
         figure, _ = draw()
     except FlatnessError as error:
@@ -87,7 +87,7 @@ def drawn(
 
 
 def _data_uri(figure: Any) -> str:
-    """Return a matplotlib figure as a data URI: SVG, or PNG if the SVG has more than ``MOST_BYTES``."""
+    """Return a matplotlib figure as a data URI in SVG, or in PNG if the SVG has more than ``MOST_BYTES``."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "lightning-flatness", "svg.fonttype": "path"}):

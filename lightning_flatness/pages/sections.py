@@ -103,7 +103,7 @@ def cautions_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
 
 
 def section_of(name: str, result: Any) -> Section:
-    """Return the section of a page for one result; ``name`` names the network, or is empty."""
+    """Return the section of a page for one result; ``name`` is the network's name, or empty."""
     ending = f": {name}" if name else ""
     if isinstance(result, Comparison):
         return _comparison(result)

@@ -167,7 +167,7 @@ REFUSED = {
         of_class_weights,
         None,
         {"class_weight": WEIGHTS, "batch_fn": lambda batch: (batch[0], None)},
-        "depends on the targets; give targets=. With batch_fn=",
+        "depends on the targets. Give targets=. With batch_fn=",
     ),
     "batch_fn": (None, None, {"batch_fn": lambda batch: batch["x"]}, "FlatnessPenalty: batch_fn= fails with TypeError"),
     "cosine": (None, lambda: with_classifier(Cosine(5, CLASSES)), {}, "does not return weight @ input"),
@@ -180,7 +180,7 @@ REFUSED = {
     "twice": (twice, None, {}, "calls 'net.fc' 2 times"),
     "twice, not checked": (twice, None, {"check_loss": False}, "calls 'net.fc' 2 times"),
     "layers": (None, None, {"layers": "net.head"}, "layers='net.head' names no linear layer.*'net.fc'"),
-    "batches of one": (None, None, {"normalize": True}, "which has one sample. Use larger batches"),
+    "batches of one": (None, None, {"normalize": True}, "the batch has one sample. Use larger batches"),
 }
 
 
@@ -240,7 +240,7 @@ def test_manual_optimization_is_refused_before_it_starts(tmp_path):
         ({"measure": "hessian_trace"}, "measure='hessian_trace' is not known"),
         ({"layers": ["fc"]}, "must be 'classifier' or the name of one layer"),
         ({"label_smoothing": 2.0}, "label_smoothing=2.0 must lie between 0 and 1"),
-        ({"class_weight": [-1.0]}, "class_weight must be a number for every class"),
+        ({"class_weight": [-1.0]}, "class_weight must contain one number for every class"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):

@@ -179,9 +179,9 @@ def test_probabilities_that_are_none():
 
 def test_values_to_be_predicted_need_another_loss():
     net, values = linear_net(), torch.linspace(-1, 1, 32).reshape(8, 4)
-    with pytest.raises(lf.BatchError, match="values to be predicted, give loss='mse'"):
+    with pytest.raises(lf.BatchError, match="For regression, give loss='mse'"):
         lf.measure_flatness(net, [(VECTORS, values)], layers="a")
-    with pytest.warns(UserWarning, match="values to be predicted loss='mse'"):
+    with pytest.warns(UserWarning, match="For regression, use loss='mse'"):
         lf.measure_flatness(net, [(VECTORS, values.abs())], layers="a")
 
 

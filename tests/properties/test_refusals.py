@@ -157,14 +157,14 @@ def test_a_batch_without_samples_among_others_adds_nothing(position, activation)
     [
         (torch.tensor([0, 1, 2, 4, 1]), r"0\.\.4, but the model has 4 classes \(0\.\.3\)"),
         (torch.tensor([0, 1, -1, 3, 1]), r"-1\.\.3, but the model has 4 classes"),
-        (Y.float(), r"dtype torch.float32.*class indices, integers of shape \(samples,\)"),
+        (Y.float(), r"dtype torch.float32.*class indices \(integers of shape \(samples,\)"),
         (Y > 0, "dtype torch.bool.*class indices"),
         (Y.to(torch.complex64), "dtype torch.complex64.*class indices"),
         (nn.functional.one_hot(Y, 4), r"shape \(5, 4\).*class indices"),
         (Y[:, None], r"shape \(5, 1\).*class indices"),
         (Y[0], r"shape \(\).*class indices"),
-        (Y[:3], "5 logits and 3 targets"),
-        (Y[:0], "5 logits and 0 targets"),
+        (Y[:3], "5 rows of logits but 3 targets"),
+        (Y[:0], "5 rows of logits but 0 targets"),
     ],
     ids=["high", "-1", "float", "bool", "complex", "one-hot", "column", "scalar", "short", "none"],
 )
