@@ -24,7 +24,7 @@ Calls = dict[str, tuple[LayerCall, ...]]
 
 @dataclass(frozen=True)
 class CertifiedLayer:
-    """What the batches so far have certified about one layer, and how it is measured."""
+    """What is certified about one layer after the batches so far, and how the layer is measured."""
 
     info: LayerInfo
     kernel: Known[Kernel]
@@ -34,7 +34,7 @@ class CertifiedLayer:
     inexact: Inexact | None = None  # under Gauss-Newton: why the layer is not called exact; None if it is exact
 
     def with_deviation(self, *deviations: float) -> CertifiedLayer:
-        """Return a copy whose deviation is the maximum of the layer's deviation so far and the given ones."""
+        """Return a copy whose deviation is the maximum of its deviation so far and ``deviations``."""
         return replace(self, info=replace(self.info, deviation=max(self.info.deviation, *deviations)))
 
     def in_precision(self, precision: str, deviation: float) -> CertifiedLayer:
@@ -47,39 +47,39 @@ class CertifiedLayer:
 
 @dataclass(frozen=True)
 class Certified:
-    """What the batches so far have certified about a model."""
+    """What is certified about a model after the batches so far."""
 
     layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)  # with layers="all": why not measured, by name
-    paths: Known[None] | None = None  # certificate 4; the fingerprint is the functions that take the kernels
-    affine: Known[None] | None = None  # logits are affine in kernels; its fingerprint: no function can curve
+    left_out: Mapping[str, str] = field(default_factory=dict)  # with layers="all": name -> why it is not measured
+    paths: Known[None] | None = None  # certificate 4; the fingerprint lists the functions that take the kernels
+    affine: Known[None] | None = None  # that logits are affine in the kernels; the fingerprint is CANNOT_CURVE
 
     def without_operations(self) -> Certified:
         """Return a copy without the fingerprints of the tails.
 
-        A pass in another precision has other operations, so the first such pass sets the fingerprints anew.
+        In another precision, a pass has other operations. The first pass in that precision sets new fingerprints.
         """
         tails = {name: layer.tail and replace(layer.tail, fingerprint=None) for name, layer in self.layers.items()}
         return replace(self, layers={name: replace(self.layers[name], tail=tail) for name, tail in tails.items()})
 
     @property
     def infos(self) -> dict[str, LayerInfo]:
-        """The descriptions of how the layers are measured, by name."""
+        """The descriptions of how the layers are measured, keyed by layer name."""
         return {name: layer.info for name, layer in self.layers.items()}
 
 
 @dataclass(frozen=True)
 class CertifiedPass:
-    """A recorded forward pass on some samples that has passed the certificates, with the derivatives of its loss."""
+    """A recorded and certified forward pass on some samples, with the derivatives of its loss."""
 
     recorded: Pass
     loss: LossDerivatives
     calls: Calls
-    tails: Mapping[str, TailDerivatives]  # by name, for layers under the closed form only
+    tails: Mapping[str, TailDerivatives]  # keyed by layer name, for layers under the closed form only
 
     @property
     def others(self) -> Calls:
-        """The calls of the layers under Gauss-Newton, by name."""
+        """The calls of the layers under Gauss-Newton, keyed by layer name."""
         return {name: calls for name, calls in self.calls.items() if name not in self.tails}
 
 
@@ -97,5 +97,5 @@ class Context:
         return Recorder(self.selection.modules, self.selection.classifier, watched, live=copy is None)
 
     def gram(self, kernel: Tensor, groups: int) -> Folded:
-        """Return the Gram matrix of a kernel's filters, or its diagonal if the wanted measures need no more."""
+        """Return the Gram matrix of a kernel's filters, or only its diagonal if the measures need only that."""
         return Folded.of(weight_gram(kernel, groups, self.options.diagonal))

@@ -40,10 +40,11 @@ def certify(
 
     Args:
         recorded: the forward pass.
-        loss: the derivatives of the loss at its logits.
+        loss: the derivatives of the loss at the logits of this pass.
         known: what earlier batches have certified.
         context: the layers to measure, the options, and a function that copies the model.
-        masks: ``M`` sets of samples, ``(M, N)``. Logits of a set must not depend on samples outside it (certificate 5).
+        masks: ``(M, N)``. Each row selects a set of samples, whose logits must not depend on samples outside the set
+            (certificate 5).
 
     Returns:
         The certified pass, and what is certified after this batch.
@@ -71,7 +72,7 @@ def certify(
     tails, failures = certificates.certified_tails(calls, layers)
     certified = CertifiedPass(recorded, loss, calls, tails)
     others = certified.others
-    if others:  # under the closed form, certificate 2 already tests all pairs of samples
+    if others:  # for layers under the closed form, certificate 2 already tests all pairs of samples
         every_pair = separating_masks(len(recorded.logits)).to(recorded.logits.device)
         mixing = find_mixing_layer(others, recorded.logits, every_pair if failures else masks)
         if mixing is not None:
@@ -86,11 +87,11 @@ def certify(
 def certify_observed(
     recorded: Pass, loss_at: Callable[[Tensor], LossDerivatives], known: Certified, context: Context
 ) -> tuple[CertifiedPass, Certified]:
-    """Certify an observed forward pass of the user's.
+    """Certify an observed forward pass.
 
-    The recorded graph reaches from the layers to the classifier's input, not to the logits. All layers must have the
-    closed form already. In half precision, the operations of this pass must be those of the first pass in half
-    precision. What is computed here from the classifier's input is computed in float32.
+    The recorded graph reaches from the layers to the classifier's input, not to the logits. All layers must already be
+    measured by the closed form. In half precision, this pass must have the same operations as the first pass in half
+    precision. The logits are then computed again in float32, from the classifier's input.
 
     Args:
         recorded: the observed forward pass.
@@ -122,10 +123,9 @@ def certify_observed(
 
 
 def in_float32(call: LayerCall) -> LayerCall:
-    """Return a copy of the record of a layer's call, with the inputs of its convolution in float32.
+    """Return a copy of the record of a layer's call, in which the inputs of the convolution are float32.
 
-    The inputs are first rounded to the type of the convolution's output, because a convolution under autocast rounds
-    them so.
+    The inputs are first rounded to the dtype of the convolution's output, because autocast rounds them to that dtype.
     """
     convolution = call.convolution
     inputs = convolution.inputs.to(convolution.output.dtype).float()
@@ -134,7 +134,7 @@ def in_float32(call: LayerCall) -> LayerCall:
 
 
 def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """Return the uses of the kernels of these layers: pairs of a layer's name and a function that took its kernel."""
+    """Return, for every use of a kernel of these layers, the layer's name and the function that took the kernel."""
     return tuple(use for use in recorded.kernel_uses if use[0] in layers)
 
 
@@ -148,7 +148,7 @@ class _Certificates:
 
     @property
     def first(self) -> bool:
-        """Whether no samples were certified before: the first samples decide how layers are measured."""
+        """Whether these are the first samples, which decide how layers are measured."""
         return not self.known.layers
 
     @property
@@ -159,7 +159,8 @@ class _Certificates:
     def leave_out(self, name: str, error: LayerSelectionError, calls: Calls, left_out: dict[str, str]) -> None:
         """Move a layer that cannot be measured from ``calls`` to ``left_out``, or raise ``error``.
 
-        It may be left out only if ``layers="all"``, on the first samples, and if at least one other layer remains.
+        A layer may be left out only on the first samples, with ``layers="all"``, and if at least one other layer
+        remains.
         """
         left = self.context.selection.modules.keys() - left_out.keys()
         if not self.first or self.context.options.layers != "all" or len(left) == 1:
@@ -184,8 +185,8 @@ class _Certificates:
                     kernels[name] = self._certified_kernel(of_layer, self.known.layers.get(name))
                     if not self.first and any(call.node.shape[0] != samples for call in of_layer):
                         raise LayerSelectionError(
-                            "it runs on some samples of this batch only (routing?), so derivatives of single samples "
-                            "cannot be told apart. Choose another layer with layers=."
+                            "it runs on some samples of this batch only, e.g. because of routing, so derivatives of "
+                            "single samples cannot be told apart. Choose another layer with layers=."
                         )
             except LayerSelectionError as error:
                 self.leave_out(name, error, calls, left_out)
@@ -194,7 +195,7 @@ class _Certificates:
         return calls, kernels
 
     def _certified_kernel(self, calls: Sequence[LayerCall], layer: CertifiedLayer | None) -> Known[Kernel]:
-        """Run certificate 1 on the calls of one layer; ``layer`` is what earlier batches have certified about it."""
+        """Run certificate 1 on the calls of one layer; ``layer`` is what is certified about the layer so far."""
         groups = calls[0].convolution.geometry.groups
 
         def unchanged(weight: Tensor) -> bool:
@@ -204,9 +205,9 @@ class _Certificates:
         return certify_layer(calls, None if layer is None else layer.kernel, unchanged, half)
 
     def certified_paths(self, calls: Calls, left_out: dict[str, str]) -> dict[str, float]:
-        """Run certificate 4 on all layers, with one backward pass through the model; return deviations by layer.
+        """Run certificate 4 on all layers together, and return the deviation of each layer.
 
-        The certificate does not apply to a kernel that is computed from a parameter; such a layer has deviation zero.
+        The certificate does not apply to a kernel that is computed from a parameter. The deviation is then zero.
         """
         own = [name for name, of_layer in calls.items() if is_own_weight(of_layer[0])]
         u = random_like(self.recorded.logits)
@@ -224,7 +225,7 @@ class _Certificates:
         return deviations
 
     def _gradients(self, layers: Mapping[str, LayerCall], u: Tensor) -> dict[str, Tensor | None]:
-        """Run a copy of the model, and return the gradients of ``<u, logits>`` at the layers' weights, by name."""
+        """Run a copy of the model, and return the gradient of ``<u, logits>`` with respect to each layer's weight."""
         copy = self.context.copy()
         parameters = {name: own_weight(call.module) for name, call in layers.items()}
         kernels = [copy.copy_of(parameter).requires_grad_() for parameter in parameters.values()]
@@ -242,10 +243,10 @@ class _Certificates:
     def certified_tails(
         self, calls: Calls, layers: dict[str, CertifiedLayer]
     ) -> tuple[dict[str, TailDerivatives], dict[str, str]]:
-        """Run certificates 2 and 3 on the layers that are under the closed form so far.
+        """Run certificates 2 and 3 on the layers that are measured by the closed form so far.
 
-        Return the derivatives of the tails by layer, and why the closed form fails for the other layers. ``layers`` is
-        updated with the certified tails and deviations.
+        Return two dictionaries that are keyed by layer name: the derivatives of the certified tails, and the reasons
+        why the closed form fails for the other layers. ``layers`` is updated with the certified tails and deviations.
         """
         candidates = [name for name, layer in layers.items() if layer.info.method == "closed_form"]
         if not candidates:
@@ -279,12 +280,11 @@ class _Certificates:
     def why_not_affine(
         self, calls: Calls, layers: Mapping[str, CertifiedLayer]
     ) -> tuple[dict[str, Inexact | None], Known[None]]:
-        """Return why the logits are not affine in the kernels, by layer, and the updated certificate.
+        """Return, for each layer, why the logits are not affine in its kernel, and return the updated certificate.
 
-        Layers that are labelled inexact already are not tested again. On the first samples, second derivatives are
-        computed. On later samples they are not computed if every function of the autograd graph is known to have the
-        second derivative zero. Hooks on tensors do not appear in the graph, so on one of sixteen batches, second
-        derivatives are computed in any case.
+        The test computes second derivatives. It is not repeated for layers that it has labelled inexact before. On
+        later samples, it is skipped if every function of the autograd graph is known to have a second derivative of
+        zero. One of sixteen batches is tested in any case, because hooks on tensors do not appear in the graph.
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}

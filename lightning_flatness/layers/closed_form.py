@@ -1,4 +1,4 @@
-"""Compute the block traces of one layer under the closed form."""
+"""Compute the block traces of one layer by the closed form."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRUNCATION = 1e-6
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The inputs of the closed form of one layer for some samples, detached from the autograd graph."""
+    """The inputs of one layer's closed form for some samples, detached from the autograd graph."""
 
     layer: CertifiedLayer
     convolution: Convolution
@@ -35,7 +35,7 @@ class ClosedForm:
 
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> ClosedForm:
-        """Collect the inputs of the closed form from a certified pass, for the layer ``name``."""
+        """Collect the inputs of the closed form of the layer ``name`` from a certified pass."""
         tail, convolution = certified.tails[name].detached(), certified.calls[name][0].convolution
         curved = curved_part(tail, certified.loss)
         return cls(known.layers[name], convolution.detached(), tail, certified.loss, curved)
@@ -43,18 +43,18 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class ClosedForms:
-    """The inputs of the closed form of all layers for some samples, detached from the autograd graph.
+    """The inputs of all layers' closed forms for some samples, detached from the autograd graph.
 
-    Sums over the samples can be computed from them after the forward pass has been freed.
+    From these inputs, sums over the samples can be computed after the forward pass has been freed.
     """
 
     by_layer: Mapping[str, ClosedForm]
     loss: LossDerivatives
-    outcomes: Tensor  # (N, 6), the OUTCOMES of `sums.py` of every sample
+    outcomes: Tensor  # (N, 6), for every sample the OUTCOMES of `sums.py`
 
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified, outcomes: Tensor) -> ClosedForms:
-        """Collect the inputs of the closed form from a certified pass, for every layer that is measured by it."""
+        """Collect the inputs from a certified pass, for every layer that is measured by the closed form."""
         by_layer = {}
         for name in certified.tails:
             with naming(name):
@@ -62,29 +62,29 @@ class ClosedForms:
         return cls(by_layer, certified.loss, outcomes)
 
     def channels(self) -> dict[str, ChannelSums]:
-        """Return, by layer, the number, mean and squared deviations of every input channel's entries, per sample."""
+        """Return the number, mean and squared deviations of every input channel's entries, per layer and sample."""
         rows = slice(self.num_samples)
         return {name: ChannelSums.of(form.convolution.read[rows]) for name, form in self.by_layer.items()}
 
     @property
     def num_samples(self) -> int:
-        """The number of samples: one if a single sample ran as a pair of equal rows."""
+        """The number of samples. A single sample that ran as a pair of equal rows counts once."""
         return 1 if self.loss.is_pair else len(self.outcomes)
 
 
 def closed_form_layer(form: ClosedForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
     """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
-    If the layer has a :attr:`CertifiedLayer.gram_norm`, there are many classes, and classes of negligible weight are
-    left out. This is accepted only if a bound shows that it changes relative flatness and normalised relative flatness
-    by at most the share :data:`TRUNCATION`; otherwise all classes are used. The other measures do not change.
+    If the layer has a :attr:`CertifiedLayer.gram_norm`, there are many classes. Classes of negligible weight are then
+    left out if a bound shows that relative flatness and normalised relative flatness change by at most the share
+    :data:`TRUNCATION`. Otherwise all classes are used. The other measures are the same with and without these classes.
     """
     layer = form.layer
     if layer.gram_norm is not None:
         gram, gram_norm = layer.gram.whole(), layer.gram_norm
-        # The terms left out form a positive matrix whose trace is at most `tolerance` times the full trace. This trace
-        # times the norm of the Gram matrix bounds the change of relative flatness. Relative flatness itself is about
-        # the trace times the mean squared norm of the filters.
+        # The terms that are left out form a positive matrix, whose trace is at most `tolerance` times the full trace.
+        # The trace of this matrix times the norm of the Gram matrix bounds the change of relative flatness. Relative
+        # flatness itself is about the full trace times the mean squared norm of the filters.
         mean = weight_norm(gram).square() / gram[..., 0].numel()
         tolerance = float(TRUNCATION / 2 * mean / gram_norm)
         part = _gauss_newton(form, weighting, diagonal, tolerance)
@@ -101,7 +101,7 @@ def closed_form_layer(form: ClosedForm, weighting: Weighting, diagonal: bool) ->
 
 
 def _gauss_newton(form: ClosedForm, weighting: Weighting, diagonal: bool, tolerance: float) -> Contraction:
-    """Compute the Gauss-Newton term; the classes left out add at most the share ``tolerance`` of the trace."""
+    """Compute the Gauss-Newton term without classes that together add at most the share ``tolerance`` of its trace."""
     convolution, tail = form.convolution, form.tail
     with torch.no_grad():
         return closed_form_contraction(
@@ -156,14 +156,14 @@ def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, T
         return tail.curvatures, loss.residual
     if bool(tail.curvatures.any()):
         raise BatchError(
-            "the activation after it is curved, so its Hessian depends on the targets, and this batch has none. Give "
-            "batches of (inputs, targets)."
+            "the activation after it is curved, so the layer's Hessian depends on the targets, but this batch has no "
+            "targets. Give batches of (inputs, targets)."
         )
     return None
 
 
 def spectral_bound(gram: Tensor) -> Tensor:
-    """Return an upper bound of the spectral norms of symmetric matrices: their largest Schatten norm of order eight."""
+    """Return the largest Schatten norm of order eight of symmetric matrices, which bounds their spectral norms."""
     scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
     fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
     bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # 1.001: float32 rounds

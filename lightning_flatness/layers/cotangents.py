@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_flatness.layers.recording import Convolution, LayerCall
 from lightning_flatness.model.graph import random_like
 
-Calls = Mapping[str, Sequence[LayerCall]]  # the calls of each layer in a forward pass, by the layer's name
+Calls = Mapping[str, Sequence[LayerCall]]  # the calls of each layer in a forward pass, keyed by layer name
 
 
 def nodes_of(calls: Calls) -> list[Tensor]:
@@ -52,10 +52,10 @@ def kernel_gradient(calls: Sequence[LayerCall], cotangents: Sequence[Tensor], sq
 
 
 def gradient_of_convolution(convolution: Convolution, delta: Tensor) -> Tensor:
-    r"""Return the gradient at a convolution's kernel, given the cotangent ``δ`` ``(N, S, *output)`` at its output.
+    r"""Return the gradient with respect to a convolution's kernel, given the cotangent ``delta`` at the output.
 
-    The gradient is ``\sum_n \sum_p δ[s, p] phi[p]``, where ``phi[p]`` is the input patch of sample ``n`` at output
-    position ``p``.
+    ``delta`` is ``δ``, ``(N, S, *output)``. The gradient is ``\sum_n \sum_p δ[s, p] phi[p]``, where ``phi[p]`` is the
+    input patch of sample ``n`` at output position ``p``.
     """
     kernel = convolution.weight.detach().requires_grad_()
     with torch.enable_grad():
@@ -74,7 +74,7 @@ def convolve(convolution: Convolution, kernel: Tensor) -> Tensor:
 
 
 def to_positions(per_channel: Tensor, output: Tensor) -> Tensor:
-    """Reshape ``(N, S)`` so that it can multiply a layer's output ``(N, S, *output)``."""
+    """Reshape a tensor ``(N, S)`` so that it can multiply a layer's output ``(N, S, *output)``."""
     return per_channel.reshape(*per_channel.shape, *[1] * (output.ndim - 2))
 
 
@@ -82,7 +82,7 @@ def random_direction(tensor: Tensor, stream: int = 0) -> Tensor:
     """Return a random tensor that is an outer product of random vectors.
 
     With probability one, a linear map that sends this tensor to zero is the zero map. If one derivative is taken along
-    the directions of several tensors, each of these needs its own ``stream``, because equal numbers could cancel.
+    several directions together, give each direction its own ``stream``. Otherwise equal numbers could cancel.
     """
     product = torch.ones_like(tensor)
     for dimension, size in enumerate(tensor.shape):

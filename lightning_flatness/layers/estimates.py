@@ -28,16 +28,16 @@ class BlockTraces(NamedTuple):
 
     total: Tensor  # (G, S/G, S/G), or (G, S/G) for the diagonals, float64
     extra: Tensor  # (2,): normalised relative and channel-wise flatness, summed over samples; NaN if not measured
-    samples: Tensor | None  # (N, 4), the SAMPLE_MEASURES of every sample; None if unknown, as from probes of a kernel
-    variances: Tensor | None = None  # (6,), of the ALL_MEASURES of the sum; None if nothing was estimated by probes
+    samples: Tensor | None  # (N, 4), the SAMPLE_MEASURES of every sample; None if they are unknown
+    variances: Tensor | None = None  # (6,), of ALL_MEASURES of the sum; None if nothing was estimated by probes
 
     @classmethod
     def of(cls, contraction: Contraction) -> BlockTraces:
-        """Return the block traces of a contraction, without variances, because no probe has estimated them."""
+        """Return the block traces of a contraction. They have no variances, because nothing is estimated by probes."""
         return cls(contraction.total, contraction.samples[:, NORMALIZED:].sum(0), contraction.samples)
 
     def plus(self, other: BlockTraces) -> BlockTraces:
-        """Add block traces of the same layer; their estimates must be independent, because variances are added."""
+        """Add other block traces of the same layer. Estimates must be independent, because variances are added."""
         samples = None
         if self.samples is not None and other.samples is not None:
             samples = self.samples + other.samples
@@ -50,7 +50,7 @@ class BlockTraces(NamedTuple):
         )
 
     def measures(self, gram: Tensor) -> Tensor:
-        """Return the ``ALL_MEASURES`` from the summed block traces, ``(6,)``; zero or NaN if a measure is not computed.
+        """Compute ``ALL_MEASURES`` from the summed block traces, ``(6,)``. A measure that is not wanted is zero or NaN.
 
         ``gram`` is the Gram matrix of the filters, or its diagonal.
         """
@@ -86,10 +86,9 @@ class Probes:
         return mean if known is None else known.plus(mean)
 
     def precise(self, tolerance: float, known: BlockTraces | None = None) -> bool:
-        """Return whether the relative standard errors are at most ``tolerance``.
+        """Return whether the relative standard errors of :meth:`estimate` are at most ``tolerance``.
 
-        The errors are those of the trace, relative flatness and, if measured, normalised relative flatness of
-        :meth:`estimate`.
+        This tests the errors of the trace, of relative flatness and, if measured, of normalised relative flatness.
         """
         sizes = self.estimate(known).measures(self._gram).abs()
         errors = self._variances().sqrt()
@@ -102,7 +101,7 @@ class Probes:
 
 
 def random_signs(like: Tensor, generator: Generator) -> Tensor:
-    """Return random signs in the shape, type and device of ``like``, drawn from a generator on the CPU."""
+    """Return random signs with the shape, dtype and device of ``like``, drawn from a generator on the CPU."""
     return (2 * torch.randint(2, like.shape, generator=generator, device="cpu") - 1).to(like)
 
 
@@ -114,17 +113,18 @@ def hutchinson_residual(
     options: Options,
     generator: Generator,
 ) -> dict[str, BlockTraces]:
-    r"""Estimate the block traces of the Hessian minus the Gauss-Newton matrix, by layer, with variances.
+    r"""Estimate the block traces of each layer's Hessian minus its Gauss-Newton matrix, with variances.
 
     This difference is ``H = \sum_n \sum_k (dloss/df_k) d²f_k / dW²`` for logits ``f``. For a kernel ``v`` of random
     signs, the mean of ``<v_s, (Hv)_s'>`` is the block trace of filters ``s`` and ``s'``. Source: Hutchinson 1989, "A
     stochastic estimator of the trace of the influence matrix".
 
     Args:
-        scalar: the sum of the logits times ``dloss/df``, with its autograd graph; ``dloss/df`` counts as constant.
-        kernels: the kernels ``(S, ...)`` in this graph, by layer.
-        grams: Gram matrices ``(G, S/G, S/G)`` of the filters, or their diagonals, by layer.
-        weightings: the matrices of the normalised and the channel-wise measure, by layer.
+        scalar: the sum of the logits times ``dloss/df``, with its autograd graph. In this graph, ``dloss/df`` is a
+            constant.
+        kernels: the kernels ``(S, ...)`` in this graph, keyed by layer name.
+        grams: Gram matrices ``(G, S/G, S/G)`` of the filters, or their diagonals, keyed by layer name.
+        weightings: the matrices of the normalised and the channel-wise measure, keyed by layer name.
         options: the number of probes, and whether diagonals suffice.
         generator: draws the random signs.
     """

@@ -1,4 +1,4 @@
-"""Compute the block traces of layers under the Gauss-Newton method.
+"""Compute the block traces of layers by the Gauss-Newton method.
 
 The loss's second derivative at the logits is factored as ``Λ = B Bᵀ``. Each column of ``B`` is pulled back from the
 logits to the outputs of all layers at once (``docs/theory.md``, "Any layer: Gauss-Newton").
@@ -27,7 +27,8 @@ from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.estimates import BlockTraces, Probes, random_signs
 from lightning_flatness.layers.options import Options
 
-# How many entries of tensors, over all layers, are kept in memory at a time: on a CPU about a hundred megabytes.
+# The number of tensor entries that are kept in memory at a time, for all layers together. On a CPU, this is about a
+# hundred megabytes.
 ELEMENTS = {"cpu": 3 * 2**23}
 ELEMENTS_DEFAULT = 2**29
 # A forward pass's autograd graph takes about the memory of this many pulled-back columns. (The double backward of the
@@ -35,12 +36,13 @@ ELEMENTS_DEFAULT = 2**29
 GRAPH = 4
 # The number of samples at a time is chosen so that this many columns fit into memory besides the graph.
 COLUMNS = 6
-# At most this many columns are pulled back at a time: more are no faster, and memory must not grow with the classes.
+# At most this many columns are pulled back at a time. More would not be faster, and memory must not grow with the
+# number of classes.
 MOST_COLUMNS = {"cpu": 12}
 # Random probes are added in groups of this size.
 MIN_PROBES = 16
 
-Columns = list[list[Tensor]]  # each column as pulled back to every call of every layer
+Columns = list[list[Tensor]]  # each column, pulled back to every call of every layer
 Advance = Callable[[float], None]  # called with the fraction of the work that is done
 
 
@@ -52,11 +54,11 @@ def gauss_newton_layers(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, BlockTraces]:
-    """Return the block traces of the layers under Gauss-Newton, summed over the samples of a pass, by layer.
+    """Return the block traces of each layer under Gauss-Newton, summed over the samples of a pass.
 
-    One backward pass for each column of ``B`` serves all layers; no gradients at weights are computed. Columns are
-    taken in chunks, so that memory does not grow with the number of classes. With many classes, classes of small weight
-    are sampled by random probes, which are drawn from ``generator`` (:func:`is_sampled`).
+    Each column of ``B`` takes one backward pass for all layers together. Gradients of weights are not computed. Columns
+    are taken in chunks, so that memory does not grow with the number of classes. If there are many classes, those of
+    small weight are sampled by random probes, which are drawn from ``generator`` (:func:`is_sampled`).
     """
     curvature, tolerance = certified.loss.curvature, options.class_tolerance
     layers = _Layers(certified.others, certified.recorded.logits, weightings, options.diagonal)
@@ -73,7 +75,7 @@ def gauss_newton_layers(
 
 
 def is_sampled(curvature: Curvature, tolerance: float) -> bool:
-    """Return whether classes of small weight are sampled by random probes instead of taken one by one."""
+    """Return whether classes of small weight are sampled by random probes instead of being taken one by one."""
     return tolerance > 0 and not isinstance(curvature, DenseCurvature) and curvature.num_classes >= MANY_CLASSES
 
 
@@ -88,7 +90,7 @@ def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers of one forward pass to which columns are pulled back."""
+    """The layers of one forward pass. Columns are pulled back to the outputs of their calls."""
 
     calls: Calls
     logits: Tensor  # (N, K), with their autograd graph
@@ -96,7 +98,7 @@ class _Layers:
     diagonal: bool  # whether only the diagonals of the block traces are computed
 
     def pulled(self, cotangents: Iterator[Tensor]) -> Iterator[Columns]:
-        """Yield the cotangents ``(N, K)`` pulled back to all calls of all layers, in chunks that fit in memory."""
+        """Pull cotangents ``(N, K)`` back to all calls of all layers, in chunks that fit in memory."""
         logits, nodes = self.logits, nodes_of(self.calls)
         kept = ELEMENTS.get(logits.device.type, ELEMENTS_DEFAULT)
         at_a_time = max(1, kept // max(1, sum(node.numel() for node in nodes)) - GRAPH)
@@ -107,7 +109,7 @@ class _Layers:
     def factored(
         self, curvature: ClassCurvature | AutogradCurvature, vectors: Iterable[Tensor]
     ) -> Iterator[tuple[Columns, Tensor | None]]:
-        """Multiply vectors ``(N, K)`` by a factor of the curvature and pull the products back; yield them in chunks.
+        """Multiply vectors ``(N, K)`` by a factor of the curvature, and yield the pulled-back products in chunks.
 
         A :class:`ClassCurvature` makes one column of each vector. An :class:`AutogradCurvature` makes two, and the
         block traces of the second are subtracted. So each chunk comes with the signs of its columns, None if all are
@@ -139,7 +141,7 @@ class _Layers:
             yield name, BlockTraces.of(contraction)
 
     def add(self, totals: dict[str, BlockTraces], columns: Columns, signs: Tensor | None = None) -> None:
-        """Compute the block traces from pulled-back columns, and add them to ``totals``, by layer."""
+        """Compute the block traces of each layer from pulled-back columns, and add them to ``totals``."""
         for name, part in self.contracted(columns, signs):
             totals[name] = totals[name].plus(part) if name in totals else part
 
@@ -152,13 +154,13 @@ def _by_probes(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, BlockTraces]:
-    r"""Return block traces by layer, where the sum over classes of small weight is estimated.
+    r"""Return the block traces of each layer, with an estimate of the sum over classes of small weight.
 
-    Classes of large weight are taken one by one. For the others, a probe pulls back ``\sum_k ±√w_k (e_k - π)``, with
-    class weights ``w``, unit vectors ``e_k`` and softmax ``π`` (for an :class:`AutogradCurvature`, its two columns for
-    the same signs). The signs are random, so the estimate is unbiased. Probes are added until :meth:`Probes.precise`
-    holds for every layer. If this takes as many backward passes as all classes would, the other classes are taken one
-    by one, too.
+    Classes of large weight are taken one by one. For the others, a probe pulls back ``\sum_k ±√w_k (e_k - π)``. Here
+    ``w`` are the class weights, ``e_k`` the unit vectors and ``π`` is the softmax. For an :class:`AutogradCurvature`, a
+    probe pulls back its two columns for these signs. The signs are random, so the estimate is unbiased. Probes are
+    added until :meth:`Probes.precise` holds for every layer. If this takes as many backward passes as all classes
+    would, the probes are dropped, and the remaining classes are taken one by one.
     """
     order = curvature.weights.argsort(1, descending=True)
     mass = curvature.weights.gather(1, order)
@@ -192,9 +194,9 @@ def _by_probes(
 
 
 def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
-    """Return how many classes to take one by one, so that this number plus the expected number of probes is smallest.
+    """Return how many classes to take one by one, to minimise this number plus the expected number of probes.
 
-    ``mass`` has the class weights of every sample in falling order, summed over samples, ``(K,)``.
+    ``mass``, ``(K,)``, has class weights, sorted in falling order for every sample and then summed over samples.
     """
     rest = (1 - mass.cumsum(0) / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).clamp_min(0)
     # A probe's relative variance is about 0.1 / samples, times the square of the share of the weight that is sampled.

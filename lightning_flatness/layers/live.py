@@ -22,25 +22,25 @@ from lightning_flatness.model.precision import Precision, current_precision
 
 
 class Listener:
-    """A context manager that records the call that the user makes of a model, and may observe its forward pass.
+    """A context manager that records one call of a model by the user's code, and may observe its forward pass.
 
-    Only one call counts: the first one, or with ``inputs``, the first one on these very objects. Its arguments are kept
-    in :attr:`call`, as copies. Later calls on the same objects are ignored. Without ``inputs``, later calls on other
-    objects are counted in :attr:`num_others`.
+    Only one call counts. With ``inputs``, it is the first call on these very objects. Without ``inputs``, it is the
+    first call. Copies of its arguments are kept in :attr:`call`. Later calls on the same objects are ignored. Without
+    ``inputs``, later calls on other objects are counted in :attr:`num_others`.
 
-    Errors of the package are never raised in the user's code. They are kept in :attr:`reason`. If the observed forward
-    fails because it is observed, the listener runs it again unobserved. After the call, the grad mode and the inference
-    mode are as they were before it, even if it raised an error.
+    Errors of the package are never raised in the user's code, only in :meth:`result`. If observing makes the forward
+    fail, the listener runs the forward again without observing it. After the call, the grad mode and the inference mode
+    are as they were before the call, even if the call raised an error.
 
     Args:
         model: the model that the user calls.
-        recorder: makes the recorder that observes the pass; without it, the call is recorded but not observed.
+        recorder: makes the recorder that observes the pass; if None, the call is recorded but not observed.
         inputs: the inputs of the call that counts; None for any.
         precision: observe the pass only if it runs in this precision; None for any.
     """
 
     _active: ClassVar[list[Listener]] = []  # listeners that are entered and have a recorder
-    _observing: ClassVar[bool] = False  # one listener at a time: the graph of one would contain the other's nodes
+    _observing: ClassVar[bool] = False  # only one may observe at a time, or its graph would contain the other's nodes
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Listener:
         self._wanted = None if inputs is None else as_call(inputs)
         self._called: Call | None = None  # the call that counts, on the user's tensors
         self._recorded: Recorder | None = None
-        self._is_called = False  # while the call that counts runs
+        self._is_called = False  # whether the call that counts is running
         self._overheard = Overheard([model], self._hear)
         self._state: list[Any] = []
 
@@ -134,7 +134,7 @@ class Listener:
         return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
 
     def _observe(self, recorder: Recorder, forward: Callable[..., Any], called: Call) -> None:
-        """Run the forward under the recorder; if it fails because it is observed, put the error into ``reason``."""
+        """Run the forward under the recorder. If observing makes the forward fail, put the error into ``reason``."""
         Listener._observing = True
         try:
             with recorder:
@@ -164,7 +164,7 @@ class Listener:
 
 
 def is_observed(model: nn.Module) -> bool:
-    """Return whether an active listener observes the model, or a model that shares a module with it."""
+    """Return whether an active listener observes the model, or another model that shares a module with this one."""
     modules = set(model.modules())
     return any(not modules.isdisjoint(listener._model.modules()) for listener in Listener._active)
 

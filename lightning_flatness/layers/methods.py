@@ -1,4 +1,7 @@
-"""Describe how a layer is measured: by the closed form until a certificate of it fails, then by Gauss-Newton."""
+"""Describe how a layer is measured.
+
+A layer is measured by the closed form until one of its certificates fails, and from then on by Gauss-Newton.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ from lightning_flatness.layers.recording import Convolution, LayerCall
 from lightning_flatness.model.precision import name_of
 from lightning_flatness.results import LayerInfo
 
-# Float64 matrices that a layer keeps while a batch is added: block traces so far and of the batch, the Gram matrix.
+# The number of float64 matrices that a layer keeps while a batch is added. They are the block traces so far, those of
+# the batch, and the Gram matrix.
 MATRICES_KEPT = 3
-# Gram matrices of :class:`Weighting`, in the type of the kernel.
+# The number of Gram matrices in a :class:`Weighting`. They have the dtype of the kernel.
 WEIGHTING_MATRICES = 2
 
 
@@ -35,7 +39,7 @@ def first_description(
 ) -> CertifiedLayer:
     """Describe a layer on the first samples, before it is known whether the closed form holds.
 
-    The description assumes that it holds. ``deviation`` is what certificate 4 has found (:func:`certify_path`).
+    The description assumes that the closed form holds. ``deviation`` is the result of :func:`certify_path`.
     """
     call, convolution = calls[0], calls[0].convolution
     groups, filters = convolution.geometry.groups, convolution.weight.shape[0]
@@ -80,7 +84,7 @@ def under_gauss_newton(
         layer: the description so far.
         certified: the forward pass.
         inexact: why the logits are not affine in the layer's kernel; None if they are.
-        failure: why the closed form failed on this batch; empty if it failed earlier.
+        failure: why the closed form failed on this batch; empty if it failed on an earlier batch.
         options: the options of the measurement.
         first: whether no samples were measured before.
 
@@ -98,7 +102,7 @@ def under_gauss_newton(
     label = inexact or (Inexact.SAMPLED if is_sampled(curvature, options.class_tolerance) else None)
     reason = "" if label is None else label.value
     if inexact and not first:
-        reason = f"{reason} for some samples; of others the number may contain the whole Hessian"
+        reason = f"{reason} for some samples; for other samples, the number may contain the whole Hessian"
     columns = curvature.num_columns
     info = replace(
         info,

@@ -13,7 +13,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def make_of(network: nn.Module) -> dict[str, Any]:
-    """Count the convolutions and linear layers (``depth``), the BatchNorms, and the BatchNorms never updated.
+    """Count the convolutions and linear layers (``depth``), the BatchNorms, and the BatchNorms that were never updated.
 
     A BatchNorm counts as never updated (``fresh_batch_norms``) if its running mean is 0 and its running variance 1
     everywhere. The CPU waits for the device only once.

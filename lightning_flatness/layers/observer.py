@@ -69,25 +69,25 @@ class FlatnessObserver:
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self._defers_checks = True
         self._deviations: Mapping[str, Tensor] = {}
-        self._weightings: dict[str, Weighting] = {}  # by layer, made when first needed
+        self._weightings: dict[str, Weighting] = {}  # keyed by layer name, made when first needed
         self._num_seen = 0
 
     @property
     def layers(self) -> dict[str, LayerInfo]:
-        """The description of how each layer is measured, by name; empty before the first batch."""
+        """The description of how each layer is measured, keyed by layer name; empty before the first batch."""
         own, observed = self._own.known.infos, {} if self._observable is None else self._observable.known.infos
         return {name: merged([infos[name] for infos in (own, observed) if name in infos]) for name in own | observed}
 
     @property
     def left_out(self) -> dict[str, str]:
-        """The layers that ``layers="all"`` has left out, and for each the reason why it cannot be measured."""
+        """The layers that ``layers="all"`` has left out, each with the reason why it cannot be measured."""
         observed = {} if self._observable is None else self._observable.known.left_out
         return dict(self._own.known.left_out or observed)
 
     def __call__(
         self, inputs: Any, targets: Tensor | None = None, advance: Advance | None = None
     ) -> dict[str, LayerStatistics]:
-        """Measure one batch, and return its statistics by layer.
+        """Measure one batch, and return its statistics, keyed by layer name.
 
         Args:
             inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments of the model.
@@ -100,7 +100,7 @@ class FlatnessObserver:
     def waiting(
         self, inputs: Any, targets: Tensor | None = None, rows: slice = slice(None), advance: Advance | None = None
     ) -> list[WaitingSamples]:
-        """Certify the samples ``rows`` of a batch, and return what is kept of each part of them until it is measured.
+        """Certify the samples ``rows`` of a batch in parts, and return what is kept of each part for its measurement.
 
         Later, when the standard deviations of the input channels are known, :meth:`sums_of` measures the parts that
         have closed forms. The other parts are measured by :meth:`sums`, which needs one more forward pass.
@@ -108,7 +108,7 @@ class FlatnessObserver:
         return list(self._own(inputs, targets, _kept, advance, rows))
 
     def normalize(self, deviations: Mapping[str, Tensor]) -> None:
-        """Set the standard deviations ``(C,)`` of the input channels, by layer, for all later batches."""
+        """Set the standard deviations ``(C,)`` of each layer's input channels for all later batches."""
         self._deviations = deviations
         self._weightings.clear()
 
@@ -125,7 +125,7 @@ class FlatnessObserver:
         return totals
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch where the mask ``(N,)`` is true.
+        """Return the samples of a batch for which ``mask``, ``(N,)``, is True.
 
         Raises:
             BatchError: the logits of these samples alone differ from their logits in the whole batch.
@@ -135,10 +135,10 @@ class FlatnessObserver:
     def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or an empty string if they can.
 
-        A trial on the first samples of a batch decides (:func:`try_observing`). It observes a pass of our own in the
-        same way as a pass of the user's, under the current modes. If ``inputs`` are a recorded :class:`Call`, the pass
-        runs in the precision of that call. It must return bit-identical outputs, keep no tensors of the graph alive,
-        and give the same block traces as an unobserved measurement, except for rounding in half precision.
+        This is decided by a trial on the first samples of the batch (:func:`try_observing`). The trial observes a pass
+        of our own in the same way as a pass of the user's, under the current modes. If ``inputs`` are a recorded
+        :class:`Call`, the pass runs in the precision of that call. The pass must return bit-identical outputs, keep no
+        tensors of the graph alive, and give the same block traces as an unobserved measurement, up to rounding.
         """
         batch = inputs, targets
         outcome = try_observing(self._model, self._options, batch, self._block_traces, self._sums_observed)
@@ -148,7 +148,7 @@ class FlatnessObserver:
         return outcome.compiled
 
     def listen(self, inputs: Any = None) -> Listener:
-        """Return a context manager that observes the first call that the user makes of the model.
+        """Return a context manager that observes the first call of the model by the user's code.
 
         With ``inputs``, it observes the first call on these very objects. Requires: :meth:`why_not_live` was called and
         found that passes can be observed.
@@ -157,10 +157,10 @@ class FlatnessObserver:
         return Listener(self._model, self._observable.context.recorder, inputs, self._observable.precision)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
-        """Return the statistics of a batch, by layer, from the user's forward pass that the listener observed.
+        """Return the statistics of a batch from the forward pass that ``listener`` observed, keyed by layer name.
 
         Raises:
-            FlatnessError: the pass was not observed, or does not pass the certificates.
+            FlatnessError: no pass was observed, or a certificate fails.
         """
         return self._statistics(self.observed_sums(listener, targets))
 
@@ -169,7 +169,7 @@ class FlatnessObserver:
         return self._observe(lambda observable: self._sums_observed(observable, listener, targets))
 
     def observed_forms(self, listener: Listener, targets: Tensor | None, is_pair: bool = False) -> ClosedForms:
-        """Certify an observed pass, and return the inputs from which :meth:`sums_of` computes its sums later.
+        """Certify an observed pass, and return the inputs from which :meth:`sums_of` later computes the sums.
 
         With ``is_pair``, the pass ran on a single sample that was duplicated.
         """
@@ -200,8 +200,8 @@ class FlatnessObserver:
     def repeats(self) -> bool:
         """Whether passes of our own must run in the same way as the user's passes (see :meth:`repeated_forms`).
 
-        This is so in half precision, because all samples must be measured in the same precision. It is also so if the
-        network is compiled, because then the user's passes cannot be observed.
+        This is required in half precision, because all samples must be measured in the same precision. It is also
+        required if the network is compiled, because the user's passes cannot be observed then.
         """
         return self.observes_half or (self._observable is not None and bool(self._observable.compiled))
 
@@ -228,7 +228,7 @@ class FlatnessObserver:
     def _sums_observed(
         self, observable: Observable, listener: Listener, targets: Tensor | None
     ) -> tuple[dict[str, LayerSums], Certified]:
-        """Return the sums of an observed batch by layer, and what is certified after it."""
+        """Return the sums of an observed batch, keyed by layer name, and what is certified after this batch."""
 
         def sums() -> tuple[dict[str, LayerSums], Certified]:
             forms, known = self._forms(observable, listener, targets)
@@ -239,8 +239,8 @@ class FlatnessObserver:
     def _checked(self, work: Callable[[], Result]) -> Result:
         """Call ``work``, evaluate its checks of tensors together at the end, and return its result.
 
-        So the CPU waits for a GPU only once. If a check fails, ``work`` is called again with every check evaluated
-        immediately, to find out which one fails. From then on this is done for all batches.
+        So the CPU waits for a GPU only once. If a check fails, ``work`` is called again, and every check is evaluated
+        immediately to find the one that fails. From then on, checks are evaluated immediately on all batches.
         """
         with differentiable(self._model):
             if self._defers_checks:
@@ -271,7 +271,7 @@ class FlatnessObserver:
         return ClosedForms.of(certified, known, outcomes_of_pass(certified)), known
 
     def _measured(self, forms: ClosedForms) -> dict[str, LayerSums]:
-        """Return the sums of the layers under the closed form, by layer."""
+        """Return the sums of each layer under the closed form."""
         sums = {}
         for name, form in forms.by_layer.items():
             with naming(name):
@@ -280,7 +280,7 @@ class FlatnessObserver:
         return sums
 
     def _weighting(self, layer: CertifiedLayer) -> Weighting:
-        """Return the matrices that weight a layer's block traces in the measures; they are made once."""
+        """Return the :class:`Weighting` for a layer's block traces, which is made only once."""
         info, options = layer.info, self._options
         if info.name not in self._weightings:
             kernel, deviations = layer.kernel.value.weight, self._deviations.get(info.name)
@@ -292,7 +292,7 @@ class FlatnessObserver:
     def _block_traces(
         self, certified: CertifiedPass, known: Certified, advance: Advance = lambda part: None
     ) -> dict[str, LayerSums]:
-        """Return the sums of all layers over the samples of a certified pass, by layer."""
+        """Return the sums of each layer over the samples of a certified pass."""
         forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
         sums = self._measured(forms)
         if not certified.others:

@@ -57,8 +57,8 @@ class ColumnOperator:
 class TailOperator:
     """Multiplies kernels by the Hessian of a layer under the closed form.
 
-    Here ``V`` are the ``tail.columns`` of the classifier's weight, and ``Λ`` and ``dloss/df`` are the derivatives of
-    the loss at the logits.
+    Here ``V`` is ``tail.columns``, which are columns of the classifier's weight. ``dloss/df`` and ``Λ`` are the first
+    and the second derivative of the loss at the logits.
     """
 
     convolution: Convolution
@@ -96,7 +96,7 @@ Operator = ColumnOperator | TailOperator
 
 
 def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[float], None]) -> dict[str, Operator]:
-    """Return, by layer, an operator that multiplies kernels by the layer's Hessian, summed over the samples of a pass.
+    """Return each layer's operator, which multiplies kernels by the Hessian, summed over the samples of a pass.
 
     For a layer under Gauss-Newton, the Gauss-Newton matrix takes the place of the Hessian. ``advance`` is called with
     the fraction of the work that is done.
@@ -130,7 +130,7 @@ def _tail_operator(name: str, certified: CertifiedPass) -> TailOperator:
 
 
 def _column_operators(certified: CertifiedPass, advance: Callable[[float], None]) -> dict[str, ColumnOperator]:
-    """Return the operators of the layers under Gauss-Newton, by name."""
+    """Return the operators of the layers under Gauss-Newton, keyed by layer name."""
     curvature, logits, others = certified.loss.curvature, certified.recorded.logits, certified.others
     pulled = []
     for index in range(curvature.num_columns):

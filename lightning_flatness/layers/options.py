@@ -48,7 +48,7 @@ class Options(MeasuringOptions):
         if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
             raise FlatnessError(
                 f"tolerance={self.tolerance!r}: give the relative standard error that is accepted with many classes, "
-                "e.g. 0.01, or 0 for all classes."
+                "e.g. 0.01, or 0 to use all classes."
             )
         if self.residual not in (None, "hutchinson"):
             raise FlatnessError(f"residual={self.residual!r}: give None or 'hutchinson'.")

@@ -38,7 +38,7 @@ class PartSize:
     def next_rows(self, left: int, begun: bool) -> int:
         """Return the size of the next part, when ``left`` samples of the batch are left.
 
-        The remaining parts get about equal sizes. Unless ``begun``, i.e. for the first part of the first batch, the
+        The remaining parts get about equal sizes. For the first part of the first batch, ``begun`` is False. Then the
         maximum is half as large, because certifying that part takes about fifteen backward passes.
         """
         if self.most is None:
@@ -56,8 +56,8 @@ class PartSize:
             largest = max(known.infos.values(), key=lambda info: info.memory, default=None)
             where = "" if largest is None else f" The largest layer is '{largest.name}'."
             raise BatchError(
-                f"Out of memory while measuring {rows} samples at a time.{where} Measure fewer layers (layers=), or "
-                "measures=('hessian_trace',), which keeps diagonals only, or give smaller batches."
+                f"Out of memory while measuring {rows} samples at a time.{where} Measure fewer layers (layers=), set "
+                "measures=('hessian_trace',), which keeps only diagonals, or give smaller batches."
             )
         return PartSize(rows // 2, halved=True)
 
@@ -70,7 +70,7 @@ class Part:
     targets: Tensor | None
     rows: int  # number of samples; a single one has two equal rows in `inputs` and `targets`
     start: int  # position of the first sample in the batch
-    tell: Advance  # is called with the fraction of the part that is done
+    tell: Advance  # to be called with the fraction of the part that is done
 
 
 class _TooManySamplesError(Exception):
@@ -97,11 +97,12 @@ class OwnPasses:
         advance: Advance | None = None,
         chosen: slice = slice(None),
     ) -> Iterator[Result]:
-        """Certify a forward pass on each part of the samples ``chosen``, and yield the result of ``work`` for each.
+        """Certify a forward pass on each part of the samples ``chosen``, and yield the results of ``work``.
 
-        ``work`` is called under :func:`isolated`. Its arguments are the certified pass, what is certified so far, and a
-        function that it calls with the fraction of the part that is done. ``advance`` is called with the fraction of
-        the batch that is done. If a part has too many samples, or memory runs out, the part is repeated with fewer.
+        ``work`` is called for each part, under :func:`isolated`. Its arguments are the certified pass, what is
+        certified so far, and a function to call with the fraction of the part that is done. ``advance`` is called with
+        the fraction of the batch that is done. If a part has too many samples, or memory runs out, the part is repeated
+        with fewer samples.
         """
         first_batch, samples = not self.known.layers, num_rows(inputs, targets)
         start, end, _ = chosen.indices(samples)
@@ -134,7 +135,7 @@ class OwnPasses:
             yield result
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch where the mask ``(N,)`` is true.
+        """Return the samples of a batch for which ``mask``, ``(N,)``, is True.
 
         Raises:
             BatchError: the logits of these samples alone differ from their logits in the whole batch.
@@ -184,7 +185,7 @@ class OwnPasses:
         selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
         if first and not is_new:
             # `isolated` restores random states, so the first pass in each of its blocks draws the same random numbers.
-            # With this pass before it, the recorded pass below draws others, which shows if the forward is random.
+            # After this additional pass, the recorded pass below draws other numbers, which shows a random forward.
             certify_deterministic(selection.logits[:rows], logits_of(self._copy(part.inputs))[:rows].detach())
         recorded = self._recorded(part.inputs)
         logits = recorded.logits
@@ -193,10 +194,10 @@ class OwnPasses:
             loss = loss.halved()
         certify_rows(logits, rows)
         whole = selection.logits
-        if first_batch and start + rows <= len(whole):  # `whole` is only part of the batch if memory ran out
+        if first_batch and start + rows <= len(whole):  # `whole` has fewer samples than the batch if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if first:
-            self.release()  # certificate 4 makes another copy, so two copies would be in memory
+            self.release()  # certificate 4 makes another copy; otherwise two would be in memory
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
         masks = self._masks(len(logits), first) if start == 0 else no_masks
         certified, self.known = certify(recorded, loss, self.known, self.context, masks.to(logits.device))
@@ -213,7 +214,7 @@ class OwnPasses:
     def _masks(self, samples: int, first: bool) -> Tensor:
         """Return the masks ``(M, N)`` for certificate 5.
 
-        On the first part they separate all pairs of samples. Later they separate each pair with probability 1/2.
+        The masks of the first part separate all pairs of samples. Later masks separate a pair with probability 1/2.
         """
         if first:
             return separating_masks(samples)

@@ -41,7 +41,7 @@ class Convolution:
 
     @property
     def read(self) -> Tensor:
-        """The inputs ``(N, C, *spatial)`` without any zeros that pad them."""
+        """The inputs ``(N, C, *spatial)`` before any padding with zeros."""
         return self.inputs if self.unpadded is None else self.unpadded
 
     def detached(self) -> Convolution:
@@ -56,7 +56,7 @@ class LayerCall:
     module: nn.Module
     convolutions: tuple[Convolution, ...]  # those that ran inside the module's forward
     returned: Tensor  # what the module returned, detached
-    node: Tensor  # the same values, as a tensor of the autograd graph; derivatives are taken at it
+    node: Tensor  # the same values in the autograd graph; derivatives are taken with respect to this
     kernel_sample: Tensor | None = None  # in a user's pass, a copy of some entries of the kernel
 
     @property
@@ -67,16 +67,16 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Pass:
-    """A recorded forward pass on some samples, which keeps the pass's autograd graph alive."""
+    """The record of a forward pass on some samples, which keeps the autograd graph of the pass alive."""
 
     inputs: Any  # the inputs of the model
     logits: Tensor  # (N, K), which the model returned
-    calls: Mapping[str, tuple[LayerCall, ...]]  # by layer, in the order of the calls
-    features: tuple[Any, ...]  # the argument of each call of the classifier; None if it had several
+    calls: Mapping[str, tuple[LayerCall, ...]]  # keyed by layer name; the calls of a layer in their order
+    features: tuple[Any, ...]  # the only argument of each call of the classifier; None if a call had several
     classifier_output: Tensor | None
     kernel_uses: tuple[tuple[str, str], ...]  # pairs of a layer and a function that took its kernel
-    eps: float  # machine epsilon of products: of the logits' type, or of TF32 if torch's flags allow it
-    half: torch.dtype | None = None  # half-precision dtype of layers, classifier or logits; None if all are full
+    eps: float  # machine epsilon of products, for the logits' dtype, or for TF32 if torch's flags allow TF32
+    half: torch.dtype | None = None  # half-precision dtype of layers, classifier or logits; None if there is none
 
 
 class Recorder:
@@ -86,11 +86,12 @@ class Recorder:
     after an error, hooks are removed and the grad mode is restored.
 
     Args:
-        layers: the layers to record, by name.
+        layers: the layers to record, keyed by name.
         classifier: the classifier, or None.
         watched: a kernel for each layer; the functions that take these tensors are recorded.
-        live: whether the user makes the pass. Then the graph is built whatever the modes of torch are, and ends at the
-            classifier's input. An error in a hook of the recorder is kept in :attr:`failure` instead of raised.
+        live: whether the pass runs as the user's passes do. If so, the graph is built even under ``no_grad`` or in
+            inference mode, and it ends at the classifier's input. Errors in hooks of the recorder are then kept in
+            :attr:`failure` instead of being raised.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class Recorder:
         torch.set_grad_enabled(self._grad_mode)
 
     def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the hook itself, or in the user's pass a hook that keeps errors in :attr:`failure`."""
+        """Return ``hook`` for a pass of our own. For a user's pass, wrap it to keep its errors in :attr:`failure`."""
         if not self._live:
             return hook
 
@@ -185,11 +186,11 @@ class Recorder:
         return node.clone()  # an in-place activation must not write to a leaf
 
     def _record_gradients(self) -> None:
-        """Let autograd record what follows, also in a user's pass under ``no_grad`` or in inference mode."""
+        """Let autograd record from now on, even in a user's pass under ``no_grad`` or in inference mode."""
         if self._live:
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
-            # Weights that autocast casts from now on are in the graph, so its cache must not keep them.
+            # Weights that autocast casts from now on are in the graph, so autocast's cache must not keep them.
             self._modes.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
             torch.set_autocast_cache_enabled(False)
             self._functions.weights = self._functions.weights or []
@@ -197,7 +198,7 @@ class Recorder:
             torch.set_grad_enabled(True)
 
     def _leave_tail(self) -> None:
-        """Restore the user's modes, and put the weights into autocast's cache that these modes would have put there."""
+        """Restore the user's modes, and cache the weights that autocast would have cached without the recorder."""
         self._modes.close()
         weights, self._functions.weights = self._functions.weights or [], None
         with torch._C.DisableTorchFunction():
@@ -206,7 +207,7 @@ class Recorder:
                     torch.matmul(weight, weight.new_empty(weight.shape[-1], 0))
 
     def _before_classifier(self, module: nn.Module, arguments: Any) -> Any:
-        """Record the classifier's input; in a user's pass, end the graph at it."""
+        """Record the classifier's input. In a user's pass, the graph ends there."""
         self._features.append(arguments[0] if len(arguments) == 1 else None)
         if not self._live:
             return None
@@ -233,16 +234,16 @@ def kernel_sample(kernel: Tensor) -> Tensor:
 class _FunctionMode(TorchFunctionMode):
     """A mode that records the convolutions that run in layers, and the functions that take watched tensors.
 
-    ``watched`` are the names of layers by the ``id`` of their kernels. Torch calls the mode for every operation of the
-    network. A tensor subclass would cost less time, but users would notice it: in ``type``, in their own subclasses, in
-    other threads.
+    ``watched`` maps the ``id`` of each kernel to the name of its layer. Torch calls the mode for every operation of the
+    network. A tensor subclass would cost less time, but users would notice it in ``type``, in their own subclasses and
+    in other threads.
     """
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
         self.uses: list[tuple[str, str]] = []
         self.running: list[list[Convolution]] = []  # one list for each running layer; layers may be nested
-        self.weights: list[Tensor] | None = None  # parameters that convolve in the tail of a user's pass; else None
+        self.weights: list[Tensor] | None = None  # parameters that convolve in the tail of a user's pass, or None
         self._watched = watched
 
     def __torch_function__(
@@ -286,7 +287,7 @@ def _convolution(
 
     kernel_size, dilations = tuple(weight.shape[2:]), per_dimension(dilation)
     inputs, unpadded = input.detach(), None
-    if padding == "same":  # an odd number of padding pixels: the right side gets one more
+    if padding == "same":  # of an odd number of padding pixels, the right side gets one more
         totals = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
         widths = [width for total in reversed(totals) for width in (total // 2, total - total // 2)]
         inputs = nn.functional.pad(inputs, widths)

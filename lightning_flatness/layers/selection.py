@@ -20,16 +20,16 @@ from lightning_flatness.model.names import fits, plain_name
 class Selection:
     """The layers to measure and the classifier, chosen on the first samples."""
 
-    modules: dict[str, nn.Module]  # the layers, by plain name, in the order in which they run
+    modules: dict[str, nn.Module]  # the layers, keyed by plain name, in the order in which they run
     classifier_name: str | None
     classifier: nn.Module | None  # None if the last layer that runs is not linear on pooled features
     logits: Tensor  # (N, K), of the samples that the choice was made on
     elements: int  # number of entries per sample in the outputs of all calls of the layers
-    passed_over: Mapping[str, str]  # with layers="all": why modules that apply a kernel cannot be measured
+    passed_over: Mapping[str, str]  # with layers="all": name -> why the module cannot be measured
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters ``weight`` of the layers, by name, without layers that have no such parameter."""
+        """The parameter ``weight`` of each layer that has one, keyed by layer name."""
         own = {name: dict(module.named_parameters(recurse=False)) for name, module in self.modules.items()}
         return {name: parameters["weight"] for name, parameters in own.items() if "weight" in parameters}
 
@@ -85,7 +85,7 @@ def _last(traced: Trace, classifier: str | None) -> str:
     flattened features does not count.
 
     Raises:
-        LayerSelectionError: there is no such convolution, or another one runs after it and cannot be measured.
+        LayerSelectionError: there is no such convolution, or a later one cannot be measured.
     """
     for index, call in reversed(list(enumerate(traced.calls))):
         if call.convolves and call.name != classifier:
@@ -116,13 +116,13 @@ def _wanted(
         raise LayerSelectionError(reasons[0])
     if not candidates:
         raise LayerSelectionError(
-            "The model has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d) and no nn.Linear. If it has, but as "
+            "The model has no convolution (nn.Conv1d, nn.Conv2d, nn.Conv3d) and no nn.Linear. If its layers are "
             "TorchScript, pass the original module."
         )
     if not ran:
         raise LayerSelectionError(
             f"The forward runs none of the model's own convolutions and linear layers, {_listing(list(candidates))}. "
-            "Is it a copy of a compiled model, which runs the original's? Copy before compiling."
+            "A copy of a compiled model runs the layers of the original. Copy before compiling."
         )
     if layers == "all":
         return ran

@@ -17,14 +17,14 @@ from lightning_flatness.functional.weighting import SAMPLE_MEASURES
 from lightning_flatness.layers.certified import CertifiedLayer, CertifiedPass
 from lightning_flatness.layers.estimates import BlockTraces
 
-# What is kept of every sample besides its measures, the same for all layers: the `OUTCOMES` of functional/losses.py,
-# the trace of the loss's second derivative at the logits, and the predicted class.
+# What is kept of every sample besides its measures. These values are the same for all layers: the `OUTCOMES` of
+# functional/losses.py, the trace of the loss's second derivative at the logits, and the predicted class.
 OUTCOMES = ("weight", "count", "loss", "correct", "curvature", "prediction")
 WEIGHT, COUNT, LOSS, CORRECT, CURVATURE, PREDICTION = range(len(OUTCOMES))
 
 
 class LayerStatistics(NamedTuple):
-    """The sums of one layer over samples: the arguments of ``FlatnessMetric.update``."""
+    """The sums of one layer over samples, which are the arguments of ``FlatnessMetric.update``."""
 
     block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
     weight_gram: Tensor  # Gram matrix of the filters, in the shape of block_traces, float64; not summed
@@ -72,7 +72,7 @@ class LayerSums:
     def groups(self, positions: Tensor) -> Tensor:
         """Sum the weights and ``SAMPLE_MEASURES`` over each of 32 groups of samples, ``(32, 5)``.
 
-        ``positions`` ``(N,)`` are the positions of the samples in the measured set, which decide on the groups.
+        ``positions``, ``(N,)``, are the positions of the samples in the measured set. They determine the groups.
         """
         return grouped(torch.cat([self.outcomes[:, WEIGHT, None], self.samples], dim=1), positions)
 
@@ -86,7 +86,7 @@ class LayerSums:
 
 
 def added(one: dict[str, LayerSums], other: dict[str, LayerSums]) -> dict[str, LayerSums]:
-    """Add two dictionaries of sums by layer. ``one`` may lack layers, as before the first batch."""
+    """Add two dictionaries of sums, keyed by layer name. Before the first batch, ``one`` may be empty."""
     return {name: one[name] + sums if name in one else sums for name, sums in other.items()}
 
 
@@ -101,7 +101,7 @@ def outcomes_of_pass(certified: CertifiedPass) -> Tensor:
 
 
 def layer_sums(layer: CertifiedLayer, traces: BlockTraces, loss: LossDerivatives, outcomes: Tensor) -> LayerSums:
-    """Put the block traces of a layer and the outcomes of its samples together into sums.
+    """Combine the block traces of a layer and the outcomes of the samples into :class:`LayerSums`.
 
     Raises:
         BatchError: the block traces are not finite.
@@ -109,7 +109,7 @@ def layer_sums(layer: CertifiedLayer, traces: BlockTraces, loss: LossDerivatives
     if not holds(traces.total.sum().isfinite()):
         raise BatchError(
             f"The block traces of layer '{layer.info.name}' are not finite: activations overflow in this batch, or a "
-            "derivative is not finite (a square root or norm at zero? Add an epsilon there)."
+            "derivative is not finite, e.g. that of a square root or norm at zero. Add an epsilon there."
         )
     samples = traces.samples
     if samples is None:

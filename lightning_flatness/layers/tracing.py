@@ -20,12 +20,12 @@ UNNAMED = "forward"  # name of a convolution with a computed kernel that the mod
 
 @dataclass(frozen=True)
 class TracedCall:
-    """A call of a layer: of a convolution, a linear layer, or a module of the user's that only applies one kernel."""
+    """A call of a layer, i.e. a convolution, a linear layer, or a module of the user's that only applies one kernel."""
 
     name: str
     input_shape: tuple[int, ...]  # () if the input is not a tensor
     output_shape: tuple[int, ...]
-    convolves: bool  # whether it is a convolution, or a linear map over several positions (of kernel size one)
+    convolves: bool  # whether it is a convolution, or a linear map over several positions
     is_linear: bool  # whether it is a linear layer
     has_weight: bool = True  # whether its kernel is its own parameter ``weight``
 
@@ -36,8 +36,8 @@ class Trace:
 
     output: Any  # what the forward returned
     calls: tuple[TracedCall, ...]
-    passed_over: Mapping[str, str]  # why the other modules cannot be measured, by name
-    hidden: Mapping[str, int]  # for those of the other modules that convolve: number of earlier calls of layers
+    passed_over: Mapping[str, str]  # name of another module -> why it cannot be measured
+    hidden: Mapping[str, int]  # other modules that convolve: name -> number of earlier calls of layers
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ def _has_positions(output_shape: tuple[int, ...]) -> bool:
 
 
 def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], Any]) -> Trace:
-    """Run ``forward`` once, and return which layers ran. ``modules`` are the model's modules by plain name."""
+    """Run ``forward`` once, and return which layers ran. ``modules`` are the model's modules, keyed by plain name."""
     mode = _Tracing(modules)
     handles = []
     for name, module in modules.items():
@@ -105,19 +105,19 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
     owner, parameter = applied.owner or (applied.module, "")
     if owner and isinstance(modules[owner], LAYERS):
         return owner, (
-            f"Layer '{owner}': its weight is applied without calling it (layer.forward(x), or a function of its "
-            "weight), which no hook sees. Call it, layer(x), to measure it."
+            f"Layer '{owner}': its weight is applied without calling the layer (by layer.forward(x), or by a function "
+            "that takes the weight), which no hook sees. To measure the layer, call it: layer(x)."
         )
     what = "linear map" if applied.is_linear else "convolution"
     named = f"Module '{owner}'" if owner else "The model"
     return owner or parameter or UNNAMED, (
-        f"{named}: its forward applies a {what} of its own and does more than that. Put the {what} into an nn.Module "
-        "whose forward returns its output, to measure it."
+        f"{named}: its forward applies a {what} of its own and does more than that. To measure the {what}, put it into "
+        "an nn.Module whose forward returns its output."
     )
 
 
 class _Tracing(TorchFunctionMode):
-    """A mode that notes the calls of functions that convolve or are linear, and the modules that make them."""
+    """A mode that notes calls of functions that convolve or are linear, and the modules that make these calls."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class _Tracing(TorchFunctionMode):
 
     def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
         """Note one call of a function that convolves or is linear."""
-        if not self._owners:  # modules hold the tensors that they run on only while the model runs
+        if not self._owners:  # only now, since modules hold these tensors only while the model runs
             for name, module in self._modules.items():
                 self._owners |= {id(tensor): (name, key) for key, tensor in module._parameters.items()}
                 self._buffers |= {id(tensor) for tensor in module._buffers.values()}
@@ -186,7 +186,7 @@ class _Tracing(TorchFunctionMode):
     def _may_be_trained(self, kernel: Tensor, module: nn.Module) -> bool:
         """Return whether a kernel that is not a parameter may be computed from one of the module's parameters.
 
-        A fixed filter, such as a blur, is not.
+        A fixed filter, such as a blur, is not computed from a parameter.
         """
         return id(kernel) not in self._buffers and any(p.numel() == kernel.numel() for p in module.parameters())
 
@@ -197,7 +197,10 @@ def _operands(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor
 
 
 def _is_layer(frame: _Frame, applied: _Applied, returned: Any) -> bool:
-    """Return whether a module is a layer: it returns the output of ``applied``, whose kernel is its own or computed."""
+    """Return whether a module is a layer.
+
+    A layer returns the output of ``applied``, and the kernel of this call is its own parameter or computed.
+    """
     its_own = applied.trained and (applied.owner is None or applied.owner[0] == frame.name)
     if not its_own or frame.output is None or not isinstance(returned, Tensor) or returned.shape != frame.output.shape:
         return False

@@ -1,4 +1,4 @@
-"""Try whether observing forward passes changes nothing in the network and gives the right block traces."""
+"""Test whether observing forward passes changes nothing in the network and gives the right block traces."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Observable:
     context: Context
     precision: Precision | None = None  # in which the observed pass of the trial ran
     half: torch.dtype | None = None  # half precision that layers, classifier or logits have in this pass
-    compiled: str = ""  # which module is compiled, if any: then only our own passes can be observed, as they are eager
+    compiled: str = ""  # which module is compiled, if any; if so, only passes of our own are observed
 
 
 MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Certified]]
@@ -63,9 +63,9 @@ def try_observing(
 ) -> Observable | str:
     """Measure the first samples of a batch twice, without and with observing, and compare the block traces.
 
-    Both passes are our own, not the user's. The observed one runs as the user's passes do: in the current modes and, if
-    the inputs are a recorded call, in the precision of that call. It runs eagerly even if the model is compiled; then
-    passes of our own can be observed, but not the user's.
+    Both passes are our own, not the user's. The observed pass runs in the current modes and, if the inputs are a
+    recorded call, in the precision of that call, as the user's passes do. But it runs eagerly even if the model is
+    compiled. In this case, passes of our own can be observed, but not the user's.
 
     Args:
         model: the model.
@@ -130,7 +130,7 @@ def _observe(
 ) -> tuple[Sums, Observable] | str:
     """Observe a pass of our own in the same way as a pass of the user's, under the current modes.
 
-    Return its sums and the model with its certificates, or why observing fails.
+    Return the sums of the pass and the observable model, or a text that says why observing fails.
     """
     precision = as_call(inputs).precision or current_precision()
     model_copy, own = _copied(model)
@@ -154,7 +154,7 @@ def _observe(
             if half is not None:
                 observable = replace(observable, known=observable.known.without_operations(), half=half)
             sums, known = measure(observable, listener, targets)
-        except (FlatnessError, RuntimeError) as error:  # a RuntimeError comes from autograd, or memory ran out
+        except (FlatnessError, RuntimeError) as error:  # RuntimeError: from autograd, or memory ran out
             return str(error)
         finally:
             listener.release()
@@ -166,9 +166,9 @@ def _observe(
 
 
 def repeated(model: nn.Module, inputs: Any, observable: Observable) -> Listener:
-    """Make a pass of our own on these inputs, observed in the same way as a pass of the user's.
+    """Make a pass of our own on ``inputs``, and observe it in the same way as a pass of the user's.
 
-    It runs in the precision of the trial. The listener that is returned has the observed pass.
+    The pass runs in the precision of the trial. The returned listener holds the observed pass.
     """
     assert observable.precision is not None
     listener = Listener(model, observable.context.recorder)
@@ -179,7 +179,7 @@ def repeated(model: nn.Module, inputs: Any, observable: Observable) -> Listener:
 
 
 def _copied(model: nn.Module) -> tuple[ModelCopy, dict[nn.Parameter, Tensor]]:
-    """Return a copy of a model that keeps its precision, and a map from the model's parameters to their copies."""
+    """Return a copy of a model in its own precision, and a map from the model's parameters to their copies."""
     with torch.inference_mode(False):
         model_copy = ModelCopy(model, as_it_runs=True)
         # The same parameters must require gradients, so that the graph is the same as in a pass of the user's.
@@ -213,7 +213,7 @@ def why_compiled(model: nn.Module) -> str:
 def why_not_observed(model: nn.Module, dtype: torch.dtype | None = None, precision: Precision | None = None) -> str:
     """Return why the user's passes of a model must not be observed; empty if they may be.
 
-    ``dtype`` is the type that the user wants the model to be measured in; None for the type that it runs in.
+    ``dtype`` is the dtype in which the user wants the model to be measured; None means the model's own dtype.
     ``precision`` is the precision of the user's passes.
     """
     if dtype is not None and precision is not None and precision.autocast:

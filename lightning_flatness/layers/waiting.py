@@ -19,10 +19,11 @@ class WaitingSamples:
     """The samples of one certified pass, which wait for the standard deviations of the input channels.
 
     Layers under the closed form need no second pass: their sums are computed from ``forms`` later. Gauss-Newton needs
-    the autograd graph, which is not kept, so with such a layer ``forms`` is None and the samples run once more.
+    the autograd graph, which is not kept. So if a layer is under Gauss-Newton, ``forms`` is None and the samples run
+    once more.
     """
 
-    channels: Mapping[str, ChannelSums]  # of every sample, by layer
+    channels: Mapping[str, ChannelSums]  # of every sample, keyed by layer name
     forms: ClosedForms | None
 
     @classmethod
@@ -37,13 +38,16 @@ class WaitingSamples:
 
     @classmethod
     def joined(cls, parts: Sequence[WaitingSamples]) -> dict[str, ChannelSums]:
-        """Return the sums of the input channels of all samples of several passes, by layer."""
+        """Return the sums of each layer's input channels, for all samples of several passes."""
         names = [name for name in parts[0].channels if all(name in part.channels for part in parts)]
         return {name: ChannelSums.joined([part.channels[name] for part in parts]) for name in names}
 
 
 def channel_sums(calls: Sequence[LayerCall]) -> ChannelSums | None:
-    """Return the sums of every input channel of a layer over its calls, per sample; None if their shapes differ."""
+    """Return the sums of a layer's input channels over its calls, for every sample.
+
+    Return None if the calls have different numbers of samples or channels.
+    """
     inputs = [call.convolution.read for call in calls]
     if len({one.shape[:2] for one in inputs}) > 1:
         return None

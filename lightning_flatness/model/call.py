@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 def as_call(inputs: Any) -> Call:
-    """Return a call on ``inputs``: a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    """Convert inputs to a call. They are a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Mapping):
@@ -61,7 +61,7 @@ def equal_inputs(one: Any, other: Any) -> bool:
 
 
 def same_tensors(call: Call, inputs: Any, targets: Tensor | None) -> bool:
-    """Return whether a call has the same tensors as ``inputs``, in the same order; it may have the targets, too."""
+    """Return whether a call has the tensors of ``inputs``, in this order, and no other tensors except the targets."""
     called, given = tensors_of(call), tensors_of(inputs)
     if targets is not None:
         called = [tensor for tensor in called if tensor.shape != targets.shape or not _equal(tensor, targets)]
@@ -103,12 +103,13 @@ class Hear(Protocol):
 class Overheard:
     """A context manager that intercepts the calls of some modules: ``hear`` is called instead of their forward.
 
-    ``hear`` also runs when the user's code calls ``forward`` directly, which hooks do not see. In a compiled module it
-    wraps the call of the compiled code, never a part of that code. Forward passes that this package makes itself are
-    not intercepted (:func:`only_heard_by`).
+    ``hear`` also runs when the user's code calls ``forward`` directly, which hooks do not see. In a compiled module,
+    ``hear`` wraps the call of the compiled code, never a part of that code. Forward passes that this package makes
+    itself are not intercepted (:func:`only_heard_by`).
     """
 
-    # A stack, one entry per only_heard_by block: only its top intercepts calls. If it is empty, all objects do.
+    # A stack with one entry per only_heard_by block. Only its top entry intercepts calls. If the stack is empty, all
+    # objects intercept calls.
     _only: ClassVar[list[Overheard | None]] = []
 
     def __init__(self, modules: Iterable[nn.Module], hear: Hear) -> None:
@@ -133,7 +134,7 @@ class Overheard:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Put the original forward back inside the block, so that a compiler sees the modules of the user."""
+        """Put the original forward back inside the block, so that a compiler sees the user's own modules."""
         self.__exit__()
         try:
             yield
@@ -143,7 +144,7 @@ class Overheard:
     def hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Pass a call to ``hear``, or just run it if :func:`only_heard_by` forbids it or a compiler traces the call."""
+        """Pass a call to ``hear``. Just run it if a compiler traces it or only another object may intercept calls."""
         if torch.compiler.is_compiling() or (Overheard._only and Overheard._only[-1] is not self):
             return forward(*arguments, **keywords)
         return self._hear(module, forward, arguments, keywords)
@@ -153,7 +154,7 @@ ATTRIBUTES = ("_compiled_call_impl", "forward")
 
 
 def _attribute(module: nn.Module) -> str:
-    """Return the name of the attribute through which a call of a module runs: compiled code, else the forward."""
+    """Return the name of the attribute that a call of a module runs, which is compiled code if there is any."""
     compiled, forward = ATTRIBUTES
     return compiled if vars(module).get(compiled) else forward
 
@@ -173,7 +174,7 @@ def only_heard_by(overheard: Overheard | None) -> Iterator[None]:
 
 
 class _Forward:
-    """A wrapper of a module's forward while calls are intercepted; copies and pickles have the original forward."""
+    """Wraps a module's forward while calls are intercepted. Copies and pickles of it are the original forward."""
 
     def __init__(self, module: nn.Module, attribute: str) -> None:
         self.hearers: list[Overheard] = []

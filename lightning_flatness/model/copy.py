@@ -24,8 +24,8 @@ class ModelCopy:
 
     No gradient can reach the user's parameters. A forward that writes to parameters, buffers or inputs writes to their
     copies. The user's model is called through ``__call__``, so its forward hooks run. Use a ``ModelCopy`` within
-    :func:`isolated`. Copies have the dtype that :func:`measured` gives them; with ``as_it_runs`` they keep their own
-    dtype, even if it is half precision.
+    :func:`isolated`. Copies have the dtype that :func:`measured` gives them. With ``as_it_runs``, they have the dtype
+    of the originals, even if that is half precision.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, as_it_runs: bool = False) -> None:
@@ -90,21 +90,21 @@ class ModelCopy:
 
 
 def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.dtype | None) -> str:
-    """Return why the forward fails on the inputs of a call, and a remedy; an empty string if the cause is not known."""
+    """Return why the forward fails on the inputs of a call, with a remedy; empty if the cause is not known."""
     if isinstance(error, TypeError):
         try:
             signature(model.forward).bind(*call.arguments, **call.keywords)
         except (TypeError, ValueError) as unfit:
             return (
-                f"The model's forward{signature(model.forward)} does not take the batch's inputs ({unfit}): a tuple or "
-                f"list is passed as arguments, here {len(call.arguments)}, and a mapping as keyword arguments. Give "
-                "batches with the inputs that forward takes, in a callback by batch_fn=, or name another network with "
-                "model=."
+                f"The model's forward{signature(model.forward)} does not take the batch's inputs ({unfit}). A tuple or "
+                f"list is passed as positional arguments (here {len(call.arguments)}), a mapping as keyword arguments. "
+                "Give batches with the inputs that forward takes (in a callback by batch_fn=), or name another network "
+                "with model=."
             )
     if isinstance(error, IndexError) or "'Tensor' object has no attribute" in str(error):
         return (
             f"The model's forward fails on the batch's inputs ({type(error).__name__}: {error}). Give batches with the "
-            "inputs that forward takes, in a callback by batch_fn=, or name another network with model=."
+            "inputs that forward takes (in a callback by batch_fn=), or name another network with model=."
         )
     whole = [str(tensor.dtype) for tensor in tensors_of(call) if not tensor.is_floating_point()]
     if whole and not is_out_of_memory(error) and any(word in str(error) for word in TYPE_WORDS):
@@ -116,9 +116,9 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
         return ""
     if "type" in str(error) and _is_cast(model, dtype):
         return (
-            f"The model's forward fails in {dtype or torch.float32}, in which it is measured ({error}). It seems to "
-            "cast to a type of its own; cast to the type of a weight instead, e.g. x.to(self.conv.weight.dtype), or "
-            "set dtype=."
+            f"The model's forward fails in {dtype or torch.float32}, in which it is measured ({error}). The forward "
+            "seems to cast tensors to a fixed type; cast to the type of a weight instead, e.g. "
+            "x.to(self.conv.weight.dtype), or set dtype=."
         )
     if not any(word in str(error).lower() for word in SHAPE_WORDS):
         return ""  # an error of the user's own
@@ -127,7 +127,7 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
     remedy = (
         "Convert them to the type of the weights, inputs.float()."
         if torch.float64 in doubles
-        else "Give inputs like those that it was trained on, in their number of channels, their size and their type."
+        else "Give inputs with the number of channels, the size and the type that the model was trained on."
     )
     return f"The model's forward fails on inputs of shape {', '.join(kinds)} ({error}). {remedy}" * bool(kinds)
 
@@ -149,8 +149,8 @@ TYPE_WORDS = ("type", "not implemented for", "Byte", "Char", "Int", "Long")
 def measured(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Move a tensor to the device of the measurement, and convert a floating-point tensor to ``dtype``.
 
-    Without ``dtype``, a tensor keeps its dtype, except that half precision becomes float32, because a Hessian of
-    activations rounded to half precision has no meaning.
+    Without ``dtype``, half precision becomes float32, because a Hessian of activations that are rounded to half
+    precision has no meaning. Tensors of other dtypes keep their dtype.
     """
     tensor = tensor.to(measuring_device(tensor.device))
     if not tensor.is_floating_point():

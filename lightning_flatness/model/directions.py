@@ -27,12 +27,12 @@ class NamedDirection(dict[str, Tensor]):
 
 
 def direction_between(model: nn.Module, other: State) -> Direction:
-    """Return the direction ``w' - w`` from a model with weights ``w`` to a model of the same architecture with ``w'``.
+    """Return the direction ``w' - w`` from a model with weights ``w`` to another one with weights ``w'``.
 
-    The direction includes parameters and buffers, so the point at coordinate 1 is the other model with its own
-    BatchNorm statistics. At other coordinates the statistics are interpolated linearly, like the weights. (With
-    ``batch_norm="recomputed"``, :func:`~lightning_flatness.loss_landscape` computes them for the weights at every
-    point.)
+    Both models must have the same architecture. The direction includes parameters and buffers, so the point at
+    coordinate 1 is the other model with its own BatchNorm statistics. At other coordinates the statistics are
+    interpolated linearly, like the weights. (With ``batch_norm="recomputed"``,
+    :func:`~lightning_flatness.loss_landscape` recomputes the statistics at every point.)
 
     ``other`` is the other model or its ``state_dict()``. The result maps names to float64 tensors; pass it in ``axes=``
     of :func:`~lightning_flatness.loss_landscape`.
@@ -58,9 +58,9 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
     parameters are used, because differences of BatchNorm statistics would outweigh those of parameters.
 
     Returns:
-        ``directions``, orthonormal, for ``axes=`` of :func:`~lightning_flatness.loss_landscape`; ``coordinates``
-        ``(states, number)`` for ``trajectory=`` of the figures; ``explained``, each direction's share of the squared
-        distances between the states and ``model``.
+        ``directions`` are orthonormal; pass them in ``axes=`` of :func:`~lightning_flatness.loss_landscape`.
+        ``coordinates``, ``(states, number)``, are for ``trajectory=`` of the figures. ``explained`` is each direction's
+        share of the squared distances between the states and ``model``.
 
     Raises:
         FlatnessError: states do not fit the model or are not finite, or too few of them differ.
@@ -91,7 +91,7 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
 
 
 def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], name: str) -> Direction:
-    """Return ``state`` minus the model for the tensors ``wanted``, float64; messages call the state ``name``."""
+    """Return ``state`` minus the model, in float64, for the tensors in ``wanted``. Messages call the state ``name``."""
     if isinstance(state, nn.Module):
         state = without_wrapper(state)
         state = {**dict(state.named_parameters(remove_duplicate=False)), **dict(state.named_buffers())}

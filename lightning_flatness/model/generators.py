@@ -30,7 +30,7 @@ def generators_kept(owner: Any) -> Iterator[None]:
     """On leaving, restore the states of all generators that an object holds, directly or through other objects.
 
     The search covers generators of torch, numpy and Python in the attributes of the object and, if it is a module, in
-    the attributes of its submodules. Short lists, tuples and dictionaries among these attributes are searched, too.
+    the attributes of its submodules. Short lists, tuples and dictionaries among these attributes are also searched.
     """
     restore = [restoring(generator) for generator in _generators(owner)]
     try:
@@ -89,7 +89,7 @@ def _generators(owner: Any) -> list[Any]:
 
 
 def _parts(part: Any) -> list[Any]:
-    """Return the attributes or entries of an object to search; none for most objects of Python's and torch's types."""
+    """Return the attributes or entries of an object to search. Most objects of Python's and torch's types have none."""
     if isinstance(part, (dict, list, tuple)):
         return list(part.values() if isinstance(part, dict) else part) if len(part) <= MOST_PARTS else []
     if isinstance(part, nn.Module):

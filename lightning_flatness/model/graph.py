@@ -16,7 +16,7 @@ from lightning_flatness.functional.graph_walk import differentiable_once, functi
 # For each node of an autograd graph: its name, its saved values that are not tensors, the indices of the next nodes.
 Operations = tuple[tuple[Any, ...], ...]
 
-# Words in the names of functions that move or mix entries. How they do so depends on another tensor, such as indices or
+# Words in the names of functions that move or mix entries in a way that depends on another tensor, such as indices or
 # weights.
 MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSampler", "Convolution", "Mm", "mm", "Mv")
 
@@ -104,7 +104,7 @@ def ends_with_sigmoid(end: Tensor) -> bool:
 
 
 def _plain(name: str) -> str:
-    """Return the name of a node without its namespace, ``Backward`` and number: ``Relu`` for ``ReluBackward0``."""
+    """Return the name of a node without its namespace, ``Backward`` and number, e.g. ``Relu`` for ``ReluBackward0``."""
     return re.sub(r"(Backward)?\d*$", "", name.rpartition("::")[2])
 
 
@@ -118,7 +118,7 @@ def _saved_numbers(node: Any, samples: int | None) -> tuple[Any, ...]:
 
 
 def _of_one_sample(name: str, value: Any, samples: int) -> Any:
-    """Return a saved value; if it is the shape or size of a tensor of all samples, return that of one sample."""
+    """Return a saved value. If it is the shape or size of a tensor with all samples, reduce it to one sample."""
     if name.endswith("sizes") and isinstance(value, tuple) and value[:1] == (samples,):
         return value[1:]
     return value // samples if name.endswith("numel") else value

@@ -32,13 +32,13 @@ class LossSums:
 
 
 class LossCurvature:
-    """The Hessian or Gauss-Newton matrix of the loss summed over batches, as products with vectors ``(D,)``.
+    """Multiplies vectors ``(D,)`` by the Hessian or Gauss-Newton matrix of the loss, summed over batches.
 
     ``D`` is the number of entries of all chosen parameters. The Gauss-Newton matrix is ``Σ Jᵀ Λ J`` over samples, where
     ``J`` is the Jacobian of the logits and ``Λ`` the loss's Hessian with respect to the logits. The model runs in
     evaluation mode on copies of its tensors and is left as it was. For every batch, a product takes one forward pass,
-    one backward pass and one backward pass through both (with the Gauss-Newton matrix one more backward pass). The
-    graph of a batch is freed before the next batch.
+    one backward pass and one backward pass through both. With the Gauss-Newton matrix, it takes one more backward pass.
+    The graph of a batch is freed before the next batch.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class LossCurvature:
                 raise BatchError(f"The loss of batch {index} is not finite, so it has no Hessian.")
         if product is not None and not bool(product.isfinite().all()):
             raise BatchError(
-                "A product with the Hessian is not finite: a first or second derivative is NaN or infinite at these "
-                "weights (a square root or norm at zero, acos at 1? Add an epsilon there) or overflows. "
-                "dtype='float64' may help."
+                "A product with the Hessian is not finite: a first or second derivative overflows, or is NaN or "
+                "infinite at these weights, e.g. that of a square root or norm at zero, or of acos at 1. Add an "
+                "epsilon there. dtype='float64' may help."
             )
         return LossSums(loss, normalizer, num_samples, product)
 
@@ -148,14 +148,14 @@ class LossCurvature:
         return loss, _gradients(logits, self._leaves, column)
 
     def _certified(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the gradients; raise an error if the loss has not depended on the parameters in any batch so far."""
+        """Return the gradients. Raise an error if the loss of no batch so far depends on the parameters."""
         self._depends = self._depends or any(gradient is not None for gradient in gradients)
         if not self._depends:
             names = list(self.shapes)
             raise LayerSelectionError(
-                f"The loss does not depend on {', '.join(names[:5])}{', ...' if names[5:] else ''}: not used in "
-                "the forward, behind detach() or no_grad(), or within reentrant gradient checkpointing. Choose "
-                "others with params=."
+                f"The loss does not depend on {', '.join(names[:5])}{', ...' if names[5:] else ''}. The forward does "
+                "not use these parameters, or uses them under detach(), no_grad() or reentrant gradient "
+                "checkpointing. Choose other parameters with params=."
             )
         return gradients
 
@@ -176,19 +176,22 @@ def _second(
     if isinstance(second, NoSecondDerivative):
         raise LayerSelectionError(
             f"The model or the loss has an operation without a second derivative ({second.message}). Replace it for "
-            "the measurement, or choose with params= only layers after it, whose gradients do not pass through it."
+            "the measurement. Or choose with params= only layers after this operation, because their gradients do not "
+            "pass through it."
         )
     return second
 
 
 @contextmanager
 def _explained(index: int) -> Iterator[None]:
-    """Replace known errors of torch by errors that name the reason and the remedy, for batch ``index``."""
+    """Replace known errors of torch in batch ``index`` by errors that name the reason and the remedy."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one
         if is_out_of_memory(error):
-            raise BatchError(f"Out of memory in batch {index}. Give smaller batches, or choose params=.") from error
+            raise BatchError(
+                f"Out of memory in batch {index}. Give smaller batches, or choose fewer parameters with params=."
+            ) from error
         in_plain_words = explained(error)
         if in_plain_words is None:
             raise

@@ -43,13 +43,13 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
     """Raise an error if a module's own weights, not those of its submodules, are sharded over processes."""
     wrapped = {"FullyShardedDataParallel", "FSDPModule"} & {base.__name__ for base in type(module).__mro__}
     parameters = list(module.parameters(recurse=False))
-    # Tensor parallelism shows in DTensors, DeepSpeed stage 3 in empty parameters with a ds_id, FSDP in its classes.
+    # Tensor parallelism is recognised by DTensors, DeepSpeed stage 3 by parameters with a ds_id, FSDP by its classes.
     if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
         raise LayerSelectionError(
             f"The weights of '{name or type(module).__name__}' are sharded over processes (FSDP, tensor parallelism, "
             "DeepSpeed stage 3), which cannot be measured. Train with strategy='ddp', or load a full checkpoint and "
             "call measure_flatness. Weights that fully_shard (FSDP2) has sharded are measured by FlatnessCallback, and "
-            "by measure_flatness(..., sync=True) and its like, if every rank calls it."
+            "by measure_flatness(..., sync=True) and similar functions if every rank calls them."
         )
 
 
@@ -137,7 +137,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_states_kept(model: nn.Module) -> Iterator[None]:
-    """On leaving, restore the random states of torch (CPU, accelerators), numpy, Python and generators of the model."""
+    """On leaving, restore the random states of torch (CPU, accelerators), numpy, Python and the model's generators."""
     numpy = sys.modules.get("numpy")  # without an imported numpy, user code cannot draw from it
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
@@ -170,9 +170,9 @@ def _any_accelerator() -> bool:
 
 @contextmanager
 def kept_switched(model: nn.Module) -> Iterator[None]:
-    """Keep a model that overrides ``train()`` in evaluation mode for a block.
+    """If a model overrides ``train()``, keep it in evaluation mode inside the block.
 
-    Such a model may make new modules whenever it is switched. Within the block, several passes find the same ones.
+    Such a model may make new modules whenever its mode is changed. Inside the block, all passes find the same modules.
     """
     with _evaluation_mode(model) if _switches_by_itself(model) else nullcontext():
         yield
@@ -191,9 +191,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_tensors_kept(model))
         stack.enter_context(_attributes_kept(model))
         if switches:
-            # Call the method, because without it a layer that overrides ``train()`` computes something else than in
-            # validation.
-            with torch.no_grad(), suppress(NotImplementedError):  # exported modules raise it, as they have one mode
+            # Without this call, a layer that overrides ``train()`` would compute something else than in validation.
+            with torch.no_grad(), suppress(NotImplementedError):  # exported modules raise it: they have only one mode
                 model.eval()
         for module in model.modules():
             module.training = False
@@ -271,7 +270,7 @@ def _tensors_kept(model: nn.Module) -> Iterator[None]:
 
 
 def float32_is_reduced(device: torch.device) -> bool:
-    """Return whether torch's flags let float32 products on a device run in TF32 or bfloat16, the default on GPUs."""
+    """Return whether torch's flags allow TF32 or bfloat16 in float32 products on a device (on GPUs, the default)."""
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         of_gpu = device.type == "cuda"

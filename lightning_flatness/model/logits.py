@@ -22,7 +22,7 @@ ROUNDINGS = 1e3
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits ``(N, K)``: the output if it is a tensor, else its ``logits`` attribute or key.
+    """Return the logits ``(N, K)``. They are the output if it is a tensor, else its attribute or key ``logits``.
 
     Raise a :class:`BatchError` if the logits are not finite, have another shape or no samples.
     """
@@ -47,9 +47,9 @@ class _NotFiniteError(BatchError):
 
 @contextmanager
 def finding_what_is_not_finite(model: nn.Module, inputs: Any, prefix: str = "") -> Iterator[None]:
-    """In a ``with`` block, let errors about logits that are not finite name what made them so.
+    """In a ``with`` block, let errors about logits that are not finite name the cause.
 
-    That is the first parameter or buffer of the model that is not finite, or the inputs. Names begin with ``prefix``.
+    The cause is the first parameter or buffer that is not finite, or the inputs. Names begin with ``prefix``.
     """
     try:
         yield
@@ -96,7 +96,7 @@ def any_logits_of(output: Any) -> Tensor:
         hint = " Dense prediction (a class for every pixel or token) is not supported." if logits.ndim > 2 else ""
         if logits.ndim == 1:
             hint = (
-                " Return a single logit of every sample as a column, logits.unsqueeze(1), and measure "
+                " Return a single logit of every sample as a column, logits.unsqueeze(1), and set "
                 "loss='binary_cross_entropy' or 'mse'. Classes, as argmax returns them, have no derivative."
             )
         raise BatchError(f"The logits have shape {tuple(logits.shape)}; they must be (samples, classes).{hint}")
@@ -112,9 +112,9 @@ def certify_deterministic(first: Tensor, second: Tensor) -> None:
     """Raise an error unless the logits of two forward passes on the same samples agree up to rounding."""
     if differ(first, second):
         raise LayerSelectionError(
-            "Two forward passes on the same samples give different logits in evaluation mode (dropout without "
-            "training=self.training? noise in the forward? statistics of the batch?), so the loss, and with it the "
-            "Hessian, is not determined."
+            "Two forward passes on the same samples give different logits in evaluation mode (e.g. by dropout without "
+            "training=self.training, noise in the forward, or statistics of the batch), so the loss and its Hessian "
+            "are not determined."
         )
 
 
@@ -138,7 +138,7 @@ def _remedy(output: Any) -> str:
     entry = f"[{tensors[0]!r}]" if tensors else ""
     several = " Measure one output after the other." if len(tensors) > 1 else ""
     return (
-        "Wrap the model so that it returns them: a module whose forward is `return "
+        "Wrap the model in a module that returns the logits, with the forward `return "
         f"{f'self.model(*inputs){entry}' if entry else 'logits'}`.{several}"
     )
 
@@ -146,15 +146,15 @@ def _remedy(output: Any) -> str:
 def question_outputs(logits: Tensor, loss: Loss) -> None:
     """Warn if a model returns probabilities although the loss takes logits.
 
-    A sigmoid at the end of the model is looked up in the autograd graph, because logits may lie between zero and one,
-    too.
+    A sigmoid at the end of the model is looked up in the autograd graph, because outputs between zero and one may also
+    be logits.
     """
     if loss.name == "cross_entropy" and are_probabilities(logits):
         warnings.warn(
             "The model returns probabilities (rows that sum to one, as after a softmax), but loss='cross_entropy' "
             "takes logits and applies a softmax itself. The measured loss has both softmaxes, so it is not the "
-            "loss of a training on the logarithm of these probabilities. Let the model return the logits, or their "
-            "log_softmax.",
+            "training loss if training takes the logarithm of these probabilities. Let the model return the logits, "
+            "or their log_softmax.",
             stacklevel=2,
         )
     if loss.name == "binary_cross_entropy" and ends_with_sigmoid(logits):

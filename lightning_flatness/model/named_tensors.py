@@ -16,7 +16,7 @@ from lightning_flatness.model.names import lies_in, plain_name
 
 
 class NamedTensors:
-    """The floating-point ``parameters`` and ``buffers`` of a model by name, in the order of the model.
+    """The floating-point ``parameters`` and ``buffers`` of a model, keyed by name, in the order of the model.
 
     Names are without ``_orig_mod``, which ``torch.compile`` adds. A tensor with several names (a tied one) is listed
     only under its first name; ``first_names`` maps all names of a tensor to the first one.
@@ -37,7 +37,7 @@ class NamedTensors:
                 if nn.parameter.is_lazy(tensor):
                     raise FlatnessError(f"'{name}' has no shape yet (a lazy module); call the model once before.")
                 if tensor.is_complex():
-                    raise FlatnessError(f"'{name}' holds complex numbers; only real ones have a landscape here.")
+                    raise FlatnessError(f"'{name}' holds complex numbers; a landscape needs real numbers.")
                 if not tensor.is_floating_point():
                     continue
                 self.first_names[name] = first.setdefault(id(tensor), name)
@@ -49,7 +49,7 @@ class NamedTensors:
         return self.parameters[name] if name in self.parameters else self.buffers[name]
 
     def frozen(self, patterns: Sequence[str]) -> set[str]:
-        """Return the names of the tensors that match one of the patterns, or that lie in a module that matches one."""
+        """Return the names of the tensors that match a pattern, or that lie in a module that matches a pattern."""
         names: set[str] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -63,7 +63,7 @@ class NamedTensors:
         return names
 
     def direction(self, given: Any, name: str) -> Direction:
-        """Check a direction that a user gives, and return it as float64 tensors by name.
+        """Check a direction that a user gives, and return it as float64 tensors, keyed by name.
 
         ``given`` maps names of some parameters or floating-point buffers to tensors. Or it is one tensor with the
         entries of all parameters, in the order of ``torch.nn.utils.parameters_to_vector``. Error messages call the

@@ -36,15 +36,15 @@ def lies_in(pattern: str, name: str) -> bool:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Return whether a name or glob pattern matches ``name``, which has no additions of ``torch.compile``."""
+    """Return whether a name or glob pattern matches ``name``, which must be a :func:`plain_name`."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
 def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Return the chosen parameters that require gradients, by name, in the model's order; tied parameters only once.
+    """Return the chosen parameters that require gradients, keyed by name, in the model's order.
 
-    ``params`` are names or glob patterns of parameters or modules. A module stands for all its parameters, and None for
-    all parameters of the model.
+    Tied parameters appear only once. ``params`` are names or glob patterns of parameters or modules. A module stands
+    for all its parameters, and None for all parameters of the model.
     """
     patterns = [params] if isinstance(params, str) else ["*"] if params is None else plain(params)
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) and p for p in patterns):
@@ -57,13 +57,13 @@ def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = Non
         matched = [(name, p) for name, p in named if lies_in(pattern, name)]
         if not matched:
             raise LayerSelectionError(
-                f"params={pattern!r} matches no parameter and no module that has some. There are: {_listed(named)}."
+                f"params={pattern!r} matches no parameter and no module with parameters. There are: {_listed(named)}."
             )
         trainable = [p for _, p in matched if p.requires_grad and p.numel()]
         if not trainable:
             raise LayerSelectionError(
-                f"All parameters that {'there are' if params is None else f'params={pattern!r} matches'} are frozen or "
-                f"empty: {_listed(matched)}. Frozen parameters are left out; set requires_grad=True to measure them."
+                f"Every parameter {'of the model' if params is None else f'that params={pattern!r} selects'} is frozen "
+                f"or empty: {_listed(matched)}. Frozen parameters are left out; set requires_grad=True to measure them."
             )
         wanted.update(trainable)
     first_names: dict[nn.Parameter, str] = {}

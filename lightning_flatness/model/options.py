@@ -47,7 +47,7 @@ class MeasuringOptions:
             return known[self.dtype]
         except (KeyError, TypeError):  # TypeError: not hashable
             raise FlatnessError(
-                f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's own, at least float32."
+                f"dtype={self.dtype!r}: give 'float32' or 'float64', or None for the model's dtype, at least float32."
             ) from None
 
 

@@ -19,15 +19,15 @@ from lightning_flatness.model.named_tensors import NamedTensors
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-State = dict[Tensor, Tensor]  # from tensors of the user's model to their values at several points, (points, ...)
+State = dict[Tensor, Tensor]  # tensors of the user's model -> their values at several points, (points, ...)
 
 
 class Points:
     """The model at points ``w + Σ_i α_i d_i``, where the ``d_i`` are axes. Use it within :func:`isolated`.
 
     The methods compute several points at once. Tensors that are in no axis keep their values. If Adam's ``epsilons``
-    are given (by parameter name), the two axes must be Adam's moments ``m`` and ``v``, and the points are
-    ``w + α_1 m / (sqrt(α_2 v) + ε)``; with one coordinate, ``α_2`` is 1.
+    are given, keyed by parameter name, the two axes must be Adam's moments ``m`` and ``v``. The points are then
+    ``w + α_1 m / (sqrt(α_2 v) + ε)``. With one coordinate, ``α_2`` is 1.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Points:
         self._synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
 
     def fingerprint(self, batches: object = None) -> str:
-        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``batches``, a description of the data."""
+        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``batches``, which describes the data."""
         digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
@@ -89,7 +89,7 @@ class Points:
         return any_logits_of(self._copy(inputs))
 
     def recompute_statistics(self, state: State, batches: Iterable[Any]) -> State:
-        """Return the state with BatchNorm's running statistics recomputed at its weights, from batches of inputs.
+        """Return the state with new running statistics of BatchNorm, computed from batches at the state's weights.
 
         The new statistics are the averages of the means and unbiased variances of the batches. All batches have the
         same weight, as in torch with ``momentum=None`` after a reset. All other modules run in evaluation mode.
@@ -125,8 +125,8 @@ class Points:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise BatchError(
-                "batch_norm='recomputed': a batch has one value for every channel only, which has no variance; give "
-                "larger batches, without a last one of one sample (drop_last=True)."
+                "batch_norm='recomputed': a batch has only one value for every channel, which has no variance; give "
+                "larger batches, and drop a last batch of one sample (drop_last=True)."
             ) from error
         if isinstance(statistics, list):
             statistics = [torch.stack(of_buffer) for of_buffer in zip(*statistics, strict=True)]

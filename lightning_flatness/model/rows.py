@@ -75,7 +75,7 @@ class SampleTensors:
         return apply_to_collection(inputs, Tensor, of_tensor)
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the inputs and targets of the samples where the mask is true."""
+        """Return the inputs and targets of the samples for which ``mask`` is True."""
         kinds = iter(self.has_rows or ())
         cut = apply_to_collection(
             inputs, Tensor, lambda tensor: tensor[mask.to(tensor.device)] if next(kinds) else tensor, allow_frozen=True
@@ -101,11 +101,11 @@ class SampleTensors:
         named = zip(_names(inputs), tensors_of(inputs), self.has_rows or (), strict=True)
         found = ", ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor, has_rows in named if has_rows)
         return (
-            f"When {found} are cut by samples, the logits of some samples differ from their logits in the whole "
-            "batch. Do all samples share one of these inputs (a table, prompts, a context), which happens to have as "
-            "many rows as there are samples? Then bind it to the model, model.forward = functools.partial("
-            "model.forward, context=context), and leave it out of the batches (in a callback by batch_fn=). Or do "
-            "samples depend on each other? Then no sample has a loss of its own."
+            f"When only some rows of {found} are taken, the logits of these samples differ from their logits in the "
+            "whole batch. If all samples share one of these inputs (a table, prompts, a context), which happens to "
+            "have as many rows as there are samples, bind it to the model, model.forward = functools.partial("
+            "model.forward, context=context), and leave it out of the batches (in a callback by batch_fn=). If "
+            "samples depend on each other, no sample has a loss of its own."
         )
 
 

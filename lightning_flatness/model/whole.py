@@ -19,8 +19,8 @@ SHARED = ("_trainer", "_fabric", "_device_mesh")  # attributes of a LightningMod
 def whole_model(model: nn.Module) -> nn.Module:
     """Return a copy of a model with whole weights and without FSDP2; other models are returned as they are.
 
-    This is a collective: call it on every rank. Every rank then holds all weights. A model is also returned as it is if
-    some of its weights are sharded in a second way, too.
+    This is a collective: call it on every rank. Every rank then holds all weights. If the device mesh of some weights
+    has several dimensions (FSDP2 with tensor parallelism, for example), the model is returned as it is.
     """
     return WholeWeights(model).copy_of(model)
 
@@ -28,7 +28,7 @@ def whole_model(model: nn.Module) -> nn.Module:
 class WholeWeights:
     """The current weights of a model that FSDP2 has sharded, gathered as whole tensors; empty for other models.
 
-    Creating the object is a collective, so do it on every rank. :meth:`copy_of` is not a collective.
+    Creating the object is a collective, so create it on every rank. :meth:`copy_of` is not a collective.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,7 +53,7 @@ class WholeWeights:
         if not all(torch.equal(_sample(parameter), sample) for parameter, sample, _ in self._weights):
             raise FlatnessError(
                 "Another callback has changed the weights, which FSDP2 shards, after they were gathered for this "
-                "validation. List it before the callback that measures."
+                "validation. List the other callback before the callback that measures."
             )
         copies: dict[int, Any] = {id(parameter): whole for parameter, _, whole in self._weights}
         for module in model.modules():
@@ -72,13 +72,13 @@ def _sharded_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Drop weights that FSDP2 has gathered for a forward pass, because these may be out of date."""
+    """Drop weights that FSDP2 has gathered for a forward pass, because the gathered weights may be out of date."""
     for module in _sharded_modules(model):
         module.reshard()  # type: ignore[operator]
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """Return a copy of at most two thousand entries of this rank's part of a sharded weight, evenly spaced."""
+    """Return a copy of at most two thousand evenly spaced entries of this rank's part of a sharded weight."""
     part: Tensor = parameter.detach().to_local().flatten()  # type: ignore[attr-defined]
     return part[:: max(1, len(part) // 1000)].clone()
 
@@ -92,7 +92,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 
 def _is_of_one_mesh(parameter: Tensor) -> bool:
-    """Return whether a parameter is not sharded, or sharded over a mesh of processes that has one dimension."""
+    """Return whether a parameter is not sharded, or is sharded over a device mesh with one dimension."""
     return not _is_sharded(parameter) or parameter.device_mesh.ndim == 1  # type: ignore[attr-defined]
 
 

@@ -132,8 +132,8 @@ class Root(nn.Module):
 
 
 HIDDEN = {
-    "forward": (lambda: Root(lambda net, x: net.last.forward(x)), "last", r"layer.forward\(x\).*Call it"),
-    "function": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight)), "last", "function of its weight"),
+    "forward": (lambda: Root(lambda net, x: net.last.forward(x)), "last", r"layer.forward\(x\).*call it"),
+    "function": (lambda: Root(lambda net, x: F.conv2d(x, net.last.weight)), "last", "function that takes the weight"),
     "own parameter": (
         lambda: Root(lambda net, x: F.conv2d(x, net.kernel)),
         "kernel",
@@ -144,7 +144,7 @@ HIDDEN = {
         "forward",
         "applies a convolution of its own",
     ),
-    "in a module": (lambda: network(Direct(4, 5)), "2.inner", "without calling it"),
+    "in a module": (lambda: network(Direct(4, 5)), "2.inner", "without calling the layer"),
     "changed": (lambda: network(Scaled(4, 5)), "2", "does more than that"),
 }
 

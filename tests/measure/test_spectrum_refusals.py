@@ -63,11 +63,11 @@ def test_frozen_parameters():
     model = ConvNet()
     model.conv1.requires_grad_(False)
     with pytest.raises(
-        lf.LayerSelectionError, match="params='conv1' matches are frozen or empty: conv1.weight, conv1.bias"
+        lf.LayerSelectionError, match="params='conv1' selects is frozen or empty: conv1.weight, conv1.bias"
     ):
         measure(model, params="conv1")
     model.requires_grad_(False)
-    with pytest.raises(lf.LayerSelectionError, match="All parameters that there are are frozen or empty"):
+    with pytest.raises(lf.LayerSelectionError, match="Every parameter of the model is frozen or empty"):
         measure(model)
     with pytest.raises(lf.LayerSelectionError, match="none"):
         measure(nn.Flatten())

@@ -38,7 +38,8 @@ class Known(Generic[Value]):
     def recognises(self, fingerprint: Hashable, every: int | None = FULL_EVERY) -> bool:
         """Return whether a batch with this fingerprint needs no full certificate.
 
-        One in ``every`` batches is not recognised even if its fingerprint is the same; with None, all are recognised.
+        One in ``every`` batches is not recognised, even if its fingerprint is the same. With ``every=None``, there are
+        no such exceptions.
         """
         due = every is not None and self.batches + 1 >= every
         return fingerprint is not None and fingerprint == self.fingerprint and not due

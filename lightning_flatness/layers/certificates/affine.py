@@ -1,4 +1,4 @@
-"""Certify that the logits are affine in a layer's kernel: then its Gauss-Newton matrix is its Hessian."""
+"""Certify that the logits are affine in a layer's kernel. Then the layer's Gauss-Newton matrix is its Hessian."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Inexact(Enum):
     """Reasons why a layer is not called exact; the values appear in reports as ``LayerInfo.reason``."""
 
     CURVED = "the network is curved after it"
-    NOT_FINITE = "a second derivative after it is not finite (a square root or norm at zero?)"
+    NOT_FINITE = "a second derivative after it is not finite, e.g. of a square root or norm at zero"
     ONCE_DIFFERENTIABLE = "a custom function after it is marked once_differentiable"
     NO_SECOND_DERIVATIVE = "an operation after it has no second derivative in torch"
     COMPUTED_KERNEL = "it runs several times with a computed kernel"
@@ -34,8 +34,8 @@ def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[
 
     One double backward pass serves all layers. At the output of layer ``i`` it returns a sum over all layers ``j`` of
     second derivatives with respect to outputs ``i`` and ``j``. Because the directions are random and independent, the
-    sum is zero only if every term is zero. If it is not zero, layer ``i`` is tested by itself: the logits may still be
-    affine in its kernel alone, for example if a gate multiplies the outputs of two layers.
+    sum is zero only if every term is zero. If the sum is not zero, layer ``i`` is tested alone. The logits may still be
+    affine in the kernel of this layer, for example if a gate multiplies the outputs of two layers.
 
     With ``shift_invariant``, adding a number to all logits of a sample does not change the loss. Then the logits need
     to be affine only up to such a number, so the coefficients of the random combination sum to zero for every sample.
@@ -68,7 +68,7 @@ def why_curved(logits: Tensor, node: Tensor, shift_invariant: bool) -> Inexact |
 
 
 def _not_zero(second: Tensor | None) -> Inexact | None:
-    """Return why a second derivative is not zero, ``CURVED`` or ``NOT_FINITE``; None if it is zero or there is none."""
+    """Return ``CURVED`` or ``NOT_FINITE`` if a second derivative is not zero; None if it is zero or None."""
     if second is None or not bool(second.any()):
         return None
     return Inexact.CURVED if bool(second.isfinite().all()) else Inexact.NOT_FINITE
@@ -78,8 +78,8 @@ def _combination(logits: Tensor, shift_invariant: bool) -> Tensor:
     """Return the random coefficients ``(N, K)`` of the logits; with ``shift_invariant``, every row sums to zero."""
     u = random_like(logits)
     if shift_invariant:
-        # Multiples of one power of two, with so few digits that no sum of a row is rounded, in whatever order it is
-        # taken. So every row sums to zero exactly.
+        # Multiples of one power of two, with so few digits that the sum of a row is never rounded, whatever its order.
+        # So every row sums to zero exactly.
         unit = torch.finfo(u.dtype).eps * 2 ** (16 * u.shape[1]).bit_length()
         u = (u / unit).round() * unit
         u[:, -1] -= u.sum(1)

@@ -27,9 +27,9 @@ class Head:
 def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: bool) -> Head:
     """Certify that the logits are ``V g + b``, and return this map.
 
-    Here ``g`` is the classifier's input, one vector for every sample, and ``V`` and ``b`` are its weight and bias.
-    Without a classifier, the logits themselves are ``g``, and ``V`` is the identity. With ``shift_invariant``, a number
-    may be added to all logits of a sample, so log-softmax outputs pass.
+    Here ``g`` is the classifier's input, one vector for every sample. ``V`` and ``b`` are the classifier's weight and
+    bias. Without a classifier, ``g`` are the logits themselves, and ``V`` is the identity. With ``shift_invariant``,
+    the logits of a sample may differ from ``V g + b`` by one number, so log-softmax outputs pass.
 
     Raises:
         NotClosedFormError: the logits are computed in another way.
@@ -78,8 +78,8 @@ def _certify_linear(features: Tensor, weight: Tensor, bias: Tensor | None, outpu
 def _certify_rounded(features: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
     """Certify that a classifier in half precision returned ``V g + b``.
 
-    All arguments except the output are float32. The features and the weight are rounded to half precision first,
-    because the classifier rounds them so. The allowed error covers a classifier that also rounds partial sums.
+    All arguments except the output are float32. The features and the weight are first rounded to half precision, as the
+    classifier rounds them. The allowed error covers a classifier that also rounds partial sums.
     """
     features, weight = features.to(output.dtype).float(), weight.to(output.dtype).float()
     expected, size = features @ weight.T, (features.square() @ weight.square().T).sqrt()
@@ -91,8 +91,8 @@ def _certify_rounded(features: Tensor, weight: Tensor, bias: Tensor | None, outp
 
 
 NOT_LINEAR = (
-    "it does not return weight @ input + bias (a cosine, normalised or adapted classifier?), so the closed form does "
-    "not hold for it."
+    "it does not return weight @ input + bias, e.g. because it is a cosine, normalised or adapted classifier. So the "
+    "closed form does not hold for it."
 )
 
 
@@ -104,8 +104,8 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
     """
     if logits.shape != output.shape:
         raise NotClosedFormError(
-            f"the model returns {logits.shape[1]} logits and this last linear layer {output.shape[1]}: it is not the "
-            "classifier, so the closed form does not hold."
+            f"the model returns {logits.shape[1]} logits, but this last linear layer returns {output.shape[1]} values. "
+            "The layer is not the classifier, so the closed form does not hold."
         )
     difference = logits.double() - output
     if shift_invariant:

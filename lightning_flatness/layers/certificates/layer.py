@@ -28,7 +28,7 @@ def certify_layer(
 ) -> Known[Kernel]:
     """Certify that every call of a layer runs exactly one convolution, always with the same kernel; return the kernel.
 
-    If earlier batches have certified a kernel, it is given as ``known``, and this batch must use the same one.
+    ``known`` is the kernel that earlier batches have certified, or None. If given, this batch must use this kernel.
     ``unchanged`` returns whether a kernel has the same Gram matrix as the kernel of the earlier batches. With ``half``,
     the layers may run in half precision.
 
@@ -44,8 +44,8 @@ def certify_layer(
 def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bool) -> None:
     """Certify that a layer ran exactly one convolution and returned that convolution's output unchanged.
 
-    The measured input and kernel are those of the convolution: if the layer pads its input or transforms its weight
-    itself, they are the padded input and the transformed weight.
+    The input and kernel that are measured are those of the convolution. If the layer itself pads its input or
+    transforms its weight, these are the padded input and the transformed weight.
     """
     if len(call.convolutions) != 1:
         raise LayerSelectionError(
@@ -58,7 +58,7 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
         raise BatchError("it runs on an input without a batch dimension.")
     if not half and weight.dtype not in (torch.float32, torch.float64):
         raise BatchError(
-            f"it runs with weights in {weight.dtype}, although it was given others: the forward casts them. A Hessian "
+            f"it runs with weights in {weight.dtype}, because the forward casts the weights to this type. A Hessian "
             "needs float32 or float64; leave the casting to the Trainer's precision=."
         )
     if not half and output.dtype != weight.dtype:
@@ -74,15 +74,15 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
     alias = output.data_ptr() == returned.data_ptr() and output.stride() == returned.stride()
     if output.shape != returned.shape or not (alias or same(output, returned)):
         raise LayerSelectionError(
-            f"its output ({type(call.module).__name__}) is not that of its convolution or linear map; its forward or a "
-            "hook changes it afterwards. Do that in a module of its own after the layer."
+            f"its output ({type(call.module).__name__}) is not that of its convolution or linear map, because its "
+            "forward or a hook changes the output afterwards. Make this change in a separate module after the layer."
         )
 
 
 def _certified_kernel(
     calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool]
 ) -> Known[Kernel]:
-    """Certify that all calls apply the same kernel, which is also the kernel of earlier batches; return it."""
+    """Certify that all calls apply the same kernel, also the kernel of earlier batches, and return this kernel."""
     if known is None:
         weight = calls[0].convolution.weight
         known = Known(Kernel(weight.detach(), kernel_sample(weight)), None)
@@ -95,14 +95,14 @@ def _certified_kernel(
         return known
     reference = kernel.weight
     if kernel.parameter is not None and any(weight is kernel.parameter for weight in weights):
-        # `kernel` holds the parameter itself, not a copy. So only its Gram matrix shows whether it was changed.
+        # `kernel` holds the parameter itself, not a copy. Only the Gram matrix shows whether the parameter was changed.
         if not unchanged(kernel.parameter.detach()):
             raise LayerSelectionError("its kernel was written to since the measurement began.")
         known, reference = Known(kernel, identity(kernel.parameter)), kernel.parameter
     if not all(same(weight, reference) for weight in weights):
         raise LayerSelectionError(
-            "it applies another kernel from one call to the next (computed from its input?), so there is no single "
-            "kernel to take the Hessian of. Choose another layer with layers=."
+            "it applies another kernel from one call to the next, e.g. one that is computed from its input. So there "
+            "is no single kernel to take the Hessian of. Choose another layer with layers=."
         )
     return known
 

@@ -16,8 +16,8 @@ def why_not_cross_entropy(loss: Tensor, logits: Tensor, targets: Tensor | None, 
 
     Terms that are linear in the logits do not matter, because only the second derivative is compared. Along a random
     direction ``v`` this derivative must be ``c (π ∘ v - π <π, v>) / Z``. Here ``π`` is the softmax of the logits, ``c``
-    the sum of a sample's weighted targets and ``Z`` the normalizer (``docs/theory.md``, "Losses"). So mixed targets
-    (mixup) pass, because they change the first derivative only. ``options`` are those of ``flatness_penalty``. Only the
+    the sum of a sample's weighted targets and ``Z`` the normalizer (``docs/theory.md``, "Losses"). Mixed targets
+    (mixup) pass, because they change only the first derivative. ``options`` are those of ``flatness_penalty``. Only the
     part of the autograd graph between logits and loss is used.
     """
     start = torch.full_like(loss, 1 / scale)

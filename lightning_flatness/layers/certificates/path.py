@@ -20,8 +20,8 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
         gradient: the gradient of a random combination of logits with respect to the kernel, by autograd through the
             whole model; None if the logits do not depend on the kernel.
         calls: the calls of the layer.
-        cotangents: the gradients of the same combination with respect to the layer's outputs. From these follows the
-            gradient that the kernel has if the model uses it in this layer only.
+        cotangents: the gradients of the same combination with respect to the layer's outputs. They determine the
+            gradient that the kernel has if the model uses the kernel in this layer only.
 
     Returns:
         The deviation between the two gradients of the kernel, relative to their norm or, if terms of the gradient
@@ -34,8 +34,8 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
     expected = kernel_gradient(calls, cotangents)
     if gradient is None and bool(expected.any()):
         raise LayerSelectionError(
-            "it runs under torch.no_grad() or on detached values, so its Hessian cannot be certified. To freeze it use "
-            "requires_grad_(False) on it instead of torch.no_grad() in the forward."
+            "it runs under torch.no_grad() or on detached values, so its Hessian cannot be certified. To freeze the "
+            "layer, call requires_grad_(False) on it instead of using torch.no_grad() in the forward."
         )
     gradient = torch.zeros_like(expected) if gradient is None else gradient
     terms = kernel_gradient(calls, cotangents, squares=True).sum().sqrt()
@@ -43,8 +43,8 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
     deviation = float((gradient - expected).norm() / scale) if scale > 0 else 0.0
     if not deviation <= 10 * ROUNDINGS * torch.finfo(expected.dtype).eps:
         raise LayerSelectionError(
-            f"the logits depend on its kernel in another way too (relative deviation {deviation:.1e}): the weight is "
-            "shared with another layer, or used again in the forward. Its Hessian is not that of this layer alone; "
-            "choose another layer with layers=."
+            f"the logits also depend on its kernel in another way (relative deviation {deviation:.1e}): the weight is "
+            "shared with another layer, or used again in the forward. So the Hessian is not that of this layer alone. "
+            "Choose another layer with layers=."
         )
     return deviation

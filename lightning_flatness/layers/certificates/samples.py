@@ -13,10 +13,10 @@ from lightning_flatness.model.graph import random_like
 
 
 def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
-    """Return why layers cannot be measured, by name.
+    """Return the names of the layers that cannot be measured, each with the reason.
 
-    There are two reasons: the logits do not depend on the layer's output, or this output does not have one row for
-    every sample.
+    There are two possible reasons. The logits do not depend on the layer's output, or this output does not have one row
+    for every sample.
 
     Raises:
         BatchError: a gradient of the logits at a layer's output is not finite.
@@ -67,15 +67,15 @@ def find_mixing_layer(calls: Calls, logits: Tensor, masks: Iterable[Tensor]) -> 
 
 NOT_FINITE = (
     "a derivative of the logits with respect to its output is not finite (NaN or infinity), so there is no Hessian. "
-    "Something after it has no derivative at the values it gets, such as a square root or norm at zero, or acos at 1. "
+    "An operation after it has no derivative at its input, such as a square root or norm at zero, or acos at 1. "
     "Add an epsilon there, e.g. (x + 1e-12).sqrt(), or leave such samples out."
 )
 
 
 SAMPLES_MIX = (
-    "after it, the logits of one sample depend on other samples (batch statistics in evaluation mode? pairs of "
-    "samples?), so the loss is not a mean over samples. Use running statistics, or a model that takes a pair as one "
-    "sample."
+    "after it, the logits of one sample depend on other samples (e.g. by batch statistics in evaluation mode, or in "
+    "pairs of samples), so the loss is not a mean over samples. Use running statistics, or a model that takes a pair "
+    "as one sample."
 )
 
 
@@ -86,8 +86,8 @@ def certify_rows(logits: Tensor, rows: int) -> None:
     """
     if len(logits) != max(rows, 2):
         raise BatchError(
-            f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples, which were counted by the "
-            "targets or, without any, by the longest of the inputs. Give as many targets as rows (in a callback by "
-            "batch_fn=, e.g. if the step takes crops or joins two views), or keep tables that have no row for every "
-            "sample out of the inputs."
+            f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples. The number of samples is that "
+            "of the targets or, without targets, that of the longest input. Give as many targets as rows (in a "
+            "callback by batch_fn=, e.g. if the step takes crops or joins two views), or leave tables that do not "
+            "have one row for every sample out of the inputs."
         )

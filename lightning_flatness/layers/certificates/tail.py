@@ -31,7 +31,7 @@ from lightning_flatness.model.graph import (
 class Tail:
     """The properties of one layer's tail that a full certificate has found."""
 
-    channels: Tensor  # c(s), (S,); -1 if unknown, since channel s had no active slope
+    channels: Tensor  # c(s), (S,); -1 if unknown, because channel s had only zero slopes
     unknown: Tensor  # the channels whose c(s) is unknown
     curved: bool  # whether the slopes may depend on the layer's output, so that there are curvatures
     deviation: float
@@ -67,9 +67,9 @@ def certify_tail(
 ) -> tuple[TailDerivatives, Known[Tail]]:
     """Certify the tail of one layer, and return its derivatives.
 
-    If ``known`` was certified on a batch with the same operations in its tail, the full certificate is skipped and only
-    the derivatives are computed, except on one of sixteen batches. A tail is certified in full on every batch if it has
-    custom operations, or operations that move entries by indices.
+    If ``known`` was certified on a batch with the same operations in its tail, only the derivatives are computed. Even
+    then, the full certificate runs on one of sixteen batches. It runs on every batch if the tail has custom operations,
+    or operations that move entries by indices.
 
     Args:
         node: the layer's output ``z``, ``(N, S, *output)``.
@@ -108,7 +108,7 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
     """Return the derivatives of a tail that runs in half precision.
 
     Rounding errors of half precision would hide what the certificate of :func:`certify_tail` tests. So ``known`` was
-    certified in float32, and here only the operations are compared: they must be those of the first pass in half
+    certified in float32, and here only the operations are compared. They must be those of the first pass in half
     precision. On that first pass, ``known`` has no fingerprint yet.
 
     Raises:
@@ -117,8 +117,8 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
     tail, operations = known.value, operations_of(head.features, samples=len(node))
     if operations is None:
         raise NotClosedFormError(
-            "in half precision the operations after it must be recognised by their names, and custom operations or "
-            "indexing cannot be"
+            "in half precision the operations after it must be recognised by their names, but custom operations and "
+            "indexing cannot be recognised"
         )
     if known.fingerprint not in (None, operations):
         raise NotClosedFormError("other operations follow it than on the first samples")
@@ -133,11 +133,11 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
 
 
 def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Tensor) -> Tensor:
-    """Return ``c(s)`` as :func:`_channels` does, in half precision, which cannot represent large indices ``j``.
+    """Return ``c(s)`` like :func:`_channels`, but in half precision, which cannot represent large indices ``j``.
 
-    The indices are found bit by bit. For bit ``k``, the cotangent of entry ``j`` is bit ``k`` of the number ``j``. Its
-    vector-Jacobian product is then the slopes where this bit of ``c(s)`` is one, and zero where it is zero. ``known``
-    is ``c(s)`` from earlier batches, -1 if unknown.
+    The indices are found bit by bit. For bit ``k``, the cotangent of entry ``j`` is bit ``k`` of the number ``j``. For
+    a channel ``s``, the vector-Jacobian product then equals the slopes if bit ``k`` of ``c(s)`` is one, and zero if the
+    bit is zero. ``known`` is ``c(s)`` from earlier batches, -1 if unknown.
 
     Raises:
         NotClosedFormError: a product is neither the slopes nor zero, so channels mix.
@@ -158,7 +158,7 @@ def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Ten
 
 
 def _derivatives(slopes: Tensor, curvatures: Tensor | None, tail: Tail, head: Head) -> TailDerivatives:
-    """Return the derivatives in the type of the classifier's weight, with the columns ``V[:, c(s)]``."""
+    """Return the derivatives in the dtype of the classifier's weight, with the columns ``V[:, c(s)]``."""
     columns = head.weight[:, tail.channels.clamp_min(0)] * (tail.channels >= 0)
     curvatures = None if curvatures is None else curvatures.detach().to(columns)
     return TailDerivatives(slopes.detach().to(columns), curvatures, columns)
@@ -205,7 +205,7 @@ def _slopes(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> Se
 
 
 def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
-    """Return ``c(s)``, by least squares over samples and positions, or -1 if there is none.
+    """Compute ``c(s)`` by least squares over samples and positions; -1 if there is no such entry.
 
     ``weighted`` should be ``c(s) a[s, p]``. If the tail mixes channels, the result is meaningless.
     """
@@ -230,8 +230,8 @@ def _failure(first: FirstOrder | None, features: Tensor) -> str:
     return (
         "between this layer and the classifier the channels (or positions, or samples) mix, so the closed form does "
         f"not hold (relative deviation {first.deviation:.1e}). It needs operations that act on every channel alone, "
-        "then global pooling: no further convolution, linear layer, flattening of a map, or normalisation across "
-        "channels. Choose the last convolution before the pooling with layers=."
+        "and then global pooling. There may be no further convolution, linear layer, flattening of a map, or "
+        "normalisation across channels. Choose the last convolution before the pooling with layers=."
     )
 
 

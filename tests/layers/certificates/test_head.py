@@ -131,7 +131,7 @@ def test_logits_that_are_clamped_later_are_noticed_then():
 def test_later_failure_of_the_closed_form_says_what_is_in_the_sum():
     net = PooledNet(after=Apply(lambda f: f.clamp(-0.6, 0.6))).double()
     layer = lf.measure_flatness(net, [(X.double() / 10, Y), (4 * X.double(), Y)]).layers["conv"]
-    assert "for some samples; of others the number may contain the whole Hessian" in layer.info.reason
+    assert "for some samples; for other samples, the number may contain the whole Hessian" in layer.info.reason
 
 
 @pytest.mark.parametrize(

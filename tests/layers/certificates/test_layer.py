@@ -130,7 +130,7 @@ def test_convolution_that_is_called_by_keyword_is_measured():
 def test_hook_that_changes_the_output_is_refused():
     net = PooledNet()
     net.conv.register_forward_hook(lambda module, args, out: 2 * out)
-    with pytest.raises(lf.LayerSelectionError, match="a hook changes it"):
+    with pytest.raises(lf.LayerSelectionError, match="a hook changes the output"):
         measure(net)
 
 
