@@ -78,7 +78,7 @@ def parse(words: Sequence[str]) -> Command:
 def _nested(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Separate arguments of classes, such as ``--model.width 64`` or ``--model.width=64``, from all other words.
 
-    Returns the other words, and the arguments in the form ``--model.width=64``, by ``"model"`` and ``"data"``.
+    Returns the other words, and a mapping from ``"model"`` and ``"data"`` to arguments like ``--model.width=64``.
     """
     plain: list[str] = []
     nested: dict[str, list[str]] = {"model": [], "data": []}
@@ -163,7 +163,7 @@ def _add_own(parser: argparse.ArgumentParser, command: str) -> None:
         ))  # fmt: skip
         add("--strict", action="store_true", help="fail rather than return numbers that are not exact")
     if command == "compare":
-        add("--no-train-loss", action="store_true", help="do not measure the training loss besides")
+        add("--no-train-loss", action="store_true", help="do not measure the training loss")
     if command == "spectrum":
         add("--top-k", type=_whole(0), default=5, metavar="N", help="number of largest eigenvalues (default: 5)")
         add("--steps", type=_whole(1), default=50, metavar="N", help="Lanczos steps of every probe (default: 50)")

@@ -45,7 +45,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
 
 
 def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, str]:
-    """Build the model (``kind="model"``) or the data (``kind="data"``) of a run; return it with its class's name.
+    """Build the ``"model"`` or the ``"data"`` of a run, and return it and the import path of its class.
 
     The class is looked up on the command line first, then in the config, then in the checkpoint. Arguments from all
     three are merged. Where they disagree, the command line wins over the checkpoint, and the checkpoint over the

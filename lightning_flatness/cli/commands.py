@@ -22,7 +22,7 @@ DEFAULT_KEPT = 512  # number of samples for a spectrum or a landscape, unless --
 class Outcome:
     """The results of a command.
 
-    ``results`` has one result for each network, by the network's name. ``history`` has the records that the training
+    ``results`` maps the name of each network to its result. ``history`` has the records that the training
     run has saved in the checkpoint. ``details`` say how the results were computed (files, seed, device). ``notes`` are
     warnings for the user.
     """
@@ -157,8 +157,8 @@ def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Any) ->
 def names_of(paths: Sequence[Path]) -> list[str]:
     """Return a short, distinct name for every file.
 
-    The name is the file's stem if all stems differ. If not, it is the first of these that differs for all files:
-    ``folder/stem``, the whole path, the path with a number.
+    The name is the file's stem if all stems differ. Otherwise it is ``folder/stem``, or else the path. Equal paths get
+    numbers.
 
     Example:
         >>> names_of([Path("runs/a/last.ckpt"), Path("runs/b/last.ckpt")])

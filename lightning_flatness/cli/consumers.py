@@ -71,7 +71,8 @@ class MeanLoss:
         """Run the network on a batch and add the loss of the batch to the sum."""
         if targets is None:
             raise BatchError(
-                "A training batch has no targets, so its loss cannot be computed; --no-train-loss compares without it."
+                "A training batch has no targets, so its loss cannot be computed. Give --no-train-loss to compare the "
+                "networks without the training loss."
             )
         call = as_call(inputs)
         with torch.no_grad(), finding_what_is_not_finite(network.module, call, network.prefix):

@@ -62,11 +62,11 @@ def _fail(message: str, code: int, words: Sequence[str]) -> int:
 def _in_words_of_options(message: str) -> str:
     """Append the options of the command line to a message that names arguments of a callback (``model=``)."""
     if "model=" in message:
-        message += " On the command line: --network NAME."
+        message += " On the command line, give --network NAME."
     if "batch_fn=" in message:
         message += (
-            " On the command line: --targets KEY names the entry of the batch that has the targets, --inputs batch "
-            "gives the network the batch's inputs; others need Python."
+            " On the command line, --targets KEY names the entry of the batch that has the targets, and --inputs batch "
+            "gives the network the inputs of the batch. Other batches need Python."
         )
     return message
 

@@ -31,9 +31,9 @@ def show(outcome: Outcome, notes: Sequence[str]) -> None:
 
 
 def write(path: Path, outcome: Outcome) -> None:
-    """Write the results to ``path``: an HTML page, a JSON file with the numbers, or an npz file with the whole result.
+    """Write the results to ``path`` as an HTML page, a JSON file with the numbers, or an npz file with everything.
 
-    The suffix of ``path`` decides.
+    The suffix of ``path`` decides on the kind of the file.
     """
     if path.suffix == ".html":
         from lightning_flatness.pages import save_html

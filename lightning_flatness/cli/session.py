@@ -1,4 +1,4 @@
-"""The state of a running command: it builds the networks and the data, and runs validation steps on them."""
+"""The session of a running command, which builds the networks and the data, and runs validation steps on them."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Consumer(Protocol[Found]):
 
 
 class SamplesOfSteps(MeasuringCallback, Generic[Found]):
-    """A callback that passes the network's inputs in each validation step, with the targets, on to ``consumer``.
+    """A callback that gives ``consumer`` the inputs of the network and the targets in each validation step.
 
     ``name`` is the attribute of the LightningModule that holds the network, or None if the user names no attribute. If
     ``has_steps`` is False, no validation step calls the network, and the consumer gets the inputs of the batch. After
@@ -87,7 +87,7 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Pass the network's inputs in this step, and the targets, on to the consumer."""
+        """Give the consumer the inputs of the network in this step, and the targets."""
         asked = self._asked
         assert asked is not None
         with self._measuring(trainer, pl_module), torch.enable_grad(), asked.explaining():
@@ -155,7 +155,8 @@ def visit(
 def targets_at(key: str, has_steps: bool) -> Callable[[Any], tuple[Any, Tensor]]:
     """Return a function from a batch to ``(inputs, targets)``, whose targets are the entry ``key`` of the batch.
 
-    The inputs are None if ``has_steps``, as the step shows them; else they are the only other entry.
+    If ``has_steps``, the inputs are None, because they are seen in the validation step. Otherwise the inputs are the
+    only other entry.
     """
 
     def split(batch: Any) -> tuple[Any, Tensor]:
@@ -165,8 +166,8 @@ def targets_at(key: str, has_steps: bool) -> Callable[[Any], tuple[Any, Tensor]]
             raise BatchError(f"--targets {key}: there is no such tensor in a batch, which is {described(batch)}.")
         if not has_steps and len(entries) != 1:
             raise BatchError(
-                f"--targets {key}: without a validation step a batch has one entry besides the targets, which is what "
-                f"the network is given; it is {described(batch)}."
+                f"--targets {key}: without a validation step, a batch must have one entry besides the targets, which "
+                f"is given to the network. This batch is {described(batch)}."
             )
         return None if has_steps else next(iter(entries.values())), targets
 

@@ -30,7 +30,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
     except (RuntimeError, KeyError) as error:
         raise FlatnessError(_misfit(model, checkpoint) or f"'{checkpoint.path}': {error}") from error
     missing = list(keys.missing_keys)
-    return f"'{checkpoint.path}' leaves {_some(missing)} as initialised." if missing else ""
+    return f"'{checkpoint.path}' does not contain {_some(missing)}: initial values are kept." if missing else ""
 
 
 def _misfit(model: nn.Module, checkpoint: Checkpoint) -> str:
@@ -46,7 +46,7 @@ def _misfit(model: nn.Module, checkpoint: Checkpoint) -> str:
     ]
     if not any(parts):
         return ""
-    remedy = "Give the class and the arguments that it was trained with: --model CLASS --model.ARG VALUE."
+    remedy = "Give the class and the arguments of the trained model: --model CLASS --model.ARG VALUE."
     return (
         f"'{checkpoint.path}' does not fit the {type(model).__name__} that was built: "
         f"{'; '.join(filter(None, parts))}. "

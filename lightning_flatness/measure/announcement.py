@@ -1,4 +1,4 @@
-"""Announce a long measurement: the amount of work before it begins, and the expected time after its first part."""
+"""Announce a long measurement before it begins, and estimate its time after its first part."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Announcement:
             self.say(logging.INFO, f"The {self.name} takes {self.parts}.")
 
     def after(self, done: int, seconds: float) -> None:
-        """Estimate the whole time from the ``seconds`` that the first ``done`` parts took, and tell ``say`` about it.
+        """Estimate the whole time from the ``seconds`` that the first ``done`` parts took, and give it to ``say``.
 
         If the estimate is above ``LONG``, the message is a warning and names the arguments that save time.
         """

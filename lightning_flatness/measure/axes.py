@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Axes(NamedTuple):
-    """The normalised axes of a line or plane.
+    """The axes of a line or plane. Their directions are normalised, unless ``update="adam"``.
 
     With ``update="adam"``, ``directions`` holds both of Adam's moments. A line has one entry in ``names``, a plane two.
     """
@@ -28,7 +28,7 @@ class Axes(NamedTuple):
     names: tuple[str, ...]
     directions: tuple[Direction, ...]
     units: tuple[str, ...]  # the unit of normalisation of each axis
-    epsilons: dict[str, float] | None  # the eps of Adam's update, by parameter name
+    epsilons: dict[str, float] | None  # the eps of Adam's update for each parameter name
 
 
 def find_axes(
@@ -40,7 +40,7 @@ def find_axes(
     optimizer: Any,
     eigenvectors: Callable[[int], Sequence[Any]],
 ) -> Axes:
-    """Return the axes. Their directions are normalised and do not contain the ``frozen`` tensors.
+    """Return the axes. Their directions do not contain the ``frozen`` tensors.
 
     If both axes are of the same kind, the second axis takes the second direction of that kind, such as the second
     eigenvector. ``weights`` are the parameters and buffers in the precision of the measurement. ``eigenvectors(n)``
@@ -80,8 +80,8 @@ def find_axes(
     for name, direction in zip(names, directions, strict=True):
         if not any(bool(tensor.any()) for tensor in direction.values()):
             raise FlatnessError(
-                f"The axis '{name}' is zero: all that it moves is frozen, has zero weights, or is a bias, which "
-                "does not move with biases='zero' (use biases='scaled')."
+                f"The axis '{name}' is zero: each of its tensors is frozen, has zero weights, or is a bias. Biases do "
+                "not move with biases='zero' (use biases='scaled')."
             )
     if as_adam and len(directions) == 1:  # Adam's step needs both moments, also along a line
         directions.append({key: tensor.double() for key, tensor in moments[1].items() if key not in frozen})
@@ -91,17 +91,17 @@ def find_axes(
 def adam_moments(
     optimizer: Any, tensors: NamedTensors, of_step: bool
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
-    """Return ``((exp_avg, exp_avg_sq), eps)`` of one or several Adam optimizers: three mappings from parameter names.
+    """Return ``((exp_avg, exp_avg_sq), eps)`` of one or several Adam optimizers.
 
-    With ``of_step``, they are the moments that the optimizer's step uses. So if an optimizer uses ``amsgrad``, its
-    second moment is ``max_exp_avg_sq``.
+    All three are dicts whose keys are names of parameters.
+    With ``of_step``, the second moment of an optimizer with ``amsgrad`` is ``max_exp_avg_sq``, which its step uses.
     """
     given = plain(optimizer)
     optimizers = given if isinstance(given, (list, tuple)) else [given]
     if not optimizers or not all(hasattr(each, "param_groups") and hasattr(each, "state") for each in optimizers):
         raise FlatnessError(
-            f"axes='adam' takes the moments of an optimizer, and optimizer is a {type(optimizer).__name__}; give "
-            "optimizer=, the torch.optim.Adam (AdamW, NAdam, RAdam) that has trained this model."
+            f"axes='adam' takes the moments of an optimizer, but optimizer is a {type(optimizer).__name__}. Give the "
+            "torch.optim.Adam (AdamW, NAdam, RAdam) that has trained this model as optimizer=."
         )
     names = {id(tensor): name for name, tensor in tensors.parameters.items()}
     first: Direction = {}

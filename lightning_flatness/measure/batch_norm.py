@@ -1,6 +1,6 @@
 """Measure the distance between BatchNorm's running statistics and the statistics of the data.
 
-It is large, for example, if weights were averaged and the running statistics were not updated afterwards.
+The distance is large, for example, if weights were averaged and the running statistics were not updated afterwards.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lightning_flatness.model.isolation import isolated, without_wrapper
 
 
 def statistics_apart(networks: Mapping[str, nn.Module], batches: Iterable[Any] | None) -> dict[str, float]:
-    """Return, by network, how far the statistics of the first batch are from BatchNorm's running statistics.
+    """Return a mapping from networks to the distance of their running statistics from those of the first batch.
 
-    The distance is the :func:`divergence` in the BatchNorm layer where it is largest. Networks without BatchNorm are
-    left out. The mapping is empty if ``batches`` is an iterator, because reading it would use it up.
+    The distance is the largest :func:`divergence` of all BatchNorm layers. Networks without BatchNorm are left out. The
+    mapping is empty if ``batches`` is None, or an iterator, because reading would use up the iterator.
     """
     if batches is None or isinstance(batches, Iterator):
         return {}

@@ -18,7 +18,7 @@ from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memor
 from lightning_flatness.model.generators import drawing, generators_kept
 from lightning_flatness.model.isolation import random_states_kept
 
-# Common names of the entries of a batch that hold the model's inputs. TARGETS below has those of targets.
+# Common names of the entries of a batch that hold the model's inputs. TARGETS below has the names for targets.
 INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "data")
 MOST_SHAPES = 3  # largest number of shapes that an error message lists
 TARGETS = ("y", "target", "targets", "label", "labels")
@@ -42,10 +42,10 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
 
 
 def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
-    """Return an iterable of batches: ``batches`` itself, or if it is a single batch, a list with this batch.
+    """Return ``batches`` itself if it is an iterable of batches, or a list with one entry if it is a single batch.
 
-    Raises a :class:`BatchError` if ``batches`` may be one batch or several, or is neither. The message calls it by the
-    name ``argument``.
+    Raises a :class:`BatchError` if ``batches`` is neither, or if it may be both. ``argument`` is the name of
+    ``batches`` in the message.
 
     Example:
         >>> images, labels = torch.zeros(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
@@ -53,13 +53,13 @@ def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
         (1, 2, 1)
     """
     if isinstance(batches, (str, bytes, PathLike)):
-        raise BatchError(f"{argument}={batches!r} is a path or text, and nothing is read from files: {REMEDY}.")
+        raise BatchError(f"{argument}={batches!r} is a path or text, but batches are not read from files: {REMEDY}.")
     if isinstance(batches, (Tensor, *_arrays())):
         shape = f"of shape {tuple(cast(Tensor, batches).shape)}, which may be one batch of inputs or several"
-        raise _unclear(argument, batches, shape, "[inputs] measures one without targets")
+        raise _unclear(argument, batches, shape, "[inputs] is one batch without targets")
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise _unclear(
-            argument, batches, "a data set, whose items are samples", "DataLoader(dataset, batch_size=64) has batches"
+            argument, batches, "a data set, whose items are samples", "DataLoader(dataset, batch_size=64) makes batches"
         )
     if isinstance(batches, Mapping) or hasattr(batches, "_fields") or not hasattr(batches, "__iter__"):
         return _single_with_names(batches, argument)
@@ -75,16 +75,16 @@ def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
         split_batch(batch)
     except BatchError:
         if isinstance(batch, (Mapping, tuple)) or is_dataclass(batch) or not hasattr(batch, "__getitem__"):
-            raise _unclear(argument, batch, "no list of batches", REMEDY) from None
+            raise _unclear(argument, batch, "not a list of batches", REMEDY) from None
         return cast(Iterable[Any], batch)
     return [batch]
 
 
 def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterable[Any]:
-    """Return a tuple or list of batches as it is; put a pair ``(inputs, targets)``, which is one batch, into a list.
+    """Return a tuple or list of batches as it is, and a pair ``(inputs, targets)`` as a list with this one batch.
 
-    Several tensors are batches of inputs if all have the same dtype and number of dimensions. Two tensors are a pair if
-    the second one, the targets, has one or two dimensions and as many rows as the inputs. Raises a
+    The tensors in a list are batches of inputs if all have the same dtype and number of dimensions. Two tensors are a
+    pair if the second one, the targets, has one or two dimensions and as many rows as the inputs. Raises a
     :class:`BatchError` if both descriptions fit, or none.
     """
     tensors = [part for part in batches if isinstance(part, Tensor)]
@@ -95,7 +95,7 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
         inputs = (part[0] if isinstance(part, (tuple, list)) and part else part for part in batches)
         if any(isinstance(part, (Tensor, *_arrays())) for part in batches) and not _are_alike(inputs):
             what = f"of {_kinds(batches)}, which looks like one batch"
-            raise _unclear(argument, batches, what, f"{REMEDY}, of torch's tensors")
+            raise _unclear(argument, batches, what, f"{REMEDY}, whose inputs and targets are torch tensors")
         return batches
     if len(batches) < 2:
         return batches
@@ -106,8 +106,11 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
         return [tuple(batches)]
     if is_pair or not alike or isinstance(batches, tuple):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors[:MOST_SHAPES])
-        what = f"of {len(tensors)} tensors ({shapes}{', ...' * (len(tensors) > MOST_SHAPES)}), one batch or several?"
-        raise _unclear(argument, batches, what, "for batches without targets [(inputs, None), ...]")
+        what = (
+            f"of {len(tensors)} tensors ({shapes}{', ...' * (len(tensors) > MOST_SHAPES)}), which may be one batch or "
+            "several"
+        )
+        raise _unclear(argument, batches, what, "for batches without targets, give [(inputs, None), ...]")
     return batches
 
 
@@ -118,13 +121,13 @@ def _are_alike(inputs: Iterable[Any]) -> bool:
 
 
 def _arrays() -> tuple[Any, ...]:
-    """Return the class of NumPy's arrays in a tuple; an empty tuple if NumPy was not imported."""
+    """Return a tuple with the class of NumPy's arrays, or an empty tuple if NumPy was not imported."""
     numpy = sys.modules.get("numpy")
     return () if numpy is None else (numpy.ndarray,)
 
 
 def _kinds(parts: Iterable[Any]) -> str:
-    """Return the names of the parts' types, each once."""
+    """Return the distinct names of the parts' types, separated by commas."""
     return ", ".join(dict.fromkeys(type(part).__name__ for part in parts))
 
 
@@ -139,8 +142,8 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
     inputs, targets = split_batch(batch)
     if targets is not None and targets.ndim == 0:
         raise BatchError(
-            "Targets have shape (), so a batch seems to be one sample of a data set: they are class indices of shape "
-            "(samples,), or rows of numbers. DataLoader(dataset, batch_size=64) makes batches."
+            "Targets have shape (), so a batch seems to be one sample of a data set. Targets must be class indices of "
+            "shape (samples,), or rows of numbers. DataLoader(dataset, batch_size=64) makes batches."
         )
     return inputs, targets
 
@@ -148,8 +151,8 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Return ``(inputs, targets)`` of a batch; a single tensor counts as inputs without targets.
 
-    A mapping, dataclass or named tuple must have exactly one entry named like inputs (``image``, ``x``, ...), exactly
-    one named like targets (``label``, ``y``, ...), and no other tensor of two or more dimensions.
+    A mapping, dataclass or named tuple must have exactly one entry named like inputs (``image``, ``x``, ...) and one
+    named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -159,14 +162,14 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     if pair is not None:
         return pair
     raise BatchError(
-        f"A batch is {described(batch)}; expected (inputs, targets) with a tensor of targets, a tensor of inputs, or a "
-        "mapping or dataclass with one entry like 'image' and one like 'label'. Reshape it, or give the callback "
-        "batch_fn=, a function from a batch to (inputs, targets)."
+        f"A batch is {described(batch)}; expected (inputs, targets), where targets is a tensor; or a tensor of inputs; "
+        "or a mapping or dataclass with one entry named like 'image' and one named like 'label'. Change the batches, "
+        "or give the callback batch_fn=, a function from a batch to (inputs, targets)."
     )
 
 
 def described(batch: Any) -> str:
-    """Return what a batch is: its type, and its keys or the types of its entries.
+    """Return a text that names the type of a batch, and its keys or the types of its entries.
 
     Example:
         >>> described({"pix": torch.zeros(2), "species": 3}), described((torch.zeros(2), 3))
@@ -182,7 +185,7 @@ def described(batch: Any) -> str:
 
 
 def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
-    """Return what the user's ``batch_fn=`` returns for a batch; an error of it says what the batch is."""
+    """Return what the user's ``batch_fn=`` returns for a batch. If the call fails, the error describes the batch."""
     try:
         return batch_fn(batch)
     except Exception as error:
@@ -194,7 +197,7 @@ def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def targets_of(batch: Any) -> Tensor | None:
-    """Return the targets of a batch: the second entry of a pair, or the only entry named like targets; otherwise None.
+    """Return the second entry of a pair, or the only entry that is named like targets; None if a batch has neither.
 
     Example:
         >>> targets_of({"image": torch.zeros(2, 3), "mask": torch.ones(2, 3), "label": torch.tensor([0, 1])})
@@ -209,7 +212,7 @@ def targets_of(batch: Any) -> Tensor | None:
 
 
 def entries_of(batch: Any) -> dict[Any, Any]:
-    """Return the entries of a dataclass, named tuple or mapping by name, or of a tuple or list by position."""
+    """Return the entries of a batch in a dict. Its keys are names, or positions for a tuple or list."""
     if is_dataclass(batch):
         return {field.name: getattr(batch, field.name) for field in fields(batch)}
     if hasattr(batch, "_fields"):
@@ -222,7 +225,7 @@ def entries_of(batch: Any) -> dict[Any, Any]:
 def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any]:
     """Return the keys of the tensors whose key is one of the ``names``.
 
-    A name of targets, such as ``label``, also matches a key that ends with it, such as ``gt_label``.
+    A name of targets, such as ``label``, also matches longer keys, such as ``gt_label``.
     """
     ends = tuple(f"_{name}" for name in TARGETS if name in names and len(name) > 1)
     tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
@@ -230,7 +233,7 @@ def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any
 
 
 def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
-    """Return the entries of a batch that are named like inputs and like targets; None if it is not clear which."""
+    """Return the entry that is named like inputs and the entry that is named like targets; None if this is unclear."""
     entries = entries_of(batch)
     inputs, targets = _tensors_named(entries, INPUTS), _tensors_named(entries, TARGETS)
     if len(inputs) != 1 or len(targets) != 1:

@@ -41,8 +41,8 @@ def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     if unknown:
         sentence = (
             f"The training loss is not known{_for(unknown, rows)}. All these numbers rise early in training and fall "
-            "with the training loss later, so a model may have the lower one merely for having been trained longer, or "
-            "hardly at all. Compare models of equal training loss."
+            "with the training loss later, so a model may have lower numbers only because it was trained longer, or "
+            "was hardly trained. Compare models of equal training loss."
         )
         return [Caution("train_loss_unknown", sentence, unknown)]
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
@@ -62,7 +62,7 @@ def _of_layers(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     found = []
     if _differ(row.layers for row in rows.values()):
         names = " / ".join(dict.fromkeys(named(row.layers) for row in rows.values()))
-        sentence = f"Layers of different names are compared ({names}): networks of different depth or kind?"
+        sentence = f"Layers of different names are compared ({names}). The networks may differ in depth or kind."
         found.append(Caution("layers", sentence, tuple(rows)))
     if _differ((row.filters, row.features) for row in rows.values()):
         sentence = (
@@ -74,7 +74,7 @@ def _of_layers(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _sizes(rows: Mapping[str, ComparedModel]) -> str:
-    """Return a text about the first layer whose size differs: its size (filters x features) in each model."""
+    """Return a text with the size (filters x features), in each model, of the first layer whose size differs."""
     pairs = {name: list(zip(row.filters, row.features, strict=True)) for name, row in rows.items()}
     places = zip_longest(*pairs.values())
     index = next(index for index, of_models in enumerate(places) if _differ(of_models))
@@ -88,7 +88,7 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     inexact = tuple(name for name, row in rows.items() if not row.exact)
     if inexact:
         reasons = "; ".join(dict.fromkeys(reason for name in inexact for reason in rows[name].reasons))
-        sentence = f"Not the numbers of the Hessian{_for(inexact, rows)}: {reasons}."
+        sentence = f"Numbers are not those of the Hessian{_for(inexact, rows)}: {reasons}."
         found.append(Caution("not_exact", sentence, inexact))
     shared = {
         "loss_function": ("loss_name", "Losses are different functions"),
@@ -106,8 +106,8 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     missing = tuple(name for name, row in rows.items() if math.isnan(row.normalized_relative_flatness))
     if missing:
         sentence = (
-            f"The normalised measure is not known{_for(missing, rows)}. The others change when the channels that the "
-            "layer reads are rescaled, which leaves the network as it is."
+            f"The normalised measure is not known{_for(missing, rows)}. The other measures change when the channels "
+            "that the layer reads are rescaled, although this leaves the network as it is."
         )
         found.append(Caution("not_normalised", sentence, missing))
     fewest = min(row.num_samples for row in rows.values())
@@ -131,7 +131,7 @@ def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return a caution if there are outcomes, but of too few models."""
+    """Return a caution if some models have an outcome, but too few."""
     number = sum(math.isfinite(row.outcome) for row in rows.values())
     if not 0 < number < FEWEST:
         return []
@@ -148,5 +148,5 @@ def _differ(values: object) -> bool:
 
 
 def _for(names: tuple[str, ...], rows: Mapping[str, ComparedModel]) -> str:
-    """Return " for" and the names of models; an empty text if these are all models."""
+    """Return " for" and the names of models, or an empty text if these are all models."""
     return "" if len(names) == len(rows) else f" for {named(names)}"

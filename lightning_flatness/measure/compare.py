@@ -1,4 +1,4 @@
-"""Compare models by their flatness: which one is flatter, by how much, with what error and with what cautions."""
+"""Compare models by their flatness, with the errors of their differences, and with cautions."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def compare(
     """Compare models, or reports of models, by the flatness of the same layers.
 
     The result has a row for every model, the differences to the first model with standard errors, and cautions, which
-    say what must not be concluded. Models are measured together on the same samples. Because a sample that is hard for
-    one model is often hard for the others, too, most differences have smaller errors than with different samples. The
-    errors take this into account for models that are measured here, and for reports that were measured with
-    ``per_sample=True`` on the same samples in the same order.
+    say what must not be concluded. Models are measured together on the same samples. A sample that is hard for one
+    model is often hard for the others, so most differences have smaller errors than between models that were measured
+    on different samples. The errors take this into account for models that are measured here, and for reports that
+    were measured with ``per_sample=True`` on the same samples in the same order.
 
     Arguments with one entry for each model are mappings with the same names as ``models``, or sequences in the order of
     ``models``.
@@ -52,11 +52,11 @@ def compare(
         train_batches: training data, to measure the training loss of the models; not needed with ``data="train"``.
         train_losses: training losses that are known already, as numbers or as reports on training data.
         outcome: a number for each model that flatness is expected to predict, such as a generalization gap or a test
-            loss; larger is worse. The result then also has rank correlations between the measures and the outcome, and
-            baselines, which need no Hessian, but one more pass over ``batches``.
+            loss; larger is worse. The result then also has baselines, and the rank correlations of measures and
+            baselines with the outcome. Baselines need no Hessian, but one more pass over ``batches``.
         outcome_name: name of the outcome in tables.
-        hyperparameters: hyper-parameters of each model. With them, the result also has granulated τ: the mean rank
-            correlation among models that differ in one hyper-parameter only.
+        hyperparameters: hyper-parameters of each model. With them, the result also has granulated τ, which is the mean
+            rank correlation among models that differ in one hyper-parameter only.
         same_samples: whether reports with ``per_sample=True`` are known to be of the same samples in the same order. By
             default, the reports are checked: samples that two models both classify correctly must have the same class.
         progress: show a progress bar; by default only in a terminal.
@@ -122,11 +122,13 @@ def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, 
         )
     if is_reread and isinstance(batches, Iterator):
         raise FlatnessError(
-            f"batches is a {type(batches).__name__}; with outcome= they are read twice, so give a list or a DataLoader."
+            f"batches is a {type(batches).__name__}, which can be read only once, and outcome= needs a second pass. "
+            "Give a list or a DataLoader."
         )
     if len(networks) > 1 and isinstance(train_batches, Iterator):
         raise FlatnessError(
-            f"train_batches is a {type(train_batches).__name__}; every model reads them: give a list or a loader."
+            f"train_batches is a {type(train_batches).__name__}, which can be read only once, and every model needs a "
+            "pass over it. Give a list or a DataLoader."
         )
 
 
@@ -139,14 +141,17 @@ def _loss_of(name: str, loss: FlatnessReport | float) -> float:
 
 
 def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of an argument by model, from a mapping or a sequence with one value for each model."""
+    """Return a mapping from names of models to their ``values``; it is empty if ``values`` is None.
+
+    ``values`` is a mapping or a sequence with one value for each model.
+    """
     if values is None:
         return {}
     if isinstance(values, Mapping):
         values = {str(name): value for name, value in values.items()}
         wrong = sorted(values.keys() ^ models.keys())
         if wrong:
-            raise FlatnessError(f"{argument}= has other names than the models: '{wrong[0]}' is in one of them only.")
+            raise FlatnessError(f"{argument}= has other names than the models: only one of the two has '{wrong[0]}'.")
         return {name: values[name] for name in models}
     if len(values) != len(models):
         raise FlatnessError(f"{argument}= has {len(values)} entries for {len(models)} models.")
@@ -154,7 +159,7 @@ def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str,
 
 
 def _named(models: Models) -> dict[str, FlatnessReport | nn.Module]:
-    """Return models by name; the models of a sequence get the names 1, 2, ..."""
+    """Return a mapping from names to models. The models of a sequence get the names 1, 2, ..."""
     if isinstance(models, (FlatnessReport, nn.Module)) or not isinstance(models, (Mapping, Sequence)):
         raise FlatnessError(f"models is a {type(models).__name__}; give a mapping or a list of models or reports.")
     pairs = models.items() if isinstance(models, Mapping) else enumerate(models, start=1)

@@ -68,11 +68,12 @@ def row_of(
 
 
 def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[str, Tensor]:
-    """Return, for each number such as ``"loss"``, the covariances of its errors in ``M`` reports, float64 ``(M, M)``.
+    """Return a mapping from names of numbers, such as ``"loss"``, to the covariances of their errors in the reports.
 
-    The diagonal has the variance over samples plus the variance of estimates. The other entries are zero unless
-    ``is_paired``: then they are covariances from a jackknife over groups of samples, because all models were measured
-    on the same samples (``docs/theory.md``, "Errors over samples").
+    The covariances of ``M`` reports are float64 ``(M, M)``. The diagonal has the variance over samples plus the
+    variance of estimates. The other entries are zero unless ``is_paired``. If ``is_paired``, all models were measured
+    on the same samples, and these entries come from a jackknife over groups of samples (``docs/theory.md``, "Errors
+    over samples").
     """
     means = [_means_without_groups(report) for report in reports]
     found = {}
@@ -95,7 +96,7 @@ def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[s
 
 
 def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> bool:
-    """Return whether all reports have per-sample values, and these belong to the same samples in the same order.
+    """Return whether all reports have per-sample values of the same samples in the same order.
 
     Models that were measured ``together`` had the same samples. Otherwise the reports must have equal sample weights,
     and a sample that two networks both classify correctly must have the same class in both reports. This check detects
@@ -119,9 +120,10 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
 
 
 def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
-    """Return the jackknife means of each number, ``(G,)``: entry ``g`` is the mean over all samples except group ``g``.
+    """Return a mapping from names of numbers to their jackknife means ``(G,)``.
 
-    Numbers without per-sample values in the report are left out.
+    Entry ``g`` is the mean over all samples except those of group ``g``. Numbers without per-sample values in the
+    report are left out.
     """
     samples = report.samples
     if "weight" not in samples:
@@ -143,7 +145,7 @@ def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
 
 
 def _without(values: Tensor, weights: Tensor) -> Tensor:
-    """Return weighted means of ``values`` ``(N,)``; entry ``g`` of the result ``(G,)`` leaves out group ``g``."""
+    """Return the weighted means ``(G,)`` of ``values``. Entry ``g`` leaves out the samples of group ``g``."""
     positions = torch.arange(len(weights), device="cpu")
     weighted = torch.where(weights > 0, values.double() * weights, 0.0)  # values of ignored samples are NaN
     return means_without_groups(grouped(weighted[:, None], positions), grouped(weights[:, None], positions)[:, 0])[:, 0]
@@ -161,6 +163,6 @@ def _estimate_error(report: FlatnessReport, number: str) -> float:
 
 
 def errors_of(covariances: Mapping[str, Tensor], index: int) -> dict[str, float]:
-    """Return the standard errors of the model at ``index``, by name of the number; unknown errors are left out."""
+    """Return a mapping from names of numbers to their known standard errors, for the model at ``index``."""
     found = {number: float(covariance[index, index]) for number, covariance in covariances.items()}
     return {number: math.sqrt(variance) for number, variance in found.items() if math.isfinite(variance)}

@@ -59,5 +59,5 @@ def _correlation(
 
 
 def _column(rows: Mapping[str, ComparedModel], names: list[str], number: str) -> Tensor:
-    """Return one number of the models ``names``, as a float64 vector."""
+    """Return one number of each model in ``names``, as a float64 vector."""
     return torch.tensor([getattr(rows[name], number) for name in names], dtype=torch.float64, device="cpu")

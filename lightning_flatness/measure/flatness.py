@@ -51,29 +51,30 @@ def measure_flatness(
         batches: pairs ``(inputs, targets)``, e.g. a ``DataLoader``. Inputs alone are enough if the numbers do not
             depend on targets, as with cross-entropy without class weights in a ReLU network. Tensors are moved to the
             model's device.
-        layers: ``"last"`` for the last convolution before the classifier, where a linear layer that is applied to many
-            tokens or positions counts as a convolution; ``"classifier"``; ``"all"`` for every convolution and linear
-            layer that can be measured (``report.left_out`` names the others); or names or glob patterns.
+        layers: ``"last"`` for the last convolution before the classifier, ``"classifier"``, ``"all"`` for every
+            convolution and linear layer that can be measured, or names or glob patterns. A linear layer that is applied
+            to many tokens or positions counts as a convolution. With ``"all"``, ``report.left_out`` names the layers
+            that cannot be measured.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` (with logits, for several binary labels) or ``"mse"``, all
             averaged as in torch; a loss module of torch with ``reduction="mean"``; or a function of ``(logits,
-            targets)`` that returns the loss of every sample, ``(N,)``, whose mean is measured.
+            targets)`` that returns the loss of every sample, ``(N,)``. The mean of these losses is measured.
         label_smoothing: label smoothing of cross-entropy, as in ``torch.nn.CrossEntropyLoss``.
         class_weight: class weights ``(K,)`` of cross-entropy, as in ``torch.nn.CrossEntropyLoss(weight=...)``.
         ignore_index: target value that cross-entropy ignores.
         measures: the measures to compute, by default all but ``"channelwise_flatness"``. If relative, normalised and
             channel-wise flatness are all left out, only the diagonals of the block traces are kept, which takes
             less time and memory.
-        tolerance: largest relative standard error of trace and relative flatness, for layers that are measured by the
-            Gauss-Newton method, if there are 128 classes or more. Classes with little probability mass are sampled
-            until the error is below the tolerance. Such numbers are not called exact. With 0, or with ``strict``, all
-            classes are computed.
-        residual: ``"hutchinson"`` estimates, by random probes, the part of the Hessian that the Gauss-Newton matrix
+        tolerance: largest relative standard error of trace and relative flatness. It applies to layers that are
+            measured by the Gauss-Newton method, if there are 128 classes or more. Classes with little probability mass
+            are then sampled until the error is below the tolerance, and the numbers are not called exact. With 0, or
+            with ``strict``, all classes are computed.
+        residual: with ``"hutchinson"``, random probes estimate the part of the Hessian that the Gauss-Newton matrix
             leaves out; ``layer.standard_errors`` has the standard errors.
         num_probes: number of these probes for every layer and batch.
         seed: seed of the probes.
         strict: raise an error instead of returning numbers that are not exact.
-        dtype: ``"float32"`` or ``"float64"``, the precision in which the model runs, on copies of its weights and of
-            the batches; by default the model's own, but at least float32. Sums are always kept in float64.
+        dtype: precision in which the model runs, ``"float32"`` or ``"float64"``, on copies of its weights and of the
+            batches. By default the model's own precision, but at least float32. Sums are always kept in float64.
         sync: sum over all ranks of a process group of ``torch.distributed``. Every rank then calls this function with
             its own batches, or with none, and gets the flatness over the batches of all ranks. If one rank raises an
             error, the others keep waiting, as with any collective. If ``fully_shard`` (FSDP2) has sharded the weights,

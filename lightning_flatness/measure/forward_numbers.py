@@ -52,13 +52,13 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
                     batch = _sums(options, logits, targets.to(logits.device), classifier)
             sums = batch + sums if len(sums) else batch
     if not len(sums) or not float(sums[0]) > 0:
-        raise BatchError("No sample counts, so there is no loss. Is the data set empty, or are all targets ignored?")
+        raise BatchError("No samples are left, so there is no loss. Is the data set empty, or are all targets ignored?")
     weight, loss, count, margin, spread = sums.tolist()
     return ForwardNumbers(loss / weight, margin / count, spread / count)
 
 
 class _Classifier:
-    """Records the input and the weight of a network's linear classifier, by a forward hook."""
+    """Records the input and the weight of a network's linear classifier with a forward pre-hook."""
 
     def __init__(self) -> None:
         self._module: nn.Module | None = None
@@ -83,15 +83,15 @@ class _Classifier:
             handle.remove()
 
     def _hear(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Record the input and the weight of one call; a forward pre-hook."""
+        """Record the input and the weight of one call. This is the forward pre-hook."""
         weight = getattr(module, "weight", None)
         if arguments and isinstance(arguments[0], Tensor) and isinstance(weight, Tensor):
             self._features, self._weight = arguments[0].detach(), weight.detach()
 
     def spreads(self, logits: Tensor) -> Tensor:
-        """Return the feature spread of each sample in the most recent call that was recorded, ``(N,)``.
+        """Return the feature spreads ``(N,)`` of the samples in the last recorded call.
 
-        All are NaN if no call was recorded, or if its input and weight do not fit the ``logits``.
+        All spreads are NaN if no call was recorded, or if its input and weight do not fit the ``logits``.
         """
         if self._features is not None and self._weight is not None:
             features, weight = self._features.flatten(1), self._weight.flatten(1)

@@ -91,7 +91,7 @@ def measure_lambda_max(
         dtype=dtype,
     )
     if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
-        raise FlatnessError(f"measure_lambda_max: {max_products=} must be at least one, and {tolerance=} positive.")
+        raise FlatnessError(f"measure_lambda_max: {max_products=} must be at least 1 and {tolerance=} must be above 0.")
     model = without_wrapper(whole_model(model) if sync else model)
     passes = OwnPasses(model, options)
     operators: dict[str, list[Operator]] = {}
@@ -106,8 +106,8 @@ def measure_lambda_max(
             kernels[name] = certified.calls[name][0].convolution.weight.detach()
         if bytes_left < 0:
             raise BatchError(
-                f"measure_lambda_max keeps more than max_gigabytes={max_gigabytes:g}. Give fewer samples or layers, or "
-                "a larger max_gigabytes=."
+                f"measure_lambda_max needs more memory than max_gigabytes={max_gigabytes:g}. Give fewer samples or "
+                "layers, or a larger max_gigabytes=."
             )
         normalizer += certified.loss.normalizer
         num_samples += certified.loss.num_samples
@@ -148,7 +148,7 @@ def measure_lambda_max(
 
 @dataclass(frozen=True)
 class _Measured:
-    """The layers and kernels that one rank has measured, by layer name, and the number of its samples."""
+    """What one rank has measured. The mappings have the names of the layers as keys."""
 
     infos: Mapping[str, LayerInfo]
     kernels: Mapping[str, Tensor]
@@ -184,8 +184,8 @@ def _together(ranks: Sequence[_Measured], model: nn.Module) -> _Measured:
 class _MeanHessian:
     """The Hessian of the mean loss with respect to one layer's kernel, for products with vectors.
 
-    It is the sum of ``operators``, one for each part of this rank's batches, divided by ``normalizer``. With ``sync``,
-    products are summed over ranks.
+    The Hessian is the sum of ``operators`` divided by ``normalizer``. Each part of this rank's batches has one
+    operator. With ``sync``, products are summed over ranks.
     """
 
     name: str
@@ -197,7 +197,7 @@ class _MeanHessian:
     def largest(
         self, by_filter: bool, generator: torch.Generator, tolerance: float, max_products: int
     ) -> LargestEigenvalues:
-        """Return the largest eigenvalue of the layer's Hessian; with ``by_filter``, of each filter's block instead."""
+        """Return the largest eigenvalue of the layer's Hessian, or with ``by_filter``, that of each filter's block."""
         rows = len(self.kernel) if by_filter else 1
         shape = rows, self.kernel.numel() // rows
         start = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.kernel.device)

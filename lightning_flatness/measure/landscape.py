@@ -69,13 +69,13 @@ def loss_landscape(
         model: any module that returns logits ``(samples, classes)``.
         batches: pairs ``(inputs, targets)`` that can be read many times, as a list or a ``DataLoader``. Every pass uses
             the same random numbers.
-        axes: ``"random"``, ``"adam"`` or ``"hessian"`` for a plane of two axes of this kind; or a list of one (a line)
-            or two (a plane) of these strings or of directions. Random axes have normal random entries; the second one
-            is made orthogonal to the first before the normalisation. Adam axes are the optimizer's ``exp_avg`` and
-            ``exp_avg_sq``; a line takes ``exp_avg``. Hessian axes are the unit eigenvectors that have the
-            largest eigenvalues; this Hessian is with respect to the trainable parameters that are not ``frozen``. A
-            direction is a flat tensor, or a mapping from names of parameters or buffers to tensors, e.g. from
-            ``direction_between`` or ``pca_directions``.
+        axes: ``"random"``, ``"adam"`` or ``"hessian"`` for a plane of two axes of this kind; or a list with one entry
+            for a line, or two entries for a plane. An entry is one of these strings, or a direction. Random axes have
+            normal random entries; the second one is made orthogonal to the first before the normalisation. Adam axes
+            are the optimizer's ``exp_avg`` and ``exp_avg_sq``; a line takes ``exp_avg``. Hessian axes are the unit
+            eigenvectors that have the largest eigenvalues; this Hessian is with respect to the trainable parameters
+            that are not ``frozen``. A direction is a flat tensor, or a mapping from names of parameters or buffers to
+            tensors, e.g. from ``direction_between`` or ``pca_directions``.
         normalize: the parts of a direction that are scaled, each to the norm of the same part of the weights: every
             ``"weight"``, ``"filter"`` or ``"layer"`` (tensor), or the whole ``"model"``. ``"none"`` scales nothing. By
             default ``"filter"`` for random axes, ``"none"`` for others.
@@ -209,7 +209,7 @@ def _eigenvectors(
     sync: bool,
     say: Say | None,
 ) -> list[Direction]:
-    """Return ``number`` eigenvectors of the Hessian with respect to ``params``: those with the largest eigenvalues."""
+    """Return the ``number`` eigenvectors with the largest eigenvalues of the Hessian with respect to ``params``."""
     of_spectrum = SpectrumOptions(
         loss=options.loss_function,
         dtype=options.dtype,
@@ -221,7 +221,7 @@ def _eigenvectors(
     spectrum = spectrum_of(model, batches, of_spectrum, progress=False, sync=sync, say=say)
     if not spectrum.converged and own_rank(sync) == 0:
         # The user called loss_landscape, which called landscape_of, find_axes, the lambda and this function.
-        warnings.warn("The Hessian's eigenvectors have not converged; the axes are close to them.", stacklevel=6)
+        warnings.warn("The Hessian's eigenvectors have not converged, so the axes are approximate.", stacklevel=6)
     if len(spectrum.eigenvalues) < number:
         raise FlatnessError(f"The Hessian has fewer than {number} eigenvectors, so there is no plane along them.")
     return [spectrum.eigenvector(index) for index in range(number)]

@@ -62,7 +62,7 @@ class LandscapeOptions(MeasuringOptions):
 
 
 def as_list(axes: Any) -> list[Any]:
-    """Return one or two axes as a list: a single string stands for two axes of that kind, a direction for one axis.
+    """Return one or two axes as a list. A string stands for two axes of that kind, a single direction for one axis.
 
     Raises a :class:`FlatnessError` for a wrong number of axes or an unknown string.
     """
@@ -90,13 +90,13 @@ def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...
     counts = [steps] * num_axes if is_number(steps) else steps
     if not isinstance(counts, Sequence) or len(counts) != num_axes or not all(map(_is_count, counts)):
         raise FlatnessError(
-            f"{steps=} must be a whole number of points, two at least, or one for each of {num_axes} axes."
+            f"{steps=} must be a whole number of points, at least two, or a list of {num_axes} such numbers."
         )
     ranges = _ranges(span, num_axes, update)
     if update == "adam" and num_axes == 2 and not ranges[1][0] > 0:
         raise FlatnessError(
-            f"{span=}: with update='adam' the second coordinate is a factor of the second moment, whose root is taken, "
-            "so it must be positive; give a pair for every axis."
+            f"{span=}: with update='adam', the second coordinate multiplies the second moment under a square root, so "
+            "the second coordinate must be positive. Give a pair for every axis."
         )
     return tuple(_spaced(low, high, count) for (low, high), count in zip(ranges, counts, strict=True))
 

@@ -88,7 +88,7 @@ def completed(
 
 
 def _announcement(result: LandscapeResult, number: int, say: Say | None) -> Announcement:
-    """Return the announcement of the ``number`` of points to compute, and of the passes that each of them needs."""
+    """Return the announcement of the ``number`` of points to compute, and of the passes that each point needs."""
     passes = "two passes" if result.batch_norm == "recomputed" else "a pass"
     samples = number_of(result.num_samples, "sample")
     parts = f"{number_of(number, 'point')}, each {passes} over {samples}"

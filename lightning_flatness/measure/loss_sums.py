@@ -57,13 +57,13 @@ class Origin:
     chunk: int  # number of points to compute at once
 
     def check(self, loss: float) -> None:
-        """Raise an error if ``loss`` is not the sum of the first pass, on this rank and at the model's own weights."""
+        """Raise an error if ``loss`` differs from the sum of the losses in this rank's first pass."""
         first = self.own.loss
         if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self.own.normalizer:
             raise BatchError(
                 f"The mean loss of the model is {self.own.mean:.6g} in one pass over the batches and "
-                f"{loss / self.own.normalizer:.6g} in another: random augmentation, or noise in the forward. Give "
-                "list(loader), and switch the noise off."
+                f"{loss / self.own.normalizer:.6g} in another. The cause may be random augmentation, or noise in the "
+                "forward pass. Give list(loader), and switch the noise off."
             )
 
 
@@ -73,8 +73,8 @@ class RepeatedBatches:
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, sync: bool) -> None:
         if isinstance(batches, Iterator):
             raise FlatnessError(
-                f"batches is a {type(batches).__name__}; it must be read many times, so give a "
-                "list of (inputs, targets) or a DataLoader."
+                f"batches is a {type(batches).__name__}, which can be read only once, but every point needs a pass "
+                "over the batches: give a list of (inputs, targets) or a DataLoader."
             )
         batches = as_batches(batches)
         self._model, self._batches, self._loss = model, batches, loss
@@ -115,7 +115,7 @@ class RepeatedBatches:
         total = sum((sums for sums, _ in ranks), LossSums())
         if not total.normalizer > 0:
             raise BatchError(
-                "No sample counts, so there is no loss. Is the data set empty, or are all targets ignored?"
+                "No samples are left, so there is no loss. Is the data set empty, or are all targets ignored?"
             )
         return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
@@ -144,8 +144,8 @@ class RepeatedBatches:
                 samples += len(targets)
         if samples != origin.num_samples:
             raise BatchError(
-                f"A pass over the batches has {samples} samples, and the first one had {origin.num_samples}; give a "
-                "list or a DataLoader that is the same every time."
+                f"A pass over the batches has {samples} samples, but the first pass had {origin.num_samples}. Give a "
+                "list, or a DataLoader that yields the same samples every time."
             )
         return sums
 
@@ -187,5 +187,8 @@ def _worthwhile_chunk(points: Points, inputs: Any) -> int:
 
 
 def _num_correct(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Return how many ``counted`` samples have their largest logit at their class: ``(...)`` from ``(..., N, K)``."""
+    """Return how many of the ``counted`` samples have their largest logit at their class.
+
+    The result of ``logits`` ``(..., N, K)`` has shape ``(...)``.
+    """
     return ((logits.argmax(-1) == targets) & counted).double().sum(-1)

@@ -15,7 +15,7 @@ from lightning_flatness.model.hessian import LossCurvature
 
 
 class MeanHessian:
-    """The Hessian (or Gauss-Newton matrix) of the mean loss, as a function from a vector ``(D,)`` to its product.
+    """The Hessian (or Gauss-Newton matrix) of the mean loss, as a function that multiplies it by a vector ``(D,)``.
 
     Every product reads all batches, with the same random numbers. With ``sync``, the loss is the mean over the batches
     of all ranks, and a product is a collective: call it on every rank. ``loss`` is the mean loss over the
@@ -25,8 +25,8 @@ class MeanHessian:
     def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any], sync: bool) -> None:
         if isinstance(batches, Iterator):
             raise BatchError(
-                f"The batches are a {type(batches).__name__}, which can be read only once, and every product with the "
-                "Hessian reads them all. Give a DataLoader, or list(batches)."
+                f"The batches are a {type(batches).__name__}, which can be read only once, but every product with the "
+                "Hessian reads all batches. Give a DataLoader, or list(batches)."
             )
         self._model, self._curvature, self._batches, self._sync = model, curvature, batches, sync
         self.num_products = 0
@@ -50,16 +50,17 @@ class MeanHessian:
         if abs(loss - self._sum) > rounding * max(abs(self._sum), abs(loss)):
             raise BatchError(
                 f"The mean loss over all batches is {loss / self._normalizer:.9g} in one pass and {self.loss:.9g} in "
-                "another, so the Hessian is not unique: random augmentation, a loader with a generator of its own and "
-                "drop_last, or noise in the forward. Give list(loader), and switch the noise off."
+                "another, so the Hessian is not unique. The cause may be random augmentation, noise in the forward "
+                "pass, or a loader that has drop_last and a generator of its own. Give list(loader), and switch the "
+                "noise off."
             )
         mean: Tensor = sums[3:] / self._normalizer
         return mean.to(vector)
 
     def _pass(self, vector: Tensor | None) -> Tensor:
-        """Return sums over all batches (with ``sync``, of all ranks): ``[loss, normalizer, samples, product...]``.
+        """Return the sums ``[loss, normalizer, samples, product...]`` over all batches, in float64.
 
-        The product with ``vector`` is left out if ``vector`` is None. The sums are float64.
+        With ``sync``, the batches of all ranks are summed. If ``vector`` is None, the sums have no product.
         """
         error: Exception | None = None
         size = 0 if vector is None else self._curvature.size

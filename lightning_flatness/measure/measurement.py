@@ -35,9 +35,9 @@ class Measurement:
     """One measurement in progress: an observer of the model, and the sums over samples for every layer.
 
     The normalised measure needs the standard deviations ("spread") of every layer's input channels before the first
-    sample is measured. They come from the first samples of the measured set, over all ranks. So the measurement keeps
-    ("holds") these samples until it has seen all of them, and measures them only then: see :meth:`take_spread`. With
-    ``sync``, all ranks make one report together.
+    sample is measured. The spread comes from the first samples of the measured set, over all ranks. So the measurement
+    keeps ("holds") these samples until it has seen all of them, and measures them only then: see :meth:`take_spread`.
+    With ``sync``, all ranks make one report together.
     """
 
     def __init__(self, model: nn.Module, *, sync: bool = False, per_sample: bool = False, **options: Any) -> None:
@@ -55,12 +55,12 @@ class Measurement:
 
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
-        """Descriptions of how each layer is measured, by layer name; empty before the first batch."""
+        """Mapping from layer names to descriptions of how the layers are measured; empty before the first batch."""
         return self._observer.layers
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        """Reasons why layers cannot be measured, by layer name, for ``layers="all"``."""
+        """With ``layers="all"``, mapping from names of layers to the reasons why they cannot be measured."""
         return self._observer.left_out
 
     def update(
@@ -94,11 +94,11 @@ class Measurement:
     def _hold_first(
         self, inputs: Any, targets: Tensor | None, positions: Tensor, advance: Callable[[float], None] | None
     ) -> tuple[int, Mapping[str, ChannelSums]]:
-        """Certify the first samples of the measured set that are in a batch, and hold those that need no second pass.
+        """Certify a batch's samples that are among the first of the measured set; hold them if none must run again.
 
         Returns:
-            The number of samples that are held. If some must run again, that is zero, and the sums over the input
-            channels of all of them are returned, too.
+            The number of samples that are held, and an empty mapping. If a sample must run again, zero and the sums of
+            these samples over the input channels.
         """
         among_first = (positions < FIRST_SAMPLES).nonzero()
         if not len(among_first):
@@ -121,32 +121,32 @@ class Measurement:
         def measured() -> dict[str, LayerSums]:
             if not all(map(torch.equal, before, self._weights())):
                 raise BatchError(
-                    "The weights have changed while the first samples waited for each other (weight averaging that "
-                    "ends before the validation of a loader without a length?). Give the loader a length, or "
-                    "measures= without 'normalized_relative_flatness'."
+                    "The weights have changed before the first samples could be measured. One cause is weight "
+                    "averaging that ends before the validation does, if the loader has no length. Give the loader a "
+                    "length, or leave 'normalized_relative_flatness' out of measures=."
                 )
             return measure()
 
         return measured
 
     def _weights(self) -> list[Tensor]:
-        """Return copies of some entries of every parameter; buffers are left out, as a forward pass may change them."""
+        """Return copies of some entries of every parameter, but not of buffers, which a forward pass may change."""
         tensors = [parameter.detach().flatten() for parameter in self._model.parameters()]
         return [tensor[:: max(1, len(tensor) // 64)].clone() for tensor in tensors]
 
     @property
     def waits(self) -> bool:
-        """Whether the spread of the input channels is not known yet, so that samples have to wait for it."""
+        """Whether samples have to wait. They wait until the spread of the input channels is known."""
         return self._deviations is None
 
     def settle_when_due(self) -> None:
-        """Measure the held samples, if this rank has seen all its first samples, from which the spread is computed."""
+        """Measure the held samples if this rank has seen all its samples from which the spread is computed."""
         if self._deviations is None and any(self._is_last(held.positions) for held in self._held):
             self.take_spread()
             self.measure_held()
 
     def _is_last(self, positions: Tensor) -> bool:
-        """Return whether this rank has seen all its first samples once it has seen the ones at ``positions``."""
+        """Return whether this rank has no more of the first samples after those at ``positions``."""
         return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
 
     def take_spread(self) -> None:
@@ -166,11 +166,11 @@ class Measurement:
             self._add(some.measure(), some.positions)
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch where the mask, ``(N,)``, is true, as ``FlatnessObserver.chosen`` does."""
+        """Return the samples of a batch for which ``mask``, ``(N,)``, is true, as ``FlatnessObserver.chosen`` does."""
         return self._observer.chosen(inputs, targets, mask)
 
     def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
-        """Certify the layers: check their numbers against autograd on a batch, without adding it to the measurement.
+        """Certify the layers: check their numbers against autograd on a batch, without adding the batch.
 
         If ``live`` and the model runs in half precision, also find out whether its forward passes can be observed.
         """
@@ -190,7 +190,7 @@ class Measurement:
     def update_observed(
         self, listener: Listener, targets: Tensor | None = None, positions: Tensor | None = None
     ) -> None:
-        """Add a batch whose forward pass, made by the user, was observed by ``listener``.
+        """Add a batch whose forward pass the user ran and ``listener`` observed.
 
         If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the batch may have
         to wait for the spread of the channels.
@@ -209,12 +209,12 @@ class Measurement:
     def repeats(self) -> bool:
         """Whether batches whose forward pass was not observed must be added by :meth:`update_repeated`.
 
-        This is so for a compiled model, and in half precision, because all samples must be measured in one precision.
+        True for a compiled model. Also true in half precision, because all samples must be measured in one precision.
         """
         return self._observer.repeats
 
     def update_repeated(self, inputs: Any, targets: Tensor | None = None, positions: Tensor | None = None) -> None:
-        """Add one batch by a forward pass of our own that runs like the user's passes, and is observed like them.
+        """Run the model on one batch in the same way as the user does, observe this forward pass, and add the batch.
 
         If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the batch may have
         to wait for the spread of the channels.
@@ -228,7 +228,7 @@ class Measurement:
     def _hold(
         self, channels: Mapping[str, ChannelSums], positions: Tensor, measure: Callable[[], dict[str, LayerSums]]
     ) -> None:
-        """Hold some samples until the spread of the channels is known, and then call ``measure``."""
+        """Hold some samples. ``measure`` will be called when the spread of the channels is known."""
         self._held.append(Held(channels, positions, self._unless_changed(measure)))
 
     def _hold_forms(self, forms: ClosedForms, positions: Tensor | None) -> None:
@@ -248,7 +248,7 @@ class Measurement:
         return own * num_ranks(self._sync) + own_rank(self._sync)
 
     def _add(self, sums: dict[str, LayerSums], positions: Tensor | None) -> None:
-        """Add the sums of one batch, by layer; raise an error if its layers are not those of the batches before."""
+        """Add the sums of every layer over one batch. Raise an error if the batches before had other layers."""
         different = sorted(sums.keys() ^ self._sums.keys())
         if sums and self._sums and different:
             raise BatchError(
@@ -263,7 +263,7 @@ class Measurement:
         self._sums = self._sums | added(self._sums, {name: sums[name].without_samples() for name in sums})
 
     def _metric(self, info: LayerInfo) -> FlatnessMetric:
-        """Return a metric with the sums of one layer on this rank; the sums are zero without samples."""
+        """Return a metric with the sums of one layer on this rank; the sums are zero if the rank has no samples."""
         # The metric is created at the end, so that only the sums take memory while the model runs. It is on the model's
         # device, because a backend such as NCCL works only with tensors on its own kind of device.
         tensor = next(iter(self._model.parameters()), None)
@@ -278,7 +278,7 @@ class Measurement:
     def report(self) -> FlatnessReport:
         """Return the flatness over all batches so far; with ``sync``, over the batches of all ranks.
 
-        With ``sync``, call it on every rank, also on a rank without batches. If a layer's numbers are not exact on one
+        With ``sync``, call this on every rank, even on one without batches. If a layer's numbers are not exact on one
         rank, the reports of all ranks say so, with the reason. Raises a :class:`BatchError` if no rank has samples, or
         if ranks measured different layers.
         """
@@ -295,7 +295,7 @@ class Measurement:
                 raise BatchError(
                     f"Layer '{different[0]}' is measured on some ranks and not on others"
                     + (f" ({reasons[different[0]]})" if different[0] in reasons else "")
-                    + ", since their first batches differ. Name the layers with layers=."
+                    + ", since the ranks' first batches differ. Name the layers with layers=."
                 )
         infos = {name: merged([layers[name] for layers, _ in found]) for name in found[0][0]}
         samples = self._values.gathered(self._sync)

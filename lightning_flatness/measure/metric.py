@@ -95,13 +95,13 @@ class FlatnessMetric(Metric):
                 default the number of samples.
             variances: variances ``(6,)`` of the measures, if ``block_traces`` is an estimate.
             extra: normalised and channel-wise flatness, ``(2,)``, summed over the batch's samples; NaN if not measured.
-            groups: sums ``(32, 5)`` for the 32 groups of samples from which standard errors are computed: in each row
-                the sum of the samples' weights, and the sums of the four per-sample measures.
+            groups: sums ``(32, 5)``, with a row for each of the 32 groups of samples from which standard errors are
+                computed. A row has the sum of the samples' weights, and the sums of the four per-sample measures.
         """
         if self.block_traces.dtype != torch.float64:
             raise BatchError(
-                f"FlatnessMetric was cast to {self.block_traces.dtype}; sums over many batches need float64. Keep it "
-                "off the modules that are cast, and move it with .to(device) only."
+                f"FlatnessMetric was cast to {self.block_traces.dtype}, but sums over many batches need float64. Keep "
+                "the metric out of modules that are cast, and move the metric only with .to(device)."
             )
         for name, value in (("block_traces", block_traces), ("weight_gram", weight_gram)):
             if value.shape != self.block_traces.shape or value.dtype != torch.float64:
@@ -109,7 +109,8 @@ class FlatnessMetric(Metric):
                     f"FlatnessMetric.update: {name} is {value.dtype} {tuple(value.shape)}, expected float64 "
                     f"{tuple(self.block_traces.shape)}."
                 )
-        # Not in place: a tensor made in inference mode cannot be changed outside it, and other code may use the tensor.
+        # Not in place: a tensor made in inference mode cannot be changed outside inference mode. Other code may use the
+        # tensor, too.
         self.block_traces = self.block_traces + block_traces.to(self.block_traces)
         self.weight_gram = torch.add(self.weight_gram, weight_gram.to(self.weight_gram), alpha=num_samples)
         self.num_samples = self.num_samples + num_samples
@@ -158,11 +159,11 @@ class FlatnessMetric(Metric):
         return ax.figure, ax
 
     def standard_errors(self) -> dict[str, float]:
-        """Return the standard errors of estimated measures, by name; zero for a measure that is not an estimate."""
+        """Return a mapping from measures to standard errors; zero for a measure that is not an estimate."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
         return dict(zip(ALL_MEASURES, errors, strict=True))
 
     def sampling_errors(self) -> dict[str, float]:
-        """Return the measures' standard errors over samples, by name; NaN if ``update`` got no ``groups``."""
+        """Return a mapping from measures to their standard errors over samples; NaN if ``update`` got no ``groups``."""
         errors = sampling_errors(self.groups[:, 1:], self.groups[:, 0]).tolist()
         return dict(zip(SAMPLE_MEASURES, errors, strict=True))

@@ -1,4 +1,4 @@
-"""Look at the depth and the BatchNorm layers of networks for reasons against comparing them."""
+"""Find reasons against comparing networks in their depths and in their BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def network_cautions(
 ) -> list[Caution]:
     """Return cautions about the depth of the networks and about BatchNorm.
 
-    ``networks`` holds only the models that were given as modules, and not as reports. ``apart`` has the distance
-    between the running statistics and the statistics of the data, by model.
+    ``networks`` holds only the models that were given as modules, and not as reports. ``apart`` maps each model to the
+    distance between its running statistics and the statistics of the data.
     """
     counted = {name: row for name, row in rows.items() if row.depth}
     return [*_of_depth(counted), *_of_batch_norm(counted), *_of_misfit(apart), *_of_statistics(networks)]
@@ -35,7 +35,7 @@ def _of_depth(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     numbers = named(f"{name} {row.depth}" for name, row in rows.items())
     sentence = (
         f"Networks have different numbers of convolutions and linear layers ({numbers}). Depth changes flatness more "
-        "than it changes what flatness is to tell: compare networks of one depth."
+        "than it changes what flatness is used to predict: compare networks of equal depth."
     )
     return [Caution("depth", sentence, tuple(rows))]
 
@@ -46,8 +46,8 @@ def _of_batch_norm(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     without = tuple(name for name, row in rows.items() if not row.batch_norms)
     if 0 < len(without) < len(rows):
         sentence = (
-            f"Only some networks have BatchNorm ({named(without)} without). It changes the scale of features and "
-            "weights, and flatness with it: compare networks that all have it, or none."
+            f"Only some networks have BatchNorm ({named(without)} without). BatchNorm changes the scale of features "
+            "and weights, and this changes flatness: compare networks that all have BatchNorm, or networks without it."
         )
         found.append(Caution("batch_norm", sentence, without, "only some networks have BatchNorm"))
     fresh = tuple(name for name, row in rows.items() if row.fresh_batch_norms)
@@ -70,8 +70,8 @@ def _of_misfit(apart: Mapping[str, float]) -> list[Caution]:
     if not misfits:
         return []
     sentence = (
-        f"Running statistics of BatchNorm do not fit the data in {named(misfits)}, and do in other networks. So the "
-        "network is not the one that was trained; after averaging weights, update the statistics "
+        f"Running statistics of BatchNorm do not fit the data in {named(misfits)}, but they do in other networks. So "
+        "the network is not the one that was trained; after averaging weights, update the statistics "
         "(torch.optim.swa_utils.update_bn)."
     )
     words = f"statistics of BatchNorm do not fit the data in {named(misfits)}"
@@ -103,7 +103,7 @@ def _differ_in_statistics(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the running means and variances of a network by name."""
+    """Return a mapping from names of buffers to the running means and variances of a network."""
     return {name: buffer for name, buffer in network.named_buffers() if name.endswith(("running_mean", "running_var"))}
 
 

@@ -37,7 +37,10 @@ def gather(value: Value, sync: bool) -> list[Value]:
 
 
 def failed_ranks(error: Exception | str | None, sync: bool) -> dict[int, str]:
-    """Return the error messages of failed ranks, by rank; ``error`` is this rank's error or its message, or None."""
+    """Return a mapping from failed ranks to their error messages.
+
+    ``error`` is the error of this rank or its message, or None.
+    """
     messages = gather(in_one_line(error) if isinstance(error, Exception) else error, sync)
     return {rank: message for rank, message in enumerate(messages) if message is not None}
 
@@ -71,5 +74,5 @@ def sum_over_ranks(tensor: Tensor, error: Exception | None, sync: bool) -> Tenso
 
 
 def _together(sync: bool) -> bool:
-    """Return whether functions communicate: with ``sync``, and if there is a process group."""
+    """Return whether functions communicate, which needs both ``sync`` and a process group."""
     return sync and distributed.is_available() and distributed.is_initialized()

@@ -26,16 +26,16 @@ FIRST_SAMPLES = 128
 class Held:
     """A batch that waits for the standard deviations of the input channels before it is measured."""
 
-    channels: Mapping[str, ChannelSums]  # sums over every input channel for each sample, by layer
+    channels: Mapping[str, ChannelSums]  # for each layer, the sums of every sample over each input channel
     positions: Tensor  # indices of the samples in the measured set
     measure: Callable[[], dict[str, LayerSums]]
 
 
 def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
-    """Return the standard deviation of every input channel over the first ``FIRST_SAMPLES`` samples, by layer.
+    """Return a mapping from layers to the standard deviations of their input channels over the first samples.
 
-    With ``sync`` the samples of all ranks count, and this is a collective, which every rank calls once in a
-    measurement.
+    The first samples have positions below ``FIRST_SAMPLES``. With ``sync``, those of all ranks count, and this function
+    is a collective, which every rank calls once in a measurement.
     """
     totals: dict[str, list[ChannelSums]] = {}
     for some in held:
@@ -64,10 +64,10 @@ class SampleValues:
     """
 
     def __init__(self, keeps_all: bool = False) -> None:
-        self.groups: dict[str, Tensor] = {}  # (32, 5) by layer: sums of the weights and of the SAMPLE_MEASURES
+        self.groups: dict[str, Tensor] = {}  # for each layer, (32, 5) sums of the weights and of the SAMPLE_MEASURES
         self.outcomes = torch.zeros(GROUPS, len(OUTCOMES), dtype=torch.float64, device="cpu")
         self._keeps_all = keeps_all
-        self._kept: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []  # positions, outcomes, values by layer
+        self._kept: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []  # positions, outcomes, values of each layer
 
     def add(self, sums: Mapping[str, LayerSums], positions: Tensor, keeps: set[str]) -> None:
         """Add the samples of a batch, and keep each sample's relative flatness for the layers in ``keeps``."""
@@ -126,10 +126,10 @@ class OfRank(NamedTuple):
     """The sums over groups of samples, and the values of single samples, that one rank has kept."""
 
     sums: Tensor  # (32, 6), sums of OUTCOMES
-    groups: dict[str, Tensor]  # (32, 5) by layer: sums of the weights and of the SAMPLE_MEASURES
+    groups: dict[str, Tensor]  # for each layer, (32, 5) sums of the weights and of the SAMPLE_MEASURES
     positions: Tensor  # (N,), indices of this rank's samples in the measured set
     outcomes: Tensor  # (N, 6), OUTCOMES of every sample; (0, 6) if they are not kept
-    values: dict[str, Tensor]  # by layer: SAMPLE_MEASURES of every sample (N, 4), or relative flatness alone (N, 1)
+    values: dict[str, Tensor]  # for each layer, SAMPLE_MEASURES of every sample (N, 4), or relative flatness (N, 1)
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ class Samples:
     """Sums over groups of samples, and values of single samples in the order of the measured set, from all ranks."""
 
     outcomes: Tensor  # (32, 6), sums of OUTCOMES
-    groups: Mapping[str, Tensor]  # (32, 5) by layer: sums of the weights and of the SAMPLE_MEASURES
+    groups: Mapping[str, Tensor]  # for each layer, (32, 5) sums of the weights and of the SAMPLE_MEASURES
     of_samples: Tensor | None  # (N, 6), OUTCOMES of every sample; None unless all values are kept
-    of_layers: Mapping[str, Tensor]  # by layer: SAMPLE_MEASURES of every sample (N, 4), or relative flatness (N, 1)
+    of_layers: Mapping[str, Tensor]  # for each layer, (N, 4) or (N, 1), as in OfRank.values
 
     def network(self) -> tuple[float, float, float]:
         """Return mean loss, accuracy and curvature (the mean trace of the loss's second derivative at the logits)."""
@@ -151,9 +151,9 @@ class Samples:
         )
 
     def network_errors(self) -> dict[str, float]:
-        """Return standard errors over samples by name.
+        """Return a mapping from names to standard errors over samples.
 
-        They are the errors of loss, accuracy and curvature, and of the sum of each measure over all layers.
+        The names are ``"loss"``, ``"accuracy"``, ``"curvature"``, and those of the measures, summed over all layers.
         """
         weights = self.outcomes[:, WEIGHT]
         of_loss = sampling_errors(self.outcomes[:, [LOSS, CURVATURE]], weights)
@@ -164,14 +164,14 @@ class Samples:
         return {name: float(error) for name, error in errors.items()} | _named(of_sums)
 
     def layer_errors(self, name: str) -> dict[str, float]:
-        """Return the standard errors over samples of a layer's measures, by name; NaN for an unknown error."""
+        """Return a mapping from a layer's measures to their standard errors over samples; NaN for an unknown error."""
         groups = self.groups[name]
         return _named(sampling_errors(groups[:, 1:], groups[:, 0]))
 
     def largest_tenth(self, name: str) -> float:
-        """Return the share of a layer's relative flatness in the tenth of the samples with the largest values.
+        """Return the share of a layer's relative flatness that comes from the largest tenth of the per-sample values.
 
-        NaN if the values of single samples are not known.
+        The share is NaN if the values of single samples are not known.
         """
         values = self.of_layers.get(name)
         if values is None:
@@ -186,7 +186,7 @@ class Samples:
         return int((self.outcomes[:, WEIGHT] > 0).sum())
 
     def values_of_layer(self, name: str) -> dict[str, Tensor]:
-        """Return a layer's measures for every sample, ``(N,)`` each, by name; empty unless all values are kept."""
+        """Return a mapping from a layer's measures to their values ``(N,)``; empty unless all values are kept."""
         if self.of_samples is None:
             return {}
         weighted = self.of_layers[name] / self.of_samples[:, WEIGHT, None]
@@ -194,9 +194,9 @@ class Samples:
         return {measure: of_samples for measure, of_samples in values.items() if not bool(of_samples.isnan().all())}
 
     def values_of_network(self) -> dict[str, Tensor]:
-        """Return loss, curvature, prediction, correctness and weight of every sample, ``(N,)`` each, by name.
+        """Return a dict with loss, curvature, prediction, correctness and weight of every sample, ``(N,)`` each.
 
-        The mapping is empty unless all values are kept.
+        The dict is empty unless all values are kept.
         """
         if self.of_samples is None:
             return {}
@@ -211,5 +211,5 @@ class Samples:
 
 
 def _named(errors: Tensor) -> dict[str, float]:
-    """Return errors ``(4,)`` by the names of ``SAMPLE_MEASURES``."""
+    """Return a dict that maps each name in ``SAMPLE_MEASURES`` to its entry of ``errors``, ``(4,)``."""
     return dict(zip(SAMPLE_MEASURES, errors.tolist(), strict=True))

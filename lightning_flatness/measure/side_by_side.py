@@ -28,9 +28,9 @@ def measured_together(
     progress: bool | None,
     options: Mapping[str, Any],
 ) -> dict[str, FlatnessReport]:
-    """Measure models on the same batches, which are read once; return reports with per-sample values, by model.
+    """Measure models on the same batches, and return a mapping from models to reports with per-sample values.
 
-    ``data`` describes the batches in the reports. Errors name the model.
+    The batches are read once. ``data`` describes them in the reports. Errors name the model.
     """
     options = {"per_sample": True, **options}
     measurements = {name: Measurement(model, **options) for name, model in models.items()}

@@ -56,7 +56,7 @@ class SpectrumOptions(MeasuringOptions):
         check_positive("exponent", self.exponent)
         check_positive("tolerance", self.tolerance, or_none=True)
         if not self.top_k and not self.num_probes:
-            raise FlatnessError("top_k=0 and num_probes=0: neither eigenvalues nor a density. Raise one of them.")
+            raise FlatnessError("top_k=0 and num_probes=0 leave nothing to compute. Increase one of the two numbers.")
 
 
 def hessian_spectrum(
@@ -85,9 +85,10 @@ def hessian_spectrum(
     The model is measured in evaluation mode and stays as it was. Every product of the Hessian with a vector is a pass
     over all batches, in which every sample has the same weight. The density needs ``num_probes * num_steps`` products,
     the eigenvalues at most ``max_products + top_k``. Unless a progress bar is shown, Python's logger
-    ``lightning_flatness`` gets two messages: before the first product, the number of products; after it, an estimate of
-    the time. An estimate of more than a minute is a warning. Memory holds ``max(num_steps, 2 top_k + 20) + top_k``
-    vectors, each as long as all parameters together, in the model's dtype; it does not grow with batches or probes.
+    ``lightning_flatness`` gets two messages. The first one states the number of products. The second one, after the
+    first product, estimates the time; it is a warning if the estimate is more than a minute. Memory holds
+    ``max(num_steps, 2 top_k + 20) + top_k`` vectors in the model's dtype, each with an entry for every parameter. It
+    does not grow with batches or probes.
 
     Args:
         model: any module that returns logits ``(N, K)``.
@@ -263,9 +264,9 @@ def _certify_symmetric(found: Quadrature | Eigenpairs, rounding: float) -> None:
     """Raise an error if the products with vectors show that the matrix is not symmetric, as a Hessian must be."""
     if found.asymmetry > 10 * math.sqrt(rounding):
         raise LayerSelectionError(
-            f"Products with the Hessian are not symmetric (by {found.asymmetry:.0e}, relative), so they are not "
-            "the Hessian's: torch's parametrizations.weight_norm, an autograd.Function whose backward is not its "
-            "derivative, or noise in the forward? Do without it, or choose params= behind it."
+            f"Products with the Hessian are not symmetric (relative difference {found.asymmetry:.0e}), so they are "
+            "wrong. The cause may be torch's parametrizations.weight_norm, an autograd.Function whose backward is not "
+            "its derivative, or noise in the forward pass. Remove the cause, or choose params= of later layers only."
         )
 
 

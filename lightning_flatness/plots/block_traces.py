@@ -20,7 +20,7 @@ CLIPPED = 0.99  # quantile of |T| at which the colour scale ends
 def plot_block_traces(
     layer: LayerFlatness, *, sort: bool = True, data: str | None = None, ax: Any = None
 ) -> tuple[Any, Any]:
-    """Draw the block traces of a layer as a heat map: light if positive, dark if negative.
+    """Draw the block traces of a layer as a heat map. Positive entries are light, negative entries are dark.
 
     The entry ``T[s, s']`` is the trace of the Hessian's block of the filters ``s`` and ``s'``, in loss per squared
     weight. The colour scale ends at the 99th percentile of ``|T|``, so that a few large entries do not hide the rest;
@@ -36,7 +36,7 @@ def plot_block_traces(
     """
     if layer.block_traces.ndim != 3:
         raise FlatnessError(
-            f"Layer '{layer.info.name}' has only the diagonal of its block traces; measure 'relative_flatness' too."
+            f"Layer '{layer.info.name}' has only the diagonal of block traces. Add 'relative_flatness' to measures=."
         )
     figure, ax = axes_or_new(ax, 5.8, 5.0)
     traces = layer.block_traces
@@ -79,7 +79,7 @@ def _largest(entries: Tensor) -> str:
 def _by_interaction(block: Tensor) -> Tensor:
     """Return indices that sort filters by their angle in the plane of the two leading eigenvectors.
 
-    They are the eigenvectors of the block traces after these were scaled to a unit diagonal.
+    The eigenvectors are those of the block traces, scaled to a unit diagonal.
     """
     if len(block) < 3:
         return torch.arange(len(block), device="cpu")

@@ -22,7 +22,7 @@ TITLE_SIZE, LEGEND_SIZE = 9, 8
 
 
 def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """Return ``ax`` with its figure; if ``ax`` is None, a new figure of this size in inches with its axes."""
+    """Return ``ax.figure`` and ``ax``. If ``ax`` is None, make a new figure of this size in inches with new axes."""
     if ax is not None:
         return ax.figure, ax
     try:
@@ -66,7 +66,7 @@ def set_heading(ax: Any, *lines: str) -> None:
 
 
 def overlays(ax: Any, kind: str) -> list[Any]:
-    """Return the curves of this kind in the axes, in drawing order (:func:`set_joint_heading` marks the kind)."""
+    """Return the curves of this kind in the axes, in drawing order. :func:`set_joint_heading` marks their kind."""
     return [line for line in ax.lines if (line.get_gid() or "").partition("\n")[0] == kind]
 
 
@@ -142,8 +142,8 @@ def label_logarithm(axis: Any) -> None:
 def round_numbers(low: float, high: float) -> list[float]:
     """Return at most eight round numbers between two positive bounds.
 
-    They are 1, 2 and 5 times the powers of ten, or powers of ten only, if there would be more than eleven. If more than
-    eight numbers remain, only every second, third, ... number is returned.
+    They are 1, 2 and 5 times the powers of ten. If there are more than eleven of these numbers, only the powers of
+    ten are used. If more than eight numbers remain, only every second, third, ... number is returned.
 
     Example:
         >>> round_numbers(0.3, 12.0)

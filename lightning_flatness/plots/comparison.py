@@ -1,4 +1,4 @@
-"""Draw a comparison of models, and define the helpers that ``gap.py`` uses, too."""
+"""Draw a comparison of models. The helpers in this module also serve ``gap.py``."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def is_logarithmic(values: Sequence[float]) -> bool:
 
 
 def subject_of_models(comparison: Comparison) -> str:
-    """Return a line for the title: the number of models, layers, samples, and whether the numbers are exact."""
+    """Return a line for the title with the number of models, the layers, the samples and the exactness."""
     rows = list(comparison.models.values())
     layers = " / ".join(dict.fromkeys(", ".join(row.layers[:3]) + ", ..." * (len(row.layers) > 3) for row in rows))
     samples = " / ".join(dict.fromkeys(samples_of(row.num_samples, row.data) for row in rows))

@@ -1,4 +1,4 @@
-"""Draw the loss on a plane as contours: one plane, several planes in the same axes, or two planes side by side."""
+"""Draw the loss on planes as contours. Several planes can be drawn into the same axes, and two planes side by side."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plot_contour(
             :func:`~lightning_flatness.pca_directions`. They are drawn as a line; parts outside the plane are not shown.
         levels: losses at which contours are drawn, ascending. By default they are evenly spaced, in the logarithm of
             the loss if the losses are positive and span more than a factor of ten. To compare planes, give all of them
-            the same levels, such as :func:`shared_levels`.
+            the same levels, such as those of :func:`shared_levels`.
         label: name of the plane, for the title, or for the legend if ``color`` is given.
         color: draw lines of equal loss in this colour instead of filled contours, with the losses written on the
             lines. To compare planes, draw them into the same ``ax``, each with its own ``color`` and ``label``.
@@ -231,8 +231,9 @@ def plot_kept_and_recomputed(
     Lines are drawn into the same axes. Planes are drawn side by side with the same colour scale.
 
     Args:
-        kept: a landscape with ``batch_norm="kept"``: the statistics of the model at all points.
-        recomputed: a landscape at the same points with ``batch_norm="recomputed"``: new statistics at every point.
+        kept: a landscape with ``batch_norm="kept"``, which uses the model's statistics at all points.
+        recomputed: a landscape at the same points with ``batch_norm="recomputed"``, which uses new statistics at every
+            point.
         cap: draw losses above ``cap`` as if they were ``cap``.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
 
@@ -245,8 +246,8 @@ def plot_kept_and_recomputed(
     )
     if [result.batch_norm for result in pair] != ["kept", "recomputed"] or not same_points:
         raise FlatnessError(
-            "Give a landscape with batch_norm='kept' and one with 'recomputed', in this order, at the same points; "
-            f"these are '{kept.batch_norm}' and '{recomputed.batch_norm}'."
+            "Give a landscape with batch_norm='kept' and one with 'recomputed', in this order, at the same points. "
+            f"The given ones have '{kept.batch_norm}' and '{recomputed.batch_norm}'."
         )
     if len(kept.axes) == 1:
         figure, ax = axes_or_new(None, 6.0, 3.8)

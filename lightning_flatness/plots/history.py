@@ -1,4 +1,4 @@
-"""Draw flatness over the epochs: summed over all measured layers, or one curve for each layer."""
+"""Draw flatness over the epochs, as a sum over all measured layers, or as one curve for each layer."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _mark(
 def _heading(
     measure: str, subject: str, history: Sequence[Record], report: FlatnessReport | None, data: str | None
 ) -> tuple[str, str]:
-    """Return two lines for the title: measure and layers; then samples and whether the numbers are exact."""
+    """Return two lines for the title. The first names measure and layers, the second samples and exactness."""
     name = NAMES[measure][0].upper() + NAMES[measure][1:]
     if report is not None:
         where = samples_of(report.num_samples, data or report.data)

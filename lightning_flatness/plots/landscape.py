@@ -13,7 +13,7 @@ from lightning_flatness.plots.words import samples_of
 from lightning_flatness.results import LandscapeResult
 
 COLOURS = "viridis"
-# Style of points without a loss, by the reason why they have none.
+# The style of points without a loss, for each reason why they have none.
 GAPS: dict[str, dict[str, Any]] = {
     "not finite": {"facecolor": "#d9d9d9", "hatch": "///", "edgecolor": "white"},
     "not computed": {"facecolor": "white", "hatch": "...", "edgecolor": "#c4c4c4"},
@@ -40,16 +40,19 @@ def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: fl
 
 
 def gaps(result: LandscapeResult, losses: Tensor) -> dict[str, Tensor]:
-    """Return boolean masks of the points without a loss, by the reason: ``"not finite"`` or ``"not computed"``.
+    """Return a mapping from reasons to boolean masks of the points that have no loss for this reason.
 
-    A reason that does not occur has no mask.
+    The reasons are ``"not finite"`` and ``"not computed"``. A reason that does not occur is left out.
     """
     masks = {"not finite": result.computed & ~losses.isfinite(), "not computed": ~result.computed}
     return {reason: points for reason, points in masks.items() if bool(points.any())}
 
 
 def corner_counts(points: Tensor) -> Tensor:
-    """Count for each grid cell, ``(n - 1, m - 1)``, the corners where the mask ``points``, ``(n, m)``, is true."""
+    """Return the number of true corners of every cell of a grid.
+
+    The mask ``points`` has shape ``(n, m)``, one entry for each grid point. The result has shape ``(n - 1, m - 1)``.
+    """
     edges = points[1:].int() + points[:-1].int()
     return edges[:, 1:] + edges[:, :-1]
 
@@ -92,7 +95,7 @@ def name_axis(axis: Any, text: str) -> None:
 
 
 def heading(result: LandscapeResult, data: str | None, label: str | None = None) -> tuple[str, str, str]:
-    """Return three lines for the title: ``label``; loss and samples; scale of directions and BatchNorm statistics."""
+    """Return three lines for the title: one with ``label``, one on loss and samples, one on scale and BatchNorm."""
     if result.update == "adam":
         scale = "updates of Adam"
     elif result.normalize == "none":

@@ -45,7 +45,7 @@ def plot_layers(
     layers = list(report.layers.values())
     values = [getattr(layer, measure) for layer in layers]
     if layers and all(math.isnan(value) for value in values):
-        raise FlatnessError(f"{measure} was not measured; choose another measure=, or measure it, too.")
+        raise FlatnessError(f"{measure} was not measured; choose another measure=, or add it to measures=.")
     figure, ax = axes_or_new(ax, 7.0, min(1.4 + 0.2 * max(len(layers), 6), HIGHEST))
     positions = list(range(len(layers)))
     known = [value for value in values if not math.isnan(value)]
@@ -94,7 +94,7 @@ def _bars(parts: Sequence[tuple[float, float]]) -> str:
 
 
 def _draw_bars(ax: Any, values: Sequence[float], errors: Sequence[float], lowest: float) -> None:
-    """Draw error bars; if ``lowest`` is positive (logarithmic axis), cut them off there."""
+    """Draw error bars. If the axis is logarithmic, ``lowest`` is positive, and bars are cut off at ``lowest``."""
     if not any(errors):
         return
     below = [

@@ -143,7 +143,7 @@ def _criterion(result: SpectrumResult) -> str:
 
 
 def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
-    """Return three lines for the title: size, loss and samples; trace and criteria; the meaning of their errors."""
+    """Return three lines for the title: one on size, loss and samples, one on trace and criteria, one on errors."""
     trace = f"trace {with_error(result.trace, result.trace_stderr)}"
     criteria = f"{_criterion(result)}, C_t = {with_error(result.c_t, result.spread['c_t'])}"
     errors = "±: standard error of the trace, standard deviation of the criteria over probes"
@@ -224,7 +224,7 @@ def _scale(ax: Any, low: float, high: float, threshold: float) -> None:
 
 
 def _numbers(entry: tuple[float, SpectrumResult] | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return an entry of a history as a record: epoch, eigenvalues, lowest Ritz value, convergence, samples, matrix."""
+    """Return an entry of a history as a record, such as those of ``SpectrumCallback.history``."""
     if isinstance(entry, Mapping):
         return entry
     epoch, result = entry

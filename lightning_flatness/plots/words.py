@@ -75,9 +75,9 @@ def exactness(infos: Collection[LayerInfo]) -> str:
 
 
 def is_exact(flag: float | None) -> bool:
-    """Return whether numbers of a record are drawn as exact, from the record's flag ``exact``.
+    """Return whether a record is drawn as exact, where ``flag`` is its entry ``exact``.
 
-    A record without a flag (None) is drawn as exact, too.
+    If ``flag`` is None, the record has no such entry, and it is drawn as exact.
     """
     return flag is None or bool(flag)
 

@@ -28,8 +28,8 @@ class Difference(Record):
 
     Attributes:
         value: the model's number minus the reference's number.
-        error: standard error of ``value``, which combines the errors over samples and of estimates; NaN if not known,
-            as with too few samples.
+        error: standard error of ``value``, which combines the error over samples with the error of estimates; NaN if
+            not known, as with too few samples.
         ratio: the model's number divided by the reference's number; NaN unless the reference's number is positive.
         ratio_error: standard error of ``ratio``, to first order; NaN if not known.
         is_paired: whether the errors take into account that both models were measured on the same samples.
@@ -74,7 +74,8 @@ class ComparedModel(Record):
         feature_spread: the mean squared norm of the classifier's input, times the variance over classes of the rows of
             the classifier's weight.
         outcome: the number that flatness is expected to predict, as the user gave it, such as a generalization gap.
-        errors: standard errors by name of the number, which combine the errors over samples and of estimates.
+        errors: mapping from names of numbers to standard errors, which combine the error over samples with that of
+            estimates.
         layers: names of the measured layers.
         filters: number of filters of each measured layer.
         features: number of weights per filter, for each measured layer.
@@ -138,10 +139,10 @@ class Comparison(Record):
     and the first model, the reference.
 
     Attributes:
-        models: a row for every model, by name, in the order in which the models were given.
+        models: mapping from names of models to their rows, in the order in which the models were given.
         cautions: reasons why models cannot be compared as they are.
-        covariances: covariances between the errors of the ``M`` models, float64 ``(M, M)``, by name of the number. They
-            are zero between different models unless ``is_paired``.
+        covariances: mapping from names of numbers to the covariances of their errors in the ``M`` models, float64
+            ``(M, M)``. They are zero between different models unless ``is_paired``.
         is_paired: whether all models are known to be measured on the same samples, so that errors of differences take
             the covariances between models into account.
         correlations: rank correlations of each number with the outcome; empty without outcomes.
@@ -176,7 +177,7 @@ class Comparison(Record):
 
     @property
     def differences(self) -> dict[str, dict[str, Difference]]:
-        """Differences between each other model and the first model, by model and by name of the number."""
+        """Differences between each other model and the first model, as ``differences[name][number]``."""
         numbers = ("loss", "accuracy", *MEASURES)
         return {
             name: {number: self.difference(number, name) for number in numbers}
@@ -215,7 +216,7 @@ class Comparison(Record):
         unsure = [name for name, found in others.items() if not found.is_clear]
         if all(not others[name].is_known for name in unsure) and unsure:
             why = "as errors are missing" if self._has_errors else f"with {CAUTIONS[FEW_SAMPLES]}"
-            return f"{lowest} has the lowest normalised flatness. How sure that is, is not known, {why}."
+            return f"{lowest} has the lowest normalised flatness. It is not known how sure this is, {why}."
         if unsure:
             return (
                 f"A tie: {lowest} has the lowest normalised flatness, and {named(unsure)} no more than two standard "
@@ -231,7 +232,7 @@ class Comparison(Record):
 
     @property
     def _has_errors(self) -> bool:
-        """Whether there are enough samples for errors of differences; if not, there is a caution."""
+        """Whether there are enough samples for errors of differences. Too few samples cause a caution."""
         return all(caution.kind != FEW_SAMPLES for caution in self.cautions)
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
@@ -266,7 +267,7 @@ class Comparison(Record):
         return decision_table(self)
 
     def tables(self) -> list[Table]:
-        """Return :meth:`table`, a table of the measures that it leaves out, and one of rank correlations, if any."""
+        """Return :meth:`table`, a table of the other measures and, if there are outcomes, one of rank correlations."""
         correlations = [correlation_table(self.correlations, self.outcome_name)] if self.correlations else []
         return [self.table(), measures_table(self), *correlations]
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
-    """Return the main table: per model the normalised measure, its ratio to the first model, losses and accuracy.
+    """Return the main table, with a row for every model.
 
-    The caption has the verdict and the cautions; ``has_caption=False`` leaves it out.
+    A row has the normalised measure, its ratio to that of the first model, the losses and the accuracy. The caption has
+    the verdict and the cautions; ``has_caption=False`` leaves it out.
     """
     rows = comparison.models
     caption = _caption(comparison) if has_caption else None

@@ -43,7 +43,7 @@ class Saved:
 
         path = Path(path)
         if path.suffix != ".npz":
-            raise FlatnessError(f"Results are written to files .npz, and '{path}' is not one; end the name with .npz.")
+            raise FlatnessError(f"Results are written to .npz files, but '{path}' is not one. End the name with .npz.")
         arrays: dict[str, Any] = {}
         record = {"format": FORMAT, "result": type(self).__name__, "fields": _packed(self, "", arrays)}
         text = json.dumps(record, allow_nan=False)
@@ -71,7 +71,7 @@ class Saved:
                 if text["format"] > FORMAT:
                     raise FlatnessError(
                         f"'{path}' was written by a later version of lightning_flatness (format {text['format']}; this "
-                        f"version reads up to {FORMAT}); update it."
+                        f"version reads up to {FORMAT}). Update lightning_flatness."
                     )
                 if text["result"] != cls.__name__:
                     raise FlatnessError(f"There is a {text['result']} in '{path}', not a {cls.__name__}.")

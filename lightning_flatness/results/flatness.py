@@ -37,8 +37,8 @@ class LayerFlatness(Record):
 
     Attributes:
         block_traces: ``T``, float64 ``(G, S/G, S/G)``, in loss per squared weight; ``T[g, s, s']`` is the trace of the
-            Hessian's block for the filters ``s`` and ``s'`` of group ``g``. If relative flatness was not measured,
-            these are only the diagonals, ``(G, S/G)``.
+            Hessian's block for the filters ``s`` and ``s'`` of group ``g``. If none of relative, normalised and
+            channel-wise flatness was measured, only the diagonals ``(G, S/G)``.
         filter_traces: Hessian trace of every filter, float64 ``(S,)``, in loss per squared weight.
         filter_flatness: ``‖w_s‖² T[s, s]``, float64 ``(S,)``; its sum is ``neuronwise_flatness``.
         hessian_trace: trace of the layer's Hessian, in loss per squared weight.
@@ -47,22 +47,22 @@ class LayerFlatness(Record):
         neuronwise_flatness: ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019), in units of the loss.
         layerwise_flatness: ``‖W‖_F² Tr(H)`` (Petzka et al. 2019), in units of the loss.
         weight_norm: Frobenius norm ``‖W‖_F`` of the kernel.
-        standard_errors: standard errors of estimated measures, by name; zero for a measure that is not estimated.
+        standard_errors: mapping from measures to the standard errors of their estimates; zero without an estimate.
         info: description of how the layer was measured.
         normalized_relative_flatness: relative flatness of the equivalent layer whose input channels all have standard
             deviation one, in units of the loss. Rescaling the input channels, with the inverse change of ``W``, does
-            not change it (``docs/theory.md``, "Invariance"). NaN if not measured; zero if no channel varies.
+            not change this measure (``docs/theory.md``, "Invariance"). NaN if not measured; zero if no channel varies.
         channelwise_flatness: ``sum_c sum_{s, s'} <w_sc, w_s'c> Tr(H_{sc, s'c})`` in units of the loss, where ``c`` is
-            an input channel and ``w_sc`` the part of filter ``s`` on it. Rescaling the input channels does not change
-            it either. NaN unless asked for.
+            an input channel and ``w_sc`` the part of filter ``s`` on this channel. Rescaling the input channels does
+            not change this measure either. NaN unless asked for.
         num_dead_channels: number of input channels that do not vary, which the normalised measure leaves out.
-        sampling_errors: standard errors over samples, by measure: the typical distance between the measure and its
-            value on a large data set from the same distribution. NaN if not known.
+        sampling_errors: mapping from measures to their standard errors over samples. This error is the typical distance
+            between the measure and its value on a large data set from the same distribution. NaN if not known.
         largest_tenth: share of relative flatness that comes from the tenth of the samples with the largest values; NaN
             if per-sample values are not known, or some are negative.
-        samples: per-sample values by measure, ``(N,)`` each, in the order of the measured set; NaN for ignored samples.
-            Their mean, weighted by ``report.samples["weight"]``, is the layer's number. Empty unless asked for, and
-            always empty with ``residual="hutchinson"``.
+        samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured set; NaN for ignored
+            samples. The mean of the values, weighted by ``report.samples["weight"]``, is the layer's number.
+            Empty unless asked for, and always empty with ``residual="hutchinson"``.
     """
 
     block_traces: Tensor
@@ -95,7 +95,7 @@ class LayerFlatness(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers are certified to be those of the Hessian itself, not of a part of it or an estimate."""
+        """Whether the numbers are certified to be those of the whole Hessian, and not of a part of it or estimates."""
         return self.info.exact
 
     @property
@@ -131,8 +131,8 @@ class FlatnessReport(Record):
         curvature: mean over samples of the trace of ``Λ``, the second derivative of the loss at the logits.
         loss_name: name of the loss.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
-        sampling_errors: standard errors over samples by name: of loss, accuracy and curvature, and of the measures
-            summed over layers.
+        sampling_errors: mapping from ``"loss"``, ``"accuracy"``, ``"curvature"`` and the measures, summed over layers,
+            to their standard errors over samples.
         num_groups: number of groups of samples in the jackknife for these errors. A confidence interval
             (``functional.sampling.interval``) uses the t-distribution with ``num_groups - 1`` degrees of freedom.
         samples: per-sample ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and

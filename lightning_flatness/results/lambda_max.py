@@ -33,8 +33,8 @@ class LayerLambdaMax(Record):
         neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss; NaN if not
             measured.
         filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``, in loss per squared weight; None if not measured.
-        info: description of how the layer was measured. If it is not exact, the matrix is the Gauss-Newton matrix
-            instead of ``H``.
+        info: description of how the layer was measured. If ``info.exact`` is False, ``H`` is the Gauss-Newton matrix
+            instead of the Hessian.
     """
 
     lambda_max: float

@@ -43,7 +43,7 @@ class RankCorrelation(Record):
         tau: Kendall's τ-b.
         low: lower end of the 95 % bootstrap interval over models.
         high: upper end of the 95 % bootstrap interval over models.
-        given: partial τ with ``"train_loss"`` or ``"weight_norm"`` held constant, by the name of that number.
+        given: mapping from ``"train_loss"`` and ``"weight_norm"`` to the partial τ with this number held constant.
         granulated: mean τ among models that differ in one hyper-parameter only (Jiang et al. 2020).
         is_baseline: whether the number is a baseline, which needs no Hessian.
         num_models: number of models that have both the number and an outcome.

@@ -1,4 +1,4 @@
-"""The base class of all results: text, HTML, plain data, data frames and files."""
+"""The base class of all results, which turns them into text, HTML, plain data, data frames and files."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Record(Saved):
         return [flat(self._values(tensors=False))]
 
     def _values(self, tensors: bool) -> dict[str, Any]:
-        """Return the values of fields and public properties, by name.
+        """Return a mapping from the names of fields and public properties to their values.
 
-        Mappings and records come after all other values. Long tensors are left out unless ``tensors`` is True.
+        Values that are mappings or records come last. Long tensors are left out unless ``tensors`` is True.
         """
         kinds = get_type_hints(type(self))
         wanted = {field.name: kinds[field.name] for field in fields(cast(Any, self))} | _properties(type(self))
@@ -82,7 +82,7 @@ class Record(Saved):
 
 
 def _properties(owner: type) -> dict[str, Any]:
-    """Return the types of the public properties of a class, by name."""
+    """Return a mapping from the names of a class's public properties to their types."""
     found = {name: value for name, value in vars(owner).items() if isinstance(value, property) and name[0] != "_"}
     return {name: get_type_hints(value.fget)["return"] for name, value in found.items()}
 
@@ -101,7 +101,7 @@ def _plain(value: Any, tensors: bool) -> Any:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values for a row of a data frame: plain values, and the entries of mappings as values of their own.
+    """Return the values for a row of a data frame. Each entry of a mapping becomes a value of its own.
 
     The mapping ``{"standard_errors": {"a": 1}}`` becomes ``{"a_standard_error": 1}``. Records are left out.
     """

@@ -48,10 +48,10 @@ class SpectrumResult(Record):
         exponent: ``n`` in ``k_hn``.
         num_steps: ``m``, the number of Lanczos steps of every probe.
         num_products: number of products of the matrix with a vector; each is a pass over all samples.
-        parameters: shapes of the ``D`` parameters by name, in the order of the eigenvectors' entries.
+        parameters: mapping from names to shapes of the ``D`` parameters, in the order of the eigenvectors' entries.
         weight_norm: L2 norm of the ``D`` parameters together.
         matrix: ``"hessian"``, or ``"gauss_newton"`` if ``H`` is the Gauss-Newton matrix.
-        converged: whether all residuals are within twice the requested tolerance, and an allowance for rounding.
+        converged: whether all residuals are within twice the sum of the tolerance and an allowance for rounding.
         seconds: wall time of the measurement; NaN if not known, as in files of earlier versions.
 
     Without probes (``num_probes=0``) the eigenvalues are the only result: the trace and the criteria are NaN, the kind

@@ -23,7 +23,7 @@ METHODS = {
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 # Smallest width of the summary table, so that its caption is not broken into short lines.
 WIDTH = 80
-# What the numbers of an inexact layer describe instead of the whole Hessian, by method.
+# For each method, what the numbers of an inexact layer describe instead of the whole Hessian.
 PARTS = {
     "gauss_newton": "the Gauss-Newton part of the Hessian",
     "gauss_newton+hutchinson": "Gauss-Newton exactly and the rest of the Hessian estimated",
@@ -45,7 +45,7 @@ class LayerInfo(Record):
     num_filters: int  # S in docs/theory.md
     patch_length: int  # D, the number of weights of one filter
     groups: int  # G, the number of groups of the convolution
-    classifier: str | None  # its name; None for Gauss-Newton, or if the layer's pooled output is the logits
+    classifier: str | None  # name of the classifier; None for Gauss-Newton, or if the pooled output is the logits
     method: Literal["closed_form", "gauss_newton", "gauss_newton+hutchinson"]
     exact: bool  # whether the numbers are certified to be those of the exact Hessian
     reason: str  # why the numbers are not exact; empty if they are exact
@@ -55,7 +55,7 @@ class LayerInfo(Record):
     multiplications: int = 0  # number per sample, without the passes through the model
     memory: int = 0  # bytes of the block traces (the sum and one batch) and of the Gram matrix of the filters
     precision: str = "float32"  # lowest precision that samples were measured in, such as "bfloat16" under autocast
-    precision_deviation: float = 0.0  # in half precision: relative change of the trace from float32, on a trial
+    precision_deviation: float = 0.0  # in half precision, relative change of the trace from float32 on a few samples
     num_classes: int = 0  # number of columns of the logits; 0 if not known
 
     @property
@@ -73,7 +73,7 @@ class LayerInfo(Record):
 
 
 def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Merge the descriptions of one layer from several processes, which may differ.
+    """Merge descriptions of one layer that come from several processes and may differ.
 
     The result is exact only if all descriptions are exact. It has their largest deviation and their lowest precision.
     """
@@ -179,7 +179,7 @@ def sentence_of(info: LayerInfo) -> str:
 
 
 def _of_layers(infos: Sequence[LayerInfo], method: str, reason: str) -> str:
-    """Return the names of the layers with a method and a reason, in parentheses."""
+    """Return the names of the layers with this method and this reason, in parentheses."""
     return f" ({named(info.name for info in infos if (info.method, info.reason) == (method, reason))})"
 
 

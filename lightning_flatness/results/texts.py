@@ -21,7 +21,7 @@ def number_of(number: int, noun: str) -> str:
 
 
 def measured(value: float, sampling_error: float = math.nan, standard_error: float = 0.0) -> str:
-    """Return a number as text, with its standard error over samples, and with ``standard_error`` if it is an estimate.
+    """Return a number as text, with its standard error over samples and, for an estimate, with ``standard_error``.
 
     Example:
         >>> measured(1.2345, 0.0421), measured(1234.5, 62.0), measured(1.2345, standard_error=0.1), measured(math.nan)

@@ -123,7 +123,7 @@ COMMANDS = {
     ),
     "more than inputs": (
         f"small.ckpt {PROJECT}.Net {PROJECT.replace('model', 'data')}.Three --targets label --inputs batch", 2,
-        ["--targets label: without a validation step a batch has one entry", "'a', 'b', 'label'"],
+        ["--targets label: without a validation step, a batch must have one entry", "'a', 'b', 'label'"],
     ),
     "not exact": (f"small.ckpt {PROJECT}.Net {IMAGES} --layers net.0 --strict", 2, ["net.0"]),
 }  # fmt: skip
@@ -141,7 +141,7 @@ def test_a_comparison_of_batches_without_targets(runs, run):
     files = runs / "small.ckpt", runs / "small.ckpt"
     code, out, err = run("compare", *files, *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "--no-train-loss compares without it" in err
+    assert "Give --no-train-loss to compare the networks without" in err
     assert "--targets KEY names the entry" in err
     assert err.count("expected (inputs, targets)") == 1
 

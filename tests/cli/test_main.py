@@ -63,9 +63,9 @@ def test_notes_are_on_stderr(runs, run, tmp_path):
     code, out, err = run("measure", runs / "small.ckpt", *words)
     assert code == 0
     assert "Note: " not in out
-    note = f"'{runs / 'small.ckpt'}' leaves scale as initialised."
+    note = f"'{runs / 'small.ckpt'}' does not contain scale: initial values are kept."
     assert note in " ".join(err.split())
-    assert "leaves scale as initialised" in path.read_text()
+    assert "does not contain scale: initial values are kept" in path.read_text()
 
 
 def test_ctrl_c_is_neither_done_nor_a_mistake(runs, run, monkeypatch):

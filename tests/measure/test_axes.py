@@ -161,7 +161,7 @@ def test_moments_of_frozen_parameters_only_move_nothing(axes, update):
     optimizer = torch.optim.Adam(model[8].parameters())
     F.cross_entropy(model(X), Y).backward()
     optimizer.step()
-    with pytest.raises(lf.FlatnessError, match="The axis 'exp_avg' is zero: all that it moves is frozen"):
+    with pytest.raises(lf.FlatnessError, match="The axis 'exp_avg' is zero: each of its tensors is frozen"):
         lf.loss_landscape(model, BATCHES, axes=axes, update=update, optimizer=optimizer, frozen=["8"], steps=3)
 
 

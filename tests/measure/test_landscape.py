@@ -180,7 +180,7 @@ def test_files(tmp_path):
         ({"axes": {"8.bias": torch.full((3,), math.nan)}}, "not finite"),
         ({"axes": {"8.bias": torch.zeros(3)}}, "zero everywhere"),
         ({"axes": torch.ones(5)}, "tensor of shape (5,); the model has"),
-        ({"axes": {"8.bias": torch.ones(3)}, "frozen": ["8"]}, "'direction 1' is zero: all that it moves is frozen"),
+        ({"axes": {"8.bias": torch.ones(3)}, "frozen": ["8"]}, "'direction 1' is zero: each of its tensors is frozen"),
         ({"frozen": ["*"]}, "freezes all parameters"),
         ({"frozen": ["nothing"]}, "frozen='nothing' fits nothing"),
         ({"frozen": [3]}, "frozen=3"),

@@ -162,7 +162,7 @@ def test_files_of_later_versions(tmp_path, make):
 
 @MAKE
 def test_names_end_with_npz(tmp_path, make):
-    with pytest.raises(lf.FlatnessError, match="files .npz, and '.*a.pt' is not one"):
+    with pytest.raises(lf.FlatnessError, match=".npz files, but '.*a.pt' is not one"):
         make().save(tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
 
