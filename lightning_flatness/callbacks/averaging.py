@@ -23,7 +23,7 @@ def leaves_averages(callback: Any) -> bool:
 
 
 def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
-    """Warn if ``WeightAveraging`` has never updated its averages, so that they are still the initial weights."""
+    """Warn if ``WeightAveraging`` has never updated its averages. Its averages are then still the initial weights."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         # Lightning has no public name for the averages.
@@ -32,7 +32,7 @@ def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
         if leaves_averages(callback) and number is not None and not int(number) and trainer.global_step:
             rank_zero_warn(
                 f"{type(callback).__name__} has not updated its averages yet, so it puts the initial weights into the "
-                f"network (Lightning issue 21724), and {name} measures these. Let the averages be updated earlier."
+                f"network (Lightning issue 21724), and {name} measures the initial weights. Start averaging earlier."
             )
 
 
@@ -53,7 +53,7 @@ def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:
 
 
 def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> bool:
-    """Have Lightning call ``callback.on_train_end`` a second time, after all other callbacks that have this hook.
+    """Make Lightning call ``callback.on_train_end`` a second time, after all other callbacks that override this hook.
 
     Return True if there will be a second call. Return False in the second call, or if no other callback comes after
     this one. Checkpoints, and callbacks of the class ``own``, do not count as other callbacks.
@@ -73,7 +73,7 @@ def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> 
 
 
 def is_called_again(trainer: Trainer, callback: Callback) -> bool:
-    """Return whether this callback is in the Trainer's list twice, so that its second call is still to come."""
+    """Return whether this callback is in the Trainer's list twice, which means that a second call will follow."""
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return sum(other is callback for other in callbacks) > 1
 

@@ -1,6 +1,6 @@
 """The base class of the callbacks that measure.
 
-It handles their common arguments, the history, the state in checkpoints, errors on all ranks, and figures.
+The class handles common arguments, the history, the state in checkpoints, errors on all ranks, and figures.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Record = dict[str, Any]
 class MeasuringCallback(Callback):
     """Base class of the callbacks that measure a network while it trains.
 
-    A subclass passes ``name``, the name of the callback in messages and in the key of its state in checkpoints, and
-    ``measured``, the name of the measured quantity in messages. It documents the other arguments itself.
+    A subclass passes two names. ``name`` is the name of the callback in messages and in its state key. ``measured`` is
+    the name of the measured quantity in messages. The subclass documents the other arguments.
     """
 
     gives_way = False  # whether this callback removes itself if another callback has the same prefix
@@ -64,11 +64,13 @@ class MeasuringCallback(Callback):
     ) -> None:
         can_be_read_again = isinstance(data, Iterable) and not isinstance(data, Iterator)
         if data not in ("val", "train") if isinstance(data, str) else not can_be_read_again:
-            raise FlatnessError(f"{name}: data is 'val', 'train', or a DataLoader or list of batches, not {data!r}.")
+            raise FlatnessError(
+                f"{name}: data must be 'val', 'train', a DataLoader or a list of batches, not {data!r}."
+            )
         if on_error not in ("raise", "warn"):
-            raise FlatnessError(f"{name}: on_error is 'raise' or 'warn', not {on_error!r}.")
+            raise FlatnessError(f"{name}: on_error must be 'raise' or 'warn', not {on_error!r}.")
         if not prefix or not isinstance(prefix, str):
-            raise FlatnessError(f"{name}: prefix={prefix!r} must be a string, and not empty.")
+            raise FlatnessError(f"{name}: prefix={prefix!r} must be a non-empty string.")
         check_whole(f"{name}: max_samples", max_samples, least=1, or_none=True)
         check_whole(f"{name}: figures_every", figures_every, least=1, or_none=True)
         self.data = data if isinstance(data, str) or batch_fn else as_batches(data, f"{name}: data")
@@ -90,11 +92,11 @@ class MeasuringCallback(Callback):
         self._network: Network | None = None  # the network that a validation step of this run has called
         self._asked: Asked | None = None  # inputs and targets of the batch that is being validated
         self._watch: StepWatch | None = None  # records the calls in the validation step of that batch
-        self._whole: WholeWeights | None = None  # during a measurement, if FSDP2 shards the weights
+        self._whole: WholeWeights | None = None  # gathered weights during a measurement, empty without FSDP2
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to measure now, the same on all ranks. Override this method for another schedule."""
+        """Return whether to measure now. All ranks must return the same. Override this method for another schedule."""
 
     def _release(self) -> None:
         """Drop the data and the model of a measurement in progress, and the pending error."""
@@ -114,7 +116,7 @@ class MeasuringCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain numbers, strings and lists."""
-        self._is_checked = True  # the next key is written to a checkpoint
+        self._is_checked = True  # Lightning writes the state key to a checkpoint next
         return {"history": [dict(record) for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -135,7 +137,7 @@ class MeasuringCallback(Callback):
         self._release()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history, unless a checkpoint has restored one, and check that ``model=`` names a network."""
+        """Start a new history unless a checkpoint has restored one. Check that ``model=`` names a network."""
         if not self._is_restored:
             self.history = []
         if not self.history:
@@ -188,11 +190,11 @@ class MeasuringCallback(Callback):
         self._watch = self._asked = None
 
     def _find_network(self, pl_module: LightningModule) -> Call | None:
-        """Find the network in the watched validation step, and return the step's call of the network, if there is one.
+        """Find the network in the watched validation step. Return the call of the network in this step, or None.
 
-        With ``data="val"`` and no inputs from ``batch_fn=``, the inputs of that call are measured. In all other cases,
-        the callback finds the inputs in the batch. So check on the validated batch that the step gives the same inputs
-        to the network. If it does not, raise an error, or only warn if the inputs come from ``batch_fn=``.
+        With ``data="val"`` and no inputs from ``batch_fn=``, the inputs of that call are measured. Otherwise the inputs
+        come from the batch or from ``batch_fn=``, and may differ from those that the step gives to the network. If they
+        differ, warn if ``batch_fn=`` gives the inputs, and raise an error if the batch does.
         """
         watch, asked = self._watch, self._asked
         assert asked is not None
@@ -202,11 +204,14 @@ class MeasuringCallback(Callback):
             self._network = network_without_step(pl_module, self.model)
             if self._data_name == "val" and not asked.is_given:
                 watched = watch is not None and not watch.step_is_compiled
-                compiled, none = "torch.compile runs the whole validation step", "the validation step does not call it"
+                compiled, none = (
+                    "torch.compile runs the whole validation step",
+                    "the validation step does not call the network",
+                )
                 rank_zero_warn(
                     f"{self._name} cannot see what the network is given ({none if watched else compiled}), so it "
-                    "measures the batch's own inputs. If the network takes others, give batch_fn=, a function from a "
-                    "batch to (inputs, targets)."
+                    "measures the batch's own inputs. If the network takes other inputs, give batch_fn=, a function "
+                    "from a batch to (inputs, targets)."
                 )
             return None
         found = watch.found(asked.inputs, asked.is_given)
@@ -218,18 +223,22 @@ class MeasuringCallback(Callback):
         if differs and asked.is_given:
             rank_zero_warn(
                 f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. The inputs "
-                "of batch_fn= are measured. With data='val', batch_fn= may return (None, targets) to keep the step's."
+                "of batch_fn= are measured. With data='val', batch_fn= may return (None, targets) to measure the "
+                "inputs of the step."
             )
         elif differs:
             raise FlatnessError(
-                f"{self._name}: the validation step gives other tensors to the network than the batch contains, but no "
-                f"step prepares the batches of data={self._data_name!r}. Give batch_fn=, a function from a batch to "
-                "(inputs, targets) that prepares the inputs as the step does."
+                f"{self._name}: the validation step gives other tensors to the network than those of the batch. But "
+                f"the batches of data={self._data_name!r} are measured without this step. Give batch_fn=, a function "
+                "that takes a batch, prepares the inputs as the step does, and returns (inputs, targets)."
             )
         return found.call
 
     def _gather(self, pl_module: LightningModule) -> None:
-        """Gather the weights that FSDP2 has sharded. This is a collective: ranks that have failed must call it, too."""
+        """Gather the weights that FSDP2 has sharded.
+
+        This is a collective, so ranks that have failed must call this method, too.
+        """
         self._whole = WholeWeights(pl_module)
 
     @contextmanager
@@ -288,7 +297,7 @@ class MeasuringCallback(Callback):
 
     @property
     def _is_drawn(self) -> bool:
-        """Whether figures were drawn after the latest measurement, or there is no measurement."""
+        """Whether the latest measurement is drawn. True if there is no measurement."""
         return len(self.history) <= self._num_drawn
 
     def _draw(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], suffix: str = "") -> None:

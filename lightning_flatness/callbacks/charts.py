@@ -14,9 +14,8 @@ from lightning_flatness.callbacks.logged import accuracy_key
 def add_charts_once(trainer: Trainer, callbacks: Sequence[Any]) -> None:
     """Add a chart of flatness and a chart of accuracy for each callback, unless this was done before in this fit.
 
-    Every chart shows one key, because TensorBoard draws all curves of a run in the same colour and on the same linear
-    axis, so that two quantities in one chart could not be told apart. The charts of all callbacks are in one layout,
-    because TensorBoard reads only one layout per run.
+    Every chart shows only one key, because TensorBoard would draw two keys in the same colour and on the same linear
+    axis. The charts of all callbacks are in one layout, because TensorBoard reads only one layout per run.
     """
     if any(callback.run_outputs.has_charts for callback in callbacks):
         return

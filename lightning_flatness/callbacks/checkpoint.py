@@ -17,7 +17,7 @@ from lightning_flatness.callbacks.lightning_imports import LightningModule, Mode
 from lightning_flatness.checks import check_whole, is_number
 from lightning_flatness.errors import FlatnessError
 
-# Accuracies are logged in float32, so that 0.90 and 0.91 may differ by a little more than 0.01.
+# Accuracies are logged in float32, so 0.90 and 0.91 may differ by a little more than 0.01.
 ROUNDING = 1e-6
 
 
@@ -26,15 +26,15 @@ class Candidate:
     """A checkpoint that is the flattest near the best score, or may become the flattest when the best score rises."""
 
     path: str
-    score: float  # the accuracy, or a loss times -1: the largest score is the best
+    score: float  # the accuracy, or a loss times -1, so that the largest score is the best
     flatness: float
 
 
 def survivors(candidates: Sequence[Candidate], within: float, max_files: int) -> list[Candidate]:
-    """Return the candidates that are worth keeping, sorted by score: the best score first, the flattest one last.
+    """Return the candidates that are worth keeping, from the best score to the worst. The last one is the flattest.
 
-    A candidate is worth keeping if its score is within ``within`` of the best score, and no other candidate is at least
-    as good in both score and flatness.
+    A candidate is worth keeping if its score is at most ``within`` worse than the best score, and no other candidate is
+    at least as good in both score and flatness.
 
     If there are more than ``max_files``, remove one candidate after another, but never the first or the last. Each
     time, remove the candidate whose flatness is nearest to that of the candidate before it.
@@ -61,21 +61,22 @@ def survivors(candidates: Sequence[Candidate], within: float, max_files: int) ->
 class FlatCheckpoint(ModelCheckpoint):
     """A ``ModelCheckpoint`` that keeps the flattest network among those whose accuracy is nearly the best.
 
-    Flatness goes on falling for many epochs after the accuracy has levelled off. A ``ModelCheckpoint`` on the accuracy
-    keeps the first epoch of the best accuracy; one on flatness keeps a network that has not learnt anything.
+    Flatness goes on falling for many epochs after the accuracy has levelled off. A ``ModelCheckpoint`` that
+    monitors the accuracy keeps the first epoch with the best accuracy. A ``ModelCheckpoint`` that monitors flatness
+    keeps a network that has not learnt anything.
 
     ``best_model_path`` is the checkpoint with the smallest flatness number among all validations whose accuracy is at
-    most ``within`` worse than the best accuracy so far. When the best accuracy rises, this checkpoint may no longer be
-    near enough, and the flattest of the others takes its place. So several checkpoints stay on disk: all that are near
-    the best accuracy, except those that another checkpoint equals or beats in both accuracy and flatness.
+    most ``within`` worse than the best accuracy so far. When the best accuracy rises, the accuracy of this checkpoint
+    may be too low, and another checkpoint takes its place. So all checkpoints near the best accuracy stay on disk,
+    except those that another checkpoint equals or beats in both accuracy and flatness.
 
-    There are never more than ``max_files`` checkpoints. If there would be more, the one with the best accuracy and the
-    flattest one stay, and among the others, those that differ most in flatness. The final ``best_model_path`` may then
-    be less flat than a checkpoint that was deleted earlier.
+    There are never more than ``max_files`` checkpoints. If there would be more, the checkpoint with the best accuracy
+    and the flattest checkpoint stay. Of the other checkpoints, those that differ most in flatness stay. The final
+    ``best_model_path`` may then be less flat than a checkpoint that was deleted earlier.
 
     A validation counts if accuracy and flatness were measured at the same step, and both are finite. So if flatness is
-    measured in every n-th epoch only, the other epochs do not count. With several ranks, each of the two numbers is its
-    mean over the ranks.
+    measured only in every n-th epoch, the other epochs do not count. With several ranks, the callback uses the means of
+    accuracy and flatness over the ranks.
 
     Args:
         monitor: key of the accuracy, or of another metric such as a loss.
@@ -126,12 +127,14 @@ class FlatCheckpoint(ModelCheckpoint):
     ) -> None:
         if not all(isinstance(key, str) and key for key in (monitor, flatness)):
             raise FlatnessError(
-                f"FlatCheckpoint: monitor= and flatness= are names of logged metrics; got {monitor=}, {flatness=}."
+                f"FlatCheckpoint: monitor= and flatness= must be names of logged metrics; got {monitor=}, {flatness=}."
             )
         if not is_number(within) or not 0 <= within < math.inf:
-            raise FlatnessError(f"FlatCheckpoint: {within=} must be a number, 0 at least, for '{monitor}'.")
+            raise FlatnessError(
+                f"FlatCheckpoint: {within=} must be a finite number, at least 0, for monitor='{monitor}'."
+            )
         if mode not in ("max", "min"):
-            raise FlatnessError(f"FlatCheckpoint: mode is 'max' or 'min', for '{monitor}'; got {mode=}.")
+            raise FlatnessError(f"FlatCheckpoint: mode must be 'max' or 'min' for monitor='{monitor}'; got {mode=}.")
         check_whole("FlatCheckpoint: max_files", max_files, least=2)
         super().__init__(
             dirpath=dirpath,
@@ -157,7 +160,7 @@ class FlatCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints. It is different for different metrics, ``within`` or ``mode``."""
+        """Key of the state in checkpoints. It depends on the metrics, ``within`` and ``mode``."""
         return self._generate_state_key(
             monitor=self.monitor, within=self.within, flatness=self.flatness, mode=self.mode
         )
@@ -174,7 +177,7 @@ class FlatCheckpoint(ModelCheckpoint):
         self._candidates = [Candidate(*one) for one in state_dict["candidates"]] if is_same else []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget checkpoints that a resumed run has restored, but that are no longer on disk."""
+        """Forget restored checkpoints that are no longer on disk."""
         super().on_train_start(trainer, pl_module)
         self._keep([one for one in self._candidates if self.file_exists(one.path, trainer)])
 
@@ -183,8 +186,8 @@ class FlatCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         if not self._candidates and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(
-                f"FlatCheckpoint has kept no checkpoint: at no check were '{self.monitor}' and '{self.flatness}' both "
-                "finite, and measured at the same step."
+                f"FlatCheckpoint has kept no checkpoint, because '{self.monitor}' and '{self.flatness}' were never "
+                "both finite and measured at the same step."
             )
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -225,9 +228,9 @@ class FlatCheckpoint(ModelCheckpoint):
     def _logged(self, metrics: Mapping[str, Tensor], key: str) -> Tensor:
         if key not in metrics:
             raise FlatnessError(
-                f"FlatCheckpoint watches '{key}', which is not logged; there are: "
-                f"{', '.join(sorted(metrics)) or 'none'}. Flatness needs a FlatnessCallback in the Trainer; accuracy a "
-                "self.log in validation_step."
+                f"FlatCheckpoint watches '{key}', which is not logged. The logged metrics are: "
+                f"{', '.join(sorted(metrics)) or 'none'}. To log flatness, add a FlatnessCallback to the Trainer. To "
+                "log the accuracy, call self.log in validation_step."
             )
         return metrics[key].detach().clone()
 

@@ -1,4 +1,4 @@
-"""Find the classifier in a training step: the linear layer whose output is the logits of the loss."""
+"""Find the classifier in a training step. It is the linear layer whose output is the logits of the loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LayerCall(NamedTuple):
 
 
 class CallRecorder:
-    """Records the calls of layers by forward hooks, but only while recording is switched on (``listens``).
+    """Records the calls of layers with forward hooks, but only while ``listens`` is True.
 
     The hook stays on the classifier for the whole fit, because compiled code ignores hooks that are added after
     compilation. In a copy of a layer, the hook records nothing.
@@ -54,7 +54,7 @@ class CallRecorder:
         self.listen(False)
 
     def listen(self, listens: bool) -> None:
-        """Start recording calls (True) or stop it (False), and drop the calls that were recorded before."""
+        """Drop the recorded calls. Then start recording if ``listens`` is True, or stop recording if it is False."""
         self.calls.clear()
         self.listens = listens
 
@@ -72,7 +72,7 @@ class _Hook:
         self.recorder, self.name = recorder, name
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        # A call without gradients is that of a teacher network, or is in a checkpointed segment.
+        # A call without gradients belongs to a teacher network or to a checkpointed segment.
         if self.recorder is not None and self.recorder.listens and isinstance(output, Tensor) and output.requires_grad:
             features = arguments[0] if len(arguments) > 0 else keywords.get("input")
             self.recorder.calls.append(LayerCall(self.name, features, output))
@@ -82,7 +82,7 @@ class _Hook:
 
 
 def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Module]:
-    """Return the layers that may be the classifier, as a dict by plain name.
+    """Return the layers that may be the classifier, as a dict from names to layers.
 
     With ``layers="classifier"`` these are all linear layers and convolutions. Any other ``layers`` is the name of one
     layer, and the dict has this layer only.
@@ -103,11 +103,11 @@ def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Modul
 def find_classifier(
     calls: Sequence[LayerCall], layers: dict[str, nn.Module], why_not: Callable[[LayerCall], str]
 ) -> str:
-    """Return the name of the layer that returns the logits of the loss, found in the calls of a training step.
+    """Find the layer that returns the logits of the loss in the calls of a training step, and return its name.
 
-    ``why_not`` takes a call, and returns the reason why this call does not give the logits, or an empty string if it
-    does. The classifier is the last layer that was called on one vector per sample, is linear, and gives the logits.
-    Earlier calls, on whose outputs these logits depend, are not considered.
+    ``why_not`` takes a call, and returns the reason why this call does not give the logits, or an empty string if the
+    call gives them. The classifier is the last layer that was called on one vector per sample, is linear, and gives the
+    logits. An earlier call is not considered if these logits depend on its output.
 
     Raises:
         FlatnessError: No call gives the logits, or several calls that do not depend on each other give logits.
@@ -131,30 +131,31 @@ def find_classifier(
     if found:
         raise FlatnessError(
             f"FlatnessPenalty: the loss takes logits of several layers, {' and '.join(map(repr, reversed(found)))}. "
-            f"Name one with layers=, e.g. layers={found[0]!r}; a FlatnessPenalty with its own prefix= and "
-            "check_loss=False can take another."
+            f"Name one of them with layers=, e.g. layers={found[0]!r}. For another of these layers, add a second "
+            "FlatnessPenalty with its own prefix= and check_loss=False."
         )
     if not reasons:
         raise FlatnessError(
-            "FlatnessPenalty finds no classifier: no nn.Linear (or convolution on pooled features) of the "
-            "LightningModule returns (samples, classes) in the training step, called as a module and with gradients. "
+            "FlatnessPenalty finds no classifier. The training step must call an nn.Linear of the LightningModule, or "
+            "a convolution on pooled features, as a module and with gradients. The output must have shape (samples, "
+            "classes). "
             f"{BY_HAND}"
         )
     raise FlatnessError(
         f"FlatnessPenalty finds no classifier. {'; '.join(reasons[:3])}. Give options of your cross-entropy to the "
-        "callback, too (label_smoothing=, class_weight=, ignore_index=; batch_fn= if it does not find the targets). "
-        "check_loss=False penalises the flatness of cross-entropy whatever the loss is, e.g. one with other terms in "
-        f"the logits. {BY_HAND}"
+        "callback, too: label_smoothing=, class_weight= and ignore_index=. If the callback does not find the targets, "
+        "give batch_fn=. check_loss=False penalises the flatness of cross-entropy whatever the loss is, e.g. if the "
+        f"loss has other terms that depend on the logits. {BY_HAND}"
     )
 
 
 def called_often(name: str, number: int) -> str:
     """Return the message that a training step calls the classifier ``number`` times instead of once."""
-    return f"the training step calls '{name}' {number} times in the graph of its loss. {BY_HAND}"
+    return f"the training step calls '{name}' {number} times with gradients. Call this layer only once. {BY_HAND}"
 
 
 BY_HAND = (
-    "Or take the callback out, and add lightning_flatness.functional.flatness_penalty(features, logits, weight) to the "
+    "Or remove the callback, and add lightning_flatness.functional.flatness_penalty(features, logits, weight) to the "
     "loss in training_step."
 )
 

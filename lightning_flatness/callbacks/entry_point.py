@@ -12,7 +12,7 @@ VARIABLE = "LIGHTNING_FLATNESS"
 
 
 def callbacks() -> list[Callback]:
-    """Return the callbacks that Lightning adds to every Trainer: none if the variable is unset, empty or 0."""
+    """Return the callbacks that Lightning adds to every Trainer. If the variable is unset, empty or 0, return []."""
     return [] if os.environ.get(VARIABLE, "0") in ("", "0") else [_FromEnvironment(on_error="warn", summary=False)]
 
 

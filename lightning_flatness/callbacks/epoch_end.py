@@ -39,7 +39,7 @@ class EpochEndCallback(MeasuringCallback):
 
     The end of a training epoch is a good time for two reasons: all ranks reach it, even without validation data, and
     Lightning's weight averaging has not swapped the averaged weights in. At the end of the fit, the callback waits
-    until all other callbacks have changed the weights as they want, and measures the final weights.
+    until all other callbacks have changed the weights as they want. Then it measures the final weights.
 
     The samples stay in memory during a measurement, because a measurement iterates over them many times. ``arguments``
     are the other arguments of :class:`MeasuringCallback`.
@@ -60,10 +60,13 @@ class EpochEndCallback(MeasuringCallback):
         check_whole(f"{name}: every_n_epochs", every_n_epochs, least=1, or_none=True)
         self.every_n_epochs = every_n_epochs
         self.folder = folder
-        self._measured: Mapping[str, Tensor] | None = None  # sample of the weights of the latest measurement
+        self._measured: Mapping[str, Tensor] | None = None  # sample of the latest measured weights
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to measure after this epoch. Override it for another schedule, the same on all ranks."""
+        """Return whether to measure after this epoch.
+
+        Override this method for another schedule, which must be the same on all ranks.
+        """
         return self.every_n_epochs is not None and trainer.current_epoch % self.every_n_epochs == 0
 
     @abstractmethod
@@ -101,13 +104,15 @@ class EpochEndCallback(MeasuringCallback):
         return False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history. Raise errors, or warn of problems, that can be found before training."""
+        """Start a new history. Raise an error, or warn, if a problem can be found before training."""
         self._measured = None
         self._warn_monitored_earlier(trainer)
         super().on_fit_start(trainer, pl_module)
         with self._measuring(trainer, pl_module):
             if self._data_name == "val" and not trainer.enable_validation:
-                raise FlatnessError("data='val', and this fit has no validation. Use data='train' or data of your own.")
+                raise FlatnessError(
+                    "data='val' needs validation, and this fit has none. Use data='train' or data of your own."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a trial measurement on one batch, so that errors are raised now and not at the end of training."""
@@ -123,7 +128,7 @@ class EpochEndCallback(MeasuringCallback):
             self._errors.settle(where)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log if due. Callbacks that monitor a logged key read it later in the same epoch."""
+        """Measure and log if a measurement is due. Callbacks that monitor a key read it later in the same epoch."""
         if self.is_due(trainer) and self._has_data(trainer) and self._is_ready(final=False):
             self._measure(trainer, pl_module, trainer.current_epoch, final=False)
         elif self.history and self.every_n_epochs is not None:
@@ -133,7 +138,7 @@ class EpochEndCallback(MeasuringCallback):
             log(pl_module, self.prefix, {key: value for key, value in values if f"{self.prefix}/{key}" not in known})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, unless these were measured already, and draw the figures of the run.
+        """Measure the final weights if they were not measured already, and draw the figures of the run.
 
         Other callbacks may change the weights in this hook, so the measurement waits until Lightning has called all of
         them.
@@ -144,7 +149,7 @@ class EpochEndCallback(MeasuringCallback):
         is_done = bool(self.history) and self.history[-1]["step"] == trainer.global_step
         is_done = is_done and not any(gather(self._have_changed(pl_module), sync=True))
         if not self._has_data(trainer):
-            rank_zero_warn(f"{self._name}(data='val') has measured nothing, as there was no validation in this fit.")
+            rank_zero_warn(f"{self._name}(data='val') has measured nothing, because this fit had no validation.")
         elif not is_done and self._is_ready(final=True):
             self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
         self._draw_run(trainer)
@@ -154,8 +159,8 @@ class EpochEndCallback(MeasuringCallback):
         is_late = self._measured is not None and self._have_changed(pl_module)
         if is_late or is_called_again(trainer, self):
             rank_zero_warn(
-                f"The final result of {self._name} is not that of the weights that the fit leaves: the weights have "
-                "changed after the measurement. Let a callback change them in its on_train_end, and list "
+                f"The final result of {self._name} does not belong to the final weights, because the weights have "
+                "changed after the measurement. A callback that changes weights must do this in on_train_end. List "
                 f"{self._name} after that callback."
             )
 
@@ -179,7 +184,7 @@ class EpochEndCallback(MeasuringCallback):
         batches: list[Samples] = []
         with self._measuring(trainer, pl_module):
             batches = list(self._source(trainer, pl_module).rest())
-        if not self._errors.settle(where):  # go on only if no rank has failed: computing is a collective
+        if not self._errors.settle(where):  # computing is a collective, so no rank may have failed
             return
         suffix = self._suffix(trainer) if final else ""
         record: Record = {"epoch": epoch, "step": trainer.global_step}
@@ -240,7 +245,7 @@ class EpochEndCallback(MeasuringCallback):
         return SeparateData(trainer, pl_module, wanted)
 
     def _suffix(self, trainer: Trainer) -> str:
-        """Return a suffix for the files of the final measurement, so that their names differ from earlier ones."""
+        """Return a suffix for the files of the final measurement, so that file names are not used twice."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(map(leaves_averages, callbacks)):
             return "-averaged"
@@ -257,7 +262,8 @@ class EpochEndCallback(MeasuringCallback):
         often = trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch != 1
         if monitors and trainer.enable_validation and often and self.every_n_epochs is not None:
             rank_zero_warn(
-                f"{', '.join(monitors)}: '{self.prefix}/...' is measured at the end of epochs, but validation runs at "
-                "other times, too, or not in every epoch, so monitors may find an earlier epoch's value, or none. Set "
-                "save_on_train_epoch_end=True in ModelCheckpoint, check_on_train_epoch_end=True in EarlyStopping."
+                f"{', '.join(monitors)}: '{self.prefix}/...' is measured at the end of epochs, but validation also "
+                "runs at other times, or not in every epoch. So a callback that monitors this value may find the value "
+                "of an earlier epoch, or no value. Set save_on_train_epoch_end=True in ModelCheckpoint, and "
+                "check_on_train_epoch_end=True in EarlyStopping."
             )

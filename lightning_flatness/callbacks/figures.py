@@ -52,15 +52,15 @@ class RunOutputs:
         self._path = prefix  # path of the folder within loggers that store files
         self._told: set[str] = set()
         self.has_charts = False  # whether charts were added to TensorBoard's page Custom Scalars
-        self.version: Path | None = None  # folder of the run if no logger has one, for all callbacks
+        self.version: Path | None = None  # folder that all callbacks share if no logger has one
 
     def add_figures(
         self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], record: Mapping[str, Any], suffix: str = ""
     ) -> None:
         """Draw figures of a measurement, and give them to the loggers.
 
-        ``draw`` returns a dict from tags without prefix to figures. File names begin with the epoch and step in
-        ``record``, as those of Lightning's checkpoints do, and go on with ``suffix``.
+        ``draw`` returns a dict from tags to figures. The tags have no prefix. File names begin with the epoch and step
+        in ``record``, like the names of Lightning's checkpoints. Then comes ``suffix``.
         """
         is_trial = getattr(trainer, "fast_dev_run", False) or getattr(trainer, "barebones", False)
         if self._figures is False or is_trial or not trainer.is_global_zero:
@@ -68,7 +68,7 @@ class RunOutputs:
         try:
             figures = draw()
         except Exception as error:
-            self._tell_once("draw", f"draws no figures: {in_one_line(error)}. With figures=False there is no warning.")
+            self._tell_once("draw", f"draws no figures: {in_one_line(error)}. Set figures=False to avoid this warning.")
             return
         for tag, figure in figures.items():
             item = self._item(tag, record, f"{_stem(record)}{suffix}-{tag.replace('/', '-')}.png")
@@ -85,8 +85,8 @@ class RunOutputs:
     ) -> None:
         """Write files of a measurement, and give them to the loggers.
 
-        ``write`` gets the beginning of the paths, and returns the paths of the files that it has written. Its errors
-        are raised.
+        ``write`` gets the beginning of the paths, and returns the paths of the files that it has written. Errors
+        of ``write`` are raised.
         """
         for path in write(self.folder(trainer) / f"{_stem(record)}{suffix}"):
             item = self._item(path.stem, record, path.name)
@@ -119,8 +119,8 @@ class RunOutputs:
         except Exception as error:
             self._tell_once(
                 type(logger).__name__,
-                f"could not give {type(logger).__name__} the {kind} '{item.tag}', which is in a folder of the run "
-                f"instead; training goes on. The error: {in_one_line(error)}. With figures='files' no logger is given "
+                f"could not give {type(logger).__name__} the {kind} '{item.tag}'. It is in a folder of the run "
+                f"instead, and training goes on. The error: {in_one_line(error)}. With figures='files', loggers get no "
                 "figures.",
             )
             return False
@@ -131,7 +131,7 @@ class RunOutputs:
             path = self.folder(trainer) / Path(item.path).name
             figure.savefig(path)
         except Exception as error:
-            self._tell_once("save", f"could not write a figure: {in_one_line(error)}. figures=False draws none.")
+            self._tell_once("save", f"could not write a figure: {in_one_line(error)}. figures=False draws no figures.")
             return None
         return path
 

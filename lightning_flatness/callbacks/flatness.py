@@ -34,10 +34,11 @@ class FlatnessCallback(FlatnessHistory):
 
     - ``{prefix}/hessian_trace``: the Hessian trace, summed over the measured layers, in loss per squared weight;
     - ``{prefix}/relative_flatness``: relative flatness, summed over the measured layers, in units of the loss;
-    - ``{prefix}/log10_relative_flatness``: the base-10 logarithm of that sum, for charts; NaN if it is not positive;
-    - ``{prefix}/normalized_relative_flatness``: feature-normalised relative flatness, which does not change if input
-      channels are rescaled, summed over the measured layers;
-    - ``{prefix}/relative_flatness_error`` and so on: standard errors of these sums over samples;
+    - ``{prefix}/log10_relative_flatness``: the base-10 logarithm of that sum, for charts; NaN if that sum is
+      not positive;
+    - ``{prefix}/normalized_relative_flatness``: feature-normalised relative flatness, summed over the measured layers.
+      Rescaling input channels does not change this number;
+    - ``{prefix}/relative_flatness_error`` and so on: standard errors of these sums, due to the choice of samples;
     - ``{prefix}/weight_norm``: the norm of the measured kernels, for comparison;
     - ``{prefix}/loss``: the mean loss of the measured samples;
     - ``{prefix}/top1``: the share of the measured samples that the network classifies correctly;
@@ -97,11 +98,11 @@ class FlatnessCallback(FlatnessHistory):
             LightningModule has logged.
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
             history and report stay in these processes, and the main process has the logged values only.
-        reports: the last measurement of every validation loader, by its index.
-        num_measurements: number of measurements, those in validation and test runs included.
+        reports: a dict from the index of every validation loader to the last report of this loader.
+        num_measurements: number of measurements, including those in validation and test runs.
 
     Raises:
-        FlatnessError: An argument is invalid, or (before the first epoch) the network or data cannot be measured.
+        FlatnessError: An argument is invalid, or the network or data cannot be measured (checked before training).
 
     Example:
         >>> import lightning as L
@@ -163,16 +164,17 @@ class FlatnessCallback(FlatnessHistory):
         self.num_measurements = 0
         self._wants_live = live
         self._passes = PassesOfRun(live)
-        # Found out before training: how each layer is measured, and why each other layer is left out.
+        # How each layer is measured, and why other layers are left out. Both are found before training.
         self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
         self._running: Validation | None = None
         self._num_sources = 1  # number of sources of the validation in progress
         self._told_inexact: frozenset[str] = frozenset()  # layers that a warning has named in this run
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to measure in the validation that begins or, in a fit without validation, after this epoch.
+        """Return whether to measure in the validation that begins.
 
-        Override this method for another schedule, which must be the same on all ranks.
+        In a fit without validation, return whether to measure after this epoch. Override this method for another
+        schedule, which must be the same on all ranks.
         """
         if trainer.state.fn != "fit" or not self.history:
             return True
@@ -180,7 +182,7 @@ class FlatnessCallback(FlatnessHistory):
         return passed == 0 or passed >= self.every_n_epochs  # all validations of a measured epoch are measured
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history. Raise errors, or warn of problems, that can be found before training."""
+        """Start a new history. Raise an error, or warn, if a problem can be found before training."""
         self._certified = None
         self._told_inexact = frozenset()
         super().on_fit_start(trainer, pl_module)
@@ -188,7 +190,7 @@ class FlatnessCallback(FlatnessHistory):
             logged.warn_no_validation(self.prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check how each layer can be measured, unless the sanity check has shown it, and print the summary."""
+        """Check how each layer can be measured if the sanity check has not done so, and print the summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             logged.warn_no_validation(self.prefix)
@@ -205,7 +207,7 @@ class FlatnessCallback(FlatnessHistory):
         self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before training how each layer can be measured, on one batch of the data if this can be read."""
+        """Before training, check how each layer can be measured, if one batch of the data can be read for this."""
         waits = self._data_name == "val" and self._network is None
         try:
             samples = first_samples(trainer, pl_module, self._wanted)
@@ -255,7 +257,7 @@ class FlatnessCallback(FlatnessHistory):
     ) -> None:
         """Measure the validated batch, or the next part of other data. In a sanity check, only check the layers.
 
-        The end of the epoch would be too late, because weight averaging swaps the weights back before that hook.
+        Weight averaging swaps the weights back at the end of the epoch, so a measurement there would be too late.
         """
         if not self._errors.pending:
             with self._measuring(trainer, pl_module):
@@ -315,7 +317,7 @@ class FlatnessCallback(FlatnessHistory):
             return
         where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
-            # Validated batches are all measured by now. A rank that had none has seen no network.
+            # Validated batches are all measured by now. A rank without a batch has seen no network.
             if running is not None and self._data_name != "val" and not self._errors.pending:
                 running.measure_rest(self._network_of(pl_module))
         with self._measuring(trainer, pl_module):

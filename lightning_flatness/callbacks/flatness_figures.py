@@ -10,12 +10,12 @@ from lightning_flatness.callbacks.logged import accuracy_key
 from lightning_flatness.plots import plot_block_traces, plot_history, plot_layer_history, plot_layers
 from lightning_flatness.results import FlatnessReport
 
-# Layers with a heat map. The user can draw those of further layers with plot_block_traces.
+# Largest number of layers with a heat map. The user can draw further heat maps with plot_block_traces.
 MOST_HEAT_MAPS = 8
 
 
 def stopping_of(trainer: Trainer) -> dict[str, Any]:
-    """Return the burn-in of the run's early stopping, if it has one, and the epoch after which it stopped the run."""
+    """Return the burn-in of the run's early stopping and the epoch after which it stopped. Both may be None."""
     rules: list[Any] = list(trainer.early_stopping_callbacks)
     burn_ins = [rule.burn_in for rule in rules if getattr(rule, "burn_in", 0)]
     stops = [rule.stopped_epoch for rule in rules if rule.stopped_epoch]

@@ -27,14 +27,14 @@ class FlatnessHistory(MeasuringCallback):
         self._awaits_accuracy: Record | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new history. Raise errors, or warn of problems, that can be found before training."""
+        """Start a new history. Raise an error, or warn, if a problem can be found before training."""
         self.report = self._awaits_accuracy = None
         super().on_fit_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the record of this validation, with its accuracy, to the history.
 
-        This hook comes after the LightningModule has logged its accuracy, which may happen after flatness was logged.
+        The LightningModule may log its accuracy after this callback has logged flatness, but logs it before this hook.
         """
         if self._awaits_accuracy is not None:
             self._add_to_history(trainer, self._awaits_accuracy)

@@ -1,4 +1,4 @@
-"""Turn reports into records for the history and numbers for loggers, and warn of numbers that are not exact."""
+"""Turn reports into records for the history and into numbers for loggers. Warn of numbers that are not exact."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_flatness.plots.words import DATA
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, summary_table
 from lightning_flatness.results.tables import PARTS, SAMPLED
 
-# Numbers that are logged in addition to flatness. The dict maps a logged key to the field of the report that has it.
-# The share of samples that are classified correctly is not called accuracy, since the LightningModule logs its own.
+# Numbers that are logged in addition to flatness. The dict maps a logged key to a field of the report. The key of the
+# accuracy is top1, since the LightningModule logs an accuracy of its own.
 BESIDE = {"loss": "loss", "top1": "accuracy", "curvature": "curvature"}
-# Measures that a record has, too, if the report has them.
+# Further measures. A record has them if its report has them.
 FURTHER = ("normalized_relative_flatness", "channelwise_flatness")
 # Largest number of layers that a warning names.
 MOST_NAMES = 8
@@ -39,7 +39,7 @@ def with_data(
 
 
 def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, Any]:
-    """Return the record of a report for the history: numbers, and labels that say how they were measured.
+    """Return the record of a report for the history. It has numbers, and labels that say how these were measured.
 
     If there are several layers, the record has numbers for each layer, too. Keys have no prefix. None stands for NaN.
     """
@@ -74,8 +74,8 @@ def values_of_loaders(reports: Mapping[int, FlatnessReport], measures: Sequence[
 def numbers_of(record: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]] = ()) -> dict[str, float]:
     """Return the numbers of a record that loggers get, as floats. ``exact`` becomes 1 or 0.
 
-    None is left out. But if one of the ``earlier`` records has a number under the same key, None becomes NaN, so that a
-    key that was logged once is always logged.
+    Values that are None are left out. But if one of the ``earlier`` records has a number under the same key, None
+    becomes NaN. So a key that was logged once is always logged.
 
     Example:
         >>> numbers_of({"epoch": 3, "exact": True, "loss": None, "hessian_trace": 2.0, "method": "closed_form"})
@@ -92,15 +92,15 @@ def numbers_of(record: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]] =
 
 
 def print_summary(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str], data: str, prefix: str) -> None:
-    """Print which layers are measured and how, which are left out and why, on which data and under which prefix."""
+    """Print how, on which data and under which prefix each layer is measured, and why other layers are left out."""
     title = f"Flatness on {DATA.get(data, data)} data is measured for these layers, under '{prefix}'."
     Console().print(summary_table(layers, left_out, title))
 
 
 def warn_of_inexact(infos: Iterable[LayerInfo], told: Set[str], prefix: str) -> frozenset[str]:
-    """Warn of layers whose numbers are not exact, unless the user was ``told`` of these layers before.
+    """Warn of layers whose numbers are not exact. Layers in ``told`` get no second warning.
 
-    Return the names of all layers that the user was told of, those in ``told`` included.
+    Return the names of all layers that a warning has named so far, including those in ``told``.
     """
     names: dict[tuple[str, str], list[str]] = {}
     for info in infos:
@@ -133,8 +133,8 @@ def known(value: float) -> float | None:
 def _is_logged(name: str) -> bool:
     """Return whether loggers get the number with this key.
 
-    Among standard errors, loggers get only those of measures summed over layers. ``accuracy`` is not logged, because
-    the LightningModule logs it.
+    Loggers get standard errors only of measures that are summed over layers. ``accuracy`` is not logged, because the
+    LightningModule logs it.
     """
     is_minor = "/" in name or name.removesuffix("_error") in BESIDE
     return name != "accuracy" and not (name.endswith("_error") and is_minor)

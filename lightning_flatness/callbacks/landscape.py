@@ -37,27 +37,28 @@ class LandscapeCallback(EpochEndCallback):
     kept.
 
     Training with this callback is bit-identical to training without it. The origin of a landscape is at the present
-    weights. At the end of the fit, these are the weights that the fit leaves: averaged weights, if a callback such as
-    Lightning's ``StochasticWeightAveraging`` or ``WeightAveraging`` puts averages into the network when training ends.
-    The order of the callbacks in the list does not matter.
+    weights. At the end of the fit, these are the final weights. If a callback such as Lightning's
+    ``StochasticWeightAveraging`` or ``WeightAveraging`` puts averages into the network when training ends, the final
+    weights are these averages. The order of the callbacks in the list does not matter.
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
             loader reads; or your own ``DataLoader`` or list of batches, of which every rank measures a part. The
             network is in evaluation mode. All samples stay in memory during a measurement.
         max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
-        every_n_epochs: measure after the first epoch and every n-th epoch after it, too; None: only after the fit.
+        every_n_epochs: measure also after the first epoch, and after every n-th epoch from then on; None to measure
+            only after the fit.
         axes: kind of the axes: ``"random"``, ``"adam"`` (from the moments of the Trainer's optimizer) or ``"hessian"``.
-            One such string gives a plane with two axes of this kind. A list of one string gives a line, a list of two
-            a plane. ``"trajectory"`` gives the plane of the first two principal directions of the weights after all
-            epochs, and the figure shows the path of the weights in this plane. For ``"trajectory"``, every rank keeps
-            copies of the initial parameters and of the parameters after every epoch of this fit in CPU memory.
-            Checkpoints do not contain these copies.
+            One such string gives a plane with two axes of this kind. A list of one string gives a line. A list of
+            two strings gives a plane. ``"trajectory"`` gives the plane of the first two principal directions of the
+            weights after all epochs, and the figure shows the path of the weights in this plane. For ``"trajectory"``,
+            every rank keeps copies of the initial parameters and of the parameters after every epoch of this fit in CPU
+            memory. Checkpoints do not contain these copies.
         normalize: normalization of the axes. :func:`~lightning_flatness.loss_landscape` explains this argument and the
             following ones up to ``dtype``.
         norm: norm that the normalization uses: 1 for L1, 2 for L2.
-        biases: ``"zero"`` or ``"scaled"``: how the axes treat biases.
-        update: ``"add"`` or ``"adam"``: how the weights of a point are computed from its coordinates.
+        biases: how the axes treat biases, ``"zero"`` or ``"scaled"``.
+        update: how the weights of a point are computed from its coordinates, ``"add"`` or ``"adam"``.
         span: range of the coordinates; by default 1. For a trajectory, the default is the range of the trajectory,
             extended by a quarter on every side.
         steps: number of points along every axis.
@@ -80,7 +81,7 @@ class LandscapeCallback(EpochEndCallback):
             store files get the files, too.
         figures: ``"auto"`` to give figures to every logger that takes figures, and to write PNG files for the other
             loggers; ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
-        figures_every: draw after every n-th measurement, and at the end; None: only at the end.
+        figures_every: draw after every n-th measurement, and at the end; None to draw only at the end.
         on_error: ``"raise"``, or ``"warn"`` to go on training after an error.
 
     Attributes:
@@ -92,7 +93,7 @@ class LandscapeCallback(EpochEndCallback):
             :class:`~lightning_flatness.LandscapeResult`.
 
     Raises:
-        FlatnessError: An argument is invalid, or (before the first epoch) the network or data cannot be measured.
+        FlatnessError: An argument is invalid, or the network or data cannot be measured (checked before training).
 
     Example:
         >>> import lightning as L
@@ -134,7 +135,9 @@ class LandscapeCallback(EpochEndCallback):
         statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
         words = [axes] if isinstance(axes, str) else axes
         if not all(isinstance(word, str) for word in words):
-            raise FlatnessError(f"{axes=}: the callback takes strings only; loss_landscape() takes directions, too.")
+            raise FlatnessError(
+                f"{axes=}: the callback takes strings only. To use your own directions, call loss_landscape()."
+            )
         if axes != "trajectory" and not set(words) <= set(KINDS):
             known = ", ".join(map(repr, KINDS))
             raise FlatnessError(f"{axes=} must be one of {known}, a list of one or two of these, or 'trajectory'.")
@@ -198,7 +201,7 @@ class LandscapeCallback(EpochEndCallback):
             reason = "needs two epochs at least to span a plane"
         elif epochs is not None:
             when = f"after {epochs} epoch{'s' * (epochs > 1)} of this fit" if epochs else "at the start of this fit"
-            reason = f"needs finite weights, and those {when} are not: the training has diverged"
+            reason = f"needs finite weights, but the weights {when} are not finite: the training has diverged"
         if reason is not None and final:
             rank_zero_warn(f"LandscapeCallback(axes='trajectory') {reason}; there is no landscape.")
         return reason is None
@@ -250,7 +253,7 @@ class LandscapeCallback(EpochEndCallback):
 
     @property
     def trajectory(self) -> Tensor | None:
-        """Coordinates of the stored weights in the latest plane, ``(epochs + 1, 2)``, or None without a trajectory.
+        """Coordinates ``(epochs + 1, 2)`` of the stored weights in the latest plane, or None without a trajectory.
 
         The first row is for the initial weights, and every other row for the weights after an epoch.
         """
@@ -302,8 +305,8 @@ def _adam(trainer: Trainer, network: nn.Module) -> list[torch.optim.Optimizer]:
     with_moments = [one for one in fitting if "betas" in one.defaults and not isinstance(one, torch.optim.Adamax)]
     if not with_moments:
         raise FlatnessError(
-            f"axes='adam' takes the moments exp_avg and exp_avg_sq, and {_names(fitting)} keeps none. "
-            "Train with Adam, AdamW, NAdam or RAdam, or take axes='random', 'hessian' or 'trajectory'."
+            f"axes='adam' needs the moments exp_avg and exp_avg_sq, but {_names(fitting)} keeps none. "
+            "Train with Adam, AdamW, NAdam or RAdam, or use axes='random', 'hessian' or 'trajectory'."
         )
     return with_moments
 

@@ -18,7 +18,7 @@ LOGGING = ("log", "log_dict")
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
-    """Return the values, and the base-10 logarithm of the value ``measure``: NaN if this value is not positive."""
+    """Return the values, and the base-10 logarithm of the value ``measure``, or NaN if this value is not positive."""
     value = values[measure]
     return {**values, f"log10_{measure}": math.log10(value) if value > 0 else math.nan}
 
@@ -54,7 +54,7 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
             torch.tensor(value, dtype=kind, device="cpu"),
             on_step=False,
             on_epoch=True,
-            sync_dist=True,  # the values are the same on all ranks, but Lightning warns without it
+            sync_dist=True,  # the values are the same on all ranks, but Lightning warns without sync_dist
             batch_size=1,
             add_dataloader_idx=False,  # keys of further loaders have the index already
         )
@@ -93,8 +93,8 @@ def warn_no_validation(prefix: str) -> None:
     """Warn that a fit without validation measures no validation data."""
     rank_zero_warn(
         "FlatnessCallback measures at validation, and this fit runs none (no validation_step, no validation data, or "
-        f"limit_val_batches=0): '{prefix}/hessian_trace' and the other keys will not be logged, and callbacks that "
-        "monitor them will fail. Add validation data, or use FlatnessCallback(data='train')."
+        f"limit_val_batches=0). So '{prefix}/hessian_trace' and the other keys will not be logged, and callbacks that "
+        "monitor these keys will fail. Add validation data, or use FlatnessCallback(data='train')."
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Item:
-    """A figure or file of one measurement, as loggers name it.
+    """The names under which loggers store a figure or file of one measurement.
 
     Attributes:
         tag: name of the figure or file, like the key of a logged number.
@@ -124,8 +124,8 @@ def _as_image(figure: Any) -> Any:
     return Image.open(buffer)
 
 
-# The first interface that fits is used. First come those that do not look at logger.experiment, because looking at it
-# creates the experiment.
+# The first interface that fits is used. Interfaces that do not read logger.experiment come first, because reading this
+# attribute creates the experiment.
 INTERFACES = (
     Interface(lambda logger: hasattr(logger, "log_image"), _add_wandb_figure, _add_wandb_file),
     # LitLogger

@@ -21,7 +21,10 @@ FLAT_IF_SMALL = (
 )
 REMEDIES = {
     "EarlyStopping": ("stops in the first epochs", "FlatnessStopping, which has a burn-in"),
-    "ModelCheckpoint": ("keeps the first epochs", "FlatCheckpoint, which keeps the flattest of the best accuracy"),
+    "ModelCheckpoint": (
+        "keeps the first epochs",
+        "FlatCheckpoint, which chooses among epochs of nearly the best accuracy",
+    ),
 }
 
 
@@ -47,7 +50,7 @@ def warn_of_traps(trainer: Trainer, prefix: str) -> None:
         if callback.mode == "max":
             rank_zero_warn(
                 f"{kind.__name__}(monitor='{key}', mode='max') takes the sharpest network for the best one: a small "
-                "number is flat. Use mode='min'."
+                "number means a flat network. Use mode='min'."
             )
         elif _begins_at_once(callback):
             rank_zero_warn(

@@ -1,4 +1,4 @@
-"""Find the network in a LightningModule: the one that the user names, or the one that a validation step calls."""
+"""Find the network in a LightningModule. The user names the network, or a validation step calls it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class Network:
 
     Attributes:
         module: the network.
-        prefix: name of the network in the LightningModule. Names of its layers begin with it. It is empty if
-            ``model=`` names the network.
-        on_batch: whether only the call on the batch's own inputs is measured, because the step calls the network on
-            other inputs, too.
-        is_called: False if the steps are not seen to call the network, so that the batch's own inputs are measured.
+        prefix: name of the network in the LightningModule, with which the names of its layers begin. The prefix is
+            empty if ``model=`` names the network.
+        on_batch: True if the step calls the network on several inputs. Then only the call on the batch's own inputs is
+            measured.
+        is_called: False if no call in the steps can be measured. Then the inputs in the batch or from ``batch_fn=`` are
+            measured.
     """
 
     module: nn.Module
@@ -46,8 +47,8 @@ class Found:
 
     Attributes:
         network: the network.
-        call: the call to measure, on copies of its tensors, or None.
-        original: the same call on the user's tensors, or None.
+        call: the call to measure, with copies of the tensors, or None.
+        original: the call to measure, with the user's tensors, or None.
     """
 
     network: Network
@@ -56,7 +57,7 @@ class Found:
 
 
 class Within(nn.Module):
-    """A wrapper that gives a network its name in a larger module, so that names of parameters begin with it.
+    """A wrapper that gives a network the name ``prefix``, so that the names of its parameters begin with this name.
 
     Example:
         >>> [name for name, _ in Within(nn.Linear(2, 3), "parts.net").named_parameters()]
@@ -71,7 +72,7 @@ class Within(nn.Module):
             parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(name, network)
-        self._network = (network,)  # in a tuple, since as an attribute it would have a second name
+        self._network = (network,)  # in a tuple, so that it is not registered under a second name
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the network."""
@@ -82,15 +83,16 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
     """Return the network that ``model`` names or returns, or None if ``model`` is None.
 
     Raises:
-        FlatnessError: ``model`` is itself a module, or what it names or returns is not a module.
+        FlatnessError: ``model`` is a module, or ``model`` names or returns something that is not a module.
     """
     if model is None:
         return None
     children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
     if isinstance(model, nn.Module):
         raise FlatnessError(
-            "model= must not be a module; give the name of an attribute of the LightningModule, or a function that "
-            f"takes it and returns the network. Its submodules are: {children}."
+            "model= must not be a module. Give the name of an attribute of the LightningModule, or a function that "
+            "takes the LightningModule and returns the network. The LightningModule has these submodules: "
+            f"{children}."
         )
     network: Any = pl_module
     if callable(model):
@@ -101,18 +103,22 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
     if not isinstance(network, nn.Module):
         name = type(pl_module).__name__
         problem = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
-        raise FlatnessError(f"model={model!r}: {problem}; there are: {children}.")
+        raise FlatnessError(f"model={model!r}: {problem}. The LightningModule has these submodules: {children}.")
     return Network(network)
 
 
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
-    """Return the network that ``model`` names, or else the LightningModule, for use where no step shows the network."""
+    """Return the network that ``model`` names, or the LightningModule if ``model`` is None.
+
+    This is for uses in which no step shows the network.
+    """
     named = named_network(pl_module, model)
     if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
         children = ", ".join(f"'{child}'" for child, _ in pl_module.named_children()) or "none"
         raise FlatnessError(
             f"{type(pl_module).__name__} has no forward(), and no validation step has shown which network it calls. "
-            f"Name the attribute that is the network with model=...; there are: {children}."
+            "Use model=... to name the attribute that is the network. The LightningModule has these submodules: "
+            f"{children}."
         )
     return replace(named or Network(pl_module), is_called=False)
 
@@ -148,7 +154,7 @@ class StepWatch:
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
         self._open = [self._calls]  # for each call that is running now, the list of calls within it
-        self._others: list[_Heard] = []  # if the user names a module: calls of other modules
+        self._others: list[_Heard] = []  # calls of modules other than the one that the user names
         # The steps of a LightningModule that is compiled in place run eagerly, so its children can be watched.
         watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
@@ -197,19 +203,22 @@ class StepWatch:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the step has called no module with weights, or not the module that the user names."""
+        """Whether no call was recorded.
+
+        If the user names a module, only calls of this module count. Otherwise calls of all modules with weights count.
+        """
         return not self._calls
 
     def found(self, inputs: Any, is_given: bool = False) -> Found:
         """Return the network, and the call to measure.
 
         ``inputs`` are the batch's own inputs, or None if unknown. If the step calls the network on different inputs,
-        the call on the batch's own inputs is the one to measure. If there is no such call, and the user gives the
-        inputs (``is_given``), the result has no call.
+        the call to measure is the call on ``inputs``. If the step does not call the network on ``inputs``, and the user
+        gives them (``is_given``), the result has no call.
 
         Raises:
-            FlatnessError: The step calls several networks; or it calls one network on different inputs, none of which
-                is the batch's own input, and ``is_given`` is false.
+            FlatnessError: The step calls several networks. Or the step calls the network on different inputs but not on
+                ``inputs``, and ``is_given`` is False.
             BatchError: The output of the network has no logits.
         """
         heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
@@ -217,9 +226,9 @@ class StepWatch:
         if not counts and not is_given:
             raise FlatnessError(
                 f"The validation step calls {self._name(heard.module)} on {num_inputs} different inputs, none of which "
-                "is the batch's own input. Give batch_fn=, a function from a batch to (inputs, targets), for the "
-                "inputs to measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]); a tuple of inputs is passed as "
-                "arguments, a mapping as keyword arguments."
+                "is the batch's own input. Give batch_fn=, a function from a batch to the (inputs, targets) to "
+                "measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]). A tuple of inputs is passed as arguments, "
+                "and a mapping is passed as keyword arguments."
             )
         if not counts:
             return Found(Network(heard.module, prefix, is_called=False))
@@ -230,8 +239,8 @@ class StepWatch:
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
         """Find the call to measure among these calls, or among the calls within them.
 
-        Return this call, the number of different inputs that its module gets in the step, and True. If there is no call
-        to measure, return some call of the same module, that number, and False.
+        Return the call, the number of different inputs that the called module gets in the step, and True. If there is
+        no call to measure, return the module's first call, the number of different inputs, and False.
         """
         self._refuse_several(calls)
         different: list[_Heard] = []
@@ -257,8 +266,8 @@ class StepWatch:
         if users:
             rank_zero_warn(
                 f"The validation step gives the output of {self._name(heard.module)} to {self._name(users[0])}, which "
-                "has weights of its own. If that output is not the logits, what is measured is not your loss: name a "
-                "module with model=... that returns the logits."
+                "has weights of its own. If that output is not the logits, the measured loss is not your loss. Use "
+                "model=... to name a module that returns the logits."
             )
 
     def _refuse_several(self, calls: Sequence[_Heard]) -> None:
@@ -277,14 +286,14 @@ class StepWatch:
                     f"The validation step gives the output of {self._name(heard.module)} to "
                     f"{' and '.join(map(self._name, heads))}, {owning}. Say which network returns the logits, e.g. "
                     f"model=lambda module: torch.nn.Sequential({parts}), batch_fn=lambda batch: (batch[0], batch[1]), "
-                    "where batch_fn= returns the inputs of the first part, and the targets; or, if the output of "
-                    f"{self._name(heard.module)} is the logits, model={self._name(heard.module)}."
+                    "where batch_fn= returns the inputs of the first part, and the targets. If the output of "
+                    f"{self._name(heard.module)} is the logits, give model={self._name(heard.module)}."
                 )
         if any(_why_no_logits(heard.output) for heard in calls):
             raise FlatnessError(
                 f"The validation step calls {names}. Not all of these return logits, so they seem to be parts of one "
-                "network. Call one module in the step that returns the logits, e.g. self(x) with a forward() that "
-                "applies all parts; or, if one of these modules is the whole network, name it with model=."
+                "network. Call one module in the step to get the logits, e.g. self(x) with a forward() that applies "
+                "all parts. If one of these modules is the whole network, name it with model=."
             )
         trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
         own = [self._name(module) for module in trained or modules if module is not self._pl_module]
@@ -294,7 +303,7 @@ class StepWatch:
         )
 
     def _expression(self, module: nn.Module) -> str:
-        """Return Python code that gets a submodule of the LightningModule, which the code calls ``module``."""
+        """Return Python code for a submodule of the LightningModule. The code calls the LightningModule ``module``."""
         name = self._names.get(module, "")
         plain = all(part.isidentifier() for part in name.split("."))
         return f"module.{name}" if plain else f"module.get_submodule({name!r})"

@@ -35,8 +35,8 @@ from lightning_flatness.model.isolation import refuse_sharded
 class EagerSteps:
     """A switch that makes compiled modules run eagerly. All FlatnessPenalty callbacks share it.
 
-    Every callback needs eager modules until its first step has ended. So the switch counts the callbacks that need
-    them, and restores the earlier setting when the last one is done.
+    Every callback needs eager modules until its first step has ended. So the switch counts these callbacks, and
+    restores the earlier setting when the last of them is done.
     """
 
     _num_steps: ClassVar[int] = 0
@@ -60,15 +60,15 @@ class EagerSteps:
 
 
 class FlatnessPenalty(Callback):
-    """Trains towards flat minima: adds ``λ κ`` to the loss, where ``κ`` is the classifier's relative flatness.
+    """Adds ``λ κ`` to the loss to train towards flat minima. ``κ`` is the classifier's relative flatness.
 
     ``κ`` is exactly the relative flatness of mean cross-entropy on the batch.
     :func:`~lightning_flatness.functional.flatness_penalty` computes ``κ`` from the input and the output of the
     classifier in the training step, without a second forward or backward pass.
 
-    The first step of a fit shows which layer is the classifier: the linear layer whose output is the logits of the
-    loss. In that step, the callback also checks that the loss has the same second derivative with respect to the logits
-    as mean cross-entropy.
+    The classifier is the linear layer whose output is the logits of the loss. The callback finds this layer in the
+    first step of a fit. In that step, the callback also checks that the loss has the same second derivative with
+    respect to the logits as mean cross-entropy.
 
     The callback logs three means over every epoch: ``penalty/relative_flatness`` (``κ``), ``penalty/strength`` (``λ``)
     and ``penalty/loss`` (the term added to the loss). It works with precision plugins, gradient accumulation, gradient
@@ -78,10 +78,10 @@ class FlatnessPenalty(Callback):
     Args:
         strength: ``λ``. Adilova et al. 2023 (arXiv 2307.02337) use 0.1 to 1. With 0, ``κ`` is only logged.
         layers: ``"classifier"``, or the name of one layer, which is needed if the loss takes logits of several layers.
-        schedule: a function from the number of optimizer steps so far to a factor that multiplies ``λ``.
-        warmup_steps: over this number of optimizer steps, ``λ`` rises linearly from zero.
+        schedule: a function that takes the number of optimizer steps so far, and returns a factor for ``λ``.
+        warmup_steps: number of optimizer steps over which ``λ`` rises linearly from zero.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
-        normalize: scale every feature to standard deviation one over the batch; on every rank, over its own batch.
+        normalize: scale every feature to standard deviation one over the batch. Every rank uses its own batch.
         maximize: subtract ``λ κ`` instead, to train away from flat minima.
         label_smoothing: label smoothing of your loss. It matters only with class weights.
         class_weight: class weights of your loss, one for every class.
@@ -152,13 +152,13 @@ class FlatnessPenalty(Callback):
         return self.strength * factor * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise an error for manual optimization, an unknown layer name, or the prefix of another callback."""
+        """Raise an error for manual optimization, an unknown layer name, or a prefix that another callback has."""
         self._release()
         check_prefix(trainer, self)
         if not pl_module.automatic_optimization:
             raise FlatnessError(
-                f"FlatnessPenalty adds to the loss of automatic optimization, and {type(pl_module).__name__} optimizes "
-                f"manually. {BY_HAND}"
+                f"FlatnessPenalty works only with automatic optimization, and {type(pl_module).__name__} optimizes "
+                f"manually. Use automatic optimization. {BY_HAND}"
             )
         linear_layers(pl_module, self.layers)
 
@@ -168,7 +168,10 @@ class FlatnessPenalty(Callback):
             refuse_sharded(name, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the classifier's calls. In the first step of a fit, run eagerly and record the calls of all layers."""
+        """Record the calls of the classifier.
+
+        In the first step of a fit, run eagerly, and record the calls of all layers that may be the classifier.
+        """
         with _named():
             targets = targets_of(batch) if self.batch_fn is None else called(self.batch_fn, batch)[1]
         self._targets = None if targets is None else targets.clone()  # the step may change them
@@ -290,9 +293,7 @@ def _named() -> Iterator[None]:
     try:
         yield
     except BatchError as error:
-        remedy = (
-            " With batch_fn=, you give a function from a batch to (inputs, targets)." if "targets" in str(error) else ""
-        )
+        remedy = " Give batch_fn=, a function from a batch to (inputs, targets)." if "targets" in str(error) else ""
         raise BatchError(f"FlatnessPenalty: {error}{remedy}") from error
 
 
@@ -306,6 +307,6 @@ def _not_once(name: str, number: int) -> str:
         return f"FlatnessPenalty: {called_often(name, number)}"
     return (
         f"FlatnessPenalty did not see a call of '{name}' with gradients in this training step. If torch.compile has "
-        "compiled the network before the fit, its code does not see the callback: call torch.compiler.reset() first. "
-        f"If not every step has a loss of this layer's logits: {BY_HAND[3:]}"
+        "compiled the network before the fit, the compiled code ignores the callback's hook. Then call "
+        f"torch.compiler.reset() before the fit. If some steps do not use this layer's logits, {BY_HAND[3:]}"
     )

@@ -35,7 +35,7 @@ class RankErrors:
 
     @contextmanager
     def kept(self, num_ranks: int) -> Iterator[None]:
-        """Store an error of the ``with`` block. With one rank and ``on_error="raise"``, let it propagate instead.
+        """Store an error of the ``with`` block. With one rank and ``on_error="raise"``, the error propagates instead.
 
         The error is stored as a string, because an exception would keep all tensors of its stack frames alive.
         """

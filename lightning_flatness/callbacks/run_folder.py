@@ -10,17 +10,17 @@ from typing import Any
 
 
 def own_folder(loggers: Sequence[Any]) -> Path | None:
-    """Return the folder of this run in the first logger that has one for every run (TensorBoard, CSV), or None.
+    """Return the folder of this run from the first logger with a folder per run (TensorBoard, CSV), or None.
 
-    Other loggers have only ``save_dir``, one folder for all runs. It is not used, because MLflow takes every folder in
-    ``save_dir`` for an experiment.
+    Other loggers have only ``save_dir``, one folder for all runs. ``save_dir`` is not used, because MLflow takes every
+    folder in it for an experiment.
     """
     folders = [getattr(logger, "log_dir", None) for logger in loggers]
     return next((Path(folder) for folder in folders if folder), None)
 
 
 def claim(folder: Path) -> Path:
-    """Create a new folder with this name, or, if there is one already, with this name and ``-v1``, ``-v2`` and so on.
+    """Create a new folder with this name. If the name is taken, append ``-v1``, ``-v2`` and so on.
 
     Example:
         >>> import tempfile

@@ -34,7 +34,7 @@ class PassesOfRun:
         self._told: str | None = None
 
     def keep_example(self, call: Call, targets: Tensor | None) -> None:
-        """Keep the first samples of a call as the example, unless there is one already or the call has one sample."""
+        """Keep the first samples of a call as the example, if there is none yet and the call has several samples."""
         samples = num_rows(call, targets)
         if self.possible and self.example is None and samples > 1:
             rows = slice(0, TRIAL)
@@ -58,7 +58,7 @@ class PassesOfRun:
 
 
 class Running:
-    """A measurement of one source of samples, in progress.
+    """A running measurement of one source of samples.
 
     It records the call of the network in each validation step. If a trial shows that observing changes nothing, it also
     observes the forward pass of that call, which saves an extra pass.
@@ -75,7 +75,7 @@ class Running:
         self._network = network
         self._passes = passes
         self._is_tried = False
-        self._repeats = True  # whether extra passes after the trial run as the user's do, and are observed
+        self._repeats = True  # whether extra passes run like the user's and are observed, once a trial allows this
         self._listener: Listener | None = None
         self._asked: Asked | None = None  # inputs and targets of the latest batch
         self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
@@ -95,12 +95,12 @@ class Running:
         if observes:
             self._passes.tell("")
         inputs = asked.inputs if self._network.on_batch else None
-        # The step calls the user's network. If this is sharded, the measured network is a copy with gathered weights.
+        # The step calls the user's network. If its weights are sharded, a copy with all weights is measured.
         self._listener = self.measurement.listen(inputs) if observes else Listener(self._network.module, inputs=inputs)
         self._listener.__enter__()
 
     def _try_once(self) -> None:
-        """Make the trial that shows whether passes can be observed, unless this measurement has made the trial."""
+        """Make the trial that shows whether passes can be observed, unless this measurement has made it already."""
         example = self._passes.example
         if not self._observes or self._is_tried or example is None:
             return
@@ -116,10 +116,10 @@ class Running:
         self._passes.rule_out(reason)
 
     def _try(self, call: Call, targets: Tensor | None) -> str:
-        """Make the trial, and return why passes cannot be observed, or an empty string.
+        """Make the trial. Return the reason why passes cannot be observed, or an empty string.
 
-        If the network raises an error on the example, the trial says nothing yet: drop the example, so that a later
-        batch gives another one.
+        If the network raises an error on the example, drop the example, and return an empty string. A later batch then
+        gives another example for another trial.
         """
         try:
             reason = self.measurement.why_not_live(call, targets)
@@ -130,11 +130,11 @@ class Running:
         return reason
 
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
-        """After a validation step, measure those samples of the batch that the source selects, or other data.
+        """After a validation step, measure the samples that the source selects in the batch, or a part of other data.
 
-        ``call`` is the network's call, if a :class:`~lightning_flatness.callbacks.network.StepWatch` has found it in
-        this step. If it is None, measure the call that this object has recorded in this step. If no step is seen to
-        call the network, measure the batch's own inputs.
+        ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.network.StepWatch` has found in
+        this step. If ``call`` is None, measure the call that this object has recorded in this step, or the batch's own
+        inputs if no step is seen to call the network.
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():
@@ -160,8 +160,8 @@ class Running:
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
         """Measure samples in an extra forward pass.
 
-        If a trial has shown that an extra pass can run in the same way and precision as the user's passes, run it in
-        this way, and observe it.
+        If a trial has shown that an extra pass can run in the same way and precision as the user's passes, run this
+        pass in that way, and observe it.
         """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.repeats):
@@ -198,9 +198,9 @@ class Running:
         self._listener = None
 
     def _recorded_call(self, asked: Asked, batch_idx: int) -> Call:
-        """Return the recorded call, if the step has called the network, and on one input only.
+        """Return the recorded call if the step called the network on one input only.
 
-        Otherwise return the call on the inputs that ``batch_fn=`` gives, or raise an error if it gives none.
+        Otherwise return a call on the inputs of ``batch_fn=``. If ``batch_fn=`` gives no inputs, raise an error.
         """
         listener = self._listener
         assert listener is not None
@@ -211,13 +211,13 @@ class Running:
                 return asked.own_call()
             problem = "does not call the network" if listener.call is None else "calls the network on different inputs"
             raise BatchError(
-                f"The validation step {problem} on batch {batch_idx}, unlike before. Give batch_fn=, a function from a "
-                "batch to (inputs, targets), for the inputs to measure."
+                f"The validation step {problem} in batch {batch_idx}, unlike in earlier batches. Give batch_fn=, a "
+                "function from a batch to the (inputs, targets) to measure."
             )
         return listener.call
 
     def _add_observed(self, targets: Tensor | None) -> bool:
-        """Add the forward pass that was observed to the measurement. Return False if an extra pass must be made."""
+        """Add the observed forward pass to the measurement. Return False if an extra pass must be made."""
         listener = self._listener
         if listener is None or not (self._observes and self._is_tried):
             return False

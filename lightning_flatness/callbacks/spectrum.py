@@ -28,24 +28,25 @@ class SpectrumCallback(EpochEndCallback):
 
     It computes the largest eigenvalues, the trace, the spectral density and criteria of generalization. It logs
     ``{prefix}/lambda_max`` and, with the same prefix, ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``,
-    ``exact`` and ``seconds``. ``exact`` is 1 if the eigenvalues have converged and the matrix is the Hessian. It is 0
-    if they have not converged, or the matrix is the Gauss-Newton matrix.
+    ``exact`` and ``seconds``. ``exact`` is 1 if the eigenvalues have converged and the matrix is the Hessian, and
+    0 otherwise.
 
     At the end of every n-th epoch, callbacks such as ``ModelCheckpoint`` can monitor these keys. At the end of the fit,
     only the loggers get them. Figures show the density, and the eigenvalues over the epochs. Every result is written to
     a file ``epoch=...-step=....npz``, which :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
 
     Training with this callback is bit-identical to training without it. At the end of the fit, the callback measures
-    the weights that the fit leaves: averaged weights, if a callback such as Lightning's ``StochasticWeightAveraging``
-    or ``WeightAveraging`` puts averages into the network when training ends. The order of the callbacks in the list
-    does not matter.
+    the final weights. If a callback such as Lightning's ``StochasticWeightAveraging`` or ``WeightAveraging`` puts
+    averages into the network when training ends, the final weights are these averages. The order of the callbacks in
+    the list does not matter.
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
             loader reads; or your own ``DataLoader`` or list of batches, of which every rank measures a part. The
             network is in evaluation mode. All samples stay in memory during a measurement.
         max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
-        every_n_epochs: measure after the first epoch and every n-th epoch after it, too; None: only after the fit.
+        every_n_epochs: measure also after the first epoch, and after every n-th epoch from then on; None to measure
+            only after the fit.
         params: names or glob patterns of parameters or modules; None for all parameters.
             :func:`~lightning_flatness.hessian_spectrum` explains this argument and the following ones up to ``dtype``.
         loss: name, module or function of the loss.
@@ -71,7 +72,7 @@ class SpectrumCallback(EpochEndCallback):
         eigenvectors: write the eigenvectors to the files, too: ``top_k`` vectors with one entry per parameter.
         figures: ``"auto"`` to give figures to every logger that takes figures, and to write PNG files for the other
             loggers; ``"files"`` for PNG files only; False for none. See ``docs/loggers.md``.
-        figures_every: draw after every n-th measurement, and at the end; None: only at the end.
+        figures_every: draw after every n-th measurement, and at the end; None to draw only at the end.
         on_error: ``"raise"``, or ``"warn"`` to go on training after an error.
 
     Attributes:
@@ -82,7 +83,7 @@ class SpectrumCallback(EpochEndCallback):
         result: the latest measurement, a :class:`~lightning_flatness.SpectrumResult`.
 
     Raises:
-        FlatnessError: An argument is invalid, or (before the first epoch) the network or data cannot be measured.
+        FlatnessError: An argument is invalid, or the network or data cannot be measured (checked before training).
 
     Example:
         >>> import lightning as L
@@ -162,7 +163,7 @@ class SpectrumCallback(EpochEndCallback):
             self._is_told = True
             rank_zero_warn(
                 f"SpectrumCallback: the eigenvalues have not converged, and '{self.prefix}/exact' is 0 (the largest "
-                f"residual is {float(result.residuals.max()):.2g}). Allow more products: max_products=."
+                f"residual is {float(result.residuals.max()):.2g}). Increase max_products=."
             )
         values = result.eigenvalues.tolist()
         return {

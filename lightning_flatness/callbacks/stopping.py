@@ -54,8 +54,9 @@ class FlatnessStopping(EarlyStopping):
         monitor: key of a flatness measure that :class:`~lightning_flatness.FlatnessCallback` logs, or a list of keys.
             With a list, training stops only if none of these measures improves. Flatness on the training data is the
             best choice: use ``FlatnessCallback(data="train")``.
-        accuracy: key of a second metric. Training stops only if its mean over ranks does not improve either.
-        burn_in: number of initial epochs to ignore. Choose those in which the accuracy rises steeply.
+        accuracy: key of a second metric. Training stops only if the mean of this metric over the ranks does not improve
+            either.
+        burn_in: number of initial epochs to ignore. Choose the epochs in which the accuracy rises steeply.
         patience: training stops after this number of validations without an improvement of any metric.
         min_delta: smallest change of flatness that counts as an improvement, as a fraction of the best value.
         accuracy_min_delta: smallest absolute change of the second metric that counts as an improvement.
@@ -92,7 +93,9 @@ class FlatnessStopping(EarlyStopping):
                 f"min_delta a fraction in [0, 1); got {burn_in=}, {accuracy_min_delta=}, {patience=}, {min_delta=}."
             )
         if accuracy_mode not in ("min", "max") or mode not in ("min", "max"):
-            raise FlatnessError(f"FlatnessStopping: modes are 'min' or 'max'; got {mode=}, {accuracy_mode=}.")
+            raise FlatnessError(
+                f"FlatnessStopping: mode and accuracy_mode must be 'min' or 'max'; got {mode=}, {accuracy_mode=}."
+            )
         keys = [monitor] if isinstance(monitor, str) else list(monitor)
         if not keys or not all(isinstance(key, str) and key for key in [*keys, accuracy]):
             raise FlatnessError(
@@ -205,8 +208,8 @@ class FlatnessStopping(EarlyStopping):
     def _logged(self, metrics: Mapping[str, Tensor], key: str) -> Tensor:
         if key not in metrics:
             raise FlatnessError(
-                f"FlatnessStopping watches '{key}', which is not logged; there are: "
-                f"{', '.join(sorted(metrics)) or 'none'}. Flatness needs a FlatnessCallback in the Trainer; accuracy "
-                "a self.log in validation_step."
+                f"FlatnessStopping watches '{key}', which is not logged. The logged metrics are: "
+                f"{', '.join(sorted(metrics)) or 'none'}. To log flatness, add a FlatnessCallback to the Trainer. To "
+                "log the accuracy, call self.log in validation_step."
             )
         return metrics[key].detach().clone()

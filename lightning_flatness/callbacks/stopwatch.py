@@ -1,4 +1,4 @@
-"""Time the measurement, and compare it with the rest of the validation."""
+"""Find out how long the measurement takes, compared with the rest of the validation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-# If measuring takes more than MUCH times the rest of a validation, suggest max_samples= for MODEST times.
+# If measuring takes longer than MUCH times the rest of a validation, suggest max_samples= with which it takes about
+# MODEST times the rest.
 MUCH, MODEST = 0.2, 0.1
 FEWEST = 100  # smallest max_samples= that is suggested
 

@@ -42,14 +42,14 @@ class Trajectory:
 
     @property
     def coordinates(self) -> Tensor | None:
-        """Coordinates of the states in the latest plane, ``(states, 2)``, or None if no plane was computed yet."""
+        """Coordinates ``(states, 2)`` of the states in the latest plane, or None if no plane was computed yet."""
         return None if self._principal is None else self._principal.coordinates
 
     def plane(self, network: nn.Module) -> tuple[list[Any], list[list[float]]]:
-        """Return the two axes of the plane, and for each axis a range of coordinates.
+        """Return the two axes of the plane, and a range of coordinates for each axis.
 
-        The origin of the plane is at the network's present weights. The range contains the coordinates of all states
-        and of the origin, and extends by a quarter of its length beyond these on both sides.
+        The origin of the plane is at the network's present weights. A range goes from the smallest to the largest
+        coordinate of all states and the origin, extended by a quarter on both sides.
         """
         principal = pca_directions(network, self._states)
         self._principal = principal._replace(directions=())  # drop the directions, which are as large as the network

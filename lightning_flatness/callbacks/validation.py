@@ -23,7 +23,8 @@ class Validation:
     The measurement of a loader begins with the first step on this loader, because no earlier step shows the network.
 
     Feature-normalised flatness needs the spread of the input channels, which is computed from the first samples of all
-    ranks. Until it is known, samples are held, that is, they wait in memory. Finding the spread is a collective.
+    ranks. Until the spread is known, samples are held, which means that they wait in memory. Finding the spread is a
+    collective.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Validation:
                 self._left_out[loader] = str(error)
 
     def _take_spread(self, loader: int, network: Network) -> Exception | None:
-        """Find the spread of a loader's input channels, which is a collective.
+        """Find the spread of a loader's input channels. This is a collective.
 
         If this rank cannot measure the loader, the rank takes part in the collective without samples, and the method
         returns the error.
@@ -101,7 +102,7 @@ class Validation:
         return None
 
     def reports(self, network: Network) -> dict[int, FlatnessReport]:
-        """Return the report of every loader that was measured, by its index. All ranks must call this method."""
+        """Return a dict from the index of each measured loader to its report. All ranks must call this method."""
         several = len(self._sources) > 1
         left_out = (
             {loader: why for of_rank in gather(self._left_out, sync=True) for loader, why in of_rank.items()}

@@ -112,9 +112,7 @@ class ChangesItself(Classifier):
 @guards("callbacks.epoch_end:EpochEndCallback.on_fit_end", body="pass")
 @kinds
 def test_weights_that_change_still_later_are_warned_of(tmp_path, kind):
-    with pytest.warns(
-        UserWarning, match="The final result of .*Callback is not that of the weights that the fit leaves"
-    ):
+    with pytest.warns(UserWarning, match="The final result of .*Callback does not belong to the final weights"):
         fit(tmp_path, KINDS[kind](), module=ChangesItself())
 
 

@@ -187,7 +187,9 @@ def test_files_that_cannot_win_are_deleted(tmp_path):
 def test_a_key_that_nobody_logs_is_an_error_with_those_that_are(tmp_path, missing):
     values = {MONITOR: [1.0, 2.0], "val_acc": [0.5, 0.6], "val_loss": [1.0, 0.9]}
     del values[missing]
-    with pytest.raises(lf.FlatnessError, match=f"watches '{missing}', which is not logged; there are: .*val_loss"):
+    with pytest.raises(
+        lf.FlatnessError, match=f"watches '{missing}', which is not logged. The logged metrics are: .*val_loss"
+    ):
         quiet_trainer(tmp_path, lf.FlatCheckpoint(dirpath=tmp_path)).fit(Scripted(values), LOADER, LOADER)
 
 
@@ -257,7 +259,7 @@ def test_the_spectrum_can_be_watched(tmp_path):
 
 
 def test_nothing_kept_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="FlatCheckpoint has kept no checkpoint: at no check were 'val_acc' and"):
+    with pytest.warns(UserWarning, match="FlatCheckpoint has kept no checkpoint, because 'val_acc' and"):
         run(tmp_path, [math.nan] * 2, [1.0, 2.0], Kept(tmp_path))
 
 
@@ -326,10 +328,10 @@ def test_state_is_read_with_weights_only(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"within": -0.1}, "within=-0.1 must be a number, 0 at least"),
+        ({"within": -0.1}, "within=-0.1 must be a finite number, at least 0"),
         ({"within": math.nan}, "within=nan"),
         ({"within": True}, "within=True"),
-        ({"mode": "flat"}, "mode is 'max' or 'min', for 'val_acc'; got mode='flat'"),
+        ({"mode": "flat"}, "mode must be 'max' or 'min' for monitor='val_acc'; got mode='flat'"),
         ({"max_files": 1}, "max_files=1 must be a whole number, 2 at least"),
         ({"monitor": ""}, "names of logged metrics"),
         ({"flatness": ["flatness/hessian_trace"]}, "names of logged metrics"),

@@ -167,7 +167,7 @@ REFUSED = {
         of_class_weights,
         None,
         {"class_weight": WEIGHTS, "batch_fn": lambda batch: (batch[0], None)},
-        "depends on the targets. Give targets=. With batch_fn=",
+        "depends on the targets. Give targets=. Give batch_fn=",
     ),
     "batch_fn": (None, None, {"batch_fn": lambda batch: batch["x"]}, "FlatnessPenalty: batch_fn= fails with TypeError"),
     "cosine": (None, lambda: with_classifier(Cosine(5, CLASSES)), {}, "does not return weight @ input"),
@@ -175,7 +175,7 @@ REFUSED = {
         lambda module, x, y: F.cross_entropy(F.linear(module.features(x), module.net.fc.weight), y),
         None,
         {},
-        r"no nn.Linear .*functional.flatness_penalty\(features, logits, weight\)",
+        r"must call an nn.Linear .*functional.flatness_penalty\(features, logits, weight\)",
     ),
     "twice": (twice, None, {}, "calls 'net.fc' 2 times"),
     "twice, not checked": (twice, None, {"check_loss": False}, "calls 'net.fc' 2 times"),
@@ -210,7 +210,7 @@ def test_a_later_step_without_the_classifier_is_refused(tmp_path):
         module.training_steps += 1
         return F.cross_entropy((module.other if module.training_steps == 3 else module.net.fc)(module.features(x)), y)
 
-    with pytest.raises(lf.FlatnessError, match="did not see a call of 'net.fc' .* If not every step has a loss of"):
+    with pytest.raises(lf.FlatnessError, match="did not see a call of 'net.fc' .* If some steps do not use"):
         fitted(tmp_path, Step(step), lf.FlatnessPenalty())
 
 

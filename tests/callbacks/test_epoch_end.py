@@ -173,7 +173,7 @@ def test_without_validation(tmp_path, kind):
     callback = KINDS[kind]()
     fit(tmp_path, callback, module=WithoutValidation(), data=loaders()[:1])
     assert epochs(callback) == [2]
-    with pytest.raises(lf.FlatnessError, match="data='val', and this fit has no validation"):
+    with pytest.raises(lf.FlatnessError, match="data='val' needs validation, and this fit has none"):
         fit(tmp_path, KINDS[kind](data="val"), module=WithoutValidation(), data=loaders()[:1])
 
 

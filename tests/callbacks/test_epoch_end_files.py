@@ -141,9 +141,9 @@ def test_copies(tmp_path, kind):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"data": "test"}, "data is 'val', 'train'"),
-        ({"data": 3}, "data is"),
-        ({"data": iter([1])}, "data is"),
+        ({"data": "test"}, "data must be 'val', 'train'"),
+        ({"data": 3}, "data must be"),
+        ({"data": iter([1])}, "data must be"),
         ({"max_samples": 0}, "max_samples=0"),
         ({"every_n_epochs": 0}, "every_n_epochs=0"),
         ({"every_n_epochs": 1.5}, "every_n_epochs=1.5"),

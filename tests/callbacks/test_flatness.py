@@ -219,9 +219,9 @@ def test_fit_without_validation_warns(tmp_path, how):
         ({"loss": "hinge"}, "loss='hinge' is not known"),
         ({"layers": []}, r"layers=\[\]"),
         ({"layers": ""}, "layers=''"),
-        ({"data": "test"}, "'val', 'train', or a DataLoader or list of batches, not 'test'"),
-        ({"data": 3}, "'val', 'train', or a DataLoader or list of batches, not 3"),
-        ({"on_error": "ignore"}, "on_error is 'raise' or 'warn', not 'ignore'"),
+        ({"data": "test"}, "'val', 'train', a DataLoader or a list of batches, not 'test'"),
+        ({"data": 3}, "'val', 'train', a DataLoader or a list of batches, not 3"),
+        ({"on_error": "ignore"}, "on_error must be 'raise' or 'warn', not 'ignore'"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16': give 'float32' or 'float64'"),
         ({"every_n_epochs": 0}, "every_n_epochs=0 must be a whole number, 1 at least.$"),
         ({"every_n_epochs": 1.5}, "every_n_epochs=1.5 must be a whole number"),
@@ -230,7 +230,7 @@ def test_fit_without_validation_warns(tmp_path, how):
         ({"max_samples": 0}, "max_samples=0 must be a whole number, 1 at least, or None"),
         ({"max_samples": 10.0}, "max_samples=10.0 must be a whole number"),
         ({"max_samples": -1}, "max_samples=-1"),
-        ({"prefix": ""}, "must be a string, and not empty"),
+        ({"prefix": ""}, "must be a non-empty string"),
     ],
     ids=str,
 )
@@ -241,7 +241,7 @@ def test_wrong_arguments_are_refused(options, message):
 
 def test_batches_that_can_be_read_once_only_are_refused():
     with pytest.raises(
-        lf.FlatnessError, match="data is 'val', 'train', or a DataLoader or list of batches, not <list_it"
+        lf.FlatnessError, match="data must be 'val', 'train', a DataLoader or a list of batches, not <list_it"
     ):
         lf.FlatnessCallback(data=iter([]))
 

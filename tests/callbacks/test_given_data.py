@@ -176,7 +176,7 @@ def test_network_within_the_module(tmp_path, model):
 
 def test_function_that_returns_no_network(tmp_path):
     module = Classifier()
-    with pytest.raises(lf.FlatnessError, match="returned a float; there are: 'net'"):
+    with pytest.raises(lf.FlatnessError, match="returned a float. The LightningModule has these submodules: 'net'"):
         fit(tmp_path, lf.FlatnessCallback(model=lambda module: module.lr), module=module)
     assert module.training_steps == 0
 

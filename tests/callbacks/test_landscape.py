@@ -207,7 +207,8 @@ class Diverges(Classifier):
 def test_a_trajectory_of_a_run_that_diverged_is_warned_of(tmp_path, epoch, drawn):
     callback = lf.LandscapeCallback(axes="trajectory", steps=2, every_n_epochs=1)
     with pytest.warns(
-        UserWarning, match=f"those after {epoch + 1} epochs? of this fit are not: the training has diverged"
+        UserWarning,
+        match=f"the weights after {epoch + 1} epochs? of this fit are not finite: the training has diverged",
     ):
         fit(tmp_path, callback, module=Diverges(epoch))
     assert epochs(callback) == drawn

@@ -13,7 +13,7 @@ from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
 from tests.guarding import guards
 
 RISES = "a network that has not learnt anything is flat, and the number rises at first"
-WRONG_WAY = "takes the sharpest network for the best one: a small number is flat. Use mode='min'"
+WRONG_WAY = "takes the sharpest network for the best one: a small number means a flat network. Use mode='min'"
 
 
 def traps(folder, *callbacks, run=fit, **options):

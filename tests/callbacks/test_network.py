@@ -42,7 +42,10 @@ def test_nested_network(tmp_path):
 @pytest.mark.parametrize("model", ["nett", "lr", "net.nothing"])
 def test_model_that_is_not_there_is_refused_by_name(tmp_path, model):
     module = Classifier()
-    with pytest.raises(lf.FlatnessError, match=f"model='{model}'.*Classifier has no such module; there are: 'net'"):
+    with pytest.raises(
+        lf.FlatnessError,
+        match=f"model='{model}'.*Classifier has no such module. The LightningModule has these submodules: 'net'",
+    ):
         fit(tmp_path, flatness_callback(model=model), module=module)
     assert module.training_steps == 0
 
@@ -52,7 +55,7 @@ def test_missing_forward_is_refused_by_name_if_no_step_shows_the_network(tmp_pat
         pass
 
     module = Bare()
-    with pytest.raises(lf.FlatnessError, match=r"Bare has no forward\(\).*model=.*there are: 'net'"):
+    with pytest.raises(lf.FlatnessError, match=r"Bare has no forward\(\).*model=.*these submodules: 'net'"):
         fit(tmp_path, flatness_callback(data="train"), module=module, data=loaders()[:1])
     assert module.training_steps == 0
 
@@ -280,7 +283,7 @@ def test_inputs_of_batch_fn_that_the_step_does_not_give(tmp_path, data):
 
 def test_a_module_as_model_is_refused(tmp_path):
     module = Classifier()
-    with pytest.raises(lf.FlatnessError, match="model= must not be a module; give the name of an attribute"):
+    with pytest.raises(lf.FlatnessError, match="model= must not be a module. Give the name of an attribute"):
         fit(tmp_path, flatness_callback(model=module.net), module=module)
 
 

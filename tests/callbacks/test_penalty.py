@@ -143,7 +143,7 @@ def test_code_that_was_compiled_without_the_callback_is_refused(tmp_path):
     module.net.compile(backend="eager")
     fitted(tmp_path, module)
     with pytest.raises(
-        lf.FlatnessError, match=r"did not see a call of 'net.fc' .* call torch.compiler.reset\(\) first"
+        lf.FlatnessError, match=r"did not see a call of 'net.fc' .* call torch.compiler.reset\(\) before the fit"
     ):
         fitted(tmp_path, module, lf.FlatnessPenalty())
     assert not hooks_of(module)

@@ -28,15 +28,15 @@ class ForgetsTheNetwork(Classifier):
 @pytest.mark.parametrize(
     ("otherwise", "says"),
     [
-        (lambda module, x: torch.ones(len(x), 3), "does not call the network on batch 1"),
-        (lambda module, x: module(x) + module(x.flip(3)), "calls the network on different inputs on batch 1"),
+        (lambda module, x: torch.ones(len(x), 3), "does not call the network in batch 1"),
+        (lambda module, x: module(x) + module(x.flip(3)), "calls the network on different inputs in batch 1"),
     ],
     ids=["no call", "two calls"],
 )
 def test_later_steps_that_differ_are_refused(tmp_path, otherwise, says):
     module = ForgetsTheNetwork()
     module.otherwise = otherwise
-    with pytest.raises(lf.BatchError, match=f"{says}, unlike before.*batch_fn="):
+    with pytest.raises(lf.BatchError, match=f"{says}, unlike in earlier batches.*batch_fn="):
         fit(tmp_path, flatness_callback(), module=module)
 
 

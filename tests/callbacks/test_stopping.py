@@ -154,7 +154,9 @@ def test_a_key_that_nobody_logs_is_an_error_with_those_that_are(tmp_path, missin
     values = {MONITOR: FLATNESS, "val_acc": ACCURACY, "val_loss": ACCURACY}
     del values[missing]
     there = ", ".join(sorted(values))
-    with pytest.raises(lf.FlatnessError, match=f"watches '{missing}', which is not logged; there are: {there}"):
+    with pytest.raises(
+        lf.FlatnessError, match=f"watches '{missing}', which is not logged. The logged metrics are: {there}"
+    ):
         quiet_trainer(tmp_path, lf.FlatnessStopping()).fit(Scripted(values), LOADER, LOADER)
 
 

@@ -1,1 +1,1 @@
-"""Where the samples that a callback measures come from."""
+"""The sources of the samples that a callback measures."""

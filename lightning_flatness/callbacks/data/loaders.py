@@ -58,7 +58,8 @@ def keeps_order(loader: Any) -> bool:
 def reads_in_order(loader: Any) -> bool:
     """Return whether the loader reads the samples in the order of the data set.
 
-    With a ``DistributedSampler``, return whether the ranks do this together, taking turns sample by sample.
+    With a ``DistributedSampler``, return whether the ranks together read the samples in this order, one sample each in
+    turn.
     """
     sampler = sampler_of(loader)
     if isinstance(sampler, DistributedSampler):  # Lightning's subclass may wrap a sampler, not the data set

@@ -33,7 +33,7 @@ MOST_PASSES, MOST_SAMPLES = 10, 1_000_000
 
 
 def samples_read(loader: Any, num_batches: float = math.inf, num_ranks: int = 1) -> Tensor:
-    """Return the sorted indices of all samples that a loader reads when every rank runs ``num_batches`` per epoch.
+    """Return the sorted indices of all samples that a loader reads when every rank runs ``num_batches`` batches.
 
     If the sampler shuffles, return all samples that it can yield, because each epoch begins with other samples. If the
     sampler's class is unknown, find the samples by drawing a few epochs from a copy of the sampler. With several ranks,
@@ -105,14 +105,15 @@ def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
             return sets[0]
     found: Tensor = torch.cat(sets).unique()
     rank_zero_warn(
-        f"A {type(sampler).__name__} leaves out other samples in every epoch. The {len(found)} samples that it reads "
-        f"in {MANY_EPOCHS} epochs are measured. To measure others, give data= a loader or batches of your own."
+        f"A {type(sampler).__name__} leaves out different samples in every epoch. The {len(found)} samples that it "
+        f"reads in {MANY_EPOCHS} epochs are measured. To measure other samples, give your own loader or "
+        "batches as data=."
     )
     return found
 
 
 def _epochs(loader: Any, sampler: Any, limit: float, number: int) -> list[Tensor]:
-    """Draw epochs, ``number`` of them, from a copy of a sampler, and return the indices of each epoch.
+    """Draw ``number`` epochs from a copy of a sampler, and return the indices of each epoch.
 
     Random seeds are fixed. If all epochs have the same order, return only the indices in the first ``limit`` items.
     """

@@ -1,4 +1,4 @@
-"""The sources that a measurement takes its samples from: the validated batches, or other data."""
+"""The sources of the samples that are measured, which are the validated batches or other data."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Wanted:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise FlatnessError(
                 f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), "
-                "with None for targets that are not there."
+                "with None in place of missing targets."
             )
         return pair[0], pair[1]
 
@@ -71,7 +71,7 @@ class Wanted:
 class Asked:
     """The inputs and targets of a batch, as they were before its validation step."""
 
-    inputs: Any  # None if unknown; what the step gives to the network has precedence, unless is_given
+    inputs: Any  # None if unknown; unless is_given, the inputs that the step gives to the network take precedence
     targets: Tensor | None
     why_no_targets: str = ""
     is_given: bool = False  # whether inputs come from batch_fn=
@@ -85,15 +85,15 @@ class Asked:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """In a ``with`` block, extend the message of an error about missing targets: say why the batch has none."""
+        """Add the reason why the batch has no targets to errors about missing targets in a ``with`` block."""
         try:
             yield
         except BatchError as error:
             said = str(error)
             if self.targets is None and self.why_no_targets not in said and "target" in said:
                 raise BatchError(
-                    f"{error} {self.why_no_targets} If batch_fn= returns (None, targets), the inputs stay those that "
-                    "the validation step gives to the network."
+                    f"{error} {self.why_no_targets} If batch_fn= returns (None, targets), the inputs are still those "
+                    "that the validation step gives to the network."
                 ) from error
             raise
 
@@ -113,15 +113,15 @@ class ValidationBatches:
         num_batches: number of batches that Lightning validates of each loader.
 
     Attributes:
-        why_not_observed: reason for not measuring in the forward passes of the validation steps, or empty. The reason
-            is ``max_samples=``, with which only parts of batches are measured.
+        why_not_observed: reason why the forward passes of the validation steps cannot be observed, or an empty string.
+            The reason is ``max_samples=``, with which only parts of batches are measured.
     """
 
     def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
         in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
         self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
-        self.positions: Tensor | None = None  # of the samples in the latest mask, among the measured ones of all ranks
+        self.positions: Tensor | None = None  # of the latest mask's samples among the measured ones of all ranks
         self._num_batches = num_batches[0] if len(num_batches) == 1 else math.inf
 
     def is_last(self, batch_idx: int) -> bool:
@@ -129,14 +129,14 @@ class ValidationBatches:
         return batch_idx + 1 >= self._num_batches
 
     def mask(self, samples: Samples, batch_idx: int) -> Tensor:
-        """Return a Boolean mask, ``(N,)``, that is true for the samples of a validated batch to measure."""
+        """Return a Boolean mask ``(N,)`` that is True for the samples to measure in a validated batch."""
         rows = num_rows(*samples)
         mask, order = self._stream.mask(rows, batch_idx), self._stream.order(rows, batch_idx)
         self.positions = None if order is None else order[mask]
         return mask
 
     def rest(self) -> Iterator[Samples]:
-        """Yield nothing: every sample was measured right after the step that validated it."""
+        """Return an empty iterator, because every sample was measured right after its validation step."""
         return iter(())
 
 
@@ -174,9 +174,9 @@ class SeparateData:
         self._num_validated = 0
         self._share, self._is_indexed = share, subset.is_indexed
         self._batch_rows: int | None = None  # size of the first batch
-        self.positions: Tensor | None = None  # of the samples yielded last; None if ranks take turns by sample
+        self.positions: Tensor | None = None  # of the latest samples; None if ranks take turns sample by sample
         in_turn = loaders_in_turn(trainer, loaders)
-        # If the number of validated batches is not known in advance, everything is measured after the first one.
+        # If the number of validated batches is not known in advance, all samples are measured after the first batch.
         self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
 
     def is_last(self, batch_idx: int) -> bool:
@@ -184,7 +184,7 @@ class SeparateData:
         return self._num_validated >= self._num_to_validate
 
     def after_step(self) -> Iterator[Samples]:
-        """Return an iterator over the next part of this source's samples. Call it once after each validated batch."""
+        """Return an iterator over the next part of this source's samples. Call this once after each validated batch."""
         self._num_validated += 1
         fraction = self._num_validated / self._num_to_validate
         if fraction >= 1:
@@ -192,7 +192,7 @@ class SeparateData:
         return self._read_until(0 if math.isinf(self._num_batches) else math.ceil(self._num_batches * fraction))
 
     def rest(self) -> Iterator[Samples]:
-        """Return an iterator over all samples that were not read yet: the whole source if no batch was validated."""
+        """Return an iterator over the samples that were not read yet. Without validation, these are all samples."""
         return self._read_until(math.inf)
 
     def _read_until(self, goal: float) -> Iterator[Samples]:

@@ -10,10 +10,11 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 
 def choose(total: int, chosen: int, labels: Tensor | None = None) -> Tensor:
-    """Choose ``chosen`` of ``total`` samples at random, the same ones in every call, and return their sorted indices.
+    """Choose ``chosen`` of ``total`` samples at random, and return their sorted indices.
 
-    If ``chosen`` is at least ``total``, return all indices. With ``labels``, a tensor ``(total,)``, the number of
-    chosen samples of a class is proportional to the size of the class, rounded up or down.
+    Every call chooses the same samples. If ``chosen`` is at least ``total``, return all indices. With ``labels``, a
+    tensor ``(total,)``, the number of chosen samples of a class is proportional to the size of the class, rounded up or
+    down.
     """
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
     if chosen >= total:

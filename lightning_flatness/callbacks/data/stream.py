@@ -1,4 +1,4 @@
-"""Select which samples of the validated batches to measure: no sample twice, and at most ``max_samples``."""
+"""Select the samples to measure in the validated batches. There are at most ``max_samples``, and none is repeated."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class ValidationStream:
     """The sequence of samples that all ranks together validate, one loader after the other.
 
     A sample is identified by its position in this sequence. A ``DistributedSampler`` appends repeated samples until
-    every rank has equally many. The stream leaves these out, so that several processes measure the same samples as one
-    process. ``max_samples`` selects positions. These are the same samples in every epoch, unless the loader shuffles.
+    every rank has equally many. The stream leaves out the repeated samples, so that several processes measure the same
+    samples as one process. ``max_samples`` selects positions. In every epoch, the same samples are at these positions,
+    unless the loader shuffles.
 
     Args:
         loaders: the loaders that Lightning validates one after the other; empty if Lightning may combine them.
@@ -48,7 +49,7 @@ class ValidationStream:
         self._num_ranks = num_ranks
         self._has_warned = False
         self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, a mask of the positions to measure
-        self._num_left: int | None = None  # if a length is unknown: samples this rank still has to measure
+        self._num_left: int | None = None  # samples that this rank still has to measure, if a length is unknown
         self._order: Tensor | None = None  # for each chosen position, the number of chosen ones before it
         if max_samples is None:
             return
@@ -65,7 +66,7 @@ class ValidationStream:
         self._chosen = [shard.share(part) for shard, part in zip(self._shards, chosen.split(totals), strict=True)]
 
     def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return a Boolean mask, ``(rows,)``, that is true for the rows of a batch to measure."""
+        """Return a Boolean mask ``(rows,)`` that is True for the rows to measure in a batch."""
         mask = torch.ones(rows, dtype=torch.bool, device="cpu")
         if self._num_left is not None:
             mask[self._num_left :] = False
@@ -78,7 +79,7 @@ class ValidationStream:
         if shard.repeats or chosen is not None:
             positions = shard.positions(rows, batch_idx)
             if positions is None:
-                self._warn("they are not as large as the sampler says; max_samples has no effect on them")
+                self._warn("they are not as large as the sampler says, and max_samples has no effect on them")
                 return mask
             mask &= positions < shard.length
             if chosen is not None:
@@ -95,8 +96,8 @@ class ValidationStream:
     def _warn(self, reason: str) -> None:
         if not self._has_warned:
             rank_zero_warn(
-                f"FlatnessCallback cannot tell which samples these validation batches are ({reason}), so samples that "
-                "a DistributedSampler repeats count twice."
+                f"FlatnessCallback cannot tell which samples are in these validation batches ({reason}). So samples "
+                "that a DistributedSampler repeats count twice."
             )
         self._has_warned = True
 
@@ -148,7 +149,7 @@ class _Shard:
         return share
 
     def positions(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Return the position of every row of a batch in this loader's stream, ``(rows,)``, or None if unknown."""
+        """Return the positions ``(rows,)`` of the rows of a batch in this loader's stream, or None if unknown."""
         if not self._in_order:
             return None
         if self._batches is None:

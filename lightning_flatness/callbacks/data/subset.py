@@ -68,14 +68,14 @@ class FixedSubset:
         if max_samples is not None:
             raise FlatnessError(
                 "max_samples=... needs a DataLoader over a data set with __getitem__ and "
-                f"__len__; data= is a {described(loader)}. Give that many samples, or do without max_samples."
+                f"__len__; data= is a {described(loader)}. Give only the samples to measure, or leave out max_samples."
             )
         is_stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
         self._loader = own_loader(loader) if is_stream else loader
         self.num_batches = math.inf
 
     def batches(self, model: nn.Module) -> Iterator[Any]:
-        """Return an iterator over this rank's batches. It restores random states, also on the devices of ``model``."""
+        """Yield this rank's batches, and restore all random states, also on the devices of ``model``."""
         if self.is_indexed:
             return repeatable_batches(self._loader, model)
         return islice(batches_apart(self._loader, model), self._rank, None, self._num_ranks)

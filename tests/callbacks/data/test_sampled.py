@@ -206,7 +206,7 @@ def test_looking_leaves_no_trace(how):
 @pytest.mark.parametrize("how", ["torch", "own", "own numpy"])
 def test_a_sampler_with_other_samples_in_every_epoch_is_warned_of(how):
     loader = by_samples(Tenth(ALL, how))
-    with pytest.warns(UserWarning, match=rf"A Tenth leaves out other samples in every epoch.*{MANY_EPOCHS} epochs"):
+    with pytest.warns(UserWarning, match=rf"A Tenth leaves out different samples in every epoch.*{MANY_EPOCHS} epochs"):
         found = samples_read(loader)
     assert 15 <= len(found) <= 30
     list(loader.sampler)
