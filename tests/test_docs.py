@@ -1,5 +1,7 @@
 """Documentation: code blocks run, links lead somewhere, every public name has its place, the README is short."""
 
+import dataclasses
+import inspect
 import json
 import re
 from functools import partial
@@ -12,7 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
+import lightning_flatness.functional
 import lightning_flatness.plots
+import lightning_flatness.results
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -139,6 +143,26 @@ def test_the_reference_has_every_public_name():
     assert set(re.findall(r"^::: lightning_flatness\.(\w+)$", text, flags=re.MULTILINE)) == {
         *lf.__all__, "functional", "plots", "testing",
     }  # fmt: skip
+
+
+def fields_of(owner):
+    """Return the names of the fields of a dataclass or a named tuple."""
+    is_dataclass = dataclasses.is_dataclass(owner)
+    return [field.name for field in dataclasses.fields(owner)] if is_dataclass else list(getattr(owner, "_fields", ()))
+
+
+RECORDS = {
+    name: value
+    for module in (lf, lf.functional, lf.results)
+    for name, value in ((name, getattr(module, name)) for name in module.__all__)
+    if inspect.isclass(value) and fields_of(value)
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_field_has_a_description(name):
+    described = re.findall(r"^    (\w+): \S", inspect.getdoc(RECORDS[name]), flags=re.MULTILINE)
+    assert set(fields_of(RECORDS[name])) - set(described) == set()
 
 
 def test_the_readme_is_short():

@@ -26,13 +26,17 @@ ROUNDINGS = 100
 class AutogradCurvature:
     r"""Any symmetric curvature ``Λ`` for losses with many classes; no matrix is computed, only products ``Λ x``.
 
-    ``function`` maps logits and targets to the loss of every sample.
-
     The Gauss-Newton method needs ``Λ`` as a sum of columns times their transposes, each with a sign. Here every class
     ``k`` gives two columns. Let ``e_k`` be its unit vector, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive
     ``w``, the sum of ``(x + y)(x + y)ᵀ / 4 - (x - y)(x - y)ᵀ / 4`` over all classes is ``Λ``. The property ``weights``
     returns ``w``, estimates of the norms of the rows of ``Λ``. This choice of ``w`` makes ``x`` and ``y`` about equally
     large, so that little cancels.
+
+    Args:
+        function: maps logits and targets to the loss of every sample, ``(N,)``.
+        logits: the logits ``(N, K)``, in a type that the function takes.
+        targets: the targets of the ``N`` samples.
+        factor: the curvature is that of the loss times this number.
 
     Example:
         >>> curvature = AutogradCurvature(lambda f, y: f.logsumexp(1), torch.zeros(1, 4), torch.zeros(1))
@@ -41,7 +45,7 @@ class AutogradCurvature:
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
-    logits: Tensor  # (N, K), in a type that the function takes
+    logits: Tensor
     targets: Tensor
     factor: float = 1.0
 

@@ -185,7 +185,9 @@ class ClassCurvature:
 class DenseCurvature:
     """Any symmetric curvature, stored as ``Λ_n = B_n diag(signs_n) B_nᵀ``; its eigenvalues may be negative.
 
-    ``roots`` ``(N, K, C)`` is ``B`` in float64, and ``signs`` ``(N, C)`` holds the signs of the columns of ``B``.
+    Args:
+        roots: ``B``, float64 ``(N, K, C)``.
+        signs: signs of the columns of ``B``, ``(N, C)``.
 
     Example:
         >>> curvature = DenseCurvature.of(torch.tensor([[[2.0, 0.0], [0.0, -3.0]]]))

@@ -118,11 +118,17 @@ def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: flo
 
 
 class PrincipalDirections(NamedTuple):
-    """The directions in which a set of points differs most from an origin."""
+    """The directions in which a set of points differs most from an origin.
 
-    directions: tuple[Direction, ...]  # orthonormal
-    coordinates: Tensor  # coordinates of the points in these directions, float64 (points, directions)
-    explained: Tensor  # every direction's share of the sum of squared distances, float64 (directions,)
+    Attributes:
+        directions: the directions, orthonormal.
+        coordinates: coordinates of the points in these directions, float64 ``(points, directions)``.
+        explained: every direction's share of the sum of squared distances, float64 ``(directions,)``.
+    """
+
+    directions: tuple[Direction, ...]
+    coordinates: Tensor
+    explained: Tensor
 
 
 def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 2) -> PrincipalDirections:

@@ -17,13 +17,21 @@ IMPROBABLE_PART = 1e-4
 
 
 class Eigenpairs(NamedTuple):
-    """Approximate eigenvalues ``θ`` and eigenvectors ``v`` (Ritz pairs) of an operator ``A``, the largest first."""
+    """Approximate eigenvalues ``θ`` and eigenvectors ``v`` (Ritz pairs) of an operator ``A``, the largest first.
 
-    values: Tensor  # float64 (k,)
-    vectors: Tensor  # (k, D), orthonormal rows
-    residuals: Tensor  # float64 (k,), ‖A v - θ v‖, computed with a further product for every pair
-    num_products: int  # number of products of A with a vector
-    asymmetry: float = 0.0  # largest |q_iᵀA q_j - q_jᵀA q_i| for basis vectors q, divided by the largest ‖A q_i‖
+    Attributes:
+        values: ``θ``, descending, float64 ``(k,)``.
+        vectors: ``v``, orthonormal rows, ``(k, D)``.
+        residuals: ``‖A v - θ v‖``, float64 ``(k,)``, computed with a further product for every pair.
+        num_products: number of products of ``A`` with a vector.
+        asymmetry: largest ``|q_iᵀA q_j - q_jᵀA q_i|`` for basis vectors ``q``, divided by the largest ``‖A q_i‖``.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    num_products: int
+    asymmetry: float = 0.0
 
 
 def top_eigenpairs(

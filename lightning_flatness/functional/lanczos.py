@@ -46,11 +46,17 @@ def rounding_error(dtype: torch.dtype) -> float:
 
 
 class LargestEigenvalues(NamedTuple):
-    """The largest Ritz value ``θ`` of every matrix, and a bound on the distance of ``θ`` from an eigenvalue."""
+    """The largest Ritz value ``θ`` of every matrix, and a bound on the distance of ``θ`` from an eigenvalue.
 
-    values: Tensor  # (B,)
-    residuals: Tensor  # (B,), ‖H v - θ v‖ of the unit Ritz vector v
-    num_products: int  # number of calls of the operator; a call multiplies each matrix with one vector
+    Attributes:
+        values: ``θ``, ``(B,)``.
+        residuals: ``‖H v - θ v‖`` of the unit Ritz vector ``v``, ``(B,)``; this is the bound.
+        num_products: number of calls of the operator; a call multiplies each matrix with one vector.
+    """
+
+    values: Tensor
+    residuals: Tensor
+    num_products: int
 
 
 def largest_eigenvalues(

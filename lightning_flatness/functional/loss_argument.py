@@ -129,6 +129,9 @@ class CustomLoss(Loss):
     fewer than 128 classes, the ``K x K`` matrix is stored for every sample. With 128 classes or more, no matrix is
     stored, and autograd computes products with the second derivative.
 
+    Args:
+        function: maps logits ``(N, K)`` and targets to the loss of every sample, ``(N,)``.
+
     Example:
         >>> from torch.nn.functional import cross_entropy
         >>> loss = CustomLoss(lambda f, y: cross_entropy(f, y, reduction="none"))

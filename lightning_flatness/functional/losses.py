@@ -23,14 +23,24 @@ class LossDerivatives(NamedTuple):
     """The derivatives of the loss of every sample in a batch, and the ``normalizer`` of the batch.
 
     The mean over samples is the sum over samples divided by ``normalizer``.
+
+    Attributes:
+        curvature: ``Λ`` of every sample.
+        residual: ``dloss/df``, float64 ``(N, K)``; None without targets.
+        num_samples: number of samples that are not ignored.
+        normalizer: ``num_samples``, or the sum of the weights of the target classes.
+        outcomes: four numbers of every sample, float64 ``(N, 4)``; None without targets. They are its weight in the
+            mean; 1, or 0 if it is ignored; its loss times its weight; and 1 if its largest logit is that of the target,
+            0 if not, NaN if not known.
+        is_pair: True if the batch holds one sample twice; each of the two rows then counts half.
     """
 
-    curvature: Curvature  # Λ of every sample
-    residual: Tensor | None  # dloss/df, float64 (N, K); None without targets
-    num_samples: int  # number of samples that are not ignored
-    normalizer: float  # num_samples, or the sum of the weights of the target classes
-    outcomes: Tensor | None = None  # float64 (N, 4), with the columns OUTCOMES; None without targets
-    is_pair: bool = False  # True if the batch holds one sample twice; each of the two rows then counts half
+    curvature: Curvature
+    residual: Tensor | None
+    num_samples: int
+    normalizer: float
+    outcomes: Tensor | None = None
+    is_pair: bool = False
 
     def halved(self) -> LossDerivatives:
         """Halve the derivatives of a batch that holds one sample twice, so that the two rows count as one sample."""
@@ -239,6 +249,11 @@ class NegativeLogLikelihood(CrossEntropy):
     """The loss ``torch.nn.NLLLoss``, which takes log-probabilities.
 
     It is computed as cross-entropy, because ``log_softmax`` leaves log-probabilities unchanged.
+
+    Args:
+        label_smoothing: as for :class:`CrossEntropy`; ``torch.nn.NLLLoss`` has none.
+        class_weight: weight of every class, ``(K,)``.
+        ignore_index: samples with this class index are ignored.
 
     Example:
         >>> NegativeLogLikelihood()(torch.zeros(1, 4).log_softmax(1), torch.tensor([2])).residual

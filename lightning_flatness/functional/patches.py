@@ -34,6 +34,13 @@ class ConvolutionGeometry:
     """The kernel size, stride, zero padding (on both sides) and dilation of a convolution, and its number of groups.
 
     All but the number of groups have one number per spatial dimension.
+
+    Args:
+        kernel_size: size of the kernel.
+        stride: distance of neighbouring output positions, in input positions.
+        padding: number of zeros added to the input on each side.
+        dilation: distance of neighbouring kernel positions, in input positions.
+        groups: ``G``, the number of groups.
     """
 
     kernel_size: tuple[int, ...]

@@ -20,12 +20,19 @@ QUASI_SINGULAR = 1e-3
 
 
 class Quadrature(NamedTuple):
-    """Quadrature of the spectrum of ``A`` from one probe: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``."""
+    """Quadrature of the spectrum of ``A`` from one probe: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``.
 
-    values: Tensor  # Ritz values, ascending, float64 (m,)
-    weights: Tensor  # float64 (m,), their sum is one
-    rayleigh: float  # qᵀAq of the unit probe q
-    asymmetry: float  # largest |q_iᵀA q_j - q_jᵀA q_i| for Lanczos vectors q, divided by the largest ‖A q_i‖
+    Attributes:
+        values: Ritz values, ascending, float64 ``(m,)``.
+        weights: their weights, float64 ``(m,)``, whose sum is one.
+        rayleigh: ``qᵀAq`` of the unit probe ``q``.
+        asymmetry: largest ``|q_iᵀA q_j - q_jᵀA q_i|`` for Lanczos vectors ``q``, divided by the largest ``‖A q_i‖``.
+    """
+
+    values: Tensor
+    weights: Tensor
+    rayleigh: float
+    asymmetry: float
 
 
 def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator: torch.Generator) -> Quadrature:
@@ -76,12 +83,19 @@ def _nodes(diagonal: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Criteria(NamedTuple):
-    """Gabdullin's criteria of the spectrum for each of ``P`` probes; see :func:`spectrum_criteria`."""
+    """Gabdullin's criteria of the spectrum for each of ``P`` probes; see :func:`spectrum_criteria`.
 
-    r_e: Tensor  # (P,)
-    k_hn: Tensor  # (P,)
-    c_t: Tensor  # (P,)
-    kinds: list[str]  # one per probe
+    Attributes:
+        r_e: ``|C_t|``, ``(P,)``.
+        k_hn: ``K_Hn``, ``(P,)``.
+        c_t: ``C_t``, ``(P,)``.
+        kinds: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, one for every probe.
+    """
+
+    r_e: Tensor
+    k_hn: Tensor
+    c_t: Tensor
+    kinds: list[str]
 
 
 def spectrum_criteria(

@@ -68,7 +68,22 @@ class ComparedModel(Record):
     """One row of a comparison: the numbers of one model, and how they were measured. Unknown numbers are NaN.
 
     Attributes:
+        name: name of the model.
         loss: mean loss over the measured samples.
+        accuracy: share of the measured samples whose largest logit is that of the target.
+        normalized_relative_flatness: sum of the normalised relative flatness of the layers, in units of the loss.
+        relative_flatness: sum of the relative flatness of the layers, in units of the loss.
+        relative_flatness_per_loss: relative flatness divided by the mean loss.
+        relative_flatness_per_curvature: relative flatness divided by the mean trace of the loss's second derivative at
+            the logits.
+        hessian_trace: sum of the Hessian traces of the layers, in loss per squared weight.
+        weight_norm: Frobenius norm of all measured kernels together.
+        exact: whether the numbers of every layer are certified to be those of the Hessian itself.
+        method: the methods of the layers, such as ``"closed_form"``, separated by commas.
+        precision: lowest precision that a layer was measured in.
+        loss_name: name of the loss.
+        data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
+        num_samples: number of samples that were measured.
         train_loss: mean loss over training data.
         margin: mean over samples of the target's logit minus the largest other logit.
         feature_spread: the mean squared norm of the classifier's input, times the variance over classes of the rows of

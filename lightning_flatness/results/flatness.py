@@ -47,6 +47,7 @@ class LayerFlatness(Record):
         neuronwise_flatness: ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019), in units of the loss.
         layerwise_flatness: ``‖W‖_F² Tr(H)`` (Petzka et al. 2019), in units of the loss.
         weight_norm: Frobenius norm ``‖W‖_F`` of the kernel.
+        num_samples: number of samples that were measured.
         standard_errors: mapping from measures to the standard errors of their estimates; zero without an estimate.
         info: description of how the layer was measured.
         normalized_relative_flatness: relative flatness of the equivalent layer whose input channels all have standard
@@ -121,10 +122,9 @@ class LayerFlatness(Record):
 class FlatnessReport(Record):
     """Flatness of the measured layers of a model; ``print(report)`` shows a table.
 
-    ``layers`` maps module names to results, in the order in which the layers run. With ``layers="all"``, ``left_out``
-    maps the names of the layers that cannot be measured to the reasons.
-
     Attributes:
+        layers: results by name of the layer, in the order in which the layers run.
+        left_out: with ``layers="all"``, the reasons why layers cannot be measured, by name of the layer.
         loss: mean loss over the measured samples; NaN if the batches have no targets.
         accuracy: share of the measured samples whose largest logit is that of the target; NaN unless targets are class
             indices.

@@ -33,6 +33,7 @@ class LayerLambdaMax(Record):
         neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss; NaN if not
             measured.
         filter_lambda_max: ``λ_max(H_ss)``, float64 ``(S,)``, in loss per squared weight; None if not measured.
+        num_samples: number of samples that were measured.
         info: description of how the layer was measured. If ``info.exact`` is False, ``H`` is the Gauss-Newton matrix
             instead of the Hessian.
     """
@@ -63,6 +64,9 @@ class LayerLambdaMax(Record):
 @dataclass(frozen=True, repr=False, eq=False)
 class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
     """The largest eigenvalues of the measured layers, as a mapping from layer names; ``print`` shows a table.
+
+    Attributes:
+        layers: eigenvalues by name of the layer, in the order in which the layers run.
 
     Example:
         >>> import torch

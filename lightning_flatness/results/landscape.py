@@ -24,6 +24,7 @@ class LandscapeResult(Record):
     ``d_i`` are the axes, directions in weight space, and ``α_i`` the coordinates of a point.
 
     Attributes:
+        axes: names of the axes, such as ``"random direction 1"``.
         coordinates: values of ``α_i``, float64 ``(n_i,)``, for every axis ``i``.
         losses: mean loss at every point, float64 ``(n_1,)`` or ``(n_1, n_2)``. It may be infinite or NaN, and is NaN at
             points that were not computed.
@@ -34,12 +35,21 @@ class LandscapeResult(Record):
         axis_norms: L2 norm of every ``d_i``, after normalisation.
         cosine: cosine of the angle between the two axes; NaN for a line.
         weight_norm: L2 norm of the parameters that are not frozen.
+        normalize: name of the parts of the axes that were normalised, such as ``"filter"``; if the two axes differ, a
+            name for each.
+        norm: order of the norm for ``normalize``, 1 or 2.
+        biases: treatment of biases in normalised axes, ``"zero"`` or ``"scaled"``.
+        update: ``"add"`` or ``"adam"``.
+        batch_norm: BatchNorm statistics at the points, ``"kept"`` or ``"recomputed"``.
+        frozen: names or patterns of the parameters that do not move.
+        loss: name of the loss.
+        num_samples: number of samples of a pass over the data.
+        seed: seed of random axes.
         fingerprint: hash of weights, buffers and axes. A landscape can be resumed only with the same fingerprint.
         seconds: wall time, summed over all calls if the landscape was resumed; NaN if not known, as in files of earlier
             versions.
 
-    ``axes``, ``normalize``, ``norm``, ``biases``, ``update``, ``batch_norm``, ``frozen``, ``loss`` and ``seed`` are the
-    arguments of :func:`~lightning_flatness.loss_landscape`. Of ``axes`` and ``loss`` only the names are kept.
+    From ``normalize`` to ``loss``, and ``seed``, these are the arguments of :func:`~lightning_flatness.loss_landscape`.
 
     Example:
         >>> import tempfile, torch

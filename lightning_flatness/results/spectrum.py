@@ -47,9 +47,13 @@ class SpectrumResult(Record):
             ``"kind"`` is the share of the probes that have another kind.
         exponent: ``n`` in ``k_hn``.
         num_steps: ``m``, the number of Lanczos steps of every probe.
+        num_probes: ``P``, the number of probes.
         num_products: number of products of the matrix with a vector; each is a pass over all samples.
         parameters: mapping from names to shapes of the ``D`` parameters, in the order of the eigenvectors' entries.
         weight_norm: L2 norm of the ``D`` parameters together.
+        num_samples: number of samples of a pass over the data.
+        loss: mean loss over these samples.
+        loss_name: name of the loss.
         matrix: ``"hessian"``, or ``"gauss_newton"`` if ``H`` is the Gauss-Newton matrix.
         converged: whether all residuals are within twice the sum of the tolerance and an allowance for rounding.
         seconds: wall time of the measurement; NaN if not known, as in files of earlier versions.

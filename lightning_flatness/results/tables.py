@@ -38,25 +38,46 @@ class LayerInfo(Record):
     The method ``"closed_form"`` uses a formula for the whole Hessian. ``"gauss_newton"`` computes the Gauss-Newton part
     of the Hessian, which is the whole Hessian if ``exact``. ``"gauss_newton+hutchinson"`` also estimates the rest of
     the Hessian from random probes. ``docs/theory.md`` explains the methods.
+
+    Attributes:
+        name: name of the module, without the ``_orig_mod.`` that ``torch.compile`` adds.
+        kind: name of the module's class.
+        num_filters: ``S``, the number of filters.
+        patch_length: ``D``, the number of weights of one filter.
+        groups: ``G``, the number of groups of the convolution.
+        classifier: name of the classifier; None for Gauss-Newton, or if the layer's pooled output is the logits.
+        method: ``"closed_form"``, ``"gauss_newton"`` or ``"gauss_newton+hutchinson"``, as above.
+        exact: whether the numbers are certified to be those of the exact Hessian.
+        reason: why the numbers are not exact; empty if they are exact.
+        kernel: what the derivatives are taken with respect to: ``"parameter"`` for the layer's weight, ``"effective"``
+            for a kernel that the layer computes from its weight.
+        deviation: largest relative deviation that the certificates found; they are checks against autograd.
+        backward_passes: number of backward passes per batch, shared by all layers; an upper bound if classes are
+            sampled.
+        multiplications: number of multiplications per sample, without the passes through the model.
+        memory: bytes of the block traces (the sum and one batch) and of the Gram matrix of the filters.
+        precision: lowest precision that samples were measured in, such as ``"bfloat16"`` under autocast.
+        precision_deviation: in half precision, the relative change of the trace from float32 on a few samples; else 0.
+        num_classes: number of columns of the logits; 0 if not known.
     """
 
-    name: str  # name of the module, without "_orig_mod.", which torch.compile adds
-    kind: str  # name of the module's class
-    num_filters: int  # S in docs/theory.md
-    patch_length: int  # D, the number of weights of one filter
-    groups: int  # G, the number of groups of the convolution
-    classifier: str | None  # name of the classifier; None for Gauss-Newton, or if the pooled output is the logits
+    name: str
+    kind: str
+    num_filters: int
+    patch_length: int
+    groups: int
+    classifier: str | None
     method: Literal["closed_form", "gauss_newton", "gauss_newton+hutchinson"]
-    exact: bool  # whether the numbers are certified to be those of the exact Hessian
-    reason: str  # why the numbers are not exact; empty if they are exact
-    kernel: Literal["parameter", "effective"]  # derivatives are with respect to the weight, or a kernel made from it
-    deviation: float  # largest relative deviation found by the certificates, which are checks against autograd
-    backward_passes: int = 0  # number per batch, shared by all layers; an upper bound if classes are sampled
-    multiplications: int = 0  # number per sample, without the passes through the model
-    memory: int = 0  # bytes of the block traces (the sum and one batch) and of the Gram matrix of the filters
-    precision: str = "float32"  # lowest precision that samples were measured in, such as "bfloat16" under autocast
-    precision_deviation: float = 0.0  # in half precision, relative change of the trace from float32 on a few samples
-    num_classes: int = 0  # number of columns of the logits; 0 if not known
+    exact: bool
+    reason: str
+    kernel: Literal["parameter", "effective"]
+    deviation: float
+    backward_passes: int = 0
+    multiplications: int = 0
+    memory: int = 0
+    precision: str = "float32"
+    precision_deviation: float = 0.0
+    num_classes: int = 0
 
     @property
     def label(self) -> str:
