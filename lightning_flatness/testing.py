@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+__all__ = ["assert_matches_oracle", "hessian_rows", "oracle_block_traces"]
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 

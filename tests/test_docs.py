@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -163,6 +164,43 @@ RECORDS = {
 def test_every_field_has_a_description(name):
     described = re.findall(r"^    (\w+): \S", inspect.getdoc(RECORDS[name]), flags=re.MULTILINE)
     assert set(fields_of(RECORDS[name])) - set(described) == set()
+
+
+def loaded(folder):
+    """Return the package in a folder as the site reads it."""
+    griffe = pytest.importorskip("griffe")
+    pytest.importorskip("mkdocs")
+    extensions = griffe.load_extensions(str(ROOT / "docs" / "docstrings.py"))
+    options = {"search_paths": [folder], "try_relative_path": False}
+    return griffe.load("lightning_flatness", extensions=extensions, **options)
+
+
+def test_the_site_links_what_docstrings_name():
+    package = loaded(ROOT)
+    text = package["testing.oracle_block_traces"].docstring.value
+    assert "[`hessian_rows`][lightning_flatness.testing.hessian_rows]" in text  # a name of its module
+    assert "[Theory](../theory.md)" in text
+    text = package["functional.penalty.target_sums"].docstring.value
+    assert "[`flatness_penalty`][lightning_flatness.functional.flatness_penalty]" in text
+    text = package["results.tables.LayerInfo"].docstring.value
+    assert "    kind: *[](){#lightning_flatness.results.LayerInfo.kind}*name" in text
+
+
+@pytest.mark.parametrize(
+    "named", [":func:`no_such_name`", "``docs/no_such_page.md``", '``docs/theory.md``, "No section"']
+)
+def test_the_site_is_not_built_with_names_of_nothing(named, tmp_path):
+    shutil.copytree(ROOT / "lightning_flatness", tmp_path / "lightning_flatness")
+    with (tmp_path / "lightning_flatness" / "versions.py").open("a") as file:
+        file.write(f'\n\ndef added():\n    """See {named}."""\n')
+    with pytest.raises(Exception, match=rf"does not exist.*\n.*versions\.added: {re.escape(named)}"):
+        loaded(tmp_path)
+
+
+def test_docstrings_are_markdown():
+    """The site shows reStructuredText as it is, but for roles."""
+    for path in sorted((ROOT / "lightning_flatness").rglob("*.py")):
+        assert not re.search(r"^ *\.\. \w+::|^ *===", path.read_text(), flags=re.MULTILINE), path
 
 
 def test_the_readme_is_short():

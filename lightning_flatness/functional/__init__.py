@@ -3,16 +3,16 @@
 All docstrings use the letters of this table. In shapes, ``s`` means ``S / G``. As an index, ``s`` is the number of a
 filter.
 
-====================  ==========================================================================================
-``N``, ``K``          number of samples; number of classes
-``S``, ``G``          number of the layer's filters (output channels); number of its groups
-``C``                 number of input channels of the layer
-``D``                 length of one filter: ``C / G`` times the number of kernel positions
-``P``                 number of output positions of the layer, e.g. ``H_out * W_out``
-``phi[p]``            the input patch at output position ``p``, length ``D``
-``z[s, p]``           the layer's output, ``<w_s, phi[p]> + b_s``
-``T[s, s']``          block trace: trace of the ``D x D`` block ``d²L / dw_s dw_s'`` of the Hessian
-====================  ==========================================================================================
+| letter | meaning |
+|---|---|
+| ``N``, ``K`` | number of samples; number of classes |
+| ``S``, ``G`` | number of the layer's filters (output channels); number of its groups |
+| ``C`` | number of input channels of the layer |
+| ``D`` | length of one filter: ``C / G`` times the number of kernel positions |
+| ``P`` | number of output positions of the layer, e.g. ``H_out * W_out`` |
+| ``phi[p]`` | the input patch at output position ``p``, length ``D`` |
+| ``z[s, p]`` | the layer's output, ``<w_s, phi[p]> + b_s`` |
+| ``T[s, s']`` | block trace: trace of the ``D x D`` block ``d²L / dw_s dw_s'`` of the Hessian |
 """
 
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature

@@ -48,10 +48,9 @@ def closed_form_block_traces(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Compute the block traces of the Hessian, summed over samples, for piecewise-linear activations.
+    """Compute the block traces of the Hessian, summed over samples, for piecewise-linear activations.
 
-    .. math::
-        T = \sum_n (V^\top \Lambda V) \circ (a \Gamma a^\top)
+        T = Σ_n (VᵀΛV) ∘ (a Γ aᵀ)
 
     Let ``g`` be the input of the classifier, and ``c(s)`` the entry of ``g`` that channel ``s`` reaches. Then
     ``a[s, p] = dg[c(s)] / dz[s, p]`` are slopes, and ``V[:, s] = weight[:, c(s)]`` are columns of the classifier's

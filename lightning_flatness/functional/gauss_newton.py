@@ -35,10 +35,9 @@ def gauss_newton_block_traces(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Compute the block traces of one layer's Gauss-Newton matrix, summed over samples and the given columns.
+    """Compute the block traces of one layer's Gauss-Newton matrix, summed over samples and the given columns.
 
-    .. math::
-        T = \sum_n \sum_b J_b J_b^\top, \qquad J_b = \sum_p \delta_b[:, p]\, \phi[p]^\top
+        T = Σ_n Σ_b J_b J_bᵀ,    J_b = Σ_p δ_b[:, p] phi[p]ᵀ
 
     Let ``Λ`` be the Hessian of the loss with respect to the logits, and ``B`` a matrix with ``B Bᵀ = Λ``. Then ``δ_b``
     is column ``b`` of ``B``, pulled back from the logits to the layer's output by a vector-Jacobian product. Give the

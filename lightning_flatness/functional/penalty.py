@@ -28,10 +28,9 @@ def flatness_penalty(
     ignore_index: int = IGNORED,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    r"""Compute the flatness of a linear classifier, differentiable with respect to features, logits and weight.
+    """Compute the flatness of a linear classifier, differentiable with respect to features, logits and weight.
 
-    .. math::
-        \kappa = \frac{1}{Z} \sum_n c_n \|g_n\|^2 \operatorname{Var}_{k \sim \pi_n}(w_k)
+        κ = (1/Z) Σ_n c_n ‖g_n‖² Var_{k~π_n}(w_k)
 
     Here ``g_n`` is the input of the classifier for sample ``n``, ``π_n`` the softmax of the logits, and ``w_k`` row
     ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting. It is 1 without class weights, and
