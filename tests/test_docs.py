@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
 import lightning_flatness.functional
+import lightning_flatness.pages
 import lightning_flatness.plots
 import lightning_flatness.results
+import lightning_flatness.testing
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -139,11 +141,28 @@ def test_the_gallery_has_every_figure():
     assert sum(picture.stat().st_size for picture in pictures) < 1_500_000
 
 
-def test_the_reference_has_every_public_name():
+PUBLIC_MODULES = (lf.functional, lf.plots, lf.pages, lf.testing)
+
+
+def entries():
+    """Return what the reference has an entry for, without the name of the package."""
     text = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
-    assert set(re.findall(r"^::: lightning_flatness\.(\w+)$", text, flags=re.MULTILINE)) == {
-        *lf.__all__, "functional", "plots", "testing",
-    }  # fmt: skip
+    return re.findall(r"^::: lightning_flatness\.([\w.]+)$", text, flags=re.MULTILINE)
+
+
+def test_the_reference_has_every_public_name():
+    assert {entry for entry in entries() if "." not in entry} == {*lf.__all__, "functional", "plots", "testing"}
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES, ids=lambda module: module.__name__)
+def test_the_reference_has_every_name_of_public_modules(module):
+    """It has those with a docstring of a module with an entry, but for functions with the name of a submodule."""
+    room = module.__name__.partition(".")[2]
+    package, found = loaded(ROOT), {entry.rpartition(".")[2] for entry in entries() if entry.startswith(f"{room}.")}
+    if room in entries():
+        members = {name: package[room][name] for name in module.__all__}
+        found |= {name for name, member in members.items() if not member.is_module and member.docstring}
+    assert set(module.__all__) - {*found, *entries()} == set()
 
 
 def fields_of(owner):

@@ -145,6 +145,7 @@ class AutogradCurvature:
 
 
 Curvature = ClassCurvature | DenseCurvature | AutogradCurvature
+"""The curvature ``Λ`` of a loss, in one of three forms."""
 
 
 def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:

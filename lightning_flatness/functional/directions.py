@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 Direction = dict[str, Tensor]
+"""A direction in weight space: tensors in the shapes of a model's tensors, by their names."""
 
 NORMALIZATIONS = ("none", "weight", "filter", "layer", "model")
+"""The names of the parts of a direction that :func:`normalized` rescales."""
 
 
 def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> Direction:

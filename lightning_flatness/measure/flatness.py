@@ -61,9 +61,10 @@ def measure_flatness(
         label_smoothing: label smoothing of cross-entropy, as in ``torch.nn.CrossEntropyLoss``.
         class_weight: class weights ``(K,)`` of cross-entropy, as in ``torch.nn.CrossEntropyLoss(weight=...)``.
         ignore_index: target value that cross-entropy ignores.
-        measures: the measures to compute, by default all but ``"channelwise_flatness"``. If relative, normalised and
-            channel-wise flatness are all left out, only the diagonals of the block traces are kept, which takes
-            less time and memory.
+        measures: the measures to compute: ``"hessian_trace"``, ``"relative_flatness"``, ``"neuronwise_flatness"``,
+            ``"layerwise_flatness"``, ``"normalized_relative_flatness"``, ``"channelwise_flatness"``; by default all but
+            the last. If relative, normalised and channel-wise flatness are all left out, only the diagonals of the
+            block traces are kept, which takes less time and memory.
         tolerance: largest relative standard error of trace and relative flatness. It applies to layers that are
             measured by the Gauss-Newton method, if there are 128 classes or more. Classes with little probability mass
             are then sampled until the error is below the tolerance, and the numbers are not called exact. With 0, or

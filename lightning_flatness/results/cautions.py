@@ -12,7 +12,6 @@ from lightning_flatness.results.records import Record
 # The kind of caution that says that there are too few samples to know the errors of differences.
 FEW_SAMPLES = "few_samples"
 
-# The kinds of cautions and a few words on each, in the order in which cautions are listed.
 CAUTIONS = {
     "train_loss": "training losses differ",
     "train_loss_unknown": "training loss not known",
@@ -31,6 +30,8 @@ CAUTIONS = {
     FEW_SAMPLES: "too few samples for errors",
     "few_models": "too few models for τ",
 }
+"""The kinds of cautions and a few words on each, in the order in which cautions are listed."""
+
 # Kinds about missing numbers or errors. They are no reason against comparing the numbers that are there.
 ABOUT_NUMBERS = ("not_normalised", FEW_SAMPLES, "few_models")
 
@@ -40,7 +41,7 @@ class Caution(Record):
     """A reason why models cannot be compared as they are.
 
     Attributes:
-        kind: subject of the caution, a key of ``lightning_flatness.results.CAUTIONS``.
+        kind: subject of the caution, a key of :data:`~lightning_flatness.results.CAUTIONS`.
         sentence: the problem, and what follows from it for the comparison.
         models: names of the models with the problem; all models if the problem is a difference between models.
         words: the problem in a few words; empty if the words for its kind in ``CAUTIONS`` say enough.

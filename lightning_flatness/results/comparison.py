@@ -253,8 +253,10 @@ class Comparison(Record):
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
         """Return the difference in one number between model ``name`` and the ``reference``, by default the first model.
 
-        ``number`` is ``"loss"``, ``"accuracy"`` or the name of a measure. Raises a :class:`FlatnessError` for an
-        unknown number or model.
+        ``number`` is ``"loss"``, ``"accuracy"`` or a key of :data:`~lightning_flatness.results.MEASURES`.
+
+        Raises:
+            FlatnessError: the number or a model is not known.
         """
         names = list(self.models)
         reference = self.reference if reference is None else reference

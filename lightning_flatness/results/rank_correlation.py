@@ -12,7 +12,6 @@ from rich.text import Text
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import number_of
 
-# The measures of a comparison and their headings in tables. The first one is BEST.
 MEASURES = {
     "normalized_relative_flatness": "normalised",
     "relative_flatness": "rel. flatness",
@@ -20,15 +19,17 @@ MEASURES = {
     "relative_flatness_per_curvature": "rel. / curvature",
     "hessian_trace": "Hessian trace",
 }
+"""The measures of a comparison and their headings in tables; the verdict is about the first one."""
+
 # The measure by which networks are compared, because rescaling them does not change it (docs/theory.md, "Invariance").
 BEST = "normalized_relative_flatness"
-# Numbers that need no Hessian, with which the measures are compared, and their headings in tables.
 BASELINES = {
     "train_loss": "train loss",
     "weight_norm": "‖W‖",
     "margin": "margin",
     "feature_spread": "features x spread",
 }
+"""Numbers that need no Hessian, with which the measures are compared, and their headings in tables."""
 
 
 @dataclass(frozen=True, repr=False)
