@@ -51,7 +51,8 @@ class FlatnessCallback(FlatnessHistory):
     - ``{prefix}/.../dataloader_idx_1`` and so on: the same for further validation loaders. Keys without such an ending
       belong to the first loader.
 
-    Training with this callback is bit-identical to training without it.
+    Training with this callback is bit-identical to training without it, with few exceptions: ``docs/limits.md``,
+    "Random numbers and side effects".
 
     Args:
         layers: the layers to measure. :func:`~lightning_flatness.measure_flatness` explains this argument, and those

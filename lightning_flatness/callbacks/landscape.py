@@ -36,10 +36,12 @@ class LandscapeCallback(EpochEndCallback):
     ``TrajectoryResult.load`` reads. Ctrl-C ends the computation of a landscape, and the points computed so far are
     kept.
 
-    Training with this callback is bit-identical to training without it. The origin of a landscape is at the present
-    weights. At the end of the fit, these are the final weights. If a callback such as Lightning's
-    ``StochasticWeightAveraging`` or ``WeightAveraging`` puts averages into the network when training ends, the final
-    weights are these averages. The order of the callbacks in the list does not matter.
+    Training with this callback is bit-identical to training without it, with few exceptions: ``docs/limits.md``,
+    "Random numbers and side effects".
+
+    The origin of a landscape is at the present weights. At the end of the fit, these are the final weights. If a
+    callback such as Lightning's ``StochasticWeightAveraging`` or ``WeightAveraging`` puts averages into the network
+    when training ends, the final weights are these averages. The order of the callbacks in the list does not matter.
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate

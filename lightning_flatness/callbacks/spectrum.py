@@ -35,10 +35,12 @@ class SpectrumCallback(EpochEndCallback):
     only the loggers get them. Figures show the density, and the eigenvalues over the epochs. Every result is written to
     a file ``epoch=...-step=....npz``, which :meth:`SpectrumResult.load <lightning_flatness.SpectrumResult.load>` reads.
 
-    Training with this callback is bit-identical to training without it. At the end of the fit, the callback measures
-    the final weights. If a callback such as Lightning's ``StochasticWeightAveraging`` or ``WeightAveraging`` puts
-    averages into the network when training ends, the final weights are these averages. The order of the callbacks in
-    the list does not matter.
+    Training with this callback is bit-identical to training without it, with few exceptions: ``docs/limits.md``,
+    "Random numbers and side effects".
+
+    At the end of the fit, the callback measures the final weights. If a callback such as Lightning's
+    ``StochasticWeightAveraging`` or ``WeightAveraging`` puts averages into the network when training ends, the final
+    weights are these averages. The order of the callbacks in the list does not matter.
 
     Args:
         data: ``"train"`` or ``"val"`` for a fixed random subset of the training or validation data, which a separate
