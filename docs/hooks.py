@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LINKED = PAGES | {f"tutorials/{path.name}": f"tutorials/{path.stem}.md" for path in NOTEBOOKS}
+# In index.md; the site has the repository's address in place of it, if it knows one.
+CLONE = "git clone ADDRESS lightning-flatness  # the address of the repository"
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -48,8 +50,16 @@ def notebook_files(notebook: Path, repository: str | None) -> dict[str, str | by
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Make links out of ``docs/`` links to the repository, or plain text while that has no address."""
+    """Make links out of ``docs/`` links to the repository, or plain text while that has no address.
+
+    Also put the address into the line of index.md that clones the repository.
+    """
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
+    if page.file.src_uri == "index.md":
+        if CLONE not in markdown:
+            raise PluginError(f"index.md has no line '{CLONE}'")
+        if config.repo_url:
+            markdown = markdown.replace(CLONE, f"git clone {config.repo_url} lightning-flatness")
 
     def replaced(link: re.Match[str]) -> str:
         text, target, anchor = link.groups()

@@ -41,6 +41,15 @@ def test_the_citation_has_the_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
 
 
+def test_the_bibtex_of_the_software_is_that_of_the_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    entry = re.search(r"@software\{.*?\n\}", (ROOT / "docs" / "faq.md").read_text(), flags=re.DOTALL).group()
+    (author,) = citation["authors"]
+    assert dict(re.findall(r"(\w+) = \{+(.*?)\}+,?\n", entry)) == {
+        "title": citation["title"], "author": author["name"], "version": citation["version"],
+    }  # fmt: skip
+
+
 @built
 def test_the_wheel_is_the_package_alone(wheel):
     package = [path for path in (ROOT / "lightning_flatness").rglob("*") if path.is_file() and path.suffix != ".pyc"]

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [
-    "index", "faq", "gallery", "compare", "command-line", "loggers", "training", "limits", "cost", "versions",
+    "index", "faq", "gallery", "compare", "command-line", "loggers", "training", "limits", "cost", "versions", "lla",
     "concepts/*", "guides/*",
 ]  # fmt: skip
 PAGES = [ROOT / "README.md", *(page for name in GUIDES for page in sorted((ROOT / "docs").glob(f"{name}.md")))]

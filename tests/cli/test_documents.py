@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_flatness.cli.arguments import parse
+from lightning_flatness.cli.arguments import ABOUT, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/command-line.md", "examples/cli/README.md"]
@@ -28,6 +28,16 @@ def test_command_lines_are_understood(page):
     assert lines or page == "README.md"
     for line in lines:
         parse(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("command", ABOUT)
+def test_the_page_has_every_option(command, capsys):
+    with pytest.raises(SystemExit):
+        parse([command, "--help"])
+    options = set(re.findall(r"^  (?:-\w.*, )?(--[a-z][a-z-]*)", capsys.readouterr().out, flags=re.MULTILINE))
+    assert len(options) > 15
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    assert {option for option in options if not re.search(rf"`{option}\b(?!-)", text)} == set()
 
 
 @pytest.mark.slow
