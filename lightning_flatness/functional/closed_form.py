@@ -233,9 +233,14 @@ def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
     r"""Compute the block traces ``T = \sum_n ‖g_n‖² Λ_n`` of the Hessian with respect to the classifier's own weight.
 
-    ``features`` are the inputs ``g`` of the classifier, ``(N, m)``, and ``curvature`` is ``Λ`` at the logits
-    ``g Wᵀ + b``. The result is float64 ``(1, K, K)``. It is exact because the logits are affine in the classifier's
-    weight ``W``. Petzka et al. 2021 (arXiv 2001.00939), Definition 3, compute the same numbers from the whole Hessian.
+    The result is float64 ``(1, K, K)``. It is exact because the logits are affine in the classifier's weight ``W``.
+
+    Args:
+        features: ``g``, the inputs of the classifier, ``(N, m)``.
+        curvature: ``Λ`` at the logits ``g Wᵀ + b``.
+
+    Source:
+        Petzka et al. 2021 (arXiv 2001.00939), Definition 3, compute the same numbers from the whole Hessian.
 
     Example:
         >>> from lightning_flatness.functional import CrossEntropy, relative_flatness, weight_gram
@@ -259,10 +264,15 @@ def closed_form_residual(
 ) -> Tensor:
     r"""Compute the terms ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` that curved activations add to ``T[s, s]``.
 
-    The argument ``curvatures`` ``(N, S, *output)`` is ``a' = da / dz``, the derivative of the slopes. The argument
-    ``residual`` ``(N, K)`` is ``dloss/df``, the gradient with respect to the logits, and ``r = Vᵀ dloss/df``. The other
-    arguments are as in :func:`closed_form_block_traces`. The result is float64 ``(G, S/G)``, summed over samples;
-    without ``summed`` it is ``(N, G, S/G)``. See ``docs/theory.md``, "The closed form".
+    Here ``r = Vᵀ dloss/df``. The result is float64 ``(G, S/G)``. See ``docs/theory.md``, "The closed form".
+
+    Args:
+        inputs: inputs of the convolution, ``(N, C, *spatial)``.
+        geometry: kernel size, stride, padding, dilation and groups of the convolution.
+        curvatures: ``a' = da / dz``, the derivative of the slopes, ``(N, S, *output)``.
+        head: ``V``, columns of the classifier's weight, ``(K, S)``; see :func:`closed_form_block_traces`.
+        residual: ``dloss/df``, the gradient with respect to the logits, ``(N, K)``.
+        summed: sum over samples; with False the result is ``(N, G, S/G)``.
 
     Example:
         >>> x = torch.randn(2, 3, 6, 6).double()

@@ -1,15 +1,6 @@
 """Directions in weight space: random directions, Adam's step, principal directions, and their normalisation.
 
 A direction ``d`` is a dictionary that maps the names of a model's tensors to tensors of the same shapes.
-
-Example:
-    >>> d, other = {"w": torch.tensor([3.0, -4.0]), "b": torch.zeros(1)}, {"w": torch.tensor([0.0, 2.0])}
-    >>> inner_product(d, other), direction_norm(d), direction_norm(d, 1), orthogonal_to(d, other)["w"]
-    (-8.0, 5.0, 7.0, tensor([3., 0.]))
-    >>> random_direction(d, torch.Generator().manual_seed(0))["w"].shape
-    torch.Size([2])
-    >>> adam_step(torch.tensor(3.0), torch.tensor(4.0), scale=1.0, epsilon=1.0)
-    tensor(1.)
 """
 
 from __future__ import annotations
@@ -33,6 +24,15 @@ def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> 
 
     The result has the names (in their order), shapes and devices of ``like``. The numbers are drawn on the CPU, so that
     they are the same for every device; ``generator`` must be a CPU generator.
+
+    Args:
+        like: tensors such as a model's parameters, by name.
+        generator: CPU generator that draws the numbers.
+
+    Example:
+        >>> like = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
+        >>> {name: tuple(d.shape) for name, d in random_direction(like, torch.Generator().manual_seed(0)).items()}
+        {'w': (2, 3), 'b': (2,)}
     """
     return {
         name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu").to(tensor.device)
@@ -41,18 +41,48 @@ def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> 
 
 
 def inner_product(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Compute the inner product ``<d, d'>`` of two directions over the names that both have, in float64."""
+    """Compute the inner product ``<d, d'>`` of two directions over the names that both have, in float64.
+
+    Args:
+        one: ``d``, tensors by name.
+        other: ``d'``, tensors by name; those of equal names have equal shapes.
+
+    Example:
+        >>> d, other = {"w": torch.tensor([3.0, -4.0]), "b": torch.zeros(1)}, {"w": torch.tensor([0.0, 2.0])}
+        >>> inner_product(d, other)
+        -8.0
+    """
     return sum(float((one[name].double() * other[name].double()).sum()) for name in one if name in other)
 
 
 def direction_norm(direction: Mapping[str, Tensor], order: int = 2) -> float:
-    """Compute the norm ``(Σ |d|^p)^(1/p)`` over the entries of all tensors, with ``p = order``, in float64."""
+    """Compute the norm ``(Σ |d|^p)^(1/p)`` over the entries of all tensors, with ``p = order``, in float64.
+
+    Args:
+        direction: ``d``, tensors by name.
+        order: ``p``, 1 or 2.
+
+    Example:
+        >>> d = {"w": torch.tensor([3.0, -4.0]), "b": torch.zeros(1)}
+        >>> direction_norm(d), direction_norm(d, order=1)
+        (5.0, 7.0)
+    """
     norms = [torch.linalg.vector_norm(tensor.double(), order) for tensor in direction.values()]
     return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]), order)) if norms else 0.0
 
 
 def orthogonal_to(direction: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Direction:
-    """Compute ``d - d' <d, d'> / <d', d'>``, the part of a direction ``d`` orthogonal to another direction ``d'``."""
+    """Compute ``d - d' <d, d'> / <d', d'>``, the part of a direction ``d`` orthogonal to another direction ``d'``.
+
+    Args:
+        direction: ``d``, tensors by name.
+        other: ``d'``, tensors by name. If it is zero, ``d`` is returned.
+
+    Example:
+        >>> d, other = {"w": torch.tensor([3.0, -4.0]), "b": torch.zeros(1)}, {"w": torch.tensor([0.0, 2.0])}
+        >>> orthogonal_to(d, other)["w"]
+        tensor([3., 0.])
+    """
     square = inner_product(other, other)
     factor = inner_product(direction, other) / square if square else 0.0
     return {name: tensor - factor * other[name] if name in other else tensor for name, tensor in direction.items()}
@@ -71,11 +101,18 @@ def normalized(
     slice ``d_f`` of the direction becomes ``d_f ‖w_f‖ / ‖d_f‖``, where ``w_f`` is the same slice of the weights (Li et
     al. 2018, arXiv 1712.09913, Section 4). With ``"layer"``, a part is a tensor. With ``"model"``, all tensors together
     are one part. With ``"weight"``, every number ``d`` is multiplied by its weight ``w``. With ``"none"``, nothing is
-    rescaled. ``order`` is 1 or 2 and chooses the L1 or the L2 norm.
+    rescaled.
 
     Tensors with at most one dimension (biases, BatchNorm) are set to zero, as in the code of Li et al., unless ``unit``
     is ``"none"``. With ``biases="scaled"`` they are rescaled instead. With ``"filter"``, such a tensor counts as one
     filter.
+
+    Args:
+        direction: ``d``, tensors by name.
+        weights: ``w``, tensors of the same names and shapes.
+        unit: a name in :data:`NORMALIZATIONS`.
+        order: 1 for the L1 norm, 2 for the L2 norm.
+        biases: ``"zero"`` or ``"scaled"``.
 
     Example:
         >>> weights = {"w": torch.tensor([[3.0, 4.0], [0.0, 1.0]])}
@@ -112,9 +149,19 @@ def _scaled(d: Tensor, w: Tensor, by_filter: bool, order: int) -> Tensor:
 def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: float) -> Tensor:
     """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1.
 
-    ``first`` is ``m`` and ``second`` is ``v``, the moments as the optimizer keeps them, without bias correction.
-    ``scale`` is ``β``, and ``epsilon`` is ``ε``. See Kingma and Ba 2015 (arXiv 1412.6980), Algorithm 1, and Gabdullin
-    2024 (arXiv 2412.10146) for this step in a loss landscape.
+    Args:
+        first: ``m``, the first moment as the optimizer keeps it, without bias correction.
+        second: ``v``, the second moment as the optimizer keeps it.
+        scale: ``β``.
+        epsilon: ``ε``.
+
+    Source:
+        Kingma and Ba 2015 (arXiv 1412.6980), Algorithm 1; Gabdullin 2024 (arXiv 2412.10146) for this step in a loss
+        landscape.
+
+    Example:
+        >>> adam_step(torch.tensor(3.0), torch.tensor(4.0), scale=1.0, epsilon=1.0)
+        tensor(1.)
     """
     return first / ((scale * second).sqrt() + epsilon)
 
@@ -126,6 +173,11 @@ class PrincipalDirections(NamedTuple):
         directions: the directions, orthonormal.
         coordinates: coordinates of the points in these directions, float64 ``(points, directions)``.
         explained: every direction's share of the sum of squared distances, float64 ``(directions,)``.
+
+    Example:
+        >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])
+        >>> len(plane.directions), plane.coordinates.shape, plane.explained.shape
+        (2, torch.Size([2, 2]), torch.Size([2]))
     """
 
     directions: tuple[Direction, ...]
@@ -139,7 +191,14 @@ def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 
     The offsets are points minus the origin; their mean is not subtracted. At least ``number`` offsets must be linearly
     independent. The singular vectors are computed from the eigenvectors of the small matrix of inner products. The sign
     of each direction is chosen so that, among the coordinates of the points along it, the first one that is not
-    negligible is positive. See Li et al. 2018 (arXiv 1712.09913), Section 7.2.
+    negligible is positive.
+
+    Args:
+        offsets: differences from the origin, each with tensors by name.
+        number: number of directions.
+
+    Source:
+        Li et al. 2018 (arXiv 1712.09913), Section 7.2.
 
     Example:
         >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])

@@ -25,6 +25,12 @@ class Eigenpairs(NamedTuple):
         residuals: ``‖A v - θ v‖``, float64 ``(k,)``, computed with a further product for every pair.
         num_products: number of products of ``A`` with a vector.
         asymmetry: largest ``|q_iᵀA q_j - q_jᵀA q_i|`` for basis vectors ``q``, divided by the largest ``‖A q_i‖``.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([1.0, 4.0, 2.0]).double())
+        >>> found = top_eigenpairs(lambda v: matrix @ v, torch.empty(3, 3).double(), 2, torch.Generator())
+        >>> found.values.round(decimals=6), found.vectors.shape
+        (tensor([4., 2.], dtype=torch.float64), torch.Size([2, 3]))
     """
 
     values: Tensor

@@ -52,6 +52,12 @@ class LargestEigenvalues(NamedTuple):
         values: ``θ``, ``(B,)``.
         residuals: ``‖H v - θ v‖`` of the unit Ritz vector ``v``, ``(B,)``; this is the bound.
         num_products: number of calls of the operator; a call multiplies each matrix with one vector.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([1.0, 4.0]).double())
+        >>> found = largest_eigenvalues(lambda v: v @ matrix, torch.ones(1, 2).double())
+        >>> found.values.round(decimals=6), found.num_products
+        (tensor([4.], dtype=torch.float64), 2)
     """
 
     values: Tensor

@@ -45,6 +45,12 @@ def find_loss(
     modules must be the mean. A function or another module becomes a :class:`CustomLoss`. The other arguments are
     options of ``"cross_entropy"``; see :class:`CrossEntropy`.
 
+    Args:
+        loss: a name, module or function as above, or a :class:`Loss`, which is returned as it is.
+        label_smoothing: label smoothing of cross-entropy.
+        class_weight: class weights of cross-entropy, ``(K,)``.
+        ignore_index: target value that cross-entropy ignores.
+
     Raises:
         FlatnessError: the loss is not known or has options that cannot be used.
 
@@ -252,6 +258,15 @@ def separating_masks(samples: int) -> Tensor:
 
     Every sample is in ``M // 2`` masks, and any two samples are in different sets of masks. Sets of equal size that
     differ never contain each other. ``M`` is about ``log2(N) + 2``; by Sperner's theorem, fewer masks are not enough.
+
+    Args:
+        samples: ``N``, the number of samples.
+
+    Returns:
+        The masks, bool ``(M, N)``, on the CPU.
+
+    Source:
+        Sperner 1928.
 
     Example:
         >>> separating_masks(5).int()

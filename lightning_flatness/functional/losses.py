@@ -33,6 +33,10 @@ class LossDerivatives(NamedTuple):
             mean; 1, or 0 if it is ignored; its loss times its weight; and 1 if its largest logit is that of the target,
             0 if not, NaN if not known.
         is_pair: True if the batch holds one sample twice; each of the two rows then counts half.
+
+    Example:
+        >>> CrossEntropy()(torch.zeros(3, 4), torch.tensor([2, 0, 1])).normalizer
+        3.0
     """
 
     curvature: Curvature
@@ -77,7 +81,20 @@ def outcomes_of(
 class Loss:
     """Base class of losses.
 
+    For a loss of your own a function is enough: see :class:`CustomLoss`. A subclass tells the second derivative itself.
+    It has a ``name`` and defines ``__call__`` and, for spectra and landscapes, ``total``.
+
     ``shift_invariant`` tells whether the loss stays the same when one number is added to all logits of a sample.
+
+    Example:
+        >>> class HalfSquare(Loss):
+        ...     name = "half_square"
+        ...
+        ...     def __call__(self, logits, targets=None):
+        ...         curvature = ClassCurvature(torch.ones_like(logits).double())
+        ...         return LossDerivatives(curvature, (logits - targets).double(), len(logits), len(logits))
+        >>> HalfSquare()(torch.zeros(1, 2), torch.ones(1, 2)).residual
+        tensor([[-1., -1.]], dtype=torch.float64)
     """
 
     shift_invariant = False

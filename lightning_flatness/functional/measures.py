@@ -3,16 +3,6 @@
 ``T`` and the Gram matrix of the filters have the shape ``(G, S/G, S/G)``. The unit of ``T`` is loss per squared weight.
 Pairs of filters in different groups do not contribute (``docs/theory.md``, "Groups"). All measures except relative
 flatness use only the diagonals of ``T`` and of the Gram matrix. So they also accept the diagonals, ``(G, S/G)``.
-
-Example:
-    >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
-    >>> hessian_trace(T), relative_flatness(T, gram), neuronwise_flatness(T, gram), layerwise_flatness(T, gram)
-    (tensor(5.), tensor(22.), tensor(8.), tensor(15.))
-    >>> filter_traces(T), filter_flatness(T, gram), weight_norm(gram)
-    (tensor([2., 3.]), tensor([2., 6.]), tensor(1.7321))
-    >>> weight_gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
-    tensor([[[5., 6.],
-             [6., 9.]]], dtype=torch.float64)
 """
 
 from __future__ import annotations
@@ -28,6 +18,16 @@ def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tens
     """Compute ``<w_s, w_s'>`` for all pairs of filters of a kernel ``(S, ...)`` that are in the same group.
 
     The result is float64 ``(G, S/G, S/G)``. With ``diagonal`` it has only the filters' squared norms, ``(G, S/G)``.
+
+    Args:
+        weight: the kernel, ``(S, ...)``.
+        groups: ``G``, the number of groups.
+        diagonal: compute only the squared norms of the filters.
+
+    Example:
+        >>> weight_gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+        tensor([[[5., 6.],
+                 [6., 9.]]], dtype=torch.float64)
     """
     rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
     # Convert a part at a time, since the whole weight in float64 would take twice the memory of the weight.
@@ -39,17 +39,43 @@ def weight_gram(weight: Tensor, groups: int = 1, diagonal: bool = False) -> Tens
 
 
 def weight_norm(gram: Tensor) -> Tensor:
-    """Compute the Frobenius norm ``‖W‖_F`` of the kernel, a scalar, from its Gram matrix."""
+    """Compute the Frobenius norm ``‖W‖_F`` of the kernel, a scalar, from its Gram matrix.
+
+    Args:
+        gram: inner products of the filters, ``(G, S/G, S/G)``, or the diagonals, ``(G, S/G)``; see :func:`weight_gram`.
+
+    Example:
+        >>> weight_norm(weight_gram(torch.tensor([[3.0, 0.0], [0.0, 4.0]])))
+        tensor(5., dtype=torch.float64)
+    """
     return _diagonal(gram).sum().sqrt()
 
 
 def filter_traces(block_traces: Tensor) -> Tensor:
-    """Return the trace ``T[s, s]`` of every filter's own Hessian block, ``(S,)``, in loss per squared weight."""
+    """Return the trace ``T[s, s]`` of every filter's own Hessian block, ``(S,)``, in loss per squared weight.
+
+    Args:
+        block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.
+
+    Example:
+        >>> T = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]])
+        >>> filter_traces(T)
+        tensor([2., 3.])
+    """
     return _diagonal(block_traces).flatten()
 
 
 def hessian_trace(block_traces: Tensor) -> Tensor:
-    """Compute the trace ``sum_s T[s, s]`` of the layer's Hessian, a scalar in units of loss per squared weight."""
+    """Compute the trace ``sum_s T[s, s]`` of the layer's Hessian, a scalar in units of loss per squared weight.
+
+    Args:
+        block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.
+
+    Example:
+        >>> T = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]])
+        >>> hessian_trace(T)
+        tensor(5.)
+    """
     return _diagonal(block_traces).sum()
 
 
@@ -59,22 +85,61 @@ def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
     ``κ`` stays the same if the layer's own filters are rescaled and later layers undo this. ``κ`` changes if the
     channels that the layer reads are rescaled (``docs/theory.md``, "Invariance"). See Petzka et al. 2021 (arXiv
     2001.00939), Definition 3, and Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
+
+    Args:
+        block_traces: ``T``, ``(G, S/G, S/G)``, in loss per squared weight.
+        gram: inner products of the filters, ``(G, S/G, S/G)``; see :func:`weight_gram`.
+
+    Example:
+        >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
+        >>> relative_flatness(T, gram)
+        tensor(22.)
     """
     return block_traces.flatten() @ gram.flatten()
 
 
 def filter_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss. Their sum is neuron-wise flatness."""
+    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss. Their sum is neuron-wise flatness.
+
+    Args:
+        block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.
+        gram: inner products of the filters, ``(G, S/G, S/G)``, or the diagonals, ``(G, S/G)``; see :func:`weight_gram`.
+
+    Example:
+        >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
+        >>> filter_flatness(T, gram)
+        tensor([2., 6.])
+    """
     return (_diagonal(block_traces) * _diagonal(gram)).flatten()
 
 
 def neuronwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019, arXiv 1912.00058), a scalar in units of the loss."""
+    """Compute ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019, arXiv 1912.00058), a scalar in units of the loss.
+
+    Args:
+        block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.
+        gram: inner products of the filters, ``(G, S/G, S/G)``, or the diagonals, ``(G, S/G)``; see :func:`weight_gram`.
+
+    Example:
+        >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
+        >>> neuronwise_flatness(T, gram)
+        tensor(8.)
+    """
     return filter_flatness(block_traces, gram).sum()
 
 
 def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute ``‖W‖_F² Tr(H)`` (Petzka et al. 2019, arXiv 1912.00058), a scalar in units of the loss."""
+    """Compute ``‖W‖_F² Tr(H)`` (Petzka et al. 2019, arXiv 1912.00058), a scalar in units of the loss.
+
+    Args:
+        block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.
+        gram: inner products of the filters, ``(G, S/G, S/G)``, or the diagonals, ``(G, S/G)``; see :func:`weight_gram`.
+
+    Example:
+        >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
+        >>> layerwise_flatness(T, gram)
+        tensor(15.)
+    """
     return _diagonal(gram).sum() * hessian_trace(block_traces)
 
 
@@ -82,6 +147,15 @@ def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
     """Compute all measures and the weight norm, as a dict that maps names to numbers.
 
     Relative flatness is missing if only the diagonals of ``T`` are given.
+
+    Args:
+        block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.
+        gram: inner products of the filters, ``(G, S/G, S/G)``, or the diagonals, ``(G, S/G)``; see :func:`weight_gram`.
+
+    Example:
+        >>> T, gram = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 2.0]]])
+        >>> sorted(measures_of(T, gram))
+        ['hessian_trace', 'layerwise_flatness', 'neuronwise_flatness', 'relative_flatness', 'weight_norm']
     """
     measures = {
         "hessian_trace": hessian_trace(block_traces),

@@ -1,17 +1,4 @@
-"""Input patches of a convolution in 1, 2 or 3 dimensions, and their Gram matrix.
-
-Example:
-    >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
-    >>> inputs = torch.tensor([[[1.0, 2.0, 3.0]]])
-    >>> geometry.output_size((3,)), patches(inputs, geometry), patch_square_norms(inputs, geometry)
-    ((2,), tensor([[[[1., 2.],
-              [2., 3.]]]]), tensor([[[ 5., 13.]]]))
-    >>> patch_gram(inputs, geometry)
-    tensor([[[[ 5.,  8.],
-              [ 8., 13.]]]])
-    >>> contraction_costs(positions=4, patch_length=9, filters=2)
-    (192, 108)
-"""
+"""Input patches of a convolution in 1, 2 or 3 dimensions, and their Gram matrix."""
 
 from __future__ import annotations
 
@@ -41,6 +28,11 @@ class ConvolutionGeometry:
         padding: number of zeros added to the input on each side.
         dilation: distance of neighbouring kernel positions, in input positions.
         groups: ``G``, the number of groups.
+
+    Example:
+        >>> geometry = ConvolutionGeometry(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1))
+        >>> geometry.output_size((8, 8))
+        (4, 4)
     """
 
     kernel_size: tuple[int, ...]
@@ -72,6 +64,17 @@ def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     """Return the patches ``phi[p]`` of inputs ``(N, C, *spatial)`` as a tensor ``(N, G, D, P)``.
 
     The entries of a patch are in the same order as those of a flattened filter.
+
+    Args:
+        inputs: the inputs of the convolution, ``(N, C, *spatial)``.
+        geometry: kernel size, stride, padding, dilation and groups of the convolution.
+
+    Example:
+        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
+        >>> inputs = torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> patches(inputs, geometry)
+        tensor([[[[1., 2.],
+                  [2., 3.]]]])
     """
     size = geometry.output_size(tuple(inputs.shape[2:]))
     padded = geometry.pad(inputs)
@@ -81,7 +84,18 @@ def patches(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the squared norm ``‖phi[p]‖²`` of every patch in each group, ``(N, G, P)``."""
+    """Compute the squared norm ``‖phi[p]‖²`` of every patch in each group, ``(N, G, P)``.
+
+    Args:
+        inputs: the inputs of the convolution, ``(N, C, *spatial)``.
+        geometry: kernel size, stride, padding, dilation and groups of the convolution.
+
+    Example:
+        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
+        >>> inputs = torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> patch_square_norms(inputs, geometry)
+        tensor([[[ 5., 13.]]])
+    """
     squares = inputs.square().unflatten(1, (geometry.groups, -1)).sum(2)
     return patches(squares, geometry).sum(2)
 
@@ -102,6 +116,17 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
     ninth of the multiplications. With larger strides there are more pixels than patches. So the function counts the
     multiplications of this way and of the direct product of patches, and takes the cheaper way (``docs/theory.md``,
     "Numerics").
+
+    Args:
+        inputs: the inputs of the convolution, ``(N, C, *spatial)``.
+        geometry: kernel size, stride, padding, dilation and groups of the convolution.
+
+    Example:
+        >>> geometry = ConvolutionGeometry(kernel_size=(2,), stride=(1,), padding=(0,), dilation=(1,))
+        >>> inputs = torch.tensor([[[1.0, 2.0, 3.0]]])
+        >>> patch_gram(inputs, geometry)
+        tensor([[[[ 5.,  8.],
+                  [ 8., 13.]]]])
     """
     input_size = tuple(inputs.shape[2:])
     size = geometry.output_size(input_size)
@@ -173,8 +198,20 @@ def contraction_costs(
     """Count the multiplications, per sample and group, of two ways to compute block traces from slopes ``δ``.
 
     The first way is ``δ Γ δᵀ`` with the patch Gram matrix. The second is ``J Jᵀ`` with ``J[s] = sum_p δ[s, p] phi[p]``.
-    ``positions`` is ``P``, ``patch_length`` is ``D``, ``filters`` is ``S/G``, and ``columns`` is the number of matrices
-    ``δ``. With ``diagonal`` only the diagonal of the result is computed.
+
+    Args:
+        positions: ``P``, the number of output positions.
+        patch_length: ``D``, the length of a filter.
+        filters: ``S/G``, the number of filters of a group.
+        columns: number of matrices ``δ`` per sample.
+        diagonal: whether only the diagonals of the block traces are computed.
+
+    Returns:
+        The numbers of multiplications of the first and of the second way.
+
+    Example:
+        >>> contraction_costs(positions=4, patch_length=9, filters=2)
+        (192, 108)
     """
     width = 1 if diagonal else filters
     by_gram = positions**2 * (patch_length + columns * filters) + columns * positions * filters * width

@@ -39,7 +39,7 @@ def flatness_penalty(
 
     ``κ`` is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). For
     the layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. Training on ``loss + λ κ`` needs no second
-    backward pass. See Petzka et al. 2021 (arXiv 2001.00939) and Adilova et al. 2023 (arXiv 2307.02337).
+    backward pass.
 
     Args:
         features: ``g``, ``(N, m)``; further dimensions must have size one.
@@ -60,6 +60,9 @@ def flatness_penalty(
 
     Raises:
         BatchError: shapes do not fit, targets are missing, or ``normalize`` is given a single sample.
+
+    Source:
+        Petzka et al. 2021 (arXiv 2001.00939); Adilova et al. 2023 (arXiv 2307.02337).
 
     Example:
         >>> classifier = nn.Linear(20, 5)

@@ -27,6 +27,12 @@ class Quadrature(NamedTuple):
         weights: their weights, float64 ``(m,)``, whose sum is one.
         rayleigh: ``qᵀAq`` of the unit probe ``q``.
         asymmetry: largest ``|q_iᵀA q_j - q_jᵀA q_i|`` for Lanczos vectors ``q``, divided by the largest ``‖A q_i‖``.
+
+    Example:
+        >>> matrix, probe = torch.diag(torch.tensor([1.0, 4.0]).double()), torch.ones(2).double()
+        >>> found = lanczos_quadrature(lambda v: matrix @ v, probe, torch.empty(2, 2).double(), torch.Generator())
+        >>> found.values.round(decimals=6), found.weights.round(decimals=6), round(found.rayleigh, 6)
+        (tensor([1., 4.], dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64), 2.5)
     """
 
     values: Tensor
@@ -38,13 +44,18 @@ class Quadrature(NamedTuple):
 def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator: torch.Generator) -> Quadrature:
     """Compute Ritz values and weights by ``min(m, D)`` Lanczos steps, each re-orthogonalised twice.
 
-    ``product`` multiplies the operator with a vector. The ``probe`` ``(D,)`` must not be zero; its length does not
-    matter. The memory ``basis`` ``(m, D)`` is overwritten by the orthonormal Lanczos vectors. If the Krylov space of
-    the probe becomes invariant, the steps continue with a random vector orthogonal to this space. That adds other
-    eigenvalues with weight zero, so the quadrature stays exact for the probe.
+    If the Krylov space of the probe becomes invariant, the steps continue with a random vector orthogonal to this
+    space. That adds other eigenvalues with weight zero, so the quadrature stays exact for the probe.
 
-    Sources: Golub and Meurant 1994, and Ubaru, Chen and Saad 2017, for the quadrature; Parlett 1998, "The Symmetric
-    Eigenvalue Problem", Chapter 13, for the steps.
+    Args:
+        product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
+        probe: vector ``(D,)``, not zero; its length does not matter.
+        basis: memory ``(m, D)``, which is overwritten by the orthonormal Lanczos vectors.
+        generator: CPU generator that draws the vectors for further steps.
+
+    Source:
+        Golub and Meurant 1994, and Ubaru, Chen and Saad 2017, for the quadrature; Parlett 1998, "The Symmetric
+        Eigenvalue Problem", Chapter 13, for the steps.
 
     Example:
         >>> matrix, probe = torch.diag(torch.tensor([1.0, 2.0, 4.0]).double()), torch.ones(3).double()
@@ -90,6 +101,11 @@ class Criteria(NamedTuple):
         k_hn: ``K_Hn``, ``(P,)``.
         c_t: ``C_t``, ``(P,)``.
         kinds: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, one for every probe.
+
+    Example:
+        >>> criteria = spectrum_criteria(torch.tensor([[-1.0, 4.0], [-3.0, 4.0]]), torch.full((2, 2), 0.5))
+        >>> criteria.c_t, criteria.kinds
+        (tensor([-0.2500, -0.7500]), ['mainly positive', 'mainly negative'])
     """
 
     r_e: Tensor
@@ -103,17 +119,23 @@ def spectrum_criteria(
 ) -> Criteria:
     """Compute Gabdullin's criteria of the spectrum for every probe.
 
-    Sources: arXiv 2412.10146, and arXiv 2504.17618 for ``C_t`` and the kinds.
-
-    ``values`` are the Ritz values ``θ`` and ``weights`` the weights ``τ`` of :class:`Quadrature`, ``(P, m)`` each. With
-    ``n = exponent``, the criteria are ``C_t = min θ / max θ``, ``r_e = |C_t|`` and
-    ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. If no ``θ`` is positive, ``C_t`` is minus infinity, and ``r_e`` and
-    ``K_Hn`` are infinite. If all ``θ`` are zero, all three are NaN. A ``θ`` counts as zero if ``|θ|`` is at most
-    ``zero`` times the largest ``|θ|`` of its probe.
+    The criteria are ``C_t = min θ / max θ``, ``r_e = |C_t|`` and ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. If no
+    ``θ`` is positive, ``C_t`` is minus infinity, and ``r_e`` and ``K_Hn`` are infinite. If all ``θ`` are zero, all
+    three are NaN.
 
     A spectrum is *quasi-singular* if every ``|θ|`` times ``scale`` is at most ``1e-3`` (a threshold of this package).
     For a Hessian with respect to ``w``, ``scale`` is ``‖w‖²``. A spectrum that is not quasi-singular is *mainly
     positive* if ``C_t > -0.6``, and *mainly negative* otherwise.
+
+    Args:
+        values: Ritz values ``θ``, ``(P, m)``.
+        weights: their weights ``τ``, ``(P, m)``; see :class:`Quadrature`.
+        exponent: ``n``.
+        scale: factor of ``|θ|`` as above.
+        zero: a ``θ`` counts as zero if ``|θ|`` is at most this times the largest ``|θ|`` of its probe.
+
+    Source:
+        Gabdullin 2024 (arXiv 2412.10146), and 2025 (arXiv 2504.17618) for ``C_t`` and the kinds.
 
     Example:
         >>> criteria = spectrum_criteria(torch.tensor([[-1.0, 4.0]]), torch.tensor([[0.5, 0.5]]))
