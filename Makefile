@@ -89,7 +89,8 @@ study: $(READY)
 
 # On a CPU with two cores give JOBS=2.
 study-cifar: $(READY)
-	$(BIN)/python -m studies cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS))
+	$(BIN)/python -m studies cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS)) --keep-weights
+	$(BIN)/python -m studies shift-cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS))
 	$(BIN)/python -m studies page
 
 # Networks of real accuracy. On a GPU of which eight minutes can be had: make study-accurate MINUTES=8 ARRAYS=folder

@@ -19,6 +19,7 @@ PARTS = {
     "cifar": "a star on CIFAR-10 (hours; resumable)",
     "accurate": "networks of real accuracy on CIFAR-10 (a GPU, or most of a night)",
     "shift": "flatness on digits drawn otherwise",
+    "shift-cifar": "flatness on CIFAR-10 drawn otherwise, of networks that `cifar --keep-weights` has trained",
     "curves": "flatness in training, twenty runs",
     "speed": "what training many networks at once brings",
     "page": "write docs/study.md from the tables",
@@ -63,7 +64,10 @@ def run_other(part: str, settings: Settings, console: Console) -> None:
         return
     from studies import curves, shift, speed
 
-    {"shift": shift.run, "curves": curves.run, "speed": speed.run}[part](settings, console)
+    if part in shift.PARTS:
+        shift.run(shift.PARTS[part](), settings, console)
+    else:
+        {"curves": curves.run, "speed": speed.run}[part](settings, console)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The data: scikit-learn's digits and CIFAR-10, label noise, and distortions of the images."""
+"""The data: scikit-learn's digits and CIFAR-10, and label noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, grid_sample, pad
 
 from studies.families import Configuration
 
@@ -58,6 +57,11 @@ def cifar10(arrays: Path | None = None, root: Path = Path("data"), download: boo
     return Data(*parts)
 
 
+def black_of(data: str) -> Tensor:
+    """Return the value of a black pixel ``(1, C, 1, 1)`` in the normalised images of ``"digits"`` or ``"cifar10"``."""
+    return torch.full((1, 1, 1, 1), -0.5) if data == "digits" else -column(MEAN) / column(STD)
+
+
 def column(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values).reshape(1, -1, 1, 1)
 
@@ -85,28 +89,3 @@ def training_part(data: Data, configuration: Configuration) -> tuple[Tensor, Ten
     noisy = labels.clone()
     noisy[wrong] = (labels[wrong] + offsets[wrong]) % 10
     return images, noisy
-
-
-def shifted(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """Return distorted copies of the images by name: moved, rotated, small, blurred, noisy and faint."""
-    generator = torch.Generator().manual_seed(seed)
-    dark = float(images.min())
-    angle = torch.tensor(np.pi / 9)
-    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
-    return {
-        "moved": torch.roll(pad(images, (1, 1, 1, 1), value=dark), (1, 0), (2, 3))[:, :, 1:-1, 1:-1],
-        "rotated": warped(images, turn, dark),
-        "small": warped(images, 1.3 * torch.eye(2), dark),
-        "blurred": avg_pool2d(pad(images, (1, 1, 1, 1), value=dark), 3, 1),
-        "noisy": images + 0.25 * images.std() / 0.4 * torch.randn(images.shape, generator=generator),
-        "faint": dark + 0.6 * (images - dark),
-    }
-
-
-def warped(images: Tensor, matrix: Tensor, outside: float) -> Tensor:
-    """Return images whose coordinates are mapped by ``matrix``; pixels outside the image have the value ``outside``."""
-    size = images.shape[-1]
-    line = (torch.arange(size) * 2 + 1) / size - 1
-    points = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1) @ matrix.T
-    grid = points.expand(len(images), *points.shape)
-    return grid_sample(images - outside, grid, align_corners=False) + outside

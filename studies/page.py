@@ -12,7 +12,7 @@ from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.sections import family_section
 from studies.stars import star_table
 from studies.tables import read_rows
-from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, STAR_WORDS, claims, findings
+from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, SHIFTS, STAR_WORDS, claims, findings
 
 ROOT = Path(__file__).parents[1]
 Rows = list[dict[str, Any]]
@@ -27,8 +27,10 @@ def write(results: Path, root: Path = ROOT) -> Path:
     if of_star["taus"]:
         star += "\n" + star_table(results, cifar())
     parts = [HEAD, FOUND + findings(found), not_run(results), factorial, star]
-    parts += [shift_section(results, images), curves_section(results, images), speed_section(results, images)]
-    parts += [claims(found, shift.analyse(results)), numbers_section(), BELOW]
+    shifts = {part: shift.analyse(results, of()) for part, of in shift.PARTS.items()}
+    parts += [shift_section(shift.PARTS[part](), rows, images) for part, rows in shifts.items() if rows]
+    parts += [curves_section(results, images), speed_section(results, images)]
+    parts += [claims(found, shifts), numbers_section(), BELOW]
     page.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts if part))
     return page
 
@@ -40,26 +42,26 @@ def not_run(results: Path) -> str:
         done = len(read_rows(results / f"{family.name}-configurations.csv"))
         if done < len(family.configurations):
             lines.append(f"- `{family.name}`: {done} of {len(family.configurations)} networks have been run.")
-    for part, keys in (("shift", "shift.csv"), ("curves", "curves.csv")):
-        if not read_rows(results / keys):
-            lines.append(f"- `{part}` has not been run.")
+    for of in (found() for found in shift.PARTS.values()):
+        done = len(shift.measured(results, of)[0])
+        if done < len(of.configurations):
+            lines.append(f"- `{of.part}`: {done} of {len(of.configurations)} networks have been measured.")
+    if not read_rows(results / "curves.csv"):
+        lines.append("- `curves` has not been run.")
     lines += [
-        "- Shifts of CIFAR-10, and pretrained networks: there is no code for these yet.",
+        "- Pretrained networks: there is no code for these, since the images that they would need are not here.",
         "- No part has been run on a GPU.",
     ]
     return "## What has not been run\n\n" + "\n".join(lines) + "\n"
 
 
-def shift_section(results: Path, images: Path) -> str:
-    """Return the section on distorted test images."""
-    rows = shift.analyse(results)
-    if not rows:
-        return ""
-    figures.save(figures.shifted(rows), images / "shift.png")
-    first = rows[0]
+def shift_section(of: shift.Shifts, rows: Rows, images: Path) -> str:
+    """Return the section on distorted test images; ``rows`` are the results of the analysis."""
+    figures.save(figures.shifted(rows), images / f"{of.part}.png")
+    first, words = rows[0], SHIFTS[of.part]
     text = (
-        f"{first['networks']} of the digits' networks (one seed, no weight decay), at {shift.SNAPSHOT}, are measured on "
-        f"{shift.MEASURED} test images as they are and drawn otherwise: {', '.join(shift.SHIFTS)}. Errors are those of all "
+        f"{first['networks']} of {words.networks}, at {of.snapshot}, are measured on "
+        f"{of.measured} test images as they are and drawn otherwise: {', '.join(of.distortions)}. {words.images}Errors are those of all "
         "test images. The table compares changes from the images as they are: over the shifts, for one network; and over "
         "networks, for one shift. Baselines (\\*): the mean confidence of the network, which needs no labels, and the test loss. "
         f"With {first['shifts']} shifts the first kind of τ is coarse.\n"
@@ -73,8 +75,8 @@ def shift_section(results: Path, images: Path) -> str:
         for row in rows
     ]
     headings = ("number", "τ over shifts [95 % over networks]", "τ over networks (range over shifts)")
-    caption = picture("shift", "How changes of each number go with the change of error")
-    return "\n".join(["## Digits drawn otherwise\n", text, caption, table(headings, cells)])
+    caption = picture(of.part, "How changes of each number go with the change of error")
+    return "\n".join([f"## {words.data} drawn otherwise\n", text, caption, table(headings, cells)])
 
 
 def curves_section(results: Path, images: Path) -> str:

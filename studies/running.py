@@ -47,6 +47,10 @@ class Settings:
     skip: int = 0  # leave out this many stacks at the beginning, because another run may train them
     limit: int | None = None  # train at most this many stacks
 
+    def saved(self, family: Family, number: int) -> Path:
+        """Return the file of the state, and so of the weights, of one stack of networks."""
+        return self.work / family.name / f"stack-{number:03d}.pt"
+
 
 def load(data: str, settings: Settings) -> Data:
     found = digits() if data == "digits" else cifar10(settings.arrays, settings.root, settings.download)
@@ -229,7 +233,7 @@ class FamilyRun:
             self._saved(number).unlink(missing_ok=True)
 
     def _saved(self, number: int) -> Path:
-        return self.settings.work / self.family.name / f"stack-{number:03d}.pt"
+        return self.settings.saved(self.family, number)
 
 
 def run_family(name: str, settings: Settings, console: Console) -> None:

@@ -1,31 +1,34 @@
-"""Distorted digits: does a measure change together with the accuracy when the test images are distorted?
+"""Distorted test images: does a measure change together with the accuracy?
 
 As in the papers on Hessian criteria (Gabdullin 2024, 2025), the networks stay the same and the data change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import lightning_flatness as lf
-from studies.data import Data, shifted
-from studies.families import Configuration, digits, stacks
+from studies import distortions
+from studies.data import Data, black_of
+from studies.distortions import Distortion
+from studies.families import Configuration, Family, cifar, digits, stacks
 from studies.measuring import error_of, logits_of, network_of, spectrum_of
 from studies.running import Settings, load, measure_all
 from studies.statistics import DRAWS, tau
 from studies.tables import Table, column_of, read_rows, write_rows
-from studies.training import Run, Snapshot
+from studies.training import Run, Snapshot, saved_state
 
-SNAPSHOT = "epoch 120"
-MEASURED = 200  # number of test images that measures are computed on
 CLEAN = "clean"
-SHIFTS = ("moved", "rotated", "small", "blurred", "noisy", "faint")
 # With these signs, a positive τ is expected: the signed measure rises where the accuracy falls.
 MEASURES = {
     "confidence": ("−mean confidence", -1),
@@ -42,30 +45,77 @@ MEASURES = {
 BASELINES = ("confidence", "loss")
 
 
-def networks() -> list[Configuration]:
-    """Return the configurations to measure: one seed, no weight decay, two batch sizes, two learning rates."""
+@dataclass(frozen=True, kw_only=True)
+class Shifts:
+    """Networks of a family at one snapshot, and the distortions of the test images that they are measured on."""
+
+    part: str  # its name on the command line, and the beginning of the names of its CSV files
+    family: Family
+    configurations: tuple[Configuration, ...]
+    snapshot: str
+    distortions: dict[str, Distortion]
+    measured: int  # number of test images that measures are computed on
+    trains: bool  # whether to train networks again if their weights are gone
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names of the images: as they are, and distorted."""
+        return (CLEAN, *self.distortions)
+
+    def images(self, kind: str, images: Tensor) -> Tensor:
+        """Return images as they are or distorted."""
+        black = black_of(self.family.data).to(images)
+        return images if kind == CLEAN else self.distortions[kind](images, black)
+
+
+def of_digits() -> Shifts:
+    """Return the shifts of the digits: one seed, no weight decay, two batch sizes, two learning rates."""
     every = (c for c in digits().configurations if not c.seed and not c.weight_decay)
-    return [c for c in every if c.batch_size in (10, 100) and c.learning_rate in (0.02, 0.2)]
+    chosen = tuple(c for c in every if c.batch_size in (10, 100) and c.learning_rate in (0.02, 0.2))
+    return Shifts(
+        part="shift", family=digits(), configurations=chosen, snapshot="epoch 120", distortions=distortions.DIGITS,
+        measured=200, trains=True,
+    )  # fmt: skip
+
+
+# The centre of the star, and one arm for most hyper-parameters. Larger networks are left out for their time: on a slow
+# core these 12 take about 15 seconds each, for every kind of images.
+ARMS = (
+    "centre", "width 8", "depth 3", "batch_norm False", "dropout 0.3", "augment True", "optimizer adam",
+    "batch_size 20", "learning_rate 0.02", "weight_decay 0.005", "label_noise 0.2", "train_size 2000",
+)  # fmt: skip
+
+
+def of_cifar() -> Shifts:
+    """Return the shifts of CIFAR-10: one seed of the star's centre, and of some of its arms."""
+    chosen = tuple(c for c in cifar().configurations if not c.seed and c.arm in ARMS)
+    return Shifts(
+        part="shift-cifar", family=cifar(), configurations=chosen, snapshot="epoch 60", distortions=distortions.CIFAR,
+        measured=64, trains=False,
+    )  # fmt: skip
+
+
+PARTS: dict[str, Callable[[], Shifts]] = {"shift": of_digits, "shift-cifar": of_cifar}
 
 
 class Worker:
-    """The state and the tasks of a worker process, with the test images, clean and distorted."""
+    """The state and the tasks of a worker process."""
 
     data: Data
-    images: dict[str, torch.Tensor]
+    of: Shifts
 
     @classmethod
-    def begin(cls, settings: Settings) -> None:
+    def begin(cls, of: Shifts, settings: Settings) -> None:
         if settings.jobs > 1:
             torch.set_num_threads(1)
-        cls.data = load("digits", settings)
-        cls.images = {CLEAN: cls.data.test_images, **shifted(cls.data.test_images)}
+        cls.of, cls.data = of, load(of.family.data, settings)
 
     @classmethod
     def measure(cls, name: str, kind: str, configuration: Configuration, snapshot: Snapshot) -> dict[str, Any]:
-        model, images, labels = network_of(configuration, snapshot, cls.data), cls.images[kind], cls.data.test_labels
+        model, count = network_of(configuration, snapshot, cls.data), cls.of.measured
+        images, labels = cls.of.images(kind, cls.data.test_images), cls.data.test_labels
         logits = logits_of(model, images)
-        batches = [(images[:MEASURED], labels[:MEASURED])]
+        batches = [(images[:count], labels[:count])]
         report = lf.measure_flatness(model, batches, progress=False)
         found = {"error": error_of(logits, labels), "loss": float(cross_entropy(logits, labels))}
         found["confidence"] = float(logits.softmax(1).amax(1).mean())
@@ -74,52 +124,80 @@ class Worker:
         return {"name": name, "shift": kind} | found | spectrum_of(model, batches)
 
 
-def run(settings: Settings, console: Console) -> None:
-    """Measure the networks and shifts that are not in the table; train networks again if their weights are gone."""
-    family, wanted = digits(), {c.name: c for c in networks()}
-    table = Table(settings.results / "shift.csv", "name", "shift")
-    kinds = (CLEAN, *SHIFTS)
-    missing = {name for name in wanted for kind in kinds if (name, kind) not in table}
-    data, tasks = load("digits", settings), []
-    for number, stack in enumerate(stacks(family)):
-        if any(c.name in missing for c in stack):
-            saved = settings.work / family.name / f"stack-{number:03d}.pt"
-            snapshots = Run(family, stack, data, settings.device).train(saved) or []
-            tasks += [
-                (one.name, kind, wanted[one.name], one)
-                for one in snapshots
-                if one.snapshot == SNAPSHOT and one.name in missing
-                for kind in kinds
-            ]
-    measure_all(tasks, Worker.measure, Worker.begin, settings, table, console, "networks and shifts")
+def run(of: Shifts, settings: Settings, console: Console) -> None:
+    """Measure the networks and shifts that are not in the table; say which networks have no weights."""
+    table = Table(settings.results / f"{of.part}.csv", "name", "shift")
+    missing = [c for c in of.configurations if any((c.name, kind) not in table for kind in of.kinds)]
+    found = snapshots(of, missing, settings)
+    without = [c.name for c in missing if c.name not in found]
+    if without:
+        console.print(no_weights(of, without, settings), soft_wrap=True)
+    tasks = [(c.name, kind, c, found[c.name]) for c in missing if c.name in found for kind in of.kinds]
+    if tasks:
+        begin = partial(Worker.begin, of)
+        measure_all(tasks, Worker.measure, begin, settings, table, console, "networks and shifts")
 
 
-def analyse(results: Path, seed: int = 0, is_written: bool = True) -> list[dict[str, Any]]:
+def snapshots(of: Shifts, wanted: Sequence[Configuration], settings: Settings) -> dict[str, Snapshot]:
+    """Return the snapshots of networks by name: from their saved states, or trained again if ``of.trains``."""
+    names, found = {c.name for c in wanted}, {}
+    for number, stack in enumerate(stacks(of.family, settings.device)):
+        if names.isdisjoint(c.name for c in stack):
+            continue
+        saved = settings.saved(of.family, number)
+        if of.trains:
+            every = Run(of.family, stack, load(of.family.data, settings), settings.device).train(saved) or []
+        else:
+            every = saved_state(saved, stack).get("snapshots", [])
+        found |= {one.name: one for one in every if one.name in names and one.snapshot == of.snapshot}
+    return found
+
+
+def no_weights(of: Shifts, names: Sequence[str], settings: Settings) -> str:
+    """Return a message that says which networks have no weights, and which command makes them."""
+    family, folder = of.family.name, settings.work / of.family.name
+    text = (
+        f"{of.part}: {folder} has no weights at {of.snapshot} of {len(names)} of {len(of.configurations)} networks "
+        f"({', '.join(names)}), so they are not measured. To train them, which takes hours: "
+        f"python -m studies {family} --keep-weights --work {settings.work}, with the same --device."
+    )
+    done = settings.results / f"{family}-configurations.csv"
+    if {row["name"] for row in read_rows(done)}.isdisjoint(names):
+        return text
+    return f"{text} It leaves out networks that are in {done}: --results with another folder trains them again."
+
+
+def measured(results: Path, of: Shifts) -> tuple[list[str], dict[str, list[dict[str, str]]]]:
+    """Return the names of the networks that are measured on all images, and their rows by kind of images."""
+    at = {(row["name"], row["shift"]): row for row in read_rows(results / f"{of.part}.csv")}
+    names = [name for name in sorted({name for name, _ in at}) if all((name, kind) in at for kind in of.kinds)]
+    return names, {kind: [at[name, kind] for name in names] for kind in of.kinds}
+
+
+def analyse(results: Path, of: Shifts, seed: int = 0, is_written: bool = True) -> list[dict[str, Any]]:
     """Return Kendall's τ between changes of each measure and changes of the error, over shifts and over networks."""
-    rows = read_rows(results / "shift.csv")
-    names = sorted({row["name"] for row in rows})
-    at = {(row["name"], row["shift"]): row for row in rows}
-    names = [name for name in names if all((name, kind) in at for kind in (CLEAN, *SHIFTS))]
+    names, by_kind = measured(results, of)
     if len(names) < 5:
         return []
-    by_kind = {kind: [at[name, kind] for name in names] for kind in (CLEAN, *SHIFTS)}
 
     def change(measure: str, sign: int) -> np.ndarray:
         clean = column_of(by_kind[CLEAN], measure)
-        return sign * np.stack([column_of(by_kind[kind], measure) - clean for kind in SHIFTS])  # (shifts, networks)
+        return sign * np.stack(
+            [column_of(by_kind[kind], measure) - clean for kind in of.distortions]
+        )  # (shifts, networks)
 
     error, found = change("error", 1), []
     drawn = np.random.default_rng(seed).integers(len(names), size=(DRAWS, len(names)))
     for measure, (label, sign) in MEASURES.items():
-        of = change(measure, sign)
-        within = np.array([tau(of[:, i], error[:, i]) for i in range(len(names))])
+        changes = change(measure, sign)
+        within = np.array([tau(changes[:, i], error[:, i]) for i in range(len(names))])
         low, high = np.quantile(np.nanmean(within[drawn], axis=1), [0.025, 0.975])
-        across = [tau(of[i], error[i]) for i in range(len(SHIFTS))]
-        row = {"measure": measure, "label": label, "networks": len(names), "shifts": len(SHIFTS)}
+        across = [tau(changes[i], error[i]) for i in range(len(of.distortions))]
+        row = {"measure": measure, "label": label, "networks": len(names), "shifts": len(of.distortions)}
         row |= {"over_shifts": float(np.nanmean(within)), "low": float(low), "high": float(high)}
         row |= {"over_networks": float(np.nanmean(across))}
         row |= {"over_networks_low": float(np.nanmin(across)), "over_networks_high": float(np.nanmax(across))}
         found.append(row)
     if is_written:
-        write_rows(results / "shift-taus.csv", found)
+        write_rows(results / f"{of.part}-taus.csv", found)
     return found

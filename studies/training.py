@@ -65,10 +65,8 @@ class Run:
         If the file ``saved`` exists, training continues from the state in the file. After the ``deadline`` (in the
         units of ``time.time()``) training stops, the state is saved, and the function returns None.
         """
-        if saved is not None and saved.exists():
-            state = torch.load(saved, weights_only=False)
-            if state.get("configurations") == self.configurations:  # else the file is of other networks
-                self.load(state)
+        if saved is not None and (state := saved_state(saved, self.configurations)):
+            self.load(state)
         last = time.monotonic()
         while self.epoch < self.first.epochs:
             self._train_epoch()
@@ -144,6 +142,12 @@ class Run:
         self.stack.buffers = {name: b.to(self.device) for name, b in state["buffers"].items()}
         self.optimizer.moments = [{n: m.to(self.device) for n, m in of.items()} for of in state["moments"]]
         self.optimizer.steps = state["steps"]
+
+
+def saved_state(path: Path, configurations: Sequence[Configuration]) -> dict[str, Any]:
+    """Read a saved state; it is empty if there is no file, or if the file is of other networks."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False) if path.exists() else {}
+    return state if state.get("configurations") == tuple(configurations) else {}
 
 
 def save(state: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from studies import curves, measures, statistics
 from studies.analysis import sample
-from studies.data import Data, in_turns, shifted, training_part
+from studies.data import Data, in_turns, training_part
 from studies.families import CIFAR, DIGITS, Family, accurate, cifar, digits, stacks
 from studies.markdown import interval
 from studies.measuring import measured_rows, temperature_of
@@ -160,14 +160,9 @@ def test_wrong_labels_are_as_many_as_wanted_and_nested(data):
     assert bool((wrong[2] | ~wrong[1]).all())
 
 
-def test_images_in_turns_and_drawn_otherwise(data):
+def test_images_are_taken_in_turns():
     labels = torch.tensor([1, 1, 0, 2, 0, 2])
     assert labels[in_turns(labels)].tolist() == [0, 1, 2, 0, 1, 2]
-    images = data.images.float()
-    for name, other in shifted(images).items():
-        assert other.shape == images.shape, name
-        assert not torch.equal(other, images), name
-    assert torch.equal(shifted(images)["moved"][:, :, 1:], images[:, :, :-1])
 
 
 def test_the_temperature_has_the_lowest_loss():
