@@ -66,7 +66,7 @@ gallery: $(READY)
 
 tutorials: $(READY)
 	@$(BIN)/python -m pip install --quiet --editable '.[tutorials]'
-	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False tutorials/*.ipynb
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=180 tutorials/*.ipynb
 
 dist: $(READY)
 	@$(BIN)/python -m pip install --quiet --editable '.[dist]'

@@ -133,6 +133,30 @@ def test_notebooks_have_run_from_top_to_bottom(notebook):
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_notebooks_for_colab_install_the_package_and_link_to_the_site(notebook, monkeypatch):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("nbconvert")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from hooks import for_colab
+
+    made = json.loads(for_colab(notebook, "https://github.com/one/name", "https://one.github.io/name/"))
+    (title, install, *others), (_, *expected) = made["cells"], json.loads(notebook.read_text())["cells"]
+    assert title["cell_type"] == "markdown"
+    assert "".join(install["source"]).endswith(
+        'install --quiet "lightning-flatness[examples] @ git+https://github.com/one/name"'
+    )
+    assert [cell["source"] for cell in others if cell["cell_type"] == "code"] == [
+        cell["source"] for cell in expected if cell["cell_type"] == "code"
+    ]
+    text = "".join(line for cell in made["cells"] if cell["cell_type"] == "markdown" for line in cell["source"])
+    pages = re.findall(r"\]\(([^)#]*)", text)
+    assert pages
+    for page in pages:
+        path = page.removeprefix("https://one.github.io/name/").rstrip("/")
+        assert (ROOT / "docs" / f"{path}.md").exists() or (ROOT / f"{path}.ipynb").exists(), page
+
+
 def test_the_gallery_has_every_figure():
     text = (ROOT / "docs" / "gallery.md").read_text()
     assert {name for name in lf.plots.__all__ if f"{name}(" not in text} == set()
