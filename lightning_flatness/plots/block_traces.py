@@ -33,6 +33,21 @@ def plot_block_traces(
             and filters are sorted by the angle of their points.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        FlatnessError: only the diagonal of ``T`` was measured, or matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import measure_flatness
+        >>> net, batch = torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> report = measure_flatness(net, [batch], layers="all")
+        >>> figure, ax = plot_block_traces(report.layers[""], sort=False)
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ("filter s'", 'filter s')
     """
     if layer.block_traces.ndim != 3:
         raise FlatnessError(

@@ -57,6 +57,17 @@ def plot_comparison(
 
     Returns:
         The figure and a list of its axes.
+
+    Raises:
+        FlatnessError: a measure is unknown or known for no model, ``ax`` is given for several measures, or matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import compare
+        >>> nets, batch = {name: torch.nn.Linear(2, 3) for name in "ab"}, (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> figure, axes = plot_comparison(compare(nets, [batch], layers="classifier"), ["hessian_trace", "loss"])
+        >>> len(axes)
+        2
     """
     rows = list(comparison.models.values())
     chosen = list(measures or _default_measures(comparison, alone=ax is not None))

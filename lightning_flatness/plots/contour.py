@@ -66,6 +66,24 @@ def plot_contour(
             lines. To compare planes, draw them into the same ``ax``, each with its own ``color`` and ``label``.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        FlatnessError: the result has another number of axes or no finite loss, ``cap`` is not above the lowest loss,
+            ``trajectory`` has another shape or numbers that are not finite, or matplotlib is missing.
+
+    Source:
+        Li et al. 2018 (arXiv 1712.09913).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import loss_landscape
+        >>> net, batch = torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> figure, ax = plot_contour(loss_landscape(net, [batch], steps=5))
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('random direction 1', 'random direction 2')
     """
     losses = drawable_losses(result, 2, "plot_contour", cap)
     x, y = result.coordinates
@@ -108,7 +126,22 @@ def plot_contour(
 def shared_levels(*results: LandscapeResult, cap: float | None = None) -> Tensor:
     """Return ``levels=`` for :func:`plot_contour` that cover several planes, so that equal colours mean equal losses.
 
-    Losses above ``cap`` count as ``cap``.
+    Args:
+        results: the landscapes, with two axes each.
+        cap: losses above ``cap`` count as ``cap``.
+
+    Raises:
+        FlatnessError: a result has another number of axes or no finite loss, or ``cap`` is not above its lowest loss.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import loss_landscape
+        >>> net, batch = torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> planes = [loss_landscape(net, [batch], steps=5, seed=seed) for seed in (0, 1)]
+        >>> levels = shared_levels(*planes)
+        >>> figures = [plot_contour(plane, levels=levels)[0] for plane in planes]
+        >>> bool((levels.diff() > 0).all())
+        True
     """
     return contour_levels(torch.cat([drawable_losses(one, 2, "shared_levels", cap).flatten() for one in results]))
 
@@ -239,6 +272,21 @@ def plot_kept_and_recomputed(
 
     Returns:
         The figure and its axes. For planes, the axes are an array of two.
+
+    Raises:
+        FlatnessError: the landscapes are at different points or do not have these BatchNorm statistics, or, as for
+            :func:`plot_contour`, a result or an argument cannot be drawn.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import loss_landscape
+        >>> net, batch = torch.nn.BatchNorm1d(2), (torch.randn(6, 2), torch.arange(6) % 2)
+        >>> options = {"axes": ["random"], "normalize": "none", "steps": 5}
+        >>> kept = loss_landscape(net, [batch], batch_norm="kept", **options)
+        >>> recomputed = loss_landscape(net, [batch], batch_norm="recomputed", **options)
+        >>> figure, ax = plot_kept_and_recomputed(kept, recomputed)
+        >>> ax.get_ylabel()
+        'loss'
     """
     pair = (kept, recomputed)
     same_points = len(kept.axes) == len(recomputed.axes) and all(

@@ -30,9 +30,30 @@ MOST_NAMES = 12
 def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> tuple[Any, Any]:
     """Draw the outcome of every model against one of its measures, with Kendall's τ in the title.
 
-    The outcome is what was given as ``compare(outcome=)``. Numbers that are not exact have hollow dots, and bars are
+    Numbers that are not exact have hollow dots, and bars are
     two standard errors. The axis of the measure is logarithmic if its values are positive and the largest is more than
     three times the smallest.
+
+    Args:
+        comparison: the result of :func:`~lightning_flatness.compare` with ``outcome=``.
+        measure: name of the number to draw: a measure of flatness, a loss, the accuracy, or a baseline such as
+            ``"weight_norm"``; by default normalised relative flatness.
+        ax: axes to draw into.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        FlatnessError: the measure is unknown, no model has both an outcome and the measure, or matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import compare
+        >>> nets, batch = {name: torch.nn.Linear(2, 3) for name in "ab"}, (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> comparison = compare(nets, [batch], layers="classifier", outcome={"a": 0.1, "b": 0.2}, outcome_name="gap")
+        >>> figure, ax = plot_gap(comparison, "relative_flatness")
+        >>> ax.get_ylabel()
+        'gap'
     """
     check_measure(measure, DRAWN)
     rows = [

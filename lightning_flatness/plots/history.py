@@ -74,6 +74,15 @@ def plot_history(
 
     Returns:
         The figure and the upper axes; ``figure.axes`` holds both.
+
+    Raises:
+        FlatnessError: ``measure`` is unknown, or matplotlib is missing.
+
+    Example:
+        >>> history = [{"epoch": epoch, "accuracy": 0.5, "relative_flatness": 3.0} for epoch in range(3)]
+        >>> figure, ax = plot_history(history)
+        >>> len(figure.axes)
+        2
     """
     if measure is None:
         measures = ("relative_flatness", "hessian_trace")
@@ -214,6 +223,18 @@ def plot_layer_history(
         report: a report of the run. The title then names its samples and method.
         data: the data that flatness was measured on: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        FlatnessError: ``measure`` is unknown, or matplotlib is missing.
+
+    Example:
+        >>> history = [{"epoch": epoch, "conv1/hessian_trace": 2.0, "conv2/hessian_trace": 1.0} for epoch in range(3)]
+        >>> figure, ax = plot_layer_history(history, "hessian_trace")
+        >>> ax.get_ylabel()
+        'Hessian trace  (loss per squared weight)'
     """
     check_measure(measure, NAMES)
     figure, ax = axes_or_new(ax, 7.0, 4.0)

@@ -40,6 +40,20 @@ def plot_layers(
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name; by default the data
             that the report names.
         ax: axes to draw into.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        FlatnessError: ``measure`` is unknown or was not measured, or matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import measure_flatness
+        >>> net, batch = torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> figure, ax = plot_layers(measure_flatness(net, [batch], layers="all"))
+        >>> ax.get_xlabel()
+        'relative flatness  (loss)'
     """
     check_measure(measure, NAMES)
     layers = list(report.layers.values())

@@ -50,6 +50,18 @@ def plot_line(
 
     Returns:
         The figure and the axes of the loss.
+
+    Raises:
+        FlatnessError: the result has another number of axes or no finite loss, ``cap`` is not above the lowest loss, or
+            matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import loss_landscape
+        >>> net, batch = torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> figure, ax = plot_line(loss_landscape(net, [batch], axes=["random"], steps=5))
+        >>> [panel.get_ylabel() for panel in figure.axes]
+        ['loss', 'accuracy (%)']
     """
     losses = drawable_losses(result, 1, "plot_line", cap)
     accuracies = result.accuracies if accuracy and label is None else None

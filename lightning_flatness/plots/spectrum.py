@@ -59,8 +59,22 @@ def plot_density(
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
 
+    Returns:
+        The figure and its axes.
+
     Raises:
         FlatnessError: the spectrum has no density (``num_probes=0``).
+
+    Source:
+        Ghorbani et al. 2019 (arXiv 1901.10159).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import hessian_spectrum
+        >>> net, batch = torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> figure, ax = plot_density(hessian_spectrum(net, [batch], top_k=2))
+        >>> ax.get_xlabel(), ax.get_yscale()
+        ('eigenvalue of the Hessian  (loss per squared weight)', 'log')
     """
     if not result.num_probes:
         raise FlatnessError(NO_DENSITY)
@@ -168,6 +182,21 @@ def plot_eigenvalues(
             ``SpectrumCallback.history``, in any order.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        FlatnessError: the history is empty, or matplotlib is missing.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import hessian_spectrum
+        >>> net, batch = torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> spectrum = hessian_spectrum(net, [batch], top_k=2)
+        >>> figure, ax = plot_eigenvalues([(0, spectrum), (1, spectrum)])
+        >>> ax.get_xlabel()
+        'epoch'
     """
     records = sorted((_numbers(entry) for entry in history), key=lambda record: record["epoch"])
     if not records:

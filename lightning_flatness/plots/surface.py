@@ -50,6 +50,24 @@ def plot_surface(
         label: name of the plane, for the title.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into, with ``projection="3d"``.
+
+    Returns:
+        The figure and its axes, with ``projection="3d"``.
+
+    Raises:
+        FlatnessError: the result has another number of axes or no finite loss, ``cap`` is not above the lowest loss, a
+            loss is not positive with ``log``, or matplotlib is missing.
+
+    Source:
+        Li et al. 2018 (arXiv 1712.09913).
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import loss_landscape
+        >>> net, batch = torch.nn.Linear(2, 3), (torch.randn(6, 2), torch.arange(6) % 3)
+        >>> figure, ax = plot_surface(loss_landscape(net, [batch], steps=5))
+        >>> ax.name
+        '3d'
     """
     losses = drawable_losses(result, 2, "plot_surface", cap)
     if log and not bool((losses[losses.isfinite()] > 0).all()):
