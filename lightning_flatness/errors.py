@@ -8,11 +8,32 @@ from typing import Any
 
 
 class FlatnessError(ValueError):
-    """Base class of all errors that ``lightning_flatness`` raises."""
+    """Base class of all errors that ``lightning_flatness`` raises.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> try:
+        ...     lf.measure_flatness(torch.nn.Linear(4, 3), [], layers="all")
+        ... except lf.FlatnessError as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        No sample was measured...
+    """
 
 
 class LayerSelectionError(FlatnessError):
-    """A layer does not exist or cannot be measured, samples influence each other, or the forward pass is random."""
+    """A layer does not exist or cannot be measured, samples influence each other, or the forward pass is random.
+
+    The message names the layer and the remedy, such as another ``layers=`` or a change of the forward pass.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> try:
+        ...     lf.measure_flatness(net, [torch.randn(2, 4)], layers="1")
+        ... except lf.LayerSelectionError as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        layers='1' matches no convolution or linear layer of the model...
+    """
 
 
 class NotClosedFormError(FlatnessError):
@@ -23,11 +44,30 @@ class NotClosedFormError(FlatnessError):
 
 
 class BatchError(FlatnessError):
-    """A batch or the model's output cannot be measured because of wrong shapes, missing targets, NaN or infinity."""
+    """A batch or the model's output cannot be measured because of wrong shapes, missing targets, NaN or infinity.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> try:
+        ...     lf.measure_flatness(torch.nn.Linear(4, 3), [(torch.randn(2, 4), torch.tensor([1, 3]))], layers="all")
+        ... except lf.BatchError as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        The targets lie in 1..3, but the model has 3 classes (0..2)...
+    """
 
 
 class NotExactError(FlatnessError):
-    """A layer's numbers would not be exactly those of the Hessian, and the user has set ``strict=True``."""
+    """A layer's numbers would not be exactly those of the Hessian, and the user has set ``strict=True``.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
+        >>> try:
+        ...     lf.measure_flatness(net, [torch.randn(2, 4)], layers="0", strict=True)
+        ... except lf.NotExactError as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        Layer '0': only the Gauss-Newton part of its Hessian can be computed...
+    """
 
 
 class LandscapeError(FlatnessError):
@@ -35,6 +75,16 @@ class LandscapeError(FlatnessError):
 
     ``result`` holds the points that were computed before the error, or None if there are none. To compute the other
     points, pass ``result`` as ``resume=`` in another call.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> net, batches = torch.nn.Linear(2, 3), [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> try:
+        ...     plane = lf.loss_landscape(net, batches, steps=3)
+        ... except lf.LandscapeError as error:  # memory ran out at a point: compute the other points one at a time
+        ...     plane = lf.loss_landscape(net, batches, steps=3, resume=error.result, chunk=1)
+        >>> plane.complete
+        True
     """
 
     def __init__(self, message: str, result: Any = None) -> None:

@@ -2,13 +2,6 @@
 
 The expected numbers are computed without any code of the package. Use this check to verify the numbers of the package
 on a small model of your own.
-
-Example:
-    >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
-    >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
-    >>> assert_matches_oracle(net, batch, layer="0")
-    >>> oracle_block_traces(net.double(), batch, "0").shape, hessian_rows(net, batch, "0", filters=[0, 1]).shape
-    (torch.Size([2, 2]), torch.Size([2, 3, 2, 3]))
 """
 
 from __future__ import annotations
@@ -47,6 +40,15 @@ def hessian_rows(
 
     Returns:
         The rows ``H[i, d, s', d'] = d²L / dw[filters[i], d] dw[s', d']``, of shape ``(len(filters), D, S, D)``.
+
+    Raises:
+        AttributeError: the model has no module of this name.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
+        >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
+        >>> hessian_rows(net.double(), batch, "0", filters=[0, 1]).shape
+        torch.Size([2, 3, 2, 3])
     """
     inputs, targets = batch
     weight = model.get_submodule(layer).weight
@@ -80,6 +82,12 @@ def oracle_block_traces(
     of filter ``s'`` (``docs/theory.md``). The rows ``s`` are the given ``filters``, by default all; the columns ``s'``
     are all ``S`` filters of the layer. So the result has the shape ``(len(filters), S)``. For a grouped convolution,
     the result includes pairs of filters from different groups. The arguments are the same as in :func:`hessian_rows`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
+        >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
+        >>> oracle_block_traces(net.double(), batch, "0").shape
+        torch.Size([2, 2])
     """
     weight = model.get_submodule(layer).weight
     assert isinstance(weight, Tensor)
@@ -119,6 +127,11 @@ def assert_matches_oracle(
     Raises:
         AssertionError: the numbers differ. The error is also raised for a layer that cannot be checked, because it
             computes its kernel from its weight without a parametrisation.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 3))
+        >>> batch = torch.randn(4, 1, 8).double(), torch.tensor([0, 1, 2, 0])
+        >>> assert_matches_oracle(net, batch, layer="0")
     """
     from lightning_flatness import measure_flatness
 

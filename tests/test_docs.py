@@ -1,12 +1,14 @@
 """Documentation: code blocks run, links lead somewhere, every public name has its place, the README is short."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import re
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import get_origin
 
 import lightning as L
 import pytest
@@ -187,6 +189,25 @@ def test_the_reference_has_every_name_of_public_modules(module):
         members = {name: package[room][name] for name in module.__all__}
         found |= {name for name, member in members.items() if not member.is_module and member.docstring}
     assert set(module.__all__) - {*found, *entries()} == set()
+
+
+# The entry of ``functional.patches``, which has the name of its submodule.
+TWICE = "functional.patches.patches"
+
+
+def public_callables():
+    """Return all public functions and classes, by their names in the reference."""
+    names = {name for name in entries() if name not in {module.__name__.partition(".")[2] for module in PUBLIC_MODULES}}
+    for module in PUBLIC_MODULES:
+        names |= {f"{module.__name__}.{name}".partition(".")[2] for name in module.__all__}
+    found = {name: functools.reduce(getattr, name.split("."), lf) for name in sorted(names - {TWICE})}
+    return {name: value for name, value in found.items() if callable(value) and get_origin(value) is None}
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_every_public_callable_has_an_example(name):
+    text = inspect.getdoc(public_callables()[name])
+    assert re.search(r"^Example:\n    >>> ", text, flags=re.MULTILINE)
 
 
 def fields_of(owner):

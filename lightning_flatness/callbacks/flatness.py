@@ -57,7 +57,8 @@ class FlatnessCallback(FlatnessHistory):
     Args:
         layers: the layers to measure. :func:`~lightning_flatness.measure_flatness` explains this argument, and those
             from ``strict`` to ``dtype``.
-        loss: ``"cross_entropy"``, ``"binary_cross_entropy"``, ``"mse"``, or a function that returns per-sample losses.
+        loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"``; a loss module of torch with
+            ``reduction="mean"``; or a function or module that returns per-sample losses.
         data: ``"val"`` for the validated batches; ``"train"`` for a fixed random subset of the training data, which a
             separate loader reads; or your own ``DataLoader`` or list of batches, of which every rank measures a part.
             The network is in evaluation mode. The papers define flatness on the training loss.
@@ -104,6 +105,9 @@ class FlatnessCallback(FlatnessHistory):
 
     Raises:
         FlatnessError: An argument is invalid, or the network or data cannot be measured (checked before training).
+
+    Source:
+        Taleghani et al. 2026 (arXiv 2603.09016); Petzka et al. 2021 (arXiv 2001.00939), Definition 3.
 
     Example:
         >>> import lightning as L

@@ -97,6 +97,9 @@ class LandscapeCallback(EpochEndCallback):
     Raises:
         FlatnessError: An argument is invalid, or the network or data cannot be measured (checked before training).
 
+    Source:
+        Li et al. 2018 (arXiv 1712.09913); Gabdullin 2024 (arXiv 2412.10146) for axes, updates and BatchNorm.
+
     Example:
         >>> import lightning as L
         >>> trainer = L.Trainer(callbacks=[LandscapeCallback()], logger=False, enable_checkpointing=False)

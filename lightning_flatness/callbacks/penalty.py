@@ -95,6 +95,9 @@ class FlatnessPenalty(Callback):
         FlatnessError: The optimization is manual, weights are sharded, the classifier is not found, or the second
             derivative of the loss is not that of mean cross-entropy. The error comes before or in the first step.
 
+    Source:
+        Petzka et al. 2021 (arXiv 2001.00939); Adilova et al. 2023 (arXiv 2307.02337).
+
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[FlatnessPenalty(strength=0.1, warmup_steps=500)], logger=False)

@@ -87,6 +87,10 @@ class SpectrumCallback(EpochEndCallback):
     Raises:
         FlatnessError: An argument is invalid, or the network or data cannot be measured (checked before training).
 
+    Source:
+        Gabdullin 2024 (arXiv 2412.10146) and 2025 (arXiv 2504.17618) for the criteria; Ghorbani, Krishnan and Xiao 2019
+        (arXiv 1901.10159) for the density.
+
     Example:
         >>> import lightning as L
         >>> trainer = L.Trainer(callbacks=[SpectrumCallback()], logger=False, enable_checkpointing=False)

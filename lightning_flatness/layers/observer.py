@@ -48,8 +48,11 @@ class FlatnessObserver:
     Without them, this measure is NaN.
 
     An observer can also observe forward passes that the user makes. Call :meth:`why_not_live` first, then
-    :meth:`listen`, then :meth:`observed`. The arguments and the errors are those of
-    :func:`~lightning_flatness.measure_flatness`.
+    :meth:`listen`, then :meth:`observed`.
+
+    Args:
+        model: the model; see :func:`~lightning_flatness.measure_flatness`, also for the errors.
+        options: the options of :func:`~lightning_flatness.measure_flatness` from ``layers`` to ``dtype``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))

@@ -46,8 +46,6 @@ def measure_lambda_max(
     The model runs once on every batch. The tensors that products with the Hessian need stay in memory. They grow with
     the number of samples, so use some hundreds of samples.
 
-    The function raises the same errors as :func:`~lightning_flatness.measure_flatness`.
-
     Args:
         model: any module that returns logits ``(N, K)``.
         batches: as for :func:`~lightning_flatness.measure_flatness`.
@@ -69,6 +67,14 @@ def measure_lambda_max(
     Returns:
         A :class:`~lightning_flatness.LambdaMaxReport`: a mapping of layer names to
         :class:`~lightning_flatness.LayerLambdaMax`.
+
+    Raises:
+        FlatnessError: an option is invalid.
+        LayerSelectionError: a layer or the forward pass cannot be measured, as in
+            :func:`~lightning_flatness.measure_flatness`.
+        NotExactError: with ``strict``, the Hessian of a layer cannot be computed.
+        BatchError: logits, targets or weights cannot be measured, there are no batches, or more memory than
+            ``max_gigabytes`` is needed.
 
     Source:
         Petzka et al. 2019 (arXiv 1912.00058) for the relative variants.

@@ -34,8 +34,12 @@ def direction_between(model: nn.Module, other: State) -> Direction:
     interpolated linearly, like the weights. (With ``batch_norm="recomputed"``,
     :func:`~lightning_flatness.loss_landscape` recomputes the statistics at every point.)
 
-    ``other`` is the other model or its ``state_dict()``. The result maps names to float64 tensors; pass it in ``axes=``
-    of :func:`~lightning_flatness.loss_landscape`.
+    Args:
+        model: the model with the weights ``w``.
+        other: the other model, or its ``state_dict()``.
+
+    Returns:
+        A mapping of names to float64 tensors, for ``axes=`` of :func:`~lightning_flatness.loss_landscape`.
 
     Raises:
         FlatnessError: tensors are missing in ``other``, have other shapes or are not finite, or the models are equal.
@@ -54,8 +58,12 @@ def direction_between(model: nn.Module, other: State) -> Direction:
 def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -> PrincipalDirections:
     """Compute the principal directions (PCA) of the differences between states of a trajectory and ``model``.
 
-    ``model``, usually the trained one, is the origin. ``states`` are models or state dicts along the trajectory. Only
-    parameters are used, because differences of BatchNorm statistics would outweigh those of parameters.
+    Only parameters are used, because differences of BatchNorm statistics would outweigh those of parameters.
+
+    Args:
+        model: the origin, usually the trained model.
+        states: models or state dicts along the trajectory.
+        number: number of directions.
 
     Returns:
         ``directions`` are orthonormal; pass them in ``axes=`` of :func:`~lightning_flatness.loss_landscape`.

@@ -42,7 +42,10 @@ class DataHash:
 
 
 def data_hash(batches: Iterable[Any]) -> str:
-    """Return a hash of batches ``(inputs, targets)`` as 16 hexadecimal digits.
+    """Return a hash of batches as 16 hexadecimal digits; see :class:`DataHash`.
+
+    Args:
+        batches: pairs ``(inputs, targets)``.
 
     Example:
         >>> data_hash([(torch.ones(2, 3), torch.tensor([0, 1]))])

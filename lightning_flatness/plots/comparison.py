@@ -59,7 +59,8 @@ def plot_comparison(
         The figure and a list of its axes.
 
     Raises:
-        FlatnessError: a measure is unknown or known for no model, ``ax`` is given for several measures, or matplotlib is missing.
+        FlatnessError: a measure is unknown or known for no model, ``ax`` is given for several measures, or matplotlib
+            is missing.
 
     Example:
         >>> import torch

@@ -130,6 +130,9 @@ def shared_levels(*results: LandscapeResult, cap: float | None = None) -> Tensor
         results: the landscapes, with two axes each.
         cap: losses above ``cap`` count as ``cap``.
 
+    Returns:
+        Losses in ascending order, float64.
+
     Raises:
         FlatnessError: a result has another number of axes or no finite loss, or ``cap`` is not above its lowest loss.
 

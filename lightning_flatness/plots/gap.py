@@ -30,9 +30,8 @@ MOST_NAMES = 12
 def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> tuple[Any, Any]:
     """Draw the outcome of every model against one of its measures, with Kendall's τ in the title.
 
-    Numbers that are not exact have hollow dots, and bars are
-    two standard errors. The axis of the measure is logarithmic if its values are positive and the largest is more than
-    three times the smallest.
+    Numbers that are not exact have hollow dots, and bars are two standard errors. The axis of the measure is
+    logarithmic if its values are positive and the largest is more than three times the smallest.
 
     Args:
         comparison: the result of :func:`~lightning_flatness.compare` with ``outcome=``.

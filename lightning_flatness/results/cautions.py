@@ -45,6 +45,13 @@ class Caution(Record):
         sentence: the problem, and what follows from it for the comparison.
         models: names of the models with the problem; all models if the problem is a difference between models.
         words: the problem in a few words; empty if the words for its kind in ``CAUTIONS`` say enough.
+
+    Example:
+        >>> caution = Caution("data", "The models were measured on different data.", ("a", "b"))
+        >>> caution.short
+        'different data'
+        >>> caution
+        Caution(data: The models were measured on different data.)
     """
 
     kind: str

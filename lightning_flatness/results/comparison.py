@@ -33,6 +33,13 @@ class Difference(Record):
         ratio: the model's number divided by the reference's number; NaN unless the reference's number is positive.
         ratio_error: standard error of ``ratio``, to first order; NaN if not known.
         is_paired: whether the errors take into account that both models were measured on the same samples.
+
+    Example:
+        >>> difference = Difference(value=0.5, error=0.1, ratio=1.5, ratio_error=0.1, is_paired=True)
+        >>> difference.is_known, difference.is_clear
+        (True, True)
+        >>> difference
+        Difference(0.50 ± 0.10, 1.50 ± 0.10 times, clear)
     """
 
     value: float
@@ -99,6 +106,13 @@ class ComparedModel(Record):
         batch_norms: number of BatchNorm layers of the whole network.
         fresh_batch_norms: number of BatchNorm layers whose running statistics were never updated.
         reasons: reasons why the numbers are not exact; empty if they are exact.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> nets = {name: torch.nn.Sequential(torch.nn.Linear(4, 3)) for name in "ab"}
+        >>> row = lf.compare(nets, [(torch.randn(64, 4), torch.arange(64) % 3)], layers="0").models["a"]
+        >>> row.name, row.layers, row.filters, row.features, row.num_samples
+        ('a', ('0',), (3,), (4,), 64)
     """
 
     name: str

@@ -64,6 +64,13 @@ class LayerFlatness(Record):
         samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured set; NaN for ignored
             samples. The mean of the values, weighted by ``report.samples["weight"]``, is the layer's number.
             Empty unless asked for, and always empty with ``residual="hutchinson"``.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> layer = lf.measure_flatness(net, [torch.randn(6, 4)], layers="0").layers["0"]
+        >>> layer.block_traces.shape, layer.filter_traces.shape, layer.num_samples, layer.exact
+        (torch.Size([1, 5, 5]), torch.Size([5]), 6, True)
     """
 
     block_traces: Tensor

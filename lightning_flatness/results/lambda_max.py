@@ -36,6 +36,13 @@ class LayerLambdaMax(Record):
         num_samples: number of samples that were measured.
         info: description of how the layer was measured. If ``info.exact`` is False, ``H`` is the Gauss-Newton matrix
             instead of the Hessian.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> layer = lf.measure_lambda_max(net, [torch.randn(6, 4)], layers="0")["0"]
+        >>> layer.filter_lambda_max.shape, layer.num_samples, layer.exact
+        (torch.Size([5]), 6, True)
     """
 
     lambda_max: float

@@ -48,6 +48,10 @@ class RankCorrelation(Record):
         granulated: mean τ among models that differ in one hyper-parameter only (Jiang et al. 2020).
         is_baseline: whether the number is a baseline, which needs no Hessian.
         num_models: number of models that have both the number and an outcome.
+
+    Example:
+        >>> RankCorrelation("relative_flatness", 0.6, 0.1, 0.9, {}, math.nan, is_baseline=False, num_models=12)
+        RankCorrelation(relative_flatness: τ 0.60 [0.10, 0.90], 12 models)
     """
 
     measure: str

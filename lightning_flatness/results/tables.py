@@ -59,6 +59,13 @@ class LayerInfo(Record):
         precision: lowest precision that samples were measured in, such as ``"bfloat16"`` under autocast.
         precision_deviation: in half precision, the relative change of the trace from float32 on a few samples; else 0.
         num_classes: number of columns of the logits; 0 if not known.
+
+    Example:
+        >>> import torch, lightning_flatness as lf
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> info = lf.measure_flatness(net, [torch.randn(6, 4)], layers="0").layers["0"].info
+        >>> info.kind, info.num_filters, info.patch_length, info.method, info.exact
+        ('Linear', 5, 4, 'gauss_newton', True)
     """
 
     name: str
