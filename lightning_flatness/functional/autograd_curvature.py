@@ -24,7 +24,7 @@ ROUNDINGS = 100
 
 @dataclass(frozen=True)
 class AutogradCurvature:
-    r"""Any symmetric curvature ``Λ`` for losses with many classes; no matrix is computed, only products ``Λ x``.
+    """Any symmetric curvature ``Λ`` for losses with many classes; no matrix is computed, only products ``Λ x``.
 
     The Gauss-Newton method needs ``Λ`` as a sum of columns times their transposes, each with a sign. Here every class
     ``k`` gives two columns. Let ``e_k`` be its unit vector, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive
@@ -130,7 +130,7 @@ class AutogradCurvature:
         return torch.stack(sums, dim=1)
 
     def summed(self, scales: Tensor) -> Tensor:
-        r"""Compute ``\sum_n scales[n] Λ_n``, float64 ``(K, K)``."""
+        """Compute ``Σ_n scales[n] Λ_n``, float64 ``(K, K)``."""
         identity = torch.eye(self.num_classes, dtype=torch.float64, device=self.logits.device)
         return torch.stack([scales @ image for image in self._images(identity)])
 

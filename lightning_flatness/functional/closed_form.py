@@ -231,7 +231,7 @@ def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
 
 
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
-    r"""Compute the block traces ``T = \sum_n ‖g_n‖² Λ_n`` of the Hessian with respect to the classifier's own weight.
+    """Compute the block traces ``T = Σ_n ‖g_n‖² Λ_n`` of the Hessian with respect to the classifier's own weight.
 
     The result is float64 ``(1, K, K)``. It is exact because the logits are affine in the classifier's weight ``W``.
 
@@ -262,7 +262,7 @@ def closed_form_residual(
     residual: Tensor,
     summed: bool = True,
 ) -> Tensor:
-    r"""Compute the terms ``\sum_n r_s \sum_p a'[s, p] Γ[p, p]`` that curved activations add to ``T[s, s]``.
+    """Compute the terms ``Σ_n r_s Σ_p a'[s, p] Γ[p, p]`` that curved activations add to ``T[s, s]``.
 
     Here ``r = Vᵀ dloss/df``. The result is float64 ``(G, S/G)``. See ``docs/theory.md``, "The closed form".
 

@@ -40,7 +40,7 @@ class Projection(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassCurvature:
-    r"""A curvature that is a sum over classes, ``Λ_n = \sum_k w_{nk} (e_k - π_n)(e_k - π_n)ᵀ``.
+    """A curvature that is a sum over classes, ``Λ_n = Σ_k w_{nk} (e_k - π_n)(e_k - π_n)ᵀ``.
 
     ``e_k`` is the unit vector of class ``k``. For cross-entropy, ``w = c π`` and so ``Λ = c (diag(π) - π πᵀ)``, where
     ``π`` is the softmax of the logits and ``c`` the sum of the target's entries. Without ``center``, ``Λ = diag(w)``.
@@ -108,13 +108,13 @@ class ClassCurvature:
         return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        r"""Factor ``VᵀΛV``, where ``V`` is from :meth:`centred`; with a tolerance, leave out classes that add little.
+        """Factor ``VᵀΛV``, where ``V`` is from :meth:`centred`; with a tolerance, leave out classes that add little.
 
         The columns are ``√w_k (v_k - πᵀV)``, where ``v_k`` is row ``k`` of ``V``. This avoids the cancellation in
         ``diag(π) - π πᵀ``.
 
         With a tolerance, classes are left out if that saves enough work. The terms left out sum to at most
-        ``tolerance`` times ``\sum_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be
+        ``tolerance`` times ``Σ_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be
         negative. The diagonal of these terms is returned as ``rest``, so that only entries off the diagonal are
         approximate. With many classes, the smallest class weight of every sample is returned as ``floor``. The columns
         then contain only the part of each weight above ``floor``.
@@ -145,7 +145,7 @@ class ClassCurvature:
         if mean is not None:
             of_classes -= mean[:, None]
         of_classes *= weights.sqrt().to(matrix.dtype)[:, :, None]
-        if shared and mean is not None and floor is not None:  # \sum_k (v_k - m)(v_k - m)ᵀ = VᵀV + K m mᵀ, V centred
+        if shared and mean is not None and floor is not None:  # Σ_k (v_k - m)(v_k - m)ᵀ = VᵀV + K m mᵀ, V centred
             columns[:, 0] = (classes * floor).sqrt().to(matrix.dtype)[:, None] * mean
         return Projection(columns, [count + shared for count in counts], floor=floor, rest=rest)
 
@@ -154,7 +154,7 @@ class ClassCurvature:
         return _sum_of_squares(self.weights, matrix, None if self.center is None else self.center.to(matrix) @ matrix)
 
     def summed(self, scales: Tensor) -> Tensor:
-        r"""Compute ``\sum_n scales[n] Λ_n``, float64 ``(K, K)``."""
+        """Compute ``Σ_n scales[n] Λ_n``, float64 ``(K, K)``."""
         scaled = self.weights * scales[:, None]
         if self.center is None:
             return scaled.sum(0).diag()
@@ -242,7 +242,7 @@ class DenseCurvature:
         return ((self.roots.mT @ matrix.double()).square() * self.signs[:, :, None]).sum(1)
 
     def summed(self, scales: Tensor) -> Tensor:
-        r"""Compute ``\sum_n scales[n] Λ_n``, float64 ``(K, K)``."""
+        """Compute ``Σ_n scales[n] Λ_n``, float64 ``(K, K)``."""
         scaled = self.roots * (self.signs * scales[:, None])[:, None]
         return (scaled @ self.roots.mT).sum(0)
 
@@ -257,7 +257,7 @@ class DenseCurvature:
 
 
 def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    r"""Compute ``\sum_k w_k (v_k - m)[s]²`` for every sample and filter ``s``, float64 ``(N, S)``.
+    """Compute ``Σ_k w_k (v_k - m)[s]²`` for every sample and filter ``s``, float64 ``(N, S)``.
 
     ``w`` are the sample's weights, ``v_k`` is row ``k`` of ``matrix``, and ``m`` the sample's row of ``mean``.
     """
@@ -275,9 +275,9 @@ def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Ten
 def _kept(
     weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor, floor: Tensor | None, tolerance: float
 ) -> Tensor:
-    r"""Return a mask ``(N, K)`` of the pairs (sample, class) that are kept.
+    """Return a mask ``(N, K)`` of the pairs (sample, class) that are kept.
 
-    A class ``k`` of a sample adds ``w_k \sum_s scales[s] (v_k - m)[s]²`` to the trace, where ``v_k`` is row ``k`` of
+    A class ``k`` of a sample adds ``w_k Σ_s scales[s] (v_k - m)[s]²`` to the trace, where ``v_k`` is row ``k`` of
     ``matrix``, and ``m`` the sample's row of ``mean``. Terms are left out in ascending order, as long as their sum is
     below ``tolerance`` times the trace. A bound on rounding errors is added to every term and subtracted from the
     trace, so that the tolerance holds despite rounding.
@@ -297,7 +297,7 @@ def _kept(
 
 
 def _sum_over_dropped(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    r"""Compute the sums of :func:`_sum_of_squares` with expanded squares, which is faster.
+    """Compute the sums of :func:`_sum_of_squares` with expanded squares, which is faster.
 
     Requires: all weights of a sample, except the largest one, are small.
     """

@@ -168,7 +168,7 @@ def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size:
 
 
 def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    r"""Compute ``\sum_p slopes[r, p] phi[p]``, ``(N, G, R, D)``, from slopes ``(N, G, R, P)``.
+    """Compute ``Σ_p slopes[r, p] phi[p]``, ``(N, G, R, D)``, from slopes ``(N, G, R, P)``.
 
     This is the gradient of a convolution with respect to its kernel, for every sample separately. In float32 on a CPU,
     torch's own routine for the gradient is about twice as fast as the product with patches. The routine is called with

@@ -88,7 +88,7 @@ def no_values(samples: int, device: torch.device) -> Tensor:
 
 
 def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    r"""Compute ``\sum_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
+    """Compute ``Σ_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
 
     ``left`` is ``L`` and ``right`` is ``R``. Both are Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``. ``W_c``,
     ``L_c`` and ``R_c`` are the parts of the kernel, of ``L`` and of ``R`` on input channel ``c``, as matrices with

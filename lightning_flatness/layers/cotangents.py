@@ -52,9 +52,9 @@ def kernel_gradient(calls: Sequence[LayerCall], cotangents: Sequence[Tensor], sq
 
 
 def gradient_of_convolution(convolution: Convolution, delta: Tensor) -> Tensor:
-    r"""Return the gradient with respect to a convolution's kernel, given the cotangent ``delta`` at the output.
+    """Return the gradient with respect to a convolution's kernel, given the cotangent ``delta`` at the output.
 
-    ``delta`` is ``δ``, ``(N, S, *output)``. The gradient is ``\sum_n \sum_p δ[s, p] phi[p]``, where ``phi[p]`` is the
+    ``delta`` is ``δ``, ``(N, S, *output)``. The gradient is ``Σ_n Σ_p δ[s, p] phi[p]``, where ``phi[p]`` is the
     input patch of sample ``n`` at output position ``p``.
     """
     kernel = convolution.weight.detach().requires_grad_()

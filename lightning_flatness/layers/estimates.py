@@ -113,9 +113,9 @@ def hutchinson_residual(
     options: Options,
     generator: Generator,
 ) -> dict[str, BlockTraces]:
-    r"""Estimate the block traces of each layer's Hessian minus its Gauss-Newton matrix, with variances.
+    """Estimate the block traces of each layer's Hessian minus its Gauss-Newton matrix, with variances.
 
-    This difference is ``H = \sum_n \sum_k (dloss/df_k) d²f_k / dW²`` for logits ``f``. For a kernel ``v`` of random
+    This difference is ``H = Σ_n Σ_k (dloss/df_k) d²f_k / dW²`` for logits ``f``. For a kernel ``v`` of random
     signs, the mean of ``<v_s, (Hv)_s'>`` is the block trace of filters ``s`` and ``s'``. Source: Hutchinson 1989, "A
     stochastic estimator of the trace of the influence matrix".
 

@@ -154,9 +154,9 @@ def _by_probes(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, BlockTraces]:
-    r"""Return the block traces of each layer, with an estimate of the sum over classes of small weight.
+    """Return the block traces of each layer, with an estimate of the sum over classes of small weight.
 
-    Classes of large weight are taken one by one. For the others, a probe pulls back ``\sum_k ±√w_k (e_k - π)``. Here
+    Classes of large weight are taken one by one. For the others, a probe pulls back ``Σ_k ±√w_k (e_k - π)``. Here
     ``w`` are the class weights, ``e_k`` the unit vectors and ``π`` is the softmax. For an :class:`AutogradCurvature`, a
     probe pulls back its two columns for these signs. The signs are random, so the estimate is unbiased. Probes are
     added until :meth:`Probes.precise` holds for every layer. If this takes as many backward passes as all classes
