@@ -1,8 +1,11 @@
 """Try a package that is installed, not the folder that it came from: python tests/installed.py, from any folder.
 
-It asks the command line for help, trains a network with the callback, checks the number, and writes a page.
+It asks the command line for help, which imports no torch. It trains a network with the callback, checks the number, and
+writes a page.
 """
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +23,10 @@ def main():
     assert "torch" not in sys.modules, "import lightning_flatness imports torch"
     assert Path(lf.__file__).with_name("py.typed").exists()
     command = shutil.which("lightning-flatness", path=sysconfig.get_path("scripts"))
-    subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL)
+    listing = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}  # what is imported, on standard error
+    imported = subprocess.run([command, "--help"], check=True, env=listing, capture_output=True, text=True).stderr
+    assert re.search(r"\| +lightning_flatness$", imported, re.MULTILINE), "nothing is listed"
+    assert not re.search(r"\| +torch$", imported, re.MULTILINE), "lightning-flatness --help imports torch"
 
     import lightning as L
     import torch

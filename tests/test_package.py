@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = os.environ.get("DISTRIBUTIONS")  # where make dist has put them
 RELEASE = os.environ.get("RELEASE")  # the tag that is released
 built = pytest.mark.skipif(FOLDER is None, reason="make dist builds the files")
-released = pytest.mark.skipif(RELEASE is None, reason="no release")
+released = pytest.mark.skipif(not RELEASE, reason="no release")
 
 
 def the_one(pattern):
@@ -64,10 +64,8 @@ def test_the_sdist_has_what_its_tests_need():
         names = {name.partition("/")[2] for name in file.getnames()}
     folders = ("lightning_flatness", "tests", "docs", "examples", "benchmarks", "studies")
     sources = {path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")}
-    assert (
-        sources | {"tutorials/digits.ipynb", "README.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml", "pyproject.toml"}
-        <= names
-    )
+    others = {path.name for path in ROOT.glob("*.md")} | {"LICENSE", "CITATION.cff", "mkdocs.yml", "pyproject.toml"}
+    assert sources | others | {"tutorials/digits.ipynb"} <= names
 
 
 @built
@@ -92,6 +90,14 @@ def test_the_wheel_runs_by_itself(tmp_path):
 def test_a_release_has_its_tag_its_changes_and_an_address(metadata):
     assert f"v{__version__}" == RELEASE
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text()).keys() >= {"date-released", "repository-code"}
     urls = dict(url.split(", ") for url in metadata.get_all("Project-URL") or ["none, none"])
     assert urls.keys() >= {"Documentation", "Source", "Issues", "Changelog"}, "set SITE_URL and REPO_URL"
     assert not re.search(r"\]\((?!https?:|#)", metadata.get_payload()), "a link that leads nowhere on the index"
+
+
+@released
+def test_a_release_does_not_say_that_there_is_none():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tutorials").glob("*.ipynb")]
+    found = re.compile(r"PyPI\s+yet|PyPI\?\W+Not yet|No version has been released")
+    assert [page.relative_to(ROOT).as_posix() for page in pages if found.search(page.read_text())] == []

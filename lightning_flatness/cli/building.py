@@ -136,7 +136,7 @@ def made_of(
     try:
         from jsonargparse import ArgumentParser
     except ModuleNotFoundError as error:
-        raise UsageError("The command line needs jsonargparse: pip install 'lightning-flatness[cli]'") from error
+        raise UsageError("The command line needs jsonargparse: pip install 'jsonargparse[signatures]'") from error
     if not callable(made):
         raise UsageError(f"--{kind} {name} is a {type(made).__name__}, not a class or function.")
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)

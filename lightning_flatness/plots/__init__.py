@@ -1,7 +1,7 @@
 """Figures of results. Each function draws into the axes ``ax`` or a new figure, and returns the figure and its axes.
 
 The functions do not show figures or write files. They raise :class:`FlatnessError` if matplotlib is missing (``pip
-install 'lightning-flatness[plots]'``) or if the data cannot be drawn.
+install matplotlib``) or if the data cannot be drawn.
 """
 
 from lightning_flatness.plots.block_traces import plot_block_traces

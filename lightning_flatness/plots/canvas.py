@@ -28,7 +28,7 @@ def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[A
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise FlatnessError("Figures need matplotlib: pip install 'lightning-flatness[plots]'") from error
+        raise FlatnessError("Figures need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     return figure, figure.subplots(**options)
 

@@ -89,7 +89,7 @@ def test_without_jsonargparse_a_line_says_so(runs, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     code, _, err = run("measure", runs / "small.ckpt", *NET, *DATA)
     assert code == 1
-    assert "pip install 'lightning-flatness[cli]'" in err
+    assert "pip install 'jsonargparse[signatures]'" in err
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in ABOUT)], ids=" ".join)
