@@ -23,7 +23,7 @@ class FlatnessError(ValueError):
 class LayerSelectionError(FlatnessError):
     """A layer does not exist or cannot be measured, samples influence each other, or the forward pass is random.
 
-    The message says what to do, such as to give another ``layers=`` or to change the forward pass.
+    The message names the layer and the remedy, such as another ``layers=`` or a change of the forward pass.
 
     Example:
         >>> import torch, lightning_flatness as lf

@@ -16,11 +16,8 @@ filter.
 """
 
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature
-from lightning_flatness.functional.closed_form import (
-    classifier_block_traces,
-    closed_form_block_traces,
-    closed_form_residual,
-)
+from lightning_flatness.functional.classifier import classifier_block_traces
+from lightning_flatness.functional.closed_form import closed_form_block_traces, closed_form_residual
 from lightning_flatness.functional.curvature import ClassCurvature, DenseCurvature
 from lightning_flatness.functional.directions import (
     NORMALIZATIONS,

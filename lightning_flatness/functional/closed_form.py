@@ -230,30 +230,6 @@ def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
     return weighted
 
 
-def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
-    """Compute the block traces ``T = Σ_n ‖g_n‖² Λ_n`` of the Hessian with respect to the classifier's own weight.
-
-    The result is float64 ``(1, K, K)``. It is exact because the logits are affine in the classifier's weight ``W``.
-
-    Args:
-        features: ``g``, the inputs of the classifier, ``(N, m)``.
-        curvature: ``Λ`` at the logits ``g Wᵀ + b``.
-
-    Source:
-        Petzka et al. 2021 (arXiv 2001.00939), Definition 3, compute the same numbers from the whole Hessian.
-
-    Example:
-        >>> from lightning_flatness.functional import CrossEntropy, relative_flatness, weight_gram
-        >>> g, targets, classifier = torch.randn(8, 20), torch.arange(8) % 5, torch.nn.Linear(20, 5)
-        >>> loss = CrossEntropy()(classifier(g).detach(), targets)
-        >>> mean = classifier_block_traces(g, loss.curvature) / loss.normalizer
-        >>> bool(relative_flatness(mean, weight_gram(classifier.weight)) > 0)
-        True
-    """
-    norms = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float64)  # squares of float16 overflow
-    return curvature.summed(norms.square())[None]
-
-
 def closed_form_residual(
     inputs: Tensor,
     geometry: ConvolutionGeometry,

@@ -32,6 +32,7 @@ class CertifiedLayer:
     gram_norm: Tensor | None = None  # upper bound of the spectral norm of `gram`; None if no class may be left out
     tail: Known[Tail] | None = None  # None under Gauss-Newton
     inexact: Inexact | None = None  # under Gauss-Newton: why the layer is not called exact; None if it is exact
+    is_output: bool = False  # whether its output is the logits, so that it needs no backward pass
 
     def with_deviation(self, *deviations: float) -> CertifiedLayer:
         """Return a copy whose deviation is the maximum of its deviation so far and ``deviations``."""
@@ -76,11 +77,17 @@ class CertifiedPass:
     loss: LossDerivatives
     calls: Calls
     tails: Mapping[str, TailDerivatives]  # keyed by layer name, for layers under the closed form only
+    outputs: frozenset[str] = frozenset()  # layers whose output is the logits, which need no backward pass
 
     @property
     def others(self) -> Calls:
         """The calls of the layers under Gauss-Newton, keyed by layer name."""
         return {name: calls for name, calls in self.calls.items() if name not in self.tails}
+
+    @property
+    def pulled(self) -> Calls:
+        """The calls of the layers that need backward passes from the logits, keyed by layer name."""
+        return {name: calls for name, calls in self.others.items() if name not in self.outputs}
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.errors import LayerSelectionError, NotClosedFormError, naming
-from lightning_flatness.functional import LossDerivatives, separating_masks
+from lightning_flatness.functional import ClassCurvature, LossDerivatives, separating_masks
 from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.certificates.affine import Inexact, why_curved, why_not_affine
 from lightning_flatness.layers.certificates.head import Head, certify_head
 from lightning_flatness.layers.certificates.layer import Kernel, certify_layer, is_own_weight, own_weight
-from lightning_flatness.layers.certificates.path import certify_path
+from lightning_flatness.layers.certificates.path import certify_path, is_output
 from lightning_flatness.layers.certificates.samples import SAMPLES_MIX, find_mixing_layer, why_out_of_reach
 from lightning_flatness.layers.certificates.tail import (
     TailDerivatives,
@@ -78,6 +78,11 @@ def certify(
         if mixing is not None:
             raise LayerSelectionError(f"Layer '{mixing}': {SAMPLES_MIX}")
     reasons, affine = certificates.why_not_affine(others, layers)
+    if isinstance(loss.curvature, ClassCurvature):
+        exact = {name: others[name] for name, inexact in reasons.items() if inexact is None}
+        invariant = certificates.shift_invariant
+        outputs = frozenset(name for name, of in exact.items() if is_output(of, recorded.logits, invariant))
+        certified = replace(certified, outputs=outputs)
     for name, inexact in reasons.items():
         failure = failures.get(name, "")
         layers[name] = under_gauss_newton(layers[name], certified, inexact, failure, context.options, first)
@@ -112,14 +117,16 @@ def certify_observed(
     head = certificates.certified_head()
     layers, tails = {}, {}
     for name, layer in known.layers.items():
-        node = calls[name][0].node
-        if recorded.half is not None and layer.tail is not None:
-            tails[name], tail = follow_tail(node, head, layer.tail)
+        node, tail = calls[name][0].node, layer.tail
+        if tail is not None and recorded.half is not None:
+            tails[name], tail = follow_tail(node, head, tail)
+        elif not layer.is_output:
+            tails[name], tail = certify_tail(node, head, None, tail)
+        if recorded.half is not None:
             calls[name] = tuple(map(in_float32, calls[name]))
-        else:
-            tails[name], tail = certify_tail(node, head, None, layer.tail)
         layers[name] = replace(layer, kernel=kernels[name], tail=tail)
-    return CertifiedPass(recorded, loss_at(head.logits), calls, tails), replace(known, layers=layers)
+    outputs = frozenset(name for name, layer in layers.items() if layer.is_output)
+    return CertifiedPass(recorded, loss_at(head.logits), calls, tails, outputs), replace(known, layers=layers)
 
 
 def in_float32(call: LayerCall) -> LayerCall:

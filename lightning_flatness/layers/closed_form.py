@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.errors import BatchError, naming
-from lightning_flatness.functional import LossDerivatives, closed_form_residual, weight_norm
+from lightning_flatness.functional import ClassCurvature, LossDerivatives, closed_form_residual, weight_norm
 from lightning_flatness.functional.channels import ChannelSums
+from lightning_flatness.functional.classifier import classifier_contraction
 from lightning_flatness.functional.closed_form import closed_form_contraction
-from lightning_flatness.functional.patches import channel_square_norms
+from lightning_flatness.functional.patches import channel_square_norms, patches
 from lightning_flatness.functional.weighting import CHANNELWISE, NORMALIZED, RELATIVE, TRACE, Contraction, Weighting
 from lightning_flatness.layers.certificates.tail import TailDerivatives
 from lightning_flatness.layers.certified import Certified, CertifiedLayer, CertifiedPass
@@ -42,23 +43,38 @@ class ClosedForm:
 
 
 @dataclass(frozen=True)
+class OutputForm:
+    """The inputs of the closed form of a layer whose output is the logits, for some samples."""
+
+    layer: CertifiedLayer
+    convolution: Convolution
+    loss: LossDerivatives
+
+    @classmethod
+    def of(cls, name: str, certified: CertifiedPass, known: Certified) -> OutputForm:
+        """Collect the inputs of the closed form of the layer ``name`` from a certified pass."""
+        return cls(known.layers[name], certified.calls[name][0].convolution.detached(), certified.loss)
+
+
+@dataclass(frozen=True)
 class ClosedForms:
     """The inputs of all layers' closed forms for some samples, detached from the autograd graph.
 
     From these inputs, sums over the samples can be computed after the forward pass has been freed.
     """
 
-    by_layer: Mapping[str, ClosedForm]
+    by_layer: Mapping[str, ClosedForm | OutputForm]
     loss: LossDerivatives
     outcomes: Tensor  # (N, 6), for every sample the OUTCOMES of `sums.py`
 
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified, outcomes: Tensor) -> ClosedForms:
         """Collect the inputs from a certified pass, for every layer that is measured by the closed form."""
-        by_layer = {}
+        by_layer: dict[str, ClosedForm | OutputForm] = {}
         for name in certified.tails:
             with naming(name):
                 by_layer[name] = ClosedForm.of(name, certified, known)
+        by_layer |= {name: OutputForm.of(name, certified, known) for name in certified.outputs}
         return cls(by_layer, certified.loss, outcomes)
 
     def channels(self) -> dict[str, ChannelSums]:
@@ -72,13 +88,15 @@ class ClosedForms:
         return 1 if self.loss.is_pair else len(self.outcomes)
 
 
-def closed_form_layer(form: ClosedForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
+def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
     """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
     If the layer has a :attr:`CertifiedLayer.gram_norm`, there are many classes. Classes of negligible weight are then
     left out if a bound shows that relative flatness and normalised relative flatness change by at most the share
     :data:`TRUNCATION`. Otherwise all classes are used. The other measures are the same with and without these classes.
     """
+    if isinstance(form, OutputForm):
+        return _output(form, weighting, diagonal)
     layer = form.layer
     if layer.gram_norm is not None:
         gram, gram_norm = layer.gram.whole(), layer.gram_norm
@@ -98,6 +116,15 @@ def closed_form_layer(form: ClosedForm, weighting: Weighting, diagonal: bool) ->
         if bool(holds):
             return BlockTraces.of(whole)
     return BlockTraces.of(_with_curved_part(form, weighting, diagonal, _gauss_newton(form, weighting, diagonal, 0.0)))
+
+
+def _output(form: OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
+    """Return the block traces of a layer whose output is the logits."""
+    convolution, curvature = form.convolution, form.loss.curvature
+    assert isinstance(curvature, ClassCurvature)  # `certify` looks for such layers only then
+    features = patches(convolution.inputs, convolution.geometry)[:, 0, :, 0]
+    kernel = convolution.weight.flatten(1)
+    return BlockTraces.of(classifier_contraction(features, kernel, curvature, weighting, diagonal))
 
 
 def _gauss_newton(form: ClosedForm, weighting: Weighting, diagonal: bool, tolerance: float) -> Contraction:

@@ -99,7 +99,8 @@ class Listener:
         """Return a weak reference that is alive as long as any part of the observed autograd graph is."""
         token = _Token()
         with torch.inference_mode(False), torch.enable_grad():
-            for node in [] if self._recorded is None else self._recorded.nodes:
+            nodes = [] if self._recorded is None else self._recorded.nodes
+            for node in (node for node in nodes if node.requires_grad):  # a classifier's output has no graph
                 metadata: Any = get_gradient_edge(node).node.metadata
                 metadata["lightning_flatness"] = token
         return weakref.ref(token)

@@ -99,7 +99,9 @@ def under_gauss_newton(
             f"strict=True asks for exact numbers.{closed_form}"
         )
     estimated = inexact is Inexact.CURVED and options.residual is not None and is_own_weight(calls[0])
-    label = inexact or (Inexact.SAMPLED if is_sampled(curvature, options.class_tolerance) else None)
+    is_output = info.name in certified.outputs
+    sampled = not is_output and is_sampled(curvature, options.class_tolerance)
+    label = inexact or (Inexact.SAMPLED if sampled else None)
     reason = "" if label is None else label.value
     if inexact and not first:
         reason = f"{reason} for some samples; for other samples, the number may contain the whole Hessian"
@@ -110,10 +112,10 @@ def under_gauss_newton(
         classifier=None,
         exact=label is None,
         reason=reason,
-        backward_passes=columns,
+        backward_passes=0 if is_output else columns,
         multiplications=sum(_multiplications(call.convolution, columns, options.diagonal) for call in calls),
     )
-    return replace(layer, info=info, inexact=label, tail=None)
+    return replace(layer, info=info, inexact=label, tail=None, is_output=is_output)
 
 
 def _multiplications(convolution: Convolution, columns: int, diagonal: bool) -> int:

@@ -298,13 +298,12 @@ class FlatnessObserver:
         """Return the sums of each layer over the samples of a certified pass."""
         forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
         sums = self._measured(forms)
-        if not certified.others:
-            return sums
-        weightings = {name: self._weighting(known.layers[name]) for name in certified.others}
-        traces = gauss_newton_layers(certified, known, weightings, self._options, self._generator, advance)
-        for name, residual in self._residuals(certified, known, weightings).items():
-            traces[name] = traces[name].plus(residual)
-        sums |= {name: layer_sums(known.layers[name], traces[name], forms.loss, forms.outcomes) for name in traces}
+        if certified.pulled:
+            weightings = {name: self._weighting(known.layers[name]) for name in certified.pulled}
+            traces = gauss_newton_layers(certified, known, weightings, self._options, self._generator, advance)
+            for name, residual in self._residuals(certified, known, weightings).items():
+                traces[name] = traces[name].plus(residual)
+            sums |= {name: layer_sums(known.layers[name], traces[name], forms.loss, forms.outcomes) for name in traces}
         return {name: sums[name] for name in certified.calls}
 
     def _residuals(

@@ -176,6 +176,11 @@ class Recorder:
         sample = kernel_sample(convolutions[0].weight) if self._live and convolutions else None
         if not isinstance(returned, Tensor):
             raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
+        if self._live and module is self._classifier:  # the graph ends at its input
+            self._calls.setdefault(name, []).append(
+                LayerCall(module, convolutions, returned.detach(), returned.detach(), sample)
+            )
+            return None
         self._record_gradients()
         node = returned
         if not returned.requires_grad:

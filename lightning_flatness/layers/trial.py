@@ -84,13 +84,13 @@ def try_observing(
     inputs, targets = (take(part, slice(0, TRIAL), samples) for part in batch)
     passes = OwnPasses(model, options)
     expected: Sums = {}
-    for part in passes(inputs, targets, lambda seen, known, _: {} if seen.others else measure_own(seen, known)):
+    for part in passes(inputs, targets, lambda seen, known, _: {} if seen.pulled else measure_own(seen, known)):
         expected = added(expected, part)
     passes.release()  # its copy of the model would stay in memory during validation
-    for name in passes.known.layers:
-        if name not in expected:
-            return f"layer '{name}' is not measured by the closed form"
     context = passes.context
+    for name, layer in passes.known.layers.items():
+        if name not in expected or (layer.is_output and name != context.selection.classifier_name):
+            return f"layer '{name}' is not measured by the closed form"
     known = Observable(passes.known, context, compiled=why_compiled(model))
     outcome = _observe(model, inputs, targets, known, measure_observed)
     if isinstance(outcome, str):

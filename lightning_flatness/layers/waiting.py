@@ -29,7 +29,7 @@ class WaitingSamples:
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified) -> WaitingSamples:
         """Collect what is kept of a certified pass."""
-        if not certified.others:
+        if not certified.pulled:
             forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
             return cls(forms.channels(), forms)
         rows = slice(1 if certified.loss.is_pair else len(certified.recorded.logits))

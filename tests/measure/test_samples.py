@@ -37,8 +37,8 @@ def test_the_spread_is_that_of_the_first_samples_whatever_is_held():
     torch.testing.assert_close(deviations_of(held, sync=False)["conv"], expected, rtol=1e-12, atol=0)
 
 
-@guards("layers/waiting.py", "if not certified.others:", "if False:", ids="last")
-@guards("layers/waiting.py", "if not certified.others:", "if True:", ids="classifier")
+@guards("layers/waiting.py", "if not certified.pulled:", "if False:", ids="last")
+@guards("layers/waiting.py", "if not certified.pulled:", "if True:", ids="first")
 @pytest.mark.parametrize(
     ("layers", "sizes", "expected"),
     [
@@ -46,11 +46,12 @@ def test_the_spread_is_that_of_the_first_samples_whatever_is_held():
         ("last", [64], [64, 64, 64]),
         ("last", [64, 64, 64], [64, 64, 64, 64, 64]),
         ("last", [1000], [128, 128, 128, 872]),
+        ("classifier", [64, 64], [64, 64, 64, 64]),
         # Gauss-Newton needs the graph, so the first samples run again when the spread of the channels is known.
-        ("classifier", [64, 64], [64, 64, 64, 64, 64, 64]),
-        ("classifier", [1000], [128, 128, 128, 1000]),
+        ("0", [64, 64], [64, 64, 64, 64, 64, 64]),
+        ("0", [1000], [128, 128, 128, 1000]),
     ],
-    ids=["last", "last-batches", "last-large", "classifier", "classifier-large"],
+    ids=["last", "last-batches", "last-large", "classifier", "first", "first-large"],
 )
 def test_samples_run_once_besides_the_passes_that_certify_the_first(layers, sizes, expected):
     rows = []
@@ -60,7 +61,8 @@ def test_samples_run_once_besides_the_passes_that_certify_the_first(layers, size
             rows.append(len(x))
             return super().forward(x)
 
-    net = Net(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)).double()
+    convolutions = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU()
+    net = Net(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)).double()
     x, y = torch.randn(sum(sizes), 1, 4, 4).double(), torch.arange(sum(sizes)) % 4
     found = lf.measure_flatness(net, list(zip(x.split(sizes), y.split(sizes), strict=True)), layers=layers)
     assert rows == expected

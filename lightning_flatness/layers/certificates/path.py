@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.layers.certificates import ROUNDINGS
-from lightning_flatness.layers.cotangents import kernel_gradient
+from lightning_flatness.layers.cotangents import kernel_gradient, pull_back
 from lightning_flatness.layers.recording import LayerCall
+from lightning_flatness.model.graph import random_like
 
 
 def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents: Sequence[Tensor]) -> float:
@@ -48,3 +49,20 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
             "Choose another layer with layers=."
         )
     return deviation
+
+
+def is_output(calls: Sequence[LayerCall], logits: Tensor, shift_invariant: bool) -> bool:
+    """Return whether the logits change one to one with the layer's output, as those of a classifier do.
+
+    A random ``u`` ``(N, K)`` is pulled back from the logits to the output, and must stay ``u``. With
+    ``shift_invariant``, adding a number to all logits of a sample does not change the loss, so ``u`` sums to zero over
+    the classes. Log-softmax outputs then pass.
+    """
+    node = calls[0].node
+    if len(calls) > 1 or node.ndim < 2 or node.flatten(1).shape != logits.shape or node.shape[1] != logits.shape[1]:
+        return False
+    u = random_like(logits)
+    if shift_invariant:
+        u = u - u.mean(1, keepdim=True)
+    (pulled,) = pull_back(logits, [node], u)
+    return bool((pulled.flatten(1) - u).abs().amax() <= 10 * ROUNDINGS * torch.finfo(u.dtype).eps * u.abs().amax())
