@@ -115,7 +115,7 @@ def assert_matches_oracle(
     Args:
         model: any model that ``measure_flatness`` accepts. The check works on a copy of the model, in which the value
             of a parametrised weight replaces the parametrisation.
-        batch: a pair of inputs and targets; the inputs must be one tensor.
+        batch: a pair of inputs and targets; the inputs must be one tensor, of floating-point numbers or token ids.
         layer: name of the layer.
         filters: indices of filters. With them, the check compares only the block traces of these filters, and no
             measures such as relative flatness.
@@ -136,7 +136,8 @@ def assert_matches_oracle(
     from lightning_flatness import measure_flatness
 
     model = copy.deepcopy(model).cpu().double().eval()
-    inputs, targets = batch[0].cpu().double(), batch[1].cpu()
+    inputs, targets = batch[0].cpu(), batch[1].cpu()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs  # token ids stay whole numbers
     options = {"tolerance": 0, **options}  # compute with all classes; estimate nothing
     measured = measure_flatness(model, [(inputs, targets)], layers=layer, **options).layers[layer]
 

@@ -24,7 +24,7 @@ Lower is flatter. A checkpoint of LightningCLI knows its classes. For others giv
 arguments, or the --config of the run:
 
   lightning-flatness measure last.ckpt --model project.Net --model.width 64 --data project.Digits
-  lightning-flatness compare a.ckpt b.ckpt --config config.yaml -o report.html
+  lightning-flatness compare a.ckpt b.ckpt --config config.yaml --split train -o report.html
 
 Exit codes: 0 done, 1 the command line is wrong, 2 it could not be measured.
 """
