@@ -19,7 +19,7 @@ from benchmarks.timing import interleaved, peaks_apart
 SAMPLES, CLASSES = 64, 10
 
 
-def rows(device: str) -> list[Row]:
+def rows() -> list[Row]:
     what = f"all layers of a ResNet-20, {SAMPLES} images, {CLASSES} classes"
     return [
         Row("all_layers", f"{what}: time", "BackPACK, DiagGGNExact (traces only)", "faster", 10),
@@ -76,18 +76,18 @@ def prepared(name: str, net: nn.Module) -> Callable[[Tensor, Tensor], float | No
     return partial(functions[name], extended(net) if name == "backpack" else net)
 
 
-def network(device: str) -> nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
-    return networks.resnet20(CLASSES).to(device)
+    return networks.resnet20(CLASSES)
 
 
-def task_apart(device: str, name: str) -> tuple[Callable[[], object], ...]:
-    task, (x, y) = prepared(name, network(device)), networks.images(SAMPLES, device=device)
+def task_apart(name: str) -> tuple[Callable[[], object], ...]:
+    task, (x, y) = prepared(name, network()), networks.images(SAMPLES)
     return partial(task, x[:2], y[:2]), partial(task, x, y)
 
 
-def measure(device: str, quick: bool) -> list[Row]:
-    net, (x, y) = network(device), networks.images(SAMPLES, device=device)
+def measure(quick: bool) -> list[Row]:
+    net, (x, y) = network(), networks.images(SAMPLES)
     values: dict[str, float | None] = {}
     failed = ""
     prepared_tasks = {name: prepared(name, net) for name in ("flatness", "backward")}
@@ -100,8 +100,8 @@ def measure(device: str, quick: bool) -> list[Row]:
     tasks = {
         name: lambda name=name, task=task: values.update({name: task(x, y)}) for name, task in prepared_tasks.items()
     }
-    times = interleaved(tasks, 1 if quick else 5, device)
-    beside_peer, bare, memory = rows(device)
+    times = interleaved(tasks, 1 if quick else 5)
+    beside_peer, bare, memory = rows()
     if failed:
         beside_peer = beside_peer.failed(failed)
     else:
@@ -116,9 +116,7 @@ def measure(device: str, quick: bool) -> list[Row]:
         f"{times.median('backward'):.2f} s of passes to all outputs; {times.spread('flatness', 'backward')}",
     )
     repeats = 1 if quick else 3
-    peaks = {
-        n: peaks_apart("benchmarks.all_layers:task_apart", device, repeats, name=n) for n in ("flatness", "training")
-    }
+    peaks = {n: peaks_apart("benchmarks.all_layers:task_apart", repeats, name=n) for n in ("flatness", "training")}
     a, b = (statistics.median(peaks[name]) for name in ("flatness", "training"))
     raw = {f"{name}, MB": [peak / 1e6 for peak in peaks[name]] for name in peaks}
     return [beside_peer, bare, memory.measured(a / b, f"{a / 1e6:.0f} and {b / 1e6:.0f} MB", raw)]

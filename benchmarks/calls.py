@@ -26,15 +26,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
 import torch
 from lightning_utilities.core import rank_zero
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_flatness as lf
-from benchmarks.callback import Classifier, loader_of
 from benchmarks.networks import resnet20
+from benchmarks.training import Classifier, loader_of, trainer_of
 
 MORE, FEW = 12, 6
 SYNCHRONISATIONS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
@@ -100,16 +99,8 @@ def told() -> Iterator[list[str]]:
 def validated(count: Callable[[], Any], batches: int, with_callback: bool) -> Counts:
     """Run a whole validation inside the counter ``count()``, and return the counts by name."""
     torch.manual_seed(0)
-    module, loader = Classifier(resnet20()), loader_of(batches)
-    trainer = L.Trainer(
-        callbacks=[lf.FlatnessCallback(summary=False, live=True)] if with_callback else [],
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    module, loader = Classifier(resnet20()), loader_of(64 * batches, batch_size=64)
+    trainer = trainer_of("cpu", [lf.FlatnessCallback(summary=False, live=True)] if with_callback else [])
     with told() as texts, count() as counter:
         trainer.validate(module, loader, verbose=False)
     if with_callback and not any("observes the forward passes" in text for text in texts):

@@ -17,7 +17,7 @@ SAMPLES = 8
 MASS = 1e-6  # share of the probability that the classes may carry that are not counted
 
 
-def rows(device: str) -> list[Row]:
+def rows() -> list[Row]:
     against = f"a forward pass of the same {SAMPLES} images"
     what = "last convolution of a ResNet-50, 224x224, K=1000"
     return [
@@ -58,22 +58,22 @@ def own(net: nn.Module, batch: networks.Batch) -> Callable[[], None]:
     return step
 
 
-def measure(device: str, quick: bool) -> list[Row]:
+def measure(quick: bool) -> list[Row]:
     torch.manual_seed(0)
-    net = networks.resnet50().to(device)
-    x, y = networks.images(SAMPLES, 224, 1000, device)
+    net = networks.resnet50()
+    x, y = networks.images(SAMPLES, 224, 1000)
     calibrate(net, x)
     repeats = 2 if quick else 7
-    everything, by_mass, alone = rows(device)
+    everything, by_mass, alone = rows()
     tasks = {
         "observed": observed(net, (x, y), tolerance=0.0),
         "own": own(net, (x, y)),
         "forward": lambda: forward(net, x),
     }
-    times = interleaved(tasks, repeats, device)
+    times = interleaved(tasks, repeats)
     note = f"forward {times.median('forward'):.2f} s; "
     needed = spread_logits(net, x, 150)
-    few = interleaved({"observed": observed(net, (x, y)), "forward": lambda: forward(net, x)}, repeats, device)
+    few = interleaved({"observed": observed(net, (x, y)), "forward": lambda: forward(net, x)}, repeats)
     return [
         everything.measured(times.ratio("observed", "forward"), note + times.spread("observed", "forward"), times.wall),
         by_mass.measured(

@@ -31,7 +31,7 @@ SIZES = {
 }
 
 
-def rows(device: str) -> list[Row]:
+def rows() -> list[Row]:
     against = "its full Hessian, torch.func.hessian"
     from_features_only = [
         Row(
@@ -71,9 +71,9 @@ def certified(net: nn.Module, batch: networks.Batch) -> float:
     return lf.measure_flatness(net, [batch], layers="classifier", progress=False, tolerance=0).relative_flatness
 
 
-def stops_fitting(device: str) -> str:
+def stops_fitting() -> str:
     """Describe the largest classifier whose Hessian fits into the memory of this machine."""
-    there = torch.cuda.mem_get_info()[1] if device == "cuda" else machine.memory()
+    there = machine.memory()
     weights = int((there / 4) ** 0.5)
     return (
         f"one float32 Hessian fills the {there / 2**30:.0f} GiB of this machine at {weights:,} weights: "
@@ -81,20 +81,20 @@ def stops_fitting(device: str) -> str:
     )
 
 
-def measure(device: str, quick: bool) -> list[Row]:
-    results, expected = [], rows(device)
+def measure(quick: bool) -> list[Row]:
+    results, expected = [], rows()
     repeats = 1 if quick else 5
     for (width, classes), row in zip(SIZES, expected, strict=False):
         torch.manual_seed(0)
-        head = nn.Linear(width, classes).to(device).eval()
+        head = nn.Linear(width, classes).eval()
         generator = torch.Generator().manual_seed(0)
-        features = torch.randn(SAMPLES, width, generator=generator).relu().to(device)
-        batch = features, torch.randint(classes, (SAMPLES,), generator=generator).to(device)
-        results.append(compared(row, from_features, head, "weight", batch, repeats, device, CALLS))
+        features = torch.randn(SAMPLES, width, generator=generator).relu()
+        batch = features, torch.randint(classes, (SAMPLES,), generator=generator)
+        results.append(compared(row, from_features, head, "weight", batch, repeats, CALLS))
     torch.manual_seed(0)
-    net = networks.resnet18().to(device)
-    batch = networks.images(SAMPLES, device=device)
-    return [*results, compared(expected[-1], certified, net, "fc.weight", batch, repeats, device)]
+    net = networks.resnet18()
+    batch = networks.images(SAMPLES)
+    return [*results, compared(expected[-1], certified, net, "fc.weight", batch, repeats)]
 
 
 def compared(
@@ -104,7 +104,6 @@ def compared(
     name: str,
     batch: networks.Batch,
     repeats: int,
-    device: str,
     calls: int = 1,
 ) -> Row:
     values: dict[str, float] = {}
@@ -114,16 +113,16 @@ def compared(
             values[kind] = ours(net, batch) if kind == "ours" else from_hessian(net, name, batch)
 
     try:
-        times = interleaved({kind: partial(task, kind) for kind in ("ours", "hessian")}, repeats, device)
+        times = interleaved({kind: partial(task, kind) for kind in ("ours", "hessian")}, repeats)
     except RuntimeError as error:  # out of memory
-        return row.failed(f"{error}; {stops_fitting(device)}")
+        return row.failed(f"{error}; {stops_fitting()}")
     apart = abs(values["ours"] / values["hessian"] - 1)
     if apart > 1e-3:
         raise RuntimeError(f"not the same number: {values}")
     note = (
         f"{1e3 * times.median('ours') / calls:.3g} ms{f' (mean of {calls} calls)' if calls > 1 else ''} and "
         f"{times.median('hessian'):.2f} s, the numbers {apart:.0e} apart; "
-        f"{net.get_parameter(name).numel():,} weights; {stops_fitting(device)}"
+        f"{net.get_parameter(name).numel():,} weights; {stops_fitting()}"
     )
     raw = {f"ours, {calls} calls" if calls > 1 else "ours": times.wall["ours"], "hessian": times.wall["hessian"]}
     return row.measured(calls * times.ratio("hessian", "ours"), note, raw)

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, str, list[int], dict[str, Any], float | None, float 
 FUNCTION = "benchmarks.growth:point"
 
 
-def rows(device: str) -> list[Row]:
+def rows() -> list[Row]:
     table = []
     for name, (what, _, points, _, time, memory) in CASES.items():
         shown = f"growth with {name} ({what}: {points[0]} to {points[-1]})"
@@ -45,7 +45,6 @@ def rows(device: str) -> list[Row]:
 
 
 def point(
-    device: str,
     layers: str,
     samples: int = 64,
     batches: int = 1,
@@ -59,8 +58,8 @@ def point(
     ``positions`` are the output positions of the last convolution, (image size / 4)².
     """
     torch.manual_seed(0)
-    net = networks.resnet20(classes, depth, filters // 4).to(device)
-    data = networks.images(samples, 4 * math.isqrt(positions), classes, device)
+    net = networks.resnet20(classes, depth, filters // 4)
+    data = networks.images(samples, 4 * math.isqrt(positions), classes)
     few = data[0][:2], data[1][:2]
     return partial(taken, net, [few], layers), partial(taken, net, [data] * batches, layers)
 
@@ -82,14 +81,12 @@ def slope(points: list[int], values: list[float]) -> float:
     return float((x * y).sum() / x.square().sum())
 
 
-def measure(device: str, quick: bool) -> list[Row]:
-    results, expected = [], iter(rows(device))
+def measure(quick: bool) -> list[Row]:
+    results, expected = [], iter(rows())
     for _, layers, points, fixed, _, _ in CASES.values():
         points = points[:2] if quick else points
         (varied,) = (key for key, value in fixed.items() if value == 0)
-        measured = [
-            apart(FUNCTION, device, 1 if quick else 3, layers=layers, **{**fixed, varied: value}) for value in points
-        ]
+        measured = [apart(FUNCTION, 1 if quick else 3, layers=layers, **{**fixed, varied: value}) for value in points]
         seconds = [statistics.median(one["seconds"]) for one in measured]
         peaks = [one["peak"] / 1e6 for one in measured]
         raw = {f"{varied}={value}, s": one["seconds"] for value, one in zip(points, measured, strict=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PACKAGES = [
 def described() -> dict[str, str]:
     """Return a description of the machine by keys: processor, threads, memory, versions of packages and so on."""
     return {
+        "measured": time.strftime("%Y-%m-%d"),
         "processor": processor(),
         "cores": f"{os.cpu_count()}, of which {len(os.sched_getaffinity(0))} may be used",
         "threads": f"{torch.get_num_threads()} of torch; {torch.backends.cpu.get_cpu_capability()}",
@@ -44,6 +46,13 @@ def processor() -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or sys.platform
+
+
+def has_bfloat16() -> bool:
+    """Return whether the CPU has instructions for bfloat16; without them, torch takes some twenty times as long."""
+    information = Path("/proc/cpuinfo")
+    words = set(information.read_text().split()) if information.exists() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"}) or sys.platform == "darwin"
 
 
 def memory() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-NO_GPU = "no GPU at hand"
 # How ``ratio`` is shown: how many percent more than the other side, how many times as much, how many times faster, or
 # as the exponent of a power law.
 Form = Literal["percent", "times", "faster", "exponent"]
@@ -30,10 +29,14 @@ class Row:
     ratio: float | None = None
     note: str = ""
     raw: dict[str, list[float]] = field(default_factory=dict)
+    extrapolated: bool = False  # whether the other side would have taken too long, and its time was extrapolated
 
-    def measured(self, ratio: float, note: str = "", raw: dict[str, list[float]] | None = None) -> Row:
+    def measured(
+        self, ratio: float, note: str = "", raw: dict[str, list[float]] | None = None, extrapolated: bool = False
+    ) -> Row:
         """Return the row with a result. For the form ``"percent"``, give the ratio itself: 1.03 for 3 percent more."""
-        return replace(self, ratio=ratio - 1 if self.form == "percent" else ratio, note=note, raw=raw or {})
+        ratio = ratio - 1 if self.form == "percent" else ratio
+        return replace(self, ratio=ratio, note=note, raw=raw or {}, extrapolated=extrapolated)
 
     def failed(self, why: str) -> Row:
         """Return the row with the reason why there is no result."""

@@ -63,7 +63,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def once(task: Task, device: str) -> tuple[float, float]:
+def once(task: Task, device: str = "cpu") -> tuple[float, float]:
     """Run a task once; return wall-clock and processor time, in seconds."""
     synchronize(device)
     start, processor = time.perf_counter(), time.process_time()
@@ -97,7 +97,7 @@ def resident(key: str) -> int:
     return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1]) * 1024
 
 
-def peak(task: Task, device: str) -> int:
+def peak(task: Task, device: str = "cpu") -> int:
     """Run a task; return the peak of memory during the task minus the memory before it, in bytes."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -114,16 +114,15 @@ def peak(task: Task, device: str) -> int:
     return resident("VmHWM") - before
 
 
-def apart(function: str, device: str, repeats: int = 0, **arguments: Any) -> dict[str, Any]:
+def apart(function: str, repeats: int = 0, **arguments: Any) -> dict[str, Any]:
     """Measure a task in a separate process; return its ``"peak"`` in bytes and the ``"seconds"`` of every repeat.
 
     Args:
         function: ``"module:name"`` of a function that returns two functions, a warm-up and the task.
-        device: ``"cpu"`` or ``"cuda"``.
         repeats: how often the task is timed after its peak was measured.
         arguments: arguments for the function, which must be serialisable as JSON.
     """
-    command = [sys.executable, "-m", "benchmarks.timing", function, device, str(repeats), json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.timing", function, str(repeats), json.dumps(arguments)]
     environment = os.environ | MALLOC
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -132,19 +131,19 @@ def apart(function: str, device: str, repeats: int = 0, **arguments: Any) -> dic
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peaks_apart(function: str, device: str, repeats: int = MEMORY_REPEATS, **arguments: Any) -> list[float]:
+def peaks_apart(function: str, repeats: int = MEMORY_REPEATS, **arguments: Any) -> list[float]:
     """Measure the peak of a task once in each of ``repeats`` processes; return the peaks in bytes."""
-    return [apart(function, device, **arguments)["peak"] for _ in range(repeats)]
+    return [apart(function, **arguments)["peak"] for _ in range(repeats)]
 
 
 def main() -> None:
-    function, device, repeats, arguments = sys.argv[1:]
+    function, repeats, arguments = sys.argv[1:]
     warnings.filterwarnings("ignore")
     module, name = function.split(":")
-    warm_up, task = getattr(importlib.import_module(module), name)(device=device, **json.loads(arguments))
+    warm_up, task = getattr(importlib.import_module(module), name)(**json.loads(arguments))
     warm_up()
-    result: dict[str, Any] = {"peak": peak(task, device)}
-    result["seconds"] = [once(task, device)[0] for _ in range(int(repeats))]
+    result: dict[str, Any] = {"peak": peak(task)}
+    result["seconds"] = [once(task)[0] for _ in range(int(repeats))]
     print(json.dumps(result))
 
 

@@ -1,7 +1,6 @@
 """The table of the benchmarks: verdicts, exponents, what becomes of a row that fails. No times are tested."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks import __main__ as command
-from benchmarks import classifier, live_profile, networks, page
+from benchmarks import classifier, live_profile, machine, networks, page, setups
 from benchmarks.growth import slope
 from benchmarks.observed import observed
-from benchmarks.rows import NO_GPU, Row
-from benchmarks.timing import interleaved
+from benchmarks.rows import Row
+from benchmarks.timing import Times, interleaved
 from benchmarks.traces import exact_trace
 from lightning_flatness.layers import observer
 from lightning_flatness.testing import oracle_block_traces
@@ -59,31 +58,71 @@ def test_interleaved_stops_when_its_budget_is_spent():
     assert len(interleaved({"a": lambda: None}, repeats=9, budget=0.0).wall["a"]) == 3
 
 
-def test_a_family_that_crashes_leaves_its_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "STORE", tmp_path)
+def test_a_family_that_crashes_leaves_its_reason(monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
-    rows = command.rows_of("classes", "cpu", quick=True, missing=False)
-    assert [row.ratio for row in rows] == [None] * 3
-    assert {row.note for row in rows} == {"the process ended with exit code 1"}
+    found = command.measured("classes", quick=True)
+    assert [row["ratio"] for row in found["rows"]] == [None] * 3
+    assert {row["note"] for row in found["rows"]} == {"the process ended with exit code 1"}
 
 
-def test_missing_takes_what_is_there(monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "STORE", tmp_path)
-    row = Row("classes", "what", "against", "times", 1.5).measured(1.2, raw={"ours": [1.0]})
-    (tmp_path / "classes-cpu.json").write_text(json.dumps([row.as_dict()]))
-    assert command.rows_of("classes", "cpu", quick=False, missing=True) == [row]
+def results_of(*rows: Row) -> dict:
+    about = {"machine": {"processor": "x", "load before": "3 processes"}}
+    return {row.family: about | {"rows": [row.as_dict()]} for row in rows}
 
 
-def test_page_has_every_row_and_every_run():
-    measured = Row("family", "this", "that", "times", 1.5).measured(1.25, "because", {"ours": [1.5, 2.5]})
+def test_page_and_runs_have_every_row():
+    measured = Row("classes", "this", "that", "times", 1.5).measured(1.25, "because", {"ours": [1.5, 2.5]}, True)
     profile = {"parts": [live_profile.Part(live_profile.BARE, 0.5, 1e9, 1e6).as_dict()]}
     profile["limits"] = {"flops": 1e10, "bytes": 1e10}
-    rows = {"cpu": [measured], "cuda": page.without_gpu([measured.failed("")])}
-    text = page.text(rows, {"net": profile}, {"processor": "x"}, 1.0)
-    assert "| this | that | 1.25x | <= 1.5x | yes | because |" in text
-    assert f"| {NO_GPU} |" in text
-    assert "  ours: 1.5 2.5" in text
+    results = results_of(measured) | {"live_profile": {"machine": {}, "profiles": {"net": profile}}}
+    text, runs = page.text(results), page.runs(results)
+    assert "| this | that, extrapolated | 1.25x | <= 1.5x | yes |" in text
     assert "| forward pass alone | 500.00 | 100.0 % | 1 | 1 | 100.00 | 5.0 |" in text
+    assert "this; against: that; 1.25x\n  because\n  ours: 1.5 2.5" in runs
+    assert "load before: 3 processes" in runs
+
+
+def test_setups_are_a_table_of_quantities():
+    rows = [
+        Row("setups", "net, full: validation epoch", "without", "times", 1.1).measured(1.2),
+        Row("setups", "net, full: peak memory", "without", "times", 1.1).measured(1.0),
+        Row("setups", "net, half: validation epoch", "without", "times", 1.1).failed("no instructions"),
+    ]
+    table = page.pivoted(rows, "set-up")
+    assert "| set-up | validation epoch | peak memory |" in table
+    assert "| net, full | **1.2x** (<= 1.1x) | 1x (<= 1.1x) |" in table
+    assert "| net, half | (1) |  |" in table
+    assert "(1) no instructions" in table
+
+
+def test_setups_measure_what_they_say(monkeypatch):
+    """Every quantity of a small set-up has a ratio; one that this processor cannot measure has the reason."""
+    small = setups.Setup("resnet20", batch=8, validated=2, trained=5)
+    half = setups.Setup("resnet20", setups.HALF, validated=2)
+    monkeypatch.setattr(setups, "SETUPS", (small, half))
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: False)
+    ran = []
+
+    def at_once(tasks, *_, **__):
+        ran.append([task() for task in tasks.values()])
+        return TIMES
+
+    monkeypatch.setattr(setups, "interleaved", at_once)
+    validation, training, no_instructions = setups.measure(quick=True)
+    assert [row.ratio for row in (validation, training)] == [2.0, 2.0]
+    assert len(ran) == 2, "a set-up that cannot be measured was run, or one that can was not"
+    assert no_instructions.ratio is None
+    assert "bfloat16" in no_instructions.note
+
+
+TIMES = Times({"with": [2.0], "without": [1.0]}, {"with": [2.0], "without": [1.0]})
+
+
+def test_page_is_the_one_of_the_results():
+    """The page in the documentation was written from the results in the repository."""
+    results = command.results(command.RESULTS)
+    assert Path(command.ROOT, "docs", "benchmarks.md").read_text() == page.text(results)
+    assert Path(command.ROOT, "docs", page.RUNS).read_text() == page.runs(results)
 
 
 @pytest.mark.slow

@@ -16,11 +16,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness as lf
 from benchmarks import networks
+from benchmarks.training import Classifier, loader_of, trainer_of
 
 Row = dict[str, Any]
 FAMILIES = (
@@ -121,44 +121,6 @@ def tf32(device: str, quick: bool, until: float) -> Iterator[Row]:
             row = tried(what, lambda: compared(on(net, batch, device, torch.float32, layers=layers), expected))  # noqa: B023
             kept = torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
             yield {**row, "flags as they were": kept}
-
-
-class Classifier(L.LightningModule):
-    def __init__(self, net: nn.Module, compiled: bool = False):
-        super().__init__()
-        self.net = torch.compile(net) if compiled else net
-
-    def forward(self, images):
-        return self.net(images)
-
-    def training_step(self, batch, batch_idx):
-        return cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        logits = self(batch[0])
-        self.log("val_loss", cross_entropy(logits, batch[1]))
-        self.log("val_acc", (logits.argmax(1) == batch[1]).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
-
-
-def trainer_of(device: str, callbacks: list[Any], **options: Any) -> L.Trainer:
-    quiet()
-    return L.Trainer(
-        callbacks=callbacks,
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **options,
-    )
-
-
-def loader_of(samples: int, batch_size: int = 32, **options: Any) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(*networks.images(samples)), batch_size=batch_size, **options)
 
 
 def default_device(device: str, quick: bool, until: float) -> Iterator[Row]:
@@ -307,13 +269,3 @@ def products(device: str, quick: bool, until: float) -> Iterator[Row]:
     yield tried(
         "a plane of the loss landscape, float64", case(lambda *a: float(lf.loss_landscape(*a, steps=3).losses.sum()))
     )
-
-
-def quiet() -> None:
-    import logging
-
-    from lightning.pytorch.utilities import disable_possible_user_warnings
-
-    disable_possible_user_warnings()
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)

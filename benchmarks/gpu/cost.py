@@ -9,17 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
-from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
 from benchmarks import networks
-from benchmarks.gpu.correctness import Classifier, Row, quiet, randomised, trainer_of, tried
+from benchmarks.gpu.correctness import Row, randomised, tried
 from benchmarks.timing import interleaved, peak, synchronize
+from benchmarks.training import Classifier, quiet, ready, trainer_of
 
 # network, image size, classes, batch size, batches, precision, whether it is compiled; the most important come first
 SETUPS = (
@@ -38,15 +37,6 @@ SETUPS = (
 def named(network: str, size: int, batch: int, precision: str, compiled: bool) -> str:
     title = {"resnet18": "ResNet-18", "resnet20": "ResNet-20", "resnet50": "ResNet-50"}[network]
     return f"{title}, {size}x{size}, batches of {batch}, {precision}{', compiled' * compiled}"
-
-
-def ready(batch: int, size: int, classes: int, batches: int) -> DataLoader[Any]:
-    """Return a loader of ``batches`` batches in pinned memory; only eight of them are different."""
-    x, y = networks.images(batch * min(8, batches), size, classes)
-    if torch.cuda.is_available():
-        x, y = x.pin_memory(), y.pin_memory()
-    pairs = list(zip(x.split(batch), y.split(batch), strict=True))
-    return DataLoader([pairs[i % len(pairs)] for i in range(batches)], batch_size=None)  # type: ignore[arg-type]
 
 
 def net_of(network: str, size: int) -> nn.Module:
