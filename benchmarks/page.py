@@ -166,7 +166,7 @@ def machines(results: Results) -> str:
 def runs(results: Results) -> str:
     """Return the text with every row, how it was measured, and all its times."""
     parts = [
-        "Every row of benchmarks.md: what, against, ratio; how it was measured; all times, in seconds unless MB is said."
+        "Every row of benchmarks.md: what, against, ratio; how it was measured; all times, in seconds if not in MB."
     ]
     for name, found in results.items():
         parts.append(f"\n== {name}; load before: {found['machine'].get('load before', 'not known')}")
