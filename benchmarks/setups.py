@@ -58,13 +58,14 @@ class Setup:
 
 
 SETUPS = (
-    Setup("resnet18", validated=40, trained=16, goals=(1.11, 1.05, 1.05), has_memory=True),
-    Setup("resnet18", data="train", trained=16, goals=(None, 1.07, None)),
-    Setup("resnet18", HALF, validated=40, trained=16, goals=(1.23, 1.08, None)),
-    Setup("resnet18", HALF, data="train", trained=16, goals=(None, 1.09, None)),
-    Setup("resnet18", compiled=True, validated=40, goals=(2.48, None, None)),
-    Setup("resnet18", HALF, compiled=True, validated=40, goals=(2.83, None, None)),
+    Setup("resnet18", validated=24, goals=(1.11, None, 1.05), has_memory=True),
+    Setup("resnet18", HALF, validated=24, goals=(1.23, None, None)),
     Setup("resnet20", validated=157, trained=60, goals=(1.26, None, None), has_memory=True),
+    Setup("resnet20", data="train", trained=60),
+    Setup("resnet20", compiled=True, validated=157),
+    Setup("resnet20", HALF, validated=157, trained=60),
+    Setup("resnet20", HALF, data="train", trained=60),
+    Setup("resnet20", HALF, compiled=True, validated=157),
     Setup("resnet50", size=224, classes=1000, batch=8, validated=8),
     Setup("resnet50", HALF, size=224, classes=1000, batch=8, validated=8, goals=(1.63, None, None)),
 )
