@@ -61,8 +61,25 @@ def plain_frame(ax: Any, grid: str, hidden: Sequence[str] = ("top", "right")) ->
 def set_heading(ax: Any, *lines: str) -> None:
     """Write lines as a left-aligned title; leave out empty lines, and wrap lines that are wider than the axes."""
     characters = int(1.05 * ax.get_window_extent().width / ax.figure.dpi / (0.52 * TITLE_SIZE / 72))
-    broken = [part for line in lines for part in (textwrap.wrap(line, max(characters, 30)) or [line] * bool(line))]
-    ax.set_title("\n".join(broken), fontsize=TITLE_SIZE, loc="left")
+    rows = [row for line in lines for row in broken(line, max(characters, 30))]
+    ax.set_title("\n".join(rows), fontsize=TITLE_SIZE, loc="left")
+
+
+def broken(line: str, characters: int) -> list[str]:
+    """Break a line of a title into rows: between parts, which "; " separates, and within a part that is too long.
+
+    Example:
+        >>> broken("500 samples of data; exact (Gauss-Newton, closed form)", 40)
+        ['500 samples of data;', 'exact (Gauss-Newton, closed form)']
+    """
+    rows: list[str] = []
+    for part in line.split("; "):
+        if rows and len(f"{rows[-1]}; {part}") <= characters:
+            rows[-1] += f"; {part}"
+            continue
+        rows[-1:] = [f"{row};" for row in rows[-1:]]
+        rows += textwrap.wrap(part, characters) or [part] * bool(part)
+    return rows
 
 
 def overlays(ax: Any, kind: str) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_flatness.plots.canvas import (
     SERIES,
     TITLE_SIZE,
     axes_or_new,
+    broken,
     label_logarithm,
     plain_frame,
     set_heading,
@@ -204,5 +204,5 @@ def head(figure: Any, ax: Any, *lines: str) -> None:
         set_heading(ax, *lines)
         return
     characters = int(0.93 * figure.get_figwidth() / (0.52 * TITLE_SIZE / 72))
-    broken = [part for line in lines for part in textwrap.wrap(line, characters)]
-    figure.suptitle("\n".join(broken), fontsize=TITLE_SIZE, x=0.01, ha="left")
+    rows = [row for line in lines for row in broken(line, characters)]
+    figure.suptitle("\n".join(rows), fontsize=TITLE_SIZE, x=0.01, ha="left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_flatness.errors import FlatnessError
@@ -19,12 +20,15 @@ from lightning_flatness.plots.comparison import (
     name_of,
     subject_of_models,
 )
-from lightning_flatness.plots.words import check_measure
+from lightning_flatness.plots.words import check_measure, known_error
 from lightning_flatness.results import Comparison, number_of
 from lightning_flatness.results.rank_correlation import BEST
 
 # Dots are named only up to this number of models.
 MOST_NAMES = 12
+NAME_SIZE = 7
+# Places of a name beside its dot, in points: offset to the right and above, and alignment.
+PLACES = ((5, 4, "left"), (-5, 4, "right"), (5, -9, "left"), (-5, -9, "right"), (0, 5, "center"), (0, -11, "center"))
 
 
 def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> tuple[Any, Any]:
@@ -69,11 +73,8 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
     if is_logarithmic(values):
         label_logarithm(ax.xaxis)
     if len(rows) <= MOST_NAMES:
-        # Dots with neighbouring outcomes have their names on different sides, so that the names overlap less.
-        for index, row in enumerate(sorted(rows, key=lambda row: row.outcome)):
-            side, align = ((5, "left"), (-5, "right"))[index % 2]
-            at = {"xytext": (side, 4), "textcoords": "offset points", "fontsize": 7, "ha": align}
-            ax.annotate(row.name, (getattr(row, measure), row.outcome), **at)
+        dots = [(getattr(row, measure), row.outcome) for row in rows]
+        _write_names(ax, [row.name for row in rows], dots, [2 * known_error(row.errors.get(measure)) for row in rows])
     ax.set_xlabel(label_with_unit(measure))
     ax.set_ylabel(comparison.outcome_name)
     plain_frame(ax, "both")
@@ -81,6 +82,37 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
     tau, bars = _tau(comparison, measure), BARS * has_errors(comparison)
     head(figure, given, heading, tau, subject_of_models(comparison), cautions_of(comparison), bars)
     return figure, ax
+
+
+def _write_names(ax: Any, names: Sequence[str], dots: Sequence[tuple[float, float]], errors: Sequence[float]) -> None:
+    """Write a name beside every dot, where it overlaps the fewest dots, bars and names that are written already."""
+    ax.get_xlim(), ax.get_ylim()  # matplotlib finds its limits now
+
+    def points(x: float, y: float) -> tuple[float, float]:
+        return tuple(ax.transData.transform((x, y)) * 72 / ax.figure.dpi)
+
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in (points(*dot) for dot in dots)]
+    for (x, y), error in zip(dots, errors, strict=True):
+        (right, height), (middle, _) = points(x + error, y), points(x, y)
+        taken.append((2 * middle - right, height - 1, right, height + 1))
+    for name, dot in zip(names, dots, strict=True):
+        boxes = [_box(points(*dot), place, 0.55 * NAME_SIZE * len(name)) for place in PLACES]
+        best = min(range(len(PLACES)), key=lambda index: sum(_overlap(boxes[index], other) for other in taken))
+        taken.append(boxes[best])
+        right, above, align = PLACES[best]
+        at = {"xytext": (right, above), "textcoords": "offset points", "fontsize": NAME_SIZE, "ha": align}
+        ax.annotate(name, dot, **at)
+
+
+def _box(dot: tuple[float, float], place: tuple[int, int, str], width: float) -> tuple[float, float, float, float]:
+    """Return left, lower, right and upper end of a name, in points."""
+    left = dot[0] + place[0] - {"left": 0.0, "center": width / 2, "right": width}[place[2]]
+    lower = dot[1] + place[1]
+    return left, lower, left + width, lower + NAME_SIZE
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _tau(comparison: Comparison, measure: str) -> str:

@@ -125,4 +125,4 @@ def _name_layers(ax: Any, positions: Sequence[int], names: Sequence[str]) -> Non
     step = max(1, math.ceil(len(names) * NAME_HEIGHT / max(height, NAME_HEIGHT)))
     ax.set_yticks(positions[::step], names[::step], fontsize=7)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_ylabel("input  →  output", rotation=270, fontsize=LEGEND_SIZE, labelpad=10)
+    ax.set_ylabel("input  →  output", rotation=270, va="top", fontsize=LEGEND_SIZE)

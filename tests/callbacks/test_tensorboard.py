@@ -154,7 +154,7 @@ def test_several_loggers(tmp_path):
 
 def test_without_matplotlib_there_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.warns(UserWarning, match=r"draws no figures.*pip install 'lightning-flatness\[plots\]'"):
+    with pytest.warns(UserWarning, match=r"draws no figures.*pip install matplotlib"):
         fit(tmp_path, lf.FlatnessCallback(summary=False))
     seen = events(tmp_path)
     assert seen.Tags()["images"] == []

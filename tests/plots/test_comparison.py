@@ -1,5 +1,6 @@
 """Figures of models side by side: what is drawn, where, and what their titles say."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -116,6 +117,17 @@ def test_the_outcome_against_a_measure():
     assert "Loss gap against normalised relative flatness Kendall's τ = 0.60 [0.10, 0.90], 5 models" in words(figure)
     few = replace(found, correlations=(replace(tau, low=math.nan, high=math.nan, num_models=4),))
     assert "too few models to conclude anything" in words(plot_gap(few)[0])
+
+
+def test_names_of_near_models_lie_on_no_dot_and_no_name():
+    values = [95.8, 90.2, 87.9, 103.4, 121.6, 105.9, 96.4, 91.7, 108.2, 191.9]
+    outcome = [0.137, 0.1235, 0.1065, 0.0918, 0.087, 0.1412, 0.1345, 0.1297, 0.119, 0.177]
+    figure, ax = plot_gap(comparison(values, outcome=outcome))
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    drawn = ax.transData.transform(list(zip(values, outcome, strict=True)))
+    assert not [(box, dot) for box in boxes for dot in drawn if box.padded(3).contains(*dot)]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
 def test_without_an_outcome_there_is_no_gap_to_draw():

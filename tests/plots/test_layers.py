@@ -39,6 +39,12 @@ def test_dots_are_the_measures_in_order(drawn, measure):
     assert drawn(figure)
 
 
+def test_the_label_of_the_axis_is_left_of_the_names(made_report):
+    figure, ax = plot_layers(made_report())
+    figure.draw_without_rendering()
+    assert ax.yaxis.label.get_window_extent().x1 < min(name.get_window_extent().x0 for name in ax.get_yticklabels())
+
+
 def test_what_is_not_exact_is_hollow_and_named(made_report, drawn, legend, heading):
     figure, ax = plot_layers(made_report(inexact=[1], data="val"))
     assert [filled for _, _, filled in points(ax)] == [True, False, True]
