@@ -12,7 +12,7 @@ from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.sections import family_section
 from studies.stars import star_table
 from studies.tables import read_rows
-from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, SHIFTS, STAR_WORDS, claims, findings
+from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, SHIFTS, STAR_WORDS, claims, findings, star_findings
 
 ROOT = Path(__file__).parents[1]
 Rows = list[dict[str, Any]]
@@ -26,7 +26,9 @@ def write(results: Path, root: Path = ROOT) -> Path:
     star, of_star = family_section(results, images, cifar(), "CIFAR-10: a star", STAR_WORDS)
     if of_star["taus"]:
         star += "\n" + star_table(results, cifar())
-    parts = [HEAD, FOUND + findings(found), not_run(results), factorial, star]
+    done = len(read_rows(results / "cifar-configurations.csv"))
+    summary = findings(found) + star_findings(of_star, done, len(cifar().configurations))
+    parts = [HEAD, FOUND + summary, not_run(results), factorial, star]
     shifts = {part: shift.analyse(results, of()) for part, of in shift.PARTS.items()}
     parts += [shift_section(shift.PARTS[part](), rows, images) for part, rows in shifts.items() if rows]
     parts += [curves_section(results, images), speed_section(results, images)]

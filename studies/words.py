@@ -95,6 +95,18 @@ def findings(found: dict[str, Rows]) -> str:
     return "".join(f"- {line}\n" for line in lines if line)
 
 
+def star_findings(found: dict[str, Rows], done: int, planned: int) -> str:
+    """Return items of a Markdown list that summarise the results on CIFAR-10, an empty text if there are none.
+
+    ``done`` is the number of networks that have been run, and ``planned`` the number of all networks of the star.
+    """
+    if not found.get("verdicts"):
+        return ""
+    so_far = f"so far {done} of {planned} networks" if done < planned else f"{planned} networks"
+    lines = [about(found, target, SCOPES[0]) for target in ("loss gap", "test error")]
+    return "".join(f"- CIFAR-10, {so_far}. {line}\n" for line in lines)
+
+
 def told(row: dict[str, Any], key: str = "tau") -> str:
     return f"{number(row[key])} [{number(row['low'])}, {number(row['high'])}]"
 
