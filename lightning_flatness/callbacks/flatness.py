@@ -195,7 +195,7 @@ class FlatnessCallback(FlatnessHistory):
             logged.warn_no_validation(self.prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check how each layer can be measured if the sanity check has not done so, and print the summary."""
+        """Print the summary. If the sanity check has not done so, first find out how each layer can be measured."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             logged.warn_no_validation(self.prefix)

@@ -55,7 +55,7 @@ class Flatness:
         self._measurement.update(inputs, targets)
 
     def result(self) -> Found[FlatnessReport]:
-        """Return the report on all batches, with the hash of the data and the device."""
+        """Return the report on all batches, including the device and a hash of the data."""
         report = replace(_begun(self._measurement).report(), data=self._data)
         return Found(report, self._hash.text, _device(_begun(self._network).module))
 

@@ -102,8 +102,8 @@ def closed_form_contraction(
 ) -> Contraction:
     """Compute the same as :func:`closed_form_block_traces`; with a ``weighting``, also each sample's measures.
 
-    With a ``tolerance``, some terms are left out. This changes normalised relative flatness by at most the number
-    ``left_out`` in the result, times the spectral norm of ``weighting.normalized``.
+    With a ``tolerance``, some terms are dropped. Normalised relative flatness then changes by at most
+    ``Contraction.left_out`` times the spectral norm of ``weighting.normalized``.
     """
     samples, filters = slopes.shape[:2]
     groups = geometry.groups

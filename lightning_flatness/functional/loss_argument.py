@@ -248,8 +248,8 @@ class CustomLoss(Loss):
             (gradient,) = torch.autograd.grad(losses[mask].sum(), logits, retain_graph=True)
             if bool(gradient[~mask].any()):
                 raise BatchError(
-                    f"The loss '{self.name}' of one sample depends on other samples of the batch, as in a contrastive "
-                    "loss or with a mean over the batch. So the loss is not a mean over samples."
+                    f"The loss '{self.name}' of one sample depends on other samples of the batch. A contrastive loss "
+                    "does, and a loss that uses batch statistics. Every sample needs a loss of its own."
                 )
 
 

@@ -52,7 +52,9 @@ def weight_norm(gram: Tensor) -> Tensor:
 
 
 def filter_traces(block_traces: Tensor) -> Tensor:
-    """Return the trace ``T[s, s]`` of every filter's own Hessian block, ``(S,)``, in loss per squared weight.
+    """Return for each of the ``S`` filters the trace of its own block of the Hessian, in loss per squared weight.
+
+    These traces are the diagonal entries ``T[s, s]`` of the block traces, ``(S,)``.
 
     Args:
         block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.

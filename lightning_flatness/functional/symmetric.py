@@ -1,4 +1,6 @@
-"""Symmetric matrices stored as their upper triangle, in strips of rows that start at the diagonal.
+"""Symmetric matrices of which only the upper triangle is stored.
+
+The rows are grouped into strips. Each strip is stored from its diagonal block to the right.
 
 This takes about half the work and half the memory. A matrix kept in this form is called folded.
 """

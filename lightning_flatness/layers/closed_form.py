@@ -36,7 +36,7 @@ class ClosedForm:
 
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> ClosedForm:
-        """Collect the inputs of the closed form of the layer ``name`` from a certified pass."""
+        """Collect from a certified pass what the closed form of the layer ``name`` needs."""
         tail, convolution = certified.tails[name].detached(), certified.calls[name][0].convolution
         curved = curved_part(tail, certified.loss)
         return cls(known.layers[name], convolution.detached(), tail, certified.loss, curved)
@@ -52,7 +52,7 @@ class OutputForm:
 
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> OutputForm:
-        """Collect the inputs of the closed form of the layer ``name`` from a certified pass."""
+        """Collect from a certified pass what the closed form of the layer ``name`` needs."""
         return cls(known.layers[name], certified.calls[name][0].convolution.detached(), certified.loss)
 
 
@@ -172,7 +172,9 @@ def _with_curved_part(form: ClosedForm, weighting: Weighting, diagonal: bool, pa
 
 
 def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, Tensor] | None:
-    """Return the curvatures of the tail and ``dloss/df``; None if the Hessian is the Gauss-Newton matrix.
+    """Return a pair: the curvatures of the tail, and the gradient ``dloss/df``.
+
+    Return None in place of the pair if the Hessian equals the Gauss-Newton matrix.
 
     Raises:
         BatchError: an activation has a second derivative, and the batch has no targets.

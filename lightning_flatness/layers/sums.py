@@ -24,7 +24,7 @@ WEIGHT, COUNT, LOSS, CORRECT, CURVATURE, PREDICTION = range(len(OUTCOMES))
 
 
 class LayerStatistics(NamedTuple):
-    """The sums of one layer over samples, which are the arguments of ``FlatnessMetric.update``."""
+    """One layer's statistics, summed over samples. These sums are the arguments of ``FlatnessMetric.update``."""
 
     block_traces: Tensor  # (G, S/G, S/G), or its diagonal (G, S/G), float64, summed over the samples
     weight_gram: Tensor  # Gram matrix of the filters, in the shape of block_traces, float64; not summed

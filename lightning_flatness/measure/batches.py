@@ -81,7 +81,7 @@ def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
 
 
 def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterable[Any]:
-    """Return a tuple or list of batches as it is, and a pair ``(inputs, targets)`` as a list with this one batch.
+    """Return a tuple or list of batches unchanged. If it is one pair ``(inputs, targets)``, return a list of this pair.
 
     The tensors in a list are batches of inputs if all have the same dtype and number of dimensions. Two tensors are a
     pair if the second one, the targets, has one or two dimensions and as many rows as the inputs. Raises a

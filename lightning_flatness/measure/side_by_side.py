@@ -70,7 +70,7 @@ def model_named(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Beside:
-    """Measures numbers other than flatness: the training loss, and with ``batches`` the baselines of a comparison."""
+    """Measures the training loss and, if ``batches`` are given, the baselines that flatness is compared with."""
 
     batches: Iterable[Any] | None
     train_batches: Iterable[Any] | None

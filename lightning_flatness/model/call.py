@@ -92,7 +92,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class Hear(Protocol):
-    """The type of a function that takes the place of a module's forward and calls that forward itself."""
+    """The type of a function that runs in place of a module's forward and has to call the original forward."""
 
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]

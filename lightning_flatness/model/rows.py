@@ -44,8 +44,9 @@ class SampleTensors:
     """Which tensors of a model's inputs have a row for every sample; all samples share the other tensors.
 
     The first dimension of a tensor does not show this: a shared table may happen to have as many rows as there are
-    samples. So a tensor must have had the right number of rows in every batch. In addition, before inputs of several
-    tensors are cut or duplicated, :meth:`certified` compares the logits with those of the whole batch.
+    samples. So a tensor must have had the right number of rows in every batch. If the inputs consist of several
+    tensors, :meth:`certified` also runs the model on a cut or duplicated batch, and compares the logits with those of
+    the whole batch.
     """
 
     has_rows: tuple[bool, ...] | None = None  # in the order of the tensors; None before the first batch

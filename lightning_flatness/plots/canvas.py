@@ -66,7 +66,7 @@ def set_heading(ax: Any, *lines: str) -> None:
 
 
 def broken(line: str, characters: int) -> list[str]:
-    """Break a line of a title into rows: between parts, which "; " separates, and within a part that is too long.
+    """Wrap one line of a title. Break it after every "; ", and again inside a piece that is still too long.
 
     Example:
         >>> broken("500 samples of data; exact (Gauss-Newton, closed form)", 40)

@@ -54,9 +54,9 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
 def is_output(calls: Sequence[LayerCall], logits: Tensor, shift_invariant: bool) -> bool:
     """Return whether the logits change one to one with the layer's output, as those of a classifier do.
 
-    A random ``u`` ``(N, K)`` is pulled back from the logits to the output, and must stay ``u``. With
-    ``shift_invariant``, adding a number to all logits of a sample does not change the loss, so ``u`` sums to zero over
-    the classes. Log-softmax outputs then pass.
+    A random ``u`` ``(N, K)`` is pulled back from the logits to the output, and must stay ``u``.
+    ``shift_invariant`` says that the loss stays the same if a number is added to all logits of a sample. Then ``u`` is
+    drawn so that it sums to zero over the classes, and log-softmax outputs pass.
     """
     node = calls[0].node
     if len(calls) > 1 or node.ndim < 2 or node.flatten(1).shape != logits.shape or node.shape[1] != logits.shape[1]:

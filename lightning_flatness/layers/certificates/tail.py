@@ -295,7 +295,10 @@ def _tolerance(tensor: Tensor) -> float:
 
 
 def _per_channel(cotangent: Tensor, channels: Tensor, node: Tensor) -> Tensor:
-    """Return ``u[c(s)]`` for a cotangent ``u``, shaped to multiply the layer's output; zero if ``c(s)`` is unknown."""
+    """Return ``u[c(s)]``, where ``u`` is a cotangent, in a shape that broadcasts against the layer's output.
+
+    The result is zero where ``c(s)`` is unknown.
+    """
     return to_positions(cotangent[:, channels.clamp_min(0)] * (channels >= 0), node)
 
 
