@@ -34,29 +34,23 @@ class FlatnessCallback(FlatnessHistory):
 
     - ``{prefix}/hessian_trace``: the Hessian trace, summed over the measured layers, in loss per squared weight;
     - ``{prefix}/relative_flatness``: relative flatness, summed over the measured layers, in units of the loss;
-    - ``{prefix}/log10_relative_flatness``: the base-10 logarithm of that sum, for charts; NaN if that sum is
-      not positive;
-    - ``{prefix}/normalized_relative_flatness``: feature-normalised relative flatness, summed over the measured layers.
-      Rescaling input channels does not change this number;
+    - ``{prefix}/log10_relative_flatness``: the base-10 logarithm of that sum, for charts; NaN if it has none;
+    - ``{prefix}/normalized_relative_flatness``: the variant that stays the same when input channels are rescaled;
     - ``{prefix}/relative_flatness_error`` and so on: standard errors of these sums, due to the choice of samples;
     - ``{prefix}/weight_norm``: the norm of the measured kernels, for comparison;
     - ``{prefix}/loss``: the mean loss of the measured samples;
     - ``{prefix}/top1``: the share of the measured samples that the network classifies correctly;
     - ``{prefix}/curvature``: the mean trace of the loss's second derivative with respect to the logits;
-    - ``{prefix}/exact``: 1 if all numbers are exactly those of the Hessian; 0 if some are estimates or leave out a part
-      of the Hessian;
+    - ``{prefix}/exact``: 1 if all numbers are exactly those of the Hessian, otherwise 0;
     - ``{prefix}/seconds``: the time that measuring took, on the slowest rank;
-    - ``{prefix}/{layer}/relative_flatness``, ``{prefix}/{layer}/exact`` and so on: the same for each layer, if several
-      layers are measured;
-    - ``{prefix}/.../dataloader_idx_1`` and so on: the same for further validation loaders. Keys without such an ending
-      belong to the first loader.
+    - ``{prefix}/{layer}/relative_flatness`` and so on: the same for each layer, if several are measured;
+    - ``{prefix}/.../dataloader_idx_1`` and so on: the same for further validation loaders.
 
     Training with this callback is bit-identical to training without it, with few exceptions: ``docs/limits.md``,
     "Random numbers and side effects".
 
     Args:
-        layers: the layers to measure. :func:`~lightning_flatness.measure_flatness` explains this argument, and those
-            from ``strict`` to ``dtype``.
+        layers: the layers to measure, and ``strict`` to ``dtype``: see :func:`~lightning_flatness.measure_flatness`.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"``; a loss module of torch with
             ``reduction="mean"``; or a function or module that returns per-sample losses.
         data: ``"val"`` for the validated batches; ``"train"`` for a fixed random subset of the training data, which a
@@ -89,8 +83,8 @@ class FlatnessCallback(FlatnessHistory):
         num_probes: number of random probe vectors of the Hutchinson estimate.
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
-        live: measure in the forward passes that validation makes, if a trial shows that this changes nothing; False to
-            make extra forward passes in any case.
+        live: measure in validation's own forward passes, if a trial shows that this changes nothing. With False,
+            measure in extra forward passes.
         on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs nothing.
 
     Attributes:
@@ -98,8 +92,8 @@ class FlatnessCallback(FlatnessHistory):
             above (None if unknown) with standard errors ``..._error`` for all measures; ``data``, ``num_samples``,
             ``layers``, ``method`` and ``precision``, which say what was measured, and how; and ``accuracy``, which the
             LightningModule has logged.
-        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
-            history and report stay in these processes, and the main process has the logged values only.
+        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. Processes that the strategy spawns
+            keep it and the history; the main process has the logged values only.
         reports: a dict from the index of every validation loader to the last report of this loader.
         num_measurements: number of measurements, including those in validation and test runs.
 

@@ -35,14 +35,8 @@ from lightning_flatness.functional.eigenpairs import Eigenpairs, top_eigenpairs
 from lightning_flatness.functional.gauss_newton import gauss_newton_block_traces
 from lightning_flatness.functional.lanczos import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.functional.loss_argument import CustomLoss, find_loss, separating_masks
-from lightning_flatness.functional.losses import (
-    BinaryCrossEntropy,
-    CrossEntropy,
-    Loss,
-    LossDerivatives,
-    MeanSquaredError,
-    NegativeLogLikelihood,
-)
+from lightning_flatness.functional.losses import CrossEntropy, Loss, LossDerivatives, NegativeLogLikelihood
+from lightning_flatness.functional.losses_of_outputs import BinaryCrossEntropy, MeanSquaredError
 from lightning_flatness.functional.measures import (
     filter_flatness,
     filter_traces,

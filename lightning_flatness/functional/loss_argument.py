@@ -19,15 +19,8 @@ from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memor
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
 from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
 from lightning_flatness.functional.graph_walk import differentiable_once, says_no_second_derivative
-from lightning_flatness.functional.losses import (
-    BinaryCrossEntropy,
-    CrossEntropy,
-    Loss,
-    LossDerivatives,
-    MeanSquaredError,
-    NegativeLogLikelihood,
-    outcomes_of,
-)
+from lightning_flatness.functional.losses import CrossEntropy, Loss, LossDerivatives, NegativeLogLikelihood, outcomes_of
+from lightning_flatness.functional.losses_of_outputs import BinaryCrossEntropy, MeanSquaredError
 
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (CrossEntropy, BinaryCrossEntropy, MeanSquaredError)}
 
