@@ -64,9 +64,7 @@ def classifier_contraction(
     """
     g, kernel = features.double(), kernel.detach().double()
     norms = g.square().sum(1)
-    total = curvature.summed(norms)[None]
-    if diagonal:
-        total = total.diagonal(dim1=1, dim2=2)
+    total = (norms @ curvature.diagonals() if diagonal else curvature.summed(norms))[None]
     values = no_values(len(g), g.device)
     values[:, TRACE] = norms * curvature.traces()
     if any(matrix is not None for matrix in (weighting.gram, weighting.normalized, weighting.kernel)):

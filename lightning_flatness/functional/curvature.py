@@ -163,6 +163,15 @@ class ClassCurvature:
         total = -(scaled.T @ self.center).fill_diagonal_(0)
         return total - total.sum(1).diag()
 
+    def diagonals(self) -> Tensor:
+        """Return the diagonal of ``Λ`` of every sample, float64 ``(N, K)``."""
+        if self.center is None:
+            return self.weights
+        # For the largest entry of π, which may be close to one, 1 - π is the sum of the other entries.
+        _, top = self.center.max(1, keepdim=True)
+        others = self.center.scatter(1, top, 0.0).sum(1, keepdim=True)
+        return self.weights * (1 - self.center).scatter(1, top, others)
+
     def traces(self) -> Tensor:
         """Compute the trace of ``Λ`` of every sample, float64 ``(N,)``."""
         weight = self.weights.sum(1)

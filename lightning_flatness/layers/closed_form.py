@@ -13,7 +13,7 @@ from lightning_flatness.functional import ClassCurvature, LossDerivatives, close
 from lightning_flatness.functional.channels import ChannelSums
 from lightning_flatness.functional.classifier import classifier_contraction
 from lightning_flatness.functional.closed_form import closed_form_contraction
-from lightning_flatness.functional.patches import channel_square_norms, patches
+from lightning_flatness.functional.patches import channel_square_norms
 from lightning_flatness.functional.weighting import CHANNELWISE, NORMALIZED, RELATIVE, TRACE, Contraction, Weighting
 from lightning_flatness.layers.certificates.tail import TailDerivatives
 from lightning_flatness.layers.certified import Certified, CertifiedLayer, CertifiedPass
@@ -122,8 +122,7 @@ def _output(form: OutputForm, weighting: Weighting, diagonal: bool) -> BlockTrac
     """Return the block traces of a layer whose output is the logits."""
     convolution, curvature = form.convolution, form.loss.curvature
     assert isinstance(curvature, ClassCurvature)  # `certify` looks for such layers only then
-    features = patches(convolution.inputs, convolution.geometry)[:, 0, :, 0]
-    kernel = convolution.weight.flatten(1)
+    features, kernel = convolution.inputs.flatten(1), convolution.weight.flatten(1)
     return BlockTraces.of(classifier_contraction(features, kernel, curvature, weighting, diagonal))
 
 

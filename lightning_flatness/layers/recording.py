@@ -58,6 +58,12 @@ class LayerCall:
     returned: Tensor  # what the module returned, detached
     node: Tensor  # the same values in the autograd graph; derivatives are taken with respect to this
     kernel_sample: Tensor | None = None  # in a user's pass, a copy of some entries of the kernel
+    versions: tuple[int, ...] | None = None  # how often the inputs had been changed in place; None if not known
+
+    @property
+    def has_changed_input(self) -> bool:
+        """Whether the forward has changed an input in place since the layer ran; False if this is not known."""
+        return self.versions is not None and self.versions != versions_of(self.convolutions)
 
     @property
     def convolution(self) -> Convolution:
@@ -178,7 +184,7 @@ class Recorder:
             raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
         if self._live and module is self._classifier:  # the graph ends at its input
             self._calls.setdefault(name, []).append(
-                LayerCall(module, convolutions, returned.detach(), returned.detach(), sample)
+                LayerCall(module, convolutions, returned.detach(), returned.detach(), sample, versions_of(convolutions))
             )
             return None
         self._record_gradients()
@@ -186,7 +192,7 @@ class Recorder:
         if not returned.requires_grad:
             # A tensor made in inference mode cannot be in a graph.
             node = (returned.clone() if returned.is_inference() else returned.detach()).requires_grad_()
-        call = LayerCall(module, convolutions, returned.detach(), node, sample)
+        call = LayerCall(module, convolutions, returned.detach(), node, sample, versions_of(convolutions))
         self._calls.setdefault(name, []).append(call)
         return node.clone()  # an in-place activation must not write to a leaf
 
@@ -223,6 +229,11 @@ class Recorder:
         """Record the classifier's output."""
         if isinstance(returned, Tensor):
             self._classifier_output = returned.detach()
+
+
+def versions_of(convolutions: tuple[Convolution, ...]) -> tuple[int, ...]:
+    """Return how often the inputs were changed in place; inference tensors, which do not count this, are left out."""
+    return tuple(one.read._version for one in convolutions if not one.read.is_inference())
 
 
 def kernel_sample(kernel: Tensor) -> Tensor:

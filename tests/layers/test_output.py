@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.functional import ClassCurvature
 from lightning_flatness.layers import gauss_newton
 from lightning_flatness.testing import assert_matches_oracle, oracle_block_traces
 from tests.guarding import guards
@@ -188,3 +190,103 @@ def test_an_output_that_is_not_the_classifier_is_not_observed():
     model = Beside().double().eval()
     assert "is not measured by the closed form" in observed(model, "classifier*", *batch())
     assert measure(model, layers="classifier*").exact
+
+
+@guards("layers/certificates/path.py", "4 * logits.shape[1] ** 0.5 + 16", "1e4")
+@pytest.mark.parametrize("factor", [1.001, 0.9995])
+def test_a_temperature_near_one_counts_in_float32(factor):
+    torch.manual_seed(0)
+    model, plain = net(Times(factor), classes=9).float(), net(classes=9)
+    inputs, targets = batch(9)
+    found = lf.measure_flatness(model, [(inputs.float(), targets)], layers="classifier").hessian_trace
+    expected = oracle_block_traces(net(Times(factor), classes=9), (inputs, targets), "classifier").trace()
+    other = oracle_block_traces(plain, (inputs, targets), "classifier").trace()
+    assert abs(found / float(expected) - 1) < 1e-5 < abs(float(other / expected) - 1)
+
+
+class Scores(nn.Module):
+    """One score for each of several candidates, by the same linear map, as in multiple choice."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.score(x).squeeze(-1)
+
+
+class Sum(nn.Module):
+    """A convolution on one pixel and a linear layer, whose outputs are added to be the logits."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution, self.linear = convolution, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.convolution(x[..., None, None]).flatten(1) + self.linear(x)
+
+
+@guards("layers/certificates/path.py", " or not is_linear", "")
+@pytest.mark.parametrize(
+    ("model", "shape", "layer"),
+    [
+        (Scores(), (6, 4, 5), "score"),
+        (Sum(nn.Conv2d(8, 4, 1, groups=2)), (6, 8), "convolution"),
+        (Sum(nn.Conv2d(8, 4, 3, padding=1)), (6, 8), "convolution"),
+        (Sum(nn.Conv2d(8, 4, 1)), (6, 8), "convolution"),
+    ],
+    ids=["scores", "groups", "padding", "1x1"],
+)
+def test_layers_of_the_shape_of_the_logits(model, shape, layer):
+    torch.manual_seed(0)
+    some = torch.randn(*shape), torch.arange(6) % 4
+    assert_matches_oracle(model, some, layer)
+    assert_matches_oracle(model, some, layer, measures=MEASURES, filters=[0])
+
+
+@guards("functional/classifier.py", "norms @ curvature.diagonals() if diagonal else ", "")
+def test_diagonals_need_no_square_of_the_classes(monkeypatch):
+    expected = measure(net()).hessian_trace
+    monkeypatch.setattr(ClassCurvature, "summed", None)
+    inputs, targets = batch()
+    found = lf.measure_flatness(net(), [(inputs, targets)], layers="classifier", measures=("hessian_trace",))
+    assert found.hessian_trace == pytest.approx(expected, rel=1e-12)
+
+
+@guards("layers/certificates/layer.py", "if call.has_changed_input:", "if False:")
+def test_features_that_are_changed_after_a_computed_kernel_are_refused():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.classifier = nn.Linear(6, 7), parametrizations.weight_norm(nn.Linear(7, 4))
+
+        def forward(self, x):
+            features = self.linear(x).relu()
+            logits = self.classifier(features)
+            features.mul_(2)
+            return logits
+
+    with pytest.raises(lf.LayerSelectionError, match=r"'classifier': the forward changes its input in place"):
+        lf.measure_flatness(Doubled(), [(torch.randn(5, 6), torch.arange(5) % 4)], layers="classifier")
+
+
+@guards("layers/certificates/head.py", "scale + scale.gather(1, top)", "scale.amax(1, keepdim=True)")
+def test_a_huge_logit_does_not_hide_a_change_of_the_others():
+    """A class is switched off by its bias. The others are within the bounds on the first samples, later they are not."""
+
+    class Bounded(nn.Module):
+        def forward(self, logits):
+            return torch.cat([logits[:, :3].clamp(-1, 1), logits[:, 3:]], dim=1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), Bounded()).eval()
+    with torch.no_grad():
+        model[0].bias[3] = -1e7
+    inputs, targets = torch.randn(8, 6), torch.arange(8) % 3
+    observer = lf.FlatnessObserver(model, layers="0")
+    with torch.inference_mode():
+        assert observer.why_not_live(0.1 * inputs, targets) == ""
+        with observer.listen() as listener:
+            model(20 * inputs)
+    with pytest.raises(lf.FlatnessError, match="does not return its output"):
+        observer.observed(listener, targets)

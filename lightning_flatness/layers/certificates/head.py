@@ -99,18 +99,19 @@ NOT_LINEAR = (
 def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Tensor:
     """Certify that the model returned the classifier's output as its logits.
 
-    The returned deviation is the largest difference between the classifier's output and the logits, relative to the
-    largest logit of the same sample.
+    The returned deviation is the largest difference between an entry of the classifier's output and its logit, relative
+    to their size.
     """
     if logits.shape != output.shape:
         raise NotClosedFormError(
             f"the model returns {logits.shape[1]} logits, but this last linear layer returns {output.shape[1]} values. "
             "The layer is not the classifier, so the closed form does not hold."
         )
-    difference = logits.double() - output
-    if shift_invariant:
-        difference = difference - difference.mean(1, keepdim=True)
-    scale = torch.maximum(logits.double().abs().amax(1, keepdim=True), output.abs().amax(1, keepdim=True))
+    # Every logit is compared at its own size: beside a huge one, a change of the others must not look small.
+    difference, scale = logits.double() - output, torch.maximum(logits.abs(), output.abs()).double()
+    if shift_invariant:  # the number that was added is read off the likeliest class
+        top = output.argmax(1, keepdim=True)
+        difference, scale = difference - difference.gather(1, top), scale + scale.gather(1, top)
     deviation = (difference.abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).amax()
     if not holds(deviation <= 16 * max(torch.finfo(tensor.dtype).eps for tensor in (output, logits))):
         cause = (

@@ -52,6 +52,11 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
             f"it ({type(call.module).__name__}) runs {len(call.convolutions)} convolutions or linear maps in its "
             "forward, and only a layer that runs exactly one can be measured. Choose another layer with layers=."
         )
+    if call.has_changed_input:
+        raise LayerSelectionError(
+            "the forward changes its input in place after it has run (relu_, +=). Make this change out of place, or "
+            "choose another layer with layers=."
+        )
     convolution = call.convolution
     output, weight = convolution.output, convolution.weight
     if output.ndim < 2 if convolution.channel_dimension == -1 else output.ndim != weight.ndim:
