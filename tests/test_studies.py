@@ -231,12 +231,13 @@ def test_reliability_is_that_of_noisy_halves():
     assert found.noise == pytest.approx(0.5**0.5, abs=0.02)
 
 
-def test_the_page_has_the_numbers_of_the_tables():
-    (main,) = {row["snapshot"] for row in read_rows(RESULTS / "digits-differences.csv")}
-    found = sample(RESULTS, digits(), main)
+@pytest.mark.parametrize(("family", "fewest"), [(digits(), 100), (cifar(), 10)], ids=["digits", "cifar"])
+def test_the_page_has_the_numbers_of_the_tables(family, fewest):
+    (main,) = {row["snapshot"] for row in read_rows(RESULTS / f"{family.name}-differences.csv")}
+    found = sample(RESULTS, family, main)
     table = {
         (row["target"], row["measure"]): row
-        for row in read_rows(RESULTS / "digits-taus.csv")
+        for row in read_rows(RESULTS / f"{family.name}-taus.csv")
         if (row["snapshot"], row["scope"]) == (main, "all networks")
     }
     page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
@@ -244,5 +245,5 @@ def test_the_page_has_the_numbers_of_the_tables():
         row = table[target, "relative_flatness.last"]
         tau = stats.kendalltau(found.column("relative_flatness.last"), found.targets[target]).statistic
         assert float(row["tau"]) == pytest.approx(tau, abs=1e-5)
-        assert int(row["n"]) == len(found) >= 100
+        assert int(row["n"]) == len(found) >= fewest
         assert f"τ of relative flatness of the last convolution is {interval(row, 'tau')}".replace("**", "") in page
