@@ -272,7 +272,7 @@ def test_features_that_are_changed_after_a_computed_kernel_are_refused():
 
 @guards("layers/certificates/head.py", "scale + scale.gather(1, top)", "scale.amax(1, keepdim=True)")
 def test_a_huge_logit_does_not_hide_a_change_of_the_others():
-    """A class is switched off by its bias. The others are within the bounds on the first samples, later they are not."""
+    """A class is switched off by its bias. The others are within bounds on the first samples, later they are not."""
 
     class Bounded(nn.Module):
         def forward(self, logits):
