@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.testing import assert_matches_oracle
+from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import PooledNet, X, Y, measure
 
@@ -62,11 +63,14 @@ def test_standardised_kernel_is_measured_as_applied_and_said_so():
     assert_matches_oracle(net, (X, Y), "conv")
 
 
+@guards("testing.py", "module.__class__ = type(kind.__name__, kind.__bases__, own)", "pass")
 @pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrised_kernel_is_measured_as_applied_and_said_so(parametrize):
-    net = PooledNet(conv=parametrize(nn.Conv2d(2, 6, 3)))
+    net = PooledNet(conv=parametrize(nn.Conv2d(2, 6, 3))).eval()
     assert measure(net).layers["conv"].info.kernel == "effective"
+    before = net(X.double())
     assert_matches_oracle(net, (X, Y), "conv")
+    assert torch.equal(net(X.double()), before), "the check has taken the parametrisation of the user's module away"
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
