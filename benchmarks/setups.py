@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -141,7 +141,7 @@ def measure(quick: bool) -> list[Row]:
 
 def timed(row: Row, setup: Setup, quantity: str, quick: bool) -> Row:
     if quick:
-        setup = Setup(**(vars(setup) | {"validated": min(2, setup.validated), "trained": min(5, setup.trained)}))
+        setup = replace(setup, validated=min(2, setup.validated), trained=min(5, setup.trained))
     times = interleaved(tasks_of(setup, quantity), 1 if quick else 5, budget=90)
     batches = setup.validated if quantity == TIME else setup.trained
     note = (

@@ -174,13 +174,7 @@ class ClassCurvature:
 
     def traces(self) -> Tensor:
         """Compute the trace of ``Λ`` of every sample, float64 ``(N,)``."""
-        weight = self.weights.sum(1)
-        if self.center is None:
-            return weight
-        # If the largest entry of π is close to one, 1 - largest would cancel, so the other entries are summed instead.
-        largest, top = self.center.max(1, keepdim=True)
-        others = self.center.scatter(1, top, 0.0)
-        return weight * (others.sum(1) * (1 + largest[:, 0]) - others.square().sum(1))
+        return self.diagonals().sum(1)
 
     def apply(self, x: Tensor) -> Tensor:
         """Compute ``Λ x``; ``x`` and the result are float64 ``(N, K)``."""

@@ -85,7 +85,7 @@ class CertifiedPass:
         return {name: calls for name, calls in self.calls.items() if name not in self.tails}
 
     @property
-    def pulled(self) -> Calls:
+    def need_backward(self) -> Calls:
         """The calls of the layers that need backward passes from the logits, keyed by layer name."""
         return {name: calls for name, calls in self.others.items() if name not in self.outputs}
 

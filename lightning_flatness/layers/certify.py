@@ -95,8 +95,9 @@ def certify_observed(
     """Certify an observed forward pass.
 
     The recorded graph reaches from the layers to the classifier's input, not to the logits. All layers must already be
-    measured by the closed form. In half precision, this pass must have the same operations as the first pass in half
-    precision. The logits are then computed again in float32, from the classifier's input.
+    measured by the closed form, or their output must be the logits. In half precision, this pass must have the same
+    operations as the first pass in half precision. The logits are then computed again in float32, from the classifier's
+    input.
 
     Args:
         recorded: the observed forward pass.

@@ -61,7 +61,7 @@ def gauss_newton_layers(
     small weight are sampled by random probes, which are drawn from ``generator`` (:func:`is_sampled`).
     """
     curvature, tolerance = certified.loss.curvature, options.class_tolerance
-    layers = _Layers(certified.pulled, certified.recorded.logits, weightings, options.diagonal)
+    layers = _Layers(certified.need_backward, certified.recorded.logits, weightings, options.diagonal)
     if not isinstance(curvature, DenseCurvature) and is_sampled(curvature, tolerance):
         return _by_probes(layers, curvature, known, tolerance, generator, advance)
     totals: dict[str, BlockTraces] = {}

@@ -106,14 +106,17 @@ def under_gauss_newton(
     if inexact and not first:
         reason = f"{reason} for some samples; for other samples, the number may contain the whole Hessian"
     columns = curvature.num_columns
+    multiplications = sum(_multiplications(call.convolution, columns, options.diagonal) for call in calls)
+    if is_output:
+        columns, multiplications = 0, info.num_filters * info.patch_length
     info = replace(
         info,
         method="gauss_newton+hutchinson" if estimated else "gauss_newton",
         classifier=None,
         exact=label is None,
         reason=reason,
-        backward_passes=0 if is_output else columns,
-        multiplications=sum(_multiplications(call.convolution, columns, options.diagonal) for call in calls),
+        backward_passes=columns,
+        multiplications=multiplications,
     )
     return replace(layer, info=info, inexact=label, tail=None, is_output=is_output)
 

@@ -298,8 +298,8 @@ class FlatnessObserver:
         """Return the sums of each layer over the samples of a certified pass."""
         forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
         sums = self._measured(forms)
-        if certified.pulled:
-            weightings = {name: self._weighting(known.layers[name]) for name in certified.pulled}
+        if certified.need_backward:
+            weightings = {name: self._weighting(known.layers[name]) for name in certified.need_backward}
             traces = gauss_newton_layers(certified, known, weightings, self._options, self._generator, advance)
             for name, residual in self._residuals(certified, known, weightings).items():
                 traces[name] = traces[name].plus(residual)

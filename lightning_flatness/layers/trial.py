@@ -84,7 +84,7 @@ def try_observing(
     inputs, targets = (take(part, slice(0, TRIAL), samples) for part in batch)
     passes = OwnPasses(model, options)
     expected: Sums = {}
-    for part in passes(inputs, targets, lambda seen, known, _: {} if seen.pulled else measure_own(seen, known)):
+    for part in passes(inputs, targets, lambda seen, known, _: {} if seen.need_backward else measure_own(seen, known)):
         expected = added(expected, part)
     passes.release()  # its copy of the model would stay in memory during validation
     context = passes.context

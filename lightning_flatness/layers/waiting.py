@@ -19,7 +19,7 @@ class WaitingSamples:
     """The samples of one certified pass, which wait for the standard deviations of the input channels.
 
     Layers under the closed form need no second pass: their sums are computed from ``forms`` later. Gauss-Newton needs
-    the autograd graph, which is not kept. So if a layer is under Gauss-Newton, ``forms`` is None and the samples run
+    the autograd graph, which is not kept. So if a layer needs backward passes, ``forms`` is None and the samples run
     once more.
     """
 
@@ -29,7 +29,7 @@ class WaitingSamples:
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified) -> WaitingSamples:
         """Collect what is kept of a certified pass."""
-        if not certified.pulled:
+        if not certified.need_backward:
             forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
             return cls(forms.channels(), forms)
         rows = slice(1 if certified.loss.is_pair else len(certified.recorded.logits))

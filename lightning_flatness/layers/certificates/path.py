@@ -1,4 +1,7 @@
-"""Certificate 4, the path: the logits depend on the kernel only through the outputs of its layer."""
+"""Certificate 4, the path: the logits depend on the kernel only through the outputs of its layer.
+
+:func:`is_output` tells whether this output is the logits themselves.
+"""
 
 from __future__ import annotations
 
