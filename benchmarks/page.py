@@ -122,7 +122,7 @@ def text(results: Results) -> str:
 def pivoted(rows: list[Row], heading: str) -> str:
     """Return a table with one line for each ``what`` before the last colon, and a column for each word behind it.
 
-    Reasons of rows without a ratio are listed below the table.
+    Reasons of rows without a ratio are listed below the table, and so is each ``what`` of which nothing was measured.
     """
     table: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -139,9 +139,15 @@ def pivoted(rows: list[Row], heading: str) -> str:
         ratio = f"**{ratio}**" if row.met is False else ratio or marks[note]
         return f"{ratio} ({goal})" if goal and row.ratio is not None else ratio
 
-    lines = [(what, *(cell(cells.get(column)) for column in columns)) for what, cells in table.items()]
-    notes = "".join(f"\n{mark} {why}" for why, mark in marks.items())
-    return markdown((heading, *columns), lines) + (f"{notes}\n" if notes else "")
+    missing = {what for what, cells in table.items() if all(row.ratio is None for row in cells.values())}
+    lines = [(what, *(cell(cells.get(c)) for c in columns)) for what, cells in table.items() if what not in missing]
+    notes = []
+    for why, mark in marks.items():
+        same = [
+            what for what, cells in table.items() if what in missing and why in {row.note for row in cells.values()}
+        ]
+        notes.append(f"{mark} {why}" + (f"; nothing of: {'; '.join(same)}" if same else ""))
+    return markdown((heading, *columns), lines) + (f"\n{chr(10).join(notes)}\n" if notes else "")
 
 
 def markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
