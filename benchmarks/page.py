@@ -105,7 +105,8 @@ def text(results: Results) -> str:
     rows = {name: rows_of(found) for name, found in results.items()}
     parts = [HEAD]
     if rows.get("setups"):
-        parts.append(SETUPS + "\n" + pivoted(rows["setups"], "set-up"))
+        measured = results["setups"]["machine"].get("measured", "at an unknown time")
+        parts.append(f"{SETUPS}\n{pivoted(rows['setups'], 'set-up')}\nMeasured {measured}.\n")
     peers = [shown(row) for name in PEERS for row in rows.get(name, ())]
     if peers:
         parts.append(BESIDE + "\n" + markdown(("what", "against", "ratio", "goal", "met"), peers))
