@@ -59,9 +59,9 @@ class Runs:
     def inputs(self, x):
         return x.to(self.half) if self.kind == "true" else x
 
-    def tried(self, x, y):
+    def tried(self, x, y, layer="conv"):
         """A measurement, and why it cannot be live."""
-        measurement, x = Measurement(self.model, layers=["conv"]), self.inputs(x)
+        measurement, x = Measurement(self.model, layers=[layer]), self.inputs(x)
         with torch.inference_mode():
             with self.modes():
                 call = heard_call((x,), {})
@@ -305,3 +305,32 @@ def test_other_precisions_have_their_names(dtype):
     assert report.precision == str(dtype).removeprefix("torch.")
     assert report.precision_deviation == 0
     assert "Features are" not in str(report)
+
+
+@guards("layers/certify.py", "convolution.inputs.to(convolution.output.dtype)", "convolution.inputs")
+def test_the_classifier_is_exact_for_its_features_as_they_are(runs):
+    """The features are rounded as the classifier rounds them; the softmax is that of the float32 logits."""
+
+    class Averaged(Net):
+        def forward(self, x):  # under autocast float32, which the classifier rounds
+            return self.fc(self.tail(self.conv(self.stem(x))).float().mean((2, 3)).to(x))
+
+    run, (x, y) = runs(Averaged()), batch()
+    measurement, reason = run.tried(x, y, layer="fc")
+    assert reason == ""
+    run.observe(measurement, x, y)
+    measurement.take_spread()
+    measurement.measure_held()
+    layer = measurement.report().layers["fc"]
+    seen = {}
+    handle = run.model.fc.register_forward_hook(lambda m, arguments, output: seen.update(g=arguments[0], z=output))
+    with torch.no_grad(), run.modes():
+        run.model(run.inputs(x))
+    handle.remove()
+    g, weight, bias = seen["g"].float(), run.model.fc.weight.detach().float(), run.model.fc.bias.detach().float()
+    pi = (g @ weight.T + bias).double().softmax(1)
+    norms = g.to(seen["z"].dtype).double().square().sum(1)
+    expected = (norms[:, None, None] * (torch.diag_embed(pi) - pi[:, :, None] * pi[:, None])).mean(0)
+    assert layer.exact
+    assert layer.info.precision == str(run.half).removeprefix("torch.")
+    assert_close(layer.block_traces[0], expected, rtol=1e-6, atol=1e-9)
