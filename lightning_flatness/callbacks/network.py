@@ -125,13 +125,23 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
 
 @dataclass
 class _Heard:
-    """A recorded call of a module in a step, with its output and the calls of other modules within this call."""
+    """A recorded call of a module in a step, with its output.
+
+    The network may be a module that is called within this call, but only if no other module with weights is. So calls
+    within are kept only as long as they are calls of one module. Otherwise a step would keep its activations in memory.
+    """
 
     module: nn.Module
     call: Call  # with the user's tensors
     copied: Call | None = None
     output: Any = None
     within: list[_Heard] = field(default_factory=list)
+    several: bool = False  # whether several modules are called within
+
+    def add(self, heard: _Heard) -> None:
+        """Add a call within this call."""
+        self.several |= any(other.module is not heard.module for other in self.within)
+        self.within = [] if self.several else [*self.within, heard]
 
 
 class StepWatch:
@@ -153,8 +163,8 @@ class StepWatch:
         self.step_is_compiled = False
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
-        self._open = [self._calls]  # for each call that is running now, the list of calls within it
-        self._others: list[_Heard] = []  # calls of modules other than the one that the user names
+        self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
+        self._others: list[_Heard] = []  # calls of modules that take the output of the one that the user names
         # The steps of a LightningModule that is compiled in place run eagerly, so its children can be watched.
         watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
@@ -182,16 +192,18 @@ class StepWatch:
         if is_step or module in self._around:
             with self._overheard.paused():
                 return forward(*arguments, **keywords)
-        if len(self._open) > DEPTH or (self._named and len(self._open) > 1):
+        if len(self._open) >= DEPTH or (self._named and self._open):
             return forward(*arguments, **keywords)
         heard = _Heard(module, heard_call(arguments, keywords))
         if self._named and module is not self._named.module:
-            self._others.append(heard)
+            self._others += [heard] if any(_takes(heard, call.output) for call in self._calls) else []
             return forward(*arguments, **keywords)
-        if len(self._open) == 1:  # only here, since copies of the inputs of all layers would take much memory
+        if self._open:
+            self._open[-1].add(heard)
+        else:
             heard.copied = heard.call.copied()
-        self._open[-1].append(heard)
-        self._open.append(heard.within)
+            self._calls.append(heard)
+        self._open.append(heard)
         try:
             with self._overheard.paused() if _is_compiled(module) else nullcontext():
                 heard.output = forward(*arguments, **keywords)
@@ -254,7 +266,7 @@ class StepWatch:
             return different[0], len(different), False
         reason = _why_no_logits(counting[0].output)
         within = counting[0].within
-        if reason and len({heard.module for heard in within}) == 1:
+        if reason and within:
             return self._counting(within, batch)
         if reason:
             raise BatchError(f"{self._name(counting[0].module)}: {reason}")

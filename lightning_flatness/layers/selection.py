@@ -89,16 +89,21 @@ def _last(traced: Trace, classifier: str | None) -> str:
     """
     for index, call in reversed(list(enumerate(traced.calls))):
         if call.convolves and call.name != classifier:
-            later = [name for name, calls_before in traced.hidden.items() if calls_before > index]
+            later = [hidden.name for hidden in traced.hidden if hidden.convolves and hidden.calls_before > index]
             if later:
-                raise LayerSelectionError(
-                    f"layers='last': '{later[-1]}' runs after '{call.name}' and cannot be measured. "
-                    f"{traced.passed_over[later[-1]]} Or name a layer with layers=, e.g. '{call.name}'."
-                )
+                raise _runs_later(later[-1], call.name, "last", traced)
             return call.name
     raise LayerSelectionError(
         f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "
         f"there are {_listing(list(dict.fromkeys(call.name for call in traced.calls)))}."
+    )
+
+
+def _runs_later(name: str, layer: str, layers: str, traced: Trace) -> LayerSelectionError:
+    """Return the error that a module that cannot be measured runs after the layer that would be chosen."""
+    return LayerSelectionError(
+        f"layers='{layers}': '{name}' runs after '{layer}' and cannot be measured. {traced.passed_over[name]} "
+        f"Or name a layer with layers=, e.g. '{layer}'."
     )
 
 
@@ -127,6 +132,9 @@ def _wanted(
     if layers == "all":
         return ran
     if layers == "classifier":
+        later = [hidden.name for hidden in traced.hidden if hidden.calls_before == len(traced.calls)]
+        if later:
+            raise _runs_later(later[-1], traced.calls[-1].name, layers, traced)
         if classifier is None:
             raise LayerSelectionError(
                 "layers='classifier': the last thing that runs is not a linear layer. Name the layer with layers=."

@@ -31,13 +31,22 @@ class TracedCall:
 
 
 @dataclass(frozen=True)
+class HiddenCall:
+    """A convolution or linear map with a trained kernel that ran outside a layer."""
+
+    name: str
+    calls_before: int  # number of earlier calls of layers
+    convolves: bool
+
+
+@dataclass(frozen=True)
 class Trace:
     """The layers that ran in a forward pass, in order, and other modules that applied a trained kernel."""
 
     output: Any  # what the forward returned
     calls: tuple[TracedCall, ...]
     passed_over: Mapping[str, str]  # name of another module -> why it cannot be measured
-    hidden: Mapping[str, int]  # other modules that convolve: name -> number of earlier calls of layers
+    hidden: tuple[HiddenCall, ...]
 
 
 @dataclass(eq=False)
@@ -89,15 +98,14 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
             handle.remove()
     ran = {call.name for call in mode.calls}
     passed_over: dict[str, str] = {}
-    hidden: dict[str, int] = {}
+    hidden: list[HiddenCall] = []
     for applied in mode.applied:
         name, reason = _why_hidden(applied, modules)
         if applied.in_layer or not applied.trained or name in ran:
             continue
         passed_over.setdefault(name, reason)
-        if applied.convolves:
-            hidden[name] = applied.calls_before
-    return Trace(output, tuple(mode.calls), passed_over, hidden)
+        hidden.append(HiddenCall(name, applied.calls_before, applied.convolves))
+    return Trace(output, tuple(mode.calls), passed_over, tuple(hidden))
 
 
 def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:

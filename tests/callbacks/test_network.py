@@ -1,6 +1,7 @@
 """Finding the network in a LightningModule."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_flatness as lf
+from lightning_flatness.callbacks.network import Network, StepWatch
 from tests.callbacks.flatness_runs import (
     Recorder,
     assert_reports_equal,
@@ -299,6 +301,21 @@ def test_the_name_decides(tmp_path, name):
     callback, module = flatness_callback(model=name), TwoNetworks()
     fit(tmp_path, callback, module=module)
     assert_reports_equal(callback.report, lf.measure_flatness(getattr(module, name), loaders()[1]), prefix="")
+
+
+@guards("callbacks/network.py", "[] if self.several else [*self.within, heard]", "[*self.within, heard]", ids="None")
+@guards("callbacks/network.py", "if any(_takes(heard, call.output) for call in self._calls) else []", "", ids="net")
+@pytest.mark.parametrize("name", [None, "net"])
+def test_a_step_keeps_no_activations(name):
+    module, outputs, alive = TwoNetworks() if name else Classifier(), [], []
+    watched = module.teacher if name else module.net
+    for layer in (watched.conv1, watched.conv2):
+        layer.register_forward_hook(lambda layer, inputs, output: outputs.append(weakref.ref(output)))
+    watched.fc.register_forward_pre_hook(lambda *_: alive.extend(output() is not None for output in outputs))
+    with torch.no_grad(), StepWatch(module, Network(module.net) if name else None):
+        for network in dict.fromkeys([module.net, watched]):
+            network(torch.zeros(2, 1, 8, 8))
+    assert alive == [False, False]
 
 
 @guards("callbacks.network:StepWatch._warn_of_heads", returns=None)

@@ -168,6 +168,35 @@ def test_what_no_hook_sees_is_named(kind):
             lf.measure_flatness(net, [(X, Y)], layers=name)
 
 
+class Headed(nn.Module):
+    """A network with a hidden linear layer, whose forward applies its head in its own way."""
+
+    def __init__(self, apply):
+        super().__init__()
+        self.conv, self.fc, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.apply_head = apply
+
+    def forward(self, x):
+        return self.apply_head(self, self.fc(self.conv(x).relu().mean((2, 3))).relu())
+
+
+HEADS = {
+    "forward": (lambda net, g: net.head.forward(g), "head"),
+    "function": (lambda net, g: F.linear(g, net.head.weight), "head"),
+    "computed": (lambda net, g: F.linear(g, F.normalize(net.head.weight)), "forward"),
+}
+
+
+@guards("layers/selection.py", "hidden.calls_before == len(traced.calls)", "False", ids="forward")
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_hidden_layer_is_not_the_classifier(kind):
+    apply, name = HEADS[kind]
+    net = Headed(apply).double()
+    with pytest.raises(lf.LayerSelectionError, match=f"'classifier': '{name}' runs after 'fc' and cannot be measured"):
+        lf.measure_flatness(net, [(X, Y)], layers="classifier")
+    assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["conv"]
+
+
 def test_what_runs_before_the_last_convolution_does_not_matter():
     net = nn.Sequential(Scaled(2, 2), *network(nn.Conv2d(4, 5, 3))).double()
     assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["3"]

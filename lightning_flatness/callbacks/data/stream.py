@@ -88,7 +88,8 @@ class ValidationStream:
 
     def order(self, rows: int, batch_idx: int) -> Tensor | None:
         """Return the position of every row of a batch among the measured samples of all ranks, or None if unknown."""
-        positions = self._shards[0].positions(rows, batch_idx) if len(self._shards) == 1 else None
+        is_known = len(self._shards) == 1 and not self._shards[0].has_ready_batches
+        positions = self._shards[0].positions(rows, batch_idx) if is_known else None
         if positions is None or self._order is None:
             return positions if self._num_left is None else None
         return self._order[positions.clamp_max(len(self._order) - 1)]
@@ -109,11 +110,12 @@ class _Shard:
         length: number of different samples, 0 if unknown.
         repeats: whether the sampler repeats samples.
         total: number of samples that Lightning runs, None if unknown.
+        has_ready_batches: whether every item of the data set is a batch. All its rows then have the item's position.
     """
 
     def __init__(self, loader: Any, num_batches: float, rank: int, num_ranks: int) -> None:
         self._loader = loader
-        self._batches = getattr(loader, "batch_sampler", None)  # None: every item of the data set is a batch
+        self.has_ready_batches = getattr(loader, "batch_sampler", None) is None
         self._batch_size = batch_size_of(loader) or 1
         self._in_order = keeps_order(loader)
         sampler = sampler_of(loader)
@@ -130,7 +132,7 @@ class _Shard:
             if self.length and hasattr(sampler, "__len__"):
                 self.length = len(sampler)
         num_run = min(num_batches * self._batch_size * self._step, self.length)
-        self.total = int(num_run) if self.length and self._in_order and self._batches is not None else None
+        self.total = int(num_run) if self.length and self._in_order and not self.has_ready_batches else None
 
     def labels(self) -> Tensor | None:
         """Return the class of every sample that Lightning runs, or None if the labels or their order are unknown."""
@@ -152,7 +154,7 @@ class _Shard:
         """Return the positions ``(rows,)`` of the rows of a batch in this loader's stream, or None if unknown."""
         if not self._in_order:
             return None
-        if self._batches is None:
+        if self.has_ready_batches:
             return torch.full((rows,), batch_idx * self._step + self._first, device="cpu")
         before = batch_idx * self._batch_size
         own_length = -(-self.length // self._step)  # samples of this rank, repeated ones included

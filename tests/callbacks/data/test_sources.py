@@ -7,6 +7,7 @@ import lightning_flatness as lf
 from lightning_flatness.callbacks.data.stratified import choose, labels_of
 from tests.callbacks.flatness_runs import MONITOR, Recorder, Stream, expected, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders
+from tests.guarding import guards
 
 
 def chosen_samples(max_samples, *datasets):
@@ -48,13 +49,16 @@ def test_max_samples_of_a_stream_are_its_first(tmp_path):
 
 
 class Batches(Dataset):
-    """Has batches ready, for a loader with batch_size=None."""
+    """Has batches of 8 ready, for a loader with batch_size=None."""
+
+    def __init__(self, number=4):
+        self.number = number
 
     def __len__(self):
-        return 4
+        return self.number
 
     def __getitem__(self, index):
-        return dataset(32)[8 * index : 8 * index + 8]
+        return dataset(8 * self.number)[8 * index : 8 * index + 8]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_samples": 5}, {"data": "train"}], ids=str)
@@ -66,6 +70,15 @@ def test_loaders_of_ready_batches(tmp_path, options):
     if "max_samples" not in options:
         wanted = expected(recorder.nets[-1], DataLoader(dataset(32), batch_size=8))
         assert recorder.flatness()[-1] == pytest.approx(wanted, rel=1e-6)
+
+
+@guards("callbacks/data/stream.py", " and not self._shards[0].has_ready_batches", "")
+def test_of_ready_batches_the_first_128_samples_give_the_spread(tmp_path):
+    recorder = Recorder()
+    fit(tmp_path, flatness_callback(), recorder, data=(loaders()[0], DataLoader(Batches(20), batch_size=None)))
+    measure = "normalized_relative_flatness"
+    wanted = expected(recorder.nets[-1], DataLoader(dataset(160), batch_size=8), measure)
+    assert recorder.flatness(f"flatness/{measure}")[-1] == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("max_samples", [None, 7])

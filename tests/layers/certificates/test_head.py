@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations
 
 import lightning_flatness as lf
 from lightning_flatness.testing import assert_matches_oracle
+from tests.guarding import guards
 from tests.layers.pooled_net import Apply, PooledNet, X, Y, assert_not_closed_form, measure
 
 
@@ -90,6 +91,20 @@ def test_1x1_convolution_before_the_pooling_is_the_layer():
     assert list(report.layers) == ["head"]
     assert report.layers["head"].info.classifier is None
     assert_matches_oracle(net, (X, Y), "head")
+
+
+@guards("layers/certificates/head.py", "weight.shape[1] != features.shape[1]", "False", ids="groups")
+@pytest.mark.parametrize(
+    "head", [nn.Conv2d(6, 4, 1, groups=2), nn.Conv2d(6, 4, 3, padding=1)], ids=["groups", "padding"]
+)
+def test_convolution_that_is_no_linear_map_of_the_features_is_noticed(head):
+    head = nn.Sequential(nn.Unflatten(1, (6, 1, 1)), head, nn.Flatten())
+    assert_not_closed_form(PooledNet(head=head), "groups or padding")
+    assert_not_closed_form(PooledNet(tail=nn.ReLU(), head=head), "", exact=True)
+
+
+def test_logits_changed_in_place_are_noticed():
+    assert_not_closed_form(PooledNet(after=Apply(lambda f: f.div_(2))), "its output is changed in place")
 
 
 def test_two_linear_layers_are_noticed():
