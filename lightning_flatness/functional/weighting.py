@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -56,6 +57,11 @@ class Weighting:
         grams = [one if one is None else one.to(kernel.dtype) for one in (gram, normalized)]
         return cls(grams[0], deviations, grams[1], kernel if by_channel else None)
 
+    @cached_property
+    def normalized_norm(self) -> Tensor | None:
+        """An upper bound of the spectral norms of :attr:`normalized`; None if there is no such matrix."""
+        return None if self.normalized is None else spectral_bound(self.normalized)
+
     @property
     def inverse(self) -> Tensor:
         """``1 / σ``, ``(C,)``; 0 for a channel that is left out."""
@@ -72,6 +78,14 @@ class Weighting:
         of_groups = self.inverse.to(sums).view(groups, -1)
         of_entries = of_groups.repeat_interleave(length // of_groups.shape[1], dim=1)
         return sums * of_entries.view(groups, *[1] * (sums.ndim - 3), length)
+
+
+def spectral_bound(gram: Tensor) -> Tensor:
+    """Return the largest Schatten norm of order eight of symmetric matrices, which bounds their spectral norms."""
+    scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
+    fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
+    bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # 1.001: float32 rounds
+    return bound
 
 
 class Contraction(NamedTuple):

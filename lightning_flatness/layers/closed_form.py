@@ -98,24 +98,32 @@ def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diago
     if isinstance(form, OutputForm):
         return _output(form, weighting, diagonal)
     layer = form.layer
-    if layer.gram_norm is not None:
-        gram, gram_norm = layer.gram.whole(), layer.gram_norm
+    if layer.gram_norm is not None and weighting.gram is not None:
+        gram_norm, normalized_norm = layer.gram_norm, weighting.normalized_norm
         # The terms that are left out form a positive matrix, whose trace is at most `tolerance` times the full trace.
         # The trace of this matrix times the norm of the Gram matrix bounds the change of relative flatness. Relative
-        # flatness itself is about the full trace times the mean squared norm of the filters.
-        mean = weight_norm(gram).square() / gram[..., 0].numel()
-        tolerance = float(TRUNCATION / 2 * mean / gram_norm)
+        # flatness itself is about the full trace times the mean squared norm of the filters. The same holds for
+        # normalised relative flatness and its matrix.
+        share = _share(weighting.gram, gram_norm)
+        if weighting.normalized is not None and normalized_norm is not None:
+            share = torch.minimum(share, _share(weighting.normalized, normalized_norm))
+        tolerance = float(TRUNCATION / 2 * share)
         part = _gauss_newton(form, weighting, diagonal, tolerance)
         trace = part.samples[:, TRACE].sum()
         whole = _with_curved_part(form, weighting, diagonal, part)
         values = whole.samples.sum(0)
         holds = tolerance * trace * gram_norm <= TRUNCATION * values[RELATIVE].abs()
-        if weighting.normalized is not None:
-            norm = torch.linalg.matrix_norm(weighting.normalized.double()).amax()  # at least the spectral norm
-            holds = holds & (part.left_out * norm <= TRUNCATION * values[NORMALIZED].abs())
+        if normalized_norm is not None:
+            holds = holds & (part.left_out * normalized_norm <= TRUNCATION * values[NORMALIZED].abs())
         if bool(holds):
             return BlockTraces.of(whole)
     return BlockTraces.of(_with_curved_part(form, weighting, diagonal, _gauss_newton(form, weighting, diagonal, 0.0)))
+
+
+def _share(gram: Tensor, norm: Tensor) -> Tensor:
+    """Return the mean squared norm of the filters, from their Gram matrix, divided by the norm of this matrix."""
+    mean = weight_norm(gram).square() / gram[..., 0].numel()
+    return mean / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
 def _output(form: OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
@@ -188,11 +196,3 @@ def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, T
             "targets. Give batches of (inputs, targets)."
         )
     return None
-
-
-def spectral_bound(gram: Tensor) -> Tensor:
-    """Return the largest Schatten norm of order eight of symmetric matrices, which bounds their spectral norms."""
-    scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
-    fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
-    bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # 1.001: float32 rounds
-    return bound

@@ -11,11 +11,11 @@ from dataclasses import replace
 from lightning_flatness.errors import NotExactError
 from lightning_flatness.functional import Curvature, contraction_costs
 from lightning_flatness.functional.curvature import MANY_CLASSES
+from lightning_flatness.functional.weighting import spectral_bound
 from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.certificates.affine import Inexact
 from lightning_flatness.layers.certificates.layer import Kernel, is_own_weight
 from lightning_flatness.layers.certified import CertifiedLayer, CertifiedPass, Context
-from lightning_flatness.layers.closed_form import spectral_bound
 from lightning_flatness.layers.gauss_newton import is_sampled
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.recording import Convolution, LayerCall

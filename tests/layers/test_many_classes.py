@@ -10,14 +10,15 @@ import lightning_flatness as lf
 from lightning_flatness.errors import NotClosedFormError
 from lightning_flatness.functional.closed_form import closed_form_contraction
 from lightning_flatness.layers import closed_form, gauss_newton
+from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS
 from tests.networks import two_convolutions
 
 CLASSES = 300
 
 
-def net(confidence=1.0, activation=nn.ReLU):
-    model = two_convolutions((2, 6, 8), (3, 2), CLASSES, activation)
+def net(confidence=1.0, activation=nn.ReLU, channels=(2, 6, 8)):
+    model = two_convolutions(channels, (3, 2), CLASSES, activation)
     with torch.no_grad():
         model[6].weight.mul_(confidence * 20)
     return model
@@ -66,6 +67,21 @@ def test_classes_are_left_out_and_the_change_is_certified(monkeypatch):
     difference = abs(part.relative_flatness - whole.relative_flatness) / whole.relative_flatness
     assert 0 < difference < 1e-6
     assert_close(part.filter_traces, whole.filter_traces, rtol=1e-12, atol=0)
+
+
+@guards("layers/closed_form.py", "share = torch.minimum(share, _share(weighting.normalized, normalized_norm))", "pass")
+def test_the_normalised_measure_does_not_need_all_classes(monkeypatch):
+    # Of one channel, the variance is so large that the other channels hardly count in the normalised measure.
+    model, batch = net(channels=(2, 32, 128)).double(), batches()
+    with torch.no_grad():
+        model[0].weight[0] *= 30
+    tolerances = counted(monkeypatch)
+    part = lf.measure_flatness(model, batch).layers["2"]
+    assert [tolerance > 0 for tolerance in tolerances] == [True]
+    monkeypatch.setattr(closed_form, "TRUNCATION", 0.0)
+    whole = lf.measure_flatness(model, batch).layers["2"]
+    change = part.normalized_relative_flatness / whole.normalized_relative_flatness - 1
+    assert 0 < abs(change) < 1e-6
 
 
 def test_where_it_cannot_be_certified_all_classes_are_taken(monkeypatch):

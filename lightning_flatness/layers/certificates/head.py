@@ -55,8 +55,8 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
     weight = classifier.weight.detach().flatten(1).to(entries)  # type: ignore[operator]
     if weight.shape[1] != features.shape[1]:
         raise NotClosedFormError(
-            f"its filters have {weight.shape[1]} entries, but its input has {features.shape[1]} features, because it is a "
-            "convolution with groups or padding. The closed form needs one linear map."
+            f"its filters have {weight.shape[1]} entries, but its input has {features.shape[1]} features, because it "
+            "is a convolution with groups or padding. The closed form needs one linear map."
         )
     bias = getattr(classifier, "bias", None)
     bias = bias.detach().to(entries) if isinstance(bias, Tensor) else None
@@ -96,8 +96,8 @@ def _certify_rounded(features: Tensor, weight: Tensor, bias: Tensor | None, outp
 
 
 NOT_LINEAR = (
-    "it does not return weight @ input + bias, e.g. because it is a cosine, normalised or adapted classifier, or because "
-    "its output is changed in place. So the closed form does not hold for it."
+    "it does not return weight @ input + bias, e.g. because it is a cosine, normalised or adapted classifier, or "
+    "because its output is changed in place. So the closed form does not hold for it."
 )
 
 
