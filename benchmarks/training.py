@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import disable_possible_user_warnings
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks import networks
 
@@ -53,13 +53,31 @@ def loader_of(samples: int, batch_size: int = 32, **options: Any) -> DataLoader[
     return DataLoader(TensorDataset(*networks.images(samples)), batch_size=batch_size, **options)
 
 
+class Repeated(Dataset[Any]):
+    """A data set that repeats some images. Whole batches of it are read at once, so that loading takes little time."""
+
+    def __init__(self, images: Tensor, labels: Tensor, length: int) -> None:
+        self.images, self.labels, self.length = images, labels, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index % len(self.images)], self.labels[index % len(self.images)]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        rows = torch.tensor(indices) % len(self.images)
+        return self.images[rows], self.labels[rows]
+
+
 def ready(batch: int, size: int, classes: int, batches: int) -> DataLoader[Any]:
-    """Return a loader of ``batches`` batches in memory, pinned if there is a GPU; only eight of them are different."""
-    x, y = networks.images(batch * min(8, batches), size, classes)
-    if torch.cuda.is_available():
-        x, y = x.pin_memory(), y.pin_memory()
-    pairs = list(zip(x.split(batch), y.split(batch), strict=True))
-    return DataLoader([pairs[i % len(pairs)] for i in range(batches)], batch_size=None)  # type: ignore[arg-type]
+    """Return a loader of ``batches`` batches, pinned if there is a GPU; only eight of them are different."""
+    images = Repeated(*networks.images(batch * min(8, batches), size, classes), length=batch * batches)
+    return DataLoader(images, batch_size=batch, collate_fn=_as_it_is, pin_memory=torch.cuda.is_available())
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def quiet() -> None:
