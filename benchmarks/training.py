@@ -54,7 +54,7 @@ def loader_of(samples: int, batch_size: int = 32, **options: Any) -> DataLoader[
 
 
 class Repeated(Dataset[Any]):
-    """A data set that repeats some images. Whole batches of it are read at once, so that loading takes little time."""
+    """A data set that repeats some images. Batches are read at once, as views, so that loading takes little time."""
 
     def __init__(self, images: Tensor, labels: Tensor, length: int) -> None:
         self.images, self.labels, self.length = images, labels, length
@@ -66,14 +66,19 @@ class Repeated(Dataset[Any]):
         return self.images[index % len(self.images)], self.labels[index % len(self.images)]
 
     def __getitems__(self, indices: list[int]) -> Any:
-        rows = torch.tensor(indices) % len(self.images)
+        start = indices[0] % len(self.images)
+        rows: Any = slice(start, start + len(indices))
+        if rows.stop > len(self.images) or indices != list(range(indices[0], indices[0] + len(indices))):
+            rows = torch.tensor(indices) % len(self.images)
         return self.images[rows], self.labels[rows]
 
 
 def ready(batch: int, size: int, classes: int, batches: int) -> DataLoader[Any]:
     """Return a loader of ``batches`` batches, pinned if there is a GPU; only eight of them are different."""
-    images = Repeated(*networks.images(batch * min(8, batches), size, classes), length=batch * batches)
-    return DataLoader(images, batch_size=batch, collate_fn=_as_it_is, pin_memory=torch.cuda.is_available())
+    x, y = networks.images(batch * min(8, batches), size, classes)
+    if torch.cuda.is_available():
+        x, y = x.pin_memory(), y.pin_memory()
+    return DataLoader(Repeated(x, y, batch * batches), batch_size=batch, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,8 +127,8 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
 class _Heard:
     """A recorded call of a module in a step, with its output.
 
-    The network may be a module that is called within this call, but only if no other module with weights is. So calls
-    within are kept only as long as they are calls of one module. Otherwise a step would keep its activations in memory.
+    If the call returns no logits, the network is sought among the calls within it, but only if these are all of one
+    module. Calls of several modules are dropped, because they would keep the activations of the step in memory.
     """
 
     module: nn.Module
@@ -164,7 +164,7 @@ class StepWatch:
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
         self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
-        self._others: list[_Heard] = []  # calls of modules that take the output of the one that the user names
+        self._others: list[_Heard] = []  # calls of other modules on an output of the one that the user names
         # The steps of a LightningModule that is compiled in place run eagerly, so its children can be watched.
         watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
@@ -196,7 +196,8 @@ class StepWatch:
             return forward(*arguments, **keywords)
         heard = _Heard(module, heard_call(arguments, keywords))
         if self._named and module is not self._named.module:
-            self._others += [heard] if any(_takes(heard, call.output) for call in self._calls) else []
+            with suppress(Exception):  # the user's step must go on, whatever the arguments are
+                self._others += [heard] if any(_takes(heard, call.output) for call in self._calls) else []
             return forward(*arguments, **keywords)
         if self._open:
             self._open[-1].add(heard)

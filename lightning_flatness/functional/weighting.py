@@ -60,7 +60,7 @@ class Weighting:
     @cached_property
     def normalized_norm(self) -> Tensor | None:
         """An upper bound of the spectral norms of :attr:`normalized`; None if there is no such matrix."""
-        return None if self.normalized is None else spectral_bound(self.normalized)
+        return None if self.normalized is None else spectral_bound(self.normalized.double())
 
     @property
     def inverse(self) -> Tensor:

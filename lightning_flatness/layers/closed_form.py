@@ -20,7 +20,7 @@ from lightning_flatness.layers.certified import Certified, CertifiedLayer, Certi
 from lightning_flatness.layers.estimates import BlockTraces
 from lightning_flatness.layers.recording import Convolution
 
-# Leaving out classes may change relative flatness by at most this share.
+# Leaving out classes may change relative flatness and the normalised one by at most this share.
 TRUNCATION = 1e-6
 
 
@@ -121,7 +121,7 @@ def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diago
 
 
 def _share(gram: Tensor, norm: Tensor) -> Tensor:
-    """Return the mean squared norm of the filters, from their Gram matrix, divided by the norm of this matrix."""
+    """Return the mean squared norm of the filters divided by ``norm``, a bound of their Gram matrix's spectral norm."""
     mean = weight_norm(gram).square() / gram[..., 0].numel()
     return mean / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 

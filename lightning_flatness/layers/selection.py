@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import LayerSelectionError
-from lightning_flatness.layers.tracing import LAYERS, UNNAMED, Trace, TracedCall, trace
+from lightning_flatness.layers.tracing import LAYERS, UNNAMED, HiddenCall, Trace, TracedCall, trace
 from lightning_flatness.model.logits import logits_of
 from lightning_flatness.model.names import fits, plain_name
 
@@ -89,9 +90,9 @@ def _last(traced: Trace, classifier: str | None) -> str:
     """
     for index, call in reversed(list(enumerate(traced.calls))):
         if call.convolves and call.name != classifier:
-            later = [hidden.name for hidden in traced.hidden if hidden.convolves and hidden.calls_before > index]
+            later = [hidden for hidden in traced.hidden if hidden.convolves and hidden.calls_before > index]
             if later:
-                raise _runs_later(later[-1], call.name, "last", traced)
+                raise _runs_later(later[-1], call.name, "last")
             return call.name
     raise LayerSelectionError(
         f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "
@@ -99,10 +100,16 @@ def _last(traced: Trace, classifier: str | None) -> str:
     )
 
 
-def _runs_later(name: str, layer: str, layers: str, traced: Trace) -> LayerSelectionError:
+def _returns_logits(traced: Trace) -> bool:
+    """Return whether the last layer that runs returns the logits."""
+    logits, last = logits_of(traced.output), traced.last
+    return last is not None and last.numel() == logits.numel() and torch.equal(last.reshape(logits.shape), logits)
+
+
+def _runs_later(hidden: HiddenCall, layer: str, layers: str) -> LayerSelectionError:
     """Return the error that a module that cannot be measured runs after the layer that would be chosen."""
     return LayerSelectionError(
-        f"layers='{layers}': '{name}' runs after '{layer}' and cannot be measured. {traced.passed_over[name]} "
+        f"layers='{layers}': '{hidden.name}' runs after '{layer}' and cannot be measured. {hidden.reason} "
         f"Or name a layer with layers=, e.g. '{layer}'."
     )
 
@@ -132,9 +139,9 @@ def _wanted(
     if layers == "all":
         return ran
     if layers == "classifier":
-        later = [hidden.name for hidden in traced.hidden if hidden.calls_before == len(traced.calls)]
-        if later:
-            raise _runs_later(later[-1], traced.calls[-1].name, layers, traced)
+        later = [hidden for hidden in traced.hidden if hidden.calls_before == len(traced.calls)]
+        if later and not _returns_logits(traced):
+            raise _runs_later(later[-1], traced.calls[-1].name, layers)
         if classifier is None:
             raise LayerSelectionError(
                 "layers='classifier': the last thing that runs is not a linear layer. Name the layer with layers=."

@@ -35,6 +35,7 @@ class HiddenCall:
     """A convolution or linear map with a trained kernel that ran outside a layer."""
 
     name: str
+    reason: str  # why it cannot be measured
     calls_before: int  # number of earlier calls of layers
     convolves: bool
 
@@ -47,6 +48,7 @@ class Trace:
     calls: tuple[TracedCall, ...]
     passed_over: Mapping[str, str]  # name of another module -> why it cannot be measured
     hidden: tuple[HiddenCall, ...]
+    last: Tensor | None  # the output of the last call; None if there was no call
 
 
 @dataclass(eq=False)
@@ -104,8 +106,8 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
         if applied.in_layer or not applied.trained or name in ran:
             continue
         passed_over.setdefault(name, reason)
-        hidden.append(HiddenCall(name, applied.calls_before, applied.convolves))
-    return Trace(output, tuple(mode.calls), passed_over, tuple(hidden))
+        hidden.append(HiddenCall(name, reason, applied.calls_before, applied.convolves))
+    return Trace(output, tuple(mode.calls), passed_over, tuple(hidden), mode.last)
 
 
 def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
@@ -131,6 +133,7 @@ class _Tracing(TorchFunctionMode):
         super().__init__()
         self.calls: list[TracedCall] = []
         self.applied: list[_Applied] = []
+        self.last: Tensor | None = None  # what the latest of these calls returned
         self._modules = modules
         self._frames: list[_Frame] = []
         self._owners: dict[int, tuple[str, str]] = {}
@@ -164,6 +167,7 @@ class _Tracing(TorchFunctionMode):
             self.calls.append(TracedCall(name, *shapes, applied.convolves, applied.is_linear, has_weight))
         else:
             return
+        self.last = returned if isinstance(returned, Tensor) else None
         for applied in frame.applied:
             applied.in_layer = True
 

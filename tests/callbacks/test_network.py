@@ -219,6 +219,26 @@ class CallsNothing(Steps):
         return torch.ones(len(x), 3)
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Net(), Net()
+
+    def forward(self, x):
+        return [self.one(x), self.other(x)]
+
+
+class TwoOutputs(Steps):
+    """The network returns a list. Two of its parts return logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Two()
+
+    def logits(self, x):
+        return sum(self.net(x))
+
+
 class Crops(Steps):
     def logits(self, x):
         return self(x[..., 1:]) + self(x[..., :-1])
@@ -249,6 +269,7 @@ REFUSED = {
     HeadInTheStep: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
     TwoHeadsInTheStep: r"gives the output of 'net' to 'head' and 'heads.0', which have weights of their own.*model=",
     LossWithWeights: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
+    TwoOutputs: r"'net': The model returns a list",
     Crops: r"calls 'Crops' on 2 different inputs, none of which is the batch's own.*batch_fn=",
 }
 
@@ -301,6 +322,17 @@ def test_the_name_decides(tmp_path, name):
     callback, module = flatness_callback(model=name), TwoNetworks()
     fit(tmp_path, callback, module=module)
     assert_reports_equal(callback.report, lf.measure_flatness(getattr(module, name), loaders()[1]), prefix="")
+
+
+def test_arguments_of_other_modules_do_not_stop_the_step():
+    class Counts(nn.Linear):
+        def forward(self, x, steps):
+            return sum(super(Counts, self).forward(x) for _ in steps)
+
+    module = HeadInTheStep()
+    module.head = Counts(3, 3)
+    with StepWatch(module, Network(module.net)):
+        assert module.head(module.net(torch.zeros(2, 1, 8, 8)), range(3)).shape == (2, 3)
 
 
 @guards("callbacks/network.py", "[] if self.several else [*self.within, heard]", "[*self.within, heard]", ids="None")

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import lightning_flatness as lf
 from lightning_flatness.errors import NotClosedFormError
 from lightning_flatness.functional.closed_form import closed_form_contraction
+from lightning_flatness.functional.weighting import spectral_bound
 from lightning_flatness.layers import closed_form, gauss_newton
 from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS
@@ -82,6 +83,28 @@ def test_the_normalised_measure_does_not_need_all_classes(monkeypatch):
     whole = lf.measure_flatness(model, batch).layers["2"]
     change = part.normalized_relative_flatness / whole.normalized_relative_flatness - 1
     assert 0 < abs(change) < 1e-6
+
+
+@guards(
+    "layers/closed_form.py",
+    "holds = holds & (part.left_out * normalized_norm <= TRUNCATION",
+    "holds = holds & (0 * TRUNCATION <=",
+)
+def test_the_normalised_measure_is_certified_by_itself(monkeypatch):
+    model, batch = net(confidence=10.0).double(), batches()
+    tolerances = counted(monkeypatch)
+    monkeypatch.setattr(closed_form, "_share", lambda gram, norm: torch.tensor(1.0).double())
+    monkeypatch.setattr("lightning_flatness.layers.methods.spectral_bound", lambda gram: torch.tensor(0.0))
+    lf.measure_flatness(model, batch)
+    assert tolerances == [closed_form.TRUNCATION / 2, 0.0]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 30])
+def test_the_bound_of_the_spectral_norm_is_one(rank):
+    torch.manual_seed(0)
+    factors = torch.randn(2, 40, rank, dtype=torch.float64)
+    gram, largest = factors @ factors.mT, torch.linalg.matrix_norm(factors, 2).square().amax()
+    assert largest <= spectral_bound(gram) <= 1.6 * largest
 
 
 def test_where_it_cannot_be_certified_all_classes_are_taken(monkeypatch):

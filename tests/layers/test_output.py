@@ -1,5 +1,7 @@
 """A layer whose output is the logits is exact for any number of classes, and takes no backward pass."""
 
+from math import prod
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +70,19 @@ def test_every_measure_is_that_of_all_columns(monkeypatch):
 def test_no_backward_pass_is_made_for_columns(monkeypatch):
     monkeypatch.setattr(gauss_newton, "pull_back", None)
     assert measure(net()).exact
+
+
+@guards("layers/certificates/path.py", "geometry.groups == 1 and not any(geometry.padding)", "True")
+@pytest.mark.parametrize(
+    ("shape", "classifier"),
+    [((8, 1, 1), nn.Conv2d(8, 4, 2, 2, 1, groups=4)), ((2, 3, 3), nn.Conv2d(2, 4, 3, 3, 1))],
+    ids=["groups", "padding"],
+)
+def test_convolutions_of_the_size_of_a_linear_map_are_not_taken_for_one(shape, classifier):
+    torch.manual_seed(0)
+    features = prod(shape)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(50, features), nn.Unflatten(1, shape), classifier, nn.Flatten())
+    assert_matches_oracle(net.double(), batch(classes=4), "3")
 
 
 def test_beside_layers_that_are_sampled():

@@ -197,6 +197,16 @@ def test_a_hidden_layer_is_not_the_classifier(kind):
     assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["conv"]
 
 
+@guards("layers/selection.py", "if later and not _returns_logits(traced):", "if later:")
+def test_what_runs_after_the_classifier_for_something_else():
+    class Projects(Headed):
+        def forward(self, x):
+            g = self.conv(x).relu().mean((2, 3))
+            return {"logits": self.fc(g), "projected": F.linear(g, self.head.weight[:, :4])}
+
+    assert list(lf.measure_flatness(Projects(None).double(), [(X, Y)], layers="classifier").layers) == ["fc"]
+
+
 def test_what_runs_before_the_last_convolution_does_not_matter():
     net = nn.Sequential(Scaled(2, 2), *network(nn.Conv2d(4, 5, 3))).double()
     assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["3"]

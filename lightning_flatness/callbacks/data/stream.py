@@ -88,8 +88,7 @@ class ValidationStream:
 
     def order(self, rows: int, batch_idx: int) -> Tensor | None:
         """Return the position of every row of a batch among the measured samples of all ranks, or None if unknown."""
-        is_known = len(self._shards) == 1 and not self._shards[0].has_ready_batches
-        positions = self._shards[0].positions(rows, batch_idx) if is_known else None
+        positions = self._shards[0].positions_of_samples(rows, batch_idx) if len(self._shards) == 1 else None
         if positions is None or self._order is None:
             return positions if self._num_left is None else None
         return self._order[positions.clamp_max(len(self._order) - 1)]
@@ -110,12 +109,13 @@ class _Shard:
         length: number of different samples, 0 if unknown.
         repeats: whether the sampler repeats samples.
         total: number of samples that Lightning runs, None if unknown.
-        has_ready_batches: whether every item of the data set is a batch. All its rows then have the item's position.
+        has_ready_batches: whether every item of the data set is a batch, as with ``batch_size=None``.
     """
 
     def __init__(self, loader: Any, num_batches: float, rank: int, num_ranks: int) -> None:
         self._loader = loader
         self.has_ready_batches = getattr(loader, "batch_sampler", None) is None
+        self._ready_rows = 0  # number of rows in the first of the ready batches
         self._batch_size = batch_size_of(loader) or 1
         self._in_order = keeps_order(loader)
         sampler = sampler_of(loader)
@@ -151,7 +151,10 @@ class _Shard:
         return share
 
     def positions(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Return the positions ``(rows,)`` of the rows of a batch in this loader's stream, or None if unknown."""
+        """Return the positions ``(rows,)`` of the rows of a batch in this loader's stream, or None if unknown.
+
+        In a ready batch, every row has the position of the batch.
+        """
         if not self._in_order:
             return None
         if self.has_ready_batches:
@@ -161,3 +164,11 @@ class _Shard:
         if rows != min(self._batch_size, own_length - before):
             return None
         return (before + torch.arange(rows, device="cpu")) * self._step + self._first
+
+    def positions_of_samples(self, rows: int, batch_idx: int) -> Tensor | None:
+        """Return the same as :meth:`positions`; if batches are ready, assume that all are as large as the first."""
+        positions = self.positions(rows, batch_idx)
+        if positions is None or not self.has_ready_batches:
+            return positions
+        self._ready_rows = self._ready_rows or rows
+        return positions * self._ready_rows + torch.arange(rows, device="cpu")

@@ -56,7 +56,7 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
     if weight.shape[1] != features.shape[1]:
         raise NotClosedFormError(
             f"its filters have {weight.shape[1]} entries, but its input has {features.shape[1]} features, because it "
-            "is a convolution with groups or padding. The closed form needs one linear map."
+            "is a convolution with groups or padding. The closed form needs a weight from every feature to every logit."
         )
     bias = getattr(classifier, "bias", None)
     bias = bias.detach().to(entries) if isinstance(bias, Tensor) else None

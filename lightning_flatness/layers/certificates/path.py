@@ -63,7 +63,9 @@ def is_output(calls: Sequence[LayerCall], logits: Tensor, shift_invariant: bool)
     vector for every sample.
     """
     node, convolution = calls[0].node, calls[0].convolution
-    is_linear = convolution.weight.flatten(1).shape == (logits.shape[1], convolution.inputs.flatten(1).shape[1])
+    geometry, weight = convolution.geometry, convolution.weight.flatten(1)
+    is_plain = geometry.groups == 1 and not any(geometry.padding)
+    is_linear = is_plain and weight.shape == (logits.shape[1], convolution.inputs.flatten(1).shape[1])
     if len(calls) > 1 or not is_linear or node.flatten(1).shape != logits.shape:
         return False
     u = random_like(logits)

@@ -72,7 +72,7 @@ def test_loaders_of_ready_batches(tmp_path, options):
         assert recorder.flatness()[-1] == pytest.approx(wanted, rel=1e-6)
 
 
-@guards("callbacks/data/stream.py", " and not self._shards[0].has_ready_batches", "")
+@guards("callbacks/data/stream.py", 'positions * self._ready_rows + torch.arange(rows, device="cpu")', "positions")
 def test_of_ready_batches_the_first_128_samples_give_the_spread(tmp_path):
     recorder = Recorder()
     fit(tmp_path, flatness_callback(), recorder, data=(loaders()[0], DataLoader(Batches(20), batch_size=None)))

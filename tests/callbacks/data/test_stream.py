@@ -116,6 +116,20 @@ def test_ready_batches_are_left_out_whole():
     assert sorted(found) == list(range(12))
 
 
+@guards("callbacks/data/stream.py", "positions * self._ready_rows", "positions")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_samples_of_ready_batches_have_the_same_positions_on_any_number_of_ranks(ranks):
+    found = {}
+    for rank in range(ranks):
+        sampler = DistributedSampler(ReadyBatches(), ranks, rank, shuffle=False) if ranks > 1 else None
+        loader = DataLoader(ReadyBatches(), batch_size=None, sampler=sampler)
+        stream = ValidationStream([loader], [len(list(loader))], rank=rank, num_ranks=ranks)
+        for index, (x, _) in enumerate(loader):
+            mask = stream.mask(len(x), index)
+            found |= dict(zip(x[mask].tolist(), stream.order(len(x), index)[mask].tolist(), strict=True))
+    assert found == {sample: sample for sample in range(12)}
+
+
 class Reversed(BatchSampler):
     def __iter__(self):
         return reversed(list(super().__iter__()))
