@@ -202,7 +202,7 @@ def test_what_runs_after_the_classifier_for_something_else():
     class Projects(Headed):
         def forward(self, x):
             g = self.conv(x).relu().mean((2, 3))
-            return {"logits": self.fc(g), "projected": F.linear(g, self.head.weight[:, :4])}
+            return {"logits": self.fc(g), "projected": F.linear(g, self.conv.bias[None])}
 
     assert list(lf.measure_flatness(Projects(None).double(), [(X, Y)], layers="classifier").layers) == ["fc"]
 
