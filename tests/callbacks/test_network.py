@@ -1,7 +1,6 @@
 """Finding the network in a LightningModule."""
 
 import re
-import weakref
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks.network import Network, StepWatch
 from tests.callbacks.flatness_runs import (
     Recorder,
     assert_reports_equal,
@@ -219,26 +217,6 @@ class CallsNothing(Steps):
         return torch.ones(len(x), 3)
 
 
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.other = Net(), Net()
-
-    def forward(self, x):
-        return [self.one(x), self.other(x)]
-
-
-class TwoOutputs(Steps):
-    """The network returns a list. Two of its parts return logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = Two()
-
-    def logits(self, x):
-        return sum(self.net(x))
-
-
 class Crops(Steps):
     def logits(self, x):
         return self(x[..., 1:]) + self(x[..., :-1])
@@ -269,7 +247,6 @@ REFUSED = {
     HeadInTheStep: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
     TwoHeadsInTheStep: r"gives the output of 'net' to 'head' and 'heads.0', which have weights of their own.*model=",
     LossWithWeights: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
-    TwoOutputs: r"'net': The model returns a list",
     Crops: r"calls 'Crops' on 2 different inputs, none of which is the batch's own.*batch_fn=",
 }
 
@@ -322,32 +299,6 @@ def test_the_name_decides(tmp_path, name):
     callback, module = flatness_callback(model=name), TwoNetworks()
     fit(tmp_path, callback, module=module)
     assert_reports_equal(callback.report, lf.measure_flatness(getattr(module, name), loaders()[1]), prefix="")
-
-
-def test_arguments_of_other_modules_do_not_stop_the_step():
-    class Counts(nn.Linear):
-        def forward(self, x, steps):
-            return sum(super(Counts, self).forward(x) for _ in steps)
-
-    module = HeadInTheStep()
-    module.head = Counts(3, 3)
-    with StepWatch(module, Network(module.net)):
-        assert module.head(module.net(torch.zeros(2, 1, 8, 8)), range(3)).shape == (2, 3)
-
-
-@guards("callbacks/network.py", "[] if self.several else [*self.within, heard]", "[*self.within, heard]", ids="None")
-@guards("callbacks/network.py", "if any(_takes(heard, call.output) for call in self._calls) else []", "", ids="net")
-@pytest.mark.parametrize("name", [None, "net"])
-def test_a_step_keeps_no_activations(name):
-    module, outputs, alive = TwoNetworks() if name else Classifier(), [], []
-    watched = module.teacher if name else module.net
-    for layer in (watched.conv1, watched.conv2):
-        layer.register_forward_hook(lambda layer, inputs, output: outputs.append(weakref.ref(output)))
-    watched.fc.register_forward_pre_hook(lambda *_: alive.extend(output() is not None for output in outputs))
-    with torch.no_grad(), StepWatch(module, Network(module.net) if name else None):
-        for network in dict.fromkeys([module.net, watched]):
-            network(torch.zeros(2, 1, 8, 8))
-    assert alive == [False, False]
 
 
 @guards("callbacks.network:StepWatch._warn_of_heads", returns=None)
