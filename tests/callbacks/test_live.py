@@ -48,7 +48,6 @@ class Clones(Module):
         return self.net(x).clone()
 
 
-@guards("layers/live.py", "if Listener._observing:", "if False:")
 @pytest.mark.parametrize("module", [Module, Clones])
 def test_two_callbacks_one_within_the_other(tmp_path, told, module):
     expected = validated(tmp_path, make("Plain", module))

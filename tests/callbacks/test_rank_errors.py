@@ -48,12 +48,19 @@ def test_training_goes_on_with_a_warning(tmp_path, data):
     assert "\n" not in message
 
 
+class CallsNothing(WithoutForward):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
 @guards("callbacks.rank_errors:RankErrors.start_run", returns=None)
-def test_a_new_fit_tells_a_failure_anew(tmp_path):
-    callback = lf.FlatnessCallback(on_error="warn", summary=False)
+@pytest.mark.parametrize("make", [lambda: FailingWhenMeasured({0, 1, 2, 3}), CallsNothing])
+def test_a_new_fit_tells_a_failure_anew(tmp_path, make):
+    """The second network fails at the start of training already, so nothing succeeds between the two warnings."""
+    callback = lf.FlatnessCallback(data="train", on_error="warn", summary=False)
     for _ in range(2):
         with pytest.warns(UserWarning, match="FlatnessCallback") as caught:
-            fit(tmp_path, FailingWhenMeasured({0, 1, 2, 3}), callback)
+            fit(tmp_path, make(), callback)
         assert len(warned(caught)) == 1
 
 
@@ -73,11 +80,6 @@ def test_nothing_is_logged_for_a_measurement_that_failed(tmp_path):
         warnings.simplefilter("ignore")
         fit(tmp_path, Logged({0, 1}), lf.FlatnessCallback(on_error="warn"))
     assert seen == [False, False, True, True]
-
-
-class CallsNothing(WithoutForward):
-    def validation_step(self, batch, batch_idx):
-        pass
 
 
 @pytest.mark.parametrize("data", ["val", "train"])

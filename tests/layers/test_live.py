@@ -125,3 +125,24 @@ def test_modes_are_put_back_where_a_layer_has_a_mode_of_its_own():
             assert_close(model(x), expected, rtol=0, atol=0)
         assert heard.reason == ""
         assert global_modes() == modes
+
+
+class CallsAnother(networks.Plain):
+    """Calls a network that is not one of its modules."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.others = (other,)
+
+    def forward(self, x):
+        return super().forward(x) + self.others[0](x)
+
+
+@guards("layers/live.py", "if Listener._observing:", "if False:")
+def test_a_network_called_within_another_is_not_observed_too():
+    inner, x = networks.Plain(), batch()[0]
+    outer = CallsAnother(inner)
+    with torch.inference_mode(), listener(outer, x) as around, listener(inner, x) as within:
+        outer(x)
+    assert around.reason == ""
+    assert within.reason == "another callback observes the same forward pass"
