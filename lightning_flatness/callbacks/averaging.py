@@ -16,14 +16,20 @@ ENTRIES = 1000
 
 
 def leaves_averages(callback: Any) -> bool:
-    """Return whether a callback of Lightning puts averaged weights into the network at the end of the fit."""
+    """Return whether a callback of Lightning puts averaged weights into the network at the end of the fit.
+
+    ``StochasticWeightAveraging`` does this only if it has begun to average.
+    """
     names = {base.__name__ for base in type(callback).__mro__}
     has_begun = getattr(callback, "n_averaged", None) is not None
     return "WeightAveraging" in names or ("StochasticWeightAveraging" in names and has_begun)
 
 
 def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
-    """Warn if ``WeightAveraging`` has never updated its averages. Its averages are then still the initial weights."""
+    """Warn if ``WeightAveraging`` has not updated its averages yet, so that they are still the initial weights.
+
+    ``name`` is the name of the callback that measures these averages.
+    """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         # Lightning has no public name for the averages.
@@ -37,14 +43,17 @@ def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
 
 
 def weights_sample(network: nn.Module) -> Mapping[str, Tensor]:
-    """Return copies of some entries of each parameter and buffer, for :func:`have_changed`."""
+    """Return copies of some entries of every floating-point parameter and buffer, for :func:`have_changed`."""
     named = [*network.named_parameters(), *network.named_buffers()]
     entries = {name: tensor.detach().flatten() for name, tensor in named if tensor.is_floating_point()}
     return {name: flat[:: max(1, len(flat) // ENTRIES)].cpu().double() for name, flat in entries.items()}
 
 
 def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:
-    """Return whether a network's weights have changed since :func:`weights_sample` made ``sample``."""
+    """Return whether a network's weights have changed since :func:`weights_sample` made ``sample``.
+
+    Only the entries in the sample are compared.
+    """
     now = weights_sample(network)
     return sample.keys() != now.keys() or any(
         value.shape != now[name].shape or not torch.allclose(value, now[name], rtol=0, atol=0, equal_nan=True)
@@ -55,8 +64,9 @@ def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:
 def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> bool:
     """Make Lightning call ``callback.on_train_end`` a second time, after all other callbacks that override this hook.
 
-    Return True if there will be a second call. Return False in the second call, or if no other callback comes after
-    this one. Checkpoints, and callbacks of the class ``own``, do not count as other callbacks.
+    Call this function in ``callback.on_train_end``. It returns True if a second call will follow. It returns False in
+    the second call, or if no other callback comes after this one. Checkpoints, and callbacks of the class ``own``, do
+    not count as other callbacks.
     """
     # Lightning iterates over this list while it calls the hook, so an entry that is inserted now is called, too.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -73,7 +83,7 @@ def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> 
 
 
 def is_called_again(trainer: Trainer, callback: Callback) -> bool:
-    """Return whether this callback is in the Trainer's list twice, which means that a second call will follow."""
+    """Return whether a callback is in the Trainer's list twice, so that Lightning calls its ``on_train_end`` twice."""
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return sum(other is callback for other in callbacks) > 1
 

@@ -1,6 +1,7 @@
-"""The base class of the callbacks that measure.
+"""The base class of the callbacks that measure a network.
 
-The class handles common arguments, the history, the state in checkpoints, errors on all ranks, and figures.
+The class handles common arguments, the history, the state in checkpoints, figures, and errors that all ranks raise
+together.
 """
 
 from __future__ import annotations
@@ -89,10 +90,10 @@ class MeasuringCallback(Callback):
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
         self._is_restored = False
-        self._network: Network | None = None  # the network that a validation step of this run has called
+        self._network: Network | None = None  # the network to measure; known after this run's first validation step
         self._asked: Asked | None = None  # inputs and targets of the batch that is being validated
         self._watch: StepWatch | None = None  # records the calls in the validation step of that batch
-        self._whole: WholeWeights | None = None  # gathered weights during a measurement, empty without FSDP2
+        self._whole: WholeWeights | None = None  # during a measurement: the weights that FSDP2 has sharded, gathered
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:
@@ -116,7 +117,7 @@ class MeasuringCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as plain numbers, strings and lists."""
-        self._is_checked = True  # Lightning writes the state key to a checkpoint next
+        self._is_checked = True  # Lightning writes the state key to a checkpoint next, as a plain string
         return {"history": [dict(record) for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -126,7 +127,7 @@ class MeasuringCallback(Callback):
             self._is_restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the prefix, and store the stage for :meth:`load_state_dict`, which Lightning calls in every stage."""
+        """Raise an error if another callback has the same prefix. Store the stage for :meth:`load_state_dict`."""
         check_prefix(trainer, self)
         self._is_checked = True
         self._stage = stage
@@ -153,7 +154,7 @@ class MeasuringCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Watch the first validation step of a run, to see which network the step calls, and with which inputs."""
+        """Record the calls in the first validation step of a run, to find the network and its inputs."""
         if self._network is None and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._start_watching(pl_module, batch)
@@ -167,7 +168,7 @@ class MeasuringCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Find the network in the validation step that was watched."""
+        """Find the network among the recorded calls of the validation step."""
         if self._asked is not None and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._find_network(pl_module)
@@ -190,7 +191,9 @@ class MeasuringCallback(Callback):
         self._watch = self._asked = None
 
     def _find_network(self, pl_module: LightningModule) -> Call | None:
-        """Find the network in the watched validation step. Return the call of the network in this step, or None.
+        """Find the network among the recorded calls of the validation step. Return its call in this step.
+
+        Return None if no recorded call can be measured.
 
         With ``data="val"`` and no inputs from ``batch_fn=``, the inputs of that call are measured. Otherwise the inputs
         come from the batch or from ``batch_fn=``, and may differ from those that the step gives to the network. If they
@@ -273,10 +276,10 @@ class MeasuringCallback(Callback):
 
     @contextmanager
     def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Run the ``with`` block as a part of measuring.
+        """Run a ``with`` block that is a part of a measurement.
 
-        Errors are stored until all ranks handle them together, calls of ``log`` in the network have no effect, and the
-        stopwatch runs.
+        In this block, calls of ``log`` in the network have no effect, and the stopwatch runs. Errors are stored until
+        all ranks handle them together, as ``RankErrors.kept`` describes.
         """
         clock = self._stopwatch.running(pl_module.device)
         with self._errors.kept(trainer.world_size), logging_muted(pl_module), clock:
@@ -297,7 +300,7 @@ class MeasuringCallback(Callback):
 
     @property
     def _is_drawn(self) -> bool:
-        """Whether the latest measurement is drawn. True if there is no measurement."""
+        """Whether figures of the latest measurement have been drawn. True if there is no measurement."""
         return len(self.history) <= self._num_drawn
 
     def _draw(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], suffix: str = "") -> None:

@@ -23,18 +23,19 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that is the flattest near the best score, or may become the flattest when the best score rises."""
+    """A checkpoint, with the score and the flatness by which :func:`survivors` decides whether to keep it."""
 
     path: str
     score: float  # the accuracy, or a loss times -1, so that the largest score is the best
-    flatness: float
+    flatness: float  # a small value means a flat network
 
 
 def survivors(candidates: Sequence[Candidate], within: float, max_files: int) -> list[Candidate]:
     """Return the candidates that are worth keeping, from the best score to the worst. The last one is the flattest.
 
     A candidate is worth keeping if its score is at most ``within`` worse than the best score, and no other candidate is
-    at least as good in both score and flatness.
+    at least as good in both score and flatness. Such a candidate is the flattest of those near the best score, or may
+    become the flattest when the best score rises.
 
     If there are more than ``max_files``, remove one candidate after another, but never the first or the last. Each
     time, remove the candidate whose flatness is nearest to that of the candidate before it.
@@ -61,11 +62,11 @@ def survivors(candidates: Sequence[Candidate], within: float, max_files: int) ->
 class FlatCheckpoint(ModelCheckpoint):
     """A ``ModelCheckpoint`` that keeps the flattest network among those whose accuracy is nearly the best.
 
-    Flatness goes on falling for many epochs after the accuracy has levelled off. A ``ModelCheckpoint`` that
-    monitors the accuracy keeps the first epoch with the best accuracy. A ``ModelCheckpoint`` that monitors flatness
-    keeps a network that has not learnt anything.
+    A small value of a flatness measure means a flat network. This value goes on falling for many epochs after the
+    accuracy has levelled off. A ``ModelCheckpoint`` that monitors the accuracy keeps the first epoch with the best
+    accuracy. A ``ModelCheckpoint`` that monitors flatness keeps a network that has not learnt anything.
 
-    ``best_model_path`` is the checkpoint with the smallest flatness number among all validations whose accuracy is at
+    ``best_model_path`` is the checkpoint with the smallest flatness value among all validations whose accuracy is at
     most ``within`` worse than the best accuracy so far. When the best accuracy rises, the accuracy of this checkpoint
     may be too low, and another checkpoint takes its place. So all checkpoints near the best accuracy stay on disk,
     except those that another checkpoint equals or beats in both accuracy and flatness.
@@ -81,8 +82,7 @@ class FlatCheckpoint(ModelCheckpoint):
     Args:
         monitor: key of the accuracy, or of another metric such as a loss.
         within: largest accepted difference from the best accuracy; with 0, only the best accuracy is accepted.
-        flatness: key of the flatness number, which should be small. :class:`~lightning_flatness.FlatnessCallback` logs
-            such numbers.
+        flatness: key of the flatness measure, e.g. one that :class:`~lightning_flatness.FlatnessCallback` logs.
         mode: ``"max"`` if a large accuracy is good, ``"min"`` for a loss.
         max_files: largest number of checkpoints on disk; at least two.
         dirpath: folder of the checkpoints. For this argument and the following ones, see Lightning's
@@ -238,7 +238,8 @@ class FlatCheckpoint(ModelCheckpoint):
 def _is_measured_now(trainer: Trainer, key: str) -> bool:
     """Return whether the callbacks that log this key have measured the present weights.
 
-    A logged value alone does not show this, because Lightning keeps the values of earlier steps.
+    A logged value alone does not show this, because Lightning keeps the values of earlier steps. Return True if no
+    callback of this package logs the key.
     """
     own = [
         one for one in callbacks_of(trainer) if isinstance(one, MeasuringCallback) and key.startswith(f"{one.prefix}/")

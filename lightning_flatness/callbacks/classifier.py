@@ -21,11 +21,14 @@ from lightning_flatness.model.precision import HALF
 
 
 class LayerCall(NamedTuple):
-    """One call of a linear layer in a training step. Its tensors are in the autograd graph of the step."""
+    """One call of a layer in a training step: the layer's name, its input and its output.
+
+    The tensors are those of the step itself, with their autograd graph.
+    """
 
     name: str
-    features: Any
-    logits: Tensor
+    features: Any  # the layer's input
+    logits: Tensor  # the layer's output, which are the logits of the loss if the layer is the classifier
 
 
 class CallRecorder:
@@ -72,7 +75,7 @@ class _Hook:
         self.recorder, self.name = recorder, name
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        # A call without gradients belongs to a teacher network or to a checkpointed segment.
+        # A call without gradients belongs to a teacher network, or to a segment under activation checkpointing.
         if self.recorder is not None and self.recorder.listens and isinstance(output, Tensor) and output.requires_grad:
             features = arguments[0] if len(arguments) > 0 else keywords.get("input")
             self.recorder.calls.append(LayerCall(self.name, features, output))
@@ -103,14 +106,15 @@ def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Modul
 def find_classifier(
     calls: Sequence[LayerCall], layers: dict[str, nn.Module], why_not: Callable[[LayerCall], str]
 ) -> str:
-    """Find the layer that returns the logits of the loss in the calls of a training step, and return its name.
+    """Return the name of the classifier, which is the layer that computes the logits of the loss in a training step.
 
-    ``why_not`` takes a call, and returns the reason why this call does not give the logits, or an empty string if the
-    call gives them. The classifier is the last layer that was called on one vector per sample, is linear, and gives the
-    logits. An earlier call is not considered if these logits depend on its output.
+    ``calls`` are the recorded calls of this step. ``why_not`` takes a call, and returns the reason why the output of
+    this call is not the logits of the loss, or an empty string if it is. The classifier is the last layer that was
+    called on one vector per sample, is linear, and returns the logits. Layers on which these logits depend are not
+    considered.
 
     Raises:
-        FlatnessError: No call gives the logits, or several calls that do not depend on each other give logits.
+        FlatnessError: No call returns the logits, or several calls that do not depend on each other return logits.
     """
     remaining = [call for call in reversed(calls) if _is_on_vectors(call)]
     found: list[str] = []
@@ -161,7 +165,7 @@ BY_HAND = (
 
 
 def _is_on_vectors(call: LayerCall) -> bool:
-    """Return whether the features and the logits of a call have one vector for every sample."""
+    """Return whether a layer's input and output have one vector per sample, as in ``(N, m)`` or ``(N, m, 1, 1)``."""
     shapes = [tensor.shape for tensor in call[1:] if isinstance(tensor, Tensor)]
     return len(shapes) == 2 and all(len(shape) >= 2 and set(shape[2:]) <= {1} for shape in shapes)
 

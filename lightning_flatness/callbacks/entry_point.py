@@ -12,7 +12,10 @@ VARIABLE = "LIGHTNING_FLATNESS"
 
 
 def callbacks() -> list[Callback]:
-    """Return the callbacks that Lightning adds to every Trainer. If the variable is unset, empty or 0, return []."""
+    """Return the callbacks that Lightning adds to every Trainer.
+
+    The list is empty if the environment variable ``LIGHTNING_FLATNESS`` is unset, empty or 0.
+    """
     return [] if os.environ.get(VARIABLE, "0") in ("", "0") else [_FromEnvironment(on_error="warn", summary=False)]
 
 

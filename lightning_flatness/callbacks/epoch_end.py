@@ -38,8 +38,8 @@ class EpochEndCallback(MeasuringCallback):
     """Base class of callbacks that measure the network at the end of epochs and at the end of the fit.
 
     The end of a training epoch is a good time for two reasons: all ranks reach it, even without validation data, and
-    Lightning's weight averaging has not swapped the averaged weights in. At the end of the fit, the callback waits
-    until all other callbacks have changed the weights as they want. Then it measures the final weights.
+    Lightning's weight averaging has not swapped the averaged weights in. At the end of the fit, the callback measures
+    the final weights, after all other callbacks have changed the weights as they want.
 
     The samples stay in memory during a measurement, because a measurement iterates over them many times. ``arguments``
     are the other arguments of :class:`MeasuringCallback`.
@@ -60,7 +60,7 @@ class EpochEndCallback(MeasuringCallback):
         check_whole(f"{name}: every_n_epochs", every_n_epochs, least=1, or_none=True)
         self.every_n_epochs = every_n_epochs
         self.folder = folder
-        self._measured: Mapping[str, Tensor] | None = None  # sample of the latest measured weights
+        self._measured: Mapping[str, Tensor] | None = None  # copies of some of the latest measured weights
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether to measure after this epoch.
@@ -140,8 +140,8 @@ class EpochEndCallback(MeasuringCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights if they were not measured already, and draw the figures of the run.
 
-        Other callbacks may change the weights in this hook, so the measurement waits until Lightning has called all of
-        them.
+        Other callbacks may change the weights in this hook. If there are such callbacks, Lightning calls this method a
+        second time after them, and only the second call measures.
         """
         if call_again_after_others(trainer, self, MeasuringCallback):
             return
@@ -165,12 +165,12 @@ class EpochEndCallback(MeasuringCallback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop an unfinished measurement, and cancel a final measurement that waits for other callbacks."""
+        """Drop an unfinished measurement, and cancel the second call of :meth:`on_train_end`."""
         super().on_exception(trainer, pl_module, exception)
         call_once(trainer, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Drop the data, the model and the sample of its weights."""
+        """Drop the data, the model and the copies of some of its weights."""
         super().teardown(trainer, pl_module, stage)
         self._measured = None
         call_once(trainer, self)

@@ -35,8 +35,8 @@ def checked(figures: bool | str, name: str) -> Figures:
 class RunOutputs:
     """Gives the figures and files of one callback in one fit to the loggers, and writes files to a folder.
 
-    If a logger raises an error, the figure goes to the folder of the run instead, with one warning for every logger. If
-    drawing fails, there is one warning in the fit. Only rank zero may add figures and files.
+    If a logger raises an error, the figure goes to the folder of the run instead, with one warning for every class of
+    loggers. If drawing fails, there is one warning in the fit. Only rank zero may add figures and files.
 
     Args:
         name: name of the callback, for warnings.
@@ -50,9 +50,9 @@ class RunOutputs:
         self._name, self._prefix, self._figures = name, prefix, figures
         self._folder = None if folder is None else Path(folder)
         self._path = prefix  # path of the folder within loggers that store files
-        self._told: set[str] = set()
+        self._told: set[str] = set()  # problems that a warning has named already
         self.has_charts = False  # whether charts were added to TensorBoard's page Custom Scalars
-        self.version: Path | None = None  # folder that all callbacks share if no logger has one
+        self.version: Path | None = None  # the run's folder that all callbacks share if no logger has a folder
 
     def add_figures(
         self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], record: Mapping[str, Any], suffix: str = ""
@@ -60,7 +60,7 @@ class RunOutputs:
         """Draw figures of a measurement, and give them to the loggers.
 
         ``draw`` returns a dict from tags to figures. The tags have no prefix. File names begin with the epoch and step
-        in ``record``, like the names of Lightning's checkpoints. Then comes ``suffix``.
+        in ``record``, like the names of Lightning's checkpoints, followed by ``suffix``.
         """
         is_trial = getattr(trainer, "fast_dev_run", False) or getattr(trainer, "barebones", False)
         if self._figures is False or is_trial or not trainer.is_global_zero:
@@ -85,8 +85,8 @@ class RunOutputs:
     ) -> None:
         """Write files of a measurement, and give them to the loggers.
 
-        ``write`` gets the beginning of the paths, and returns the paths of the files that it has written. Errors
-        of ``write`` are raised.
+        ``write`` takes the path with which the paths of all its files must begin, and returns the paths of the files
+        that it has written. Errors of ``write`` are raised.
         """
         for path in write(self.folder(trainer) / f"{_stem(record)}{suffix}"):
             item = self._item(path.stem, record, path.name)

@@ -34,8 +34,8 @@ class FlatnessCallback(FlatnessHistory):
 
     - ``{prefix}/hessian_trace``: the Hessian trace, summed over the measured layers, in loss per squared weight;
     - ``{prefix}/relative_flatness``: relative flatness, summed over the measured layers, in units of the loss;
-    - ``{prefix}/log10_relative_flatness``: the base-10 logarithm of that sum, for charts; NaN if it has none;
-    - ``{prefix}/normalized_relative_flatness``: the variant that stays the same when input channels are rescaled;
+    - ``{prefix}/log10_relative_flatness``: the base-10 logarithm of that sum, for charts; NaN if it is not positive;
+    - ``{prefix}/normalized_relative_flatness``: relative flatness for input channels of standard deviation one;
     - ``{prefix}/relative_flatness_error`` and so on: standard errors of these sums, due to the choice of samples;
     - ``{prefix}/weight_norm``: the norm of the measured kernels, for comparison;
     - ``{prefix}/loss``: the mean loss of the measured samples;
@@ -50,7 +50,8 @@ class FlatnessCallback(FlatnessHistory):
     "Random numbers and side effects".
 
     Args:
-        layers: the layers to measure, and ``strict`` to ``dtype``: see :func:`~lightning_flatness.measure_flatness`.
+        layers: the layers to measure. :func:`~lightning_flatness.measure_flatness` explains this argument and those
+            from ``strict`` to ``dtype``.
         loss: ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"``; a loss module of torch with
             ``reduction="mean"``; or a function or module that returns per-sample losses.
         data: ``"val"`` for the validated batches; ``"train"`` for a fixed random subset of the training data, which a
@@ -65,9 +66,8 @@ class FlatnessCallback(FlatnessHistory):
             ``acc`` and ``val``, or else the first that contains ``acc``.
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
             LightningModule and returns the network; by default the network that the validation step calls.
-        batch_fn: function that takes a batch and returns ``(inputs, targets)``. By default, the inputs are what the
-            validation step gives to the network, and the targets are the second entry of a pair, or an entry with a
-            name like ``label``.
+        batch_fn: function that takes a batch and returns ``(inputs, targets)``. By default, the inputs are those that
+            the validation step gives the network; targets are a pair's second entry, or one with a name like ``label``.
         summary: print before training which layers are measured and how, and which are left out and why.
         figures: ``"auto"`` to give figures of accuracy, flatness and block traces to every logger that takes figures,
             and to write PNG files for the other loggers; ``"files"`` for PNG files only; False for none. See
@@ -92,8 +92,8 @@ class FlatnessCallback(FlatnessHistory):
             above (None if unknown) with standard errors ``..._error`` for all measures; ``data``, ``num_samples``,
             ``layers``, ``method`` and ``precision``, which say what was measured, and how; and ``accuracy``, which the
             LightningModule has logged.
-        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. Processes that the strategy spawns
-            keep it and the history; the main process has the logged values only.
+        report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
+            only these have the report and the history. The main process has only the logged values.
         reports: a dict from the index of every validation loader to the last report of this loader.
         num_measurements: number of measurements, including those in validation and test runs.
 
@@ -151,7 +151,7 @@ class FlatnessCallback(FlatnessHistory):
             "dtype": dtype,
         }
         checked = Options(**self._options)
-        # Whether samples wait in memory until all ranks know the spread of the input channels.
+        # Whether samples wait in memory until all ranks know the standard deviations of the layers' input channels.
         self._waits = checked.is_normalized
         self._measures = ["hessian_trace"] if checked.diagonal else ["hessian_trace", "relative_flatness"]
         shared = (data, max_samples, prefix, model, batch_fn, figures, figures_every, on_error)
@@ -189,7 +189,7 @@ class FlatnessCallback(FlatnessHistory):
             logged.warn_no_validation(self.prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summary. If the sanity check has not done so, first find out how each layer can be measured."""
+        """Find out how each layer can be measured, unless the sanity check has done so, and print a summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             logged.warn_no_validation(self.prefix)
@@ -237,7 +237,7 @@ class FlatnessCallback(FlatnessHistory):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Start to record what the step gives to the network, and to observe the forward pass."""
+        """Start to record the network's inputs in this step and, if possible, the network's forward pass."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         is_known = self._network is not None and self._data_name == "val" and not self._errors.pending
         if self._running is not None and is_known:
@@ -256,7 +256,7 @@ class FlatnessCallback(FlatnessHistory):
     ) -> None:
         """Measure the validated batch, or the next part of other data. In a sanity check, only check the layers.
 
-        Weight averaging swaps the weights back at the end of the epoch, so a measurement there would be too late.
+        The end of the validation epoch would be too late, because weight averaging swaps the weights back there.
         """
         if not self._errors.pending:
             with self._measuring(trainer, pl_module):
@@ -283,7 +283,7 @@ class FlatnessCallback(FlatnessHistory):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In a fit without validation, measure the training data or given data.
+        """In a fit without validation, measure the training data, or the data that the user gives.
 
         The LightningModule may log its accuracy only after this hook, so the record gets the accuracy later.
         """
@@ -316,7 +316,7 @@ class FlatnessCallback(FlatnessHistory):
             return
         where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
-            # Validated batches are all measured by now. A rank without a batch has seen no network.
+            # Validated batches are all measured by now. A rank without a batch does not know the network.
             if running is not None and self._data_name != "val" and not self._errors.pending:
                 running.measure_rest(self._network_of(pl_module))
         with self._measuring(trainer, pl_module):

@@ -15,16 +15,16 @@ from lightning_flatness.results import FlatnessReport
 class FlatnessHistory(MeasuringCallback):
     """Base class of the callback that measures flatness.
 
-    ``accuracy`` is the key of the logged accuracy, and ``measure`` is the measure in charts. ``arguments`` are those of
-    :class:`MeasuringCallback`.
+    ``accuracy`` is the key of the logged accuracy. ``measure`` names the measure that charts show. ``arguments`` are
+    those of :class:`MeasuringCallback`.
     """
 
     def __init__(self, accuracy: str | None, measure: str, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.accuracy = accuracy
-        self.charted = f"{self.prefix}/log10_{measure}"  # key that gets a chart, as the accuracy does
+        self.charted = f"{self.prefix}/log10_{measure}"  # key of the flatness value that has a chart
         self.report: FlatnessReport | None = None
-        self._awaits_accuracy: Record | None = None
+        self._awaits_accuracy: Record | None = None  # the latest record, as long as its accuracy is not known
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history. Raise an error, or warn, if a problem can be found before training."""

@@ -17,7 +17,7 @@ from lightning_flatness.results.tables import PARTS, SAMPLED
 # Numbers that are logged in addition to flatness. The dict maps a logged key to a field of the report. The key of the
 # accuracy is top1, since the LightningModule logs an accuracy of its own.
 BESIDE = {"loss": "loss", "top1": "accuracy", "curvature": "curvature"}
-# Further measures. A record has them if its report has them.
+# Further measures. Their values in a record are None if the report does not have them.
 FURTHER = ("normalized_relative_flatness", "channelwise_flatness")
 # Largest number of layers that a warning names.
 MOST_NAMES = 8

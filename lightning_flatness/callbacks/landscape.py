@@ -29,8 +29,8 @@ Statistics = Literal["kept", "recomputed"]
 class LandscapeCallback(EpochEndCallback):
     """A callback that computes the loss on a line or plane through the weights.
 
-    It computes a landscape at the end of a fit and, on request, at the end of epochs. Figures show the losses of a line
-    as a curve, and those of a plane as contours and as a surface. Every landscape is written to a file
+    It computes such a loss landscape at the end of a fit and, on request, at the end of epochs. Figures show the losses
+    of a line as a curve, and those of a plane as contours and as a surface. Every landscape is written to a file
     ``epoch=...-step=...-kept.npz`` (or ``-recomputed``), which
     :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads. A trajectory is written to a file that
     ``TrajectoryResult.load`` reads. Ctrl-C ends the computation of a landscape, and the points computed so far are
@@ -54,8 +54,8 @@ class LandscapeCallback(EpochEndCallback):
             One such string gives a plane with two axes of this kind. A list of one string gives a line. A list of
             two strings gives a plane. ``"trajectory"`` gives the plane of the first two principal directions of the
             weights after all epochs, and the figure shows the path of the weights in this plane. For ``"trajectory"``,
-            every rank keeps copies of the initial parameters and of the parameters after every epoch of this fit in CPU
-            memory. Checkpoints do not contain these copies.
+            every rank keeps copies of the initial parameters, and of the parameters after every epoch of this fit, in
+            CPU memory. Checkpoints do not contain these copies.
         normalize: normalization of the axes. :func:`~lightning_flatness.loss_landscape` explains this argument and the
             following ones up to ``dtype``.
         norm: norm that the normalization uses: 1 for L1, 2 for L2.

@@ -18,15 +18,19 @@ LOGGING = ("log", "log_dict")
 
 
 def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float]:
-    """Return the values, and the base-10 logarithm of the value ``measure``, or NaN if this value is not positive."""
+    """Return the values, and under ``log10_{measure}`` the base-10 logarithm of the value of ``measure``.
+
+    The logarithm is NaN if this value is not positive.
+    """
     value = values[measure]
     return {**values, f"log10_{measure}": math.log10(value) if value > 0 else math.nan}
 
 
 def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
-    """Return the key under which loggers have the accuracy that is called ``name``.
+    """Return the key under which loggers have the accuracy that the LightningModule logs as ``name``.
 
-    Without a name, use the first key that contains ``acc`` and ``val``, or else the first that contains ``acc``.
+    Without a name, use the first key that contains ``acc`` and ``val``, or else the first that contains ``acc``. Return
+    None if there is no such key.
 
     Example:
         >>> accuracy_key({"train_acc": 0, "val_acc": 0, "val_acc_epoch": 0}, None)
@@ -72,7 +76,11 @@ def log_record(
     earlier: Sequence[Mapping[str, Any]],
     measure: str,
 ) -> None:
-    """Log the numbers of a record, and the logarithm of ``measure``. ``earlier`` are the records before this one."""
+    """Log the numbers of a record, and the logarithm of ``measure``.
+
+    ``earlier`` are the records before this one. If one of them has a number under a key, this key is logged even if
+    its value is None now; the logged value is then NaN.
+    """
     log(pl_module, prefix, with_logarithm(numbers_of(record, earlier), measure))
 
 

@@ -19,6 +19,7 @@ FLAT_IF_SMALL = (
     "lambda_max",
     "trace",
 )
+# For classes of Lightning's callbacks: what they do wrong when they monitor such a number, and what to use instead.
 REMEDIES = {
     "EarlyStopping": ("stops in the first epochs", "FlatnessStopping, which has a burn-in"),
     "ModelCheckpoint": (

@@ -110,7 +110,7 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
     """Return the network that ``model`` names, or the LightningModule if ``model`` is None.
 
-    This is for uses in which no step shows the network.
+    Use this function if no validation step has shown which network it calls.
     """
     named = named_network(pl_module, model)
     if named is None and not is_overridden("forward", pl_module) and "forward" not in vars(pl_module):
@@ -125,10 +125,10 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
 
 @dataclass
 class _Heard:
-    """A recorded call of a module in a step, with its output.
+    """A recorded call of a module in a step, with its output and the calls that it makes.
 
-    If the call returns no logits, the network is sought among the calls within it, but only if these are all of one
-    module. Calls of several modules are dropped, because they would keep the activations of the step in memory.
+    If the output has no logits, the network is sought among the calls within this call, but only if they are all calls
+    of one module. Calls of several modules are dropped, because they would keep the step's activations in memory.
     """
 
     module: nn.Module
@@ -164,11 +164,11 @@ class StepWatch:
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
         self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
-        self._others: list[_Heard] = []  # calls of other modules on an output of the one that the user names
+        self._others: list[_Heard] = []  # calls of other modules on an output of the module that the user names
         # The steps of a LightningModule that is compiled in place run eagerly, so its children can be watched.
         watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
-        self._around: set[nn.Module] = set()  # compiled modules that contain the one that the user names
+        self._around: set[nn.Module] = set()  # compiled modules that contain the module that the user names
         if named:
             apart = [module for module in modules if set(module.modules()).isdisjoint(named.module.modules())]
             self._around = {module for module in pl_module.modules() if _is_compiled_around(module, named.module)}
@@ -226,8 +226,8 @@ class StepWatch:
         """Return the network, and the call to measure.
 
         ``inputs`` are the batch's own inputs, or None if unknown. If the step calls the network on different inputs,
-        the call to measure is the call on ``inputs``. If the step does not call the network on ``inputs``, and the user
-        gives them (``is_given``), the result has no call.
+        the call to measure is the call on ``inputs``. If there is no such call, and ``inputs`` come from ``batch_fn=``
+        (``is_given``), the result has no call.
 
         Raises:
             FlatnessError: The step calls several networks. Or the step calls the network on different inputs but not on
@@ -316,7 +316,7 @@ class StepWatch:
         )
 
     def _expression(self, module: nn.Module) -> str:
-        """Return Python code for a submodule of the LightningModule. The code calls the LightningModule ``module``."""
+        """Return Python code for a submodule. In this code, the LightningModule has the name ``module``."""
         name = self._names.get(module, "")
         plain = all(part.isidentifier() for part in name.split("."))
         return f"module.{name}" if plain else f"module.get_submodule({name!r})"

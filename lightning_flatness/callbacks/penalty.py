@@ -81,7 +81,8 @@ class FlatnessPenalty(Callback):
         schedule: a function that takes the number of optimizer steps so far, and returns a factor for ``λ``.
         warmup_steps: number of optimizer steps over which ``λ`` rises linearly from zero.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
-        normalize: scale every feature to standard deviation one over the batch. Every rank uses its own batch.
+        normalize: use the equivalent classifier whose input features have standard deviation one over the batch. Every
+            rank uses its own batch.
         maximize: subtract ``λ κ`` instead, to train away from flat minima.
         label_smoothing: label smoothing of your loss. It matters only with class weights.
         class_weight: class weights of your loss, one for every class.
@@ -171,9 +172,9 @@ class FlatnessPenalty(Callback):
             refuse_sharded(name, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the calls of the classifier.
+        """Start to record the calls of the classifier.
 
-        In the first step of a fit, run eagerly, and record the calls of all layers that may be the classifier.
+        In the first step of a fit, compiled modules run eagerly, and calls of all possible classifiers are recorded.
         """
         with _named():
             targets = targets_of(batch) if self.batch_fn is None else called(self.batch_fn, batch)[1]
@@ -275,7 +276,10 @@ class FlatnessPenalty(Callback):
         self._errors.settle("the first training step")
 
     def _targets_for(self, call: LayerCall) -> Tensor | None:
-        """Return the batch's targets, or None if they do not fit the logits and the penalty does not need them."""
+        """Return the batch's targets if the penalty may depend on them, or None otherwise.
+
+        It depends on them if there are class weights, or if they are class indices, some of which may be ignored.
+        """
         targets = self._targets
         if targets is None or self._options["class_weight"] is not None:
             return targets

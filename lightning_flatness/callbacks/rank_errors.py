@@ -26,7 +26,7 @@ class RankErrors:
     ) -> None:
         self._on_error = on_error
         self._name, self._measured = name, measured
-        self.pending: str | None = None
+        self.pending: str | None = None  # message of the stored error
         self._last_warning: str | None = None
 
     def start_run(self) -> None:

@@ -1,4 +1,7 @@
-"""Measure one validation loader, and observe the forward passes of validation if observing does not change them."""
+"""Measure one source of samples, and observe the forward passes of validation if observing does not change them.
+
+To observe a pass means to measure in a forward pass that validation makes anyway, instead of an extra pass.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,10 @@ from lightning_flatness.model.rows import num_rows, take
 
 
 class PassesOfRun:
-    """A record of whether a run's forward passes can be observed. It tells the user whenever this changes.
+    """Records whether the forward passes of a run can be observed, and tells the user whenever this changes.
 
-    To observe a pass is to measure in a forward pass that validation makes anyway, instead of an extra pass.
-    ``example`` is a few samples of an earlier call of the network, with their targets. Before passes are observed, a
-    trial on these samples must show that observing changes nothing.
+    Before passes are observed, a trial must show that observing changes nothing. The trial runs the network on
+    ``example``, which is a few samples of an earlier call of the network, with their targets.
     """
 
     def __init__(self, possible: bool) -> None:
@@ -34,7 +36,7 @@ class PassesOfRun:
         self._told: str | None = None
 
     def keep_example(self, call: Call, targets: Tensor | None) -> None:
-        """Keep the first samples of a call as the example, if there is none yet and the call has several samples."""
+        """Store the first samples of a call as the example, if there is none yet and the call has several samples."""
         samples = num_rows(call, targets)
         if self.possible and self.example is None and samples > 1:
             rows = slice(0, TRIAL)
@@ -63,8 +65,8 @@ class Running:
     It records the call of the network in each validation step. If a trial shows that observing changes nothing, it also
     observes the forward pass of that call, which saves an extra pass.
 
-    If the trial fails, no pass is observed in the rest of the run. If the pass of a later batch cannot be used, no pass
-    is observed in the rest of this measurement.
+    If the trial fails, no pass is observed in the rest of the run, or in the rest of this measurement if the network is
+    compiled. If the pass of a later batch cannot be used, no pass is observed in the rest of this measurement.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class Running:
         if observes:
             self._passes.tell("")
         inputs = asked.inputs if self._network.on_batch else None
-        # The step calls the user's network. If its weights are sharded, a copy with all weights is measured.
+        # Listen to the user's network, which the step calls, even if a copy of it with gathered weights is measured.
         self._listener = self.measurement.listen(inputs) if observes else Listener(self._network.module, inputs=inputs)
         self._listener.__enter__()
 
@@ -130,7 +132,7 @@ class Running:
         return reason
 
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
-        """After a validation step, measure the samples that the source selects in the batch, or a part of other data.
+        """After a validation step, measure the batch's samples that the source selects, or the next part of other data.
 
         ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.network.StepWatch` has found in
         this step. If ``call`` is None, measure the call that this object has recorded in this step, or the batch's own
@@ -181,7 +183,7 @@ class Running:
             self.measurement.update(inputs, targets, positions=self.source.positions)
 
     def measure_held(self) -> None:
-        """Measure the samples that have waited in memory until all ranks knew the spread of the input channels."""
+        """Measure the samples that have waited for the standard deviations of the layers' input channels."""
         with nullcontext() if self._asked is None else self._asked.explaining():
             self.measurement.measure_held()
 

@@ -26,10 +26,10 @@ LOGGED = ("lambda_max", "trace", "trace_stderr", *CRITERIA, "exact", "seconds")
 class SpectrumCallback(EpochEndCallback):
     """A callback that measures the spectrum of the Hessian after a fit and, on request, after every n-th epoch.
 
-    It computes the largest eigenvalues, the trace, the spectral density and criteria of generalization. It logs
-    ``{prefix}/lambda_max`` and, with the same prefix, ``trace``, ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``,
-    ``exact`` and ``seconds``. ``exact`` is 1 if the eigenvalues have converged and the matrix is the Hessian, and
-    0 otherwise.
+    It computes the largest eigenvalues, the trace, the spectral density, and Gabdullin's criteria of generalization
+    ``r_e``, ``K_Hn`` and ``C_t``. It logs ``{prefix}/lambda_max`` and, with the same prefix, ``trace``,
+    ``trace_stderr``, ``r_e``, ``k_hn``, ``c_t``, ``exact`` and ``seconds``. ``exact`` is 1 if the eigenvalues have
+    converged and the matrix is the Hessian, and 0 otherwise.
 
     At the end of every n-th epoch, callbacks such as ``ModelCheckpoint`` can monitor these keys. At the end of the fit,
     only the loggers get them. Figures show the density, and the eigenvalues over the epochs. Every result is written to
@@ -60,7 +60,7 @@ class SpectrumCallback(EpochEndCallback):
         num_steps: number of Lanczos steps for every random probe vector.
         num_probes: number of random probe vectors; with 0, only the eigenvalues are computed.
         exponent: exponent ``n`` of the criterion ``K_Hn``.
-        tolerance: tolerance of the eigenvalues' residuals.
+        tolerance: accepted residual ``‖H v - λ v‖`` of an eigenvalue ``λ``, relative to ``|λ|``.
         max_products: largest number of Hessian-vector products for the eigenvalues.
         seed: seed of the random probe vectors.
         dtype: floating-point type of the computation.

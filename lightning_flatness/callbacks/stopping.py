@@ -44,11 +44,11 @@ class _Watched:
 class FlatnessStopping(EarlyStopping):
     """Early stopping when neither flatness nor accuracy has improved for several validations after a burn-in.
 
-    In the first epochs relative flatness rises, while the network learns to tell classes apart. A plain
-    ``EarlyStopping`` on relative flatness takes these epochs for the best ones, and stops early, at a low accuracy.
-    ``FlatnessStopping`` ignores both metrics during the burn-in. Afterwards training continues as long as one of the
-    metrics improves. A validation does not count if flatness was not measured there, because of ``every_n_epochs`` or
-    because the measurement failed.
+    A small relative flatness means a flat network. But relative flatness rises in the first epochs, while the network
+    learns to tell classes apart. A plain ``EarlyStopping`` on relative flatness takes the first epochs for the best
+    ones, and stops early, at a low accuracy. ``FlatnessStopping`` ignores both metrics in the first epochs, the
+    burn-in. Afterwards training continues as long as one of the metrics improves. A validation does not count if
+    flatness was not measured there, because of ``every_n_epochs`` or because the measurement failed.
 
     Args:
         monitor: key of a flatness measure that :class:`~lightning_flatness.FlatnessCallback` logs, or a list of keys.

@@ -15,9 +15,9 @@ FEWEST = 100  # smallest max_samples= that is suggested
 
 
 class Stopwatch:
-    """Adds up the times of blocks of code, and knows the time since its creation.
+    """Adds up the times of blocks of code, and tells the time since its creation.
 
-    On a CUDA device it reads the device's own clock. Only :meth:`seconds` waits for the device.
+    On a CUDA device it uses CUDA events, so that only :meth:`seconds` waits for the device.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Stopwatch:
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
-    """Record an event at the present end of a CUDA device's queue, and return it; return None for other devices."""
+    """Record an event in the current stream of a CUDA device, and return it. Return None for other devices."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -67,7 +67,9 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def in_words(seconds: float, whole: float, num_samples: int) -> str:
-    """Say how long measuring took, compared with the rest of the validation. If it took long, suggest ``max_samples``.
+    """Return a text on how long measuring took, compared with the rest of the validation.
+
+    If measuring took long, the text suggests a number for ``max_samples=``.
 
     Args:
         seconds: time that measuring took.

@@ -31,7 +31,7 @@ class Trajectory:
 
     @property
     def spans_a_plane(self) -> bool:
-        """Whether there are at least three states, as a plane needs."""
+        """Whether there are at least three states, so that they can span a plane."""
         return len(self._states) > 2
 
     @property

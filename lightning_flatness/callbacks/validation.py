@@ -22,9 +22,9 @@ class Validation:
 
     The measurement of a loader begins with the first step on this loader, because no earlier step shows the network.
 
-    Feature-normalised flatness needs the spread of the input channels, which is computed from the first samples of all
-    ranks. Until the spread is known, samples are held, which means that they wait in memory. Finding the spread is a
-    collective.
+    Normalised relative flatness needs the standard deviations ("spread") of the layers' input channels. A collective
+    computes the spread from the first samples of all ranks. Until then, samples are held, which means that they wait in
+    memory.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Validation:
         measurement_of: Callable[[Network], Measurement],
         waits: bool,
     ) -> None:
-        self._waits = waits  # whether samples wait until all ranks know the spread of channels
+        self._waits = waits  # whether samples wait until all ranks know the spread of the input channels
         self._sources, self._passes, self._measurement_of = sources, passes, measurement_of
         self._running: dict[int, Running] = {}
         self._left_out: dict[int, str] = {}  # loaders that cannot be measured, and why
@@ -47,8 +47,8 @@ class Validation:
         """Measure a validated batch, or the next part of other data.
 
         A loader other than the first is left out if its batches have no targets. After the last batch of a loader, the
-        samples that were held are measured at once, because another callback may swap the weights before the epoch
-        ends.
+        samples that have waited in memory are measured at once, because another callback may swap the weights before
+        the epoch ends.
         """
         running = self._of(loader, network)
         if loader in self._left_out:
@@ -71,7 +71,7 @@ class Validation:
             self._of(loader, network).measure_rest()
 
     def settle(self, network: Network, failed: bool) -> None:
-        """Measure the samples that are still held, unless this rank has failed. All ranks must call this method."""
+        """Measure the samples that still wait in memory, unless this rank has failed. All ranks must call this."""
         failures = [self._take_spread(loader, network) for loader in range(len(self._sources))]
         for failure in failures:
             if failure is not None:
@@ -87,10 +87,10 @@ class Validation:
                 self._left_out[loader] = str(error)
 
     def _take_spread(self, loader: int, network: Network) -> Exception | None:
-        """Find the spread of a loader's input channels. This is a collective.
+        """Compute the standard deviations of the layers' input channels for one loader. This is a collective.
 
-        If this rank cannot measure the loader, the rank takes part in the collective without samples, and the method
-        returns the error.
+        If this rank cannot measure the loader, it takes part in the collective without samples. Then return the error,
+        otherwise None.
         """
         try:
             measurement = self._of(loader, network).measurement
@@ -132,10 +132,10 @@ class Validation:
 
 
 def settle(running: Validation | None, network: Network, num_loaders: int, waits: bool, failed: bool) -> None:
-    """Measure the samples that are still held, unless this rank has failed. All ranks must call this function.
+    """Measure the samples that still wait in memory, unless this rank has failed. All ranks must call this function.
 
-    ``running`` is None on a rank that could not begin to measure. This rank takes part in the collectives without
-    samples.
+    ``waits`` says whether samples wait for the standard deviations of the layers' input channels. ``running`` is None
+    on a rank that could not begin to measure. Such a rank takes part in the collectives without samples.
     """
     if running is not None:
         running.settle(network, failed)

@@ -27,6 +27,7 @@ from lightning_flatness.measure.ranks import gather, raise_on_all
 from lightning_flatness.model.generators import drawing, generators_kept, seed_generators
 from lightning_flatness.model.isolation import random_states_kept
 
+# Number of epochs that are drawn from a sampler of an unknown class at first, and if their samples differ.
 FEW_EPOCHS, MANY_EPOCHS = 3, 16
 # A sampler counts as endless if it yields more indices than ten passes over the data set, and more than a million.
 MOST_PASSES, MOST_SAMPLES = 10, 1_000_000
@@ -37,7 +38,7 @@ def samples_read(loader: Any, num_batches: float = math.inf, num_ranks: int = 1)
 
     If the sampler shuffles, return all samples that it can yield, because each epoch begins with other samples. If the
     sampler's class is unknown, find the samples by drawing a few epochs from a copy of the sampler. With several ranks,
-    drawing is a collective.
+    this drawing is a collective.
     """
     sampler = sampler_of(loader)
     if not keeps_order(loader):
@@ -86,8 +87,8 @@ def _known(sampler: Any) -> tuple[Tensor, bool] | None:
 def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
     """Draw epochs from a copy of a sampler or batch sampler, and return the indices that it yields on any rank.
 
-    An item is an index, or a batch of indices if ``sampler`` is a batch sampler. If all epochs have the same order,
-    only the first ``limit`` items of an epoch count.
+    If all epochs have the same order, only the first ``limit`` items of an epoch count. An item is an index, or a batch
+    of indices if ``sampler`` is a batch sampler.
     """
     sets: list[Tensor] = []
     error: Exception | None = None

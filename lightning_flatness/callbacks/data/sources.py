@@ -71,13 +71,13 @@ class Wanted:
 class Asked:
     """The inputs and targets of a batch, as they were before its validation step."""
 
-    inputs: Any  # None if unknown; unless is_given, the inputs that the step gives to the network take precedence
+    inputs: Any  # None if unknown; without is_given, the inputs that the step gives to the network are preferred
     targets: Tensor | None
-    why_no_targets: str = ""
+    why_no_targets: str = ""  # why the batch could not be split into inputs and targets; empty if it was split
     is_given: bool = False  # whether inputs come from batch_fn=
 
     def own_call(self) -> Call:
-        """Return the call of the network with :attr:`inputs` as arguments."""
+        """Return the call of the network with :attr:`inputs` as arguments. Raise an error if they are unknown."""
         if self.inputs is None:
             problem = "batch_fn= gives no inputs, and the validation step is not seen to call the network."
             raise BatchError(self.why_no_targets or problem)
@@ -113,15 +113,16 @@ class ValidationBatches:
         num_batches: number of batches that Lightning validates of each loader.
 
     Attributes:
-        why_not_observed: reason why the forward passes of the validation steps cannot be observed, or an empty string.
-            The reason is ``max_samples=``, with which only parts of batches are measured.
+        why_not_observed: reason why the measurement needs extra forward passes instead of those of the validation
+            steps, or an empty string. The reason is ``max_samples=``, with which only parts of batches are measured.
     """
 
     def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
         in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
         self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
-        self.positions: Tensor | None = None  # of the latest mask's samples among the measured ones of all ranks
+        # Positions of the samples that the latest mask selects, among the measured samples of all ranks.
+        self.positions: Tensor | None = None
         self._num_batches = num_batches[0] if len(num_batches) == 1 else math.inf
 
     def is_last(self, batch_idx: int) -> bool:
@@ -174,13 +175,14 @@ class SeparateData:
         self._num_validated = 0
         self._share, self._is_indexed = share, subset.is_indexed
         self._batch_rows: int | None = None  # size of the first batch
-        self.positions: Tensor | None = None  # of the latest samples; None if ranks take turns sample by sample
+        # Positions of the latest samples among those of all ranks; None if the ranks take turns sample by sample.
+        self.positions: Tensor | None = None
         in_turn = loaders_in_turn(trainer, loaders)
         # If the number of validated batches is not known in advance, all samples are measured after the first batch.
         self._num_to_validate = sum(num_batches) if in_turn and all(map(is_indexed, in_turn)) else 1
 
     def is_last(self, batch_idx: int) -> bool:
-        """Return whether all parts have been asked for, so that no samples follow."""
+        """Return whether :meth:`after_step` has returned the last part, so that no samples follow."""
         return self._num_validated >= self._num_to_validate
 
     def after_step(self) -> Iterator[Samples]:

@@ -50,7 +50,7 @@ class ValidationStream:
         self._has_warned = False
         self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, a mask of the positions to measure
         self._num_left: int | None = None  # samples that this rank still has to measure, if a length is unknown
-        self._order: Tensor | None = None  # for each chosen position, the number of chosen ones before it
+        self._order: Tensor | None = None  # for each chosen position, the number of chosen positions before it
         if max_samples is None:
             return
         totals = [shard.total for shard in self._shards if shard.total is not None]
@@ -115,7 +115,7 @@ class _Shard:
     def __init__(self, loader: Any, num_batches: float, rank: int, num_ranks: int) -> None:
         self._loader = loader
         self.has_ready_batches = getattr(loader, "batch_sampler", None) is None
-        self._ready_rows = 0  # number of rows in the first of the ready batches
+        self._ready_rows = 0  # with ready batches, the number of rows in the first of them
         self._batch_size = batch_size_of(loader) or 1
         self._in_order = keeps_order(loader)
         sampler = sampler_of(loader)
@@ -153,7 +153,7 @@ class _Shard:
     def positions(self, rows: int, batch_idx: int) -> Tensor | None:
         """Return the positions ``(rows,)`` of the rows of a batch in this loader's stream, or None if unknown.
 
-        In a ready batch, every row has the position of the batch.
+        If every item of the data set is a batch, all rows of a batch have the position of the batch.
         """
         if not self._in_order:
             return None
@@ -166,7 +166,10 @@ class _Shard:
         return (before + torch.arange(rows, device="cpu")) * self._step + self._first
 
     def positions_of_samples(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Return the same as :meth:`positions`; if batches are ready, assume that all are as large as the first."""
+        """Return the positions of the rows of a batch, as :meth:`positions` does, but with one position for every row.
+
+        If every item of the data set is a batch, assume that all batches have as many rows as the first.
+        """
         positions = self.positions(rows, batch_idx)
         if positions is None or not self.has_ready_batches:
             return positions

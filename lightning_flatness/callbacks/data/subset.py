@@ -75,7 +75,7 @@ class FixedSubset:
         self.num_batches = math.inf
 
     def batches(self, model: nn.Module) -> Iterator[Any]:
-        """Yield this rank's batches, and restore all random states, also on the devices of ``model``."""
+        """Yield this rank's batches. After each one, restore all random states, also on the devices of ``model``."""
         if self.is_indexed:
             return repeatable_batches(self._loader, model)
         return islice(batches_apart(self._loader, model), self._rank, None, self._num_ranks)
