@@ -20,16 +20,10 @@ from lightning_flatness.callbacks.figures import RunOutputs, checked
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.monitors import warn_of_traps
-from lightning_flatness.callbacks.network import (
-    Network,
-    StepWatch,
-    Within,
-    is_watchable,
-    named_network,
-    network_without_step,
-)
+from lightning_flatness.callbacks.network import Network, Within, named_network, network_without_step
 from lightning_flatness.callbacks.prefixes import UncheckedKey, check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
+from lightning_flatness.callbacks.step_watch import StepWatch, is_watchable
 from lightning_flatness.callbacks.stopwatch import Stopwatch
 from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import FlatnessError

@@ -134,9 +134,9 @@ class Running:
     def after_step(self, asked: Asked | None, call: Call | None, batch_idx: int) -> None:
         """After a validation step, measure the batch's samples that the source selects, or the next part of other data.
 
-        ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.network.StepWatch` has found in
-        this step. If ``call`` is None, measure the call that this object has recorded in this step, or the batch's own
-        inputs if no step is seen to call the network.
+        ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.step_watch.StepWatch` has found
+        in this step. If ``call`` is None, measure the call that this object has recorded in this step, or the batch's
+        own inputs if no step is seen to call the network.
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():

@@ -188,12 +188,12 @@ class CalledThroughWrapper(SingleDeviceStrategy):
 
 
 @guards(
-    "callbacks/network.py",
+    "callbacks/step_watch.py",
     "is_step = module is self._pl_module and",
     "is_step = False and",
     ids="val-None",
 )
-@guards("callbacks/network.py", "self._around = {", "self._around or {", ids="val-net")
+@guards("callbacks/step_watch.py", "self._around = {", "self._around or {", ids="val-net")
 @pytest.mark.parametrize("model", [None, pytest.param("net", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("data", ["val", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_compiled_step_is_not_taken_for_a_call_of_the_network(tmp_path, data, model):

@@ -263,7 +263,7 @@ def test_remedy_for_a_head_in_the_step_measures_what_it_names(tmp_path, make):
     assert_reports_equal(callback.report, wanted, prefix="")
 
 
-@guards("callbacks.network:StepWatch._refuse_several", returns=None, ids="TwoNetworks")
+@guards("callbacks.step_watch:StepWatch._refuse_several", returns=None, ids="TwoNetworks")
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
 def test_what_is_not_sure_is_refused_in_the_sanity_check(tmp_path, make):
     module = make()
@@ -301,7 +301,7 @@ def test_the_name_decides(tmp_path, name):
     assert_reports_equal(callback.report, lf.measure_flatness(getattr(module, name), loaders()[1]), prefix="")
 
 
-@guards("callbacks.network:StepWatch._warn_of_heads", returns=None)
+@guards("callbacks.step_watch:StepWatch._warn_of_heads", returns=None)
 def test_a_named_network_whose_output_is_an_embedding(tmp_path):
     callback, module = flatness_callback(model="net"), HeadInTheStep()
     with pytest.warns(UserWarning, match="gives the output of 'net' to 'head'.*model="):

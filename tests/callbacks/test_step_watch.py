@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import lightning_flatness as lf
-from lightning_flatness.callbacks.network import Network, StepWatch
+from lightning_flatness.callbacks.network import Network
+from lightning_flatness.callbacks.step_watch import StepWatch
 from tests.callbacks.lightning_modules import Classifier, Net
 from tests.guarding import guards
 
@@ -29,8 +30,8 @@ def test_arguments_of_other_modules_do_not_stop_the_step():
         assert module.other(module.net(torch.zeros(2, 1, 8, 8)), range(3)).shape == (2, 3)
 
 
-@guards("callbacks/network.py", "[] if self.several else [*self.within, heard]", "[*self.within, heard]", ids="None")
-@guards("callbacks/network.py", "if any(_takes(heard, call.output) for call in self._calls) else []", "", ids="net")
+@guards("callbacks/step_watch.py", "[] if self.several else [*self.within, heard]", "[*self.within, heard]", ids="None")
+@guards("callbacks/step_watch.py", "if any(_takes(heard, call.output) for call in self._calls) else []", "", ids="net")
 @pytest.mark.parametrize("name", [None, "net"])
 def test_a_step_keeps_no_activations(name):
     module, outputs, alive = with_another(Net() if name else None), [], []

@@ -1,0 +1,273 @@
+"""Record the calls of modules in a validation step, to find the network among them, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_flatness.callbacks.lightning_imports import LightningModule
+from lightning_flatness.callbacks.network import Network
+from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, same_inputs, tensors_of
+from lightning_flatness.model.logits import any_logits_of
+from lightning_flatness.model.names import plain_name
+
+# Depth to which calls within calls are recorded, in search of the call that returns logits.
+DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """The network that a step has called, and the call to measure, if there is one.
+
+    Attributes:
+        network: the network.
+        call: the call to measure, with copies of the tensors, or None.
+        original: the call to measure, with the user's tensors, or None.
+    """
+
+    network: Network
+    call: Call | None = None
+    original: Call | None = None
+
+
+@dataclass
+class _Heard:
+    """A recorded call of a module in a step, with its output and the calls that it makes.
+
+    If the output has no logits, the network is sought among the calls within this call, but only if they are all calls
+    of one module. Calls of several modules are dropped, because they would keep the step's activations in memory.
+    """
+
+    module: nn.Module
+    call: Call  # with the user's tensors
+    copied: Call | None = None
+    output: Any = None
+    within: list[_Heard] = field(default_factory=list)
+    several: bool = False  # whether several modules are called within
+
+    def add(self, heard: _Heard) -> None:
+        """Add a call within this call."""
+        self.several |= any(other.module is not heard.module for other in self.within)
+        self.within = [] if self.several else [*self.within, heard]
+
+
+class StepWatch:
+    """A context manager that records the calls of modules with weights in a step, to find the network among them.
+
+    Example:
+        >>> module = LightningModule()
+        >>> module.net, x = nn.Linear(2, 3), torch.ones(4, 2)
+        >>> with StepWatch(module, None) as watch:
+        ...     logits = module.net(x)
+        >>> found = watch.found(None)
+        >>> found.network.prefix, found.call.arguments[0].shape
+        ('net', torch.Size([4, 2]))
+    """
+
+    def __init__(self, pl_module: LightningModule, named: Network | None) -> None:
+        self._pl_module, self._named = pl_module, named
+        self._forward = vars(pl_module).get("forward")
+        self.step_is_compiled = False
+        self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
+        self._calls: list[_Heard] = []
+        self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
+        self._others: list[_Heard] = []  # calls of other modules on an output of the module that the user names
+        # The steps of a LightningModule that is compiled in place run eagerly, so its children can be watched.
+        watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
+        modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
+        self._around: set[nn.Module] = set()  # compiled modules that contain the module that the user names
+        if named:
+            apart = [module for module in modules if set(module.modules()).isdisjoint(named.module.modules())]
+            self._around = {module for module in pl_module.modules() if _is_compiled_around(module, named.module)}
+            modules = [named.module, *apart, *self._around]
+        self._overheard = Overheard(modules, self._hear)
+
+    def __enter__(self) -> StepWatch:
+        self._overheard.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._overheard.__exit__()
+
+    def _hear(
+        self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        # DDP calls the LightningModule to run a step. If the LightningModule is compiled, this step is compiled, too.
+        is_replaced = vars(module).get("forward") is not self._forward
+        is_step = module is self._pl_module and _is_compiled(module) and is_replaced
+        self.step_is_compiled |= is_step
+        if is_step or module in self._around:
+            with self._overheard.paused():
+                return forward(*arguments, **keywords)
+        if len(self._open) >= DEPTH or (self._named and self._open):
+            return forward(*arguments, **keywords)
+        heard = _Heard(module, heard_call(arguments, keywords))
+        if self._named and module is not self._named.module:
+            with suppress(Exception):  # the user's step must go on, whatever the arguments are
+                self._others += [heard] if any(_takes(heard, call.output) for call in self._calls) else []
+            return forward(*arguments, **keywords)
+        if self._open:
+            self._open[-1].add(heard)
+        else:
+            heard.copied = heard.call.copied()
+            self._calls.append(heard)
+        self._open.append(heard)
+        try:
+            with self._overheard.paused() if _is_compiled(module) else nullcontext():
+                heard.output = forward(*arguments, **keywords)
+        finally:
+            self._open.pop()
+        if not _why_no_logits(heard.output):
+            heard.within.clear()
+        return heard.output
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call was recorded.
+
+        If the user names a module, only calls of this module count. Otherwise calls of all modules with weights count.
+        """
+        return not self._calls
+
+    def found(self, inputs: Any, is_given: bool = False) -> Found:
+        """Return the network, and the call to measure.
+
+        ``inputs`` are the batch's own inputs, or None if unknown. If the step calls the network on different inputs,
+        the call to measure is the call on ``inputs``. If there is no such call, and ``inputs`` come from ``batch_fn=``
+        (``is_given``), the result has no call.
+
+        Raises:
+            FlatnessError: The step calls several networks. Or the step calls the network on different inputs but not on
+                ``inputs``, and ``is_given`` is False.
+            BatchError: The output of the network has no logits.
+        """
+        heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
+        prefix = "" if self._named else self._names[heard.module]
+        if not counts and not is_given:
+            raise FlatnessError(
+                f"The validation step calls {self._name(heard.module)} on {num_inputs} different inputs, none of which "
+                "is the batch's own input. Give batch_fn=, a function from a batch to the (inputs, targets) to "
+                "measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]). A tuple of inputs is passed as arguments, "
+                "and a mapping is passed as keyword arguments."
+            )
+        if not counts:
+            return Found(Network(heard.module, prefix, is_called=False))
+        self._warn_of_heads(heard)
+        network = Network(heard.module, prefix, on_batch=num_inputs > 1)
+        return Found(network, heard.copied or heard.call.copied(), heard.call)
+
+    def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
+        """Find the call to measure among these calls, or among the calls within them.
+
+        Return the call, the number of different inputs that the called module gets in the step, and True. If there is
+        no call to measure, return the module's first call, the number of different inputs, and False.
+        """
+        self._refuse_several(calls)
+        different: list[_Heard] = []
+        for heard in calls:
+            if not any(same_inputs(heard.call, other.call) for other in different):
+                different.append(heard)
+        counting = different
+        if len(different) > 1:
+            counting = [heard for heard in different if batch is not None and same_inputs(heard.call, batch)]
+        if len(counting) != 1:
+            return different[0], len(different), False
+        reason = _why_no_logits(counting[0].output)
+        within = counting[0].within
+        if reason and within:
+            return self._counting(within, batch)
+        if reason:
+            raise BatchError(f"{self._name(counting[0].module)}: {reason}")
+        return counting[0], len(different), True
+
+    def _warn_of_heads(self, heard: _Heard) -> None:
+        """Warn if the output of the module that the user names goes to another module with weights."""
+        users = [other.module for other in self._others if _takes(other, heard.output)]
+        if users:
+            rank_zero_warn(
+                f"The validation step gives the output of {self._name(heard.module)} to {self._name(users[0])}, which "
+                "has weights of its own. If that output is not the logits, the measured loss is not your loss. Use "
+                "model=... to name a module that returns the logits."
+            )
+
+    def _refuse_several(self, calls: Sequence[_Heard]) -> None:
+        """Raise an error if the step calls several modules. The message tells how to name the network."""
+        modules = list(dict.fromkeys(heard.module for heard in calls))
+        if len(modules) < 2:
+            return
+        names = " and ".join(map(self._name, modules))
+        for heard in calls:
+            taking = [other for other in calls if other.module is not heard.module and _takes(other, heard.output)]
+            heads = list(dict.fromkeys(other.module for other in taking))
+            if heads:
+                parts = ", ".join(self._expression(module) for module in (heard.module, heads[0]))
+                owning = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
+                raise FlatnessError(
+                    f"The validation step gives the output of {self._name(heard.module)} to "
+                    f"{' and '.join(map(self._name, heads))}, {owning}. Say which network returns the logits, e.g. "
+                    f"model=lambda module: torch.nn.Sequential({parts}), batch_fn=lambda batch: (batch[0], batch[1]), "
+                    "where batch_fn= returns the inputs of the first part, and the targets. If the output of "
+                    f"{self._name(heard.module)} is the logits, give model={self._name(heard.module)}."
+                )
+        if any(_why_no_logits(heard.output) for heard in calls):
+            raise FlatnessError(
+                f"The validation step calls {names}. Not all of these return logits, so they seem to be parts of one "
+                "network. Call one module in the step to get the logits, e.g. self(x) with a forward() that applies "
+                "all parts. If one of these modules is the whole network, name it with model=."
+            )
+        trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
+        own = [self._name(module) for module in trained or modules if module is not self._pl_module]
+        raise FlatnessError(
+            f"The validation step calls several networks, {names}. Name the one to measure with model=..., e.g. "
+            f"model={next(iter(own), 'lambda module: module')}."
+        )
+
+    def _expression(self, module: nn.Module) -> str:
+        """Return Python code for a submodule. In this code, the LightningModule has the name ``module``."""
+        name = self._names.get(module, "")
+        plain = all(part.isidentifier() for part in name.split("."))
+        return f"module.{name}" if plain else f"module.get_submodule({name!r})"
+
+    def _name(self, module: nn.Module) -> str:
+        return f"'{self._names.get(module) or type(module).__name__}'"
+
+
+def _eager_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and its submodules, except for submodules within a compiled module."""
+    yield module
+    if not _is_compiled(module) and "_orig_mod" not in dict(module.named_children()):
+        for child in module.children():
+            yield from _eager_modules(child)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return vars(module).get("_compiled_call_impl") is not None
+
+
+def _is_compiled_around(module: nn.Module, part: nn.Module) -> bool:
+    return _is_compiled(module) and module is not part and part in module.modules()
+
+
+def _why_no_logits(output: Any) -> str:
+    try:
+        any_logits_of(output)
+    except BatchError as error:
+        return str(error)
+    return ""
+
+
+def _takes(heard: _Heard, output: Any) -> bool:
+    """Return whether a call has a tensor of ``output`` among its arguments."""
+    return any(one is other for one in tensors_of(heard.call) for other in tensors_of(output))
+
+
+def is_watchable(pl_module: LightningModule) -> bool:
+    """Return whether the steps of a LightningModule run eagerly, so that calls in them can be recorded."""
+    return getattr(pl_module, "_compiler_ctx", None) is None and not torch.compiler.is_compiling()
