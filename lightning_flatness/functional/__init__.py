@@ -1,7 +1,7 @@
-"""The mathematics of the package: functions that take tensors and return tensors, and know nothing of networks.
+"""The mathematics of the package: functions that take tensors and return tensors, and need no network.
 
-All docstrings use the letters of this table. In shapes, ``s`` means ``S / G``. As an index, ``s`` is the number of a
-filter.
+All docstrings use the letters of this table, unless they define a letter themselves. In shapes, ``s`` means ``S / G``.
+As an index, ``s`` is the number of a filter.
 
 | letter | meaning |
 |---|---|
@@ -12,6 +12,8 @@ filter.
 | ``P`` | number of output positions of the layer, e.g. ``H_out * W_out`` |
 | ``phi[p]`` | the input patch at output position ``p``, length ``D`` |
 | ``z[s, p]`` | the layer's output, ``<w_s, phi[p]> + b_s`` |
+| ``f``, ``g`` | the logits; the input of the classifier |
+| ``Λ`` | curvature: the ``K x K`` Hessian of one sample's loss with respect to its logits |
 | ``T[s, s']`` | block trace: trace of the ``D x D`` block ``d²L / dw_s dw_s'`` of the Hessian |
 """
 

@@ -1,6 +1,6 @@
 """The curvature ``Λ`` of a loss that the user has written; autograd computes products of ``Λ`` with vectors.
 
-``Λ`` is the second derivative of the loss with respect to the logits of a sample, as in ``curvature.py``.
+``Λ`` is the Hessian of a sample's loss with respect to its logits, as in ``curvature.py``.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ ROUNDINGS = 100
 
 @dataclass(frozen=True)
 class AutogradCurvature:
-    """Any symmetric curvature ``Λ`` for losses with many classes; no matrix is computed, only products ``Λ x``.
+    """Any symmetric curvature ``Λ`` for losses with many classes; autograd computes products ``Λ x``, but no matrix.
 
-    The Gauss-Newton method needs ``Λ`` as a sum of columns times their transposes, each with a sign. Here every class
-    ``k`` gives two columns. Let ``e_k`` be its unit vector, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive
-    ``w``, the sum of ``(x + y)(x + y)ᵀ / 4 - (x - y)(x - y)ᵀ / 4`` over all classes is ``Λ``. The property ``weights``
-    returns ``w``, estimates of the norms of the rows of ``Λ``. This choice of ``w`` makes ``x`` and ``y`` about equally
-    large, so that little cancels.
+    The Gauss-Newton method needs ``Λ`` as a sum of ``± b bᵀ`` over column vectors ``b``. Here every class ``k`` gives
+    two columns, ``b = (x + y) / 2`` with the sign +1 and ``b = (x - y) / 2`` with the sign -1. Let ``e_k`` be the unit
+    vector of the class, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive numbers ``w_k``, the sum over all
+    classes is ``Λ``. The property ``weights`` returns ``w``. It estimates the norms of the rows of ``Λ``, so that ``x``
+    and ``y`` are about equally large and little cancels.
 
     Args:
         function: maps logits and targets to the loss of every sample, ``(N,)``.
         logits: the logits ``(N, K)``, in a type that the function takes.
         targets: the targets of the ``N`` samples.
-        factor: the curvature is that of the loss times this number.
+        factor: number that multiplies the loss, and so its curvature.
 
     Example:
         >>> curvature = AutogradCurvature(lambda f, y: f.logsumexp(1), torch.zeros(1, 4), torch.zeros(1))
@@ -68,7 +68,7 @@ class AutogradCurvature:
 
     @property
     def signs(self) -> Tensor:
-        """The signs of the columns, ``(N, 2 K)``: +1 for the first column of every class, -1 for the second."""
+        """The sign of each column, ``(N, 2 K)``: +1 for the first column of every class, -1 for the second."""
         signs = torch.ones(len(self.logits), self.num_columns, dtype=torch.float64, device=self.logits.device)
         signs[:, 1::2] = -1
         return signs
@@ -115,7 +115,7 @@ class AutogradCurvature:
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
         """Return the factors ``V`` and ``ΛV`` of ``VᵀΛV``, where ``V`` is ``matrix``.
 
-        ``scales`` and ``tolerance`` have no effect.
+        ``scales`` and ``tolerance`` have no effect, because no classes are left out.
         """
         samples, (classes, filters) = len(self.logits), matrix.shape
         others = matrix.new_empty(samples, classes, filters)
@@ -135,7 +135,7 @@ class AutogradCurvature:
         return torch.stack([scales @ image for image in self._images(identity)])
 
     def traces(self) -> Tensor:
-        """Return NaN for every sample, ``(N,)``, because the trace of ``Λ`` would take one product per class."""
+        """Return NaN for every sample, ``(N,)``, because the trace of ``Λ`` would take one product for every class."""
         return torch.full((len(self.logits),), torch.nan, dtype=torch.float64, device=self.logits.device)
 
     def _images(self, matrix: Tensor) -> Iterator[Tensor]:
@@ -145,14 +145,14 @@ class AutogradCurvature:
 
 
 Curvature = ClassCurvature | DenseCurvature | AutogradCurvature
-"""The curvature ``Λ`` of a loss, in one of three forms."""
+"""The curvature ``Λ`` of a loss, an object of one of three classes."""
 
 
 def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
-    """Multiply the second derivative of a loss with ``x``, by differentiating ``gradient`` with respect to ``leaf``.
+    """Compute the product of a loss's second derivative with ``x``, float64 ``(N, K)``.
 
-    The result is converted to float64. ``leaf`` holds the logits. ``gradient`` is the loss's gradient with respect to
-    ``leaf``, and still has its autograd graph.
+    ``leaf`` ``(N, K)`` holds the logits. ``gradient`` is the gradient of the loss with respect to ``leaf``, with its
+    autograd graph. The function differentiates ``gradient`` once more.
     """
     image = None
     if gradient.requires_grad:
@@ -168,7 +168,7 @@ def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
 
 
 def probes_like(logits: Tensor) -> list[Tensor]:
-    """Return ``NUM_PROBES`` standard normal float64 tensors in the shape of the logits, the same in every call."""
+    """Draw ``NUM_PROBES`` standard normal float64 tensors in the shape of the logits; the shape fixes the numbers."""
     generator = torch.Generator().manual_seed(logits.shape[1])
     shape = (NUM_PROBES, *logits.shape)
     return list(torch.randn(shape, generator=generator, device="cpu").to(logits.device).double())
@@ -177,8 +177,8 @@ def probes_like(logits: Tensor) -> list[Tensor]:
 def certified_diagonal(gradient: Tensor, leaf: Tensor) -> Tensor | None:
     """Return the diagonal of a loss's second derivative, float64 ``(N, K)``, or None if the derivative is not diagonal.
 
-    If all other entries are zero, the product with a vector of ones is the diagonal. Products with random vectors show
-    whether these entries are zero for every sample. The arguments are as in :func:`product`.
+    If all entries off the diagonal are zero, the product with a vector of ones is the diagonal. Products with random
+    vectors show whether the entries off the diagonal are zero. The arguments are as in :func:`product`.
     """
     diagonal = product(gradient, leaf, torch.ones_like(leaf))
     allowed = ROUNDINGS * torch.finfo(leaf.dtype).eps

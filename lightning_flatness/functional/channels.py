@@ -22,8 +22,8 @@ ROUNDINGS = 8
 class ChannelSums:
     """For each channel, the number of its entries, their mean, and the sum of their squared deviations from the mean.
 
-    An object made by :meth:`of` holds these numbers for every sample. An object made by :meth:`total` is called a total
-    and holds them for all samples together.
+    An object made by :meth:`of` holds these numbers for every sample. An object made by :meth:`total` holds them for
+    all samples together. Such an object is called a total.
 
     Example:
         >>> sums = ChannelSums.of(torch.tensor([[[1.0, 3.0]], [[5.0, 3.0]]]))
@@ -34,11 +34,11 @@ class ChannelSums:
     count: Tensor  # float64, (N,), or () in a total
     mean: Tensor  # float64, (N, C), or (C,) in a total
     squares: Tensor  # sum of squared deviations from the mean, in the shape of the mean
-    eps: float = torch.finfo(torch.float64).eps  # machine epsilon of the entries
+    eps: float = torch.finfo(torch.float64).eps  # machine epsilon of the dtype of the layer's inputs
 
     @classmethod
     def of(cls, inputs: Tensor) -> ChannelSums:
-        """Compute the sums of every sample from a layer's inputs ``(N, C, *spatial)``, without their padding."""
+        """Compute the sums of every sample from a layer's inputs ``(N, C, *spatial)`` before padding."""
         entries = inputs.detach().flatten(2) if inputs.ndim > 2 else inputs.detach()[:, :, None]
         mean = entries.mean(2, dtype=torch.float64)
         squares = (entries.double() - mean[:, :, None]).square().sum(2)
@@ -50,7 +50,7 @@ class ChannelSums:
 
     @classmethod
     def joined(cls, parts: list[ChannelSums]) -> ChannelSums:
-        """Concatenate objects that hold the sums of every sample."""
+        """Concatenate the samples of several objects, none of which is a total."""
         count = torch.cat([part.count for part in parts])
         mean, squares = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "squares"))
         return cls(count, mean, squares, max(part.eps for part in parts))

@@ -1,7 +1,8 @@
-"""The classifier's own block traces and flatness measures, straight from its inputs: ``T = Σ_n ‖g_n‖² Λ_n``.
+"""Block traces ``T = Σ_n ‖g_n‖² Λ_n`` and flatness measures with respect to the weight ``W`` of the classifier.
 
-The logits are affine in the classifier's weight ``W``, so no derivative of the network is needed (``docs/theory.md``,
-"The classifier").
+``g_n`` is the input of the classifier for sample ``n``, and ``Λ_n`` the Hessian of the sample's loss with respect to
+its logits. The logits are affine in ``W``, so no derivative of the network is needed (``docs/theory.md``, "The
+classifier").
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from lightning_flatness.functional.weighting import (
 
 
 def classifier_block_traces(features: Tensor, curvature: Curvature) -> Tensor:
-    """Compute the block traces ``T = Σ_n ‖g_n‖² Λ_n`` of the Hessian with respect to the classifier's own weight.
+    """Compute the block traces ``T = Σ_n ‖g_n‖² Λ_n`` of the Hessian with respect to the classifier's weight ``W``.
 
-    The result is float64 ``(1, K, K)``. It is exact because the logits are affine in the classifier's weight ``W``.
+    The result is float64 ``(1, K, K)``. It is exact because the logits are affine in ``W``.
 
     Args:
         features: ``g``, the inputs of the classifier, ``(N, m)``.
-        curvature: ``Λ`` at the logits ``g Wᵀ + b``.
+        curvature: ``Λ`` of every sample, at the logits ``g Wᵀ + b``.
 
     Source:
         Petzka et al. 2021 (arXiv 2001.00939), Definition 3, compute the same numbers from the whole Hessian.
@@ -51,16 +52,16 @@ def classifier_contraction(
 ) -> Contraction:
     """Compute block traces like :func:`classifier_block_traces`, and the measures of every sample.
 
-    With ``d_n``, the diagonal of ``Wᵀ Λ_n W``, sample ``n`` has relative flatness ``‖g‖² Σ_c d_c``, normalised
-    relative flatness ``‖g / σ‖² Σ_c σ_c² d_c`` and channel-wise flatness ``Σ_c g_c² d_c``. The time grows with
-    ``N K m`` for ``N`` samples, ``K`` classes and ``m`` features.
+    For one sample, let ``d`` be the diagonal of ``WᵀΛW``, and ``σ_c`` the standard deviation of feature ``c``. The
+    sample has relative flatness ``‖g‖² Σ_c d_c``, normalised relative flatness ``‖g / σ‖² Σ_c σ_c² d_c`` and
+    channel-wise flatness ``Σ_c g_c² d_c``. The time grows with ``N K m`` for ``m`` features.
 
     Args:
         features: the inputs ``g`` of the classifier, ``(N, m)``.
         kernel: the classifier's weight ``W``, ``(K, m)``.
         curvature: ``Λ`` of all ``N`` samples.
-        weighting: says which measures are wanted, and holds ``σ``.
-        diagonal: return only the diagonal of the block traces.
+        weighting: ``σ``, and the matrices of the measures; a measure without its matrix is not computed.
+        diagonal: compute only the diagonal of the block traces.
     """
     g, kernel = features.double(), kernel.detach().double()
     norms = g.square().sum(1)

@@ -31,7 +31,7 @@ from lightning_flatness.functional.weighting import (
     no_values,
 )
 
-# How many numbers the factors of one chunk of samples may have.
+# Largest number of entries that the factors of one chunk of samples may have, for each type of device.
 FACTOR_ELEMENTS = {"cpu": 2**24}
 # Largest number of samples in a chunk. It is limited because sums within a chunk have the dtype of the factors, which
 # may be less precise than float64.
@@ -52,25 +52,26 @@ def closed_form_block_traces(
 
         T = Σ_n (VᵀΛV) ∘ (a Γ aᵀ)
 
-    Let ``g`` be the input of the classifier, and ``c(s)`` the entry of ``g`` that channel ``s`` reaches. Then
-    ``a[s, p] = dg[c(s)] / dz[s, p]`` are slopes, and ``V[:, s] = weight[:, c(s)]`` are columns of the classifier's
-    weight. ``Γ`` is the patch Gram matrix, and ``Λ`` the second derivative of the loss with respect to the logits.
+    ``∘`` multiplies matrices elementwise. Let ``g`` be the input of the classifier, and ``c(s)`` the index of the entry
+    of ``g`` that output channel ``s`` reaches. Then ``a[s, p] = dg[c(s)] / dz[s, p]`` are slopes, and
+    ``V[:, s] = weight[:, c(s)]`` are columns of the classifier's weight. ``Γ`` is the patch Gram matrix, and ``Λ`` the
+    second derivative of the loss with respect to the logits.
 
-    The result is exact if every ``g[c(s)]`` is a sum of piecewise-linear functions of single entries ``z[s, p]``. For
-    curved functions add :func:`closed_form_residual`. The result is a symmetric float64 tensor ``(G, S/G, S/G)``. With
-    ``diagonal`` it has only the diagonals, ``(G, S/G)``. See Taleghani et al. 2026 (arXiv 2603.09016) for ReLU, and
-    ``docs/theory.md``, "The closed form", for the derivation.
+    The result is exact if every ``g[c(s)]`` is a sum of piecewise-linear functions of single entries ``z[s, p]``. If
+    these functions have second derivatives that are not zero, add :func:`closed_form_residual`. The result is a
+    symmetric float64 tensor ``(G, S/G, S/G)``. With ``diagonal`` it has only the diagonals, ``(G, S/G)``. See Taleghani
+    et al. 2026 (arXiv 2603.09016) for ReLU, and ``docs/theory.md``, "The closed form", for the derivation.
 
     Args:
         inputs: inputs of the convolution, ``(N, C, *spatial)``.
         geometry: kernel size, stride, padding, dilation and groups of the convolution.
         slopes: ``a``, ``(N, S, *output)``.
-        head: ``V``, ``(K, S)``.
+        head: ``V``, columns of the classifier's weight, ``(K, S)``.
         curvature: ``Λ`` of all ``N`` samples.
-        tolerance: for each sample, leave out classes that add little to the trace. All terms that are left out sum to
-            at most this share of the full trace. The diagonal of the result stays exact. The other entries lack the
-            off-diagonal entries of a positive semi-definite matrix whose trace is at most this share. ``tolerance`` has
-            an effect only if ``curvature`` is a :class:`ClassCurvature` and ``diagonal`` is False.
+        tolerance: for each sample, leave out classes that add little to the trace. The terms of these classes sum to a
+            positive semi-definite matrix, whose trace is at most this share of the full trace. The result lacks the
+            off-diagonal entries of this matrix, but its diagonal stays exact. ``tolerance`` has an effect only if
+            ``curvature`` is a :class:`ClassCurvature` and ``diagonal`` is False.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -100,9 +101,9 @@ def closed_form_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute the same as :func:`closed_form_block_traces`; with a ``weighting``, also each sample's measures.
+    """Compute the block traces of :func:`closed_form_block_traces` and, with a ``weighting``, each sample's measures.
 
-    With a ``tolerance``, some terms are dropped. Normalised relative flatness then changes by at most
+    With a ``tolerance``, some terms are left out. Normalised relative flatness then changes by at most
     ``Contraction.left_out`` times the spectral norm of ``weighting.normalized``.
     """
     samples, filters = slopes.shape[:2]
@@ -189,10 +190,10 @@ def _features(inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use
 def _columns(
     projected: Projection, by_group: tuple[int, int], like: Tensor
 ) -> tuple[Pair, Sequence[int], Tensor | None]:
-    """Return the pair ``(columns, others)``, each ``(N, G, s, C)``, the counts and the floor of a projection.
+    """Return the pair ``(columns, others)``, the counts and the floor of a projection; see :class:`Projection`.
 
-    ``columns othersᵀ`` is ``VᵀΛV`` without the terms ``floor · VᵀV`` and ``diag(rest)`` of :class:`Projection`. The
-    counts and the floor have one number for every sample.
+    ``columns`` and ``others`` have the shape ``(N, G, s, C)``, where ``C`` is the number of columns. The product
+    ``columns othersᵀ`` is ``VᵀΛV`` without the terms ``floor · VᵀV`` and ``diag(rest)``.
     """
     columns = projected.columns.unflatten(2, by_group).permute(0, 2, 3, 1)
     others = columns if projected.signs is None else columns * projected.signs[:, None, None]
@@ -205,7 +206,8 @@ def _columns(
 def _channelwise(kernel: Tensor, jacobian: Tensor, projected: Projection) -> Tensor:
     """Compute channel-wise flatness of every sample, ``(N,)``.
 
-    ``jacobian`` is ``sum_p a[s, p] phi[p]``, ``(N, G, s, D)``.
+    ``kernel`` is the layer's kernel, ``jacobian`` is ``sum_p a[s, p] phi[p]``, ``(N, G, s, D)``, and ``projected``
+    holds factors of ``VᵀΛV``.
     """
     columns, others = _columns(projected, (jacobian.shape[1], jacobian.shape[2]), jacobian)[0]
     total = torch.zeros(len(jacobian), dtype=torch.float64, device=jacobian.device)
@@ -225,7 +227,7 @@ def _diagonal(factors: Factors, matrices: Matrices, rest: Tensor | None) -> Tens
 
 
 def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
-    """Compute sums ``(N,)`` of ``filters`` ``(N, G, s)`` over filters, weighted by the diagonal of a Gram matrix."""
+    """Compute each sample's sum of ``filters`` ``(N, G, s)``, weighted by the diagonal of ``gram``, as ``(N,)``."""
     weighted: Tensor = (filters * gram.diagonal(dim1=1, dim2=2)).flatten(1).sum(1)
     return weighted
 
@@ -238,14 +240,15 @@ def closed_form_residual(
     residual: Tensor,
     summed: bool = True,
 ) -> Tensor:
-    """Compute the terms ``Σ_n r_s Σ_p a'[s, p] Γ[p, p]`` that curved activations add to ``T[s, s]``.
+    """Compute the terms ``Σ_n r_s Σ_p a'[s, p] Γ[p, p]`` that activations with a second derivative add to ``T[s, s]``.
 
-    Here ``r = Vᵀ dloss/df``. The result is float64 ``(G, S/G)``. See ``docs/theory.md``, "The closed form".
+    For every sample ``n``, ``r = Vᵀ dloss/df``, and ``Γ`` is the patch Gram matrix. The terms are zero for
+    piecewise-linear activations. The result is float64 ``(G, S/G)``. See ``docs/theory.md``, "The closed form".
 
     Args:
         inputs: inputs of the convolution, ``(N, C, *spatial)``.
         geometry: kernel size, stride, padding, dilation and groups of the convolution.
-        curvatures: ``a' = da / dz``, the derivative of the slopes, ``(N, S, *output)``.
+        curvatures: ``a' = da / dz``, the derivative of the slopes ``a``, ``(N, S, *output)``.
         head: ``V``, columns of the classifier's weight, ``(K, S)``; see :func:`closed_form_block_traces`.
         residual: ``dloss/df``, the gradient with respect to the logits, ``(N, K)``.
         summed: sum over samples; with False the result is ``(N, G, S/G)``.

@@ -17,7 +17,7 @@ _pending: ContextVar[list[Tensor] | None] = ContextVar("pending", default=None)
 
 
 def holds(condition: Tensor) -> bool:
-    """Return a condition as a ``bool``; inside :func:`deferred_checks`, return True and defer the check."""
+    """Return whether a condition is true; inside :func:`deferred_checks`, return True and defer the check."""
     pending = _pending.get()
     if pending is None:
         return bool(condition)
@@ -26,15 +26,16 @@ def holds(condition: Tensor) -> bool:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same shape and equal entries; :func:`holds` checks the entries."""
+    """Return whether two tensors have equal shapes and entries; :func:`holds` may defer the check of the entries."""
     return one is other or (one.shape == other.shape and holds((one == other).all()))
 
 
 @contextmanager
 def deferred_checks() -> Iterator[Callable[[], bool]]:
-    """Defer all checks of :func:`holds` inside the block, and yield a function that tells whether all conditions hold.
+    """Defer the checks of :func:`holds` in a ``with`` block, and yield a function that reads all conditions together.
 
-    Use results that were computed inside the block only if the yielded function returns True.
+    The function returns whether all conditions are true. Use results that were computed inside the block only if it
+    returns True.
 
     Example:
         >>> with deferred_checks() as all_hold:

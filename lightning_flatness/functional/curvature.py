@@ -14,26 +14,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# With fewer classes than this, the Gauss-Newton method computes with every class, and :attr:`ClassCurvature.floor` is
-# None.
+# With fewer classes than this, the Gauss-Newton method never draws a random part of the classes, and
+# :attr:`ClassCurvature.floor` is None.
 MANY_CLASSES = 128
-# A sample's classes are left out only if less than this share of all pairs (sample, class) remains. Otherwise it is
-# faster to compute all pairs.
+# Classes are left out only if less than this share of all pairs (sample, class) remains. Otherwise it is faster to
+# compute all pairs.
 WORTHWHILE = 0.9
-# How many numbers an intermediate result may have.
+# Largest number of entries of an intermediate result.
 ELEMENTS = 2**22
 
 
 class Projection(NamedTuple):
     """Factors of ``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)`` for every sample.
 
-    If there are ``others``, then ``VᵀΛV = columnsᵀ others`` instead.
+    If there are ``others``, then ``VᵀΛV = columnsᵀ others`` instead. If there is a ``rest``, only the diagonal of the
+    sum is exact.
     """
 
-    columns: Tensor  # (N, C, S)
+    columns: Tensor  # (N, C, S), where C is the number of columns
     counts: list[int]  # for every sample, how many of its columns are used; later columns are zero
     signs: Tensor | None = None  # (N, C); None if all are +1
-    floor: Tensor | None = None  # (N,), the smallest class weight of every sample; None without this term
+    floor: Tensor | None = None  # (N,), the smallest class weight of every sample; None if the sum lacks this term
     rest: Tensor | None = None  # (N, S), the diagonal of the terms of the classes that were left out
     others: Tensor | None = None  # (N, C, S)
 
@@ -42,8 +43,9 @@ class Projection(NamedTuple):
 class ClassCurvature:
     """A curvature that is a sum over classes, ``Λ_n = Σ_k w_{nk} (e_k - π_n)(e_k - π_n)ᵀ``.
 
-    ``e_k`` is the unit vector of class ``k``. For cross-entropy, ``w = c π`` and so ``Λ = c (diag(π) - π πᵀ)``, where
-    ``π`` is the softmax of the logits and ``c`` the sum of the target's entries. Without ``center``, ``Λ = diag(w)``.
+    ``e_k`` is the unit vector of class ``k``. For cross-entropy, ``π`` is the softmax of the logits, and ``w = c π``,
+    where ``c`` is the sum of the target's entries. Then ``Λ = c (diag(π) - π πᵀ)``. Without ``center``, ``Λ`` is
+    ``diag(w)``, as for the squared error.
 
     Args:
         weights: ``w``, float64 ``(N, K)``, not negative. With a ``center``, ``w_n`` must be a multiple of ``π_n``.
@@ -102,22 +104,22 @@ class ClassCurvature:
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest class weight of each sample, ``(N,)``; None if it is negligible or there are few classes."""
+        """The smallest class weight of each sample, ``(N,)``; None if all are negligible or there are few classes."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
 
     def project(self, matrix: Tensor, scales: Tensor | None = None, tolerance: float = 0.0) -> Projection:
-        """Factor ``VᵀΛV``, where ``V`` is from :meth:`centred`; with a tolerance, leave out classes that add little.
+        """Factor ``VᵀΛV``, where ``V = matrix`` comes from :meth:`centred`; with a tolerance, leave out some classes.
 
         The columns are ``√w_k (v_k - πᵀV)``, where ``v_k`` is row ``k`` of ``V``. This avoids the cancellation in
         ``diag(π) - π πᵀ``.
 
-        With a tolerance, classes are left out if that saves enough work. The terms left out sum to at most
-        ``tolerance`` times ``Σ_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be
-        negative. The diagonal of these terms is returned as ``rest``, so that only entries off the diagonal are
-        approximate. With many classes, the smallest class weight of every sample is returned as ``floor``. The columns
-        then contain only the part of each weight above ``floor``.
+        With a tolerance, classes that add little are left out if that saves enough work. Their terms sum to at most
+        ``tolerance`` times ``Σ_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be negative.
+        The diagonal of these terms is returned as ``rest``, so that only entries off the diagonal are approximate. If
+        classes are left out, :attr:`floor` is returned, too. If it is not None, the weight of each column is reduced by
+        the floor.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
@@ -164,7 +166,7 @@ class ClassCurvature:
         return total - total.sum(1).diag()
 
     def diagonals(self) -> Tensor:
-        """Return the diagonal of ``Λ`` of every sample, float64 ``(N, K)``."""
+        """Compute the diagonal of ``Λ`` for every sample, float64 ``(N, K)``."""
         if self.center is None:
             return self.weights
         # For the largest entry of π, which may be close to one, 1 - π is the sum of the other entries.
@@ -189,7 +191,7 @@ class DenseCurvature:
     """Any symmetric curvature, stored as ``Λ_n = B_n diag(signs_n) B_nᵀ``; its eigenvalues may be negative.
 
     Args:
-        roots: ``B``, float64 ``(N, K, C)``.
+        roots: ``B``, float64 ``(N, K, C)``, with ``C`` columns.
         signs: signs of the columns of ``B``, ``(N, C)``.
 
     Example:
@@ -203,7 +205,7 @@ class DenseCurvature:
 
     @classmethod
     def of(cls, matrices: Tensor) -> DenseCurvature:
-        """Factor symmetric matrices, float64 ``(N, K, K)``."""
+        """Factor symmetric matrices ``Λ_n``, float64 ``(N, K, K)``, by their eigendecompositions."""
         values, vectors = torch.linalg.eigh(matrices)
         return cls(vectors * values.abs().sqrt()[:, None], values.sign())
 
@@ -262,11 +264,12 @@ class DenseCurvature:
 def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
     """Compute ``Σ_k w_k (v_k - m)[s]²`` for every sample and filter ``s``, float64 ``(N, S)``.
 
-    ``w`` are the sample's weights, ``v_k`` is row ``k`` of ``matrix``, and ``m`` the sample's row of ``mean``.
+    ``w`` are the sample's weights, ``v_k`` is row ``k`` of ``matrix``, and ``m`` the sample's row of ``mean``. If
+    ``mean`` is None, ``m`` is zero.
     """
     if mean is None:
         return (weights.to(matrix.dtype) @ matrix.square()).double()
-    # Subtract before squaring: for a confident sample, expanded squares would cancel.
+    # Subtract before squaring: if π is close to one-hot, the terms of the expanded squares would cancel.
     rows = max(1, ELEMENTS // matrix.numel())
     parts = [
         torch.einsum("nk,nks->ns", w.to(matrix.dtype), (matrix - m[:, None]).square())
@@ -278,12 +281,12 @@ def _sum_of_squares(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Ten
 def _kept(
     weights: Tensor, matrix: Tensor, mean: Tensor | None, scales: Tensor, floor: Tensor | None, tolerance: float
 ) -> Tensor:
-    """Return a mask ``(N, K)`` of the pairs (sample, class) that are kept.
+    """Return a mask ``(N, K)`` of the pairs (sample, class) that are used; the others may be left out.
 
     A class ``k`` of a sample adds ``w_k Σ_s scales[s] (v_k - m)[s]²`` to the trace, where ``v_k`` is row ``k`` of
-    ``matrix``, and ``m`` the sample's row of ``mean``. Terms are left out in ascending order, as long as their sum is
-    below ``tolerance`` times the trace. A bound on rounding errors is added to every term and subtracted from the
-    trace, so that the tolerance holds despite rounding.
+    ``matrix``, and ``m`` the sample's row of ``mean``. Pairs are left out in ascending order of their terms, as long as
+    the sum of the terms is below ``tolerance`` times the trace. A bound on rounding errors is added to every term and
+    subtracted from the trace, so that the tolerance holds despite rounding.
     """
     squares, scales = matrix.square(), scales.to(matrix.dtype)
     parts = size = scales @ squares.T
@@ -300,7 +303,7 @@ def _kept(
 
 
 def _sum_over_dropped(weights: Tensor, matrix: Tensor, mean: Tensor | None) -> Tensor:
-    """Compute the sums of :func:`_sum_of_squares` with expanded squares, which is faster.
+    """Compute the same sums as :func:`_sum_of_squares`, but expand the squares, which is faster.
 
     Requires: all weights of a sample, except the largest one, are small.
     """

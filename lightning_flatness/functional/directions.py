@@ -16,7 +16,7 @@ Direction = dict[str, Tensor]
 """A direction in weight space: tensors in the shapes of a model's tensors, by their names."""
 
 NORMALIZATIONS = ("none", "weight", "filter", "layer", "model")
-"""The names of the parts of a direction that :func:`normalized` rescales."""
+"""The values of ``unit`` in :func:`normalized`, which choose the parts of a direction that are rescaled."""
 
 
 def random_direction(like: Mapping[str, Tensor], generator: torch.Generator) -> Direction:
@@ -150,9 +150,9 @@ def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: flo
     """Compute Adam's step ``m / (sqrt(β v) + ε)`` for a learning rate of 1.
 
     Args:
-        first: ``m``, the first moment as the optimizer keeps it, without bias correction.
-        second: ``v``, the second moment as the optimizer keeps it.
-        scale: ``β``.
+        first: ``m``, the first moment in the state of the optimizer, without bias correction.
+        second: ``v``, the second moment in the state of the optimizer, without bias correction.
+        scale: ``β``, a factor of the second moment.
         epsilon: ``ε``.
 
     Source:
@@ -172,7 +172,8 @@ class PrincipalDirections(NamedTuple):
     Attributes:
         directions: the directions, orthonormal.
         coordinates: coordinates of the points in these directions, float64 ``(points, directions)``.
-        explained: every direction's share of the sum of squared distances, float64 ``(directions,)``.
+        explained: share of the sum of squared distances from the origin that every direction explains, float64
+            ``(directions,)``.
 
     Example:
         >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_flatness.functional.lanczos import orthogonalised, random_orthogonal, rounding_error
 
-# A search starts from a random unit vector. The search ends when this vector's component along any missed eigenvector
-# would be at most this, in units of 1/√D. The probability of such a small component is below 1e-4.
+# A search for missed eigenvectors starts from a random unit vector. The search ends when the component of this vector
+# along any missed eigenvector would be at most IMPROBABLE_PART / √D. Such a small component has a probability below
+# 1e-4.
 IMPROBABLE_PART = 1e-4
 
 
@@ -22,7 +23,7 @@ class Eigenpairs(NamedTuple):
     Attributes:
         values: ``θ``, descending, float64 ``(k,)``.
         vectors: ``v``, orthonormal rows, ``(k, D)``.
-        residuals: ``‖A v - θ v‖``, float64 ``(k,)``, computed with a further product for every pair.
+        residuals: ``‖A v - θ v‖``, float64 ``(k,)``, computed with one more product for every pair.
         num_products: number of products of ``A`` with a vector.
         asymmetry: largest ``|q_iᵀA q_j - q_jᵀA q_i|`` for basis vectors ``q``, divided by the largest ``‖A q_i‖``.
 
@@ -52,16 +53,17 @@ def top_eigenpairs(
 
     A Krylov space contains only one vector of every eigenspace, so it misses copies of repeated eigenvalues. Therefore,
     when ``k`` pairs have converged, a second search begins with a random vector orthogonal to all converged
-    eigenvectors. This search looks for a missed eigenvalue larger than the ``k``-th, until the probability that there
-    is one is negligible. So a repeated eigenvalue is found as often as it occurs. See Wu and Simon 2000, "Thick-restart
-    Lanczos method for large symmetric eigenvalue problems".
+    eigenvectors. This search looks for a missed eigenvalue larger than the ``k``-th. It ends when the probability that
+    there is such an eigenvalue is negligible. So a repeated eigenvalue is found as often as it occurs. See Wu and Simon
+    2000, "Thick-restart Lanczos method for large symmetric eigenvalue problems".
 
     Args:
         product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
         basis: memory ``(m, D)`` for basis vectors, which is overwritten. ``m`` must be ``D`` or at least ``k + 2``.
         top_k: ``k``; at most ``D`` pairs are returned.
         generator: CPU generator that draws the starting vectors.
-        tolerance: a pair has converged when its residual is at most this times its eigenvalue.
+        tolerance: a pair has converged when its residual, up to rounding, is at most this number times the absolute
+            value of its eigenvalue.
         max_products: after this many products the current pairs are returned, converged or not. Computing their
             residuals takes ``k`` more products.
 
@@ -123,8 +125,8 @@ def _missed(
     found so far. Further eigenvectors of a repeated eigenvalue lie in this complement.
 
     Return a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``, and the number of products. If no
-    such vector is found, or all ``max_products`` are used up, return None in place of the vector. ``basis`` is memory
-    with at least two rows.
+    such vector is found within ``max_products`` products, return None in place of the vector. ``basis`` is memory for
+    basis vectors, with at least two rows.
     """
 
     def complement(vector: Tensor) -> Tensor:
@@ -146,9 +148,10 @@ def _missed(
 
 
 class _Search:
-    """An orthonormal basis that grows by Lanczos steps, and the operator projected onto it.
+    """A Lanczos iteration: an orthonormal basis that grows step by step, and the operator projected onto the basis.
 
-    The next step adds the vector ``following`` to the basis.
+    Every step adds the vector ``following`` to the basis. ``values`` are the Ritz values, the largest first, and
+    ``residuals`` the residuals of the Ritz pairs. ``level`` is the eigenvalue that :attr:`part_above` refers to.
     """
 
     def __init__(
@@ -166,7 +169,7 @@ class _Search:
         # coefficients give the right inner product of the starting vector with an eigenvector only if the eigenvalue of
         # the eigenvector is `level`.
         self._level, self._first = level, torch.eye(1, len(basis) + 1, dtype=torch.float64, device="cpu")[0]
-        # The largest norm of a product, and the norm of the latest product's part outside the basis.
+        # The largest norm of a product so far, and the norm of the part of the latest product outside the basis.
         self._scale = self._beyond = 0.0
         self._coupling: Tensor | None = None  # the next product's coefficients if the operator is symmetric
         self.size = self.num_products = 0
@@ -176,11 +179,11 @@ class _Search:
 
     @property
     def rounding(self) -> float:
-        """The size below which residuals are rounding errors."""
+        """The size up to which residuals are rounding errors."""
         return rounding_error(self._basis.dtype) * self._scale
 
     def step(self) -> None:
-        """Add the following vector to the basis, multiply the operator with it, and update the sorted Ritz values."""
+        """Add ``following`` to the basis, multiply the operator with it, and update the Ritz values and residuals."""
         assert self.following is not None
         self._basis[self.size] = self.following
         image = self._product(self._basis[self.size])
@@ -210,19 +213,19 @@ class _Search:
     def part_above(self) -> float:
         """A bound on the starting vector's component along an eigenvector whose eigenvalue is at least ``level``.
 
-        Requires: all Ritz values are below ``level``. Let ``V`` be the basis, ``T`` the projected operator, ``q`` the
-        following vector and ``e`` the last unit vector. Because ``A V = V T + β q eᵀ`` for a number ``β``, the
-        components of the eigenvector along the basis are ``β (level - T)⁻¹ e`` times the component along ``q``. The
-        norm of all these components is at most one.
+        Requires: all Ritz values are below ``level``. Let ``A`` be the operator, ``V`` the basis, ``T`` the projected
+        operator, ``q`` the vector ``following`` and ``e`` the last unit vector. ``A V = V T + β q eᵀ`` holds for a
+        number ``β``. So for an eigenvector with the eigenvalue ``level``, the components along the basis are
+        ``β (level - T)⁻¹ e`` times the component along ``q``. The norm of all these components is at most one.
         """
         parts = self._parts()
         first = self._first[: self.size] @ self._coefficients
         return float((first @ parts).abs() / (1 + parts @ parts).sqrt())
 
     def _parts(self) -> Tensor:
-        """Return an eigenvector's components along the Ritz vectors, relative to its component along ``following``.
+        """Return the components of an eigenvector along the Ritz vectors, divided by its component along ``following``.
 
-        The eigenvector is one whose eigenvalue is ``level``.
+        The eigenvalue of this eigenvector is ``level``.
         """
         return self._beyond * self._coefficients[-1] / (self._level - self.values)
 
@@ -243,5 +246,5 @@ class _Search:
         self._projected[:number, :number] = torch.diag(self.values)
 
     def follow(self, vector: Tensor) -> None:
-        """Continue with ``vector``, which is orthogonal to the basis but comes from outside this search."""
+        """Let the next step add ``vector``, which is orthogonal to the basis and was found by another search."""
         self.following, self._coupling = vector, None

@@ -23,7 +23,8 @@ from lightning_flatness.functional.weighting import (
     no_values,
 )
 
-# How many numbers the largest intermediate results of one chunk may have. On a CPU they fit into the cache of a core.
+# Largest number of entries of the intermediate results of one chunk of samples, for each type of device. On a CPU, so
+# many entries fit into the cache of a core.
 CHUNK_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 
@@ -40,18 +41,18 @@ def gauss_newton_block_traces(
         T = Σ_n Σ_b J_b J_bᵀ,    J_b = Σ_p δ_b[:, p] phi[p]ᵀ
 
     Let ``Λ`` be the Hessian of the loss with respect to the logits, and ``B`` a matrix with ``B Bᵀ = Λ``. Then ``δ_b``
-    is column ``b`` of ``B``, pulled back from the logits to the layer's output by a vector-Jacobian product. Give the
-    ``δ_b`` of all columns to get the full Gauss-Newton matrix. It equals the Hessian if the logits are affine in the
-    layer's weight (``docs/theory.md``, "Any layer: Gauss-Newton"). A linear layer is a convolution of kernel size one
-    over its tokens. The result is a float64 tensor ``(G, S/G, S/G)``, symmetric up to rounding. With ``diagonal`` it
-    has only the diagonals, ``(G, S/G)``.
+    is column ``b`` of ``B``, pulled back from the logits to the layer's output by a vector-Jacobian product. To get the
+    full Gauss-Newton matrix, give the ``δ_b`` of all columns. This matrix equals the Hessian if the logits are affine
+    in the layer's weight (``docs/theory.md``, "Any layer: Gauss-Newton"). A linear layer counts as a convolution of
+    kernel size one over its tokens. The result is a float64 tensor ``(G, S/G, S/G)``, symmetric up to rounding. With
+    ``diagonal`` it has only the diagonals, ``(G, S/G)``.
 
     Args:
-        calls: the input ``(N, C, *spatial)`` and the geometry of every call of the layer in one forward pass; ``J_b``
-            is summed over the calls.
-        cotangents: for every call, the list of its ``δ_b``, each ``(N, S, *output)``.
-        signs: signs of the columns, ``(N, B)``, with ``Λ = B diag(signs) Bᵀ``; needed if ``Λ`` has negative
-            eigenvalues.
+        calls: the input ``(N, C, *spatial)`` and the geometry of every call of the layer in one forward pass. If there
+            are several calls, ``J_b`` is the sum over the calls.
+        cotangents: for every call, the list of the ``δ_b`` at its output, each ``(N, S, *output)``.
+        signs: signs of the columns, ``(N, number of columns)``, with ``Λ = B diag(signs) Bᵀ``. They are needed if ``Λ``
+            has negative eigenvalues.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -73,7 +74,7 @@ def gauss_newton_contraction(
     diagonal: bool = False,
     chunk_size: int | None = None,
 ) -> Contraction:
-    """Compute the same as :func:`gauss_newton_block_traces`; with a ``weighting``, also each sample's measures."""
+    """Compute the sums of :func:`gauss_newton_block_traces` and, with a ``weighting``, the measures of every sample."""
     columns = len(cotangents[0])
     samples, filters = cotangents[0][0].shape[:2]
     inputs, geometry = calls[0]
@@ -151,7 +152,7 @@ def _features(
     """Return a pair ``(left, right)`` with ``left rightᵀ = δ Γ δᵀ`` for every sample and column.
 
     With ``use_gram``, ``left`` is ``δ`` and ``right`` is ``δ Γ``; otherwise both are ``sum_p δ[p] phi[p]``. ``parts``
-    holds the ``δ`` of every call, ``(N, G, B, s, P)``.
+    holds the ``δ`` of every call, ``(N, G, B, s, P)``, for ``B`` columns. ``Γ`` is the patch Gram matrix.
     """
     if use_gram:
         left, (inputs, geometry) = parts[0], calls[0]
@@ -169,5 +170,5 @@ def _weighted(gram: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_filter(features: Tensor) -> Tensor:
-    """Move dimension ``B`` next to ``F`` and merge both: ``(N, G, B, s, F)`` becomes ``(N, G, s, B F)``."""
+    """Merge the dimension of columns into the last dimension: ``(N, G, B, s, F)`` becomes ``(N, G, s, B F)``."""
     return features.transpose(2, 3).flatten(3)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Parts of torch's messages for operations that have a first derivative but no second one.
+# Parts of torch's error messages for operations that have a first derivative but no second one.
 NOT_DIFFERENTIABLE = ("derivative for", "not implemented", "double backward", "double-backward", "differentiate twice")
 
 
@@ -17,16 +17,16 @@ def says_no_second_derivative(error: Exception) -> bool:
 
 
 def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
-    """Return whether the graph of first derivatives has a custom function marked ``once_differentiable``.
+    """Return whether the autograd graph of first derivatives contains a custom function marked ``once_differentiable``.
 
-    Such a function leaves an error node, at which the graph ends. Autograd raises an error only if it visits this node;
-    otherwise the gradients behind the node are silently missing.
+    Such a function leaves an error node, at which the graph ends. Autograd raises an error only if it visits this node.
+    If it does not, the gradients behind the node are missing without an error.
     """
     return any(node.name().endswith("Error") for node in functions_of(derivatives))
 
 
 def functions_of(ends: Sequence[Tensor]) -> Iterator[Any]:
-    """Yield every function (node) of the autograd graph of the tensors ``ends``, each one once."""
+    """Yield every function (node) of the autograd graph that ends at the tensors ``ends``, each function once."""
     visited: set[Any] = set()
     waiting = [end.grad_fn for end in ends]
     while waiting:

@@ -37,20 +37,22 @@ def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Return the largest remainder of a product, relative to the product, that counts as rounding error.
+    """Return the ratio of norms up to which the part of a product outside the basis counts as rounding error.
 
-    The remainder is the part of the operator's product that is orthogonal to the basis. If it is only rounding error,
-    the Krylov space is invariant.
+    The product is that of the operator with the newest basis vector. The ratio is the norm of the product's part
+    orthogonal to the basis, divided by the norm of the product. If this part is only rounding error, the Krylov space
+    is invariant.
     """
     return 100 * torch.finfo(dtype).eps
 
 
 class LargestEigenvalues(NamedTuple):
-    """The largest Ritz value ``θ`` of every matrix, and a bound on the distance of ``θ`` from an eigenvalue.
+    """The largest Ritz value ``θ`` of each of ``B`` matrices ``H``, and a bound on its distance from an eigenvalue.
 
     Attributes:
         values: ``θ``, ``(B,)``.
-        residuals: ``‖H v - θ v‖`` of the unit Ritz vector ``v``, ``(B,)``; this is the bound.
+        residuals: ``‖H v - θ v‖`` of the unit Ritz vector ``v``, ``(B,)``. Some eigenvalue of ``H`` differs from ``θ``
+            by at most this number.
         num_products: number of calls of the operator; a call multiplies each matrix with one vector.
 
     Example:
@@ -78,7 +80,7 @@ def largest_eigenvalues(
     Args:
         operator: function that multiplies every matrix with its own vector, ``(B, D) -> (B, D)``.
         start: random vectors, ``(B, D)``.
-        tolerance: stop when every residual is at most this times the absolute value of its eigenvalue.
+        tolerance: stop when every residual is at most this number times the absolute value of its Ritz value.
         max_products: largest number of calls of ``operator``.
 
     Example:
@@ -99,8 +101,8 @@ def largest_eigenvalues(
             done += 1
             rayleigh = (product * basis[-1]).sum(1)
             if diagonal:
-                # Basis vectors beyond an invariant space are zero. Their diagonal entries must stay below the largest
-                # Ritz value.
+                # If a Krylov space is invariant, its further basis vectors are zero. Their diagonal entries must stay
+                # below the largest Ritz value.
                 rayleigh = torch.where(ended, diagonal[0] - diagonal[0].abs() - 1, rayleigh)
             diagonal.append(rayleigh)
             before = product.norm(dim=1)

@@ -123,8 +123,8 @@ class CustomLoss(Loss):
     samples. The loss of a sample must not depend on other samples. The function may be called with float64 logits, and
     with only a part of a batch.
 
-    The second derivative is stored in the least costly form. If it is a diagonal matrix without negative entries (as
-    for the squared error summed over classes), its ``K`` diagonal entries are stored for every sample. Otherwise, with
+    The second derivative is stored in the form that takes the least time and memory. If it is a diagonal matrix without
+    negative entries (as for the squared error), its ``K`` diagonal entries are stored for every sample. Otherwise, with
     fewer than 128 classes, the ``K x K`` matrix is stored for every sample. With 128 classes or more, no matrix is
     stored, and autograd computes products with the second derivative.
 
@@ -142,7 +142,7 @@ class CustomLoss(Loss):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Name of the function."""
+        """The name of the function, or of its class if it has no name."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
@@ -184,7 +184,10 @@ class CustomLoss(Loss):
         )
 
     def _curvature(self, f: Tensor, residual: Tensor, targets: Tensor) -> Curvature:
-        """Return the second derivative at the logits ``f`` in the least costly form; ``residual`` is the gradient."""
+        """Return the second derivative at the logits ``f``, stored as :class:`CustomLoss` says.
+
+        ``residual`` is the gradient of the loss with respect to ``f``, with its autograd graph.
+        """
         diagonal = certified_diagonal(residual, f)
         if diagonal is not None and bool((diagonal >= 0).all()):
             return ClassCurvature(diagonal)
@@ -199,7 +202,7 @@ class CustomLoss(Loss):
         return losses.double().sum()
 
     def _called(self, logits: Tensor, targets: Tensor) -> Any:
-        """Call the function; for a module, use copies of its tensors, converted to the dtype of the logits."""
+        """Call the function; if it is a module, call it with copies of its tensors in the dtype of the logits."""
         if not isinstance(self.function, nn.Module):
             return self.function(logits, targets.clone())
         named = {**dict(self.function.named_parameters()), **dict(self.function.named_buffers())}
@@ -210,7 +213,10 @@ class CustomLoss(Loss):
         return functional_call(self.function, copies, (logits, targets.clone()))
 
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
-        """Return logits and losses in float64, or in the dtype of the logits if the function fails on float64."""
+        """Return a copy of the logits that requires a gradient, and the losses of all samples at this copy.
+
+        The copy is float64, or has the dtype of the logits if the function fails on float64.
+        """
         first_error: Exception | None = None
         for dtype in dict.fromkeys((torch.float64, logits.dtype)):
             f = logits.to(dtype, copy=True).requires_grad_()

@@ -1,7 +1,7 @@
 """Losses, with their first and second derivatives with respect to the logits, and the divisor of the mean loss.
 
 A loss maps logits ``f`` ``(N, K)`` and targets to :class:`LossDerivatives`. All derivatives are computed in float64.
-For a confident sample, whose softmax ``π`` is close to the one-hot target ``y``, ``π - y`` would cancel in float32.
+In float32, ``π - y`` would lose most digits if the softmax ``π`` is close to the one-hot target ``y``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class LossDerivatives(NamedTuple):
     The mean over samples is the sum over samples divided by ``normalizer``.
 
     Attributes:
-        curvature: ``Λ`` of every sample.
-        residual: ``dloss/df``, float64 ``(N, K)``; None without targets.
+        curvature: ``Λ`` of every sample, the second derivative of its loss with respect to its logits.
+        residual: ``dloss/df``, the first derivative, float64 ``(N, K)``; None without targets.
         num_samples: number of samples that are not ignored.
-        normalizer: ``num_samples``, or the sum of the weights of the target classes.
-        outcomes: four numbers of every sample, float64 ``(N, 4)``; None without targets. They are its weight in the
-            mean; 1, or 0 if it is ignored; its loss times its weight; and 1 if its largest logit is that of the target,
-            0 if not, NaN if not known.
+        normalizer: ``num_samples``, or the sum of the samples' weights if targets are class indices with class weights.
+        outcomes: four numbers of every sample, float64 ``(N, 4)``; None without targets. Column 0 is the weight of the
+            sample in the mean. Column 1 is 0 for an ignored sample, else 1. Column 2 is the loss of the sample times
+            its weight. Column 3 is 1 if the largest logit is that of the target, else 0; NaN if not known.
         is_pair: True if the batch holds one sample twice; each of the two rows then counts half.
 
     Example:
@@ -64,7 +64,11 @@ OUTCOMES = ("weight", "count", "loss", "correct")
 def outcomes_of(
     losses: Tensor, logits: Tensor, targets: Tensor, weights: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """Return the columns ``OUTCOMES``, ``(N, 4)``; ``correct`` is NaN unless targets are class indices."""
+    """Return the columns ``OUTCOMES``, float64 ``(N, 4)``; ``correct`` is NaN unless targets are class indices.
+
+    ``losses`` ``(N,)`` are the losses times the weights of the samples. Without ``weights``, every sample that is not
+    ignored has the weight 1. ``kept`` is a mask of the samples that are not ignored; None means all samples.
+    """
     ones = torch.ones_like(losses, dtype=torch.float64)
     counts = ones if kept is None else kept.double()
     classes = logits.shape[1]
@@ -81,8 +85,8 @@ def outcomes_of(
 class Loss:
     """Base class of losses.
 
-    For a loss of your own a function is enough: see :class:`CustomLoss`. A subclass tells the second derivative itself.
-    It has a ``name`` and defines ``__call__`` and, for spectra and landscapes, ``total``.
+    For a loss of your own, a function is enough; see :class:`CustomLoss`. Write a subclass if you know a formula for
+    the second derivative. It needs a ``name`` and the method ``__call__``. Spectra and landscapes also need ``total``.
 
     ``shift_invariant`` tells whether the loss stays the same when one number is added to all logits of a sample.
 
@@ -104,7 +108,7 @@ class Loss:
         """Compute the derivatives of the loss at ``logits`` ``(N, K)``.
 
         Raises:
-            BatchError: the targets do not fit.
+            BatchError: the targets do not fit the logits or the loss.
         """
         raise NotImplementedError
 
@@ -195,8 +199,8 @@ class CrossEntropy(Loss):
             q = q * kept[:, None]
         c = q.sum(1, keepdim=True)
         residual = c * pi - q
-        # A row of the residual sums to zero, so its entry at the target is minus the sum of the other entries. This is
-        # accurate even when π is close to q.
+        # A row of the residual sums to zero. So its entry at the largest entry of q is computed as minus the sum of the
+        # other entries, which is accurate even when π is close to q.
         top = q.argmax(1, keepdim=True)
         residual.scatter_(1, top, -residual.scatter(1, top, 0.0).sum(1, keepdim=True))
         losses = -torch.where(q > 0, q * torch.log_softmax(logits.double(), dim=1), 0.0).sum(1)
@@ -238,7 +242,7 @@ class CrossEntropy(Loss):
         return None if holds(kept.all()) else kept
 
 
-# How far the sum of rounded probabilities may be from one.
+# How far the sum of rounded probabilities may be from one, and the logarithm of this sum from zero.
 ROUNDED = 1e-2
 SEVERAL_LABELS = (
     "Rows of the targets do not sum to one, so they are not probabilities of classes. With loss='cross_entropy', the "

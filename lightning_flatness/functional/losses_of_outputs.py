@@ -17,7 +17,8 @@ from lightning_flatness.functional.losses import Loss, LossDerivatives, outcomes
 class BinaryCrossEntropy(Loss):
     """The loss ``torch.nn.functional.binary_cross_entropy_with_logits``, averaged over samples and ``K`` binary labels.
 
-    ``Λ = diag(σ(f) σ(-f)) / K``, where ``σ`` is the sigmoid. Targets ``(N, K)`` are numbers from 0 to 1.
+    The second derivative with respect to the logits ``f`` is ``Λ = diag(σ(f) σ(-f)) / K``, where ``σ`` is the sigmoid.
+    Targets ``(N, K)`` are numbers from 0 to 1.
 
     Example:
         >>> derivatives = BinaryCrossEntropy()(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
@@ -50,7 +51,8 @@ class BinaryCrossEntropy(Loss):
 class MeanSquaredError(Loss):
     """The loss ``torch.nn.functional.mse_loss``, averaged over samples and ``K`` outputs.
 
-    ``Λ`` is ``2 / K`` times the identity. Targets have the shape of the outputs, ``(N, K)``.
+    The second derivative ``Λ`` with respect to the outputs is ``2 / K`` times the identity. Targets have the shape of
+    the outputs, ``(N, K)``.
 
     Example:
         >>> derivatives = MeanSquaredError()(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))

@@ -1,8 +1,8 @@
 """Flatness measures ``sum(Q * T)`` of block traces ``T``, where the matrix ``Q`` depends on the weights alone.
 
 ``T`` and the Gram matrix of the filters have the shape ``(G, S/G, S/G)``. The unit of ``T`` is loss per squared weight.
-Pairs of filters in different groups do not contribute (``docs/theory.md``, "Groups"). All measures except relative
-flatness use only the diagonals of ``T`` and of the Gram matrix. So they also accept the diagonals, ``(G, S/G)``.
+Pairs of filters in different groups do not contribute (``docs/theory.md``, "Groups"). Relative flatness uses all
+entries. The other measures use only the diagonals of ``T`` and of the Gram matrix, and so also accept ``(G, S/G)``.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
     """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``, a scalar in units of the loss.
 
     ``κ`` stays the same if the layer's own filters are rescaled and later layers undo this. ``κ`` changes if the
-    channels that the layer reads are rescaled (``docs/theory.md``, "Invariance"). See Petzka et al. 2021 (arXiv
-    2001.00939), Definition 3, and Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
+    layer's input channels are rescaled and its filters undo this (``docs/theory.md``, "Invariance"). See Petzka et al.
+    2021 (arXiv 2001.00939), Definition 3, and Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
 
     Args:
         block_traces: ``T``, ``(G, S/G, S/G)``, in loss per squared weight.
@@ -101,7 +101,7 @@ def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def filter_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
-    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss. Their sum is neuron-wise flatness.
+    """Compute ``‖w_s‖² T[s, s]`` of every filter, ``(S,)``, in units of the loss; the sum is neuron-wise flatness.
 
     Args:
         block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.
@@ -146,7 +146,7 @@ def layerwise_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
 
 
 def measures_of(block_traces: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Compute all measures and the weight norm, as a dict that maps names to numbers.
+    """Compute the Hessian trace, the flatness measures and the weight norm of a layer, as a dict of scalars by name.
 
     Relative flatness is missing if only the diagonals of ``T`` are given.
 

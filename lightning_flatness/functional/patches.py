@@ -52,7 +52,7 @@ class ConvolutionGeometry:
         return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
 
     def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """For every kernel position, yield the slices of the padded input that its weight multiplies."""
+        """For every kernel position, yield the spatial slices of the padded input that the weights there multiply."""
         for offset in product(*map(range, self.kernel_size)):
             yield tuple(
                 slice(o * d, o * d + s * (n - 1) + 1, s)
@@ -101,7 +101,7 @@ def patch_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
 
 def channel_square_norms(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
-    """Compute the squared norm of each patch on every single input channel, ``(N, G, C/G, P)``."""
+    """Compute the squared norm of each patch's part on every input channel, ``(N, G, C/G, P)``."""
     apart = replace(geometry, groups=inputs.shape[1])
     norms: Tensor = patch_square_norms(inputs, apart).unflatten(1, (geometry.groups, -1))
     return norms
@@ -112,10 +112,10 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 
     Inner products of overlapping patches multiply the same pixels repeatedly. To avoid this, let ``X`` be the Gram
     matrix of single pixels, zero outside the image. Then ``Γ[p, p']`` is the sum of ``X[p + o, p' + o]`` over kernel
-    offsets ``o``. The sum is taken one spatial dimension after the other. With a 3x3 kernel of stride one this takes a
-    ninth of the multiplications. With larger strides there are more pixels than patches. So the function counts the
-    multiplications of this way and of the direct product of patches, and takes the cheaper way (``docs/theory.md``,
-    "Numerics").
+    offsets ``o``. The sum is taken one spatial dimension after the other. With a 3x3 kernel of stride one, ``X`` takes
+    a ninth of the multiplications of the direct product of patches. With larger strides there are more pixels than
+    patches, and ``X`` may take more. So the function counts the multiplications of both ways, and takes the cheaper
+    one (``docs/theory.md``, "Numerics").
 
     Args:
         inputs: the inputs of the convolution, ``(N, C, *spatial)``.
@@ -148,7 +148,8 @@ def patch_gram(inputs: Tensor, geometry: ConvolutionGeometry) -> Tensor:
 def _sum_of_shifts(gram: Tensor, axis: int, geometry: ConvolutionGeometry, size: int) -> Tensor:
     """Compute ``sum_o gram[p r + o, p' r + o]`` along one spatial dimension, where ``r`` is the stride.
 
-    ``gram`` counts as zero outside the image.
+    ``o`` runs over the offsets of the kernel. ``gram`` is the Gram matrix of pixels, and counts as zero outside the
+    image.
     """
     stride, pixels = geometry.stride[axis], gram.shape[2 + axis]
     axes = (2 + axis, 2 + axis + len(geometry.kernel_size))  # after samples and groups
@@ -171,8 +172,8 @@ def patches_times(slopes: Tensor, inputs: Tensor, geometry: ConvolutionGeometry)
     """Compute ``Σ_p slopes[r, p] phi[p]``, ``(N, G, R, D)``, from slopes ``(N, G, R, P)``.
 
     This is the gradient of a convolution with respect to its kernel, for every sample separately. In float32 on a CPU,
-    torch's own routine for the gradient is about twice as fast as the product with patches. The routine is called with
-    one group per sample.
+    torch's own routine for this gradient is about twice as fast as the product with patches. The routine sums over
+    samples, so it is called with one sample whose channels are divided into ``N`` groups.
     """
     samples, channels = inputs.shape[:2]
     size = geometry.output_size(tuple(inputs.shape[2:]))

@@ -47,12 +47,13 @@ def flatness_penalty(
         weight: ``W``, ``(K, m)``.
         targets: targets of the loss. Only class weights and ignored samples make the result depend on them.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
-        normalize: measure the equivalent classifier ``W σ`` on the features ``g / σ``, whose standard deviation in this
-            batch is one. ``σ`` has no gradient; features that are constant in the batch are left out.
+        normalize: measure the equivalent classifier ``W σ`` on the features ``g / σ``, where ``σ`` is the standard
+            deviation of every feature in this batch. ``σ`` has no gradient. Features that are constant in the batch
+            are left out.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``; without class weights it changes nothing.
         class_weight: weight of every class, ``(K,)``.
         ignore_index: samples with this class index are ignored.
-        reduction: ``"none"`` returns ``c_n ‖g_n‖² Var(w_k)`` of every sample, ``(N,)``, as torch's losses do.
+        reduction: ``"mean"`` returns ``κ``. ``"none"`` returns ``c_n ‖g_n‖² Var(w_k)`` of every sample, ``(N,)``.
 
     Returns:
         A scalar in units of the loss (``(N,)`` with ``reduction="none"``). It is float64 if ``features``, ``logits`` or
@@ -104,8 +105,8 @@ def _check_shapes(features: Tensor, logits: Tensor, weight: Tensor) -> None:
 def _offsets(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``δ = π - e_p``, ``(N, K)``, and the likeliest class ``p`` of every sample, ``(N,)``.
 
-    ``e_p`` is the one-hot vector of ``p``. Entry ``p`` of ``δ`` is computed as minus the sum of the other entries,
-    because ``π_p - 1`` would lose precision for confident samples.
+    ``π`` is the softmax of the logits, and ``e_p`` the one-hot vector of ``p``. Entry ``p`` of ``δ`` is computed as
+    minus the sum of the other entries, because ``π_p - 1`` would lose precision if ``π_p`` is close to one.
     """
     likeliest = logits.detach().argmax(1)
     is_likeliest = nn.functional.one_hot(likeliest, logits.shape[1]).bool()
@@ -157,8 +158,8 @@ def target_sums(
 ) -> tuple[Tensor | None, Tensor | int]:
     """Return ``c_n`` of every sample (None if all are one) and ``Z``, as in :func:`flatness_penalty`.
 
-    The values of targets are not checked. A check would wait for the GPU, and the user's loss has used the same
-    targets.
+    The values of targets are not checked. A check would have to wait for the GPU, and the user's loss already uses the
+    same targets.
     """
     samples, classes = logits.shape
     if targets is None:

@@ -1,7 +1,7 @@
-"""The closed form's sums over samples, whose terms are elementwise products of two matrix products.
+"""The sums over samples in the closed form (``closed_form.py``), whose terms are elementwise products of two matrices.
 
-The sums are symmetric, so only their upper triangles are computed, in strips. A strip is a block of rows, from the
-diagonal to the right (``symmetric.py``).
+Both matrices are matrix products. The sums are symmetric, so only their upper triangles are computed, in strips. A
+strip is a block of rows, from the diagonal to the right (``symmetric.py``).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lightning_flatness.functional.symmetric import strip_rows
 
-# How many numbers the matrix products that are computed together may have. On a CPU the products should fit into the
+# Largest number of entries of the matrix products that are computed together. On a CPU the products should fit into the
 # cache. On other devices large products are faster.
 PRODUCT_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
-# Up to this number of pairs of a column and a position, one matrix product over all pairs is fastest.
+# Up to this number of pairs (column, position) of a sample, one matrix product over all pairs is fastest.
 FEW = 24
 
 Pair = tuple[Tensor, Tensor]
@@ -32,10 +32,10 @@ class Factors:
     Attributes:
         features: ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``.
         normalized: the same pair, computed from inputs whose channels are divided by their standard deviation; or None.
-        columns: ``(columns, others)``, each ``(N, G, s, C)``.
+        columns: ``(columns, others)``, each ``(N, G, s, C)``, where ``C`` is the number of columns.
         counts: for every sample, how many of its ``C`` columns are used; later columns are zero.
-        floor: a number for every sample, ``(N,)``. Column ``s`` of ``V``, ``(K, S)``, is the classifier's weight for
-            filter ``s``.
+        floor: the smallest class weight of every sample, ``(N,)``; None if the term with ``floor`` is missing. Column
+            ``s`` of ``V``, ``(K, S)``, is the classifier's weight for filter ``s``.
     """
 
     features: Pair
@@ -46,13 +46,13 @@ class Factors:
 
     @property
     def are_few(self) -> bool:
-        """Whether there are so few columns and positions that one matrix product over all pairs is fastest."""
+        """Whether a sample has so few pairs (column, position) that one matrix product over all pairs is fastest."""
         return self.columns[0].shape[3] * self.features[0].shape[3] <= FEW and self.floor is None
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """Matrices of one layer, each ``(G, s, s)``; ``gram`` and ``normalized`` are those of :class:`Weighting`."""
+    """Matrices of one layer, each ``(G, s, s)`` or None; :class:`Weighting` defines ``gram`` and ``normalized``."""
 
     gram: Tensor | None
     normalized: Tensor | None
@@ -61,18 +61,18 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Totals:
-    """The sums over samples. They grow in place, and only their upper triangles are filled."""
+    """The sums over all samples so far. :func:`add_products` adds to their upper triangles in place."""
 
     products: Tensor  # (G, s, s), float64
     of_floor: Tensor | None = None  # sum of floor · (left rightᵀ)
 
 
 def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
-    """Add the products of some samples to the totals, and return every sample's sums weighted by the Gram matrices.
+    """Add the products of some samples to the totals, and return the inner products of each product with two matrices.
 
-    The result is float64 ``(N, 2)``. Column 0 has the inner product of ``matrices.gram`` with the sample's product,
-    which :class:`Factors` defines. Column 1 has the inner product of ``matrices.normalized`` with the same product made
-    from ``factors.normalized`` in place of ``factors.features``. A column is zero if its matrix is None.
+    :class:`Factors` defines the product of a sample. The result is float64 ``(N, 2)``. Column 0 has the inner product
+    of ``matrices.gram`` with the sample's product. Column 1 has the inner product of ``matrices.normalized`` with the
+    product made from ``factors.normalized`` in place of ``factors.features``. A column is zero if its matrix is None.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
@@ -104,7 +104,10 @@ def _add_some(
     some: slice,
     buffers: Sequence[Tensor | None],
 ) -> Tensor:
-    """Add one strip of the products of the samples ``some`` to the totals; return the weighted sums ``(n, 2)``."""
+    """Add one strip of the products of the ``n`` samples ``some`` to the totals.
+
+    Return what the strip contributes to the result of :func:`add_products`, ``(n, 2)``.
+    """
     features = _product(factors.features, some, strip, buffers[0])
     products = _product(factors.columns, some, strip, buffers[1], max(factors.counts[some]))
     floor = None if factors.floor is None else factors.floor[some]
@@ -143,7 +146,7 @@ class _Weights:
 
     @classmethod
     def of(cls, matrices: Matrices, rows: slice, rest: slice, like: Tensor) -> _Weights:
-        """Cut out one strip, in the dtype of ``like``; entries whose mirror image is in no strip are doubled."""
+        """Cut out one strip in the dtype of ``like``; double entries whose mirror image lies outside all strips."""
 
         def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
             if gram is None:
@@ -192,6 +195,9 @@ def _all_pairs(factors: Factors, rows: slice, right: bool = False) -> Tensor:
 
 
 def _quadratic_forms(gram: Tensor, features: Pair, columns: Pair) -> Tensor:
-    """Compute every sample's sum weighted by ``gram``, float64 ``(N,)``, from all pairs of a column and a position."""
+    """Compute the inner product of ``gram`` with every sample's product, float64 ``(N,)``.
+
+    The computation takes all pairs of a column and a position.
+    """
     one, other = ((c[..., None] * f[..., None, :]).flatten(3) for c, f in zip(columns, features, strict=True))
     return ((gram.to(one) @ one) * other).flatten(1).sum(1).double()

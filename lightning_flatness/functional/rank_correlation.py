@@ -10,6 +10,7 @@ from torch import Tensor
 # Smallest number of pairs for an interval. Four numbers have 24 orders, so two lists of four agree completely by chance
 # in 4 % of cases.
 FEWEST = 5
+# Number of bootstrap draws.
 DRAWS = 2000
 
 
@@ -26,10 +27,10 @@ def kendall_tau(x: Tensor, y: Tensor) -> float:
 
 
 def partial_tau(x: Tensor, y: Tensor, z: Tensor) -> float:
-    """Return the partial τ of ``x`` and ``y`` given ``z``: their correlation without the influence of ``z``.
+    """Return the partial τ of ``x`` and ``y`` given ``z``: the correlation that remains with ``z`` held constant.
 
-    All three are ``(n,)``. The result is NaN if ``z`` has the order of ``x`` or ``y``, or the reverse order, or if a
-    list is constant. Source: Kendall 1942, "Partial rank correlation".
+    All three lists are ``(n,)``. The result is NaN if a list is constant, or if ``z`` has the same or the reverse order
+    of ``x`` or of ``y``. Source: Kendall 1942, "Partial rank correlation".
 
     Example:
         >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -42,10 +43,10 @@ def partial_tau(x: Tensor, y: Tensor, z: Tensor) -> float:
 
 
 def bootstrap_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = DRAWS) -> tuple[float, float]:
-    """Return a 95 % bootstrap interval of τ-b; NaN with fewer than five pairs.
+    """Return the ends of a 95 % bootstrap interval of τ-b of two lists ``(n,)``; NaN with fewer than five pairs.
 
-    Pairs of numbers are drawn with replacement; the ends of the interval are percentiles over draws (Efron 1982). Draws
-    in which a list is constant do not count.
+    Every draw takes ``n`` pairs of numbers with replacement. The ends of the interval are percentiles of τ-b over draws
+    (Efron 1982). Draws in which a list is constant do not count.
 
     Example:
         >>> low, high = bootstrap_interval(torch.arange(9.0), torch.tensor([0.0, 2, 1, 3, 5, 4, 6, 8, 7]))

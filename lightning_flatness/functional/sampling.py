@@ -15,7 +15,7 @@ T_QUANTILES = (
 
 
 def grouped(values: Tensor, positions: Tensor) -> Tensor:
-    """Sum values ``(N, Q)`` over the samples of each group; the result is float64 ``(32, Q)``.
+    """Sum ``Q`` values of every sample, ``(N, Q)``, over the samples of each group; the result is float64 ``(32, Q)``.
 
     ``positions`` ``(N,)`` has the position of each sample in the measured set. The sample at position ``i`` is in group
     ``i % 32``, so groups do not depend on batches or ranks.
@@ -31,8 +31,9 @@ def grouped(values: Tensor, positions: Tensor) -> Tensor:
 def sampling_errors(sums: Tensor, weights: Tensor) -> Tensor:
     """Compute the standard errors ``(Q,)`` of the means ``sum(sums) / sum(weights)`` by a jackknife over groups.
 
-    ``sums`` are ``(32, Q)`` and ``weights`` ``(32,)``. Groups without samples do not count. With fewer than two groups
-    the errors are NaN. Source: Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 3.
+    ``sums`` ``(32, Q)`` and ``weights`` ``(32,)`` are sums of values and of sample weights over each group, from
+    :func:`grouped`. Groups without samples do not count. With fewer than two groups the errors are NaN. Source: Efron
+    1982, "The Jackknife, the Bootstrap and Other Resampling Plans", chapter 3.
 
     Example:
         >>> sums, weights = torch.zeros(32, 1), torch.zeros(32)
@@ -98,7 +99,7 @@ def largest_tenth(values: Tensor) -> float:
 
 
 def interval(mean: float, error: float, num_groups: int) -> tuple[float, float]:
-    """Return the 95 % interval of a mean from its jackknife standard error over groups; NaN with one group.
+    """Return the ends of the 95 % interval of a mean from its jackknife standard error; NaN with fewer than two groups.
 
     Example:
         >>> interval(1.0, 0.1, 32)

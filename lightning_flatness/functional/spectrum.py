@@ -20,12 +20,14 @@ QUASI_SINGULAR = 1e-3
 
 
 class Quadrature(NamedTuple):
-    """Quadrature of the spectrum of ``A`` from one probe: ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``.
+    """Quadrature of the spectrum of a symmetric operator ``A`` on vectors ``(D,)``, from one random vector (the probe).
+
+    For a function ``f``, ``Σ_i weights[i] f(values[i])`` estimates ``Tr f(A) / D``.
 
     Attributes:
         values: Ritz values, ascending, float64 ``(m,)``.
         weights: their weights, float64 ``(m,)``, whose sum is one.
-        rayleigh: ``qᵀAq`` of the unit probe ``q``.
+        rayleigh: ``qᵀAq``, where ``q`` is the probe divided by its norm.
         asymmetry: largest ``|q_iᵀA q_j - q_jᵀA q_i|`` for Lanczos vectors ``q``, divided by the largest ``‖A q_i‖``.
 
     Example:
@@ -94,7 +96,7 @@ def _nodes(diagonal: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Criteria(NamedTuple):
-    """Gabdullin's criteria of the spectrum for each of ``P`` probes; see :func:`spectrum_criteria`.
+    """Gabdullin's criteria of a spectrum for each of ``P`` probes; :func:`spectrum_criteria` defines them.
 
     Attributes:
         r_e: ``|C_t|``, ``(P,)``.
@@ -117,11 +119,11 @@ class Criteria(NamedTuple):
 def spectrum_criteria(
     values: Tensor, weights: Tensor, exponent: float = 0.5, scale: float = 1.0, zero: float = 0.0
 ) -> Criteria:
-    """Compute Gabdullin's criteria of the spectrum for every probe.
+    """Compute Gabdullin's criteria of a spectrum for each of ``P`` probes (random vectors).
 
-    The criteria are ``C_t = min θ / max θ``, ``r_e = |C_t|`` and ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. If no
-    ``θ`` is positive, ``C_t`` is minus infinity, and ``r_e`` and ``K_Hn`` are infinite. If all ``θ`` are zero, all
-    three are NaN.
+    The criteria are ``C_t = min θ / max θ``, ``r_e = |C_t|`` and ``K_Hn = Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``. Here
+    ``θ`` are the Ritz values of one probe, and ``τ`` their quadrature weights. If no ``θ`` is positive, ``C_t`` is
+    minus infinity, and ``r_e`` and ``K_Hn`` are infinite. If all ``θ`` are zero, all three are NaN.
 
     A spectrum is *quasi-singular* if every ``|θ|`` times ``scale`` is at most ``1e-3`` (a threshold of this package).
     For a Hessian with respect to ``w``, ``scale`` is ``‖w‖²``. A spectrum that is not quasi-singular is *mainly

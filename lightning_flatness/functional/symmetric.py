@@ -1,8 +1,7 @@
 """Symmetric matrices of which only the upper triangle is stored.
 
-The rows are grouped into strips. Each strip is stored from its diagonal block to the right.
-
-This takes about half the work and half the memory. A matrix kept in this form is called folded.
+The rows are grouped into strips. Each strip is stored from its diagonal block to the right. A matrix that is stored in
+this way is called folded. It takes about half the work and half the memory of the whole matrix.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Folded:
 
     @classmethod
     def of(cls, symmetric: Tensor) -> Folded:
-        """Fold matrices ``(G, S, S)``, of which only the upper triangles are read, or store diagonals ``(G, S)``."""
+        """Store matrices ``(G, S, S)`` as strips of their upper triangles, or store diagonals ``(G, S)`` unchanged."""
         if symmetric.ndim == 2:
             return cls(symmetric, None)
         rows = symmetric.shape[1]
@@ -64,7 +63,7 @@ class Folded:
         return Folded(self.strips + other.strips, self.rows)
 
     def equal(self, other: Folded) -> bool:
-        """Return whether all entries are equal."""
+        """Return whether all entries are equal to those of ``other``."""
         return torch.equal(self.strips, other.strips)
 
     def whole(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures of single samples, which are inner products of block traces with matrices made of the weights."""
+"""Measures of single samples: inner products of block traces with matrices that depend on the layer's weight."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ TRACE, RELATIVE, NORMALIZED, CHANNELWISE = range(len(SAMPLE_MEASURES))
 
 @dataclass(frozen=True)
 class Weighting:
-    """The matrices from which flatness measures of one layer are computed.
+    """The matrices that the flatness measures of one layer need, besides block traces.
 
     A measure is not computed if its matrix is None.
 
     Attributes:
         gram: inner products ``<w_s, w_s'>``, ``(G, S/G, S/G)``, in the dtype of the kernel. Relative flatness needs
             them.
-        deviations: ``σ``, the standard deviations of the input channels, float64 ``(C,)``. Channels with 0 are left
-            out.
-        normalized: ``sum_c σ_c² <w_sc, w_s'c>`` over input channels ``c``, in the shape of ``gram``. Normalised
-            relative flatness needs it.
+        deviations: ``σ``, the standard deviations of the input channels, float64 ``(C,)``. Channels with the standard
+            deviation 0 are left out.
+        normalized: ``sum_c σ_c² <w_sc, w_s'c>`` over input channels ``c``, in the shape of ``gram``, where ``w_sc`` is
+            the slice of filter ``s`` on channel ``c``. Normalised relative flatness needs it.
         kernel: the kernel ``(S, C/G, *kernel_size)``. Channel-wise flatness needs it.
     """
 
@@ -42,10 +42,10 @@ class Weighting:
     def of(
         cls, kernel: Tensor, groups: int, gram: Tensor | None, deviations: Tensor | None, by_channel: bool
     ) -> Weighting:
-        """Make the matrices for a kernel.
+        """Make the matrices for a kernel ``(S, C/G, *kernel_size)``.
 
-        Normalised relative flatness is measured only if ``deviations`` are given, and channel-wise flatness only if
-        ``by_channel`` is True.
+        Relative flatness is measured only if ``gram`` is given, normalised relative flatness only if ``deviations`` are
+        given, and channel-wise flatness only if ``by_channel`` is True.
         """
         kernel = kernel.detach()
         normalized = None
@@ -81,7 +81,7 @@ class Weighting:
 
 
 def spectral_bound(gram: Tensor) -> Tensor:
-    """Return the largest Schatten norm of order eight of symmetric matrices, which bounds their spectral norms."""
+    """Return an upper bound of the spectral norms of symmetric matrices: their largest Schatten norm of order eight."""
     scale = torch.linalg.matrix_norm(gram).amax().clamp_min(torch.finfo(gram.dtype).tiny)
     fourth = torch.linalg.matrix_power((gram / scale).float(), 4)
     bound: Tensor = 1.001 * scale * torch.linalg.matrix_norm(fourth).amax().double() ** 0.25  # 1.001: float32 rounds
@@ -93,11 +93,11 @@ class Contraction(NamedTuple):
 
     total: Tensor  # (G, S/G, S/G), or (G, S/G), float64
     samples: Tensor  # float64 (N, 4), with the columns SAMPLE_MEASURES; NaN if not measured
-    left_out: Tensor  # trace of the terms that a tolerance left out of normalised relative flatness, a scalar
+    left_out: Tensor  # scalar: trace of the terms that a tolerance removed from normalised relative flatness
 
 
 def no_values(samples: int, device: torch.device) -> Tensor:
-    """Return NaN, ``(N, 4)``, for samples whose measures are not computed yet."""
+    """Return a tensor ``(N, 4)`` of NaN, to be filled with the measures of samples."""
     return torch.full((samples, len(SAMPLE_MEASURES)), torch.nan, dtype=torch.float64, device=device)
 
 
@@ -105,9 +105,10 @@ def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Compute ``Σ_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
 
     ``left`` is ``L`` and ``right`` is ``R``. Both are Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``. ``W_c``,
-    ``L_c`` and ``R_c`` are the parts of the kernel, of ``L`` and of ``R`` on input channel ``c``, as matrices with
-    ``S/G`` rows and one column per kernel position. Let ``B Bᵀ`` be the loss's Hessian with respect to the logits, and
-    ``L = R`` the Jacobian for one column of ``B``. Then the sum over all columns is channel-wise flatness.
+    ``L_c`` and ``R_c`` are the parts of the kernel, of ``L`` and of ``R`` on input channel ``c``. They are matrices
+    with ``S/G`` rows and one column per kernel position. Let ``B Bᵀ`` be the loss's Hessian with respect to the logits,
+    and ``L = R`` the Jacobian for one column of ``B``. Then the sum of the values over all columns of ``B`` is
+    channel-wise flatness.
     """
     samples, groups, filters, _ = left.shape
     channels = kernel.shape[1]
