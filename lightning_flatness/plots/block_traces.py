@@ -14,7 +14,7 @@ from lightning_flatness.results import LayerFlatness
 
 # Negative is dark, zero grey and positive light, so that the sign can be seen in a print without colours.
 COLOURS = "cividis"
-CLIPPED = 0.99  # quantile of |T| at which the colour scale ends
+CLIPPED = 0.99  # the colour scale ends at this quantile of |T|
 
 
 def plot_block_traces(
@@ -28,11 +28,11 @@ def plot_block_traces(
 
     Args:
         layer: a layer of a :class:`~lightning_flatness.FlatnessReport`.
-        sort: place filters that interact next to each other, within each group of a grouped convolution. For this,
-            ``T`` is scaled to a unit diagonal. Its two leading eigenvectors place every filter at a point of a plane,
-            and filters are sorted by the angle of their points.
+        sort: within each group of a grouped convolution, place filters with large common entries ``T[s, s']`` next to
+            each other. For this, ``T`` is scaled to a unit diagonal. The two leading eigenvectors of the scaled matrix
+            place every filter at a point of a plane, and filters are sorted by the angles of these points.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
-        ax: axes to draw into.
+        ax: axes to draw into; by default the axes of a new figure.
 
     Returns:
         The figure and its axes.

@@ -22,7 +22,7 @@ TITLE_SIZE, LEGEND_SIZE = 9, 8
 
 
 def axes_or_new(ax: Any, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """Return ``ax.figure`` and ``ax``. If ``ax`` is None, make a new figure of this size in inches with new axes."""
+    """Return ``ax.figure`` and ``ax``; if ``ax`` is None, make a figure of ``width`` x ``height`` inches with axes."""
     if ax is not None:
         return ax.figure, ax
     try:
@@ -83,16 +83,16 @@ def broken(line: str, characters: int) -> list[str]:
 
 
 def overlays(ax: Any, kind: str) -> list[Any]:
-    """Return the curves of this kind in the axes, in drawing order. :func:`set_joint_heading` marks their kind."""
+    """Return the curves in ``ax`` that :func:`set_joint_heading` marked with ``kind``, in drawing order."""
     return [line for line in ax.lines if (line.get_gid() or "").partition("\n")[0] == kind]
 
 
 def set_joint_heading(ax: Any, kind: str, curve: Any, *lines: str) -> None:
-    """Write one title for all curves of this kind in the axes.
+    """Write one title for all curves of a kind in the axes, such as ``"loss"`` or ``"density"``.
 
-    ``lines`` is the title of ``curve``, the newest curve. Its kind and title are stored in its ``gid``. Titles consist
-    of parts, separated by "; ". If the curves differ in a part, the joint title has all versions of this part, with
-    slashes between them.
+    ``curve`` is the newest curve of this kind, and ``lines`` is its title. The kind and the title of the curve are
+    stored in the ``gid`` of the curve. Every line of a title consists of parts, separated by "; ". If the curves differ
+    in a part, the joint title has all versions of this part, with slashes between them.
     """
     curve.set_gid("\n".join((kind, *lines)))
     headings = [line.get_gid().split("\n")[1:] for line in overlays(ax, kind)]
@@ -110,7 +110,7 @@ def plot_over_epochs(
 ) -> None:
     """Draw a curve over epochs, with a gap where a value is None, and with markers if the curve has few points.
 
-    The curve is dashed, with hollow markers, where ``exact`` is False.
+    Where an entry of ``exact`` is False, the curve is dashed and its markers are hollow.
     """
     numbers = [math.nan if value is None else value for value in values]
     flags = [True] * len(numbers) if exact is None else list(exact)
@@ -122,7 +122,8 @@ def plot_over_epochs(
         ax.plot(epochs, solid, marker=marker, **style)
         style.pop("label", None)
     if not all(flags):
-        # The curve is solid only between two exact values, so the dashed curve includes the neighbours.
+        # The curve is solid only between two exact values. So the dashed curve includes the exact values beside values
+        # that are not exact.
         padded = [True, *flags, True]
         near = [not all(padded[index : index + 3]) for index in range(len(flags))]
         dashed = [number if beside else math.nan for number, beside in zip(numbers, near, strict=True)]
@@ -143,8 +144,8 @@ def label_epochs(ax: Any, epochs: Sequence[float]) -> None:
 def label_logarithm(axis: Any) -> None:
     """Label a logarithmic axis at round numbers.
 
-    Labels are at 1, 2 and 5 times the powers of ten. An axis that spans less than a factor of ten has more labels, and
-    an axis that spans more than a factor of a thousand has labels at powers of ten only.
+    Labels are at 1, 2 and 5 times the powers of ten. An axis that spans less than a factor of ten has more labels. An
+    axis that spans more than a factor of a thousand has labels at powers of ten only.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -159,8 +160,8 @@ def label_logarithm(axis: Any) -> None:
 def round_numbers(low: float, high: float) -> list[float]:
     """Return at most eight round numbers between two positive bounds.
 
-    They are 1, 2 and 5 times the powers of ten. If there are more than eleven of these numbers, only the powers of
-    ten are used. If more than eight numbers remain, only every second, third, ... number is returned.
+    Round numbers are 1, 2 and 5 times the powers of ten. If more than eleven of them lie between the bounds, only the
+    powers of ten are used. If more than eight numbers remain, only every second, third, ... number is returned.
 
     Example:
         >>> round_numbers(0.3, 12.0)
@@ -177,7 +178,7 @@ def round_numbers(low: float, high: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """Format a number that has few digits; write very large and very small numbers with a power of ten.
+    """Format a number that has few digits; a very large or very small number gets a power of ten.
 
     Example:
         >>> short(0.02), short(2000.0), short(1e-5), short(-1e6)

@@ -30,7 +30,7 @@ LABELS = NAMES | {
     "margin": "margin",
     "feature_spread": "features x spread",
 }
-# Numbers that can be drawn. The first five are numbers of flatness (_OF_HESSIAN).
+# Numbers that can be drawn. The first five are computed from the Hessian (_OF_HESSIAN). Only these can be inexact.
 DRAWN = (
     "normalized_relative_flatness", "relative_flatness", "relative_flatness_per_loss",
     "relative_flatness_per_curvature", "hessian_trace", "loss", "train_loss", "accuracy", "weight_norm", "margin",
@@ -44,23 +44,24 @@ def plot_comparison(
 ) -> tuple[Any, list[Any]]:
     """Draw every model as a dot, with one panel for each measure; dots of numbers that are not exact are hollow.
 
-    An axis is logarithmic if its values are positive and the largest is more than three times the smallest. Bars are
-    two standard errors. A dotted line marks the value of the reference, which is the first model. The sign ≈ marks
-    models that do not clearly differ from the reference.
+    An axis is logarithmic if its values are positive and the largest is more than three times the smallest. Error bars
+    are two standard errors. A dotted line marks the value of the reference, which is the first model. The sign ≈ marks
+    models that differ from the reference by at most two standard errors of the difference.
 
     Args:
         comparison: the result of :func:`~lightning_flatness.compare`.
         measures: names of the numbers to draw: measures of flatness, losses, the accuracy, or baselines such as
             ``"weight_norm"``. By default normalised and plain relative flatness, the Hessian trace, the training loss
             and the loss, as far as they are known.
-        ax: axes to draw into; they have room for one measure only, by default the first one.
+        ax: axes to draw into, for a single measure. If ``measures`` are not given, only the first of the measures above
+            that is known is drawn.
 
     Returns:
         The figure and a list of its axes.
 
     Raises:
-        FlatnessError: a measure is unknown or known for no model, ``ax`` is given for several measures, or matplotlib
-            is missing.
+        FlatnessError: there is no measure of this name, no model has a value of a measure, ``ax`` is given for several
+            measures, or matplotlib is missing.
 
     Example:
         >>> import torch
@@ -135,7 +136,10 @@ def _is_unclear(comparison: Comparison, measure: str, name: str) -> bool:
 
 
 def draw_models(ax: Any, rows: Sequence[ComparedModel], measure: str, heights: Sequence[float]) -> None:
-    """Draw a dot and an error bar for every model; the dot of a flatness value that is not exact is hollow."""
+    """Draw a dot and a horizontal error bar for every model; the dot of a flatness value that is not exact is hollow.
+
+    The dot of model ``i`` is at height ``heights[i]``.
+    """
     values = [getattr(row, measure) for row in rows]
     errors = [2 * known_error(row.errors.get(measure)) for row in rows]
     if any(errors):
@@ -161,7 +165,7 @@ def is_logarithmic(values: Sequence[float]) -> bool:
 
 
 def subject_of_models(comparison: Comparison) -> str:
-    """Return a line for the title with the number of models, the layers, the samples and the exactness."""
+    """Return a line for the title: the number of models, the layers, the samples, and whether the numbers are exact."""
     rows = list(comparison.models.values())
     layers = " / ".join(dict.fromkeys(", ".join(row.layers[:3]) + ", ..." * (len(row.layers) > 3) for row in rows))
     samples = " / ".join(dict.fromkeys(samples_of(row.num_samples, row.data) for row in rows))
@@ -182,7 +186,7 @@ def has_errors(comparison: Comparison) -> bool:
 
 
 def cautions_of(comparison: Comparison) -> str:
-    """Return the short texts of a comparison's cautions in one line; empty if there are none."""
+    """Return the short texts of a comparison's cautions in one line; return an empty text if there are no cautions."""
     return f"CAUTION: {'; '.join(dict.fromkeys(one.short for one in comparison.cautions))}" * bool(comparison.cautions)
 
 

@@ -49,17 +49,17 @@ def plot_contour(
 ) -> tuple[Any, Any]:
     """Draw the loss on a plane as filled contours, or as lines if ``color`` is given; a cross marks the model.
 
-    The cells of the grid around a point without a finite loss are hatched grey, and the cells around a point that was
-    not computed are dotted. Both axes have the same scale, unless their units differ (steps of Adam) or one side of the
-    plane is more than three times as long as the other.
+    The cells of the grid around a point with an infinite or NaN loss are hatched grey. The cells around a point that
+    was not computed are dotted. Both axes have the same scale, unless their units differ (with ``update="adam"``) or
+    one side of the plane is more than three times as long as the other.
 
     Args:
         result: a landscape with two axes.
         cap: draw losses above ``cap`` as if they were ``cap``.
         trajectory: coordinates of training steps, ``(points, 2)``, in order of time, from
             :func:`~lightning_flatness.pca_directions`. They are drawn as a line; parts outside the plane are not shown.
-        levels: losses at which contours are drawn, ascending. By default they are evenly spaced, in the logarithm of
-            the loss if the losses are positive and span more than a factor of ten. To compare planes, give all of them
+        levels: losses at which contours are drawn, ascending. By default they are evenly spaced in the loss, or in its
+            logarithm if the losses are positive and span more than a factor of ten. To compare planes, give all of them
             the same levels, such as those of :func:`shared_levels`.
         label: name of the plane, for the title, or for the legend if ``color`` is given.
         color: draw lines of equal loss in this colour instead of filled contours, with the losses written on the
@@ -71,8 +71,8 @@ def plot_contour(
         The figure and its axes.
 
     Raises:
-        FlatnessError: the result has another number of axes or no finite loss, ``cap`` is not above the lowest loss,
-            ``trajectory`` has another shape or numbers that are not finite, or matplotlib is missing.
+        FlatnessError: the result does not have two axes, it has no finite loss, ``cap`` is not above the lowest loss,
+            ``trajectory`` has a wrong shape or numbers that are not finite, or matplotlib is missing.
 
     Source:
         Li et al. 2018 (arXiv 1712.09913).
@@ -134,7 +134,7 @@ def shared_levels(*results: LandscapeResult, cap: float | None = None) -> Tensor
         Losses in ascending order, float64.
 
     Raises:
-        FlatnessError: a result has another number of axes or no finite loss, or ``cap`` is not above its lowest loss.
+        FlatnessError: a result does not have two axes, it has no finite loss, or ``cap`` is not above its lowest loss.
 
     Example:
         >>> import torch
@@ -193,7 +193,7 @@ def _draw_filled(figure: Any, ax: Any, result: LandscapeResult, losses: Tensor, 
 
 
 def _draw_lines(ax: Any, result: LandscapeResult, losses: Tensor, levels: Tensor, color: Any, label: str | None) -> Any:
-    """Draw lines of equal loss in one colour, at round losses; return a handle for the legend."""
+    """Draw lines of equal loss in one colour, at round losses within ``levels``; return a handle for the legend."""
     low, high = float(levels[0]), float(levels[-1])
     stroke = STROKES[len(overlays(ax, "plane")) % len(STROKES)]
     at = round_losses(low, high, is_logarithmic(low, high))
@@ -215,10 +215,10 @@ def _set_limits(ax: Any, x: Tensor, y: Tensor, is_overlay: bool) -> None:
 
 
 def _draw_gaps(ax: Any, result: LandscapeResult, masks: dict[str, Tensor]) -> list[Any]:
-    """Hatch the cells of the grid that have a corner without a loss; return handles for the legend.
+    """Hatch the cells of the grid that have a corner without a finite loss; return handles for the legend.
 
-    ``masks`` has a mask for every reason why points have no loss
-    (:func:`~lightning_flatness.plots.landscape.gaps`).
+    ``masks`` maps every reason why points have no finite loss to a mask of these points, from
+    :func:`~lightning_flatness.plots.landscape.gaps`.
     """
     import numpy as np
     from matplotlib.colors import ListedColormap

@@ -1,4 +1,4 @@
-"""Draw an outcome of models, such as the generalisation gap, against one of their measures."""
+"""Draw an outcome of several models, such as the generalisation gap, against a measure, such as relative flatness."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ PLACES = ((5, 4, "left"), (-5, 4, "right"), (5, -9, "left"), (-5, -9, "right"), 
 
 
 def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> tuple[Any, Any]:
-    """Draw the outcome of every model against one of its measures, with Kendall's τ in the title.
+    """Draw an outcome of every model, such as its generalisation gap, against a measure; the title has Kendall's τ.
 
-    Numbers that are not exact have hollow dots, and bars are two standard errors. The axis of the measure is
-    logarithmic if its values are positive and the largest is more than three times the smallest.
+    Values of the measure that are not exact have hollow dots. Error bars are two standard errors. The axis of the
+    measure is logarithmic if its values are positive and the largest is more than three times the smallest.
 
     Args:
         comparison: the result of :func:`~lightning_flatness.compare` with ``outcome=``.
@@ -47,7 +47,8 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
         The figure and its axes.
 
     Raises:
-        FlatnessError: the measure is unknown, no model has both an outcome and the measure, or matplotlib is missing.
+        FlatnessError: there is no measure of this name, no model has both an outcome and a value of the measure, or
+            matplotlib is missing.
 
     Example:
         >>> import torch
@@ -85,8 +86,8 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
 
 
 def _write_names(ax: Any, names: Sequence[str], dots: Sequence[tuple[float, float]], errors: Sequence[float]) -> None:
-    """Write a name beside every dot, where it overlaps the fewest dots, bars and names that are written already."""
-    ax.get_xlim(), ax.get_ylim()  # matplotlib finds its limits now
+    """Write a name beside every dot, at the place where it overlaps the fewest dots, error bars and earlier names."""
+    ax.get_xlim(), ax.get_ylim()  # these calls make matplotlib compute the limits, which ax.transData needs
 
     def points(x: float, y: float) -> tuple[float, float]:
         return tuple(ax.transData.transform((x, y)) * 72 / ax.figure.dpi)
@@ -105,7 +106,7 @@ def _write_names(ax: Any, names: Sequence[str], dots: Sequence[tuple[float, floa
 
 
 def _box(dot: tuple[float, float], place: tuple[int, int, str], width: float) -> tuple[float, float, float, float]:
-    """Return left, lower, right and upper end of a name, in points."""
+    """Return the left, lower, right and upper end of a name of the given width beside a dot, all in points."""
     left = dot[0] + place[0] - {"left": 0.0, "center": width / 2, "right": width}[place[2]]
     lower = dot[1] + place[1]
     return left, lower, left + width, lower + NAME_SIZE

@@ -1,4 +1,4 @@
-"""Draw flatness over the epochs, as a sum over all measured layers, or as one curve for each layer."""
+"""Draw flatness over the epochs, as one curve for the sum over all measured layers, or as one curve for each layer."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def plot_history(
             such as :attr:`FlatnessCallback.history`.
         measure: the measure to draw, such as ``"normalized_relative_flatness"``. By default relative flatness, or the
             Hessian trace if no record has relative flatness.
-        report: a report of the run, such as :attr:`FlatnessCallback.report`. The title then names its layers, samples
-            and method.
+        report: a report of the run, such as :attr:`FlatnessCallback.report`. The title then names the layers, samples
+            and method of the report.
         accuracy_label: label of the accuracy axis.
         data: the data that flatness was measured on: ``"val"``, ``"train"`` or another name. By default the data that
             the report or the history names.
-        burn_in: number of epochs that a stopping rule ignores; they are shaded.
+        burn_in: number of initial epochs that a stopping rule ignores; these epochs are shaded.
         best: epoch to mark as the best; by default the first epoch with the highest accuracy.
-        stopped: epoch after which training was stopped early; it is marked.
+        stopped: epoch after which training was stopped early; a vertical line marks it.
         ax: axes to draw into; the place of ``ax`` is divided between the two panels.
 
     Returns:
@@ -190,7 +190,7 @@ def _mark(
 def _heading(
     measure: str, subject: str, history: Sequence[Record], report: FlatnessReport | None, data: str | None
 ) -> tuple[str, str]:
-    """Return two lines for the title. The first names measure and layers, the second samples and exactness."""
+    """Return two lines for the title: one on the measure and layers, one on samples and whether numbers are exact."""
     name = NAMES[measure][0].upper() + NAMES[measure][1:]
     if report is not None:
         where = samples_of(report.num_samples, data or report.data)
@@ -220,7 +220,7 @@ def plot_layer_history(
             callback records values of single layers if it measures two or more layers.
         measure: ``"hessian_trace"`` (loss per squared weight), or a measure in units of the loss, such as
             ``"relative_flatness"``.
-        report: a report of the run. The title then names its samples and method.
+        report: a report of the run. The title then names the samples and the method of the report.
         data: the data that flatness was measured on: ``"val"``, ``"train"`` or another name.
         ax: axes to draw into.
 

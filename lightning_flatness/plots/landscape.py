@@ -23,8 +23,8 @@ GAPS: dict[str, dict[str, Any]] = {
 def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: float | None = None) -> Tensor:
     """Return the losses of a landscape, with ``cap`` in place of larger losses.
 
-    Raises an error unless the landscape has ``num_axes`` axes and a finite loss. ``figure`` is the name of the plotting
-    function, for the message.
+    Raise an error unless the landscape has ``num_axes`` axes and a finite loss, and ``cap`` is above the lowest loss.
+    ``figure`` is the name of the plotting function, for the error message.
     """
     if not isinstance(result, LandscapeResult) or len(result.axes) != num_axes:
         given = f"{len(result.axes)} axes" if isinstance(result, LandscapeResult) else type(result).__name__
@@ -40,18 +40,18 @@ def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: fl
 
 
 def gaps(result: LandscapeResult, losses: Tensor) -> dict[str, Tensor]:
-    """Return a mapping from reasons to boolean masks of the points that have no loss for this reason.
+    """Return masks of the points without a finite loss, as a dict from reasons to boolean masks.
 
-    The reasons are ``"not finite"`` and ``"not computed"``. A reason that does not occur is left out.
+    The reasons are ``"not finite"`` (infinite or NaN) and ``"not computed"``. A reason without points is left out.
     """
     masks = {"not finite": result.computed & ~losses.isfinite(), "not computed": ~result.computed}
     return {reason: points for reason, points in masks.items() if bool(points.any())}
 
 
 def corner_counts(points: Tensor) -> Tensor:
-    """Return the number of true corners of every cell of a grid.
+    """Return for every cell of a grid how many of its four corners are true in the mask ``points``.
 
-    The mask ``points`` has shape ``(n, m)``, one entry for each grid point. The result has shape ``(n - 1, m - 1)``.
+    ``points`` has shape ``(n, m)``, one entry for each grid point. The result has shape ``(n - 1, m - 1)``.
     """
     edges = points[1:].int() + points[:-1].int()
     return edges[:, 1:] + edges[:, :-1]
@@ -125,7 +125,7 @@ def round_losses(low: float, high: float, logarithmic: bool) -> list[float]:
 
 
 def draw_colour_bar(figure: Any, bar_axes: dict[str, Any], filled: Any, ticks: list[float], form: Any = None) -> Any:
-    """Draw the colour bar of losses; ``bar_axes`` gives its place as arguments of ``figure.colorbar``."""
+    """Draw the colour bar of losses; ``bar_axes`` holds arguments of ``figure.colorbar`` that set the bar's place."""
     from matplotlib.colors import LogNorm
 
     if form is None and isinstance(filled.norm, LogNorm):

@@ -29,8 +29,8 @@ def plot_layers(
 ) -> tuple[Any, Any]:
     """Draw one measure of every layer as a dot, from the input (top) to the output (bottom).
 
-    Numbers that are not exact have hollow dots. The axis is logarithmic if all values are positive. Error bars are
-    two standard errors, which combine the error over samples with the error of an estimate.
+    Numbers that are not exact have hollow dots. The axis is logarithmic if all values are positive. Error bars are two
+    standard errors. They combine the error over samples with the error of the estimate, if the number is estimated.
 
     Args:
         report: the report.
@@ -45,7 +45,7 @@ def plot_layers(
         The figure and its axes.
 
     Raises:
-        FlatnessError: ``measure`` is unknown or was not measured, or matplotlib is missing.
+        FlatnessError: there is no measure of this name, it was not measured, or matplotlib is missing.
 
     Example:
         >>> import torch
@@ -101,7 +101,7 @@ def _errors(layer: LayerFlatness, measure: str) -> tuple[float, float]:
 
 
 def _bars(parts: Sequence[tuple[float, float]]) -> str:
-    """Return a line that explains the error bars; empty if there are none."""
+    """Return a line that explains the error bars; return an empty text if there are no error bars."""
     kinds = (any(sampling for sampling, _ in parts), any(estimate for _, estimate in parts))
     words = [word for word, there in zip(("over samples", "of estimates"), kinds, strict=True) if there]
     return f"bars: ± 2 standard errors {' and '.join(words)}" if words else ""

@@ -34,8 +34,8 @@ def plot_line(
 ) -> tuple[Any, Any]:
     """Draw the loss along a line and, in a panel below, the accuracy in percent if the result has it.
 
-    Points without a finite loss are drawn as hatched grey bands, and points that were not computed as dotted bands. To
-    compare several lines, draw them into the same ``ax``, each with its own ``label``.
+    Points with an infinite or NaN loss are drawn as hatched grey bands, and points that were not computed as dotted
+    bands. To compare several lines, draw them into the same ``ax``, each with its own ``label``.
 
     Args:
         result: a landscape with one axis.
@@ -46,14 +46,14 @@ def plot_line(
         ends: one or two names. The first labels the point at coordinate 0, the second the point at coordinate 1, where
             :func:`~lightning_flatness.direction_between` puts the other model.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.
-        ax: axes to draw into; if the accuracy is drawn, it takes the lower part of them.
+        ax: axes to draw into; if the accuracy is drawn, it takes the lower part of their place.
 
     Returns:
         The figure and the axes of the loss.
 
     Raises:
-        FlatnessError: the result has another number of axes or no finite loss, ``cap`` is not above the lowest loss, or
-            matplotlib is missing.
+        FlatnessError: the result does not have one axis, it has no finite loss, ``cap`` is not above the lowest loss,
+            or matplotlib is missing.
 
     Example:
         >>> import torch

@@ -29,7 +29,8 @@ from lightning_flatness.results.spectrum import MATRICES, NO_DENSITY, default_si
 
 EIGENVALUE_COLOUR = SERIES[1]
 LOWEST_COLOUR = SERIES[0]
-# The density is drawn over this many powers of ten. Lower values are tails of the Gaussians that smooth the spectrum.
+# The density is drawn over this many powers of ten. Lower values come only from the tails of the Gaussians that smooth
+# the spectrum.
 DECADES = 7
 
 
@@ -45,8 +46,9 @@ def plot_density(
     """Draw the spectral density on a logarithmic scale, and mark the largest eigenvalues on the horizontal axis.
 
     The density is a sum of Gaussians with standard deviation ``sigma``. A single eigenvalue of a matrix with ``D``
-    eigenvalues is a bump of height ``1 / (D sigma √(2π))``, which the logarithmic scale makes visible. A band shows
-    the range over the random probes. The curve is dashed if the matrix is a Gauss-Newton matrix.
+    eigenvalues is a bump of height ``1 / (D sigma √(2π))``, which the logarithmic scale makes visible. The density is
+    estimated from several random vectors (probes), and a band shows the range of their estimates. The curve is dashed
+    if the matrix is a Gauss-Newton matrix.
 
     Args:
         result: the spectrum.
@@ -63,7 +65,8 @@ def plot_density(
         The figure and its axes.
 
     Raises:
-        FlatnessError: the spectrum has no density (``num_probes=0``).
+        FlatnessError: the spectrum has no density (``num_probes=0``), ``sigma`` is not positive, or matplotlib is
+            missing.
 
     Source:
         Ghorbani et al. 2019 (arXiv 1901.10159).
@@ -157,7 +160,7 @@ def _criterion(result: SpectrumResult) -> str:
 
 
 def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
-    """Return three lines for the title: one on size, loss and samples, one on trace and criteria, one on errors."""
+    """Return three lines for the title: size, loss and samples; kind of spectrum, trace and criteria; errors."""
     trace = f"trace {with_error(result.trace, result.trace_stderr)}"
     criteria = f"{_criterion(result)}, C_t = {with_error(result.c_t, result.spread['c_t'])}"
     errors = "±: standard error of the trace, standard deviation of the criteria over probes"
@@ -172,10 +175,10 @@ def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
 def plot_eigenvalues(
     history: Iterable[tuple[float, SpectrumResult] | Mapping[str, Any]], *, data: str | None = None, ax: Any = None
 ) -> tuple[Any, Any]:
-    """Draw the largest eigenvalues over the epochs, and the lowest Ritz value of all random probes.
+    """Draw the largest eigenvalues over the epochs, and the lowest Ritz value, which bounds the lowest eigenvalue.
 
-    The vertical axis is linear near zero and logarithmic elsewhere, because eigenvalues can have both signs. Where
-    eigenvalues have not converged, markers are hollow and curves are dashed.
+    The vertical axis is linear near zero and logarithmic elsewhere, because eigenvalues can have both signs. Where the
+    largest eigenvalues have not converged, their markers are hollow and their curves are dashed.
 
     Args:
         history: pairs of an epoch and a :class:`~lightning_flatness.SpectrumResult`, or records of

@@ -40,8 +40,8 @@ def plot_surface(
 ) -> tuple[Any, Any]:
     """Draw the loss on a plane as a surface, with contours below it.
 
-    Points that have no finite loss or were not computed leave holes in the surface; the figure states their number. A
-    steep surface is readable only with ``cap`` or ``log``.
+    Points that were not computed, or whose loss is infinite or NaN, leave holes in the surface; the figure states the
+    number of these points. A steep surface is readable only with ``cap`` or ``log``.
 
     Args:
         result: a landscape with two axes.
@@ -55,8 +55,8 @@ def plot_surface(
         The figure and its axes, with ``projection="3d"``.
 
     Raises:
-        FlatnessError: the result has another number of axes or no finite loss, ``cap`` is not above the lowest loss, a
-            loss is not positive with ``log``, or matplotlib is missing.
+        FlatnessError: the result does not have two axes, it has no finite loss, ``cap`` is not above the lowest loss,
+            ``log`` is True and a loss is not positive, or matplotlib is missing.
 
     Source:
         Li et al. 2018 (arXiv 1712.09913).
@@ -125,7 +125,7 @@ def _as_losses() -> Any:
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Return the positions of round losses on the axis; with ``log``, the axis has the losses' decimal logarithms."""
+    """Return the ticks at round losses; with ``log``, the bounds and the ticks are decimal logarithms of losses."""
     if not log:
         return round_losses(low, high, False)
     losses = round_losses(10**low, 10**high, is_logarithmic(10**low, 10**high))
@@ -133,9 +133,9 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def _refined(values: Tensor, parts: int) -> Tensor:
-    """Divide every interval of the first dimension into ``parts`` by linear interpolation.
+    """Divide every interval between neighbours along the first dimension into ``parts`` parts by linear interpolation.
 
-    The given values stay unchanged, even a finite value beside a NaN.
+    The result contains the given values unchanged, even a finite value beside a NaN.
     """
     where = torch.arange(parts, dtype=values.dtype, device="cpu").reshape(-1, *[1] * (values.ndim - 1)) / parts
     start = values[:-1, None]

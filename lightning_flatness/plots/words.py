@@ -48,7 +48,7 @@ def samples_of(num_samples: int, data: str | None = "") -> str:
 
 
 def loss_of(report: FlatnessReport, data: str | None) -> str:
-    """Return a text with the loss of a report (left out if unknown), the number of samples and the data."""
+    """Return a text with the mean loss of a report (left out if not known), the number of samples and the data."""
     where = samples_of(report.num_samples, data or report.data)
     return where if math.isnan(report.loss) else f"{report.loss_name or 'loss'} {report.loss:.3g} on {where}"
 
@@ -75,15 +75,18 @@ def exactness(infos: Collection[LayerInfo]) -> str:
 
 
 def is_exact(flag: float | None) -> bool:
-    """Return whether a record is drawn as exact, where ``flag`` is its entry ``exact``.
+    """Return whether a record of a history is drawn as exact; ``flag`` is the entry ``exact`` of the record.
 
-    If ``flag`` is None, the record has no such entry, and it is drawn as exact.
+    If the record has no such entry, ``flag`` is None, and the record is drawn as exact.
     """
     return flag is None or bool(flag)
 
 
 def recorded_exactness(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of :func:`exactness` for a history; empty if no record says whether it is exact."""
+    """Return a text that says whether the numbers of a history are exact, and by which methods they were measured.
+
+    The text is empty if no record says whether it is exact.
+    """
     known = [record["exact"] for record in history if record.get("exact") is not None]
     if not known:
         return ""
@@ -94,7 +97,7 @@ def recorded_exactness(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def known_error(*parts: float | None) -> float:
-    """Combine independent standard errors by the root of their sum of squares; unknown (None, NaN) ones count as zero.
+    """Return the root of the sum of squares of independent standard errors; unknown errors (None, NaN) count as zero.
 
     Example:
         >>> known_error(3.0, 4.0), known_error(None, float("nan"))
@@ -104,7 +107,7 @@ def known_error(*parts: float | None) -> float:
 
 
 def with_error(value: float, error: float) -> str:
-    """Format a number and its error, with as many digits as the error allows; without the error if it is unknown.
+    """Format a number and its standard error, with as many digits as the error allows; leave out an unknown error.
 
     Example:
         >>> with_error(323.7, 41.0), with_error(0.0404, 0.0007), with_error(2.5, float("nan"))
