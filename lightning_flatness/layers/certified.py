@@ -1,4 +1,8 @@
-"""What certificates have established about layers and about a forward pass, as frozen values."""
+"""The results of certificates for layers and for forward passes, as frozen values.
+
+A certificate is a numerical check (``certificates/``). The *tail* of a layer is the operations from its output to the
+classifier's input. Layers are measured by the closed form or by the Gauss-Newton method (``methods.py``).
+"""
 
 from __future__ import annotations
 
@@ -24,22 +28,25 @@ Calls = dict[str, tuple[LayerCall, ...]]
 
 @dataclass(frozen=True)
 class CertifiedLayer:
-    """What is certified about one layer after the batches so far, and how the layer is measured."""
+    """The certificates of one layer after the batches so far, and the description of how the layer is measured."""
 
     info: LayerInfo
     kernel: Known[Kernel]
     gram: Folded  # Gram matrix of the kernel's filters, or its diagonal
     gram_norm: Tensor | None = None  # upper bound of the spectral norm of `gram`; None if no class may be left out
-    tail: Known[Tail] | None = None  # None under Gauss-Newton
-    inexact: Inexact | None = None  # under Gauss-Newton: why the layer is not called exact; None if it is exact
-    is_output: bool = False  # whether its output is the logits, so that it needs no backward pass
+    tail: Known[Tail] | None = None  # None for a layer measured by Gauss-Newton
+    inexact: Inexact | None = None  # why a layer measured by Gauss-Newton is not exact; None if it is
+    is_output: bool = False  # whether the layer's output is the logits, so that it needs no backward pass
 
     def with_deviation(self, *deviations: float) -> CertifiedLayer:
-        """Return a copy whose deviation is the maximum of its deviation so far and ``deviations``."""
+        """Return a copy whose ``info.deviation`` is the maximum of its value so far and ``deviations``.
+
+        A deviation is the relative difference between the two results that a certificate compares.
+        """
         return replace(self, info=replace(self.info, deviation=max(self.info.deviation, *deviations)))
 
     def in_precision(self, precision: str, deviation: float) -> CertifiedLayer:
-        """Return a copy that is labelled as measured in ``precision``.
+        """Return a copy whose description says that the layer is measured in ``precision``.
 
         ``deviation`` is the relative change of the Hessian trace compared with float32.
         """
@@ -48,17 +55,18 @@ class CertifiedLayer:
 
 @dataclass(frozen=True)
 class Certified:
-    """What is certified about a model after the batches so far."""
+    """The certificates of a model and its layers after the batches so far."""
 
     layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # with layers="all": name -> why it is not measured
-    paths: Known[None] | None = None  # certificate 4; the fingerprint lists the functions that take the kernels
-    affine: Known[None] | None = None  # that logits are affine in the kernels; the fingerprint is CANNOT_CURVE
+    paths: Known[None] | None = None  # certificate 4; its fingerprint lists the functions that take kernels
+    affine: Known[None] | None = None  # the logits are affine in kernels; its fingerprint is CANNOT_CURVE
 
     def without_operations(self) -> Certified:
         """Return a copy without the fingerprints of the tails.
 
-        In another precision, a pass has other operations. The first pass in that precision sets new fingerprints.
+        A fingerprint lists the operations of a tail. In another precision, a tail has other operations. The first pass
+        in that precision sets new fingerprints.
         """
         tails = {name: layer.tail and replace(layer.tail, fingerprint=None) for name, layer in self.layers.items()}
         return replace(self, layers={name: replace(self.layers[name], tail=tail) for name, tail in tails.items()})
@@ -76,12 +84,12 @@ class CertifiedPass:
     recorded: Pass
     loss: LossDerivatives
     calls: Calls
-    tails: Mapping[str, TailDerivatives]  # keyed by layer name, for layers under the closed form only
+    tails: Mapping[str, TailDerivatives]  # keyed by layer name; only for layers measured by the closed form
     outputs: frozenset[str] = frozenset()  # layers whose output is the logits, which need no backward pass
 
     @property
     def others(self) -> Calls:
-        """The calls of the layers under Gauss-Newton, keyed by layer name."""
+        """The calls of the layers that are measured by the Gauss-Newton method, keyed by layer name."""
         return {name: calls for name, calls in self.calls.items() if name not in self.tails}
 
     @property

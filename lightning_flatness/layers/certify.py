@@ -1,6 +1,8 @@
 """Certify a recorded forward pass, and decide by which method each layer is measured.
 
-The functions take what earlier batches have certified, and return what is certified after this batch.
+The functions take the certificates of earlier batches, and return these certificates updated by this batch. The *tail*
+of a layer is the operations from its output to the classifier's input. The certificates have numbers, as in
+``docs/theory.md``, "What is certified, and how".
 """
 
 from __future__ import annotations
@@ -36,21 +38,21 @@ from lightning_flatness.model.logits import logits_of, question_outputs
 def certify(
     recorded: Pass, loss: LossDerivatives, known: Certified, context: Context, masks: Tensor
 ) -> tuple[CertifiedPass, Certified]:
-    """Certify a forward pass of our own, and decide how each layer is measured.
+    """Certify a forward pass that this package has made by itself, and decide how each layer is measured.
 
     Args:
         recorded: the forward pass.
         loss: the derivatives of the loss at the logits of this pass.
-        known: what earlier batches have certified.
+        known: the certificates of earlier batches.
         context: the layers to measure, the options, and a function that copies the model.
         masks: ``(M, N)``. Each row selects a set of samples, whose logits must not depend on samples outside the set
             (certificate 5).
 
     Returns:
-        The certified pass, and what is certified after this batch.
+        The certified pass, and the certificates updated by this batch.
 
     Raises:
-        LayerSelectionError: a layer cannot be measured, and ``layers="all"`` may not leave it out.
+        LayerSelectionError: a layer cannot be measured, and it may not be left out.
     """
     certificates = _Certificates(recorded, known, context)
     first, left_out = certificates.first, dict(known.left_out)
@@ -72,7 +74,7 @@ def certify(
     tails, failures = certificates.certified_tails(calls, layers)
     certified = CertifiedPass(recorded, loss, calls, tails)
     others = certified.others
-    if others:  # for layers under the closed form, certificate 2 already tests all pairs of samples
+    if others:  # under the closed form, certificate 2 already tests all pairs of samples
         every_pair = separating_masks(len(recorded.logits)).to(recorded.logits.device)
         mixing = find_mixing_layer(others, recorded.logits, every_pair if failures else masks)
         if mixing is not None:
@@ -92,21 +94,21 @@ def certify(
 def certify_observed(
     recorded: Pass, loss_at: Callable[[Tensor], LossDerivatives], known: Certified, context: Context
 ) -> tuple[CertifiedPass, Certified]:
-    """Certify an observed forward pass.
+    """Certify a forward pass that was observed: one of the user's, or one that runs in the same way.
 
-    The recorded graph reaches from the layers to the classifier's input, not to the logits. All layers must already be
-    measured by the closed form, or their output must be the logits. In half precision, this pass must have the same
-    operations as the first pass in half precision. The logits are then computed again in float32, from the classifier's
-    input.
+    The recorded autograd graph reaches from the layers to the classifier's input, not to the logits. So every layer
+    must already be measured by the closed form, or its output must be the logits. In half precision, the tails must
+    have the same operations as in the first observed pass in half precision. The logits are then computed again in
+    float32, from the classifier's input.
 
     Args:
         recorded: the observed forward pass.
         loss_at: returns the derivatives of the loss at given logits.
-        known: what the trial and earlier observed batches have certified.
+        known: the certificates of the trial and of earlier observed batches.
         context: the layers to measure, the options, and a function that copies the model.
 
     Returns:
-        The certified pass, and what is certified after this batch.
+        The certified pass, and the certificates updated by this batch.
 
     Raises:
         FlatnessError: a certificate fails.
@@ -148,7 +150,7 @@ def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...
 
 @dataclass(frozen=True)
 class _Certificates:
-    """Runs the certificates on one forward pass. ``known`` is what earlier batches have certified."""
+    """Runs the certificates on one forward pass. ``known`` has the certificates of earlier batches."""
 
     recorded: Pass
     known: Certified
@@ -156,7 +158,7 @@ class _Certificates:
 
     @property
     def first(self) -> bool:
-        """Whether these are the first samples, which decide how layers are measured."""
+        """Whether these are the first samples of the measurement."""
         return not self.known.layers
 
     @property
@@ -203,7 +205,10 @@ class _Certificates:
         return calls, kernels
 
     def _certified_kernel(self, calls: Sequence[LayerCall], layer: CertifiedLayer | None) -> Known[Kernel]:
-        """Run certificate 1 on the calls of one layer; ``layer`` is what is certified about the layer so far."""
+        """Certify that the calls of a layer apply one kernel (certificate 1), and return the kernel.
+
+        ``layer`` has the layer's certificates after earlier batches; None on the first samples.
+        """
         groups = calls[0].convolution.geometry.groups
 
         def unchanged(weight: Tensor) -> bool:
@@ -213,9 +218,9 @@ class _Certificates:
         return certify_layer(calls, None if layer is None else layer.kernel, unchanged, half)
 
     def certified_paths(self, calls: Calls, left_out: dict[str, str]) -> dict[str, float]:
-        """Run certificate 4 on all layers together, and return the deviation of each layer.
+        """Run certificate 4 on all layers together, and return the deviation that :func:`certify_path` finds for each.
 
-        The certificate does not apply to a kernel that is computed from a parameter. The deviation is then zero.
+        The certificate does not apply to a kernel that a layer computes from a parameter. Its deviation is set to zero.
         """
         own = [name for name, of_layer in calls.items() if is_own_weight(of_layer[0])]
         u = random_like(self.recorded.logits)
@@ -233,7 +238,10 @@ class _Certificates:
         return deviations
 
     def _gradients(self, layers: Mapping[str, LayerCall], u: Tensor) -> dict[str, Tensor | None]:
-        """Run a copy of the model, and return the gradient of ``<u, logits>`` with respect to each layer's weight."""
+        """Run a copy of the model, and return the gradient of ``<u, logits>`` with respect to each layer's weight.
+
+        The gradient is None for a weight on which the logits do not depend.
+        """
         copy = self.context.copy()
         parameters = {name: own_weight(call.module) for name, call in layers.items()}
         kernels = [copy.copy_of(parameter).requires_grad_() for parameter in parameters.values()]
@@ -243,7 +251,7 @@ class _Certificates:
         return dict(zip(parameters, torch.autograd.grad(again, kernels, u, allow_unused=True), strict=True))
 
     def certified_head(self) -> Head:
-        """Run certificate 3 on the classifier."""
+        """Certify that the logits are an affine map of the classifier's input (certificate 3), and return this map."""
         selection = self.context.selection
         with naming(selection.classifier_name or "", "Classifier"):
             return certify_head(selection.classifier, self.recorded, self.shift_invariant)
@@ -253,8 +261,8 @@ class _Certificates:
     ) -> tuple[dict[str, TailDerivatives], dict[str, str]]:
         """Run certificates 2 and 3 on the layers that are measured by the closed form so far.
 
-        Return two dictionaries that are keyed by layer name: the derivatives of the certified tails, and the reasons
-        why the closed form fails for the other layers. ``layers`` is updated with the certified tails and deviations.
+        Return two dictionaries, keyed by layer name. The first has the derivatives of the certified tails, the second
+        the reason for every layer that fails. ``layers`` is updated with the certified tails and deviations.
         """
         candidates = [name for name, layer in layers.items() if layer.info.method == "closed_form"]
         if not candidates:
@@ -290,9 +298,10 @@ class _Certificates:
     ) -> tuple[dict[str, Inexact | None], Known[None]]:
         """Return, for each layer, why the logits are not affine in its kernel, and return the updated certificate.
 
-        The test computes second derivatives. It is not repeated for layers that it has labelled inexact before. On
-        later samples, it is skipped if every function of the autograd graph is known to have a second derivative of
-        zero. One of sixteen batches is tested in any case, because hooks on tensors do not appear in the graph.
+        The reason is None if the logits are affine. The test computes second derivatives. Layers that it has labelled
+        inexact before are left out. After the first samples, the test is skipped if every function of the autograd
+        graph is known to have a second derivative of zero. One of sixteen batches is tested in any case, because hooks
+        on tensors do not appear in the graph.
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}
@@ -318,5 +327,6 @@ class _Certificates:
         return why_curved(logits, kernel, self.shift_invariant)
 
 
+# Values of `CertifiedLayer.inexact` of a layer in whose kernel the logits have been affine so far.
 NOT_LABELLED = (None, Inexact.SAMPLED)
 CANNOT_CURVE = "no function of the graph can curve"

@@ -1,4 +1,9 @@
-"""Compute the block traces of one layer by the closed form."""
+"""Compute the block traces of one layer by the closed form.
+
+The closed form is a formula for the whole Hessian of a layer (``docs/theory.md``, "The closed form"). The *tail* of a
+layer is the operations from its output to the classifier's input. The formula needs the first derivatives of the tail,
+called slopes, and its second derivatives, called curvatures.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +25,23 @@ from lightning_flatness.layers.certified import Certified, CertifiedLayer, Certi
 from lightning_flatness.layers.estimates import BlockTraces
 from lightning_flatness.layers.recording import Convolution
 
-# Leaving out classes may change relative flatness and the normalised one by at most this share.
+# Leaving out classes may change relative flatness and normalised relative flatness by at most this share.
 TRUNCATION = 1e-6
 
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The inputs of one layer's closed form for some samples, detached from the autograd graph."""
+    """The detached tensors from which the closed form computes one layer's block traces for some samples."""
 
     layer: CertifiedLayer
     convolution: Convolution
     tail: TailDerivatives
     loss: LossDerivatives
-    curved: tuple[Tensor, Tensor] | None  # the tail's curvatures and dloss/df; None if the tail is piecewise linear
+    curved: tuple[Tensor, Tensor] | None  # the curvatures, and dloss/df; None if the curvatures are zero
 
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> ClosedForm:
-        """Collect from a certified pass what the closed form of the layer ``name`` needs."""
+        """Collect the tensors for the layer ``name`` from a certified pass; ``known`` has the certificates so far."""
         tail, convolution = certified.tails[name].detached(), certified.calls[name][0].convolution
         curved = curved_part(tail, certified.loss)
         return cls(known.layers[name], convolution.detached(), tail, certified.loss, curved)
@@ -44,7 +49,7 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class OutputForm:
-    """The inputs of the closed form of a layer whose output is the logits, for some samples."""
+    """The detached tensors from which block traces of a layer whose output is the logits are computed."""
 
     layer: CertifiedLayer
     convolution: Convolution
@@ -52,15 +57,15 @@ class OutputForm:
 
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> OutputForm:
-        """Collect from a certified pass what the closed form of the layer ``name`` needs."""
+        """Collect the tensors for the layer ``name`` from a certified pass; ``known`` has the certificates so far."""
         return cls(known.layers[name], certified.calls[name][0].convolution.detached(), certified.loss)
 
 
 @dataclass(frozen=True)
 class ClosedForms:
-    """The inputs of all layers' closed forms for some samples, detached from the autograd graph.
+    """The detached tensors from which the block traces of all layers are computed for some samples.
 
-    From these inputs, sums over the samples can be computed after the forward pass has been freed.
+    Sums over the samples can be computed from these tensors after the graph of the forward pass has been freed.
     """
 
     by_layer: Mapping[str, ClosedForm | OutputForm]
@@ -69,7 +74,7 @@ class ClosedForms:
 
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified, outcomes: Tensor) -> ClosedForms:
-        """Collect the inputs from a certified pass, for every layer that is measured by the closed form."""
+        """Collect the tensors from a certified pass, for every layer that is measured without backward passes."""
         by_layer: dict[str, ClosedForm | OutputForm] = {}
         for name in certified.tails:
             with naming(name):
@@ -78,7 +83,7 @@ class ClosedForms:
         return cls(by_layer, certified.loss, outcomes)
 
     def channels(self) -> dict[str, ChannelSums]:
-        """Return the number, mean and squared deviations of every input channel's entries, per layer and sample."""
+        """Return sums over the entries of every input channel, for each sample, keyed by layer name."""
         rows = slice(self.num_samples)
         return {name: ChannelSums.of(form.convolution.read[rows]) for name, form in self.by_layer.items()}
 
@@ -91,9 +96,9 @@ class ClosedForms:
 def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
     """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
-    If the layer has a :attr:`CertifiedLayer.gram_norm`, there are many classes. Classes of negligible weight are then
-    left out if a bound shows that relative flatness and normalised relative flatness change by at most the share
-    :data:`TRUNCATION`. Otherwise all classes are used. The other measures are the same with and without these classes.
+    If the layer has a :attr:`CertifiedLayer.gram_norm`, there are many classes, and classes of negligible weight may be
+    left out. They are left out if a bound shows that relative flatness and normalised relative flatness change by at
+    most the share :data:`TRUNCATION`. Otherwise all classes are used. The other measures do not change.
     """
     if isinstance(form, OutputForm):
         return _output(form, weighting, diagonal)
@@ -103,7 +108,7 @@ def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diago
         # The terms that are left out form a positive matrix, whose trace is at most `tolerance` times the full trace.
         # The trace of this matrix times the norm of the Gram matrix bounds the change of relative flatness. Relative
         # flatness itself is about the full trace times the mean squared norm of the filters. The same holds for
-        # normalised relative flatness and its matrix.
+        # normalised relative flatness, with the Gram matrix of the kernel times the channels' standard deviations.
         share = _share(weighting.gram, gram_norm)
         if weighting.normalized is not None and normalized_norm is not None:
             share = torch.minimum(share, _share(weighting.normalized, normalized_norm))
@@ -121,7 +126,10 @@ def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diago
 
 
 def _share(gram: Tensor, norm: Tensor) -> Tensor:
-    """Return the mean squared norm of the filters divided by ``norm``, a bound of their Gram matrix's spectral norm."""
+    """Return the mean squared norm of the filters, divided by ``norm``.
+
+    ``gram`` is the Gram matrix of the filters, and ``norm`` is an upper bound of its spectral norm.
+    """
     mean = weight_norm(gram).square() / gram[..., 0].numel()
     return mean / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
@@ -129,13 +137,16 @@ def _share(gram: Tensor, norm: Tensor) -> Tensor:
 def _output(form: OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
     """Return the block traces of a layer whose output is the logits."""
     convolution, curvature = form.convolution, form.loss.curvature
-    assert isinstance(curvature, ClassCurvature)  # `certify` looks for such layers only then
+    assert isinstance(curvature, ClassCurvature)  # `certify` finds such layers only with a ClassCurvature
     features, kernel = convolution.inputs.flatten(1), convolution.weight.flatten(1)
     return BlockTraces.of(classifier_contraction(features, kernel, curvature, weighting, diagonal))
 
 
 def _gauss_newton(form: ClosedForm, weighting: Weighting, diagonal: bool, tolerance: float) -> Contraction:
-    """Compute the Gauss-Newton term without classes that together add at most the share ``tolerance`` of its trace."""
+    """Compute the Gauss-Newton term of the closed form, without classes that add little to its trace.
+
+    The classes that are left out together add at most the share ``tolerance`` of the trace.
+    """
     convolution, tail = form.convolution, form.tail
     with torch.no_grad():
         return closed_form_contraction(
@@ -151,7 +162,10 @@ def _gauss_newton(form: ClosedForm, weighting: Weighting, diagonal: bool, tolera
 
 
 def _with_curved_part(form: ClosedForm, weighting: Weighting, diagonal: bool, part: Contraction) -> Contraction:
-    """Add the diagonal term of curved activations to the block traces and to the measures of every sample."""
+    """Add the term of the closed form that contains curvatures to ``part``, the Gauss-Newton term.
+
+    The term changes the diagonals of the block traces, and the measures of every sample.
+    """
     if form.curved is None:
         return part
     (curvatures, residual), geometry, inputs = form.curved, form.convolution.geometry, form.convolution.inputs
@@ -179,12 +193,12 @@ def _with_curved_part(form: ClosedForm, weighting: Weighting, diagonal: bool, pa
 
 
 def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, Tensor] | None:
-    """Return a pair: the curvatures of the tail, and the gradient ``dloss/df``.
+    """Return the curvatures of the tail and the gradient ``dloss/df``, for the term that Gauss-Newton leaves out.
 
-    Return None in place of the pair if the Hessian equals the Gauss-Newton matrix.
+    Return None if all curvatures are known to be zero. The Hessian then equals the Gauss-Newton matrix.
 
     Raises:
-        BatchError: an activation has a second derivative, and the batch has no targets.
+        BatchError: some curvatures are not zero, and the batch has no targets.
     """
     if tail.curvatures is None:
         return None

@@ -20,7 +20,10 @@ def nodes_of(calls: Calls) -> list[Tensor]:
 
 
 def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False) -> list[Tensor]:
-    """Return the gradients of ``<cotangent, logits>`` at all nodes; zeros for nodes without influence on the logits."""
+    """Return the gradients of ``<cotangent, logits>`` with respect to ``nodes``.
+
+    The nodes are tensors of the autograd graph. The gradient is zero for a node on which the logits do not depend.
+    """
     pulled = pull_back_where_used(logits, nodes, cotangent, create_graph)
     return [torch.zeros_like(node) if p is None else p for p, node in zip(pulled, nodes, strict=True)]
 
@@ -28,7 +31,10 @@ def pull_back(logits: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create
 def pull_back_where_used(
     end: Tensor, nodes: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
 ) -> Sequence[Tensor | None]:
-    """Return the gradients of ``<cotangent, end>`` at all nodes; None for nodes without influence on ``end``."""
+    """Return the gradients of ``<cotangent, end>`` with respect to ``nodes``.
+
+    The gradient is None for a node on which ``end`` does not depend.
+    """
     if not end.requires_grad or not nodes:
         return [None] * len(nodes)
     return torch.autograd.grad(
@@ -81,8 +87,9 @@ def to_positions(per_channel: Tensor, output: Tensor) -> Tensor:
 def random_direction(tensor: Tensor, stream: int = 0) -> Tensor:
     """Return a random tensor that is an outer product of random vectors.
 
-    With probability one, a linear map that sends this tensor to zero is the zero map. If one derivative is taken along
-    several directions together, give each direction its own ``stream``. Otherwise equal numbers could cancel.
+    With probability one, a linear map that sends this tensor to zero is the zero map. Tensors with different ``stream``
+    are independent. Use a different ``stream`` for every direction in a sum of derivatives. Otherwise terms of the sum
+    could cancel.
     """
     product = torch.ones_like(tensor)
     for dimension, size in enumerate(tensor.shape):

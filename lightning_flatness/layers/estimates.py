@@ -1,6 +1,8 @@
 """Estimate block traces by random probes, with variances.
 
-Probes are used for classes of small weight, and for the part of the Hessian that Gauss-Newton leaves out.
+The block trace of two filters is the trace of the Hessian's block that belongs to these filters. A probe is a vector or
+kernel of random signs. Probes are used for classes of small weight, and for the part of the Hessian that the
+Gauss-Newton method leaves out.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ class BlockTraces(NamedTuple):
     total: Tensor  # (G, S/G, S/G), or (G, S/G) for the diagonals, float64
     extra: Tensor  # (2,): normalised relative and channel-wise flatness, summed over samples; NaN if not measured
     samples: Tensor | None  # (N, 4), the SAMPLE_MEASURES of every sample; None if they are unknown
-    variances: Tensor | None = None  # (6,), of ALL_MEASURES of the sum; None if nothing was estimated by probes
+    variances: Tensor | None = None  # (6,), of ALL_MEASURES, summed over samples; None without probes
 
     @classmethod
     def of(cls, contraction: Contraction) -> BlockTraces:
-        """Return the block traces of a contraction. They have no variances, because nothing is estimated by probes."""
+        """Convert a :class:`Contraction`. The result has no variances, because nothing was estimated by probes."""
         return cls(contraction.total, contraction.samples[:, NORMALIZED:].sum(0), contraction.samples)
 
     def plus(self, other: BlockTraces) -> BlockTraces:
@@ -73,12 +75,12 @@ class Probes:
         self._measures: list[Tensor] = []
 
     def add(self, estimate: BlockTraces) -> None:
-        """Add one estimate."""
+        """Add one independent estimate of the block traces."""
         self._sum = estimate if self._sum is None else self._sum.plus(estimate)
         self._measures.append(estimate.measures(self._gram))
 
     def estimate(self, known: BlockTraces | None = None) -> BlockTraces:
-        """Return the mean of the estimates plus ``known``, a part of the block traces that was computed exactly."""
+        """Return the mean of the estimates plus ``known``, the part of the block traces that was computed exactly."""
         assert self._sum is not None
         number = len(self._measures)
         samples = None if self._sum.samples is None else self._sum.samples / number
@@ -124,7 +126,7 @@ def hutchinson_residual(
             constant.
         kernels: the kernels ``(S, ...)`` in this graph, keyed by layer name.
         grams: Gram matrices ``(G, S/G, S/G)`` of the filters, or their diagonals, keyed by layer name.
-        weightings: the matrices of the normalised and the channel-wise measure, keyed by layer name.
+        weightings: the matrices for normalised relative and channel-wise flatness, keyed by layer name.
         options: the number of probes, and whether diagonals suffice.
         generator: draws the random signs.
     """
@@ -145,7 +147,7 @@ def hutchinson_residual(
 
 
 def _extra(weighting: Weighting, rows: Tensor, products: Tensor, diagonal: bool) -> Tensor:
-    """Return one probe's estimate of the normalised and the channel-wise measure, ``(2,)``; NaN if not measured.
+    """Return one probe's estimate of normalised relative and channel-wise flatness, ``(2,)``; NaN if not measured.
 
     ``rows`` is the probe ``v`` and ``products`` is ``Hv``, both ``(1, G, S/G, D)``.
     """

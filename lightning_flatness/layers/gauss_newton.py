@@ -1,7 +1,8 @@
 """Compute the block traces of layers by the Gauss-Newton method.
 
-The loss's second derivative at the logits is factored as ``Λ = B Bᵀ``. Each column of ``B`` is pulled back from the
-logits to the outputs of all layers at once (``docs/theory.md``, "Any layer: Gauss-Newton").
+The loss's second derivative at the logits is factored as ``Λ = B Bᵀ``. Each column of ``B`` is *pulled back*, i.e.
+multiplied by the transposed Jacobian, from the logits to the outputs of all layers at once (``docs/theory.md``, "Any
+layer: Gauss-Newton").
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from lightning_flatness.layers.options import Options
 # hundred megabytes.
 ELEMENTS = {"cpu": 3 * 2**23}
 ELEMENTS_DEFAULT = 2**29
-# A forward pass's autograd graph takes about the memory of this many pulled-back columns. (The double backward of the
-# certificate takes more, but is freed before columns are pulled back.)
+# A forward pass's autograd graph takes about the memory of this many pulled-back columns. (The certificate that the
+# logits are affine takes more for its double backward pass, but frees this memory before columns are pulled back.)
 GRAPH = 4
 # The number of samples at a time is chosen so that this many columns fit into memory besides the graph.
 COLUMNS = 6
@@ -42,7 +43,7 @@ MOST_COLUMNS = {"cpu": 12}
 # Random probes are added in groups of this size.
 MIN_PROBES = 16
 
-Columns = list[list[Tensor]]  # each column, pulled back to every call of every layer
+Columns = list[list[Tensor]]  # for each column, the tensors pulled back to all calls of all layers
 Advance = Callable[[float], None]  # called with the fraction of the work that is done
 
 
@@ -54,11 +55,11 @@ def gauss_newton_layers(
     generator: torch.Generator,
     advance: Advance,
 ) -> dict[str, BlockTraces]:
-    """Return the block traces of each layer under Gauss-Newton, summed over the samples of a pass.
+    """Return the block traces of each layer that needs backward passes, summed over the samples of a pass.
 
     Each column of ``B`` takes one backward pass for all layers together. Gradients of weights are not computed. Columns
-    are taken in chunks, so that memory does not grow with the number of classes. If there are many classes, those of
-    small weight are sampled by random probes, which are drawn from ``generator`` (:func:`is_sampled`).
+    are taken in chunks, so that memory does not grow with the number of classes. If there are many classes, the sum
+    over classes of small weight is estimated by random probes (:func:`is_sampled`), drawn from ``generator``.
     """
     curvature, tolerance = certified.loss.curvature, options.class_tolerance
     layers = _Layers(certified.need_backward, certified.recorded.logits, weightings, options.diagonal)
@@ -75,7 +76,7 @@ def gauss_newton_layers(
 
 
 def is_sampled(curvature: Curvature, tolerance: float) -> bool:
-    """Return whether classes of small weight are sampled by random probes instead of being taken one by one."""
+    """Return whether the sum over classes of small weight is estimated by random probes, not taken class by class."""
     return tolerance > 0 and not isinstance(curvature, DenseCurvature) and curvature.num_classes >= MANY_CLASSES
 
 
@@ -90,7 +91,7 @@ def rows_at_a_time(elements: int, num_columns: int, device: torch.device) -> int
 
 @dataclass(frozen=True)
 class _Layers:
-    """The layers of one forward pass. Columns are pulled back to the outputs of their calls."""
+    """The layers of one forward pass, with methods that pull columns back and compute block traces from them."""
 
     calls: Calls
     logits: Tensor  # (N, K), with their autograd graph
@@ -156,11 +157,11 @@ def _by_probes(
 ) -> dict[str, BlockTraces]:
     """Return the block traces of each layer, with an estimate of the sum over classes of small weight.
 
-    Classes of large weight are taken one by one. For the others, a probe pulls back ``Σ_k ±√w_k (e_k - π)``. Here
-    ``w`` are the class weights, ``e_k`` the unit vectors and ``π`` is the softmax. For an :class:`AutogradCurvature`, a
-    probe pulls back its two columns for these signs. The signs are random, so the estimate is unbiased. Probes are
-    added until :meth:`Probes.precise` holds for every layer. If this takes as many backward passes as all classes
-    would, the probes are dropped, and the remaining classes are taken one by one.
+    Classes of large weight are taken one by one. For the other classes, a probe pulls back ``Σ_k ±√w_k (e_k - π)`` with
+    random signs, so that the estimate is unbiased. Here ``w`` are the class weights, ``e_k`` the unit vectors and ``π``
+    is the softmax. An :class:`AutogradCurvature` makes two columns from the vector of signs, and both are pulled back.
+    Probes are added until :meth:`Probes.precise` is True for every layer. If this takes as many backward passes as all
+    classes would, the probes are dropped, and the remaining classes are taken one by one.
     """
     order = curvature.weights.argsort(1, descending=True)
     mass = curvature.weights.gather(1, order)
@@ -168,7 +169,7 @@ def _by_probes(
     unit = torch.zeros_like(mass)
     totals: dict[str, BlockTraces] = {}
 
-    def take_one_by_one(ranks: range) -> None:  # positions of classes in the order of falling weight
+    def take_one_by_one(ranks: range) -> None:  # ranks of classes by falling weight
         units = (unit.scatter(1, order[:, rank : rank + 1], 1.0) for rank in ranks)
         for columns, column_signs in layers.factored(curvature, units):
             layers.add(totals, columns, column_signs)

@@ -25,8 +25,8 @@ class Listener:
     """A context manager that records one call of a model by the user's code, and may observe its forward pass.
 
     Only one call counts. With ``inputs``, it is the first call on these very objects. Without ``inputs``, it is the
-    first call. Copies of its arguments are kept in :attr:`call`. Later calls on the same objects are ignored. Without
-    ``inputs``, later calls on other objects are counted in :attr:`num_others`.
+    first call. Copies of that call's arguments are kept in :attr:`call`. Later calls on the same objects are ignored.
+    Without ``inputs``, later calls on other objects are counted in :attr:`num_others`.
 
     Errors of the package are never raised in the user's code, only in :meth:`result`. If observing makes the forward
     fail, the listener runs the forward again without observing it. After the call, the grad mode and the inference mode
@@ -39,8 +39,8 @@ class Listener:
         precision: observe the pass only if it runs in this precision; None for any.
     """
 
-    _active: ClassVar[list[Listener]] = []  # listeners that are entered and have a recorder
-    _observing: ClassVar[bool] = False  # only one may observe at a time, or its graph would contain the other's nodes
+    _active: ClassVar[list[Listener]] = []  # listeners with a recorder, while their `with` block runs
+    _observing: ClassVar[bool] = False  # whether a listener observes a pass; two at a time would mix their graphs
 
     def __init__(
         self,
@@ -85,9 +85,9 @@ class Listener:
             Listener._active.remove(self)
 
     def alone(self) -> AbstractContextManager[None]:
-        """Return a context in which only this listener notices calls of the model.
+        """Return a context manager in which calls of the model reach this listener, but no other listener.
 
-        A trial uses it, because the calls of a trial are not made by the user.
+        The trial uses it, because other listeners must record only calls that the user's code makes.
         """
         return only_heard_by(self._overheard)
 
@@ -135,7 +135,7 @@ class Listener:
         return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
 
     def _observe(self, recorder: Recorder, forward: Callable[..., Any], called: Call) -> None:
-        """Run the forward under the recorder. If observing makes the forward fail, put the error into ``reason``."""
+        """Run the forward and record it. If observing makes the forward fail, put the error into ``reason``."""
         Listener._observing = True
         try:
             with recorder:
@@ -152,7 +152,7 @@ class Listener:
             Listener._observing = False
 
     def _why_not_now(self) -> str:
-        """Return why the pass that begins now must not be observed, or an empty string."""
+        """Return why the pass that begins now must not be observed, or an empty string if it may be."""
         if Listener._observing:
             return "another callback observes the same forward pass"
         if torch.is_grad_enabled():
@@ -176,7 +176,7 @@ NOT_CALLED = "validation does not call the network"
 
 
 class _Token:
-    """An object that is alive as long as the graph that holds it."""
+    """An object that an autograd graph holds, and that is alive as long as the graph."""
 
 
 def _state(model: nn.Module) -> list[Any]:

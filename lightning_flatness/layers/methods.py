@@ -1,6 +1,9 @@
 """Describe how a layer is measured.
 
-A layer is measured by the closed form until one of its certificates fails, and from then on by Gauss-Newton.
+The *closed form* is a formula for the whole Hessian. It holds if the operations between a layer and the classifier
+treat every channel by itself. If certificates show this, a layer is measured by the closed form. When a certificate of
+the closed form fails on a batch, the layer is measured by the *Gauss-Newton* method on that batch and on all later
+ones.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from lightning_flatness.layers.recording import Convolution, LayerCall
 from lightning_flatness.model.precision import name_of
 from lightning_flatness.results import LayerInfo
 
-# The number of float64 matrices that a layer keeps while a batch is added. They are the block traces so far, those of
-# the batch, and the Gram matrix.
+# The number of float64 matrices of one layer that are in memory while a batch is added. They are the block traces so
+# far, the block traces of the batch, and the Gram matrix of the filters.
 MATRICES_KEPT = 3
 # The number of Gram matrices in a :class:`Weighting`. They have the dtype of the kernel.
 WEIGHTING_MATRICES = 2
@@ -37,9 +40,10 @@ def first_description(
     curvature: Curvature,
     context: Context,
 ) -> CertifiedLayer:
-    """Describe a layer on the first samples, before it is known whether the closed form holds.
+    """Return the description of a layer on the first samples, assuming that the closed form holds.
 
-    The description assumes that the closed form holds. ``deviation`` is the result of :func:`certify_path`.
+    If a certificate of the closed form fails, :func:`under_gauss_newton` changes the description. ``deviation`` is the
+    relative deviation that :func:`certify_path` has found.
     """
     call, convolution = calls[0], calls[0].convolution
     groups, filters = convolution.geometry.groups, convolution.weight.shape[0]
@@ -78,18 +82,18 @@ def under_gauss_newton(
     options: Options,
     first: bool,
 ) -> CertifiedLayer:
-    """Describe a layer that is measured by Gauss-Newton.
+    """Return the description of a layer that is measured by the Gauss-Newton method.
 
     Args:
         layer: the description so far.
-        certified: the forward pass.
-        inexact: why the logits are not affine in the layer's kernel; None if they are.
+        certified: the certified forward pass on the current samples.
+        inexact: why the logits are not affine in the layer's kernel; None if they are affine.
         failure: why the closed form failed on this batch; empty if it failed on an earlier batch.
         options: the options of the measurement.
-        first: whether no samples were measured before.
+        first: whether these are the first samples of the measurement.
 
     Raises:
-        NotExactError: the layer is not exact, and the options have ``strict=True``.
+        NotExactError: ``inexact`` is given, and the options have ``strict=True``.
     """
     info, calls, curvature = layer.info, certified.calls[layer.info.name], certified.loss.curvature
     if options.strict and inexact:
@@ -122,7 +126,10 @@ def under_gauss_newton(
 
 
 def _multiplications(convolution: Convolution, columns: int, diagonal: bool) -> int:
-    """Return the number of multiplications for the block traces of one sample, besides passes through the model."""
+    """Return the number of multiplications for the block traces of one sample, without passes through the model.
+
+    ``columns`` is the number of cotangents at the layer's output that enter the block traces of one sample.
+    """
     groups, (filters, length) = convolution.geometry.groups, convolution.weight.flatten(1).shape
     positions = convolution.output[0].numel() // filters
     return groups * min(contraction_costs(positions, length, filters // groups, columns, diagonal))

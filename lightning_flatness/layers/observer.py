@@ -1,4 +1,7 @@
-"""Compute the block traces of a model's layers, batch by batch."""
+"""Compute the block traces of a model's layers, batch by batch.
+
+The block trace of two filters is the trace of the block of the layer's Hessian that belongs to these filters.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,12 @@ Result = TypeVar("Result")
 
 
 class FlatnessObserver:
-    """Measures batches of one model, whose weights must not change between batches.
+    """Computes the block traces of one model's layers, batch by batch. The weights must not change between batches.
 
-    The first call selects the layers and certifies how each can be measured: by the closed form if it holds, otherwise
-    by the Gauss-Newton method. Gauss-Newton is exact if the logits are affine in the layer's weight; if they are not,
-    the layer is labelled inexact. From then on, :attr:`layers` describes the layers. Every call leaves the model, its
-    gradients, buffers and modes, the batch and all random states as they were.
+    The first call selects the layers. It certifies whether the closed form, a formula for the whole Hessian, holds for
+    each layer. Other layers are measured by the Gauss-Newton method. This method is exact if the logits are affine in
+    the layer's weight; otherwise the layer is labelled inexact. After the first call, :attr:`layers` describes the
+    layers. Every call leaves the model, its gradients, buffers and modes, the batch and all random states as they were.
 
     Normalised relative flatness needs the standard deviations of the layers' input channels before the first sample is
     measured. Compute them from what :meth:`waiting` returns for some samples, and set them with :meth:`normalize`.
@@ -66,8 +69,8 @@ class FlatnessObserver:
         self._options = Options(**options)
         self._model = without_wrapper(model)
         self._own = OwnPasses(self._model, self._options)
-        # The certificates of observed passes are separate from those of passes of our own, which must not rely on the
-        # few samples of the trial.
+        # The certificates of the user's passes, made by `why_not_live`. They are separate from the certificates of
+        # passes of our own, which must not rely on the few samples of the trial.
         self._observable: Observable | None = None
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self._defers_checks = True
@@ -96,17 +99,18 @@ class FlatnessObserver:
             inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments of the model.
             targets: targets in the form that the loss expects. Without targets, a layer whose Hessian depends on them
                 raises an error.
-            advance: called with the fraction of the batch that is done.
+            advance: a function that is called with the fraction of the batch that is done.
         """
         return self._statistics(self.sums(inputs, targets, advance))
 
     def waiting(
         self, inputs: Any, targets: Tensor | None = None, rows: slice = slice(None), advance: Advance | None = None
     ) -> list[WaitingSamples]:
-        """Certify the samples ``rows`` of a batch in parts, and return what is kept of each part for its measurement.
+        """Run and certify the samples ``rows`` of a batch in parts; return the data to measure each part later.
 
-        Later, when the standard deviations of the input channels are known, :meth:`sums_of` measures the parts that
-        have closed forms. The other parts are measured by :meth:`sums`, which needs one more forward pass.
+        A part has as many samples as fit in memory. The measurement is possible when the standard deviations of the
+        input channels are known. Then :meth:`sums_of` measures a part from its ``forms``. If ``forms`` is None,
+        :meth:`sums` must run the samples once more.
         """
         return list(self._own(inputs, targets, _kept, advance, rows))
 
@@ -140,8 +144,9 @@ class FlatnessObserver:
 
         This is decided by a trial on the first samples of the batch (:func:`try_observing`). The trial observes a pass
         of our own in the same way as a pass of the user's, under the current modes. If ``inputs`` are a recorded
-        :class:`Call`, the pass runs in the precision of that call. The pass must return bit-identical outputs, keep no
-        tensors of the graph alive, and give the same block traces as an unobserved measurement, up to rounding.
+        :class:`Call`, the pass runs in the precision of that call. Its outputs must be bit-identical to those of an
+        unobserved pass. It must keep no tensors of the autograd graph alive. Its block traces must be the same as those
+        of an unobserved pass, up to rounding.
         """
         batch = inputs, targets
         outcome = try_observing(self._model, self._options, batch, self._block_traces, self._sums_observed)
@@ -172,7 +177,7 @@ class FlatnessObserver:
         return self._observe(lambda observable: self._sums_observed(observable, listener, targets))
 
     def observed_forms(self, listener: Listener, targets: Tensor | None, is_pair: bool = False) -> ClosedForms:
-        """Certify an observed pass, and return the inputs from which :meth:`sums_of` later computes the sums.
+        """Certify an observed pass, and return the tensors from which :meth:`sums_of` later computes the sums.
 
         With ``is_pair``, the pass ran on a single sample that was duplicated.
         """
@@ -183,12 +188,12 @@ class FlatnessObserver:
         return self._observe(forms)
 
     def sums_of(self, forms: ClosedForms) -> dict[str, LayerSums]:
-        """Compute the sums of an observed pass from what :meth:`observed_forms` returned."""
+        """Compute each layer's sums from the result of :meth:`observed_forms`, or from ``WaitingSamples.forms``."""
         with differentiable(self._model):
             return self._measured(forms)
 
     def _observe(self, work: Callable[[Observable], tuple[Result, Certified]]) -> Result:
-        """Call ``work``, keep the certificates that it returns, and return its result."""
+        """Call ``work``, store the certificates that it returns, and return its result."""
         assert self._observable is not None
         result, known = work(self._observable)
         self._observable = replace(self._observable, known=known)
@@ -196,15 +201,15 @@ class FlatnessObserver:
 
     @property
     def observes_half(self) -> bool:
-        """Whether the trial has found layers, classifier or logits in half precision."""
+        """Whether the trial has found that layers, the classifier or the logits run in half precision."""
         return self._observable is not None and self._observable.half is not None
 
     @property
     def repeats(self) -> bool:
         """Whether passes of our own must run in the same way as the user's passes (see :meth:`repeated_forms`).
 
-        This is required in half precision, because all samples must be measured in the same precision. It is also
-        required if the network is compiled, because the user's passes cannot be observed then.
+        This is True in half precision, because all samples must be measured in the same precision. It is also True if
+        the network is compiled, because the user's passes of a compiled network cannot be observed.
         """
         return self.observes_half or (self._observable is not None and bool(self._observable.compiled))
 
@@ -231,7 +236,7 @@ class FlatnessObserver:
     def _sums_observed(
         self, observable: Observable, listener: Listener, targets: Tensor | None
     ) -> tuple[dict[str, LayerSums], Certified]:
-        """Return the sums of an observed batch, keyed by layer name, and what is certified after this batch."""
+        """Return the sums of an observed batch, keyed by layer name, and the certificates updated by this batch."""
 
         def sums() -> tuple[dict[str, LayerSums], Certified]:
             forms, known = self._forms(observable, listener, targets)
@@ -240,10 +245,11 @@ class FlatnessObserver:
         return self._checked(sums)
 
     def _checked(self, work: Callable[[], Result]) -> Result:
-        """Call ``work``, evaluate its checks of tensors together at the end, and return its result.
+        """Call ``work``, evaluate all its checks of tensors together at the end, and return its result.
 
-        So the CPU waits for a GPU only once. If a check fails, ``work`` is called again, and every check is evaluated
-        immediately to find the one that fails. From then on, checks are evaluated immediately on all batches.
+        With checks at the end, the CPU waits for a GPU only once. If a check fails, ``work`` is called again and
+        evaluates every check immediately, to find the one that fails. From then on, all batches evaluate checks
+        immediately.
         """
         with differentiable(self._model):
             if self._defers_checks:
@@ -261,7 +267,7 @@ class FlatnessObserver:
     def _forms(
         self, observable: Observable, listener: Listener, targets: Tensor | None, is_pair: bool = False
     ) -> tuple[ClosedForms, Certified]:
-        """Certify an observed pass; return the inputs of the closed form, and what is certified after this pass."""
+        """Certify an observed pass; return the tensors that the closed form needs, and the updated certificates."""
         recorded = listener.result()
         if len(recorded.logits) < 2:
             raise BatchError("a batch of one sample cannot be observed, since a single sample is measured as a pair")
@@ -274,7 +280,7 @@ class FlatnessObserver:
         return ClosedForms.of(certified, known, outcomes_of_pass(certified)), known
 
     def _measured(self, forms: ClosedForms) -> dict[str, LayerSums]:
-        """Return the sums of each layer under the closed form."""
+        """Return the sums of each layer that is measured by the closed form."""
         sums = {}
         for name, form in forms.by_layer.items():
             with naming(name):
@@ -283,7 +289,7 @@ class FlatnessObserver:
         return sums
 
     def _weighting(self, layer: CertifiedLayer) -> Weighting:
-        """Return the :class:`Weighting` for a layer's block traces, which is made only once."""
+        """Return the matrices from which a layer's measures are computed; they are made only once."""
         info, options = layer.info, self._options
         if info.name not in self._weightings:
             kernel, deviations = layer.kernel.value.weight, self._deviations.get(info.name)
@@ -309,7 +315,10 @@ class FlatnessObserver:
     def _residuals(
         self, certified: CertifiedPass, known: Certified, weightings: Mapping[str, Weighting]
     ) -> dict[str, BlockTraces]:
-        """Estimate the Hessian minus the Gauss-Newton matrix, for the layers with ``residual="hutchinson"``."""
+        """Estimate the block traces of each layer's Hessian minus its Gauss-Newton matrix.
+
+        Only layers that are measured with ``residual="hutchinson"`` are in the result.
+        """
         wanted = [name for name, info in known.infos.items() if info.method == "gauss_newton+hutchinson"]
         if not wanted:
             return {}
@@ -324,7 +333,10 @@ class FlatnessObserver:
         return hutchinson_residual(scalar, kernels, grams, weightings, self._options, self._generator)
 
     def _statistics(self, sums: dict[str, LayerSums]) -> dict[str, LayerStatistics]:
-        """Turn sums into statistics; the position of a sample is the number of samples measured before it."""
+        """Convert sums to statistics, which have sums over groups of samples in place of values of single samples.
+
+        The position of a sample determines its group. It is the number of samples that were measured before it.
+        """
         number = max((len(of_layer.samples) for of_layer in sums.values()), default=0)
         positions = self._num_seen + torch.arange(number, device="cpu")
         self._num_seen += number

@@ -1,4 +1,8 @@
-"""Multiply a layer's Hessian by kernels, using what one certified forward pass has recorded."""
+"""Multiply a layer's Hessian by kernels, using the tensors that one certified forward pass has recorded.
+
+The closed form is a formula for the whole Hessian of a layer. The tail of a layer is the operations from its output to
+the classifier's input.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +26,12 @@ class ColumnOperator:
     """Multiplies kernels by a layer's Gauss-Newton matrix.
 
     Let ``Λ = B Bᵀ`` be the loss's second derivative at the logits. The operator keeps the columns of ``B``, pulled back
-    to the layer's output.
+    to the layer's output, i.e. multiplied by the transposed Jacobian of the logits.
     """
 
     convolutions: Sequence[Convolution]
-    columns: Sequence[Tensor]  # pulled back, (N, number of columns, S, *output) for every convolution
-    signs: Tensor | None  # of the columns, (N, number of columns); None if all are positive
+    columns: Sequence[Tensor]  # pulled-back columns, (N, number of columns, S, *output) for every convolution
+    signs: Tensor | None  # signs of the columns, (N, number of columns); None if all are +1
 
     def __call__(self, kernel: Tensor, by_filter: bool) -> Tensor:
         """Return the product of the matrix and a kernel ``(S, ...)``.
@@ -55,7 +59,7 @@ class ColumnOperator:
 
 @dataclass(frozen=True)
 class TailOperator:
-    """Multiplies kernels by the Hessian of a layer under the closed form.
+    """Multiplies kernels by the Hessian of a layer that is measured by the closed form.
 
     Here ``V`` is ``tail.columns``, which are columns of the classifier's weight. ``dloss/df`` and ``Λ`` are the first
     and the second derivative of the loss at the logits.
@@ -98,8 +102,8 @@ Operator = ColumnOperator | TailOperator
 def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[float], None]) -> dict[str, Operator]:
     """Return each layer's operator, which multiplies kernels by the Hessian, summed over the samples of a pass.
 
-    For a layer under Gauss-Newton, the Gauss-Newton matrix takes the place of the Hessian. ``advance`` is called with
-    the fraction of the work that is done.
+    For a layer that is measured by the Gauss-Newton method, the Gauss-Newton matrix replaces the Hessian. ``advance``
+    is called with the fraction of the work that is done.
 
     Raises:
         BatchError: the operators would hold more than ``max_bytes`` of memory.
@@ -119,7 +123,7 @@ def operators_of(certified: CertifiedPass, max_bytes: float, advance: Callable[[
 
 
 def _tail_operator(name: str, certified: CertifiedPass) -> TailOperator:
-    """Return the operator of a layer under the closed form."""
+    """Return the operator of a layer that is measured by the closed form."""
     tail, loss = certified.tails[name], certified.loss
     with naming(name):
         curved = curved_part(tail, loss)
@@ -130,7 +134,7 @@ def _tail_operator(name: str, certified: CertifiedPass) -> TailOperator:
 
 
 def _column_operators(certified: CertifiedPass, advance: Callable[[float], None]) -> dict[str, ColumnOperator]:
-    """Return the operators of the layers under Gauss-Newton, keyed by layer name."""
+    """Return the operators of the layers that are measured by the Gauss-Newton method, keyed by layer name."""
     curvature, logits, others = certified.loss.curvature, certified.recorded.logits, certified.others
     pulled = []
     for index in range(curvature.num_columns):
@@ -150,5 +154,5 @@ def _column_operators(certified: CertifiedPass, advance: Callable[[float], None]
 
 
 def _without_graph(convolution: Convolution) -> Convolution:
-    """Return the convolution without its output, which would keep the autograd graph alive."""
+    """Return the convolution with an empty output, because its output would keep the autograd graph alive."""
     return replace(convolution, output=convolution.output.new_empty(0))

@@ -1,4 +1,4 @@
-"""The options of a measurement of layers; they are checked before there is a model."""
+"""The options of a measurement of layers, which are checked when they are created."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_flatness.checks import check_whole, is_number
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.options import MeasuringOptions
 
-# The measures that are computed by default, and all measures.
+# `MEASURES` are computed by default. `ALL_MEASURES` has one more, which is computed only on request.
 MEASURES = (
     "hessian_trace",
     "relative_flatness",
@@ -23,10 +23,10 @@ ALL_MEASURES = (*MEASURES, "channelwise_flatness")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(MeasuringOptions):
-    """The options of :func:`~lightning_flatness.measure_flatness`, where they are explained."""
+    """The options of :func:`~lightning_flatness.measure_flatness`, whose docstring explains them."""
 
     layers: str | Sequence[str] = "last"
-    prefix: str = ""  # the model's name in a larger module; the names of layers begin with it
+    prefix: str = ""  # name of the model inside a larger module; the names of layers begin with it
     measures: Sequence[str] = MEASURES
     tolerance: float = 0.01
     residual: Literal["hutchinson"] | None = None
@@ -59,7 +59,7 @@ class Options(MeasuringOptions):
 
     @property
     def diagonal(self) -> bool:
-        """Whether the measures need only the diagonals of the block traces."""
+        """Whether the wanted measures need only the diagonals of the block traces, one entry for every filter."""
         return not {"relative_flatness", "normalized_relative_flatness", "channelwise_flatness"} & {*self.measures}
 
     @property
@@ -74,5 +74,8 @@ class Options(MeasuringOptions):
 
     @property
     def class_tolerance(self) -> float:
-        """The accepted relative standard error with many classes; 0 means that no class is sampled or left out."""
+        """The accepted relative standard error of estimates with many classes.
+
+        With 0, every class is used: none is sampled by random probes, and none of small weight is left out.
+        """
         return 0.0 if self.strict else self.tolerance

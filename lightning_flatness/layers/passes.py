@@ -1,4 +1,4 @@
-"""Run forward passes of our own on parts of batches, record and certify them, and hand them to a function."""
+"""Run a copy of the model on parts of batches, record and certify each forward pass, and pass it to a function."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class PartSize:
-    """How many samples a part of a batch may have. ``most`` is the maximum; None means the whole batch."""
+    """The maximum number of samples in a part of a batch, ``most``; None means the whole batch."""
 
     most: int | None = None
-    halved: bool = False  # whether memory ran out once
+    halved: bool = False  # whether the size was halved, because memory ran out
 
     def next_rows(self, left: int, begun: bool) -> int:
-        """Return the size of the next part, when ``left`` samples of the batch are left.
+        """Return the number of samples in the next part, if ``left`` samples of the batch are left.
 
         The remaining parts get about equal sizes. For the first part of the first batch, ``begun`` is False. Then the
-        maximum is half as large, because certifying that part takes about fifteen backward passes.
+        maximum is half of ``most``, because certifying that part takes about fifteen backward passes. It is ``most`` if
+        the size was already halved.
         """
         if self.most is None:
             return left
@@ -47,7 +48,7 @@ class PartSize:
         return -(-left // -(-left // most))
 
     def half_of(self, rows: int, known: Certified) -> PartSize:
-        """Return half the size, after memory ran out for ``rows`` samples.
+        """Return the size ``rows // 2``, after memory ran out for ``rows`` samples.
 
         Raises:
             BatchError: the size was halved before, or a single sample is too large.
@@ -78,11 +79,11 @@ class _TooManySamplesError(Exception):
 
 
 class OwnPasses:
-    """Runs a copy of a model on batches, some samples at a time, and keeps what the batches have certified."""
+    """Runs a copy of a model on batches, some samples at a time, and stores the certificates of these batches."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        self.known = Certified()  # what the batches so far have certified
-        self._selection: Selection | None = None  # none before the first pass
+        self.known = Certified()  # the certificates of the batches so far
+        self._selection: Selection | None = None  # None before the first pass
         self._model = model
         self._options = options
         self._size = PartSize()
@@ -99,9 +100,9 @@ class OwnPasses:
     ) -> Iterator[Result]:
         """Certify a forward pass on each part of the samples ``chosen``, and yield the results of ``work``.
 
-        ``work`` is called for each part, under :func:`isolated`. Its arguments are the certified pass, what is
-        certified so far, and a function to call with the fraction of the part that is done. ``advance`` is called with
-        the fraction of the batch that is done. If a part has too many samples, or memory runs out, the part is repeated
+        ``work`` is called for each part, under :func:`isolated`. Its arguments are the certified pass, the certificates
+        so far, and a function to call with the fraction of the part that is done. ``advance`` is called with the
+        fraction of the batch that is done. If a part has too many samples, or memory runs out, the part is repeated
         with fewer samples.
         """
         first_batch, samples = not self.known.layers, num_rows(inputs, targets)
@@ -151,7 +152,7 @@ class OwnPasses:
 
     @property
     def context(self) -> Context:
-        """What certificates need: layers, options and a way to copy the model. Requires: a pass was made."""
+        """The chosen layers, the options and a function that copies the model. Requires: a pass was made."""
         assert self._selection is not None
         return Context(self._selection, self._options, lambda: ModelCopy(self._model, self._options.measuring_dtype))
 
@@ -161,7 +162,7 @@ class OwnPasses:
         return ModelCopy(self._model, self._options.measuring_dtype)
 
     def _selected(self, part: Part) -> Selection:
-        """Return the selection of layers, which is made on the first part.
+        """Return the selected layers, which are chosen on the first part.
 
         Raises:
             _TooManySamplesError: the outputs of the selected layers are too large for this many samples.
@@ -185,7 +186,8 @@ class OwnPasses:
         selection, rows, start, targets = self._selected(part), part.rows, part.start, part.targets
         if first and not is_new:
             # `isolated` restores random states, so the first pass in each of its blocks draws the same random numbers.
-            # After this additional pass, the recorded pass below draws other numbers, which shows a random forward.
+            # After this additional pass, the recorded pass below draws other numbers, so that a random forward is
+            # found.
             certify_deterministic(selection.logits[:rows], logits_of(self._copy(part.inputs))[:rows].detach())
         recorded = self._recorded(part.inputs)
         logits = recorded.logits
@@ -197,11 +199,11 @@ class OwnPasses:
         if first_batch and start + rows <= len(whole):  # `whole` has fewer samples than the batch if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
         if first:
-            self.release()  # certificate 4 makes another copy; otherwise two would be in memory
+            self.release()  # certificate 4 makes another copy; two would take too much memory
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")
         masks = self._masks(len(logits), first) if start == 0 else no_masks
         certified, self.known = certify(recorded, loss, self.known, self.context, masks.to(logits.device))
-        modules = selection.modules  # `certify` may have left some of them out
+        modules = selection.modules  # `certify` may have left out some of these
         self._selection = replace(selection, modules={name: modules[name] for name in self.known.layers})
         return certified
 
@@ -212,9 +214,10 @@ class OwnPasses:
         return recorder.result(inputs, output)
 
     def _masks(self, samples: int, first: bool) -> Tensor:
-        """Return the masks ``(M, N)`` for certificate 5.
+        """Return the masks ``(M, N)`` with which certificate 5 tests whether samples influence each other.
 
-        The masks of the first part separate all pairs of samples. Later masks separate a pair with probability 1/2.
+        Masks separate two samples if each of the two is in a mask without the other one. The masks of the first part
+        separate all pairs of samples. Later masks separate a pair with probability 1/2.
         """
         if first:
             return separating_masks(samples)

@@ -1,4 +1,8 @@
-"""Record one forward pass: the convolutions of the layers, and the input and output of the classifier."""
+"""Record one forward pass: the convolutions of the layers, and the input and output of the classifier.
+
+A pass of our own is a forward pass that this package makes by itself. A user's pass is one that the user's code makes,
+for example in validation.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,9 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Convolution:
     """One call of ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``, described as a convolution.
 
-    If padding is uneven, ``inputs`` are the padded inputs. A linear map is described as a convolution of kernel size
-    one over its tokens; its ``output`` has the channels in the last dimension.
+    With ``padding="same"``, ``inputs`` are the padded inputs, because the padding may be uneven. A linear map is
+    described as a convolution of kernel size one over its tokens; its ``output`` has the channels in the last
+    dimension.
     """
 
     inputs: Tensor  # (N, C, *spatial), detached
@@ -37,11 +42,11 @@ class Convolution:
     geometry: ConvolutionGeometry
     output: Tensor  # (N, S, *output), or (N, *tokens, S)
     channel_dimension: int = 1
-    unpadded: Tensor | None = None  # the inputs before uneven padding; None if padding is even
+    unpadded: Tensor | None = None  # with padding="same": the inputs before padding; else None
 
     @property
     def read(self) -> Tensor:
-        """The inputs ``(N, C, *spatial)`` before any padding with zeros."""
+        """The inputs ``(N, C, *spatial)`` before the convolution pads them with zeros."""
         return self.inputs if self.unpadded is None else self.unpadded
 
     def detached(self) -> Convolution:
@@ -54,20 +59,20 @@ class LayerCall:
     """The record of one call of one layer in a forward pass."""
 
     module: nn.Module
-    convolutions: tuple[Convolution, ...]  # those that ran inside the module's forward
+    convolutions: tuple[Convolution, ...]  # the convolutions that ran inside the module's forward
     returned: Tensor  # what the module returned, detached
-    node: Tensor  # the same values in the autograd graph; derivatives are taken with respect to this
+    node: Tensor  # the same values as a tensor of the autograd graph, at which derivatives are taken
     kernel_sample: Tensor | None = None  # in a user's pass, a copy of some entries of the kernel
-    versions: tuple[int, ...] | None = None  # how often the inputs had been changed in place; None if not known
+    versions: tuple[int, ...] | None = None  # version counters of the inputs after the call; None if not known
 
     @property
     def has_changed_input(self) -> bool:
-        """Whether the forward has changed an input in place since the layer ran; False if this is not known."""
+        """Whether the model has changed an input in place after the layer ran; False if this is not known."""
         return self.versions is not None and self.versions != versions_of(self.convolutions)
 
     @property
     def convolution(self) -> Convolution:
-        """The convolution that ran. Requires: exactly one ran, which certificate 1 shows."""
+        """The convolution that ran. Requires: exactly one ran, which ``certificates/layer.py`` tests."""
         return self.convolutions[0]
 
 
@@ -78,10 +83,10 @@ class Pass:
     inputs: Any  # the inputs of the model
     logits: Tensor  # (N, K), which the model returned
     calls: Mapping[str, tuple[LayerCall, ...]]  # keyed by layer name; the calls of a layer in their order
-    features: tuple[Any, ...]  # the only argument of each call of the classifier; None if a call had several
+    features: tuple[Any, ...]  # for each call of the classifier, its argument; None if it had several
     classifier_output: Tensor | None
-    kernel_uses: tuple[tuple[str, str], ...]  # pairs of a layer and a function that took its kernel
-    eps: float  # machine epsilon of products, for the logits' dtype, or for TF32 if torch's flags allow TF32
+    kernel_uses: tuple[tuple[str, str], ...]  # pairs of a layer's name and a function that took its kernel
+    eps: float  # machine epsilon of matrix products: of TF32 if torch's flags allow it, else of the logits' dtype
     half: torch.dtype | None = None  # half-precision dtype of layers, classifier or logits; None if there is none
 
 
@@ -94,7 +99,8 @@ class Recorder:
     Args:
         layers: the layers to record, keyed by name.
         classifier: the classifier, or None.
-        watched: a kernel for each layer; the functions that take these tensors are recorded.
+        watched: the kernel of each layer, keyed by layer name. Every function that takes one of these tensors is
+            recorded.
         live: whether the pass runs as the user's passes do. If so, the graph is built even under ``no_grad`` or in
             inference mode, and it ends at the classifier's input. Errors in hooks of the recorder are then kept in
             :attr:`failure` instead of being raised.
@@ -158,7 +164,10 @@ class Recorder:
         torch.set_grad_enabled(self._grad_mode)
 
     def _quiet(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``hook`` for a pass of our own. For a user's pass, wrap it to keep its errors in :attr:`failure`."""
+        """Return ``hook`` unchanged for a pass of our own.
+
+        For a user's pass, return a function that calls ``hook`` and stores an error of ``hook`` in :attr:`failure`.
+        """
         if not self._live:
             return hook
 
@@ -173,7 +182,7 @@ class Recorder:
         return quiet
 
     def _before_layer(self, module: nn.Module, arguments: Any) -> None:
-        """Begin a list of the convolutions that run inside a layer."""
+        """Begin a new list for the convolutions that run inside a layer."""
         self._functions.running.append([])
 
     def _after_layer(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> Any:
@@ -182,7 +191,7 @@ class Recorder:
         sample = kernel_sample(convolutions[0].weight) if self._live and convolutions else None
         if not isinstance(returned, Tensor):
             raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
-        if self._live and module is self._classifier:  # the graph ends at its input
+        if self._live and module is self._classifier:  # the graph ends at the classifier's input
             self._calls.setdefault(name, []).append(
                 LayerCall(module, convolutions, returned.detach(), returned.detach(), sample, versions_of(convolutions))
             )
@@ -232,7 +241,10 @@ class Recorder:
 
 
 def versions_of(convolutions: tuple[Convolution, ...]) -> tuple[int, ...]:
-    """Return how often the inputs were changed in place; inference tensors, which do not count this, are left out."""
+    """Return the version counters of the convolutions' inputs, which torch raises when a tensor is changed in place.
+
+    Inference tensors have no version counter and are left out.
+    """
     return tuple(one.read._version for one in convolutions if not one.read.is_inference())
 
 
@@ -259,7 +271,7 @@ class _FunctionMode(TorchFunctionMode):
         super().__init__()
         self.uses: list[tuple[str, str]] = []
         self.running: list[list[Convolution]] = []  # one list for each running layer; layers may be nested
-        self.weights: list[Tensor] | None = None  # parameters that convolve in the tail of a user's pass, or None
+        self.weights: list[Tensor] | None = None  # parameters that convolve between layers and classifier, or None
         self._watched = watched
 
     def __torch_function__(

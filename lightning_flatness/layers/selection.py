@@ -23,9 +23,9 @@ class Selection:
 
     modules: dict[str, nn.Module]  # the layers, keyed by plain name, in the order in which they run
     classifier_name: str | None
-    classifier: nn.Module | None  # None if the last layer that runs is not linear on pooled features
-    logits: Tensor  # (N, K), of the samples that the choice was made on
-    elements: int  # number of entries per sample in the outputs of all calls of the layers
+    classifier: nn.Module | None  # None if the last layer that runs is not a linear map with a weight
+    logits: Tensor  # (N, K), of the first samples, on which the layers were chosen
+    elements: int  # number of entries per sample in the outputs of all calls of the chosen layers
     passed_over: Mapping[str, str]  # with layers="all": name -> why the module cannot be measured
 
     @property
@@ -45,7 +45,7 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
         prefix: the model's name in a larger module; the names of layers begin with it.
 
     Raises:
-        LayerSelectionError: there are no such layers, or they cannot be measured.
+        LayerSelectionError: ``layers`` fits no layer that runs, or it selects a layer that cannot be measured.
     """
     modules: dict[str, nn.Module] = {plain_name(n): module for n, module in model.named_modules(prefix=prefix)}
     traced = trace(model, modules, forward)
@@ -65,10 +65,10 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
 
 
 def _classifier(candidates: dict[str, nn.Module], calls: Sequence[TracedCall], logits: Tensor) -> str | None:
-    """Return the name of the last layer that runs if it is a linear layer, otherwise None.
+    """Return the name of the last layer that runs if this layer is linear, otherwise None.
 
-    A 1x1 convolution on a 1x1 map counts as linear. Without a classifier, the logits are assumed to be the pooled
-    output of the last layer, as in SqueezeNet.
+    A convolution from one pixel to one pixel counts as linear. Without a classifier, the logits are assumed to be the
+    pooled output of the last layer, as in SqueezeNet.
     """
     if not calls or not calls[-1].has_weight:
         return None
@@ -101,13 +101,16 @@ def _last(traced: Trace, classifier: str | None) -> str:
 
 
 def _returns_logits(traced: Trace) -> bool:
-    """Return whether the last layer that runs returns the logits."""
+    """Return whether the output of the last layer that runs equals the logits."""
     logits, last = logits_of(traced.output), traced.last
     return last is not None and last.numel() == logits.numel() and torch.equal(last.reshape(logits.shape), logits)
 
 
 def _runs_later(hidden: HiddenCall, layer: str, layers: str) -> LayerSelectionError:
-    """Return the error that a module that cannot be measured runs after the layer that would be chosen."""
+    """Return an error which says that ``layer`` is not the last one, because ``hidden`` runs after it.
+
+    ``hidden`` is a convolution or linear map that cannot be measured. ``layers`` is ``"last"`` or ``"classifier"``.
+    """
     return LayerSelectionError(
         f"layers='{layers}': '{hidden.name}' runs after '{layer}' and cannot be measured. {hidden.reason} "
         f"Or name a layer with layers=, e.g. '{layer}'."
@@ -121,7 +124,10 @@ def _wanted(
     traced: Trace,
     classifier: str | None,
 ) -> list[str]:
-    """Return the names of the layers that ``layers`` selects, in the order in which they run."""
+    """Return the names of the layers that ``layers`` selects, in the order in which they run.
+
+    ``candidates`` are the convolutions and linear layers, and other modules that ran and only apply one kernel.
+    """
     ran = list(dict.fromkeys(call.name for call in traced.calls))
     reasons = [reason for name, reason in traced.passed_over.items() if name != UNNAMED or not candidates]
     if not ran and reasons:
@@ -162,7 +168,7 @@ def _wanted(
 
 
 def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, nn.Module], traced: Trace) -> list[str]:
-    """Return the names of the candidates that fit a pattern; raise an error if there are none."""
+    """Return the names of the candidates that fit a pattern; raise an error if no candidate fits."""
     matched = [name for name in candidates if fits(pattern, name)]
     if not matched and pattern in traced.passed_over:
         raise LayerSelectionError(traced.passed_over[pattern])
@@ -180,6 +186,6 @@ def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, 
 
 
 def _listing(names: list[str]) -> str:
-    """Return the first five names in quotes, and the number of the others."""
+    """Return a text with the first five names in quotes, and the number of the other names."""
     shown = ", ".join(f"'{name}'" for name in names[:5])
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,7 @@
-"""Sums of one layer's block traces and measures over samples, which can be added over batches and ranks."""
+"""Sums of one layer's block traces and measures over samples, which can be added over batches and ranks.
+
+The block trace of two filters is the trace of the block of the layer's Hessian that belongs to these filters.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from lightning_flatness.functional.weighting import SAMPLE_MEASURES
 from lightning_flatness.layers.certified import CertifiedLayer, CertifiedPass
 from lightning_flatness.layers.estimates import BlockTraces
 
-# What is kept of every sample besides its measures. These values are the same for all layers: the `OUTCOMES` of
-# functional/losses.py, the trace of the loss's second derivative at the logits, and the predicted class.
+# The values of a sample that do not depend on a layer. They are the `OUTCOMES` of functional/losses.py, the trace of
+# the loss's second derivative with respect to the logits, and the predicted class.
 OUTCOMES = ("weight", "count", "loss", "correct", "curvature", "prediction")
 WEIGHT, COUNT, LOSS, CORRECT, CURVATURE, PREDICTION = range(len(OUTCOMES))
 
@@ -30,7 +33,7 @@ class LayerStatistics(NamedTuple):
     weight_gram: Tensor  # Gram matrix of the filters, in the shape of block_traces, float64; not summed
     num_samples: int
     normalizer: float  # divisor of the mean: the number of samples, or the sum of their class weights
-    variances: Tensor | None = None  # (6,), of ALL_MEASURES of the sum; None if nothing is estimated
+    variances: Tensor | None = None  # (6,), of ALL_MEASURES, summed over samples; None if nothing was estimated
     extra: Tensor | None = None  # (2,), sums of normalised and channel-wise flatness; NaN if not measured
     groups: Tensor | None = None  # (32, 5), for each group of samples the sums of weights and of the 4 SAMPLE_MEASURES
 
@@ -66,18 +69,22 @@ class LayerSums:
         )
 
     def without_samples(self) -> LayerSums:
-        """Return a copy without the values of single samples, whose memory grows with their number."""
+        """Return a copy without the values of single samples, to save memory."""
         return replace(self, samples=self.samples[:0], outcomes=self.outcomes[:0])
 
     def groups(self, positions: Tensor) -> Tensor:
         """Sum the weights and ``SAMPLE_MEASURES`` over each of 32 groups of samples, ``(32, 5)``.
 
-        ``positions``, ``(N,)``, are the positions of the samples in the measured set. They determine the groups.
+        Standard errors are computed from these sums. ``positions``, ``(N,)``, are the positions of the samples in the
+        measured set, which determine the group of each sample.
         """
         return grouped(torch.cat([self.outcomes[:, WEIGHT, None], self.samples], dim=1), positions)
 
     def statistics(self, groups: Tensor | None = None) -> LayerStatistics:
-        """Return the sums with unfolded matrices, which share no memory with these sums."""
+        """Return the sums as :class:`LayerStatistics`, with full matrices in place of upper triangles.
+
+        The matrices and ``extra`` share no memory with this object.
+        """
         with torch.inference_mode(False):
             traces, gram = self.block_traces.whole(), self.weight_gram.whole()
             return LayerStatistics(
@@ -91,7 +98,7 @@ def added(one: dict[str, LayerSums], other: dict[str, LayerSums]) -> dict[str, L
 
 
 def outcomes_of_pass(certified: CertifiedPass) -> Tensor:
-    """Return the ``OUTCOMES`` of every sample of a pass, ``(N, 6)``; without targets, loss and correctness are NaN."""
+    """Return the ``OUTCOMES`` of every sample of a pass, ``(N, 6)``; without targets, "loss" and "correct" are NaN."""
     loss, logits = certified.loss, certified.recorded.logits.detach()
     known = loss.outcomes
     if known is None:

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
-UNNAMED = "forward"  # name of a convolution with a computed kernel that the model's own forward calls
+# The name of a convolution or linear map that the model's own forward applies with a computed kernel.
+UNNAMED = "forward"
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class TracedCall:
     name: str
     input_shape: tuple[int, ...]  # () if the input is not a tensor
     output_shape: tuple[int, ...]
-    convolves: bool  # whether it is a convolution, or a linear map over several positions
-    is_linear: bool  # whether it is a linear layer
-    has_weight: bool = True  # whether its kernel is its own parameter ``weight``
+    convolves: bool  # whether the layer is a convolution, or a linear map over several positions
+    is_linear: bool  # whether the layer is linear
+    has_weight: bool = True  # whether the kernel is the layer's own parameter ``weight``
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class HiddenCall:
 
     name: str
     reason: str  # why it cannot be measured
-    calls_before: int  # number of earlier calls of layers
+    calls_before: int  # number of calls of layers before this one
     convolves: bool
 
 
@@ -46,36 +47,36 @@ class Trace:
 
     output: Any  # what the forward returned
     calls: tuple[TracedCall, ...]
-    passed_over: Mapping[str, str]  # name of another module -> why it cannot be measured
+    passed_over: Mapping[str, str]  # name of another module -> why that module cannot be measured
     hidden: tuple[HiddenCall, ...]
-    last: Tensor | None  # the output of the last call; None if there was no call
+    last: Tensor | None  # the output of the last of `calls`; None without calls, or if it is no tensor
 
 
 @dataclass(eq=False)
 class _Applied:
-    """One call of a function that convolves or is linear."""
+    """One call of a function that applies a kernel: ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``."""
 
-    owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None for a computed kernel
+    owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None if no parameter is
     module: str  # name of the innermost module that ran
     trained: bool  # whether the kernel is a parameter, or may be computed from one
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     is_linear: bool
     calls_before: int = 0  # number of calls of layers before this one
-    in_layer: bool = False  # whether it is part of a TracedCall
+    in_layer: bool = False  # whether the call was made inside a layer
 
     @property
     def convolves(self) -> bool:
-        """Whether it is a convolution, or a linear map over several positions."""
+        """Whether the call is a convolution, or a linear map over several positions."""
         return not self.is_linear or _has_positions(self.output_shape)
 
 
 @dataclass(eq=False)
 class _Frame:
-    """A module that is running."""
+    """A module whose forward is running."""
 
     name: str
-    applied: list[_Applied] = field(default_factory=list)  # the calls inside the module
+    applied: list[_Applied] = field(default_factory=list)  # the calls inside the module and its submodules
     output: Tensor | None = None  # output of the latest of these calls that is not in a submodule
 
 
@@ -111,7 +112,10 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
 
 
 def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """Return a name for a convolution or linear map that ran outside a layer, and why it cannot be measured."""
+    """Return a name for a convolution or linear map that ran outside a layer, and the reason why it cannot be measured.
+
+    If the map belongs to a module or a parameter, the result has the name of that module or parameter.
+    """
     owner, parameter = applied.owner or (applied.module, "")
     if owner and isinstance(modules[owner], LAYERS):
         return owner, (
@@ -127,24 +131,24 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
 
 
 class _Tracing(TorchFunctionMode):
-    """A mode that notes calls of functions that convolve or are linear, and the modules that make these calls."""
+    """A mode that records the calls of convolution functions and ``linear``, and the modules that make these calls."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.calls: list[TracedCall] = []
         self.applied: list[_Applied] = []
-        self.last: Tensor | None = None  # what the latest of these calls returned
+        self.last: Tensor | None = None  # what the latest call of a layer returned
         self._modules = modules
         self._frames: list[_Frame] = []
         self._owners: dict[int, tuple[str, str]] = {}
         self._buffers: set[int] = set()
 
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
-        """Note that a module begins to run."""
+        """Record that a module begins to run."""
         self._frames.append(_Frame(name))
 
     def leave_module(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> None:
-        """Note that a module has run; if it is a layer, add its call to ``calls``."""
+        """Record that a module has run. If the module is a layer, add its call to ``calls``."""
         frame = self._frames.pop()
         if returned is None:  # the module raised an error, which the forward may catch
             return
@@ -180,8 +184,8 @@ class _Tracing(TorchFunctionMode):
         return result
 
     def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
-        """Note one call of a function that convolves or is linear."""
-        if not self._owners:  # only now, since modules hold these tensors only while the model runs
+        """Record one call of a convolution function or of ``linear``."""
+        if not self._owners:  # only now: modules hold the model's copied tensors only while it runs
             for name, module in self._modules.items():
                 self._owners |= {id(tensor): (name, key) for key, tensor in module._parameters.items()}
                 self._buffers |= {id(tensor) for tensor in module._buffers.values()}
@@ -198,20 +202,22 @@ class _Tracing(TorchFunctionMode):
     def _may_be_trained(self, kernel: Tensor, module: nn.Module) -> bool:
         """Return whether a kernel that is not a parameter may be computed from one of the module's parameters.
 
-        A fixed filter, such as a blur, is not computed from a parameter.
+        This is possible if the kernel is not a buffer and has as many entries as a parameter. A fixed filter, such as a
+        blur, is usually a buffer.
         """
         return id(kernel) not in self._buffers and any(p.numel() == kernel.numel() for p in module.parameters())
 
 
 def _operands(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
-    """Return the inputs and the kernel of a function; the arguments have the names of torch's functions."""
+    """Return the inputs and the kernel among a function's arguments, which have the names that torch gives them."""
     return input, weight
 
 
 def _is_layer(frame: _Frame, applied: _Applied, returned: Any) -> bool:
-    """Return whether a module is a layer.
+    """Return whether a module acts as a layer, i.e. applies one kernel and does nothing after that.
 
-    A layer returns the output of ``applied``, and the kernel of this call is its own parameter or computed.
+    The module must return the output of ``applied``, the only call of a convolution function or ``linear`` inside it.
+    The kernel of that call must be a parameter of the module itself, or be computed from a parameter.
     """
     its_own = applied.trained and (applied.owner is None or applied.owner[0] == frame.name)
     if not its_own or frame.output is None or not isinstance(returned, Tensor) or returned.shape != frame.output.shape:

@@ -1,4 +1,8 @@
-"""Test whether observing forward passes changes nothing in the network and gives the right block traces."""
+"""Test whether observing forward passes changes nothing in the network and gives the right block traces.
+
+To observe a forward pass is to record it while it runs as the user's code runs it. A pass of our own is a forward pass
+that this package makes by itself. A user's pass is one that the user's code makes, for example in validation.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +34,8 @@ from lightning_flatness.model.rows import num_rows, take
 TRIAL = 4
 # Block traces of an observed pass in TF32 may differ from those in full float32 by this share.
 REDUCED = 0.02
-# Block traces of a pass in half precision may differ by this share; up to 0.09 was seen on a ResNet's confident
-# samples.
+# Block traces of an observed pass in half precision may differ from those in float32 by this share. For confident
+# samples of a ResNet, they differed by up to 0.09.
 ROUNDED = 0.25
 # Attributes that torch and Lightning set on a module when they compile it.
 COMPILERS = ("_compiled_call_impl", "_compiler_ctx")
@@ -46,9 +50,9 @@ class Observable:
 
     known: Certified
     context: Context
-    precision: Precision | None = None  # in which the observed pass of the trial ran
-    half: torch.dtype | None = None  # half precision that layers, classifier or logits have in this pass
-    compiled: str = ""  # which module is compiled, if any; if so, only passes of our own are observed
+    precision: Precision | None = None  # the precision of the observed pass of the trial
+    half: torch.dtype | None = None  # half-precision dtype of layers, classifier or logits in this pass
+    compiled: str = ""  # names a compiled module; if there is one, only passes of our own are observed
 
 
 MeasureObserved = Callable[[Observable, Listener, Tensor | None], tuple[Sums, Certified]]
@@ -71,8 +75,8 @@ def try_observing(
         model: the model.
         options: the options of the measurement.
         batch: inputs and targets.
-        measure_own: returns sums of a certified pass, given what is certified.
-        measure_observed: returns sums of an observed pass, and what is certified after it.
+        measure_own: returns each layer's sums for a certified pass, given this pass and the certificates.
+        measure_observed: returns each layer's sums for an observed pass, and the updated certificates.
 
     Returns:
         The observable model, or a text that says why it cannot be observed.

@@ -1,4 +1,7 @@
-"""What is kept of samples that wait until the standard deviations of the input channels are known."""
+"""Keep data of the first samples until the standard deviations of the layers' input channels are known.
+
+Normalised relative flatness divides every input channel by its standard deviation, which the first samples determine.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,19 @@ from lightning_flatness.layers.sums import outcomes_of_pass
 
 @dataclass(frozen=True)
 class WaitingSamples:
-    """The samples of one certified pass, which wait for the standard deviations of the input channels.
+    """The data of one certified pass that are kept until the standard deviations of the input channels are known.
 
-    Layers under the closed form need no second pass: their sums are computed from ``forms`` later. Gauss-Newton needs
-    the autograd graph, which is not kept. So if a layer needs backward passes, ``forms`` is None and the samples run
-    once more.
+    The standard deviations are computed from ``channels``. Then all layers are measured. The closed form needs no
+    second forward pass: it computes block traces from ``forms``. The Gauss-Newton method needs the autograd graph,
+    which is not kept. So if a layer needs backward passes, ``forms`` is None, and the samples must run once more.
     """
 
-    channels: Mapping[str, ChannelSums]  # of every sample, keyed by layer name
+    channels: Mapping[str, ChannelSums]  # sums of a layer's input channels for every sample, keyed by layer name
     forms: ClosedForms | None
 
     @classmethod
     def of(cls, certified: CertifiedPass, known: Certified) -> WaitingSamples:
-        """Collect what is kept of a certified pass."""
+        """Collect the data from a certified pass. ``known`` has the certificates so far."""
         if not certified.need_backward:
             forms = ClosedForms.of(certified, known, outcomes_of_pass(certified))
             return cls(forms.channels(), forms)
@@ -38,13 +41,16 @@ class WaitingSamples:
 
     @classmethod
     def joined(cls, parts: Sequence[WaitingSamples]) -> dict[str, ChannelSums]:
-        """Return the sums of each layer's input channels, for all samples of several passes."""
+        """Return the channel sums of all samples of several passes, keyed by layer name.
+
+        A layer is left out if one of the passes has no channel sums for it.
+        """
         names = [name for name in parts[0].channels if all(name in part.channels for part in parts)]
         return {name: ChannelSums.joined([part.channels[name] for part in parts]) for name in names}
 
 
 def channel_sums(calls: Sequence[LayerCall]) -> ChannelSums | None:
-    """Return the sums of a layer's input channels over its calls, for every sample.
+    """Return the sums of a layer's input channels for every sample, over all calls of the layer.
 
     Return None if the calls have different numbers of samples or channels.
     """

@@ -1,7 +1,7 @@
 """Certificates: numerical checks that a layer's result is exact (``docs/theory.md``, "What is certified, and how").
 
-Each certificate computes the same number in two ways and compares the results. If they differ, the message says why and
-calls the layer "it"; the caller puts the layer's name in front.
+Each certificate computes the same number in two ways and compares the results. If they differ, the message of the error
+or the returned reason calls the layer "it". The caller puts the layer's name in front of the message.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-# The two results may differ by at most this many machine epsilons, relative to their size.
+# The two results of a certificate may differ by at most this many machine epsilons, relative to their size.
 ROUNDINGS = 1e3
 # At least one in this many batches is certified in full, because a certified value may change with the data.
 FULL_EVERY = 16
@@ -32,14 +32,14 @@ class Known(Generic[Value]):
     """
 
     value: Value
-    fingerprint: Hashable  # None: no later batch is recognised, so every batch is certified in full
+    fingerprint: Hashable  # if None, no later batch is recognised, so every batch is certified in full
     batches: int = 0  # number of batches recognised since the last full certificate
 
     def recognises(self, fingerprint: Hashable, every: int | None = FULL_EVERY) -> bool:
-        """Return whether a batch with this fingerprint needs no full certificate.
+        """Return whether a batch has the fingerprint of the certified value, so that it needs no full certificate.
 
-        One in ``every`` batches is not recognised, even if its fingerprint is the same. With ``every=None``, there are
-        no such exceptions.
+        For one in ``every`` batches the result is False even if the fingerprints are equal, so that this batch gets the
+        full certificate. With ``every=None``, the fingerprints alone decide.
         """
         due = every is not None and self.batches + 1 >= every
         return fingerprint is not None and fingerprint == self.fingerprint and not due

@@ -13,7 +13,7 @@ from lightning_flatness.results import SAMPLED
 
 
 class Inexact(Enum):
-    """Reasons why a layer is not called exact; the values appear in reports as ``LayerInfo.reason``."""
+    """Reasons why a layer is not labelled exact; their texts appear in reports as ``LayerInfo.reason``."""
 
     CURVED = "the network is curved after it"
     NOT_FINITE = "a second derivative after it is not finite, e.g. of a square root or norm at zero"
@@ -29,8 +29,8 @@ def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[
     Requires: every layer in ``calls`` ran once.
 
     The test differentiates a random combination of logits twice, along random directions at the outputs of the layers.
-    This second derivative must be exactly zero. It is zero in a piecewise-linear network, and one curved operation
-    makes it non-zero.
+    This second derivative must be exactly zero. It is zero in a piecewise-linear network. An operation with a second
+    derivative, such as GELU, makes it non-zero.
 
     One double backward pass serves all layers. At the output of layer ``i`` it returns a sum over all layers ``j`` of
     second derivatives with respect to outputs ``i`` and ``j``. Because the directions are random and independent, the
@@ -56,9 +56,9 @@ def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[
 
 
 def why_curved(logits: Tensor, node: Tensor, shift_invariant: bool) -> Inexact | None:
-    """Return why the logits are not affine in ``node``; None if they are.
+    """Return why the logits are not affine in the tensor ``node``; None if they are.
 
-    The test is that of :func:`why_not_affine`, for one tensor: a layer's output, or its kernel.
+    The test is that of :func:`why_not_affine`. ``node`` is the output or the kernel of one layer.
     """
     deltas = pull_back(logits, [node], _combination(logits, shift_invariant), create_graph=True)
     second = second_derivatives(deltas, [random_direction(node)], [node], retain_graph=True)

@@ -19,7 +19,7 @@ class Head:
 
     features: Tensor  # the classifier's input g, (N, m), connected to the layers in the autograd graph
     weight: Tensor  # the classifier's weight V, (K, m)
-    deviation: Tensor  # of the logits from the classifier's output, relative to the largest logit; a scalar
+    deviation: Tensor  # largest relative difference of a logit and the classifier's output; a scalar
     shift_invariant: bool  # whether the loss stays the same if a number is added to all logits of a sample
     logits: Tensor  # (N, K): the model's logits; in half precision, V g + b computed in float32
 
@@ -29,7 +29,8 @@ def certify_head(classifier: nn.Module | None, recorded: Pass, shift_invariant: 
 
     Here ``g`` is the classifier's input, one vector for every sample. ``V`` and ``b`` are the classifier's weight and
     bias. Without a classifier, ``g`` are the logits themselves, and ``V`` is the identity. With ``shift_invariant``,
-    the logits of a sample may differ from ``V g + b`` by one number, so log-softmax outputs pass.
+    the loss stays the same if a number is added to all logits of a sample. Such a number may then be added to
+    ``V g + b``, so log-softmax outputs pass.
 
     Raises:
         NotClosedFormError: the logits are computed in another way.
@@ -104,8 +105,8 @@ NOT_LINEAR = (
 def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Tensor:
     """Certify that the model returned the classifier's output as its logits.
 
-    The returned deviation is the largest difference between an entry of the classifier's output and its logit, relative
-    to their size.
+    Return the largest difference between a logit and the same entry of the classifier's output, relative to their size.
+    With ``shift_invariant``, a number may have been added to all logits of a sample.
     """
     if logits.shape != output.shape:
         raise NotClosedFormError(

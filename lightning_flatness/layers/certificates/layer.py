@@ -1,4 +1,4 @@
-"""Certificate 1, the layer: it returns the output of a single convolution, whose kernel never changes."""
+"""Certificate 1, the layer: a layer returns the output of a single convolution, whose kernel never changes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lightning_flatness.layers.recording import LayerCall, kernel_sample
 class Kernel:
     """The kernel of a layer, as it was when the layer was certified."""
 
-    weight: Tensor  # detached
-    sample: Tensor  # a copy of some of its entries
+    weight: Tensor  # the kernel, detached
+    sample: Tensor  # a copy of some entries of the kernel
     parameter: Tensor | None = None  # the model's parameter, if it is the kernel; kept alive so that its id is unique
 
 
@@ -28,13 +28,14 @@ def certify_layer(
 ) -> Known[Kernel]:
     """Certify that every call of a layer runs exactly one convolution, always with the same kernel; return the kernel.
 
-    ``known`` is the kernel that earlier batches have certified, or None. If given, this batch must use this kernel.
+    ``known`` is the kernel that earlier batches have used, or None. If given, this batch must use the same kernel.
     ``unchanged`` returns whether a kernel has the same Gram matrix as the kernel of the earlier batches. With ``half``,
-    the layers may run in half precision.
+    the layer may run in half precision.
 
     Raises:
-        LayerSelectionError: the layer cannot be measured.
-        BatchError: dtypes, the shape of the input or NaN in the weights forbid the measurement.
+        LayerSelectionError: the layer does not return the output of one convolution, or its kernel changes.
+        BatchError: the layer's dtypes or the shape of its input do not allow the measurement, or a weight is not
+            finite.
     """
     for call in calls:
         _certify_convolution(call, known, half)
@@ -87,7 +88,7 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
 def _certified_kernel(
     calls: Sequence[LayerCall], known: Known[Kernel] | None, unchanged: Callable[[Tensor], bool]
 ) -> Known[Kernel]:
-    """Certify that all calls apply the same kernel, also the kernel of earlier batches, and return this kernel."""
+    """Certify that all calls apply the same kernel, and that earlier batches used it, too; return the kernel."""
     if known is None:
         weight = calls[0].convolution.weight
         known = Known(Kernel(weight.detach(), kernel_sample(weight)), None)
@@ -121,7 +122,7 @@ def as_parameter(known: Known[Kernel], weight: Tensor) -> Known[Kernel]:
 
 
 def identity(weight: Tensor) -> tuple[int, int]:
-    """Return an identifier of a tensor that changes when the tensor is written to.
+    """Return an identifier of a tensor and its values, which changes when the tensor is written to.
 
     Requires: the tensor stays alive while identifiers are compared, because Python reuses ids.
     """
@@ -129,7 +130,10 @@ def identity(weight: Tensor) -> tuple[int, int]:
 
 
 def is_own_weight(call: LayerCall) -> bool:
-    """Return whether the applied kernel equals the layer's parameter ``weight``, and is not computed from it."""
+    """Return whether the kernel that a layer applied equals the layer's parameter ``weight``.
+
+    If not, the layer computes the kernel, for example by normalising ``weight``.
+    """
     weight = call.convolution.weight
     own = dict(call.module.named_parameters(recurse=False)).get("weight")
     return own is not None and own.shape == weight.shape and torch.equal(own.to(weight), weight)

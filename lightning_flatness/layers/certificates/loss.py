@@ -17,8 +17,8 @@ def why_not_cross_entropy(loss: Tensor, logits: Tensor, targets: Tensor | None, 
     Terms that are linear in the logits do not matter, because only the second derivative is compared. Along a random
     direction ``v`` this derivative must be ``c (π ∘ v - π <π, v>) / Z``. Here ``π`` is the softmax of the logits, ``c``
     the sum of a sample's weighted targets and ``Z`` the normalizer (``docs/theory.md``, "Losses"). Mixed targets
-    (mixup) pass, because they change only the first derivative. ``options`` are those of ``flatness_penalty``. Only the
-    part of the autograd graph between logits and loss is used.
+    (mixup) pass, because they change only the first derivative. ``options`` are those of ``flatness_penalty``. The test
+    uses only the part of the autograd graph between logits and loss.
     """
     start = torch.full_like(loss, 1 / scale)
     (first,) = torch.autograd.grad(loss, logits, start, create_graph=True, allow_unused=True)
@@ -35,7 +35,8 @@ def why_not_cross_entropy(loss: Tensor, logits: Tensor, targets: Tensor | None, 
     expected = pi * (v - (pi * v).sum(1, keepdim=True)) / normalizer
     if sums is not None:
         expected = expected * sums.double()[:, None]
-    # For a confident sample the second derivative is about 1 - π, whose digits the loss has lost to rounding.
+    # For a confident sample, the second derivative is about 1 - π with the largest probability π. In a loss in float32,
+    # most digits of 1 - π are lost to rounding.
     lost = 16 * torch.finfo(torch.float32).eps * float(v.abs().max() / normalizer)
     allowed = max(1e-4, 16 * torch.finfo(f.dtype).eps) * float(expected.abs().max()) + lost
     deviation = float((second.double().flatten(1) - expected).abs().max())

@@ -1,6 +1,6 @@
-"""Certificate 4, the path: the logits depend on the kernel only through the outputs of its layer.
+"""Certificate 4, the path: the logits depend on a layer's kernel only through the outputs of the layer.
 
-:func:`is_output` tells whether this output is the logits themselves.
+:func:`is_output` tells whether the output of a layer is the logits themselves.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
         cancel, to the norm of the terms.
 
     Raises:
-        LayerSelectionError: the two gradients differ, because the model also uses the kernel elsewhere (tied weights, a
-            functional call).
+        LayerSelectionError: the two gradients differ, because the model also uses the kernel outside the layer (tied
+            weights, a functional call). Or the logits do not depend on the kernel through autograd.
     """
     expected = kernel_gradient(calls, cotangents)
     if gradient is None and bool(expected.any()):
@@ -55,12 +55,11 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
 
 
 def is_output(calls: Sequence[LayerCall], logits: Tensor, shift_invariant: bool) -> bool:
-    """Return whether the logits change one to one with the layer's output, as those of a classifier do.
+    """Return whether the Jacobian of the logits with respect to the layer's output is the identity.
 
-    A random ``u`` ``(N, K)`` is pulled back from the logits to the output, and must stay ``u``.
-    ``shift_invariant`` says that the loss stays the same if a number is added to all logits of a sample. Then ``u`` is
-    drawn so that it sums to zero over the classes, and log-softmax outputs pass. The layer must be a linear map of one
-    vector for every sample.
+    The layer must be a linear map of one vector for every sample, as a classifier is. The vector-Jacobian product of
+    the logits with a random ``u`` ``(N, K)`` must be ``u``. ``shift_invariant`` says that the loss stays the same if a
+    number is added to all logits of a sample. Then ``u`` sums to zero over the classes, and log-softmax outputs pass.
     """
     node, convolution = calls[0].node, calls[0].convolution
     geometry, weight = convolution.geometry, convolution.weight.flatten(1)

@@ -13,7 +13,7 @@ from lightning_flatness.model.graph import random_like
 
 
 def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
-    """Return the names of the layers that cannot be measured, each with the reason.
+    """Return the names of the layers that cannot be measured, each with a reason.
 
     There are two possible reasons. The logits do not depend on the layer's output, or this output does not have one row
     for every sample.
@@ -45,7 +45,7 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
 
 
 def find_mixing_layer(calls: Calls, logits: Tensor, masks: Iterable[Tensor]) -> str | None:
-    """Return the first layer after which the model mixes samples, or None if there is no such layer.
+    """Return the name of the first layer after which samples influence each other; None if there is no such layer.
 
     Each mask ``(N,)`` selects some samples. The logits of the selected samples must not depend on what the layer
     returned for the other samples. The masks of :func:`~lightning_flatness.functional.separating_masks` test every pair
@@ -80,7 +80,7 @@ SAMPLES_MIX = (
 
 
 def certify_rows(logits: Tensor, rows: int) -> None:
-    """Certify that there is one row of logits for each of ``rows`` samples.
+    """Raise an error unless there is one row of logits for each of ``rows`` samples.
 
     A single sample must have two rows, because it is run twice (``docs/theory.md``, "Numerics").
     """

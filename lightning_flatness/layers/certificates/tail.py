@@ -29,12 +29,12 @@ from lightning_flatness.model.graph import (
 
 @dataclass(frozen=True)
 class Tail:
-    """The properties of one layer's tail that a full certificate has found."""
+    """The properties of one layer's tail that the full certificate, :func:`certify_tail`, has found."""
 
     channels: Tensor  # c(s), (S,); -1 if unknown, because channel s had only zero slopes
-    unknown: Tensor  # the channels whose c(s) is unknown
+    unknown: Tensor  # indices of the channels whose c(s) is unknown
     curved: bool  # whether the slopes may depend on the layer's output, so that there are curvatures
-    deviation: float
+    deviation: float  # largest relative deviation that the certificate has found
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TailDerivatives:
 
     slopes: Tensor  # a[s, p], (N, S, *output)
     curvatures: Tensor | None  # a'[s, p], the same shape; None if all are zero
-    columns: Tensor  # of the classifier's weight, V[:, c(s)], (K, S); zero if c(s) is unknown
+    columns: Tensor  # columns V[:, c(s)] of the classifier's weight, (K, S); zero if c(s) is unknown
 
     def detached(self) -> TailDerivatives:
         """Return the same derivatives, detached from the autograd graph."""
@@ -56,7 +56,7 @@ class FirstOrder:
     """First derivatives of the classifier's input ``g`` ``(N, m)`` with respect to one layer's output."""
 
     slopes: Tensor  # a[s, p], (N, S, *output)
-    channels: Tensor  # c(s), (S,); -1 for a channel whose slopes are all zero in this batch, which adds nothing
+    channels: Tensor  # c(s), (S,); -1 for a channel with zero slopes only, which adds nothing to block traces
     cotangent: Tensor  # a random u, (N, m)
     pulled: Tensor  # the vector-Jacobian product with u, (N, S, *output)
     deviation: float  # of `pulled` from u[c(s)] a[s, p], relative to the largest entry; large if channels mix
@@ -67,14 +67,15 @@ def certify_tail(
 ) -> tuple[TailDerivatives, Known[Tail]]:
     """Certify the tail of one layer, and return its derivatives.
 
-    If ``known`` was certified on a batch with the same operations in its tail, only the derivatives are computed. Even
-    then, the full certificate runs on one of sixteen batches. It runs on every batch if the tail has custom operations,
-    or operations that move entries by indices.
+    The full certificate tests first and second derivatives. It is skipped if ``known`` was certified on a batch whose
+    tail had the same operations. One of sixteen batches gets the full certificate in any case. So does every batch if
+    the tail has custom operations, or operations that move entries by indices.
 
     Args:
         node: the layer's output ``z``, ``(N, S, *output)``.
         head: the certified head, whose ``features`` are ``g``.
-        logits: the logits with their autograd graph, or None; if given, tail and head are also certified together.
+        logits: the logits with their autograd graph, or None. If given, the tail and the head, which is the map from
+            ``g`` to the logits, are also certified together.
         known: the tail that earlier batches have certified, or None.
 
     Raises:
@@ -107,9 +108,9 @@ def certify_tail(
 def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDerivatives, Known[Tail]]:
     """Return the derivatives of a tail that runs in half precision.
 
-    Rounding errors of half precision would hide what the certificate of :func:`certify_tail` tests. So ``known`` was
-    certified in float32, and here only the operations are compared. They must be those of the first pass in half
-    precision. On that first pass, ``known`` has no fingerprint yet.
+    Rounding errors of half precision would hide what :func:`certify_tail` tests. So ``known`` was certified in float32,
+    and this function only compares operations. The operations must be those of the first pass in half precision. On
+    that first pass, ``known`` has no fingerprint yet.
 
     Raises:
         NotClosedFormError: the operations differ or cannot be compared, or channels mix.
@@ -135,9 +136,9 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
 def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Tensor) -> Tensor:
     """Return ``c(s)`` like :func:`_channels`, but in half precision, which cannot represent large indices ``j``.
 
-    The indices are found bit by bit. For bit ``k``, the cotangent of entry ``j`` is bit ``k`` of the number ``j``. For
-    a channel ``s``, the vector-Jacobian product then equals the slopes if bit ``k`` of ``c(s)`` is one, and zero if the
-    bit is zero. ``known`` is ``c(s)`` from earlier batches, -1 if unknown.
+    The indices are found bit by bit. For bit ``k``, the cotangent at entry ``j`` of the classifier's input is bit ``k``
+    of the number ``j``. For a channel ``s``, the vector-Jacobian product then equals the slopes if bit ``k`` of
+    ``c(s)`` is one, and zero if the bit is zero. ``known`` is ``c(s)`` from earlier batches, -1 if unknown.
 
     Raises:
         NotClosedFormError: a product is neither the slopes nor zero, so channels mix.
@@ -205,9 +206,10 @@ def _slopes(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> Se
 
 
 def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
-    """Compute ``c(s)`` by least squares over samples and positions; -1 if there is no such entry.
+    """Compute ``c(s)``, ``(S,)``, by least squares over samples and positions; -1 if there is no such entry.
 
-    ``weighted`` should be ``c(s) a[s, p]``. If the tail mixes channels, the result is meaningless.
+    ``a`` are the slopes, and ``weighted`` is ``c(s) a[s, p]``. If the tail mixes channels, ``weighted`` is another
+    tensor, and the result is meaningless.
     """
     scale = a.abs().amax()  # products of tiny slopes must not underflow
     a, weighted = (t.double() / scale.clamp_min(torch.finfo(a.dtype).tiny) for t in (a, weighted))
@@ -221,7 +223,7 @@ def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
 def _failure(first: FirstOrder | None, features: Tensor) -> str:
     """Return why a layer fails the first-order condition, or an empty string if it passes.
 
-    The condition is that ``u`` pulled back to the layer is ``u[c(s)] a[s, p]``.
+    The condition is that the vector-Jacobian product with a random ``u`` is ``u[c(s)] a[s, p]``.
     """
     if first is None:
         return NO_GRAPH
@@ -236,7 +238,7 @@ def _failure(first: FirstOrder | None, features: Tensor) -> str:
 
 
 def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
-    """Return the gradient of ``<derivative, vector>`` at the layer's output; None if there is no dependence."""
+    """Return the gradient of ``<derivative, vector>`` with respect to ``node``; None if there is no dependence."""
     second = second_derivatives([derivative], [vector], [node], retain_graph=True)
     if isinstance(second, NoSecondDerivative):
         raise NotClosedFormError(
@@ -250,8 +252,8 @@ def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
 def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Tensor, features: Tensor) -> float:
     """Certify that positions of one channel do not interact; return the deviation, relative to the largest entry.
 
-    The derivative of the pulled-back ``u`` along a random ``v`` must be ``u[c(s)] a'[s, p] v[s, p]``. A tail such as
-    InstanceNorm meets the first-order condition but not this one.
+    The vector-Jacobian product with ``u`` is differentiated along a random ``v``. The result must be
+    ``u[c(s)] a'[s, p] v[s, p]``. A tail with InstanceNorm meets the first-order condition but not this one.
     """
     v = random_like(first.slopes)
     along = _along(first.pulled, node, v)
@@ -268,11 +270,12 @@ def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Te
 
 
 def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, shift_invariant: bool) -> float:
-    """Certify tail and head together; return the deviation, relative to the largest entry.
+    """Certify the operations from the layer to the logits; return the deviation, relative to the largest entry.
 
-    A random ``u`` ``(N, K)`` pulled back from the logits must be ``(uᵀV)[c(s)] a[s, p]``, where ``V`` is the
-    classifier's weight. This detects operations that change gradients but not values. With ``shift_invariant``, adding
-    a number to all logits of a sample does not change the loss, so ``u`` sums to zero over the classes.
+    The vector-Jacobian product of the logits with a random ``u`` ``(N, K)`` must be ``(uᵀV)[c(s)] a[s, p]``, where
+    ``V`` is the classifier's weight. This detects operations that change gradients but not values. With
+    ``shift_invariant``, adding a number to all logits of a sample does not change the loss, so ``u`` sums to zero over
+    the classes.
     """
     u = random_like(logits)
     if shift_invariant:
