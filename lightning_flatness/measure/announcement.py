@@ -40,9 +40,9 @@ class Announcement:
             self.say(logging.INFO, f"The {self.name} takes {self.parts}.")
 
     def after(self, done: int, seconds: float) -> None:
-        """Estimate the whole time from the ``seconds`` that the first ``done`` parts took, and give it to ``say``.
+        """Estimate the whole time from the ``seconds`` that the first ``done`` parts took, and call ``say`` with it.
 
-        If the estimate is above ``LONG``, the message is a warning and names the arguments that save time.
+        If the estimate is above ``LONG`` seconds, the message is a warning and names the arguments that save time.
         """
         estimate = seconds / done * self.number
         if self.say is None:

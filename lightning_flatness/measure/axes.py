@@ -20,14 +20,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Axes(NamedTuple):
-    """The axes of a line or plane. Their directions are normalised, unless ``update="adam"``.
+    """The axes of a landscape: one axis for a line, two axes for a plane.
 
-    With ``update="adam"``, ``directions`` holds both of Adam's moments. A line has one entry in ``names``, a plane two.
+    ``names`` and ``units`` have one entry for each axis. ``directions`` are the normalised directions of the axes. With
+    ``update="adam"``, ``directions`` are Adam's two moments instead, also for a line.
     """
 
     names: tuple[str, ...]
     directions: tuple[Direction, ...]
-    units: tuple[str, ...]  # the unit of normalisation of each axis
+    units: tuple[str, ...]  # the parts of each axis that are normalised, such as "filter"
     epsilons: dict[str, float] | None  # the eps of Adam's update for each parameter name
 
 
@@ -40,7 +41,7 @@ def find_axes(
     optimizer: Any,
     eigenvectors: Callable[[int], Sequence[Any]],
 ) -> Axes:
-    """Return the axes. Their directions do not contain the ``frozen`` tensors.
+    """Return the axes of a landscape, without the tensors in ``frozen``, which do not move.
 
     If both axes are of the same kind, the second axis takes the second direction of that kind, such as the second
     eigenvector. ``weights`` are the parameters and buffers in the precision of the measurement. ``eigenvectors(n)``
@@ -91,10 +92,10 @@ def find_axes(
 def adam_moments(
     optimizer: Any, tensors: NamedTensors, of_step: bool
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
-    """Return ``((exp_avg, exp_avg_sq), eps)`` of one or several Adam optimizers.
+    """Return ``((exp_avg, exp_avg_sq), eps)`` of one or several Adam optimizers, as dicts keyed by parameter name.
 
-    All three are dicts whose keys are names of parameters.
-    With ``of_step``, the second moment of an optimizer with ``amsgrad`` is ``max_exp_avg_sq``, which its step uses.
+    With ``of_step``, return the second moment that the optimizer's step uses, which is ``max_exp_avg_sq`` with
+    ``amsgrad``.
     """
     given = plain(optimizer)
     optimizers = given if isinstance(given, (list, tuple)) else [given]

@@ -19,10 +19,11 @@ from lightning_flatness.model.isolation import isolated, without_wrapper
 
 
 def statistics_apart(networks: Mapping[str, nn.Module], batches: Iterable[Any] | None) -> dict[str, float]:
-    """Return a mapping from networks to the distance of their running statistics from those of the first batch.
+    """Return a mapping from names of networks to the distance of running statistics from the data of the first batch.
 
     The distance is the largest :func:`divergence` of all BatchNorm layers. Networks without BatchNorm are left out. The
-    mapping is empty if ``batches`` is None, or an iterator, because reading would use up the iterator.
+    mapping is empty if ``batches`` is None. It is also empty if ``batches`` is an iterator, because reading a batch
+    would remove it from the iterator.
     """
     if batches is None or isinstance(batches, Iterator):
         return {}
@@ -40,7 +41,7 @@ def statistics_apart(networks: Mapping[str, nn.Module], batches: Iterable[Any] |
 
 
 def _apart(network: nn.Module, norms: list[Any], inputs: Any) -> float:
-    """Return the largest :func:`divergence` at a BatchNorm layer of ``norms``, in a forward pass on ``inputs``."""
+    """Return the largest :func:`divergence` of the BatchNorm layers ``norms`` in a forward pass on ``inputs``."""
     heard: list[float] = []
 
     def hear(norm: Any, arguments: tuple[Tensor, ...]) -> None:

@@ -32,8 +32,8 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
     """Return a context manager that gives an iterator over pairs ``(inputs, targets)`` on the model's device.
 
     At the end, the context manager restores the random states, so that every call reads the batches with the same
-    random numbers. These states include generators of the loader, its sampler and its data set, because a
-    ``DataLoader`` draws a seed at each iteration.
+    random numbers. It also restores the generators of the loader, the sampler and the data set, because a
+    ``DataLoader`` draws a seed in every pass over the data.
     """
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     batches = as_batches(batches)
@@ -44,7 +44,7 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
 def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
     """Return ``batches`` itself if it is an iterable of batches, or a list with one entry if it is a single batch.
 
-    Raises a :class:`BatchError` if ``batches`` is neither, or if it may be both. ``argument`` is the name of
+    Raise a :class:`BatchError` if ``batches`` is neither, or if it may be both. ``argument`` is the name of
     ``batches`` in the message.
 
     Example:
@@ -67,9 +67,10 @@ def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
 
 
 def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
-    """Return a single batch (a mapping, dataclass or named tuple) in a list.
+    """Return a single batch with named entries (a mapping, dataclass or named tuple) in a list.
 
-    Any other object with ``__getitem__`` counts as an iterable of batches, and is returned as it is.
+    Any other object with ``__getitem__`` counts as an iterable of batches, and is returned as it is. Raise a
+    :class:`BatchError` for everything else.
     """
     try:
         split_batch(batch)
@@ -85,7 +86,7 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
 
     The tensors in a list are batches of inputs if all have the same dtype and number of dimensions. Two tensors are a
     pair if the second one, the targets, has one or two dimensions and as many rows as the inputs. Raises a
-    :class:`BatchError` if both descriptions fit, or none.
+    :class:`BatchError` if both rules apply, or neither.
     """
     tensors = [part for part in batches if isinstance(part, Tensor)]
     if len(batches) == 2 and isinstance(batches[0], Tensor) and batches[1] is None:
@@ -132,7 +133,7 @@ def _kinds(parts: Iterable[Any]) -> str:
 
 
 def _unclear(argument: str, batches: Any, what: str, remedy: str) -> BatchError:
-    """Return an error that says what ``batches`` is and what to give in its place."""
+    """Return an error that says what the argument ``batches`` is (``what``) and what to give instead (``remedy``)."""
     also = "" if remedy.startswith(REMEDY) else f"{REMEDY}; "
     return BatchError(f"{argument} is a {type(batches).__name__}, {what}: {also}{remedy}.")
 
@@ -185,7 +186,7 @@ def described(batch: Any) -> str:
 
 
 def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
-    """Return what the user's ``batch_fn=`` returns for a batch. If the call fails, the error describes the batch."""
+    """Return what the user's ``batch_fn=`` returns for a batch. On failure, raise an error that describes the batch."""
     try:
         return batch_fn(batch)
     except Exception as error:
@@ -197,7 +198,9 @@ def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def targets_of(batch: Any) -> Tensor | None:
-    """Return the second entry of a pair, or the only entry that is named like targets; None if a batch has neither.
+    """Return the targets of a batch: the second tensor of a pair, or the only tensor that is named like targets.
+
+    Return None if there is no such tensor.
 
     Example:
         >>> targets_of({"image": torch.zeros(2, 3), "mask": torch.ones(2, 3), "label": torch.tensor([0, 1])})
@@ -233,7 +236,10 @@ def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any
 
 
 def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
-    """Return the entry that is named like inputs and the entry that is named like targets; None if this is unclear."""
+    """Return the entry that is named like inputs and the entry that is named like targets.
+
+    Return None unless there is exactly one of each, and no other tensor of two or more dimensions.
+    """
     entries = entries_of(batch)
     inputs, targets = _tensors_named(entries, INPUTS), _tensors_named(entries, TARGETS)
     if len(inputs) != 1 or len(targets) != 1:

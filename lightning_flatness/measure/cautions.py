@@ -17,7 +17,7 @@ from lightning_flatness.results import CAUTIONS, Caution, ComparedModel, number_
 from lightning_flatness.results.cautions import FEW_SAMPLES
 from lightning_flatness.results.texts import named
 
-# Training losses cause a caution if they differ by more than this share of the larger loss.
+# There is a caution if the largest and the smallest training loss differ by more than this share of the largest one.
 MOST_APART = 0.1
 
 
@@ -74,7 +74,7 @@ def _of_layers(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _sizes(rows: Mapping[str, ComparedModel]) -> str:
-    """Return a text with the size (filters x features), in each model, of the first layer whose size differs."""
+    """Return a text about the first layer whose size differs: its size in each model, as filters x features."""
     pairs = {name: list(zip(row.filters, row.features, strict=True)) for name, row in rows.items()}
     places = zip_longest(*pairs.values())
     index = next(index for index, of_models in enumerate(places) if _differ(of_models))
@@ -118,7 +118,7 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return a caution if networks have different numbers of classes, as far as these are known."""
+    """Return a caution if the networks whose number of classes is known have different numbers of classes."""
     numbers = {name: row.num_classes for name, row in rows.items() if row.num_classes}
     if not _differ(numbers.values()):
         return []
@@ -131,7 +131,7 @@ def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return a caution if some models have an outcome, but too few."""
+    """Return a caution if at least one model has an outcome, but fewer than ``FEWEST`` models have one."""
     number = sum(math.isfinite(row.outcome) for row in rows.values())
     if not 0 < number < FEWEST:
         return []
@@ -148,5 +148,5 @@ def _differ(values: object) -> bool:
 
 
 def _for(names: tuple[str, ...], rows: Mapping[str, ComparedModel]) -> str:
-    """Return " for" and the names of models, or an empty text if these are all models."""
+    """Return the text " for" and ``names``, or an empty text if these are the names of all models."""
     return "" if len(names) == len(rows) else f" for {named(names)}"

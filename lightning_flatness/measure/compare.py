@@ -36,7 +36,7 @@ def compare(
 
     The result has a row for every model, the differences to the first model with standard errors, and cautions, which
     say what must not be concluded. Models are measured together on the same samples. A sample that is hard for one
-    model is often hard for the others, so most differences have smaller errors than between models that were measured
+    model is often hard for the others. So most differences have smaller errors than between models that were measured
     on different samples. The errors take this into account for models that are measured here, and for reports that
     were measured with ``per_sample=True`` on the same samples in the same order.
 
@@ -55,10 +55,11 @@ def compare(
             loss; larger is worse. The result then also has baselines, and the rank correlations of measures and
             baselines with the outcome. Baselines need no Hessian, but one more pass over ``batches``.
         outcome_name: name of the outcome in tables.
-        hyperparameters: hyper-parameters of each model. With them, the result also has granulated τ, which is the mean
-            rank correlation among models that differ in one hyper-parameter only.
+        hyperparameters: hyper-parameters of each model. With them and ``outcome``, the result also has granulated τ,
+            which is the mean rank correlation among models that differ in one hyper-parameter only.
         same_samples: whether reports with ``per_sample=True`` are known to be of the same samples in the same order. By
-            default, the reports are checked: samples that two models both classify correctly must have the same class.
+            default, this is checked: a sample that two models both classify correctly must have the same class in both
+            reports. If the check fails, the errors of different models count as independent.
         progress: show a progress bar; by default only in a terminal.
         **options: options of :func:`~lightning_flatness.measure_flatness` for the models, such as ``layers=``.
 
@@ -106,9 +107,11 @@ def compare(
 
 
 def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, options: Any, is_reread: bool) -> None:
-    """Raise an error if the arguments do not fit together.
+    """Raise an error if the arguments of :func:`compare` do not fit together.
 
-    Models need ``batches``; data and options need models; ``sync`` is not supported; an iterator can be read only once.
+    They do not fit if models are given without ``batches``, or if data or ``options`` are given with reports only. They
+    do not fit either if ``options`` has ``sync``, or if an iterator would be read more than once. ``is_reread`` says
+    whether ``batches`` will be read twice.
     """
     if networks and batches is None:
         raise FlatnessError(f"Model '{next(iter(networks))}' has no data to be measured on: give batches=.")
@@ -141,9 +144,9 @@ def _loss_of(name: str, loss: FlatnessReport | float) -> float:
 
 
 def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping from names of models to their ``values``; it is empty if ``values`` is None.
+    """Return a mapping from names of models to ``values``. If ``values`` is None, return an empty mapping.
 
-    ``values`` is a mapping or a sequence with one value for each model.
+    ``values`` is a mapping or a sequence with one value for each model. Error messages call it ``argument``.
     """
     if values is None:
         return {}

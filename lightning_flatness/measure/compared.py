@@ -29,7 +29,7 @@ def row_of(
     """Return the row of a comparison for a model, from its report.
 
     If ``train_loss`` is None and the report was measured on training data, the report's loss is the training loss.
-    Raises a :class:`FlatnessError` if the outcome is no number.
+    Raise a :class:`FlatnessError` if the outcome is no number.
     """
     if outcome is not None and not is_number(outcome):
         raise FlatnessError(f"outcome of '{name}' is {outcome!r}; give a number.")
@@ -70,10 +70,10 @@ def row_of(
 def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[str, Tensor]:
     """Return a mapping from names of numbers, such as ``"loss"``, to the covariances of their errors in the reports.
 
-    The covariances of ``M`` reports are float64 ``(M, M)``. The diagonal has the variance over samples plus the
-    variance of estimates. The other entries are zero unless ``is_paired``. If ``is_paired``, all models were measured
-    on the same samples, and these entries come from a jackknife over groups of samples (``docs/theory.md``, "Errors
-    over samples").
+    The covariances of ``M`` reports are float64 ``(M, M)``. A diagonal entry is the variance over samples, plus the
+    variance that random estimates of layers add. ``is_paired`` says that all models were measured on the same samples.
+    If they were, and all reports have per-sample values of a number, its other entries come from a jackknife over
+    groups of samples (``docs/theory.md``, "Errors over samples"). Otherwise these entries are zero.
     """
     means = [_means_without_groups(report) for report in reports]
     found = {}
@@ -100,7 +100,8 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
 
     Models that were measured ``together`` had the same samples. Otherwise the reports must have equal sample weights,
     and a sample that two networks both classify correctly must have the same class in both reports. This check detects
-    reports whose samples differ or are in another order. It needs correctly classified samples of at least two classes.
+    reports whose samples differ or are in another order. It needs correctly classified samples of at least two classes;
+    without these, the result is False.
     """
     if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
         return False
@@ -120,7 +121,7 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
 
 
 def _means_without_groups(report: FlatnessReport) -> dict[str, Tensor]:
-    """Return a mapping from names of numbers to their jackknife means ``(G,)``.
+    """Return a mapping from names of numbers, such as ``"loss"``, to their jackknife means ``(G,)``.
 
     Entry ``g`` is the mean over all samples except those of group ``g``. Numbers without per-sample values in the
     report are left out.
@@ -152,7 +153,7 @@ def _without(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _estimate_error(report: FlatnessReport, number: str) -> float:
-    """Return the part of a number's standard error that exists because some layers are estimated.
+    """Return the part of a number's standard error that comes from random estimates of layers, such as random probes.
 
     The errors of different layers are independent, so their squares add up.
     """
@@ -163,6 +164,9 @@ def _estimate_error(report: FlatnessReport, number: str) -> float:
 
 
 def errors_of(covariances: Mapping[str, Tensor], index: int) -> dict[str, float]:
-    """Return a mapping from names of numbers to their known standard errors, for the model at ``index``."""
+    """Return a mapping from names of numbers to their standard errors, for the model at ``index``.
+
+    Errors that are not known (NaN) are left out.
+    """
     found = {number: float(covariance[index, index]) for number, covariance in covariances.items()}
     return {number: math.sqrt(variance) for number, variance in found.items() if math.isfinite(variance)}

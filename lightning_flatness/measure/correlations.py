@@ -22,8 +22,8 @@ def correlations_of(
 ) -> tuple[RankCorrelation, ...]:
     """Return the rank correlations of all measures, and then of all baselines, with the outcome.
 
-    A number that fewer than two models have is left out. Raises a :class:`FlatnessError` if a model lacks a
-    hyper-parameter that another model has.
+    A number is left out unless at least two models have both this number and an outcome. Raise a
+    :class:`FlatnessError` if a model lacks a hyper-parameter that another model has.
     """
     keys = {key for settings in hyperparameters.values() for key in settings}
     for name, settings in hyperparameters.items():

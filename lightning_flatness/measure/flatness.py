@@ -63,8 +63,9 @@ def measure_flatness(
         ignore_index: target value that cross-entropy ignores.
         measures: the measures to compute: ``"hessian_trace"``, ``"relative_flatness"``, ``"neuronwise_flatness"``,
             ``"layerwise_flatness"``, ``"normalized_relative_flatness"``, ``"channelwise_flatness"``; by default all but
-            the last. If relative, normalised and channel-wise flatness are all left out, only the diagonals of the
-            block traces are kept, which takes less time and memory.
+            the last. They are computed from the block traces, which are the traces of the Hessian's blocks for each
+            pair of filters. If relative, normalised and channel-wise flatness are all left out, only the traces of the
+            diagonal blocks are kept, which takes less time and memory.
         tolerance: largest relative standard error of trace and relative flatness. It applies to layers that are
             measured by the Gauss-Newton method, if there are 128 classes or more. Classes with little probability mass
             are then sampled until the error is below the tolerance, and the numbers are not called exact. With 0, or
@@ -79,8 +80,8 @@ def measure_flatness(
         sync: sum over all ranks of a process group of ``torch.distributed``. Every rank then calls this function with
             its own batches, or with none, and gets the flatness over the batches of all ranks. If one rank raises an
             error, the others keep waiting, as with any collective. If ``fully_shard`` (FSDP2) has sharded the weights,
-            every rank measures a whole copy of the model. The copy stays in memory until the end. By default nothing
-            communicates.
+            every rank measures a copy of the model that holds all weights. The copy stays in memory until the end. By
+            default nothing communicates.
         progress: show a progress bar; by default only in a terminal.
         per_sample: keep trace, relative flatness, loss and prediction of every sample, in ``samples`` of the report and
             of its layers.

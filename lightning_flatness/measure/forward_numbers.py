@@ -23,17 +23,17 @@ from lightning_flatness.model.options import MeasuringOptions
 
 @dataclass(frozen=True)
 class ForwardNumbers:
-    """Means over samples; NaN if a number is not known."""
+    """Means of three numbers over samples. A mean is NaN if it is not known."""
 
     loss: float
-    margin: float = math.nan  # target's logit minus the largest other logit; NaN unless targets are class indices
+    margin: float = math.nan  # the target's logit minus the largest other one; NaN unless targets are class indices
     feature_spread: float = math.nan  # see ``functional.baselines.feature_spreads``; NaN without a linear classifier
 
 
 def forward_numbers(model: nn.Module, batches: Iterable[Any], options: MeasuringOptions) -> ForwardNumbers:
     """Compute mean loss, margin and feature spread over batches with targets, in evaluation mode.
 
-    The model stays as it was. Raises a :class:`BatchError` if there are no targets, or no samples.
+    The model stays as it was. Raise a :class:`BatchError` if a batch has no targets, or if no sample is left.
     """
     model = without_wrapper(model)
     classifier, sums = _Classifier(), torch.zeros(0, device="cpu")
@@ -58,7 +58,7 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
 
 
 class _Classifier:
-    """Records the input and the weight of a network's linear classifier with a forward pre-hook."""
+    """Finds a network's linear classifier, and records its input and weight in forward passes."""
 
     def __init__(self) -> None:
         self._module: nn.Module | None = None
@@ -66,13 +66,16 @@ class _Classifier:
         self._weight: Tensor | None = None
 
     def find(self, model: nn.Module, copy: ModelCopy, inputs: Any) -> None:
-        """Run the model on ``inputs`` and find its classifier."""
+        """Run the model on ``inputs``, and find the classifier of the model in this forward pass."""
         with suppress(LayerSelectionError):  # the network has no linear classifier
             self._module = select(model, lambda: copy(inputs), "classifier").classifier
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Return a context manager that records the classifier's calls; TorchScript modules are not recorded."""
+        """Inside the block, record the latest call of the classifier.
+
+        Nothing is recorded if the network has no linear classifier, or if the classifier is a TorchScript module.
+        """
         if self._module is None or isinstance(self._module, torch.jit.ScriptModule):
             yield
             return
@@ -83,15 +86,15 @@ class _Classifier:
             handle.remove()
 
     def _hear(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """Record the input and the weight of one call. This is the forward pre-hook."""
+        """Record the input and the weight of one call of the classifier. This is a forward pre-hook."""
         weight = getattr(module, "weight", None)
         if arguments and isinstance(arguments[0], Tensor) and isinstance(weight, Tensor):
             self._features, self._weight = arguments[0].detach(), weight.detach()
 
     def spreads(self, logits: Tensor) -> Tensor:
-        """Return the feature spreads ``(N,)`` of the samples in the last recorded call.
+        """Return the feature spreads ``(N,)`` of the samples in the latest recorded call.
 
-        All spreads are NaN if no call was recorded, or if its input and weight do not fit the ``logits``.
+        All spreads are NaN if no call was recorded, or if the shapes of its input and weight do not fit the ``logits``.
         """
         if self._features is not None and self._weight is not None:
             features, weight = self._features.flatten(1), self._weight.flatten(1)

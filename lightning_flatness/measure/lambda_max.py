@@ -43,8 +43,8 @@ def measure_lambda_max(
 ) -> LambdaMaxReport:
     """Compute the largest eigenvalue of the Hessian of each layer's kernel, and its variants relative to the weights.
 
-    The model runs once on every batch. The tensors that products with the Hessian need stay in memory. They grow with
-    the number of samples, so use some hundreds of samples.
+    The model runs once on every batch. The tensors that products with the Hessian need stay in memory. Their size grows
+    with the number of samples, so use some hundreds of samples.
 
     Args:
         model: any module that returns logits ``(N, K)``.
@@ -56,7 +56,8 @@ def measure_lambda_max(
         ignore_index: target value that cross-entropy ignores.
         by_filter: also compute the largest eigenvalue of each filter's own block, for the neuron-wise variant.
         tolerance: stop the Lanczos iteration when the residuals are at most ``tolerance`` times the eigenvalues.
-        max_products: largest number of products with the Hessian, after which the iteration stops in any case.
+        max_products: largest number of products with the Hessian. A Lanczos iteration stops after this number in any
+            case.
         max_gigabytes: memory for the tensors that are kept; if more is needed, a :class:`BatchError` is raised.
         seed: seed of the starting vectors.
         strict: raise an error for a layer if only its Gauss-Newton matrix can be computed, and not its Hessian.
@@ -154,7 +155,7 @@ def measure_lambda_max(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What one rank has measured. The mappings have the names of the layers as keys."""
+    """The measurements of one rank, or of all ranks together. The mappings have the names of the layers as keys."""
 
     infos: Mapping[str, LayerInfo]
     kernels: Mapping[str, Tensor]
@@ -165,7 +166,7 @@ class _Measured:
 def _together(ranks: Sequence[_Measured], model: nn.Module) -> _Measured:
     """Merge the measurements of all ranks, with the kernels on the model's device.
 
-    Raises a :class:`BatchError` if no rank has samples, or if ranks measured different layers.
+    Raise a :class:`BatchError` if no rank has samples, or if ranks measured different layers.
     """
     measured = [rank for rank in ranks if rank.num_samples]
     normalizer = sum(rank.normalizer for rank in ranks)
@@ -190,8 +191,8 @@ def _together(ranks: Sequence[_Measured], model: nn.Module) -> _Measured:
 class _MeanHessian:
     """The Hessian of the mean loss with respect to one layer's kernel, for products with vectors.
 
-    The Hessian is the sum of ``operators`` divided by ``normalizer``. Each part of this rank's batches has one
-    operator. With ``sync``, products are summed over ranks.
+    The Hessian is the sum of ``operators`` divided by ``normalizer``. Batches are measured in parts, and there is one
+    operator for each part of this rank's batches. With ``sync``, products are summed over ranks.
     """
 
     name: str
@@ -203,7 +204,10 @@ class _MeanHessian:
     def largest(
         self, by_filter: bool, generator: torch.Generator, tolerance: float, max_products: int
     ) -> LargestEigenvalues:
-        """Return the largest eigenvalue of the layer's Hessian, or with ``by_filter``, that of each filter's block."""
+        """Return the largest eigenvalue of the layer's Hessian.
+
+        With ``by_filter``, return the largest eigenvalue of each filter's own block instead.
+        """
         rows = len(self.kernel) if by_filter else 1
         shape = rows, self.kernel.numel() // rows
         start = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.kernel.device)

@@ -77,13 +77,14 @@ def loss_landscape(
             that are not ``frozen``. A direction is a flat tensor, or a mapping from names of parameters or buffers to
             tensors, e.g. from ``direction_between`` or ``pca_directions``.
         normalize: the parts of a direction that are scaled, each to the norm of the same part of the weights: every
-            ``"weight"``, ``"filter"`` or ``"layer"`` (tensor), or the whole ``"model"``. ``"none"`` scales nothing. By
-            default ``"filter"`` for random axes, ``"none"`` for others.
+            ``"filter"``, every ``"layer"`` (tensor), or the whole ``"model"``. ``"weight"`` multiplies every entry of
+            the direction by the weight itself, and ``"none"`` scales nothing. By default ``"filter"`` for random axes,
+            ``"none"`` for others.
         norm: order of the norm for ``normalize``, 1 or 2.
         biases: treatment of parameters with one dimension (biases, BatchNorm) in normalised directions: they do not
             move (``"zero"``, as in the code of Li et al. 2018), or are ``"scaled"`` like all others.
         update: ``"add"`` for the points ``w + Σ_i α_i d_i``; or ``"adam"``, with Adam axes, for the points
-            ``w + α_1 m / (sqrt(α_2 v) + ε)``, where ``m`` and ``v`` are the two Adam axes and ``ε`` is the optimizer's
+            ``w + α_1 m / (sqrt(α_2 v) + ε)``. Here ``m`` and ``v`` are the two Adam axes, and ``ε`` is the optimizer's
             ``eps``. On a line, ``α_2 = 1``.
         span: range of the coordinates: a number ``s`` for ``-s`` to ``s``; a pair ``(from, to)``; or such a pair for
             every axis. With ``update="adam"``, a number applies to ``α_1`` only, and ``α_2`` goes from 0.1 to 1.9.
@@ -141,7 +142,10 @@ def landscape_of(
     progress: bool | None = None,
     say: Say | None = LOGGER.log,
 ) -> LandscapeResult:
-    """Compute a landscape as :func:`loss_landscape` does, from options that have been checked."""
+    """Compute a landscape as :func:`loss_landscape` does, from options that have been checked.
+
+    If no progress bar is shown, ``say`` gets the messages about points and time; None for no messages.
+    """
     start = time.perf_counter()
     model, precision = without_wrapper(model), options.measuring_dtype
     repeated = RepeatedBatches(model, batches, options.loss_function, sync)

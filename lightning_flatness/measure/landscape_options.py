@@ -15,8 +15,10 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import NORMALIZATIONS
 from lightning_flatness.model.options import MeasuringOptions
 
-SECOND_MOMENT = (0.1, 1.9)  # default range of the factor of Adam's second moment: positive, and symmetric around 1
+# Default range of the coordinate that multiplies Adam's second moment: positive, and symmetric around 1.
+SECOND_MOMENT = (0.1, 1.9)
 KINDS = ("random", "adam", "hessian")
+# The words or numbers that each of these options accepts.
 WORDS: dict[str, tuple[Any, ...]] = {
     "normalize": (None, *NORMALIZATIONS),
     "norm": (1, 2),
@@ -62,9 +64,9 @@ class LandscapeOptions(MeasuringOptions):
 
 
 def as_list(axes: Any) -> list[Any]:
-    """Return one or two axes as a list. A string stands for two axes of that kind, a single direction for one axis.
+    """Return one or two axes as a list. A string gives two axes of that kind, and a single direction gives one axis.
 
-    Raises a :class:`FlatnessError` for a wrong number of axes or an unknown string.
+    Raise a :class:`FlatnessError` for a wrong number of axes or an unknown string.
     """
     if isinstance(axes, str):
         axes = [axes, axes]
@@ -84,7 +86,7 @@ def as_list(axes: Any) -> list[Any]:
 def grid(span: Any, steps: Any, num_axes: int, update: str) -> tuple[Tensor, ...]:
     """Return equally spaced coordinates for every axis, float64, including both ends of the axis.
 
-    Raises a :class:`FlatnessError` if ``steps`` or ``span`` is invalid.
+    Raise a :class:`FlatnessError` if ``steps`` or ``span`` is invalid.
     """
     steps, span = _plain(steps), _plain(span)
     counts = [steps] * num_axes if is_number(steps) else steps

@@ -1,4 +1,4 @@
-"""Compute the losses at those points of a landscape that have none yet."""
+"""Compute the losses at those points of a landscape whose losses are not known yet."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def completed(
     progress: bool | None,
     say: Say | None,
 ) -> LandscapeResult:
-    """Return the result with losses at the points that had none.
+    """Compute the losses at all points where ``result`` has no loss yet, and return the result with these losses.
 
     With ``batches.sync`` this is a collective: call it on every rank. ``chunk`` points are computed at once, or
-    ``origin.chunk`` points if ``chunk`` is None. After an interrupt (Ctrl-C), the result has the points that were
-    computed before the interrupt. If a point fails on any rank, a ``LandscapeError`` is raised; its ``result`` has the
-    points that all ranks have computed.
+    ``origin.chunk`` points if ``chunk`` is None. After an interrupt (Ctrl-C), return the result with the losses that
+    were computed before the interrupt. If computing a point fails on any rank, raise a ``LandscapeError``. The
+    ``result`` of this error has the losses at the points that all ranks have computed.
     """
     grid = torch.cartesian_prod(*result.coordinates).reshape(-1, len(result.coordinates))
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def completed(
 
 
 def _announcement(result: LandscapeResult, number: int, say: Say | None) -> Announcement:
-    """Return the announcement of the ``number`` of points to compute, and of the passes that each point needs."""
+    """Return an announcement of how many points will be computed (``number``), and of the passes for each point."""
     passes = "two passes" if result.batch_norm == "recomputed" else "a pass"
     samples = number_of(result.num_samples, "sample")
     parts = f"{number_of(number, 'point')}, each {passes} over {samples}"
@@ -96,9 +96,9 @@ def _announcement(result: LandscapeResult, number: int, say: Say | None) -> Anno
 
 
 def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResult:
-    """Return ``result`` with the points that ``earlier`` has computed.
+    """Return ``result`` with the losses, accuracies and computing time of ``earlier``.
 
-    Raises a :class:`FlatnessError` if the two landscapes differ in settings, weights, axes, coordinates or data.
+    Raise a :class:`FlatnessError` if the two landscapes differ in settings, weights, axes, coordinates or data.
     """
     if not isinstance(earlier, LandscapeResult):
         raise FlatnessError(f"resume is a {type(earlier).__name__}; give the LandscapeResult of an earlier call.")

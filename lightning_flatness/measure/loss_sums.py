@@ -18,7 +18,7 @@ from lightning_flatness.measure.ranks import gather, raise_on_all
 from lightning_flatness.model.logits import question_outputs
 from lightning_flatness.model.points import Points
 
-CHUNK = 16
+CHUNK = 16  # number of points to compute at once if a forward pass is cheap
 LIGHT_PASS = 5e7  # a forward pass on one batch is cheap if it has fewer floating-point operations than this
 
 
@@ -90,10 +90,10 @@ class RepeatedBatches:
                     yield inputs, targets
 
     def at_origin(self, points: Points) -> Origin:
-        """Sum the losses at the model's own weights. With ``sync`` this is a collective: call it on every rank.
+        """Make the first pass over the batches, with the model's own weights, and return its results.
 
-        If one rank fails, all ranks raise an error. Raises a :class:`BatchError` if there is no sample, or if the
-        targets of all samples are ignored.
+        With ``sync`` this is a collective: call it on every rank. If one rank fails, all ranks raise an error. Raise a
+        :class:`BatchError` if there is no sample, or if the targets of all samples are ignored.
         """
         own, failure, chunk = LossSums(), None, 1
         sizes: list[int] = []
@@ -120,10 +120,10 @@ class RepeatedBatches:
         return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:
-        """Return this rank's summed losses and numbers of correct samples at several points, ``(2, points)``, float64.
+        """Return two sums over this rank's batches at several points, float64 ``(2, points)``.
 
-        ``coordinates`` have shape ``(points, axes)``. With ``recompute``, BatchNorm's statistics are computed anew at
-        every point.
+        They are the sum of the losses and the number of correctly classified samples. ``coordinates`` have shape
+        ``(points, axes)``. With ``recompute``, BatchNorm's statistics are computed anew at every point.
         """
         sums = torch.zeros(2, len(coordinates), dtype=torch.float64, device="cpu")
         if not origin.num_samples:
@@ -173,9 +173,9 @@ class RepeatedBatches:
 def _worthwhile_chunk(points: Points, inputs: Any) -> int:
     """Return how many points to compute at once: ``CHUNK`` if a forward pass has few operations, otherwise 1.
 
-    A small forward pass spends most of its time on calling operations; ``LIGHT_PASS`` was found by measuring
-    (``docs/landscape.md``). Floating-point operations are counted instead of seconds, so that every run gives the same
-    result.
+    A small forward pass spends most of its time on launching operations, and several points can share this time.
+    ``LIGHT_PASS`` was found by measuring (``docs/landscape.md``). Floating-point operations are counted instead of
+    seconds, so that every run gives the same result.
     """
     counter = FlopCounterMode(display=False)
     try:

@@ -39,7 +39,7 @@ class MeanHessian:
     def __call__(self, vector: Tensor) -> Tensor:
         """Return the product of the Hessian with a vector, in the vector's dtype.
 
-        Raises a :class:`BatchError` if the mean loss is not the same as in the first pass.
+        Raise a :class:`BatchError` if the mean loss is not the same as in the first pass.
         """
         sums = self._pass(vector)
         self.num_products += 1
@@ -58,9 +58,10 @@ class MeanHessian:
         return mean.to(vector)
 
     def _pass(self, vector: Tensor | None) -> Tensor:
-        """Return the sums ``[loss, normalizer, samples, product...]`` over all batches, in float64.
+        """Return the sums ``[loss, normalizer, samples, product...]`` over all batches, float64 ``(3 + D,)``.
 
-        With ``sync``, the batches of all ranks are summed. If ``vector`` is None, the sums have no product.
+        With ``sync``, the sums are over the batches of all ranks. If ``vector`` is None, the sums are ``(3,)``, without
+        a product. Otherwise the normalizer and the number of samples are zero, because they are known already.
         """
         error: Exception | None = None
         size = 0 if vector is None else self._curvature.size

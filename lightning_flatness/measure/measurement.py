@@ -34,10 +34,10 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo,
 class Measurement:
     """One measurement in progress: an observer of the model, and the sums over samples for every layer.
 
-    The normalised measure needs the standard deviations ("spread") of every layer's input channels before the first
-    sample is measured. The spread comes from the first samples of the measured set, over all ranks. So the measurement
-    keeps ("holds") these samples until it has seen all of them, and measures them only then: see :meth:`take_spread`.
-    With ``sync``, all ranks make one report together.
+    Normalised relative flatness needs the standard deviations of every layer's input channels; names call them the
+    "spread". They are computed from the first samples of the measured set, over all ranks (:meth:`take_spread`). Until
+    they are known, samples are "held": the measurement keeps them in memory, and measures them later
+    (:meth:`measure_held`). With ``sync``, all ranks make one report together.
     """
 
     def __init__(self, model: nn.Module, *, sync: bool = False, per_sample: bool = False, **options: Any) -> None:
@@ -94,11 +94,14 @@ class Measurement:
     def _hold_first(
         self, inputs: Any, targets: Tensor | None, positions: Tensor, advance: Callable[[float], None] | None
     ) -> tuple[int, Mapping[str, ChannelSums]]:
-        """Certify a batch's samples that are among the first of the measured set; hold them if none must run again.
+        """Certify those samples of a batch that are among the first of the measured set, and hold them if possible.
+
+        It is possible here if every layer has a closed form, which is computed later without another forward pass.
+        Otherwise the caller holds the samples, and they run again later.
 
         Returns:
-            The number of samples that are held, and an empty mapping. If a sample must run again, zero and the sums of
-            these samples over the input channels.
+            The number of samples that this method holds, and an empty mapping. If it cannot hold them, zero, and a
+            mapping from layers to the sums of these samples over each input channel.
         """
         among_first = (positions < FIRST_SAMPLES).nonzero()
         if not len(among_first):
@@ -115,7 +118,7 @@ class Measurement:
         return held, {}
 
     def _unless_changed(self, measure: Callable[[], dict[str, LayerSums]]) -> Callable[[], dict[str, LayerSums]]:
-        """Return a function that calls ``measure``, but raises an error if the weights have changed in the meantime."""
+        """Return a function that calls ``measure``, but raises an error if the weights have changed until then."""
         before = self._weights()
 
         def measured() -> dict[str, LayerSums]:
@@ -136,31 +139,35 @@ class Measurement:
 
     @property
     def waits(self) -> bool:
-        """Whether samples have to wait. They wait until the spread of the input channels is known."""
+        """Whether samples are held, because the standard deviations of the input channels are not known yet."""
         return self._deviations is None
 
     def settle_when_due(self) -> None:
-        """Measure the held samples if this rank has seen all its samples from which the spread is computed."""
+        """Measure the held samples if the standard deviations of the input channels can now be computed.
+
+        This is so if this rank has seen all of its samples from which they are computed. Then :meth:`take_spread` is
+        called, which is a collective with ``sync``.
+        """
         if self._deviations is None and any(self._is_last(held.positions) for held in self._held):
             self.take_spread()
             self.measure_held()
 
     def _is_last(self, positions: Tensor) -> bool:
-        """Return whether this rank has no more of the first samples after those at ``positions``."""
+        """Return whether no sample of this rank after those at ``positions`` is among the first ``FIRST_SAMPLES``."""
         return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
 
     def take_spread(self) -> None:
-        """Compute the spread of the input channels from the first samples of all ranks, unless it is known already.
+        """Compute the standard deviations of the input channels from the first samples of all ranks.
 
-        With ``sync`` this is a collective: every rank calls it once in a measurement, even a rank that has no samples
-        or has failed.
+        If they are known already, do nothing. With ``sync`` this is a collective: every rank must call it in a
+        measurement, even a rank that has no samples or has failed.
         """
         if self._deviations is None:
             self._deviations = deviations_of(self._held, self._sync)
             self._observer.normalize(self._deviations)
 
     def measure_held(self) -> None:
-        """Measure the samples that are held; the spread of the channels must be known."""
+        """Measure the samples that are held. The standard deviations of the input channels must be known."""
         held, self._held = self._held, []
         for some in held:
             self._add(some.measure(), some.positions)
@@ -172,7 +179,8 @@ class Measurement:
     def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
         """Certify the layers: check their numbers against autograd on a batch, without adding the batch.
 
-        If ``live`` and the model runs in half precision, also find out whether its forward passes can be observed.
+        ``live`` says that forward passes of the user's code shall be observed. If ``live`` and the model runs in half
+        precision, also find out whether these passes can be observed.
         """
         self._observer.sums(inputs, targets)
         if live and runs_in_half(self._model, as_call(inputs).precision):
@@ -192,8 +200,8 @@ class Measurement:
     ) -> None:
         """Add a batch whose forward pass the user ran and ``listener`` observed.
 
-        If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the batch may have
-        to wait for the spread of the channels.
+        If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the samples are held
+        if the standard deviations of the input channels are not known.
         """
         if self._deviations is not None:
             self._add(self._observer.observed_sums(listener, targets), positions)
@@ -202,22 +210,23 @@ class Measurement:
 
     @property
     def observes_half(self) -> bool:
-        """Whether :meth:`why_not_live` has found that the classifier's input is in half precision."""
+        """Whether :meth:`why_not_live` has found layers, the classifier or the logits in half precision."""
         return self._observer.observes_half
 
     @property
     def repeats(self) -> bool:
         """Whether batches whose forward pass was not observed must be added by :meth:`update_repeated`.
 
-        True for a compiled model. Also true in half precision, because all samples must be measured in one precision.
+        This is True for a compiled model. It is also True in half precision, because all samples must be measured in
+        the same precision.
         """
         return self._observer.repeats
 
     def update_repeated(self, inputs: Any, targets: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Run the model on one batch in the same way as the user does, observe this forward pass, and add the batch.
 
-        If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the batch may have
-        to wait for the spread of the channels.
+        If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the samples are held
+        if the standard deviations of the input channels are not known.
         """
         forms = self._observer.repeated_forms(inputs, targets)
         if self._deviations is None:
@@ -228,18 +237,19 @@ class Measurement:
     def _hold(
         self, channels: Mapping[str, ChannelSums], positions: Tensor, measure: Callable[[], dict[str, LayerSums]]
     ) -> None:
-        """Hold some samples. ``measure`` will be called when the spread of the channels is known."""
+        """Hold some samples. ``measure`` will be called when the standard deviations of the channels are known."""
         self._held.append(Held(channels, positions, self._unless_changed(measure)))
 
     def _hold_forms(self, forms: ClosedForms, positions: Tensor | None) -> None:
-        """Hold the samples of an observed pass."""
+        """Hold the samples of an observed forward pass. ``forms`` has what their measurement needs."""
         positions = self._positions(forms.num_samples, positions)
         self._hold(forms.channels(), positions, partial(self._observer.sums_of, forms))
 
     def _positions(self, samples: int, positions: Tensor | None) -> Tensor:
         """Return the indices of this rank's next samples in the measured set, ``(samples,)``.
 
-        These are the given ``positions`` if there is one for each sample; otherwise the ranks take turns.
+        These are the given ``positions`` if there is one for each sample. Otherwise the ranks take turns
+        (:meth:`update`).
         """
         first, self._num_seen = self._num_seen, self._num_seen + samples
         if positions is not None and len(positions) == samples:
@@ -248,7 +258,7 @@ class Measurement:
         return own * num_ranks(self._sync) + own_rank(self._sync)
 
     def _add(self, sums: dict[str, LayerSums], positions: Tensor | None) -> None:
-        """Add the sums of every layer over one batch. Raise an error if the batches before had other layers."""
+        """Add the sums of every layer over one batch. Raise an error if the earlier batches had other layers."""
         different = sorted(sums.keys() ^ self._sums.keys())
         if sums and self._sums and different:
             raise BatchError(
@@ -279,7 +289,7 @@ class Measurement:
         """Return the flatness over all batches so far; with ``sync``, over the batches of all ranks.
 
         With ``sync``, call this on every rank, even on one without batches. If a layer's numbers are not exact on one
-        rank, the reports of all ranks say so, with the reason. Raises a :class:`BatchError` if no rank has samples, or
+        rank, the reports of all ranks say so, with the reason. Raise a :class:`BatchError` if no rank has samples, or
         if ranks measured different layers.
         """
         self.take_spread()

@@ -17,11 +17,11 @@ from lightning_flatness.layers.options import ALL_MEASURES
 
 
 class FlatnessMetric(Metric):
-    """Hessian trace and flatness measures of one layer, from sums over batches in float64.
+    """Computes the Hessian trace and the flatness measures of one layer from sums over batches in float64.
 
-    All states are sums over samples, so the result does not depend on how samples are split into updates, ranks or
-    merged copies. The metric gets tensors from a :class:`~lightning_flatness.FlatnessObserver`. It has no reference to
-    a module.
+    All states are sums over samples. So the result does not depend on how samples are split into batches, or over ranks
+    or several metrics whose states are merged. The arguments of :meth:`update` come from a
+    :class:`~lightning_flatness.FlatnessObserver`. The metric has no reference to a module.
 
     Args:
         num_filters: number of filters ``S``.
@@ -30,7 +30,8 @@ class FlatnessMetric(Metric):
         kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
-        BatchError: in ``update``, shapes do not fit; in ``compute``, there are no samples.
+        BatchError: on creation, ``num_filters`` is not a positive multiple of ``groups``; in ``update``, shapes or
+            dtypes do not fit; in ``compute``, there are no samples.
 
     Example:
         >>> from torch import nn
@@ -125,7 +126,7 @@ class FlatnessMetric(Metric):
         return self.measures()
 
     def measures(self) -> dict[str, Tensor]:
-        """Return the measures from the metric's present states, without communication between ranks."""
+        """Return the measures from the sums that this metric holds now, without communication between ranks."""
         extra = dict(zip(ALL_MEASURES[-2:], self.extra / self.normalizer, strict=True))
         measured = {name: value for name, value in extra.items() if not bool(value.isnan())}
         return measures_of(*self.means()) | measured

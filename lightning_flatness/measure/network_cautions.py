@@ -1,4 +1,4 @@
-"""Find reasons against comparing networks in their depths and in their BatchNorm layers."""
+"""Find reasons against comparing networks, in their depths and in their BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 from lightning_flatness.results import Caution, ComparedModel
 from lightning_flatness.results.texts import named
 
-# A network gets a caution if its running statistics are farther than FAR_APART from those of the first batch, and more
-# than TIMES as far as in the closest network. The second condition is needed because the first batch may have one class
-# only, which changes the statistics of the batch in all networks.
+# There is a caution for a network if the distance between its running statistics and the statistics of the first batch
+# is above FAR_APART, and above TIMES the smallest such distance of all networks. The second condition is needed because
+# the first batch may have one class only, which increases the distance in all networks. Distances are those of
+# batch_norm.statistics_apart.
 FAR_APART, TIMES = 0.25, 4.0
 
 
@@ -22,7 +23,7 @@ def network_cautions(
     """Return cautions about the depth of the networks and about BatchNorm.
 
     ``networks`` holds only the models that were given as modules, and not as reports. ``apart`` maps each model to the
-    distance between its running statistics and the statistics of the data.
+    distance between its running statistics and the statistics of the data (``batch_norm.statistics_apart``).
     """
     counted = {name: row for name, row in rows.items() if row.depth}
     return [*_of_depth(counted), *_of_batch_norm(counted), *_of_misfit(apart), *_of_statistics(networks)]
@@ -62,7 +63,7 @@ def _of_batch_norm(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_misfit(apart: Mapping[str, float]) -> list[Caution]:
-    """Return a caution if running statistics do not fit the data in some networks, and fit in others."""
+    """Return a caution if running statistics do not fit the data in some networks, but do fit in others."""
     if len(apart) < 2:
         return []
     least = min(apart.values())
@@ -108,7 +109,7 @@ def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether two mappings have the same names and equal tensors; the tensors' devices may differ."""
+    """Return whether two mappings have the same names and equal tensors, possibly on different devices."""
     if one.keys() != other.keys():
         return False
     return all(

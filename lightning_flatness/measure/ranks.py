@@ -28,7 +28,7 @@ def num_ranks(sync: bool) -> int:
 
 
 def gather(value: Value, sync: bool) -> list[Value]:
-    """Return the values of all ranks, ordered by rank; values should be small, because they are pickled."""
+    """Return the values of all ranks, ordered by rank. Values should be small, because they are pickled."""
     if not _together(sync):
         return [value]
     gathered: list[Any] = [None] * distributed.get_world_size()
@@ -37,9 +37,9 @@ def gather(value: Value, sync: bool) -> list[Value]:
 
 
 def failed_ranks(error: Exception | str | None, sync: bool) -> dict[int, str]:
-    """Return a mapping from failed ranks to their error messages.
+    """Return a mapping from the ranks that failed to their error messages.
 
-    ``error`` is the error of this rank or its message, or None.
+    ``error`` is the error of this rank, or the message of this error, or None if this rank did not fail.
     """
     messages = gather(in_one_line(error) if isinstance(error, Exception) else error, sync)
     return {rank: message for rank, message in enumerate(messages) if message is not None}
@@ -74,5 +74,5 @@ def sum_over_ranks(tensor: Tensor, error: Exception | None, sync: bool) -> Tenso
 
 
 def _together(sync: bool) -> bool:
-    """Return whether functions communicate, which needs both ``sync`` and a process group."""
+    """Return whether the functions of this file communicate, which needs both ``sync`` and a process group."""
     return sync and distributed.is_available() and distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""Keep sums over groups of samples for standard errors, and, if wanted, the values of every sample."""
+"""Keep sums over groups of samples, from which standard errors are computed, and on request values of every sample."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ FIRST_SAMPLES = 128
 
 @dataclass(frozen=True)
 class Held:
-    """A batch that waits for the standard deviations of the input channels before it is measured."""
+    """Samples that are measured later, when the standard deviations of the layers' input channels are known."""
 
     channels: Mapping[str, ChannelSums]  # for each layer, the sums of every sample over each input channel
     positions: Tensor  # indices of the samples in the measured set
-    measure: Callable[[], dict[str, LayerSums]]
+    measure: Callable[[], dict[str, LayerSums]]  # measures the samples; returns the sums of each layer
 
 
 def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
-    """Return a mapping from layers to the standard deviations of their input channels over the first samples.
+    """Return a mapping from names of layers to the standard deviations ``(C,)`` of their input channels.
 
-    The first samples have positions below ``FIRST_SAMPLES``. With ``sync``, those of all ranks count, and this function
-    is a collective, which every rank calls once in a measurement.
+    The standard deviations are those over the first samples of the measured set, whose positions are below
+    ``FIRST_SAMPLES``. With ``sync``, the first samples of all ranks are used. This function is then a collective, which
+    every rank calls once in a measurement.
     """
     totals: dict[str, list[ChannelSums]] = {}
     for some in held:
@@ -51,7 +52,7 @@ def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
 
 
 def without_samples(sync: bool) -> None:
-    """Call the collective :func:`deviations_of` on a rank that has no measurement."""
+    """Take part in the collective :func:`deviations_of` on a rank that has no samples to measure."""
     deviations_of([], sync)
 
 
@@ -59,8 +60,8 @@ class SampleValues:
     """Sums over the 32 groups of samples from which standard errors are computed, and values of single samples.
 
     The position of a sample, which is its index in the measured set, decides its group (``functional.sampling``).
-    ``outcomes`` are numbers that belong to a sample and not to a layer, such as its loss (``layers.sums.OUTCOMES``).
-    With ``keeps_all``, all outcomes and measures of every sample are kept.
+    ``outcomes`` are numbers that a sample has once and not for each layer, such as the loss (``layers.sums.OUTCOMES``).
+    With ``keeps_all``, all outcomes of every sample are kept, and all ``SAMPLE_MEASURES`` of every sample and layer.
     """
 
     def __init__(self, keeps_all: bool = False) -> None:
@@ -70,7 +71,10 @@ class SampleValues:
         self._kept: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []  # positions, outcomes, values of each layer
 
     def add(self, sums: Mapping[str, LayerSums], positions: Tensor, keeps: set[str]) -> None:
-        """Add the samples of a batch, and keep each sample's relative flatness for the layers in ``keeps``."""
+        """Add the samples of a batch, whose indices in the measured set are ``positions``.
+
+        Without ``keeps_all``, only the relative flatness of every sample is kept, for the layers in ``keeps``.
+        """
         for name, of_layer in sums.items():
             groups = of_layer.groups(positions)
             self.groups[name] = self.groups[name] + groups if name in self.groups else groups
@@ -104,7 +108,7 @@ class SampleValues:
         )
 
     def gathered(self, sync: bool) -> Samples:
-        """Return the sums and the kept values of all ranks; with ``sync`` this is a collective."""
+        """Return the sums and the kept values of all ranks, in one object. With ``sync``, this is a collective."""
         measured = [of_rank for of_rank in gather(self.of_rank(), sync) if of_rank.groups]
         if not measured:
             raise BatchError("No sample was measured, so there is no flatness. Is the data set empty?")
@@ -164,7 +168,7 @@ class Samples:
         return {name: float(error) for name, error in errors.items()} | _named(of_sums)
 
     def layer_errors(self, name: str) -> dict[str, float]:
-        """Return a mapping from a layer's measures to their standard errors over samples; NaN for an unknown error."""
+        """Return a mapping from a layer's measures to their standard errors over samples; NaN if one is not known."""
         groups = self.groups[name]
         return _named(sampling_errors(groups[:, 1:], groups[:, 0]))
 
@@ -186,7 +190,10 @@ class Samples:
         return int((self.outcomes[:, WEIGHT] > 0).sum())
 
     def values_of_layer(self, name: str) -> dict[str, Tensor]:
-        """Return a mapping from a layer's measures to their values ``(N,)``; empty unless all values are kept."""
+        """Return a mapping from a layer's measures to the values of every sample, ``(N,)``.
+
+        Measures without values are left out. The mapping is empty unless all values are kept.
+        """
         if self.of_samples is None:
             return {}
         weighted = self.of_layers[name] / self.of_samples[:, WEIGHT, None]

@@ -28,9 +28,9 @@ def measured_together(
     progress: bool | None,
     options: Mapping[str, Any],
 ) -> dict[str, FlatnessReport]:
-    """Measure models on the same batches, and return a mapping from models to reports with per-sample values.
+    """Measure models on the same batches, and return a mapping from names of models to reports with per-sample values.
 
-    The batches are read once. ``data`` describes them in the reports. Errors name the model.
+    The batches are read once. ``data`` describes the batches in the reports. Messages of errors name the model.
     """
     options = {"per_sample": True, **options}
     measurements = {name: Measurement(model, **options) for name, model in models.items()}
@@ -70,14 +70,18 @@ def model_named(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Beside:
-    """Measures the training loss and, if ``batches`` are given, the baselines that flatness is compared with."""
+    """Adds the training loss and the baselines of models to the rows of a comparison.
+
+    The training loss is measured only if ``train_batches`` are given. The baselines, margin and feature spread, are
+    measured only if ``batches`` are given (see :class:`ForwardNumbers`).
+    """
 
     batches: Iterable[Any] | None
     train_batches: Iterable[Any] | None
     options: Mapping[str, Any]
 
     def add(self, row: ComparedModel, model: nn.Module) -> ComparedModel:
-        """Return the ``row`` of a model, with the training loss filled in if it was unknown, and with the baselines."""
+        """Return ``row``, the row of ``model``, with the baselines, and with the training loss if it was not known."""
         with model_named(row.name):
             if self.train_batches is not None and math.isnan(row.train_loss):
                 row = replace(row, train_loss=forward_numbers(model, self.train_batches, self._options).loss)

@@ -31,7 +31,7 @@ class Call(NamedTuple):
         """Return the same call on copies of its tensors, or on the tensors themselves if they cannot be copied."""
         try:
             copied: Call = apply_to_collection(self, Tensor, torch.clone, allow_frozen=True)
-        except Exception:  # in the middle of the user's step, which must go on
+        except Exception:  # the user's step is running, and must not fail here
             return self
         return copied
 
@@ -46,7 +46,10 @@ def as_call(inputs: Any) -> Call:
 
 
 def heard_call(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Call:
-    """Return the call that the user's code is making right now, with the user's tensors and the current precision."""
+    """Return the arguments that the user's code is calling a network with, and the current precision, as a call.
+
+    Tensors are not copied.
+    """
     return Call(arguments, keywords, current_precision())
 
 
@@ -101,15 +104,15 @@ class Hear(Protocol):
 
 
 class Overheard:
-    """A context manager that intercepts the calls of some modules: ``hear`` is called instead of their forward.
+    """A context manager that intercepts the calls of some modules: inside the block, ``hear`` replaces their forward.
 
     ``hear`` also runs when the user's code calls ``forward`` directly, which hooks do not see. In a compiled module,
     ``hear`` wraps the call of the compiled code, never a part of that code. Forward passes that this package makes
     itself are not intercepted (:func:`only_heard_by`).
     """
 
-    # A stack with one entry per only_heard_by block. Only its top entry intercepts calls. If the stack is empty, all
-    # objects intercept calls.
+    # A stack with one entry for every only_heard_by block that is running. Only the object on top intercepts calls. If
+    # None is on top, no object does. If the stack is empty, all objects do.
     _only: ClassVar[list[Overheard | None]] = []
 
     def __init__(self, modules: Iterable[nn.Module], hear: Hear) -> None:
@@ -125,7 +128,7 @@ class Overheard:
 
     def __exit__(self, *error: object) -> None:
         for module in self._modules:
-            for attribute in ATTRIBUTES:  # the step may have compiled the module meanwhile
+            for attribute in ATTRIBUTES:  # both: the module may have been compiled inside the block
                 forward = vars(module).get(attribute)
                 if isinstance(forward, _Forward) and self in forward.hearers:
                     forward.hearers.remove(self)
@@ -144,7 +147,11 @@ class Overheard:
     def hear(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Pass a call to ``hear``. Just run it if a compiler traces it or only another object may intercept calls."""
+        """Handle one call of a module, and return its output.
+
+        Call the function ``hear`` that was given on creation. Run the original forward instead if a compiler is tracing
+        the call, or if this object may not intercept calls now (:func:`only_heard_by`).
+        """
         if torch.compiler.is_compiling() or (Overheard._only and Overheard._only[-1] is not self):
             return forward(*arguments, **keywords)
         return self._hear(module, forward, arguments, keywords)
@@ -161,7 +168,7 @@ def _attribute(module: nn.Module) -> str:
 
 @contextmanager
 def only_heard_by(overheard: Overheard | None) -> Iterator[None]:
-    """Let only ``overheard`` intercept calls inside the block, or nobody if it is None.
+    """Inside the block, let only ``overheard`` intercept calls. If it is None, let no object intercept calls.
 
     Forward passes that this package makes run inside such a block, because they must not count as calls of the user's
     code.
@@ -174,7 +181,7 @@ def only_heard_by(overheard: Overheard | None) -> Iterator[None]:
 
 
 class _Forward:
-    """Wraps a module's forward while calls are intercepted. Copies and pickles of it are the original forward."""
+    """Replaces a module's forward while calls are intercepted. Copying or pickling it gives the original forward."""
 
     def __init__(self, module: nn.Module, attribute: str) -> None:
         self.hearers: list[Overheard] = []

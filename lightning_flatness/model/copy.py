@@ -16,7 +16,7 @@ from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of
 from lightning_flatness.model.call import Call, as_call, tensors_of
 from lightning_flatness.model.precision import HALF
 
-WITHOUT_FLOAT64 = ("mps",)
+WITHOUT_FLOAT64 = ("mps",)  # types of devices that do not support float64
 
 
 class ModelCopy:
@@ -24,8 +24,8 @@ class ModelCopy:
 
     No gradient can reach the user's parameters. A forward that writes to parameters, buffers or inputs writes to their
     copies. The user's model is called through ``__call__``, so its forward hooks run. Use a ``ModelCopy`` within
-    :func:`isolated`. Copies have the dtype that :func:`measured` gives them. With ``as_it_runs``, they have the dtype
-    of the originals, even if that is half precision.
+    :func:`isolated`. The copies have the dtype that :func:`measured` gives them. With ``as_it_runs``, the copies have
+    the dtype of the originals, even if that is half precision.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, as_it_runs: bool = False) -> None:
@@ -90,7 +90,10 @@ class ModelCopy:
 
 
 def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.dtype | None) -> str:
-    """Return why the forward fails on the inputs of a call, with a remedy; empty if the cause is not known."""
+    """Return a text that says why the forward fails on the inputs of a call, and a remedy.
+
+    The text is empty if the cause is not known.
+    """
     if isinstance(error, TypeError):
         try:
             signature(model.forward).bind(*call.arguments, **call.keywords)

@@ -99,7 +99,10 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
 
 
 def _offset(tensors: NamedTensors, state: State, wanted: Mapping[str, Tensor], name: str) -> Direction:
-    """Return ``state`` minus the model, in float64, for the tensors in ``wanted``. Messages call the state ``name``."""
+    """Return the tensors of ``state`` minus those of the model, in float64, for all names in ``wanted``.
+
+    Buffers that ``state`` lacks are left out. Error messages call the state ``name``.
+    """
     if isinstance(state, nn.Module):
         state = without_wrapper(state)
         state = {**dict(state.named_parameters(remove_duplicate=False)), **dict(state.named_buffers())}

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 MOST_PARTS = 100
 # How many attributes or entries deep an object is searched.
 DEEPEST = 8
+# Types whose objects hold no generator.
 PLAIN = frozenset([bool, int, float, str, bytes, type(None), Tensor, nn.Parameter])
 MAPPINGS = frozenset([dict, OrderedDict])
-# Packages whose objects are not searched, except modules and data sets.
+# Packages whose objects are not searched, except modules (``nn.Module``) and data sets.
 OTHERS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -89,7 +90,10 @@ def _generators(owner: Any) -> list[Any]:
 
 
 def _parts(part: Any) -> list[Any]:
-    """Return the attributes or entries of an object to search. Most objects of Python's and torch's types have none."""
+    """Return those attributes or entries of an object that are searched for generators.
+
+    The list is empty for most objects whose type is from Python's standard library or from torch.
+    """
     if isinstance(part, (dict, list, tuple)):
         return list(part.values() if isinstance(part, dict) else part) if len(part) <= MOST_PARTS else []
     if isinstance(part, nn.Module):

@@ -13,7 +13,8 @@ from torch.autograd.function import BackwardCFunction
 
 from lightning_flatness.functional.graph_walk import differentiable_once, functions_of, says_no_second_derivative
 
-# For each node of an autograd graph: its name, its saved values that are not tensors, the indices of the next nodes.
+# The nodes of an autograd graph. The entry of a node has its name, those of its saved values that are not tensors, and
+# the indices of the nodes that follow it.
 Operations = tuple[tuple[Any, ...], ...]
 
 # Words in the names of functions that move or mix entries in a way that depends on another tensor, such as indices or
@@ -69,7 +70,7 @@ def cannot_curve(end: Tensor) -> bool:
     """Return whether the functions in a tensor's graph imply that all second derivatives of the tensor are zero.
 
     Every function in the graph must be known to be linear or piecewise linear in those of its inputs that are in the
-    graph. Then its backward only multiplies by constants and masks, whose derivatives are zero for any data.
+    graph. Then the backward pass only multiplies by constants and masks, whose derivatives are zero for any data.
 
     Example:
         >>> z, w = torch.randn(2, 3, requires_grad=True), torch.randn(3, 4)
@@ -152,7 +153,9 @@ def second_derivatives(
     inputs: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Sequence[Tensor | None] | NoSecondDerivative:
-    """Return the gradients of ``sum_i <derivatives[i], directions[i]>`` at the inputs, or why torch does not have them.
+    """Return the gradients of ``sum_i <derivatives[i], directions[i]>`` at the inputs.
+
+    If torch has no derivative of an operation, return the reason instead.
 
     ``derivatives`` are first derivatives; those that are None or constant are skipped. The gradient is None for an
     input on which the sum does not depend.

@@ -23,7 +23,11 @@ from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over samples. Divide ``loss`` and ``product`` by ``normalizer`` to get means."""
+    """Sums over samples, which :meth:`LossCurvature.sums` returns.
+
+    Divided by the normalizer of all samples, ``loss`` and ``product`` are means. In sums with a ``product``, the
+    ``normalizer`` and ``num_samples`` are zero. Sums without a product have these two numbers.
+    """
 
     loss: float = 0.0
     normalizer: float = 0.0
@@ -37,7 +41,8 @@ class LossCurvature:
     ``D`` is the number of entries of all chosen parameters. The Gauss-Newton matrix is ``Σ Jᵀ Λ J`` over samples, where
     ``J`` is the Jacobian of the logits and ``Λ`` the loss's Hessian with respect to the logits. The model runs in
     evaluation mode on copies of its tensors and is left as it was. For every batch, a product takes one forward pass,
-    one backward pass and one backward pass through both. With the Gauss-Newton matrix, it takes one more backward pass.
+    one backward pass, and a second backward pass through the graph of both. With the Gauss-Newton matrix, it takes one
+    more backward pass.
     The graph of a batch is freed before the next batch.
     """
 
@@ -69,7 +74,7 @@ class LossCurvature:
         self.weight_norm = float(torch.stack([leaf.detach().double().norm().cpu() for leaf in self._leaves]).norm())
 
     def sums(self, batches: Iterable[tuple[Any, Tensor | None]], vector: Tensor | None = None) -> LossSums:
-        """Return the loss summed over batches, and the product of the matrix with ``vector`` ``(D,)``.
+        """Return the loss and the product of the matrix with ``vector`` ``(D,)``, both summed over batches.
 
         Without a vector, check the targets and compute the normalizer and the number of samples instead of the product.
         """
@@ -82,7 +87,7 @@ class LossCurvature:
                 continue
             if targets is None:
                 raise BatchError(f"Batch {index} has no targets, and the Hessian of the loss needs them.")
-            share = 0.5 if samples == 1 else 1.0  # a single sample is taken twice
+            share = 0.5 if samples == 1 else 1.0  # a single sample has two equal rows
             with _explained(index), isolated(self._model), finding_what_is_not_finite(self._model, inputs):
                 self._tensors = self._tensors.narrowed(inputs, samples)
                 if samples == 1:
@@ -148,7 +153,10 @@ class LossCurvature:
         return loss, _gradients(logits, self._leaves, column)
 
     def _certified(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the gradients. Raise an error if the loss of no batch so far depends on the parameters."""
+        """Return the gradients. Raise an error if all gradients of all batches so far are None.
+
+        In this case, the loss does not depend on the chosen parameters.
+        """
         self._depends = self._depends or any(gradient is not None for gradient in gradients)
         if not self._depends:
             names = list(self.shapes)
@@ -163,7 +171,10 @@ class LossCurvature:
 def _gradients(
     output: Tensor, inputs: Sequence[Tensor], weight: Tensor | None = None, create_graph: bool = False
 ) -> Sequence[Tensor | None]:
-    """Call ``torch.autograd.grad``, but return None for every input if the output does not require gradients."""
+    """Call ``torch.autograd.grad``, but return None for every input if there is nothing to differentiate.
+
+    This is so if the output does not require gradients, or if it is not a scalar and ``weight`` is None.
+    """
     if not output.requires_grad or (weight is None and output.ndim):
         return [None] * len(inputs)
     return torch.autograd.grad(output, inputs, weight, create_graph=create_graph, allow_unused=True)
@@ -184,7 +195,10 @@ def _second(
 
 @contextmanager
 def _explained(index: int) -> Iterator[None]:
-    """Replace known errors of torch in batch ``index`` by errors that name the reason and the remedy."""
+    """Inside the block, replace known errors of torch by errors that name the reason and the remedy.
+
+    ``index`` is the number of the batch that the block computes.
+    """
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one

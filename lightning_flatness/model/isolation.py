@@ -20,13 +20,13 @@ from lightning_flatness.errors import FlatnessError, LayerSelectionError
 from lightning_flatness.model.call import only_heard_by
 from lightning_flatness.model.generators import generators_kept
 
-FABRIC = "_FabricModule"  # only callbacks may import Lightning
+FABRIC = "_FabricModule"  # the class of Fabric's wrapper, by name, because only callbacks may import Lightning
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
     """Return the network inside the wrapper of ``Fabric.setup``, or the model itself if there is no wrapper.
 
-    The wrapper casts inputs and forbids our own backward passes.
+    The wrapper casts inputs, and forbids backward passes that do not go through Fabric.
     """
     if not isinstance(model, nn.Module):
         raise FlatnessError(f"The model is a {type(model).__name__}; give a torch.nn.Module.")
@@ -55,12 +55,12 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, eagerly, in full precision and with gradients enabled, and restore everything.
+    """Run a block in evaluation mode, in full precision and with gradients enabled, and restore everything.
 
-    Inside the block, inference mode, backward hooks and autocast are disabled, even where the forward itself enables
-    autocast. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor bfloat16. On
-    leaving, also after an error, the attributes of every module and the random states of torch (CPU and the model's
-    accelerators), numpy and Python are restored.
+    Inside the block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the
+    model's forward enables it. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor
+    bfloat16. On leaving, also after an error, the attributes of every module and the random states of torch (CPU and
+    the model's accelerators), numpy and Python are restored.
     """
     for name, module in model.named_modules():
         refuse_sharded(name, module)
@@ -122,9 +122,9 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, eagerly and without interception of calls (:class:`Overheard`).
+    """Run a block in evaluation mode and without ``torch.compile``; on leaving, restore what :func:`isolated` restores.
 
-    On leaving, restore what :func:`isolated` restores.
+    Inside the block, no :class:`Overheard` intercepts calls of modules. Autocast and the grad mode stay as they are.
     """
     with (
         random_states_kept(model),
@@ -170,9 +170,10 @@ def _any_accelerator() -> bool:
 
 @contextmanager
 def kept_switched(model: nn.Module) -> Iterator[None]:
-    """If a model overrides ``train()``, keep it in evaluation mode inside the block.
+    """Keep a model in evaluation mode inside the block if one of its modules overrides ``train()`` or ``eval()``.
 
-    Such a model may make new modules whenever its mode is changed. Inside the block, all passes find the same modules.
+    Such a module may make new submodules whenever its mode is changed. Inside the block, all passes find the same
+    submodules. A model that overrides neither method, or has no module in training mode, is left as it is.
     """
     with _evaluation_mode(model) if _switches_by_itself(model) else nullcontext():
         yield
@@ -182,8 +183,8 @@ def kept_switched(model: nn.Module) -> Iterator[None]:
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode and remove backward hooks; on leaving, restore every attribute of every module.
 
-    Inside the block, attributes that are tensors or lists are replaced by copies. For example, a metric that the
-    forward updates has its old value afterwards.
+    Inside the block, attributes that are tensors or lists are replaced by copies. So if the forward updates a metric in
+    place, the metric has its old value after the block.
     """
     with ExitStack() as stack:
         switches = _switches_by_itself(model)
@@ -240,8 +241,8 @@ def _switches_by_itself(model: nn.Module) -> bool:
 def _tensors_kept(model: nn.Module) -> Iterator[None]:
     """On leaving, give all modules the same parameters, buffers and submodules as before, with bit-identical values.
 
-    This takes a copy of all weights. The copy is needed because a layer that merges weights for evaluation, and splits
-    them again for training, restores them only up to rounding.
+    For this, all weights are copied. The copies are needed if a layer merges weights for evaluation and splits them
+    again for training, because such a layer restores its weights only up to rounding.
     """
     tables = [vars(module)[name] for module in model.modules() for name in ("_parameters", "_buffers", "_modules")]
     before = [dict(table) for table in tables]

@@ -17,14 +17,16 @@ from lightning_flatness.model.call import as_call, tensors_of
 from lightning_flatness.model.graph import ends_with_sigmoid
 from lightning_flatness.model.names import plain_name
 
-# Logits that differ by at most this count as equal up to rounding; relative, in units of the machine epsilon.
+# Two tensors of logits count as equal if their largest difference is at most this many machine epsilons times the
+# largest absolute logit.
 ROUNDINGS = 1e3
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits ``(N, K)``. They are the output if it is a tensor, else its attribute or key ``logits``.
+    """Return the logits ``(N, K)`` in the output of a model.
 
-    Raise a :class:`BatchError` if the logits are not finite, have another shape or no samples.
+    If the output is a tensor, it is the logits. Otherwise the logits are its attribute or entry ``logits``. Raise a
+    :class:`BatchError` if there are no logits of this shape, if they are not finite, or if there are no samples.
     """
     logits = any_logits_of(output)
     if not len(logits):
@@ -42,14 +44,15 @@ NO_HESSIAN = "The Hessian does not exist for such logits."
 
 
 class _NotFiniteError(BatchError):
-    """Raised if logits are not finite; :func:`finding_what_is_not_finite` says why."""
+    """Raised if logits are not finite; :func:`finding_what_is_not_finite` adds the cause to the message."""
 
 
 @contextmanager
 def finding_what_is_not_finite(model: nn.Module, inputs: Any, prefix: str = "") -> Iterator[None]:
-    """In a ``with`` block, let errors about logits that are not finite name the cause.
+    """Inside the block, add the cause to every error about logits that are not finite.
 
-    The cause is the first parameter or buffer that is not finite, or the inputs. Names begin with ``prefix``.
+    The cause is the first parameter or buffer that is not finite, or the inputs. ``prefix`` is put in front of the
+    names of parameters and buffers.
     """
     try:
         yield
@@ -58,7 +61,10 @@ def finding_what_is_not_finite(model: nn.Module, inputs: Any, prefix: str = "") 
 
 
 def _cause(model: nn.Module, inputs: Any, prefix: str) -> str:
-    """Return what is not finite besides the logits, as the rest of a sentence, and a remedy."""
+    """Return a text that says what is not finite besides the logits, and a remedy.
+
+    The text continues the sentence ``NOT_FINITE``.
+    """
     for name, parameter in model.named_parameters(prefix):
         if not bool(parameter.isfinite().all()):
             found = plain_name(name)
@@ -104,7 +110,7 @@ def any_logits_of(output: Any) -> Tensor:
 
 
 def differ(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of logits differ by more than rounding."""
+    """Return whether two tensors of logits differ by more than rounding (``ROUNDINGS``)."""
     return not float((one - other).abs().amax()) <= ROUNDINGS * torch.finfo(one.dtype).eps * float(one.abs().amax())
 
 
@@ -144,10 +150,10 @@ def _remedy(output: Any) -> str:
 
 
 def question_outputs(logits: Tensor, loss: Loss) -> None:
-    """Warn if a model returns probabilities although the loss takes logits.
+    """Warn if ``logits``, the output of a model, are probabilities although the loss takes logits.
 
-    A sigmoid at the end of the model is looked up in the autograd graph, because outputs between zero and one may also
-    be logits.
+    The autograd graph shows whether the model ends with a sigmoid. The values do not show this, because logits may lie
+    between zero and one, too.
     """
     if loss.name == "cross_entropy" and are_probabilities(logits):
         warnings.warn(

@@ -49,7 +49,7 @@ class NamedTensors:
         return self.parameters[name] if name in self.parameters else self.buffers[name]
 
     def frozen(self, patterns: Sequence[str]) -> set[str]:
-        """Return the names of the tensors that match a pattern, or that lie in a module that matches a pattern."""
+        """Return the names of the tensors that match one of the ``patterns``, or lie in a module that matches one."""
         names: set[str] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -65,9 +65,9 @@ class NamedTensors:
     def direction(self, given: Any, name: str) -> Direction:
         """Check a direction that a user gives, and return it as float64 tensors, keyed by name.
 
-        ``given`` maps names of some parameters or floating-point buffers to tensors. Or it is one tensor with the
-        entries of all parameters, in the order of ``torch.nn.utils.parameters_to_vector``. Error messages call the
-        direction ``name``.
+        ``given`` is a mapping from names of some parameters or floating-point buffers to tensors. Alternatively, it is
+        one tensor with the entries of all parameters, in the order of ``torch.nn.utils.parameters_to_vector``. Error
+        messages call the direction ``name``.
         """
         if isinstance(given, Tensor):
             given = self._split(given, name)

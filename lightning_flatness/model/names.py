@@ -36,15 +36,15 @@ def lies_in(pattern: str, name: str) -> bool:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Return whether a name or glob pattern matches ``name``, which must be a :func:`plain_name`."""
+    """Return whether a name or glob pattern matches ``name``, which must be a result of :func:`plain_name`."""
     return name == pattern or fnmatchcase(name, pattern)
 
 
 def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """Return the chosen parameters that require gradients, keyed by name, in the model's order.
 
-    Tied parameters appear only once. ``params`` are names or glob patterns of parameters or modules. A module stands
-    for all its parameters, and None for all parameters of the model.
+    Tied parameters appear only once. ``params`` are names or glob patterns of parameters or modules. The name of a
+    module chooses all its parameters, and None chooses all parameters of the model.
     """
     patterns = [params] if isinstance(params, str) else ["*"] if params is None else plain(params)
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) and p for p in patterns):

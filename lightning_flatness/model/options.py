@@ -20,7 +20,8 @@ Options = TypeVar("Options", bound="MeasuringOptions")
 class MeasuringOptions:
     """The loss, its options, the ``loss_function`` made from these, and the ``dtype`` of the measurement.
 
-    All are checked on creation. Sequences of any type, also in fields of subclasses, are converted to lists or tuples.
+    All options are checked on creation. Sequences of any type, also in fields of subclasses, are converted to lists or
+    tuples.
     """
 
     loss: str | Loss | Callable[[Tensor, Tensor], Tensor] = "cross_entropy"
@@ -52,5 +53,5 @@ class MeasuringOptions:
 
 
 def of_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:
-    """Create options from a function's ``locals()``: every field is the argument of the same name."""
+    """Create options from a function's ``locals()``. Every field gets the value of the argument with its name."""
     return options(**{field.name: arguments[field.name] for field in fields(options) if field.init})

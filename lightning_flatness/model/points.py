@@ -23,11 +23,11 @@ State = dict[Tensor, Tensor]  # tensors of the user's model -> their values at s
 
 
 class Points:
-    """The model at points ``w + Σ_i α_i d_i``, where the ``d_i`` are axes. Use it within :func:`isolated`.
+    """Runs a copy of a model at points ``w + Σ_i α_i d_i``, where the axes ``d_i`` are directions in weight space.
 
-    The methods compute several points at once. Tensors that are in no axis keep their values. If Adam's ``epsilons``
-    are given, keyed by parameter name, the two axes must be Adam's moments ``m`` and ``v``. The points are then
-    ``w + α_1 m / (sqrt(α_2 v) + ε)``. With one coordinate, ``α_2`` is 1.
+    Use it within :func:`isolated`. The methods compute several points at once. Tensors that are in no axis keep their
+    values. If Adam's ``epsilons`` are given, keyed by parameter name, the two axes must be Adam's moments ``m`` and
+    ``v``. The points are then ``w + α_1 m / (sqrt(α_2 v) + ε)``. With one coordinate, ``α_2`` is 1.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Points:
         self._synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
 
     def fingerprint(self, batches: object = None) -> str:
-        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``batches``, which describes the data."""
+        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``batches``, a description of the data."""
         digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
@@ -59,7 +59,10 @@ class Points:
         return digest.hexdigest()
 
     def at(self, coordinates: Tensor) -> State:
-        """Return the values of the tensors that are in some axis, at points with ``coordinates`` ``(points, axes)``."""
+        """Return the values of the tensors that are in at least one axis, at the points with these ``coordinates``.
+
+        ``coordinates`` have shape ``(points, axes)``.
+        """
         state: State = {}
         for name in self._moving:
             tensor = self._tensors[name]
@@ -80,7 +83,7 @@ class Points:
         )
 
     def logits(self, state: State, inputs: Any) -> Tensor:
-        """Return the logits ``(points, samples, classes)`` of the model at the points of a state."""
+        """Return the logits ``(points, samples, classes)`` of the model with the tensors in ``state``."""
         logits = self._mapped(lambda point: any_logits_of(self._copy(inputs, point)), state)
         return logits if isinstance(logits, Tensor) else torch.stack(logits)
 
@@ -89,7 +92,7 @@ class Points:
         return any_logits_of(self._copy(inputs))
 
     def recompute_statistics(self, state: State, batches: Iterable[Any]) -> State:
-        """Return the state with new running statistics of BatchNorm, computed from batches at the state's weights.
+        """Return ``state`` with new running statistics of BatchNorm, computed from batches at the weights in ``state``.
 
         The new statistics are the averages of the means and unbiased variances of the batches. All batches have the
         same weight, as in torch with ``momentum=None`` after a reset. All other modules run in evaluation mode.
@@ -133,7 +136,10 @@ class Points:
         return dict(zip(buffers, statistics, strict=True))
 
     def _mapped(self, function: Callable[[State], Any], state: State) -> Any:
-        """Return the values of a function at all points, stacked by ``vmap``, or as a list if ``vmap`` fails."""
+        """Return the values of a function at all points of a state, stacked by ``vmap``.
+
+        If ``vmap`` fails, now or in an earlier call, or if there is only one point, return a list of values.
+        """
         keys, number = list(state), len(next(iter(state.values())))
         if self._vectorized and number > 1:
             try:

@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Precision(NamedTuple):
-    """What determines the precision of a call, apart from the dtypes of weights and inputs.
+    """The state of autocast and the default dtype, which determine a call's precision besides its tensors' dtypes.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16):
@@ -48,7 +48,7 @@ def current_precision() -> Precision:
 
 
 def runs_in_half(model: nn.Module, precision: Precision | None) -> bool:
-    """Return whether autocast or half-precision parameters may let a model run in half precision."""
+    """Return whether a model may run in half precision, because of autocast or of half-precision parameters."""
     return bool(precision and precision.autocast) or any(p.dtype in HALF for p in model.parameters())
 
 

@@ -29,7 +29,7 @@ def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
 def take(batch: Any, rows: slice, num_samples: int) -> Any:
     """Return the samples ``rows`` of a batch; a single sample is returned twice.
 
-    Tensors whose length is not ``num_samples`` stay whole.
+    Tensors whose length is not ``num_samples`` are returned as they are.
 
     Example:
         >>> import torch
@@ -41,19 +41,22 @@ def take(batch: Any, rows: slice, num_samples: int) -> Any:
 
 @dataclass(frozen=True)
 class SampleTensors:
-    """Which tensors of a model's inputs have a row for every sample; all samples share the other tensors.
+    """Records which tensors of a model's inputs have a row for every sample; all samples share the other tensors.
 
     The first dimension of a tensor does not show this: a shared table may happen to have as many rows as there are
     samples. So a tensor must have had the right number of rows in every batch. If the inputs consist of several
-    tensors, :meth:`certified` also runs the model on a cut or duplicated batch, and compares the logits with those of
-    the whole batch.
+    tensors, :meth:`certified` also runs the model on some rows of a batch alone. It then compares the logits of these
+    rows with their logits in the whole batch.
     """
 
-    has_rows: tuple[bool, ...] | None = None  # in the order of the tensors; None before the first batch
-    is_certified: bool = False
+    has_rows: tuple[bool, ...] | None = None  # for each tensor in the inputs; None before the first batch
+    is_certified: bool = False  # whether ``certified`` has checked ``has_rows``, or the inputs are a single tensor
 
     def narrowed(self, inputs: Any, samples: int) -> SampleTensors:
-        """Return which tensors have a row for every sample, in all batches so far and in this batch of ``inputs``."""
+        """Return a record of which tensors have a row for every sample, in all batches so far and in ``inputs``.
+
+        ``samples`` is the number of samples in ``inputs``. If the number of tensors has changed, only ``inputs`` count.
+        """
         now = tuple(tensor.ndim > 0 and tensor.shape[0] == samples for tensor in tensors_of(inputs))
         if self.has_rows is None or len(now) != len(self.has_rows):
             return SampleTensors(now, is_certified=_is_single(inputs))
@@ -84,9 +87,10 @@ class SampleTensors:
         return cut, targets if targets is None else targets[mask.to(targets.device)]
 
     def certified(self, inputs: Any, rows: slice | Tensor, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
-        """Certify that the samples ``rows`` have the same logits when they run alone as in the whole batch.
+        """Return this record, marked as certified. Raise an error if samples of a batch do not run independently.
 
-        Otherwise raise an error. ``logits_of`` runs the model and returns its logits.
+        The samples ``rows`` must have the same logits, up to rounding, when they run alone as in the whole batch.
+        ``logits_of`` runs the model and returns its logits. If this record is certified already, nothing runs.
         """
         if self.is_certified:
             return self
@@ -111,7 +115,7 @@ class SampleTensors:
 
 
 def _is_single(inputs: Any) -> bool:
-    """Return whether ``inputs`` call a model with one tensor and nothing else."""
+    """Return whether ``inputs`` pass one tensor to a model and nothing else."""
     call = as_call(inputs)
     return len(call.arguments) + len(call.keywords) == len(tensors_of(call)) == 1
 

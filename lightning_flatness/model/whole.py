@@ -1,4 +1,7 @@
-"""Copy a model with whole weights, if FSDP2 (``fully_shard``) has sharded its weights over processes."""
+"""Copy a model whose weights FSDP2 (``fully_shard``) has sharded over processes.
+
+The copy has whole weights, which means that every process holds all entries of every weight.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,24 @@ SHARED = ("_trainer", "_fabric", "_device_mesh")  # attributes of a LightningMod
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with whole weights and without FSDP2; other models are returned as they are.
+    """Return a copy of a model with whole weights and without FSDP2.
 
-    This is a collective: call it on every rank. Every rank then holds all weights. If the device mesh of some weights
-    has several dimensions (FSDP2 with tensor parallelism, for example), the model is returned as it is.
+    If FSDP2 has sharded no weight, return the model itself. Also return the model itself if the device mesh of some
+    weights has several dimensions, as for FSDP2 with tensor parallelism. This is a collective: call it on every rank.
+    Every rank then holds all weights.
     """
     return WholeWeights(model).copy_of(model)
 
 
 class WholeWeights:
-    """The current weights of a model that FSDP2 has sharded, gathered as whole tensors; empty for other models.
+    """The current weights of a model that FSDP2 has sharded, gathered from all ranks as whole tensors.
 
-    Creating the object is a collective, so create it on every rank. :meth:`copy_of` is not a collective.
+    The object holds no weights, and is False as a ``bool``, if :func:`whole_model` returns the model itself. Creating
+    the object is a collective, so create it on every rank. :meth:`copy_of` is not a collective.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights: list[tuple[Tensor, Tensor, nn.Parameter]] = []  # sharded, a sample of this rank's part, whole
+        self._weights: list[tuple[Tensor, Tensor, nn.Parameter]] = []  # the sharded weight, its _sample, the whole one
         if not _sharded_modules(model) or not all(map(_is_of_one_mesh, model.parameters())):
             return
         _reshard(model)
@@ -45,7 +50,11 @@ class WholeWeights:
         return bool(self._weights)
 
     def copy_of(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model, or of a part of it, with whole weights; the model itself if there are none."""
+        """Return a copy of the model, or of one of its submodules, with whole weights.
+
+        If this object holds no weights, or no module in ``model`` is sharded, return ``model`` itself. Raise a
+        :class:`FlatnessError` if the weights have changed since this object was created.
+        """
         sharded = _sharded_modules(model) if self._weights else []
         if not sharded:
             return model
@@ -58,7 +67,7 @@ class WholeWeights:
         copies: dict[int, Any] = {id(parameter): whole for parameter, _, whole in self._weights}
         for module in model.modules():
             copies |= {id(value): value for name in SHARED if (value := vars(module).get(name)) is not None}
-        for module in sharded:  # their class refuses deepcopy
+        for module in sharded:  # FSDP2 gives them a class that refuses deepcopy
             plain: Any = type(module).__mro__[2]  # the original class; torch finds it in the same way
             copies[id(module)] = plain.__new__(plain)
         for module in sharded:
