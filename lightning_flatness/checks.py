@@ -15,11 +15,10 @@ def is_number(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Convert a sequence and all sequences inside it to ``list``.
+    """Convert a sequence, and all sequences inside it, to ``list``; return any other value unchanged.
 
-    Tuples stay tuples, but their entries are converted. Strings and values that are not sequences are returned
-    unchanged. The conversion is needed because configuration packages have list types of their own, such as Hydra's
-    ``ListConfig``.
+    Tuples stay tuples, but their entries are converted. Strings are returned unchanged. The conversion is needed
+    because configuration packages have list types of their own, such as Hydra's ``ListConfig``.
 
     Example:
         >>> from collections import UserList

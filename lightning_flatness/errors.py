@@ -37,14 +37,14 @@ class LayerSelectionError(FlatnessError):
 
 
 class NotClosedFormError(FlatnessError):
-    """A layer does not meet the conditions of the closed form (``docs/theory.md``).
+    """A layer cannot be measured by the closed form, a formula for the Hessian's block traces (``docs/theory.md``).
 
     The package catches this error where it can measure the layer by the Gauss-Newton method instead.
     """
 
 
 class BatchError(FlatnessError):
-    """A batch or the model's output cannot be measured because of wrong shapes, missing targets, NaN or infinity.
+    """A batch or the model's output cannot be measured, e.g. because of wrong shapes, missing targets or NaN.
 
     Example:
         >>> import torch, lightning_flatness as lf
@@ -57,7 +57,7 @@ class BatchError(FlatnessError):
 
 
 class NotExactError(FlatnessError):
-    """A layer's numbers would not be exactly those of the Hessian, and the user has set ``strict=True``.
+    """The user has set ``strict=True``, and a layer's numbers would not be exactly those of the Hessian.
 
     Example:
         >>> import torch, lightning_flatness as lf
@@ -98,7 +98,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def explained(error: Exception) -> FlatnessError | None:
-    """Translate a known error of autograd into an error that names a remedy; return None for any other error."""
+    """Return an error of this package that names a remedy for a known error of autograd; None for other errors."""
     if "use_reentrant" in str(error):
         return LayerSelectionError(
             "The forward pass uses reentrant gradient checkpointing, through which torch.autograd.grad cannot compute "
@@ -113,13 +113,13 @@ def explained(error: Exception) -> FlatnessError | None:
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the message of an error; for errors of other packages, put the name of the error's type in front."""
+    """Return the message of an error. If the error is not of this package, put the name of its type in front."""
     return str(error) if isinstance(error, FlatnessError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
 def naming(name: str, kind: str = "Layer") -> Iterator[None]:
-    """In a ``with`` block, prefix the messages of this package's errors with ``{kind} '{name}': ``."""
+    """In a ``with`` block, put ``{kind} '{name}': `` in front of the messages of this package's errors."""
     try:
         yield
     except FlatnessError as error:

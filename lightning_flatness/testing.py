@@ -1,7 +1,7 @@
-"""A slow, simple check of the package against block traces of the Hessian that autograd computes.
+"""Check the numbers of the package against a Hessian that autograd computes, in a simple and slow way.
 
-The expected numbers are computed without any code of the package. Use this check to verify the numbers of the package
-on a small model of your own.
+The Hessian is computed without any code of the package. Use this check to verify the numbers of the package on a small
+model of your own.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ def assert_matches_oracle(
             of a parametrised weight replaces the parametrisation.
         batch: a pair of inputs and targets; the inputs must be one tensor, of floating-point numbers or token ids.
         layer: name of the layer.
-        filters: indices of filters. With them, the check compares only the block traces of these filters, and no
-            measures such as relative flatness.
+        filters: indices of filters. If they are given, the check compares only the block traces of these filters, and
+            no measures such as relative flatness.
         rtol: largest allowed error, relative to the largest block trace. For a measure, the error is relative to the
             sum of the absolute values of the terms that add up to the measure.
-        loss_function: maps logits and targets to the mean loss; must be the same loss as in ``options``.
+        loss_function: maps logits and targets to the mean loss. It must be the loss that ``measure_flatness`` uses.
         **options: options of ``measure_flatness``, such as ``loss``.
 
     Raises:
@@ -137,13 +137,14 @@ def assert_matches_oracle(
 
     model = copy.deepcopy(model).cpu().double().eval()
     inputs, targets = batch[0].cpu(), batch[1].cpu()
-    inputs = inputs.double() if inputs.is_floating_point() else inputs  # token ids stay whole numbers
-    options = {"tolerance": 0, **options}  # compute with all classes; estimate nothing
+    inputs = inputs.double() if inputs.is_floating_point() else inputs  # token ids stay integers
+    options = {"tolerance": 0, **options}  # 0: no classes are sampled, so nothing is estimated
     measured = measure_flatness(model, [(inputs, targets)], layers=layer, **options).layers[layer]
 
     module = model.get_submodule(layer)
     if is_parametrized(module, "weight"):
-        # torch removes a property from the class, which a copy shares with the user's module. So copy the class first.
+        # remove_parametrizations deletes a property of the class. The copied module shares its class with the user's
+        # module, so it gets a class of its own first.
         kind = type(module)
         own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(kind.__name__, kind.__bases__, own)

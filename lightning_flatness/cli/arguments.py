@@ -1,4 +1,4 @@
-"""The arguments of the command line. This module does not import torch, so that ``--help`` is fast."""
+"""Parse the arguments of the command line. This module does not import torch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Exit codes: 0 done, 1 the command line is wrong, 2 it could not be measured.
 
 
 class UsageError(FlatnessError):
-    """The command line is wrong: a wrong option, class or argument of a class, or a file that does not exist."""
+    """The command line is wrong: an option, a class or an argument of a class is wrong, or a file does not exist."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,7 +49,7 @@ class Command:
     name: str
     checkpoints: tuple[Path, ...]
     options: argparse.Namespace
-    arguments: Mapping[str, Sequence[str]]  # keys "model" and "data"; values such as ["--model.width=64"]
+    arguments: Mapping[str, Sequence[str]]  # from "model" and "data" to, e.g., ["--model.width=64"]
     words: tuple[str, ...]  # the whole command line, before parsing
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +76,7 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _nested(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Separate arguments of classes, such as ``--model.width 64`` or ``--model.width=64``, from all other words.
+    """Separate the arguments of the user's classes, such as ``--model.width 64``, from all other words.
 
     Returns the other words, and a mapping from ``"model"`` and ``"data"`` to arguments like ``--model.width=64``.
     """

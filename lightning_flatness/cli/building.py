@@ -1,6 +1,6 @@
-"""Build the model and the data of a run from classes and their arguments.
+"""Build the model and the data of a training run from the user's classes and their arguments.
 
-Classes and arguments come from the command line, a checkpoint or a config file.
+The classes and arguments are named on the command line, in a checkpoint or in a config file.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def read_config(path: Path | None) -> dict[str, Any]:
 
 
 def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, str]:
-    """Build the ``"model"`` or the ``"data"`` of a run, and return it and the import path of its class.
+    """Build the ``"model"`` or the ``"data"`` of a run; return the object and the import path of its class.
 
-    The class is looked up on the command line first, then in the config, then in the checkpoint. Arguments from all
-    three are merged. Where they disagree, the command line wins over the checkpoint, and the checkpoint over the
-    config.
+    The class is looked up on the command line first, then in the config, then in the checkpoint. The arguments from
+    these three sources are merged. Where they disagree, the command line wins over the checkpoint, and the checkpoint
+    over the config.
     """
     configured = _configured(kind, config)
     stored = checkpoint.stored(kind)
@@ -62,12 +62,12 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
         source = f"--{kind}" if getattr(command, kind) else f"--config '{command.config}'"
     made = imported(class_path, source)
     if own and own.rpartition(".")[2] != class_path.rpartition(".")[2]:
-        # These arguments belong to another class. Modules are not compared, because the class may have been defined in
-        # the training script and be importable under another module name now.
+        # The stored arguments belong to another class. Names of modules are not compared, because a class of the
+        # training script (module __main__) may now be imported from another module.
         stored = {}
     of_config = configured.get("init_args", {}) if "class_path" in configured else configured
     if configured.get("class_path") not in (None, class_path):
-        of_config = {}  # these arguments belong to another class
+        of_config = {}  # the arguments in the config belong to another class
     return made_of(made, kind, class_path, of_config or {}, stored, command.arguments[kind]), class_path
 
 
@@ -93,7 +93,7 @@ def _nobody_says(kind: str, command: Command, checkpoint: Checkpoint) -> str:
 
 
 def imported(path: str, source: str) -> Any:
-    """Import the class or function at ``path``; ``source`` says in error messages where the path was given."""
+    """Import and return the class or function at ``path``; error messages name ``source``, which gave the path."""
     module_name, _, name = path.rpartition(".")
     if module_name == "__main__":
         raise UsageError(
@@ -123,7 +123,9 @@ def made_of(
     stored: Mapping[str, Any],
     words: Sequence[str],
 ) -> Any:
-    """Call the class or function ``made``. Its type hints decide how arguments are parsed, as in LightningCLI.
+    """Call the class or function ``made`` with arguments from three sources, and return the result.
+
+    As in LightningCLI, the type hints of ``made`` decide how the arguments are parsed.
 
     Args:
         made: the class or function.
@@ -131,7 +133,7 @@ def made_of(
         name: import path of ``made``, for error messages.
         configured: arguments from the config.
         stored: arguments from the checkpoint, which override those from the config.
-        words: options such as ``--model.width=64``, which override both.
+        words: options such as ``--model.width=64``, which override the arguments from checkpoint and config.
     """
     try:
         from jsonargparse import ArgumentParser
@@ -146,12 +148,12 @@ def made_of(
         else:
             parser.add_function_arguments(made, kind, fail_untyped=False)
         known = set(vars(getattr(parser.get_defaults(), kind, None) or argparse.Namespace())) | _parameters(made)
-        # A checkpoint may hold more hyper-parameters than the class has arguments. Lightning ignores the others, too.
+        # A checkpoint may hold hyper-parameters that are no arguments of the class. They are ignored, as in Lightning.
         given = {**configured, **{key: value for key, value in stored.items() if key in known}}
         parser.set_defaults({f"{kind}.{key}": value for key, value in given.items()})
         parsed = parser.parse_args(list(words))
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        value = getattr(instantiate(parsed), kind, argparse.Namespace())  # without arguments there is no entry
+        value = getattr(instantiate(parsed), kind, argparse.Namespace())  # no entry if there are no arguments
         return value if inspect.isclass(made) else made(**vars(value))
     except Exception as error:
         raise UsageError(f"--{kind} {name}: {_problem(error, kind)}") from error
@@ -165,7 +167,7 @@ def _parameters(made: Any) -> set[str]:
 
 
 def _problem(error: Exception, kind: str) -> str:
-    """Shorten an error of jsonargparse, or of the class that it calls, to one line about the arguments."""
+    """Return one line about an error of jsonargparse, or of the class or function that was called."""
     text = " ".join(str(error).split())
     text = re.sub(rf'Parser key "{kind}\.([\w.]+)":', rf"--{kind}.\1:", text)
     text = re.sub(r"<class '(?:builtins\.)?([\w.]+)'>", r"\1", text)

@@ -1,4 +1,4 @@
-"""Read checkpoints of Lightning and files with state dicts; unpickle Python objects only with ``trust=True``."""
+"""Read checkpoints of Lightning and files with state dicts. Only ``trust=True`` unpickles arbitrary Python objects."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.errors import FlatnessError
 
 VERSION = "pytorch-lightning_version"
-# Classes that are common in hyper-parameters, and that are safe to unpickle.
+# Classes that are common in hyper-parameters and safe to unpickle, so that they need no ``trust``.
 HARMLESS: list[Any] = [type(Path()), argparse.Namespace]
 CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights in a file. If Lightning wrote the file, ``content`` has all its entries."""
+    """The weights in a file (``state``). If Lightning wrote the file, ``content`` has all entries of the file."""
 
     path: Path
     state: Mapping[str, Any]
@@ -34,9 +34,9 @@ class Checkpoint:
     part: str = ""  # in a file that Lightning did not write, the key of the entry that holds the weights
 
     def stored(self, kind: str) -> dict[str, Any]:
-        """Return the hyper-parameters that Lightning saved for the ``"model"`` or the ``"data"`` (empty if none).
+        """Return the hyper-parameters that Lightning saved for the ``"model"`` or the ``"data"``, or an empty dict.
 
-        If the run was made with LightningCLI, the entry ``"_class_path"`` is the import path of the class.
+        If LightningCLI made the training run, the entry ``"_class_path"`` is the import path of the class.
         """
         prefix = "datamodule_" if kind == "data" else ""
         stored = self.content.get(f"{prefix}hyper_parameters")
@@ -48,7 +48,7 @@ class Checkpoint:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The history of the run's first FlatnessCallback; an empty list if the run had no FlatnessCallback."""
+        """The ``history`` of the first FlatnessCallback in the training run; an empty list if there was none."""
         states = self.content.get("callbacks")
         for key, state in (states if isinstance(states, Mapping) else {}).items():
             if str(key).startswith("FlatnessCallback") and isinstance(state, Mapping):
@@ -59,7 +59,8 @@ class Checkpoint:
 def read_checkpoint(path: Path, trust: bool = False) -> Checkpoint:
     """Read a checkpoint of Lightning or a file with a state dict.
 
-    With ``trust``, Python objects in the file are unpickled, which can run any code that the file's author put there.
+    With ``trust``, all Python objects in the file are unpickled. This can run any code that the author of the file has
+    put there.
 
     Raises:
         UsageError: the file does not exist.
@@ -86,7 +87,7 @@ def read_checkpoint(path: Path, trust: bool = False) -> Checkpoint:
 
 
 def _of_states(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoint:
-    """Find the state dict in a file that Lightning did not write: the whole file, or one entry of the file."""
+    """Find the state dict in a file that Lightning did not write. It is the whole file, or one entry of the file."""
     if _is_state(content):
         return Checkpoint(path, content, digest)
     states = {key: value for key, value in content.items() if isinstance(value, Mapping) and _is_state(value)}

@@ -1,4 +1,4 @@
-"""The four commands ``measure``, ``compare``, ``spectrum`` and ``landscape``."""
+"""Run one of the four commands ``measure``, ``compare``, ``spectrum`` and ``landscape``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ DEFAULT_KEPT = 512  # number of samples for a spectrum or a landscape, unless --
 class Outcome:
     """The results of a command.
 
-    ``results`` maps the name of each network to its result. ``history`` has the records that the training
-    run has saved in the checkpoint. ``details`` say how the results were computed (files, seed, device). ``notes`` are
-    warnings for the user.
+    ``results`` maps the name of each network to its result. ``comparison`` is the result of the command ``compare``,
+    and None for the other commands. ``history`` has the records that the training run has saved in the checkpoint.
+    ``details`` say how the results were computed (files, seed, device). ``notes`` are warnings for the user.
     """
 
     results: Mapping[str, Any]
@@ -53,10 +53,11 @@ Measure = Callable[[nn.Module, Sequence[Any]], Any]
 
 
 def _one(session: Session, checkpoint: Checkpoint, function: Measure | None = None) -> Outcome:
-    """Measure the flatness of one network, or call ``function`` with the network and its batches instead."""
+    """Return the outcome for one network: its flatness, or the result of ``function`` for the network and batches."""
     command = session.command
     model = session.model_of(checkpoint)
-    # Import this only now: the user's classes, imported above, decide between lightning.pytorch and pytorch_lightning.
+    # This import must come after model_of, which imports the user's classes. They decide whether this package uses
+    # lightning.pytorch or pytorch_lightning.
     from lightning_flatness.cli.consumers import Kept
 
     name = names_of([checkpoint.path])[0]
@@ -157,8 +158,8 @@ def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Any) ->
 def names_of(paths: Sequence[Path]) -> list[str]:
     """Return a short, distinct name for every file.
 
-    The name is the file's stem if all stems differ. Otherwise it is ``folder/stem``, or else the path. Equal paths get
-    numbers.
+    The name is the file's stem. If some stems are equal, the names are ``folder/stem``, or whole paths if some of these
+    are equal, too. Equal paths get numbers.
 
     Example:
         >>> names_of([Path("runs/a/last.ckpt"), Path("runs/b/last.ckpt")])

@@ -1,4 +1,4 @@
-"""Three consumers of samples: each one turns the inputs and targets of validation steps into a result.
+"""Three consumers, i.e. objects that get the inputs and targets of validation steps and compute a result.
 
 :class:`Flatness` computes a flatness report and :class:`MeanLoss` a mean loss. :class:`Kept` collects all samples and
 calls a function with them.
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Found(Generic[Result]):
-    """A result, with a hash of the measured data and the name of the device."""
+    """A result of any type, with a hash of the measured data and the name of the device."""
 
     result: Result
     data_hash: str
@@ -55,7 +55,7 @@ class Flatness:
         self._measurement.update(inputs, targets)
 
     def result(self) -> Found[FlatnessReport]:
-        """Return the report on all batches, including the device and a hash of the data."""
+        """Return the flatness report on all batches, with a hash of the data and the name of the device."""
         report = replace(_begun(self._measurement).report(), data=self._data)
         return Found(report, self._hash.text, _device(_begun(self._network).module))
 
@@ -101,7 +101,7 @@ class Kept(Generic[Result]):
         self._batches.append((as_call(inputs)._replace(precision=None).copied(), targets))
 
     def result(self) -> Found[Result]:
-        """Return what ``function`` returns, with the hash of the data and the device."""
+        """Call ``function``, and return its result with a hash of the data and the name of the device."""
         network = _begun(self._network)
         model = Within(network.module, network.prefix) if network.prefix else network.module
         return Found(self._function(model, self._batches), self._hash.text, _device(model))

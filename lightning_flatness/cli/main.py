@@ -1,4 +1,4 @@
-"""The entry point of the command line: parse the words, measure, and print the results or one line with the error."""
+"""The entry point of the command line. It runs a command, and prints the results or one line with the error."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _fail(message: str, code: int, words: Sequence[str]) -> int:
 
 
 def _in_words_of_options(message: str) -> str:
-    """Append the options of the command line to a message that names arguments of a callback (``model=``)."""
+    """Add the matching options of the command line to a message that names arguments of a callback, e.g. ``model=``."""
     if "model=" in message:
         message += " On the command line, give --network NAME."
     if "batch_fn=" in message:
@@ -75,7 +75,7 @@ def _in_words_of_options(message: str) -> str:
 def _noted() -> Iterator[list[str]]:
     """Silence Lightning in a ``with`` block, and collect the warnings of this package and of the user's code.
 
-    Yields a list, which is empty until the block ends and then receives the texts of the warnings.
+    Yields a list. It is empty until the block ends, and then holds the texts of the warnings.
     """
     notes: list[str] = []
     disabled = logging.root.manager.disable

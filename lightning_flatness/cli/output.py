@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lightning_flatness.cli.commands import Outcome
 
-WIDTH = 120  # characters in a line where the output is not a terminal
+WIDTH = 120  # characters per line if the output is not a terminal
 
 
 def show(outcome: Outcome, notes: Sequence[str]) -> None:
@@ -31,9 +31,9 @@ def show(outcome: Outcome, notes: Sequence[str]) -> None:
 
 
 def write(path: Path, outcome: Outcome) -> None:
-    """Write the results to ``path`` as an HTML page, a JSON file with the numbers, or an npz file with everything.
+    """Write the results to ``path`` as an HTML page, a JSON file or an ``.npz`` file, depending on the suffix.
 
-    The suffix of ``path`` decides on the kind of the file.
+    The JSON file has the numbers, and the ``.npz`` file the whole result.
     """
     if path.suffix == ".html":
         from lightning_flatness.pages import save_html

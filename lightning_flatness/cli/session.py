@@ -1,4 +1,4 @@
-"""The session of a running command, which builds the networks and the data, and runs validation steps on them."""
+"""The session of a running command. It builds the networks and the data, and runs validation steps on the data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_flatness.measure.progress import progress_bar
 
 
 class Session:
-    """The state of a running command: its options, its notes, and the data, which all networks share."""
+    """The state of a running command: its options, its notes for the user, and the data, which all networks share."""
 
     def __init__(self, command: Command, config: Mapping[str, Any]) -> None:
         self.command, self._config = command, config
@@ -90,10 +90,10 @@ class Session:
 
 
 def _loss(text: str) -> Any:
-    """Return the ``loss=`` argument for ``--loss text``.
+    """Return the argument ``loss=`` of the measurement for the option ``--loss text``.
 
-    A text without a dot is the name of a built-in loss and is returned as it is. Any other text is an import path: a
-    function is returned, and a class is called without arguments.
+    A text without a dot is the name of a built-in loss, and is returned unchanged. Any other text is the import path of
+    a function or a class. A function is returned; a class is called without arguments.
     """
     if "." not in text:
         return text

@@ -18,7 +18,7 @@ from lightning_flatness.errors import FlatnessError
 
 @dataclass(frozen=True)
 class Split:
-    """A split of the data whose loader is ready to be read."""
+    """A split of the data (training or validation) with a loader that is ready to be read."""
 
     name: str  # "val" or "train"
     number: int  # index of the loader among the validation loaders
@@ -31,15 +31,15 @@ def split_of(
 ) -> Split:
     """Set up the data and return one split.
 
-    The data module is set up with ``setup("fit")``, because that is where data modules draw random splits.
+    The data module is set up with ``setup("fit")``, because data modules draw random splits there.
 
     Args:
         name: ``"val"`` or ``"train"``.
-        model: the network, which has the loaders if ``data`` is None.
+        model: the network. If ``data`` is None, it must have the loaders.
         data: the LightningDataModule, or None.
         number: index of the loader, if there are several.
         max_samples: size of a fixed random subset, drawn as in :class:`~lightning_flatness.FlatnessCallback`. If it is
-            None, all validation samples are read, or 4,096 training samples.
+            None, a validation split has all samples, and a training split a subset of 4,096.
         device: the option ``--device``.
     """
     owner = model if data is None else data

@@ -1,4 +1,4 @@
-"""Run validation steps on a split of the data, and pass the inputs of the network on to a consumer."""
+"""Run validation steps on a split of the data, and give the inputs of the network to a consumer."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ Found = TypeVar("Found", covariant=True)
 
 
 class Consumer(Protocol[Found]):
-    """An object that takes batches one by one, and computes a result from them (``cli/consumers.py``)."""
+    """An object that takes batches one by one and computes a result from all of them (``cli/consumers.py``)."""
 
     def add(self, network: Network, inputs: Any, targets: Tensor | None) -> None:
-        """Take the inputs that the network gets in one validation step, and the targets of the batch."""
+        """Take the inputs that the network has received in one validation step, and the targets of the batch."""
 
     def result(self) -> Found:
         """Return the result. When this is called, the network is still on the device of the validation steps."""
 
 
 class SamplesOfSteps(MeasuringCallback, Generic[Found]):
-    """A callback that gives ``consumer`` the inputs of the network and the targets in each validation step.
+    """A callback that gives ``consumer`` the inputs of the network and the targets of each validation step.
 
     ``name`` is the attribute of the LightningModule that holds the network, or None if the user names no attribute. If
-    ``has_steps`` is False, no validation step calls the network, and the consumer gets the inputs of the batch. After
-    every batch, the callback calls ``advance`` with the share of batches that are done. ``targets`` is the entry of a
-    batch that has the targets, if the user names it.
+    ``has_steps`` is False, no validation step calls the network, and the consumer gets the inputs of the batch.
+    ``targets`` names the entry of a batch that has the targets; None if the user does not name it. After every batch,
+    the callback calls ``advance`` with the share of batches that are done.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ def visit(
 
     The consumer gets the inputs that the step gives to the network. With ``inputs="batch"``, or if the model has no
     validation step, no step runs and the consumer gets the inputs of the batch. ``network`` is the attribute of the
-    model that holds the network, ``targets`` the entry of a batch that has the targets. After every batch, ``advance``
-    is called with the share of batches that are done.
+    model that holds the network. ``targets`` names the entry of a batch that has the targets. After every batch,
+    ``advance`` is called with the share of batches that are done.
     """
     module: Any = model if is_lightning_module(model) else _Plain(model)
     has_steps = is_overridden("validation_step", module) and not isinstance(module, _Plain)
@@ -155,8 +155,8 @@ def visit(
 def targets_at(key: str, has_steps: bool) -> Callable[[Any], tuple[Any, Tensor]]:
     """Return a function from a batch to ``(inputs, targets)``, whose targets are the entry ``key`` of the batch.
 
-    If ``has_steps``, the inputs are None, because they are seen in the validation step. Otherwise the inputs are the
-    only other entry.
+    If ``has_steps``, the inputs are None, because the validation step shows them. Otherwise the inputs are the only
+    other entry of the batch.
     """
 
     def split(batch: Any) -> tuple[Any, Tensor]:
@@ -192,8 +192,8 @@ class _Plain(LightningModule):
 def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
     """In a ``with`` block, make the Trainer validate on ``split``.
 
-    The block replaces ``val_dataloader``, and ``validation_step`` where needed. It also replaces ``prepare_data`` and
-    ``setup`` by functions that do nothing, because the data are already set up.
+    In the block, ``val_dataloader`` returns the loader of the split, and ``validation_step`` is replaced if necessary.
+    ``prepare_data`` and ``setup`` of a data module do nothing, because the data are already set up.
     """
     data = split.data
     own: list[tuple[Any, str, Any]] = [(module if data is None else data, "val_dataloader", lambda: split.loader)]

@@ -13,10 +13,10 @@ MOST_NAMES = 3
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """Load the weights of a checkpoint into a model, as Lightning does.
+    """Load the weights of a checkpoint into a model, and return a note that names missing weights.
 
-    If the model's ``strict_loading`` is False, weights may be missing. The function returns a note that names the
-    missing weights, or an empty string if none is missing.
+    As in Lightning, weights may be missing only if the model's ``strict_loading`` is False. The note is empty if none
+    is missing.
 
     Raises:
         FlatnessError: names or shapes of the weights differ from those of the model.
@@ -34,7 +34,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
 
 
 def _misfit(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """Return a message that lists how the weights of a file differ from the model's; empty if they do not differ."""
+    """Return a message on how the weights in a file differ from the model's in name or shape; empty if they agree."""
     wanted, given = model.state_dict(), checkpoint.state
     missing, unknown = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
     shapes = {name: (tuple(given[name].shape), tuple(wanted[name].shape)) for name in wanted if name in given}
@@ -55,7 +55,7 @@ def _misfit(model: nn.Module, checkpoint: Checkpoint) -> str:
 
 
 def _prefix_hint(missing: Sequence[str], unknown: Sequence[str]) -> str:
-    """Return a hint if the names in the file are the model's names with a common prefix; else an empty string."""
+    """Return a hint if the names in the file are the model's names with a prefix; otherwise an empty string."""
     for name in unknown:
         prefix = next((name[: -len(own)] for own in missing if name.endswith(f".{own}")), "")
         if prefix and all(other.startswith(prefix) for other in unknown):

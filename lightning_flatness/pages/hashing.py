@@ -1,4 +1,4 @@
-"""A hash of the measured data, which shows whether two pages are about the same data."""
+"""Compute a hash of the measured data, which shows whether two pages are about the same data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_flatness.model.call import as_call, tensors_of
 
 
 class DataHash:
-    """A hash of batches, computed from the shapes, types and bytes of their tensors.
+    """A hash of batches, computed from the shapes, dtypes and bytes of their tensors.
 
     The hash depends on the order of the batches and on how samples are divided into batches.
 

@@ -23,7 +23,7 @@ from lightning_flatness.results import Comparison
 from lightning_flatness.results.records import Record
 from lightning_flatness.versions import __version__, versions
 
-MOST_SUMMARIES = 4  # largest number of results that the summary describes
+MOST_SUMMARIES = 4  # the summary describes at most this number of results
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def save_html(
             landscape, any other result of the package, or a mapping from names of networks to results.
         history: the records of a training run, from ``callback.history``.
         title: the title of the page; by default it names the networks.
-        details: facts about how the results were computed, such as ``{"Seed": "0"}``, a checkpoint, or
-            ``pages.data_hash(batches)``. The page adds the versions of the packages.
+        details: mapping from names to facts about how the results were computed, such as ``{"Seed": "0"}``, the name of
+            a checkpoint, or ``pages.data_hash(batches)``. The page adds the versions of the packages.
         notes: sentences to show below the details, such as warnings.
 
     Raises:

@@ -12,14 +12,14 @@ from rich import table as rich_table
 
 from lightning_flatness.errors import FlatnessError
 
-# A figure is written as PNG if its SVG would have more bytes than this, as with filled contours.
+# A figure is written as PNG if its SVG has more bytes than this, which happens with filled contours.
 MOST_BYTES = 400_000
 PIXELS_PER_INCH = 160
 
 
 @dataclass(frozen=True)
 class Head:
-    """The heading of a table column; with ``right`` the column is aligned to the right."""
+    """The heading of a table column. If ``right`` is True, the column is aligned to the right."""
 
     text: str
     right: bool = False
@@ -38,9 +38,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An image as a data URI, with a caption that is also the alternative text.
+    """An image as a data URI (``source``), with a caption that is also the alternative text.
 
-    In dark mode the page inverts the colours, except those of a ``filled`` figure (filled contours).
+    In dark mode the page inverts the colours of the image, unless the figure is ``filled``, i.e. has filled contours.
     """
 
     source: str
@@ -50,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a page. Facts are pairs of name and text; points are the items of a list."""
+    """A section of a page. ``facts`` are pairs of a name and a text, and ``points`` are the items of a list."""
 
     title: str
     facts: tuple[tuple[str, str], ...] = ()
@@ -61,7 +61,7 @@ class Section:
 
 
 def table_of(table: rich_table.Table, caption: str | None = None) -> Table:
-    """Convert a table for the terminal (``rich``) to a table for a page; ``caption`` replaces the table's caption.
+    """Convert a ``rich`` table to a table for a page. If ``caption`` is given, it replaces the table's own caption.
 
     Example:
         >>> table = rich_table.Table("layer", title="a title")
@@ -78,7 +78,10 @@ def table_of(table: rich_table.Table, caption: str | None = None) -> Table:
 def drawn(
     draw: Callable[[], tuple[Any, Any]], caption: str, filled: bool = False
 ) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
-    """Call ``draw`` and return ``(figure,), ()``. If ``draw`` raises a FlatnessError, return ``(), (reason,)``."""
+    """Call ``draw`` and return the figure that it draws, or the reason why it cannot draw one.
+
+    The result is ``(figure,), ()``. If ``draw`` raises a FlatnessError, the result is ``(), (reason,)``.
+    """
     try:
         figure, _ = draw()
     except FlatnessError as error:

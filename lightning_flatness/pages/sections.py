@@ -28,8 +28,8 @@ from lightning_flatness.results.texts import measured, named
 
 DATA = {"val": "validation data", "train": "training data"}
 UNITS = "in units of the loss"
-MUCH = 0.5  # if a tenth of the samples has more than this share of relative flatness, the page warns
-# Columns of the table of a history: the key in the records, and the heading.
+MUCH = 0.5  # the page warns if a tenth of the samples contributes more than this share of relative flatness
+# Columns of the table of a training run: keys in the records of its history, and headings.
 HISTORY = {
     "accuracy": "accuracy",
     "loss": "loss",
@@ -81,7 +81,7 @@ NOT_TO_CONCLUDE = (
 
 
 def reading_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
-    """Return sentences that explain how to read results of these kinds."""
+    """Return sentences that explain how to read ``results`` and, if ``has_history``, the history of a run."""
     is_flatness = has_history or any(isinstance(one, (FlatnessReport, Comparison)) for one in results)
     return (
         *(READING if is_flatness else ()),
@@ -91,9 +91,9 @@ def reading_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
 
 
 def cautions_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
-    """Return sentences on what must not be concluded from these results.
+    """Return sentences on what must not be concluded from ``results``, or from a history if ``has_history``.
 
-    The cautions of comparisons come first, and then those that hold for all results.
+    The cautions of comparisons come first, and then the sentences that hold for all results.
     """
     known = [caution for one in results if isinstance(one, Comparison) for caution in one.cautions]
     about_loss = () if any(caution.kind.startswith("train_loss") for caution in known) else (EQUAL_LOSS,)
@@ -103,7 +103,7 @@ def cautions_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
 
 
 def section_of(name: str, result: Any) -> Section:
-    """Return the section of a page for one result; ``name`` is the network's name, or empty."""
+    """Return the section of a page about one result; ``name`` is the name of the network, and may be empty."""
     ending = f": {name}" if name else ""
     if isinstance(result, Comparison):
         return _comparison(result)
@@ -118,7 +118,7 @@ def section_of(name: str, result: Any) -> Section:
 
 
 def summary_of(name: str, result: Any) -> tuple[str, ...]:
-    """Return sentences for the summary at the top of the page, with the main numbers of a result."""
+    """Return sentences with the main numbers of a result, for the summary at the top of the page."""
     who = f"{name}: " if name else ""
     if isinstance(result, Comparison):
         return (result.verdict,)
@@ -137,9 +137,9 @@ def summary_of(name: str, result: Any) -> tuple[str, ...]:
 
 
 def history_section(history: Sequence[Mapping[str, Any]]) -> Section:
-    """Return the section with a figure and a table of the records of a training run.
+    """Return the section with a figure and a table of the history of a training run.
 
-    The section names layers and data, because the reports on the page may be about other layers and data.
+    The section names the layers and data of the history, because reports on the same page may be about others.
     """
     figures, notes = drawn(lambda: plots.plot_history(history), "Accuracy and flatness over the epochs of the run.")
     shown = {key: heading for key, heading in HISTORY.items() if any(record.get(key) is not None for record in history)}
@@ -173,7 +173,7 @@ def _is_exact(record: Mapping[str, Any]) -> str:
 def _comparison(result: Comparison) -> Section:
     """Return the section with the tables and figures of a comparison.
 
-    The section leaves out the verdict and the cautions, because they are at the top of the page.
+    The section leaves out the verdict and the cautions, because the top of the page shows these.
     """
     tables = [table_of(decision_table(result, has_caption=False), reading(result)), table_of(measures_table(result))]
     loss = "loss" if all(math.isnan(row.train_loss) for row in result.models.values()) else "train_loss"
@@ -219,7 +219,7 @@ def _described(info: LayerInfo) -> str:
 
 
 def _concentration(share: float, layers: int) -> str:
-    """Say which share of relative flatness comes from the tenth of the samples with the largest values."""
+    """Return a text on the share of relative flatness that comes from the tenth of samples with the largest values."""
     where = " in one of the layers" if layers > 1 else ""
     doubt = ", so a few samples decide it and its ± is rough" if share > MUCH else ""
     return f"the tenth of the samples with most of it carries {100 * share:.0f} % of relative flatness{where}{doubt}"

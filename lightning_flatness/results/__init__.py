@@ -1,4 +1,4 @@
-"""Frozen records of measurements, with their tables, data and files."""
+"""Results of measurements, as frozen dataclasses that can be printed, converted to plain data, and saved."""
 
 from lightning_flatness.results.cautions import CAUTIONS, Caution
 from lightning_flatness.results.comparison import ComparedModel, Comparison, Difference

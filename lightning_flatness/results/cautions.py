@@ -1,4 +1,4 @@
-"""The cautions of a comparison: reasons why models cannot be compared as they are, as frozen records."""
+"""The cautions of a comparison: reasons why models cannot be compared as they are, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lightning_flatness.results.records import Record
 
-# The kind of caution that says that there are too few samples to know the errors of differences.
+# The kind of the caution that is given if there are too few samples for standard errors of differences.
 FEW_SAMPLES = "few_samples"
 
 CAUTIONS = {
@@ -30,9 +30,10 @@ CAUTIONS = {
     FEW_SAMPLES: "too few samples for errors",
     "few_models": "too few models for τ",
 }
-"""The kinds of cautions and a few words on each, in the order in which cautions are listed."""
+"""The kinds of cautions, each with the problem in a few words, in the order in which cautions are listed."""
 
-# Kinds about missing numbers or errors. They are no reason against comparing the numbers that are there.
+# Kinds of cautions about missing numbers or standard errors, or about too few models. In spite of these cautions, the
+# models can be compared by the numbers that are known.
 ABOUT_NUMBERS = ("not_normalised", FEW_SAMPLES, "few_models")
 
 
@@ -44,7 +45,7 @@ class Caution(Record):
         kind: subject of the caution, a key of :data:`~lightning_flatness.results.CAUTIONS`.
         sentence: the problem, and what follows from it for the comparison.
         models: names of the models with the problem; all models if the problem is a difference between models.
-        words: the problem in a few words; empty if the words for its kind in ``CAUTIONS`` say enough.
+        words: the problem in a few words; if empty, the words in ``CAUTIONS`` for this kind are used.
 
     Example:
         >>> caution = Caution("data", "The models were measured on different data.", ("a", "b"))
@@ -68,7 +69,7 @@ class Caution(Record):
         return f"{self.kind}: {self.sentence}"
 
     def table(self) -> Table:
-        """Return a rich table with the sentence."""
+        """Return a ``rich`` table with the sentence and the names of the models."""
         table = Table("caution", "models")
         table.add_row(Text(self.sentence), Text(", ".join(self.models)))
         return table

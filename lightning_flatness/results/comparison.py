@@ -1,4 +1,4 @@
-"""The comparison of several models, as frozen records: a row for every model, differences, and a verdict."""
+"""The comparison of several models, as frozen dataclasses: a row for every model, differences, and a verdict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURE
 from lightning_flatness.results.records import Record, flat
 from lightning_flatness.results.texts import as_text, measured, named
 
-# A difference is clear if it is larger than this number of standard errors of the difference.
+# A difference is called clear if its absolute value is more than this number of standard errors of the difference.
 CLEAR = 2.0
 
 
@@ -28,10 +28,10 @@ class Difference(Record):
 
     Attributes:
         value: the model's number minus the reference's number.
-        error: standard error of ``value``, which combines the error over samples with the error of estimates; NaN if
-            not known, as with too few samples.
+        error: standard error of ``value``, which includes the error over samples and the error of estimates; NaN if not
+            known, e.g. with too few samples.
         ratio: the model's number divided by the reference's number; NaN unless the reference's number is positive.
-        ratio_error: standard error of ``ratio``, to first order; NaN if not known.
+        ratio_error: standard error of ``ratio``, by first-order propagation of errors; NaN if not known.
         is_paired: whether the errors take into account that both models were measured on the same samples.
 
     Example:
@@ -50,12 +50,12 @@ class Difference(Record):
 
     @property
     def is_known(self) -> bool:
-        """Whether the difference and its standard error are finite, so that :attr:`is_clear` means something."""
+        """Whether the difference and its standard error are finite; otherwise :attr:`is_clear` is always False."""
         return math.isfinite(self.value) and math.isfinite(self.error)
 
     @property
     def is_clear(self) -> bool:
-        """Whether the difference is larger than two standard errors; False if the error is not known."""
+        """Whether the absolute difference is more than two standard errors; False if the error is not known."""
         return self.is_known and abs(self.value) > CLEAR * self.error
 
     def _line(self) -> str:
@@ -63,7 +63,7 @@ class Difference(Record):
         return f"{measured(self.value, self.error)}, {measured(self.ratio, self.ratio_error)} times, {clear}"
 
     def table(self) -> Table:
-        """Return a rich table of the difference and the ratio."""
+        """Return a ``rich`` table of the difference and the ratio."""
         table = Table("difference", "ratio", "larger than two standard errors")
         clear = "yes" if self.is_clear else "no" if self.is_known else "not known"
         table.add_row(measured(self.value, self.error), measured(self.ratio, self.ratio_error), clear)
@@ -85,18 +85,18 @@ class ComparedModel(Record):
             the logits.
         hessian_trace: sum of the Hessian traces of the layers, in loss per squared weight.
         weight_norm: Frobenius norm of all measured kernels together.
-        exact: whether the numbers of every layer are certified to be those of the Hessian itself.
-        method: the methods of the layers, such as ``"closed_form"``, separated by commas.
+        exact: whether checks against autograd certify that the numbers of every layer are those of the exact Hessian.
+        method: the methods by which the layers were measured, such as ``"closed_form"``, separated by commas.
         precision: lowest precision that a layer was measured in.
         loss_name: name of the loss.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
         num_samples: number of samples that were measured.
         train_loss: mean loss over training data.
         margin: mean over samples of the target's logit minus the largest other logit.
-        feature_spread: the mean squared norm of the classifier's input, times the variance over classes of the rows of
-            the classifier's weight.
+        feature_spread: mean over samples of ``‖g‖²``, times the mean over classes of ``‖w_k - w̄‖²``. ``g`` is the
+            input of the linear classifier, ``w_k`` is a row of its weight, and ``w̄`` is the mean row.
         outcome: the number that flatness is expected to predict, as the user gave it, such as a generalization gap.
-        errors: mapping from names of numbers to standard errors, which combine the error over samples with that of
+        errors: mapping from names of numbers to standard errors, which include the error over samples and the error of
             estimates.
         layers: names of the measured layers.
         filters: number of filters of each measured layer.
@@ -153,7 +153,7 @@ class ComparedModel(Record):
         return f"{self.name}: normalised {self.shown(BEST)}, loss {self.shown('loss')}, {exact}"
 
     def table(self) -> Table:
-        """Return a rich table of the model's numbers."""
+        """Return a ``rich`` table of the model's numbers."""
         table = Table("number", "value", title=self.name)
         for name, heading in (MEASURES | BASELINES | {"accuracy": "accuracy"}).items():
             table.add_row(heading, self.shown(name))
@@ -164,17 +164,18 @@ class ComparedModel(Record):
 class Comparison(Record):
     """Several models side by side, by the flatness of one or several layers; ``print(comparison)`` shows a table.
 
-    Lower is flatter. ``cautions`` say what must not be concluded; read them first. Differences are between each model
-    and the first model, the reference.
+    Lower is flatter. Read ``cautions`` first: they say what must not be concluded. Every model is compared with the
+    first model, which is called the reference.
 
     Attributes:
         models: mapping from names of models to their rows, in the order in which the models were given.
         cautions: reasons why models cannot be compared as they are.
         covariances: mapping from names of numbers to the covariances of their errors in the ``M`` models, float64
-            ``(M, M)``. They are zero between different models unless ``is_paired``.
-        is_paired: whether all models are known to be measured on the same samples, so that errors of differences take
-            the covariances between models into account.
-        correlations: rank correlations of each number with the outcome; empty without outcomes.
+            ``(M, M)``. The covariances of different models are zero unless ``is_paired``.
+        is_paired: whether all models are known to be measured on the same samples. If so, the errors of differences
+            take the covariances of the models into account.
+        correlations: rank correlations of each number with the outcome, which is the number that flatness is expected
+            to predict; empty without outcomes.
         outcome_name: name of the outcome.
 
     Example:
@@ -201,12 +202,12 @@ class Comparison(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers of all models are certified to be those of the Hessian itself."""
+        """Whether checks against autograd certify that the numbers of all models are those of the exact Hessian."""
         return all(model.exact for model in self.models.values())
 
     @property
     def differences(self) -> dict[str, dict[str, Difference]]:
-        """Differences between each other model and the first model, as ``differences[name][number]``."""
+        """Differences of each other model from the first model: ``differences[name][number]`` for model ``name``."""
         numbers = ("loss", "accuracy", *MEASURES)
         return {
             name: {number: self.difference(number, name) for number in numbers}
@@ -216,15 +217,16 @@ class Comparison(Record):
 
     @property
     def verdict(self) -> str:
-        """Sentences that name the flattest model by the normalised measure, and its distance to the second model.
+        """Sentences that name the model with the lowest normalised relative flatness, or say that there is a tie.
 
-        If there are cautions against comparing the models, a sentence lists them.
+        If the difference to the second model is clear, they state its size. If there are cautions against comparing the
+        models, a sentence lists them.
         """
         return self._found + self._doubt
 
     @property
     def _doubt(self) -> str:
-        """A sentence that names the reasons against comparing the models; empty if there are none."""
+        """A sentence with the reasons against comparing the models; an empty string if there are no such reasons."""
         kinds = [caution for caution in self.cautions if caution.kind not in ABOUT_NUMBERS]
         if not kinds:
             return ""
@@ -232,7 +234,7 @@ class Comparison(Record):
 
     @property
     def _found(self) -> str:
-        """A sentence that says which model is the flattest by the normalised measure, or that it is a tie."""
+        """Sentences on which model has the lowest normalised relative flatness, and on how sure this is."""
         values = {name: model.normalized_relative_flatness for name, model in self.models.items()}
         order = sorted((name for name, value in values.items() if math.isfinite(value)), key=values.__getitem__)
         if len(order) < 2:
@@ -261,7 +263,7 @@ class Comparison(Record):
 
     @property
     def _has_errors(self) -> bool:
-        """Whether there are enough samples for errors of differences. Too few samples cause a caution."""
+        """Whether there are enough samples for standard errors, i.e. whether no caution is about too few samples."""
         return all(caution.kind != FEW_SAMPLES for caution in self.cautions)
 
     def difference(self, number: str, name: str, reference: str | None = None) -> Difference:
@@ -294,11 +296,11 @@ class Comparison(Record):
         return Difference(value - of_reference, _root(variance), ratio, _root(of_ratio), self.is_paired)
 
     def table(self) -> Table:
-        """Return a rich table with a row for every model, and below it the verdict and the cautions."""
+        """Return a ``rich`` table with a row for every model, and below it the verdict and the cautions."""
         return decision_table(self)
 
     def tables(self) -> list[Table]:
-        """Return :meth:`table`, a table of the other measures and, if there are outcomes, one of rank correlations."""
+        """Return the tables: :meth:`table`, the other measures and, if there are outcomes, the rank correlations."""
         correlations = [correlation_table(self.correlations, self.outcome_name)] if self.correlations else []
         return [self.table(), measures_table(self), *correlations]
 
@@ -329,10 +331,10 @@ class Comparison(Record):
 
 
 def _standard_errors(found: Difference) -> str:
-    """Return the size of a difference in standard errors, as text."""
+    """Return as text how many standard errors a clear difference amounts to."""
     return f"{abs(found.value) / found.error:.2g} standard errors" if found.error else "more than two standard errors"
 
 
 def _root(variance: float) -> float:
-    """Return the square root of a variance; zero for a variance that rounding has made negative."""
+    """Return the square root of a variance. The result is zero for a negative variance, which comes from rounding."""
     return math.nan if math.isnan(variance) else math.sqrt(max(variance, 0.0))

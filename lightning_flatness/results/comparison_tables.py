@@ -1,4 +1,4 @@
-"""Make the tables of a comparison, and its HTML for notebooks."""
+"""Make the tables of a comparison, and the HTML that notebooks show for a comparison."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
-    """Return the main table, with a row for every model.
+    """Return the main table of a comparison, with a row for every model.
 
-    A row has the normalised measure, its ratio to that of the first model, the losses and the accuracy. The caption has
-    the verdict and the cautions; ``has_caption=False`` leaves it out.
+    A row has the normalised relative flatness, its ratio to that of the first model, the losses, the accuracy and the
+    outcome. The caption has the verdict and the cautions; with ``has_caption=False`` there is no caption.
     """
     rows = comparison.models
     caption = _caption(comparison) if has_caption else None
@@ -35,7 +35,7 @@ def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     headings = MEASURES | BASELINES
     outcome = [comparison.outcome_name] * bool(comparison.outcome_name)
     if all(row.data == "val" for row in rows.values()):
-        headings |= {"loss": "val loss"}  # to tell it from the training loss in the next column
+        headings |= {"loss": "val loss"}  # because the table may also have a column with the training loss
     for heading in (headings[BEST], f"times {comparison.reference}", *(headings.get(n, n) for n in numbers), *outcome):
         table.add_column(Text(heading), justify="right")
     table.add_column("exact")
@@ -48,7 +48,7 @@ def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
 
 
 def _caption(comparison: Comparison) -> Text:
-    """Return the verdict, the cautions in bold red, and how to read the numbers."""
+    """Return the caption of the main table: the verdict, the cautions, and how to read the numbers."""
     caption = Text(comparison.verdict, style="bold")
     for caution in comparison.cautions:
         caption.append("\nCAUTION: ", style="bold red").append(caution.sentence, style="not bold")
@@ -56,7 +56,7 @@ def _caption(comparison: Comparison) -> Text:
 
 
 def measures_table(comparison: Comparison) -> Table:
-    """Return the table of the measures other than the normalised one, and of the baselines."""
+    """Return a table with all measures but normalised relative flatness, and all baselines but the training loss."""
     rows = comparison.models
     known = [
         number
@@ -75,7 +75,7 @@ def measures_table(comparison: Comparison) -> Table:
 def with_mark(comparison: Comparison, number: str, name: str) -> str:
     """Return a model's number as text, with a mark if it does not differ clearly from the first model's number.
 
-    The mark is ``≈`` for a difference that is not clear, and ``?`` for a difference of unknown error.
+    The mark is ``≈`` if the difference is at most two standard errors, and ``?`` if its standard error is not known.
     """
     text = comparison.models[name].shown(number)
     if name == comparison.reference or text == "-" or number not in MEASURES:
@@ -131,5 +131,5 @@ def as_page(comparison: Comparison) -> str:
 
 
 def _of(data: str) -> str:
-    """Return the description of the data as the end of a phrase, such as " of val data"; empty if not known."""
+    """Return the end of a phrase that names the data, such as " of val data"; empty if the data are not known."""
     return f" of {data} data" if data in ("val", "train") else f" of {data}" if data else ""

@@ -1,7 +1,8 @@
-"""Save records to compressed ``.npz`` files of plain arrays and one JSON text, without pickle, and load them.
+"""Save results to compressed ``.npz`` files, and load them, without pickle.
 
-The JSON text has the fields of the record. A tensor appears in it as the name of an array, and NaN and infinities as
-strings. When a file is read, the type annotations of the record's fields decide how each value is converted.
+A file has plain arrays and one JSON text with the fields of the result. In this text, the name of an array stands for
+a tensor, and strings stand for NaN and infinities. When a file is read, the type annotations of the fields decide how
+each value is converted.
 :func:`_from_format_1` converts files of the earlier format 1.
 """
 
@@ -23,7 +24,7 @@ from lightning_flatness.errors import FlatnessError
 
 Result = TypeVar("Result", bound="Saved")
 
-# Version of the file format. It is written to every file, so that later versions of the package can read the file.
+# Version of the file format. Every file states its version, so that later versions of the package can read the file.
 FORMAT = 2
 RECORD = "record"  # name of the array that holds the JSON text
 
@@ -34,11 +35,11 @@ class Saved:
     Fields may be tensors, plain values, other records, and tuples or mappings of these.
     """
 
-    # Names of the arrays in old files of this class that have no JSON text; empty if there are no such files.
+    # Old files of some classes have no JSON text. These are the names of the arrays in such files of this class.
     _unlabelled: ClassVar[frozenset[str]] = frozenset()
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the record to a compressed ``.npz`` file, without pickle, and return the file's path."""
+        """Write this object to a compressed ``.npz`` file, without pickle, and return the path of the file."""
         import numpy as np
 
         path = Path(path)
@@ -53,9 +54,10 @@ class Saved:
 
     @classmethod
     def load(cls: type[Result], path: str | PathLike[str]) -> Result:
-        """Return the record in a file that :meth:`save` wrote.
+        """Return the object that :meth:`save` wrote to a file.
 
-        Raises a :class:`FlatnessError` if the file is broken, holds another kind of record, or is of a later format.
+        Raises a :class:`FlatnessError` if the file is broken, holds an object of another class, or was written in a
+        later format by a later version of the package.
         """
         import numpy as np
 
@@ -80,7 +82,7 @@ class Saved:
                 record: Result = _unpacked(entries, cls, tensors)
             except FlatnessError:
                 raise
-            except Exception as error:  # because numpy, zipfile, zlib, struct, json and torch raise many types
+            except Exception as error:  # numpy, zipfile, zlib, struct, json and torch raise errors of many types
                 reason = f"{type(error).__name__}: {error}"
                 raise FlatnessError(
                     f"'{path}' is not a file of {cls.__name__}.save, or is broken ({reason})."
@@ -89,17 +91,18 @@ class Saved:
 
 
 def has_tensors(kind: Any) -> bool:
-    """Return whether values of the type ``kind`` are tensors, or tuples or mappings of tensors."""
+    """Return whether values of the type ``kind`` can be tensors, or tuples or mappings of tensors."""
     return kind is Tensor or any(map(has_tensors, get_args(kind)))
 
 
 def _packed(value: Any, name: str, arrays: dict[str, Any]) -> Any:
-    """Return a value in a form that JSON can hold, and add its tensors to ``arrays``.
+    """Convert a value to a form that JSON can hold, and add its tensors to ``arrays``.
 
-    The name of an array is the path to the tensor in the record, such as ``layers.conv1.block_traces``.
+    ``name`` is the path to the value in the saved object, such as ``layers.conv1.block_traces``. The array of a tensor
+    has this name.
     """
     if isinstance(value, Tensor):
-        while name in arrays or name == RECORD:  # two paths may be equal, because layer names contain dots, too
+        while name in arrays or name == RECORD:  # because layer names contain dots, two paths may be equal
             name += "_"
         arrays[name] = value.detach().cpu().numpy()
         return name
@@ -114,7 +117,7 @@ def _packed(value: Any, name: str, arrays: dict[str, Any]) -> Any:
 
 
 def _unpacked(value: Any, kind: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the value of type ``kind`` that :func:`_packed` has packed; raise an error for a value of another type."""
+    """Convert a value that :func:`_packed` returned back to the type ``kind``; raise an error if it does not fit."""
     parts, origin = get_args(kind), get_origin(kind)
     if NoneType in parts:
         (kind,) = (part for part in parts if part is not NoneType)
@@ -125,7 +128,7 @@ def _unpacked(value: Any, kind: Any, tensors: Mapping[str, Tensor]) -> Any:
         kinds = get_type_hints(kind)
         if unknown := sorted(value.keys() - {field.name for field in fields(kind)}):
             raise TypeError(f"unknown field {unknown[0]}")
-        # A field with a default may be missing, because it may be newer than the file.
+        # A field with a default may be missing, because the field may have been added after the file was written.
         read = [field.name for field in fields(kind) if field.name in value or _is_needed(field)]
         return cast(Any, kind)(**{name: _unpacked(value[name], kinds[name], tensors) for name in read})
     if origin is tuple:

@@ -1,4 +1,4 @@
-"""The flatness of layers and of a whole model, as frozen records."""
+"""The flatness of layers and of a whole model, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLUMNS = {
     "channelwise_flatness": "channel-wise",
     "neuronwise_flatness": "neuron-wise",
 }
-ALWAYS = ("hessian_trace", "relative_flatness", "neuronwise_flatness")  # columns that are shown even without values
+ALWAYS = ("hessian_trace", "relative_flatness", "neuronwise_flatness")  # columns shown even if all values are NaN
 SUMS = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "neuronwise_flatness")
 MEANS = {"loss": "loss", "accuracy": "accuracy", "curvature": "curvature (trace of Λ)"}
 
@@ -32,38 +32,42 @@ MEANS = {"loss": "loss", "accuracy": "accuracy", "curvature": "curvature (trace 
 class LayerFlatness(Record):
     """Flatness of one layer with ``S`` filters in ``G`` groups.
 
-    The Hessian is the second derivative of the mean loss over ``num_samples`` samples, with respect to the layer's
-    kernel ``W``, whose filters are ``w_s``.
+    ``H`` is the Hessian of the mean loss over ``num_samples`` samples with respect to the layer's kernel ``W``. The
+    filters ``w_s`` are the rows of ``W``.
 
     Attributes:
         block_traces: ``T``, float64 ``(G, S/G, S/G)``, in loss per squared weight; ``T[g, s, s']`` is the trace of the
-            Hessian's block for the filters ``s`` and ``s'`` of group ``g``. If none of relative, normalised and
-            channel-wise flatness was measured, only the diagonals ``(G, S/G)``.
+            block of ``H`` for the filters ``s`` and ``s'`` of group ``g``. If neither relative nor normalised nor
+            channel-wise flatness was measured, this has only the diagonals, ``(G, S/G)``.
         filter_traces: Hessian trace of every filter, float64 ``(S,)``, in loss per squared weight.
         filter_flatness: ``‖w_s‖² T[s, s]``, float64 ``(S,)``; its sum is ``neuronwise_flatness``.
         hessian_trace: trace of the layer's Hessian, in loss per squared weight.
         relative_flatness: ``sum_{s, s'} <w_s, w_s'> T[s, s']`` (Petzka et al. 2021, Definition 3), in units of the
-            loss; NaN if not measured.
+            loss. Pairs of filters in different groups do not count. NaN if not measured.
         neuronwise_flatness: ``sum_s ‖w_s‖² T[s, s]`` (Petzka et al. 2019), in units of the loss.
         layerwise_flatness: ``‖W‖_F² Tr(H)`` (Petzka et al. 2019), in units of the loss.
         weight_norm: Frobenius norm ``‖W‖_F`` of the kernel.
         num_samples: number of samples that were measured.
-        standard_errors: mapping from measures to the standard errors of their estimates; zero without an estimate.
+        standard_errors: mapping from measures to the standard errors that random probes cause; zero if the measure was
+            computed without probes.
         info: description of how the layer was measured.
-        normalized_relative_flatness: relative flatness of the equivalent layer whose input channels all have standard
-            deviation one, in units of the loss. Rescaling the input channels, with the inverse change of ``W``, does
-            not change this measure (``docs/theory.md``, "Invariance"). NaN if not measured; zero if no channel varies.
+        normalized_relative_flatness: relative flatness of the layer after its input channels are scaled to standard
+            deviation one, and its weights inversely, in units of the loss. Rescaling the input channels, with the
+            inverse change of ``W``, does not change this measure (``docs/theory.md``, "Invariance"). NaN if not
+            measured; zero if all channels are constant.
         channelwise_flatness: ``sum_c sum_{s, s'} <w_sc, w_s'c> Tr(H_{sc, s'c})`` in units of the loss, where ``c`` is
             an input channel and ``w_sc`` the part of filter ``s`` on this channel. Rescaling the input channels does
-            not change this measure either. NaN unless asked for.
-        num_dead_channels: number of input channels that do not vary, which the normalised measure leaves out.
-        sampling_errors: mapping from measures to their standard errors over samples. This error is the typical distance
-            between the measure and its value on a large data set from the same distribution. NaN if not known.
+            not change this measure either. NaN unless ``measures=`` has it.
+        num_dead_channels: number of input channels that are constant over the first 128 samples. The normalised measure
+            leaves these channels out.
+        sampling_errors: mapping from measures to their standard errors over samples, i.e. the typical distance between
+            the measure and its value on a large data set from the same distribution. NaN if not known.
         largest_tenth: share of relative flatness that comes from the tenth of the samples with the largest values; NaN
-            if per-sample values are not known, or some are negative.
-        samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured set; NaN for ignored
-            samples. The mean of the values, weighted by ``report.samples["weight"]``, is the layer's number.
-            Empty unless asked for, and always empty with ``residual="hutchinson"``.
+            if per-sample values are not known, some are negative, or all are zero.
+        samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured samples. The mean of
+            the values, weighted by ``report.samples["weight"]``, is the layer's number. Empty unless
+            ``per_sample=True``. Values are NaN for ignored samples, and where ``residual="hutchinson"`` adds an
+            estimate to a layer's numbers. A measure whose values are all NaN has no entry.
 
     Example:
         >>> import torch, lightning_flatness as lf
@@ -103,20 +107,20 @@ class LayerFlatness(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers are certified to be those of the whole Hessian, and not of a part of it or estimates."""
+        """Whether checks against autograd certify that the numbers are those of the whole Hessian."""
         return self.info.exact
 
     @property
     def method(self) -> str:
-        """How the numbers were computed, such as ``"closed_form"``; see :class:`LayerInfo`."""
+        """Name of the method that computed the numbers, such as ``"closed_form"``; see :class:`LayerInfo`."""
         return self.info.method
 
     def table(self) -> Table:
-        """Return a rich table of the layer's measures."""
+        """Return a ``rich`` table of the layer's measures."""
         return FlatnessReport({self.info.name: self}).table()
 
     def shown(self, measure: str) -> str:
-        """Return a measure with its errors, as tables show it."""
+        """Return a measure with its errors as text, in the form that tables show."""
         errors = self.sampling_errors.get(measure, math.nan), self.standard_errors.get(measure, 0.0)
         return measured(getattr(self, measure), *errors)
 
@@ -130,21 +134,21 @@ class FlatnessReport(Record):
     """Flatness of the measured layers of a model; ``print(report)`` shows a table.
 
     Attributes:
-        layers: results by name of the layer, in the order in which the layers run.
-        left_out: with ``layers="all"``, the reasons why layers cannot be measured, by name of the layer.
+        layers: mapping from layer names to results, in the order in which the layers run.
+        left_out: with ``layers="all"``, mapping from the names of layers that cannot be measured to the reasons.
         loss: mean loss over the measured samples; NaN if the batches have no targets.
         accuracy: share of the measured samples whose largest logit is that of the target; NaN unless targets are class
             indices.
-        curvature: mean over samples of the trace of ``Λ``, the second derivative of the loss at the logits.
+        curvature: mean over samples of the trace of ``Λ``, the loss's second derivative with respect to the logits.
         loss_name: name of the loss.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
-        sampling_errors: mapping from ``"loss"``, ``"accuracy"``, ``"curvature"`` and the measures, summed over layers,
-            to their standard errors over samples.
-        num_groups: number of groups of samples in the jackknife for these errors. A confidence interval
+        sampling_errors: mapping from names to standard errors over samples. The names are ``"loss"``, ``"accuracy"``,
+            ``"curvature"``, and those of measures, for the errors of their sums over layers.
+        num_groups: number of groups of samples in the jackknife for ``sampling_errors``. A confidence interval
             (``functional.sampling.interval``) uses the t-distribution with ``num_groups - 1`` degrees of freedom.
         samples: per-sample ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and
-            ``weight``, ``(N,)`` each; empty unless asked for. The weight of a sample is the weight of its target's
-            class, and 0 for an ignored sample.
+            ``weight``, ``(N,)`` each; empty unless ``per_sample=True``. The weight of a sample is the weight of its
+            target's class, and 0 for an ignored sample.
         depth: number of convolutions and linear layers of the whole network; 0 if not known.
         batch_norms: number of BatchNorm layers of the whole network.
         fresh_batch_norms: number of BatchNorm layers whose running statistics were never updated.
@@ -201,24 +205,24 @@ class FlatnessReport(Record):
 
     @property
     def max_relative_flatness(self) -> float:
-        """The largest relative flatness of a measured layer, in units of the loss."""
+        """The largest relative flatness of all measured layers, in units of the loss."""
         return max((layer.relative_flatness for layer in self.layers.values()), default=math.nan)
 
     @property
     def relative_flatness_per_loss(self) -> float:
-        """Relative flatness divided by the mean loss, to compare models whose losses differ; NaN without a loss."""
+        """Relative flatness divided by the mean loss; NaN if the loss is zero or not known."""
         return self.relative_flatness / self.loss if self.loss else math.nan
 
     @property
     def relative_flatness_per_curvature(self) -> float:
-        """Relative flatness divided by ``curvature``, which is small for a network with confident predictions."""
+        """Relative flatness divided by ``curvature``, which is small for confident predictions; NaN if it is zero."""
         return self.relative_flatness / self.curvature if self.curvature else math.nan
 
     @property
     def standard_errors(self) -> dict[str, float]:
-        """Upper bounds on the standard errors of ``hessian_trace`` and ``relative_flatness``, if they are estimates.
+        """Upper bounds on the standard errors that random probes cause in ``hessian_trace`` and ``relative_flatness``.
 
-        Each bound is the sum of the layers' standard errors; it is zero if no layer is estimated.
+        Each bound is the sum of the layers' ``standard_errors``. It is zero if no layer was measured with probes.
         """
         return {
             name: sum(layer.standard_errors.get(name, 0.0) for layer in self.layers.values())
@@ -237,17 +241,20 @@ class FlatnessReport(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers of every layer are certified to be those of the Hessian itself."""
+        """Whether checks against autograd certify that the numbers of every layer are those of the whole Hessian."""
         return all(layer.exact for layer in self.layers.values())
 
     @property
     def precision(self) -> str:
-        """The lowest precision that a layer was measured in, such as ``"bfloat16"`` under autocast."""
+        """The lowest precision in which a layer was measured, such as ``"bfloat16"`` under autocast."""
         return lowest_precision(self._infos).precision if self.layers else "float32"
 
     @property
     def precision_deviation(self) -> float:
-        """In half precision, the largest relative change of a layer's trace from float32, on a few samples; else 0."""
+        """Largest relative difference of a layer's trace in half precision from its trace in float32.
+
+        It is measured on a few samples. It is zero if no layer was measured in half precision.
+        """
         return lowest_precision(self._infos).precision_deviation if self.layers else 0.0
 
     @property
@@ -255,7 +262,7 @@ class FlatnessReport(Record):
         return [layer.info for layer in self.layers.values()]
 
     def table(self) -> Table:
-        """Return a rich table with a row for every layer, and a row for the sums over layers."""
+        """Return a ``rich`` table with a row for every layer and a row with the sums over layers."""
         data = f" of {self.data} data" if self.data in ("val", "train") else f" of {self.data}" if self.data else ""
         table = Table(
             title=f"Flatness over {number_of(self.num_samples, 'sample')}{data}",
@@ -285,7 +292,7 @@ class FlatnessReport(Record):
         return measured(getattr(self, measure), *errors)
 
     def _explanations(self) -> list[str]:
-        """Return sentences with the mean loss, accuracy and curvature, and about the errors in the table."""
+        """Return sentences that state the mean loss, accuracy and curvature, and explain the errors in the table."""
         means = [
             f"{name} {self._shown(field)}" for field, name in MEANS.items() if not math.isnan(getattr(self, field))
         ]

@@ -1,4 +1,4 @@
-"""The largest eigenvalues of layers, as frozen records."""
+"""The largest eigenvalues of the Hessians of layers, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NUMBERS = ("lambda_max", "residual_norm", "layerwise_lambda_max", "neuronwise_la
 class LayerLambdaMax(Record):
     """Largest eigenvalues of the Hessian ``H`` of the mean loss with respect to one layer's kernel ``W``.
 
-    ``H_ss`` is the block of ``H`` for filter ``w_s``, and ``λ_max`` the largest eigenvalue of a matrix.
+    ``H_ss`` is the block of ``H`` for the weights of filter ``w_s``. ``λ_max`` of a matrix is its largest eigenvalue.
 
     Attributes:
         lambda_max: ``λ_max(H)``, in loss per squared weight.
         residual_norm: ``‖H v - λ v‖``, where ``λ`` is ``lambda_max`` and ``v`` the computed unit eigenvector. At least
             one eigenvalue of ``H`` is at most this far from ``λ``.
-        num_products: number of products of ``H`` with vectors that were needed for ``lambda_max``.
+        num_products: number of products of ``H`` with vectors from which ``lambda_max`` was computed.
         layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
         neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss; NaN if not
             measured.
@@ -60,7 +60,7 @@ class LayerLambdaMax(Record):
         return self.info.exact
 
     def table(self) -> Table:
-        """Return a rich table of the layer's eigenvalues."""
+        """Return a ``rich`` table of the layer's eigenvalues."""
         return LambdaMaxReport({self.info.name: self}).table()
 
     def _line(self) -> str:
@@ -73,7 +73,7 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
     """The largest eigenvalues of the measured layers, as a mapping from layer names; ``print`` shows a table.
 
     Attributes:
-        layers: eigenvalues by name of the layer, in the order in which the layers run.
+        layers: mapping from layer names to eigenvalues, in the order in which the layers run.
 
     Example:
         >>> import torch
@@ -105,7 +105,7 @@ class LambdaMaxReport(Record, Mapping[str, LayerLambdaMax]):
         return len(self.layers)
 
     def table(self) -> Table:
-        """Return a rich table with a row for every layer."""
+        """Return a ``rich`` table with a row for every layer."""
         notes_on_layers = notes([layer.info for layer in self.layers.values()], {})
         table = Table(
             title=f"Largest eigenvalues over {number_of(self.num_samples, 'sample')}",

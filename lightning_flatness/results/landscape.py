@@ -1,4 +1,4 @@
-"""A loss landscape, as a frozen record that can be printed and saved."""
+"""A loss landscape, as a frozen dataclass that can be printed and saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import number_of
 
-# Fields that describe how a landscape was computed. A landscape can be resumed only if all of them are the same.
+# Fields that describe how a landscape was computed. A new call can resume it only if all of them agree.
 SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
 
 
@@ -21,7 +21,8 @@ SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "froz
 class LandscapeResult(Record):
     """Mean losses at points ``w + Σ_i α_i d_i`` of a line (one axis) or plane (two axes) through the weights ``w``.
 
-    ``d_i`` are the axes, directions in weight space, and ``α_i`` the coordinates of a point.
+    The axes ``d_i`` are directions in weight space, and ``α_i`` are the coordinates of a point. With ``update="adam"``,
+    the points have another formula; see :func:`~lightning_flatness.loss_landscape`.
 
     Attributes:
         axes: names of the axes, such as ``"random direction 1"``.
@@ -31,25 +32,27 @@ class LandscapeResult(Record):
         accuracies: accuracy at every point, between 0 and 1; None if the targets are not class indices.
         computed: boolean mask of the points that were computed.
         origin_loss: mean loss at ``w``, with the model's own BatchNorm statistics.
-        origin_accuracy: accuracy at ``w``, with the model's own BatchNorm statistics.
+        origin_accuracy: accuracy at ``w``, with the model's own BatchNorm statistics; None if ``accuracies`` is None.
         axis_norms: L2 norm of every ``d_i``, after normalisation.
         cosine: cosine of the angle between the two axes; NaN for a line.
-        weight_norm: L2 norm of the parameters that are not frozen.
-        normalize: name of the parts of the axes that were normalised, such as ``"filter"``; if the two axes differ, a
-            name for each.
+        weight_norm: L2 norm of all parameters that are not in ``frozen``.
+        normalize: the parts of the axes that were each scaled to the norm of the same part of the weights, such as
+            ``"filter"``; if the two axes differ in this, a name for each axis.
         norm: order of the norm for ``normalize``, 1 or 2.
         biases: treatment of biases in normalised axes, ``"zero"`` or ``"scaled"``.
-        update: ``"add"`` or ``"adam"``.
-        batch_norm: BatchNorm statistics at the points, ``"kept"`` or ``"recomputed"``.
-        frozen: names or patterns of the parameters that do not move.
+        update: the formula of the points: ``"add"`` for the formula above, or ``"adam"``.
+        batch_norm: BatchNorm statistics at the points: ``"kept"`` if they are the model's own, ``"recomputed"`` if they
+            were computed anew at every point.
+        frozen: names or patterns of the parameters that are the same at all points.
         loss: name of the loss.
-        num_samples: number of samples of a pass over the data.
+        num_samples: number of samples in one pass over the data.
         seed: seed of random axes.
-        fingerprint: hash of weights, buffers and axes. A landscape can be resumed only with the same fingerprint.
+        fingerprint: hash of weights, buffers and axes. Only a new call with the same hash can resume the landscape.
         seconds: wall time, summed over all calls if the landscape was resumed; NaN if not known, as in files of earlier
             versions.
 
-    From ``normalize`` to ``loss``, and ``seed``, these are the arguments of :func:`~lightning_flatness.loss_landscape`.
+    The fields from ``normalize`` to ``loss``, and ``seed``, state the arguments of
+    :func:`~lightning_flatness.loss_landscape` with these names.
 
     Example:
         >>> import tempfile, torch
@@ -100,7 +103,7 @@ class LandscapeResult(Record):
         return float(self.losses[self.finite].min()) if bool(self.finite.any()) else math.nan
 
     def table(self) -> Table:
-        """Return a rich table of the numbers and settings of the landscape."""
+        """Return a ``rich`` table of the numbers and settings of the landscape."""
         title, *lines = self._lines()
         table = Table(title=title, show_header=False)
         for line in lines:

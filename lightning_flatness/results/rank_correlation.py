@@ -1,4 +1,7 @@
-"""Rank correlations between measures and an outcome, as frozen records, and their table."""
+"""Rank correlations between measures and an outcome, as frozen dataclasses, and their table.
+
+The outcome is a number for each model that flatness is expected to predict, such as its test loss.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ MEASURES = {
     "relative_flatness_per_curvature": "rel. / curvature",
     "hessian_trace": "Hessian trace",
 }
-"""The measures of a comparison and their headings in tables; the verdict is about the first one."""
+"""The measures of a comparison and their headings in tables. The verdict uses only the first measure."""
 
-# The measure by which networks are compared, because rescaling them does not change it (docs/theory.md, "Invariance").
+# Networks are compared by this measure, because it does not change if channels are rescaled in a way that leaves the
+# function of the network the same (docs/theory.md, "Invariance").
 BEST = "normalized_relative_flatness"
 BASELINES = {
     "train_loss": "train loss",
@@ -29,23 +33,24 @@ BASELINES = {
     "margin": "margin",
     "feature_spread": "features x spread",
 }
-"""Numbers that need no Hessian, with which the measures are compared, and their headings in tables."""
+"""Baselines, i.e. numbers that need no Hessian, for comparison with the measures; and their headings in tables."""
 
 
 @dataclass(frozen=True, repr=False)
 class RankCorrelation(Record):
     """Kendall's τ between one number and the outcome, over the models of a comparison.
 
-    1 means that the number and the outcome put the models in the same order, -1 that one order is the reverse of the
-    other, 0 that the orders are unrelated. NaN means that τ is not defined or cannot be computed.
+    τ is 1 if the number and the outcome put the models in the same order, and -1 if one order is the reverse of the
+    other. It is near 0 if the orders are unrelated, and NaN if τ is not defined or cannot be computed.
 
     Attributes:
-        measure: name of the number, a field of :class:`ComparedModel`.
+        measure: name of the number, which is a field of :class:`ComparedModel`.
         tau: Kendall's τ-b.
         low: lower end of the 95 % bootstrap interval over models.
         high: upper end of the 95 % bootstrap interval over models.
         given: mapping from ``"train_loss"`` and ``"weight_norm"`` to the partial τ with this number held constant.
-        granulated: mean τ among models that differ in one hyper-parameter only (Jiang et al. 2020).
+        granulated: mean τ among models that differ in one hyper-parameter only (Jiang et al. 2020); NaN if
+            hyper-parameters are not known.
         is_baseline: whether the number is a baseline, which needs no Hessian.
         num_models: number of models that have both the number and an outcome.
 
@@ -74,19 +79,20 @@ class RankCorrelation(Record):
         )
 
     def table(self) -> Table:
-        """Return a rich table of the correlation."""
+        """Return a ``rich`` table of the correlation."""
         return correlation_table([self], "the outcome")
 
 
 def _tau(value: float) -> str:
-    """Return τ as text; a dash for NaN."""
+    """Return a value of τ as text, or a dash if it is NaN."""
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def correlation_table(correlations: Sequence[RankCorrelation], outcome: str) -> Table:
-    """Return a table with a row for every correlation; the caption says how to read them, and what not to conclude.
+    """Return a ``rich`` table with a row for every correlation.
 
-    ``outcome`` is the name of the outcome.
+    The caption says how to read the correlations, and what must not be concluded. ``outcome`` is the name of the
+    outcome.
     """
     headings = MEASURES | BASELINES
     granulated = any(not math.isnan(found.granulated) for found in correlations)

@@ -1,4 +1,4 @@
-"""The base class of all results, which turns them into text, HTML, plain data, data frames and files."""
+"""The base class of all results. It turns a result into text, HTML, plain data, a data frame or a file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_flatness.results.texts import as_html
 
 
 class Record(Saved):
-    """Base class of results: frozen dataclasses with a one-line ``repr``, a table in notebooks, and plain data.
+    """Base class of results, with a one-line ``repr``, a table for notebooks, and conversion to plain data.
 
-    Subclasses are dataclasses with ``repr=False``. They define ``_line`` and ``table``.
+    Subclasses are frozen dataclasses with ``repr=False``. They define ``_line`` and ``table``.
     """
 
-    # Names of fields with tensors that are short enough for ``to_dict()``.
+    # Names of the fields whose tensors are so short that ``to_dict()`` has them even with ``tensors=False``.
     _short: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self, tensors: bool = False) -> dict[str, Any]:
@@ -36,7 +36,10 @@ class Record(Saved):
         }
 
     def to_pandas(self) -> Any:
-        """Return the numbers of :meth:`to_dict` as a ``pandas.DataFrame``, in which unknown numbers are NaN."""
+        """Return the main numbers as a ``pandas.DataFrame``, in which unknown numbers are NaN.
+
+        Depending on the result, the rows are layers, models, eigenvalues or points, or there is one row.
+        """
         try:
             import pandas
         except ModuleNotFoundError as error:
@@ -47,7 +50,7 @@ class Record(Saved):
         return pandas.DataFrame(self._rows())
 
     def table(self) -> Table:
-        """Return a rich table of the main numbers."""
+        """Return a ``rich`` table of the main numbers."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -57,7 +60,7 @@ class Record(Saved):
         return as_html(self.table())
 
     def _line(self) -> str:
-        """Return one line of text with the main numbers, for ``repr``."""
+        """Return the main numbers as one line of text, which ``repr`` shows."""
         raise NotImplementedError
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -76,7 +79,7 @@ class Record(Saved):
             for name, kind in wanted.items()
             if tensors or name in self._short or not has_tensors(kind)
         }
-        info = values.pop("info", None)  # a LayerInfo: its fields become entries of the same level as the numbers
+        info = values.pop("info", None)  # the fields of a LayerInfo become entries beside the numbers
         values = values if info is None else info._values(tensors) | values
         return dict(sorted(values.items(), key=lambda entry: isinstance(entry[1], (Mapping, Record))))
 
@@ -101,9 +104,9 @@ def _plain(value: Any, tensors: bool) -> Any:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values for a row of a data frame. Each entry of a mapping becomes a value of its own.
+    """Return the values of a row of a data frame. Each entry of a nested mapping becomes a value of its own.
 
-    The mapping ``{"standard_errors": {"a": 1}}`` becomes ``{"a_standard_error": 1}``. Records are left out.
+    For example, ``{"standard_errors": {"a": 1}}`` becomes ``{"a_standard_error": 1}``. Records are left out.
     """
     row: dict[str, Any] = {}
     for name, value in values.items():

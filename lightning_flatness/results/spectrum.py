@@ -1,4 +1,4 @@
-"""The spectrum of a Hessian, as a frozen record that can be printed and saved."""
+"""The spectrum of a Hessian, as a frozen dataclass that can be printed and saved."""
 
 from __future__ import annotations
 
@@ -25,37 +25,38 @@ MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 class SpectrumResult(Record):
     """Spectrum of the Hessian ``H`` of the mean loss with respect to ``D`` parameters; ``print`` shows a table.
 
-    The largest eigenvalues are computed one by one. The density, the trace and the criteria are estimated from ``P``
-    probes: ``m`` Lanczos steps from the random vector of a probe give ``m`` Ritz values ``θ``, which approximate
+    The largest eigenvalues are computed one by one. The density, the trace and three criteria are estimated from ``P``
+    random vectors, called probes. ``m`` Lanczos steps from a probe give ``m`` Ritz values ``θ``, which approximate
     eigenvalues, and their weights ``τ``. Eigenvalues, Ritz values and the trace are in loss per squared weight. The
     criteria ``r_e``, ``k_hn`` and ``c_t`` (Gabdullin 2024, 2025) are means over the probes. They depend on
-    ``num_steps`` (``k_hn`` strongly), so compare only results with equal steps.
+    ``num_steps`` (``k_hn`` strongly), so compare only results with equal ``num_steps``.
 
     Attributes:
         eigenvalues: ``λ``, the ``k`` largest eigenvalues (by value, not by modulus), descending, float64 ``(k,)``.
         eigenvectors: orthonormal rows ``v``, ``(k, D)``, in the dtype of the products; see :meth:`eigenvector`.
         residuals: ``‖H v - λ v‖``, float64 ``(k,)``; at least one eigenvalue of ``H`` is at most this far from ``λ``.
-        trace: trace of ``H``, estimated from the probes; the part in the span of the eigenvectors is exact.
+        trace: trace of ``H``, estimated from the probes; the part along the computed eigenvectors is exact.
         trace_stderr: standard error of the trace; NaN with one probe.
         ritz_values: ``θ``, float64 ``(P, m)``, ascending for every probe.
         ritz_weights: ``τ``, float64 ``(P, m)``; the weights of each probe sum to one.
         r_e: ``|θ_min / θ_max|``.
         k_hn: ``Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``.
         c_t: ``θ_min / θ_max``; minus infinity if no Ritz value is positive.
-        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``: the kind that most probes have.
-        spread: standard deviation of ``r_e``, ``k_hn`` and ``c_t`` over the probes (NaN with one probe). The entry
-            ``"kind"`` is the share of the probes that have another kind.
+        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, as ``functional.spectrum_criteria``
+            defines; the most frequent kind among the probes.
+        spread: mapping from ``"r_e"``, ``"k_hn"`` and ``"c_t"`` to their standard deviations over the probes (NaN with
+            one probe). The key ``"kind"`` maps to the share of the probes that have another kind.
         exponent: ``n`` in ``k_hn``.
         num_steps: ``m``, the number of Lanczos steps of every probe.
         num_probes: ``P``, the number of probes.
-        num_products: number of products of the matrix with a vector; each is a pass over all samples.
+        num_products: number of products of ``H`` with a vector; each one takes a pass over all samples.
         parameters: mapping from names to shapes of the ``D`` parameters, in the order of the eigenvectors' entries.
         weight_norm: L2 norm of the ``D`` parameters together.
-        num_samples: number of samples of a pass over the data.
+        num_samples: number of samples in one pass over the data.
         loss: mean loss over these samples.
         loss_name: name of the loss.
         matrix: ``"hessian"``, or ``"gauss_newton"`` if ``H`` is the Gauss-Newton matrix.
-        converged: whether all residuals are within twice the sum of the tolerance and an allowance for rounding.
+        converged: whether every residual is at most twice the sum of ``tolerance |λ|`` and an allowance for rounding.
         seconds: wall time of the measurement; NaN if not known, as in files of earlier versions.
 
     Without probes (``num_probes=0``) the eigenvalues are the only result: the trace and the criteria are NaN, the kind
@@ -105,7 +106,10 @@ class SpectrumResult(Record):
         return sum(math.prod(shape) for shape in self.parameters.values())
 
     def eigenvector(self, index: int) -> dict[str, Tensor]:
-        """Return an eigenvector as tensors shaped like the parameters; index 0 belongs to the largest eigenvalue."""
+        """Return an eigenvector as a mapping from parameter names to tensors with the shapes of the parameters.
+
+        The eigenvector with index 0 belongs to the largest eigenvalue.
+        """
         sizes = [math.prod(shape) for shape in self.parameters.values()]
         pieces = self.eigenvectors[index].split(sizes)
         return {name: p.reshape(shape) for (name, shape), p in zip(self.parameters.items(), pieces, strict=True)}
@@ -113,9 +117,10 @@ class SpectrumResult(Record):
     def density(self, grid: Tensor | None = None, sigma: float | None = None) -> tuple[Tensor, Tensor]:
         """Compute the spectral density as a sum of Gaussians, one for each Ritz value of each probe.
 
-        Returns the grid of eigenvalues and the density on it, float64 ``(n,)`` each. The integral of the density is
-        one. ``sigma`` is the standard deviation of the Gaussians, in loss per squared weight; by default a hundredth of
-        the range of the Ritz values. The default grid has 2,000 points and extends ``4 sigma`` beyond this range. See
+        Returns a grid of eigenvalues and the density at its points, float64 ``(n,)`` each. The integral of the density
+        is one. ``sigma`` is the standard deviation of the Gaussians, in loss per squared weight; by default a hundredth
+        of the range of the Ritz values. The default grid has 2,000 points, from ``4 sigma`` below the smallest Ritz
+        value to ``4 sigma`` above the largest. See
         Ghorbani et al. 2019 (arXiv 1901.10159), Section 3.
         """
         if not self.num_probes:
@@ -135,7 +140,7 @@ class SpectrumResult(Record):
         return grid, torch.stack(parts).mean(0)
 
     def table(self) -> Table:
-        """Return a rich table of eigenvalues, trace and criteria."""
+        """Return a ``rich`` table of eigenvalues, trace and criteria."""
         table = Table(
             title=f"Spectrum of the {MATRICES[self.matrix]}, {number_of(self.num_parameters, 'parameter')}, "
             f"{number_of(self.num_samples, 'sample')}",
@@ -190,10 +195,13 @@ class SpectrumResult(Record):
 
 
 def _error(value: float) -> str:
-    """Return an error as text; a dash for NaN."""
+    """Return a standard error or standard deviation as text, or a dash if it is NaN."""
     return "-" if math.isnan(value) else f"{value:.2g}"
 
 
 def default_sigma(low: float, high: float) -> float:
-    """Return a hundredth of ``high - low``; if both are equal, a hundredth of ``|high|``, or 0.01 if both are zero."""
+    """Return the default standard deviation of the Gaussians for Ritz values from ``low`` to ``high``.
+
+    It is a hundredth of ``high - low``. If both are equal, it is a hundredth of ``|high|``, or 0.01 if both are zero.
+    """
     return (high - low or abs(high) or 1.0) / 100

@@ -1,4 +1,4 @@
-"""Descriptions of how layers are measured, as frozen records, tables and sentences."""
+"""Descriptions of how layers are measured, as frozen dataclasses, tables and sentences."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.text import Text
 from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import named
 
-# ``LayerInfo.reason`` of a layer that would be exact, but is estimated because only some classes are sampled.
+# ``LayerInfo.reason`` if the numbers are estimates only because classes with little probability mass are sampled.
 SAMPLED = "classes without much mass are sampled"
 METHODS = {
     "closed_form": "closed form",
     "gauss_newton": "Gauss-Newton",
     "gauss_newton+hutchinson": "Gauss-Newton + Hutchinson",
 }
-# Precisions that layers are measured in, and their bits.
+# The precisions in which layers can be measured, and their numbers of bits.
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
-# Smallest width of the summary table, so that its caption is not broken into short lines.
+# Smallest width of the summary table in characters. In a narrower table the caption would have short lines.
 WIDTH = 80
 # For each method, what the numbers of an inexact layer describe instead of the whole Hessian.
 PARTS = {
@@ -33,7 +33,7 @@ LABELS = {"gauss_newton": "no: Gauss-Newton", "gauss_newton+hutchinson": "no: es
 
 @dataclass(frozen=True, repr=False)
 class LayerInfo(Record):
-    """Description of how a layer is measured. Later batches may change it.
+    """Description of how a layer is measured. Later batches may change the description.
 
     The method ``"closed_form"`` uses a formula for the whole Hessian. ``"gauss_newton"`` computes the Gauss-Newton part
     of the Hessian, which is the whole Hessian if ``exact``. ``"gauss_newton+hutchinson"`` also estimates the rest of
@@ -45,19 +45,21 @@ class LayerInfo(Record):
         num_filters: ``S``, the number of filters.
         patch_length: ``D``, the number of weights of one filter.
         groups: ``G``, the number of groups of the convolution.
-        classifier: name of the classifier; None for Gauss-Newton, or if the layer's pooled output is the logits.
+        classifier: name of the classifier that the closed form uses; None for Gauss-Newton, or if the layer's pooled
+            output is the logits.
         method: ``"closed_form"``, ``"gauss_newton"`` or ``"gauss_newton+hutchinson"``, as above.
-        exact: whether the numbers are certified to be those of the exact Hessian.
+        exact: whether checks against autograd certify that the numbers are those of the exact Hessian.
         reason: why the numbers are not exact; empty if they are exact.
-        kernel: what the derivatives are taken with respect to: ``"parameter"`` for the layer's weight, ``"effective"``
-            for a kernel that the layer computes from its weight.
-        deviation: largest relative deviation that the certificates found; they are checks against autograd.
+        kernel: the tensor with respect to which derivatives are taken: ``"parameter"`` for the layer's weight,
+            ``"effective"`` for a kernel that the layer computes from its weight.
+        deviation: largest relative deviation from autograd that the checks of this layer (certificates) found.
         backward_passes: number of backward passes per batch, shared by all layers; an upper bound if classes are
             sampled.
         multiplications: number of multiplications per sample, without the passes through the model.
         memory: bytes of the block traces (the sum and one batch) and of the Gram matrix of the filters.
-        precision: lowest precision that samples were measured in, such as ``"bfloat16"`` under autocast.
-        precision_deviation: in half precision, the relative change of the trace from float32 on a few samples; else 0.
+        precision: lowest precision in which samples were measured, such as ``"bfloat16"`` under autocast.
+        precision_deviation: in half precision, the relative difference of the trace from that in float32, on a few
+            samples; else 0.
         num_classes: number of columns of the logits; 0 if not known.
 
     Example:
@@ -88,11 +90,11 @@ class LayerInfo(Record):
 
     @property
     def label(self) -> str:
-        """Text for the table column "exact": ``"yes"``, or ``"no"`` with what was measured instead of the Hessian."""
+        """Text for the table column "exact": ``"yes"``, or ``"no"`` and what the numbers describe instead."""
         return "yes" if self.exact else "no: estimate" if self.reason == SAMPLED else LABELS[self.method]
 
     def table(self) -> Table:
-        """Return a rich table of how the layer is measured."""
+        """Return a ``rich`` table of how the layer is measured."""
         return summary_table({self.name: self}, title="How a layer is measured", verbose=True)
 
     def _line(self) -> str:
@@ -101,9 +103,10 @@ class LayerInfo(Record):
 
 
 def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Merge descriptions of one layer that come from several processes and may differ.
+    """Merge the descriptions of one layer that several processes have made, and that may differ.
 
-    The result is exact only if all descriptions are exact. It has their largest deviation and their lowest precision.
+    The result is exact only if all descriptions are exact. It has the largest deviation and the lowest precision of all
+    descriptions.
     """
     least_exact = min(infos, key=lambda info: (info.exact, info.method == "closed_form"))
     lowest = lowest_precision(infos)
@@ -116,7 +119,7 @@ def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
 
 
 def lowest_precision(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Return the description with the lowest precision; among equals, the one that deviates most from float32."""
+    """Return the description with the lowest precision; if several have it, the one that deviates most from float32."""
     return min(infos, key=lambda info: (BITS[info.precision], -abs(info.precision_deviation)))
 
 
@@ -126,11 +129,11 @@ def summary_table(
     title: str = "Flatness is measured for these layers.",
     verbose: bool = False,
 ) -> Table:
-    """Return a table with the method for each layer, to show before training.
+    """Return a table that shows before training by which method each layer will be measured.
 
-    The caption names the layers that are left out. With ``verbose``, the table also has the size of every layer
-    (filters x weights of one filter) and the multiplications per sample, and the caption has the largest deviation that
-    the certificates found.
+    The caption states why layers are left out. With ``verbose``, the table also has the size of every layer (filters x
+    weights of one filter) and the multiplications per sample. The caption then also has the largest deviation from
+    autograd that the checks of the layers found.
     """
     caption = _caption(list(layers.values()), left_out or {}, verbose)
     table = Table(title=title, caption=caption, caption_justify="left", min_width=WIDTH)
@@ -182,7 +185,7 @@ def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: 
 
 
 def notes(layers: Sequence[LayerInfo], left_out: Mapping[str, str]) -> list[str]:
-    """Return sentences on which numbers are not exact and which layers are left out, with the reasons."""
+    """Return sentences that say which numbers are not exact and which layers are left out, with the reasons."""
     inexact = [info for info in layers if not info.exact]
     sentences = []
     for method, part in PARTS.items():
@@ -199,7 +202,7 @@ def notes(layers: Sequence[LayerInfo], left_out: Mapping[str, str]) -> list[str]
 
 
 def sentence_of(info: LayerInfo) -> str:
-    """Return "exact", or "not exact" with what was measured instead and why, as a part of a sentence."""
+    """Return the end of a sentence: "exact", or "not exact" with what the numbers describe instead, and why."""
     if info.exact:
         return "exact"
     part = "estimates" if info.reason == SAMPLED else PARTS.get(info.method, "")
@@ -212,7 +215,7 @@ def _of_layers(infos: Sequence[LayerInfo], method: str, reason: str) -> str:
 
 
 def precision_of(layers: Sequence[LayerInfo]) -> str:
-    """Return a sentence with the lowest precision that layers were measured in, and with its effect on the trace."""
+    """Return a sentence with the lowest precision in which layers were measured, and with its effect on the trace."""
     lowest = lowest_precision(layers)
     change = f"{lowest.precision_deviation:+.1%}".replace("%", " %")
     return f"Features are {lowest.precision}, as the network runs; trace {change} of float32 features on a trial"

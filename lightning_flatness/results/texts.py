@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# A sentence lists this number of names, and counts the others.
+# If a sentence would list many names, it lists this number of names and states the number of the others.
 MOST_NAMES = 3
 CELL = "padding: 0.2em 0.8em; white-space: nowrap"
 
@@ -21,7 +21,10 @@ def number_of(number: int, noun: str) -> str:
 
 
 def measured(value: float, sampling_error: float = math.nan, standard_error: float = 0.0) -> str:
-    """Return a number as text, with its standard error over samples and, for an estimate, with ``standard_error``.
+    """Return a number as text with its errors, or a dash if the number is NaN.
+
+    ``sampling_error`` is the standard error over samples, and ``standard_error`` is that of an estimate. An error that
+    is not known or zero is left out.
 
     Example:
         >>> measured(1.2345, 0.0421), measured(1234.5, 62.0), measured(1.2345, standard_error=0.1), measured(math.nan)
@@ -47,7 +50,7 @@ def _with_error(value: float, error: float) -> str:
 
 
 def named(names: Iterable[str]) -> str:
-    """Return names as part of a sentence; if there are many, the first three names and the number of the others.
+    """Return names as part of a sentence; of five names or more, the first three and the number of the others.
 
     Example:
         >>> named(["a", "b"]), named("abcdef")
@@ -59,7 +62,7 @@ def named(names: Iterable[str]) -> str:
 
 
 def as_text(table: Table, width: int = 110) -> str:
-    """Return a rich table as plain text, at most ``width`` characters wide."""
+    """Return a ``rich`` table as plain text, at most ``width`` characters wide."""
     console = Console(width=width, color_system=None, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
@@ -67,7 +70,7 @@ def as_text(table: Table, width: int = 110) -> str:
 
 
 def as_html(table: Table) -> str:
-    """Return a rich table as HTML that needs no style sheet and takes its colours from the page.
+    """Return a ``rich`` table as HTML that needs no style sheet and takes its colours from the page.
 
     Example:
         >>> as_html(Table("layer", title="a < b")).partition("</caption>")[0].rpartition(">")[-1]
@@ -87,12 +90,12 @@ def as_html(table: Table) -> str:
 
 
 def _cell(tag: str, content: Any, justify: str) -> str:
-    """Return a cell of an HTML table."""
+    """Return a cell of an HTML table; ``tag`` is ``th`` or ``td``, and ``justify`` the alignment."""
     side = "right" if justify == "right" else "left"
     weight = "; border-bottom: 1px solid currentColor" if tag == "th" else ""
     return f'<{tag} style="{CELL}; text-align: {side}{weight}">{_html(content)}</{tag}>'
 
 
 def _html(content: Any) -> str:
-    """Return text with HTML's special characters escaped."""
+    """Return text as HTML, with special characters escaped and line breaks as ``<br>``."""
     return escape(str(content)).replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""The path of the weights during training, in a plane, as a frozen record."""
+"""The path of the weights during training, projected on a plane, as a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from lightning_flatness.results.texts import number_of
 
 @dataclass(frozen=True, repr=False)
 class TrajectoryResult(Record):
-    """The weights before training and after every epoch, as points in the plane in which they moved most.
+    """The weights before training and after every epoch, called states, as points in a plane.
 
+    The plane is spanned by the two principal directions of the states' differences from the origin.
     ``plot_contour(landscape, trajectory=trajectory.coordinates)`` draws the points into a landscape of this plane.
 
     Attributes:
-        coordinates: coordinates of each state of the weights, float64 ``(states, 2)``. The origin is at the weights
-            that the network had when the plane was computed.
-        explained: share of each axis in the sum of the states' squared distances from the origin, float64 ``(2,)``.
+        coordinates: coordinates of each state, float64 ``(states, 2)``. The origin is at the weights that the network
+            had when the plane was computed.
+        explained: for each axis, the share of the states' squared distances from the origin that lies along this axis,
+            float64 ``(2,)``.
 
     Example:
         >>> import tempfile, torch
@@ -38,7 +40,7 @@ class TrajectoryResult(Record):
     explained: Tensor
 
     def table(self) -> Table:
-        """Return a rich table of the coordinates."""
+        """Return a ``rich`` table of the coordinates."""
         shares = [f"axis {index} ({100 * share:.0f} %)" for index, share in enumerate(self.explained.tolist(), start=1)]
         table = Table("state", *shares, title=f"Trajectory of {number_of(len(self.coordinates), 'state')}")
         for index, state in enumerate(self.coordinates.tolist()):
