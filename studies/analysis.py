@@ -38,9 +38,10 @@ REFERENCES = (*BASELINES, "hessian_trace.last")  # the numbers that each measure
 
 @dataclass(frozen=True)
 class Sample:
-    """All networks of a family at one snapshot: ``m`` measures, and the targets that they are to predict.
+    """All networks of a family at one snapshot: ``m`` measures, and the targets that the measures should predict.
 
-    There is one row for each of the ``n`` networks. ``halves`` holds each target on two halves of the test images.
+    There is one row for each of the ``n`` networks. ``targets`` are ``(n,)`` each, and ``halves`` holds every target on
+    two halves of the test images.
     """
 
     snapshot: str

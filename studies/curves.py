@@ -144,7 +144,7 @@ def curves_of(results: Path) -> dict[str, Curve]:
 
 
 def analyse(results: Path, seed: int = 0, is_written: bool = True) -> list[dict[str, Any]]:
-    """Return test error and test loss at the epoch that each rule picks, and their changes from the last epoch."""
+    """Return rows with test error and loss at the epoch that a rule picks, and their changes from the last epoch."""
     curves = curves_of(results)
     if len(curves) < 5:
         return []

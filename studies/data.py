@@ -78,8 +78,8 @@ def in_turns(labels: Tensor) -> Tensor:
 def training_part(data: Data, configuration: Configuration) -> tuple[Tensor, Tensor]:
     """Return the images and labels that a network is trained on; with label noise, some labels are wrong.
 
-    The wrong labels depend only on the seed and the noise level. Those of a lower level are wrong at a higher level,
-    too.
+    The wrong labels depend only on the seed and the noise level. A label that is wrong at one level is wrong at all
+    higher levels, too.
     """
     images, labels = data.images[: configuration.train_size], data.labels[: configuration.train_size]
     generator = torch.Generator().manual_seed(2000 + configuration.seed)

@@ -1,6 +1,6 @@
 """Distort images: move, rotate, rescale, blur and dim them, add noise.
 
-Images are normalised, so that a black pixel is not zero: ``black`` holds its value in every channel, ``(1, C, 1, 1)``.
+Images are normalised, so black pixels are not zero. ``black``, ``(1, C, 1, 1)``, holds their value in every channel.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ DIGITS: dict[str, Distortion] = {
     "noisy": partial(noisy, strength=0.625),
     "faint": partial(dimmed, share=0.6),
 }
-# Strengths are those of the digits, where an eighth of the height is one pixel. Photos have no black background, so
-# contrast is what makes them faint.
+# Strengths are those for the digits; images are moved by an eighth of their height, as the digits are. Photos have no
+# black background, so they are made faint by less contrast instead of less brightness.
 CIFAR: dict[str, Distortion] = DIGITS | {
     "moved": partial(moved, down=4),
     "faint": partial(faded, share=0.6),
@@ -88,7 +88,7 @@ def padded(images: Tensor, black: Tensor, width: int) -> Tensor:
 
 
 def warped(images: Tensor, matrix: Tensor, outside: Tensor) -> Tensor:
-    """Return images whose coordinates are mapped by ``matrix``; pixels outside the image have the value ``outside``."""
+    """Transform the coordinates of images by a matrix ``(2, 2)``; pixels outside an image are set to ``outside``."""
     size = images.shape[-1]
     line = (torch.arange(size) * 2 + 1) / size - 1
     points = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1) @ matrix.T

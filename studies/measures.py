@@ -51,7 +51,8 @@ COSTLY = {
 }
 PACKAGE = CHEAP | COSTLY
 LABELS = BASELINES | PACKAGE
-# Authors expect a large margin and a C_t near zero from networks that generalise, and small values of all other
-# numbers. Margins and C_t are negated, so that a positive τ always means that a number does what its authors say.
+# For networks that generalise, the authors of these numbers expect large margins, a C_t near zero (it is negative), and
+# small values of all other numbers. Margins and C_t are negated, so that a positive τ with a gap or an error always
+# means that a number does what its authors expect.
 NEGATED = {"margin", "margin_tenth", "normalised_margin", "c_t"}
 COLUMNS = ["name", "snapshot", "exact", *(name for name in LABELS if not name.startswith("train_"))]

@@ -48,7 +48,7 @@ class Settings:
     limit: int | None = None  # train at most this many stacks
 
     def saved(self, family: Family, number: int) -> Path:
-        """Return the file of the state, and so of the weights, of one stack of networks."""
+        """Return the path of the file with the training state of one stack of networks, including the weights."""
         return self.work / family.name / f"stack-{number:03d}.pt"
 
 
@@ -98,9 +98,9 @@ class Here(Executor):
 
 
 def finished(pending: Iterable[Future[Any]]) -> list[Future[Any]]:
-    """Return futures to call ``result()`` on: the next task of this process, or all finished tasks of others.
+    """Return futures whose ``result()`` can be called: the next task of this process, or else all finished tasks.
 
-    If all tasks run in other processes, the function waits until at least one is finished.
+    If all tasks run in other processes, this function waits until at least one is finished.
     """
     here = [future for future in pending if isinstance(future, Later)]
     return here[:1] or list(wait(pending, return_when=FIRST_COMPLETED).done)
@@ -138,7 +138,7 @@ def measure_all(
 ) -> None:
     """Measure all tasks whose rows are not in the table, and append their rows to the table.
 
-    The first entries of a task are the key of its row.
+    The first entries of a task are the values of the columns ``table.keys`` in its row.
     """
     tasks = [task for task in tasks if tuple(map(str, task[: len(table.keys)])) not in table]
     try:
@@ -162,7 +162,8 @@ def stopped(console: Console) -> None:
 class FamilyRun:
     """A run over the stacks of a family that are not finished.
 
-    ``left`` counts the snapshots still to be measured of every stack in progress; -1 means that the stack is trained.
+    ``left`` maps the number of every stack in progress to how many of its snapshots are not measured yet, or to -1
+    while the stack is being trained.
     """
 
     def __init__(self, family: Family, settings: Settings) -> None:

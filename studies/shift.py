@@ -1,6 +1,7 @@
-"""Distorted test images: does a measure change together with the accuracy?
+"""Measure networks on distorted test images: does a measure change together with the accuracy?
 
-As in the papers on Hessian criteria (Gabdullin 2024, 2025), the networks stay the same and the data change.
+A shift is one kind of distortion. As in the papers on Hessian criteria (Gabdullin 2024, 2025), the networks stay the
+same and the data change.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from studies.tables import Table, column_of, read_rows, write_rows
 from studies.training import Run, Snapshot, saved_state
 
 CLEAN = "clean"
-# With these signs, a positive τ is expected: the signed measure rises where the accuracy falls.
+# For each measure, its label and a sign. The measure times the sign is expected to rise where the accuracy falls.
 MEASURES = {
     "confidence": ("−mean confidence", -1),
     "loss": ("test loss", 1),
@@ -69,7 +70,7 @@ class Shifts:
 
 
 def of_digits() -> Shifts:
-    """Return the shifts of the digits: one seed, no weight decay, two batch sizes, two learning rates."""
+    """Return the shifts of the digits: one seed, no weight decay, two batch sizes and two learning rates."""
     every = (c for c in digits().configurations if not c.seed and not c.weight_decay)
     chosen = tuple(c for c in every if c.batch_size in (10, 100) and c.learning_rate in (0.02, 0.2))
     return Shifts(
@@ -78,8 +79,8 @@ def of_digits() -> Shifts:
     )  # fmt: skip
 
 
-# The centre of the star, and one arm for most hyper-parameters. Larger networks are left out for their time: on a slow
-# core these 12 take about 15 seconds each, for every kind of images.
+# The centre of the star, and one arm for most hyper-parameters. Larger networks are left out because they take
+# too long. On a slow core each of these 12 takes about 15 seconds for every kind of images.
 ARMS = (
     "centre", "width 8", "depth 3", "batch_norm False", "dropout 0.3", "augment True", "optimizer adam",
     "batch_size 20", "learning_rate 0.02", "weight_decay 0.005", "label_noise 0.2", "train_size 2000",
@@ -87,7 +88,7 @@ ARMS = (
 
 
 def of_cifar() -> Shifts:
-    """Return the shifts of CIFAR-10: one seed of the star's centre, and of some of its arms."""
+    """Return the shifts of CIFAR-10, with networks of one seed from the centre and some arms of the star."""
     chosen = tuple(c for c in cifar().configurations if not c.seed and c.arm in ARMS)
     return Shifts(
         part="shift-cifar", family=cifar(), configurations=chosen, snapshot="epoch 60", distortions=distortions.CIFAR,
@@ -125,7 +126,10 @@ class Worker:
 
 
 def run(of: Shifts, settings: Settings, console: Console) -> None:
-    """Measure the networks and shifts that are not in the table; say which networks have no weights."""
+    """Measure all networks on all kinds of images, and add the rows that are not in the table.
+
+    The names of networks without saved weights are printed.
+    """
     table = Table(settings.results / f"{of.part}.csv", "name", "shift")
     missing = [c for c in of.configurations if any((c.name, kind) not in table for kind in of.kinds)]
     found = snapshots(of, missing, settings)
@@ -139,7 +143,10 @@ def run(of: Shifts, settings: Settings, console: Console) -> None:
 
 
 def snapshots(of: Shifts, wanted: Sequence[Configuration], settings: Settings) -> dict[str, Snapshot]:
-    """Return the snapshots of networks by name: from their saved states, or trained again if ``of.trains``."""
+    """Return a mapping from names of networks to their snapshots.
+
+    The snapshots come from saved states. If ``of.trains``, networks without a saved state are trained again.
+    """
     names, found = {c.name for c in wanted}, {}
     for number, stack in enumerate(stacks(of.family, settings.device)):
         if names.isdisjoint(c.name for c in stack):
@@ -168,14 +175,18 @@ def no_weights(of: Shifts, names: Sequence[str], settings: Settings) -> str:
 
 
 def measured(results: Path, of: Shifts) -> tuple[list[str], dict[str, list[dict[str, str]]]]:
-    """Return the names of the networks that are measured on all images, and their rows by kind of images."""
+    """Return the names of the networks that were measured on all kinds of images, and a mapping from kinds to rows."""
     at = {(row["name"], row["shift"]): row for row in read_rows(results / f"{of.part}.csv")}
     names = [name for name in sorted({name for name, _ in at}) if all((name, kind) in at for kind in of.kinds)]
     return names, {kind: [at[name, kind] for name in names] for kind in of.kinds}
 
 
 def analyse(results: Path, of: Shifts, seed: int = 0, is_written: bool = True) -> list[dict[str, Any]]:
-    """Return Kendall's τ between changes of each measure and changes of the error, over shifts and over networks."""
+    """Return a row for each measure, with Kendall's τ between changes of the measure and changes of the error.
+
+    A change is the difference between distorted and clean images. τ is computed over the shifts for every network, and
+    over the networks for every shift, and then averaged.
+    """
     names, by_kind = measured(results, of)
     if len(names) < 5:
         return []

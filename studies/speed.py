@@ -1,4 +1,4 @@
-"""Compare the time of a training step for one network in a stack of networks with the time for a network alone."""
+"""Compare the time of a training step per network: in a stack that is trained at once, and for a network alone."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Statistics of the study: rank correlations with errors that account for configurations.
 
-Networks that differ in their seed alone are not independent evidence about other configurations. So the bootstrap draws
-configurations with all their networks (a cluster), and the jackknife leaves out one configuration at a time. The
-functions for Kendall's τ-b, partial τ and granulated τ come from the package.
+Networks that differ in their seed alone are not independent evidence, so all networks of a configuration are one
+cluster. The bootstrap draws clusters, and the jackknife leaves out one cluster at a time. The functions for Kendall's
+τ-b, partial τ and granulated τ come from the package.
 """
 
 from __future__ import annotations
@@ -248,6 +248,6 @@ def sortable(value: str) -> tuple[float, str]:
 
 
 def matched(x: Array, pairs: Sequence[Pair], environment: str) -> tuple[int, int]:
-    """Count the pairs of an environment in which ``x`` is larger for the second network; return this and all pairs."""
+    """Return in how many pairs of an environment ``x`` is larger for the second network, and the number of pairs."""
     found = [bool(x[j] > x[i]) for i, j, name in pairs if name == environment]
     return sum(found), len(found)

@@ -35,9 +35,9 @@ def verdicts(found: dict[str, Rows]) -> list[dict[str, str]]:
 
 
 def answers_of(taus: dict[str, dict[str, Any]], differences: Rows) -> dict[str, str]:
-    """Return the answers by question, for one target and scope.
+    """Return a mapping from questions to answers, for one target and scope.
 
-    ``taus`` are the rows of τ by measure, and ``differences`` the rows of differences in τ.
+    ``taus`` maps each measure to its row of τ, and ``differences`` are the rows of differences in τ.
     """
     beside = {(row["measure"], row["reference"]): row for row in differences}
     answers = {}
@@ -74,9 +74,9 @@ KINDS = {"measures": PACKAGE, "baselines": BASELINES}
 
 
 def sign_of(row: dict[str, Any], key: str, words: tuple[str, str, str]) -> str:
-    """Return the first word if a number is clearly positive, the second if clearly negative, else the third.
+    """Return the first of ``words`` if a number is clearly positive, the second if clearly negative, else the third.
 
-    If only the correction for multiple tests makes the number unclear, the answer says so.
+    If the number is not clear only because of the correction for multiple tests, the answer says so.
     """
     word = words[0] if row[key] > 0 else words[1]
     if is_clear(row):

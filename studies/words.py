@@ -96,7 +96,7 @@ def findings(found: dict[str, Rows]) -> str:
 
 
 def star_findings(found: dict[str, Rows], done: int, planned: int) -> str:
-    """Return items of a Markdown list that summarise the results on CIFAR-10, an empty text if there are none.
+    """Return items of a Markdown list that summarise the results on CIFAR-10, or an empty text without results.
 
     ``done`` is the number of networks that have been run, and ``planned`` the number of all networks of the star.
     """
@@ -188,7 +188,7 @@ CRITERIA = ("r_e", "k_hn", "c_t", "relative_flatness")
 
 
 def over_shifts(shifts: dict[str, Rows]) -> str:
-    """Return τ of the criteria over the shifts; all data sets but the digits are named."""
+    """Return a text with τ of the criteria over the shifts. It names all data sets but the digits."""
     parts = []
     for part, rows in shifts.items():
         changed = {row["measure"]: row for row in rows}
