@@ -33,9 +33,9 @@ def flatness_penalty(
         κ = (1/Z) Σ_n c_n ‖g_n‖² Var_{k~π_n}(w_k)
 
     Here ``g_n`` is the input of the classifier for sample ``n``, ``π_n`` the softmax of the logits, and ``w_k`` row
-    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting. It is 1 without class weights, and
-    0 for an ignored sample. ``Z`` is the divisor of the mean cross-entropy. For class indices with class weights, ``Z``
-    is the sum of the samples' weights. Otherwise it is the number of samples that are not ignored.
+    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting. Without class weights it is 1 for a
+    class index, and 0 for an ignored sample. ``Z`` is the divisor of the mean cross-entropy. For class indices with
+    class weights, ``Z`` is the sum of the samples' weights. Otherwise it is the number of samples that are not ignored.
 
     ``κ`` is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). For
     the layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. Training on ``loss + λ κ`` needs no second
@@ -45,7 +45,8 @@ def flatness_penalty(
         features: ``g``, ``(N, m)``; further dimensions must have size one.
         logits: ``f = W g + b``, ``(N, K)``.
         weight: ``W``, ``(K, m)``.
-        targets: targets of the loss. Only class weights and ignored samples make the result depend on them.
+        targets: targets of the loss. The result depends on them only if there are class weights, ignored samples, or
+            class probabilities that do not sum to one.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
         normalize: measure the equivalent classifier ``W σ`` on the features ``g / σ``, where ``σ`` is the standard
             deviation of every feature in this batch. ``σ`` has no gradient. Features that are constant in the batch
