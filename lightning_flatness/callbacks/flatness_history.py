@@ -34,7 +34,8 @@ class FlatnessHistory(MeasuringCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the record of this validation, with its accuracy, to the history.
 
-        The LightningModule may log its accuracy after this callback has logged flatness, but logs it before this hook.
+        In this hook the LightningModule has logged its accuracy. When this callback logs flatness, the LightningModule
+        may not have done so yet.
         """
         if self._awaits_accuracy is not None:
             self._add_to_history(trainer, self._awaits_accuracy)

@@ -68,11 +68,12 @@ class Totals:
 
 
 def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
-    """Add the products of some samples to the totals, and return the inner products of each product with two matrices.
+    """Add the products of some samples to the totals, and return two numbers for every sample.
 
-    :class:`Factors` defines the product of a sample. The result is float64 ``(N, 2)``. Column 0 has the inner product
-    of ``matrices.gram`` with the sample's product. Column 1 has the inner product of ``matrices.normalized`` with the
-    product made from ``factors.normalized`` in place of ``factors.features``. A column is zero if its matrix is None.
+    The product of a sample is a matrix, which :class:`Factors` defines. The result is float64 ``(N, 2)``. Column 0 has
+    the inner product of ``matrices.gram`` with this matrix. Column 1 has the inner product of ``matrices.normalized``
+    with the matrix that is made from ``factors.normalized`` in place of ``factors.features``. A column is zero if
+    ``matrices`` has None in its place.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)

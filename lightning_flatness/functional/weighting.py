@@ -104,9 +104,10 @@ def no_values(samples: int, device: torch.device) -> Tensor:
 def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Compute ``Σ_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
 
-    ``left`` is ``L`` and ``right`` is ``R``. Both are Jacobians ``sum_p δ[s, p] phi[p]``, ``(N, G, S/G, D)``. ``W_c``,
-    ``L_c`` and ``R_c`` are the parts of the kernel, of ``L`` and of ``R`` on input channel ``c``. They are matrices
-    with ``S/G`` rows and one column per kernel position. Let ``B Bᵀ`` be the loss's Hessian with respect to the logits,
+    ``left`` is ``L`` and ``right`` is ``R``, ``(N, G, S/G, D)``. Both are gradients of a number with respect to the
+    kernel: sums over positions ``p`` of the gradient at the layer's output ``[s, p]`` times the input patch ``p``.
+    ``W_c``, ``L_c`` and ``R_c`` are the parts of the kernel, of ``L`` and of ``R`` on input channel ``c``. They are
+    matrices with ``S/G`` rows and one column per kernel position. Let ``B Bᵀ`` be the loss's Hessian with respect to the logits,
     and ``L = R`` the Jacobian for one column of ``B``. Then the sum of the values over all columns of ``B`` is
     channel-wise flatness.
     """

@@ -36,9 +36,9 @@ def compare(
 
     The result has a row for every model, the differences to the first model with standard errors, and cautions, which
     say what must not be concluded. Models are measured together on the same samples. A sample that is hard for one
-    model is often hard for the others. So most differences have smaller errors than between models that were measured
-    on different samples. The errors take this into account for models that are measured here, and for reports that
-    were measured with ``per_sample=True`` on the same samples in the same order.
+    model is often hard for the others. So a part of the sampling error cancels in a difference. The standard errors
+    take this into account for models that are measured here, and for reports that were measured with
+    ``per_sample=True`` on the same samples in the same order.
 
     Arguments with one entry for each model are mappings with the same names as ``models``, or sequences in the order of
     ``models``.

@@ -37,7 +37,10 @@ class Call(NamedTuple):
 
 
 def as_call(inputs: Any) -> Call:
-    """Convert inputs to a call. They are a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    """Return the call with these inputs as arguments.
+
+    ``inputs`` is a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+    """
     if isinstance(inputs, Call):
         return inputs
     if isinstance(inputs, Mapping):

@@ -160,7 +160,11 @@ def _criterion(result: SpectrumResult) -> str:
 
 
 def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
-    """Return three lines for the title: size, loss and samples; kind of spectrum, trace and criteria; errors."""
+    """Return the three lines of the title.
+
+    They state the size of the spectrum with the loss and the data, then the numbers with their errors, then what these
+    errors are.
+    """
     trace = f"trace {with_error(result.trace, result.trace_stderr)}"
     criteria = f"{_criterion(result)}, C_t = {with_error(result.c_t, result.spread['c_t'])}"
     errors = "±: standard error of the trace, standard deviation of the criteria over probes"
