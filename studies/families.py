@@ -14,7 +14,7 @@ class Configuration:
 
     name: str
     arm: str  # in a star, the difference from the centre; empty in a factorial
-    train_size: int
+    train_size: int  # or all training images, if the data have fewer
     label_noise: float  # share of the training labels that are replaced by a random other class
     augment: bool
     network: str  # "plain" or "resnet"

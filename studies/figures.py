@@ -10,7 +10,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from studies import curves, shift
+from studies import accuracy, curves, shift
 from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, TARGETS, Sample
 from studies.measures import BASELINES, LABELS, NEGATED
 
@@ -152,6 +152,28 @@ def shifted(rows: Rows) -> Figure:
         plain(ax)
     left.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
     left.set_ylim(len(rows) - 0.5, -0.5)
+    return drawn
+
+
+def accuracies(networks: dict[str, Rows]) -> Figure:
+    """Draw the test error against three measures: a line over the epochs for every network, with a dot at the end."""
+    drawn = figure(10, 3.2)
+    arms = list(dict.fromkeys(rows[0]["arm"] for rows in networks.values()))
+    for ax, name in zip(drawn.subplots(1, 3, sharey=True), accuracy.NUMBERS, strict=True):
+        for rows in networks.values():
+            colour = SHADES[arms.index(rows[0]["arm"])]
+            points = [row[name] for row in rows], [100 * row["test_error"] for row in rows]
+            ax.plot(*points, color=colour, linewidth=0.8, alpha=0.7)
+            ax.plot(points[0][-1], points[1][-1], "o", color=colour, markersize=4)
+        ax.set_xscale("log")
+        ax.set_xlabel(LABELS[name], fontsize=9)
+        ax.tick_params(labelsize=7, which="both")
+        plain(ax)
+    drawn.axes[0].set_ylabel("test error, %", fontsize=9)
+    for arm, colour in zip(arms, SHADES, strict=False):
+        drawn.axes[0].plot([], [], "o-", color=colour, markersize=4, label=arm)
+    drawn.axes[0].legend(fontsize=8)
+    drawn.suptitle("Each line is a network over its epochs; the dot is the last epoch", fontsize=10)
     return drawn
 
 

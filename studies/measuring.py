@@ -41,7 +41,8 @@ def measured_rows(
     key = {"name": snapshot.name, "snapshot": snapshot.snapshot}
     images, labels = training_part(data, configuration)
     outcomes = outcomes_of(model, images, labels, data.test_images, data.test_labels)
-    losses = key | {"epoch": float(snapshot.epoch)} | outcomes
+    counts = {"train_images": len(images), "test_images": len(data.test_images)}
+    losses = key | {"epoch": float(snapshot.epoch)} | counts | outcomes
     inputs, targets = images[: family.measured_samples], labels[: family.measured_samples]
     empty = dict.fromkeys(COLUMNS, "")
     if not math.isfinite(outcomes["train_loss"]):

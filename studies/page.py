@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from studies import curves, figures, shift
+from studies import accuracy, curves, figures, shift
 from studies.families import accurate, cifar, digits
 from studies.markdown import number, percent, picture, table
 from studies.measures import BASELINES, LABELS, PACKAGE
@@ -29,6 +29,9 @@ def write(results: Path, root: Path = ROOT) -> Path:
     done = len(read_rows(results / "cifar-configurations.csv"))
     summary = findings(found) + star_findings(of_star, done, len(cifar().configurations))
     parts = [HEAD, FOUND + summary, not_run(results), factorial, star]
+    if of_accurate := accuracy.analyse(results, accurate()):
+        figures.save(figures.accuracies(accuracy.curves_of(results, accurate())), images / "accurate.png")
+        parts.append(accuracy.section(results, accurate(), of_accurate))
     shifts = {part: shift.analyse(results, of()) for part, of in shift.PARTS.items()}
     parts += [shift_section(shift.PARTS[part](), rows, images) for part, rows in shifts.items() if rows]
     parts += [curves_section(results, images), speed_section(results, images)]
