@@ -115,8 +115,8 @@ def findings(networks: dict[str, Rows], rows: Rows) -> list[str]:
         lines.append(
             f"**Between architectures**, at epoch {better['epoch']}: *{better['arm']}* has a test error that is "
             f"{points} points lower than that of *{worse['arm']}*. Its measures are those of *{worse['arm']}* times: "
-            f"{ratios}. Below one it is the flatter one, too. Their training losses, {number(better['train_loss'])} and "
-            f"{number(worse['train_loss'])}, count in this: flatness follows the loss."
+            f"{ratios}. Below one it is the flatter one, too. Flatness follows the loss, and their training losses are "
+            f"{number(better['train_loss'])} and {number(worse['train_loss'])}."
         )
     error, images = last[0]["test_error"], next(iter(networks.values()))[0]["test_images"]
     lines.append(

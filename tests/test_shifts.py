@@ -113,7 +113,7 @@ def test_shifts_without_weights_say_which_command_makes_them(shifting, monkeypat
     assert f"python -m studies cifar --keep-weights --work {settings.work}" in said
     assert "12 of 12 networks" in said
     assert "leaves out" not in said
-    write_rows(settings.results / "cifar-configurations.csv", [cifar().configurations[0].row()])
+    write_rows(settings.results / "cifar-configurations.csv", [shift.of_cifar().configurations[0].row()])
     main(["shift-cifar", *arguments])
     assert "leaves out networks that are in" in console.file.getvalue()
 
