@@ -28,9 +28,9 @@ class AutogradCurvature:
 
     The Gauss-Newton method needs ``Λ`` as a sum of ``± b bᵀ`` over column vectors ``b``. Here every class ``k`` gives
     two columns, ``b = (x + y) / 2`` with the sign +1 and ``b = (x - y) / 2`` with the sign -1. Let ``e_k`` be the unit
-    vector of the class, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive numbers ``w_k``, the sum over all
-    classes is ``Λ``. The property ``weights`` returns ``w``. It estimates the norms of the rows of ``Λ``, so that ``x``
-    and ``y`` are about equally large and little cancels.
+    vector of the class, ``x = √w_k e_k`` and ``y = Λ e_k / √w_k``. For any positive numbers ``w_k``, the matrices
+    ``± b bᵀ`` of all classes sum to ``Λ``. Here ``w_k`` estimates the norm of row ``k`` of ``Λ``; see :attr:`weights`.
+    Then ``x`` and ``y`` are about equally large, and little cancels.
 
     Args:
         function: maps logits and targets to the loss of every sample, ``(N,)``.
@@ -96,7 +96,8 @@ class AutogradCurvature:
     def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two columns ``(√w x ± Λ (x / √w)) / 2`` for vectors ``x``; ``x`` and both columns are ``(N, K)``.
 
-        The sign of the first column is +1, and that of the second is -1.
+        ``w`` are the :attr:`weights`. The first column has the sign +1, and the second -1. If ``x`` is the unit vector
+        of a class, the columns are those of the class.
         """
         roots = self.weights.sqrt()
         image = self.apply(torch.where(roots > 0, x / roots, 0.0))
@@ -168,7 +169,7 @@ def product(gradient: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
 
 
 def probes_like(logits: Tensor) -> list[Tensor]:
-    """Draw ``NUM_PROBES`` standard normal float64 tensors in the shape of the logits; the shape fixes the numbers."""
+    """Draw ``NUM_PROBES`` standard normal float64 tensors like the logits; equal shapes get equal numbers."""
     generator = torch.Generator().manual_seed(logits.shape[1])
     shape = (NUM_PROBES, *logits.shape)
     return list(torch.randn(shape, generator=generator, device="cpu").to(logits.device).double())

@@ -57,8 +57,8 @@ def closed_form_block_traces(
     ``V[:, s] = weight[:, c(s)]`` are columns of the classifier's weight. ``Γ`` is the patch Gram matrix, and ``Λ`` the
     second derivative of the loss with respect to the logits.
 
-    The result is exact if every ``g[c(s)]`` is a sum of piecewise-linear functions of single entries ``z[s, p]``. If
-    these functions have second derivatives that are not zero, add :func:`closed_form_residual`. The result is a
+    Let every ``g[c(s)]`` be a sum of functions of single entries ``z[s, p]``. If these functions are piecewise linear,
+    the result is exact. If their second derivatives are not zero, add :func:`closed_form_residual`. The result is a
     symmetric float64 tensor ``(G, S/G, S/G)``. With ``diagonal`` it has only the diagonals, ``(G, S/G)``. See Taleghani
     et al. 2026 (arXiv 2603.09016) for ReLU, and ``docs/theory.md``, "The closed form", for the derivation.
 
@@ -68,10 +68,10 @@ def closed_form_block_traces(
         slopes: ``a``, ``(N, S, *output)``.
         head: ``V``, columns of the classifier's weight, ``(K, S)``.
         curvature: ``Λ`` of all ``N`` samples.
-        tolerance: for each sample, leave out classes that add little to the trace. The terms of these classes sum to a
-            positive semi-definite matrix, whose trace is at most this share of the full trace. The result lacks the
-            off-diagonal entries of this matrix, but its diagonal stays exact. ``tolerance`` has an effect only if
-            ``curvature`` is a :class:`ClassCurvature` and ``diagonal`` is False.
+        tolerance: leave out terms (one per sample and class) that add little to the trace. They sum to a positive
+            semi-definite matrix, whose trace is at most ``tolerance`` times the full trace. The result lacks the
+            off-diagonal entries of this matrix, but the diagonal of the result stays exact. ``tolerance`` has an effect
+            only if ``curvature`` is a :class:`ClassCurvature` and ``diagonal`` is False.
         diagonal: compute only ``T[s, s]``, which is much less work.
         chunk_size: number of samples per chunk; by default as many as fit into a small memory budget.
 
@@ -181,6 +181,7 @@ def _features(inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use
     """Return a pair ``(left, right)`` with ``left rightᵀ = a Γ aᵀ`` for every sample.
 
     With ``use_gram``, ``left`` is ``a Γ`` and ``right`` is ``a``; otherwise both are ``sum_p a[s, p] phi[p]``.
+    Here ``a`` are the ``slopes``, and ``Γ`` is the patch Gram matrix.
     """
     if use_gram:
         return slopes @ patch_gram(inputs, geometry), slopes
@@ -190,10 +191,10 @@ def _features(inputs: Tensor, slopes: Tensor, geometry: ConvolutionGeometry, use
 def _columns(
     projected: Projection, by_group: tuple[int, int], like: Tensor
 ) -> tuple[Pair, Sequence[int], Tensor | None]:
-    """Return the pair ``(columns, others)``, the counts and the floor of a projection; see :class:`Projection`.
+    """Convert a projection to ``(columns, others), counts, floor``, the last three fields of :class:`Factors`.
 
-    ``columns`` and ``others`` have the shape ``(N, G, s, C)``, where ``C`` is the number of columns. The product
-    ``columns othersᵀ`` is ``VᵀΛV`` without the terms ``floor · VᵀV`` and ``diag(rest)``.
+    ``columns`` and ``others`` have the shape ``(N, G, s, C)``, where ``C`` is the number of columns. Their product
+    ``columns othersᵀ`` is the sum in :class:`Projection` without ``floor · VᵀV`` and ``diag(rest)``.
     """
     columns = projected.columns.unflatten(2, by_group).permute(0, 2, 3, 1)
     others = columns if projected.signs is None else columns * projected.signs[:, None, None]
@@ -227,7 +228,7 @@ def _diagonal(factors: Factors, matrices: Matrices, rest: Tensor | None) -> Tens
 
 
 def _on_diagonal(filters: Tensor, gram: Tensor) -> Tensor:
-    """Compute each sample's sum of ``filters`` ``(N, G, s)``, weighted by the diagonal of ``gram``, as ``(N,)``."""
+    """Compute ``Σ_{g, s} filters[n, g, s] gram[g, s, s]`` for every sample ``n``, ``(N,)``."""
     weighted: Tensor = (filters * gram.diagonal(dim1=1, dim2=2)).flatten(1).sum(1)
     return weighted
 

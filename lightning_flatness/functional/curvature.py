@@ -2,8 +2,8 @@
 
 No method uses the matrix ``Λ`` itself. The closed form needs factors of ``VᵀΛV`` for a matrix ``V`` ``(K, S)``. The
 Gauss-Newton method needs the columns of a matrix ``B`` with ``B diag(signs) Bᵀ = Λ``, one at a time. Signs of -1 are
-needed only if ``Λ`` may have negative eigenvalues. The two classes of this module provide factors and columns, and so
-does the class in ``autograd_curvature.py``.
+needed only if ``Λ`` may have negative eigenvalues. :class:`ClassCurvature` and :class:`DenseCurvature` provide factors
+and columns, and so does the class in ``autograd_curvature.py``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ELEMENTS = 2**22
 class Projection(NamedTuple):
     """Factors of ``VᵀΛV = columnsᵀ diag(signs) columns + floor · VᵀV + diag(rest)`` for every sample.
 
-    If there are ``others``, then ``VᵀΛV = columnsᵀ others`` instead. If there is a ``rest``, only the diagonal of the
-    sum is exact.
+    If ``others`` are given, ``VᵀΛV`` is only ``columnsᵀ others``, without signs, floor and rest. If ``rest`` is given,
+    only the diagonal of the sum is exact.
     """
 
     columns: Tensor  # (N, C, S), where C is the number of columns
@@ -104,7 +104,7 @@ class ClassCurvature:
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest class weight of each sample, ``(N,)``; None if all are negligible or there are few classes."""
+        """The smallest class weight of each sample, ``(N,)``; None with few classes or negligible weights."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
@@ -115,11 +115,11 @@ class ClassCurvature:
         The columns are ``√w_k (v_k - πᵀV)``, where ``v_k`` is row ``k`` of ``V``. This avoids the cancellation in
         ``diag(π) - π πᵀ``.
 
-        With a tolerance, classes that add little are left out if that saves enough work. Their terms sum to at most
-        ``tolerance`` times ``Σ_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]``, where ``scales`` ``(N, S)`` must not be negative.
-        The diagonal of these terms is returned as ``rest``, so that only entries off the diagonal are approximate. If
-        classes are left out, :attr:`floor` is returned, too. If it is not None, the weight of each column is reduced by
-        the floor.
+        With a tolerance, classes that add little to ``t = Σ_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]`` are left out if that
+        saves enough work. Their terms in ``t`` sum to at most ``tolerance * t``; ``scales`` ``(N, S)`` must not be
+        negative. The diagonal of what is left out is returned as ``rest``, so only entries off the diagonal are
+        approximate. If classes are left out, :attr:`floor` is returned as well. Unless the floor is None, it is
+        subtracted from the weights of the columns, and one column is added.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)
@@ -283,9 +283,9 @@ def _kept(
 ) -> Tensor:
     """Return a mask ``(N, K)`` of the pairs (sample, class) that are used; the others may be left out.
 
-    A class ``k`` of a sample adds ``w_k Σ_s scales[s] (v_k - m)[s]²`` to the trace, where ``v_k`` is row ``k`` of
+    A pair adds the term ``w_k Σ_s scales[s] (v_k - m)[s]²`` to the trace over all samples. Here ``v_k`` is row ``k`` of
     ``matrix``, and ``m`` the sample's row of ``mean``. Pairs are left out in ascending order of their terms, as long as
-    the sum of the terms is below ``tolerance`` times the trace. A bound on rounding errors is added to every term and
+    these terms sum to less than ``tolerance`` times the trace. A bound on rounding errors is added to every term and
     subtracted from the trace, so that the tolerance holds despite rounding.
     """
     squares, scales = matrix.square(), scales.to(matrix.dtype)

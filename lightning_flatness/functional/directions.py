@@ -100,8 +100,8 @@ def normalized(
     ``unit`` chooses the parts. With ``"filter"``, a part is a slice ``f`` of a tensor along its first dimension. The
     slice ``d_f`` of the direction becomes ``d_f ‖w_f‖ / ‖d_f‖``, where ``w_f`` is the same slice of the weights (Li et
     al. 2018, arXiv 1712.09913, Section 4). With ``"layer"``, a part is a tensor. With ``"model"``, all tensors together
-    are one part. With ``"weight"``, every number ``d`` is multiplied by its weight ``w``. With ``"none"``, nothing is
-    rescaled.
+    are one part. ``"weight"`` uses no norm: every number ``d`` is multiplied by its weight ``w``. With ``"none"``,
+    nothing is rescaled.
 
     Tensors with at most one dimension (biases, BatchNorm) are set to zero, as in the code of Li et al., unless ``unit``
     is ``"none"``. With ``biases="scaled"`` they are rescaled instead. With ``"filter"``, such a tensor counts as one
@@ -152,7 +152,7 @@ def adam_step(first: Tensor, second: Tensor, scale: float | Tensor, epsilon: flo
     Args:
         first: ``m``, the first moment in the state of the optimizer, without bias correction.
         second: ``v``, the second moment in the state of the optimizer, without bias correction.
-        scale: ``β``, a factor of the second moment.
+        scale: ``β``, a number that multiplies ``v``; not one of Adam's decay rates.
         epsilon: ``ε``.
 
     Source:
@@ -172,8 +172,8 @@ class PrincipalDirections(NamedTuple):
     Attributes:
         directions: the directions, orthonormal.
         coordinates: coordinates of the points in these directions, float64 ``(points, directions)``.
-        explained: share of the sum of squared distances from the origin that every direction explains, float64
-            ``(directions,)``.
+        explained: for each direction, the share that it explains of the sum of squared distances from the origin,
+            float64 ``(directions,)``.
 
     Example:
         >>> plane = principal_directions([{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}])
@@ -190,9 +190,9 @@ def principal_directions(offsets: Sequence[Mapping[str, Tensor]], number: int = 
     """Compute the first ``number`` right singular vectors of the matrix whose rows are the offsets.
 
     The offsets are points minus the origin; their mean is not subtracted. At least ``number`` offsets must be linearly
-    independent. The singular vectors are computed from the eigenvectors of the small matrix of inner products. The sign
-    of each direction is chosen so that, among the coordinates of the points along it, the first one that is not
-    negligible is positive.
+    independent. The singular vectors are computed from the eigenvectors of the small matrix of inner products. Each
+    direction has the sign that makes the coordinate of the first point positive. Points with a negligible coordinate
+    are skipped.
 
     Args:
         offsets: differences from the origin, each with tensors by name.

@@ -179,7 +179,7 @@ class _Search:
 
     @property
     def rounding(self) -> float:
-        """The size up to which residuals are rounding errors."""
+        """The largest residual that counts as a rounding error."""
         return rounding_error(self._basis.dtype) * self._scale
 
     def step(self) -> None:
@@ -216,7 +216,7 @@ class _Search:
         Requires: all Ritz values are below ``level``. Let ``A`` be the operator, ``V`` the basis, ``T`` the projected
         operator, ``q`` the vector ``following`` and ``e`` the last unit vector. ``A V = V T + β q eᵀ`` holds for a
         number ``β``. So for an eigenvector with the eigenvalue ``level``, the components along the basis are
-        ``β (level - T)⁻¹ e`` times the component along ``q``. The norm of all these components is at most one.
+        ``β (level - T)⁻¹ e`` times the component along ``q``. An eigenvector has norm one, which bounds both.
         """
         parts = self._parts()
         first = self._first[: self.size] @ self._coefficients

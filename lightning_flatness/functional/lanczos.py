@@ -37,11 +37,11 @@ def random_orthogonal(basis: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rounding_error(dtype: torch.dtype) -> float:
-    """Return the ratio of norms up to which the part of a product outside the basis counts as rounding error.
+    """Return the largest relative rounding error, for a test whether a Krylov space is invariant.
 
-    The product is that of the operator with the newest basis vector. The ratio is the norm of the product's part
-    orthogonal to the basis, divided by the norm of the product. If this part is only rounding error, the Krylov space
-    is invariant.
+    The test multiplies the operator with the newest basis vector. The norm of the product's part orthogonal to the
+    basis is divided by the norm of this product, or by the largest norm of a product so far. If the ratio is at most
+    the returned number, the space counts as invariant.
     """
     return 100 * torch.finfo(dtype).eps
 

@@ -64,7 +64,7 @@ OUTCOMES = ("weight", "count", "loss", "correct")
 def outcomes_of(
     losses: Tensor, logits: Tensor, targets: Tensor, weights: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """Return the columns ``OUTCOMES``, float64 ``(N, 4)``; ``correct`` is NaN unless targets are class indices.
+    """Return ``outcomes`` of :class:`LossDerivatives`, ``(N, 4)``; column 3 is NaN unless targets are class indices.
 
     ``losses`` ``(N,)`` are the losses times the weights of the samples. Without ``weights``, every sample that is not
     ignored has the weight 1. ``kept`` is a mask of the samples that are not ignored; None means all samples.
@@ -86,7 +86,8 @@ class Loss:
     """Base class of losses.
 
     For a loss of your own, a function is enough; see :class:`CustomLoss`. Write a subclass if you know a formula for
-    the second derivative. It needs a ``name`` and the method ``__call__``. Spectra and landscapes also need ``total``.
+    the second derivative. The subclass needs a ``name`` and the method ``__call__``, and for spectra and landscapes
+    also ``total``.
 
     ``shift_invariant`` tells whether the loss stays the same when one number is added to all logits of a sample.
 

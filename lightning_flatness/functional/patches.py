@@ -52,7 +52,7 @@ class ConvolutionGeometry:
         return torch.nn.functional.pad(inputs, widths) if any(widths) else inputs
 
     def windows(self, output_size: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-        """For every kernel position, yield the spatial slices of the padded input that the weights there multiply."""
+        """For every kernel position, yield the slices of the padded input that weights at this position multiply."""
         for offset in product(*map(range, self.kernel_size)):
             yield tuple(
                 slice(o * d, o * d + s * (n - 1) + 1, s)

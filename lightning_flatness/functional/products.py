@@ -29,13 +29,14 @@ Pair = tuple[Tensor, Tensor]
 class Factors:
     """The factors of ``(columns othersᵀ) ∘ (left rightᵀ) + floor · VᵀV ∘ (left rightᵀ)`` for some samples.
 
+    Column ``s`` of ``V``, ``(K, S)``, is the classifier's weight for filter ``s``, centred as in ``curvature.py``.
+
     Attributes:
         features: ``(left, right)``, each ``(N, G, s, P)`` or ``(N, G, s, D)``.
         normalized: the same pair, computed from inputs whose channels are divided by their standard deviation; or None.
         columns: ``(columns, others)``, each ``(N, G, s, C)``, where ``C`` is the number of columns.
         counts: for every sample, how many of its ``C`` columns are used; later columns are zero.
-        floor: the smallest class weight of every sample, ``(N,)``; None if the term with ``floor`` is missing. Column
-            ``s`` of ``V``, ``(K, S)``, is the classifier's weight for filter ``s``.
+        floor: the smallest class weight of every sample, ``(N,)``; None if the term with ``floor`` is missing.
     """
 
     features: Pair
@@ -68,12 +69,12 @@ class Totals:
 
 
 def add_products(totals: Totals, factors: Factors, matrices: Matrices) -> Tensor:
-    """Add the products of some samples to the totals, and return two numbers for every sample.
+    """Add one matrix per sample to the totals, and return two numbers for every sample, float64 ``(N, 2)``.
 
-    The product of a sample is a matrix, which :class:`Factors` defines. The result is float64 ``(N, 2)``. Column 0 has
-    the inner product of ``matrices.gram`` with this matrix. Column 1 has the inner product of ``matrices.normalized``
-    with the matrix that is made from ``factors.normalized`` in place of ``factors.features``. A column is zero if
-    ``matrices`` has None in its place.
+    :class:`Factors` defines the matrix of a sample. Column 0 of the result has the inner product of this matrix with
+    ``matrices.gram``. Column 1 has the inner product of a second matrix with ``matrices.normalized``. The second matrix
+    is made from ``factors.normalized`` in place of ``factors.features``. If one of the two fields of ``matrices`` is
+    None, its column is zero.
     """
     features, per_group = factors.features, factors.features[0].shape[2]
     values = torch.zeros(len(features[0]), 2, dtype=torch.float64, device=features[0].device)
@@ -105,7 +106,7 @@ def _add_some(
     some: slice,
     buffers: Sequence[Tensor | None],
 ) -> Tensor:
-    """Add one strip of the products of the ``n`` samples ``some`` to the totals.
+    """Add one strip of the matrices of the ``n`` samples ``some`` to the totals.
 
     Return what the strip contributes to the result of :func:`add_products`, ``(n, 2)``.
     """
@@ -147,7 +148,7 @@ class _Weights:
 
     @classmethod
     def of(cls, matrices: Matrices, rows: slice, rest: slice, like: Tensor) -> _Weights:
-        """Cut out one strip in the dtype of ``like``; double entries whose mirror image lies outside all strips."""
+        """Cut out one strip in the dtype of ``like``; entries with a mirror image outside all strips are doubled."""
 
         def strip_of(gram: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
             if gram is None:
@@ -190,15 +191,15 @@ def _elementwise(products: Tensor, weights: Tensor, buffer: Tensor | None) -> Te
 
 
 def _all_pairs(factors: Factors, rows: slice, right: bool = False) -> Tensor:
-    """Return the products ``(G, rows, N C P)`` of all columns with all positions, for the filters ``rows``."""
+    """Multiply every column by the features at every position, for the filters ``rows``: ``(G, rows, N C P)``."""
     columns, features = factors.columns[right][:, :, rows], factors.features[right][:, :, rows]
     return (columns[..., None] * features[..., None, :]).flatten(3).permute(1, 2, 0, 3).flatten(2)
 
 
 def _quadratic_forms(gram: Tensor, features: Pair, columns: Pair) -> Tensor:
-    """Compute the inner product of ``gram`` with every sample's product, float64 ``(N,)``.
+    """Compute the inner product of ``gram`` with ``(columns othersᵀ) ∘ (left rightᵀ)`` of every sample, ``(N,)``.
 
-    The computation takes all pairs of a column and a position.
+    The function multiplies every column by the features at every position, as :func:`_all_pairs` does.
     """
     one, other = ((c[..., None] * f[..., None, :]).flatten(3) for c, f in zip(columns, features, strict=True))
     return ((gram.to(one) @ one) * other).flatten(1).sum(1).double()

@@ -51,7 +51,7 @@ def lanczos_quadrature(product: Product, probe: Tensor, basis: Tensor, generator
 
     Args:
         product: function that multiplies the operator with a vector, ``(D,) -> (D,)``.
-        probe: vector ``(D,)``, not zero; its length does not matter.
+        probe: vector ``(D,)``, not zero; its norm does not matter.
         basis: memory ``(m, D)``, which is overwritten by the orthonormal Lanczos vectors.
         generator: CPU generator that draws the vectors for further steps.
 

@@ -104,12 +104,11 @@ def no_values(samples: int, device: torch.device) -> Tensor:
 def channelwise_values(kernel: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Compute ``Σ_c <W_cᵀ L_c, W_cᵀ R_c>`` for every sample, float64 ``(N,)``.
 
-    ``left`` is ``L`` and ``right`` is ``R``, ``(N, G, S/G, D)``. Both are gradients of a number with respect to the
-    kernel: sums over positions ``p`` of the gradient at the layer's output ``[s, p]`` times the input patch ``p``.
+    ``left`` is ``L`` and ``right`` is ``R``, ``(N, G, S/G, D)``. Per sample, both have as many entries as the kernel.
     ``W_c``, ``L_c`` and ``R_c`` are the parts of the kernel, of ``L`` and of ``R`` on input channel ``c``. They are
-    matrices with ``S/G`` rows and one column per kernel position. Let ``B Bᵀ`` be the loss's Hessian with respect to the logits,
-    and ``L = R`` the Jacobian for one column of ``B``. Then the sum of the values over all columns of ``B`` is
-    channel-wise flatness.
+    matrices with ``S/G`` rows and one column per kernel position. For example, let ``B Bᵀ`` be the loss's Hessian with
+    respect to the logits ``f``, and ``b`` a column of ``B``. Let ``L = R`` be the gradient of ``<b, f>`` with respect
+    to the kernel, with ``b`` constant. Then the sum of the values over all columns of ``B`` is channel-wise flatness.
     """
     samples, groups, filters, _ = left.shape
     channels = kernel.shape[1]

@@ -88,7 +88,7 @@ def overlays(ax: Any, kind: str) -> list[Any]:
 
 
 def set_joint_heading(ax: Any, kind: str, curve: Any, *lines: str) -> None:
-    """Write one title for all curves of a kind in the axes, such as ``"loss"`` or ``"density"``.
+    """Write one title for all curves in the axes that have the same ``kind``, such as ``"loss"`` or ``"density"``.
 
     ``curve`` is the newest curve of this kind, and ``lines`` is its title. The kind and the title of the curve are
     stored in the ``gid`` of the curve. Every line of a title consists of parts, separated by "; ". If the curves differ

@@ -53,7 +53,7 @@ def plot_comparison(
         measures: names of the numbers to draw: measures of flatness, losses, the accuracy, or baselines such as
             ``"weight_norm"``. By default normalised and plain relative flatness, the Hessian trace, the training loss
             and the loss, as far as they are known.
-        ax: axes to draw into, for a single measure. If ``measures`` are not given, only the first of the measures above
+        ax: axes to draw into, for a single measure. If ``measures`` are not given, only the first default measure
             that is known is drawn.
 
     Returns:

@@ -264,7 +264,7 @@ def plot_kept_and_recomputed(
 ) -> tuple[Any, Any]:
     """Draw two landscapes that differ in the running statistics of BatchNorm.
 
-    Lines are drawn into the same axes. Planes are drawn side by side with the same colour scale.
+    Landscapes on a line are drawn into the same axes. Those on a plane are side by side, with one colour scale.
 
     Args:
         kept: a landscape with ``batch_norm="kept"``, which uses the model's statistics at all points.

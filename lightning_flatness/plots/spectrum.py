@@ -162,8 +162,8 @@ def _criterion(result: SpectrumResult) -> str:
 def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
     """Return the three lines of the title.
 
-    They state the size of the spectrum with the loss and the data, then the numbers with their errors, then what these
-    errors are.
+    Line 1 has the numbers of parameters, probes and steps, the loss and the data. Line 2 has the kind of matrix, the
+    trace and the criteria, with errors. Line 3 says what the errors are, and if eigenvalues have not converged.
     """
     trace = f"trace {with_error(result.trace, result.trace_stderr)}"
     criteria = f"{_criterion(result)}, C_t = {with_error(result.c_t, result.spread['c_t'])}"
