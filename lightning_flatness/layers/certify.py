@@ -296,12 +296,12 @@ class _Certificates:
     def why_not_affine(
         self, calls: Calls, layers: Mapping[str, CertifiedLayer]
     ) -> tuple[dict[str, Inexact | None], Known[None]]:
-        """Return, for each layer, why the logits are not affine in its kernel, and return the updated certificate.
+        """Return, for each layer, why the logits are not affine in its kernel. Return ``known.affine``, updated, too.
 
-        The reason is None if the logits are affine. The test computes second derivatives. Layers that it has labelled
-        inexact before are left out. After the first samples, the test is skipped if every function of the autograd
-        graph is known to have a second derivative of zero. One of sixteen batches is tested in any case, because hooks
-        on tensors do not appear in the graph.
+        The reason is None if the logits are affine. Layers that this test labelled inexact on earlier batches are left
+        out. The test computes second derivatives. After the first samples, layers that run once are not tested if all
+        functions of the autograd graph are known to have a second derivative of zero. One of sixteen batches is tested
+        in any case, because hooks on tensors do not appear in the graph.
         """
         logits, known = self.recorded.logits, self.known.affine
         checked = {name: of_layer for name, of_layer in calls.items() if layers[name].inexact in NOT_LABELLED}

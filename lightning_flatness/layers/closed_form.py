@@ -83,7 +83,7 @@ class ClosedForms:
         return cls(by_layer, certified.loss, outcomes)
 
     def channels(self) -> dict[str, ChannelSums]:
-        """Return sums over the entries of every input channel, for each sample, keyed by layer name."""
+        """Return the mean and squared deviations of each sample's input channels, keyed by layer name."""
         rows = slice(self.num_samples)
         return {name: ChannelSums.of(form.convolution.read[rows]) for name, form in self.by_layer.items()}
 
@@ -96,9 +96,9 @@ class ClosedForms:
 def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
     """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
-    If the layer has a :attr:`CertifiedLayer.gram_norm`, there are many classes, and classes of negligible weight may be
-    left out. They are left out if a bound shows that relative flatness and normalised relative flatness change by at
-    most the share :data:`TRUNCATION`. Otherwise all classes are used. The other measures do not change.
+    If there are many classes, the layer has a :attr:`CertifiedLayer.gram_norm`. Then classes that add little to the
+    trace are left out at first. A bound must show that relative flatness and normalised relative flatness change by at
+    most the share :data:`TRUNCATION`. If it does not, all classes are used after all. The other measures do not change.
     """
     if isinstance(form, OutputForm):
         return _output(form, weighting, diagonal)
@@ -193,9 +193,10 @@ def _with_curved_part(form: ClosedForm, weighting: Weighting, diagonal: bool, pa
 
 
 def curved_part(tail: TailDerivatives, loss: LossDerivatives) -> tuple[Tensor, Tensor] | None:
-    """Return the curvatures of the tail and the gradient ``dloss/df``, for the term that Gauss-Newton leaves out.
+    """Return the curvatures of the tail and the loss's gradient at the logits.
 
-    Return None if all curvatures are known to be zero. The Hessian then equals the Gauss-Newton matrix.
+    They determine the part of the Hessian that the Gauss-Newton matrix leaves out. Return None if all curvatures are
+    known to be zero. The Hessian then equals the Gauss-Newton matrix.
 
     Raises:
         BatchError: some curvatures are not zero, and the batch has no targets.

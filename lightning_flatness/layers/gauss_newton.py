@@ -2,7 +2,7 @@
 
 The loss's second derivative at the logits is factored as ``Λ = B Bᵀ``. Each column of ``B`` is *pulled back*, i.e.
 multiplied by the transposed Jacobian, from the logits to the outputs of all layers at once (``docs/theory.md``, "Any
-layer: Gauss-Newton").
+layer: Gauss-Newton"). The *weight* of a class says how much the class adds to ``Λ``.
 """
 
 from __future__ import annotations
@@ -110,11 +110,11 @@ class _Layers:
     def factored(
         self, curvature: ClassCurvature | AutogradCurvature, vectors: Iterable[Tensor]
     ) -> Iterator[tuple[Columns, Tensor | None]]:
-        """Multiply vectors ``(N, K)`` by a factor of the curvature, and yield the pulled-back products in chunks.
+        """Turn each vector ``(N, K)`` into one or two columns, and yield the pulled-back columns in chunks.
 
-        A :class:`ClassCurvature` makes one column of each vector. An :class:`AutogradCurvature` makes two, and the
-        block traces of the second are subtracted. So each chunk comes with the signs of its columns, None if all are
-        positive.
+        A vector has one coefficient for every class. A :class:`ClassCurvature` turns it into one column. An
+        :class:`AutogradCurvature` turns it into two, and the block traces of the second are subtracted. So each chunk
+        comes with the signs of its columns, None if all are positive.
         """
         if isinstance(curvature, ClassCurvature):
             for columns in self.pulled(curvature.factor(x) for x in vectors):

@@ -24,9 +24,9 @@ from lightning_flatness.model.precision import Precision, current_precision
 class Listener:
     """A context manager that records one call of a model by the user's code, and may observe its forward pass.
 
-    Only one call counts. With ``inputs``, it is the first call on these very objects. Without ``inputs``, it is the
-    first call. Copies of that call's arguments are kept in :attr:`call`. Later calls on the same objects are ignored.
-    Without ``inputs``, later calls on other objects are counted in :attr:`num_others`.
+    Only the first call counts or, if ``inputs`` are given, the first call on these very objects. :attr:`call` keeps
+    copies of the arguments of the call that counts. Later calls on the same objects are ignored. Without ``inputs``,
+    later calls on other objects are counted in :attr:`num_others`.
 
     Errors of the package are never raised in the user's code, only in :meth:`result`. If observing makes the forward
     fail, the listener runs the forward again without observing it. After the call, the grad mode and the inference mode

@@ -126,7 +126,7 @@ def under_gauss_newton(
 
 
 def _multiplications(convolution: Convolution, columns: int, diagonal: bool) -> int:
-    """Return the number of multiplications for the block traces of one sample, without passes through the model.
+    """Return how many multiplications the block traces of one sample take, not counting passes through the model.
 
     ``columns`` is the number of cotangents at the layer's output that enter the block traces of one sample.
     """

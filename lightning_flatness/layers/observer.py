@@ -108,9 +108,9 @@ class FlatnessObserver:
     ) -> list[WaitingSamples]:
         """Run and certify the samples ``rows`` of a batch in parts; return the data to measure each part later.
 
-        A part has as many samples as fit in memory. The measurement is possible when the standard deviations of the
-        input channels are known. Then :meth:`sums_of` measures a part from its ``forms``. If ``forms`` is None,
-        :meth:`sums` must run the samples once more.
+        A part has as many samples as fit in memory. It can be measured when the standard deviations of the input
+        channels are known. Then pass :attr:`WaitingSamples.forms` to :meth:`sums_of`. If they are None, call
+        :meth:`sums`, which runs the samples once more.
         """
         return list(self._own(inputs, targets, _kept, advance, rows))
 
@@ -135,18 +135,18 @@ class FlatnessObserver:
         """Return the samples of a batch for which ``mask``, ``(N,)``, is True.
 
         Raises:
-            BatchError: the logits of these samples alone differ from their logits in the whole batch.
+            BatchError: the logits of these samples change when the model runs without the rest of the batch.
         """
         return self._own.chosen(inputs, targets, mask)
 
     def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
         """Return why the user's forward passes cannot be observed, or an empty string if they can.
 
-        This is decided by a trial on the first samples of the batch (:func:`try_observing`). The trial observes a pass
-        of our own in the same way as a pass of the user's, under the current modes. If ``inputs`` are a recorded
-        :class:`Call`, the pass runs in the precision of that call. Its outputs must be bit-identical to those of an
-        unobserved pass. It must keep no tensors of the autograd graph alive. Its block traces must be the same as those
-        of an unobserved pass, up to rounding.
+        A trial on the first samples of the batch decides (:func:`try_observing`). It makes a pass like a pass of the
+        user's, and observes this pass. The pass runs under the current modes and, if ``inputs`` are a recorded
+        :class:`Call`, in the precision of that call. The outputs must be bit-identical to those of an unobserved pass.
+        The block traces must be those of an unobserved pass, up to rounding. After the pass, the network must not keep
+        tensors of the autograd graph alive.
         """
         batch = inputs, targets
         outcome = try_observing(self._model, self._options, batch, self._block_traces, self._sums_observed)
@@ -335,7 +335,7 @@ class FlatnessObserver:
     def _statistics(self, sums: dict[str, LayerSums]) -> dict[str, LayerStatistics]:
         """Convert sums to statistics, which have sums over groups of samples in place of values of single samples.
 
-        The position of a sample determines its group. It is the number of samples that were measured before it.
+        The group of a sample depends on how many samples were measured before this sample.
         """
         number = max((len(of_layer.samples) for of_layer in sums.values()), default=0)
         positions = self._num_seen + torch.arange(number, device="cpu")

@@ -61,8 +61,8 @@ class ColumnOperator:
 class TailOperator:
     """Multiplies kernels by the Hessian of a layer that is measured by the closed form.
 
-    Here ``V`` is ``tail.columns``, which are columns of the classifier's weight. ``dloss/df`` and ``Λ`` are the first
-    and the second derivative of the loss at the logits.
+    In the comments below, ``V`` is ``tail.columns``, which are columns of the classifier's weight. ``dloss/df`` and
+    ``Λ`` are the first and the second derivative of the loss at the logits.
     """
 
     convolution: Convolution

@@ -76,6 +76,6 @@ class Options(MeasuringOptions):
     def class_tolerance(self) -> float:
         """The accepted relative standard error of estimates with many classes.
 
-        With 0, every class is used: none is sampled by random probes, and none of small weight is left out.
+        With 0, the sum over classes is not estimated by random probes, and no class is left out.
         """
         return 0.0 if self.strict else self.tolerance

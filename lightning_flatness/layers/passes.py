@@ -36,11 +36,11 @@ class PartSize:
     halved: bool = False  # whether the size was halved, because memory ran out
 
     def next_rows(self, left: int, begun: bool) -> int:
-        """Return the number of samples in the next part, if ``left`` samples of the batch are left.
+        """Return the number of samples in the next part, if ``left`` samples of the batch remain.
 
-        The remaining parts get about equal sizes. For the first part of the first batch, ``begun`` is False. Then the
-        maximum is half of ``most``, because certifying that part takes about fifteen backward passes. It is ``most`` if
-        the size was already halved.
+        The remaining parts get about equal sizes, of at most ``most`` samples. Without ``begun``, the part is the first
+        of the first batch. It gets at most half of ``most``, because certifying it takes about fifteen backward passes.
+        If the size was already halved, this part may have ``most`` samples, too.
         """
         if self.most is None:
             return left
@@ -139,7 +139,7 @@ class OwnPasses:
         """Return the samples of a batch for which ``mask``, ``(N,)``, is True.
 
         Raises:
-            BatchError: the logits of these samples alone differ from their logits in the whole batch.
+            BatchError: the logits of these samples change when the model runs without the rest of the batch.
         """
         self._tensors = self._tensors.narrowed(inputs, len(mask))
         with isolated(self._model), self._finding(inputs):

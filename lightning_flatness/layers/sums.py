@@ -73,7 +73,7 @@ class LayerSums:
         return replace(self, samples=self.samples[:0], outcomes=self.outcomes[:0])
 
     def groups(self, positions: Tensor) -> Tensor:
-        """Sum the weights and ``SAMPLE_MEASURES`` over each of 32 groups of samples, ``(32, 5)``.
+        """Sum the samples' weights in the loss and ``SAMPLE_MEASURES`` over each of 32 groups, ``(32, 5)``.
 
         Standard errors are computed from these sums. ``positions``, ``(N,)``, are the positions of the samples in the
         measured set, which determine the group of each sample.

@@ -86,7 +86,10 @@ def _has_positions(output_shape: tuple[int, ...]) -> bool:
 
 
 def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], Any]) -> Trace:
-    """Run ``forward`` once, and return which layers ran. ``modules`` are the model's modules, keyed by plain name."""
+    """Run ``forward`` once, and return which layers ran.
+
+    ``modules`` are the model's modules, keyed by their names without the parts that ``torch.compile`` adds.
+    """
     mode = _Tracing(modules)
     handles = []
     for name, module in modules.items():

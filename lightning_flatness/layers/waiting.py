@@ -50,7 +50,7 @@ class WaitingSamples:
 
 
 def channel_sums(calls: Sequence[LayerCall]) -> ChannelSums | None:
-    """Return the sums of a layer's input channels for every sample, over all calls of the layer.
+    """Return the mean and squared deviations of each sample's input channels, over all calls of a layer.
 
     Return None if the calls have different numbers of samples or channels.
     """

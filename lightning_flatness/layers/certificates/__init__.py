@@ -1,7 +1,7 @@
 """Certificates: numerical checks that a layer's result is exact (``docs/theory.md``, "What is certified, and how").
 
-Each certificate computes the same number in two ways and compares the results. If they differ, the message of the error
-or the returned reason calls the layer "it". The caller puts the layer's name in front of the message.
+Each certificate computes the same number in two ways and compares the results. If they differ, the certificate
+raises an error or returns a reason. In these texts, "it" is the layer. The caller puts the layer's name in front.
 """
 
 from __future__ import annotations

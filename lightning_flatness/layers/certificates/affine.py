@@ -68,7 +68,7 @@ def why_curved(logits: Tensor, node: Tensor, shift_invariant: bool) -> Inexact |
 
 
 def _not_zero(second: Tensor | None) -> Inexact | None:
-    """Return ``CURVED`` or ``NOT_FINITE`` if a second derivative is not zero; None if it is zero or None."""
+    """Return why a second derivative is not zero; None if it is zero. ``second=None`` stands for zero."""
     if second is None or not bool(second.any()):
         return None
     return Inexact.CURVED if bool(second.isfinite().all()) else Inexact.NOT_FINITE

@@ -105,7 +105,9 @@ NOT_LINEAR = (
 def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Tensor:
     """Certify that the model returned the classifier's output as its logits.
 
-    Return the largest difference between a logit and the same entry of the classifier's output, relative to their size.
+    Each logit is compared with the same entry of the classifier's output. The difference is divided by the larger of
+    the two absolute values. Return the largest quotient.
+
     With ``shift_invariant``, a number may have been added to all logits of a sample.
     """
     if logits.shape != output.shape:

@@ -29,8 +29,9 @@ def certify_layer(
     """Certify that every call of a layer runs exactly one convolution, always with the same kernel; return the kernel.
 
     ``known`` is the kernel that earlier batches have used, or None. If given, this batch must use the same kernel.
-    ``unchanged`` returns whether a kernel has the same Gram matrix as the kernel of the earlier batches. With ``half``,
-    the layer may run in half precision.
+    If ``known`` is the model's parameter and not a copy, comparing entries cannot show that they were overwritten. Then
+    ``unchanged`` is called, which tests whether the Gram matrix is still that of earlier batches. With ``half``, the
+    layer may run in half precision.
 
     Raises:
         LayerSelectionError: the layer does not return the output of one convolution, or its kernel changes.
@@ -45,8 +46,8 @@ def certify_layer(
 def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bool) -> None:
     """Certify that a layer ran exactly one convolution and returned that convolution's output unchanged.
 
-    The input and kernel that are measured are those of the convolution. If the layer itself pads its input or
-    transforms its weight, these are the padded input and the transformed weight.
+    The measurement takes the input and the kernel from this convolution, not from the layer. If the layer itself pads
+    its input or transforms its weight, these are the padded input and the transformed weight.
     """
     if len(call.convolutions) != 1:
         raise LayerSelectionError(

@@ -28,8 +28,8 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
             gradient that the kernel has if the model uses the kernel in this layer only.
 
     Returns:
-        The deviation between the two gradients of the kernel, relative to their norm or, if terms of the gradient
-        cancel, to the norm of the terms.
+        The norm of the difference of the two gradients, divided by the larger of their norms. A gradient is a sum over
+        samples and positions. If its terms cancel, the root of the sum of their squares is the divisor.
 
     Raises:
         LayerSelectionError: the two gradients differ, because the model also uses the kernel outside the layer (tied

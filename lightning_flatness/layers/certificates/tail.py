@@ -108,9 +108,9 @@ def certify_tail(
 def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDerivatives, Known[Tail]]:
     """Return the derivatives of a tail that runs in half precision.
 
-    Rounding errors of half precision would hide what :func:`certify_tail` tests. So ``known`` was certified in float32,
-    and this function only compares operations. The operations must be those of the first pass in half precision. On
-    that first pass, ``known`` has no fingerprint yet.
+    Rounding errors of half precision would hide what :func:`certify_tail` tests. So that test has run in float32, and
+    its result is ``known``, at first without a fingerprint. The first pass in half precision makes the list of its
+    operations the fingerprint. Every later pass must have the same operations.
 
     Raises:
         NotClosedFormError: the operations differ or cannot be compared, or channels mix.
@@ -134,14 +134,15 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
 
 
 def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Tensor) -> Tensor:
-    """Return ``c(s)`` like :func:`_channels`, but in half precision, which cannot represent large indices ``j``.
+    """Return ``c(s)`` for a tail in half precision, bit by bit; -1 if unknown.
 
-    The indices are found bit by bit. For bit ``k``, the cotangent at entry ``j`` of the classifier's input is bit ``k``
-    of the number ``j``. For a channel ``s``, the vector-Jacobian product then equals the slopes if bit ``k`` of
-    ``c(s)`` is one, and zero if the bit is zero. ``known`` is ``c(s)`` from earlier batches, -1 if unknown.
+    The method of :func:`_channels` fails in half precision, which cannot represent large indices. Here one cotangent is
+    pulled back for every bit ``k``. Its entry ``j`` is bit ``k`` of the number ``j``. In channel ``s``, the
+    vector-Jacobian product equals the slopes if bit ``k`` of ``c(s)`` is one, and zero if this bit is zero. ``known``
+    is ``c(s)`` from earlier batches, -1 if unknown.
 
     Raises:
-        NotClosedFormError: a product is neither the slopes nor zero, so channels mix.
+        NotClosedFormError: a product is neither the slopes nor zero, or ``c(s)`` is not ``known``, so channels mix.
     """
     numbers = torch.arange(features.shape[1], device=features.device)
     over = [dimension for dimension in range(slopes.ndim) if dimension != 1]
@@ -159,7 +160,7 @@ def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Ten
 
 
 def _derivatives(slopes: Tensor, curvatures: Tensor | None, tail: Tail, head: Head) -> TailDerivatives:
-    """Return the derivatives in the dtype of the classifier's weight, with the columns ``V[:, c(s)]``."""
+    """Return the derivatives of a tail, detached and in the dtype of the classifier's weight."""
     columns = head.weight[:, tail.channels.clamp_min(0)] * (tail.channels >= 0)
     curvatures = None if curvatures is None else curvatures.detach().to(columns)
     return TailDerivatives(slopes.detach().to(columns), curvatures, columns)
@@ -206,7 +207,7 @@ def _slopes(features: Tensor, nodes: Sequence[Tensor], create_graph: bool) -> Se
 
 
 def _channels(a: Tensor, weighted: Tensor, num_features: int) -> Tensor:
-    """Compute ``c(s)``, ``(S,)``, by least squares over samples and positions; -1 if there is no such entry.
+    """Compute ``c(s)``, ``(S,)``, by least squares over samples and positions; -1 if the result is not an index.
 
     ``a`` are the slopes, and ``weighted`` is ``c(s) a[s, p]``. If the tail mixes channels, ``weighted`` is another
     tensor, and the result is meaningless.
@@ -252,7 +253,7 @@ def _along(derivative: Tensor, node: Tensor, vector: Tensor) -> Tensor | None:
 def _certify_second_order(first: FirstOrder, curvatures: Tensor | None, node: Tensor, features: Tensor) -> float:
     """Certify that positions of one channel do not interact; return the deviation, relative to the largest entry.
 
-    The vector-Jacobian product with ``u`` is differentiated along a random ``v``. The result must be
+    The vector-Jacobian product of ``g`` with a random ``u`` is differentiated along a random ``v``. The result must be
     ``u[c(s)] a'[s, p] v[s, p]``. A tail with InstanceNorm meets the first-order condition but not this one.
     """
     v = random_like(first.slopes)
