@@ -16,9 +16,9 @@ ENTRIES = 1000
 
 
 def leaves_averages(callback: Any) -> bool:
-    """Return whether a callback of Lightning puts averaged weights into the network at the end of the fit.
+    """Return whether ``callback`` puts averaged weights into the network at the end of the fit.
 
-    ``StochasticWeightAveraging`` does this only if it has begun to average.
+    ``WeightAveraging`` does this. ``StochasticWeightAveraging`` does this only if it has begun to average.
     """
     names = {base.__name__ for base in type(callback).__mro__}
     has_begun = getattr(callback, "n_averaged", None) is not None
@@ -64,9 +64,9 @@ def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:
 def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> bool:
     """Make Lightning call ``callback.on_train_end`` a second time, after all other callbacks that override this hook.
 
-    Call this function in ``callback.on_train_end``. It returns True if a second call will follow. It returns False in
-    the second call, or if no other callback comes after this one. Checkpoints, and callbacks of the class ``own``, do
-    not count as other callbacks.
+    Call this function in ``callback.on_train_end``. It returns True if Lightning will call the hook again. It returns
+    False in the second call of the hook, or if no other callback with this hook comes after ``callback``. Checkpoints,
+    and callbacks of the class ``own``, do not count as other callbacks.
     """
     # Lightning iterates over this list while it calls the hook, so an entry that is inserted now is called, too.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ class MeasuringCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Record the calls in the first validation step of a run, to find the network and its inputs."""
+        """Record the calls of modules in the first validation step of a run, to find the network and its inputs."""
         if self._network is None and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._start_watching(pl_module, batch)
@@ -162,7 +162,7 @@ class MeasuringCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Find the network among the recorded calls of the validation step."""
+        """Find out which of the modules that the validation step has called is the network."""
         if self._asked is not None and not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 self._find_network(pl_module)
@@ -185,13 +185,13 @@ class MeasuringCallback(Callback):
         self._watch = self._asked = None
 
     def _find_network(self, pl_module: LightningModule) -> Call | None:
-        """Find the network among the recorded calls of the validation step. Return its call in this step.
+        """Find out which of the modules that the validation step has called is the network. Return its call.
 
         Return None if no recorded call can be measured.
 
-        With ``data="val"`` and no inputs from ``batch_fn=``, the inputs of that call are measured. Otherwise the inputs
-        come from the batch or from ``batch_fn=``, and may differ from those that the step gives to the network. If they
-        differ, warn if ``batch_fn=`` gives the inputs, and raise an error if the batch does.
+        With ``data="val"`` and no inputs from ``batch_fn=``, the inputs of the returned call are measured. Otherwise
+        the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step gives to the network.
+        Warn if inputs from ``batch_fn=`` differ. Raise an error if inputs from the batch differ.
         """
         watch, asked = self._watch, self._asked
         assert asked is not None

@@ -62,9 +62,10 @@ def survivors(candidates: Sequence[Candidate], within: float, max_files: int) ->
 class FlatCheckpoint(ModelCheckpoint):
     """A ``ModelCheckpoint`` that keeps the flattest network among those whose accuracy is nearly the best.
 
-    A small value of a flatness measure means a flat network. This value goes on falling for many epochs after the
-    accuracy has levelled off. A ``ModelCheckpoint`` that monitors the accuracy keeps the first epoch with the best
-    accuracy. A ``ModelCheckpoint`` that monitors flatness keeps a network that has not learnt anything.
+    A small value of a flatness measure means a flat network. A ``ModelCheckpoint`` that monitors this value keeps a
+    network of the first epochs, which is flat but has not learnt anything. A ``ModelCheckpoint`` that monitors the
+    accuracy keeps the first epoch with the best accuracy. But after the accuracy has levelled off, networks become
+    flatter for many epochs.
 
     ``best_model_path`` is the checkpoint with the smallest flatness value among all validations whose accuracy is at
     most ``within`` worse than the best accuracy so far. When the best accuracy rises, the accuracy of this checkpoint

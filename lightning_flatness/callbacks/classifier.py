@@ -1,4 +1,4 @@
-"""Find the classifier in a training step. It is the linear layer whose output is the logits of the loss."""
+"""Find the classifier, which is the linear layer whose output in a training step is the logits of the loss."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LayerCall(NamedTuple):
 class CallRecorder:
     """Records the calls of layers with forward hooks, but only while ``listens`` is True.
 
-    The hook stays on the classifier for the whole fit, because compiled code ignores hooks that are added after
-    compilation. In a copy of a layer, the hook records nothing.
+    The classifier keeps its hook for the whole fit, because compiled code ignores hooks that are added after
+    compilation. If a layer is copied, the hook of the copy records nothing.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class CallRecorder:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, layers: dict[str, nn.Module]) -> None:
-        """Put hooks on these layers, and remove those from all other layers."""
+        """Remove all hooks, drop the recorded calls, and put hooks on these layers."""
         self.detach()
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_hook(_Hook(self, name), with_kwargs=True))
@@ -109,9 +109,10 @@ def find_classifier(
     """Return the name of the classifier, which is the layer that computes the logits of the loss in a training step.
 
     ``calls`` are the recorded calls of this step. ``why_not`` takes a call, and returns the reason why the output of
-    this call is not the logits of the loss, or an empty string if it is. The classifier is the last layer that was
-    called on one vector per sample, is linear, and returns the logits. Layers on which these logits depend are not
-    considered.
+    this call is not the logits of the loss. The reason is empty if the output is the logits.
+
+    The classifier is a linear layer that is called on one vector per sample and returns the logits. Calls are checked
+    from the last to the first. When a call fits, earlier calls on which its output depends are not checked.
 
     Raises:
         FlatnessError: No call returns the logits, or several calls that do not depend on each other return logits.

@@ -91,7 +91,7 @@ class EpochEndCallback(MeasuringCallback):
 
     @staticmethod
     def _say(level: int, message: str) -> None:
-        """Print on rank zero how much time or work a measurement will take. The logging ``level`` is ignored."""
+        """Print, on rank zero, a message about the time or work of a measurement. ``level`` is not used."""
         rank_zero_info(message)
 
     def _is_ready(self, final: bool) -> bool:

@@ -60,7 +60,7 @@ class RunOutputs:
         """Draw figures of a measurement, and give them to the loggers.
 
         ``draw`` returns a dict from tags to figures. The tags have no prefix. File names begin with the epoch and step
-        in ``record``, like the names of Lightning's checkpoints, followed by ``suffix``.
+        in ``record``, like the names of Lightning's checkpoints. Then follow ``suffix`` and the tag.
         """
         is_trial = getattr(trainer, "fast_dev_run", False) or getattr(trainer, "barebones", False)
         if self._figures is False or is_trial or not trainer.is_global_zero:

@@ -67,7 +67,7 @@ class FlatnessCallback(FlatnessHistory):
         model: name of the LightningModule's attribute that is the network, e.g. ``"net"``, or a function that takes the
             LightningModule and returns the network; by default the network that the validation step calls.
         batch_fn: function that takes a batch and returns ``(inputs, targets)``. By default, the inputs are those that
-            the validation step gives the network; targets are a pair's second entry, or one with a name like ``label``.
+            the step gives the network. The targets are a pair's second entry, or an entry with a name like ``label``.
         summary: print before training which layers are measured and how, and which are left out and why.
         figures: ``"auto"`` to give figures of accuracy, flatness and block traces to every logger that takes figures,
             and to write PNG files for the other loggers; ``"files"`` for PNG files only; False for none. See
@@ -89,9 +89,9 @@ class FlatnessCallback(FlatnessHistory):
 
     Attributes:
         history: one record for every measurement of a fit, saved in checkpoints. A record is a dict. It has the numbers
-            above (None if unknown) with standard errors ``..._error`` for all measures; ``data``, ``num_samples``,
-            ``layers``, ``method`` and ``precision``, which say what was measured, and how; and ``accuracy``, which the
-            LightningModule has logged.
+            above (None if unknown) without the logarithm, and standard errors ``..._error`` of all measures. ``data``,
+            ``num_samples``, ``layers``, ``method`` and ``precision`` say what was measured, and how. ``accuracy`` is
+            the value that the LightningModule has logged.
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
             only these have the report and the history. The main process has only the logged values.
         reports: a dict from the index of every validation loader to the last report of this loader.
@@ -189,7 +189,7 @@ class FlatnessCallback(FlatnessHistory):
             logged.warn_no_validation(self.prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out how each layer can be measured, unless the sanity check has done so, and print a summary."""
+        """Find out how each layer can be measured, if the sanity check has not done so. Then print a summary."""
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             logged.warn_no_validation(self.prefix)
@@ -285,7 +285,7 @@ class FlatnessCallback(FlatnessHistory):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In a fit without validation, measure the training data, or the data that the user gives.
 
-        The LightningModule may log its accuracy only after this hook, so the record gets the accuracy later.
+        The LightningModule may not have logged its accuracy yet, so the accuracy is added to the record later.
         """
         if self._data_name != "val" and not trainer.enable_validation:
             self._start(trainer, pl_module, None, [])

@@ -15,7 +15,10 @@ MOST_HEAT_MAPS = 8
 
 
 def stopping_of(trainer: Trainer) -> dict[str, Any]:
-    """Return the burn-in of the run's early stopping and the epoch after which it stopped. Both may be None."""
+    """Return the ``burn_in`` of early stopping, and the epoch after which early stopping ``stopped`` the run.
+
+    The burn-in is the number of initial epochs that early stopping ignores. Both values may be None.
+    """
     rules: list[Any] = list(trainer.early_stopping_callbacks)
     burn_ins = [rule.burn_in for rule in rules if getattr(rule, "burn_in", 0)]
     stops = [rule.stopped_epoch for rule in rules if rule.stopped_epoch]

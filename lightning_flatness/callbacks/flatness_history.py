@@ -34,8 +34,8 @@ class FlatnessHistory(MeasuringCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the record of this validation, with its accuracy, to the history.
 
-        In this hook the LightningModule has logged its accuracy. When this callback logs flatness, the LightningModule
-        may not have done so yet.
+        This callback logs flatness earlier, when the LightningModule may not have logged its accuracy yet. In this
+        hook, the accuracy has been logged.
         """
         if self._awaits_accuracy is not None:
             self._add_to_history(trainer, self._awaits_accuracy)

@@ -31,10 +31,10 @@ class LandscapeCallback(EpochEndCallback):
 
     It computes such a loss landscape at the end of a fit and, on request, at the end of epochs. Figures show the losses
     of a line as a curve, and those of a plane as contours and as a surface. Every landscape is written to a file
-    ``epoch=...-step=...-kept.npz`` (or ``-recomputed``), which
-    :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads. A trajectory is written to a file that
-    ``TrajectoryResult.load`` reads. Ctrl-C ends the computation of a landscape, and the points computed so far are
-    kept.
+    that :meth:`LandscapeResult.load <lightning_flatness.LandscapeResult.load>` reads. The file is named
+    ``epoch=...-step=...-kept.npz``, or ``-recomputed.npz`` if the statistics of BatchNorm are recomputed. With
+    ``axes="trajectory"``, the path of the weights is written to a file that ``TrajectoryResult.load`` reads. Ctrl-C
+    ends the computation of a landscape, and the points computed so far are kept.
 
     Training with this callback is bit-identical to training without it, with few exceptions: ``docs/limits.md``,
     "Random numbers and side effects".
@@ -88,9 +88,9 @@ class LandscapeCallback(EpochEndCallback):
 
     Attributes:
         history: one record for every measurement of a fit, saved in checkpoints. A record is a dict with ``epoch`` and
-            ``step``; ``loss`` and ``accuracy`` at the origin; ``lowest_loss`` of all points; ``complete``, False after
-            Ctrl-C; ``seconds``, which are also logged as ``{prefix}/seconds``; and ``data``, ``num_samples``,
-            ``loss_name``, ``axes`` and ``batch_norm``, which say what was measured.
+            ``step``. ``loss`` and ``accuracy`` are those at the origin, and ``lowest_loss`` is the lowest of all
+            points. ``complete`` is False after Ctrl-C. ``seconds`` is also logged, as ``{prefix}/seconds``. ``data``,
+            ``num_samples``, ``loss_name``, ``axes`` and ``batch_norm`` say what was measured.
         results: the latest landscapes, a dict with keys ``"kept"`` and ``"recomputed"`` and values of type
             :class:`~lightning_flatness.LandscapeResult`.
 

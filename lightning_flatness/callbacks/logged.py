@@ -29,8 +29,8 @@ def with_logarithm(values: Mapping[str, float], measure: str) -> dict[str, float
 def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
     """Return the key under which loggers have the accuracy that the LightningModule logs as ``name``.
 
-    Without a name, use the first key that contains ``acc`` and ``val``, or else the first that contains ``acc``. Return
-    None if there is no such key.
+    Without a name, use the first key that contains ``acc`` and ``val``, or else the first that contains ``acc``. If
+    there is also a key that adds ``_epoch`` to this key, return that one. Return None if no key fits.
 
     Example:
         >>> accuracy_key({"train_acc": 0, "val_acc": 0, "val_acc_epoch": 0}, None)

@@ -1,4 +1,4 @@
-"""The network to measure: its place in the LightningModule, and the network that ``model=`` names."""
+"""Describe the network to measure and its place in the LightningModule, and find the network of ``model=``."""
 
 from __future__ import annotations
 

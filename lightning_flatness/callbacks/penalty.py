@@ -81,8 +81,8 @@ class FlatnessPenalty(Callback):
         schedule: a function that takes the number of optimizer steps so far, and returns a factor for ``λ``.
         warmup_steps: number of optimizer steps over which ``λ`` rises linearly from zero.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
-        normalize: use the equivalent classifier whose input features have standard deviation one over the batch. Every
-            rank uses its own batch.
+        normalize: compute ``κ`` from input features that are divided by their standard deviations over this rank's
+            batch, and from weights that are multiplied by these standard deviations.
         maximize: subtract ``λ κ`` instead, to train away from flat minima.
         label_smoothing: label smoothing of your loss. It matters only with class weights.
         class_weight: class weights of your loss, one for every class.
@@ -278,7 +278,7 @@ class FlatnessPenalty(Callback):
     def _targets_for(self, call: LayerCall) -> Tensor | None:
         """Return the batch's targets if the penalty may depend on them, or None otherwise.
 
-        It depends on them if there are class weights, or if they are class indices, some of which may be ignored.
+        It may depend on targets if there are class weights, or if targets are class indices, which may be ignored.
         """
         targets = self._targets
         if targets is None or self._options["class_weight"] is not None:

@@ -34,8 +34,8 @@ class UncheckedKey(str):
     """A state key ``name[prefix=...]`` that raises an error when it is compared with an equal key.
 
     A Trainer compares the state keys of its callbacks before it calls any of them, and raises an error if two keys are
-    equal. Lightning's own message does not say that callbacks need different prefixes. The message of this error says
-    so.
+    equal. The message of Lightning's error does not say that callbacks need different prefixes. So this class raises an
+    error earlier, in the comparison, with a message that says so.
     """
 
     __hash__ = str.__hash__

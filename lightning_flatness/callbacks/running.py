@@ -135,8 +135,8 @@ class Running:
         """After a validation step, measure the batch's samples that the source selects, or the next part of other data.
 
         ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.step_watch.StepWatch` has found
-        in this step. If ``call`` is None, measure the call that this object has recorded in this step, or the batch's
-        own inputs if no step is seen to call the network.
+        in this step. If ``call`` is None, measure the call that this object has recorded in this step. If no recorded
+        call can be measured, measure the inputs in the batch or from ``batch_fn=``.
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():
@@ -162,8 +162,8 @@ class Running:
     def _add_own(self, inputs: Any, targets: Tensor | None) -> None:
         """Measure samples in an extra forward pass.
 
-        If a trial has shown that an extra pass can run in the same way and precision as the user's passes, run this
-        pass in that way, and observe it.
+        If a trial has shown that extra passes can run like those of validation, in the same way and precision, make
+        such a pass, and measure while it runs. If this raises an error, make an ordinary extra pass.
         """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.repeats):

@@ -78,10 +78,11 @@ class SpectrumCallback(EpochEndCallback):
         on_error: ``"raise"``, or ``"warn"`` to go on training after an error.
 
     Attributes:
-        history: one record for every measurement of a fit, saved in checkpoints. A record is a dict with ``epoch`` and
-            ``step``; the logged values (None if unknown); standard deviations over the probes, ``r_e_std`` and so on;
-            the eigenvalues and their residuals, for :func:`~lightning_flatness.plots.plot_eigenvalues`; and ``data``,
-            ``num_samples``, ``matrix``, ``num_probes`` and ``num_steps``, which say what was measured, and how.
+        history: one record for every measurement of a fit, saved in checkpoints. A record is a dict with ``epoch``,
+            ``step`` and the logged values (None if unknown). ``r_e_std`` and so on are standard deviations over the
+            probes. ``residuals`` are those of ``eigenvalues``, which
+            :func:`~lightning_flatness.plots.plot_eigenvalues` draws. ``data``, ``num_samples``, ``matrix``,
+            ``num_probes`` and ``num_steps`` say what was measured, and how.
         result: the latest measurement, a :class:`~lightning_flatness.SpectrumResult`.
 
     Raises:

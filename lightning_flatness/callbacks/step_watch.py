@@ -1,4 +1,4 @@
-"""Record the calls of modules in a validation step, to find the network among them, and what it is given."""
+"""Record the calls of modules in a validation step, to find out which module is the network, and its inputs."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Found:
 
 @dataclass
 class _Heard:
-    """A recorded call of a module in a step, with its output and the calls that it makes.
+    """A recorded call of a module in a step, with the module's output, and with the calls of modules within this call.
 
-    If the output has no logits, the network is sought among the calls within this call, but only if they are all calls
-    of one module. Calls of several modules are dropped, because they would keep the step's activations in memory.
+    If the output has no logits, the network is sought among the calls within, but only if these are all of one module.
+    Calls of several modules are dropped, because they would keep the step's activations in memory.
     """
 
     module: nn.Module
@@ -139,13 +139,13 @@ class StepWatch:
     def found(self, inputs: Any, is_given: bool = False) -> Found:
         """Return the network, and the call to measure.
 
-        ``inputs`` are the batch's own inputs, or None if unknown. If the step calls the network on different inputs,
-        the call to measure is the call on ``inputs``. If there is no such call, and ``inputs`` come from ``batch_fn=``
-        (``is_given``), the result has no call.
+        ``inputs`` are the inputs in the batch, or None if unknown. If ``is_given``, they come from ``batch_fn=``. If
+        the step calls the network several times, on different inputs, the call to measure is the one on ``inputs``. If
+        no call is on ``inputs``, and ``is_given`` is True, the result has no call.
 
         Raises:
-            FlatnessError: The step calls several networks. Or the step calls the network on different inputs but not on
-                ``inputs``, and ``is_given`` is False.
+            FlatnessError: The step calls several networks. Or the step calls the network several times, on different
+                inputs but never on ``inputs``, and ``is_given`` is False.
             BatchError: The output of the network has no logits.
         """
         heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
@@ -166,8 +166,8 @@ class StepWatch:
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
         """Find the call to measure among these calls, or among the calls within them.
 
-        Return the call, the number of different inputs that the called module gets in the step, and True. If there is
-        no call to measure, return the module's first call, the number of different inputs, and False.
+        Return this call, the number of different inputs on which its module is called in the step, and True. If there
+        is no call to measure, return the module's first call, the number of different inputs, and False.
         """
         self._refuse_several(calls)
         different: list[_Heard] = []

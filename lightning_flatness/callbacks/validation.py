@@ -89,8 +89,8 @@ class Validation:
     def _take_spread(self, loader: int, network: Network) -> Exception | None:
         """Compute the standard deviations of the layers' input channels for one loader. This is a collective.
 
-        If this rank cannot measure the loader, it takes part in the collective without samples. Then return the error,
-        otherwise None.
+        If this rank cannot measure the loader, it takes part in the collective without samples, and returns the error.
+        Otherwise return None.
         """
         try:
             measurement = self._of(loader, network).measurement

@@ -24,7 +24,7 @@ DEFAULT_BATCH_SIZE = 64
 
 
 def own_loader(loader: Any, indices: Sequence[int] | None = None) -> DataLoader[Any]:
-    """Create a loader over the user's data set that shares no iterator, worker or generator with the user's loader.
+    """Create a loader over the user's data set. It shares no iterator, worker or generator with the user's loader.
 
     The new loader reads the samples at ``indices``, in this order. Without ``indices``, the new loader reads the whole
     data set, which may be an ``IterableDataset``.
@@ -86,8 +86,8 @@ def seed_all(seed: int) -> None:
 def first_batch(loaders: Sequence[Any], model: nn.Module) -> Any | None:
     """Read one batch from the data set of the first of the loaders, without iterating over that loader.
 
-    Return None if reading fails, or if it is unknown which samples the loader reads. That is unknown if the data set
-    cannot be read by index, or if this function does not know the class of the sampler or of the batch sampler.
+    Return None if reading fails, or if the data set cannot be read by index. Also return None if the class of the
+    sampler or batch sampler is unknown, because then it is unknown which samples the loader reads.
     """
     loader = next(iter(loaders), None)
     known = (SequentialSampler, RandomSampler, DistributedSampler)

@@ -85,7 +85,7 @@ def _known(sampler: Any) -> tuple[Tensor, bool] | None:
 
 
 def _drawn(loader: Any, sampler: Any, limit: float, num_ranks: int) -> Tensor:
-    """Draw epochs from a copy of a sampler or batch sampler, and return the indices that it yields on any rank.
+    """Draw epochs from copies of a sampler or batch sampler on all ranks, and return all indices that these yield.
 
     If all epochs have the same order, only the first ``limit`` items of an epoch count. An item is an index, or a batch
     of indices if ``sampler`` is a batch sampler.

@@ -1,4 +1,4 @@
-"""The sources of the samples that are measured, which are the validated batches or other data."""
+"""The sources of the samples to measure. A source consists of the validated batches or of other data."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Asked:
     is_given: bool = False  # whether inputs come from batch_fn=
 
     def own_call(self) -> Call:
-        """Return the call of the network with :attr:`inputs` as arguments. Raise an error if they are unknown."""
+        """Return the call of the network with :attr:`inputs` as arguments. Raise an error if the inputs are unknown."""
         if self.inputs is None:
             problem = "batch_fn= gives no inputs, and the validation step is not seen to call the network."
             raise BatchError(self.why_no_targets or problem)
@@ -85,7 +85,7 @@ class Asked:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Add the reason why the batch has no targets to errors about missing targets in a ``with`` block."""
+        """If the ``with`` block raises an error about missing targets, add the reason why the batch has none."""
         try:
             yield
         except BatchError as error:
@@ -98,7 +98,7 @@ class Asked:
             raise
 
     def samples(self, call: Call) -> Samples:
-        """Return ``(inputs, targets)`` to measure. The inputs are ``call``, unless ``batch_fn=`` gives other values."""
+        """Return ``(inputs, targets)`` to measure. Inputs are those of ``call`` unless ``batch_fn=`` gives others."""
         differ = self.is_given and not equal_inputs(call, as_call(self.inputs))
         return (as_call(self.inputs) if differ else call), self.targets
 
@@ -110,7 +110,7 @@ class ValidationBatches:
         trainer: the Trainer that validates.
         wanted: what the user wants to measure.
         loaders: the validated loaders.
-        num_batches: number of batches that Lightning validates of each loader.
+        num_batches: for each loader, the number of batches that Lightning validates.
 
     Attributes:
         why_not_observed: reason why the measurement needs extra forward passes instead of those of the validation
@@ -152,7 +152,7 @@ class SeparateData:
         pl_module: the LightningModule, for its transfer hooks and devices.
         wanted: what the user wants to measure.
         loaders: the validated loaders; None if there is no validation.
-        num_batches: number of batches that Lightning validates of each loader.
+        num_batches: for each loader, the number of batches that Lightning validates.
     """
 
     def __init__(

@@ -19,12 +19,12 @@ class ValidationStream:
 
     A sample is identified by its position in this sequence. A ``DistributedSampler`` appends repeated samples until
     every rank has equally many. The stream leaves out the repeated samples, so that several processes measure the same
-    samples as one process. ``max_samples`` selects positions. In every epoch, the same samples are at these positions,
-    unless the loader shuffles.
+    samples as one process. With ``max_samples``, only samples at some positions are measured. These positions are the
+    same in every epoch, and so are the samples at them, unless the loader shuffles.
 
     Args:
         loaders: the loaders that Lightning validates one after the other; empty if Lightning may combine them.
-        num_batches: number of batches that Lightning runs of each loader.
+        num_batches: for each loader, the number of batches that Lightning runs.
         max_samples: number of samples to measure over all ranks and loaders; None for all.
         rank: rank of this process.
         num_ranks: number of processes.
@@ -87,7 +87,7 @@ class ValidationStream:
         return mask
 
     def order(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Return the position of every row of a batch among the measured samples of all ranks, or None if unknown."""
+        """For every row of a batch, return its index in the list of all ranks' measured samples. None if unknown."""
         positions = self._shards[0].positions_of_samples(rows, batch_idx) if len(self._shards) == 1 else None
         if positions is None or self._order is None:
             return positions if self._num_left is None else None
