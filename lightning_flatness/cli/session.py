@@ -90,7 +90,7 @@ class Session:
 
 
 def _loss(text: str) -> Any:
-    """Return the argument ``loss=`` of the measurement for the option ``--loss text``.
+    """Convert the value ``text`` of the option ``--loss`` to a value for the argument ``loss=`` of a measurement.
 
     A text without a dot is the name of a built-in loss, and is returned unchanged. Any other text is the import path of
     a function or a class. A function is returned; a class is called without arguments.

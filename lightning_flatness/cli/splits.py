@@ -35,8 +35,8 @@ def split_of(
 
     Args:
         name: ``"val"`` or ``"train"``.
-        model: the network. If ``data`` is None, it must have the loaders.
-        data: the LightningDataModule, or None.
+        model: the network.
+        data: the LightningDataModule; None if the model has the loaders.
         number: index of the loader, if there are several.
         max_samples: size of a fixed random subset, drawn as in :class:`~lightning_flatness.FlatnessCallback`. If it is
             None, a validation split has all samples, and a training split a subset of 4,096.

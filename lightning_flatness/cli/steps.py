@@ -35,7 +35,7 @@ class Consumer(Protocol[Found]):
 class SamplesOfSteps(MeasuringCallback, Generic[Found]):
     """A callback that gives ``consumer`` the inputs of the network and the targets of each validation step.
 
-    ``name`` is the attribute of the LightningModule that holds the network, or None if the user names no attribute. If
+    ``name`` is the attribute in which the LightningModule holds the network, or None if the user names none. If
     ``has_steps`` is False, no validation step calls the network, and the consumer gets the inputs of the batch.
     ``targets`` names the entry of a batch that has the targets; None if the user does not name it. After every batch,
     the callback calls ``advance`` with the share of batches that are done.
@@ -119,8 +119,8 @@ def visit(
     """Run a validation step on every batch of a split, and return the result of the consumer.
 
     The consumer gets the inputs that the step gives to the network. With ``inputs="batch"``, or if the model has no
-    validation step, no step runs and the consumer gets the inputs of the batch. ``network`` is the attribute of the
-    model that holds the network. ``targets`` names the entry of a batch that has the targets. After every batch,
+    validation step, no step runs and the consumer gets the inputs of the batch. ``network`` is the attribute in
+    which the model holds the network. ``targets`` names the entry of a batch that has the targets. After every batch,
     ``advance`` is called with the share of batches that are done.
     """
     module: Any = model if is_lightning_module(model) else _Plain(model)
@@ -155,8 +155,8 @@ def visit(
 def targets_at(key: str, has_steps: bool) -> Callable[[Any], tuple[Any, Tensor]]:
     """Return a function from a batch to ``(inputs, targets)``, whose targets are the entry ``key`` of the batch.
 
-    If ``has_steps``, the inputs are None, because the validation step shows them. Otherwise the inputs are the only
-    other entry of the batch.
+    If ``has_steps``, the inputs are None, because they are taken from the call of the network in the validation step.
+    Otherwise the inputs are the only other entry of the batch.
     """
 
     def split(batch: Any) -> tuple[Any, Tensor]:
@@ -217,7 +217,7 @@ def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
 
 
 def _is_of_step(error: BaseException) -> bool:
-    """Return whether an error was raised inside a validation step and not inside a hook of this module."""
+    """Return whether an error was raised inside a validation step and not inside a hook that this file defines."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = {frame.f_code.co_name for frame in frames}
     hooks = {frame.f_code.co_name for frame in frames if frame.f_globals.get("__name__") == __name__}

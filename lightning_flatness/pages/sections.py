@@ -139,7 +139,8 @@ def summary_of(name: str, result: Any) -> tuple[str, ...]:
 def history_section(history: Sequence[Mapping[str, Any]]) -> Section:
     """Return the section with a figure and a table of the history of a training run.
 
-    The section names the layers and data of the history, because reports on the same page may be about others.
+    The section names the layers and data of the history, because reports on the same page may be about other layers or
+    other data.
     """
     figures, notes = drawn(lambda: plots.plot_history(history), "Accuracy and flatness over the epochs of the run.")
     shown = {key: heading for key, heading in HISTORY.items() if any(record.get(key) is not None for record in history)}

@@ -28,8 +28,8 @@ class Difference(Record):
 
     Attributes:
         value: the model's number minus the reference's number.
-        error: standard error of ``value``, which includes the error over samples and the error of estimates; NaN if not
-            known, e.g. with too few samples.
+        error: standard error of ``value``. It comes from the choice of samples and from random estimates, such as
+            probes. NaN if not known, e.g. with too few samples.
         ratio: the model's number divided by the reference's number; NaN unless the reference's number is positive.
         ratio_error: standard error of ``ratio``, by first-order propagation of errors; NaN if not known.
         is_paired: whether the errors take into account that both models were measured on the same samples.
@@ -81,8 +81,8 @@ class ComparedModel(Record):
         normalized_relative_flatness: sum of the normalised relative flatness of the layers, in units of the loss.
         relative_flatness: sum of the relative flatness of the layers, in units of the loss.
         relative_flatness_per_loss: relative flatness divided by the mean loss.
-        relative_flatness_per_curvature: relative flatness divided by the mean trace of the loss's second derivative at
-            the logits.
+        relative_flatness_per_curvature: relative flatness divided by the mean trace of the loss's second derivative
+            with respect to the logits.
         hessian_trace: sum of the Hessian traces of the layers, in loss per squared weight.
         weight_norm: Frobenius norm of all measured kernels together.
         exact: whether checks against autograd certify that the numbers of every layer are those of the exact Hessian.
@@ -92,12 +92,12 @@ class ComparedModel(Record):
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
         num_samples: number of samples that were measured.
         train_loss: mean loss over training data.
-        margin: mean over samples of the target's logit minus the largest other logit.
+        margin: mean over samples of the difference between the target's logit and the largest other logit.
         feature_spread: mean over samples of ``‖g‖²``, times the mean over classes of ``‖w_k - w̄‖²``. ``g`` is the
             input of the linear classifier, ``w_k`` is a row of its weight, and ``w̄`` is the mean row.
         outcome: the number that flatness is expected to predict, as the user gave it, such as a generalization gap.
-        errors: mapping from names of numbers to standard errors, which include the error over samples and the error of
-            estimates.
+        errors: mapping from names of numbers to standard errors, which come from the choice of samples and from random
+            estimates, such as probes.
         layers: names of the measured layers.
         filters: number of filters of each measured layer.
         features: number of weights per filter, for each measured layer.
@@ -162,7 +162,7 @@ class ComparedModel(Record):
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Record):
-    """Several models side by side, by the flatness of one or several layers; ``print(comparison)`` shows a table.
+    """Comparison of models by the flatness of one or several layers; ``print(comparison)`` shows a table.
 
     Lower is flatter. Read ``cautions`` first: they say what must not be concluded. Every model is compared with the
     first model, which is called the reference.
@@ -170,8 +170,9 @@ class Comparison(Record):
     Attributes:
         models: mapping from names of models to their rows, in the order in which the models were given.
         cautions: reasons why models cannot be compared as they are.
-        covariances: mapping from names of numbers to the covariances of their errors in the ``M`` models, float64
-            ``(M, M)``. The covariances of different models are zero unless ``is_paired``.
+        covariances: mapping from names of numbers to covariance matrices, float64 ``(M, M)`` for ``M`` models. Entry
+            ``[i, j]`` is the covariance between the number's errors in models ``i`` and ``j``. Unless ``is_paired``, it
+            is zero for ``i != j``.
         is_paired: whether all models are known to be measured on the same samples. If so, the errors of differences
             take the covariances of the models into account.
         correlations: rank correlations of each number with the outcome, which is the number that flatness is expected
@@ -207,7 +208,7 @@ class Comparison(Record):
 
     @property
     def differences(self) -> dict[str, dict[str, Difference]]:
-        """Differences of each other model from the first model: ``differences[name][number]`` for model ``name``."""
+        """``differences[name][number]`` is the difference in one number between model ``name`` and the first model."""
         numbers = ("loss", "accuracy", *MEASURES)
         return {
             name: {number: self.difference(number, name) for number in numbers}
@@ -219,8 +220,8 @@ class Comparison(Record):
     def verdict(self) -> str:
         """Sentences that name the model with the lowest normalised relative flatness, or say that there is a tie.
 
-        If the difference to the second model is clear, they state its size. If there are cautions against comparing the
-        models, a sentence lists them.
+        If this model differs clearly from all other models, the sentences state how much larger the second lowest value
+        is. If there are cautions against comparing the models, a sentence lists them.
         """
         return self._found + self._doubt
 

@@ -56,7 +56,7 @@ def _caption(comparison: Comparison) -> Text:
 
 
 def measures_table(comparison: Comparison) -> Table:
-    """Return a table with all measures but normalised relative flatness, and all baselines but the training loss."""
+    """Return a table of the measures, and the numbers that need no Hessian, that are not in the main table."""
     rows = comparison.models
     known = [
         number

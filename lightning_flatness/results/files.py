@@ -32,7 +32,7 @@ RECORD = "record"  # name of the array that holds the JSON text
 class Saved:
     """Base class of frozen dataclasses that can be saved and loaded.
 
-    Fields may be tensors, plain values, other records, and tuples or mappings of these.
+    Fields may be tensors, plain values, other such dataclasses, and tuples or mappings of these.
     """
 
     # Old files of some classes have no JSON text. These are the names of the arrays in such files of this class.
@@ -117,7 +117,7 @@ def _packed(value: Any, name: str, arrays: dict[str, Any]) -> Any:
 
 
 def _unpacked(value: Any, kind: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Convert a value that :func:`_packed` returned back to the type ``kind``; raise an error if it does not fit."""
+    """Undo :func:`_packed`: convert its result to the type ``kind``, or raise an error if the two do not fit."""
     parts, origin = get_args(kind), get_origin(kind)
     if NoneType in parts:
         (kind,) = (part for part in parts if part is not NoneType)

@@ -38,7 +38,8 @@ class LayerFlatness(Record):
     Attributes:
         block_traces: ``T``, float64 ``(G, S/G, S/G)``, in loss per squared weight; ``T[g, s, s']`` is the trace of the
             block of ``H`` for the filters ``s`` and ``s'`` of group ``g``. If neither relative nor normalised nor
-            channel-wise flatness was measured, this has only the diagonals, ``(G, S/G)``.
+            channel-wise flatness was measured, only the diagonals are there, ``(G, S/G)``. Below, ``T[s, s']`` counts
+            the filters over all groups.
         filter_traces: Hessian trace of every filter, float64 ``(S,)``, in loss per squared weight.
         filter_flatness: ``‖w_s‖² T[s, s]``, float64 ``(S,)``; its sum is ``neuronwise_flatness``.
         hessian_trace: trace of the layer's Hessian, in loss per squared weight.
@@ -51,21 +52,21 @@ class LayerFlatness(Record):
         standard_errors: mapping from measures to the standard errors that random probes cause; zero if the measure was
             computed without probes.
         info: description of how the layer was measured.
-        normalized_relative_flatness: relative flatness of the layer after its input channels are scaled to standard
-            deviation one, and its weights inversely, in units of the loss. Rescaling the input channels, with the
-            inverse change of ``W``, does not change this measure (``docs/theory.md``, "Invariance"). NaN if not
-            measured; zero if all channels are constant.
+        normalized_relative_flatness: relative flatness, in units of the loss, after every input channel is scaled to
+            standard deviation one and the weights that read the channel are scaled inversely. Rescaling the input
+            channels, with the inverse change of ``W``, does not change this measure (``docs/theory.md``, "Invariance").
+            NaN if not measured; zero if all channels are constant.
         channelwise_flatness: ``sum_c sum_{s, s'} <w_sc, w_s'c> Tr(H_{sc, s'c})`` in units of the loss, where ``c`` is
             an input channel and ``w_sc`` the part of filter ``s`` on this channel. Rescaling the input channels does
-            not change this measure either. NaN unless ``measures=`` has it.
+            not change this measure either. NaN unless the argument ``measures=`` of the measurement names it.
         num_dead_channels: number of input channels that are constant over the first 128 samples. The normalised measure
             leaves these channels out.
         sampling_errors: mapping from measures to their standard errors over samples, i.e. the typical distance between
             the measure and its value on a large data set from the same distribution. NaN if not known.
-        largest_tenth: share of relative flatness that comes from the tenth of the samples with the largest values; NaN
-            if per-sample values are not known, some are negative, or all are zero.
+        largest_tenth: share of relative flatness that comes from the tenth of the samples whose own relative flatness
+            is largest. NaN if per-sample values are not known, some are negative, or all are zero.
         samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured samples. The mean of
-            the values, weighted by ``report.samples["weight"]``, is the layer's number. Empty unless
+            the values with the weights ``FlatnessReport.samples["weight"]`` is the layer's number. Empty unless
             ``per_sample=True``. Values are NaN for ignored samples, and where ``residual="hutchinson"`` adds an
             estimate to a layer's numbers. A measure whose values are all NaN has no entry.
 
@@ -102,7 +103,7 @@ class LayerFlatness(Record):
 
     @property
     def flatness_per_feature(self) -> float:
-        """``κ / 2m``: relative flatness ``κ`` as it enters the bound of Petzka et al. 2021, Theorem 5."""
+        """Relative flatness divided by ``2 num_features``, as in the bound of Petzka et al. 2021, Theorem 5."""
         return self.relative_flatness / (2 * self.num_features)
 
     @property
@@ -143,7 +144,7 @@ class FlatnessReport(Record):
         loss_name: name of the loss.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
         sampling_errors: mapping from names to standard errors over samples. The names are ``"loss"``, ``"accuracy"``,
-            ``"curvature"``, and those of measures, for the errors of their sums over layers.
+            ``"curvature"`` and names of measures. The error of a measure is that of its sum over layers.
         num_groups: number of groups of samples in the jackknife for ``sampling_errors``. A confidence interval
             (``functional.sampling.interval``) uses the t-distribution with ``num_groups - 1`` degrees of freedom.
         samples: per-sample ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and
@@ -215,7 +216,10 @@ class FlatnessReport(Record):
 
     @property
     def relative_flatness_per_curvature(self) -> float:
-        """Relative flatness divided by ``curvature``, which is small for confident predictions; NaN if it is zero."""
+        """Relative flatness divided by ``curvature``; NaN if ``curvature`` is zero.
+
+        Confident predictions have a small curvature.
+        """
         return self.relative_flatness / self.curvature if self.curvature else math.nan
 
     @property

@@ -22,13 +22,14 @@ NUMBERS = ("lambda_max", "residual_norm", "layerwise_lambda_max", "neuronwise_la
 class LayerLambdaMax(Record):
     """Largest eigenvalues of the Hessian ``H`` of the mean loss with respect to one layer's kernel ``W``.
 
-    ``H_ss`` is the block of ``H`` for the weights of filter ``w_s``. ``λ_max`` of a matrix is its largest eigenvalue.
+    ``W`` has the ``S`` filters ``w_s`` as rows. ``H_ss`` is the block of ``H`` for the weights of filter ``w_s``.
+    ``λ_max`` of a matrix is its largest eigenvalue, and ``‖W‖`` is the Frobenius norm.
 
     Attributes:
         lambda_max: ``λ_max(H)``, in loss per squared weight.
         residual_norm: ``‖H v - λ v‖``, where ``λ`` is ``lambda_max`` and ``v`` the computed unit eigenvector. At least
             one eigenvalue of ``H`` is at most this far from ``λ``.
-        num_products: number of products of ``H`` with vectors from which ``lambda_max`` was computed.
+        num_products: number of Hessian-vector products in the computation of ``lambda_max``.
         layerwise_lambda_max: ``‖W‖² λ_max(H)`` (Petzka et al. 2019), in units of the loss.
         neuronwise_lambda_max: ``sum_s ‖w_s‖² λ_max(H_ss)`` (Petzka et al. 2019), in units of the loss; NaN if not
             measured.

@@ -36,8 +36,8 @@ class LandscapeResult(Record):
         axis_norms: L2 norm of every ``d_i``, after normalisation.
         cosine: cosine of the angle between the two axes; NaN for a line.
         weight_norm: L2 norm of all parameters that are not in ``frozen``.
-        normalize: the parts of the axes that were each scaled to the norm of the same part of the weights, such as
-            ``"filter"``; if the two axes differ in this, a name for each axis.
+        normalize: how the axes were scaled. For example, ``"filter"`` means that every filter of an axis was scaled to
+            the norm of the same filter of the weights. Two words with a comma if the axes were scaled differently.
         norm: order of the norm for ``normalize``, 1 or 2.
         biases: treatment of biases in normalised axes, ``"zero"`` or ``"scaled"``.
         update: the formula of the points: ``"add"`` for the formula above, or ``"adam"``.

@@ -1,6 +1,6 @@
 """Rank correlations between measures and an outcome, as frozen dataclasses, and their table.
 
-The outcome is a number for each model that flatness is expected to predict, such as its test loss.
+Every model has an outcome, i.e. a number that flatness is expected to predict, such as the test loss.
 """
 
 from __future__ import annotations

@@ -28,12 +28,13 @@ class SpectrumResult(Record):
     The largest eigenvalues are computed one by one. The density, the trace and three criteria are estimated from ``P``
     random vectors, called probes. ``m`` Lanczos steps from a probe give ``m`` Ritz values ``θ``, which approximate
     eigenvalues, and their weights ``τ``. Eigenvalues, Ritz values and the trace are in loss per squared weight. The
-    criteria ``r_e``, ``k_hn`` and ``c_t`` (Gabdullin 2024, 2025) are means over the probes. They depend on
-    ``num_steps`` (``k_hn`` strongly), so compare only results with equal ``num_steps``.
+    criteria ``r_e``, ``k_hn`` and ``c_t`` (Gabdullin 2024, 2025) compare the negative part of the spectrum with the
+    positive part. Each is a mean over the probes. Criteria depend on ``num_steps`` (``k_hn`` strongly), so compare only
+    results with equal ``num_steps``.
 
     Attributes:
         eigenvalues: ``λ``, the ``k`` largest eigenvalues (by value, not by modulus), descending, float64 ``(k,)``.
-        eigenvectors: orthonormal rows ``v``, ``(k, D)``, in the dtype of the products; see :meth:`eigenvector`.
+        eigenvectors: orthonormal rows ``v``, float32 or float64 ``(k, D)``; see :meth:`eigenvector`.
         residuals: ``‖H v - λ v‖``, float64 ``(k,)``; at least one eigenvalue of ``H`` is at most this far from ``λ``.
         trace: trace of ``H``, estimated from the probes; the part along the computed eigenvectors is exact.
         trace_stderr: standard error of the trace; NaN with one probe.
@@ -41,9 +42,9 @@ class SpectrumResult(Record):
         ritz_weights: ``τ``, float64 ``(P, m)``; the weights of each probe sum to one.
         r_e: ``|θ_min / θ_max|``.
         k_hn: ``Σ_{θ<0} (|θ| τ)ⁿ / Σ_{θ>0} (θ τ)ⁿ``.
-        c_t: ``θ_min / θ_max``; minus infinity if no Ritz value is positive.
-        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, as ``functional.spectrum_criteria``
-            defines; the most frequent kind among the probes.
+        c_t: ``θ_min / θ_max``; minus infinity if no Ritz value is positive, and NaN if all are zero.
+        kind: ``"mainly positive"``, ``"mainly negative"`` or ``"quasi-singular"``, the kind of spectrum that most
+            probes show. ``functional.spectrum_criteria`` defines the kinds.
         spread: mapping from ``"r_e"``, ``"k_hn"`` and ``"c_t"`` to their standard deviations over the probes (NaN with
             one probe). The key ``"kind"`` maps to the share of the probes that have another kind.
         exponent: ``n`` in ``k_hn``.

@@ -33,7 +33,7 @@ LABELS = {"gauss_newton": "no: Gauss-Newton", "gauss_newton+hutchinson": "no: es
 
 @dataclass(frozen=True, repr=False)
 class LayerInfo(Record):
-    """Description of how a layer is measured. Later batches may change the description.
+    """Description of how a layer is measured, made on the first samples. Later batches may change the description.
 
     The method ``"closed_form"`` uses a formula for the whole Hessian. ``"gauss_newton"`` computes the Gauss-Newton part
     of the Hessian, which is the whole Hessian if ``exact``. ``"gauss_newton+hutchinson"`` also estimates the rest of
@@ -53,10 +53,10 @@ class LayerInfo(Record):
         kernel: the tensor with respect to which derivatives are taken: ``"parameter"`` for the layer's weight,
             ``"effective"`` for a kernel that the layer computes from its weight.
         deviation: largest relative deviation from autograd that the checks of this layer (certificates) found.
-        backward_passes: number of backward passes per batch, shared by all layers; an upper bound if classes are
-            sampled.
+        backward_passes: number of backward passes per batch, shared by all layers. If random probes stand for classes
+            with little probability mass, this is an upper bound.
         multiplications: number of multiplications per sample, without the passes through the model.
-        memory: bytes of the block traces (the sum and one batch) and of the Gram matrix of the filters.
+        memory: bytes of the summed block traces, the block traces of one batch, and the filters' Gram matrices.
         precision: lowest precision in which samples were measured, such as ``"bfloat16"`` under autocast.
         precision_deviation: in half precision, the relative difference of the trace from that in float32, on a few
             samples; else 0.
@@ -103,7 +103,7 @@ class LayerInfo(Record):
 
 
 def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Merge the descriptions of one layer that several processes have made, and that may differ.
+    """Merge several descriptions of one layer, which may differ, such as those of several processes.
 
     The result is exact only if all descriptions are exact. It has the largest deviation and the lowest precision of all
     descriptions.
@@ -129,7 +129,7 @@ def summary_table(
     title: str = "Flatness is measured for these layers.",
     verbose: bool = False,
 ) -> Table:
-    """Return a table that shows before training by which method each layer will be measured.
+    """Return a table with the method by which each layer is measured; callbacks print this table before training.
 
     The caption states why layers are left out. With ``verbose``, the table also has the size of every layer (filters x
     weights of one filter) and the multiplications per sample. The caption then also has the largest deviation from

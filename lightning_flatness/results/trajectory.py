@@ -16,12 +16,12 @@ from lightning_flatness.results.texts import number_of
 class TrajectoryResult(Record):
     """The weights before training and after every epoch, called states, as points in a plane.
 
-    The plane is spanned by the two principal directions of the states' differences from the origin.
+    The origin of the plane is at the weights that the network had when the plane was computed. The plane is spanned by
+    the two principal directions of the states' differences from the origin.
     ``plot_contour(landscape, trajectory=trajectory.coordinates)`` draws the points into a landscape of this plane.
 
     Attributes:
-        coordinates: coordinates of each state, float64 ``(states, 2)``. The origin is at the weights that the network
-            had when the plane was computed.
+        coordinates: coordinates of each state in the plane, float64 ``(states, 2)``.
         explained: for each axis, the share of the states' squared distances from the origin that lies along this axis,
             float64 ``(2,)``.
 
