@@ -35,7 +35,7 @@ class Announcement:
     say: Say | None  # called with a logging level and a message; None for a silent measurement
 
     def begin(self) -> None:
-        """Call ``say`` with a message that names the number of parts."""
+        """Call ``say`` with a message that states the amount of work, ``parts``."""
         if self.say is not None:
             self.say(logging.INFO, f"The {self.name} takes {self.parts}.")
 

@@ -94,8 +94,8 @@ def adam_moments(
 ) -> tuple[tuple[Direction, Direction], dict[str, float]]:
     """Return ``((exp_avg, exp_avg_sq), eps)`` of one or several Adam optimizers, as dicts keyed by parameter name.
 
-    With ``of_step``, return the second moment that the optimizer's step uses, which is ``max_exp_avg_sq`` with
-    ``amsgrad``.
+    With ``of_step``, return ``max_exp_avg_sq`` instead of ``exp_avg_sq`` for optimizers with ``amsgrad``, because their
+    step uses it.
     """
     given = plain(optimizer)
     optimizers = given if isinstance(given, (list, tuple)) else [given]

@@ -128,7 +128,7 @@ def _arrays() -> tuple[Any, ...]:
 
 
 def _kinds(parts: Iterable[Any]) -> str:
-    """Return the distinct names of the parts' types, separated by commas."""
+    """Return the names of the types of ``parts``, each of them once, separated by commas."""
     return ", ".join(dict.fromkeys(type(part).__name__ for part in parts))
 
 

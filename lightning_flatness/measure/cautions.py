@@ -131,7 +131,7 @@ def _of_classes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
 
 
 def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return a caution if at least one model has an outcome, but fewer than ``FEWEST`` models have one."""
+    """Return a caution if some models have an outcome, such as a test loss, but fewer than ``FEWEST`` models."""
     number = sum(math.isfinite(row.outcome) for row in rows.values())
     if not 0 < number < FEWEST:
         return []

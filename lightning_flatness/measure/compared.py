@@ -1,4 +1,4 @@
-"""Make the rows of a comparison from reports, and the covariances of the errors between models."""
+"""Make the rows of a comparison from reports, and the covariances between the errors of the models."""
 
 from __future__ import annotations
 
@@ -68,12 +68,13 @@ def row_of(
 
 
 def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[str, Tensor]:
-    """Return a mapping from names of numbers, such as ``"loss"``, to the covariances of their errors in the reports.
+    """Return a mapping from names of numbers, such as ``"loss"``, to the covariances of the reports' errors.
 
     The covariances of ``M`` reports are float64 ``(M, M)``. A diagonal entry is the variance over samples, plus the
-    variance that random estimates of layers add. ``is_paired`` says that all models were measured on the same samples.
-    If they were, and all reports have per-sample values of a number, its other entries come from a jackknife over
-    groups of samples (``docs/theory.md``, "Errors over samples"). Otherwise these entries are zero.
+    variance of random estimates, such as those from random probes. ``is_paired`` says that all models were measured on
+    the same samples. If they were, and all reports have per-sample values of a number, the off-diagonal entries for
+    this number come from a jackknife over groups of samples (``docs/theory.md``, "Errors over samples"). Otherwise
+    these entries are zero.
     """
     means = [_means_without_groups(report) for report in reports]
     found = {}
@@ -153,7 +154,7 @@ def _without(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _estimate_error(report: FlatnessReport, number: str) -> float:
-    """Return the part of a number's standard error that comes from random estimates of layers, such as random probes.
+    """Return the part of a number's standard error that comes from random estimates, such as those from probes.
 
     The errors of different layers are independent, so their squares add up.
     """

@@ -1,4 +1,7 @@
-"""Compute numbers that need forward passes only: the mean loss, and two baselines for measures of flatness."""
+"""Compute numbers that need forward passes only: the mean loss, and two baselines for measures of flatness.
+
+The baselines are the margin and the feature spread, which ``functional.baselines`` defines.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ class ForwardNumbers:
 def forward_numbers(model: nn.Module, batches: Iterable[Any], options: MeasuringOptions) -> ForwardNumbers:
     """Compute mean loss, margin and feature spread over batches with targets, in evaluation mode.
 
-    The model stays as it was. Raise a :class:`BatchError` if a batch has no targets, or if no sample is left.
+    The model stays as it was. Raise a :class:`BatchError` if a batch has no targets, if there are no samples, or if
+    all targets are ignored.
     """
     model = without_wrapper(model)
     classifier, sums = _Classifier(), torch.zeros(0, device="cpu")

@@ -41,10 +41,11 @@ def measure_lambda_max(
     dtype: Literal["float32", "float64"] | torch.dtype | None = None,
     sync: bool = False,
 ) -> LambdaMaxReport:
-    """Compute the largest eigenvalue of the Hessian of each layer's kernel, and its variants relative to the weights.
+    """Compute the largest eigenvalue of the Hessian of each layer's kernel, and its relative variants.
 
-    The model runs once on every batch. The tensors that products with the Hessian need stay in memory. Their size grows
-    with the number of samples, so use some hundreds of samples.
+    The variants multiply eigenvalues by squared norms of weights. :class:`~lightning_flatness.LayerLambdaMax` has the
+    formulas. The model runs once on every batch. Tensors that are needed for products with the Hessian stay in memory.
+    Their size grows with the number of samples, so use some hundreds of samples.
 
     Args:
         model: any module that returns logits ``(N, K)``.

@@ -92,8 +92,8 @@ def loss_landscape(
             span, the point in the middle is the model itself.
         frozen: names or glob patterns of parameters or modules that do not move.
         batch_norm: with ``"kept"``, BatchNorm uses the model's running statistics at all points. With ``"recomputed"``,
-            statistics are computed anew at every point, as the mean over these batches. Every batch has the same
-            weight, as in torch with ``momentum=None``. With ``sync``, each rank computes them from its own batches.
+            statistics are computed anew at every point, as the mean over ``batches``. Every batch has the same
+            weight, as in torch with ``momentum=None``. With ``sync``, a rank uses the statistics of its own batches.
         loss: as for :func:`~lightning_flatness.measure_flatness`.
         label_smoothing: label smoothing of cross-entropy.
         class_weight: class weights of cross-entropy.
@@ -144,7 +144,7 @@ def landscape_of(
 ) -> LandscapeResult:
     """Compute a landscape as :func:`loss_landscape` does, from options that have been checked.
 
-    If no progress bar is shown, ``say`` gets the messages about points and time; None for no messages.
+    If no progress bar is shown, ``say`` gets the messages about points and time. If ``say`` is None, there are none.
     """
     start = time.perf_counter()
     model, precision = without_wrapper(model), options.measuring_dtype

@@ -24,7 +24,7 @@ LIGHT_PASS = 5e7  # a forward pass on one batch is cheap if it has fewer floatin
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums of losses and numbers of samples, which can be added up."""
+    """Sums of losses, and numbers of samples. Two such objects can be added."""
 
     loss: float = 0.0
     normalizer: float = 0.0  # the mean loss is loss / normalizer
@@ -187,8 +187,8 @@ def _worthwhile_chunk(points: Points, inputs: Any) -> int:
 
 
 def _num_correct(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Return how many of the ``counted`` samples have their largest logit at their class.
+    """Return how many samples have their largest logit at their class, among those for which ``counted`` is True.
 
-    The result of ``logits`` ``(..., N, K)`` has shape ``(...)``.
+    For ``logits`` of shape ``(..., N, K)``, the result has shape ``(...)``.
     """
     return ((logits.argmax(-1) == targets) & counted).double().sum(-1)

@@ -34,10 +34,10 @@ from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo,
 class Measurement:
     """One measurement in progress: an observer of the model, and the sums over samples for every layer.
 
-    Normalised relative flatness needs the standard deviations of every layer's input channels; names call them the
-    "spread". They are computed from the first samples of the measured set, over all ranks (:meth:`take_spread`). Until
-    they are known, samples are "held": the measurement keeps them in memory, and measures them later
-    (:meth:`measure_held`). With ``sync``, all ranks make one report together.
+    Normalised relative flatness needs the standard deviations of every layer's input channels. They are computed from
+    the first samples of the measured set, over all ranks (:meth:`take_spread`). Until they are known, samples are
+    "held": the measurement keeps them in memory, and measures them later (:meth:`measure_held`). With ``sync``, all
+    ranks make one report together.
     """
 
     def __init__(self, model: nn.Module, *, sync: bool = False, per_sample: bool = False, **options: Any) -> None:
@@ -96,12 +96,12 @@ class Measurement:
     ) -> tuple[int, Mapping[str, ChannelSums]]:
         """Certify those samples of a batch that are among the first of the measured set, and hold them if possible.
 
-        It is possible here if every layer has a closed form, which is computed later without another forward pass.
-        Otherwise the caller holds the samples, and they run again later.
+        This method can hold them if every layer has a closed form, a formula that needs no second forward pass.
+        Otherwise the caller holds the samples, and the model runs on them again later.
 
         Returns:
-            The number of samples that this method holds, and an empty mapping. If it cannot hold them, zero, and a
-            mapping from layers to the sums of these samples over each input channel.
+            The number of samples that this method holds, and an empty mapping. If it cannot hold any, return zero and a
+            mapping from layers to the sums of every sample over each input channel.
         """
         among_first = (positions < FIRST_SAMPLES).nonzero()
         if not len(among_first):
@@ -118,7 +118,7 @@ class Measurement:
         return held, {}
 
     def _unless_changed(self, measure: Callable[[], dict[str, LayerSums]]) -> Callable[[], dict[str, LayerSums]]:
-        """Return a function that calls ``measure``, but raises an error if the weights have changed until then."""
+        """Return a function that calls ``measure``, but raises an error if the weights have changed in the meantime."""
         before = self._weights()
 
         def measured() -> dict[str, LayerSums]:
@@ -145,15 +145,15 @@ class Measurement:
     def settle_when_due(self) -> None:
         """Measure the held samples if the standard deviations of the input channels can now be computed.
 
-        This is so if this rank has seen all of its samples from which they are computed. Then :meth:`take_spread` is
-        called, which is a collective with ``sync``.
+        They can be computed when this rank has seen all of its samples that are needed for them. This method then calls
+        :meth:`take_spread`, which is a collective with ``sync``.
         """
         if self._deviations is None and any(self._is_last(held.positions) for held in self._held):
             self.take_spread()
             self.measure_held()
 
     def _is_last(self, positions: Tensor) -> bool:
-        """Return whether no sample of this rank after those at ``positions`` is among the first ``FIRST_SAMPLES``."""
+        """Return whether all samples of this rank after ``positions`` are beyond the first ``FIRST_SAMPLES``."""
         return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
 
     def take_spread(self) -> None:
@@ -241,7 +241,7 @@ class Measurement:
         self._held.append(Held(channels, positions, self._unless_changed(measure)))
 
     def _hold_forms(self, forms: ClosedForms, positions: Tensor | None) -> None:
-        """Hold the samples of an observed forward pass. ``forms`` has what their measurement needs."""
+        """Hold the samples of an observed forward pass. ``forms`` has the tensors to measure them from later."""
         positions = self._positions(forms.num_samples, positions)
         self._hold(forms.channels(), positions, partial(self._observer.sums_of, forms))
 

@@ -19,8 +19,8 @@ from lightning_flatness.layers.options import ALL_MEASURES
 class FlatnessMetric(Metric):
     """Computes the Hessian trace and the flatness measures of one layer from sums over batches in float64.
 
-    All states are sums over samples. So the result does not depend on how samples are split into batches, or over ranks
-    or several metrics whose states are merged. The arguments of :meth:`update` come from a
+    All states are sums over samples. So the result does not depend on how samples are split over batches, ranks, or
+    metrics whose states are merged. The arguments of :meth:`update` come from a
     :class:`~lightning_flatness.FlatnessObserver`. The metric has no reference to a module.
 
     Args:
@@ -160,7 +160,7 @@ class FlatnessMetric(Metric):
         return ax.figure, ax
 
     def standard_errors(self) -> dict[str, float]:
-        """Return a mapping from measures to standard errors; zero for a measure that is not an estimate."""
+        """Return a mapping from measures to standard errors of random estimates; zero for one that is no estimate."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
         return dict(zip(ALL_MEASURES, errors, strict=True))
 

@@ -1,8 +1,8 @@
 """Share values, sums and errors between the processes (ranks) of ``torch.distributed``.
 
 With ``sync`` these functions are collectives: call them on every rank or on none. If one rank raised an error alone,
-the others would wait for that rank forever. So a rank keeps its error until the next collective, which raises it on all
-ranks. Without ``sync`` this process counts as the only rank, and nothing communicates.
+the others would wait for that rank forever. So a rank can pass its error to the next collective, which raises an error
+on all ranks. Without ``sync`` this process counts as the only rank, and nothing communicates.
 """
 
 from __future__ import annotations

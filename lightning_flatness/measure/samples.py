@@ -1,4 +1,4 @@
-"""Keep sums over groups of samples, from which standard errors are computed, and on request values of every sample."""
+"""Keep values of single samples, and sums over groups of samples, from which standard errors are computed."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ class Samples:
     def network_errors(self) -> dict[str, float]:
         """Return a mapping from names to standard errors over samples.
 
-        The names are ``"loss"``, ``"accuracy"``, ``"curvature"``, and those of the measures, summed over all layers.
+        The names are ``"loss"``, ``"accuracy"``, ``"curvature"``, and those of the measures. The error of a
+        measure is that of its sum over all layers.
         """
         weights = self.outcomes[:, WEIGHT]
         of_loss = sampling_errors(self.outcomes[:, [LOSS, CURVATURE]], weights)

@@ -115,8 +115,8 @@ def hessian_spectrum(
         exponent: exponent ``n`` of the criterion ``K_Hn``.
         tolerance: largest residual ``‖H v - λ v‖`` of an eigenvalue ``λ``, relative to ``|λ|``; by default 1e-7 in
             float64 and 1e-4 in float32.
-        max_products: maximal number of products for the eigenvalues. If it does not suffice, ``result.converged`` is
-            False.
+        max_products: maximal number of products in the search for eigenvalues. Their residuals take ``top_k`` more. If
+            the search ends too early, ``result.converged`` is False.
         seed: seed of the probes.
         dtype: precision in which the model runs, as for ``measure_flatness``.
         sync: compute the Hessian over the batches of all ranks of a process group. Then call this function on every
@@ -153,7 +153,7 @@ def spectrum_of(
 ) -> SpectrumResult:
     """Compute a spectrum as :func:`hessian_spectrum` does, from options that have been checked.
 
-    If no progress bar is shown, ``say`` gets the messages about products and time; None for no messages.
+    If no progress bar is shown, ``say`` gets the messages about products and time. If ``say`` is None, there are none.
     """
     start = time.perf_counter()
     model = without_wrapper(model)
@@ -241,10 +241,10 @@ def _announcement(options: SpectrumOptions, top_k: int, num_steps: int, num_samp
 def _criteria(values: Tensor, weights: Tensor, exponent: float, weight_norm: float, rounding: float) -> dict[str, Any]:
     """Return the criteria of a spectrum as fields of :class:`~lightning_flatness.SpectrumResult`.
 
-    The fields are the mean of every criterion over the probes, the kind that most probes have, and ``spread``, the
-    standard deviation of every criterion over the probes. In ``spread``, the entry of the kind is the share of probes
-    that have another kind. ``values`` and ``weights`` are the Ritz values and weights of the probes,
-    ``(probes, steps)``. Without probes, all numbers are NaN.
+    Every criterion is averaged over the probes, and ``kind``, such as ``"mainly positive"``, is the most frequent kind
+    among them. ``spread`` has the standard deviation of every criterion over the probes, and the share of probes with
+    another kind. ``values`` and ``weights`` are the Ritz values and weights of the probes, ``(probes, steps)``. Without
+    probes, all numbers are NaN.
     """
     if not len(values):
         unknown = dict.fromkeys(CRITERIA, math.nan)
@@ -257,7 +257,7 @@ def _criteria(values: Tensor, weights: Tensor, exponent: float, weight_norm: flo
 
 
 def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
-    """Return Hutchinson's estimate of the trace from one probe, with less variance than from the probe alone.
+    """Return an estimate of the trace from one probe, with less variance than Hutchinson's estimate from that probe.
 
     The part of the trace along the eigenvectors in ``top`` is not estimated, but is the sum of their eigenvalues. The
     eigenvectors do not depend on the probe, so the estimate is unbiased even if they have not converged.

@@ -49,7 +49,7 @@ def as_call(inputs: Any) -> Call:
 
 
 def heard_call(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Call:
-    """Return the arguments that the user's code is calling a network with, and the current precision, as a call.
+    """Return a :class:`Call` with the arguments that the user's code gives to a network, and the current precision.
 
     Tensors are not copied.
     """
@@ -67,7 +67,7 @@ def equal_inputs(one: Any, other: Any) -> bool:
 
 
 def same_tensors(call: Call, inputs: Any, targets: Tensor | None) -> bool:
-    """Return whether a call has the tensors of ``inputs``, in this order, and no other tensors except the targets."""
+    """Return whether a call has the tensors of ``inputs``, in this order, and no other tensors except ``targets``."""
     called, given = tensors_of(call), tensors_of(inputs)
     if targets is not None:
         called = [tensor for tensor in called if tensor.shape != targets.shape or not _equal(tensor, targets)]
@@ -103,7 +103,7 @@ class Hear(Protocol):
     def __call__(
         self, module: nn.Module, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Any:
-        """Call ``forward``, and return the output of the module's call."""
+        """Call ``forward``, and return what the module's call shall return."""
 
 
 class Overheard:
@@ -164,7 +164,7 @@ ATTRIBUTES = ("_compiled_call_impl", "forward")
 
 
 def _attribute(module: nn.Module) -> str:
-    """Return the name of the attribute that a call of a module runs, which is compiled code if there is any."""
+    """Return the name of the attribute that a call of a module runs: compiled code if there is any, or ``forward``."""
     compiled, forward = ATTRIBUTES
     return compiled if vars(module).get(compiled) else forward
 
@@ -173,8 +173,7 @@ def _attribute(module: nn.Module) -> str:
 def only_heard_by(overheard: Overheard | None) -> Iterator[None]:
     """Inside the block, let only ``overheard`` intercept calls. If it is None, let no object intercept calls.
 
-    Forward passes that this package makes run inside such a block, because they must not count as calls of the user's
-    code.
+    This package runs its own forward passes inside such a block, so that they do not count as calls by the user's code.
     """
     Overheard._only.append(overheard)
     try:

@@ -23,9 +23,9 @@ class ModelCopy:
     """A model that runs on copies of its parameters and buffers, which are made on construction.
 
     No gradient can reach the user's parameters. A forward that writes to parameters, buffers or inputs writes to their
-    copies. The user's model is called through ``__call__``, so its forward hooks run. Use a ``ModelCopy`` within
-    :func:`isolated`. The copies have the dtype that :func:`measured` gives them. With ``as_it_runs``, the copies have
-    the dtype of the originals, even if that is half precision.
+    copies. A call also runs the forward hooks of the user's model. Use a ``ModelCopy`` within :func:`isolated`. The
+    copies have the dtype that :func:`measured` gives them. With ``as_it_runs``, the copies have the dtype of the
+    originals, even if that is half precision.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, as_it_runs: bool = False) -> None:
@@ -64,8 +64,9 @@ class ModelCopy:
     ) -> Any:
         """Call the model on a copy of ``inputs``, which are in any form that :func:`as_call` takes.
 
-        ``replacements`` maps parameters and buffers to the tensors used in their place. If the forward writes to a
-        buffer in ``written``, it changes the replacement of this buffer. All other buffers are copied for each call.
+        ``replacements`` maps parameters and buffers to the tensors used in their place. Every call gets fresh copies of
+        the buffers or of their replacements. Only buffers in ``written`` are not copied: the forward writes to their
+        replacements.
         """
         call = apply_to_collection(
             as_call(inputs), Tensor, lambda tensor: measured(tensor, self._dtype_of(tensor)).clone()

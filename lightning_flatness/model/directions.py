@@ -67,8 +67,8 @@ def pca_directions(model: nn.Module, states: Iterable[State], number: int = 2) -
 
     Returns:
         ``directions`` are orthonormal; pass them in ``axes=`` of :func:`~lightning_flatness.loss_landscape`.
-        ``coordinates``, ``(states, number)``, are for ``trajectory=`` of the figures. ``explained`` is each direction's
-        share of the squared distances between the states and ``model``.
+        ``coordinates``, ``(states, number)``, are for ``trajectory=`` of landscape figures. ``explained`` is each
+        direction's share of the squared distances between the states and ``model``.
 
     Raises:
         FlatnessError: states do not fit the model or are not finite, or too few of them differ.

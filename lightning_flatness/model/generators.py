@@ -53,7 +53,7 @@ def seed_generators(owner: Any, seed: int) -> None:
 
 
 def drawing(batches: Any) -> list[Any]:
-    """Return the objects in a data loader that may hold a ``torch.Generator``, for :func:`generators_kept`."""
+    """Return the parts of a data loader that may hold a ``torch.Generator``, for :func:`generators_kept`."""
     parts = [batches, *(getattr(batches, name, None) for name in ("dataset", "generator", "sampler", "batch_sampler"))]
     return parts + [getattr(part, "generator", None) for part in parts]
 

@@ -23,7 +23,7 @@ MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSa
 
 
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
-    """Return the operations that compute a tensor, or None if their names and saved values do not show what they do.
+    """Return the operations that compute a tensor, or None if the graph does not show what some of them do.
 
     If ``samples``, the number of samples in the batch, is given, the result does not depend on the batch size.
 
@@ -119,7 +119,7 @@ def _saved_numbers(node: Any, samples: int | None) -> tuple[Any, ...]:
 
 
 def _of_one_sample(name: str, value: Any, samples: int) -> Any:
-    """Return a saved value. If it is the shape or size of a tensor with all samples, reduce it to one sample."""
+    """Return a value that a node has saved. Reduce the shape or size of a tensor with all samples to one sample."""
     if name.endswith("sizes") and isinstance(value, tuple) and value[:1] == (samples,):
         return value[1:]
     return value // samples if name.endswith("numel") else value

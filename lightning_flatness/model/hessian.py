@@ -25,8 +25,9 @@ from lightning_flatness.model.rows import SampleTensors, num_rows, take
 class LossSums:
     """Sums over samples, which :meth:`LossCurvature.sums` returns.
 
-    Divided by the normalizer of all samples, ``loss`` and ``product`` are means. In sums with a ``product``, the
-    ``normalizer`` and ``num_samples`` are zero. Sums without a product have these two numbers.
+    The means are ``loss`` and ``product`` divided by the ``normalizer`` of all samples, which is their number or the
+    sum of their weights. Sums with a ``product`` have zero as ``normalizer`` and ``num_samples``, because sums without
+    a product give these two numbers.
     """
 
     loss: float = 0.0
@@ -118,7 +119,10 @@ class LossCurvature:
         return LossSums(loss, normalizer, num_samples, product)
 
     def _add_product(self, total: Tensor, logits: Tensor, targets: Tensor, vector: Tensor, share: float) -> float:
-        """Add ``share`` times the product for one batch to ``total`` ``(D,)`` in place, and return the batch's loss."""
+        """Add ``share`` times the product for one batch to ``total`` ``(D,)`` in place, and return the batch's loss.
+
+        ``share`` is 0.5 for a batch of one sample, which runs twice, and 1 for all others.
+        """
         parts = [
             part.reshape(leaf.shape).to(leaf)
             for part, leaf in zip(vector.split(self._sizes), self._leaves, strict=True)
@@ -171,9 +175,10 @@ class LossCurvature:
 def _gradients(
     output: Tensor, inputs: Sequence[Tensor], weight: Tensor | None = None, create_graph: bool = False
 ) -> Sequence[Tensor | None]:
-    """Call ``torch.autograd.grad``, but return None for every input if there is nothing to differentiate.
+    """Call ``torch.autograd.grad``, but return None for every input if all gradients are zero.
 
-    This is so if the output does not require gradients, or if it is not a scalar and ``weight`` is None.
+    They are zero if ``output`` does not require gradients. They are also zero if ``output`` is no scalar and ``weight``
+    is None, which then stands for zeros.
     """
     if not output.requires_grad or (weight is None and output.ndim):
         return [None] * len(inputs)

@@ -271,7 +271,10 @@ def _tensors_kept(model: nn.Module) -> Iterator[None]:
 
 
 def float32_is_reduced(device: torch.device) -> bool:
-    """Return whether torch's flags allow TF32 or bfloat16 in float32 products on a device (on GPUs, the default)."""
+    """Return whether torch's flags allow TF32 or bfloat16 in float32 products on a device.
+
+    On GPUs, torch allows TF32 in convolutions by default.
+    """
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         of_gpu = device.type == "cuda"

@@ -47,7 +47,10 @@ class Points:
         self._synchronized = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]
 
     def fingerprint(self, batches: object = None) -> str:
-        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and ``batches``, a description of the data."""
+        """Return a hash of the model's tensors, the axes, Adam's ``ε`` and the text of ``batches``.
+
+        ``batches`` describes the data, and may be None.
+        """
         digest = hashlib.sha256(b"" if batches is None else repr(batches).encode())
         for name in sorted(set(self._tensors.first_names.values())):
             digest.update(name.encode() + self._copy.copy_of(self._tensors[name]).cpu().numpy().tobytes())
@@ -136,9 +139,10 @@ class Points:
         return dict(zip(buffers, statistics, strict=True))
 
     def _mapped(self, function: Callable[[State], Any], state: State) -> Any:
-        """Return the values of a function at all points of a state, stacked by ``vmap``.
+        """Return the values of a function at several points, stacked by ``vmap``.
 
-        If ``vmap`` fails, now or in an earlier call, or if there is only one point, return a list of values.
+        ``state`` has the values of the tensors at these points, and ``function`` gets those at one point. If ``vmap``
+        fails, now or in an earlier call, or if there is only one point, return a list of values.
         """
         keys, number = list(state), len(next(iter(state.values())))
         if self._vectorized and number > 1:

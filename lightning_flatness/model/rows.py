@@ -27,7 +27,7 @@ def num_rows(inputs: Any, targets: Tensor | None = None) -> int:
 
 
 def take(batch: Any, rows: slice, num_samples: int) -> Any:
-    """Return the samples ``rows`` of a batch; a single sample is returned twice.
+    """Return the samples ``rows`` of a batch; a single sample is returned twice (see :meth:`SampleTensors.take`).
 
     Tensors whose length is not ``num_samples`` are returned as they are.
 

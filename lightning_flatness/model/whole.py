@@ -32,8 +32,8 @@ def whole_model(model: nn.Module) -> nn.Module:
 class WholeWeights:
     """The current weights of a model that FSDP2 has sharded, gathered from all ranks as whole tensors.
 
-    The object holds no weights, and is False as a ``bool``, if :func:`whole_model` returns the model itself. Creating
-    the object is a collective, so create it on every rank. :meth:`copy_of` is not a collective.
+    For a model that :func:`whole_model` returns as it is, the object holds no weights, and is False as a ``bool``.
+    Creating the object is a collective, so create it on every rank. :meth:`copy_of` is not a collective.
     """
 
     def __init__(self, model: nn.Module) -> None:
