@@ -77,7 +77,7 @@ class Running:
         self._network = network
         self._passes = passes
         self._is_tried = False
-        self._repeats = True  # whether extra passes run like the user's and are observed, once a trial allows this
+        self._repeats = True  # whether extra passes are made in the way of the user's passes, once a trial allows this
         self._listener: Listener | None = None
         self._asked: Asked | None = None  # inputs and targets of the latest batch
         self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
