@@ -219,9 +219,9 @@ class MeasuringCallback(Callback):
         differs = not same_tensors(found.original, asked.inputs, asked.targets)
         if differs and asked.is_given:
             rank_zero_warn(
-                f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. The inputs "
-                "of batch_fn= are measured. With data='val', batch_fn= may return (None, targets) to measure the "
-                "inputs of the step."
+                f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. Those "
+                "that batch_fn= returns are measured. With data='val', batch_fn= may return (None, targets) to measure "
+                "those of the step."
             )
         elif differs:
             raise FlatnessError(

@@ -54,7 +54,7 @@ def weight_norm(gram: Tensor) -> Tensor:
 def filter_traces(block_traces: Tensor) -> Tensor:
     """Return for each of the ``S`` filters the trace of its own block of the Hessian, in loss per squared weight.
 
-    These traces are the diagonal entries ``T[s, s]`` of the block traces, ``(S,)``.
+    The result has shape ``(S,)``. It consists of the diagonal entries of the block traces ``T``.
 
     Args:
         block_traces: ``T``, ``(G, S/G, S/G)``, or its diagonals, ``(G, S/G)``.

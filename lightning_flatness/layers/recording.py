@@ -307,7 +307,7 @@ def _convolution(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Convolution:
-    """Describe a call of ``conv1d``, ``conv2d`` or ``conv3d``; the arguments have the names of torch's functions."""
+    """Describe a call of ``conv1d``, ``conv2d`` or ``conv3d``; the parameters have the same names as in torch."""
 
     def per_dimension(value: int | tuple[int, ...]) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)

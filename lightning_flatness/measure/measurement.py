@@ -153,7 +153,10 @@ class Measurement:
             self.measure_held()
 
     def _is_last(self, positions: Tensor) -> bool:
-        """Return whether all samples of this rank after ``positions`` are beyond the first ``FIRST_SAMPLES``."""
+        """Return whether a batch has this rank's last samples among the first ``FIRST_SAMPLES`` of all ranks.
+
+        ``positions`` are the positions of the batch's samples among those of all ranks.
+        """
         return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
 
     def take_spread(self) -> None:

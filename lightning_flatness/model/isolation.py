@@ -46,10 +46,10 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
     # Tensor parallelism is recognised by DTensors, DeepSpeed stage 3 by parameters with a ds_id, FSDP by its classes.
     if wrapped or any(type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") for p in parameters):
         raise LayerSelectionError(
-            f"The weights of '{name or type(module).__name__}' are sharded over processes (FSDP, tensor parallelism, "
-            "DeepSpeed stage 3), which cannot be measured. Train with strategy='ddp', or load a full checkpoint and "
-            "call measure_flatness. Weights that fully_shard (FSDP2) has sharded are measured by FlatnessCallback, and "
-            "by measure_flatness(..., sync=True) and similar functions if every rank calls them."
+            f"The weights of '{name or type(module).__name__}' are sharded over processes, so they cannot be measured "
+            "here. Train with strategy='ddp', or load a full checkpoint and call measure_flatness. If FSDP2 "
+            "(fully_shard) has sharded them, use FlatnessCallback, or call the function with sync=True on every rank. "
+            "Weights that FSDP1, tensor parallelism or DeepSpeed stage 3 has sharded cannot be measured at all."
         )
 
 
