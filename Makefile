@@ -82,20 +82,23 @@ coverage: $(READY)
 # Data of CIFAR-10: a folder of arrays, or torchvision's download.
 CIFAR = $(if $(ARRAYS),--arrays $(ARRAYS),--download)
 
+# What is in the tables is not measured again. To train and measure all anew: make study RESULTS=folder
+TABLES = $(if $(RESULTS),--results $(RESULTS) --work $(RESULTS)/work)
+
 study: $(READY)
-	$(BIN)/python -m studies digits --jobs 2 --keep-weights
-	$(BIN)/python -m studies shift curves --jobs 2
-	$(BIN)/python -m studies speed page
+	$(BIN)/python -m studies digits --jobs 2 --keep-weights $(TABLES)
+	$(BIN)/python -m studies shift curves --jobs 2 $(TABLES)
+	$(BIN)/python -m studies speed page $(TABLES)
 
 # On a CPU with two cores give JOBS=2.
 study-cifar: $(READY)
-	$(BIN)/python -m studies cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS)) --keep-weights
-	$(BIN)/python -m studies shift-cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS))
-	$(BIN)/python -m studies page
+	$(BIN)/python -m studies cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS)) --keep-weights $(TABLES)
+	$(BIN)/python -m studies shift-cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS)) $(TABLES)
+	$(BIN)/python -m studies page $(TABLES)
 
 # Networks of real accuracy. On a GPU of which eight minutes can be had: make study-accurate MINUTES=8 ARRAYS=folder
 study-accurate: $(READY)
-	$(BIN)/python -m studies accurate $(CIFAR) $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m studies accurate $(CIFAR) $(if $(JOBS),--jobs $(JOBS)) $(if $(MINUTES),--minutes $(MINUTES)) $(TABLES)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
