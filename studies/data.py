@@ -40,7 +40,8 @@ def digits(num_train: int = 200) -> Data:
 def cifar10(arrays: Path | None = None, root: Path = Path("data"), download: bool = False) -> Data:
     """Load CIFAR-10 from torchvision, or from ``{train,test}_{images,labels}.npy`` in the folder ``arrays``.
 
-    The classes take turns in the order of the images, so that the first images are balanced, however many are used.
+    The classes take turns in the order of the images, so that the first images are balanced, however many are used. The
+    test images at even places have all classes equally often, and so have those at odd places.
     """
     parts = []
     for part in ("train", "test"):
@@ -52,6 +53,7 @@ def cifar10(arrays: Path | None = None, root: Path = Path("data"), download: boo
             found = CIFAR10(root, train=part == "train", download=download)
             images, labels = found.data, np.array(found.targets)
         order = in_turns(torch.as_tensor(labels).long())
+        order = with_balanced_halves(order) if part == "test" else order
         scaled = (torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255 - column(MEAN)) / column(STD)
         parts += [scaled[order].contiguous(), torch.as_tensor(labels).long()[order]]
     return Data(*parts)
@@ -73,6 +75,16 @@ def in_turns(labels: Tensor) -> Tensor:
         mine = labels == label
         rank[mine] = torch.arange(int(mine.sum()))
     return torch.argsort(rank * (int(labels.max()) + 1) + labels)
+
+
+def with_balanced_halves(order: Tensor, classes: int = 10) -> Tensor:
+    """Swap neighbours in every second turn of the classes, so that each class is at even and odd places equally often.
+
+    ``order`` has an even number of classes that take turns. Without the swaps, the images at even places would have
+    every second class only, and the two halves of the test images would not tell the same of a network.
+    """
+    places = torch.arange(len(order))
+    return order[torch.where(places // classes % 2 == 1, places ^ 1, places)]
 
 
 def training_part(data: Data, configuration: Configuration) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from studies import curves, measures, statistics
 from studies.analysis import sample
-from studies.data import Data, in_turns, training_part
+from studies.data import Data, cifar10, in_turns, training_part
 from studies.families import CIFAR, DIGITS, Family, accurate, cifar, digits, stacks
 from studies.markdown import interval
 from studies.measuring import measured_rows, temperature_of
@@ -163,6 +163,18 @@ def test_wrong_labels_are_as_many_as_wanted_and_nested(data):
 def test_images_are_taken_in_turns():
     labels = torch.tensor([1, 1, 0, 2, 0, 2])
     assert labels[in_turns(labels)].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_both_halves_of_the_test_images_have_all_classes(tmp_path):
+    """The reliability of a target, and the temperature of its loss, compare the images at even and at odd places."""
+    labels = np.sort(np.arange(80) % 10)
+    for part in ("train", "test"):
+        np.save(tmp_path / f"{part}_images.npy", np.zeros((80, 4, 4, 3), np.uint8))
+        np.save(tmp_path / f"{part}_labels.npy", labels)
+    found = cifar10(tmp_path).test_labels
+    for half in (found[0::2], found[1::2]):
+        assert half.bincount().tolist() == [4] * 10
+    assert sorted(found[:60].tolist()) == sorted([*range(10)] * 6)
 
 
 def test_the_temperature_has_the_lowest_loss():
