@@ -24,6 +24,7 @@ from studies.statistics import (
     reliability,
     resampled,
     tau,
+    weighted_taus,
 )
 from studies.tables import column_of, read_rows, shown, write_rows
 
@@ -146,6 +147,9 @@ def analyse(results: Path, family: Family, seed: int = 0, is_written: bool = Tru
     corrected(found["taus"])
     corrected(found["differences"])
     main = [one for one in samples if one.snapshot == MAIN]
+    found["known"] = [row for one in main for target in MAIN_TARGETS for row in known_before(one, target)]
+    last = [one for one in samples if one.snapshot == family.snapshots[-1]]
+    found["levels"] = [row for one in main + last for target in MAIN_TARGETS for row in by_noise(one, target)]
     found["details"] = [row for one in main for target in MAIN_TARGETS for row in details(one, target, family)]
     found["pairs"] = [row for one in main for row in matched_rows(one, family)]
     if is_written:
@@ -158,6 +162,7 @@ def analyse(results: Path, family: Family, seed: int = 0, is_written: bool = Tru
 def counts(one: Sample, family: Family) -> dict[str, Any]:
     row: dict[str, Any] = {"snapshot": one.snapshot, "of": len(family.configurations), "n": len(one)}
     row["left_out"] = one.left_out
+    row["never"] = len(family.configurations) - len(one) - one.left_out
     row["configurations"] = len(set(one.clusters))
     loss = one.column("train_loss")
     row |= {"train_loss_low": float(loss.min()), "train_loss_high": float(loss.max())}
@@ -220,9 +225,11 @@ def details(one: Sample, target: str, family: Family) -> list[dict[str, Any]]:
     ``studies/statistics.py`` defines granulated τ, sign errors and environments.
     """
     y, noise = one.targets[target], reliability(*one.halves[target]).noise
-    ratio = column_of(one.rows, "learning_rate") / column_of(one.rows, "batch_size")
+    ratio, label_noise = rate_over_batch(one), column_of(one.rows, "label_noise")
     held = {"train_loss": one.column("train_loss"), "weight_norm": one.column("weight_norm"), "rate_over_batch": ratio}
+    held["label_noise"] = label_noise
     settings = [tuple(row[factor] for factor in family.factors) for row in one.rows]
+    clean = [tuple(row[factor] for factor in family.factors if factor != "label_noise") for row in one.rows]
     seeds, pairs = [row["seed"] for row in one.rows], family_pairs(one, family)
     fewest = 10 if family.name == "digits" else 5
     rows = []
@@ -231,12 +238,51 @@ def details(one: Sample, target: str, family: Family) -> list[dict[str, Any]]:
         row |= {f"given_{key}": given(x, y, z) if key != name else float("nan") for key, z in held.items()}
         row["with_rate_over_batch"] = tau(x, ratio)
         row["granulated"] = granulated(x, y, settings, seeds)
+        row["granulated_within"] = granulated(x, y, clean, list(zip(seeds, label_noise, strict=True)))
         of = environments(x, y, pairs, noise, fewest)
         row |= {"sign_error": of.mean, "worst_sign_error": of.worst, "worst_where": of.where}
+        row["worst_pairs"] = of.worst_pairs
+        row["worst_p"] = float("nan")
+        if of.worst_pairs:
+            wrong = round(of.worst * of.worst_pairs)
+            row["worst_p"] = float(stats.binomtest(wrong, of.worst_pairs, alternative="less").pvalue)
         row |= {"environments": of.number, "environment_pairs": of.pairs}
         row["pearson"] = pearson(x, y)
         row["pearson_log"] = pearson(np.log(x), y) if (x > 0).all() else float("nan")
         rows.append(row)
+    return rows
+
+
+def rate_over_batch(one: Sample) -> Array:
+    return column_of(one.rows, "learning_rate") / column_of(one.rows, "batch_size")
+
+
+def known_before(one: Sample, target: str) -> list[dict[str, Any]]:
+    """Return τ of a target with settings that are known before training, over all networks and within noise levels.
+
+    A setting that has one value only is left out.
+    """
+    settings = {key: column_of(one.rows, key) for key in ("label_noise", "learning_rate", "batch_size", "weight_decay")}
+    settings |= {"train_size": column_of(one.rows, "train_size"), "rate_over_batch": rate_over_batch(one)}
+    y, ones = one.targets[target], np.ones((1, len(one)))
+    rows = []
+    for name, x in settings.items():
+        if np.ptp(x) == 0:
+            continue
+        whole, within = (float(weighted_taus(x[None], y, ones, pairs)[0, 0]) for pairs in (None, one.same_noise))
+        rows.append({"target": target, "n": len(one), "setting": name, "tau": whole, "tau_within": within})
+    return rows
+
+
+def by_noise(one: Sample, target: str) -> list[dict[str, Any]]:
+    """Return τ of every number with a target among the networks of one noise level, for levels with ten or more."""
+    noise, rows = column_of(one.rows, "label_noise"), []
+    for level in sorted(set(noise)):
+        mine = noise == level
+        if mine.sum() >= 10:
+            key = {"snapshot": one.snapshot, "target": target, "label_noise": float(level), "n": int(mine.sum())}
+            for name, x in zip(one.names, one.measures, strict=True):
+                rows.append(key | {"measure": name, "tau": tau(x[mine], one.targets[target][mine])})
     return rows
 
 

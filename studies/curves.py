@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import lightning_flatness as lf
 from studies.data import Data, training_part
 from studies.families import DIGITS, Configuration, Family
+from studies.markdown import number
 from studies.measuring import error_of, logits_of, network_of
 from studies.running import Settings, load, measure_all
 from studies.statistics import DRAWS
@@ -130,6 +131,30 @@ RULES: dict[str, tuple[str, Callable[[Curve], int]]] = {
 }
 
 
+def setting_of() -> dict[str, tuple[float, float]]:
+    """Return label noise and learning rate of every run, by name."""
+    return {c.name: (c.label_noise, c.learning_rate) for c in family().configurations}
+
+
+def drawn_seeds(settings: Sequence[object], seed: int) -> np.ndarray:
+    """Draw the runs of every setting with replacement; return indices of runs, ``(DRAWS, n)``."""
+    generator, parts = np.random.default_rng(seed), []
+    for setting in dict.fromkeys(settings):
+        mine = np.array([index for index, own in enumerate(settings) if own == setting])
+        parts.append(mine[generator.integers(len(mine), size=(DRAWS, len(mine)))])
+    return np.concatenate(parts, axis=1)
+
+
+def by_setting(results: Path, rule: str = "FlatnessStopping's rule") -> str:
+    """Return a sentence on the change of the test error by one rule, in every setting."""
+    curves, settings, parts = curves_of(results), setting_of(), []
+    for noise, rate in sorted({settings[name] for name in curves}):
+        mine = [curve for name, curve in curves.items() if settings[name] == (noise, rate)]
+        change = np.mean([curve["test_error"][RULES[rule][1](curve)] - curve["test_error"][-1] for curve in mine])
+        parts.append(f"{number(100 * change)} (label noise {noise:g}, learning rate {rate:g})")
+    return f"By setting, {rule} changes the error by these points: {', '.join(parts)}."
+
+
 def curves_of(results: Path) -> dict[str, Curve]:
     """Return the measured numbers of every run as arrays ``(epochs,)``; runs with missing epochs are left out."""
     found: dict[str, list[dict[str, str]]] = {}
@@ -148,11 +173,11 @@ def analyse(results: Path, seed: int = 0, is_written: bool = True) -> list[dict[
     curves = curves_of(results)
     if len(curves) < 5:
         return []
-    noise = {c.name: c.label_noise for c in family().configurations}
+    settings = setting_of()
     rows = []
     for scope, level in (("all runs", None), ("no label noise", 0.0), ("label noise 0.2", 0.2)):
-        mine = [curve for name, curve in curves.items() if level is None or noise[name] == level]
-        drawn = np.random.default_rng(seed).integers(len(mine), size=(DRAWS, len(mine)))
+        names = [name for name in curves if level is None or settings[name][0] == level]
+        mine, drawn = [curves[name] for name in names], drawn_seeds([settings[name] for name in names], seed)
         for rule, (needs, pick) in RULES.items():
             epochs = [pick(curve) for curve in mine]
             row = {"scope": scope, "rule": rule, "needs": needs, "runs": len(mine), "epoch": float(np.mean(epochs)) + 1}

@@ -6,13 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from studies import accuracy, curves, figures, shift
+from studies.analysis import MAIN
 from studies.families import accurate, cifar, digits
 from studies.markdown import number, percent, picture, table
 from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.sections import family_section
-from studies.stars import star_table
+from studies.stars import arm_rows, star_table
 from studies.tables import read_rows
-from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, SHIFTS, STAR_WORDS, claims, findings, star_findings
+from studies.words import (
+    BELOW,
+    DIGITS_WORDS,
+    FOUND,
+    HEAD,
+    SHIFTS,
+    STAR_WORDS,
+    claims,
+    findings,
+    overview,
+    star_findings,
+)
 
 ROOT = Path(__file__).parents[1]
 Rows = list[dict[str, Any]]
@@ -23,11 +35,16 @@ def write(results: Path, root: Path = ROOT) -> Path:
     page, images = root / "docs" / "study.md", root / "docs" / "images" / "study"
     images.mkdir(parents=True, exist_ok=True)
     factorial, found = family_section(results, images, digits(), "Digits: a factorial", DIGITS_WORDS)
-    star, of_star = family_section(results, images, cifar(), "CIFAR-10: a star", STAR_WORDS)
-    if of_star["taus"]:
-        star += "\n" + star_table(results, cifar())
+    tests = sorted({int(row["test_images"]) for row in read_rows(results / "cifar-losses.csv")})
+    words = STAR_WORDS.format(tests=" or ".join(f"{count:,}" for count in tests))
+    star, of_star = family_section(results, images, cifar(), "CIFAR-10: a star", words)
+    last = cifar().snapshots[-1]
+    arms = arm_rows(results, cifar(), last) if of_star["taus"] else []
+    if arms:
+        star += "".join("\n" + star_table(results, cifar(), snapshot) for snapshot in (MAIN, last))
     done = len(read_rows(results / "cifar-configurations.csv"))
     summary = findings(found) + star_findings(of_star, done, len(cifar().configurations))
+    summary += "\n" + overview({"digits": found, "CIFAR-10": of_star})
     parts = [HEAD, FOUND + summary, not_run(results), factorial, star]
     if of_accurate := accuracy.analyse(results, accurate()):
         figures.save(figures.accuracies(accuracy.curves_of(results, accurate())), images / "accurate.png")
@@ -35,7 +52,7 @@ def write(results: Path, root: Path = ROOT) -> Path:
     shifts = {part: shift.analyse(results, of()) for part, of in shift.PARTS.items()}
     parts += [shift_section(shift.PARTS[part](), rows, images) for part, rows in shifts.items() if rows]
     parts += [curves_section(results, images), speed_section(results, images)]
-    parts += [claims(found, shifts), numbers_section(), BELOW]
+    parts += [claims(found, shifts, arms), numbers_section(), BELOW]
     page.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts if part))
     return page
 
@@ -67,7 +84,7 @@ def shift_section(of: shift.Shifts, rows: Rows, images: Path) -> str:
     text = (
         f"{first['networks']} of {words.networks}, at {of.snapshot}, are measured on "
         f"{of.measured} test images as they are and drawn otherwise: {', '.join(of.distortions)}. {words.images}Errors are those of all "
-        "test images. The table compares changes from the images as they are: over the shifts, for one network; and over "
+        "test images. Flatness and the test loss are measured with the labels of these images. The table compares changes from the images as they are: over the shifts, for one network; and over "
         "networks, for one shift. Baselines (\\*): the mean confidence of the network, which needs no labels, and the test loss. "
         f"With {first['shifts']} shifts the first kind of τ is coarse.\n"
     )
@@ -93,8 +110,12 @@ def curves_section(results: Path, images: Path) -> str:
     text = (
         f"{rows[0]['runs']} runs of {curves.EPOCHS} epochs: with a fifth of the labels wrong or none, two learning rates, "
         f"five seeds. Rules look at epochs from {curves.BURN_IN + 1} on, {curves.VALIDATION} images are for validation, and "
-        f"the test images are others. Rules that stop have a patience of {curves.PATIENCE}. *Needs*: what the rule needs "
-        "beside the training data. The change is that from the last epoch; below zero the rule is better.\n"
+        "the test images are others. The validation images have right labels, and are more than the 200 training images, "
+        "which helps the rules that need labels. "
+        f"Rules that stop have a patience of {curves.PATIENCE}. *Needs*: what the rule needs "
+        "beside the training data. The change is that from the last epoch; below zero the rule is better. Intervals are "
+        "over the seeds of these four settings, not over settings. "
+        f"{curves.by_setting(results)}\n"
     )
     cells = [
         (
@@ -126,7 +147,8 @@ def speed_section(results: Path, images: Path) -> str:
     found = "; ".join(f"{name}: {number(row['ratio'], 1)} times with {row['networks']}" for name, row in best.items())
     text = (
         "Networks of one architecture are trained at once: their parameters are stacked, `torch.func.functional_call` and "
-        "`vmap` run them side by side. They are the networks that `torch.optim` trains one by one, to 1e-6 (a test). "
+        "`vmap` run them side by side. They are the networks that `torch.optim` trains one by one: a test compares three epochs in float64, "
+        "to 1e-6. "
         f"How many times faster a network is trained so, on one thread of a CPU, at best: {found}.\n"
         "Where that is below one, networks are trained one by one on a CPU. A single network runs without `vmap`.\n"
     )
@@ -138,5 +160,7 @@ def numbers_section() -> str:
     return (
         "## What was compared\n\n"
         f"{len(PACKAGE)} measures of the package: {'; '.join(LABELS[name] for name in PACKAGE)}.\n\n"
-        f"{len(BASELINES)} baselines: {'; '.join(LABELS[name] for name in BASELINES)}.\n"
+        f"{len(BASELINES)} baselines: {'; '.join(LABELS[name] for name in BASELINES)}.\n\n"
+        "Some of these are nearly one number: r_e is minus C_t, and relative flatness and its normalised form often order "
+        "networks in the same way. The radii of SAM, ASAM and random perturbations are fixed.\n"
     )

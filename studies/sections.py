@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from studies.markdown import interval, number, percent, picture, table
 from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.tables import write_rows
 from studies.verdicts import NORMALISED, OURS, TRACE, chosen, verdicts
+from studies.words import SETTINGS, coins
 
 Rows = list[dict[str, Any]]
 COMPARED = (OURS, NORMALISED, TRACE)
@@ -38,6 +40,8 @@ def family_section(results: Path, images: Path, family: Family, title: str, word
         parts += [picture(f"{name}-scatter", f"{title}: loss gap and test error against four numbers")]
     parts += [picture(f"{name}-all", f"{title}: τ of all measures with all targets at all snapshots")]
     parts += [main_table(found, target) for target in MAIN_TARGETS if found["details"]]
+    parts += [known_table(found)] if found["known"] else []
+    parts += [level_table(found["levels"])] if found["levels"] else []
     parts += [difference_table(found)] if found["differences"] else []
     parts += [pairs_table(found["pairs"])] if found["pairs"] else []
     return "\n".join(parts), found
@@ -45,17 +49,20 @@ def family_section(results: Path, images: Path, family: Family, title: str, word
 
 def reached(rows: Rows) -> str:
     """Return the section with the number of networks at each snapshot."""
-    headings = ("snapshot", "networks", "of", "left out", "configurations", "training loss", "test error")
+    headings = (
+        "snapshot", "networks", "of", "never there", "left out", "configurations", "training loss", "test error",
+    )  # fmt: skip
     cells = [
-        (row["snapshot"], str(row["n"]), str(row["of"]), str(row["left_out"]), str(row["configurations"]),
+        (row["snapshot"], str(row["n"]), str(row["of"]), str(row["never"]), str(row["left_out"]),
+         str(row["configurations"]),
          f"{row['train_loss_low']:.2g} to {row['train_loss_high']:.2g}",
          f"{percent(row['test_error_low'])} to {percent(row['test_error_high'])}")
         for row in rows
     ]  # fmt: skip
     text = (
         "A snapshot at a loss is the first one, of those looked at, whose training loss (all training images, "
-        "evaluation mode) is not above it. *Left out*: the loss had jumped below half of it, or a number is not "
-        "finite.\n"
+        "evaluation mode) is not above it. *Never there*: the loss was not reached, as happens to networks that are small "
+        "or strongly regularised. *Left out*: the loss had jumped below half of it, or a number is missing.\n"
     )
     return "### How many networks\n\n" + text + "\n" + table(headings, cells)
 
@@ -64,9 +71,9 @@ def reliability(rows: Rows) -> str:
     """Return the section that says how reliable the targets are, by comparing two halves of the test images."""
     text = (
         "Before any measure: how well does one half of the test images tell what the other half says of the same "
-        "networks? *τ of halves* is between both halves. *Reliability* is Pearson's r, stepped up to all test images; "
-        "no measure can be expected to correlate with a target more than this target with itself. Where it is low, a τ "
-        "near zero says nothing.\n"
+        "networks? *τ of halves* is between both halves. *Reliability* is Pearson's r, stepped up to all test images. "
+        "No measure can be expected to have a larger r with a target than the square root of its reliability. Where it is "
+        "low, a τ near zero says nothing. The noise of seeds is not in it.\n"
     )
     headings = ("snapshot", "target", "networks", "n", "τ of halves", "reliability")
     cells = [
@@ -97,10 +104,8 @@ def answers(found: dict[str, Rows]) -> str:
 
 
 def wobble(results: Path, family: Family, found: dict[str, Rows]) -> str:
-    """Return a sentence on how much the results change with another seed of the bootstrap."""
+    """Return a sentence on how much the intervals change with another seed of the bootstrap."""
     other = analyse(results, family, seed=1, is_written=False)
-    other["verdicts"] = verdicts(other)
-    changed = sum(a != b for a, b in zip(found["verdicts"], other["verdicts"], strict=True))
     sides = sum(
         (a["low"] > 0) != (b["low"] > 0) or (a["high"] < 0) != (b["high"] < 0)
         for a, b in zip(found["taus"], other["taus"], strict=True)
@@ -115,9 +120,8 @@ def wobble(results: Path, family: Family, found: dict[str, Rows]) -> str:
         default=0.0,
     )
     return (
-        f"With another seed of the bootstrap {changed} of {len(found['verdicts'])} verdicts change, {sides} of "
-        f"{len(found['taus'])} intervals change the side of zero that they are on, and no end of an interval moves by "
-        f"more than {ends:.2f}.\n"
+        f"With another seed of the bootstrap {sides} of {len(found['taus'])} intervals change the side of zero that they "
+        f"are on, and no end of an interval moves by more than {ends:.2f}. Verdicts use no random numbers.\n"
     )
 
 
@@ -125,29 +129,77 @@ def main_table(found: dict[str, Rows], target: str) -> str:
     """Return the section with all baselines and measures for one target."""
     whole, within = ({r["measure"]: r for r in chosen(found["taus"], target, scope)} for scope in SCOPES)
     of = {row["measure"]: row for row in found["details"] if row["target"] == target}
+    has_environments = bool(next(iter(of.values()))["environments"])
     headings = (
-        "number", "τ [95 %]", "within noise levels", "given train loss", "given weight norm", "given lr/batch",
-        "granulated", "sign error", "worst", "where", "r", "r of log",
+        "number", "τ [95 %]", "within noise levels", "given label noise", "given train loss", "given weight norm",
+        "given lr/batch", "granulated", "without noise steps",
+        *(("sign error", "worst", "where") if has_environments else ()), "r", "r of log",
     )  # fmt: skip
     cells = []
     for name in (name for name in LABELS if name in of):
         row = of[name]
-        held = [number(row[f"given_{key}"]) for key in ("train_loss", "weight_norm", "rate_over_batch")]
+        kept = ("label_noise", "train_loss", "weight_norm", "rate_over_batch")
+        held = [number(row[f"given_{key}"]) for key in kept]
+        grains = [number(row["granulated"]), number(row["granulated_within"])]
         star = "\\*" if name in BASELINES else ""
         taus = [interval(rows[name], "tau") for rows in (whole, within)]
         errors = [number(row["sign_error"]), number(row["worst_sign_error"]), row["worst_where"].replace("_", " ")]
         others = [number(row[key]) for key in ("pearson", "pearson_log")]
-        cells.append((LABELS[name] + star, *taus, *held, number(row["granulated"]), *errors, *others))
+        cells.append((LABELS[name] + star, *taus, *held, *grains, *(errors if has_environments else ()), *others))
     first = next(iter(of.values()))
-    failing = sum(r["worst_sign_error"] >= 0.5 for r in of.values())
+    environments = (
+        "*Sign error* (Dziugaite et al. 2020): share of matched pairs put in the wrong order, in the mean over "
+        f"{first['environments']} environments and in the *worst* one; 0.5 is a coin. In their worst environment "
+        f"{coins(list(of.values()))}. "
+        if has_environments
+        else "No environment has enough matched pairs for sign errors. "
+    )
     text = (
         f"{first['n']} networks; \\*: baseline; bold: clear after the correction. *Given*: partial τ. *Granulated*: "
-        "among networks that differ in one hyper-parameter alone (Jiang et al. 2020). *Sign error* (Dziugaite et al. "
-        f"2020): share of matched pairs put in the wrong order, in the mean over {first['environments']} environments and "
-        f"in the *worst* one; 0.5 is a coin. {failing} of {len(of)} numbers are no better than a coin in their worst "
-        "environment. *r*: Pearson's, as in Petzka et al. 2021.\n"
+        "among networks that differ in one hyper-parameter alone (Jiang et al. 2020); *without noise steps*: and not in "
+        f"label noise. {environments}*r*: Pearson's, as in Petzka et al. 2021, over all noise levels together.\n"
     )
     return f"### All numbers, {target}\n\n{text}\n" + table(headings, cells)
+
+
+def known_table(found: dict[str, Rows]) -> str:
+    """Return the section that compares relative flatness with settings that are known before training."""
+    cells = []
+    for target in MAIN_TARGETS:
+        whole, within = ({r["measure"]: r for r in chosen(found["taus"], target, scope)} for scope in SCOPES)
+        cells.append((target, LABELS[OURS], number(whole[OURS]["tau"]), number(within[OURS]["tau"])))
+        cells += [
+            (target, SETTINGS[row["setting"]], number(row["tau"]), number(row["tau_within"]))
+            for row in found["known"]
+            if row["target"] == target
+        ]
+    text = (
+        f"τ at {MAIN} of settings that one knows without any measurement. Their signs are as they come: no sign was "
+        "expected.\n"
+    )
+    headings = ("target", "number", "τ", "within noise levels")
+    return "### Known before training\n\n" + text + "\n" + table(headings, cells, left=2)
+
+
+def level_table(rows: Rows) -> str:
+    """Return the section with τ among networks of one noise level, for our main measures and some baselines."""
+    levels = sorted({row["label_noise"] for row in rows})
+    at = {(row["snapshot"], row["target"], row["measure"], row["label_noise"]): row for row in rows}
+    keys = list(dict.fromkeys((row["snapshot"], row["target"]) for row in rows))
+    cells = []
+    for key, name in product(keys, (*COMPARED, "asam", "weight_norm", "feature_spread")):
+        found = [at.get((*key, name, level)) for level in levels]
+        label = LABELS[name] + ("\\*" if name in BASELINES else "")
+        if any(found):
+            cells.append((*key, label, *(number(row["tau"] if row else None) for row in found)))
+    first = {row["label_noise"]: row["n"] for row in rows if row["snapshot"] == keys[0][0]}
+    counts = ", ".join(f"{count} with {level:g}" for level, count in first.items())
+    text = (
+        "τ among networks with the same share of wrong labels, for shares with ten networks or more (at "
+        f"{keys[0][0]}: {counts}).\n"
+    )
+    headings = ("snapshot", "target", "number", *(f"noise {level:g}" for level in levels))
+    return "### By noise level\n\n" + text + "\n" + table(headings, cells, left=3)
 
 
 def difference_table(found: dict[str, Rows]) -> str:

@@ -188,12 +188,13 @@ class Environments:
 
     An environment is a set of pairs of networks that differ in one hyper-parameter alone, with the same two values of
     it. The sign error is the share of pairs that a measure puts in the wrong order. ``where`` names the worst
-    environment. ``number`` counts environments, and ``pairs`` the pairs in them.
+    environment, and ``worst_pairs`` counts its pairs. ``number`` counts environments, and ``pairs`` the pairs in them.
     """
 
     mean: float
     worst: float
     where: str
+    worst_pairs: int
     number: int
     pairs: int
 
@@ -214,10 +215,11 @@ def environments(x: Array, y: Array, pairs: Sequence[Pair], noise: float, fewest
             found.setdefault(name, []).append((1 - np.sign(x[j] - x[i]) * np.sign(y[j] - y[i])) / 2)
     means = {name: float(np.mean(errors)) for name, errors in found.items() if len(errors) >= fewest}
     if not means:
-        return Environments(float("nan"), float("nan"), "", 0, 0)
+        return Environments(float("nan"), float("nan"), "", 0, 0, 0)
     where = max(means, key=means.__getitem__)
     number = sum(len(found[name]) for name in means)
-    return Environments(float(np.mean(list(means.values()))), means[where], where, len(means), number)
+    mean = float(np.mean(list(means.values())))
+    return Environments(mean, means[where], where, len(found[where]), len(means), number)
 
 
 def pairs_of(rows: Sequence[dict[str, str]], factors: Sequence[str]) -> list[Pair]:

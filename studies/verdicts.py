@@ -56,7 +56,7 @@ def answers_of(taus: dict[str, dict[str, Any]], differences: Rows) -> dict[str, 
     count = sum(name in PACKAGE for name in taus)
     label = f"the best baseline ({LABELS[best]})"
     answers[f"Which of {count} measures are better than the best baseline?"] = listed(better) + f"; than {label}"
-    answers[f"How many of {count} measures are worse than the best baseline?"] = f"{len(worse)}"
+    answers[f"Which of {count} measures are worse than the best baseline?"] = listed(worse)
     clear = {
         kind: [n for n in taus if n in of and is_clear(taus[n]) and taus[n]["tau"] > 0] for kind, of in KINDS.items()
     }

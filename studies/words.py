@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from studies.analysis import MAIN, SCOPES, is_clear
-from studies.markdown import number, table
+from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, is_clear
+from studies.markdown import interval, number, table
 from studies.measures import BASELINES, LABELS, PACKAGE
-from studies.verdicts import NORMALISED, OURS, TRACE, beats, chosen
+from studies.statistics import LEVEL
+from studies.verdicts import OURS, TRACE, chosen
 
 Rows = list[dict[str, Any]]
 
@@ -21,12 +24,14 @@ experiment that anyone can repeat: `make study` trains and measures the networks
 
 How it avoids flattering the package:
 
-- All measures are shown, at all snapshots and with all targets, baselines first. None was left out for its result.
+- All measures are shown with all targets, baselines first, at all snapshots; those that take longest, and the
+  channel-wise ones, are measured at the main snapshot only. None was left out for its result.
 - The main snapshot, the main targets and the sign that each number is expected to have were fixed in the code before
   any result was seen. Networks are compared at equal *training* loss, since flatness follows the loss.
 - Errors count configurations, not networks: seeds of one configuration are not independent evidence.
-- p-values are corrected for the number of values looked at (Holm), and the best baseline is found by looking, which
-  makes it harder for the package.
+- The best baseline is found by looking, which makes it harder for the package.
+- p-values are corrected for the number of values looked at (Holm). The correction hides what speaks for the package,
+  and what speaks against it, so the counts without it are given as well.
 """
 
 FOUND = "## What was found\n\n"
@@ -39,8 +44,9 @@ were trained on. Eigenvalues and the spectrum of the whole network (20 Lanczos s
 snapshot only, since they take the longest."""
 
 STAR_WORDS = """A plain CNN with BatchNorm, of four convolutions with 16 to 64 channels, on 1,000 images, and arms that
-change one hyper-parameter each, three seeds; 5,000 or 10,000 test images. Measures are those of 256 training images. The
-networks are small and see few images, so their accuracy is far below what CIFAR-10 allows."""
+change one hyper-parameter each, three seeds; {tests} test images. Measures are those of 256 training images. The
+networks are small and see few images, so their accuracy is far below what CIFAR-10 allows. The arms are chosen, not
+drawn, so an interval says how much the numbers depend on single arms, and no more."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ BELOW = """## Limits
   fixed epochs.
 - Measures are those of the training images. Test images would tell more, and need the very images whose error is to be
   predicted.
+- All networks on the digits have the same training images. Three seeds are three initialisations, and three choices of
+  wrong labels. Intervals do not count that.
 - Another machine rounds otherwise, so its networks are others. Its numbers agree with these within the intervals, not
   to the digit.
 
@@ -90,85 +98,154 @@ def findings(found: dict[str, Rows]) -> str:
     """Return a Markdown list that summarises the results on the digits."""
     if not found.get("verdicts"):
         return "The digits have not been run yet.\n"
-    lines = [about(found, target, scope) for target in ("loss gap", "test error") for scope in SCOPES]
-    lines += [held(found), worst(found), at_the_end(found), noisy(found["pairs"])]
+    lines = [headline(found, "The digits"), held(found), worst(found), noisy(found["pairs"])]
     return "".join(f"- {line}\n" for line in lines if line)
 
 
 def star_findings(found: dict[str, Rows], done: int, planned: int) -> str:
-    """Return items of a Markdown list that summarise the results on CIFAR-10, or an empty text without results.
+    """Return an item of a Markdown list that summarises the results on CIFAR-10, or an empty text without results.
 
     ``done`` is the number of networks that have been run, and ``planned`` the number of all networks of the star.
     """
     if not found.get("verdicts"):
         return ""
-    so_far = f"so far {done} of {planned} networks" if done < planned else f"{planned} networks"
-    lines = [about(found, target, SCOPES[0]) for target in ("loss gap", "test error")]
-    return "".join(f"- CIFAR-10, {so_far}. {line}\n" for line in lines)
+    so_far = f", so far {done} of {planned} networks" if done < planned else ""
+    return f"- {headline(found, f'CIFAR-10{so_far}')}\n"
 
 
 def told(row: dict[str, Any], key: str = "tau") -> str:
     return f"{number(row[key])} [{number(row['low'])}, {number(row['high'])}]"
 
 
-def about(found: dict[str, Rows], target: str, scope: str) -> str:
-    """Return a paragraph on τ of relative flatness and of the trace, and on measures against the best baseline."""
-    taus = {row["measure"]: row for row in chosen(found["taus"], target, scope)}
-    beside = {(row["measure"], row["reference"]): row for row in chosen(found["differences"], target, scope)}
-    best = max((name for name in BASELINES if name in taus), key=lambda name: taus[name]["tau"])
-    first = max((name for name in PACKAGE if name in taus), key=lambda name: taus[name]["tau"])
-    above = sum(beats(beside, name, best) for name in PACKAGE)
-    below = sum(beats(beside, name, best, -1) for name in PACKAGE)
-    count = sum(name in PACKAGE for name in taus)
-    difference = beside[OURS, TRACE]
-    clear = "clear" if is_clear(difference) else "not clear after the correction for all that was looked at"
+def rows_at(rows: Rows, snapshot: str, target: str, scope: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of τ for one snapshot, target and scope, by the names of the numbers."""
+    key = (snapshot, target, scope)
+    return {row["measure"]: row for row in rows if (row["snapshot"], row["target"], row["scope"]) == key}
+
+
+def best_of(taus: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
+    """Return the name with the largest τ."""
+    return max((name for name in names if name in taus), key=lambda name: taus[name]["tau"])
+
+
+def headline(found: dict[str, Rows], data: str) -> str:
+    """Return a paragraph on τ of relative flatness, of the best baseline and of settings, in both scopes."""
+    parts = []
+    for scope, words in (
+        (SCOPES[1], "Among networks with equally many wrong labels"),
+        (SCOPES[0], "Among all networks"),
+    ):
+        said = []
+        for target in MAIN_TARGETS:
+            taus = rows_at(found["taus"], MAIN, target, scope)
+            best = best_of(taus, BASELINES)
+            said.append(
+                f"{told(taus[OURS])} with the {target} (best baseline: {number(taus[best]['tau'])}, {LABELS[best]})"
+            )
+        parts.append(f"{words}, relative flatness of the last convolution has τ {' and '.join(said)}")
+    known = [row for row in found["known"] if row["target"] == "loss gap"]
+    settings = []
+    for key, words in (("tau_within", "among the former"), ("tau", "among all")):
+        best_row = max((row for row in known if row[key] == row[key]), key=lambda row: abs(row[key]))
+        settings.append(f"{number(best_row[key])} {words} ({SETTINGS[best_row['setting']]})")
     return (
-        f"**{target.capitalize()}, {scope}, at {MAIN}** ({taus[OURS]['n']} networks): τ of relative flatness of the last "
-        f"convolution is {told(taus[OURS])}, of its normalised form {told(taus[NORMALISED])}, of the Hessian trace of the "
-        f"same layer {told(taus[TRACE])}; relative flatness minus trace is {told(difference, 'difference')}, which is "
-        f"{clear}. The best baseline is {LABELS[best]}, {told(taus[best])}; the measure with the largest τ is "
-        f"{LABELS[first]}, {told(taus[first])}. Of {count} measures {above} are clearly better than this baseline, and "
-        f"{below} clearly worse."
+        f"**{data}, at equal training loss** ({MAIN}). {'. '.join(parts)}. A setting that is known before training has "
+        f"with the loss gap {' and '.join(settings)}."
     )
+
+
+def overview(families: dict[str, dict[str, Rows]]) -> str:
+    """Return a table of τ of relative flatness beside the trace and the best baseline, for all data, at two snapshots."""
+    cells = []
+    for data, found in families.items():
+        if not found.get("verdicts"):
+            continue
+        last = [row["snapshot"] for row in found["taus"]][-1]
+        for snapshot, scope, target in product((MAIN, last), SCOPES[::-1], MAIN_TARGETS):
+            taus = rows_at(found["taus"], snapshot, target, scope)
+            beside = {
+                (row["measure"], row["reference"]): row
+                for row in (chosen(found["differences"], target, scope) if snapshot == MAIN else [])
+            }
+            best, first = best_of(taus, BASELINES), best_of(taus, PACKAGE)
+            cells.append(
+                (data, snapshot, scope, target, str(taus[OURS]["n"]), told(taus[OURS]), told(taus[TRACE]),
+                 f"{told(taus[best])}, {LABELS[best]}", minus(beside[OURS, best]) if beside else "–",
+                 f"{number(taus[first]['tau'])}, {LABELS[first]}", *against(beside, best))
+            )  # fmt: skip
+    headings = (
+        "data", "snapshot", "networks", "target", "n", "relative flatness", "Hessian trace", "best baseline", "minus baseline",
+        "best measure", "better", "worse",
+    )  # fmt: skip
+    text = (
+        "τ with its 95 % interval. *Minus baseline*: relative flatness minus the best baseline; bold: clear after the "
+        f"correction. *Better, worse*: how many of the {len(PACKAGE)} measures differ clearly from the best baseline, and in "
+        "brackets without the correction.\n"
+    )
+    return text + "\n" + table(headings, cells, left=4)
+
+
+def against(beside: dict[tuple[str, str], dict[str, Any]], best: str) -> tuple[str, str]:
+    """Return how many measures are better than a baseline, and how many are worse, with and without the correction."""
+    if not beside:
+        return "–", "–"
+    apart = [row for (_, reference), row in beside.items() if reference == best]
+    counts = []
+    for sign in (1, -1):
+        sided = [row for row in apart if row["difference"] * sign > 0]
+        counts.append(f"{sum(map(is_clear, sided))} ({sum(row['p'] < LEVEL for row in sided)})")
+    return counts[0], counts[1]
+
+
+def minus(row: dict[str, Any]) -> str:
+    """Return a difference of two τ with its interval; it is bold if it is clear."""
+    return interval(row, "difference")
 
 
 def held(found: dict[str, Rows]) -> str:
     """Return a paragraph on partial and granulated τ of relative flatness."""
     of = {row["target"]: row for row in found["details"] if row["measure"] == OURS}
-    gap, error = of["loss gap"], of["test error"]
-    return (
-        "**What is left of it.** Relative flatness and the loss gap: given the training loss "
-        f"{number(gap['given_train_loss'])}, given the weight norm {number(gap['given_weight_norm'])}, given learning rate "
-        f"over batch size {number(gap['given_rate_over_batch'])}, granulated {number(gap['granulated'])}. And the test "
-        f"error: {number(error['given_train_loss'])}, {number(error['given_weight_norm'])}, "
-        f"{number(error['given_rate_over_batch'])}, {number(error['granulated'])}. Its τ with learning rate over batch size "
-        f"itself is {number(gap['with_rate_over_batch'])}."
-    )
+    parts = []
+    for target in MAIN_TARGETS:
+        row = of[target]
+        parts.append(
+            f"with the {target}: given the label noise {number(row['given_label_noise'])}, given the training loss "
+            f"{number(row['given_train_loss'])}, given the weight norm {number(row['given_weight_norm'])}, given learning rate "
+            f"over batch size {number(row['given_rate_over_batch'])}; granulated {number(row['granulated'])}, and "
+            f"{number(row['granulated_within'])} without steps in label noise"
+        )
+    return f"**What is left of it.** τ of relative flatness {'. And '.join(parts)}."
+
+
+SETTINGS = {
+    "label_noise": "label noise",
+    "learning_rate": "learning rate",
+    "batch_size": "batch size",
+    "weight_decay": "weight decay",
+    "train_size": "number of training images",
+    "rate_over_batch": "learning rate over batch size",
+}
 
 
 def worst(found: dict[str, Rows]) -> str:
     """Return a paragraph on how many numbers are no better than a coin in their worst environment."""
     rows = [row for row in found["details"] if row["target"] == "loss gap"]
-    failing = [row for row in rows if row["worst_sign_error"] >= 0.5]
     ours = next(row for row in rows if row["measure"] == OURS)
     return (
-        f"**In the worst environment** {len(failing)} of {len(rows)} numbers are no better than a coin at telling which of two "
-        f"networks has the larger loss gap. Relative flatness has a sign error of {number(ours['worst_sign_error'])} there "
-        f"({ours['worst_where'].replace('_', ' ')}), and {number(ours['sign_error'])} in the mean."
+        f"**Which of two networks has the larger loss gap?** In their worst environment {coins(rows)}. Relative flatness "
+        f"has a sign error of {number(ours['worst_sign_error'])} there ({ours['worst_where'].replace('_', ' ')}, "
+        f"{ours['worst_pairs']} pairs), and {number(ours['sign_error'])} in the mean."
     )
 
 
-def at_the_end(found: dict[str, Rows]) -> str:
-    """Return a paragraph on τ of training loss and relative flatness at the last epoch."""
-    last = [row["snapshot"] for row in found["taus"]][-1]
-    rows = {
-        row["measure"]: row
-        for row in found["taus"]
-        if (row["snapshot"], row["target"], row["scope"]) == (last, "loss gap", SCOPES[0])
-    }
+def coins(rows: Rows) -> str:
+    """Return how many numbers are no better than a coin in their worst environment, and how many are clearly better."""
+    failing = sum(row["worst_sign_error"] >= 0.5 for row in rows)
+    clearly = sum(row["worst_p"] * len(rows) < LEVEL for row in rows)
     return (
-        f"**At a fixed number of epochs** ({last}), where training losses differ, τ with the loss gap is "
-        f"{told(rows[OURS])} for relative flatness and {told(rows['train_loss'])} for the training loss itself."
+        f"{failing} of {len(rows)} numbers are no better than a coin. {len(rows) - failing} have fewer than half of the pairs "
+        f"wrong there, {clearly} of them clearly (binomial test, corrected for {len(rows)} numbers, as if pairs were "
+        "independent)"
     )
 
 
@@ -177,14 +254,14 @@ def noisy(rows: Rows) -> str:
     of = {row["number"]: row for row in rows}
     if not of:
         return ""
-    ours, trace = of[OURS], of[TRACE]
+    ours, trace, norm = of[OURS], of[TRACE], of["weight_norm"]
     return (
-        f"**Label noise** raises relative flatness in {ours['larger']} of {ours['pairs']} matched pairs, and the Hessian "
-        f"trace in {trace['larger']}, at equal training loss."
+        f"**Label noise** raises relative flatness in {ours['larger']} of {ours['pairs']} matched pairs, the Hessian trace in "
+        f"{trace['larger']}, and the norm of the weights, a baseline, in {norm['larger']}, at equal training loss."
     )
 
 
-CRITERIA = ("r_e", "k_hn", "c_t", "relative_flatness")
+CRITERIA = ("r_e", "k_hn", "c_t", "relative_flatness", "loss")
 
 
 def over_shifts(shifts: dict[str, Rows]) -> str:
@@ -195,26 +272,28 @@ def over_shifts(shifts: dict[str, Rows]) -> str:
         text = "; ".join(f"{row['label']} {told(row, 'over_shifts')}" for row in map(changed.get, CRITERIA) if row)
         of = "" if part == "shift" else f" of {SHIFTS[part].data}"
         parts += [f"τ over shifts{of}: {text}"] if text else []
-    return ". ".join(parts) or "not run"
+    return ". ".join(parts) + ". All need the labels of the new images" if parts else "not run"
 
 
-def claims(found: dict[str, Rows], shifts: dict[str, Rows]) -> str:
-    """Return the section that compares claims of papers with the results on the digits."""
+def claims(found: dict[str, Rows], shifts: dict[str, Rows], star: Rows) -> str:
+    """Return the section that compares claims of papers with the results on the digits.
+
+    ``star`` has the rows of ``stars.arm_rows`` at the last epoch.
+    """
     if not found.get("details"):
         return ""
     of = {row["measure"]: row for row in found["details"] if row["target"] == "loss gap"}
-    failing = sum(row["worst_sign_error"] >= 0.5 for row in of.values())
     rows = [
         ("Relative flatness goes with the loss gap, and more than the Hessian trace", "Petzka et al. 2021",
-         f"Pearson's r {number(of[OURS]['pearson'])} and {number(of[TRACE]['pearson'])}"),
+         f"Pearson's r {number(of[OURS]['pearson'])} and {number(of[TRACE]['pearson'])}, over all noise levels together"),
         ("Relative flatness of convolutions is a robust tool to compare CNNs", "Taleghani et al. 2026",
          f"sign error {number(of[OURS]['sign_error'])} in the mean, {number(of[OURS]['worst_sign_error'])} in the worst "
          "environment; a coin has 0.5"),
         ("Perturbations relative to the weights are among the best measures", "Jiang et al. 2020",
-         f"granulated τ: ASAM {number(of['asam']['granulated'])}, relative perturbation "
-         f"{number(of['random_relative']['granulated'])}, relative flatness {number(of[OURS]['granulated'])}"),
+         f"granulated τ: ASAM {grains(of['asam'])}, relative perturbation {grains(of['random_relative'])}, relative "
+         f"flatness {grains(of[OURS])}. Our radii are fixed; the paper searches for them"),
         ("No measure beats a coin in its worst environment", "Dziugaite et al. 2020",
-         f"{failing} of {len(of)} do not, {len(of) - failing} do, in the environments of this factorial"),
+         coins(list(of.values()))),
         ("Sharpness follows the learning rate", "Andriushchenko et al. 2023",
          f"τ with learning rate over batch size: Hessian trace {number(of[TRACE]['with_rate_over_batch'])}, relative "
          f"flatness {number(of[OURS]['with_rate_over_batch'])}"),
@@ -223,7 +302,28 @@ def claims(found: dict[str, Rows], shifts: dict[str, Rows]) -> str:
         ("When the data change, Hessian criteria change with the accuracy", "Gabdullin 2024",
          over_shifts(shifts)),
         ("Flatness grows with SAM and augmentation although networks get better", "arXiv 2510.12451",
-         "not examined: it needs the star on CIFAR-10"),
+         grown(star)),
     ]  # fmt: skip
-    text = f"What the digits say, at {MAIN} and of the loss gap unless the table says otherwise. One family proves no paper right or wrong.\n"
+    text = (
+        f"What the digits say, at {MAIN} and of the loss gap unless the table says otherwise. One family proves no paper "
+        "right or wrong.\n"
+    )
     return "## What papers say\n\n" + text + "\n" + table(("claim", "source", "here"), rows, left=3)
+
+
+def grains(row: dict[str, Any]) -> str:
+    return f"{number(row['granulated'])} ({number(row['granulated_within'])} without steps in label noise)"
+
+
+def grown(star: Rows) -> str:
+    """Return what SAM and augmentation change on CIFAR-10 at the last epoch."""
+    found = [row for row in star if row["arm"] in ("optimizer sam", "augment True")]
+    if not found:
+        return "not examined: it needs the star on CIFAR-10"
+    parts = [
+        f"{row['arm']}: relative flatness {number(row[OURS])} times (pair by pair {', '.join(map(number, row['ratios']))}), "
+        f"test error {number(100 * row['test error'], 1)} points, training loss {number(row['loss'], 3)} against "
+        f"{number(row['centre_loss'], 3)}"
+        for row in found
+    ]
+    return f"CIFAR-10, {found[0]['snapshot']}, against the centre: {'; '.join(parts)}"

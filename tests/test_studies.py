@@ -258,4 +258,4 @@ def test_the_page_has_the_numbers_of_the_tables(family, fewest):
         tau = stats.kendalltau(found.column("relative_flatness.last"), found.targets[target]).statistic
         assert float(row["tau"]) == pytest.approx(tau, abs=1e-5)
         assert int(row["n"]) == len(found) >= fewest
-        assert f"τ of relative flatness of the last convolution is {interval(row, 'tau')}".replace("**", "") in page
+        assert f"{interval(row, 'tau')} with the {target}".replace("**", "") in page
