@@ -106,7 +106,8 @@ def scatter(sample: Sample, family: str) -> Figure:
             ax.set_xlabel(LABELS[name] if row else "", fontsize=8)
             plain(ax)
         axes[0].set_ylabel(target, fontsize=9)
-    axes[0].legend(title="label noise", fontsize=7, title_fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, title="label noise", loc="outside right upper", fontsize=7, title_fontsize=7)
     drawn.suptitle(f"{family}: {len(sample)} networks at {sample.snapshot}", fontsize=10)
     return drawn
 
@@ -152,6 +153,7 @@ def shifted(rows: Rows) -> Figure:
         plain(ax)
     left.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
     left.set_ylim(len(rows) - 0.5, -0.5)
+    drawn.suptitle("Do changes of a number go with changes of the error? Orange: baselines", fontsize=10)
     return drawn
 
 
