@@ -18,9 +18,9 @@ Rows = list[dict[str, Any]]
 HEAD = """# Does flatness predict generalisation?
 
 You want to know what a flatness measure tells about how a network does on new data. This page is the answer of an
-experiment that anyone can repeat: `make study` trains and measures the networks, analyses them and writes this page.
-`make study-cifar ARRAYS=folder` adds CIFAR-10. All numbers come from the CSV files in `studies/results`, by
-`python -m studies page`.
+experiment that anyone can repeat: `make study RESULTS=folder` trains and measures the networks anew, analyses them and
+writes this page. Without `RESULTS` it takes the tables that are in `studies/results`, and measures what is missing there.
+`make study-cifar ARRAYS=folder` does the same for CIFAR-10. All numbers come from these tables, by `python -m studies page`.
 
 How it avoids flattering the package:
 
