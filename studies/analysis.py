@@ -15,6 +15,7 @@ from studies.statistics import (
     LEVEL,
     Pair,
     Resampled,
+    constant_rule,
     environments,
     given,
     granulated,
@@ -232,6 +233,7 @@ def details(one: Sample, target: str, family: Family) -> list[dict[str, Any]]:
     clean = [tuple(row[factor] for factor in family.factors if factor != "label_noise") for row in one.rows]
     seeds, pairs = [row["seed"] for row in one.rows], family_pairs(one, family)
     fewest = 10 if family.name == "digits" else 5
+    constant = constant_rule(y, pairs, noise, fewest)
     rows = []
     for name, x in zip(one.names, one.measures, strict=True):
         row: dict[str, Any] = {"measure": name, "target": target, "n": len(one), "tau": tau(x, y)}
@@ -246,7 +248,8 @@ def details(one: Sample, target: str, family: Family) -> list[dict[str, Any]]:
         if of.worst_pairs:
             wrong = round(of.worst * of.worst_pairs)
             row["worst_p"] = float(stats.binomtest(wrong, of.worst_pairs, alternative="less").pvalue)
-        row |= {"environments": of.number, "environment_pairs": of.pairs}
+        row |= {"environments": of.number, "environment_pairs": of.pairs, "all_pairs": len(pairs)}
+        row["constant_rule"] = constant
         row["pearson"] = pearson(x, y)
         row["pearson_log"] = pearson(np.log(x), y) if (x > 0).all() else float("nan")
         rows.append(row)

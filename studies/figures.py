@@ -16,7 +16,7 @@ from studies.measures import BASELINES, LABELS, NEGATED
 
 Rows = list[dict[str, Any]]
 PACKAGE_COLOUR, BASELINE_COLOUR, SHADES = "#0b3c6f", "#d1571a", ("#3f9fd8", "#00805f", "#d1571a")
-SCATTERED = ("relative_flatness.last", "hessian_trace.last", "weight_norm", "feature_spread")
+SCATTERED = ("relative_flatness.last", "hessian_trace.last", "asam", "feature_spread")
 
 
 def figure(width: float, height: float) -> Figure:

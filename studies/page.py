@@ -52,7 +52,7 @@ def write(results: Path, root: Path = ROOT) -> Path:
     shifts = {part: shift.analyse(results, of()) for part, of in shift.PARTS.items()}
     parts += [shift_section(shift.PARTS[part](), rows, images) for part, rows in shifts.items() if rows]
     parts += [curves_section(results, images), speed_section(results, images)]
-    parts += [claims(found, shifts, arms), numbers_section(), BELOW]
+    parts += [claims(found, shifts, of_star, arms), numbers_section(), BELOW]
     page.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts if part))
     return page
 
@@ -84,7 +84,7 @@ def shift_section(of: shift.Shifts, rows: Rows, images: Path) -> str:
     text = (
         f"{first['networks']} of {words.networks}, at {of.snapshot}, are measured on "
         f"{of.measured} test images as they are and drawn otherwise: {', '.join(of.distortions)}. {words.images}Errors are those of all "
-        "test images. Flatness and the test loss are measured with the labels of these images. The table compares changes from the images as they are: over the shifts, for one network; and over "
+        "test images. The test loss and the confidence are those of all test images, too; flatness and the spectrum are those of the measured ones, with their labels. The table compares changes from the images as they are: over the shifts, for one network; and over "
         "networks, for one shift. Baselines (\\*): the mean confidence of the network, which needs no labels, and the test loss. "
         f"With {first['shifts']} shifts the first kind of τ is coarse.\n"
     )

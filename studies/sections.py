@@ -120,8 +120,8 @@ def wobble(results: Path, family: Family, found: dict[str, Rows]) -> str:
         default=0.0,
     )
     return (
-        f"With another seed of the bootstrap {sides} of {len(found['taus'])} intervals change the side of zero that they "
-        f"are on, and no end of an interval moves by more than {ends:.2f}. Verdicts use no random numbers.\n"
+        f"{sides} of {len(found['taus'])} intervals include zero with one seed of the bootstrap and not with another, and no "
+        f"end of an interval moves by more than {ends:.2f}. Verdicts use no random numbers.\n"
     )
 
 
@@ -149,7 +149,8 @@ def main_table(found: dict[str, Rows], target: str) -> str:
     first = next(iter(of.values()))
     environments = (
         "*Sign error* (Dziugaite et al. 2020): share of matched pairs put in the wrong order, in the mean over "
-        f"{first['environments']} environments and in the *worst* one; 0.5 is a coin. In their worst environment "
+        f"{first['environments']} environments and in the *worst* one; 0.5 is a coin. Only pairs whose outcomes clearly "
+        f"differ count ({first['environment_pairs']} of {first['all_pairs']}). In their worst environment "
         f"{coins(list(of.values()))}. "
         if has_environments
         else "No environment has enough matched pairs for sign errors. "

@@ -199,6 +199,20 @@ class Environments:
     pairs: int
 
 
+def constant_rule(y: Array, pairs: Sequence[Pair], noise: float, fewest: int = 10) -> float:
+    """Return the mean sign error of a rule that names the same value of the hyper-parameter in all pairs.
+
+    In every environment it is the better of the two values, found by looking. The pairs are those of
+    :func:`environments`.
+    """
+    counted: dict[str, list[float]] = {}
+    for i, j, name in pairs:
+        if abs(y[j] - y[i]) > 2 * np.sqrt(2) * noise:
+            counted.setdefault(name, []).append(float(y[j] > y[i]))
+    shares = [np.mean(rises) for rises in counted.values() if len(rises) >= fewest]
+    return float(np.mean([min(share, 1 - share) for share in shares])) if shares else float("nan")
+
+
 Pair = tuple[int, int, str]  # the indices of two networks, and the name of the environment
 
 

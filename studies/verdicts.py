@@ -57,16 +57,10 @@ def answers_of(taus: dict[str, dict[str, Any]], differences: Rows) -> dict[str, 
     label = f"the best baseline ({LABELS[best]})"
     answers[f"Which of {count} measures are better than the best baseline?"] = listed(better) + f"; than {label}"
     answers[f"Which of {count} measures are worse than the best baseline?"] = listed(worse)
-    clear = {
-        kind: [n for n in taus if n in of and is_clear(taus[n]) and taus[n]["tau"] > 0] for kind, of in KINDS.items()
-    }
-    against = {
-        kind: [n for n in taus if n in of and is_clear(taus[n]) and taus[n]["tau"] < 0] for kind, of in KINDS.items()
-    }
     for kind, of in KINDS.items():
-        number = sum(name in taus for name in of)
-        question = f"How many of {number} {kind} go with it, and how many the wrong way?"
-        answers[question] = f"{len(clear[kind])}; {len(against[kind])}"
+        rows = [taus[name] for name in taus if name in of]
+        question = f"How many of {len(rows)} {kind} go with it, and how many the wrong way? (Without the correction)"
+        answers[question] = "; ".join(counted([row for row in rows if row["tau"] * sign > 0]) for sign in (1, -1))
     return answers
 
 
@@ -88,6 +82,11 @@ def beats(beside: dict[tuple[str, str], dict[str, Any]], name: str, reference: s
     """Return whether a measure's τ is clearly larger than a reference's; with ``sign=-1``, clearly smaller."""
     row = beside.get((name, reference))
     return row is not None and is_clear(row) and row["difference"] * sign > 0
+
+
+def counted(rows: Rows) -> str:
+    """Return how many rows are clear, and in brackets how many would be without the correction."""
+    return f"{sum(map(is_clear, rows))} ({sum(row['p'] < LEVEL for row in rows)})"
 
 
 def listed(names: list[str]) -> str:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, is_clear
+from studies.analysis import MAIN, MAIN_TARGETS, SCOPES
 from studies.markdown import interval, number, table
 from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.statistics import LEVEL
-from studies.verdicts import OURS, TRACE, chosen
+from studies.verdicts import OURS, TRACE, chosen, counted
 
 Rows = list[dict[str, Any]]
 
@@ -32,6 +32,8 @@ How it avoids flattering the package:
 - The best baseline is found by looking, which makes it harder for the package.
 - p-values are corrected for the number of values looked at (Holm). The correction hides what speaks for the package,
   and what speaks against it, so the counts without it are given as well.
+- What was added after the results had been seen: τ given the label noise, granulated τ without steps in label noise,
+  settings known before training, and τ by noise level.
 """
 
 FOUND = "## What was found\n\n"
@@ -98,7 +100,13 @@ def findings(found: dict[str, Rows]) -> str:
     """Return a Markdown list that summarises the results on the digits."""
     if not found.get("verdicts"):
         return "The digits have not been run yet.\n"
-    lines = [headline(found, "The digits"), held(found), worst(found), noisy(found["pairs"])]
+    lines = [
+        headline(found, "The digits"),
+        levels(found),
+        held(found, "the digits"),
+        worst(found),
+        noisy(found["pairs"]),
+    ]
     return "".join(f"- {line}\n" for line in lines if line)
 
 
@@ -110,7 +118,7 @@ def star_findings(found: dict[str, Rows], done: int, planned: int) -> str:
     if not found.get("verdicts"):
         return ""
     so_far = f", so far {done} of {planned} networks" if done < planned else ""
-    return f"- {headline(found, f'CIFAR-10{so_far}')}\n"
+    return f"- {headline(found, f'CIFAR-10{so_far}')}\n- {held(found, 'CIFAR-10')}\n"
 
 
 def told(row: dict[str, Any], key: str = "tau") -> str:
@@ -143,15 +151,37 @@ def headline(found: dict[str, Rows], data: str) -> str:
                 f"{told(taus[OURS])} with the {target} (best baseline: {number(taus[best]['tau'])}, {LABELS[best]})"
             )
         parts.append(f"{words}, relative flatness of the last convolution has τ {' and '.join(said)}")
-    known = [row for row in found["known"] if row["target"] == "loss gap"]
     settings = []
     for key, words in (("tau_within", "among the former"), ("tau", "among all")):
-        best_row = max((row for row in known if row[key] == row[key]), key=lambda row: abs(row[key]))
-        settings.append(f"{number(best_row[key])} {words} ({SETTINGS[best_row['setting']]})")
+        of = []
+        for target in MAIN_TARGETS:
+            known = [row for row in found["known"] if row["target"] == target and row[key] == row[key]]
+            best_row = max(known, key=lambda row: abs(row[key]))
+            of.append(f"{number(best_row[key])} with the {target} ({SETTINGS[best_row['setting']]})")
+        settings.append(f"{words}, {' and '.join(of)}")
     return (
-        f"**{data}, at equal training loss** ({MAIN}). {'. '.join(parts)}. A setting that is known before training has "
-        f"with the loss gap {' and '.join(settings)}."
+        f"**{data}, at equal training loss** ({MAIN}). {'. '.join(parts)}. The setting with the largest τ, of those that are "
+        f"known before training, has: {'; '.join(settings)}."
     )
+
+
+def levels(found: dict[str, Rows]) -> str:
+    """Return a sentence on τ with the loss gap at every noise level, at the main snapshot and at the last epoch."""
+    rows = [row for row in found["levels"] if row["target"] == "loss gap"]
+    parts = []
+    for snapshot in dict.fromkeys(row["snapshot"] for row in rows):
+        mine = [row for row in rows if row["snapshot"] == snapshot]
+        said = [
+            f"{label} {', '.join(number(row['tau']) for row in mine if row['measure'] == name)}"
+            for name, label in (
+                (OURS, "relative flatness"),
+                ("asam", LABELS["asam"]),
+                ("weight_norm", "the weight norm"),
+            )
+        ]
+        parts.append(f"At {snapshot}: {'; '.join(said)}")
+    shares = ", ".join(f"{level:g}" for level in sorted({row["label_noise"] for row in rows}))
+    return f"**By the share of wrong labels** ({shares}), τ with the loss gap. {'. '.join(parts)}."
 
 
 def overview(families: dict[str, dict[str, Rows]]) -> str:
@@ -190,11 +220,8 @@ def against(beside: dict[tuple[str, str], dict[str, Any]], best: str) -> tuple[s
     if not beside:
         return "–", "–"
     apart = [row for (_, reference), row in beside.items() if reference == best]
-    counts = []
-    for sign in (1, -1):
-        sided = [row for row in apart if row["difference"] * sign > 0]
-        counts.append(f"{sum(map(is_clear, sided))} ({sum(row['p'] < LEVEL for row in sided)})")
-    return counts[0], counts[1]
+    better, worse = ([row for row in apart if row["difference"] * sign > 0] for sign in (1, -1))
+    return counted(better), counted(worse)
 
 
 def minus(row: dict[str, Any]) -> str:
@@ -202,9 +229,9 @@ def minus(row: dict[str, Any]) -> str:
     return interval(row, "difference")
 
 
-def held(found: dict[str, Rows]) -> str:
+def held(found: dict[str, Rows], data: str) -> str:
     """Return a paragraph on partial and granulated τ of relative flatness."""
-    of = {row["target"]: row for row in found["details"] if row["measure"] == OURS}
+    of, asam = ({row["target"]: row for row in found["details"] if row["measure"] == name} for name in (OURS, "asam"))
     parts = []
     for target in MAIN_TARGETS:
         row = of[target]
@@ -212,9 +239,10 @@ def held(found: dict[str, Rows]) -> str:
             f"with the {target}: given the label noise {number(row['given_label_noise'])}, given the training loss "
             f"{number(row['given_train_loss'])}, given the weight norm {number(row['given_weight_norm'])}, given learning rate "
             f"over batch size {number(row['given_rate_over_batch'])}; granulated {number(row['granulated'])}, and "
-            f"{number(row['granulated_within'])} without steps in label noise"
+            f"{number(row['granulated_within'])} without steps in label noise (ASAM sharpness: "
+            f"{number(asam[target]['granulated_within'])})"
         )
-    return f"**What is left of it.** τ of relative flatness {'. And '.join(parts)}."
+    return f"**What is left of it on {data}.** τ of relative flatness {'. And '.join(parts)}."
 
 
 SETTINGS = {
@@ -231,10 +259,13 @@ def worst(found: dict[str, Rows]) -> str:
     """Return a paragraph on how many numbers are no better than a coin in their worst environment."""
     rows = [row for row in found["details"] if row["target"] == "loss gap"]
     ours = next(row for row in rows if row["measure"] == OURS)
+    best = min((row for row in rows if row["measure"] in BASELINES), key=lambda row: row["sign_error"])
     return (
         f"**Which of two networks has the larger loss gap?** In their worst environment {coins(rows)}. Relative flatness "
         f"has a sign error of {number(ours['worst_sign_error'])} there ({ours['worst_where'].replace('_', ' ')}, "
-        f"{ours['worst_pairs']} pairs), and {number(ours['sign_error'])} in the mean."
+        f"{ours['worst_pairs']} pairs), and {number(ours['sign_error'])} in the mean over {ours['environments']} environments. "
+        f"The best baseline has {number(best['sign_error'])} in the mean ({LABELS[best['measure']]}). Always naming the same "
+        f"value of the setting has {number(ours['constant_rule'])}, if the value is chosen by looking."
     )
 
 
@@ -243,9 +274,9 @@ def coins(rows: Rows) -> str:
     failing = sum(row["worst_sign_error"] >= 0.5 for row in rows)
     clearly = sum(row["worst_p"] * len(rows) < LEVEL for row in rows)
     return (
-        f"{failing} of {len(rows)} numbers are no better than a coin. {len(rows) - failing} have fewer than half of the pairs "
-        f"wrong there, {clearly} of them clearly (binomial test, corrected for {len(rows)} numbers, as if pairs were "
-        "independent)"
+        f"{failing} of {len(rows)} numbers are no better than a coin. The other {len(rows) - failing} have fewer than half of "
+        f"the pairs wrong there, {clearly or 'none'} of them clearly (binomial test, corrected for {len(rows)} numbers, as if "
+        "pairs were independent)"
     )
 
 
@@ -272,26 +303,36 @@ def over_shifts(shifts: dict[str, Rows]) -> str:
         text = "; ".join(f"{row['label']} {told(row, 'over_shifts')}" for row in map(changed.get, CRITERIA) if row)
         of = "" if part == "shift" else f" of {SHIFTS[part].data}"
         parts += [f"τ over shifts{of}: {text}"] if text else []
-    return ". ".join(parts) + ". All need the labels of the new images" if parts else "not run"
+    return (
+        ". ".join(parts) + ". The loss and the criteria of the whole network need the labels of the new images"
+        if parts
+        else "not run"
+    )
 
 
-def claims(found: dict[str, Rows], shifts: dict[str, Rows], star: Rows) -> str:
-    """Return the section that compares claims of papers with the results on the digits.
+def claims(found: dict[str, Rows], shifts: dict[str, Rows], star: dict[str, Rows], arms: Rows) -> str:
+    """Return the section that compares claims of papers with the results.
 
-    ``star`` has the rows of ``stars.arm_rows`` at the last epoch.
+    ``found`` and ``star`` are the tables of the digits and of CIFAR-10, and ``arms`` has the rows of ``stars.arm_rows``
+    at the last epoch.
     """
     if not found.get("details"):
         return ""
-    of = {row["measure"]: row for row in found["details"] if row["target"] == "loss gap"}
+    of, error = (
+        {row["measure"]: row for row in found["details"] if row["target"] == target} for target in MAIN_TARGETS
+    )
+    on_cifar = {(row["measure"], row["target"]): row for row in star.get("details", [])}
     rows = [
         ("Relative flatness goes with the loss gap, and more than the Hessian trace", "Petzka et al. 2021",
-         f"Pearson's r {number(of[OURS]['pearson'])} and {number(of[TRACE]['pearson'])}, over all noise levels together"),
+         f"Pearson's r {number(of[OURS]['pearson'])} and {number(of[TRACE]['pearson'])}, over all noise levels together"
+         + cifar_words(on_cifar, "pearson", (OURS, TRACE))),
         ("Relative flatness of convolutions is a robust tool to compare CNNs", "Taleghani et al. 2026",
          f"sign error {number(of[OURS]['sign_error'])} in the mean, {number(of[OURS]['worst_sign_error'])} in the worst "
-         "environment; a coin has 0.5"),
+         "environment; a coin has 0.5" + cifar_words(on_cifar, "granulated", (OURS,), "granulated τ ")),
         ("Perturbations relative to the weights are among the best measures", "Jiang et al. 2020",
          f"granulated τ: ASAM {grains(of['asam'])}, relative perturbation {grains(of['random_relative'])}, relative "
-         f"flatness {grains(of[OURS])}. Our radii are fixed; the paper searches for them"),
+         f"flatness {grains(of[OURS])}. With the test error: ASAM {grains(error['asam'])}, relative flatness "
+         f"{grains(error[OURS])}. Our radii are fixed; the paper searches for them"),
         ("No measure beats a coin in its worst environment", "Dziugaite et al. 2020",
          coins(list(of.values()))),
         ("Sharpness follows the learning rate", "Andriushchenko et al. 2023",
@@ -302,7 +343,7 @@ def claims(found: dict[str, Rows], shifts: dict[str, Rows], star: Rows) -> str:
         ("When the data change, Hessian criteria change with the accuracy", "Gabdullin 2024",
          over_shifts(shifts)),
         ("Flatness grows with SAM and augmentation although networks get better", "arXiv 2510.12451",
-         grown(star)),
+         grown(arms)),
     ]  # fmt: skip
     text = (
         f"What the digits say, at {MAIN} and of the loss gap unless the table says otherwise. One family proves no paper "
@@ -313,6 +354,17 @@ def claims(found: dict[str, Rows], shifts: dict[str, Rows], star: Rows) -> str:
 
 def grains(row: dict[str, Any]) -> str:
     return f"{number(row['granulated'])} ({number(row['granulated_within'])} without steps in label noise)"
+
+
+def cifar_words(rows: dict[tuple[str, str], dict[str, Any]], key: str, names: Iterable[str], what: str = "") -> str:
+    """Return what CIFAR-10 says to a claim about both targets, or an empty text without results."""
+    if not rows:
+        return ""
+    said = [
+        f"{' and '.join(number(rows[name, target][key]) for name in names)} with the {target}"
+        for target in MAIN_TARGETS
+    ]
+    return f". On CIFAR-10 {what}{', '.join(said)}"
 
 
 def grown(star: Rows) -> str:

@@ -48,8 +48,8 @@ def test_a_worst_environment_of_few_pairs_is_not_clearly_better_than_a_coin():
     found = environments(x, y, pairs, noise=0.0)
     assert (found.worst, found.worst_pairs) == (0.35, 20)
     rows = [{"worst_sign_error": 0.35, "worst_p": 0.13}, {"worst_sign_error": 0.6, "worst_p": 0.9}]
-    assert "1 of 2 numbers are no better than a coin. 1 have fewer than half" in coins(rows)
-    assert "0 of them clearly" in coins(rows)
+    assert "1 of 2 numbers are no better than a coin. The other 1 have fewer than half" in coins(rows)
+    assert "none of them clearly" in coins(rows)
     assert "1 of them clearly" in coins([rows[1], rows[0] | {"worst_p": 0.02}])
 
 
