@@ -19,6 +19,8 @@ MEASURES = (
     "normalized_relative_flatness",
 )
 ALL_MEASURES = (*MEASURES, "channelwise_flatness")
+# The measures that block traces and Gram matrices do not determine, so their own sums are kept.
+EXTRA_MEASURES = ("normalized_relative_flatness", "channelwise_flatness")
 
 
 @dataclass(frozen=True, kw_only=True)

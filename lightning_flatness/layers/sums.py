@@ -34,7 +34,7 @@ class LayerStatistics(NamedTuple):
     num_samples: int
     normalizer: float  # divisor of the mean: the number of samples, or the sum of their class weights
     variances: Tensor | None = None  # (6,), of ALL_MEASURES, summed over samples; None if nothing was estimated
-    extra: Tensor | None = None  # (2,), sums of normalised and channel-wise flatness; NaN if not measured
+    extra: Tensor | None = None  # (2,), sums of the two EXTRA_MEASURES; NaN if not measured
     groups: Tensor | None = None  # (32, 5), for each group of samples the sums of weights and of the 4 SAMPLE_MEASURES
 
 

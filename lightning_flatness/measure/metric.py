@@ -13,7 +13,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import measures_of
 from lightning_flatness.functional.sampling import GROUPS, sampling_errors
 from lightning_flatness.functional.weighting import SAMPLE_MEASURES
-from lightning_flatness.layers.options import ALL_MEASURES
+from lightning_flatness.layers.options import ALL_MEASURES, EXTRA_MEASURES
 
 
 class FlatnessMetric(Metric):
@@ -127,7 +127,7 @@ class FlatnessMetric(Metric):
 
     def measures(self) -> dict[str, Tensor]:
         """Return the measures from the sums that this metric holds now, without communication between ranks."""
-        extra = dict(zip(ALL_MEASURES[-2:], self.extra / self.normalizer, strict=True))
+        extra = dict(zip(EXTRA_MEASURES, self.extra / self.normalizer, strict=True))
         measured = {name: value for name, value in extra.items() if not bool(value.isnan())}
         return measures_of(*self.means()) | measured
 
