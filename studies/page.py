@@ -22,6 +22,7 @@ from studies.words import (
     STAR_WORDS,
     claims,
     findings,
+    in_short,
     overview,
     star_findings,
 )
@@ -45,6 +46,7 @@ def write(results: Path, root: Path = ROOT) -> Path:
     done = len(read_rows(results / "cifar-configurations.csv"))
     summary = findings(found) + star_findings(of_star, done, len(cifar().configurations))
     summary += "\n" + overview({"digits": found, "CIFAR-10": of_star})
+    summary = in_short({"the digits": found, "CIFAR-10": of_star}) + summary
     parts = [HEAD, FOUND + summary, not_run(results), factorial, star]
     if of_accurate := accuracy.analyse(results, accurate()):
         figures.save(figures.accuracies(accuracy.curves_of(results, accurate())), images / "accurate.png")

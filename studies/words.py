@@ -11,7 +11,7 @@ from studies.analysis import MAIN, MAIN_TARGETS, SCOPES
 from studies.markdown import interval, number, table
 from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.statistics import LEVEL
-from studies.verdicts import OURS, TRACE, chosen, counted
+from studies.verdicts import OURS, TRACE, chosen, counted, sign_of
 
 Rows = list[dict[str, Any]]
 
@@ -119,6 +119,38 @@ def star_findings(found: dict[str, Rows], done: int, planned: int) -> str:
         return ""
     so_far = f", so far {done} of {planned} networks" if done < planned else ""
     return f"- {headline(found, f'CIFAR-10{so_far}')}\n- {held(found, 'CIFAR-10')}\n"
+
+
+def in_short(families: dict[str, dict[str, Rows]]) -> str:
+    """Return a paragraph that says in words what relative flatness tells among networks of one noise level."""
+    parts = []
+    for data, found in families.items():
+        if not found.get("verdicts"):
+            continue
+        said = []
+        for target in MAIN_TARGETS:
+            taus = rows_at(found["taus"], MAIN, target, SCOPES[1])
+            best = best_of(taus, BASELINES)
+            beside = {
+                (row["measure"], row["reference"]): row for row in chosen(found["differences"], target, SCOPES[1])
+            }
+            verb = plainly(
+                sign_of(taus[OURS], "tau", ("goes with", "goes the wrong way with", "does not clearly go with"))
+            )
+            than = plainly(
+                sign_of(beside[OURS, best], "difference", ("clearly more", "clearly less", "not clearly more"))
+            )
+            compared = f", {than} than the best baseline ({LABELS[best]})" if verb == "goes with" else ""
+            said.append(f"{verb} the {target}{compared}")
+        parts.append(f"On {data} relative flatness {'; it '.join(said)}.")
+    if not parts:
+        return ""
+    return f"**In short.** Networks with equally many wrong labels are compared at equal training loss. {' '.join(parts)}\n\n"
+
+
+def plainly(answer: str) -> str:
+    """Return an answer of :func:`sign_of` without its remark on single questions."""
+    return answer.partition(" (")[0]
 
 
 def told(row: dict[str, Any], key: str = "tau") -> str:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from studies import curves
-from studies.analysis import Sample, by_noise, known_before
+from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, Sample, by_noise, known_before
 from studies.families import cifar
 from studies.measures import COLUMNS
 from studies.stars import arm_rows, star_table
 from studies.statistics import environments
 from studies.tables import write_rows
-from studies.words import coins
+from studies.verdicts import OURS
+from studies.words import coins, in_short
 
 
 def a_sample(noise, rate, gap, measure):
@@ -81,3 +82,29 @@ def test_seeds_are_drawn_within_each_setting():
     drawn = curves.drawn_seeds(settings, seed=0)
     assert drawn.shape[1] == 5
     assert {tuple(sorted(settings[index] for index in row)) for row in drawn[:50]} == {("a", "a", "b", "b", "b")}
+
+
+@pytest.mark.parametrize(
+    ("tau", "difference", "p", "says"),
+    [
+        (0.5, 0.1, 0.001, "goes with the loss gap, clearly more than the best baseline (ASAM sharpness)"),
+        (0.5, 0.1, 0.5, "does not clearly go with the loss gap"),
+        (-0.5, -0.7, 0.001, "goes the wrong way with the loss gap"),
+    ],
+)
+def test_the_short_answer_is_what_the_p_values_say(tau, difference, p, says):
+    key = {"snapshot": MAIN, "scope": SCOPES[1], "p": p, "p_holm": p}
+    taus = [
+        key | {"target": target, "measure": name, "tau": value}
+        for target in MAIN_TARGETS
+        for name, value in ((OURS, tau), ("asam", 0.4))
+    ]
+    differences = [
+        key | {"target": target, "measure": OURS, "reference": "asam", "difference": difference}
+        for target in MAIN_TARGETS
+    ]
+    found = {"taus": taus, "differences": differences, "verdicts": [{}]}
+    said = in_short({"the digits": found, "CIFAR-10": {}})
+    assert f"On the digits relative flatness {says}" in said
+    assert "CIFAR-10" not in said
+    assert in_short({"CIFAR-10": {}}) == ""
