@@ -1,7 +1,6 @@
 """The results of certificates for layers and for forward passes, as frozen values.
 
-A certificate is a numerical check (``certificates/``). The *tail* of a layer is the operations from its output to the
-classifier's input. Layers are measured by the closed form or by the Gauss-Newton method (``methods.py``).
+The terms are explained in ``layers/__init__.py``.
 """
 
 from __future__ import annotations

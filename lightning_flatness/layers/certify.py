@@ -1,8 +1,8 @@
 """Certify a recorded forward pass, and decide by which method each layer is measured.
 
-The functions take the certificates of earlier batches, and return these certificates updated by this batch. The *tail*
-of a layer is the operations from its output to the classifier's input. The certificates have numbers, as in
-``docs/theory.md``, "What is certified, and how".
+The functions take the certificates of earlier batches, and return these certificates updated by this batch. The
+certificates have numbers, as in ``docs/theory.md``, "What is certified, and how". The terms are explained in
+``layers/__init__.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Compute the block traces of one layer by the closed form.
 
-The closed form is a formula for the whole Hessian of a layer (``docs/theory.md``, "The closed form"). The *tail* of a
-layer is the operations from its output to the classifier's input. The formula needs the first derivatives of the tail,
-called slopes, and its second derivatives, called curvatures.
+``docs/theory.md``, "The closed form", derives the formula. It needs the first derivatives of the layer's tail, called
+slopes, and the second derivatives, called curvatures. The terms are explained in ``layers/__init__.py``.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class ClosedForm:
     convolution: Convolution
     tail: TailDerivatives
     loss: LossDerivatives
-    curved: tuple[Tensor, Tensor] | None  # the curvatures, and dloss/df; None if the curvatures are zero
+    curved: tuple[Tensor, Tensor] | None  # the curvatures and dloss/df; None if the curvatures are known to be 0
 
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> ClosedForm:
@@ -96,9 +95,10 @@ class ClosedForms:
 def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diagonal: bool) -> BlockTraces:
     """Return the block traces of one layer, or only their diagonals, summed over the samples of a pass.
 
-    If there are many classes, the layer has a :attr:`CertifiedLayer.gram_norm`. Then classes that add little to the
-    trace are left out at first. A bound must show that relative flatness and normalised relative flatness change by at
-    most the share :data:`TRUNCATION`. If it does not, all classes are used after all. The other measures do not change.
+    A layer has a :attr:`CertifiedLayer.gram_norm` only if there are many classes and classes may be left out. Then
+    classes that add little to the trace are left out at first. A bound must show that relative flatness and normalised
+    relative flatness change by at most the share :data:`TRUNCATION`. If it does not, all classes are used after all.
+    The other measures do not change.
     """
     if isinstance(form, OutputForm):
         return _output(form, weighting, diagonal)

@@ -1,8 +1,7 @@
 """Estimate block traces by random probes, with variances.
 
-The block trace of two filters is the trace of the Hessian's block that belongs to these filters. A probe is a vector or
-kernel of random signs. Probes estimate the sum over classes that add little to the loss's second derivative at
-the logits. They also estimate the part of the Hessian that the Gauss-Newton method leaves out.
+A probe is a vector or kernel of random signs. Probes estimate the sum over classes that add little to the loss's second
+derivative at the logits. They also estimate the part of the Hessian that the Gauss-Newton method leaves out.
 """
 
 from __future__ import annotations

@@ -158,10 +158,11 @@ def _by_probes(
     """Return the block traces of each layer, with an estimate of the sum over classes of small weight.
 
     Classes of large weight are taken one by one. For the other classes, a probe pulls back ``Σ_k ±√w_k (e_k - π)`` with
-    random signs, so that the estimate is unbiased. Here ``w`` are the class weights, ``e_k`` the unit vectors and ``π``
-    is the softmax. An :class:`AutogradCurvature` makes two columns from the vector of signs, and both are pulled back.
-    Probes are added until :meth:`Probes.precise` is True for every layer. If this takes as many backward passes as all
-    classes would, the probes are dropped, and the remaining classes are taken one by one.
+    random signs, so that the estimate is unbiased. Here ``w`` are the class weights and ``e_k`` the unit vectors. ``π``
+    is :attr:`ClassCurvature.center`, or zero if this is None. An :class:`AutogradCurvature` makes two columns from the
+    vector of signs, and both are pulled back. Probes are added until :meth:`Probes.precise` is True for every layer. If
+    this takes as many backward passes as all classes would, the probes are dropped, and the remaining classes are taken
+    one by one.
     """
     order = curvature.weights.argsort(1, descending=True)
     mass = curvature.weights.gather(1, order)

@@ -1,6 +1,6 @@
 """Compute the block traces of a model's layers, batch by batch.
 
-The block trace of two filters is the trace of the block of the layer's Hessian that belongs to these filters.
+The terms are explained in ``layers/__init__.py``.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ class FlatnessObserver:
         return ClosedForms.of(certified, known, outcomes_of_pass(certified)), known
 
     def _measured(self, forms: ClosedForms) -> dict[str, LayerSums]:
-        """Return the sums of each layer that is measured by the closed form."""
+        """Return the sums of each layer that is measured without backward passes."""
         sums = {}
         for name, form in forms.by_layer.items():
             with naming(name):
@@ -289,7 +289,7 @@ class FlatnessObserver:
         return sums
 
     def _weighting(self, layer: CertifiedLayer) -> Weighting:
-        """Return the matrices from which a layer's measures are computed; they are made only once."""
+        """Return the matrices that a layer's measures need; they are made once, and again after :meth:`normalize`."""
         info, options = layer.info, self._options
         if info.name not in self._weightings:
             kernel, deviations = layer.kernel.value.weight, self._deviations.get(info.name)

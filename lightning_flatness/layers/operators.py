@@ -1,7 +1,6 @@
 """Multiply a layer's Hessian by kernels, using the tensors that one certified forward pass has recorded.
 
-The closed form is a formula for the whole Hessian of a layer. The tail of a layer is the operations from its output to
-the classifier's input.
+The terms are explained in ``layers/__init__.py``.
 """
 
 from __future__ import annotations

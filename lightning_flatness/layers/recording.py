@@ -1,7 +1,6 @@
 """Record one forward pass: the convolutions of the layers, and the input and output of the classifier.
 
-A pass of our own is a forward pass that this package makes by itself. A user's pass is one that the user's code makes,
-for example in validation.
+The terms are explained in ``layers/__init__.py``.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class Pass:
     inputs: Any  # the inputs of the model
     logits: Tensor  # (N, K), which the model returned
     calls: Mapping[str, tuple[LayerCall, ...]]  # keyed by layer name; the calls of a layer in their order
-    features: tuple[Any, ...]  # for each call of the classifier, its argument; None if it had several
+    features: tuple[Any, ...]  # of each call of the classifier, its argument; None unless it had one
     classifier_output: Tensor | None
     kernel_uses: tuple[tuple[str, str], ...]  # pairs of a layer's name and a function that took its kernel
     eps: float  # machine epsilon of matrix products: of TF32 if torch's flags allow it, else of the logits' dtype
@@ -241,7 +240,7 @@ class Recorder:
 
 
 def versions_of(convolutions: tuple[Convolution, ...]) -> tuple[int, ...]:
-    """Return the version counters of the convolutions' inputs, which torch raises when a tensor is changed in place.
+    """Return the version counters of the convolutions' inputs, which torch increases when a tensor is changed in place.
 
     Inference tensors have no version counter and are left out.
     """
@@ -271,7 +270,8 @@ class _FunctionMode(TorchFunctionMode):
         super().__init__()
         self.uses: list[tuple[str, str]] = []
         self.running: list[list[Convolution]] = []  # one list for each running layer; layers may be nested
-        self.weights: list[Tensor] | None = None  # parameters that convolve between layers and classifier, or None
+        # In a user's pass, the parameters that convolve between the first layer and the classifier. Otherwise None.
+        self.weights: list[Tensor] | None = None
         self._watched = watched
 
     def __torch_function__(

@@ -67,8 +67,8 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
 def _classifier(candidates: dict[str, nn.Module], calls: Sequence[TracedCall], logits: Tensor) -> str | None:
     """Return the name of the last layer that runs if this layer is linear, otherwise None.
 
-    A convolution from one pixel to one pixel counts as linear. Without a classifier, the logits are assumed to be the
-    pooled output of the last layer, as in SqueezeNet.
+    A convolution from one pixel to one pixel counts as linear if its output has as many channels as there are logits.
+    Without a classifier, the logits are assumed to be the pooled output of the last layer, as in SqueezeNet.
     """
     if not calls or not calls[-1].has_weight:
         return None

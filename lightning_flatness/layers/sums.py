@@ -1,6 +1,6 @@
 """Sums of one layer's block traces and measures over samples, which can be added over batches and ranks.
 
-The block trace of two filters is the trace of the block of the layer's Hessian that belongs to these filters.
+The terms are explained in ``layers/__init__.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Test whether observing forward passes changes nothing in the network and gives the right block traces.
 
-To observe a forward pass is to record it while it runs as the user's code runs it. A pass of our own is a forward pass
-that this package makes by itself. A user's pass is one that the user's code makes, for example in validation.
+The terms are explained in ``layers/__init__.py``.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ class Call(NamedTuple):
 def as_call(inputs: Any) -> Call:
     """Return the call with these inputs as arguments.
 
-    ``inputs`` is a tensor, a tuple or list of arguments, or a mapping of keyword arguments.
+    ``inputs`` is a tensor, a tuple or list of arguments, or a mapping of keyword arguments. A :class:`Call` is returned
+    as it is.
     """
     if isinstance(inputs, Call):
         return inputs

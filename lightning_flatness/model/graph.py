@@ -155,7 +155,7 @@ def second_derivatives(
 ) -> Sequence[Tensor | None] | NoSecondDerivative:
     """Return the gradients of ``sum_i <derivatives[i], directions[i]>`` at the inputs.
 
-    If torch has no derivative of an operation, return the reason instead.
+    If torch cannot differentiate an operation twice, return the reason instead.
 
     ``derivatives`` are first derivatives; those that are None or constant are skipped. The gradient is None for an
     input on which the sum does not depend.

@@ -43,8 +43,7 @@ class LossCurvature:
     ``J`` is the Jacobian of the logits and ``Λ`` the loss's Hessian with respect to the logits. The model runs in
     evaluation mode on copies of its tensors and is left as it was. For every batch, a product takes one forward pass,
     one backward pass, and a second backward pass through the graph of both. With the Gauss-Newton matrix, it takes one
-    more backward pass.
-    The graph of a batch is freed before the next batch.
+    more backward pass. The graph of a batch is freed before the next batch.
     """
 
     def __init__(

@@ -29,8 +29,8 @@ def why_not_affine(calls: Calls, logits: Tensor, shift_invariant: bool) -> dict[
     Requires: every layer in ``calls`` ran once.
 
     The test differentiates a random combination of logits twice, along random directions at the outputs of the layers.
-    This second derivative must be exactly zero. It is zero in a piecewise-linear network. An operation with a second
-    derivative, such as GELU, makes it non-zero.
+    This second derivative must be exactly zero. It is zero in a piecewise-linear network. An operation whose second
+    derivative is not zero, such as GELU, makes it non-zero.
 
     One double backward pass serves all layers. At the output of layer ``i`` it returns a sum over all layers ``j`` of
     second derivatives with respect to outputs ``i`` and ``j``. Because the directions are random and independent, the
@@ -68,7 +68,7 @@ def why_curved(logits: Tensor, node: Tensor, shift_invariant: bool) -> Inexact |
 
 
 def _not_zero(second: Tensor | None) -> Inexact | None:
-    """Return why a second derivative is not zero; None if it is zero. ``second=None`` stands for zero."""
+    """Return ``CURVED`` or ``NOT_FINITE`` if a second derivative is not zero, else None; ``second=None`` is zero."""
     if second is None or not bool(second.any()):
         return None
     return Inexact.CURVED if bool(second.isfinite().all()) else Inexact.NOT_FINITE

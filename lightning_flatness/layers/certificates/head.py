@@ -108,7 +108,9 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
     Each logit is compared with the same entry of the classifier's output. The difference is divided by the larger of
     the two absolute values. Return the largest quotient.
 
-    With ``shift_invariant``, a number may have been added to all logits of a sample.
+    With ``shift_invariant``, a number may have been added to all logits of a sample. It is the difference at the
+    likeliest class, and is subtracted from the other differences. The larger absolute value at that class is then
+    added to the divisor.
     """
     if logits.shape != output.shape:
         raise NotClosedFormError(

@@ -29,12 +29,13 @@ def certify_layer(
     """Certify that every call of a layer runs exactly one convolution, always with the same kernel; return the kernel.
 
     ``known`` is the kernel that earlier batches have used, or None. If given, this batch must use the same kernel.
-    If ``known`` is the model's parameter and not a copy, comparing entries cannot show that they were overwritten. Then
-    ``unchanged`` is called, which tests whether the Gram matrix is still that of earlier batches. With ``half``, the
-    layer may run in half precision.
+    If ``known`` is the model's parameter and not a copy, comparing entries cannot show that they were overwritten. So
+    if the version counter of the parameter has changed, ``unchanged`` is called. It returns whether a kernel has the
+    same Gram matrix as the kernel of earlier batches. With ``half``, the layer may run in half precision.
 
     Raises:
-        LayerSelectionError: the layer does not return the output of one convolution, or its kernel changes.
+        LayerSelectionError: the layer does not return the output of one convolution, its kernel changes, or its input
+            is changed in place after the layer has run.
         BatchError: the layer's dtypes or the shape of its input do not allow the measurement, or a weight is not
             finite.
     """

@@ -33,7 +33,8 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
 
     Raises:
         LayerSelectionError: the two gradients differ, because the model also uses the kernel outside the layer (tied
-            weights, a functional call). Or the logits do not depend on the kernel through autograd.
+            weights, a functional call). Or autograd finds no gradient of the kernel, although it finds one of the
+            layer's outputs.
     """
     expected = kernel_gradient(calls, cotangents)
     if gradient is None and bool(expected.any()):
@@ -57,9 +58,10 @@ def certify_path(gradient: Tensor | None, calls: Sequence[LayerCall], cotangents
 def is_output(calls: Sequence[LayerCall], logits: Tensor, shift_invariant: bool) -> bool:
     """Return whether the Jacobian of the logits with respect to the layer's output is the identity.
 
-    The layer must be a linear map of one vector for every sample, as a classifier is. The vector-Jacobian product of
-    the logits with a random ``u`` ``(N, K)`` must be ``u``. ``shift_invariant`` says that the loss stays the same if a
-    number is added to all logits of a sample. Then ``u`` sums to zero over the classes, and log-softmax outputs pass.
+    The result is False unless the layer runs once, as a linear map of one vector for every sample, like a classifier.
+    The vector-Jacobian product of the logits with a random ``u`` ``(N, K)`` must be ``u``. ``shift_invariant`` says
+    that the loss stays the same if a number is added to all logits of a sample. Then ``u`` sums to zero over the
+    classes, and log-softmax outputs pass.
     """
     node, convolution = calls[0].node, calls[0].convolution
     geometry, weight = convolution.geometry, convolution.weight.flatten(1)

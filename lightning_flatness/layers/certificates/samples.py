@@ -80,9 +80,9 @@ SAMPLES_MIX = (
 
 
 def certify_rows(logits: Tensor, rows: int) -> None:
-    """Raise an error unless the logits have ``rows`` rows, one for each sample, or two rows for a single sample.
+    """Raise a :class:`BatchError` unless there is one row of logits for each of ``rows`` samples.
 
-    A single sample is duplicated before the pass (``docs/theory.md``, "Numerics").
+    A single sample must have two rows, because it is duplicated before the pass (``docs/theory.md``, "Numerics").
     """
     if len(logits) != max(rows, 2):
         raise BatchError(

@@ -56,7 +56,7 @@ class FirstOrder:
     """First derivatives of the classifier's input ``g`` ``(N, m)`` with respect to one layer's output."""
 
     slopes: Tensor  # a[s, p], (N, S, *output)
-    channels: Tensor  # c(s), (S,); -1 for a channel with zero slopes only, which adds nothing to block traces
+    channels: Tensor  # c(s), (S,); -1 for a channel whose slopes are all zero in this batch, which adds nothing
     cotangent: Tensor  # a random u, (N, m)
     pulled: Tensor  # the vector-Jacobian product with u, (N, S, *output)
     deviation: float  # of `pulled` from u[c(s)] a[s, p], relative to the largest entry; large if channels mix
@@ -68,8 +68,9 @@ def certify_tail(
     """Certify the tail of one layer, and return its derivatives.
 
     The full certificate tests first and second derivatives. It is skipped if ``known`` was certified on a batch whose
-    tail had the same operations. One of sixteen batches gets the full certificate in any case. So does every batch if
-    the tail has custom operations, or operations that move entries by indices.
+    tail had the same operations. One of sixteen batches gets the full certificate in any case. So does a batch in which
+    a channel with unknown ``c(s)`` has a slope other than zero. So does every batch if the tail has custom operations,
+    or operations that move entries by indices.
 
     Args:
         node: the layer's output ``z``, ``(N, S, *output)``.
@@ -142,7 +143,8 @@ def _channels_by_bits(slopes: Tensor, node: Tensor, features: Tensor, known: Ten
     is ``c(s)`` from earlier batches, -1 if unknown.
 
     Raises:
-        NotClosedFormError: a product is neither the slopes nor zero, or ``c(s)`` is not ``known``, so channels mix.
+        NotClosedFormError: a product is neither the slopes nor zero, or ``c(s)`` differs from ``known``. So channels
+            mix.
     """
     numbers = torch.arange(features.shape[1], device=features.device)
     over = [dimension for dimension in range(slopes.ndim) if dimension != 1]
