@@ -87,7 +87,7 @@ class MeasuringCallback(Callback):
         self._network: Network | None = None  # the network to measure; known after this run's first validation step
         self._asked: Asked | None = None  # inputs and targets of the batch that is being validated
         self._watch: StepWatch | None = None  # records the calls in the validation step of that batch
-        self._whole: WholeWeights | None = None  # during a measurement: the weights that FSDP2 has sharded, gathered
+        self._whole: WholeWeights | None = None  # during a measurement: the gathered weights; empty without FSDP2
 
     @abstractmethod
     def is_due(self, trainer: Trainer) -> bool:

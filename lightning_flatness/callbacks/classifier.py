@@ -44,7 +44,7 @@ class CallRecorder:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, layers: dict[str, nn.Module]) -> None:
-        """Remove all hooks, drop the recorded calls, and put hooks on these layers."""
+        """Stop recording, drop the recorded calls, and put hooks on these layers only."""
         self.detach()
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_hook(_Hook(self, name), with_kwargs=True))

@@ -140,8 +140,8 @@ class EpochEndCallback(MeasuringCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights if they were not measured already, and draw the figures of the run.
 
-        Other callbacks may change the weights in this hook. If there are such callbacks, Lightning calls this method a
-        second time after them, and only the second call measures.
+        Other callbacks may change the weights in this hook. If such callbacks come later in the Trainer's list,
+        Lightning calls this method a second time after them, and only the second call measures.
         """
         if call_again_after_others(trainer, self, MeasuringCallback):
             return

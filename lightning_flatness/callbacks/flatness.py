@@ -35,7 +35,7 @@ class FlatnessCallback(FlatnessHistory):
     - ``{prefix}/hessian_trace``: the Hessian trace, summed over the measured layers, in loss per squared weight;
     - ``{prefix}/relative_flatness``: relative flatness, summed over the measured layers, in units of the loss;
     - ``{prefix}/log10_relative_flatness``: the base-10 logarithm of that sum, for charts; NaN if it is not positive;
-    - ``{prefix}/normalized_relative_flatness``: relative flatness for input channels of standard deviation one;
+    - ``{prefix}/normalized_relative_flatness``: a variant that stays the same when input channels are rescaled;
     - ``{prefix}/relative_flatness_error`` and so on: standard errors of these sums, due to the choice of samples;
     - ``{prefix}/weight_norm``: the norm of the measured kernels, for comparison;
     - ``{prefix}/loss``: the mean loss of the measured samples;

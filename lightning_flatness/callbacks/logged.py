@@ -30,7 +30,8 @@ def accuracy_key(metrics: Mapping[str, Any], name: str | None) -> str | None:
     """Return the key under which loggers have the accuracy that the LightningModule logs as ``name``.
 
     Without a name, use the first key that contains ``acc`` and ``val``, or else the first that contains ``acc``. If
-    there is also a key that adds ``_epoch`` to this key, return that one. Return None if no key fits.
+    there is also a key that adds ``_epoch`` to this key, return that one. Return None if there is neither a name nor a
+    key that contains ``acc``.
 
     Example:
         >>> accuracy_key({"train_acc": 0, "val_acc": 0, "val_acc_epoch": 0}, None)

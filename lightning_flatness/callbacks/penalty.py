@@ -276,9 +276,10 @@ class FlatnessPenalty(Callback):
         self._errors.settle("the first training step")
 
     def _targets_for(self, call: LayerCall) -> Tensor | None:
-        """Return the batch's targets if the penalty may depend on them, or None otherwise.
+        """Return the batch's targets if the penalty needs them, or None otherwise.
 
-        It may depend on targets if there are class weights, or if targets are class indices, which may be ignored.
+        It needs targets if there are class weights, or if targets are class indices, some of which may be ignored.
+        Other targets, such as class probabilities, are taken to sum to one for every sample, and are not needed.
         """
         targets = self._targets
         if targets is None or self._options["class_weight"] is not None:

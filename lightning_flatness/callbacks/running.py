@@ -135,8 +135,11 @@ class Running:
         """After a validation step, measure the batch's samples that the source selects, or the next part of other data.
 
         ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.step_watch.StepWatch` has found
-        in this step. If ``call`` is None, measure the call that this object has recorded in this step. If no recorded
-        call can be measured, measure the inputs in the batch or from ``batch_fn=``.
+        in this step. If ``call`` is None, measure the call that this object has recorded in this step, or the inputs in
+        the batch if ``Network.is_called`` is False. If ``batch_fn=`` gives other inputs than this, measure those.
+
+        Raise a :class:`BatchError` if this step, unlike earlier ones, does not call the network or calls it on
+        different inputs, and ``batch_fn=`` gives no inputs.
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():
@@ -163,7 +166,7 @@ class Running:
         """Measure samples in an extra forward pass.
 
         If a trial has shown that extra passes can run like those of validation, in the same way and precision, make
-        such a pass, and measure while it runs. If this raises an error, make an ordinary extra pass.
+        such a pass, and measure while it runs. If this raises an error, make ordinary extra passes from now on.
         """
         self._try_once()
         if self._repeats and ((self._observes and self._is_tried) or self.measurement.repeats):

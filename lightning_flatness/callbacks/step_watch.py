@@ -141,7 +141,7 @@ class StepWatch:
 
         ``inputs`` are the inputs in the batch, or None if unknown. If ``is_given``, they come from ``batch_fn=``. If
         the step calls the network several times, on different inputs, the call to measure is the one on ``inputs``. If
-        no call is on ``inputs``, and ``is_given`` is True, the result has no call.
+        none of these calls is on ``inputs``, and ``is_given`` is True, the result has no call.
 
         Raises:
             FlatnessError: The step calls several networks. Or the step calls the network several times, on different

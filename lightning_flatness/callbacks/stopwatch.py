@@ -69,7 +69,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 def in_words(seconds: float, whole: float, num_samples: int) -> str:
     """Return a text on how long measuring took, compared with the rest of the validation.
 
-    If measuring took long, the text suggests a number for ``max_samples=``.
+    If measuring took long, the text suggests a number for ``max_samples=``, unless this would be below ``FEWEST``.
 
     Args:
         seconds: time that measuring took.

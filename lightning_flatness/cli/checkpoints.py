@@ -36,7 +36,7 @@ class Checkpoint:
     def stored(self, kind: str) -> dict[str, Any]:
         """Return the hyper-parameters that Lightning saved for the ``"model"`` or the ``"data"``, or an empty dict.
 
-        If LightningCLI made the training run, the entry ``"_class_path"`` is the import path of the class.
+        The entry ``"_class_path"`` is the import path of the class, if LightningCLI has saved it.
         """
         prefix = "datamodule_" if kind == "data" else ""
         stored = self.content.get(f"{prefix}hyper_parameters")

@@ -159,7 +159,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     """Return a short, distinct name for every file.
 
     The name is the file's stem. If some stems are equal, the names are ``folder/stem``, or whole paths if some of these
-    are equal, too. Equal paths get numbers.
+    are equal, too. If some paths are equal, all names are paths with numbers.
 
     Example:
         >>> names_of([Path("runs/a/last.ckpt"), Path("runs/b/last.ckpt")])

@@ -70,7 +70,7 @@ def _single_with_names(batch: Any, argument: str) -> Iterable[Any]:
     """Return a single batch with named entries (a mapping, dataclass or named tuple) in a list.
 
     Any other object with ``__getitem__`` counts as an iterable of batches, and is returned as it is. Raise a
-    :class:`BatchError` for everything else.
+    :class:`BatchError` for everything else, and for a batch in which no inputs and targets are found.
     """
     try:
         split_batch(batch)
@@ -85,7 +85,7 @@ def _of_sequence(batches: tuple[Any, ...] | list[Any], argument: str) -> Iterabl
     """Return a tuple or list of batches unchanged. If it is one pair ``(inputs, targets)``, return a list of this pair.
 
     The tensors in a list are batches of inputs if all have the same dtype and number of dimensions. Two tensors are a
-    pair if the second one, the targets, has one or two dimensions and as many rows as the inputs. Raises a
+    pair if the second one, the targets, has one or two dimensions and as many rows as the inputs. Raise a
     :class:`BatchError` if both rules apply, or neither.
     """
     tensors = [part for part in batches if isinstance(part, Tensor)]
@@ -186,7 +186,11 @@ def described(batch: Any) -> str:
 
 
 def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
-    """Return what the user's ``batch_fn=`` returns for a batch. On failure, raise an error that describes the batch."""
+    """Return what the user's ``batch_fn=`` returns for a batch.
+
+    If the call fails, raise a :class:`BatchError` that describes the batch. Errors of this package, and errors because
+    of too little memory, are raised unchanged.
+    """
     try:
         return batch_fn(batch)
     except Exception as error:
@@ -198,9 +202,9 @@ def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def targets_of(batch: Any) -> Tensor | None:
-    """Return the targets of a batch: the second tensor of a pair, or the only tensor that is named like targets.
+    """Return the targets of a batch: the second entry of a pair, or the only tensor that is named like targets.
 
-    Return None if there is no such tensor.
+    Return None if there is no such entry, or if it is not a tensor.
 
     Example:
         >>> targets_of({"image": torch.zeros(2, 3), "mask": torch.ones(2, 3), "label": torch.tensor([0, 1])})

@@ -109,9 +109,9 @@ def compare(
 def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, options: Any, is_reread: bool) -> None:
     """Raise an error if the arguments of :func:`compare` do not fit together.
 
-    They do not fit if models are given without ``batches``, or if data or ``options`` are given with reports only. They
-    do not fit either if ``options`` has ``sync``, or if an iterator would be read more than once. ``is_reread`` says
-    whether ``batches`` will be read twice.
+    They do not fit if models are given without ``batches``, or if reports only are given with ``batches``,
+    ``train_batches`` or ``options``. They do not fit either if ``options`` has ``sync``, or if an iterator would be
+    read more than once. ``is_reread`` says whether ``batches`` will be read twice.
     """
     if networks and batches is None:
         raise FlatnessError(f"Model '{next(iter(networks))}' has no data to be measured on: give batches=.")

@@ -63,9 +63,9 @@ def measure_flatness(
         ignore_index: target value that cross-entropy ignores.
         measures: the measures to compute: ``"hessian_trace"``, ``"relative_flatness"``, ``"neuronwise_flatness"``,
             ``"layerwise_flatness"``, ``"normalized_relative_flatness"``, ``"channelwise_flatness"``; by default all but
-            the last. They are computed from the block traces, which are the traces of the Hessian's blocks for each
-            pair of filters. If relative, normalised and channel-wise flatness are all left out, only the traces of the
-            diagonal blocks are kept, which takes less time and memory.
+            the last. The first four are computed from the block traces, which are the traces of the Hessian's blocks
+            for each pair of filters. If relative, normalised and channel-wise flatness are all left out, only the
+            traces of the diagonal blocks are kept, which takes less time and memory.
         tolerance: largest relative standard error of trace and relative flatness. It applies to layers that are
             measured by the Gauss-Newton method, if there are 128 classes or more. Classes with little probability mass
             are then sampled until the error is below the tolerance, and the numbers are not called exact. With 0, or

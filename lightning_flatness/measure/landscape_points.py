@@ -96,7 +96,7 @@ def _announcement(result: LandscapeResult, number: int, say: Say | None) -> Anno
 
 
 def resumed(result: LandscapeResult, earlier: LandscapeResult) -> LandscapeResult:
-    """Return ``result`` with the losses, accuracies and computing time of ``earlier``.
+    """Return ``result`` with the losses and accuracies of ``earlier``, and the sum of both computing times.
 
     Raise a :class:`FlatnessError` if the two landscapes differ in settings, weights, axes, coordinates or data.
     """

@@ -100,8 +100,8 @@ class Measurement:
         Otherwise the caller holds the samples, and the model runs on them again later.
 
         Returns:
-            The number of samples that this method holds, and an empty mapping. If it cannot hold any, return zero and a
-            mapping from layers to the sums of every sample over each input channel.
+            The number of samples that this method holds, and an empty mapping. If some layer has no closed form, zero
+            and a mapping from layers to the sums of every sample over each input channel.
         """
         among_first = (positions < FIRST_SAMPLES).nonzero()
         if not len(among_first):
@@ -153,9 +153,9 @@ class Measurement:
             self.measure_held()
 
     def _is_last(self, positions: Tensor) -> bool:
-        """Return whether a batch has this rank's last samples among the first ``FIRST_SAMPLES`` of all ranks.
+        """Return whether this rank has none of the first ``FIRST_SAMPLES`` samples after this batch.
 
-        ``positions`` are the positions of the batch's samples among those of all ranks.
+        ``positions`` are the indices of the batch's samples in the measured set of all ranks.
         """
         return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
 
@@ -228,8 +228,8 @@ class Measurement:
     def update_repeated(self, inputs: Any, targets: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Run the model on one batch in the same way as the user does, observe this forward pass, and add the batch.
 
-        If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, because the samples are held
-        if the standard deviations of the input channels are not known.
+        If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, as for
+        :meth:`update_observed`.
         """
         forms = self._observer.repeated_forms(inputs, targets)
         if self._deviations is None:

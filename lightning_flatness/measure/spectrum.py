@@ -153,7 +153,8 @@ def spectrum_of(
 ) -> SpectrumResult:
     """Compute a spectrum as :func:`hessian_spectrum` does, from options that have been checked.
 
-    If no progress bar is shown, ``say`` gets the messages about products and time. If ``say`` is None, there are none.
+    If no progress bar is shown, ``say`` gets the messages about products and time, on rank zero. If ``say`` is None,
+    there are no messages.
     """
     start = time.perf_counter()
     model = without_wrapper(model)
@@ -257,10 +258,10 @@ def _criteria(values: Tensor, weights: Tensor, exponent: float, weight_norm: flo
 
 
 def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
-    """Return an estimate of the trace from one probe, with less variance than Hutchinson's estimate from that probe.
+    """Return Hutchinson's estimate of the trace from one probe, with an exact part along the eigenvectors in ``top``.
 
-    The part of the trace along the eigenvectors in ``top`` is not estimated, but is the sum of their eigenvalues. The
-    eigenvectors do not depend on the probe, so the estimate is unbiased even if they have not converged.
+    This part is the sum of their eigenvalues. The eigenvectors do not depend on the probe, so the estimate is unbiased
+    even if they have not converged.
     """
     size = len(probe)
     overlaps = (top.vectors @ (probe / math.sqrt(size))).double().cpu().square()

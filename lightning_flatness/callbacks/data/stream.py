@@ -166,7 +166,7 @@ class _Shard:
         return (before + torch.arange(rows, device="cpu")) * self._step + self._first
 
     def positions_of_samples(self, rows: int, batch_idx: int) -> Tensor | None:
-        """Return the positions of the rows of a batch, as :meth:`positions` does, but with one position for every row.
+        """Return the positions of the rows of a batch, like :meth:`positions`, but give every row its own position.
 
         If every item of the data set is a batch, assume that all batches have as many rows as the first.
         """
