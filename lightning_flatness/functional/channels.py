@@ -38,7 +38,7 @@ class ChannelSums:
 
     @classmethod
     def of(cls, inputs: Tensor) -> ChannelSums:
-        """Compute the sums of every sample from a layer's inputs ``(N, C, *spatial)`` before padding."""
+        """Compute the sums of every sample from a layer's inputs ``(N, C, *spatial)`` before zero padding."""
         entries = inputs.detach().flatten(2) if inputs.ndim > 2 else inputs.detach()[:, :, None]
         mean = entries.mean(2, dtype=torch.float64)
         squares = (entries.double() - mean[:, :, None]).square().sum(2)

@@ -31,7 +31,8 @@ from lightning_flatness.functional.weighting import (
     no_values,
 )
 
-# Largest number of entries that the factors of one chunk of samples may have, for each type of device.
+# Largest number of entries that the factors of one chunk of samples may have. On devices that are not listed, it is
+# ELEMENTS_ELSEWHERE.
 FACTOR_ELEMENTS = {"cpu": 2**24}
 # Largest number of samples in a chunk. It is limited because sums within a chunk have the dtype of the factors, which
 # may be less precise than float64.

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# With fewer classes than this, the Gauss-Newton method never draws a random part of the classes, and
-# :attr:`ClassCurvature.floor` is None.
+# With fewer classes than this, the Gauss-Newton method computes with every class and estimates no sum over classes by
+# random probes, and :attr:`ClassCurvature.floor` is None.
 MANY_CLASSES = 128
 # Classes are left out only if less than this share of all pairs (sample, class) remains. Otherwise it is faster to
 # compute all pairs.
@@ -104,7 +104,7 @@ class ClassCurvature:
 
     @property
     def floor(self) -> Tensor | None:
-        """The smallest class weight of each sample, ``(N,)``; None with few classes or negligible weights."""
+        """The smallest class weight of each sample, ``(N,)``; None if it is negligible or there are few classes."""
         floor, classes = self.weights.amin(1), self.num_classes
         worthwhile = classes >= MANY_CLASSES and bool(classes * floor.sum() > 0.01 * self.weights.sum())
         return floor if worthwhile else None
@@ -119,7 +119,7 @@ class ClassCurvature:
         saves enough work. Their terms in ``t`` sum to at most ``tolerance * t``; ``scales`` ``(N, S)`` must not be
         negative. The diagonal of what is left out is returned as ``rest``, so only entries off the diagonal are
         approximate. If classes are left out, :attr:`floor` is returned as well. Unless the floor is None, it is
-        subtracted from the weights of the columns, and one column is added.
+        subtracted from the weights of the columns. With a floor and a center, one column is added.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)

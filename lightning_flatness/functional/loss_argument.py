@@ -202,7 +202,10 @@ class CustomLoss(Loss):
         return losses.double().sum()
 
     def _called(self, logits: Tensor, targets: Tensor) -> Any:
-        """Call the function; if it is a module, call it with copies of its tensors in the dtype of the logits."""
+        """Call the function with a copy of the targets.
+
+        A module is called with copies of its tensors. Copies of floating-point tensors have the dtype of the logits.
+        """
         if not isinstance(self.function, nn.Module):
             return self.function(logits, targets.clone())
         named = {**dict(self.function.named_parameters()), **dict(self.function.named_buffers())}

@@ -85,8 +85,9 @@ def relative_flatness(block_traces: Tensor, gram: Tensor) -> Tensor:
     """Compute relative flatness ``κ = sum_{s, s'} <w_s, w_s'> T[s, s']``, a scalar in units of the loss.
 
     ``κ`` stays the same if the layer's own filters are rescaled and later layers undo this. ``κ`` changes if the
-    layer's input channels are rescaled and its filters undo this (``docs/theory.md``, "Invariance"). See Petzka et al.
-    2021 (arXiv 2001.00939), Definition 3, and Taleghani et al. 2026 (arXiv 2603.09016) for convolutions.
+    layer's input channels are rescaled by different factors and its filters undo this (``docs/theory.md``,
+    "Invariance"). See Petzka et al. 2021 (arXiv 2001.00939), Definition 3, and Taleghani et al. 2026 (arXiv 2603.09016)
+    for convolutions.
 
     Args:
         block_traces: ``T``, ``(G, S/G, S/G)``, in loss per squared weight.

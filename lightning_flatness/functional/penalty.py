@@ -33,9 +33,10 @@ def flatness_penalty(
         κ = (1/Z) Σ_n c_n ‖g_n‖² Var_{k~π_n}(w_k)
 
     Here ``g_n`` is the input of the classifier for sample ``n``, ``π_n`` the softmax of the logits, and ``w_k`` row
-    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting. Without class weights it is 1 for a
-    class index, and 0 for an ignored sample. ``Z`` is the divisor of the mean cross-entropy. For class indices with
-    class weights, ``Z`` is the sum of the samples' weights. Otherwise it is the number of samples that are not ignored.
+    ``k`` of the weight. ``c_n`` is the sum of the target's entries after weighting. It is 0 for an ignored sample.
+    For any other class index it is 1, unless there are class weights. ``Z`` is the divisor of the mean cross-entropy.
+    For class indices with class weights, ``Z`` is the sum of the samples' weights. Otherwise it is the number of
+    samples that are not ignored.
 
     ``κ`` is exactly the relative flatness of the mean cross-entropy (``docs/theory.md``, "Flatness as a penalty"). For
     the layer-wise measure, ``‖W‖² (1 - Σ_k π_k²)`` replaces the variance. Training on ``loss + λ κ`` needs no second

@@ -19,7 +19,8 @@ from lightning_flatness.functional.symmetric import strip_rows
 # cache. On other devices large products are faster.
 PRODUCT_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
-# Up to this number of pairs (column, position) of a sample, one matrix product over all pairs is fastest.
+# Up to this number of pairs (column, position) of a sample, one matrix product over all pairs is fastest. In features
+# of the shape (N, G, s, D), the entries of a filter take the place of positions.
 FEW = 24
 
 Pair = tuple[Tensor, Tensor]

@@ -23,7 +23,7 @@ from lightning_flatness.results import Comparison
 from lightning_flatness.results.records import Record
 from lightning_flatness.versions import __version__, versions
 
-MOST_SUMMARIES = 4  # the summary describes at most this number of results
+MOST_SUMMARIES = 4  # unless there are comparisons, the summary describes at most this number of results
 
 
 @dataclass(frozen=True)

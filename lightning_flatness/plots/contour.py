@@ -55,7 +55,7 @@ def plot_contour(
 
     Args:
         result: a landscape with two axes.
-        cap: draw losses above ``cap`` as if they were ``cap``.
+        cap: draw losses above ``cap``, even infinite losses, as if they were ``cap``.
         trajectory: coordinates of training steps, ``(points, 2)``, in order of time, from
             :func:`~lightning_flatness.pca_directions`. They are drawn as a line; parts outside the plane are not shown.
         levels: losses at which contours are drawn, ascending. By default they are evenly spaced in the loss, or in its

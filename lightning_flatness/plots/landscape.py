@@ -23,8 +23,8 @@ GAPS: dict[str, dict[str, Any]] = {
 def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: float | None = None) -> Tensor:
     """Return the losses of a landscape, with ``cap`` in place of larger losses.
 
-    Raise an error unless the landscape has ``num_axes`` axes and a finite loss, and ``cap`` is above the lowest loss.
-    ``figure`` is the name of the plotting function, for the error message.
+    Raise an error unless the landscape has ``num_axes`` axes and a finite loss. Raise an error too if ``cap`` is given
+    but not above the lowest loss. ``figure`` is the name of the plotting function, for the error message.
     """
     if not isinstance(result, LandscapeResult) or len(result.axes) != num_axes:
         given = f"{len(result.axes)} axes" if isinstance(result, LandscapeResult) else type(result).__name__
@@ -42,7 +42,8 @@ def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: fl
 def gaps(result: LandscapeResult, losses: Tensor) -> dict[str, Tensor]:
     """Return masks of the points without a finite loss, as a dict from reasons to boolean masks.
 
-    The reasons are ``"not finite"`` (infinite or NaN) and ``"not computed"``. A reason without points is left out.
+    The reasons are ``"not finite"`` (infinite or NaN in ``losses``) and ``"not computed"``. A reason without points is
+    left out.
     """
     masks = {"not finite": result.computed & ~losses.isfinite(), "not computed": ~result.computed}
     return {reason: points for reason, points in masks.items() if bool(points.any())}

@@ -47,8 +47,8 @@ def plot_density(
 
     The density is a sum of Gaussians with standard deviation ``sigma``. A single eigenvalue of a matrix with ``D``
     eigenvalues is a bump of height ``1 / (D sigma √(2π))``, which the logarithmic scale makes visible. The density is
-    estimated from several random vectors (probes), and a band shows the range of their estimates. The curve is dashed
-    if the matrix is a Gauss-Newton matrix.
+    estimated from random vectors (probes). If there are several, a band shows the range of their estimates. The curve
+    is dashed if the matrix is a Gauss-Newton matrix.
 
     Args:
         result: the spectrum.
@@ -162,7 +162,7 @@ def _criterion(result: SpectrumResult) -> str:
 def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
     """Return the three lines of the title.
 
-    Line 1 has the numbers of parameters, probes and steps, the loss and the data. Line 2 has the kind of matrix, the
+    Line 1 has the numbers of parameters, probes and steps, the loss and the data. Line 2 has the kind of spectrum, the
     trace and the criteria, with errors. Line 3 says what the errors are, and if eigenvalues have not converged.
     """
     trace = f"trace {with_error(result.trace, result.trace_stderr)}"
@@ -179,10 +179,11 @@ def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
 def plot_eigenvalues(
     history: Iterable[tuple[float, SpectrumResult] | Mapping[str, Any]], *, data: str | None = None, ax: Any = None
 ) -> tuple[Any, Any]:
-    """Draw the largest eigenvalues over the epochs, and the lowest Ritz value, which bounds the lowest eigenvalue.
+    """Draw the largest eigenvalues over the epochs, and the lowest Ritz value of all random probes.
 
-    The vertical axis is linear near zero and logarithmic elsewhere, because eigenvalues can have both signs. Where the
-    largest eigenvalues have not converged, their markers are hollow and their curves are dashed.
+    The lowest Ritz value is an upper bound on the lowest eigenvalue. The vertical axis is linear near zero and
+    logarithmic elsewhere, because eigenvalues can have both signs. Where the largest eigenvalues have not converged,
+    their markers are hollow and their curves are dashed.
 
     Args:
         history: pairs of an epoch and a :class:`~lightning_flatness.SpectrumResult`, or records of

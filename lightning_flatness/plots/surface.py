@@ -45,7 +45,7 @@ def plot_surface(
 
     Args:
         result: a landscape with two axes.
-        cap: draw losses above ``cap`` as if they were ``cap``.
+        cap: draw losses above ``cap``, even infinite losses, as if they were ``cap``.
         log: draw the logarithm of the loss; all losses must be positive.
         label: name of the plane, for the title.
         data: name of the measured data, for the title: ``"val"``, ``"train"`` or another name.

@@ -107,7 +107,7 @@ def known_error(*parts: float | None) -> float:
 
 
 def with_error(value: float, error: float) -> str:
-    """Format a number and its standard error, with as many digits as the error allows; leave out an unknown error.
+    """Format a number and its error, with as many digits as the error allows; leave out an unknown or zero error.
 
     Example:
         >>> with_error(323.7, 41.0), with_error(0.0404, 0.0007), with_error(2.5, float("nan"))

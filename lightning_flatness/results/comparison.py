@@ -218,10 +218,11 @@ class Comparison(Record):
 
     @property
     def verdict(self) -> str:
-        """Sentences that name the model with the lowest normalised relative flatness, or say that there is a tie.
+        """Sentences that name the model with the lowest normalised relative flatness, or say why none can be named.
 
-        If this model differs clearly from all other models, the sentences state how much larger the second lowest value
-        is. If there are cautions against comparing the models, a sentence lists them.
+        They say so if there is a tie, or if errors are not known. If this model differs clearly from all other models,
+        they state how much larger the second lowest value is. A sentence lists the cautions against comparing the
+        models, if there are any.
         """
         return self._found + self._doubt
 

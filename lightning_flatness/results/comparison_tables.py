@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def decision_table(comparison: Comparison, has_caption: bool = True) -> Table:
     """Return the main table of a comparison, with a row for every model.
 
-    A row has the normalised relative flatness, its ratio to that of the first model, the losses, the accuracy and the
-    outcome. The caption has the verdict and the cautions; with ``has_caption=False`` there is no caption.
+    A row has the normalised relative flatness, its ratio to that of the first model, the losses, the accuracy, the
+    outcome, and whether the numbers are exact. The caption has the verdict, the cautions and how to read the numbers;
+    with ``has_caption=False`` there is no caption.
     """
     rows = comparison.models
     caption = _caption(comparison) if has_caption else None
@@ -56,7 +57,7 @@ def _caption(comparison: Comparison) -> Text:
 
 
 def measures_table(comparison: Comparison) -> Table:
-    """Return a table of the measures, and the numbers that need no Hessian, that are not in the main table."""
+    """Return a table of the known measures and baselines, except those of the main table."""
     rows = comparison.models
     known = [
         number

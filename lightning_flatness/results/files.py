@@ -2,8 +2,7 @@
 
 A file has plain arrays and one JSON text with the fields of the result. In this text, the name of an array stands for
 a tensor, and strings stand for NaN and infinities. When a file is read, the type annotations of the fields decide how
-each value is converted.
-:func:`_from_format_1` converts files of the earlier format 1.
+each value is converted. :func:`_from_format_1` converts files of the earlier format 1.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ class Saved:
     Fields may be tensors, plain values, other such dataclasses, and tuples or mappings of these.
     """
 
-    # Old files of some classes have no JSON text. These are the names of the arrays in such files of this class.
+    # Old files of some classes have no JSON text. These are the names of the arrays in such files of this class, or an
+    # empty set if there are no such files.
     _unlabelled: ClassVar[frozenset[str]] = frozenset()
 
     def save(self, path: str | PathLike[str]) -> Path:

@@ -60,7 +60,7 @@ class LayerFlatness(Record):
             an input channel and ``w_sc`` the part of filter ``s`` on this channel. Rescaling the input channels does
             not change this measure either. NaN unless the argument ``measures=`` of the measurement names it.
         num_dead_channels: number of input channels that are constant over the first 128 samples. The normalised measure
-            leaves these channels out.
+            leaves these channels out; 0 if it was not measured.
         sampling_errors: mapping from measures to their standard errors over samples, i.e. the typical distance between
             the measure and its value on a large data set from the same distribution. NaN if not known.
         largest_tenth: share of relative flatness that comes from the tenth of the samples whose own relative flatness

@@ -47,7 +47,8 @@ class LandscapeResult(Record):
         loss: name of the loss.
         num_samples: number of samples in one pass over the data.
         seed: seed of random axes.
-        fingerprint: hash of weights, buffers and axes. Only a new call with the same hash can resume the landscape.
+        fingerprint: hash of weights, buffers, axes, Adam's ``ε`` and, if BatchNorm statistics were recomputed, batch
+            sizes. Only a new call with the same hash can resume the landscape.
         seconds: wall time, summed over all calls if the landscape was resumed; NaN if not known, as in files of earlier
             versions.
 

@@ -121,8 +121,7 @@ class SpectrumResult(Record):
         Returns a grid of eigenvalues and the density at its points, float64 ``(n,)`` each. The integral of the density
         is one. ``sigma`` is the standard deviation of the Gaussians, in loss per squared weight; by default a hundredth
         of the range of the Ritz values. The default grid has 2,000 points, from ``4 sigma`` below the smallest Ritz
-        value to ``4 sigma`` above the largest. See
-        Ghorbani et al. 2019 (arXiv 1901.10159), Section 3.
+        value to ``4 sigma`` above the largest. See Ghorbani et al. 2019 (arXiv 1901.10159), Section 3.
         """
         if not self.num_probes:
             raise FlatnessError(NO_DENSITY)

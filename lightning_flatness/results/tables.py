@@ -119,9 +119,9 @@ def merged(infos: Sequence[LayerInfo]) -> LayerInfo:
 
 
 def lowest_precision(infos: Sequence[LayerInfo]) -> LayerInfo:
-    """Return the description of the layer with the lowest precision.
+    """Return the description with the lowest precision.
 
-    If several layers have the lowest precision, return the one whose trace deviates most from that in float32.
+    If several descriptions have it, return the one whose trace deviates most from that in float32.
     """
     return min(infos, key=lambda info: (BITS[info.precision], -abs(info.precision_deviation)))
 
