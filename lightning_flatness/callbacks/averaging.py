@@ -46,7 +46,10 @@ def weights_sample(network: nn.Module) -> Mapping[str, Tensor]:
     """Return copies of some entries of every floating-point parameter and buffer, for :func:`have_changed`."""
     named = [*network.named_parameters(), *network.named_buffers()]
     entries = {name: tensor.detach().flatten() for name, tensor in named if tensor.is_floating_point()}
-    return {name: flat[:: max(1, len(flat) // ENTRIES)].cpu().double() for name, flat in entries.items()}
+    return {
+        name: flat[:: max(1, len(flat) // ENTRIES)].to("cpu", torch.float64, copy=True)
+        for name, flat in entries.items()
+    }
 
 
 def have_changed(sample: Mapping[str, Tensor], network: nn.Module) -> bool:

@@ -200,10 +200,14 @@ def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
     if data is not None:
         own += [(data, "prepare_data", lambda: None), (data, "setup", lambda stage: None)]
     step = module.validation_step
+
+    def validation_step(batch: Any, batch_idx: int) -> Any:
+        return step(batch, batch_idx, split.number)
+
     if not has_steps:
         own += [(module, "validation_step", lambda *arguments: None)]
     elif "dataloader_idx" in inspect.signature(step).parameters:
-        own += [(module, "validation_step", lambda batch, batch_idx: step(batch, batch_idx, split.number))]
+        own += [(module, "validation_step", validation_step)]
     before = [vars(one).get(name) for one, name, _ in own]
     try:
         for one, name, value in own:
@@ -221,4 +225,4 @@ def _is_of_step(error: BaseException) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = {frame.f_code.co_name for frame in frames}
     hooks = {frame.f_code.co_name for frame in frames if frame.f_globals.get("__name__") == __name__}
-    return "validation_step" in names and hooks <= {"visit"}
+    return "validation_step" in names and hooks <= {"visit", "validation_step"}

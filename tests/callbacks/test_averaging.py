@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_flatness.callbacks.averaging import have_changed, weights_sample
 from tests.callbacks.epoch_end_runs import KINDS, epochs, fit, kinds
 from tests.callbacks.flatness_runs import flatness_callback
 from tests.callbacks.lightning_modules import Classifier, dataset
@@ -154,3 +155,14 @@ def test_averages_that_were_never_updated_are_warned_of(tmp_path, make, begins):
     told = [str(warning.message) for warning in caught if "has not updated its averages yet" in str(warning.message)]
     assert bool(told) == (begins == 100)
     assert all("EMAWeightAveraging" in text and "21724" in text for text in told)
+
+
+@guards("callbacks/averaging.py", '.to("cpu", torch.float64, copy=True)', ".cpu().double()", ids="dtype0")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_sample_of_weights_does_not_change_with_the_weights(dtype):
+    network = nn.Linear(2, 3).to(dtype)
+    sample = weights_sample(network)
+    assert not have_changed(sample, network)
+    with torch.no_grad():
+        network.weight += 1
+    assert have_changed(sample, network)

@@ -73,6 +73,13 @@ class WithoutStep(Net):
     validation_step = L.LightningModule.validation_step
 
 
+class NumberedNeedsItsRun(NeedsItsRun):
+    """Its validation step needs to know the loader, too."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        super().validation_step(batch, batch_idx)
+
+
 class Plain(nn.Sequential):
     """A network of plain PyTorch."""
 

@@ -111,6 +111,10 @@ COMMANDS = {
         f"small.ckpt {PROJECT}.NeedsItsRun {IMAGES}", 2,
         ["validation step of NeedsItsRun", "AttributeError", "--inputs batch"],
     ),
+    "needs its run and a number": (
+        f"small.ckpt {PROJECT}.NumberedNeedsItsRun {IMAGES}", 2,
+        ["validation step of NumberedNeedsItsRun", "AttributeError", "--inputs batch"],
+    ),
     "no step": (f"small.ckpt {PROJECT}.WithoutStep {IMAGES} --inputs step", 1, ["has no validation step"]),
     "several files": ("small.ckpt wide.ckpt", 1, ["measure takes one checkpoint, and 2", "compare takes several"]),
     "data of a function": (
@@ -129,6 +133,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@guards("cli/steps.py", 'hooks <= {"visit", "validation_step"}', 'hooks <= {"visit"}', ids="needs its run and a number")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_lines_that_are_wrong(runs, run, name):
     line, expected, phrases = COMMANDS[name]
