@@ -8,8 +8,8 @@
 # make gallery     draw the figures of docs/gallery.md again (some minutes)
 # make tutorials   run the notebooks again, and store what they print and draw (five minutes)
 # make study   train and measure 216 networks, and write docs/study.md (half an hour on two cores, by estimate);
-#              study-cifar for CIFAR-10 (hours; ARRAYS=folder of .npy files, or torchvision downloads it); both go on after
-#              an interrupt
+#              study-cifar and study-accurate for CIFAR-10 (an hour each on two fast cores with JOBS=2, and 10,000 training
+#              images; ARRAYS=folder of .npy files, or torchvision downloads it); all go on after an interrupt
 # make coverage  measure and check many classifiers, write docs/coverage.md (most of an hour)
 #
 # Each sets up what it needs in .venv the first time; with PyTorch that is some gigabytes and a few minutes.
@@ -90,7 +90,6 @@ study: $(READY)
 	$(BIN)/python -m studies shift curves --jobs 2 $(TABLES)
 	$(BIN)/python -m studies speed page $(TABLES)
 
-# On a CPU with two cores give JOBS=2.
 study-cifar: $(READY)
 	$(BIN)/python -m studies cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS)) --keep-weights $(TABLES)
 	$(BIN)/python -m studies shift-cifar $(CIFAR) $(if $(JOBS),--jobs $(JOBS)) $(TABLES)
