@@ -35,6 +35,14 @@ def plain(ax: Any) -> None:
     ax.set_axisbelow(True)
 
 
+def logarithmic(ax: Any, subs: tuple[float, ...] = (1, 2, 5)) -> None:
+    """Make the horizontal axis logarithmic, with plain numbers as labels at ``subs`` times powers of ten."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
 def intervals(rows: Rows, family: str) -> Figure:
     """Draw τ of every measure with its 95 % interval, baselines first, with a panel for each target and scope."""
     known = {row["measure"] for row in rows if row["snapshot"] == MAIN}
@@ -98,10 +106,7 @@ def scatter(sample: Sample, family: str) -> Figure:
             for level, colour in zip(sorted(set(noise)), SHADES, strict=False):
                 mine = noise == level
                 ax.plot(x[mine], sample.targets[target][mine], ".", color=colour, label=f"{level:g}", markersize=5)
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter(ScalarFormatter())
-            ax.xaxis.set_minor_formatter(NullFormatter())
+            logarithmic(ax)
             ax.tick_params(labelsize=7)
             ax.set_xlabel(LABELS[name] if row else "", fontsize=8)
             plain(ax)
@@ -167,7 +172,7 @@ def accuracies(networks: dict[str, Rows]) -> Figure:
             points = [row[name] for row in rows], [100 * row["test_error"] for row in rows]
             ax.plot(*points, color=colour, linewidth=0.8, alpha=0.7)
             ax.plot(points[0][-1], points[1][-1], "o", color=colour, markersize=4)
-        ax.set_xscale("log")
+        logarithmic(ax, subs=(1, 1.5, 2, 3, 5, 7))
         ax.set_xlabel(LABELS[name], fontsize=9)
         ax.tick_params(labelsize=7, which="both")
         plain(ax)
