@@ -68,7 +68,11 @@ def test_a_callback_serves_several_trainers(tmp_path):
     assert [record["epoch"] for record in callback.history] == [0]
 
 
-@guards("callbacks/base.py", "self._is_checked = True  # Lightning writes the state key to a checkpoint next", "pass")
+@guards(
+    "callbacks/base.py",
+    "self._is_checked = True  # Lightning writes the state key to a checkpoint next, as a plain string",
+    "pass",
+)
 def test_keys_in_checkpoints_are_plain(tmp_path):
     """Also in one that is written before a run."""
     callback = MAKE["flatness"]()
