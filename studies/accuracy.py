@@ -14,16 +14,15 @@ from studies.families import Family
 from studies.markdown import number, percent, picture, table
 from studies.measures import LABELS
 from studies.tables import read_rows, write_rows
-from studies.verdicts import NORMALISED, OURS, TRACE
+from studies.verdicts import COMPARED
 
-NUMBERS = (OURS, NORMALISED, TRACE)
 Rows = list[dict[str, Any]]
 
 
 def curves_of(results: Path, family: Family) -> dict[str, Rows]:
     """Return the rows of every network, in the order of its epochs, by name.
 
-    A row has the network's architecture (``arm``), epoch, numbers of images, losses, errors and ``NUMBERS``. Networks
+    A row has the network's architecture (``arm``), epoch, numbers of images, losses, errors and ``COMPARED``. Networks
     that are not measured at all epochs of the family are left out.
     """
     losses, measures = (
@@ -38,7 +37,7 @@ def curves_of(results: Path, family: Family) -> dict[str, Rows]:
         found[configuration.name] = [
             {"arm": configuration.arm, "epoch": epoch}
             | {name: float(losses[key][name]) for name in losses[key] if name not in ("name", "snapshot", "epoch")}
-            | {name: float(measures[key][name]) for name in NUMBERS}
+            | {name: float(measures[key][name]) for name in COMPARED}
             for key, epoch in zip(keys, family.epochs, strict=True)
         ]
     return found
@@ -47,7 +46,7 @@ def curves_of(results: Path, family: Family) -> dict[str, Rows]:
 def analyse(results: Path, family: Family) -> Rows:
     """Return one row for every architecture and epoch, and write them to a CSV file.
 
-    Losses and errors are means over the networks, with the lowest and the largest test error; ``NUMBERS`` are
+    Losses and errors are means over the networks, with the lowest and the largest test error; ``COMPARED`` are
     geometric means.
     """
     networks = list(curves_of(results, family).values())
@@ -60,7 +59,7 @@ def analyse(results: Path, family: Family) -> Rows:
             row = {"arm": arm, "epoch": epoch, "networks": len(at), "train_loss": mean(at, "train_loss")}
             row |= {"test_error": mean(at, "test_error"), "low": min(errors), "high": max(errors)}
             row |= {"loss_gap": mean(at, "test_loss") - mean(at, "train_loss")}
-            row |= {name: float(np.exp(np.mean([np.log(one[name]) for one in at]))) for name in NUMBERS}
+            row |= {name: float(np.exp(np.mean([np.log(one[name]) for one in at]))) for name in COMPARED}
             found.append(row)
     if found:
         write_rows(results / f"{family.name}-summary.csv", found)
@@ -90,7 +89,7 @@ def section(results: Path, family: Family, rows: Rows) -> str:
         (
             row["arm"], str(row["epoch"]), str(row["networks"]), number(row["train_loss"]),
             f"{percent(row['test_error'])} ({percent(row['low'])} to {percent(row['high'])})",
-            number(row["loss_gap"]), *(number(row[name], 1) for name in NUMBERS),
+            number(row["loss_gap"]), *(number(row[name], 1) for name in COMPARED),
         )
         for row in rows
     ]  # fmt: skip
@@ -110,7 +109,7 @@ def findings(networks: dict[str, Rows], rows: Rows) -> list[str]:
     last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
     if len(last) > 1:
         better, worse = sorted(last, key=lambda row: row["test_error"])[:2]
-        ratios = ", ".join(f"{LABELS[name]} {number(better[name] / worse[name])}" for name in NUMBERS)
+        ratios = ", ".join(f"{LABELS[name]} {number(better[name] / worse[name])}" for name in COMPARED)
         points = number(100 * (worse["test_error"] - better["test_error"]), 1)
         lines.append(
             f"**Between architectures**, at epoch {better['epoch']}: *{better['arm']}* has a test error that is "
@@ -146,7 +145,7 @@ def over_epochs(networks: list[Rows]) -> str:
     start, end = networks[0][0]["epoch"], networks[0][-1]["epoch"]
     falls = sum(rows[-1]["test_error"] < rows[0]["test_error"] for rows in networks)
     rises = ", ".join(
-        f"{LABELS[name]} in {sum(rows[-1][name] > rows[0][name] for rows in networks)}" for name in NUMBERS
+        f"{LABELS[name]} in {sum(rows[-1][name] > rows[0][name] for rows in networks)}" for name in COMPARED
     )
     return (
         f"**Over the epochs**, from {start} to {end}, the test error falls in {falls} of {len(networks)} networks. "

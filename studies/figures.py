@@ -166,7 +166,7 @@ def accuracies(networks: dict[str, Rows]) -> Figure:
     """Draw the test error against three measures: a line over the epochs for every network, with a dot at the end."""
     drawn = figure(10, 3.2)
     arms = list(dict.fromkeys(rows[0]["arm"] for rows in networks.values()))
-    for ax, name in zip(drawn.subplots(1, 3, sharey=True), accuracy.NUMBERS, strict=True):
+    for ax, name in zip(drawn.subplots(1, 3, sharey=True), accuracy.COMPARED, strict=True):
         for rows in networks.values():
             colour = SHADES[arms.index(rows[0]["arm"])]
             points = [row[name] for row in rows], [100 * row["test_error"] for row in rows]

@@ -7,25 +7,15 @@ from typing import Any
 
 from studies import accuracy, curves, figures, shift
 from studies.analysis import MAIN
+from studies.claims import claims
 from studies.families import accurate, cifar, digits
+from studies.findings import findings, in_short, overview, star_findings
 from studies.markdown import number, percent, picture, table
 from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.sections import family_section
 from studies.stars import arm_rows, star_table
 from studies.tables import read_rows
-from studies.words import (
-    BELOW,
-    DIGITS_WORDS,
-    FOUND,
-    HEAD,
-    SHIFTS,
-    STAR_WORDS,
-    claims,
-    findings,
-    in_short,
-    overview,
-    star_findings,
-)
+from studies.words import BELOW, DIGITS_WORDS, FOUND, HEAD, SHIFTS, STAR_WORDS
 
 ROOT = Path(__file__).parents[1]
 Rows = list[dict[str, Any]]

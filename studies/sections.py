@@ -9,14 +9,13 @@ from typing import Any
 from studies import figures
 from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, analyse, sample
 from studies.families import Family
+from studies.findings import SETTINGS, coins
 from studies.markdown import interval, number, percent, picture, table
 from studies.measures import BASELINES, LABELS, PACKAGE
 from studies.tables import write_rows
-from studies.verdicts import NORMALISED, OURS, TRACE, chosen, verdicts
-from studies.words import SETTINGS, coins
+from studies.verdicts import COMPARED, OURS, best_of, by_pair, chosen, verdicts
 
 Rows = list[dict[str, Any]]
-COMPARED = (OURS, NORMALISED, TRACE)
 
 
 def family_section(results: Path, images: Path, family: Family, title: str, words: str) -> tuple[str, dict[str, Rows]]:
@@ -215,8 +214,8 @@ def difference_table(found: dict[str, Rows]) -> str:
     )
     for target, scope in ((MAIN_TARGETS[0], SCOPES[0]), (MAIN_TARGETS[0], SCOPES[1]), (MAIN_TARGETS[1], SCOPES[1])):
         taus = {row["measure"]: row for row in chosen(found["taus"], target, scope)}
-        at = {(row["measure"], row["reference"]): row for row in chosen(found["differences"], target, scope)}
-        best = max((name for name in taus if name in PACKAGE), key=lambda name: taus[name]["tau"])
+        at = by_pair(chosen(found["differences"], target, scope))
+        best = best_of(taus, PACKAGE)
         names = list(dict.fromkeys([*COMPARED, best]))
         references = list(dict.fromkeys(reference for _, reference in at))
         cells = [

@@ -10,16 +10,14 @@ import numpy as np
 from studies.analysis import sample
 from studies.families import Family
 from studies.markdown import number, table
-from studies.verdicts import NORMALISED, OURS, TRACE
-
-COMPARED = (OURS, NORMALISED, TRACE)
+from studies.verdicts import COMPARED, OURS
 
 
 def arm_rows(results: Path, family: Family, snapshot: str) -> list[dict[str, Any]]:
     """Compare every arm with the centre at one snapshot, by pairs of networks with the same seed.
 
-    A row has the geometric means of the ratios of ``COMPARED`` (and of the first one every ratio), the mean changes of
-    the loss gap and of the test error, and the mean training losses of the arm and of the centre.
+    A row has the geometric mean of the ratios of each measure in ``COMPARED``, and the mean changes of loss gap and
+    test error. It also has all ratios of relative flatness, and the mean training losses of the arm and of the centre.
     """
     found = sample(results, family, snapshot)
     at = {(row["arm"], row["seed"]): index for index, row in enumerate(found.rows)}

@@ -205,11 +205,7 @@ def constant_rule(y: Array, pairs: Sequence[Pair], noise: float, fewest: int = 1
     In every environment it is the better of the two values, found by looking. The pairs are those of
     :func:`environments`.
     """
-    counted: dict[str, list[float]] = {}
-    for i, j, name in pairs:
-        if abs(y[j] - y[i]) > 2 * np.sqrt(2) * noise:
-            counted.setdefault(name, []).append(float(y[j] > y[i]))
-    shares = [np.mean(rises) for rises in counted.values() if len(rises) >= fewest]
+    shares = [np.mean([y[j] > y[i] for i, j in mine]) for mine in clear_pairs(y, pairs, noise, fewest).values()]
     return float(np.mean([min(share, 1 - share) for share in shares])) if shares else float("nan")
 
 
@@ -223,17 +219,25 @@ def environments(x: Array, y: Array, pairs: Sequence[Pair], noise: float, fewest
     two standard deviations of the noise in their difference; ``noise`` is the standard deviation of one outcome. An
     environment counts only if it has at least ``fewest`` such pairs.
     """
-    found: dict[str, list[float]] = {}
+    found = clear_pairs(y, pairs, noise, fewest)
+    if not found:
+        return Environments(float("nan"), float("nan"), "", 0, 0, 0)
+    means = {
+        name: float(np.mean([(1 - np.sign(x[j] - x[i]) * np.sign(y[j] - y[i])) / 2 for i, j in mine]))
+        for name, mine in found.items()
+    }
+    where = max(means, key=means.__getitem__)
+    mean, number = float(np.mean(list(means.values()))), sum(map(len, found.values()))
+    return Environments(mean, means[where], where, len(found[where]), len(means), number)
+
+
+def clear_pairs(y: Array, pairs: Sequence[Pair], noise: float, fewest: int) -> dict[str, list[tuple[int, int]]]:
+    """Return the pairs that :func:`environments` counts, by the name of their environment."""
+    found: dict[str, list[tuple[int, int]]] = {}
     for i, j, name in pairs:
         if abs(y[j] - y[i]) > 2 * np.sqrt(2) * noise:
-            found.setdefault(name, []).append((1 - np.sign(x[j] - x[i]) * np.sign(y[j] - y[i])) / 2)
-    means = {name: float(np.mean(errors)) for name, errors in found.items() if len(errors) >= fewest}
-    if not means:
-        return Environments(float("nan"), float("nan"), "", 0, 0, 0)
-    where = max(means, key=means.__getitem__)
-    number = sum(len(found[name]) for name in means)
-    mean = float(np.mean(list(means.values())))
-    return Environments(mean, means[where], where, len(found[where]), len(means), number)
+            found.setdefault(name, []).append((i, j))
+    return {name: mine for name, mine in found.items() if len(mine) >= fewest}
 
 
 def pairs_of(rows: Sequence[dict[str, str]], factors: Sequence[str]) -> list[Pair]:

@@ -5,6 +5,7 @@ The p-values do not depend on random numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, is_clear
@@ -15,6 +16,19 @@ Rows = list[dict[str, Any]]
 OURS = "relative_flatness.last"
 NORMALISED = "normalized_relative_flatness.last"
 TRACE = "hessian_trace.last"
+
+
+COMPARED = (OURS, NORMALISED, TRACE)
+
+
+def by_pair(differences: Rows) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return rows of differences by their measure and the number that it is compared with."""
+    return {(row["measure"], row["reference"]): row for row in differences}
+
+
+def best_of(taus: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
+    """Return the name with the largest τ."""
+    return max((name for name in names if name in taus), key=lambda name: taus[name]["tau"])
 
 
 def chosen(rows: Rows, target: str, scope: str) -> Rows:
@@ -39,9 +53,9 @@ def answers_of(taus: dict[str, dict[str, Any]], differences: Rows) -> dict[str, 
 
     ``taus`` maps each measure to its row of τ, and ``differences`` are the rows of differences in τ.
     """
-    beside = {(row["measure"], row["reference"]): row for row in differences}
+    beside = by_pair(differences)
     answers = {}
-    for name in (OURS, NORMALISED, TRACE):
+    for name in COMPARED:
         answers[f"Does {LABELS[name]}, go with it?"] = sign_of(
             taus[name], "tau", ("yes", "yes, the wrong way", "not clear")
         )
@@ -49,8 +63,7 @@ def answers_of(taus: dict[str, dict[str, Any]], differences: Rows) -> dict[str, 
     for name, reference in ((OURS, TRACE), (NORMALISED, TRACE), (OURS, "weight_norm"), (OURS, "feature_spread")):
         question = f"Is {LABELS[name]}, better than {LABELS[reference]}?"
         answers[question] = sign_of(beside[name, reference], "difference", words)
-    known = [name for name in BASELINES if name in taus]
-    best = max(known, key=lambda name: taus[name]["tau"])
+    best = best_of(taus, BASELINES)
     better = [name for name in PACKAGE if name in taus and beats(beside, name, best)]
     worse = [name for name in PACKAGE if name in taus and beats(beside, name, best, -1)]
     count = sum(name in PACKAGE for name in taus)

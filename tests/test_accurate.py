@@ -29,7 +29,7 @@ def family(tmp_path):
                 | {"test_loss": 0.5 + error, "test_error": error, "test_error_a": error, "test_error_b": error - 0.004}
             )  # fmt: skip
             value = FLATNESS[one.arm][place] * (4 if number > 1 else 1)
-            measures.append(key | dict.fromkeys(accuracy.NUMBERS, value))
+            measures.append(key | dict.fromkeys(accuracy.COMPARED, value))
     write_rows(tmp_path / "accurate-losses.csv", losses)
     write_rows(tmp_path / "accurate-measures.csv", measures)
     return family

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import lightning_flatness as lf
 from studies import distortions, measuring, shift
 from studies.__main__ import main
+from studies.claims import over_shifts
 from studies.data import MEAN, STD, Data, black_of, cifar10, column, digits
 from studies.families import DIGITS, cifar
 from studies.networks import build
@@ -20,7 +21,6 @@ from studies.page import not_run, shift_section
 from studies.running import Settings
 from studies.tables import read_rows, write_rows
 from studies.training import Run
-from studies.words import over_shifts
 
 
 def test_black_that_shifts_fill_in_is_that_of_the_data(tmp_path):

@@ -8,12 +8,12 @@ import pytest
 from studies import curves
 from studies.analysis import MAIN, MAIN_TARGETS, SCOPES, Sample, by_noise, known_before
 from studies.families import cifar
+from studies.findings import coins, in_short
 from studies.measures import COLUMNS
 from studies.stars import arm_rows, star_table
-from studies.statistics import environments
+from studies.statistics import constant_rule, environments
 from studies.tables import write_rows
 from studies.verdicts import OURS
-from studies.words import coins, in_short
 
 
 def a_sample(noise, rate, gap, measure):
@@ -48,6 +48,8 @@ def test_a_worst_environment_of_few_pairs_is_not_clearly_better_than_a_coin():
     x = np.where(np.arange(40) < 14, -y, y)  # 7 of 20 pairs in the wrong order
     found = environments(x, y, pairs, noise=0.0)
     assert (found.worst, found.worst_pairs) == (0.35, 20)
+    falls = np.where(np.arange(40) % 2 * (np.arange(40) < 6), -y, y)  # the outcome falls in 3 of 20 pairs
+    assert constant_rule(falls, pairs, noise=0.0) == pytest.approx(0.15)
     rows = [{"worst_sign_error": 0.35, "worst_p": 0.13}, {"worst_sign_error": 0.6, "worst_p": 0.9}]
     assert "1 of 2 numbers are no better than a coin. The other 1 have fewer than half" in coins(rows)
     assert "none of them clearly" in coins(rows)
