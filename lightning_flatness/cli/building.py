@@ -48,8 +48,8 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     """Build the ``"model"`` or the ``"data"`` of a run; return the object and the import path of its class.
 
     The class is looked up on the command line first, then in the config, then in the checkpoint. The arguments from
-    these three sources are merged, in another order: where they disagree, the command line wins over the checkpoint,
-    and the checkpoint over the config.
+    these three sources are merged. Where they disagree, the command line wins over the checkpoint, and the checkpoint
+    over the config. Arguments that the checkpoint or the config has for another class are ignored.
     """
     configured = _configured(kind, config)
     stored = checkpoint.stored(kind)

@@ -63,7 +63,7 @@ def read_checkpoint(path: Path, trust: bool = False) -> Checkpoint:
     put there.
 
     Raises:
-        UsageError: the file does not exist.
+        UsageError: the file does not exist, or the package ``safetensors`` is needed and not installed.
         FlatnessError: the file is not a checkpoint, is damaged, or holds Python objects and ``trust`` is False.
     """
     if not path.exists():

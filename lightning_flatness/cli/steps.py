@@ -192,8 +192,9 @@ class _Plain(LightningModule):
 def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
     """In a ``with`` block, make the Trainer validate on ``split``.
 
-    In the block, ``val_dataloader`` returns the loader of the split, and ``validation_step`` is replaced if necessary.
-    ``prepare_data`` and ``setup`` of a data module do nothing, because the data are already set up.
+    In the block, ``val_dataloader`` returns the loader of the split. ``prepare_data`` and ``setup`` of a data module do
+    nothing, because the data are already set up. If ``has_steps`` is False, ``validation_step`` does nothing.
+    Otherwise, if it takes a ``dataloader_idx``, it gets the number of the split's loader.
     """
     data = split.data
     own: list[tuple[Any, str, Any]] = [(module if data is None else data, "val_dataloader", lambda: split.loader)]

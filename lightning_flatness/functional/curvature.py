@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# With fewer classes than this, the Gauss-Newton method computes with every class and estimates no sum over classes by
-# random probes, and :attr:`ClassCurvature.floor` is None.
+# With fewer classes than this, the Gauss-Newton method uses every class, and does not estimate the sum over classes by
+# random probes. :attr:`ClassCurvature.floor` is then None.
 MANY_CLASSES = 128
 # Classes are left out only if less than this share of all pairs (sample, class) remains. Otherwise it is faster to
 # compute all pairs.
@@ -89,7 +89,7 @@ class ClassCurvature:
         """Return one column, ``(N, K)``, of a matrix ``B`` with ``B Bᵀ = Λ`` and :attr:`num_columns` columns.
 
         With a center, the matrix of :meth:`factor` maps ``√π`` to zero. ``B`` is the product of that matrix and the
-        reflection that maps the last unit vector to ``√π``. The last column of the product is zero and is left out.
+        reflection that maps the last unit vector to ``-√π``. The last column of the product is zero and is left out.
         """
         x = torch.zeros_like(self.weights)
         x[:, index] = 1
@@ -118,8 +118,8 @@ class ClassCurvature:
         With a tolerance, classes that add little to ``t = Σ_{n,s} scales[n, s] (VᵀΛ_nV)[s, s]`` are left out if that
         saves enough work. Their terms in ``t`` sum to at most ``tolerance * t``; ``scales`` ``(N, S)`` must not be
         negative. The diagonal of what is left out is returned as ``rest``, so only entries off the diagonal are
-        approximate. If classes are left out, :attr:`floor` is returned as well. Unless the floor is None, it is
-        subtracted from the weights of the columns. With a floor and a center, one column is added.
+        approximate. If classes are left out, :attr:`floor` is returned as well. If it is not None, the columns have the
+        weights ``w_k - floor`` in place of ``w_k``. With a center, there is then one more column, ``√(K floor) πᵀV``.
         """
         weights, (samples, classes) = self.weights, self.weights.shape
         mean = None if self.center is None else self.center.to(matrix.dtype) @ matrix  # m, (N, S)

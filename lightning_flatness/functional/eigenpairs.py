@@ -126,7 +126,7 @@ def _missed(
 
     Return a vector ``(D,)`` whose Rayleigh quotient exceeds ``lowest + accuracy``, and the number of products. If no
     such vector is found within ``max_products`` products, return None in place of the vector. ``basis`` is memory for
-    basis vectors, with at least two rows.
+    basis vectors. It has at least two rows, or one row if the complement has one dimension.
     """
 
     def complement(vector: Tensor) -> Tensor:

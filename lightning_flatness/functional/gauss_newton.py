@@ -23,8 +23,8 @@ from lightning_flatness.functional.weighting import (
     no_values,
 )
 
-# Largest number of entries of the intermediate results of one chunk of samples, for each type of device. On a CPU, so
-# many entries fit into the cache of a core.
+# Largest number of entries of the intermediate results of one chunk of samples, for each type of device. On a CPU, this
+# number of entries fits into the cache of a core.
 CHUNK_ELEMENTS = {"cpu": 2**19}
 ELEMENTS_ELSEWHERE = 2**26
 

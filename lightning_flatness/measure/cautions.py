@@ -26,8 +26,9 @@ def cautions_of(
 ) -> tuple[Caution, ...]:
     """Return the cautions of a comparison, in the order of ``CAUTIONS``.
 
-    ``networks`` holds only the models that were given as modules, and not as reports. If ``batches`` is not None, the
-    networks run once on its first batch, to find out whether the running statistics of BatchNorm fit the data.
+    ``networks`` holds only the models that were given as modules, and not as reports. Networks with BatchNorm run once
+    on the first batch, to find out whether their running statistics fit the data. They do not run if ``batches`` is
+    None or an iterator.
     """
     found = [*_of_train_losses(rows), *_of_layers(rows), *_of_labels(rows), *_of_outcomes(rows)]
     found += [*_of_classes(rows), *network_cautions(rows, networks, statistics_apart(networks, batches))]
@@ -83,7 +84,10 @@ def _sizes(rows: Mapping[str, ComparedModel]) -> str:
 
 
 def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
-    """Return cautions about how the numbers were measured: exactness, method, loss, precision, data and samples."""
+    """Return cautions about how the numbers were measured, and about a missing measure.
+
+    The former are about exactness, method, loss, precision, data and samples.
+    """
     found = []
     inexact = tuple(name for name, row in rows.items() if not row.exact)
     if inexact:

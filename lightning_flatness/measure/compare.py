@@ -47,11 +47,12 @@ def compare(
         models: models, or reports of :func:`~lightning_flatness.measure_flatness`, as a mapping from names or as a
             sequence. The first model is the reference. The models of a sequence get the names 1, 2, ...
         batches: data to measure the models on, in the same formats as for
-            :func:`~lightning_flatness.measure_flatness`. They are read once for all models.
+            :func:`~lightning_flatness.measure_flatness`. They are read once for all models. Their first batch is read
+            once more for each model with BatchNorm, unless they are an iterator.
         data: description of ``batches``: ``"train"``, ``"val"`` or a text.
         train_batches: training data, to measure the training loss of the models; not needed with ``data="train"``.
         train_losses: training losses that are known already, as numbers or as reports on training data.
-        outcome: a number for each model that flatness is expected to predict, such as a generalization gap or a test
+        outcome: for each model, a number that flatness is expected to predict, such as a generalization gap or a test
             loss; larger is worse. The result then also has baselines, and the rank correlations of measures and
             baselines with the outcome. Baselines need no Hessian, but one more pass over ``batches``.
         outcome_name: name of the outcome in tables.
@@ -109,9 +110,9 @@ def compare(
 def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, options: Any, is_reread: bool) -> None:
     """Raise an error if the arguments of :func:`compare` do not fit together.
 
-    They do not fit if models are given without ``batches``, or if reports only are given with ``batches``,
-    ``train_batches`` or ``options``. They do not fit either if ``options`` has ``sync``, or if an iterator would be
-    read more than once. ``is_reread`` says whether ``batches`` will be read twice.
+    Models need ``batches``. If only reports are given, ``batches``, ``train_batches`` and ``options`` must not be
+    given. ``options`` must not have ``sync``. Data that are read several times must not be an iterator. ``is_reread``
+    says whether ``batches`` will be read twice.
     """
     if networks and batches is None:
         raise FlatnessError(f"Model '{next(iter(networks))}' has no data to be measured on: give batches=.")

@@ -29,7 +29,7 @@ class ForwardNumbers:
     """Means of three numbers over samples. A mean is NaN if it is not known."""
 
     loss: float
-    margin: float = math.nan  # the target's logit minus the largest other one; NaN unless targets are class indices
+    margin: float = math.nan  # the target's logit minus the largest other logit; NaN unless targets are class indices
     feature_spread: float = math.nan  # see ``functional.baselines.feature_spreads``; NaN without a linear classifier
 
 

@@ -57,8 +57,8 @@ def measure_lambda_max(
         ignore_index: target value that cross-entropy ignores.
         by_filter: also compute the largest eigenvalue of each filter's own block, for the neuron-wise variant.
         tolerance: stop the Lanczos iteration when the residuals are at most ``tolerance`` times the eigenvalues.
-        max_products: largest number of products with the Hessian. A Lanczos iteration stops after this number in any
-            case.
+        max_products: largest number of products with the Hessian in a Lanczos iteration. Every layer takes one
+            iteration, and with ``by_filter`` a second one.
         max_gigabytes: memory for the tensors that are kept; if more is needed, a :class:`BatchError` is raised.
         seed: seed of the starting vectors.
         strict: raise an error for a layer if only its Gauss-Newton matrix can be computed, and not its Hessian.

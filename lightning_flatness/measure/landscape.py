@@ -145,7 +145,8 @@ def landscape_of(
     """Compute a landscape as :func:`loss_landscape` does, from options that have been checked.
 
     If no progress bar is shown, ``say`` gets the messages about points and time, on rank zero. For Hessian axes,
-    ``say`` gets those about products, too, even beside a progress bar. If ``say`` is None, there are no messages.
+    ``say`` also gets the messages about products with the Hessian, even if a progress bar is shown. If ``say`` is None,
+    there are no messages.
     """
     start = time.perf_counter()
     model, precision = without_wrapper(model), options.measuring_dtype

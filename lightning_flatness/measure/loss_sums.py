@@ -57,7 +57,7 @@ class Origin:
     chunk: int  # number of points to compute at once
 
     def check(self, loss: float) -> None:
-        """Raise an error if ``loss`` differs from the sum of the losses in this rank's first pass."""
+        """Raise an error if ``loss``, this rank's sum of losses in a later pass, differs from its sum in the first."""
         first = self.own.loss
         if abs(loss - first) > 1e-3 * abs(first) + 1e-5 * self.own.normalizer:
             raise BatchError(

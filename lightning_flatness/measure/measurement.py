@@ -153,9 +153,9 @@ class Measurement:
             self.measure_held()
 
     def _is_last(self, positions: Tensor) -> bool:
-        """Return whether this rank has none of the first ``FIRST_SAMPLES`` samples after this batch.
+        """Return whether all samples of this rank's later batches come after the first ``FIRST_SAMPLES`` samples.
 
-        ``positions`` are the indices of the batch's samples in the measured set of all ranks.
+        ``positions`` are the indices of this batch's samples in the measured set of all ranks.
         """
         return bool((positions >= FIRST_SAMPLES - num_ranks(self._sync)).any())
 

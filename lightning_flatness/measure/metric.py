@@ -160,7 +160,7 @@ class FlatnessMetric(Metric):
         return ax.figure, ax
 
     def standard_errors(self) -> dict[str, float]:
-        """Return a mapping from measures to standard errors of random estimates; zero for one that is no estimate."""
+        """Return a mapping from measures to standard errors of random estimates; zero if a measure is not estimated."""
         errors = (self.variances.sqrt() / self.normalizer).tolist()
         return dict(zip(ALL_MEASURES, errors, strict=True))
 

@@ -169,7 +169,7 @@ class Samples:
         return {name: float(error) for name, error in errors.items()} | _named(of_sums)
 
     def layer_errors(self, name: str) -> dict[str, float]:
-        """Return a mapping from a layer's measures to their standard errors over samples; NaN if one is not known."""
+        """Return a mapping from a layer's measures to their standard errors over samples; NaN if not known."""
         groups = self.groups[name]
         return _named(sampling_errors(groups[:, 1:], groups[:, 0]))
 

@@ -81,7 +81,7 @@ class Beside:
     options: Mapping[str, Any]
 
     def add(self, row: ComparedModel, model: nn.Module) -> ComparedModel:
-        """Return ``row``, the row of ``model``, with the baselines, and with the training loss if it was not known."""
+        """Return ``row`` with the baselines of ``model``, and with its training loss unless ``row`` has one already."""
         with model_named(row.name):
             if self.train_batches is not None and math.isnan(row.train_loss):
                 row = replace(row, train_loss=forward_numbers(model, self.train_batches, self._options).loss)

@@ -258,10 +258,11 @@ def _criteria(values: Tensor, weights: Tensor, exponent: float, weight_norm: flo
 
 
 def _trace(quadrature: Quadrature, probe: Tensor, top: Eigenpairs) -> float:
-    """Return Hutchinson's estimate of the trace from one probe, with an exact part along the eigenvectors in ``top``.
+    """Estimate the trace of the matrix ``A`` from one probe.
 
-    This part is the sum of their eigenvalues. The eigenvectors do not depend on the probe, so the estimate is unbiased
-    even if they have not converged.
+    The estimate is the sum of the eigenvalues ``λ`` in ``top``, plus Hutchinson's estimate for the rest,
+    ``A - Σ λ v vᵀ`` with the eigenvectors ``v``. The eigenvectors do not depend on the probe, so the estimate is
+    unbiased even if they have not converged.
     """
     size = len(probe)
     overlaps = (top.vectors @ (probe / math.sqrt(size))).double().cpu().square()

@@ -66,7 +66,9 @@ def set_heading(ax: Any, *lines: str) -> None:
 
 
 def broken(line: str, characters: int) -> list[str]:
-    """Wrap one line of a title. Break it after every "; ", and again inside a piece that is still too long.
+    """Wrap one line of a title into rows of ``characters`` characters.
+
+    Rows end after a "; " where possible. A part between two "; " is broken only if it is longer than a row.
 
     Example:
         >>> broken("500 samples of data; exact (Gauss-Newton, closed form)", 40)

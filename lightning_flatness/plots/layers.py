@@ -96,7 +96,7 @@ def plot_layers(
 
 
 def _errors(layer: LayerFlatness, measure: str) -> tuple[float, float]:
-    """Return the standard error of a measure over samples, and that of its estimate; an unknown error is zero."""
+    """Return the standard error over samples and the standard error from random probes; an unknown error is zero."""
     return known_error(layer.sampling_errors.get(measure)), known_error(layer.standard_errors.get(measure))
 
 

@@ -220,9 +220,9 @@ class Comparison(Record):
     def verdict(self) -> str:
         """Sentences that name the model with the lowest normalised relative flatness, or say why none can be named.
 
-        They say so if there is a tie, or if errors are not known. If this model differs clearly from all other models,
-        they state how much larger the second lowest value is. A sentence lists the cautions against comparing the
-        models, if there are any.
+        They call the result a tie if the difference from another model is not clear, and say if standard errors are not
+        known. If this model differs clearly from all other models, they state how much larger the second lowest value
+        is. If there are cautions against comparing the models, the last sentence lists them.
         """
         return self._found + self._doubt
 

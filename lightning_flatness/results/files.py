@@ -34,8 +34,8 @@ class Saved:
     Fields may be tensors, plain values, other such dataclasses, and tuples or mappings of these.
     """
 
-    # Old files of some classes have no JSON text. These are the names of the arrays in such files of this class, or an
-    # empty set if there are no such files.
+    # The earliest files of some classes have arrays but no JSON text. For such a class, these are the names of the
+    # arrays in its earliest files. For all other classes, the set is empty.
     _unlabelled: ClassVar[frozenset[str]] = frozenset()
 
     def save(self, path: str | PathLike[str]) -> Path:

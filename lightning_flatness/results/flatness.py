@@ -38,8 +38,8 @@ class LayerFlatness(Record):
     Attributes:
         block_traces: ``T``, float64 ``(G, S/G, S/G)``, in loss per squared weight; ``T[g, s, s']`` is the trace of the
             block of ``H`` for the filters ``s`` and ``s'`` of group ``g``. If neither relative nor normalised nor
-            channel-wise flatness was measured, only the diagonals are there, ``(G, S/G)``. Below, ``T[s, s']`` counts
-            the filters over all groups.
+            channel-wise flatness was measured, only the diagonals are there, ``(G, S/G)``. In ``T[s, s']`` below,
+            ``s`` and ``s'`` number the filters of all groups.
         filter_traces: Hessian trace of every filter, float64 ``(S,)``, in loss per squared weight.
         filter_flatness: ``‖w_s‖² T[s, s]``, float64 ``(S,)``; its sum is ``neuronwise_flatness``.
         hessian_trace: trace of the layer's Hessian, in loss per squared weight.
@@ -65,8 +65,8 @@ class LayerFlatness(Record):
             the measure and its value on a large data set from the same distribution. NaN if not known.
         largest_tenth: share of relative flatness that comes from the tenth of the samples whose own relative flatness
             is largest. NaN if per-sample values are not known, some are negative, or all are zero.
-        samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured samples. The mean of
-            the values with the weights ``FlatnessReport.samples["weight"]`` is the layer's number. Empty unless
+        samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured samples. Their mean,
+            weighted by ``FlatnessReport.samples["weight"]``, is the measure of the layer. Empty unless
             ``per_sample=True``. Values are NaN for ignored samples, and where ``residual="hutchinson"`` adds an
             estimate to a layer's numbers. A measure whose values are all NaN has no entry.
 

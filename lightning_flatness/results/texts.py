@@ -23,8 +23,8 @@ def number_of(number: int, noun: str) -> str:
 def measured(value: float, sampling_error: float = math.nan, standard_error: float = 0.0) -> str:
     """Return a number as text with its errors, or a dash if the number is NaN.
 
-    ``sampling_error`` is the standard error over samples. ``standard_error`` is the one that random probes cause. An
-    error that is not known or zero is left out.
+    ``sampling_error`` is the standard error over samples; it is left out if it is zero, or if it or the value
+    is not finite. ``standard_error`` is the standard error that random probes cause; it is left out if it is zero.
 
     Example:
         >>> measured(1.2345, 0.0421), measured(1234.5, 62.0), measured(1.2345, standard_error=0.1), measured(math.nan)
