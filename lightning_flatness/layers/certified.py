@@ -59,7 +59,8 @@ class Certified:
     layers: Mapping[str, CertifiedLayer] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # with layers="all": name -> why it is not measured
     paths: Known[None] | None = None  # certificate 4; its fingerprint lists the functions that take kernels
-    affine: Known[None] | None = None  # the logits are affine in kernels; its fingerprint is CANNOT_CURVE
+    # Counts the batches since `affine.py` last tested all layers that it has to test; the fingerprint is CANNOT_CURVE.
+    affine: Known[None] | None = None
 
     def without_operations(self) -> Certified:
         """Return a copy without the fingerprints of the tails.

@@ -105,10 +105,10 @@ def closed_form_layer(form: ClosedForm | OutputForm, weighting: Weighting, diago
     layer = form.layer
     if layer.gram_norm is not None and weighting.gram is not None:
         gram_norm, normalized_norm = layer.gram_norm, weighting.normalized_norm
-        # The terms that are left out form a positive matrix, whose trace is at most `tolerance` times the full trace.
-        # The trace of this matrix times the norm of the Gram matrix bounds the change of relative flatness. Relative
-        # flatness itself is about the full trace times the mean squared norm of the filters. The same holds for
-        # normalised relative flatness, with the Gram matrix of the kernel times the channels' standard deviations.
+        # The terms that are left out sum to a positive semi-definite matrix. Its trace is at most `tolerance` times the
+        # full trace. The trace of this matrix times the norm of the Gram matrix bounds the change of relative flatness.
+        # Relative flatness itself is about the full trace times the mean squared norm of the filters. The same holds
+        # for normalised relative flatness, with the Gram matrix of the kernel times the channels' standard deviations.
         share = _share(weighting.gram, gram_norm)
         if weighting.normalized is not None and normalized_norm is not None:
             share = torch.minimum(share, _share(weighting.normalized, normalized_norm))

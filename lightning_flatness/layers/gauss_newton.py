@@ -201,6 +201,7 @@ def _num_leading(mass: Tensor, tolerance: float, samples: int) -> int:
     ``mass``, ``(K,)``, has class weights, sorted in falling order for every sample and then summed over samples.
     """
     rest = (1 - mass.cumsum(0) / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).clamp_min(0)
-    # A probe's relative variance is about 0.1 / samples, times the square of the share of the weight that is sampled.
+    # Probes estimate the share `rest` of the summed class weights. Relative to the whole sum over classes, the variance
+    # of one probe is about 0.1 / samples * rest².
     num_probes = 0.1 / (samples * tolerance**2) * rest.square()
     return int((torch.arange(1, len(mass) + 1, device=mass.device) + num_probes).argmin()) + 1

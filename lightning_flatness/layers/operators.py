@@ -52,7 +52,7 @@ class ColumnOperator:
 
     @property
     def num_bytes(self) -> int:
-        """The memory of the tensors that the operator keeps, in bytes."""
+        """The memory of the largest tensors that the operator keeps, in bytes."""
         return sum(tensor.nbytes for tensor in (*self.columns, *(one.inputs for one in self.convolutions)))
 
 
@@ -90,7 +90,7 @@ class TailOperator:
 
     @property
     def num_bytes(self) -> int:
-        """The memory of the tensors that the operator keeps, in bytes."""
+        """The memory of the largest tensors that the operator keeps, in bytes."""
         twice = 1 if self.tail.curvatures is None else 2
         return twice * self.tail.slopes.nbytes + self.convolution.inputs.nbytes + self.diagonal.nbytes
 

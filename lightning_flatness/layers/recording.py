@@ -82,7 +82,7 @@ class Pass:
     inputs: Any  # the inputs of the model
     logits: Tensor  # (N, K), which the model returned
     calls: Mapping[str, tuple[LayerCall, ...]]  # keyed by layer name; the calls of a layer in their order
-    features: tuple[Any, ...]  # of each call of the classifier, its argument; None unless it had one
+    features: tuple[Any, ...]  # the argument of each call of the classifier; None if it did not have exactly one
     classifier_output: Tensor | None
     kernel_uses: tuple[tuple[str, str], ...]  # pairs of a layer's name and a function that took its kernel
     eps: float  # machine epsilon of matrix products: of TF32 if torch's flags allow it, else of the logits' dtype
@@ -270,7 +270,8 @@ class _FunctionMode(TorchFunctionMode):
         super().__init__()
         self.uses: list[tuple[str, str]] = []
         self.running: list[list[Convolution]] = []  # one list for each running layer; layers may be nested
-        # In a user's pass, the parameters that convolve between the first layer and the classifier. Otherwise None.
+        # In a user's pass, the parameters that CONVOLVING functions take between the first layer and the classifier.
+        # Otherwise None.
         self.weights: list[Tensor] | None = None
         self._watched = watched
 

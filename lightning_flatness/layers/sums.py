@@ -73,10 +73,11 @@ class LayerSums:
         return replace(self, samples=self.samples[:0], outcomes=self.outcomes[:0])
 
     def groups(self, positions: Tensor) -> Tensor:
-        """Sum the samples' weights in the loss and ``SAMPLE_MEASURES`` over each of 32 groups, ``(32, 5)``.
+        """Return sums over each of 32 groups of samples, ``(32, 5)``, from which standard errors are computed.
 
-        Standard errors are computed from these sums. ``positions``, ``(N,)``, are the positions of the samples in the
-        measured set, which determine the group of each sample.
+        Column 0 sums the weights of the samples in the mean loss. The other columns sum their ``SAMPLE_MEASURES``.
+        ``positions``, ``(N,)``, are the positions of the samples in the measured set, which determine the group of each
+        sample.
         """
         return grouped(torch.cat([self.outcomes[:, WEIGHT, None], self.samples], dim=1), positions)
 

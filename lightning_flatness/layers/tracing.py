@@ -56,7 +56,7 @@ class Trace:
 class _Applied:
     """One call of a function that applies a kernel: ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``."""
 
-    owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None if no parameter is
+    owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None if it is no parameter
     module: str  # name of the innermost module that ran
     trained: bool  # whether the kernel is a parameter, or may be computed from one
     input_shape: tuple[int, ...]
@@ -188,7 +188,7 @@ class _Tracing(TorchFunctionMode):
 
     def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
         """Record one call of a convolution function or of ``linear``."""
-        if not self._owners:  # only now: modules hold the model's copied tensors only while it runs
+        if not self._owners:  # not earlier, because modules hold the copied tensors only while the model runs
             for name, module in self._modules.items():
                 self._owners |= {id(tensor): (name, key) for key, tensor in module._parameters.items()}
                 self._buffers |= {id(tensor) for tensor in module._buffers.values()}

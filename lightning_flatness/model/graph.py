@@ -119,7 +119,10 @@ def _saved_numbers(node: Any, samples: int | None) -> tuple[Any, ...]:
 
 
 def _of_one_sample(name: str, value: Any, samples: int) -> Any:
-    """Return a value that a node has saved. Reduce the shape or size of a tensor with all samples to one sample."""
+    """Return a value that a node has saved, without the number of samples in it.
+
+    If a shape begins with the number of samples, drop this entry. Divide a number of entries by the number of samples.
+    """
     if name.endswith("sizes") and isinstance(value, tuple) and value[:1] == (samples,):
         return value[1:]
     return value // samples if name.endswith("numel") else value

@@ -26,8 +26,8 @@ class LossSums:
     """Sums over samples, which :meth:`LossCurvature.sums` returns.
 
     The means are ``loss`` and ``product`` divided by the ``normalizer`` of all samples, which is their number or the
-    sum of their weights. Sums with a ``product`` have zero as ``normalizer`` and ``num_samples``, because sums without
-    a product give these two numbers.
+    sum of their weights. If there is a ``product``, ``normalizer`` and ``num_samples`` are zero. To get these two
+    numbers, call :meth:`LossCurvature.sums` without a vector.
     """
 
     loss: float = 0.0

@@ -60,7 +60,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     Inside the block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the
     model's forward enables it. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor
     bfloat16. On leaving, also after an error, the attributes of every module and the random states of torch (CPU and
-    the model's accelerators), numpy and Python are restored.
+    the model's accelerators), numpy and Python are restored. What the forward changes inside a dictionary or another
+    object that is the value of an attribute is not restored.
     """
     for name, module in model.named_modules():
         refuse_sharded(name, module)

@@ -1,8 +1,8 @@
 """Certificates: numerical checks that a layer's result is exact (``docs/theory.md``, "What is certified, and how").
 
 Each certificate computes the same number in two ways and compares the results. If they differ, the certificate
-raises an error or returns a reason. In most of these texts, "it" is the layer, and the caller puts the layer's name in
-front. In the texts of ``head.py`` and ``loss.py``, "it" is the classifier.
+raises an error or returns a reason. In most of these messages, "it" is the layer, and the caller puts the layer's name
+in front. In the messages of ``head.py`` and ``loss.py``, "it" is the classifier.
 """
 
 from __future__ import annotations

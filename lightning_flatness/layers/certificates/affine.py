@@ -78,7 +78,7 @@ def _combination(logits: Tensor, shift_invariant: bool) -> Tensor:
     """Return the random coefficients ``(N, K)`` of the logits; with ``shift_invariant``, every row sums to zero."""
     u = random_like(logits)
     if shift_invariant:
-        # Multiples of one power of two, with so few digits that the sum of a row is never rounded, whatever its order.
+        # Multiples of one power of two, with so few digits that the sum of a row is exact in every order of summation.
         # So every row sums to zero exactly.
         unit = torch.finfo(u.dtype).eps * 2 ** (16 * u.shape[1]).bit_length()
         u = (u / unit).round() * unit

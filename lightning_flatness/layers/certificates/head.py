@@ -117,7 +117,8 @@ def _certify_logits(logits: Tensor, output: Tensor, shift_invariant: bool) -> Te
             f"the model returns {logits.shape[1]} logits, but this last linear layer returns {output.shape[1]} values. "
             "The layer is not the classifier, so the closed form does not hold."
         )
-    # Every logit is compared at its own size: beside a huge one, a change of the others must not look small.
+    # Each difference is divided by the size of its own logit. Relative to the largest logit, the change of a small
+    # logit could look like rounding.
     difference, scale = logits.double() - output, torch.maximum(logits.abs(), output.abs()).double()
     if shift_invariant:  # the number that was added is read off the likeliest class
         top = output.argmax(1, keepdim=True)
