@@ -254,9 +254,10 @@ class FlatnessCallback(FlatnessHistory):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Measure the validated batch, or the next part of other data. In a sanity check, only check the layers.
+        """Measure the validated batch, or the next part of other data.
 
-        The end of the validation epoch would be too late, because weight averaging swaps the weights back there.
+        The end of the validation epoch would be too late, because weight averaging swaps the weights back there. If no
+        measurement runs, as in a sanity check, only find out how each layer can be measured.
         """
         if not self._errors.pending:
             with self._measuring(trainer, pl_module):

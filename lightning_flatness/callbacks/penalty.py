@@ -70,14 +70,14 @@ class FlatnessPenalty(Callback):
     first step of a fit. In that step, the callback also checks that the loss has the same second derivative with
     respect to the logits as mean cross-entropy.
 
-    The callback logs three means over every epoch: ``penalty/relative_flatness`` (``κ``), ``penalty/strength`` (``λ``)
-    and ``penalty/loss`` (the term added to the loss). It works with precision plugins, gradient accumulation, gradient
-    clipping, DDP and ``torch.compile``. With manual optimization, call ``flatness_penalty`` in ``training_step``
-    instead.
+    The callback logs three means over every epoch: ``κ`` as ``penalty/relative_flatness`` (or with the name in
+    ``measure=``), ``λ`` as ``penalty/strength``, and the term added to the loss as ``penalty/loss``. It works with
+    precision plugins, gradient accumulation, gradient clipping, DDP and ``torch.compile``. With manual optimization,
+    call ``flatness_penalty`` in ``training_step`` instead.
 
     Args:
         strength: ``λ``. Adilova et al. 2023 (arXiv 2307.02337) use 0.1 to 1. With 0, ``κ`` is only logged.
-        layers: ``"classifier"``, or the name of one layer, which is needed if the loss takes logits of several layers.
+        layers: ``"classifier"``, or the name of one layer. Give a name if the loss takes logits of several layers.
         schedule: a function that takes the number of optimizer steps so far, and returns a factor for ``λ``.
         warmup_steps: number of optimizer steps over which ``λ`` rises linearly from zero.
         measure: ``"relative_flatness"`` or ``"layerwise_flatness"``.
@@ -94,7 +94,8 @@ class FlatnessPenalty(Callback):
 
     Raises:
         FlatnessError: The optimization is manual, weights are sharded, the classifier is not found, or the second
-            derivative of the loss is not that of mean cross-entropy. The error comes before or in the first step.
+            derivative of the loss is not that of mean cross-entropy. These errors come before or in the first step.
+            Also raised in any step that does not call the classifier exactly once with gradients.
 
     Source:
         Petzka et al. 2021 (arXiv 2001.00939); Adilova et al. 2023 (arXiv 2307.02337).

@@ -77,7 +77,7 @@ class Running:
         self._network = network
         self._passes = passes
         self._is_tried = False
-        self._repeats = True  # whether extra passes are made in the way of the user's passes, once a trial allows this
+        self._repeats = True  # False after an extra pass that ran like those of validation has raised an error
         self._listener: Listener | None = None
         self._asked: Asked | None = None  # inputs and targets of the latest batch
         self._observes = passes.possible and isinstance(source, ValidationBatches) and network.is_called
@@ -136,10 +136,11 @@ class Running:
 
         ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.step_watch.StepWatch` has found
         in this step. If ``call`` is None, measure the call that this object has recorded in this step, or the inputs in
-        the batch if ``Network.is_called`` is False. If ``batch_fn=`` gives other inputs than this, measure those.
+        the batch if ``Network.is_called`` is False. If ``batch_fn=`` gives inputs that differ from those of the call,
+        measure the inputs from ``batch_fn=``.
 
-        Raise a :class:`BatchError` if this step, unlike earlier ones, does not call the network or calls it on
-        different inputs, and ``batch_fn=`` gives no inputs.
+        Unlike earlier steps, this step may not call the network, or may call it several times on different inputs. Then
+        raise a :class:`BatchError` unless ``batch_fn=`` gives inputs.
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():
@@ -173,7 +174,7 @@ class Running:
             try:
                 self.measurement.update_repeated(inputs, targets, self.source.positions)
                 return
-            except (RuntimeError, FlatnessError) as error:  # the errors that an observed pass may raise, too
+            except (RuntimeError, FlatnessError) as error:  # the same errors as in _add_observed
                 self._repeats = False
                 if self._observes and self.measurement.observes_half:  # do not mix passes of two precisions
                     self._passes.tell(f"the forward pass of a batch could not be used ({error})")

@@ -79,7 +79,7 @@ class StepWatch:
         self._calls: list[_Heard] = []
         self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
         self._others: list[_Heard] = []  # calls of other modules on an output of the module that the user names
-        # The steps of a LightningModule that is compiled in place run eagerly, so its children can be watched.
+        # Without DDP, the steps of a LightningModule run eagerly even after module.compile(). So watch its children.
         watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
         self._around: set[nn.Module] = set()  # compiled modules that contain the module that the user names

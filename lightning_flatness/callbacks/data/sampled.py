@@ -27,7 +27,8 @@ from lightning_flatness.measure.ranks import gather, raise_on_all
 from lightning_flatness.model.generators import drawing, generators_kept, seed_generators
 from lightning_flatness.model.isolation import random_states_kept
 
-# Number of epochs that are drawn from a sampler of an unknown class at first, and if their samples differ.
+# Number of epochs that are drawn from a sampler of an unknown class: FEW_EPOCHS at first, and MANY_EPOCHS if the first
+# epochs have different samples.
 FEW_EPOCHS, MANY_EPOCHS = 3, 16
 # A sampler counts as endless if it yields more indices than ten passes over the data set, and more than a million.
 MOST_PASSES, MOST_SAMPLES = 10, 1_000_000

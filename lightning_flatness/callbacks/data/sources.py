@@ -71,7 +71,7 @@ class Wanted:
 class Asked:
     """The inputs and targets of a batch, as they were before its validation step."""
 
-    inputs: Any  # None if unknown; without is_given, the inputs that the step gives to the network are preferred
+    inputs: Any  # None if unknown; measured only if is_given, or if no call of the network was recorded
     targets: Tensor | None
     why_no_targets: str = ""  # why the batch could not be split into inputs and targets; empty if it was split
     is_given: bool = False  # whether inputs come from batch_fn=

@@ -49,7 +49,7 @@ class ValidationStream:
         self._num_ranks = num_ranks
         self._has_warned = False
         self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, a mask of the positions to measure
-        self._num_left: int | None = None  # samples that this rank still has to measure, if a length is unknown
+        self._num_left: int | None = None  # samples still to measure on this rank, if a loader's length is unknown
         self._order: Tensor | None = None  # for each chosen position, the number of chosen positions before it
         if max_samples is None:
             return
