@@ -120,6 +120,8 @@ def certify_observed(
     head = certificates.certified_head()
     layers, tails = {}, {}
     for name, layer in known.layers.items():
+        if len(calls[name]) > 1:
+            raise LayerSelectionError(f"layer '{name}' runs more than once, and ran once on the first samples")
         node, tail = calls[name][0].node, layer.tail
         if tail is not None and recorded.half is not None:
             tails[name], tail = follow_tail(node, head, tail)
@@ -311,7 +313,8 @@ class _Certificates:
             reasons: dict[str, Inexact | None] = dict.fromkeys(once)
             known = known.again()
         else:
-            reasons, known = why_not_affine(once, logits, self.shift_invariant), Known(None, CANNOT_CURVE)
+            reasons = why_not_affine(once, logits, self.shift_invariant)
+            known = Known(None, CANNOT_CURVE) if once else known
         repeated = {name: of_layer for name, of_layer in checked.items() if name not in once}
         return reasons | {name: self._why_polynomial(of_layer) for name, of_layer in repeated.items()}, known
 

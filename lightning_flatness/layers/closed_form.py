@@ -41,9 +41,9 @@ class ClosedForm:
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> ClosedForm:
         """Collect the tensors for the layer ``name`` from a certified pass; ``known`` has the certificates so far."""
-        tail, convolution = certified.tails[name].detached(), certified.calls[name][0].convolution
+        tail, convolution = certified.tails[name], certified.calls[name][0].convolution
         curved = curved_part(tail, certified.loss)
-        return cls(known.layers[name], convolution.detached(), tail, certified.loss, curved)
+        return cls(known.layers[name], convolution.without_output(), tail, certified.loss, curved)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OutputForm:
     @classmethod
     def of(cls, name: str, certified: CertifiedPass, known: Certified) -> OutputForm:
         """Collect the tensors for the layer ``name`` from a certified pass; ``known`` has the certificates so far."""
-        return cls(known.layers[name], certified.calls[name][0].convolution.detached(), certified.loss)
+        return cls(known.layers[name], certified.calls[name][0].convolution.without_output(), certified.loss)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The terms are explained in ``layers/__init__.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ def _tail_operator(name: str, certified: CertifiedPass) -> TailOperator:
         curved = curved_part(tail, loss)
     pulled = None if curved is None else (curved[1] @ tail.columns.double()).to(tail.columns.dtype)
     diagonal = loss.curvature.diagonal(tail.columns).to(tail.columns.dtype)
-    convolution = _without_graph(certified.calls[name][0].convolution)
+    convolution = certified.calls[name][0].convolution.without_output()
     return TailOperator(convolution, tail, loss.curvature, diagonal, pulled)
 
 
@@ -148,10 +148,5 @@ def _column_operators(certified: CertifiedPass, advance: Callable[[float], None]
             torch.stack([delta.movedim(one.channel_dimension, 1) for delta in next(by_node)], dim=1)
             for one in convolutions
         ]
-        operators[name] = ColumnOperator([_without_graph(one) for one in convolutions], columns, signs)
+        operators[name] = ColumnOperator([one.without_output() for one in convolutions], columns, signs)
     return operators
-
-
-def _without_graph(convolution: Convolution) -> Convolution:
-    """Return the convolution with an empty output, because its output would keep the autograd graph alive."""
-    return replace(convolution, output=convolution.output.new_empty(0))

@@ -44,8 +44,8 @@ class Options(MeasuringOptions):
                 f"layers={self.layers!r}: give 'last', 'all', 'classifier', or names or glob patterns of convolutions "
                 "and linear layers."
             )
-        unknown = [name for name in self.measures if name not in ALL_MEASURES]
-        if isinstance(self.measures, str) or unknown or not self.measures:
+        measures = self.measures if isinstance(self.measures, (list, tuple)) else []
+        if not measures or any(name not in ALL_MEASURES for name in measures):
             raise FlatnessError(f"measures={self.measures!r}: give some of {', '.join(ALL_MEASURES)}.")
         if not is_number(self.tolerance) or not 0 <= self.tolerance < 1:
             raise FlatnessError(

@@ -174,6 +174,7 @@ class OwnPasses:
             self.known = replace(self.known, left_out=self._selection.passed_over)
             whole = self._selection.logits
             certify_rows(whole, part.rows)
+            self._selection = replace(self._selection, logits=whole[: part.rows])  # a pair is a single sample
             most = rows_at_a_time(max(1, self._selection.elements), whole.shape[1], whole.device)
             self._size = replace(self._size, most=min(most, self._size.most or most))
             if part.rows > self._size.next_rows(part.rows, begun=False):

@@ -42,15 +42,16 @@ class Convolution:
     output: Tensor  # (N, S, *output), or (N, *tokens, S)
     channel_dimension: int = 1
     unpadded: Tensor | None = None  # with padding="same": the inputs before padding; else None
+    output_version: int | None = None  # version counter of the output when it was computed; None if it has none
 
     @property
     def read(self) -> Tensor:
         """The inputs ``(N, C, *spatial)`` before the convolution pads them with zeros."""
         return self.inputs if self.unpadded is None else self.unpadded
 
-    def detached(self) -> Convolution:
-        """Return the same convolution, detached from the autograd graph."""
-        return replace(self, weight=self.weight.detach(), output=self.output.detach())
+    def without_output(self) -> Convolution:
+        """Return the same convolution, detached from the autograd graph and with an empty output, to save memory."""
+        return replace(self, weight=self.weight.detach(), output=self.output.detach().new_empty(0))
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class LayerCall:
     returned: Tensor  # what the module returned, detached
     node: Tensor  # the same values as a tensor of the autograd graph, at which derivatives are taken
     kernel_sample: Tensor | None = None  # in a user's pass, a copy of some entries of the kernel
-    versions: tuple[int, ...] | None = None  # version counters of the inputs after the call; None if not known
+    versions: tuple[int | None, ...] | None = None  # version counters of the inputs after the call; None if not known
+    has_changed_output: bool = False  # whether the layer or a hook has changed an output of a convolution in place
 
     @property
     def has_changed_input(self) -> bool:
@@ -191,18 +193,21 @@ class Recorder:
         if not isinstance(returned, Tensor):
             raise LayerSelectionError(f"Layer '{name}' returns a {type(returned).__name__}, not a tensor.")
         if self._live and module is self._classifier:  # the graph ends at the classifier's input
-            self._calls.setdefault(name, []).append(
-                LayerCall(module, convolutions, returned.detach(), returned.detach(), sample, versions_of(convolutions))
-            )
+            self._keep(name, LayerCall(module, convolutions, returned.detach(), returned.detach(), sample))
             return None
         self._record_gradients()
         node = returned
         if not returned.requires_grad:
             # A tensor made in inference mode cannot be in a graph.
             node = (returned.clone() if returned.is_inference() else returned.detach()).requires_grad_()
-        call = LayerCall(module, convolutions, returned.detach(), node, sample, versions_of(convolutions))
-        self._calls.setdefault(name, []).append(call)
+        self._keep(name, LayerCall(module, convolutions, returned.detach(), node, sample))
         return node.clone()  # an in-place activation must not write to a leaf
+
+    def _keep(self, name: str, call: LayerCall) -> None:
+        """Add a call to the record, with what the version counters of its tensors say now."""
+        changed = any(one.output_version != version_of(one.output) for one in call.convolutions)
+        call = replace(call, versions=versions_of(call.convolutions), has_changed_output=changed)
+        self._calls.setdefault(name, []).append(call)
 
     def _record_gradients(self) -> None:
         """Let autograd record from now on, even in a user's pass under ``no_grad`` or in inference mode."""
@@ -239,12 +244,17 @@ class Recorder:
             self._classifier_output = returned.detach()
 
 
-def versions_of(convolutions: tuple[Convolution, ...]) -> tuple[int, ...]:
-    """Return the version counters of the convolutions' inputs, which torch increases when a tensor is changed in place.
+def versions_of(convolutions: tuple[Convolution, ...]) -> tuple[int | None, ...]:
+    """Return the version counters of the convolutions' inputs (:func:`version_of`)."""
+    return tuple(version_of(one.read) for one in convolutions)
 
-    Inference tensors have no version counter and are left out.
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return a tensor's version counter, which torch increases when the tensor is changed in place.
+
+    The result is None for an inference tensor, which has no version counter.
     """
-    return tuple(one.read._version for one in convolutions if not one.read.is_inference())
+    return None if tensor.is_inference() else tensor._version
 
 
 def kernel_sample(kernel: Tensor) -> Tensor:
@@ -289,7 +299,7 @@ class _FunctionMode(TorchFunctionMode):
         if self.running and func in CONVOLVING:
             of_func = _linear if func is nn.functional.linear else partial(_convolution, CONVOLVING.index(func))
             for convolutions in self.running:
-                convolutions.append(of_func(result, *args, **keywords))
+                convolutions.append(replace(of_func(result, *args, **keywords), output_version=version_of(result)))
         return result
 
 

@@ -93,7 +93,7 @@ def try_observing(
     context = passes.context
     for name, layer in passes.known.layers.items():
         if name not in expected or (layer.is_output and name != context.selection.classifier_name):
-            return f"layer '{name}' is not measured by the closed form"
+            return f"layer '{name}' is neither measured by the closed form nor the classifier"
     known = Observable(passes.known, context, compiled=why_compiled(model))
     outcome = _observe(model, inputs, targets, known, measure_observed)
     if isinstance(outcome, str):
@@ -110,7 +110,8 @@ def try_observing(
             return f"the numbers of layer '{name}' differ by {deviation:.1e} when it is observed{where}"
         layers[name] = layers[name].with_deviation(deviation)
         if observable.half is not None:
-            change = _trace(of_layer) / _trace(expected[name]) - 1
+            trace = _trace(expected[name])  # 0 if, for example, all units of a ReLU are dead
+            change = _trace(of_layer) / trace - 1 if trace else 0.0
             layers[name] = layers[name].in_precision(name_of(observable.half), change)
         if name in parameters:
             layers[name] = replace(layers[name], kernel=as_parameter(layers[name].kernel, parameters[name]))

@@ -95,7 +95,12 @@ def _agree(one: Any, other: Any, agree: Callable[[Any, Any], bool]) -> bool:
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
-    return one is other or (type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other))
+    if one is other or type(one) is not type(other) or isinstance(one, Tensor):
+        return one is other
+    if getattr(one, "shape", None) != getattr(other, "shape", None):
+        return False
+    equal = one == other
+    return bool(equal.all() if hasattr(equal, "all") else equal)  # arrays are compared entry by entry
 
 
 class Hear(Protocol):
@@ -214,7 +219,7 @@ class _Forward:
         return _itself, (self.__wrapped__,)
 
 
-def _heard(overheard: Overheard, module: nn.Module, forward: Any, *arguments: Any, **keywords: Any) -> Any:
+def _heard(overheard: Overheard, module: nn.Module, forward: Any, /, *arguments: Any, **keywords: Any) -> Any:
     return overheard.hear(module, forward, arguments, keywords)
 
 

@@ -98,7 +98,7 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
     if isinstance(error, TypeError):
         try:
             signature(model.forward).bind(*call.arguments, **call.keywords)
-        except (TypeError, ValueError) as unfit:
+        except TypeError as unfit:
             return (
                 f"The model's forward{signature(model.forward)} does not take the batch's inputs ({unfit}). A tuple or "
                 f"list is passed as positional arguments (here {len(call.arguments)}), a mapping as keyword arguments. "

@@ -60,8 +60,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     Inside the block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the
     model's forward enables it. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor
     bfloat16. On leaving, also after an error, the attributes of every module and the random states of torch (CPU and
-    the model's accelerators), numpy and Python are restored. What the forward changes inside a dictionary or another
-    object that is the value of an attribute is not restored.
+    the model's accelerators), numpy and Python are restored. So are the entries of lists and dictionaries that are
+    attributes. What the forward changes inside other objects is not restored.
     """
     for name, module in model.named_modules():
         refuse_sharded(name, module)
@@ -184,8 +184,8 @@ def kept_switched(model: nn.Module) -> Iterator[None]:
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode and remove backward hooks; on leaving, restore every attribute of every module.
 
-    Inside the block, attributes that are tensors or lists are replaced by copies. So if the forward updates a metric in
-    place, the metric has its old value after the block.
+    Inside the block, attributes that are tensors are replaced by copies. So if the forward updates a metric in place,
+    the metric has its old value after the block. Lists and dictionaries get their entries back.
     """
     with ExitStack() as stack:
         switches = _switches_by_itself(model)
@@ -205,15 +205,21 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Replace tensors and lists among the attributes of all modules by copies; on leaving, restore all attributes."""
+    """Replace tensors among the attributes of all modules by copies; on leaving, restore all attributes.
+
+    Lists and dictionaries are not replaced, because a hook or another module may hold them, too. On leaving, they get
+    their entries back.
+    """
     modules = list(model.modules())
     before = [dict(vars(module)) for module in modules]
+    of_torch = vars(nn.Module()).keys()
+    values = [value for attributes in before for name, value in attributes.items() if name not in of_torch]
+    lists = {id(value): (value, list(value)) for value in values if type(value) is list}
+    dictionaries = {id(value): (value, dict(value)) for value in values if type(value) is dict}
     try:
         for module, attributes in zip(modules, before, strict=True):
             for name, value in attributes.items():
-                if type(value) is list:
-                    vars(module)[name] = list(value)
-                elif isinstance(value, Tensor):
+                if isinstance(value, Tensor):
                     with torch.inference_mode(value.is_inference()):
                         vars(module)[name] = value.detach().clone()
         yield
@@ -223,6 +229,11 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             for name in [name for name in now if name not in attributes]:
                 del now[name]
             now.update(attributes)
+        for value, entries in lists.values():
+            value[:] = entries
+        for mapping, pairs in dictionaries.values():
+            mapping.clear()
+            mapping.update(pairs)
 
 
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")

@@ -180,6 +180,12 @@ def test_when_memory_runs_out_halves_are_measured(name):
     assert found.num_samples == 18
 
 
+def test_single_samples_are_measured_when_memory_runs_out():
+    found = lf.measure_flatness(Tight(ERRORS["GPU"], most=2), [(X[:3], Y[:3])], layers="net.2")
+    expected = lf.measure_flatness(net(), [(X[:3], Y[:3])], layers="2")
+    assert_close(found.relative_flatness, expected.relative_flatness, rtol=1e-12, atol=0)
+
+
 def test_memory_that_runs_out_again_is_an_error():
     with pytest.raises(lf.BatchError, match="Out of memory while measuring 3 samples.*layers=.*measures="):
         lf.measure_flatness(Tight(ERRORS["GPU"], most=2), [(X, Y)])

@@ -100,3 +100,22 @@ def test_a_forward_that_fails_is_put_back():
     with pytest.raises(RuntimeError), Overheard([net], hear([], "user")):
         net(torch.ones(1, 5))
     assert "forward" not in vars(net)
+
+
+def test_arguments_may_have_any_name():
+    class Named(nn.Module):
+        def forward(self, x, forward=True, module=None, overheard=None):
+            return x if forward else -x
+
+    net, names = Named(), []
+    with Overheard([net], hear(names, "one")):
+        assert torch.equal(net(X, forward=False, module=1, overheard=2), -X)
+    assert names == ["one"]
+
+
+def test_arrays_among_the_inputs_are_compared():
+    numpy = pytest.importorskip("numpy")
+    one, other = numpy.arange(3), numpy.array([0, 1, 3])
+    assert equal_inputs(as_call((X, one)), as_call((X, one.copy())))
+    assert not equal_inputs(as_call((X, one)), as_call((X, other)))
+    assert not equal_inputs(as_call((X, one)), as_call((X, one[:2])))

@@ -80,7 +80,7 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
         raise BatchError("its weights contain NaN or infinity: training has diverged.")
     returned = call.returned
     alias = output.data_ptr() == returned.data_ptr() and output.stride() == returned.stride()
-    if output.shape != returned.shape or not (alias or same(output, returned)):
+    if call.has_changed_output or output.shape != returned.shape or not (alias or same(output, returned)):
         raise LayerSelectionError(
             f"its output ({type(call.module).__name__}) is not that of its convolution or linear map, because its "
             "forward or a hook changes the output afterwards. Make this change in a separate module after the layer."

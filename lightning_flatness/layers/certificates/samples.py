@@ -15,8 +15,8 @@ from lightning_flatness.model.graph import random_like
 def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
     """Return the names of the layers that cannot be measured, each with a reason.
 
-    There are two possible reasons. The logits do not depend on the layer's output, or this output does not have one row
-    for every sample.
+    There are two possible reasons. The logits do not depend on the layer's output, or the output of some call does not
+    have one row for every sample.
 
     Raises:
         BatchError: a gradient of the logits at a layer's output is not finite.
@@ -25,9 +25,8 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
     reasons = {}
     for name, of_layer in calls.items():
         pulled = [next(gradients) for _ in of_layer]
-        reached = [call.node for call, gradient in zip(of_layer, pulled, strict=True) if gradient is not None]
-        rows = {node.shape[0] for node in reached}
-        if not reached:
+        others = {call.node.shape[0] for call in of_layer} - {len(logits)}
+        if all(gradient is None for gradient in pulled):
             reasons[name] = (
                 "the logits do not depend on its output through autograd: the forward detaches it, runs what follows "
                 "under torch.no_grad(), as TorchScript or in a checkpoint with use_reentrant=True, or does not use it. "
@@ -35,11 +34,11 @@ def why_out_of_reach(calls: Calls, logits: Tensor) -> dict[str, str]:
             )
         elif not all(gradient is None or bool(gradient.isfinite().all()) for gradient in pulled):
             raise BatchError(f"Layer '{name}': {NOT_FINITE}")
-        elif rows != {len(logits)}:
+        elif others:
             reasons[name] = (
-                f"it runs on {max(rows)} rows for {len(logits)} samples (windows or tokens folded into the batch, or a "
-                "table that all samples share), so derivatives of single samples cannot be told apart. Choose another "
-                "layer with layers=."
+                f"it runs on {max(others)} rows for {len(logits)} samples (windows or tokens folded into the batch, or "
+                "a table that all samples share), so derivatives of single samples cannot be told apart. Choose "
+                "another layer with layers=."
             )
     return reasons
 

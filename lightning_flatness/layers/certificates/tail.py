@@ -39,16 +39,11 @@ class Tail:
 
 @dataclass(frozen=True)
 class TailDerivatives:
-    """The derivatives of one layer's tail on one batch, from which the closed form computes block traces."""
+    """The derivatives of one layer's tail on one batch, detached, from which the closed form computes block traces."""
 
     slopes: Tensor  # a[s, p], (N, S, *output)
     curvatures: Tensor | None  # a'[s, p], the same shape; None if all are zero
     columns: Tensor  # columns V[:, c(s)] of the classifier's weight, (K, S); zero if c(s) is unknown
-
-    def detached(self) -> TailDerivatives:
-        """Return the same derivatives, detached from the autograd graph."""
-        curvatures = None if self.curvatures is None else self.curvatures.detach()
-        return TailDerivatives(self.slopes.detach(), curvatures, self.columns.detach())
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,54 @@ def test_hook_that_changes_the_output_is_refused():
         measure(net)
 
 
+class DoubledConv2d(StdConv2d):
+    """Doubles its output in place."""
+
+    def forward(self, x):
+        return super().forward(x).mul_(2)
+
+
+class ClampedConv2d(nn.Conv2d):
+    """Clamps its output in place, which changes only large outputs."""
+
+    def forward(self, x):
+        return super().forward(x).clamp_(-3, 3)
+
+
+def hooked():
+    """Return a convolution with a computed kernel, and with a hook that triples the output in place."""
+    conv = parametrizations.weight_norm(nn.Conv2d(2, 6, 3))
+    conv.register_forward_hook(lambda module, args, out: out.mul_(3))
+    return conv
+
+
+@guards("layers/certificates/layer.py", "call.has_changed_output or ", "")
+@pytest.mark.parametrize("make", [lambda: DoubledConv2d(2, 6, 3), lambda: ClampedConv2d(2, 6, 3), hooked])
+@pytest.mark.parametrize("layers", ["conv", "all"])
+def test_a_layer_that_changes_its_output_in_place_is_refused(make, layers):
+    net = PooledNet(conv=make()).double().eval()
+    try:
+        reason = lf.measure_flatness(net, [(X.double(), Y)], layers=layers).left_out["conv"]
+    except lf.LayerSelectionError as error:
+        reason = str(error)
+    assert "forward or a hook changes the output" in reason
+
+
+class CosineHead(nn.Linear):
+    """Multiplies cosines by ten, in place."""
+
+    def forward(self, x):
+        out = F.linear(F.normalize(x), F.normalize(self.weight))
+        out *= 10
+        return out
+
+
+@pytest.mark.parametrize("layers", ["classifier", "head"])
+def test_a_classifier_that_scales_its_output_in_place_is_refused(layers):
+    with pytest.raises(lf.LayerSelectionError, match="changes the output"):
+        lf.measure_flatness(PooledNet(head=CosineHead(6, 4)), [(X, Y)], layers=layers)
+
+
 class OfInput(nn.Linear):
     """A kernel that depends on the input."""
 

@@ -126,3 +126,17 @@ def test_derivatives_that_are_not_finite_under_the_closed_form():
     for batches in ([(zero.double(), Y)], [(X.double(), Y), (zero.double(), Y)]):
         with pytest.raises(lf.BatchError, match="'conv'.*derivative.*not finite.*epsilon"):
             lf.measure_flatness(net.double(), batches)
+
+
+@pytest.mark.parametrize("used", [True, False], ids=["detached", "not used"])
+def test_a_layer_that_also_runs_on_other_rows_is_refused(used):
+    def forward(net, x):
+        support = net.a(VECTORS[:3].to(x)).detach()
+        scores = net.a(x).relu() @ support.mT
+        return net.c(net.a(x).relu()) + (scores.sum(1, keepdim=True) if used else 0)
+
+    with pytest.raises(lf.LayerSelectionError, match="'a': it runs on 3 rows for 8 samples"):
+        lf.measure_flatness(linear_net(forward), [(VECTORS, LABELS)], layers="a")
+    report = lf.measure_flatness(linear_net(forward), [(VECTORS, LABELS)], layers="all")
+    assert list(report.layers) == ["c"]
+    assert "3 rows for 8 samples" in report.left_out["a"]
