@@ -126,8 +126,8 @@ def summary_of(name: str, result: Any) -> tuple[str, ...]:
         return (f"{who}{_report_sentence(result)}",)
     samples = number_of(result.num_samples, "sample") if hasattr(result, "num_samples") else ""
     if isinstance(result, SpectrumResult):
-        error = 0.0 if math.isnan(result.trace_stderr) else result.trace_stderr
-        size, trace = number_of(result.num_parameters, "parameter"), measured(result.trace, standard_error=error)
+        size = number_of(result.num_parameters, "parameter")
+        trace = measured(result.trace, standard_error=result.trace_stderr)
         largest = f"the largest eigenvalue is {float(result.eigenvalues[0]):.4g}, " if len(result.eigenvalues) else ""
         return (f"{who}{largest}the trace of the Hessian of {size} is {trace}, over {samples}.",)
     if isinstance(result, LandscapeResult):

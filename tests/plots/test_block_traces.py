@@ -111,7 +111,9 @@ def test_what_is_not_exact_has_a_dashed_frame(made_report, heading):
 
 
 def test_the_title_says_what_is_estimated(made_report, heading):
-    (layer,) = made_report([1.0], inexact=[0], reason="classes without much mass are sampled").layers.values()
+    (layer,) = made_report(
+        [1.0], inexact=[0], reason="classes with little probability mass are sampled"
+    ).layers.values()
     assert "estimated, with some classes sampled" in heading(plot_block_traces(layer)[1])
     low = dataclasses.replace(layer, info=dataclasses.replace(layer.info, precision="bfloat16"))
     assert "bfloat16 features" in heading(plot_block_traces(low)[1])
