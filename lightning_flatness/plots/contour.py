@@ -244,7 +244,9 @@ def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[
     """Draw the trajectory as a line, and mark its first and last point; return handles for the legend."""
     points = torch.as_tensor(trajectory, device="cpu")
     if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not bool(points.isfinite().all()):
-        raise FlatnessError(f"trajectory has shape {tuple(points.shape)}; give finite coordinates (points, 2).")
+        raise FlatnessError(
+            f"trajectory has shape {tuple(points.shape)}; give finite coordinates (points, 2) of one point or more."
+        )
     from matplotlib.patheffects import withStroke
 
     # A black line with a white edge is visible on every colour.

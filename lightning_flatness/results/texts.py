@@ -54,8 +54,8 @@ def measured(value: float, sampling_error: float = math.nan, standard_error: flo
 
 def _with_error(value: float, error: float) -> str:
     """Return a value and its error as text, with as many digits as the error makes meaningful."""
-    leading = math.floor(math.log10(error))
-    digits = 1 - leading if f"{error:.1e}"[0] == "1" else -leading  # an error that begins with 1 gets two digits
+    first, _, leading = f"{error:.1e}".partition("e")
+    digits = (first[0] == "1") - int(leading)  # an error that begins with 1 gets two digits
     if digits <= 0:
         return f"{value:.0f} ± {error:.0f}" if abs(value) < 1e6 else f"{value:.4g} ± {error:.1g}"
     if digits <= 5:

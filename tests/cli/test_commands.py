@@ -248,6 +248,7 @@ def test_a_module_with_data_of_its_own_sets_them_up_once(runs, numbers):
     assert found["details"]["Hash of the data"] == data_hash(drawn_split(Net)[1].val_dataloader())
 
 
+@guards("cli/session.py", "if owner is not self._owner:", "if True:")
 @pytest.mark.parametrize("words", OWN_DATA, ids=["module", "data module"])
 def test_training_data_are_of_the_same_drawn_split(runs, numbers, words):
     found = numbers("compare", runs / "small.ckpt", runs / "small.ckpt", *words)

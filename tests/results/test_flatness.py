@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations
 import lightning_flatness as lf
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.results import as_text, summary_table
+from lightning_flatness.results.texts import measured
 from tests.results.made import flatness
 
 
@@ -69,6 +70,11 @@ def test_an_error_that_is_not_known_is_left_out():
     unknown = {"hessian_trace": math.nan}
     assert "est." not in replace(layer, standard_errors=unknown).shown("hessian_trace")
     assert "est." not in str(replace(flatness(), layers={"2": replace(layer, standard_errors=unknown)}))
+
+
+def test_an_error_that_is_rounded_up_has_two_digits():
+    assert measured(1.0, 0.0996) == "1.00 ± 0.10"
+    assert measured(100.0, 9.96) == "100 ± 10"
 
 
 @pytest.mark.parametrize(("passes", "words"), [(1, "1 backward pass per"), (2, "2 backward passes per")])
