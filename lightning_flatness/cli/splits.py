@@ -28,7 +28,7 @@ class Split:
 
 
 def set_up(owner: Any, device: str) -> Trainer:
-    """Set up the data of a LightningDataModule or of a LightningModule, and return the Trainer that is told to them.
+    """Set up the data of a LightningDataModule or of a LightningModule, and return the Trainer that the hooks see.
 
     The data are set up with ``setup("fit")``, because random splits are drawn there.
 
