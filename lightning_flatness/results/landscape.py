@@ -127,9 +127,9 @@ class LandscapeResult(Record):
         if len(self.axes) == 2:
             lines.append(f"cosine between the axes {self.cosine:.3g}")
         if missing := int((~self.computed).sum()):
-            lines.append(f"{missing} points not computed")
+            lines.append(f"{number_of(missing, 'point')} not computed")
         if not_finite := int((self.computed & ~self.finite).sum()):
-            lines.append(f"{not_finite} points not finite")
+            lines.append(f"{number_of(not_finite, 'point')} not finite")
         return lines
 
     @property
