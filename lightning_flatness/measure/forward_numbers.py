@@ -118,7 +118,7 @@ def _sums(options: MeasuringOptions, logits: Tensor, targets: Tensor, classifier
     counts = count > 0
     margin = torch.full_like(loss, torch.nan)
     if bool((counts & correct.isfinite()).any()):
-        classes = targets.clamp(0, logits.shape[1] - 1)
+        classes = targets.long().clamp(0, logits.shape[1] - 1)
         margin = torch.where(correct.isfinite(), margins(logits, classes), torch.nan)
     of_samples = torch.stack([weight, loss, count, margin, classifier.spreads(logits)], dim=1)
     return of_samples[counts].sum(0).cpu()

@@ -67,7 +67,7 @@ def completed(
     losses = torch.where(new, loss / origin.sums.normalizer, result.losses.flatten())
     accuracies = result.accuracies
     if accuracies is not None:
-        shares = torch.where(losses.isnan(), math.nan, correct / origin.sums.counted)
+        shares = torch.where(losses.isnan(), math.nan, correct / origin.sums.num_samples)
         accuracies = torch.where(new, shares, accuracies.flatten()).reshape(accuracies.shape)
     result = replace(
         result,

@@ -257,6 +257,20 @@ def test_wrong_targets_are_refused(loss, targets, match):
         loss(torch.randn(3, 4), targets)
 
 
+@pytest.mark.parametrize(
+    "loss", [CrossEntropy(), CustomLoss(lambda f, y: F.cross_entropy(f, y.long(), reduction="none"))]
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_targets_of_small_integer_types(loss, dtype):
+    """In uint8, 156 equals -100, and 256 equals 0."""
+    logits, targets = torch.randn(4, 256).double(), torch.tensor([156, 1, 2, 255])
+    _, residual, number, normalizer, outcomes, _ = loss(logits, targets.to(dtype))
+    expected = loss(logits, targets)
+    assert (number, normalizer) == (4, 4.0)
+    assert_close(residual, expected.residual, rtol=0, atol=0)
+    assert_close(outcomes, expected.outcomes, rtol=0, atol=0)
+
+
 def test_a_loss_without_curvature_has_none():
     curvature = CustomLoss(lambda f, y: f[:, 0])(torch.randn(3, 4), Y).curvature
     assert not matrices(curvature, 4).any()
