@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import BatchError, LayerSelectionError
 from lightning_flatness.functional.baselines import feature_spreads, margins
 from lightning_flatness.layers.selection import select
-from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.batches import paired_batches, with_targets
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import isolated, kept_switched, without_wrapper
 from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of
@@ -42,11 +42,7 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
     model = without_wrapper(model)
     classifier, sums = _Classifier(), torch.zeros(0, device="cpu")
     with kept_switched(model), paired_batches(model, batches) as pairs:
-        for inputs, targets in pairs:
-            if targets is None:
-                raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
-            if targets.ndim and not len(targets):
-                continue
+        for inputs, targets in with_targets(pairs):
             with isolated(model), finding_what_is_not_finite(model, inputs):
                 copy = ModelCopy(model, options.measuring_dtype)
                 if not len(sums):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import CrossEntropy, Loss
 from lightning_flatness.functional.losses import are_correct
-from lightning_flatness.measure.batches import as_batches, paired_batches
+from lightning_flatness.measure.batches import as_batches, check_rereadable, paired_batches, with_targets
 from lightning_flatness.measure.ranks import gather, raise_on_all
 from lightning_flatness.model.logits import question_outputs
 from lightning_flatness.model.points import Points
@@ -72,23 +72,14 @@ class RepeatedBatches:
     """Batches that are read many times, always in the same order and with the same random numbers."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, sync: bool) -> None:
-        if isinstance(batches, Iterator):
-            raise FlatnessError(
-                f"batches is a {type(batches).__name__}, which can be read only once, but every point needs a pass "
-                "over the batches: give a list of (inputs, targets) or a DataLoader."
-            )
-        batches = as_batches(batches)
-        self._model, self._batches, self._loss = model, batches, loss
+        check_rereadable(batches, "every point needs a pass over the batches")
+        self._model, self._batches, self._loss = model, as_batches(batches), loss
         self.sync = sync
 
     def pairs(self) -> Generator[tuple[Any, Tensor]]:
         """Yield inputs and targets of every batch that has samples; closing the generator restores random states."""
         with paired_batches(self._model, self._batches) as pairs:
-            for inputs, targets in pairs:
-                if targets is None:
-                    raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
-                if targets.ndim == 0 or len(targets):
-                    yield inputs, targets
+            yield from with_targets(pairs)
 
     def at_origin(self, points: Points) -> Origin:
         """Make the first pass over the batches, with the model's own weights, and return its results.
@@ -151,7 +142,7 @@ class RepeatedBatches:
     def _sums(self, logits: Tensor, targets: Tensor) -> LossSums:
         """Return the sums over one batch; raise an error if logits and targets differ in length."""
         targets = targets.to(logits.device)
-        if targets.ndim == 0 or len(targets) != len(logits):
+        if len(targets) != len(logits):
             raise BatchError(f"The batch has {len(logits)} logits and targets of shape {tuple(targets.shape)}.")
         derivatives = self._loss(logits, targets)
         return LossSums(

@@ -247,7 +247,7 @@ def test_arguments_that_cannot_be(options, message):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (iter(BATCHES), "give a list"),
+        (iter(BATCHES), r"or list\(batches\)"),
         ((batch for batch in BATCHES), "batches is a generator"),
         ((X, X), "2 tensors"),
         ([], "data set empty"),
