@@ -156,7 +156,7 @@ def assert_matches_oracle(
         )
     expected = oracle_block_traces(model, (inputs, targets), layer, filters, loss_function)
     groups, per_group, _ = measured.block_traces.shape
-    within_groups = torch.block_diag(*torch.ones(groups, per_group, per_group)) == 1
+    within_groups = torch.block_diag(*torch.ones(groups, per_group, per_group, device="cpu")) == 1
     chosen = list(range(groups * per_group)) if filters is None else list(filters)
     expected = expected.where(within_groups[chosen], 0.0)
     atol = rtol * float(expected.abs().max())
@@ -167,7 +167,7 @@ def assert_matches_oracle(
     weight = module.weight
     assert isinstance(weight, Tensor)
     gram = weight.detach().flatten(1) @ weight.detach().flatten(1).T
-    identity = torch.eye(len(gram), dtype=torch.float64)
+    identity = torch.eye(len(gram), dtype=torch.float64, device="cpu")
     matrices = {
         "hessian_trace": identity,
         "relative_flatness": gram,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_flatness.checks import is_number
+from lightning_flatness.checks import as_number
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import check_rereadable
 from lightning_flatness.measure.cautions import cautions_of
@@ -135,10 +135,12 @@ def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, 
 
 def _loss_of(name: str, loss: FlatnessReport | float) -> float:
     """Return the training loss of model ``name``, which the user gave as a number or as a report."""
-    value = loss.loss if isinstance(loss, FlatnessReport) else loss
-    if not is_number(value):
-        raise FlatnessError(f"train_losses of '{name}': give a number, or a FlatnessReport of the training data.")
-    return float(value)
+    value = loss.loss if isinstance(loss, FlatnessReport) else as_number(loss)
+    if value is None:
+        raise FlatnessError(
+            f"train_losses= of model '{name}' is {loss!r}; give a number, or a FlatnessReport of the training data."
+        )
+    return value
 
 
 def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str, Any]:
