@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces
 from lightning_flatness.functional.channels import ChannelSums
+from lightning_flatness.functional.conditions import same_values
 from lightning_flatness.layers.closed_form import ClosedForms
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.network import make_of
@@ -122,11 +123,11 @@ class Measurement:
         before = self._weights()
 
         def measured() -> dict[str, LayerSums]:
-            if not all(map(torch.equal, before, self._weights())):
+            if not all(map(same_values, before, self._weights())):
                 raise BatchError(
-                    "The weights have changed before the first samples could be measured. One cause is weight "
-                    "averaging that ends before the validation does, if the loader has no length. Give the loader a "
-                    "length, or leave 'normalized_relative_flatness' out of measures=."
+                    "The weights have changed before the first samples could be measured. If a validation loader "
+                    "has no length, weight averaging may swap the weights back before these samples are measured. "
+                    "Give the loader a length, or leave 'normalized_relative_flatness' out of measures=."
                 )
             return measure()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lightning_flatness.functional.conditions import same_values
 from lightning_flatness.results import Caution, ComparedModel
 from lightning_flatness.results.texts import named
 
@@ -112,7 +113,4 @@ def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor
     """Return whether two mappings have the same names and equal tensors, possibly on different devices."""
     if one.keys() != other.keys():
         return False
-    return all(
-        tensor.shape == other[name].shape and torch.equal(tensor.cpu(), other[name].cpu())
-        for name, tensor in one.items()
-    )
+    return all(same_values(tensor.cpu(), other[name].cpu()) for name, tensor in one.items())

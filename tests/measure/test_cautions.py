@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import lightning_flatness as lf
+from lightning_flatness.measure.network_cautions import network_cautions
 from lightning_flatness.results import CAUTIONS
 from tests.guarding import guards
 
@@ -127,6 +128,14 @@ def test_statistics_of_batch_norm():
     moved[1].running_mean += 0.1
     (caution,) = lf.compare({"net": net, "moved": moved}, [BATCH], **alike).cautions
     assert "net and moved have the same weights" in caution.sentence
+
+
+def test_statistics_of_nan_are_no_difference():
+    nets = [network(), network()]
+    for net in nets:
+        net[1].running_var[0] = float("nan")
+    apart = {"1": 0.0, "2": 0.0}
+    assert network_cautions({}, dict(zip("12", nets, strict=True)), apart) == []
 
 
 def deep(seed):

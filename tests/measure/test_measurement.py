@@ -111,6 +111,33 @@ def test_ranks_that_measure_other_layers_are_refused(monkeypatch):
         measurements[0].report()
 
 
+class WithUnused(nn.Sequential):
+    """A network that has a parameter of NaN, which it does not use."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.unused = nn.Parameter(torch.full((2,), torch.nan).double())
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+@guards("measure/measurement.py", "if not all(map(same_values, before, self._weights())):", "if False:")
+def test_weights_that_change_while_samples_wait_are_refused():
+    net, (x, y) = WithUnused(*small_network()), data()
+    measurement = Measurement(net)
+    measurement.update(x, y)
+    expected = lf.measure_flatness(nn.Sequential(*net), [(x, y)]).relative_flatness
+    assert measurement.report().relative_flatness == expected
+    measurement = Measurement(net)
+    measurement.update(x, y)
+    net[0].weight.data[0] += 1
+    with pytest.raises(lf.BatchError, match="The weights have changed before the first samples could be measured"):
+        measurement.report()
+
+
 def test_a_metric_fed_by_an_observer_is_a_measurement():
     net, x, y = small_network(), *data()
     observer, metric = lf.FlatnessObserver(net), lf.FlatnessMetric(num_filters=6)
