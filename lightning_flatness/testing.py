@@ -34,7 +34,8 @@ def hessian_rows(
     Args:
         model: a model in evaluation mode and in float64.
         batch: a pair of inputs and targets.
-        layer: name of a module whose weight ``w`` has ``S`` filters with ``D`` numbers each; ``""`` is the model itself.
+        layer: name of a module whose weight ``w`` has ``S`` filters with ``D`` numbers each. The model's own name is
+            ``""``.
         filters: indices of the filters that the rows belong to.
         loss_function: maps logits and targets to the mean loss ``L``.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import BatchError, LayerSelectionError
 from lightning_flatness.functional.baselines import feature_spreads, margins
 from lightning_flatness.layers.selection import select
-from lightning_flatness.measure.batches import paired_batches, with_targets
+from lightning_flatness.measure.batches import NO_LOSS, paired_batches, with_targets
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import isolated, kept_switched, without_wrapper
 from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of
@@ -52,7 +52,7 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
                     batch = _sums(options, logits, targets.to(logits.device), classifier)
             sums = batch + sums if len(sums) else batch
     if not len(sums) or not float(sums[0]) > 0:
-        raise BatchError("No samples are left, so there is no loss. Is the data set empty, or are all targets ignored?")
+        raise BatchError(NO_LOSS)
     weight, loss, count, margin, spread = sums.tolist()
     return ForwardNumbers(loss / weight, margin / count, spread / count)
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import CrossEntropy, Loss
 from lightning_flatness.functional.losses import are_correct
-from lightning_flatness.measure.batches import as_batches, check_rereadable, paired_batches, with_targets
+from lightning_flatness.measure.batches import NO_LOSS, as_batches, check_rereadable, paired_batches, with_targets
 from lightning_flatness.measure.ranks import gather, raise_on_all
 from lightning_flatness.model.logits import question_outputs
 from lightning_flatness.model.points import Points
@@ -106,9 +106,7 @@ class RepeatedBatches:
         ranks = gather((own, sizes), self.sync)
         total = sum((sums for sums, _ in ranks), LossSums())
         if not total.normalizer > 0:
-            raise BatchError(
-                "No samples are left, so there is no loss. Is the data set empty, or are all targets ignored?"
-            )
+            raise BatchError(NO_LOSS)
         return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:

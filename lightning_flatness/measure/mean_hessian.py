@@ -47,7 +47,7 @@ class MeanHessian:
             raise BatchError(
                 f"The mean loss over all batches is {loss / self._normalizer:.9g} in one pass and {self.loss:.9g} in "
                 "another, so the Hessian is not unique. The cause may be random augmentation, noise in the forward "
-                "pass, or a loader that has drop_last and a generator of its own. Give list(loader), and switch the "
+                "pass, or a loader that leaves out other samples in every pass. Give list(loader), and switch the "
                 "noise off."
             )
         mean: Tensor = sums[3:] / self._normalizer

@@ -21,6 +21,7 @@ from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.sums import LayerSums, added
 from lightning_flatness.layers.waiting import WaitingSamples
+from lightning_flatness.measure.batches import NO_SAMPLE
 from lightning_flatness.measure.metric import FlatnessMetric
 from lightning_flatness.measure.ranks import gather, num_ranks, own_rank
 from lightning_flatness.measure.samples import FIRST_SAMPLES, Held, Samples, SampleValues, deviations_of
@@ -301,7 +302,7 @@ class Measurement:
         ranks = gather((self.layers, self.left_out), self._sync)
         found = [(layers, left_out) for layers, left_out in ranks if layers]
         if not found:
-            raise BatchError("No sample was measured. Is the data set empty, or was the generator read before?")
+            raise BatchError(NO_SAMPLE)
         for layers, left_out in found:
             if layers.keys() != found[0][0].keys():
                 different = sorted(layers.keys() ^ found[0][0].keys())

@@ -71,9 +71,10 @@ def _of_misfit(apart: Mapping[str, float]) -> list[Caution]:
     misfits = tuple(name for name, value in apart.items() if value > FAR_APART and value > TIMES * least)
     if not misfits:
         return []
+    these, they = ("this network does", "it") if len(misfits) == 1 else ("these networks do", "they")
     sentence = (
         f"Running statistics of BatchNorm do not fit the data in {named(misfits)}, but they do in other networks. So "
-        "the network is not the one that was trained; after averaging weights, update the statistics "
+        f"{these} not compute what {they} computed in training. After averaging weights, update the statistics "
         "(torch.optim.swa_utils.update_bn)."
     )
     words = f"statistics of BatchNorm do not fit the data in {named(misfits)}"

@@ -197,7 +197,7 @@ def test_what_can_be_read_is_read():
 def test_a_generator_that_was_read_already_is_told(function):
     batches = iter([(X, Y)])
     function(batches)
-    with pytest.raises(lf.BatchError, match="No sample was measured.*was the generator read before"):
+    with pytest.raises(lf.BatchError, match="No sample was measured.*a generator that has been read already"):
         function(batches)
 
 

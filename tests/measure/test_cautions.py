@@ -158,6 +158,7 @@ def test_statistics_that_do_not_fit_the_data_after_averaging_weights():
     (caution,) = lf.compare({"one": one, "averaged": averaged, "other": other}, [BATCH], **alike).cautions
     assert (caution.kind, caution.models) == ("batch_norm", ("averaged",))
     assert "do not fit the data in averaged" in caution.sentence
+    assert "So this network does not compute what it computed in training." in caution.sentence
     assert caution.short == "statistics of BatchNorm do not fit the data in averaged"
     swa_utils.update_bn([BATCH[0]], averaged)
     assert kinds({"one": one, "averaged": averaged, "other": other}, [BATCH], **alike) == []

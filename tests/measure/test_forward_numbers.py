@@ -66,7 +66,7 @@ def test_what_there_is_not_is_not_known():
     assert math.isnan(found.feature_spread)
     with pytest.raises(BatchError, match="no targets"):
         forward_numbers(net, [inputs], MeasuringOptions())
-    with pytest.raises(BatchError, match="No samples are left"):
+    with pytest.raises(BatchError, match="No sample was measured, so there is no loss"):
         forward_numbers(net, [(inputs, torch.full_like(targets, -100))], MeasuringOptions())
 
 
