@@ -42,7 +42,7 @@ def partial_tau(x: Tensor, y: Tensor, z: Tensor) -> float:
     return float("nan") if not rest > 1e-12 else (of_both - of_x * of_y) / rest**0.5
 
 
-def bootstrap_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = DRAWS) -> tuple[float, float]:
+def bootstrap_interval(x: Tensor, y: Tensor, draws: int = DRAWS) -> tuple[float, float]:
     """Return the ends of a 95 % bootstrap interval of τ-b of two lists ``(n,)``; NaN with fewer than five pairs.
 
     Every draw takes ``n`` pairs of numbers with replacement. The ends of the interval are percentiles of τ-b over draws
@@ -56,7 +56,7 @@ def bootstrap_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = DRAWS) 
     number = len(x)
     if number < FEWEST:
         return float("nan"), float("nan")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     of_x, of_y = _signs(x), _signs(y)
     drawn = torch.randint(number, (draws, number), generator=generator, device="cpu")
     found = torch.cat(

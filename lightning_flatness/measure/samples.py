@@ -36,7 +36,7 @@ def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
 
     The standard deviations are those over the first samples of the measured set, whose positions are below
     ``FIRST_SAMPLES``. With ``sync``, the first samples of all ranks are used. This function is then a collective, which
-    every rank calls once in a measurement.
+    every rank calls once in a measurement, even with an empty list.
     """
     totals: dict[str, list[ChannelSums]] = {}
     for some in held:
@@ -49,11 +49,6 @@ def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
         name: ChannelSums.added([of_rank[name] for of_rank in ranks if name in of_rank]).deviations()
         for name in {name for of_rank in ranks for name in of_rank}
     }
-
-
-def without_samples(sync: bool) -> None:
-    """Take part in the collective :func:`deviations_of` on a rank that has no samples to measure."""
-    deviations_of([], sync)
 
 
 class SampleValues:

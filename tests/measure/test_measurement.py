@@ -51,7 +51,7 @@ def on_two_ranks(monkeypatch, net):
     measures = ("hessian_trace", "relative_flatness")  # the ranks tell each other nothing before they report
     measurements = [Measurement(net, sync=True, measures=measures) for _ in range(2)]
     monkeypatch.setattr(
-        measurement, "gather", lambda own, sync: [(rank.layers, rank.left_out) for rank in measurements]
+        measurement, "gather", lambda own, sync: [(rank.layers, rank.observer.left_out) for rank in measurements]
     )
     of_samples = lambda own, sync: [rank._values.of_rank() for rank in measurements]  # noqa: E731
     monkeypatch.setattr(samples, "gather", of_samples)
@@ -78,7 +78,11 @@ def assert_same_layer(found, expected):
 
 
 @guards("measure/measurement.py", "if info.name in self._sums:", "if True:")
-@guards("measure/measurement.py", "gather((self.layers, self.left_out), self._sync)", "[(self.layers, self.left_out)]")
+@guards(
+    "measure/measurement.py",
+    "gather((self.layers, self.observer.left_out), self._sync)",
+    "[(self.layers, self.observer.left_out)]",
+)
 def test_a_rank_without_batches_reports_the_whole(monkeypatch):
     net, x, y = small_network(), *data()
     whole = lf.measure_flatness(net, [(x, y)])
