@@ -27,7 +27,7 @@ CAUTIONS = {
     "data": "different data",
     "num_samples": "different numbers of samples",
     "not_normalised": "normalised measure not known",
-    FEW_SAMPLES: "too few samples for reliable errors",
+    FEW_SAMPLES: "too few samples",
     "few_models": "too few models for τ",
 }
 """The kinds of cautions, each with the problem in a few words, in the order in which cautions are listed."""

@@ -142,8 +142,10 @@ def test_too_much_memory_is_refused():
     ("option", "message"),
     [
         ({"tolerance": "a"}, "tolerance='a' must be a positive number"),
-        ({"tolerance": 0}, "^tolerance=0 must be a positive number"),
+        ({"tolerance": -1.0}, "^tolerance=-1.0 must be a positive number"),
         ({"max_gigabytes": "2"}, "max_gigabytes='2' must be a positive number"),
+        ({"max_products": 0}, "max_products=0 must be a whole number, 1 at least"),
+        ({"max_products": 1.5}, "max_products=1.5 must be a whole number, 1 at least"),
         ({"max_products": True}, "max_products=True must be a whole number, 1 at least"),
     ],
     ids=str,
