@@ -266,7 +266,11 @@ class Comparison(Record):
             text = f"A tie: {text}, and the {values} at most two standard errors higher"
         if not unknown:
             return f"{text}."
-        why = "standard errors are missing" if self._has_errors else "there are too few samples for standard errors"
+        why = (
+            "standard errors are missing"
+            if self._has_errors
+            else "there are too few samples for reliable standard errors"
+        )
         return f"{text}. It is not known whether the difference from {named(unknown)} is clear, because {why}."
 
     @property

@@ -75,7 +75,7 @@ def test_too_few_samples_for_errors_make_no_clear_difference():
     found = replace(comparison(3.0, 1.0), cautions=(Caution("few_samples", "..."),))
     assert found.verdict == (
         "b has the lowest normalised flatness. It is not known whether the difference from a is clear, because there "
-        "are too few samples for standard errors."
+        "are too few samples for reliable standard errors."
     )
     assert not found.difference(BEST, "b").is_known
     assert list(found.table().columns[1].cells)[1] == "1.00 ± 0.10 ?"
