@@ -123,7 +123,8 @@ class EpochEndCallback(MeasuringCallback):
         with self._measuring(trainer, pl_module):
             if self._data_name == "val" and not trainer.enable_validation:
                 raise FlatnessError(
-                    "data='val' needs validation, and this fit has none. Use data='train' or data of your own."
+                    f"{self._name}: data='val' needs validation, and this fit has none. Use data='train' or data of "
+                    "your own."
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,7 +255,8 @@ class EpochEndCallback(MeasuringCallback):
             loaders = flat_loaders(trainer.val_dataloaders)
             if len(loaders) != 1:
                 raise FlatnessError(
-                    f"data='val' needs one validation loader, and there are {len(loaders)}. Give one of them as data=."
+                    f"{self._name}: data='val' needs one validation loader, and there are {len(loaders)}. Give one of "
+                    "them as data=."
                 )
             wanted = replace(wanted, data=loaders[0])
         return SeparateData(trainer, pl_module, wanted)
