@@ -238,14 +238,6 @@ class MeasuringCallback(Callback):
         """
         self._whole = WholeWeights(pl_module)
 
-    @contextmanager
-    def _gathered(self, pl_module: LightningModule) -> Iterator[None]:
-        self._gather(pl_module)
-        try:
-            yield
-        finally:
-            self._whole = None
-
     def _whole_copy(self, network: nn.Module) -> nn.Module:
         """Return a copy of the network with the gathered weights, or the network itself if no weights are sharded."""
         return self._whole.copy_of(network) if self._whole else network

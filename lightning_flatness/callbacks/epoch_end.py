@@ -239,7 +239,7 @@ class EpochEndCallback(MeasuringCallback):
         if trainer.is_global_zero:
             with self._errors.kept(trainer.world_size):
                 self.run_outputs.add_files(trainer, self._write, record, suffix)
-        self._errors.settle(f"the files of {where}")
+        self._errors.settle(where, f"write the files of {where}")
 
     def _draw_run(self, trainer: Trainer) -> None:
         if not self._is_drawn:
