@@ -315,7 +315,6 @@ class FlatnessCallback(FlatnessHistory):
             if trainer.state.fn == "fit" and self.history:
                 logged.log_again(trainer, pl_module, self.prefix, self.history, self._measures[-1])
             return
-        where = logged.where(trainer)
         with self._measuring(trainer, pl_module):
             # Validated batches are all measured by now. A rank without a batch does not know the network.
             if running is not None and self._data_name != "val" and not self._errors.pending:
@@ -324,11 +323,11 @@ class FlatnessCallback(FlatnessHistory):
             network = self._network or Network(pl_module)
             settle(running, network, self._num_sources, self._waits, failed=self._errors.pending is not None)
         self._whole = None
-        if not self._errors.settle(where) or running is None:
+        if not self._errors.settle(logged.where(trainer)) or running is None:
             return
         with self._measuring(trainer, pl_module):
             reports = running.reports(self._network or Network(pl_module))
-        if not self._errors.settle(where):
+        if not self._errors.settle(logged.where(trainer)):
             return
         seconds = max(gather(self._stopwatch.seconds(), sync=True))
         self.reports = labels.with_data(reports, self._data_name, trainer.testing, seconds)
@@ -338,9 +337,8 @@ class FlatnessCallback(FlatnessHistory):
             samples = [report.num_samples for report in self.reports.values()]
             rank_zero_info(f"FlatnessCallback: {in_words(seconds, self._stopwatch.since_start, samples)}.")
         self._tell_inexact(layer.info for report in self.reports.values() for layer in report.layers.values())
-        record = logged.record_of(
-            trainer, labels.values_of_loaders(self.reports, self._measures) | {"seconds": seconds}
-        )
+        values = labels.values_of_loaders(self.reports, self._measures)
+        record = logged.record_of(trainer, values | {"seconds": seconds})
         logged.log_record(pl_module, self.prefix, record, self.history, self._measures[-1])
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 
