@@ -18,7 +18,7 @@ from lightning_flatness.callbacks.classifier import (
     find_classifier,
     linear_layers,
 )
-from lightning_flatness.callbacks.data.sources import BatchFunction
+from lightning_flatness.callbacks.data.sources import BatchFunction, split_by
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.prefixes import check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
@@ -28,7 +28,7 @@ from lightning_flatness.functional.loss_argument import find_loss
 from lightning_flatness.functional.losses import IGNORED
 from lightning_flatness.functional.penalty import PENALTIES, flatness_penalty
 from lightning_flatness.layers.certificates.loss import why_not_cross_entropy
-from lightning_flatness.measure.batches import called, targets_of
+from lightning_flatness.measure.batches import targets_of
 from lightning_flatness.model.isolation import refuse_sharded
 
 
@@ -178,7 +178,7 @@ class FlatnessPenalty(Callback):
         In the first step of a fit, compiled modules run eagerly, and calls of all possible classifiers are recorded.
         """
         with _named():
-            targets = targets_of(batch) if self.batch_fn is None else called(self.batch_fn, batch)[1]
+            targets = targets_of(batch) if self.batch_fn is None else split_by(self.batch_fn, batch)[1]
         self._targets = None if targets is None else targets.clone()  # the step may change them
         if self._classifier is None:
             self._recorder.attach(linear_layers(pl_module, self.layers))
@@ -302,7 +302,8 @@ def _named() -> Iterator[None]:
     try:
         yield
     except BatchError as error:
-        remedy = " Give batch_fn=, a function from a batch to (inputs, targets)." if "targets" in str(error) else ""
+        lacks_targets = "targets" in str(error) and "batch_fn=" not in str(error)
+        remedy = " Give batch_fn=, a function from a batch to (inputs, targets)." if lacks_targets else ""
         raise BatchError(f"FlatnessPenalty: {error}{remedy}") from error
 
 

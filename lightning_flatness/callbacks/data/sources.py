@@ -16,7 +16,7 @@ from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_tur
 from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.errors import BatchError
 from lightning_flatness.measure.batches import called, split_batch, targets_of
 from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call
 from lightning_flatness.model.isolation import random_states_kept
@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 
 Samples = tuple[Any, Tensor | None]
 BatchFunction = Callable[[Any], Samples]
+
+
+def split_by(batch_fn: BatchFunction, batch: Any) -> Samples:
+    """Split a batch into ``(inputs, targets)`` with ``batch_fn``. Raise an error if it returns anything else."""
+    pair = called(batch_fn, batch)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise BatchError(
+            f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), with None in place of "
+            "missing targets."
+        )
+    inputs, targets = pair
+    if targets is not None and not isinstance(targets, Tensor):
+        kind = type(targets).__name__
+        raise BatchError(f"batch_fn=... returned targets of type {kind}; they must be a tensor, or None.")
+    return inputs, targets
 
 
 @dataclass(frozen=True)
@@ -45,13 +60,7 @@ class Wanted:
 
     def split(self, batch: Any) -> Samples:
         """Split a batch into ``(inputs, targets)``, with ``batch_fn`` if there is one."""
-        pair = split_batch(batch) if self.batch_fn is None else called(self.batch_fn, batch)
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise FlatnessError(
-                f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), "
-                "with None in place of missing targets."
-            )
-        return pair[0], pair[1]
+        return split_batch(batch) if self.batch_fn is None else split_by(self.batch_fn, batch)
 
     def before_step(self, batch: Any, model: nn.Module, copies: bool = False) -> Asked:
         """Read inputs and targets from a batch before its validation step runs, because the step may change them.
