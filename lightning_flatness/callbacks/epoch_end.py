@@ -264,8 +264,7 @@ class EpochEndCallback(MeasuringCallback):
 
     def _suffix(self, trainer: Trainer) -> str:
         """Return a suffix for the files of the final measurement, so that file names are not used twice."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(map(leaves_averages, callbacks)):
+        if any(map(leaves_averages, callbacks_of(trainer))):
             return "-averaged"
         is_second = bool(self.history) and self.history[-1]["step"] == trainer.global_step
         return "-final" if is_second else ""

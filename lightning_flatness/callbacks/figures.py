@@ -77,14 +77,14 @@ class RunOutputs:
             self._tell_once("draw", f"draws no figures: {in_one_line(error)}. Set figures=False to avoid this warning.")
             return
         for tag, figure in figures.items():
-            item = self._item(tag, step, f"{_stem(record)}{suffix}-{tag.replace('/', '-')}.png")
+            file = f"{_stem(record)}{suffix}-{tag.replace('/', '-')}.png"
             loggers = trainer.loggers if self._figures == "auto" else []
-            have_it = [self._add(logger, "figure", figure, item) for logger in loggers]
+            have_it = [self._add(logger, "figure", figure, self._item(tag, step, file)) for logger in loggers]
             if not all(have_it) or not have_it:
-                path = self._saved(trainer, figure, item)
+                path = self._saved(trainer, figure, file)
                 for logger, has_it in zip(loggers, have_it, strict=True):
                     if path is not None and not has_it:
-                        self._add(logger, "file", path, item)
+                        self._add(logger, "file", path, self._item(tag, step, file))
 
     def add_files(
         self,
@@ -137,9 +137,9 @@ class RunOutputs:
             return False
         return add is not None
 
-    def _saved(self, trainer: Trainer, figure: Any, item: Item) -> Path | None:
+    def _saved(self, trainer: Trainer, figure: Any, file: str) -> Path | None:
         try:
-            path = self.folder(trainer) / Path(item.path).name
+            path = self.folder(trainer) / file
             figure.savefig(path)
         except Exception as error:
             self._tell_once("save", f"could not write a figure: {in_one_line(error)}. figures=False draws no figures.")

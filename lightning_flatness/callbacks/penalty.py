@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks.classifier import (
     BY_HAND,
     CallRecorder,
-    LayerCall,
+    StepCall,
     called_often,
     find_classifier,
     linear_layers,
@@ -258,12 +258,12 @@ class FlatnessPenalty(Callback):
         self._is_eager = False
 
     def _find_classifier(
-        self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[LayerCall], loss: Tensor, scale: float
+        self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[StepCall], loss: Tensor, scale: float
     ) -> None:
         """Find the classifier in the calls of the first step. From now on, record the calls of this layer alone."""
         layers = linear_layers(pl_module, self.layers)
 
-        def why_not(call: LayerCall) -> str:
+        def why_not(call: StepCall) -> str:
             if not self.check_loss:
                 return "" if _depends(loss, call.logits) else "the loss does not depend on it"
             with _named():
@@ -276,7 +276,7 @@ class FlatnessPenalty(Callback):
             self._recorder.attach({name: layers[name]})
         self._errors.settle("the first training step")
 
-    def _targets_for(self, call: LayerCall) -> Tensor | None:
+    def _targets_for(self, call: StepCall) -> Tensor | None:
         """Return the batch's targets if the penalty needs them, or None otherwise.
 
         It needs targets if there are class weights, or if targets are class indices, some of which may be ignored.
@@ -288,7 +288,7 @@ class FlatnessPenalty(Callback):
         are_indices = targets.shape == call.logits.shape[:1] and not targets.is_floating_point()
         return targets if are_indices else None
 
-    def _flatness(self, call: LayerCall, layer: nn.Module) -> Tensor:
+    def _flatness(self, call: StepCall, layer: nn.Module) -> Tensor:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         options = {"measure": self.measure, "normalize": self.normalize, **self._options}

@@ -241,6 +241,15 @@ def test_comet(tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_files_in_a_logger_are_named_like_the_folder_of_the_run(tmp_path, monkeypatch):
+    comet = FakeLogger(CometExperiment())
+    monkeypatch.setattr(CometExperiment, "log_figure", lambda *_, **options: 1 / 0)
+    (tmp_path / "lightning_logs" / "version_0" / "flatness").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="could not give FakeLogger the figure"):
+        fit(tmp_path, flatness(), logger=[CSVLogger(tmp_path, version=0), comet])
+    assert comet.experiment.assets == [(f"flatness-v1/{name}", 7) for name in reversed(PNGS)]
+
+
 def test_aim(tmp_path, monkeypatch):
     aim = FakeLogger(aim_experiment(monkeypatch))
     fit(tmp_path, flatness(), spectrum(), logger=aim)
