@@ -123,21 +123,21 @@ class ValidationBatches:
     Args:
         trainer: the Trainer that validates.
         wanted: what the user wants to measure.
-        loaders: the validated loaders.
-        num_batches: for each loader, the number of batches that Lightning validates.
+        loader: the validated loader; None if Lightning combines several loaders.
+        num_batches: the number of batches that Lightning validates; infinite if unknown.
 
     Attributes:
         why_not_observed: reason why the measurement needs extra forward passes instead of those of the validation
             steps, or an empty string. The reason is ``max_samples=``, with which only parts of batches are measured.
     """
 
-    def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
-        in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
-        self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
+    def __init__(self, trainer: Trainer, wanted: Wanted, loader: Any | None, num_batches: float) -> None:
+        ranks = trainer.global_rank, trainer.world_size
+        self._stream = ValidationStream(loader, num_batches, wanted.max_samples, *ranks)
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
         # Positions of the samples that the latest mask selects, among the measured samples of all ranks.
         self.positions: Tensor | None = None
-        self._num_batches = num_batches[0] if len(num_batches) == 1 else math.inf
+        self._num_batches = num_batches
 
     def is_last(self, batch_idx: int) -> bool:
         """Return whether this batch is the last one; False if the number of batches is unknown."""
@@ -234,10 +234,10 @@ def sources_of(
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return [SeparateData(trainer, pl_module, wanted, loaders, num_batches)]
     in_turn = loaders_in_turn(trainer, loaders)
-    if len(in_turn) < 2 or len(in_turn) != len(num_batches):
-        return [ValidationBatches(trainer, wanted, in_turn, num_batches)]
+    if not in_turn or len(in_turn) != len(num_batches):
+        return [ValidationBatches(trainer, wanted, None, num_batches[0] if len(num_batches) == 1 else math.inf)]
     pairs = zip(in_turn, num_batches, strict=True)
-    return [ValidationBatches(trainer, wanted, [loader], [number]) for loader, number in pairs]
+    return [ValidationBatches(trainer, wanted, loader, number) for loader, number in pairs]
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:
