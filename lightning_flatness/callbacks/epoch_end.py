@@ -99,6 +99,11 @@ class EpochEndCallback(MeasuringCallback):
         return True
 
     @property
+    def _follows_steps(self) -> bool:
+        """Return False, because the data are read apart from validation, also with ``data="val"``."""
+        return False
+
+    @property
     def _is_interrupted(self) -> bool:
         """Whether the user has interrupted the latest measurement with Ctrl-C."""
         return False
