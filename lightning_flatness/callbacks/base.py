@@ -241,8 +241,8 @@ class MeasuringCallback(Callback):
         if differs and asked.is_given:
             remedy = " To measure the inputs of the step, return (None, targets) from batch_fn=."
             rank_zero_warn(
-                f"{self._name}: batch_fn= gives other inputs than the {watch.step} step gives to the network. The inputs "
-                f"from batch_fn= are measured.{remedy if self._follows_steps else ''}"
+                f"{self._name}: batch_fn= gives other inputs than the {watch.step} step gives to the network. The "
+                f"inputs from batch_fn= are measured.{remedy if self._follows_steps else ''}"
             )
         elif differs:
             data = repr(self.data) if isinstance(self.data, str) else ""

@@ -84,7 +84,7 @@ class FlatnessCallback(FlatnessHistory):
         num_probes: number of random probe vectors of the Hutchinson estimate.
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
-        live: measure in validation's own forward passes, if a trial shows that this changes nothing; else in extra ones.
+        live: measure in validation's own forward passes if a trial shows that this changes nothing; else in extra ones.
         on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs nothing.
 
     Attributes:

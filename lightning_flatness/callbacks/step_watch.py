@@ -159,8 +159,8 @@ class StepWatch:
         prefix = "" if self._named else self._names[heard.module]
         if not counts and not is_given:
             raise FlatnessError(
-                f"The {self.step} step calls {self._name(heard.module)} on {num_inputs} different inputs, none of which "
-                "is the batch's own input. Give batch_fn=, a function from a batch to the (inputs, targets) to "
+                f"The {self.step} step calls {self._name(heard.module)} on {num_inputs} different inputs, none of "
+                "which is the batch's own input. Give batch_fn=, a function from a batch to the (inputs, targets) to "
                 "measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]). A tuple of inputs is passed as arguments, "
                 "and a mapping is passed as keyword arguments."
             )

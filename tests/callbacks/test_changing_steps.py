@@ -10,7 +10,6 @@ import lightning_flatness as lf
 from tests.callbacks import live_networks as networks
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
 from tests.callbacks.live_runs import Module
-from tests.guarding import guards
 
 
 @contextmanager
