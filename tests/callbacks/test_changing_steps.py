@@ -10,6 +10,7 @@ import lightning_flatness as lf
 from tests.callbacks import live_networks as networks
 from tests.callbacks.lightning_modules import Classifier, loaders, quiet_trainer
 from tests.callbacks.live_runs import Module
+from tests.guarding import guards
 
 
 @contextmanager
@@ -106,6 +107,8 @@ def validate(folder, module, callback, batches=None):
     quiet_trainer(folder, callback).validate(module, batches or loaders(dtype=torch.float64)[1], verbose=False)
 
 
+@guards("model.answer:certify_weights", returns=None, ids="AveragesLittle-True")
+@guards("layers/passes.py", "part.answer.certify_logits(logits[:rows].detach(), start)", "pass", ids="HeatsUp-False")
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_a_step_that_changes_the_network_is_refused(tmp_path, step, live):
@@ -140,12 +143,15 @@ class FromBatch(Averages):
         super().validation_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("live", "says"), [(True, WEIGHTS), (False, LOGITS)])
+@guards("layers.recording:kernel_sample", returns=None, ids="observed")
+@guards("callbacks/running.py", "raise BatchError(OTHER_WEIGHTS) from error", "return True", ids="observed")
+@pytest.mark.parametrize(("live", "says"), [(True, WEIGHTS), (False, LOGITS)], ids=["observed", "own"])
 def test_a_later_step_that_changes_the_network(tmp_path, live, says):
     with pytest.raises(lf.BatchError, match=says):
         validate(tmp_path, FromBatch(networks.Plain()), lf.FlatnessCallback(live=live))
 
 
+@guards("layers/passes.py", "chosen = chosen._replace(answer=chosen.answer.chosen(mask))", "pass")
 def test_a_loader_of_which_parts_are_measured(tmp_path):
     """The rows of the logits are those of the measured samples."""
     callback = lf.FlatnessCallback(max_samples=9)

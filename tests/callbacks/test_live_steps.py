@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lightning_flatness as lf
+from lightning_flatness.measure.measurement import Measurement
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
 from tests.callbacks.lightning_modules import loaders, quiet_trainer
@@ -95,9 +96,19 @@ STEPS = {
 }
 
 
+@guards("layers.live:_state", returns=None, ids="HooksInStep")
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_validation_step(tmp_path, told, step):
     assert_as_without(tmp_path, make("Plain", step), told, STEPS[step])
+
+
+@guards("callbacks/running.py", "(FlatnessError, RuntimeError) as", "ZeroDivisionError as")
+def test_observed_pass_that_cannot_be_used(tmp_path, told, monkeypatch):
+    def fails(*_):
+        raise lf.LayerSelectionError("it cannot")
+
+    monkeypatch.setattr(Measurement, "update_observed", fails)
+    assert_as_without(tmp_path, make("Plain"), told, "could not be used (it cannot)")
 
 
 def test_a_step_that_calls_the_network_on_several_inputs_of_its_own_is_refused(tmp_path, told):
