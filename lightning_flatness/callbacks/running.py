@@ -103,12 +103,12 @@ class Running:
         observes = self._observes and self._is_tried
         if observes:
             self._passes.tell("")
-        of_call = {"only": self._network.on_batch, "compares_weights": self._asked is None}  # None in the first batch
+        only, is_first = self._network.on_batch, self._asked is None
         # Listen to the user's network, which the step calls, even if a copy of it with gathered weights is measured.
         self._listener = (
-            self.measurement.listen(asked.inputs, **of_call)
+            self.measurement.listen(asked.inputs, only=only, compares_weights=is_first)
             if observes
-            else Listener(self._network.module, inputs=asked.inputs, **of_call)
+            else Listener(self._network.module, inputs=asked.inputs, only=only, compares_weights=is_first)
         )
         self._listener.__enter__()
 
