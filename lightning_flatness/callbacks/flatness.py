@@ -23,6 +23,7 @@ from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.ranks import gather
+from lightning_flatness.model.answer import certify_weights
 from lightning_flatness.results import LayerInfo
 
 
@@ -83,8 +84,7 @@ class FlatnessCallback(FlatnessHistory):
         num_probes: number of random probe vectors of the Hutchinson estimate.
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
-        live: measure in validation's own forward passes, if a trial shows that this changes nothing. With False,
-            measure in extra forward passes.
+        live: measure in validation's own forward passes if a trial shows that this changes nothing; else in extra ones.
         on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs nothing.
 
     Attributes:
@@ -264,10 +264,11 @@ class FlatnessCallback(FlatnessHistory):
             with self._measuring(trainer, pl_module):
                 asked, is_watched = self._asked, self._network is None
                 call = self._find_network(pl_module) if asked is not None and is_watched else None
-                network = self._network_of(pl_module)
-                if self._running is not None:
+                certify_weights(call)
+                network = self._network  # None if no step has called it yet
+                if self._running is not None and network is not None:
                     self._running.after_step(asked, call, network, batch_idx, dataloader_idx)
-                elif self._data_name == "val" and self._certified is None and asked is not None:
+                elif self._data_name == "val" and self._certified is None and asked is not None and network:
                     with asked.explaining():
                         self._certify(network, asked.samples(call or asked.own_call()))
         if self._running is not None:

@@ -24,12 +24,14 @@ class Network:
             measured.
         is_called: False if no call in the steps can be measured. Then the inputs in the batch or from ``batch_fn=`` are
             measured.
+        is_named: whether ``model=`` names the network.
     """
 
     module: nn.Module
     prefix: str = ""
     on_batch: bool = False
     is_called: bool = True
+    is_named: bool = False
 
 
 class Within(nn.Module):
@@ -80,7 +82,7 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
         name = type(pl_module).__name__
         problem = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
         raise FlatnessError(f"model={model!r}: {problem}. The LightningModule has these submodules: {children}.")
-    return Network(network)
+    return Network(network, is_named=True)
 
 
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
