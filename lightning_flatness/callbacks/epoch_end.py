@@ -75,15 +75,22 @@ class EpochEndCallback(MeasuringCallback):
 
     @abstractmethod
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        """Measure, store the result, and return a record for the history. All ranks call this method."""
+        """Measure, store the result for :meth:`_write`, and return a record for the history. All ranks call this."""
+
+    @abstractmethod
+    def _accept(self) -> None:
+        """Make the stored result the latest result. All ranks have measured it, and its record is in the history."""
 
     @abstractmethod
     def _write(self, stem: Path) -> list[Path]:
-        """Write the result to files whose paths start with ``stem``; return the paths. Only rank zero calls this."""
+        """Write the stored result to files whose paths start with ``stem``, and return the paths.
+
+        Only rank zero calls this. If an error has ended the measurement, the stored result is what was computed before.
+        """
 
     @abstractmethod
     def _figures(self) -> dict[str, Any]:
-        """Draw the result, and the history if it has several records. Return a dict from tags to figures."""
+        """Draw the latest result, and the history if it has several records. Return a dict from tags to figures."""
 
     def _logged(self, record: Record) -> dict[str, float]:
         """Return those values of a record that are to be logged, as a dict whose keys have no prefix."""
@@ -97,6 +104,11 @@ class EpochEndCallback(MeasuringCallback):
     def _is_ready(self, final: bool) -> bool:
         """Return whether everything that the measurement needs is available."""
         return True
+
+    @property
+    def _follows_steps(self) -> bool:
+        """Return False, because the data are read apart from validation, also with ``data="val"``."""
+        return False
 
     @property
     def _is_interrupted(self) -> bool:
@@ -150,8 +162,10 @@ class EpochEndCallback(MeasuringCallback):
         is_done = is_done and not any(gather(self._have_changed(pl_module), sync=True))
         if not self._has_data(trainer):
             rank_zero_warn(f"{self._name}(data='val') has measured nothing, because this fit had no validation.")
-        elif not is_done and self._is_ready(final=True):
-            self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
+        elif not is_done:
+            self._measured = None  # of earlier weights
+            if self._is_ready(final=True):
+                self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
         self._draw_run(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,6 +214,7 @@ class EpochEndCallback(MeasuringCallback):
         if not self._errors.settle(where):
             return
         self.history.append(record)
+        self._accept()
         self._log(trainer, pl_module, self._logged(record), final)
         self._write_files(trainer, record, suffix, where)
         if final or self._draws_now:

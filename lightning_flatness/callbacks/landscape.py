@@ -166,6 +166,8 @@ class LandscapeCallback(EpochEndCallback):
             raise FlatnessError(f"{cap=} must be a positive number.")
         self.cap = cap
         self.results: dict[Statistics, LandscapeResult] = {}
+        self._stored: dict[Statistics, LandscapeResult] = {}  # of the measurement in progress
+        self._coordinates: Tensor | None = None  # of the trajectory, in the plane of self.results
         self._options = {name: replace(options, batch_norm=name) for name in statistics}
         self._needs_adam = "adam" in words
         self._trajectory = Trajectory() if axes == "trajectory" else None
@@ -173,7 +175,7 @@ class LandscapeCallback(EpochEndCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history and a new trajectory."""
-        self.results = {}
+        self.results, self._stored, self._coordinates = {}, {}, None
         self._trajectory = None if self._trajectory is None else Trajectory()
         super().on_fit_start(trainer, pl_module)
 
@@ -227,18 +229,18 @@ class LandscapeCallback(EpochEndCallback):
         optimizer = _adam(trainer, network) if self._needs_adam else None
         say = None if self.results else self._say  # print the expected effort once in a run
         shared: dict[str, Any] = {"optimizer": optimizer, "sync": True, "progress": progress}
-        self.results = {}
+        self._stored = {}
         for name, options in self._options.items():
             try:
                 options = replace(options, **plane)
                 result = landscape_of(network, batches, options, **shared, say=say)
             except LandscapeError as error:
-                self.results[name] = error.result
+                self._stored[name] = error.result
                 raise
-            self.results[name] = result
+            self._stored[name] = result
             if not result.complete:
                 break
-        first = next(iter(self.results.values()))
+        first = next(iter(self._stored.values()))
         finite = first.losses[first.finite]
         return {
             "data": self._data_name,
@@ -250,26 +252,30 @@ class LandscapeCallback(EpochEndCallback):
             "accuracy": first.origin_accuracy,
             "lowest_loss": float(finite.min()) if len(finite) else None,
             "complete": not self._is_interrupted,
-            "seconds": sum(result.seconds for result in self.results.values()),
+            "seconds": sum(result.seconds for result in self._stored.values()),
         }
+
+    def _accept(self) -> None:
+        self.results = self._stored
+        self._coordinates = None if self._trajectory is None else self._trajectory.coordinates
 
     def _logged(self, record: Record) -> dict[str, float]:
         return {"seconds": record["seconds"]} if "seconds" in record else {}
 
     @property
     def trajectory(self) -> Tensor | None:
-        """Coordinates ``(epochs + 1, 2)`` of the stored weights in the latest plane, or None without a trajectory.
+        """Coordinates ``(epochs + 1, 2)`` of the trajectory in the plane of ``results``, or None without a trajectory.
 
         The first row is for the initial weights, and every other row for the weights after an epoch.
         """
-        return None if self._trajectory is None else self._trajectory.coordinates
+        return self._coordinates
 
     @property
     def _is_interrupted(self) -> bool:
-        return not all(result.complete for result in self.results.values())
+        return not all(result.complete for result in self._stored.values())
 
     def _write(self, stem: Path) -> list[Path]:
-        paths = [result.save(f"{stem}-{name}.npz") for name, result in self.results.items()]
+        paths = [result.save(f"{stem}-{name}.npz") for name, result in self._stored.items()]
         return paths if self._trajectory is None else [*paths, self._trajectory.save(f"{stem}-trajectory.npz")]
 
     def _figures(self) -> dict[str, Any]:

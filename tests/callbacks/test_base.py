@@ -7,8 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_flatness import measure_flatness
 from tests.callbacks.flatness_runs import MONITOR, Recorder, fit, flatness_callback
-from tests.callbacks.lightning_modules import Classifier, WithoutValidation, loaders, quiet_trainer
+from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, loaders, quiet_trainer
 from tests.guarding import guards
 
 
@@ -154,3 +155,29 @@ def test_callback_can_be_copied_and_pickled(tmp_path, data, duplicate):
     assert copied.history == callback.history
     fit(tmp_path, copied)
     assert len(copied.history) == 2
+
+
+class Halves(Net):
+    """Changes its inputs in place."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(0.5))
+
+
+class ReturnsMore(Classifier):
+    """Its forward returns no logits, but calls a network that does."""
+
+    def forward(self, x):
+        return {"predicted": self.net(x).softmax(1)}
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.parametrize("make", [Classifier, ReturnsMore])
+def test_a_network_that_changes_its_inputs_is_given_what_the_step_gives(tmp_path, make, data):
+    callback, module, both = flatness_callback(data=data), make(Halves()), loaders(val_samples=8)
+    fit(tmp_path, callback, module=module, data=both, max_epochs=1, num_sanity_val_steps=int(data == "train"))
+    wanted = measure_flatness(module.net, both[data == "val"])
+    assert callback.report.loss == pytest.approx(wanted.loss, rel=1e-5)

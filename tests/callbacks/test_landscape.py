@@ -265,6 +265,29 @@ def test_an_error_at_a_point_keeps_what_was_computed(tmp_path, after_five_points
     assert lf.LandscapeResult.load(path).computed.sum() == 5
 
 
+@pytest.mark.parametrize("axes", [["random"], "trajectory"], ids=str)
+def test_after_errors_the_results_are_still_those_of_the_history(tmp_path, monkeypatch, axes):
+    callback, module, at = (
+        lf.LandscapeCallback(axes=axes, steps=2, every_n_epochs=1, on_error="warn"),
+        Classifier(),
+        Points.at,
+    )
+
+    def failing(self, coordinates):
+        if module.current_epoch > 1:
+            raise RuntimeError("no memory")
+        return at(self, coordinates)
+
+    monkeypatch.setattr(Points, "at", failing)
+    with pytest.warns(UserWarning, match="no memory") as caught:
+        fit(tmp_path, callback, module=module)
+    assert not any("belong to the final weights" in str(one.message) for one in caught)
+    assert epochs(callback)[-1] == 1
+    assert callback.results["kept"].complete
+    assert callback.results["kept"].origin_loss == callback.history[-1]["loss"]
+    assert axes == ["random"] or len(callback.trajectory) == 1 + 2  # the initial weights, and those of two epochs
+
+
 def test_points_without_a_finite_loss_are_drawn(tmp_path):
     callback = lf.LandscapeCallback(axes=["random", "random"], span=1e38, normalize="none", steps=3)
     with pytest.warns(UserWarning, match="no finite loss"):
