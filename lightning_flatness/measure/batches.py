@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
+from lightning_flatness.model.call import tensors_of
 from lightning_flatness.model.generators import drawing, generators_kept
 from lightning_flatness.model.isolation import random_states_kept
 
@@ -153,7 +154,8 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Return ``(inputs, targets)`` of a batch; a single tensor counts as inputs without targets.
 
     A mapping, dataclass or named tuple must have exactly one entry named like inputs (``image``, ``x``, ...) and one
-    named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions.
+    named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions. If the targets
+    have a longer name, such as ``gt_label``, it must have no other vector of whole numbers.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -218,6 +220,24 @@ def targets_of(batch: Any) -> Tensor | None:
     return targets
 
 
+def rivals_of(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch that may be its targets instead of the tensor that :func:`targets_of` returns.
+
+    In a pair, these are vectors and matrices among several tensors in the first entry, as in ``((images, labels),
+    indices)``. In a batch whose targets have a longer name, such as ``domain_label``, these are other vectors of whole
+    numbers.
+    """
+    entries = entries_of(batch)
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        inputs = tensors_of(batch[0]) if targets_of(batch) is not None else []
+        return [tensor for tensor in inputs if tensor.ndim in (1, 2)] if len(inputs) > 1 else []
+    names = _tensors_named(entries, TARGETS)
+    if len(names) != 1 or str(names[0]).lower() in TARGETS:
+        return []
+    others = [value for name, value in entries.items() if name != names[0] and isinstance(value, Tensor)]
+    return [value for value in others if value.ndim == 1 and not value.is_floating_point()]
+
+
 def entries_of(batch: Any) -> dict[Any, Any]:
     """Return the entries of a batch in a dict. Its keys are names, or positions for a tuple or list."""
     if is_dataclass(batch):
@@ -242,11 +262,12 @@ def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any
 def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
     """Return the entry that is named like inputs and the entry that is named like targets.
 
-    Return None unless there is exactly one of each, and no other tensor of two or more dimensions.
+    Return None unless there is exactly one of each, and no other tensor of two or more dimensions. Also return None if
+    other tensors may be the targets.
     """
     entries = entries_of(batch)
     inputs, targets = _tensors_named(entries, INPUTS), _tensors_named(entries, TARGETS)
-    if len(inputs) != 1 or len(targets) != 1:
+    if len(inputs) != 1 or len(targets) != 1 or rivals_of(batch):
         return None
     # Other entries, such as counts, are ignored; but a tensor of two or more dimensions may be another input.
     others = [value for key, value in entries.items() if key not in (*inputs, *targets)]

@@ -17,8 +17,8 @@ from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from lightning_flatness.errors import BatchError, FlatnessError
-from lightning_flatness.measure.batches import called, split_batch, targets_of
-from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call
+from lightning_flatness.measure.batches import called, rivals_of, split_batch, targets_of
+from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call, tensors_of
 from lightning_flatness.model.isolation import random_states_kept
 from lightning_flatness.model.rows import num_rows
 
@@ -68,7 +68,8 @@ class Wanted:
             inputs, why = None, str(error)
         targets = targets_of(batch)
         copied = as_call(inputs).copied() if copies else None
-        return Asked(inputs, None if targets is None else targets.clone(), copied, why_no_targets=why)
+        rivals, num_others = rivals_of(batch), len(tensors_of(batch)) - 1
+        return Asked(inputs, None if targets is None else targets.clone(), copied, why, False, rivals, num_others)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Asked:
     copied: Any = None  # copies of the inputs, which the step cannot change; None if they are not needed
     why_no_targets: str = ""  # why the batch could not be split into inputs and targets; empty if it was split
     is_given: bool = False  # whether inputs come from batch_fn=
+    rivals: Sequence[Tensor] = ()  # tensors of the batch that may be the targets instead
+    num_others: int = 0  # number of tensors in the batch besides the targets
 
     def own_call(self) -> Call:
         """Return the call of the network with :attr:`inputs` as arguments. Raise an error if the inputs are unknown."""
@@ -104,8 +107,27 @@ class Asked:
 
     def samples(self, call: Call) -> Samples:
         """Return ``(inputs, targets)`` to measure. Inputs are those of ``call`` unless ``batch_fn=`` gives others."""
+        self.refuse_doubtful(call)
         differ = self.is_given and not equal_inputs(call, as_call(self.inputs))
         return (as_call(self.inputs) if differ else call), self.targets
+
+    def refuse_doubtful(self, call: Call) -> None:
+        """Raise a :class:`BatchError` if the batch has tensors for the network that ``call`` lacks and may be targets.
+
+        If the network gets as many tensors as there are besides the targets, or all that may be targets, the targets
+        are certain.
+        """
+        given = [tensor for tensor in tensors_of(call) if not equal_inputs(tensor, self.targets)] if self.rivals else []
+        if len(given) < self.num_others and not all(_is_among(rival, given) for rival in self.rivals):
+            raise BatchError(
+                "It is not certain which tensor of the batch has the targets, because the network gets only some of the "
+                "others. Give batch_fn=, a function from a batch to (inputs, targets). With data='val', "
+                "FlatnessCallback also takes (None, targets): the inputs are those of the validation step."
+            )
+
+
+def _is_among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(equal_inputs(tensor, other) for other in others)
 
 
 class ValidationBatches:
