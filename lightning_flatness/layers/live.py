@@ -11,13 +11,12 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.layers.recording import Pass, Recorder
-from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, only_heard_by, same_inputs
+from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, map_tensors, only_heard_by, same_inputs
 from lightning_flatness.model.precision import Precision, current_precision
 
 
@@ -132,7 +131,7 @@ class Listener:
             return self.output
         # Without a classifier the output is part of the observed graph, so the user gets a detached copy. In inference
         # mode this copy is an inference tensor, as the user expects.
-        return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
+        return map_tensors(self.output, lambda made: made.detach().clone())
 
     def _observe(self, recorder: Recorder, forward: Callable[..., Any], called: Call) -> None:
         """Run the forward and record it. If observing makes the forward fail, put the error into ``reason``."""

@@ -10,12 +10,11 @@ from os import PathLike
 from typing import Any, cast
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
-from lightning_flatness.model.call import tensors_of
+from lightning_flatness.model.call import map_tensors, tensors_of
 from lightning_flatness.model.generators import drawing, generators_kept
 from lightning_flatness.model.isolation import random_states_kept
 
@@ -39,7 +38,7 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     batches = as_batches(batches)
     with random_states_kept(model), generators_kept(drawing(batches)):
-        yield (_pair(apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))) for batch in batches)
+        yield (_pair(map_tensors(batch, lambda tensor: tensor.to(device))) for batch in batches)
 
 
 def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:

@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.measure.batches import paired_batches
 from lightning_flatness.measure.forward_numbers import forward_numbers
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.progress import length_of, progress_bar
+from lightning_flatness.model.call import map_tensors
 from lightning_flatness.model.isolation import kept_switched
 from lightning_flatness.model.options import MeasuringOptions
 from lightning_flatness.results import ComparedModel, FlatnessReport
@@ -56,7 +56,7 @@ def measured_together(
 def _moved(batch: Any, model: nn.Module) -> Any:
     """Return a batch with all tensors on the model's device."""
     tensor = next((tensor for tensor in [*model.parameters(), *model.buffers()]), None)
-    return batch if tensor is None else apply_to_collection(batch, Tensor, lambda part: part.to(tensor.device))
+    return batch if tensor is None else map_tensors(batch, lambda part: part.to(tensor.device))
 
 
 @contextmanager

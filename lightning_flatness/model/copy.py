@@ -7,13 +7,12 @@ from inspect import signature
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
-from lightning_flatness.model.call import Call, as_call, tensors_of
+from lightning_flatness.model.call import Call, as_call, map_tensors, tensors_of
 from lightning_flatness.model.precision import HALF
 
 WITHOUT_FLOAT64 = ("mps",)  # types of devices that do not support float64
@@ -68,9 +67,7 @@ class ModelCopy:
         the buffers or of their replacements. Only buffers in ``written`` are not copied: the forward writes to their
         replacements.
         """
-        call = apply_to_collection(
-            as_call(inputs), Tensor, lambda tensor: measured(tensor, self._dtype_of(tensor)).clone()
-        )
+        call = map_tensors(as_call(inputs), lambda tensor: measured(tensor, self._dtype_of(tensor)).clone())
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
         begun = self._buffers - {id(buffer) for buffer in written}
         with torch.inference_mode(False):  # so that these tensors can be in an autograd graph

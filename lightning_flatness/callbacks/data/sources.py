@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_turn
@@ -18,7 +17,7 @@ from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.measure.batches import called, rivals_of, split_batch, targets_of
-from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call, tensors_of
+from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call, map_tensors, tensors_of
 from lightning_flatness.model.isolation import random_states_kept
 from lightning_flatness.model.rows import num_rows
 
@@ -60,7 +59,7 @@ class Wanted:
         """
         if self.batch_fn is not None:
             with random_states_kept(model):
-                inputs, targets = self.split(apply_to_collection(batch, Tensor, torch.clone, allow_frozen=True))
+                inputs, targets = self.split(map_tensors(batch, torch.clone))
             return Asked(inputs, targets, copied=inputs, is_given=inputs is not None)
         try:
             inputs, why = self.split(batch)[0], ""
