@@ -89,7 +89,7 @@ class _KindOfFrozen(type):
 
 
 class _Frozen(metaclass=_KindOfFrozen):
-    """All frozen dataclasses are instances of this class, because ``apply_to_collection`` cannot replace their fields."""
+    """All frozen dataclasses are instances of this class: ``apply_to_collection`` cannot replace their fields."""
 
 
 def map_tensors(values: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -105,9 +105,9 @@ class SampleTensors:
             kinds = dict.fromkeys(type(entry).__name__ for entry in (*call.arguments, *call.keywords.values()))
             return (
                 f"No tensor in the inputs of the network ({', '.join(kinds)}) has a row for every sample, so that "
-                "samples cannot be measured in parts, or with max_samples=. Only tensors in tuples, lists, mappings and "
-                "dataclasses are found. Let the network take such tensors, e.g. torch.stack(images) in place of a list "
-                "of images (in a callback, batch_fn= may return other inputs than the step has)."
+                "samples cannot be measured in parts, or with max_samples=. Only tensors in tuples, lists, mappings "
+                "and dataclasses are found. Let the network take such tensors, e.g. torch.stack(images) in place of a "
+                "list of images (in a callback, batch_fn= may return other inputs than the step has)."
             )
         named = zip(_names(inputs), tensors_of(inputs), self.has_rows or (), strict=True)
         found = ", ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor, has_rows in named if has_rows)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,13 @@ class Wanted:
                 f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), "
                 "with None in place of missing targets."
             )
-        return pair[0], pair[1]
+        inputs, targets = pair
+        if not isinstance(targets, (Tensor, NoneType)):
+            raise FlatnessError(
+                f"batch_fn=... returned targets that are a {type(targets).__name__}; they must be a tensor, or None. "
+                "torch.as_tensor(targets) makes a tensor."
+            )
+        return inputs, targets
 
     def before_step(self, batch: Any, model: nn.Module, copies: bool = False) -> Asked:
         """Read inputs and targets from a batch before its validation step runs, because the step may change them.

@@ -220,6 +220,14 @@ def test_a_longer_name_of_targets_counts_only_without_other_whole_numbers():
         split_batch(named(x, y, other))
 
 
+@pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.parametrize("convert", [lambda y: y.tolist(), lambda y: y.numpy()], ids=["list", "ndarray"])
+def test_targets_of_batch_fn_that_are_no_tensor_are_refused(tmp_path, convert, data):
+    callback = flatness_callback(data=data, batch_fn=lambda batch: (batch[0], convert(batch[1])))
+    with pytest.raises(lf.FlatnessError, match=r"targets that are a (list|ndarray).*torch.as_tensor\(targets\)"):
+        fit(tmp_path, callback)
+
+
 def test_targets_that_are_not_classes_are_refused(tmp_path):
     callback = flatness_callback(batch_fn=lambda batch: (batch[0], batch[1].double()))
     with pytest.raises(lf.BatchError, match="class indices"):
