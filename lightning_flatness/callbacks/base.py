@@ -80,6 +80,7 @@ class MeasuringCallback(Callback):
         self._errors = RankErrors(on_error, name, measured)
         self.run_outputs = RunOutputs(name, prefix, self.figures)
         self._num_drawn = 0  # number of records when the latest figures were drawn
+        self._logged_step = 0  # number of the step, in loggers, of the latest measurement
         self._stopwatch = Stopwatch()  # for the measurement in progress
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
@@ -240,14 +241,6 @@ class MeasuringCallback(Callback):
         """
         self._whole = WholeWeights(pl_module)
 
-    @contextmanager
-    def _gathered(self, pl_module: LightningModule) -> Iterator[None]:
-        self._gather(pl_module)
-        try:
-            yield
-        finally:
-            self._whole = None
-
     def _whole_copy(self, network: nn.Module) -> nn.Module:
         """Return a copy of the network with the gathered weights, or the network itself if no weights are sharded."""
         return self._whole.copy_of(network) if self._whole else network
@@ -307,4 +300,4 @@ class MeasuringCallback(Callback):
     def _draw(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], suffix: str = "") -> None:
         """Give the figures of the latest measurement to the loggers. ``draw`` returns a dict from tags to figures."""
         self._num_drawn = len(self.history)
-        self.run_outputs.add_figures(trainer, draw, self.history[-1], suffix)
+        self.run_outputs.add_figures(trainer, draw, self.history[-1], self._logged_step, suffix)

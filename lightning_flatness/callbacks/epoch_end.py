@@ -123,7 +123,8 @@ class EpochEndCallback(MeasuringCallback):
         with self._measuring(trainer, pl_module):
             if self._data_name == "val" and not trainer.enable_validation:
                 raise FlatnessError(
-                    "data='val' needs validation, and this fit has none. Use data='train' or data of your own."
+                    f"{self._name}: data='val' needs validation, and this fit has none. Use data='train' or data of "
+                    "your own."
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,6 +202,7 @@ class EpochEndCallback(MeasuringCallback):
         if not self._errors.settle(where):  # computing is a collective, so no rank may have failed
             return
         suffix = self._suffix(trainer) if final else ""
+        self._logged_step = logged_step(trainer)
         record: Record = {"epoch": epoch, "step": trainer.global_step}
         with self._measuring(trainer, pl_module):
             progress = None if final and trainer.is_global_zero else False
@@ -228,7 +230,7 @@ class EpochEndCallback(MeasuringCallback):
         elif values:  # Lightning does not allow log() at the end of the fit
             for logger in trainer.loggers:
                 metrics = {f"{self.prefix}/{key}": value for key, value in values.items()}
-                logger.log_metrics(metrics, step=logged_step(trainer.global_step))
+                logger.log_metrics(metrics, step=self._logged_step)
                 logger.save()
 
     def _write_files(self, trainer: Trainer, record: Record, suffix: str, where: str) -> None:
@@ -237,8 +239,8 @@ class EpochEndCallback(MeasuringCallback):
             return
         if trainer.is_global_zero:
             with self._errors.kept(trainer.world_size):
-                self.run_outputs.add_files(trainer, self._write, record, suffix)
-        self._errors.settle(f"the files of {where}")
+                self.run_outputs.add_files(trainer, self._write, record, self._logged_step, suffix)
+        self._errors.settle(where, f"write the files of {where}")
 
     def _draw_run(self, trainer: Trainer) -> None:
         if not self._is_drawn:
@@ -254,15 +256,15 @@ class EpochEndCallback(MeasuringCallback):
             loaders = flat_loaders(trainer.val_dataloaders)
             if len(loaders) != 1:
                 raise FlatnessError(
-                    f"data='val' needs one validation loader, and there are {len(loaders)}. Give one of them as data=."
+                    f"{self._name}: data='val' needs one validation loader, and there are {len(loaders)}. Give one of "
+                    "them as data=."
                 )
             wanted = replace(wanted, data=loaders[0])
         return SeparateData(trainer, pl_module, wanted)
 
     def _suffix(self, trainer: Trainer) -> str:
         """Return a suffix for the files of the final measurement, so that file names are not used twice."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(map(leaves_averages, callbacks)):
+        if any(map(leaves_averages, callbacks_of(trainer))):
             return "-averaged"
         is_second = bool(self.history) and self.history[-1]["step"] == trainer.global_step
         return "-final" if is_second else ""

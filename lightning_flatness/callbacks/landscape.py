@@ -17,6 +17,7 @@ from lightning_flatness.callbacks.epoch_end import EpochEndCallback
 from lightning_flatness.callbacks.labels import known
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.trajectory import Trajectory
+from lightning_flatness.checks import check_positive
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.measure.landscape import landscape_of
 from lightning_flatness.measure.landscape_options import KINDS, LandscapeOptions
@@ -139,14 +140,17 @@ class LandscapeCallback(EpochEndCallback):
         shared = (data, max_samples, prefix, model, batch_fn, figures, figures_every, on_error)
         super().__init__("landscape", every_n_epochs, folder, *shared)
         statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
-        words = [axes] if isinstance(axes, str) else axes
+        words = [axes] if isinstance(axes, str) or not isinstance(axes, Sequence) else axes
         if not all(isinstance(word, str) for word in words):
             raise FlatnessError(
-                f"{axes=}: the callback takes strings only. To use your own directions, call loss_landscape()."
+                f"LandscapeCallback: {axes=}: the callback takes strings only. To use your own directions, call "
+                "loss_landscape()."
             )
         if axes != "trajectory" and not set(words) <= set(KINDS):
             known = ", ".join(map(repr, KINDS))
-            raise FlatnessError(f"{axes=} must be one of {known}, a list of one or two of these, or 'trajectory'.")
+            raise FlatnessError(
+                f"LandscapeCallback: {axes=} must be one of {known}, a list of one or two of these, or 'trajectory'."
+            )
         options = LandscapeOptions(
             axes="random" if axes == "trajectory" else axes,  # placeholder: a trajectory's axes are not known yet
             normalize=normalize,
@@ -163,8 +167,7 @@ class LandscapeCallback(EpochEndCallback):
             seed=seed,
             dtype=dtype,
         )
-        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
-            raise FlatnessError(f"{cap=} must be a positive number.")
+        check_positive("LandscapeCallback: cap", cap, or_none=True)
         self.cap = cap
         self.results: dict[Statistics, LandscapeResult] = {}
         self._stored: dict[Statistics, LandscapeResult] = {}  # of the measurement in progress
@@ -313,12 +316,14 @@ def _adam(trainer: Trainer, network: nn.Module) -> list[torch.optim.Optimizer]:
     ]
     if not fitting:
         names = _names(trainer.optimizers) or "none"
-        raise FlatnessError(f"axes='adam': no optimizer of the Trainer ({names}) has parameters of this network.")
+        raise FlatnessError(
+            f"LandscapeCallback: axes='adam': no optimizer of the Trainer ({names}) has parameters of this network."
+        )
     with_moments = [one for one in fitting if "betas" in one.defaults and not isinstance(one, torch.optim.Adamax)]
     if not with_moments:
         raise FlatnessError(
-            f"axes='adam' needs the moments exp_avg and exp_avg_sq, but {_names(fitting)} keeps none. "
-            "Train with Adam, AdamW, NAdam or RAdam, or use axes='random', 'hessian' or 'trajectory'."
+            f"LandscapeCallback: axes='adam' needs the moments exp_avg and exp_avg_sq, but {_names(fitting)} keeps "
+            "none. Train with Adam, AdamW, NAdam or RAdam, or use axes='random', 'hessian' or 'trajectory'."
         )
     return with_moments
 

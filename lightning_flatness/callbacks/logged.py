@@ -81,6 +81,13 @@ def logged_value(metrics: Mapping[str, Tensor], key: str, name: str) -> Tensor:
     return metrics[key].detach().clone()
 
 
+def where(trainer: Trainer) -> str:
+    """Return the point in training at which a callback measures, for messages."""
+    if trainer.state.fn == "fit":
+        return f"epoch {trainer.current_epoch}"
+    return "the test" if trainer.testing else "the validation"
+
+
 def record_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values as a record for the history, with epoch and step. ``accuracy`` is None until it is known."""
     return {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None, **values}

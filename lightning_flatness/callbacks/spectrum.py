@@ -180,7 +180,7 @@ class SpectrumCallback(EpochEndCallback):
             "num_samples": result.num_samples,
             "matrix": result.matrix,
             "exact": result.matrix == "hessian" and result.converged,
-            **({"lambda_max": values[0]} if values else {}),
+            "lambda_max": values[0] if values else None,
             **{name: float(getattr(result, name)) if result.num_probes else None for name in ("trace", *CRITERIA)},
             "trace_stderr": known(result.trace_stderr),
             **{f"{name}_std": known(result.spread[name]) for name in CRITERIA},

@@ -59,15 +59,27 @@ def test_history_pairs_flatness_with_accuracy(tmp_path, accuracy, values):
     assert [record["accuracy"] for record in callback.history] == values
 
 
+class Late(WithoutValidation):
+    """Logs its accuracy at the end of training epochs, after the callbacks."""
+
+    def on_train_epoch_end(self):
+        self.log("acc", 0.25 * (1 + self.current_epoch))
+
+
 @guards("callbacks.flatness_history:FlatnessHistory.on_train_epoch_start", body="pass")
 def test_history_without_validation_pairs_flatness_with_accuracy_of_the_epoch(tmp_path):
-    class Late(WithoutValidation):
-        def on_train_epoch_end(self):
-            self.log("acc", 0.25 * (1 + self.current_epoch))
-
     callback = flatness_callback(data="train")
     fit(tmp_path, callback, module=Late(), data=loaders()[:1])
     assert [record["accuracy"] for record in callback.history] == [0.25, 0.5]
+
+
+def test_checkpoints_without_validation_have_the_accuracy_of_the_epoch(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, flatness_callback(data="train"), checkpoint, module=Late(), data=loaders()[:1])
+    callback = flatness_callback(data="train")
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=4)
+    trainer.fit(Late(), loaders()[0], ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert [record["accuracy"] for record in callback.history] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_history_without_any_accuracy(tmp_path):
@@ -108,6 +120,8 @@ def test_second_fit_starts_a_new_history(tmp_path):
     for epochs in (3, 2):
         fit(tmp_path, callback, max_epochs=epochs)
         assert [record["epoch"] for record in callback.history] == list(range(epochs))
+    fit(tmp_path, callback, max_epochs=0)
+    assert (callback.history, callback.report, callback.reports) == ([], None, {})
 
 
 @guards("callbacks/base.py", "self._is_restored = False\n        self._release()", "self._release()")

@@ -224,7 +224,7 @@ def test_a_longer_name_of_targets_counts_only_without_other_whole_numbers():
 @pytest.mark.parametrize("convert", [lambda y: y.tolist(), lambda y: y.numpy()], ids=["list", "ndarray"])
 def test_targets_of_batch_fn_that_are_no_tensor_are_refused(tmp_path, convert, data):
     callback = flatness_callback(data=data, batch_fn=lambda batch: (batch[0], convert(batch[1])))
-    with pytest.raises(lf.FlatnessError, match=r"targets that are a (list|ndarray).*torch.as_tensor\(targets\)"):
+    with pytest.raises(lf.FlatnessError, match="targets of type (list|ndarray); they must be a tensor"):
         fit(tmp_path, callback)
 
 
