@@ -39,7 +39,8 @@ class OwnCounters:
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
-        self._own: dict[int, dict[str, Any]] = {}  # by the ids of objects: values of counters that have changed
+        # By the ids of objects: the object, which keeps its id from being used again, and its counters.
+        self._own: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -47,14 +48,14 @@ class OwnCounters:
         parts = [part for part in parts_of(self._owner) if _is_searched(part)]
         before = [(part, _counters(part), _others(part)) for part in parts]
         for part, _, _ in before:
-            vars(part).update(self._own.get(id(part), {}))
+            vars(part).update(self._own.get(id(part), (part, {}))[1])
         try:
             yield
         finally:
             for part, user, others in before:
                 own = _counters(part)
                 if own != user and _others(part) == others:
-                    self._own[id(part)] = own
+                    self._own[id(part)] = part, own
                     for name in own.keys() - user.keys():  # until it was read, the object had the value of its class
                         del vars(part)[name]
                     vars(part).update(user)
