@@ -181,7 +181,12 @@ class TwoOptimizers(Classifier):
         return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.net.conv1, self.net.conv2)]
 
 
-@guards("callbacks/loggers.py", "steps if trainer.evaluating else steps - 1", "trainer.global_step - 1", ids="module0")
+@guards(
+    "callbacks/loggers.py",
+    "steps if trainer.evaluating else steps - 1",
+    "trainer.global_step - 1",
+    ids="TwoOptimizers-options0-steps0",
+)
 @pytest.mark.parametrize(
     ("module", "options", "steps"),
     [
