@@ -236,6 +236,8 @@ class MeasuringCallback(Callback):
             return None
         found = watch.found(asked.inputs, asked.is_given)
         self._network = found.network
+        if found.call is not None:
+            asked.refuse_doubtful(found.call)
         if found.call is None or asked.inputs is None or (self._follows_steps and not asked.is_given):
             return found.call
         differs = not same_tensors(found.call, asked.copied, asked.targets)

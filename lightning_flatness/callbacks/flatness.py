@@ -60,8 +60,8 @@ class FlatnessCallback(FlatnessHistory):
             The network is in evaluation mode. The papers define flatness on the training loss.
         every_n_epochs: number of epochs from one measurement to the next. The first validation is always measured.
         max_samples: number of samples of a fixed random subset, over all ranks. The subset is stratified by class if
-            the data set has ``targets`` or ``labels``. The default is all samples, or 4,096 of the training data. For a
-            ``DataLoader`` with ``batch_size=None``, ``max_samples`` is a number of batches.
+            the data set has ``targets`` or ``labels``. The default is all samples, or 4,096 of the training data. With
+            ``batch_size=None``, it is a number of batches of training data or of your own ``DataLoader``.
         prefix: prefix of the logged keys. Several callbacks in one Trainer need different prefixes.
         accuracy: key of the logged accuracy to plot with flatness; by default the first logged key that contains
             ``acc`` and ``val``, or else the first that contains ``acc``.
@@ -166,7 +166,7 @@ class FlatnessCallback(FlatnessHistory):
         self._certified: tuple[Mapping[str, LayerInfo], Mapping[str, str]] | None = None
         self._running: Validation | None = None
         self._num_sources = 1  # number of sources of the validation in progress
-        self._told_inexact: frozenset[str] = frozenset()  # layers that a warning has named in this run
+        self._told_inexact: frozenset[tuple[int, str]] = frozenset()  # loaders and layers that a warning has named
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether to measure in the validation that begins.
@@ -199,11 +199,11 @@ class FlatnessCallback(FlatnessHistory):
         self._whole = None
         if not self._errors.settle("the start of training") or not self._certified:
             return
-        self._tell_inexact(self._certified[0].values())
+        self._tell_inexact({0: self._certified[0].values()})
         if self.summary and trainer.is_global_zero:
             labels.print_summary(*self._certified, self._data_name, self.prefix)
 
-    def _tell_inexact(self, infos: Iterable[LayerInfo]) -> None:
+    def _tell_inexact(self, infos: Mapping[int, Iterable[LayerInfo]]) -> None:
         self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -337,7 +337,9 @@ class FlatnessCallback(FlatnessHistory):
         if self.num_measurements == 1 and (trainer.state.fn != "fit" or trainer.enable_validation):
             samples = [report.num_samples for report in self.reports.values()]
             rank_zero_info(f"FlatnessCallback: {in_words(seconds, self._stopwatch.since_start, samples)}.")
-        self._tell_inexact(layer.info for report in self.reports.values() for layer in report.layers.values())
+        self._tell_inexact(
+            {loader: [layer.info for layer in report.layers.values()] for loader, report in self.reports.items()}
+        )
         values = labels.values_of_loaders(self.reports, self._measures)
         record = logged.record_of(trainer, values | {"seconds": seconds})
         logged.log_record(pl_module, self.prefix, record, self.history, self._measures[-1])

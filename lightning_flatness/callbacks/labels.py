@@ -97,23 +97,32 @@ def print_summary(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str], 
     Console().print(summary_table(layers, left_out, title))
 
 
-def warn_of_inexact(infos: Iterable[LayerInfo], told: Set[str], prefix: str) -> frozenset[str]:
-    """Warn of layers whose numbers are not exact. Layers in ``told`` get no second warning.
+def warn_of_inexact(
+    infos: Mapping[int, Iterable[LayerInfo]], told: Set[tuple[int, str]], prefix: str
+) -> frozenset[tuple[int, str]]:
+    """Warn of layers whose numbers are not exact. ``infos`` has those of every validation loader, by its index.
 
-    Return the names of all layers that a warning has named so far, including those in ``told``.
+    Layers in ``told`` get no second warning, and layers of the first loader get none for further loaders. Return the
+    loaders and names of all layers that a warning has named so far, including those in ``told``.
     """
+    new: set[tuple[int, str]] = set()
     names: dict[tuple[str, str], list[str]] = {}
-    for info in infos:
-        if not info.exact and info.name not in told:
-            names.setdefault((info.method, info.reason), []).append(info.name)
+    for loader, of_loader in infos.items():
+        for info in of_loader:
+            if not info.exact and not {(0, info.name), (loader, info.name)} & (told | new):
+                names.setdefault((info.method, info.reason), []).append(info.name)
+                new.add((loader, info.name))
     if names:
+        keys = [
+            f"{prefix}/exact" + f"/dataloader_idx_{loader}" * (loader > 0) for loader in sorted({i for i, _ in new})
+        ]
         rank_zero_warn(
             f"FlatnessCallback: not all numbers under '{prefix}/' are exactly those of the Hessian, and "
-            f"'{prefix}/exact' is 0. "
-            + " ".join(f"{_quoted(group)}: {_what(*what)}." for what, group in names.items())
+            f"{_quoted(keys)} is 0. "
+            + " ".join(f"{_quoted(dict.fromkeys(group))}: {_what(*what)}." for what, group in names.items())
             + " With strict=True this is an error."
         )
-    return frozenset(told).union(*names.values())
+    return frozenset(told | new)
 
 
 def _measures(result: FlatnessReport | LayerFlatness, measures: Sequence[str]) -> dict[str, float | None]:
@@ -140,7 +149,8 @@ def _is_logged(name: str) -> bool:
     return name != "accuracy" and not (name.endswith("_error") and is_minor)
 
 
-def _quoted(names: Sequence[str]) -> str:
+def _quoted(names: Iterable[str]) -> str:
+    names = list(names)
     shown = ", ".join(f"'{name}'" for name in names[:MOST_NAMES])
     return shown + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 

@@ -47,6 +47,7 @@ class SpectrumCallback(EpochEndCallback):
             loader reads; or your own ``DataLoader`` or list of batches, of which every rank measures a part. The
             network is in evaluation mode. All samples stay in memory during a measurement.
         max_samples: number of samples over all ranks; by default 512, or all samples of a given loader or list.
+            With a loader that has ``batch_size=None``, it is a number of batches.
         every_n_epochs: measure also after the first epoch, and after every n-th epoch from then on; None to measure
             only after the fit.
         params: names or glob patterns of parameters or modules; None for all parameters.

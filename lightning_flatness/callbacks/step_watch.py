@@ -81,15 +81,16 @@ class StepWatch:
         self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
         self._calls: list[_Heard] = []
         self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
-        self._others: list[_Heard] = []  # calls of other modules on an output of the module that the user names
+        self._after: list[nn.Module] = []  # modules that are called after the module that the user names
+        self._in_other = False  # whether a module other than the one that the user names is running now
         # Without DDP, the steps of a LightningModule run eagerly even after module.compile(). So watch its children.
         watched = [pl_module, *(part for child in pl_module.children() for part in _eager_modules(child))]
         modules = [module for module in dict.fromkeys(watched) if next(module.parameters(), None) is not None]
         self._around: set[nn.Module] = set()  # compiled modules that contain the module that the user names
         if named:
-            apart = [module for module in modules if set(module.modules()).isdisjoint(named.module.modules())]
+            others = [module for module in modules if named.module not in module.modules()]
             self._around = {module for module in pl_module.modules() if _is_compiled_around(module, named.module)}
-            modules = [named.module, *apart, *self._around]
+            modules = [named.module, *others, *self._around]
         self._overheard = Overheard(modules, self._hear)
 
     def __enter__(self) -> StepWatch:
@@ -112,17 +113,10 @@ class StepWatch:
         if len(self._open) >= DEPTH or (self._named and self._open):
             return forward(*arguments, **keywords)
         call = heard_call(arguments, keywords)
-        heard = _Heard(module, call, call)
         if self._named and module is not self._named.module:
-            with suppress(Exception):  # the user's step must go on, whatever the arguments are
-                self._others += [heard] if any(_takes(heard, call.output) for call in self._calls) else []
-            return forward(*arguments, **keywords)
-        if self._open:
-            self._open[-1].add(heard)
-        else:
-            self._calls.append(heard)
-        weights = None
-        if not (self._open and self._open[-1].several):  # otherwise this call was dropped
+            return self._hear_other(module, forward, call)
+        heard, weights = _Heard(module, call, call), None
+        if not (self._open and self._open[-1].several):  # otherwise this call is dropped
             heard.copied, weights = call.copied(), weights_sample(module)
         self._open.append(heard)
         try:
@@ -130,10 +124,30 @@ class StepWatch:
                 heard.output = forward(*arguments, **keywords)
         finally:
             self._open.pop()
+        if _weighs_losses(call, heard.output):
+            return heard.output
         if not _why_no_logits(heard.output):
             heard.within.clear()
             heard.copied = heard.copied._replace(answer=Answer(module, heard.output, weights))
+        if self._open:
+            self._open[-1].add(heard)
+        else:
+            self._calls.append(heard)
         return heard.output
+
+    def _hear_other(self, module: nn.Module, forward: Callable[..., Any], call: Call) -> Any:
+        """Handle a call of another module than the one that the user names. Only the outermost calls count."""
+        is_within, self._in_other = self._in_other, True
+        try:
+            output = forward(*call.arguments, **call.keywords)
+        finally:
+            self._in_other = is_within
+        with suppress(Exception):  # the user's step must go on, whatever the arguments are
+            # On the inputs of the named module, it is another network and no part of this one.
+            is_part = self._calls and not any(same_inputs(call, other.call) for other in self._calls)
+            if is_part and not is_within and not _weighs_losses(call, output):
+                self._after.append(module)
+        return output
 
     @property
     def is_empty(self) -> bool:
@@ -166,7 +180,7 @@ class StepWatch:
             )
         if not counts:
             return Found(Network(heard.module, prefix, is_called=False, is_named=self._named is not None))
-        self._warn_of_heads(heard)
+        self._warn_of_others(heard)
         network = Network(heard.module, prefix, on_batch=num_inputs > 1, is_named=self._named is not None)
         return Found(network, heard.copied)
 
@@ -194,14 +208,14 @@ class StepWatch:
             raise BatchError(f"{self._name(counting[0].module)}: {reason}")
         return counting[0], len(different), True
 
-    def _warn_of_heads(self, heard: _Heard) -> None:
-        """Warn if the output of the module that the user names goes to another module with weights."""
-        users = [other.module for other in self._others if _takes(other, heard.output)]
-        if users:
+    def _warn_of_others(self, heard: _Heard) -> None:
+        """Warn if the step calls another module with weights after the module that the user names."""
+        if self._after:
+            named = self._name(heard.module)
             rank_zero_warn(
-                f"The {self.step} step gives the output of {self._name(heard.module)} to {self._name(users[0])}, which "
-                "has weights of its own. If that output is not the logits, the measured loss is not your loss. Use "
-                "model=... to name a module that returns the logits."
+                f"The {self.step} step calls {self._name(self._after[0])}, which has weights of its own, after {named}. "
+                f"If the output of {named} is not the logits, the measured loss is not your loss. Use model=... to "
+                "name a module that returns the logits."
             )
 
     def _refuse_several(self, calls: Sequence[_Heard]) -> None:
@@ -210,37 +224,38 @@ class StepWatch:
         if len(modules) < 2:
             return
         names = " and ".join(map(self._name, modules))
+        remedy = "Call one module in the step to get the logits, e.g. self(x) with a forward() that applies all parts."
         for heard in calls:
             taking = [other for other in calls if other.module is not heard.module and _takes(other, heard.output)]
             heads = list(dict.fromkeys(other.module for other in taking))
             if heads:
-                parts = ", ".join(self._expression(module) for module in (heard.module, heads[0]))
                 owning = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
                 raise FlatnessError(
                     f"The {self.step} step gives the output of {self._name(heard.module)} to "
-                    f"{' and '.join(map(self._name, heads))}, {owning}. Say which network returns the logits, e.g. "
-                    f"model=lambda module: torch.nn.Sequential({parts}), batch_fn=lambda batch: (batch[0], batch[1]), "
-                    "where batch_fn= returns the inputs of the first part, and the targets. If the output of "
-                    f"{self._name(heard.module)} is the logits, give model={self._name(heard.module)}."
+                    f"{' and '.join(map(self._name, heads))}, {owning}. {remedy} {self._if_logits(heard.module)}"
                 )
         if any(_why_no_logits(heard.output) for heard in calls):
             raise FlatnessError(
                 f"The {self.step} step calls {names}. Not all of these return logits, so they seem to be parts of one "
-                "network. Call one module in the step to get the logits, e.g. self(x) with a forward() that applies "
-                "all parts. If one of these modules is the whole network, name it with model=."
+                f"network. {remedy} If one of these modules is the whole network, name it with model=."
+            )
+        if not all(same_inputs(heard.call, calls[0].call) for heard in calls):
+            raise FlatnessError(
+                f"The {self.step} step calls {names} on different inputs, so they may be parts of one network. "
+                f"{remedy} {self._if_logits(calls[-1].module)}"
             )
         trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
-        own = [self._name(module) for module in trained or modules if module is not self._pl_module]
         raise FlatnessError(
             f"The {self.step} step calls several networks, {names}. Name the one to measure with model=..., e.g. "
-            f"model={next(iter(own), 'lambda module: module')}."
+            f"model={self._as_argument((trained or modules)[0])}."
         )
 
-    def _expression(self, module: nn.Module) -> str:
-        """Return Python code for a submodule. In this code, the LightningModule has the name ``module``."""
-        name = self._names.get(module, "")
-        plain = all(part.isidentifier() for part in name.split("."))
-        return f"module.{name}" if plain else f"module.get_submodule({name!r})"
+    def _if_logits(self, module: nn.Module) -> str:
+        return f"If the output of {self._name(module)} is the logits, give model={self._as_argument(module)}."
+
+    def _as_argument(self, module: nn.Module) -> str:
+        """Return Python code for the argument ``model=`` that names a module."""
+        return "lambda module: module" if module is self._pl_module else self._name(module)
 
     def _name(self, module: nn.Module) -> str:
         return f"'{self._names.get(module) or type(module).__name__}'"
@@ -268,6 +283,13 @@ def _why_no_logits(output: Any) -> str:
     except BatchError as error:
         return str(error)
     return ""
+
+
+def _weighs_losses(call: Call, output: Any) -> bool:
+    """Return whether a call turns losses into one number, as a module with trained weights of losses does."""
+    inputs, outputs = tensors_of(call), tensors_of(output)
+    is_number = len(outputs) == 1 and outputs[0].numel() == 1
+    return is_number and bool(inputs) and all(tensor.ndim < 2 for tensor in inputs)
 
 
 def _takes(heard: _Heard, output: Any) -> bool:

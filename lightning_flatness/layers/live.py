@@ -11,14 +11,13 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.layers.recording import Pass, Recorder
 from lightning_flatness.model.answer import Answer, weights_sample
-from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, only_heard_by, same_inputs
+from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, map_tensors, only_heard_by, same_inputs
 from lightning_flatness.model.precision import Precision, current_precision
 
 
@@ -142,7 +141,7 @@ class Listener:
             return self.output
         # Without a classifier the output is part of the observed graph, so the user gets a detached copy. In inference
         # mode this copy is an inference tensor, as the user expects.
-        return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
+        return map_tensors(self.output, lambda made: made.detach().clone())
 
     def _is_wanted(self, called: Call | None) -> bool:
         return called is not None and self._wanted is not None and same_inputs(called, self._wanted)

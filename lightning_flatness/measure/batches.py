@@ -10,11 +10,11 @@ from os import PathLike
 from typing import Any, cast
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memory
+from lightning_flatness.model.call import map_tensors, tensors_of
 from lightning_flatness.model.generators import drawing, generators_kept
 from lightning_flatness.model.isolation import random_states_kept
 
@@ -44,7 +44,7 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
 def moved(pair: tuple[Any, Tensor | None], model: nn.Module) -> tuple[Any, Tensor | None]:
     """Return a pair ``(inputs, targets)`` with all tensors on the model's device."""
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    on_device: tuple[Any, Tensor | None] = apply_to_collection(pair, Tensor, lambda tensor: tensor.to(device))
+    on_device: tuple[Any, Tensor | None] = map_tensors(pair, lambda tensor: tensor.to(device))
     return on_device
 
 
@@ -179,7 +179,8 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
     Two entries are inputs and targets, in this order unless a named tuple names them otherwise. A mapping, a dataclass
     or a longer named tuple must have exactly one entry named like inputs (``image``, ``x``, ...) and one
-    named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions.
+    named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions. If the targets
+    have a longer name, such as ``gt_label``, it must have no other vector of whole numbers.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -246,6 +247,24 @@ def targets_of(batch: Any) -> Tensor | None:
     return targets
 
 
+def rivals_of(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch that may be its targets instead of the tensor that :func:`targets_of` returns.
+
+    In a pair, these are vectors and matrices among several tensors in the first entry, as in ``((images, labels),
+    indices)``. In a batch whose targets have a longer name, such as ``domain_label``, these are other vectors of whole
+    numbers.
+    """
+    entries = entries_of(batch)
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        inputs = tensors_of(batch[0]) if targets_of(batch) is not None else []
+        return [tensor for tensor in inputs if tensor.ndim in (1, 2)] if len(inputs) > 1 else []
+    names = _tensors_named(entries, TARGETS)
+    if len(names) != 1 or str(names[0]).lower() in TARGETS:
+        return []
+    others = [value for name, value in entries.items() if name != names[0] and isinstance(value, Tensor)]
+    return [value for value in others if value.ndim == 1 and not value.is_floating_point()]
+
+
 def entries_of(batch: Any) -> dict[Any, Any]:
     """Return the entries of a batch in a dict. Its keys are names, or positions for a tuple or list."""
     if is_dataclass(batch):
@@ -283,11 +302,12 @@ def _pair_in_order(batch: Any) -> tuple[Any, Any] | None:
 def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:
     """Return the entry that is named like inputs and the entry that is named like targets.
 
-    Return None unless there is exactly one of each, and no other tensor of two or more dimensions.
+    Return None unless there is exactly one of each, and no other tensor of two or more dimensions. Also return None if
+    other tensors may be the targets.
     """
     entries = entries_of(batch)
     inputs, targets = _tensors_named(entries, INPUTS), _tensors_named(entries, TARGETS)
-    if len(inputs) != 1 or len(targets) != 1:
+    if len(inputs) != 1 or len(targets) != 1 or rivals_of(batch):
         return None
     # Other entries, such as counts, are ignored; but a tensor of two or more dimensions may be another input.
     others = [value for key, value in entries.items() if key not in (*inputs, *targets)]

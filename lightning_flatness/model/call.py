@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -35,7 +36,7 @@ class Call(NamedTuple):
     def copied(self) -> Call:
         """Return the same call on copies of its tensors, or on the tensors themselves if they cannot be copied."""
         try:
-            copied: Call = apply_to_collection(self, Tensor, torch.clone, allow_frozen=True)
+            copied: Call = map_tensors(self, torch.clone)
         except Exception:  # the user's step is running, and must not fail here
             return self
         return copied
@@ -83,8 +84,34 @@ def same_tensors(call: Call, inputs: Any, targets: Tensor | None) -> bool:
 def tensors_of(values: Any) -> list[Tensor]:
     """Return the tensors in a collection of values."""
     tensors: list[Tensor] = []
-    apply_to_collection(values, Tensor, tensors.append, allow_frozen=True)
+    map_tensors(values, tensors.append)
     return tensors
+
+
+class _KindOfFrozen(type):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return is_dataclass(value) and not isinstance(value, type) and value.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+class _Frozen(metaclass=_KindOfFrozen):
+    """All frozen dataclasses are instances of this class: ``apply_to_collection`` cannot replace their fields."""
+
+
+def map_tensors(values: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return a collection of values in which ``function`` replaces the tensors.
+
+    Collections are tuples, lists, mappings and dataclasses, also frozen ones.
+    """
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return function(value)
+        result = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(result, field.name, map_tensors(getattr(value, field.name), function))
+        return result
+
+    return apply_to_collection(values, (Tensor, _Frozen), of)
 
 
 def _agree(one: Any, other: Any, agree: Callable[[Any, Any], bool]) -> bool:
@@ -94,6 +121,8 @@ def _agree(one: Any, other: Any, agree: Callable[[Any, Any], bool]) -> bool:
         return len(one) == len(other) and all(_agree(a, b, agree) for a, b in zip(one, other, strict=True))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_agree(one[key], other[key], agree) for key in one)
+    if is_dataclass(one) and not isinstance(one, type) and type(one) is type(other):
+        return all(_agree(getattr(one, field.name), getattr(other, field.name), agree) for field in fields(one))
     return agree(one, other)
 
 
@@ -104,8 +133,11 @@ def _equal(one: Any, other: Any) -> bool:
         return one is other
     if getattr(one, "shape", None) != getattr(other, "shape", None):
         return False
-    equal = one == other
-    return bool(equal.all() if hasattr(equal, "all") else equal)  # arrays are compared entry by entry
+    try:
+        equal = one == other
+        return bool(equal.all() if hasattr(equal, "all") else equal)  # arrays are compared entry by entry
+    except RuntimeError:  # objects that compare tensors
+        return False
 
 
 class Hear(Protocol):

@@ -7,13 +7,12 @@ from inspect import signature
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
-from lightning_flatness.model.call import Call, as_call, tensors_of
+from lightning_flatness.model.call import Call, as_call, map_tensors, tensors_of
 from lightning_flatness.model.precision import HALF
 
 WITHOUT_FLOAT64 = ("mps",)  # types of devices that do not support float64
@@ -68,9 +67,7 @@ class ModelCopy:
         the buffers or of their replacements. Only buffers in ``written`` are not copied: the forward writes to their
         replacements.
         """
-        call = apply_to_collection(
-            as_call(inputs), Tensor, lambda tensor: measured(tensor, self._dtype_of(tensor)).clone()
-        )
+        call = map_tensors(as_call(inputs), lambda tensor: measured(tensor, self._dtype_of(tensor)).clone())
         tensors = self._copies | {id(parameter): tensor for parameter, tensor in (replacements or {}).items()}
         begun = self._buffers - {id(buffer) for buffer in written}
         with torch.inference_mode(False):  # so that these tensors can be in an autograd graph
@@ -80,7 +77,7 @@ class ModelCopy:
         # tie_weights would replace its tensors twice, and not put the original ones back.
         try:
             output = functional_call(self._model, substitutes, call.arguments, dict(call.keywords), tie_weights=False)
-        except (TypeError, RuntimeError, *LOOKUP_ERRORS) as error:
+        except (TypeError, ValueError, RuntimeError, *LOOKUP_ERRORS) as error:
             reason = _why_it_fails(self._model, call, error, self._dtype)
             if reason:
                 raise BatchError(reason) from error
@@ -105,11 +102,13 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
                 "Give batches with the inputs that forward takes (in a callback by batch_fn=), or name another network "
                 "with model=."
             )
-    if isinstance(error, IndexError) or "'Tensor' object has no attribute" in str(error):
+    if isinstance(error, IndexError) or any(words in str(error) for words in LOOKUP_WORDS):
         return (
             f"The model's forward fails on the batch's inputs ({type(error).__name__}: {error}). Give batches with the "
             "inputs that forward takes (in a callback by batch_fn=), or name another network with model=."
         )
+    if isinstance(error, ValueError):
+        return ""
     whole = [str(tensor.dtype) for tensor in tensors_of(call) if not tensor.is_floating_point()]
     if whole and not is_out_of_memory(error) and any(word in str(error) for word in TYPE_WORDS):
         return (
@@ -144,6 +143,14 @@ def _is_cast(model: nn.Module, dtype: torch.dtype | None) -> bool:
 
 # Errors of a forward that expects a mapping or another object, but is given a tensor.
 LOOKUP_ERRORS = (IndexError, AttributeError)
+# Words in errors about a tensor that is taken for another object, or about a missing forward.
+LOOKUP_WORDS = (
+    "'Tensor' object has no attribute",
+    "invalid data type 'str'",
+    "Tensor.__contains__",
+    "values to unpack",
+    'missing the required "forward"',
+)
 # Words in torch's messages about tensors of a wrong shape or dtype.
 SHAPE_WORDS = ("size", "shape", "channel", "dimension", "expected", "type")
 # Words in torch's messages about tensors of a wrong dtype.

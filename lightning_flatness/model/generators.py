@@ -54,7 +54,9 @@ def seed_generators(owner: Any, seed: int) -> None:
 
 def drawing(batches: Any) -> list[Any]:
     """Return the parts of a data loader that may hold a ``torch.Generator``, for :func:`generators_kept`."""
-    parts = [batches, *(getattr(batches, name, None) for name in ("dataset", "generator", "sampler", "batch_sampler"))]
+    names = ("dataset", "generator", "sampler", "batch_sampler", "collate_fn")
+    parts = [batches, *(getattr(batches, name, None) for name in names)]
+    parts.append(getattr(parts[-1], "__self__", None))  # whose method collate_fn may be
     return parts + [getattr(part, "generator", None) for part in parts]
 
 
@@ -68,12 +70,17 @@ def restoring(generator: Any) -> Callable[[], Any]:
 
 
 def _generators(owner: Any) -> list[Any]:
-    """Return all generators that an object holds, at most ``DEEPEST`` attributes or entries deep."""
+    """Return all generators that an object holds."""
     numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if numpy is not None:
         kinds += (numpy.random.Generator, numpy.random.RandomState)
-    generators: list[Any] = []
+    # A SystemRandom has no state.
+    return [part for part in parts_of(owner) if isinstance(part, kinds) and not isinstance(part, random.SystemRandom)]
+
+
+def parts_of(owner: Any) -> Iterator[Any]:
+    """Yield an object and the objects that it holds, at most ``DEEPEST`` attributes or entries deep, each once."""
     visited: set[int] = set()
     waiting = [(owner, 0)]
     while waiting:
@@ -82,15 +89,12 @@ def _generators(owner: Any) -> list[Any]:
         if type(part) in PLAIN or (type(part) in MAPPINGS and not part) or id(part) in visited or depth > DEEPEST:
             continue
         visited.add(id(part))
-        if isinstance(part, kinds) and not isinstance(part, random.SystemRandom):  # a SystemRandom has no state
-            generators.append(part)
-        else:
-            waiting += [(inner, depth + 1) for inner in _parts(part)]
-    return generators
+        yield part
+        waiting += [(inner, depth + 1) for inner in _parts(part)]
 
 
 def _parts(part: Any) -> list[Any]:
-    """Return those attributes or entries of an object that are searched for generators.
+    """Return those attributes or entries of an object that are searched.
 
     The list is empty for most objects whose type is from Python's standard library or from torch.
     """

@@ -193,7 +193,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         switches = _switches_by_itself(model)
         if switches:
             stack.enter_context(_tensors_kept(model))
-        stack.enter_context(_attributes_kept(model))
+        stack.enter_context(attributes_kept(model.modules()))
         if switches:
             # Without this call, a layer that overrides ``train()`` would compute something else than in validation.
             with torch.no_grad(), suppress(NotImplementedError):  # exported modules raise it: they have only one mode
@@ -208,13 +208,13 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Replace tensors among the attributes of all modules by copies; on leaving, restore all attributes.
+def attributes_kept(owners: Iterable[Any]) -> Iterator[None]:
+    """Replace tensors among the attributes of modules or other objects by copies; on leaving, restore all attributes.
 
     Lists and dictionaries are not replaced, because a hook or another module may hold them, too. On leaving, they get
     their entries back.
     """
-    modules = list(model.modules())
+    modules = list(owners)
     before = [dict(vars(module)) for module in modules]
     of_torch = vars(nn.Module()).keys()
     values = [value for attributes in before for name, value in attributes.items() if name not in of_torch]

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_flatness.errors import BatchError
-from lightning_flatness.model.call import as_call, tensors_of
+from lightning_flatness.model.call import as_call, map_tensors, tensors_of
 from lightning_flatness.model.logits import certify_deterministic, differ
 
 
@@ -76,14 +75,12 @@ class SampleTensors:
             part = tensor[rows]
             return torch.cat([part, part]) if len(part) == 1 else part
 
-        return apply_to_collection(inputs, Tensor, of_tensor)
+        return map_tensors(inputs, of_tensor)
 
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
         """Return the inputs and targets of the samples for which ``mask`` is True."""
         kinds = iter(self.has_rows or ())
-        cut = apply_to_collection(
-            inputs, Tensor, lambda tensor: tensor[mask.to(tensor.device)] if next(kinds) else tensor, allow_frozen=True
-        )
+        cut = map_tensors(inputs, lambda tensor: tensor[mask.to(tensor.device)] if next(kinds) else tensor)
         return cut, targets if targets is None else targets[mask.to(targets.device)]
 
     def certified(self, inputs: Any, rows: slice | Tensor, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
@@ -103,6 +100,15 @@ class SampleTensors:
         return SampleTensors(self.has_rows, is_certified=True)
 
     def _not_separable(self, inputs: Any) -> str:
+        if not any(self.has_rows or ()):
+            call = as_call(inputs)
+            kinds = dict.fromkeys(type(entry).__name__ for entry in (*call.arguments, *call.keywords.values()))
+            return (
+                f"No tensor in the inputs of the network ({', '.join(kinds)}) has a row for every sample, so that "
+                "samples cannot be measured in parts, or with max_samples=. Only tensors in tuples, lists, mappings "
+                "and dataclasses are found. Let the network take such tensors, e.g. torch.stack(images) in place of a "
+                "list of images (in a callback, batch_fn= may return other inputs than the step has)."
+            )
         named = zip(_names(inputs), tensors_of(inputs), self.has_rows or (), strict=True)
         found = ", ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor, has_rows in named if has_rows)
         return (

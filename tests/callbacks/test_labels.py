@@ -224,8 +224,10 @@ def test_a_record_without_labels_is_logged_as_it_is():
 # --------------------------------------------------------------------------------------------------------- the warning
 
 
-@guards("callbacks/flatness.py", "self._tell_inexact(self._certified[0].values())", "pass", ids="False-before training")
-@guards("callbacks/labels.py", "and info.name not in told", "", ids="False-while training")
+@guards(
+    "callbacks/flatness.py", "self._tell_inexact({0: self._certified[0].values()})", "pass", ids="False-before training"
+)
+@guards("callbacks/labels.py", "& (told | new)", "& set()", ids="False-while training")
 @pytest.mark.parametrize("when", ["before training", "while training"])
 @pytest.mark.parametrize("summary", [False, True])
 def test_one_warning_names_the_layer_and_the_reason(tmp_path, summary, when):
@@ -242,6 +244,27 @@ def test_one_warning_names_the_layer_and_the_reason(tmp_path, summary, when):
     assert "the Gauss-Newton part of the Hessian, since" in message
     assert callback._certified[0]["net.first"].reason in message
     assert "'flatness/exact' is 0" in message
+
+
+class CurvedOnOther(Classifier):
+    """On the second loader its logits are curved."""
+
+    def forward(self, x, loader=0):
+        logits = self.net(x)
+        return logits.sinh() if loader else logits
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val_acc", (self(batch[0], dataloader_idx).argmax(1) == batch[1]).double().mean())
+
+
+def test_the_warning_names_the_key_of_another_loader(tmp_path):
+    train, val = loaders()
+    with warnings_of("net.conv2") as found:
+        trainer = fit(tmp_path, flatness_callback(), module=CurvedOnOther(), data=(train, [val, val]))
+    (message,) = found
+    assert "'flatness/exact/dataloader_idx_1' is 0" in message
+    assert trainer.callback_metrics["flatness/exact"] == 1
+    assert trainer.callback_metrics["flatness/exact/dataloader_idx_1"] == 0
 
 
 def test_exact_numbers_come_without_a_warning(tmp_path):

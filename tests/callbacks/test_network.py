@@ -1,7 +1,5 @@
 """Finding the network in a LightningModule."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -16,7 +14,8 @@ from tests.callbacks.flatness_runs import (
     flatness_callback,
     run_without_a_trace,
 )
-from tests.callbacks.lightning_modules import Classifier, Net, WithoutForward, WithoutValidation, dataset, loaders
+from tests.callbacks.lightning_modules import Classifier, WithoutForward, WithoutValidation, dataset, loaders
+from tests.callbacks.several_networks import Steps, TwoNetworks
 from tests.guarding import guards
 
 
@@ -58,17 +57,6 @@ def test_missing_forward_is_refused_by_name_if_no_step_shows_the_network(tmp_pat
     with pytest.raises(lf.FlatnessError, match=r"Bare has no forward\(\).*model=.*these submodules: 'net'"):
         fit(tmp_path, flatness_callback(data="train"), module=module, data=loaders()[:1])
     assert module.training_steps == 0
-
-
-class Steps(Classifier):
-    """Its steps call the network in another way, which subclasses define."""
-
-    def logits(self, x):
-        return self(x)
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        x, y = batch
-        self.log("val_acc", (self.logits(x).argmax(1) == y).double().mean(), batch_size=len(y))
 
 
 class Normalises(Steps):
@@ -175,101 +163,9 @@ def test_a_step_that_takes_its_batch_apart(tmp_path, options):
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]))
 
 
-class TwoNetworks(Steps):
-    def __init__(self):
-        super().__init__()
-        self.teacher = Net()
-
-    def logits(self, x):
-        return self.net(x) + self.teacher(x)
-
-
-class HeadInTheStep(Steps):
-    """The network's output is an embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(3, 3)
-
-    def logits(self, x):
-        return self.head(self.net(x))
-
-
-class TwoHeadsInTheStep(HeadInTheStep):
-    def __init__(self):
-        super().__init__()
-        self.heads = nn.ModuleList([nn.Linear(3, 3)])
-
-    def logits(self, x):
-        embedded = self.net(x)
-        return self.head(embedded) + self.heads[0](embedded)
-
-
-class LossWithWeights(HeadInTheStep):
-    def logits(self, x):
-        embedded = self.net(x)
-        self.head(embedded)
-        return embedded
-
-
 class CallsNothing(Steps):
     def logits(self, x):
         return torch.ones(len(x), 3)
-
-
-class Crops(Steps):
-    def logits(self, x):
-        return self(x[..., 1:]) + self(x[..., :-1])
-
-
-class PartsInTheStep(HeadInTheStep):
-    """Between its parts the step does something of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Conv2d(1, 3, 3)
-
-    def logits(self, x):
-        return self.head(self.body(x).mean((2, 3)))
-
-
-class Distils(TwoNetworks):
-    def __init__(self):
-        super().__init__()
-        self.net, self.teacher = self.teacher, self.net
-        self.net.requires_grad_(False)
-
-
-REFUSED = {
-    PartsInTheStep: r"calls 'body' and 'head'[.] Not all of these return logits.*Call one module in the step",
-    Distils: r"calls several networks, 'net' and 'teacher'. Name the one.* e.g. model='teacher'",
-    TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
-    HeadInTheStep: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
-    TwoHeadsInTheStep: r"gives the output of 'net' to 'head' and 'heads.0', which have weights of their own.*model=",
-    LossWithWeights: r"gives the output of 'net' to 'head', which has weights of its own.*model=",
-    Crops: r"calls 'Crops' on 2 different inputs, none of which is the batch's own.*batch_fn=",
-}
-
-
-@pytest.mark.parametrize("make", [HeadInTheStep, TwoHeadsInTheStep])
-def test_remedy_for_a_head_in_the_step_measures_what_it_names(tmp_path, make):
-    with pytest.raises(lf.FlatnessError, match="Say which network returns the logits") as caught:
-        fit(tmp_path, flatness_callback(), module=make(), num_sanity_val_steps=1)
-    found = re.search(r"model=(.*), batch_fn=(.*), where", str(caught.value))
-    options = {"model": eval(found[1], {"torch": torch}), "batch_fn": eval(found[2])}
-    callback, module = flatness_callback(**options), make()
-    fit(tmp_path, callback, module=module)
-    wanted = lf.measure_flatness(nn.Sequential(module.net, module.head).eval(), loaders()[1])
-    assert_reports_equal(callback.report, wanted, prefix="")
-
-
-@guards("callbacks.step_watch:StepWatch._refuse_several", returns=None, ids="TwoNetworks")
-@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
-def test_what_is_not_sure_is_refused_in_the_sanity_check(tmp_path, make):
-    module = make()
-    with pytest.raises(lf.FlatnessError, match=REFUSED[make]):
-        fit(tmp_path, flatness_callback(), module=module, num_sanity_val_steps=1)
-    assert module.training_steps == 0
 
 
 @guards("callbacks/base.py", "if differs and asked.is_given:", "if False:")
@@ -300,14 +196,6 @@ def test_the_name_decides(tmp_path, name):
     callback, module = flatness_callback(model=name), TwoNetworks()
     fit(tmp_path, callback, module=module)
     assert_reports_equal(callback.report, lf.measure_flatness(getattr(module, name), loaders()[1]), prefix="")
-
-
-@guards("callbacks.step_watch:StepWatch._warn_of_heads", returns=None)
-def test_a_named_network_whose_output_is_an_embedding(tmp_path):
-    callback, module = flatness_callback(model="net"), HeadInTheStep()
-    with pytest.warns(UserWarning, match="gives the output of 'net' to 'head'.*model="):
-        fit(tmp_path, callback, module=module)
-    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]), prefix="")
 
 
 class NormalisesInPlace(Steps):

@@ -2,16 +2,18 @@
 
 import random
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 import torchmetrics
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 import lightning_flatness as lf
 from lightning_flatness.model.isolation import isolated
 from tests.callbacks.compare import assert_same, end_of
+from tests.callbacks.epoch_end_runs import KINDS
 from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, dataset, loaders, quiet_trainer
 from tests.guarding import guards
 
@@ -134,6 +136,109 @@ def test_attributes_are_put_back_when_the_forward_fails():
     assert not hasattr(net, "new")
     assert net.seen is seen
     assert seen == [1]
+
+
+class Brightens:
+    """Makes every batch brighter than the one before."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.seen, self.total = 0, [], torch.zeros(())
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        self.number, self.total = self.number + 1, self.total.add_(1)
+        self.seen.append(self.number)
+        return batch[0] * (1 + 0.01 * (self.number + len(self.seen) + float(self.total))), batch[1]
+
+
+class BrightensWithBuffer(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(()))
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * (1 + 0.01 * float(self.total.add_(1))), batch[1]
+
+
+class Brightening(Brightens, Classifier):
+    pass
+
+
+class BrighteningData(Brightens, L.LightningDataModule):
+    def train_dataloader(self):
+        return loaders()[0]
+
+    def val_dataloader(self):
+        return loaders()[1]
+
+
+class Ramp(Dataset):
+    """Makes every image brighter than the one before."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        self.number += 1
+        x, y = dataset(16)[index]
+        return x * (1 + 0.01 * self.number), y
+
+
+class Collates:
+    number = 0
+
+    def __call__(self, samples):
+        self.number += 1
+        x, y = default_collate(samples)
+        return x * (1 + 0.01 * self.number), y
+
+
+# For each kind: the module, and the data of one run.
+STATEFUL = {
+    "module": (Brightening, loaders),
+    "buffer": (BrightensWithBuffer, loaders),
+    "data module": (Classifier, lambda: [BrighteningData()]),
+    "data set": (Classifier, lambda: (DataLoader(Ramp(), 8), loaders()[1])),
+    "collate": (Classifier, lambda: (DataLoader(dataset(16), 8, collate_fn=Collates()), loaders()[1])),
+}
+
+
+@guards("callbacks/data/reading.py", "        attributes_kept(owners),\n", "", ids="module-flatness")
+@guards("callbacks.data.reading:_buffers_kept", body="yield", ids="buffer-flatness")
+@guards("callbacks/data/counters.py", "vars(part).update(user)", "pass", ids="data set-flatness")
+@pytest.mark.parametrize("callback", ["flatness", "spectrum"])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_what_counts_batches_or_samples_counts_those_of_the_run_alone(tmp_path, kind, callback):
+    make, data = STATEFUL[kind]
+    torch.manual_seed(0)
+    bare = make()
+    end = end_of(fit(tmp_path, bare, data=data()), bare)
+    own = lf.FlatnessCallback(data="train") if callback == "flatness" else KINDS["spectrum"](every_n_epochs=1)
+    torch.manual_seed(0)
+    module = make()
+    assert_same(end_of(fit(tmp_path, module, own, data=data()), module), end)
+    assert own.history
+
+
+class Stream(IterableDataset):
+    """Goes on where it was left."""
+
+    position = 0
+
+    def __iter__(self):
+        while self.position < 16:
+            yield dataset(16)[self.position]
+            self.position += 1
+        self.position = 0
+
+
+def test_a_stream_that_counts_is_read_to_its_end(tmp_path):
+    callback, loader = lf.FlatnessCallback(data=DataLoader(Stream(), 4), summary=False), loaders()
+    fit(tmp_path, Classifier(), callback, data=loader)
+    assert callback.report.num_samples == 16
 
 
 class Drawing(Net):

@@ -9,7 +9,21 @@ from torch import nn
 import lightning_flatness as lf
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.callbacks.step_watch import StepWatch
-from tests.callbacks.lightning_modules import Classifier, Net
+from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback
+from tests.callbacks.lightning_modules import Classifier, Net, loaders
+from tests.callbacks.several_networks import (
+    Compares,
+    Crops,
+    Distils,
+    HeadInTheStep,
+    LossOfFeatures,
+    LossWithWeights,
+    PartsInTheStep,
+    Probes,
+    TwoHeadsInTheStep,
+    TwoNetworks,
+    WeighsLosses,
+)
 from tests.guarding import guards
 
 
@@ -31,7 +45,6 @@ def test_arguments_of_other_modules_do_not_stop_the_step():
 
 
 @guards("callbacks/step_watch.py", "[] if self.several else [*self.within, heard]", "[*self.within, heard]", ids="None")
-@guards("callbacks/step_watch.py", "if any(_takes(heard, call.output) for call in self._calls) else []", "", ids="net")
 @pytest.mark.parametrize("name", [None, "net"])
 def test_a_step_keeps_no_activations(name):
     module, outputs, alive = with_another(Net() if name else None), [], []
@@ -60,3 +73,62 @@ def test_a_network_without_logits_is_refused_although_its_parts_return_some():
         module.net(x)
     with pytest.raises(lf.BatchError, match="'net': The model returns a list"):
         watch.found(x)
+
+
+HEAD = r"gives the output of '{}' to '{}', which has weights of its own. Call one module.* a forward\(\) .*model={}[.]$"
+REFUSED = {
+    PartsInTheStep: r"calls 'body' and 'head'[.] Not all of these return logits.*Call one module in the step",
+    Distils: r"calls several networks, 'net' and 'teacher'. Name the one.* e.g. model='teacher'",
+    TwoNetworks: r"calls several networks, 'net' and 'teacher'. Name the one to measure with model=",
+    HeadInTheStep: HEAD.format("net", "head", "'net'"),
+    TwoHeadsInTheStep: r"gives the output of 'net' to 'head' and 'heads.0', which have weights of their own.*model=",
+    LossWithWeights: HEAD.format("net", "head", "'net'"),
+    LossOfFeatures: HEAD.format("LossOfFeatures", "loss", "lambda module: module"),
+    Probes: r"calls 'net' and 'head' on different inputs.*forward\(\) .* 'head' is the logits, give model='head'[.]$",
+    Compares: r"calls 'Compares' and 'texts' on different inputs.* give model='texts'[.]$",
+    Crops: r"calls 'Crops' on 2 different inputs, none of which is the batch's own.*batch_fn=",
+}
+
+
+@guards("callbacks.step_watch:StepWatch._refuse_several", returns=None, ids="TwoNetworks")
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_what_is_not_sure_is_refused_in_the_sanity_check(tmp_path, make):
+    module = make()
+    with pytest.raises(lf.FlatnessError, match=REFUSED[make]):
+        fit(tmp_path, flatness_callback(), module=module, num_sanity_val_steps=1)
+    assert module.training_steps == 0
+
+
+def test_the_part_that_returns_the_logits_is_measured_on_its_own_inputs(tmp_path):
+    callback, module = flatness_callback(model="head", layers="classifier"), Probes()
+    fit(tmp_path, callback, module=module)
+    features = [(module.net.eval()(x).detach().relu(), y) for x, y in loaders()[1]]
+    wanted = lf.measure_flatness(module.head, features, layers="classifier")
+    assert callback.report.hessian_trace == pytest.approx(wanted.hessian_trace, rel=1e-5)
+
+
+@guards("callbacks.step_watch:_weighs_losses", returns=False)
+@pytest.mark.parametrize("name", [None, "net"])
+def test_a_module_that_weighs_losses_is_no_network(tmp_path, name):
+    callback, module = flatness_callback(model=name), WeighsLosses()
+    fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]), prefix="" if name else "net.")
+
+
+@guards("callbacks.step_watch:StepWatch._warn_of_others", returns=None)
+@pytest.mark.parametrize(
+    ("make", "model", "other"),
+    [
+        (HeadInTheStep, "net", "head"),
+        (Probes, "net", "head"),
+        (Compares, "net", "texts"),
+        (LossOfFeatures, lambda module: module, "loss"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_named_network_whose_output_is_an_embedding(tmp_path, make, model, other):
+    callback, module = flatness_callback(model=model), make()
+    with pytest.warns(UserWarning, match=f"calls '{other}', which has weights of its own, after '.*model="):
+        fit(tmp_path, callback, module=module)
+    wanted = lf.measure_flatness(module.net, loaders()[1])
+    assert_reports_equal(callback.report, wanted, prefix="" if model == "net" else "net.")

@@ -1,5 +1,8 @@
 """Calls that are heard: their copies, and forwards that are put back."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -125,3 +128,16 @@ def test_arrays_among_the_inputs_are_compared():
     assert equal_inputs(as_call((X, one)), as_call((X, one.copy())))
     assert not equal_inputs(as_call((X, one)), as_call((X, other)))
     assert not equal_inputs(as_call((X, one)), as_call((X, one[:2])))
+
+
+@dataclass
+class Sample:
+    image: torch.Tensor
+
+
+@pytest.mark.parametrize("pack", [Sample, lambda x: SimpleNamespace(x=x)], ids=["dataclass", "object"])
+def test_inputs_in_objects_are_compared(pack):
+    one = pack(X)
+    assert equal_inputs(as_call((one,)), as_call((one,)))
+    assert not equal_inputs(as_call((one,)), as_call((pack(X + 1),)))
+    assert equal_inputs(as_call((one,)), as_call((pack(X.clone()),))) == isinstance(one, Sample)

@@ -90,6 +90,39 @@ def test_inputs_that_the_forward_fails_on(measure, change):
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+def unpacked(batch):
+    images, _ = batch
+    return images
+
+
+TAKES = {
+    "a pair": unpacked,
+    "a dictionary": lambda batch: batch["image"],
+    "a dictionary or a tensor": lambda batch: "image" in batch and batch["image"],
+    "an object": lambda batch: batch.image,
+}
+
+
+@pytest.mark.parametrize("takes", TAKES)
+def test_a_forward_that_takes_the_whole_batch(takes):
+    class Taking(nn.Conv2d):
+        def forward(self, batch):
+            return super().forward(TAKES[takes](batch)).mean((2, 3))
+
+    with pytest.raises(lf.BatchError, match="forward fails on the batch's inputs .*batch_fn=.*model="):
+        lf.measure_flatness(Taking(2, 3, 3), [(torch.randn(4, 2, 6, 6), torch.arange(4) % 3)])
+
+
+def test_a_module_without_forward_is_refused():
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 3)
+
+    with pytest.raises(lf.BatchError, match="forward fails on the batch's inputs .*model="):
+        lf.measure_flatness(Holds(), [(torch.randn(4, 2), torch.arange(4) % 3)])
+
+
 def test_errors_of_the_forward_itself_stay():
     class Broken(nn.Module):
         def __init__(self):

@@ -1,13 +1,17 @@
 """Inputs of several tensors, of which some are the same for all samples."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
 from lightning_flatness.layers.passes import PartSize
-from lightning_flatness.model.call import as_call
+from lightning_flatness.model.call import as_call, tensors_of
 from lightning_flatness.model.hessian import LossCurvature
 from lightning_flatness.model.rows import SampleTensors
 from tests.guarding import guards
@@ -146,3 +150,50 @@ def test_a_call_names_its_tensors():
         tensors.certified(
             as_call({"x": x, "table": x}), slice(0, 2), lambda call: call.keywords["x"] / len(call[1]["x"])
         )
+
+
+@dataclass(frozen=True)
+class Frozen:
+    image: Tensor
+    prompts: Tensor
+    name: str = "some"
+
+
+class OfFrozen(Prompted):
+    def forward(self, batch):
+        return super().forward(batch.image, batch.prompts)
+
+
+@guards("model.call:map_tensors", body="return apply_to_collection(values, Tensor, function, allow_frozen=True)")
+@pytest.mark.parametrize("what", MEASURE)
+def test_frozen_dataclasses_are_cut_and_copied(what, monkeypatch):
+    net, x, y = data()
+    prompts = torch.randn(5, 3).double()
+    expected = MEASURE[what](net, [((x, prompts), y)])
+    net.__class__ = OfFrozen
+    at_most(monkeypatch, 3)
+    assert_close(MEASURE[what](net, [(Frozen(x, prompts), y)]), expected, rtol=1e-8, atol=1e-12)
+
+
+def test_tensors_of_frozen_dataclasses_are_found_and_copied():
+    x = torch.ones(3, 2)
+    call = as_call([Frozen(x, x), {"more": Frozen(x, x)}])
+    assert len(tensors_of(call)) == 4
+    assert not {id(tensor) for tensor in tensors_of(call.copied())} & {id(x)}
+    assert call.copied().arguments[0].name == "some"
+
+
+@pytest.mark.parametrize(
+    ("pack", "kind"), [(list, "list"), (lambda x: SimpleNamespace(x=x), "SimpleNamespace"), (np.asarray, "ndarray")]
+)
+def test_inputs_without_rows_are_named(pack, kind, monkeypatch):
+    class Unpacking(Prompted):
+        def forward(self, x):
+            return self.head(self.conv(torch.stack(list(map(torch.as_tensor, getattr(x, "x", x))))).relu().mean((2, 3)))
+
+    _, x, y = data()
+    at_most(monkeypatch, 3)
+    with pytest.raises(
+        lf.BatchError, match=rf"^No tensor in the inputs of the network \({kind}\) has a row .*batch_fn="
+    ):
+        lf.measure_flatness(Unpacking().double(), [((pack(x),), y)], layers="conv")

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
+from lightning_flatness.callbacks.data.counters import OwnCounters
 from lightning_flatness.callbacks.data.loaders import batch_size_of, is_indexed, keeps_order, sampler_of
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.generators import drawing, generators_kept
-from lightning_flatness.model.isolation import random_states_kept
+from lightning_flatness.model.isolation import attributes_kept, random_states_kept
 
 if TYPE_CHECKING:
     from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
@@ -48,11 +49,12 @@ def batches_apart(batches: Any, model: nn.Module) -> Iterator[Any]:
     """Yield the batches of an iterable under fixed random seeds, and restore all random states after every batch.
 
     Because of the fixed seeds, random transforms give the same samples in every call. The restored states include those
-    of the model's devices.
+    of the model's devices. Counters of the data set, the sampler and the collate function are restored, too.
     """
     iterator: Iterator[Any] | None = None
+    counters = OwnCounters(drawing(batches))
     for index in count():
-        with random_states_kept(model), generators_kept(drawing(batches)):
+        with random_states_kept(model), generators_kept(drawing(batches)), counters.used():
             seed_all(index)
             iterator = iter(batches) if iterator is None else iterator
             batch = next(iterator, iterator)
@@ -106,14 +108,38 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
     The batch passes through the user's transfer hooks, under a fixed seed: hooks that draw random numbers on the CPU
     draw the same numbers every time. Random numbers that a hook draws on an accelerator are not fixed. The hooks see a
-    validation, so that they do not augment the batch as in training.
+    validation, so that they do not augment the batch as in training. What they change in attributes and buffers of the
+    LightningModule and the data module is undone.
     """
     batch = trainer.precision_plugin.convert_input(batch)
-    with random_states_kept(pl_module), _validating(trainer, pl_module):
+    # Without a data module, Trainer.datamodule is None.
+    owners = [*pl_module.modules(), *filter(None, [getattr(trainer, "datamodule", None)])]
+    with (
+        random_states_kept(pl_module),
+        _validating(trainer, pl_module),
+        attributes_kept(owners),
+        _buffers_kept(pl_module),
+    ):
         seed_all(0)
         # The public method would skip the hooks of a DataModule.
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Replace the buffers of all modules by copies; on leaving, put the buffers back."""
+    tables = [vars(module).get("_buffers", {}) for module in model.modules()]
+    before = [dict(table) for table in tables]
+    copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
+    try:
+        for table in tables:
+            table.update({name: copies[id(buffer)] for name, buffer in table.items() if buffer is not None})
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_turn
@@ -17,8 +16,8 @@ from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
 from lightning_flatness.errors import BatchError
-from lightning_flatness.measure.batches import called, split_batch, targets_of
-from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call
+from lightning_flatness.measure.batches import called, rivals_of, split_batch, targets_of
+from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call, map_tensors, tensors_of
 from lightning_flatness.model.isolation import random_states_kept
 from lightning_flatness.model.rows import num_rows
 
@@ -71,7 +70,7 @@ class Wanted:
             return Asked(None, None, is_empty=True)
         if self.batch_fn is not None:
             with random_states_kept(model):
-                inputs, targets = self.split(apply_to_collection(batch, Tensor, torch.clone, allow_frozen=True))
+                inputs, targets = self.split(map_tensors(batch, torch.clone))
             is_empty = inputs is None and targets is None
             return Asked(inputs, targets, copied=inputs, is_given=inputs is not None, is_empty=is_empty)
         try:
@@ -80,7 +79,8 @@ class Wanted:
             inputs, why = None, str(error)
         targets = targets_of(batch)
         copied = as_call(inputs).copied() if copies else None
-        return Asked(inputs, None if targets is None else targets.clone(), copied, why_no_targets=why)
+        rivals, num_others = rivals_of(batch), len(tensors_of(batch)) - 1
+        return Asked(inputs, None if targets is None else targets.clone(), copied, why, False, rivals, num_others)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Asked:
     why_no_targets: str = ""  # why the batch could not be split into inputs and targets; empty if it was split
     is_given: bool = False  # whether inputs come from batch_fn=
     is_empty: bool = False  # whether the batch has no samples; then the step may skip it
+    rivals: Sequence[Tensor] = ()  # tensors of the batch that may be the targets instead
+    num_others: int = 0  # number of tensors in the batch besides the targets
 
     def own_call(self) -> Call:
         """Return the call of the network with :attr:`inputs` as arguments. Raise an error if the inputs are unknown."""
@@ -117,8 +119,27 @@ class Asked:
 
     def samples(self, call: Call) -> Samples:
         """Return ``(inputs, targets)`` to measure. Inputs are those of ``call`` unless ``batch_fn=`` gives others."""
+        self.refuse_doubtful(call)
         differ = self.is_given and not equal_inputs(call, as_call(self.inputs))
         return (as_call(self.inputs) if differ else call), self.targets
+
+    def refuse_doubtful(self, call: Call) -> None:
+        """Raise a :class:`BatchError` if the batch has tensors for the network that ``call`` lacks and may be targets.
+
+        If the network gets as many tensors as there are besides the targets, or all that may be targets, the targets
+        are certain.
+        """
+        given = [tensor for tensor in tensors_of(call) if not equal_inputs(tensor, self.targets)] if self.rivals else []
+        if len(given) < self.num_others and not all(_is_among(rival, given) for rival in self.rivals):
+            raise BatchError(
+                "It is not certain which tensor of the batch has the targets, because the network gets only some of "
+                "the others. Give batch_fn=, a function from a batch to (inputs, targets). With data='val', "
+                "FlatnessCallback also takes (None, targets): the inputs are those of the validation step."
+            )
+
+
+def _is_among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(equal_inputs(tensor, other) for other in others)
 
 
 def _is_empty(batch: Any) -> bool:

@@ -1,10 +1,12 @@
 """Which samples of validated batches are measured, and how a batch is split."""
 
 import pytest
+import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks.data.stratified import choose, labels_of
+from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.flatness_runs import MONITOR, Recorder, Stream, expected, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, dataset, loaders
 from tests.guarding import guards
@@ -125,6 +127,105 @@ def test_batches_of_another_structure_are_refused(tmp_path, data, sanity):
     with pytest.raises(lf.BatchError, match="A batch is a dict.*batch_fn="):
         fit(tmp_path, flatness_callback(data=data), module=module, data=(loader, loader), num_sanity_val_steps=sanity)
     assert module.training_steps == 0
+
+
+class Other(Dataset):
+    """Has numbers beside the labels, which may be taken for labels."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, index):
+        x, y = dataset(22, 1)[index]
+        return self.entries(x, y, torch.tensor(index % 3))
+
+
+class FromBatch(Classifier):
+    """Its step takes labels and inputs of the network from a batch by functions."""
+
+    def __init__(self, labels, inputs):
+        super().__init__()
+        self.labels, self.inputs = labels, inputs
+
+    def forward(self, x, *others):
+        return self.net(x)
+
+    def validation_step(self, batch, batch_idx):
+        logits = self(*self.inputs(batch))
+        self.log("val_acc", (logits.argmax(1) == self.labels(batch)).double().mean(), batch_size=len(logits))
+
+
+def named(x, y, other):
+    return {"image": x, "species": y, "domain_label": other}
+
+
+# For each kind of batch: its entries, the labels and the inputs of the network in it.
+DOUBTFUL = {
+    "nested pair": (lambda x, y, other: ((x, y), other), lambda batch: batch[0][1], lambda batch: batch[0][:1]),
+    "labels in a dict": (
+        lambda x, y, other: ({"image": x, "label": y}, other),
+        lambda batch: batch[0]["label"],
+        lambda batch: [batch[0]["image"]],
+    ),
+    "longer name": (named, lambda batch: batch["species"], lambda batch: [batch["image"]]),
+}
+
+
+@guards("callbacks.data.sources:Asked.refuse_doubtful", returns=None)
+@pytest.mark.parametrize("callback", [lf.FlatnessCallback, lf.SpectrumCallback])
+@pytest.mark.parametrize("kind", DOUBTFUL)
+def test_targets_that_may_be_others_are_refused(tmp_path, kind, callback):
+    entries, labels, inputs = DOUBTFUL[kind]
+    module, data = FromBatch(labels, inputs), (loaders()[0], DataLoader(Other(entries), 8))
+    with pytest.raises(lf.BatchError, match=r"which tensor of the batch has the targets.*batch_fn=.*\(None, targets\)"):
+        fit(tmp_path, callback(), module=module, data=data, num_sanity_val_steps=1)
+    assert module.training_steps == 0
+    callback = flatness_callback(batch_fn=lambda batch: (None, labels(batch)))
+    fit(tmp_path, callback, module=module, data=data)
+    wanted = expected(module.net, loaders()[1])
+    assert callback.report.relative_flatness == pytest.approx(wanted, rel=1e-5)
+
+
+SURE = {
+    "two views": (lambda x, y, other: ((x, x + 1), y), lambda batch: batch[1], lambda batch: batch[0][:1]),
+    "numbers for the network": (lambda x, y, other: ((x, other), y), lambda batch: batch[1], lambda batch: batch[0]),
+    "prepared numbers": (
+        lambda x, y, other: ((x, other), y),
+        lambda batch: batch[1],
+        lambda batch: [batch[0][0], batch[0][1] / 2],
+    ),
+    "named numbers": (
+        lambda x, y, other: {"image": x, "length": other, "gt_label": y},
+        lambda batch: batch["gt_label"],
+        lambda batch: [batch["image"], batch["length"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SURE)
+def test_targets_are_sure_if_the_network_gets_the_others(tmp_path, kind):
+    entries, labels, inputs = SURE[kind]
+    module, callback = FromBatch(labels, inputs), flatness_callback()
+    fit(tmp_path, callback, module=module, data=(loaders()[0], DataLoader(Other(entries), 8)))
+    assert callback.report.relative_flatness == pytest.approx(expected(module.net, loaders()[1]), rel=1e-5)
+
+
+def test_a_longer_name_of_targets_counts_only_without_other_whole_numbers():
+    x, y, other = torch.zeros(2, 1), torch.tensor([0, 1]), torch.tensor([1, 1])
+    assert split_batch({"image": x, "gt_label": y})[1] is y
+    with pytest.raises(lf.BatchError, match="expected.*batch_fn="):
+        split_batch(named(x, y, other))
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.parametrize("convert", [lambda y: y.tolist(), lambda y: y.numpy()], ids=["list", "ndarray"])
+def test_targets_of_batch_fn_that_are_no_tensor_are_refused(tmp_path, convert, data):
+    callback = flatness_callback(data=data, batch_fn=lambda batch: (batch[0], convert(batch[1])))
+    with pytest.raises(lf.FlatnessError, match="targets of type (list|ndarray); they must be a tensor"):
+        fit(tmp_path, callback)
 
 
 def test_targets_that_are_not_classes_are_refused(tmp_path):
