@@ -213,8 +213,8 @@ class StepWatch:
         if self._after:
             named = self._name(heard.module)
             rank_zero_warn(
-                f"The {self.step} step calls {self._name(self._after[0])}, which has weights of its own, after {named}. "
-                f"If the output of {named} is not the logits, the measured loss is not your loss. Use model=... to "
+                f"The {self.step} step calls {self._name(self._after[0])}, which has weights of its own, after "
+                f"{named}. If the output of {named} is not the logits, the measured loss is not your loss. Use model=... to "
                 "name a module that returns the logits."
             )
 

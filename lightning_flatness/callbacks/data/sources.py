@@ -80,7 +80,8 @@ class Wanted:
         targets = targets_of(batch)
         copied = as_call(inputs).copied() if copies else None
         rivals, num_others = rivals_of(batch), len(tensors_of(batch)) - 1
-        return Asked(inputs, None if targets is None else targets.clone(), copied, why, False, rivals, num_others)
+        targets = None if targets is None else targets.clone()
+        return Asked(inputs, targets, copied, why, rivals=rivals, num_others=num_others)
 
 
 @dataclass(frozen=True)
