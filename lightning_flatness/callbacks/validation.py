@@ -62,8 +62,6 @@ class Validation:
             if loader == 0 or asked is None or asked.targets is not None:
                 raise
             self._left_out[loader] = str(error)
-        finally:
-            running.release()
 
     def measure_rest(self, network: Network) -> None:
         """Measure the samples that remain in the sources when all batches have been validated."""
@@ -102,17 +100,22 @@ class Validation:
         return None
 
     def reports(self, network: Network) -> dict[int, FlatnessReport]:
-        """Return a dict from the index of each measured loader to its report. All ranks must call this method."""
-        several = len(self._sources) > 1
-        left_out = (
-            {loader: why for of_rank in gather(self._left_out, sync=True) for loader, why in of_rank.items()}
-            if several
-            else {}
-        )
+        """Return a dict from the index of each measured loader to its report. All ranks must call this method.
+
+        A loader other than the first is left out if no rank has a sample of it.
+        """
+        measurements = [self._of(loader, network).measurement for loader in range(len(self._sources))]
+        left_out: dict[int, str] = {}
+        if len(measurements) > 1:
+            ranks = gather((self._left_out, [bool(one.layers) for one in measurements]), sync=True)
+            has_samples = [any(of_loader) for of_loader in zip(*(has for _, has in ranks), strict=True)]
+            empty = [loader for loader, has in enumerate(has_samples) if loader > 0 and not has]
+            left_out = dict.fromkeys(empty, "No sample of it was measured. Is it empty?")
+            for of_rank, _ in ranks:
+                left_out |= of_rank
         for loader, reason in left_out.items():
             rank_zero_warn(f"FlatnessCallback leaves out validation loader {loader}: {reason}")
-        measured = [loader for loader in range(len(self._sources)) if loader not in left_out]
-        return {loader: self._of(loader, network).measurement.report() for loader in measured}
+        return {loader: one.report() for loader, one in enumerate(measurements) if loader not in left_out}
 
     def release(self) -> None:
         """Remove hooks from the network, and drop the tensors of observed passes."""

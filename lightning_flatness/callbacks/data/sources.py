@@ -53,18 +53,22 @@ class Wanted:
             )
         return pair[0], pair[1]
 
-    def before_step(self, batch: Any, model: nn.Module) -> Asked:
-        """Read inputs and targets from a batch before its validation step runs, because the step may change them."""
+    def before_step(self, batch: Any, model: nn.Module, copies: bool = False) -> Asked:
+        """Read inputs and targets from a batch before its validation step runs, because the step may change them.
+
+        If ``copies``, also copy the inputs. Targets are always copied.
+        """
         if self.batch_fn is not None:
             with random_states_kept(model):
                 inputs, targets = self.split(apply_to_collection(batch, Tensor, torch.clone, allow_frozen=True))
-            return Asked(inputs, targets, is_given=inputs is not None)
+            return Asked(inputs, targets, copied=inputs, is_given=inputs is not None)
         try:
             inputs, why = self.split(batch)[0], ""
         except BatchError as error:
             inputs, why = None, str(error)
         targets = targets_of(batch)
-        return Asked(inputs, None if targets is None else targets.clone(), why_no_targets=why)
+        copied = as_call(inputs).copied() if copies else None
+        return Asked(inputs, None if targets is None else targets.clone(), copied, why_no_targets=why)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Asked:
 
     inputs: Any  # None if unknown; measured only if is_given, or if no call of the network was recorded
     targets: Tensor | None
+    copied: Any = None  # copies of the inputs, which the step cannot change; None if they are not needed
     why_no_targets: str = ""  # why the batch could not be split into inputs and targets; empty if it was split
     is_given: bool = False  # whether inputs come from batch_fn=
 
