@@ -20,7 +20,13 @@ from lightning_flatness.callbacks.figures import RunOutputs, checked
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.monitors import warn_of_traps
-from lightning_flatness.callbacks.network import Network, Within, named_network, network_without_step
+from lightning_flatness.callbacks.network import (
+    Network,
+    Within,
+    named_network,
+    network_without_step,
+    present_network,
+)
 from lightning_flatness.callbacks.prefixes import UncheckedKey, check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.callbacks.step_watch import StepWatch, is_watchable
@@ -84,7 +90,7 @@ class MeasuringCallback(Callback):
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
         self._is_restored = False
-        self._network: Network | None = None  # the network to measure; known after this run's first validation step
+        self._network: Network | None = None  # the network that the latest watched validation step has shown
         self._asked: Asked | None = None  # inputs and targets of the batch that is being validated
         self._watch: StepWatch | None = None  # records the calls in the validation step of that batch
         self._whole: WholeWeights | None = None  # during a measurement: the gathered weights; empty without FSDP2
@@ -148,9 +154,17 @@ class MeasuringCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Record the calls of modules in the first validation step of a run, to find the network and its inputs."""
-        if self._network is None and not self._errors.pending:
-            with self._measuring(trainer, pl_module):
+        """Record the calls of modules in the first validation step of a run, to find the network and its inputs.
+
+        Record them again when a validation begins and another module is in the network's place.
+        """
+        if self._errors.pending:
+            return
+        with self._measuring(trainer, pl_module):
+            if batch_idx == 0 and self._network is not None and self._network.is_called:
+                now = present_network(self._network, pl_module, self.model)
+                self._network = self._network if now is self._network else None
+            if self._network is None:
                 self._start_watching(pl_module, batch)
 
     def on_validation_batch_end(
@@ -248,7 +262,16 @@ class MeasuringCallback(Callback):
         return Within(network.module, network.prefix) if network.prefix else network.module
 
     def _network_of(self, pl_module: LightningModule) -> Network:
-        return self._network or network_without_step(pl_module, self.model)
+        """Return the network that is in its place now."""
+        if self._network is None:
+            return network_without_step(pl_module, self.model)
+        network = present_network(self._network, pl_module, self.model)
+        if network is None:
+            raise FlatnessError(
+                f"{self._name}: {type(pl_module).__name__} has no '{self._network.prefix}' any more, which was the "
+                "network in earlier validation steps. Use model=... to name the network that takes its place."
+            )
+        return network
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figures of the run."""

@@ -74,7 +74,7 @@ class Running:
     ) -> None:
         self.measurement = measurement
         self.source = source
-        self._network = network
+        self.network = network
         self._passes = passes
         self._is_tried = False
         self._repeats = True  # False after an extra pass that ran like those of validation has raised an error
@@ -88,17 +88,17 @@ class Running:
     def before_step(self, asked: Asked) -> None:
         """Start to record the network's call on a batch that is about to be validated."""
         self.release()
-        if not self._network.is_called:
+        if not self.network.is_called:
             return
         self._try_once()
-        if self._observes and self._is_tried and is_observed(self._network.module):
+        if self._observes and self._is_tried and is_observed(self.network.module):
             self._rule_out(OBSERVED_BY_ANOTHER)
         observes = self._observes and self._is_tried
         if observes:
             self._passes.tell("")
-        inputs = asked.inputs if self._network.on_batch else None
+        inputs = asked.inputs if self.network.on_batch else None
         # Listen to the user's network, which the step calls, even if a copy of it with gathered weights is measured.
-        self._listener = self.measurement.listen(inputs) if observes else Listener(self._network.module, inputs=inputs)
+        self._listener = self.measurement.listen(inputs) if observes else Listener(self.network.module, inputs=inputs)
         self._listener.__enter__()
 
     def _try_once(self) -> None:
@@ -149,7 +149,7 @@ class Running:
         assert asked is not None
         self._asked = asked
         if call is None:
-            call = self._recorded_call(asked, batch_idx) if self._network.is_called else asked.own_call()
+            call = self._recorded_call(asked, batch_idx) if self.network.is_called else asked.own_call()
         samples = asked.samples(call)
         if samples[0] is not call and self._observes:
             self._rule_out("batch_fn= gives other inputs than the validation step")
