@@ -24,7 +24,7 @@ from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
-from lightning_flatness.callbacks.logged import log
+from lightning_flatness.callbacks.logged import log, log_failure
 from lightning_flatness.callbacks.loggers import logged_step
 from lightning_flatness.callbacks.monitors import watched_keys
 from lightning_flatness.checks import check_whole
@@ -199,7 +199,7 @@ class EpochEndCallback(MeasuringCallback):
         batches: list[Samples] = []
         with self._measuring(trainer, pl_module):
             batches = list(self._source(trainer, pl_module).rest())
-        if not self._errors.settle(where):  # computing is a collective, so no rank may have failed
+        if not self._is_settled(pl_module, where, final):  # computing is a collective, so no rank may have failed
             return
         suffix = self._suffix(trainer) if final else ""
         record: Record = {"epoch": epoch, "step": trainer.global_step}
@@ -212,7 +212,7 @@ class EpochEndCallback(MeasuringCallback):
                 self._write_files(trainer, record, suffix, where)
                 raise
             self._measured = weights_sample(network)
-        if not self._errors.settle(where):
+        if not self._is_settled(pl_module, where, final):
             return
         self.history.append(record)
         self._accept()
@@ -222,6 +222,14 @@ class EpochEndCallback(MeasuringCallback):
             self._draw(trainer, self._figures, suffix)
         if self._is_interrupted and not final:
             raise KeyboardInterrupt  # end the training as well
+
+    def _is_settled(self, pl_module: LightningModule, where: str, final: bool) -> bool:
+        """Return True if no rank has failed to measure. Otherwise raise an error, or warn and log NaN."""
+        if self._errors.settle(where):
+            return True
+        if self.history and not final:
+            log_failure(pl_module, self.prefix, self._logged(self.history[-1]))
+        return False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float], final: bool) -> None:
         if not final:

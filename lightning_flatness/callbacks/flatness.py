@@ -85,7 +85,7 @@ class FlatnessCallback(FlatnessHistory):
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
         live: measure in validation's own forward passes, if a trial shows that this changes nothing. With False,
             measure in extra forward passes.
-        on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs nothing.
+        on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs NaN.
 
     Attributes:
         history: one record for every measurement of a fit, saved in checkpoints. A record is a dict. It has the numbers
@@ -315,7 +315,6 @@ class FlatnessCallback(FlatnessHistory):
             if trainer.state.fn == "fit" and self.history:
                 logged.log_again(trainer, pl_module, self.prefix, self.history, self._measures[-1])
             return
-        where = logged.where(trainer)
         with self._measuring(trainer, pl_module):
             # Validated batches are all measured by now. A rank without a batch does not know the network.
             if running is not None and self._data_name != "val" and not self._errors.pending:
@@ -324,11 +323,11 @@ class FlatnessCallback(FlatnessHistory):
             network = self._network or Network(pl_module)
             settle(running, network, self._num_sources, self._waits, failed=self._errors.pending is not None)
         self._whole = None
-        if not self._errors.settle(where) or running is None:
+        if not self._is_settled(trainer, pl_module) or running is None:
             return
         with self._measuring(trainer, pl_module):
             reports = running.reports(self._network or Network(pl_module))
-        if not self._errors.settle(where):
+        if not self._is_settled(trainer, pl_module):
             return
         seconds = max(gather(self._stopwatch.seconds(), sync=True))
         self.reports = labels.with_data(reports, self._data_name, trainer.testing, seconds)
@@ -341,7 +340,7 @@ class FlatnessCallback(FlatnessHistory):
         record = logged.record_of(
             trainer, labels.values_of_loaders(self.reports, self._measures) | {"seconds": seconds}
         )
-        logged.log_record(pl_module, self.prefix, record, self.history, self._measures[-1])
+        logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._measures[-1]))
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 
     def _release(self) -> None:
