@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,26 +170,32 @@ class EpochEndCallback(MeasuringCallback):
                 self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
         self._draw_run(trainer)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the weights have changed since the final measurement."""
-        is_late = self._measured is not None and self._have_changed(pl_module)
-        if is_late or is_called_again(trainer, self):
-            rank_zero_warn(
-                f"The final result of {self._name} does not belong to the final weights, because the weights have "
-                "changed after the measurement. A callback that changes weights must do this in on_train_end. List "
-                f"{self._name} after that callback."
-            )
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop an unfinished measurement, and cancel the second call of :meth:`on_train_end`."""
         super().on_exception(trainer, pl_module, exception)
         call_once(trainer, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Drop the data, the model and the copies of some of its weights."""
+        """Warn if the weights have changed since the final measurement. Then drop the data and the model.
+
+        All other callbacks and the LightningModule have had their ``on_fit_end`` by now, and may have changed weights.
+        """
+        if stage == "fit":
+            self._warn_of_late_changes(trainer, pl_module)
         super().teardown(trainer, pl_module, stage)
         self._measured = None
         call_once(trainer, self)
+
+    def _warn_of_late_changes(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        is_late = False
+        with suppress(FlatnessError):  # another callback may have removed the network by now
+            is_late = self._measured is not None and self._have_changed(pl_module)
+        if is_late or is_called_again(trainer, self):
+            rank_zero_warn(
+                f"The final result of {self._name} does not belong to the final weights, because the weights have "
+                "changed after the measurement. A callback that changes weights must do this in on_train_end. List "
+                f"{self._name} after that callback."
+            )
 
     def _have_changed(self, pl_module: LightningModule) -> bool:
         """Return whether the weights have changed since the last measurement, or were never measured."""
