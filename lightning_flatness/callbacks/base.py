@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
 from lightning_flatness.callbacks.figures import RunOutputs, checked
+from lightning_flatness.callbacks.labels import warn_of_mixed
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.monitors import warn_of_traps
@@ -86,6 +87,7 @@ class MeasuringCallback(Callback):
         self._errors = RankErrors(on_error, name, measured)
         self.run_outputs = RunOutputs(name, prefix, self.figures)
         self._num_drawn = 0  # number of records when the latest figures were drawn
+        self._num_restored = 0  # number of records that a checkpoint has restored in this run
         self._stopwatch = Stopwatch()  # for the measurement in progress
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
@@ -147,7 +149,7 @@ class MeasuringCallback(Callback):
         self._release()
         self._errors.start_run()
         self.run_outputs = RunOutputs(self._name, self.prefix, self.figures, self.folder)
-        self._num_drawn = len(self.history)
+        self._num_drawn = self._num_restored = len(self.history)
         with self._measuring(trainer, pl_module):
             named_network(pl_module, self.model)
 
@@ -184,6 +186,13 @@ class MeasuringCallback(Callback):
 
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
+
+    def _append(self, record: Record) -> None:
+        """Add a record to the history. Warn if it is of another measurement than the record before it."""
+        if self.history:
+            resumed = len(self.history) == self._num_restored
+            warn_of_mixed(self._name, self.prefix, record, self.history[-1], resumed)
+        self.history.append(record)
 
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error

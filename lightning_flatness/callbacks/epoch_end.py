@@ -221,7 +221,7 @@ class EpochEndCallback(MeasuringCallback):
             self._measured = weights_sample(network)
         if not self._is_settled(pl_module, where, final):
             return
-        self.history.append(record)
+        self._append(record)
         self._accept()
         self._log(trainer, pl_module, self._logged(record), final)
         self._write_files(trainer, record, suffix, where)

@@ -90,8 +90,8 @@ class FlatnessCallback(FlatnessHistory):
     Attributes:
         history: one record for every measurement of a fit, saved in checkpoints. A record is a dict. It has the numbers
             above (None if unknown) without the logarithm, and standard errors ``..._error`` of all measures. ``data``,
-            ``num_samples``, ``layers``, ``method`` and ``precision`` say what was measured, and how. ``accuracy`` is
-            the value that the LightningModule has logged.
+            ``num_samples``, ``layers``, ``loss_name``, ``method`` and ``precision`` say what was measured, and how.
+            ``accuracy`` is the value that the LightningModule has logged.
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
             only these have the report and the history. The main process has only the logged values.
         reports: a dict from the index of every validation loader to the last report of this loader.

@@ -64,7 +64,7 @@ class FlatnessHistory(MeasuringCallback):
 
     def _add_to_history(self, trainer: Trainer) -> None:
         if self._awaits_accuracy is not None:
-            self.history.append(self._awaits_accuracy)
+            self._append(self._awaits_accuracy)
             add_charts_once(trainer, [other for other in callbacks_of(trainer) if isinstance(other, FlatnessHistory)])
 
     def _pair_accuracy(self, trainer: Trainer) -> None:
