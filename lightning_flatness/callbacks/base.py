@@ -88,6 +88,7 @@ class MeasuringCallback(Callback):
         self.run_outputs = RunOutputs(name, prefix, self.figures)
         self._num_drawn = 0  # number of records when the latest figures were drawn
         self._num_restored = 0  # number of records that a checkpoint has restored in this run
+        self._logged_step = 0  # number of the step, in loggers, of the latest measurement
         self._stopwatch = Stopwatch()  # for the measurement in progress
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
@@ -329,4 +330,4 @@ class MeasuringCallback(Callback):
     def _draw(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], suffix: str = "") -> None:
         """Give the figures of the latest measurement to the loggers. ``draw`` returns a dict from tags to figures."""
         self._num_drawn = len(self.history)
-        self.run_outputs.add_figures(trainer, draw, self.history[-1], suffix)
+        self.run_outputs.add_figures(trainer, draw, self.history[-1], self._logged_step, suffix)

@@ -183,10 +183,12 @@ class FlatCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the validations of an earlier fit."""
+        super().on_fit_start(trainer, pl_module)
         self._of_validation, self._validated_at = set(), None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember which keys are logged already, to find out which keys the validation logs."""
+        super().on_validation_start(trainer, pl_module)
         self._before_validation = set(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -209,6 +209,7 @@ class EpochEndCallback(MeasuringCallback):
         if not self._is_settled(pl_module, where, final):  # computing is a collective, so no rank may have failed
             return
         suffix = self._suffix(trainer) if final else ""
+        self._logged_step = logged_step(trainer)
         record: Record = {"epoch": epoch, "step": trainer.global_step}
         with self._measuring(trainer, pl_module):
             progress = None if final and trainer.is_global_zero else False
@@ -244,7 +245,7 @@ class EpochEndCallback(MeasuringCallback):
         elif values:  # Lightning does not allow log() at the end of the fit
             for logger in trainer.loggers:
                 metrics = {f"{self.prefix}/{key}": value for key, value in values.items()}
-                logger.log_metrics(metrics, step=logged_step(trainer.global_step))
+                logger.log_metrics(metrics, step=self._logged_step)
                 logger.save()
 
     def _write_files(self, trainer: Trainer, record: Record, suffix: str, where: str) -> None:
@@ -253,7 +254,7 @@ class EpochEndCallback(MeasuringCallback):
             return
         if trainer.is_global_zero:
             with self._errors.kept(trainer.world_size):
-                self.run_outputs.add_files(trainer, self._write, record, suffix)
+                self.run_outputs.add_files(trainer, self._write, record, self._logged_step, suffix)
         self._errors.settle(where, f"write the files of {where}")
 
     def _draw_run(self, trainer: Trainer) -> None:
@@ -278,8 +279,7 @@ class EpochEndCallback(MeasuringCallback):
 
     def _suffix(self, trainer: Trainer) -> str:
         """Return a suffix for the files of the final measurement, so that file names are not used twice."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(map(leaves_averages, callbacks)):
+        if any(map(leaves_averages, callbacks_of(trainer))):
             return "-averaged"
         is_second = bool(self.history) and self.history[-1]["step"] == trainer.global_step
         return "-final" if is_second else ""

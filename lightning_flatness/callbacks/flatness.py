@@ -337,9 +337,8 @@ class FlatnessCallback(FlatnessHistory):
             samples = [report.num_samples for report in self.reports.values()]
             rank_zero_info(f"FlatnessCallback: {in_words(seconds, self._stopwatch.since_start, samples)}.")
         self._tell_inexact(layer.info for report in self.reports.values() for layer in report.layers.values())
-        record = logged.record_of(
-            trainer, labels.values_of_loaders(self.reports, self._measures) | {"seconds": seconds}
-        )
+        values = labels.values_of_loaders(self.reports, self._measures)
+        record = logged.record_of(trainer, values | {"seconds": seconds})
         logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._measures[-1]))
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 

@@ -9,6 +9,7 @@ from lightning_flatness.callbacks.charts import add_charts_once
 from lightning_flatness.callbacks.flatness_figures import flatness_figures, stopping_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.logged import accuracy_of, log_failure, logged_values, where
+from lightning_flatness.callbacks.loggers import logged_step
 from lightning_flatness.results import FlatnessReport
 
 
@@ -65,6 +66,7 @@ class FlatnessHistory(MeasuringCallback):
     def _add_to_history(self, trainer: Trainer) -> None:
         if self._awaits_accuracy is not None:
             self._append(self._awaits_accuracy)
+            self._logged_step = logged_step(trainer)
             add_charts_once(trainer, [other for other in callbacks_of(trainer) if isinstance(other, FlatnessHistory)])
 
     def _pair_accuracy(self, trainer: Trainer) -> None:

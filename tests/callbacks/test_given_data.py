@@ -311,6 +311,11 @@ def test_batches_with_names_in_a_run(tmp_path, options):
     assert callback.report.num_samples == options.get("max_samples", 22)
 
 
+def test_targets_of_batch_fn_in_a_list(tmp_path):
+    with pytest.raises(lf.BatchError, match="batch_fn=... returned targets of type list"):
+        Wanted("val", None, lambda batch: (batch[0], batch[1].tolist())).split((X, Y))
+
+
 @pytest.mark.parametrize(
     ("batch", "says"),
     [
