@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
 from lightning_flatness.callbacks.figures import RunOutputs, checked
@@ -25,6 +25,7 @@ from lightning_flatness.callbacks.network import (
     Network,
     Within,
     named_network,
+    network_in_place,
     network_without_step,
     present_network,
 )
@@ -159,14 +160,14 @@ class MeasuringCallback(Callback):
     ) -> None:
         """Record the calls of modules in the first validation step of a run, to find the network and its inputs.
 
-        Record them again when a validation begins and another module is in the network's place.
+        Record them again if another module is in the network's place now.
         """
         if self._errors.pending:
             return
         with self._measuring(trainer, pl_module):
-            if batch_idx == 0 and self._network is not None and self._network.is_called:
-                now = present_network(self._network, pl_module, self.model)
-                self._network = self._network if now is self._network else None
+            before = self._network
+            now = present_network(before, pl_module, self.model) if before else None
+            self._network = now if before is now or (before and not before.is_called) else None
             if self._network is None:
                 self._start_watching(pl_module, batch)
 
@@ -195,11 +196,30 @@ class MeasuringCallback(Callback):
             warn_of_mixed(self._name, self.prefix, record, self.history[-1], resumed)
         self.history.append(record)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """In a fit without validation, record the calls of modules in the first training step that calls some."""
+        needs_step = self._data_name != "val" and not trainer.enable_validation
+        if needs_step and self._network is None and not self._errors.pending:
+            with self._measuring(trainer, pl_module):
+                self._start_watching(pl_module, batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Stop recording, because a backward pass may call modules again (gradient checkpointing)."""
+        if self._watch is not None:
+            self._watch.__exit__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Find out which of the modules that the training step has called is the network."""
+        MeasuringCallback.on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)
+
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error
         self._asked = self._wanted.before_step(batch, pl_module, copies=not self._follows_steps)
         if self._network is None and is_watchable(pl_module):
-            self._watch = StepWatch(pl_module, named_network(pl_module, self.model))
+            step = "training" if pl_module.trainer.training else "validation"
+            self._watch = StepWatch(pl_module, named_network(pl_module, self.model), step)
             self._watch.__enter__()
         return self._asked
 
@@ -209,9 +229,10 @@ class MeasuringCallback(Callback):
         self._watch = self._asked = None
 
     def _find_network(self, pl_module: LightningModule) -> Call | None:
-        """Find out which of the modules that the validation step has called is the network. Return its call.
+        """Find out which of the modules that the step has called is the network. Return its call.
 
-        Return None if no recorded call can be measured.
+        Return None if no recorded call can be measured. If the step calls nothing in the sanity check or in training,
+        or because the batch is empty, the network stays unknown.
 
         If :attr:`_follows_steps` and ``batch_fn=`` gives no inputs, the inputs of the returned call are measured.
         Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step gives to the
@@ -222,9 +243,11 @@ class MeasuringCallback(Callback):
         if watch is not None:
             watch.__exit__()
         if watch is None or watch.is_empty:
+            watched, trainer = watch is not None and not watch.step_is_compiled, pl_module.trainer
+            if watched and (asked.is_empty or trainer.sanity_checking or trainer.training):
+                return None  # a later step will tell
             self._network = network_without_step(pl_module, self.model)
             if self._data_name == "val" and not asked.is_given:
-                watched = watch is not None and not watch.step_is_compiled
                 compiled, none = (
                     "torch.compile runs the whole validation step",
                     "the validation step does not call the network",
@@ -243,13 +266,13 @@ class MeasuringCallback(Callback):
         if differs and asked.is_given:
             remedy = " To measure the inputs of the step, return (None, targets) from batch_fn=."
             rank_zero_warn(
-                f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. The inputs "
-                f"from batch_fn= are measured.{remedy if self._follows_steps else ''}"
+                f"{self._name}: batch_fn= gives other inputs than the {watch.step} step gives to the network. The "
+                f"inputs from batch_fn= are measured.{remedy if self._follows_steps else ''}"
             )
         elif differs:
             data = repr(self.data) if isinstance(self.data, str) else ""
             raise FlatnessError(
-                f"{self._name}: the validation step gives other tensors to the network than those of the batch. But "
+                f"{self._name}: the {watch.step} step gives other tensors to the network than those of the batch. But "
                 f"the batches of data={data} are measured without this step. Give batch_fn=, a function that takes a "
                 "batch, prepares the inputs as the step does, and returns (inputs, targets)."
             )
@@ -273,15 +296,7 @@ class MeasuringCallback(Callback):
 
     def _network_of(self, pl_module: LightningModule) -> Network:
         """Return the network that is in its place now."""
-        if self._network is None:
-            return network_without_step(pl_module, self.model)
-        network = present_network(self._network, pl_module, self.model)
-        if network is None:
-            raise FlatnessError(
-                f"{self._name}: {type(pl_module).__name__} has no '{self._network.prefix}' any more, which was the "
-                "network in earlier validation steps. Use model=... to name the network that takes its place."
-            )
-        return network
+        return network_in_place(self._network, pl_module, self.model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figures of the run."""

@@ -152,7 +152,7 @@ def find_classifier(calls: Sequence[StepCall], layers: dict[str, nn.Module], why
     )
 
 
-def why_not_finite(calls: Sequence[LayerCall], loss: Tensor) -> str:
+def why_not_finite(calls: Sequence[StepCall], loss: Tensor) -> str:
     """Return the message that a tensor of the first training step is not finite, or an empty string if all are finite.
 
     Then no layer can be shown to be the classifier. The message names the first such tensor, or else the loss.

@@ -23,6 +23,7 @@ from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.ranks import gather
+from lightning_flatness.model.answer import certify_weights
 from lightning_flatness.results import LayerInfo
 
 
@@ -83,8 +84,7 @@ class FlatnessCallback(FlatnessHistory):
         num_probes: number of random probe vectors of the Hutchinson estimate.
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
-        live: measure in validation's own forward passes, if a trial shows that this changes nothing. With False,
-            measure in extra forward passes.
+        live: measure in validation's own forward passes if a trial shows that this changes nothing; else in extra ones.
         on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs NaN.
 
     Attributes:
@@ -240,11 +240,11 @@ class FlatnessCallback(FlatnessHistory):
     ) -> None:
         """Start to record the network's inputs in this step and, if possible, the network's forward pass."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        is_known = self._network is not None and self._data_name == "val" and not self._errors.pending
-        if self._running is not None and is_known:
+        network, follows = self._network, self._data_name == "val" and not self._errors.pending
+        if self._running is not None and network is not None and follows:
             with self._measuring(trainer, pl_module):
                 asked = self._start_watching(pl_module, batch)
-                self._running.before_step(asked, self._network_of(pl_module), dataloader_idx)
+                self._running.before_step(asked, network, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -257,17 +257,18 @@ class FlatnessCallback(FlatnessHistory):
     ) -> None:
         """Measure the validated batch, or the next part of other data.
 
-        The end of the validation epoch would be too late, because weight averaging swaps the weights back there. If no
-        measurement runs, as in a sanity check, only find out how each layer can be measured.
+        The end of the validation epoch is too late, because weight averaging swaps the weights back there. In a sanity
+        check, only find out how each layer can be measured.
         """
         if not self._errors.pending:
             with self._measuring(trainer, pl_module):
                 asked, is_watched = self._asked, self._network is None
                 call = self._find_network(pl_module) if asked is not None and is_watched else None
-                network = self._network_of(pl_module)
-                if self._running is not None:
+                certify_weights(call)
+                network = self._network  # None if no step has called it yet
+                if self._running is not None and network is not None:
                     self._running.after_step(asked, call, network, batch_idx, dataloader_idx)
-                elif self._data_name == "val" and self._certified is None and asked is not None:
+                elif self._data_name == "val" and self._certified is None and asked is not None and network:
                     with asked.explaining():
                         self._certify(network, asked.samples(call or asked.own_call()))
         if self._running is not None:
@@ -337,8 +338,9 @@ class FlatnessCallback(FlatnessHistory):
             samples = [report.num_samples for report in self.reports.values()]
             rank_zero_info(f"FlatnessCallback: {in_words(seconds, self._stopwatch.since_start, samples)}.")
         self._tell_inexact(layer.info for report in self.reports.values() for layer in report.layers.values())
-        values = labels.values_of_loaders(self.reports, self._measures)
-        record = logged.record_of(trainer, values | {"seconds": seconds})
+        record = logged.record_of(
+            trainer, {**labels.values_of_loaders(self.reports, self._measures), "seconds": seconds}
+        )
         logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._measures[-1]))
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 

@@ -93,9 +93,7 @@ def record_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None, **values}
 
 
-def logged_values(
-    record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], measure: str
-) -> dict[str, float]:
+def logged_values(record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], measure: str) -> dict[str, float]:
     """Return the numbers of a record that are logged, and the logarithm of ``measure``.
 
     ``earlier`` are the records before this one. If one of them has a number under a key, this key is logged even if

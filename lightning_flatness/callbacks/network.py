@@ -26,6 +26,7 @@ class Network:
             measured.
         is_called: False if no call in the steps can be measured. Then the inputs in the batch or from ``batch_fn=`` are
             measured.
+        is_named: whether ``model=`` names the network.
     """
 
     module: nn.Module
@@ -33,6 +34,7 @@ class Network:
     place: str = ""
     on_batch: bool = False
     is_called: bool = True
+    is_named: bool = False
 
 
 class Within(nn.Module):
@@ -83,7 +85,7 @@ def named_network(pl_module: LightningModule, model: str | Callable[[Any], nn.Mo
         name = type(pl_module).__name__
         problem = f"returned a {type(network).__name__}" if callable(model) else f"{name} has no such module"
         raise FlatnessError(f"model={model!r}: {problem}. The LightningModule has these submodules: {children}.")
-    return Network(network)
+    return Network(network, is_named=True)
 
 
 def network_without_step(pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None) -> Network:
@@ -115,3 +117,20 @@ def present_network(
     except AttributeError:
         return None
     return network if module is network.module else replace(network, module=module)
+
+
+def network_in_place(
+    network: Network | None, pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None
+) -> Network:
+    """Return the network that is in the place of ``network`` now, or the network without a step if it is None.
+
+    Raises:
+        FlatnessError: The place is empty, or :func:`network_without_step` finds no network.
+    """
+    now = network_without_step(pl_module, model) if network is None else present_network(network, pl_module, model)
+    if network is not None and now is None:
+        raise FlatnessError(
+            f"{type(pl_module).__name__} has no '{network.prefix}' any more, which was the network in an earlier step. "
+            "Use model=... to name the network that takes its place."
+        )
+    return now

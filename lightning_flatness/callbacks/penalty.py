@@ -150,7 +150,7 @@ class FlatnessPenalty(Callback):
         self._classifier: tuple[str, nn.Module] | None = None  # name and layer, known after the first step
         self._is_eager = False  # whether this callback makes compiled modules run eagerly now
         self._targets: Tensor | None = None  # targets of the batch that is trained on
-        # In the first step, the loss without penalties, and the version of the loss after this callback has added its own.
+        # In the first step: the loss without penalties, and the version of the loss with this callback's penalty.
         self._unpenalized: tuple[Tensor, int] | None = None
         self._sums: dict[str, Tensor | float] = {}  # sums of the logged values over the samples of an epoch
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from lightning_flatness.callbacks.data.sources import Asked, SeparateData, ValidationBatches
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.layers.certificates.layer import OtherKernelError
 from lightning_flatness.layers.live import KEEPS_TENSORS, OBSERVED_BY_ANOTHER, Listener, is_observed
 from lightning_flatness.layers.trial import TRIAL
 from lightning_flatness.measure.measurement import Measurement
+from lightning_flatness.model.answer import OTHER_WEIGHTS, certify_weights
 from lightning_flatness.model.call import Call
 from lightning_flatness.model.rows import num_rows, take
 
@@ -39,6 +41,7 @@ class PassesOfRun:
         """Store the first samples of a call as the example, if there is none yet and the call has several samples."""
         samples = num_rows(call, targets)
         if self.possible and self.example is None and samples > 1:
+            call = call._replace(answer=None)  # of these weights, which will have changed
             rows = slice(0, TRIAL)
             kept = None if targets is None else torch.clone(take(targets, rows, samples))
             self.example = take(call, rows, samples).copied(), kept
@@ -57,6 +60,10 @@ class PassesOfRun:
                 else "FlatnessCallback observes the forward passes of validation and needs none of its own."
             )
         self._told = reason
+
+
+class NotCalledError(BatchError):
+    """A validation step does not call the network that earlier steps have called."""
 
 
 class Running:
@@ -96,9 +103,13 @@ class Running:
         observes = self._observes and self._is_tried
         if observes:
             self._passes.tell("")
-        inputs = asked.inputs if self.network.on_batch else None
+        only, is_first = self.network.on_batch, self._asked is None
         # Listen to the user's network, which the step calls, even if a copy of it with gathered weights is measured.
-        self._listener = self.measurement.listen(inputs) if observes else Listener(self.network.module, inputs=inputs)
+        self._listener = (
+            self.measurement.listen(asked.inputs, only=only, compares_weights=is_first)
+            if observes
+            else Listener(self.network.module, inputs=asked.inputs, only=only, compares_weights=is_first)
+        )
         self._listener.__enter__()
 
     def _try_once(self) -> None:
@@ -137,10 +148,12 @@ class Running:
         ``call`` is the call of the network that a :class:`~lightning_flatness.callbacks.step_watch.StepWatch` has found
         in this step. If ``call`` is None, measure the call that this object has recorded in this step, or the inputs in
         the batch if ``Network.is_called`` is False. If ``batch_fn=`` gives inputs that differ from those of the call,
-        measure the inputs from ``batch_fn=``.
+        measure the inputs from ``batch_fn=``. Measure nothing if the batch is empty, and the step skips it.
 
-        Unlike earlier steps, this step may not call the network, or may call it several times on different inputs. Then
-        raise a :class:`BatchError` unless ``batch_fn=`` gives inputs.
+        Raises:
+            BatchError: The step calls the network several times on different inputs, unlike earlier steps, and
+                ``batch_fn=`` gives no inputs. Or the step runs another network than the one that is measured after it.
+            NotCalledError: The step does not call the network, unlike earlier steps.
         """
         if isinstance(self.source, SeparateData):
             for inputs, targets in self.source.after_step():
@@ -148,6 +161,8 @@ class Running:
             return
         assert asked is not None
         self._asked = asked
+        if call is None and asked.is_empty and (self._listener is None or self._listener.call is None):
+            return
         if call is None:
             call = self._recorded_call(asked, batch_idx) if self.network.is_called else asked.own_call()
         samples = asked.samples(call)
@@ -159,7 +174,7 @@ class Running:
             if not mask.all():
                 if mask.any():
                     self._add_own(*self.measurement.chosen(*samples, mask))
-            elif samples[0] is not call or not self._add_observed(samples[1]):
+            elif samples[0] is not call or not self._add_observed(call, samples[1]):
                 self._add_own(*samples)
             self.measurement.settle_when_due()
 
@@ -206,23 +221,32 @@ class Running:
     def _recorded_call(self, asked: Asked, batch_idx: int) -> Call:
         """Return the recorded call if the step called the network on one input only.
 
-        Otherwise return a call on the inputs of ``batch_fn=``. If ``batch_fn=`` gives no inputs, raise an error.
+        Otherwise return a call on the inputs of ``batch_fn=``. If ``batch_fn=`` gives no inputs, raise an error. Also
+        raise an error if the step does not call the network at all, unless ``model=`` names the network: the step may
+        call another one now.
         """
         listener = self._listener
         assert listener is not None
         listener.__exit__()
-        if listener.call is None or listener.num_others:
-            if asked.is_given:
-                self.release()
-                return asked.own_call()
-            problem = "does not call the network" if listener.call is None else "calls the network on different inputs"
+        call = listener.call
+        if call is not None and not listener.num_others:
+            certify_weights(call)
+            return call
+        if asked.is_given and (call is not None or self.network.is_named):
+            self.release()
+            return asked.own_call()
+        if call is not None:
             raise BatchError(
-                f"The validation step {problem} in batch {batch_idx}, unlike in earlier batches. Give batch_fn=, a "
-                "function from a batch to the (inputs, targets) to measure."
+                f"The validation step calls the network on different inputs in batch {batch_idx}, unlike in earlier "
+                "batches. Give batch_fn=, a function from a batch to the (inputs, targets) to measure."
             )
-        return listener.call
+        raise NotCalledError(
+            f"The validation step does not call the network in batch {batch_idx}, unlike in earlier batches. It may "
+            "call another module now. Name the network to measure with model=, and give batch_fn=, a function from a "
+            "batch to the (inputs, targets) to measure. If the step skips a batch, batch_fn= returns (None, None)."
+        )
 
-    def _add_observed(self, targets: Tensor | None) -> bool:
+    def _add_observed(self, call: Call, targets: Tensor | None) -> bool:
         """Add the observed forward pass to the measurement. Return False if an extra pass must be made."""
         listener = self._listener
         if listener is None or not (self._observes and self._is_tried):
@@ -235,6 +259,10 @@ class Running:
             if not reason:
                 self.measurement.update_observed(listener, targets, self.source.positions)
                 is_measured = True
+        except OtherKernelError as error:
+            # This raises another error if the layer computes its kernel from its input.
+            self._add_own(call._replace(answer=None), targets)
+            raise BatchError(OTHER_WEIGHTS) from error
         except (FlatnessError, RuntimeError) as error:
             # An extra pass follows. It raises the same error, or succeeds because it needs less memory.
             reason = f"the forward pass of a batch could not be used ({error})"

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_flatness.callbacks.lightning_imports import LightningModule
 from lightning_flatness.callbacks.network import Network
 from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.model.answer import Answer, weights_sample
 from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, same_inputs, tensors_of
 from lightning_flatness.model.logits import any_logits_of
 from lightning_flatness.model.names import plain_name
@@ -28,7 +29,7 @@ class Found:
 
     Attributes:
         network: the network.
-        call: the call to measure, or None. Its tensors are copies, made before the call.
+        call: the call to measure, or None. Its tensors are copies, made before the call. It has the network's answer.
     """
 
     network: Network
@@ -45,7 +46,9 @@ class _Heard:
 
     module: nn.Module
     call: Call  # with the user's tensors
-    copied: Call  # with copies of the tensors, made before the call, because the step may change them in place
+    # With copies of the tensors, made before the call, because the step may change them in place. If the call returns
+    # logits, it has the module's answer.
+    copied: Call
     output: Any = None
     within: list[_Heard] = field(default_factory=list)
     several: bool = False  # whether several modules are called within
@@ -59,6 +62,8 @@ class _Heard:
 class StepWatch:
     """A context manager that records the calls of modules with weights in a step, to find the network among them.
 
+    ``step`` names the step in messages: ``"validation"`` or ``"training"``.
+
     Example:
         >>> module = LightningModule()
         >>> module.net, x = nn.Linear(2, 3), torch.ones(4, 2)
@@ -69,8 +74,8 @@ class StepWatch:
         ('net', torch.Size([4, 2]))
     """
 
-    def __init__(self, pl_module: LightningModule, named: Network | None) -> None:
-        self._pl_module, self._named = pl_module, named
+    def __init__(self, pl_module: LightningModule, named: Network | None, step: str = "validation") -> None:
+        self._pl_module, self._named, self.step = pl_module, named, step
         self._forward = vars(pl_module).get("forward")
         self.step_is_compiled = False
         self._places = {module: name for name, module in pl_module.named_modules()}
@@ -117,8 +122,9 @@ class StepWatch:
             self._open[-1].add(heard)
         else:
             self._calls.append(heard)
+        weights = None
         if not (self._open and self._open[-1].several):  # otherwise this call was dropped
-            heard.copied = call.copied()
+            heard.copied, weights = call.copied(), weights_sample(module)
         self._open.append(heard)
         try:
             with self._overheard.paused() if _is_compiled(module) else nullcontext():
@@ -127,6 +133,7 @@ class StepWatch:
             self._open.pop()
         if not _why_no_logits(heard.output):
             heard.within.clear()
+            heard.copied = heard.copied._replace(answer=Answer(module, heard.output, weights))
         return heard.output
 
     @property
@@ -151,11 +158,11 @@ class StepWatch:
         """
         heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
         place = "" if self._named else self._places[heard.module]
-        found = Network(heard.module, plain_name(place), place)
+        found = Network(heard.module, plain_name(place), place, is_named=self._named is not None)
         if not counts and not is_given:
             raise FlatnessError(
-                f"The validation step calls {self._name(heard.module)} on {num_inputs} different inputs, none of which "
-                "is the batch's own input. Give batch_fn=, a function from a batch to the (inputs, targets) to "
+                f"The {self.step} step calls {self._name(heard.module)} on {num_inputs} different inputs, none of "
+                "which is the batch's own input. Give batch_fn=, a function from a batch to the (inputs, targets) to "
                 "measure, e.g. batch_fn=lambda batch: (batch[0], batch[1]). A tuple of inputs is passed as arguments, "
                 "and a mapping is passed as keyword arguments."
             )
@@ -193,7 +200,7 @@ class StepWatch:
         users = [other.module for other in self._others if _takes(other, heard.output)]
         if users:
             rank_zero_warn(
-                f"The validation step gives the output of {self._name(heard.module)} to {self._name(users[0])}, which "
+                f"The {self.step} step gives the output of {self._name(heard.module)} to {self._name(users[0])}, which "
                 "has weights of its own. If that output is not the logits, the measured loss is not your loss. Use "
                 "model=... to name a module that returns the logits."
             )
@@ -211,7 +218,7 @@ class StepWatch:
                 parts = ", ".join(self._expression(module) for module in (heard.module, heads[0]))
                 owning = "which has weights of its own" if len(heads) == 1 else "which have weights of their own"
                 raise FlatnessError(
-                    f"The validation step gives the output of {self._name(heard.module)} to "
+                    f"The {self.step} step gives the output of {self._name(heard.module)} to "
                     f"{' and '.join(map(self._name, heads))}, {owning}. Say which network returns the logits, e.g. "
                     f"model=lambda module: torch.nn.Sequential({parts}), batch_fn=lambda batch: (batch[0], batch[1]), "
                     "where batch_fn= returns the inputs of the first part, and the targets. If the output of "
@@ -219,14 +226,14 @@ class StepWatch:
                 )
         if any(_why_no_logits(heard.output) for heard in calls):
             raise FlatnessError(
-                f"The validation step calls {names}. Not all of these return logits, so they seem to be parts of one "
+                f"The {self.step} step calls {names}. Not all of these return logits, so they seem to be parts of one "
                 "network. Call one module in the step to get the logits, e.g. self(x) with a forward() that applies "
                 "all parts. If one of these modules is the whole network, name it with model=."
             )
         trained = [module for module in modules if any(p.requires_grad for p in module.parameters())]
         own = [self._name(module) for module in trained or modules if module is not self._pl_module]
         raise FlatnessError(
-            f"The validation step calls several networks, {names}. Name the one to measure with model=..., e.g. "
+            f"The {self.step} step calls several networks, {names}. Name the one to measure with model=..., e.g. "
             f"model={next(iter(own), 'lambda module: module')}."
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_flatness.callbacks.data.sources import Asked, SeparateData, ValidationBatches
 from lightning_flatness.callbacks.network import Network
-from lightning_flatness.callbacks.running import PassesOfRun, Running
-from lightning_flatness.errors import BatchError
+from lightning_flatness.callbacks.running import NotCalledError, PassesOfRun, Running
+from lightning_flatness.errors import BatchError, naming
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.ranks import gather
 from lightning_flatness.measure.samples import without_samples
@@ -46,22 +47,24 @@ class Validation:
     def after_step(self, asked: Asked | None, call: Call | None, network: Network, batch_idx: int, loader: int) -> None:
         """Measure a validated batch, or the next part of other data.
 
-        A loader other than the first is left out if its batches have no targets. After the last batch of a loader, the
-        samples that have waited in memory are measured at once, because another callback may swap the weights before
-        the epoch ends.
+        A loader other than the first is left out if its batches have no targets, or if its first step does not call the
+        network. After the last batch of a loader, the samples that have waited in memory are measured at once, because
+        another callback may swap the weights before the epoch ends.
         """
         running = self._of_step(loader, network)
         if loader in self._left_out:
             return
-        try:
-            running.after_step(asked, call, batch_idx)
-            if running.source.is_last(batch_idx):
-                running.measurement.take_spread()
-                running.measure_held()
-        except BatchError as error:
-            if loader == 0 or asked is None or asked.targets is not None:
-                raise
-            self._left_out[loader] = str(error)
+        with naming(str(loader), "Validation loader") if len(self._sources) > 1 else nullcontext():
+            try:
+                running.after_step(asked, call, batch_idx)
+                if running.source.is_last(batch_idx):
+                    running.measurement.take_spread()
+                    running.measure_held()
+            except BatchError as error:
+                is_unused = isinstance(error, NotCalledError) and batch_idx == 0
+                if loader == 0 or asked is None or (asked.targets is not None and not is_unused):
+                    raise
+                self._left_out[loader] = str(error)
 
     def measure_rest(self, network: Network) -> None:
         """Measure the samples that remain in the sources when all batches have been validated."""

@@ -98,7 +98,7 @@ class Kept(Generic[Result]):
         """Keep a copy of a batch."""
         self._network = _same(self._network, network)
         self._hash.add(inputs, targets)
-        self._batches.append((as_call(inputs)._replace(precision=None).copied(), targets))
+        self._batches.append((as_call(inputs)._replace(precision=None, answer=None).copied(), targets))
 
     def result(self) -> Found[Result]:
         """Call ``function``, and return its result with a hash of the data and the name of the device."""

@@ -18,6 +18,7 @@ from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.cli.splits import Split, quiet_trainer
 from lightning_flatness.errors import BatchError, FlatnessError
 from lightning_flatness.measure.batches import described, entries_of
+from lightning_flatness.model.answer import certify_weights
 
 Found = TypeVar("Found", covariant=True)
 
@@ -95,7 +96,10 @@ class SamplesOfSteps(MeasuringCallback, Generic[Found]):
                 call = self._find_network(pl_module)
             else:
                 call, self._network = None, network_without_step(pl_module, self.model)
-            self._consumer.add(self._network_of(pl_module), *asked.samples(call or asked.own_call()))
+            network = self._network
+            if network is not None:  # None if the step skips an empty batch
+                certify_weights(call)
+                self._consumer.add(network, *asked.samples(call or asked.own_call()))
         self._stop_watching()
         self._advance((batch_idx + 1) / trainer.num_val_batches[0])
 

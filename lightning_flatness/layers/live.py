@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_flatness.errors import BatchError
 from lightning_flatness.layers.recording import Pass, Recorder
+from lightning_flatness.model.answer import Answer, weights_sample
 from lightning_flatness.model.call import Call, Overheard, as_call, heard_call, only_heard_by, same_inputs
 from lightning_flatness.model.precision import Precision, current_precision
 
@@ -24,9 +25,10 @@ from lightning_flatness.model.precision import Precision, current_precision
 class Listener:
     """A context manager that records one call of a model by the user's code, and may observe its forward pass.
 
-    Only the first call counts or, if ``inputs`` are given, the first call on these very objects. :attr:`call` keeps
-    copies of the arguments of the call that counts. Later calls on the same objects are ignored. Without ``inputs``,
-    later calls on other objects are counted in :attr:`num_others`.
+    Only one call counts: the first on the very objects ``inputs`` or, if there is none, the first call at all.
+    :attr:`call` keeps copies of its arguments, and what the model answered. Later calls on the same objects are
+    ignored. If the call that counts is not on ``inputs``, later calls on other objects are counted in
+    :attr:`num_others`.
 
     Errors of the package are never raised in the user's code, only in :meth:`result`. If observing makes the forward
     fail, the listener runs the forward again without observing it. After the call, the grad mode and the inference mode
@@ -36,7 +38,9 @@ class Listener:
         model: the model that the user calls.
         recorder: makes the recorder that observes the pass; if None, the call is recorded but not observed.
         inputs: the inputs of the call that counts; None for any.
+        only: with ``inputs``, count no call on other inputs.
         precision: observe the pass only if it runs in this precision; None for any.
+        compares_weights: whether the answer of the call that counts has a sample of the weights.
     """
 
     _active: ClassVar[list[Listener]] = []  # listeners with a recorder, while their `with` block runs
@@ -48,12 +52,15 @@ class Listener:
         recorder: Callable[[], Recorder] | None = None,
         inputs: Any = None,
         precision: Precision | None = None,
+        only: bool = True,
+        compares_weights: bool = False,
     ) -> None:
         self.call: Call | None = None
         self.num_others = 0
         self.reason = NOT_CALLED  # why the pass was not observed; empty if it was observed
         self.output: Any = None  # what the call that counts returned
         self._model, self._recorder, self._precision = model, recorder, precision
+        self._only, self._compares_weights = only, compares_weights
         self._wanted = None if inputs is None else as_call(inputs)
         self._called: Call | None = None  # the call that counts, on the user's tensors
         self._recorded: Recorder | None = None
@@ -110,12 +117,15 @@ class Listener:
     ) -> Any:
         """Run a call of the model for the user, and record or observe it if it is the call that counts."""
         called = heard_call(arguments, keywords)
-        counts = not self._is_called and (self._wanted is None or same_inputs(called, self._wanted))
-        if not counts or self._called is not None:
-            if counts and not same_inputs(called, self._called):
+        counts = not self._is_called and (self._wanted is None or not self._only or self._is_wanted(called))
+        takes_over = counts and self._is_wanted(called) and not self._is_wanted(self._called)
+        if not counts or (self._called is not None and not takes_over):
+            if counts and not self._is_wanted(self._called) and not same_inputs(called, self._called):
                 self.num_others += 1
             return forward(*arguments, **keywords)
+        self._recorded, self.num_others = None, 0
         self._called, self.call = called, called.copied()
+        weights = weights_sample(self._model) if self._compares_weights else None
         self.reason = "observing is not asked for" if self._recorder is None else self._why_not_now()
         self._is_called = True
         try:
@@ -125,7 +135,7 @@ class Listener:
                     self._observe(self._recorder(), forward, called)
             if self.reason:
                 self.output = forward(*arguments, **keywords)
-                return self.output
+            self.call = self.call._replace(answer=Answer(self._model, self.output, weights))
         finally:
             self._is_called = False
         if self._recorded is None or self._recorded.has_classifier:
@@ -133,6 +143,9 @@ class Listener:
         # Without a classifier the output is part of the observed graph, so the user gets a detached copy. In inference
         # mode this copy is an inference tensor, as the user expects.
         return apply_to_collection(self.output, Tensor, lambda made: made.detach().clone())
+
+    def _is_wanted(self, called: Call | None) -> bool:
+        return called is not None and self._wanted is not None and same_inputs(called, self._wanted)
 
     def _observe(self, recorder: Recorder, forward: Callable[..., Any], called: Call) -> None:
         """Run the forward and record it. If observing makes the forward fail, put the error into ``reason``."""

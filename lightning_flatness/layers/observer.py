@@ -155,14 +155,15 @@ class FlatnessObserver:
         self._observable = outcome
         return outcome.compiled
 
-    def listen(self, inputs: Any = None) -> Listener:
-        """Return a context manager that observes the first call of the model by the user's code.
+    def listen(self, inputs: Any = None, **options: bool) -> Listener:
+        """Return a :class:`Listener` that observes the first call of the model by the user's code.
 
-        With ``inputs``, it observes the first call on these very objects. Requires: :meth:`why_not_live` was called and
-        found that passes can be observed.
+        With ``inputs``, it observes the first call on these very objects. ``options`` are further ones of a listener.
+        Requires: :meth:`why_not_live` was called and found that passes can be observed.
         """
         assert self._observable is not None
-        return Listener(self._model, self._observable.context.recorder, inputs, self._observable.precision)
+        recorder, precision = self._observable.context.recorder, self._observable.precision
+        return Listener(self._model, recorder, inputs, precision, **options)
 
     def observed(self, listener: Listener, targets: Tensor | None) -> dict[str, LayerStatistics]:
         """Return the statistics of a batch from the forward pass that ``listener`` observed, keyed by layer name.
@@ -227,7 +228,10 @@ class FlatnessObserver:
             raise BatchError("a single sample is measured as a pair, and its input has several tensors")
         rows = slice(0, samples)
         listener = repeated(self._model, tensors.take(inputs, rows), self._observable)
+        answer = as_call(inputs).answer
         try:
+            if answer is not None:
+                answer.certify_logits(listener.result().logits[:samples], 0)
             pair = None if targets is None else take(targets, rows, samples)
             return self.observed_forms(listener, pair, is_pair=samples == 1)
         finally:

@@ -20,6 +20,8 @@ from lightning_flatness.layers.gauss_newton import Advance, rows_at_a_time
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.recording import Pass
 from lightning_flatness.layers.selection import Selection, select
+from lightning_flatness.model.answer import Answer
+from lightning_flatness.model.call import Call, as_call
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import isolated
 from lightning_flatness.model.logits import certify_deterministic, finding_what_is_not_finite, logits_of
@@ -72,6 +74,7 @@ class Part:
     rows: int  # number of samples; a single one has two equal rows in `inputs` and `targets`
     start: int  # position of the first sample in the batch
     tell: Advance  # to be called with the fraction of the part that is done
+    answer: Answer | None  # what the user's code got from the model in a call on the whole batch
 
 
 class _TooManySamplesError(Exception):
@@ -116,7 +119,8 @@ class OwnPasses:
                     advance((start + part * rows) / samples)
 
             chunk = slice(start, start + rows)
-            part = Part(self._tensors.take(inputs, chunk), take(targets, chunk, samples), rows, start, tell)
+            taken = self._tensors.take(inputs, chunk), take(targets, chunk, samples)
+            part = Part(*taken, rows, start, tell, as_call(inputs).answer)
             try:
                 with isolated(self._model), self._finding(part.inputs):
                     if rows < samples or rows == 1:
@@ -144,7 +148,10 @@ class OwnPasses:
         self._tensors = self._tensors.narrowed(inputs, len(mask))
         with isolated(self._model), self._finding(inputs):
             self._tensors = self._tensors.certified(inputs, mask, lambda part: logits_of(self._copy(part)))
-        return self._tensors.chosen(inputs, targets, mask)
+        chosen, targets = self._tensors.chosen(inputs, targets, mask)
+        if isinstance(chosen, Call) and chosen.answer is not None:
+            chosen = chosen._replace(answer=chosen.answer.chosen(mask))
+        return chosen, targets
 
     def release(self) -> None:
         """Drop the copy of the model to free its memory; the next pass makes a new copy."""
@@ -199,6 +206,8 @@ class OwnPasses:
         whole = selection.logits
         if first_batch and start + rows <= len(whole):  # `whole` has fewer samples than the batch if memory ran out
             certify_deterministic(whole[start : start + rows], logits[:rows].detach())
+        if part.answer is not None:
+            part.answer.certify_logits(logits[:rows].detach(), start)
         if first:
             self.release()  # certificate 4 makes another copy; two would take too much memory
         no_masks = torch.zeros(0, len(logits), dtype=torch.bool, device="cpu")

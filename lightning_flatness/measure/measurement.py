@@ -194,9 +194,9 @@ class Measurement:
         """Return why the user's forward passes cannot be observed; ``""`` if ``FlatnessObserver`` can observe them."""
         return self._observer.why_not_live(inputs, targets)
 
-    def listen(self, inputs: Any = None) -> Listener:
+    def listen(self, inputs: Any = None, **options: bool) -> Listener:
         """Return a context manager that observes the user's call of the model, as ``FlatnessObserver.listen`` does."""
-        return self._observer.listen(inputs)
+        return self._observer.listen(inputs, **options)
 
     def update_observed(
         self, listener: Listener, targets: Tensor | None = None, positions: Tensor | None = None

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from lightning_flatness.model.precision import Precision, current_precision
 
+if TYPE_CHECKING:
+    from lightning_flatness.model.answer import Answer
+
 
 class Call(NamedTuple):
-    """The arguments of one call of a network, and the precision that the call was made in.
+    """The arguments of one call of a network, the precision that the call was made in, and what it answered.
 
     Example:
         >>> as_call({"x": 1}).keywords, as_call([1, 2]).arguments, as_call(1).arguments
@@ -26,6 +29,7 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     precision: Precision | None = None  # None unless the user's code made the call
+    answer: Answer | None = None  # what the network answered; None if passes of our own are not compared with this call
 
     def copied(self) -> Call:
         """Return the same call on copies of its tensors, or on the tensors themselves if they cannot be copied."""

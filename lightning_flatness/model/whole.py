@@ -42,7 +42,7 @@ class WholeWeights:
             return
         _reshard(model)
         with torch.inference_mode(False), torch.no_grad():
-            for parameter in filter(_is_sharded, model.parameters()):
+            for parameter in filter(is_sharded, model.parameters()):
                 full: Tensor = parameter.full_tensor()  # type: ignore[attr-defined]
                 self._weights.append((parameter, _sample(parameter), nn.Parameter(full, parameter.requires_grad)))
 
@@ -96,13 +96,14 @@ def _is_fully_sharded(module: nn.Module) -> bool:
     return "FSDPModule" in {base.__name__ for base in type(module).__mro__}
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is spread over processes, so that this process has a part of it."""
     return hasattr(tensor, "full_tensor")
 
 
 def _is_of_one_mesh(parameter: Tensor) -> bool:
     """Return whether a parameter is not sharded, or is sharded over a device mesh with one dimension."""
-    return not _is_sharded(parameter) or parameter.device_mesh.ndim == 1  # type: ignore[attr-defined]
+    return not is_sharded(parameter) or parameter.device_mesh.ndim == 1  # type: ignore[attr-defined]
 
 
 def _without_sharding(attributes: Mapping[str, Any]) -> dict[str, Any]:

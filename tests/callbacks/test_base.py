@@ -124,9 +124,8 @@ def halved(logits, targets):
 )
 def test_resuming_with_another_measurement_is_warned_of_once(tmp_path, make, options, words):
     fit(tmp_path, make()).save_checkpoint(tmp_path / "two.ckpt")
-    callback = make(**options)
+    trainer = quiet_trainer(tmp_path, make(**options), max_epochs=4)
     with pytest.warns(UserWarning, match=f"from epoch [23] on.*: {words}. .*another prefix=") as caught:
-        trainer = quiet_trainer(tmp_path, callback, max_epochs=4)
         trainer.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "two.ckpt")
     assert sum("another prefix=" in str(warning.message) for warning in caught) == 1
 

@@ -233,7 +233,12 @@ REFUSED = {
     "twice": (twice, None, {}, "calls 'net.fc' 2 times"),
     "twice, not checked": (twice, None, {"check_loss": False}, "calls 'net.fc' 2 times"),
     "layers": (None, None, {"layers": "net.head"}, "layers='net.head' names no linear layer.*'net.fc'"),
-    "NaN loss": (lambda module, x, y: F.cross_entropy(module.net(x), y) * torch.nan, None, {}, "because the loss is nan"),
+    "NaN loss": (
+        lambda module, x, y: F.cross_entropy(module.net(x), y) * torch.nan,
+        None,
+        {},
+        "because the loss is nan",
+    ),
     "NaN data": (
         lambda module, x, y: F.cross_entropy(module.net(x * torch.nan), y),
         None,

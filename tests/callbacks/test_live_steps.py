@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lightning_flatness as lf
+from lightning_flatness.measure.measurement import Measurement
 from tests.callbacks import live_networks as networks
 from tests.callbacks.compare import assert_same, global_modes, module_state
 from tests.callbacks.lightning_modules import loaders, quiet_trainer
@@ -83,37 +84,6 @@ class HooksInStep(Module):
         return logits
 
 
-class TrainsDropout(Module):
-    """Dropout stays on in validation, for the uncertainty."""
-
-    def step(self, x):
-        self.net.dropout.train()
-        try:
-            with torch.random.fork_rng():
-                return self(x)
-        finally:
-            self.net.dropout.eval()
-
-
-class AveragesWeights(Module):
-    """Swaps weights for the time of the step, past autograd's counters."""
-
-    name = "net.conv.weight"
-
-    def step(self, x):
-        weight = self.get_parameter(self.name).data
-        before = weight.clone()
-        weight.mul_(1.5)
-        try:
-            return self(x)
-        finally:
-            weight.copy_(before)
-
-
-class AveragesClassifier(AveragesWeights):
-    name = "net.fc.weight"
-
-
 STEPS = {
     CallsForward: OBSERVES,
     CallsOnOthersToo: OBSERVES,
@@ -123,16 +93,22 @@ STEPS = {
     CallsAgain: OBSERVES,
     Autocast: OBSERVES,  # float64 is not cast
     HooksInStep: "changes modes or hooks",
-    AveragesWeights: "is not the one that was certified",
-    AveragesClassifier: "could not be used",
 }
 
 
-@guards("callbacks/running.py", "(FlatnessError, RuntimeError) as", "ZeroDivisionError as", ids="AveragesClassifier")
-@guards("layers.recording:kernel_sample", returns=None, ids="AveragesWeights")
+@guards("layers.live:_state", returns=None, ids="HooksInStep")
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_validation_step(tmp_path, told, step):
     assert_as_without(tmp_path, make("Plain", step), told, STEPS[step])
+
+
+@guards("callbacks/running.py", "(FlatnessError, RuntimeError) as", "ZeroDivisionError as")
+def test_observed_pass_that_cannot_be_used(tmp_path, told, monkeypatch):
+    def fails(*_):
+        raise lf.LayerSelectionError("it cannot")
+
+    monkeypatch.setattr(Measurement, "update_observed", fails)
+    assert_as_without(tmp_path, make("Plain"), told, "could not be used (it cannot)")
 
 
 def test_a_step_that_calls_the_network_on_several_inputs_of_its_own_is_refused(tmp_path, told):
@@ -194,19 +170,14 @@ def test_validation_step_with_gradients(tmp_path, told):
     assert_as_without(tmp_path, make("Plain", WithGradients), told, "records gradients", trainer_options=options)
 
 
-@guards("layers.live:_state", returns=None)
-def test_validation_step_with_dropout(tmp_path, told):
-    assert_as_without(tmp_path, make("Dropouts", TrainsDropout), told, "changes modes or hooks")
-
-
 @guards("layers/trial.py", "if module.training:", "if False:")
-def test_dropout_that_stays_in_training_mode(tmp_path, told):
+def test_module_that_stays_in_training_mode(tmp_path, told):
     class Keeps(Module):
         def on_validation_model_eval(self):
             super().on_validation_model_eval()
-            self.net.dropout.train()
+            self.net.fc.train()
 
-    assert_as_without(tmp_path, make("Dropouts", Keeps), told, "'net.dropout' is in training mode")
+    assert_as_without(tmp_path, make("Plain", Keeps), told, "'net.fc' is in training mode")
 
 
 def test_network_is_an_attribute(tmp_path, told):

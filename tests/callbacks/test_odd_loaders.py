@@ -189,7 +189,7 @@ def test_validation_data_that_is_part_of_the_training_data(tmp_path, sanity):
 @pytest.mark.parametrize("mode", ["sequential", "min_size", "max_size"])
 def test_combined_validation_loaders(tmp_path, mode, sanity, max_samples):
     val = CombinedLoader([loaders()[1], DataLoader(dataset(40, seed=3), batch_size=8)], mode)
-    options = {} if mode == "sequential" else {"batch_fn": lambda batch: batch[1]}
+    options = {} if mode == "sequential" else {"model": "net", "batch_fn": lambda batch: batch[1]}
     callback = flatness_callback(max_samples=max_samples, **options)
     fit(tmp_path, callback, val, module=OfSeveral(), num_sanity_val_steps=sanity)
     available = {"sequential": 22, "min_size": 24, "max_size": 40}[mode]

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightning_flatness as lf
 from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback
-from tests.callbacks.lightning_modules import CLASSES, Classifier, WithoutForward, dataset, loaders, quiet_trainer
+from tests.callbacks.lightning_modules import CLASSES, Classifier, Net, WithoutForward, dataset, loaders, quiet_trainer
 from tests.guarding import guards
 
 
@@ -24,12 +24,14 @@ class ForgetsTheNetwork(Classifier):
             self.otherwise(self, batch[0])
 
 
-@guards("callbacks/running.py", "if listener.call is None or listener.num_others:", "if False:", ids="two calls")
+@guards(
+    "callbacks/running.py", "if call is not None and not listener.num_others:", "if call is not None:", ids="two calls"
+)
 @pytest.mark.parametrize(
     ("otherwise", "says"),
     [
         (lambda module, x: torch.ones(len(x), 3), "does not call the network in batch 1"),
-        (lambda module, x: module(x) + module(x.flip(3)), "calls the network on different inputs in batch 1"),
+        (lambda module, x: module(x.flip(2)) + module(x.flip(3)), "calls the network on different inputs in batch 1"),
     ],
     ids=["no call", "two calls"],
 )
@@ -38,6 +40,98 @@ def test_later_steps_that_differ_are_refused(tmp_path, otherwise, says):
     module.otherwise = otherwise
     with pytest.raises(lf.BatchError, match=f"{says}, unlike in earlier batches.*batch_fn="):
         fit(tmp_path, flatness_callback(), module=module)
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("other", [lambda x: x[:2], lambda x: x.flip(3)], ids=["pictures", "flipped"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_later_step_also_calls_the_network_on_other_inputs(tmp_path, other, is_first, live):
+    """As the first step may: to log pictures, before or after the call on the batch."""
+    module, callback = ForgetsTheNetwork(), flatness_callback(live=live)
+    module.otherwise = lambda module, x: [module(x) for x in ((other(x), x) if is_first else (x, other(x)))]
+    fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, loaders()[1]))
+
+
+class Skips(Classifier):
+    """Its step skips empty batches, and batches of a second loader."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if batch is not None and len(batch[1]) and dataloader_idx == 0:
+            super().validation_step(batch, batch_idx)
+
+
+class SomeBatches(IterableDataset):
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+NO_ROWS = [part[:0] for part in dataset(2).tensors]
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.parametrize("options", [{}, {"batch_fn": lambda batch: (batch[0], batch[1])}], ids=["", "batch_fn"])
+@pytest.mark.parametrize("empty", [None, NO_ROWS], ids=["None", "no rows"])
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_empty_batches_that_a_step_skips_count_no_samples(tmp_path, position, empty, options, data):
+    train, val = loaders()
+    batches = list(val)
+    batches.insert(position, empty)
+    module, callback = Skips(), flatness_callback(data=data, **options)
+    fit(tmp_path, callback, module=module, data=(train, DataLoader(SomeBatches(batches), batch_size=None)))
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, val if data == "val" else train))
+
+
+def test_batches_that_batch_fn_calls_empty_count_no_samples(tmp_path):
+    module, val = ForgetsTheNetwork(), loaders()[1]
+    callback = flatness_callback(batch_fn=lambda batch: (None, batch[1] if torch.equal(batch[1], first) else None))
+    first = next(iter(val))[1]
+    fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, [next(iter(val))]))
+
+
+def test_a_second_loader_that_the_step_does_not_use_is_left_out(tmp_path):
+    train, first = loaders()
+    callback, module = flatness_callback(), Skips()
+    with pytest.warns(UserWarning, match="leaves out validation loader 1: .*does not call the network"):
+        fit(tmp_path, callback, module=module, data=(train, [first, DataLoader(dataset(11, 7), 4)]))
+    assert list(callback.reports) == [0]
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, first))
+
+
+class ForgetsInTheSecondLoader(Classifier):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx == 0 or batch_idx == 0:
+            super().validation_step(batch, batch_idx)
+
+
+def test_errors_name_the_loader(tmp_path):
+    data = loaders()[0], [loaders()[1], DataLoader(dataset(11, 7), 4)]
+    with pytest.raises(lf.BatchError, match="Validation loader '1': .* does not call the network in batch 1"):
+        fit(tmp_path, flatness_callback(), module=ForgetsInTheSecondLoader(), data=data)
+
+
+class Averaged(Classifier):
+    """From the second epoch on, its step calls a network of averages."""
+
+    def __init__(self):
+        super().__init__()
+        self.averages = Net().requires_grad_(False)
+
+    def validation_step(self, batch, batch_idx):
+        (self.averages if self.current_epoch else self.net)(batch[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_fn": lambda batch: batch}], ids=["", "batch_fn"])
+def test_a_step_that_calls_another_network_from_some_epoch_on(tmp_path, options):
+    with pytest.raises(lf.BatchError, match="does not call the network in batch 0, .*model="):
+        fit(tmp_path, flatness_callback(**options), module=Averaged())
+    module, callback = Averaged(), flatness_callback(model="averages", batch_fn=lambda batch: batch)
+    fit(tmp_path, callback, module=module)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.averages, loaders()[1]), prefix="")
 
 
 @guards("callbacks.data.sources:sources_of", body="return [ValidationBatches(trainer, wanted, [], [])]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,10 +67,13 @@ class Wanted:
 
         If ``copies``, also copy the inputs. Targets are always copied.
         """
+        if _is_empty(batch):
+            return Asked(None, None, is_empty=True)
         if self.batch_fn is not None:
             with random_states_kept(model):
                 inputs, targets = self.split(apply_to_collection(batch, Tensor, torch.clone, allow_frozen=True))
-            return Asked(inputs, targets, copied=inputs, is_given=inputs is not None)
+            is_empty = inputs is None and targets is None
+            return Asked(inputs, targets, copied=inputs, is_given=inputs is not None, is_empty=is_empty)
         try:
             inputs, why = self.split(batch)[0], ""
         except BatchError as error:
@@ -89,6 +92,7 @@ class Asked:
     copied: Any = None  # copies of the inputs, which the step cannot change; None if they are not needed
     why_no_targets: str = ""  # why the batch could not be split into inputs and targets; empty if it was split
     is_given: bool = False  # whether inputs come from batch_fn=
+    is_empty: bool = False  # whether the batch has no samples; then the step may skip it
 
     def own_call(self) -> Call:
         """Return the call of the network with :attr:`inputs` as arguments. Raise an error if the inputs are unknown."""
@@ -115,6 +119,15 @@ class Asked:
         """Return ``(inputs, targets)`` to measure. Inputs are those of ``call`` unless ``batch_fn=`` gives others."""
         differ = self.is_given and not equal_inputs(call, as_call(self.inputs))
         return (as_call(self.inputs) if differ else call), self.targets
+
+
+def _is_empty(batch: Any) -> bool:
+    """Return whether a batch has no samples: it is None, a tensor without entries, or a collection of such."""
+    if isinstance(batch, Mapping):
+        return all(map(_is_empty, batch.values()))
+    if isinstance(batch, (tuple, list)):
+        return all(map(_is_empty, batch))
+    return batch is None or (isinstance(batch, Tensor) and batch.ndim > 0 and not len(batch))
 
 
 class ValidationBatches:

@@ -14,6 +14,10 @@ from lightning_flatness.layers.certificates import Known
 from lightning_flatness.layers.recording import LayerCall, kernel_sample
 
 
+class OtherKernelError(LayerSelectionError):
+    """In a user's pass, a layer has another kernel than the one that was certified before."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The kernel of a layer, as it was when the layer was certified."""
@@ -97,7 +101,7 @@ def _certified_kernel(
     kernel = known.value
     for call in calls:
         if call.kernel_sample is not None and not same(call.kernel_sample, kernel.sample):
-            raise LayerSelectionError("its kernel in this forward pass is not the one that was certified before.")
+            raise OtherKernelError("its kernel in this forward pass is not the one that was certified before.")
     weights = [call.convolution.weight for call in calls]
     if all(known.recognises(identity(weight), every=None) for weight in weights):
         return known

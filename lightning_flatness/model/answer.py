@@ -1,0 +1,128 @@
+"""What a network answers in a call by the user's code, to tell whether passes of our own run the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.errors import BatchError
+from lightning_flatness.model.call import Call
+from lightning_flatness.model.isolation import float32_is_reduced
+from lightning_flatness.model.logits import ROUNDINGS, any_logits_of
+from lightning_flatness.model.precision import HALF, current_precision, runs_in_half
+from lightning_flatness.model.whole import is_sharded
+
+# Logits of the user's call may differ from those of a pass in float32 by this share of the largest logit, if the call
+# ran with TF32 or bfloat16 products in float32, or in half precision. The rounding of a deep network is well below.
+REDUCED, ROUNDED = 0.05, 0.25
+# A sample of the weights has about this many entries of every parameter, or all entries of a smaller parameter.
+ENTRIES = 64
+
+
+class Answer:
+    """The logits that a network returned in a call by the user's code, and some of its weights during the call.
+
+    This is not a dataclass, so that functions that go through the tensors of a call's arguments do not find these.
+
+    Args:
+        network: the network, within the call.
+        output: what the network returned. Its logits are copied, because the user's code may change them in place.
+        weights: what :func:`weights_sample` returned before the call; None if the weights are not compared.
+
+    Example:
+        >>> network = nn.Linear(2, 3)
+        >>> answer = Answer(network, network(torch.ones(4, 2)), weights_sample(network))
+        >>> answer.certify_logits(network(torch.ones(2, 2)), 0)
+    """
+
+    def __init__(self, network: nn.Module, output: Any, weights: Mapping[torch.device, Tensor] | None = None) -> None:
+        self.network, self.weights = network, weights
+        self._logits: Tensor | None = None  # None if the network returned no logits
+        with suppress(Exception):  # the user's step is running, and must not fail here
+            logits = any_logits_of(output).detach()
+            self._allowed = _allowed_difference(network, logits)
+            self._logits = logits.clone()
+
+    def chosen(self, mask: Tensor) -> Answer:
+        """Return the answer for the samples for which ``mask``, ``(N,)``, is True."""
+        chosen: Answer = object.__new__(Answer)
+        vars(chosen).update(vars(self))
+        if self._logits is not None:
+            chosen._logits = self._logits[mask.to(self._logits.device)]
+        return chosen
+
+    def certify_logits(self, logits: Tensor, start: int) -> None:
+        """Raise a :class:`BatchError` if ``logits`` are not those of the samples from ``start`` on, up to rounding."""
+        if self._logits is None:
+            return
+        expected = self._logits[start : start + len(logits)].to(logits)
+        allowed = max(self._allowed, ROUNDINGS * torch.finfo(logits.dtype).eps)
+        if expected.shape != logits.shape or not bool(_largest(logits - expected) <= allowed * _largest(expected)):
+            raise BatchError(OTHER_LOGITS)
+
+
+def certify_weights(call: Call | None) -> None:
+    """Raise a :class:`BatchError` if the network has other weights now than during a call by the user's code.
+
+    Do nothing if the call has no sample of the weights.
+    """
+    answer = None if call is None else call.answer
+    before = None if answer is None else answer.weights
+    now = None if answer is None or before is None else weights_sample(answer.network)
+    if before is None or now is None:
+        return
+    if now.keys() != before.keys() or not all(torch.equal(sample, now[device]) for device, sample in before.items()):
+        raise BatchError(OTHER_WEIGHTS)
+
+
+OTHER_WEIGHTS = (
+    "The validation step runs the network with other weights than it has after the step, e.g. with averages that the "
+    "step puts in. The batch is measured after the step, so these weights cannot be measured. Put them in in "
+    "on_validation_start, and take them out in on_validation_end. Or let the step call a network that keeps them, and "
+    "name it with model=."
+)
+OTHER_LOGITS = (
+    "The network returns other logits within the validation step than after it, on the same inputs in evaluation mode. "
+    "Either it is random in the step (e.g. dropout in training mode), or the step changes it for the time of the call: "
+    "modes, hooks, attributes or weights. So the network of the step cannot be measured. Make such changes in "
+    "on_validation_start, and take them back in on_validation_end."
+)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.abs().amax()
+
+
+def _allowed_difference(network: nn.Module, logits: Tensor) -> float:
+    """Return by how much other logits may differ from ``logits`` due to rounding, relative to the largest logit.
+
+    Call this within the user's call, because it reads the precision of the call.
+    """
+    is_cast = logits.dtype in HALF or runs_in_half(network, current_precision())
+    if is_cast or any(map(is_sharded, network.parameters())):  # FSDP2 may cast weights for the time of the call
+        return ROUNDED
+    if logits.dtype == torch.float32 and float32_is_reduced(logits.device):
+        return REDUCED
+    return ROUNDINGS * torch.finfo(logits.dtype).eps
+
+
+def weights_sample(network: nn.Module) -> Mapping[torch.device, Tensor] | None:
+    """Return copies of some entries of every parameter, by device.
+
+    Buffers are left out, because a forward pass may change them. Return None if the entries cannot be read on this
+    process alone, or do not exist yet.
+    """
+    parameters = list(network.parameters())
+    if any(is_sharded(parameter) or nn.parameter.is_lazy(parameter) for parameter in parameters):
+        return None
+    entries: dict[torch.device, list[Tensor]] = {}
+    with torch._C.DisableTorchFunction():
+        for parameter in parameters:
+            flat = parameter.detach().flatten()
+            if flat.dtype in (torch.float32, torch.float64, *HALF):
+                entries.setdefault(flat.device, []).append(flat[:: max(1, len(flat) // ENTRIES)])
+        return {device: torch.cat(parts).nan_to_num() for device, parts in entries.items()}

@@ -1,0 +1,114 @@
+"""Which steps show the network: training's if there is no validation, and none that calls nothing."""
+
+import pytest
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import lightning_flatness as lf
+from tests.callbacks.compare import assert_same, end_of
+from tests.callbacks.epoch_end_runs import KINDS
+from tests.callbacks.flatness_runs import assert_reports_equal, fit, flatness_callback, seeded_fit
+from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, loaders
+from tests.guarding import guards
+
+TRAIN = (loaders()[0],)
+
+
+def prepared(batch):
+    return (batch[0] - 0.3) / 0.5, batch[1]
+
+
+class Prepares(WithoutValidation):
+    """Prepares its batches in the training step."""
+
+    def split(self, batch):
+        return prepared(batch)
+
+
+class PreparesLater(Prepares):
+    """Its first step calls nothing."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch_idx else None
+
+
+def given(data):
+    return list(loaders()[0]) if data == "given" else data
+
+
+@guards("callbacks.base:MeasuringCallback.on_train_batch_start", returns=None)
+@pytest.mark.parametrize("data", ["train", "given"])
+@pytest.mark.parametrize("make", [Prepares, PreparesLater])
+def test_training_steps_that_prepare_their_batches_are_refused(tmp_path, make, data):
+    with pytest.raises(lf.FlatnessError, match="the training step gives other tensors to the network.*batch_fn="):
+        fit(tmp_path, flatness_callback(data=given(data)), module=make(), data=TRAIN)
+    module, callback = make(), flatness_callback(data=given(data), batch_fn=prepared)
+    fit(tmp_path, callback, module=module, data=TRAIN)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, map(prepared, TRAIN[0])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_steps_that_prepare_batches_of_a_spectrum_or_landscape(tmp_path, kind):
+    with pytest.raises(lf.FlatnessError, match="the training step gives other tensors to the network.*batch_fn="):
+        fit(tmp_path, KINDS[kind](data="train"), module=Prepares(), data=TRAIN)
+
+
+class Checkpointed(Net):
+    """Its backward pass calls layers again."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(self.conv1, self.norm1, nn.ReLU(), self.conv2, self.norm2, nn.SiLU())
+
+    def forward(self, x):
+        features = checkpoint(self.body, x, use_reentrant=False) if self.training else self.body(x)
+        return self.fc(self.dropout(features).mean((2, 3)))
+
+
+class Mixed(WithoutValidation):
+    """Optimises by hand, and calls the network on other images, too."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer, (x, y) = self.optimizers(), batch
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(x), y) + F.cross_entropy(self.net(x.flip(3)), y))
+        optimizer.step()
+
+
+MODULES = {
+    "plain": WithoutValidation,
+    "checkpointed": lambda: WithoutValidation(Checkpointed()),
+    "mixed": Mixed,
+}
+
+
+@guards("callbacks.base:MeasuringCallback.on_before_backward", returns=None, ids="checkpointed")
+@pytest.mark.parametrize("make", MODULES)
+def test_training_that_shows_the_network_stays_as_it_is(tmp_path, make):
+    callback, batches = flatness_callback(data="train"), loaders()[:1]
+    module, bare = MODULES[make](), MODULES[make]()
+    end = end_of(seeded_fit(tmp_path, callback, module=module, data=batches), module)
+    assert_same(end, end_of(seeded_fit(tmp_path, module=bare, data=loaders()[:1]), bare))
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, batches[0]))
+    assert not any("forward" in vars(part) for part in module.modules())
+
+
+class SkipsSanity(Classifier):
+    def split(self, batch):
+        return prepared(batch)
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.sanity_checking:
+            super().validation_step(batch, batch_idx)
+
+
+@guards("callbacks/base.py", "asked.is_empty or trainer.sanity_checking or", "asked.is_empty or")
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_step_that_skips_the_sanity_check(tmp_path, sanity, recwarn):
+    module, callback = SkipsSanity(), flatness_callback()
+    fit(tmp_path, callback, module=module, num_sanity_val_steps=sanity)
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, map(prepared, loaders()[1])))
+    assert not [warning for warning in recwarn if "cannot see" in str(warning.message)]
