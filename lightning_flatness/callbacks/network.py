@@ -127,8 +127,10 @@ def network_in_place(
     Raises:
         FlatnessError: The place is empty, or :func:`network_without_step` finds no network.
     """
-    now = network_without_step(pl_module, model) if network is None else present_network(network, pl_module, model)
-    if network is not None and now is None:
+    if network is None:
+        return network_without_step(pl_module, model)
+    now = present_network(network, pl_module, model)
+    if now is None:
         raise FlatnessError(
             f"{type(pl_module).__name__} has no '{network.prefix}' any more, which was the network in an earlier step. "
             "Use model=... to name the network that takes its place."
