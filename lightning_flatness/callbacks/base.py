@@ -17,10 +17,18 @@ from torch import Tensor, nn
 
 from lightning_flatness.callbacks.data.sources import Asked, BatchFunction, Wanted
 from lightning_flatness.callbacks.figures import RunOutputs, checked
+from lightning_flatness.callbacks.labels import warn_of_mixed
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.logged import logging_muted
 from lightning_flatness.callbacks.monitors import warn_of_traps
-from lightning_flatness.callbacks.network import Network, Within, named_network, network_without_step
+from lightning_flatness.callbacks.network import (
+    Network,
+    Within,
+    named_network,
+    network_in_place,
+    network_without_step,
+    present_network,
+)
 from lightning_flatness.callbacks.prefixes import UncheckedKey, check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.callbacks.step_watch import StepWatch, is_watchable
@@ -80,12 +88,13 @@ class MeasuringCallback(Callback):
         self._errors = RankErrors(on_error, name, measured)
         self.run_outputs = RunOutputs(name, prefix, self.figures)
         self._num_drawn = 0  # number of records when the latest figures were drawn
+        self._num_restored = 0  # number of records that a checkpoint has restored in this run
         self._logged_step = 0  # number of the step, in loggers, of the latest measurement
         self._stopwatch = Stopwatch()  # for the measurement in progress
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
         self._is_restored = False
-        self._network: Network | None = None  # the network to measure; known after this run's first validation step
+        self._network: Network | None = None  # the network that the latest watched validation step has shown
         self._asked: Asked | None = None  # inputs and targets of the batch that is being validated
         self._watch: StepWatch | None = None  # records the calls in the validation step of that batch
         self._whole: WholeWeights | None = None  # during a measurement: the gathered weights; empty without FSDP2
@@ -142,16 +151,24 @@ class MeasuringCallback(Callback):
         self._release()
         self._errors.start_run()
         self.run_outputs = RunOutputs(self._name, self.prefix, self.figures, self.folder)
-        self._num_drawn = len(self.history)
+        self._num_drawn = self._num_restored = len(self.history)
         with self._measuring(trainer, pl_module):
             named_network(pl_module, self.model)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Record the calls of modules in the first validation step of a run, to find the network and its inputs."""
-        if self._network is None and not self._errors.pending:
-            with self._measuring(trainer, pl_module):
+        """Record the calls of modules in the first validation step of a run, to find the network and its inputs.
+
+        Record them again if another module is in the network's place now.
+        """
+        if self._errors.pending:
+            return
+        with self._measuring(trainer, pl_module):
+            before = self._network
+            now = present_network(before, pl_module, self.model) if before else None
+            self._network = now if before is now or (before and not before.is_called) else None
+            if self._network is None:
                 self._start_watching(pl_module, batch)
 
     def on_validation_batch_end(
@@ -171,6 +188,13 @@ class MeasuringCallback(Callback):
 
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
+
+    def _append(self, record: Record) -> None:
+        """Add a record to the history. Warn if it is of another measurement than the record before it."""
+        if self.history:
+            resumed = len(self.history) == self._num_restored
+            warn_of_mixed(self._name, self.prefix, record, self.history[-1], resumed)
+        self.history.append(record)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """In a fit without validation, record the calls of modules in the first training step that calls some."""
@@ -273,7 +297,8 @@ class MeasuringCallback(Callback):
         return Within(network.module, network.prefix) if network.prefix else network.module
 
     def _network_of(self, pl_module: LightningModule) -> Network:
-        return self._network or network_without_step(pl_module, self.model)
+        """Return the network that is in its place now."""
+        return network_in_place(self._network, pl_module, self.model)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figures of the run."""

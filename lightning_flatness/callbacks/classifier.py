@@ -152,6 +152,26 @@ def find_classifier(calls: Sequence[StepCall], layers: dict[str, nn.Module], why
     )
 
 
+def why_not_finite(calls: Sequence[StepCall], loss: Tensor) -> str:
+    """Return the message that a tensor of the first training step is not finite, or an empty string if all are finite.
+
+    Then no layer can be shown to be the classifier. The message names the first such tensor, or else the loss.
+    """
+    named = [
+        (f"the {what} of '{call.name}' is not finite", tensor)
+        for call in calls
+        for what, tensor in (("input", call.features), ("output", call.logits))
+        if isinstance(tensor, Tensor)
+    ]
+    for problem, tensor in [*named, (f"the loss is {float(loss)}", loss)]:
+        if not torch.isfinite(tensor).all():
+            return (
+                f"FlatnessPenalty cannot find the classifier, because {problem} in the first training step. Check the "
+                "data and the network's weights."
+            )
+    return ""
+
+
 def called_often(name: str, number: int) -> str:
     """Return the message that a training step calls the classifier ``number`` times instead of once."""
     return f"the training step calls '{name}' {number} times with gradients. Call this layer only once. {BY_HAND}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.data.loaders import flat_loaders
 from lightning_flatness.callbacks.data.sources import Samples, SeparateData
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
-from lightning_flatness.callbacks.logged import log
+from lightning_flatness.callbacks.logged import log, log_failure
 from lightning_flatness.callbacks.loggers import logged_step
 from lightning_flatness.callbacks.monitors import watched_keys
 from lightning_flatness.checks import check_whole
@@ -169,26 +170,32 @@ class EpochEndCallback(MeasuringCallback):
                 self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
         self._draw_run(trainer)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if the weights have changed since the final measurement."""
-        is_late = self._measured is not None and self._have_changed(pl_module)
-        if is_late or is_called_again(trainer, self):
-            rank_zero_warn(
-                f"The final result of {self._name} does not belong to the final weights, because the weights have "
-                "changed after the measurement. A callback that changes weights must do this in on_train_end. List "
-                f"{self._name} after that callback."
-            )
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop an unfinished measurement, and cancel the second call of :meth:`on_train_end`."""
         super().on_exception(trainer, pl_module, exception)
         call_once(trainer, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Drop the data, the model and the copies of some of its weights."""
+        """Warn if the weights have changed since the final measurement. Then drop the data and the model.
+
+        All other callbacks and the LightningModule have had their ``on_fit_end`` by now, and may have changed weights.
+        """
+        if stage == "fit":
+            self._warn_of_late_changes(trainer, pl_module)
         super().teardown(trainer, pl_module, stage)
         self._measured = None
         call_once(trainer, self)
+
+    def _warn_of_late_changes(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        is_late = False
+        with suppress(FlatnessError):  # another callback may have removed the network by now
+            is_late = self._measured is not None and self._have_changed(pl_module)
+        if is_late or is_called_again(trainer, self):
+            rank_zero_warn(
+                f"The final result of {self._name} does not belong to the final weights, because the weights have "
+                "changed after the measurement. A callback that changes weights must do this in on_train_end. List "
+                f"{self._name} after that callback."
+            )
 
     def _have_changed(self, pl_module: LightningModule) -> bool:
         """Return whether the weights have changed since the last measurement, or were never measured."""
@@ -199,7 +206,7 @@ class EpochEndCallback(MeasuringCallback):
         batches: list[Samples] = []
         with self._measuring(trainer, pl_module):
             batches = list(self._source(trainer, pl_module).rest())
-        if not self._errors.settle(where):  # computing is a collective, so no rank may have failed
+        if not self._is_settled(pl_module, where, final):  # computing is a collective, so no rank may have failed
             return
         suffix = self._suffix(trainer) if final else ""
         self._logged_step = logged_step(trainer)
@@ -213,9 +220,9 @@ class EpochEndCallback(MeasuringCallback):
                 self._write_files(trainer, record, suffix, where)
                 raise
             self._measured = weights_sample(network)
-        if not self._errors.settle(where):
+        if not self._is_settled(pl_module, where, final):
             return
-        self.history.append(record)
+        self._append(record)
         self._accept()
         self._log(trainer, pl_module, self._logged(record), final)
         self._write_files(trainer, record, suffix, where)
@@ -223,6 +230,14 @@ class EpochEndCallback(MeasuringCallback):
             self._draw(trainer, self._figures, suffix)
         if self._is_interrupted and not final:
             raise KeyboardInterrupt  # end the training as well
+
+    def _is_settled(self, pl_module: LightningModule, where: str, final: bool) -> bool:
+        """Return True if no rank has failed to measure. Otherwise raise an error, or warn and log NaN."""
+        if self._errors.settle(where):
+            return True
+        if self.history and not final:
+            log_failure(pl_module, self.prefix, self._logged(self.history[-1]))
+        return False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float], final: bool) -> None:
         if not final:

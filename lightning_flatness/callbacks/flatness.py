@@ -85,13 +85,13 @@ class FlatnessCallback(FlatnessHistory):
         seed: seed of the random probe vectors.
         dtype: ``"float32"`` or ``"float64"`` for the computation; by default the model's own, at least float32.
         live: measure in validation's own forward passes if a trial shows that this changes nothing; else in extra ones.
-        on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs nothing.
+        on_error: ``"raise"``, or ``"warn"`` to go on training after an error. A measurement that fails logs NaN.
 
     Attributes:
         history: one record for every measurement of a fit, saved in checkpoints. A record is a dict. It has the numbers
             above (None if unknown) without the logarithm, and standard errors ``..._error`` of all measures. ``data``,
-            ``num_samples``, ``layers``, ``method`` and ``precision`` say what was measured, and how. ``accuracy`` is
-            the value that the LightningModule has logged.
+            ``num_samples``, ``layers``, ``loss_name``, ``method`` and ``precision`` say what was measured, and how.
+            ``accuracy`` is the value that the LightningModule has logged.
         report: the last measurement, a :class:`~lightning_flatness.FlatnessReport`. If the strategy spawns processes,
             only these have the report and the history. The main process has only the logged values.
         reports: a dict from the index of every validation loader to the last report of this loader.
@@ -240,11 +240,11 @@ class FlatnessCallback(FlatnessHistory):
     ) -> None:
         """Start to record the network's inputs in this step and, if possible, the network's forward pass."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        is_known = self._network is not None and self._data_name == "val" and not self._errors.pending
-        if self._running is not None and is_known:
+        network, follows = self._network, self._data_name == "val" and not self._errors.pending
+        if self._running is not None and network is not None and follows:
             with self._measuring(trainer, pl_module):
                 asked = self._start_watching(pl_module, batch)
-                self._running.before_step(asked, self._network_of(pl_module), dataloader_idx)
+                self._running.before_step(asked, network, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -257,8 +257,8 @@ class FlatnessCallback(FlatnessHistory):
     ) -> None:
         """Measure the validated batch, or the next part of other data.
 
-        The end of the validation epoch would be too late, because weight averaging swaps the weights back there. If no
-        measurement runs, as in a sanity check, only find out how each layer can be measured.
+        The end of the validation epoch is too late, because weight averaging swaps the weights back there. In a sanity
+        check, only find out how each layer can be measured.
         """
         if not self._errors.pending:
             with self._measuring(trainer, pl_module):
@@ -324,11 +324,11 @@ class FlatnessCallback(FlatnessHistory):
             network = self._network or Network(pl_module)
             settle(running, network, self._num_sources, self._waits, failed=self._errors.pending is not None)
         self._whole = None
-        if not self._errors.settle(logged.where(trainer)) or running is None:
+        if not self._is_settled(trainer, pl_module) or running is None:
             return
         with self._measuring(trainer, pl_module):
             reports = running.reports(self._network or Network(pl_module))
-        if not self._errors.settle(logged.where(trainer)):
+        if not self._is_settled(trainer, pl_module):
             return
         seconds = max(gather(self._stopwatch.seconds(), sync=True))
         self.reports = labels.with_data(reports, self._data_name, trainer.testing, seconds)
@@ -342,7 +342,7 @@ class FlatnessCallback(FlatnessHistory):
         )
         values = labels.values_of_loaders(self.reports, self._measures)
         record = logged.record_of(trainer, values | {"seconds": seconds})
-        logged.log_record(pl_module, self.prefix, record, self.history, self._measures[-1])
+        logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._measures[-1]))
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 
     def _release(self) -> None:

@@ -8,7 +8,7 @@ from lightning_flatness.callbacks.base import MeasuringCallback, Record
 from lightning_flatness.callbacks.charts import add_charts_once
 from lightning_flatness.callbacks.flatness_figures import flatness_figures, stopping_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
-from lightning_flatness.callbacks.logged import accuracy_of
+from lightning_flatness.callbacks.logged import accuracy_of, log_failure, logged_values, where
 from lightning_flatness.callbacks.loggers import logged_step
 from lightning_flatness.results import FlatnessReport
 
@@ -23,6 +23,7 @@ class FlatnessHistory(MeasuringCallback):
     def __init__(self, accuracy: str | None, measure: str, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.accuracy = accuracy
+        self._charted_measure = measure
         self.charted = f"{self.prefix}/log10_{measure}"  # key of the flatness value that has a chart
         self.report: FlatnessReport | None = None
         self.reports: dict[int, FlatnessReport] = {}
@@ -53,9 +54,18 @@ class FlatnessHistory(MeasuringCallback):
             self._awaits_accuracy["accuracy"] = accuracy_of(trainer.callback_metrics, self.accuracy)
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
+    def _is_settled(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Return True if no rank has failed to measure. Otherwise raise an error, or warn and log NaN."""
+        if self._errors.settle(where(trainer)):
+            return True
+        if trainer.state.fn == "fit" and self.history:
+            latest = logged_values(self.history[-1], self.history, self._charted_measure)
+            log_failure(pl_module, self.prefix, latest)
+        return False
+
     def _add_to_history(self, trainer: Trainer) -> None:
         if self._awaits_accuracy is not None:
-            self.history.append(self._awaits_accuracy)
+            self._append(self._awaits_accuracy)
             self._logged_step = logged_step(trainer)
             add_charts_once(trainer, [other for other in callbacks_of(trainer) if isinstance(other, FlatnessHistory)])
 

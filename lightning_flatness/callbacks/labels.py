@@ -19,6 +19,8 @@ from lightning_flatness.results.texts import DATA
 BESIDE = {"loss": "loss", "top1": "accuracy", "curvature": "curvature"}
 # Further measures. Their values in a record are None if the report does not have them.
 FURTHER = ("normalized_relative_flatness", "channelwise_flatness")
+# Keys that say what was measured. Numbers of two records can only be compared if these are the same.
+MEASURED = ("data", "layers", "matrix", "loss_name", "num_samples")
 # Largest number of layers that a warning names.
 MOST_NAMES = 8
 
@@ -51,6 +53,7 @@ def values_of(report: FlatnessReport, measures: Sequence[str]) -> dict[str, Any]
         "exact": report.exact,
         "method": ", ".join(dict.fromkeys(layer.method for layer in report.layers.values())),
         "precision": report.precision,
+        "loss_name": report.loss_name,
         **{key: known(getattr(report, field)) for key, field in BESIDE.items()},
         **{f"{key}_error": known(errors.get(field, math.nan)) for key, field in BESIDE.items()},
         **_measures(report, measures),
@@ -123,6 +126,26 @@ def warn_of_inexact(
             + " With strict=True this is an error."
         )
     return frozenset(told | new)
+
+
+def warn_of_mixed(name: str, prefix: str, record: Mapping[str, Any], earlier: Mapping[str, Any], resumed: bool) -> None:
+    """Warn if a record of a history says that something else was measured than in the record before it.
+
+    The number of samples may vary from one validation to the next, so it counts only if the run was ``resumed`` in
+    between.
+    """
+    changes = [
+        f"{key} was {earlier[key]!r} and is {record[key]!r}"
+        for key in record
+        if key.partition("/dataloader_idx_")[0] in (MEASURED if resumed else MEASURED[:-1])
+        and record[key] != earlier.get(key, record[key])
+    ]
+    if changes:
+        rank_zero_warn(
+            f"{name}: from epoch {record['epoch']} on, the history under '{prefix}' has another measurement: "
+            f"{'; '.join(changes)}. The numbers before and after cannot be compared. To begin a history of its own, "
+            "give another prefix=."
+        )
 
 
 def _measures(result: FlatnessReport | LayerFlatness, measures: Sequence[str]) -> dict[str, float | None]:

@@ -93,19 +93,13 @@ def record_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"epoch": trainer.current_epoch, "step": trainer.global_step, "accuracy": None, **values}
 
 
-def log_record(
-    pl_module: LightningModule,
-    prefix: str,
-    record: Mapping[str, Any],
-    earlier: Sequence[Mapping[str, Any]],
-    measure: str,
-) -> None:
-    """Log the numbers of a record, and the logarithm of ``measure``.
+def logged_values(record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], measure: str) -> dict[str, float]:
+    """Return the numbers of a record that are logged, and the logarithm of ``measure``.
 
     ``earlier`` are the records before this one. If one of them has a number under a key, this key is logged even if
     its value is None now; the logged value is then NaN.
     """
-    log(pl_module, prefix, with_logarithm(numbers_of(record, earlier), measure))
+    return with_logarithm(numbers_of(record, earlier), measure)
 
 
 def log_again(
@@ -113,7 +107,16 @@ def log_again(
 ) -> None:
     """After a resume, log the last record again, so that callbacks that monitor one of its keys find a value."""
     if f"{prefix}/{measure}" not in trainer.callback_metrics:
-        log_record(pl_module, prefix, history[-1], history, measure)
+        log(pl_module, prefix, logged_values(history[-1], history, measure))
+
+
+def log_failure(pl_module: LightningModule, prefix: str, earlier: Mapping[str, float]) -> None:
+    """Log NaN, and 0 as ``exact``, under the keys of ``earlier`` values, because a measurement has failed.
+
+    Otherwise callbacks that monitor one of these keys would take the earlier number for that of the present weights.
+    """
+    names = {key: key.partition("/dataloader_idx_")[0].rpartition("/")[2] for key in earlier}
+    log(pl_module, prefix, {key: 0.0 if name == "exact" else math.nan for key, name in names.items()})
 
 
 def warn_outside_of_fit() -> None:

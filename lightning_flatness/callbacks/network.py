@@ -20,6 +20,8 @@ class Network:
         module: the network.
         prefix: name of the network in the LightningModule, with which the names of its layers begin. The prefix is
             empty if ``model=`` names the network.
+        place: name under which ``get_submodule`` of the LightningModule returns the network, unless ``model=`` names
+            it.
         on_batch: True if the step calls the network on several inputs. Then only the call on the batch's own inputs is
             measured.
         is_called: False if no call in the steps can be measured. Then the inputs in the batch or from ``batch_fn=`` are
@@ -29,6 +31,7 @@ class Network:
 
     module: nn.Module
     prefix: str = ""
+    place: str = ""
     on_batch: bool = False
     is_called: bool = True
     is_named: bool = False
@@ -99,3 +102,37 @@ def network_without_step(pl_module: LightningModule, model: str | Callable[[Any]
             f"{children}."
         )
     return replace(named or Network(pl_module), is_called=False)
+
+
+def present_network(
+    network: Network, pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None
+) -> Network | None:
+    """Return the network that is in the place of ``network`` now, because another callback may replace the module.
+
+    Return ``network`` itself if the module is the same, and None if its place is empty.
+    """
+    named = named_network(pl_module, model)
+    try:
+        module = named.module if named else pl_module.get_submodule(network.place)
+    except AttributeError:
+        return None
+    return network if module is network.module else replace(network, module=module)
+
+
+def network_in_place(
+    network: Network | None, pl_module: LightningModule, model: str | Callable[[Any], nn.Module] | None
+) -> Network:
+    """Return the network that is in the place of ``network`` now, or the network without a step if it is None.
+
+    Raises:
+        FlatnessError: The place is empty, or :func:`network_without_step` finds no network.
+    """
+    if network is None:
+        return network_without_step(pl_module, model)
+    now = present_network(network, pl_module, model)
+    if now is None:
+        raise FlatnessError(
+            f"{type(pl_module).__name__} has no '{network.prefix}' any more, which was the network in an earlier step. "
+            "Use model=... to name the network that takes its place."
+        )
+    return now

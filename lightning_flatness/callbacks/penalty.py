@@ -17,9 +17,10 @@ from lightning_flatness.callbacks.classifier import (
     called_often,
     find_classifier,
     linear_layers,
+    why_not_finite,
 )
 from lightning_flatness.callbacks.data.sources import BatchFunction, split_by
-from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
+from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.prefixes import check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from lightning_flatness.checks import check_whole, check_word, is_number
@@ -150,6 +151,8 @@ class FlatnessPenalty(Callback):
         self._classifier: tuple[str, nn.Module] | None = None  # name and layer, known after the first step
         self._is_eager = False  # whether this callback makes compiled modules run eagerly now
         self._targets: Tensor | None = None  # targets of the batch that is trained on
+        # In the first step: the loss without penalties, and the version of the loss with this callback's penalty.
+        self._unpenalized: tuple[Tensor, int] | None = None
         self._sums: dict[str, Tensor | float] = {}  # sums of the logged values over the samples of an epoch
 
     def strength_at(self, step: int) -> float:
@@ -192,9 +195,11 @@ class FlatnessPenalty(Callback):
         """Add ``λ κ`` to the loss, in place."""
         calls = self._recorder.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        unpenalized: Tensor | None = None
         if self._classifier is None:
             scale = 1.0 if scaler is None else float(scaler.get_scale())
-            self._find_classifier(trainer, pl_module, calls, loss, scale / trainer.accumulate_grad_batches)
+            unpenalized = _without_penalties(trainer, loss)
+            self._find_classifier(trainer, pl_module, calls, unpenalized, scale / trainer.accumulate_grad_batches)
         assert self._classifier is not None
         name, layer = self._classifier
         calls = [call for call in calls if call.name == name]
@@ -208,6 +213,7 @@ class FlatnessPenalty(Callback):
                 # Lightning has divided and scaled the loss already, so do the same with what is added.
                 part = added / trainer.accumulate_grad_batches
                 loss.add_((part if scaler is None else scaler.scale(part)).to(loss))
+                self._unpenalized = None if unpenalized is None else (unpenalized, loss._version)
         samples = len(calls[0].logits)
         values: dict[str, Tensor | float] = {self.measure: flatness.detach(), "loss": added.detach()}
         for key, value in {**values, "strength": strength, "samples": 1.0}.items():
@@ -233,7 +239,7 @@ class FlatnessPenalty(Callback):
     ) -> None:
         """Stop recording calls."""
         self._recorder.listen(False)
-        self._targets = None
+        self._targets = self._unpenalized = None
         self._leave_eager()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,7 +256,7 @@ class FlatnessPenalty(Callback):
 
     def _release(self) -> None:
         self._recorder.detach()
-        self._classifier = self._targets = None
+        self._classifier = self._targets = self._unpenalized = None
         self._leave_eager()
 
     def _leave_eager(self) -> None:
@@ -271,7 +277,13 @@ class FlatnessPenalty(Callback):
                 return why_not_cross_entropy(loss, call.logits, self._targets_for(call), scale, **self._options)
 
         with self._errors.kept(trainer.world_size):
-            name = find_classifier(calls, layers, why_not)
+            try:
+                name = find_classifier(calls, layers, why_not)
+            except FlatnessError as error:
+                reason = why_not_finite(calls, loss.detach())
+                if reason:
+                    raise FlatnessError(reason) from error
+                raise
             self._flatness(next(call for call in calls if call.name == name), layers[name])  # to raise its errors now
             self._classifier = name, layers[name]
             self._recorder.attach({name: layers[name]})
@@ -306,6 +318,16 @@ def _named() -> Iterator[None]:
         lacks_targets = "targets" in str(error) and "batch_fn=" not in str(error)
         remedy = " Give batch_fn=, a function from a batch to (inputs, targets)." if lacks_targets else ""
         raise BatchError(f"FlatnessPenalty: {error}{remedy}") from error
+
+
+def _without_penalties(trainer: Trainer, loss: Tensor) -> Tensor:
+    """Return the loss without what other FlatnessPenalty callbacks have added to it in this step.
+
+    If something else has changed the loss since then, return a copy of the loss as it is.
+    """
+    others = [other._unpenalized for other in callbacks_of(trainer) if isinstance(other, FlatnessPenalty)]
+    kept = [unpenalized for unpenalized, version in filter(None, others) if version == loss._version]
+    return kept[0] if kept else loss.clone()  # a copy, since the penalty is added in place
 
 
 def _depends(loss: Tensor, logits: Tensor) -> bool:

@@ -81,7 +81,7 @@ class Running:
     ) -> None:
         self.measurement = measurement
         self.source = source
-        self._network = network
+        self.network = network
         self._passes = passes
         self._is_tried = False
         self._repeats = True  # False after an extra pass that ran like those of validation has raised an error
@@ -95,20 +95,20 @@ class Running:
     def before_step(self, asked: Asked) -> None:
         """Start to record the network's call on a batch that is about to be validated."""
         self.release()
-        if not self._network.is_called:
+        if not self.network.is_called:
             return
         self._try_once()
-        if self._observes and self._is_tried and is_observed(self._network.module):
+        if self._observes and self._is_tried and is_observed(self.network.module):
             self._rule_out(OBSERVED_BY_ANOTHER)
         observes = self._observes and self._is_tried
         if observes:
             self._passes.tell("")
-        only, is_first = self._network.on_batch, self._asked is None
+        only, is_first = self.network.on_batch, self._asked is None
         # Listen to the user's network, which the step calls, even if a copy of it with gathered weights is measured.
         self._listener = (
             self.measurement.observer.listen(asked.inputs, only=only, compares_weights=is_first)
             if observes
-            else Listener(self._network.module, inputs=asked.inputs, only=only, compares_weights=is_first)
+            else Listener(self.network.module, inputs=asked.inputs, only=only, compares_weights=is_first)
         )
         self._listener.__enter__()
 
@@ -164,7 +164,7 @@ class Running:
         if call is None and asked.is_empty and (self._listener is None or self._listener.call is None):
             return
         if call is None:
-            call = self._recorded_call(asked, batch_idx) if self._network.is_called else asked.own_call()
+            call = self._recorded_call(asked, batch_idx) if self.network.is_called else asked.own_call()
         samples = asked.samples(call)
         if samples[0] is not call and self._observes:
             self._rule_out("batch_fn= gives other inputs than the validation step")
@@ -232,7 +232,7 @@ class Running:
         if call is not None and not listener.num_others:
             certify_weights(call)
             return call
-        if asked.is_given and (call is not None or self._network.is_named):
+        if asked.is_given and (call is not None or self.network.is_named):
             self.release()
             return asked.own_call()
         if call is not None:
@@ -241,9 +241,9 @@ class Running:
                 "batches. Give batch_fn=, a function from a batch to the (inputs, targets) to measure."
             )
         raise NotCalledError(
-            f"The validation step does not call the network in batch {batch_idx}, unlike in earlier batches. Name the "
-            "network to measure with model=, and give batch_fn=, a function from a batch to the (inputs, targets) to "
-            "measure. For a batch that the step skips, batch_fn= returns (None, None)."
+            f"The validation step does not call the network in batch {batch_idx}, unlike in earlier batches. It may "
+            "call another module now. Name the network to measure with model=, and give batch_fn=, a function from a "
+            "batch to the (inputs, targets) to measure. If the step skips a batch, batch_fn= returns (None, None)."
         )
 
     def _add_observed(self, call: Call, targets: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ class StepWatch:
         self._pl_module, self._named, self.step = pl_module, named, step
         self._forward = vars(pl_module).get("forward")
         self.step_is_compiled = False
-        self._names = {module: plain_name(name) for name, module in pl_module.named_modules()}
+        self._places = {module: name for name, module in pl_module.named_modules()}
+        self._names = {module: plain_name(name) for module, name in self._places.items()}
         self._calls: list[_Heard] = []
         self._open: list[_Heard] = []  # the calls that are running now, from the outside to the inside
         self._after: list[nn.Module] = []  # modules that are called after the module that the user names
@@ -170,7 +171,8 @@ class StepWatch:
             BatchError: The output of the network has no logits.
         """
         heard, num_inputs, counts = self._counting(self._calls, None if inputs is None else as_call(inputs))
-        prefix = "" if self._named else self._names[heard.module]
+        place = "" if self._named else self._places[heard.module]
+        found = Network(heard.module, plain_name(place), place, is_named=self._named is not None)
         if not counts and not is_given:
             raise FlatnessError(
                 f"The {self.step} step calls {self._name(heard.module)} on {num_inputs} different inputs, none of "
@@ -179,10 +181,9 @@ class StepWatch:
                 "and a mapping is passed as keyword arguments."
             )
         if not counts:
-            return Found(Network(heard.module, prefix, is_called=False, is_named=self._named is not None))
+            return Found(replace(found, is_called=False))
         self._warn_of_others(heard)
-        network = Network(heard.module, prefix, on_batch=num_inputs > 1, is_named=self._named is not None)
-        return Found(network, heard.copied)
+        return Found(replace(found, on_batch=num_inputs > 1), heard.copied)
 
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
         """Find the call to measure among these calls, or among the calls within them.
@@ -214,8 +215,8 @@ class StepWatch:
             named = self._name(heard.module)
             rank_zero_warn(
                 f"The {self.step} step calls {self._name(self._after[0])}, which has weights of its own, after "
-                f"{named}. If the output of {named} is not the logits, the measured loss is not your loss. Use model=... to "
-                "name a module that returns the logits."
+                f"{named}. If the output of {named} is not the logits, the measured loss is not your loss. Use "
+                "model=... to name a module that returns the logits."
             )
 
     def _refuse_several(self, calls: Sequence[_Heard]) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_flatness.callbacks.base import MeasuringCallback
 from lightning_flatness.callbacks.flatness import FlatnessCallback
 from lightning_flatness.callbacks.lightning_imports import EarlyStopping, LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.logged import logged_value
@@ -150,6 +151,17 @@ class FlatnessStopping(EarlyStopping):
             state = state_dict["watched"][watched.key]
             watched.best, watched.wait_count = state["best"], state["wait_count"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise an error if a monitored key is not measured at validations, although the fit has some."""
+        for callback in self._measuring(trainer) if trainer.enable_validation else []:
+            if not isinstance(callback, FlatnessCallback):
+                name = type(callback).__name__
+                raise FlatnessError(
+                    f"FlatnessStopping checks '{callback.prefix}/...' after every validation, but {name} measures at "
+                    "the end of epochs, when validations are over. Monitor a measure of a FlatnessCallback, or take "
+                    "EarlyStopping(check_on_train_epoch_end=True) for this key."
+                )
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the metrics after every validation."""
         self._check(trainer)
@@ -198,10 +210,13 @@ class FlatnessStopping(EarlyStopping):
     def _is_new(self, trainer: Trainer) -> bool:
         """Return whether the callbacks that log the monitored keys have measured since the last check."""
         new = True
-        for callback in callbacks_of(trainer):
-            if not isinstance(callback, FlatnessCallback):
-                continue
-            if any(watched.key.startswith(f"{callback.prefix}/") for watched in self._watched):
-                new = new and callback.num_measurements != self._num_measured.get(callback.prefix, 0)
-                self._num_measured[callback.prefix] = callback.num_measurements
+        for callback in self._measuring(trainer):
+            number = callback.num_measurements if isinstance(callback, FlatnessCallback) else len(callback.history)
+            new = new and number != self._num_measured.get(callback.prefix, 0)
+            self._num_measured[callback.prefix] = number
         return new
+
+    def _measuring(self, trainer: Trainer) -> list[MeasuringCallback]:
+        """Return the callbacks that log the monitored keys."""
+        own = [callback for callback in callbacks_of(trainer) if isinstance(callback, MeasuringCallback)]
+        return [one for one in own if any(watched.key.startswith(f"{one.prefix}/") for watched in self._watched)]

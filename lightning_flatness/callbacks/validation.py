@@ -42,17 +42,16 @@ class Validation:
 
     def before_step(self, asked: Asked, network: Network, loader: int) -> None:
         """Start to record the network's call on a batch that is about to be validated."""
-        self._of(loader, network).before_step(asked)
+        self._of_step(loader, network).before_step(asked)
 
     def after_step(self, asked: Asked | None, call: Call | None, network: Network, batch_idx: int, loader: int) -> None:
         """Measure a validated batch, or the next part of other data.
 
         A loader other than the first is left out if its batches have no targets, or if its first step does not call the
-        network. After the last batch of a loader, the
-        samples that have waited in memory are measured at once, because another callback may swap the weights before
-        the epoch ends.
+        network. After the last batch of a loader, the samples that have waited in memory are measured at once, because
+        another callback may swap the weights before the epoch ends.
         """
-        running = self._of(loader, network)
+        running = self._of_step(loader, network)
         if loader in self._left_out:
             return
         with naming(str(loader), "Validation loader") if len(self._sources) > 1 else nullcontext():
@@ -125,6 +124,17 @@ class Validation:
         """Remove hooks from the network, and drop the tensors of observed passes."""
         for running in self._running.values():
             running.release()
+
+    def _of_step(self, loader: int, network: Network) -> Running:
+        running = self._of(loader, network)
+        # If no step calls the network, model= may be a function that makes a new module at every call.
+        if network.is_called and running.network.module is not network.module:
+            raise BatchError(
+                "Within this validation, another module has been put in the network's place, so its samples would be "
+                "measured on two networks. Replace the network before the first batch, e.g. in "
+                "on_validation_epoch_start."
+            )
+        return running
 
     def _of(self, loader: int, network: Network) -> Running:
         """Return the :class:`Running` of a loader, and begin its measurement at the first call."""

@@ -104,17 +104,37 @@ def test_files_of_the_same_step_have_names_of_their_own(tmp_path):
     assert epochs(callback) == [0, 1, 2, 2]
 
 
+def shift(module):
+    with torch.no_grad():
+        module.net.fc.bias += 1
+
+
 class ChangesItself(Classifier):
-    def on_train_end(self):
-        with torch.no_grad():
-            self.net.fc.bias += 1
+    """Changes its weights in one of its last hooks."""
+
+    def __init__(self, hook):
+        super().__init__()
+        setattr(self, hook, lambda: shift(self))
 
 
-@guards("callbacks.epoch_end:EpochEndCallback.on_fit_end", body="pass")
+class ChangesAtLast(L.Callback):
+    def on_fit_end(self, trainer, pl_module):
+        shift(pl_module)
+
+
+@guards("callbacks.epoch_end:EpochEndCallback._warn_of_late_changes", body="pass")
 @kinds
-def test_weights_that_change_still_later_are_warned_of(tmp_path, kind):
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+def test_weights_that_the_module_changes_still_later_are_warned_of(tmp_path, kind, hook):
     with pytest.warns(UserWarning, match="The final result of .*Callback does not belong to the final weights"):
-        fit(tmp_path, KINDS[kind](), module=ChangesItself())
+        fit(tmp_path, KINDS[kind](), module=ChangesItself(hook))
+
+
+@kinds
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+def test_weights_that_a_callback_changes_still_later_are_warned_of(tmp_path, kind, order):
+    with pytest.warns(UserWarning, match="The final result of .*Callback does not belong to the final weights"):
+        fit(tmp_path, *[ChangesAtLast(), KINDS[kind]()][::order])
 
 
 class Fails(L.Callback):

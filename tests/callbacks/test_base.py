@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_flatness import measure_flatness
+from tests.callbacks.epoch_end_runs import KINDS
 from tests.callbacks.flatness_runs import MONITOR, Recorder, fit, flatness_callback
 from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, loaders, quiet_trainer
 from tests.guarding import guards
@@ -104,6 +105,29 @@ def test_resume_continues_the_history(tmp_path, data):
     quiet_trainer(tmp_path, second, max_epochs=4).fit(Classifier(), *loaders(), ckpt_path=path)
     assert second.history[:2] == first.history
     assert [record["epoch"] for record in second.history] == [0, 1, 2, 3]
+
+
+def halved(logits, targets):
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none") / 2
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (flatness_callback, {"data": "train"}, "data was 'val' and is 'train'; num_samples was 22 and is 32"),
+        (flatness_callback, {"layers": "net.conv1"}, r"layers was \['net.conv2'\] and is \['net.conv1'\]"),
+        (flatness_callback, {"loss": halved}, "loss_name was 'cross_entropy' and is 'halved'"),
+        (flatness_callback, {"max_samples": 8}, "num_samples was 22 and is 8"),
+        (KINDS["spectrum"], {"matrix": "gauss_newton"}, "matrix was 'hessian' and is 'gauss_newton'"),
+        (KINDS["landscape"], {"max_samples": 8}, "num_samples was 32 and is 8"),
+    ],
+)
+def test_resuming_with_another_measurement_is_warned_of_once(tmp_path, make, options, words):
+    fit(tmp_path, make()).save_checkpoint(tmp_path / "two.ckpt")
+    trainer = quiet_trainer(tmp_path, make(**options), max_epochs=4)
+    with pytest.warns(UserWarning, match=f"from epoch [23] on.*: {words}. .*another prefix=") as caught:
+        trainer.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "two.ckpt")
+    assert sum("another prefix=" in str(warning.message) for warning in caught) == 1
 
 
 def test_checkpoint_of_an_epoch_contains_its_measurement(tmp_path):

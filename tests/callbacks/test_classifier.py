@@ -115,6 +115,53 @@ def test_one_of_several_heads_is_named(tmp_path):
         torch.testing.assert_close(weight, weights_of(expected)[name], rtol=1e-5, atol=1e-6)
 
 
+@guards("callbacks/penalty.py", "version == loss._version", "False", ids="1.0")
+@pytest.mark.parametrize("strength", [1.0, 1e4])
+def test_one_classifier_has_several_penalties(tmp_path, strength):
+    """Of the loss that is checked, nothing is lost to rounding when earlier penalties are large."""
+
+    def plain(module, x, y):
+        return F.cross_entropy(module.net.fc(module.features(x)), y)
+
+    def by_hand(module, x, y):
+        features = module.features(x)
+        logits = module.net.fc(features)
+        first = strength * flatness_penalty(features, logits, module.net.fc.weight)
+        second = flatness_penalty(features, logits, module.net.fc.weight, measure="layerwise_flatness")
+        return F.cross_entropy(logits, y) + first + 0.3 * second
+
+    torch.manual_seed(1)
+    expected = Step(by_hand)
+    actual = Step(plain)
+    actual.load_state_dict(copy.deepcopy(expected.state_dict()))
+    penalties = [
+        lf.FlatnessPenalty(strength),
+        lf.FlatnessPenalty(0, normalize=True, prefix="log"),
+        lf.FlatnessPenalty(0.3, measure="layerwise_flatness", prefix="layer-wise"),
+        lf.FlatnessPenalty(0, measure="layerwise_flatness", prefix="also"),
+    ]
+    options = {"max_epochs": 1, "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+    fitted(tmp_path, expected, **options)
+    fitted(tmp_path, actual, *penalties, **options)
+    for name, weight in weights_of(actual).items():
+        torch.testing.assert_close(weight, weights_of(expected)[name], rtol=1e-4, atol=1e-5)
+    assert all(penalty._unpenalized is None for penalty in penalties)
+
+
+def test_a_term_that_another_callback_adds_between_two_penalties_is_refused(tmp_path):
+    class Adds(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            loss.add_(pl_module.logits.square().sum())
+
+    def step(module, x, y):
+        module.logits = module.net(x)
+        return F.cross_entropy(module.logits, y)
+
+    penalties = [lf.FlatnessPenalty(prefix="first"), Adds(), lf.FlatnessPenalty(prefix="second")]
+    with pytest.raises(lf.FlatnessError, match="not mean cross-entropy"):
+        fitted(tmp_path, Step(step), *penalties)
+
+
 class Cosine(nn.Linear):
     def forward(self, x):
         return F.linear(x, F.normalize(self.weight))
@@ -141,6 +188,12 @@ def with_another_term(module, x, y):
 
 def of_class_weights(module, x, y):
     return F.cross_entropy(module.net(x), y, torch.tensor(WEIGHTS))
+
+
+def infinite():
+    layer = nn.Linear(5, CLASSES)
+    layer.bias.data[0] = torch.inf
+    return layer
 
 
 # name: training step, network, options of the callback, message
@@ -180,6 +233,19 @@ REFUSED = {
     "twice": (twice, None, {}, "calls 'net.fc' 2 times"),
     "twice, not checked": (twice, None, {"check_loss": False}, "calls 'net.fc' 2 times"),
     "layers": (None, None, {"layers": "net.head"}, "layers='net.head' names no linear layer.*'net.fc'"),
+    "NaN loss": (
+        lambda module, x, y: F.cross_entropy(module.net(x), y) * torch.nan,
+        None,
+        {},
+        "because the loss is nan",
+    ),
+    "NaN data": (
+        lambda module, x, y: F.cross_entropy(module.net(x * torch.nan), y),
+        None,
+        {},
+        "because the input of 'net.conv1' is not finite in the first training step",
+    ),
+    "infinite weight": (None, lambda: with_classifier(infinite()), {}, "the output of 'net.fc' is not finite"),
     "batches of one": (None, None, {"normalize": True}, "the batch has one sample. Use larger batches"),
 }
 

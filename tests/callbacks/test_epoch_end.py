@@ -1,6 +1,7 @@
 """What the spectrum and the landscape callback have in common: when, on which data, without a trace."""
 
 import contextlib
+import math
 import warnings
 
 import pytest
@@ -102,6 +103,21 @@ def test_an_error_leaves_no_trace_and_training_goes_on_with_a_warning(tmp_path, 
         trainer = fit(tmp_path, callback, module=module)
     assert_same(end_of(trainer, module), end)
     assert epochs(callback) == [0, 2]
+
+
+@kinds
+def test_monitors_read_nan_after_a_measurement_that_failed(tmp_path, kind):
+    class Recording(Module):
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            metrics = self.trainer.callback_metrics
+            seen.append({key: float(value) for key, value in metrics.items() if key.startswith(f"{kind}/")})
+
+    seen, callback = [], KINDS[kind](every_n_epochs=1, on_error="warn")
+    with pytest.warns(UserWarning, match=f"has no {kind} for epoch 1"):
+        fit(tmp_path, callback, module=Recording())
+    assert seen[1].keys() == seen[2].keys() != set()
+    assert all(value == 0 if key.endswith("/exact") else math.isnan(value) for key, value in seen[2].items())
 
 
 @kinds

@@ -78,7 +78,7 @@ def test_history_is_plain_and_says_what_was_measured(tmp_path, net):
         assert record["layers"] == [name]
         assert record["exact"] is layer.exact is (net is TwoLayerNet)
         assert (record["method"], record["precision"]) == (layer.method, "float32")
-        assert (record["data"], record["num_samples"]) == ("val", 22)
+        assert (record["data"], record["num_samples"], record["loss_name"]) == ("val", 22, "cross_entropy")
 
 
 def test_the_numbers_are_those_of_the_samples(tmp_path):

@@ -1,15 +1,19 @@
 """Measurements that fail: an error, or a warning and training that goes on as if the callback were not there."""
 
+import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import lightning_flatness as lf
 from lightning_flatness.callbacks.rank_errors import RankErrors
 from tests.callbacks.compare import assert_same, end_of
+from tests.callbacks.flatness_runs import MONITOR, Recorder
 from tests.callbacks.lightning_modules import (
     Classifier,
     FailingWhenMeasured,
@@ -70,7 +74,7 @@ def test_a_failure_after_a_success_is_told_again(tmp_path):
     assert ["epoch 1" in warned(caught)[0], "epoch 3" in warned(caught)[1]] == [True, True]
 
 
-def test_nothing_is_logged_for_a_measurement_that_failed(tmp_path):
+def test_nothing_is_logged_before_a_measurement_has_succeeded(tmp_path):
     class Logged(FailingWhenMeasured):
         def on_validation_epoch_end(self):
             seen.append("flatness/hessian_trace" in self.trainer.callback_metrics)
@@ -119,12 +123,19 @@ def test_ctrl_c_is_no_error_of_the_measurement(tmp_path):
         fit(tmp_path, FailingWhenMeasured({1}, KeyboardInterrupt()), lf.FlatnessCallback(on_error="warn"))
 
 
-def test_monitors_keep_the_last_value(tmp_path):
-    """As with every_n_epochs: what is monitored was logged once, and stays."""
-    checkpoint = ModelCheckpoint(tmp_path, monitor="flatness/relative_flatness", save_top_k=1)
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_monitors_read_nan_after_a_measurement_that_failed(tmp_path, data):
+    """Otherwise they would file the network under the number of an earlier one."""
+    recorder, callback = Recorder(), lf.FlatnessCallback(data=data, layers="all", on_error="warn")
+    checkpoint = ModelCheckpoint(tmp_path, monitor=MONITOR, save_top_k=4, filename="{epoch}")
     with pytest.warns(UserWarning, match="no flatness for epoch 1"):
-        fit(tmp_path, FailingWhenMeasured({1}), lf.FlatnessCallback(on_error="warn"), checkpoint)
-    assert checkpoint.best_model_score is not None
+        fit(tmp_path, FailingWhenMeasured({1}), callback, checkpoint, recorder)
+    values = {Path(path).stem: float(value) for path, value in checkpoint.best_k_models.items()}
+    known = {f"epoch={record['epoch']}": record["relative_flatness"] for record in callback.history}
+    assert_close(values, known | {"epoch=1": math.inf})  # ModelCheckpoint takes NaN for the worst value
+    flatness = {key: value for key, value in recorder.logged[1].items() if key.startswith("flatness/")}
+    assert flatness.keys() == {key for key in recorder.logged[0] if key.startswith("flatness/")}
+    assert all(value == 0 if key.endswith("/exact") else math.isnan(value) for key, value in flatness.items())
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])

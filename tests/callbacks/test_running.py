@@ -114,6 +114,34 @@ def test_errors_name_the_loader(tmp_path):
         fit(tmp_path, flatness_callback(), module=ForgetsInTheSecondLoader(), data=data)
 
 
+class CallsOnly(Classifier):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.net(batch[0])
+
+
+class Unsuitable(IterableDataset):
+    """Has fewer samples than wait for each other, and no length, so that they wait until the validation ends."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __iter__(self):
+        return (self.change(x, y) for x, y in dataset(16))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda x, y: (x * torch.nan, y), "The logits contain NaN"), (lambda x, y: (x, y + 9), "[Tt]argets.*11")],
+    ids=["NaN", "targets"],
+)
+@pytest.mark.parametrize("kind", [list, iter], ids=["list", "stream"])
+def test_unsuitable_samples_of_a_second_loader_name_the_loader(tmp_path, change, message, kind):
+    second = Unsuitable(change)
+    data = loaders()[0], [loaders()[1], DataLoader(list(second) if kind is list else second, 8)]
+    with pytest.raises(lf.BatchError, match=f"Validation loader '1': .*{message}"):
+        fit(tmp_path, flatness_callback(), module=CallsOnly(), data=data, num_sanity_val_steps=0)
+
+
 class Averaged(Classifier):
     """From the second epoch on, its step calls a network of averages."""
 

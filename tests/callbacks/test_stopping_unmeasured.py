@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import lightning_flatness as lf
@@ -27,7 +28,7 @@ def test_a_stale_value_does_not_count(tmp_path):
     assert counting(tmp_path, lf.FlatnessCallback(every_n_epochs=3), Classifier(lr=0.0)) == 10
 
 
-@guards("callbacks/stopping.py", "callback.num_measurements != self", "callback.num_measurements > self")
+@guards("callbacks/stopping.py", "number != self", "number > self")
 def test_the_next_fit_may_have_another_callback(tmp_path):
     """The number of its measurements is not less because it is a new one."""
     stopping = lf.FlatnessStopping(burn_in=0, patience=3)
@@ -53,3 +54,37 @@ def test_stale_values_of_resumed_runs_do_not_count(tmp_path, data):
     trainer = quiet_trainer(tmp_path, *callbacks(), early, max_epochs=20)
     trainer.fit(Classifier(lr=0.0), *loaders(), ckpt_path=tmp_path / "part.ckpt")
     assert trainer.current_epoch == 10
+
+
+SPECTRUM = "spectrum/lambda_max"
+
+
+def spectrum_callback(**options):
+    return lf.SpectrumCallback(every_n_epochs=1, top_k=1, num_steps=2, num_probes=1, **options)
+
+
+class OnlyTrained(FailingWhenMeasured):
+    """Logs an accuracy that never gets better, and has no validation."""
+
+    validation_step = LightningModule.validation_step
+
+    def training_step(self, batch, batch_idx):
+        self.log("train_acc", 0.5, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("failing", "epochs"), [((), 4), ((0, 1, 3), 7)], ids=["measured", "failed"])
+def test_a_failed_spectrum_does_not_count(tmp_path, failing, epochs):
+    stopping = lf.FlatnessStopping(SPECTRUM, accuracy="train_acc", burn_in=0, patience=3)
+    trainer = quiet_trainer(tmp_path, spectrum_callback(on_error="warn"), stopping, max_epochs=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(OnlyTrained(set(failing), lr=0.0), loaders()[0])
+    assert trainer.current_epoch == epochs
+
+
+def test_what_is_measured_at_the_end_of_epochs_cannot_be_checked_after_validations(tmp_path):
+    stopping = lf.FlatnessStopping(SPECTRUM, burn_in=0)
+    trainer = quiet_trainer(tmp_path, spectrum_callback(), stopping)
+    with pytest.raises(lf.FlatnessError, match="'spectrum/...' .*SpectrumCallback measures at the end of epochs"):
+        trainer.fit(Classifier(), *loaders())
