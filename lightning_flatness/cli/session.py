@@ -40,13 +40,13 @@ class Session:
     def model_of(self, checkpoint: Checkpoint) -> nn.Module:
         """Build the network of a checkpoint and load its weights; the first call also builds the data."""
         seed_all(self.seed)
-        model, class_path = build("model", self.command, self._config, checkpoint)
+        model, class_path, note = build("model", self.command, self._config, checkpoint)
         if not isinstance(model, nn.Module):
             raise UsageError(f"--model {class_path} makes a {type(model).__name__}, not a module of torch.")
         configure = getattr(model, "configure_model", None)
         if callable(configure):
             configure()
-        self.notes += filter(None, [load_weights(model, checkpoint)])
+        self.notes += filter(None, [note, load_weights(model, checkpoint)])
         self.classes.append(class_path)
         if not self._has_data:
             self._data, self._has_data = self._data_of(checkpoint, model), True
@@ -55,7 +55,8 @@ class Session:
     def _data_of(self, checkpoint: Checkpoint, model: nn.Module) -> Any:
         if not class_of("data", self.command, self._config, checkpoint) and _has_loader(model):
             return None
-        data, class_path = build("data", self.command, self._config, checkpoint)
+        data, class_path, note = build("data", self.command, self._config, checkpoint)
+        self.notes += filter(None, [note])
         self.details["Data"] = class_path
         return data
 
