@@ -98,9 +98,12 @@ _MODULES = {
     ],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_PUBLIC_MODULES = ("functional", "pages", "plots", "results", "testing")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PUBLIC_MODULES:
+        return import_module(f"lightning_flatness.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lightning_flatness' has no attribute '{name}'")
     value = getattr(import_module(f"lightning_flatness.{_HOMES[name]}"), name)
@@ -109,4 +112,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PUBLIC_MODULES})

@@ -220,7 +220,7 @@ class FlatnessCallback(FlatnessHistory):
     def _certify(self, network: Network, samples: Samples) -> None:
         measurement = self._new_measurement(network)
         measurement.certify(*samples, live=self._passes.possible and self._data_name == "val")
-        self._certified = (measurement.layers, measurement.left_out) if measurement.layers else None
+        self._certified = (measurement.layers, measurement.observer.left_out) if measurement.layers else None
 
     def _new_measurement(self, network: Network) -> Measurement:
         if self._whole:

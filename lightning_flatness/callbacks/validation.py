@@ -12,7 +12,7 @@ from lightning_flatness.callbacks.running import PassesOfRun, Running
 from lightning_flatness.errors import BatchError
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.ranks import gather
-from lightning_flatness.measure.samples import without_samples
+from lightning_flatness.measure.samples import deviations_of
 from lightning_flatness.model.call import Call
 from lightning_flatness.results import FlatnessReport
 
@@ -96,7 +96,7 @@ class Validation:
             measurement = self._of(loader, network).measurement
         except Exception as error:
             if self._waits:
-                without_samples(sync=True)
+                deviations_of([], sync=True)
             return error
         measurement.take_spread()
         return None
@@ -141,4 +141,4 @@ def settle(running: Validation | None, network: Network, num_loaders: int, waits
         running.settle(network, failed)
     else:
         for _ in range(num_loaders if waits else 0):
-            without_samples(sync=True)
+            deviations_of([], sync=True)

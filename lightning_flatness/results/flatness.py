@@ -67,8 +67,8 @@ class LayerFlatness(Record):
             is largest. NaN if per-sample values are not known, some are negative, or all are zero.
         samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured samples. Their mean,
             weighted by ``FlatnessReport.samples["weight"]``, is the measure of the layer. Empty unless
-            ``per_sample=True``. Values are NaN for ignored samples, and where ``residual="hutchinson"`` adds an
-            estimate to a layer's numbers. A measure whose values are all NaN has no entry.
+            ``per_sample=True``. Values are NaN for samples of weight 0, and where ``residual="hutchinson"`` adds
+            an estimate to a layer's numbers. A measure whose values are all NaN has no entry.
 
     Example:
         >>> import torch, lightning_flatness as lf
@@ -149,7 +149,8 @@ class FlatnessReport(Record):
             (``functional.sampling.interval``) uses the t-distribution with ``num_groups - 1`` degrees of freedom.
         samples: per-sample ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and
             ``weight``, ``(N,)`` each; empty unless ``per_sample=True``. The weight of a sample is the weight of its
-            target's class, and 0 for an ignored sample.
+            target's class, and 0 for an ignored sample. Loss and curvature are NaN where the weight is 0, although
+            such samples add to the means if there is label smoothing.
         depth: number of convolutions and linear layers of the whole network; 0 if not known.
         batch_norms: number of BatchNorm layers of the whole network.
         fresh_batch_norms: number of BatchNorm layers whose running statistics were never updated.

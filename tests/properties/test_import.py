@@ -20,6 +20,15 @@ def test_only_callbacks_import_lightning(names, wanted):
     assert done.stdout.split()[-1] == str(wanted)
 
 
+def test_public_modules_are_there_without_another_import():
+    names = ["testing", "functional", "results", "plots", "pages"]
+    code = (
+        f"import lightning_flatness as lf; print(*(getattr(lf, name).__name__ for name in {names} if name in dir(lf)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"lightning_flatness.{name}" for name in names]
+
+
 def test_every_public_name_is_there():
     assert {name for name in lf.__all__ if getattr(lf, name) is not None} == set(lf.__all__) <= set(dir(lf))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
