@@ -190,7 +190,7 @@ def landscape_of(
             update=options.update,
             batch_norm=options.batch_norm,
             frozen=tuple(options.frozen),
-            loss=options.loss_function.name,
+            loss=options.loss_function.label,
             num_samples=origin.sums.num_samples,
             seed=options.seed,
             # Recomputed statistics depend on which samples share a batch, so the fingerprint includes batch sizes.

@@ -209,7 +209,7 @@ def spectrum_of(
         weight_norm=curvature.weight_norm,
         num_samples=hessian.num_samples,
         loss=hessian.loss,
-        loss_name=options.loss_function.name,
+        loss_name=options.loss_function.label,
         matrix=options.matrix,
         converged=bool((top.residuals <= 2 * accuracy).all()),
         seconds=time.perf_counter() - start,

@@ -88,7 +88,7 @@ class ComparedModel(Record):
         exact: whether checks against autograd certify that the numbers of every layer are those of the exact Hessian.
         method: the methods by which the layers were measured, such as ``"closed_form"``, separated by commas.
         precision: lowest precision that a layer was measured in.
-        loss_name: name of the loss.
+        loss_name: name of the loss, as in :class:`FlatnessReport`.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
         num_samples: number of samples that were measured.
         train_loss: mean loss over training data.

@@ -141,7 +141,8 @@ class FlatnessReport(Record):
         accuracy: share of the measured samples whose largest logit is that of the target; NaN unless targets are class
             indices.
         curvature: mean over samples of the trace of ``Λ``, the loss's second derivative with respect to the logits.
-        loss_name: name of the loss.
+        loss_name: name of the loss, with options that are not the default. A loss of your own whose name does not say
+            all, such as a lambda, has a hash of its code and options, too.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
         sampling_errors: mapping from names to standard errors over samples. The names are ``"loss"``, ``"accuracy"``,
             ``"curvature"`` and names of measures. The error of a measure is that of its sum over layers.

@@ -55,7 +55,7 @@ class SpectrumResult(Record):
         weight_norm: L2 norm of the ``D`` parameters together.
         num_samples: number of samples in one pass over the data.
         loss: mean loss over these samples.
-        loss_name: name of the loss.
+        loss_name: name of the loss, as in :class:`FlatnessReport`.
         matrix: ``"hessian"``, or ``"gauss_newton"`` if ``H`` is the Gauss-Newton matrix.
         converged: whether every residual is at most twice the sum of ``tolerance |λ|`` and an allowance for rounding.
         seconds: wall time of the measurement; NaN if not known, as in files of earlier versions.
