@@ -43,7 +43,7 @@ class Checkpoint:
         prefix = "datamodule_" if kind == "data" else ""
         stored = self.content.get(f"{prefix}hyper_parameters")
         arguments = dict(stored) if isinstance(stored, Mapping) else {}
-        name = self.content.get(f"{prefix}hparams_name")
+        name = self.content.get(f"{prefix}hparams_name", "")
         return {name: arguments} if name in names else arguments
 
     @property
