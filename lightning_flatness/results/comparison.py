@@ -70,7 +70,7 @@ class Difference(Record):
         return table
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ComparedModel(Record):
     """One row of a comparison: the numbers of one model, and how they were measured. Unknown numbers are NaN.
 
@@ -160,7 +160,7 @@ class ComparedModel(Record):
         return table
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Record):
     """Comparison of models by the flatness of one or several layers; ``print(comparison)`` shows a table.
 

@@ -28,7 +28,7 @@ SUMS = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "n
 MEANS = {"loss": "loss", "accuracy": "accuracy", "curvature": "curvature (trace of Λ)"}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LayerFlatness(Record):
     """Flatness of one layer with ``S`` filters in ``G`` groups.
 
@@ -130,7 +130,7 @@ class LayerFlatness(Record):
         return f"{self.info.name}: {numbers}, {number_of(self.num_samples, 'sample')}, {sentence_of(self.info)}"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class FlatnessReport(Record):
     """Flatness of the measured layers of a model; ``print(report)`` shows a table.
 

@@ -21,7 +21,7 @@ NO_DENSITY = "The spectrum has no density, since it was computed with num_probes
 MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SpectrumResult(Record):
     """Spectrum of the Hessian ``H`` of the mean loss with respect to ``D`` parameters; ``print`` shows a table.
 
