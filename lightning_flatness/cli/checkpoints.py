@@ -156,12 +156,12 @@ def _broken(path: Path, error: Exception) -> str:
 def _about_folder(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    if "config.json" in names or weights:
+    files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth"))]
+    if "config.json" in names or (weights and not files):
         file = f"'{path / weights[0]}'" if weights else "its file of weights"
         return f"'{path}' is a folder of a Hugging Face model: give {file} with --model CLASS."
     if ".metadata" in names or "meta.pt" in names:
         return f"'{path}' is a checkpoint in several pieces: join them with `{CONSOLIDATE} {path}`."
-    files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth"))]
     return f"'{path}' is a folder: name a file" + (f", such as '{path / files[0]}'." if files else "; it has none.")
 
 

@@ -14,6 +14,8 @@ from lightning_flatness.cli.arguments import Command, UsageError
 from lightning_flatness.cli.building import build, class_of, imported
 from lightning_flatness.cli.checkpoints import Checkpoint
 from lightning_flatness.cli.weights import load_weights
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.functional import find_loss
 from lightning_flatness.measure.progress import progress_bar
 
 
@@ -102,13 +104,16 @@ def _loss(text: str) -> Any:
     A text without a dot is the name of a built-in loss, and is returned unchanged. Any other text is the import path of
     a function or a class. A function is returned; a class is called without arguments.
     """
-    if "." not in text:
-        return text
-    found = imported(text, f"--loss {text}")
+    loss: Any = imported(text, f"--loss {text}") if "." in text else text
     try:
-        return found() if inspect.isclass(found) else found
+        loss = loss() if inspect.isclass(loss) else loss
     except Exception as error:
         raise UsageError(f"--loss {text}: calling it fails with {type(error).__name__}: {error}") from error
+    try:
+        find_loss(loss)
+    except FlatnessError as error:
+        raise UsageError(f"--loss {text}: {error}") from error
+    return loss
 
 
 def _has_loader(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_flatness.errors import BatchError
+from lightning_flatness.errors import BatchError, is_out_of_memory
 from lightning_flatness.functional import CrossEntropy, Loss
 from lightning_flatness.functional.losses import are_correct
 from lightning_flatness.measure.batches import NO_LOSS, as_batches, check_rereadable, paired_batches, with_targets
@@ -109,6 +109,9 @@ class RepeatedBatches:
                 chunk = _worthwhile_chunk(points, first)
         except Exception as error:
             failure = error
+            if is_out_of_memory(error):
+                failure = BatchError(f"Out of memory in batch {len(sizes)}. Give smaller batches.")
+                failure.__cause__ = error
         raise_on_all(failure, self.sync)
         ranks = gather((own, sizes, not_finite), self.sync)
         total = sum((sums for sums, *_ in ranks), LossSums())

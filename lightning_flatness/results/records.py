@@ -18,8 +18,8 @@ from lightning_flatness.results.texts import as_html
 class Record(Saved):
     """Base class of results, with a one-line ``repr``, a table for notebooks, and conversion to plain data.
 
-    Subclasses are frozen dataclasses with ``repr=False``. They define ``_line`` and ``table``. Those that hold tensors or
-    mappings have ``eq=False``: they are equal only to themselves. To compare values, use :meth:`to_dict`.
+    Subclasses are frozen dataclasses with ``repr=False``. They define ``_line`` and ``table``. Those that hold tensors
+    or mappings have ``eq=False``: they are equal only to themselves. To compare values, use :meth:`to_dict`.
     """
 
     # Names of the fields whose tensors are so short that ``to_dict()`` has them even with ``tensors=False``.

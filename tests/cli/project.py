@@ -117,6 +117,13 @@ class Images(L.LightningDataModule):
         return DataLoader(self.val, self.hparams.batch_size)
 
 
+class OnlyTraining(Images):
+    """Has no validation data."""
+
+    def val_dataloader(self):
+        return None
+
+
 class DrawnSplit(Images):
     """Draws its split from the global generator."""
 

@@ -283,3 +283,10 @@ def test_models_that_cannot_be():
         lf.direction_between(net(), net())
     with pytest.raises(lf.FlatnessError, match="do not span 2 directions"):
         lf.pca_directions(net(), [net(), net(1)])
+
+
+def test_memory_that_runs_out_in_the_first_pass():
+    model = net()
+    model[2].forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("too much"))
+    with pytest.raises(lf.BatchError, match="Out of memory in batch 0. Give smaller batches"):
+        lf.loss_landscape(model, BATCHES, steps=2)
