@@ -253,7 +253,7 @@ class LandscapeCallback(EpochEndCallback):
             "axes": list(first.axes),
             "batch_norm": first.batch_norm,
             "loss": known(first.origin_loss),
-            "accuracy": first.origin_accuracy,
+            "accuracy": None if first.origin_accuracy is None else known(first.origin_accuracy),
             "lowest_loss": float(finite.min()) if len(finite) else None,
             "complete": not self._is_interrupted,
             "seconds": sum(result.seconds for result in self._stored.values()),

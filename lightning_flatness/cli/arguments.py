@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ arguments, or the --config of the run:
   lightning-flatness measure last.ckpt --model project.Net --model.width 64 --data project.Digits
   lightning-flatness compare a.ckpt b.ckpt --config config.yaml --split train -o report.html
 
-Exit codes: 0 done, 1 the command line is wrong, 2 the measurement failed.
+Exit codes: 0 done; 1 the command line is wrong; 2 the measurement failed, or an option does not fit network or data.
 """
 
 
@@ -177,7 +178,7 @@ def _add_own(parser: argparse.ArgumentParser, command: str) -> None:
         add("--axes", choices=("random", "hessian"), default="random", help="kind of directions (default: random)")
         add("--line", action="store_true", help="a line instead of a plane")
         add("--steps", type=_whole(2), default=25, metavar="N", help="points along every axis (default: 25)")
-        add("--span", type=float, default=1.0, metavar="S", help="coordinates go from -S to S (default: 1)")
+        add("--span", type=_positive, default=1.0, metavar="S", help="coordinates go from -S to S (default: 1)")
 
 
 def _add_output(parser: argparse.ArgumentParser, command: str) -> None:
@@ -199,10 +200,22 @@ def _whole(least: int) -> Any:
     return whole
 
 
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a positive number")
+    return value
+
+
 def _output(text: str) -> Path:
     path = Path(text)
     if path.suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"'{text}' must end with {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder '{path.parent}' for '{text}'")
     return path

@@ -10,13 +10,16 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_flatness.cli.arguments import Command, UsageError
 from lightning_flatness.cli.checkpoints import Checkpoint
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.results.texts import named
 
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 REMEDIES = {
     "model": "give --model package.Class (its arguments as --model.ARG VALUE)",
     "data": "give --data package.DataModule (its arguments as --data.ARG VALUE)",
@@ -44,16 +47,23 @@ def read_config(path: Path | None) -> dict[str, Any]:
     return of_fit if isinstance(of_fit, dict) and "model" not in config else config
 
 
-def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, str]:
-    """Build the ``"model"`` or the ``"data"`` of a run; return the object and the import path of its class.
+class Built(NamedTuple):
+    """A model or a data module, with the import path of its class and a note for the user (empty if there is none)."""
+
+    value: Any
+    class_path: str
+    note: str
+
+
+def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> Built:
+    """Build the ``"model"`` or the ``"data"`` of a run.
 
     The class is looked up on the command line first, then in the config, then in the checkpoint. The arguments from
     these three sources are merged. Where they disagree, the command line wins over the checkpoint, and the checkpoint
-    over the config. Arguments that the checkpoint or the config has for another class are ignored.
+    over the config. Arguments that the checkpoint or the config has for another class are ignored. A note names the
+    hyper-parameters in the checkpoint that the class does not take.
     """
     configured = _configured(kind, config)
-    stored = checkpoint.stored(kind)
-    own = stored.pop("_class_path", None)
     class_path = class_of(kind, command, config, checkpoint)
     if not class_path:
         raise UsageError(_nobody_says(kind, command, checkpoint))
@@ -61,6 +71,9 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     if getattr(command, kind) or configured.get("class_path"):
         source = f"--{kind}" if getattr(command, kind) else f"--config '{command.config}'"
     made = imported(class_path, source)
+    names, takes_all = _parameters(made)
+    stored = checkpoint.stored(kind, names)
+    own, of_a_config = stored.pop("_class_path", None), stored.pop("_instantiator", None) is not None
     if own and own.rpartition(".")[2] != class_path.rpartition(".")[2]:
         # The stored arguments belong to another class. Names of modules are not compared, because a class of the
         # training script (module __main__) may now be imported from another module.
@@ -68,7 +81,15 @@ def build(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Ch
     of_config = configured.get("init_args", {}) if "class_path" in configured else configured
     if configured.get("class_path") not in (None, class_path):
         of_config = {}  # the arguments in the config belong to another class
-    return made_of(made, kind, class_path, of_config or {}, stored, command.arguments[kind]), class_path
+    taken = {name: value for name, value in stored.items() if takes_all or name in names}
+    words = command.arguments[kind]
+    given = _of_words(words)
+    # As Lightning does, give values of the run to the class as they are. Parsing would change some, e.g. "null".
+    objects = {k: v for k, v in taken.items() if k not in given and not (of_a_config and _is_of_a_config(v))}
+    texts = {k: v for k, v in taken.items() if _is_of_a_config(v)}
+    defaults = {k: v for k, v in {**(of_config or {}), **texts}.items() if k not in objects}
+    value = made_of(made, kind, class_path, defaults, objects, words)
+    return Built(value, class_path, _note(checkpoint, made, class_path, [name for name in stored if name not in taken]))
 
 
 def class_of(kind: str, command: Command, config: Mapping[str, Any], checkpoint: Checkpoint) -> str:
@@ -119,21 +140,21 @@ def made_of(
     made: Any,
     kind: str,
     name: str,
-    configured: Mapping[str, Any],
-    stored: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    objects: Mapping[str, Any],
     words: Sequence[str],
 ) -> Any:
-    """Call the class or function ``made`` with arguments from three sources, and return the result.
+    """Call the class or function ``made``, and return the result.
 
-    As in LightningCLI, the type hints of ``made`` decide how the arguments are parsed.
+    As in LightningCLI, the type hints of ``made`` decide how ``defaults`` and ``words`` are parsed.
 
     Args:
         made: the class or function.
         kind: ``"model"`` or ``"data"``, the prefix of the options in ``words``.
         name: import path of ``made``, for error messages.
-        configured: arguments from the config.
-        stored: arguments from the checkpoint, which override those from the config.
-        words: options such as ``--model.width=64``, which override the arguments from checkpoint and config.
+        defaults: arguments as a config has them.
+        objects: other arguments, which are not parsed.
+        words: options such as ``--model.width=64``, which override ``defaults``.
     """
     try:
         from jsonargparse import ArgumentParser
@@ -144,26 +165,53 @@ def made_of(
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     try:
         if inspect.isclass(made):
-            parser.add_class_arguments(made, kind, fail_untyped=False)
+            parser.add_class_arguments(made, kind, fail_untyped=False, instantiate=False, skip=set(objects))
         else:
-            parser.add_function_arguments(made, kind, fail_untyped=False)
-        known = set(vars(getattr(parser.get_defaults(), kind, None) or argparse.Namespace())) | _parameters(made)
-        # A checkpoint may hold hyper-parameters that are no arguments of the class. They are ignored, as in Lightning.
-        given = {**configured, **{key: value for key, value in stored.items() if key in known}}
-        parser.set_defaults({f"{kind}.{key}": value for key, value in given.items()})
+            parser.add_function_arguments(made, kind, fail_untyped=False, skip=set(objects))
+        parser.set_defaults({f"{kind}.{key}": value for key, value in defaults.items()})
         parsed = parser.parse_args(list(words))
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        value = getattr(instantiate(parsed), kind, argparse.Namespace())  # no entry if there are no arguments
-        return value if inspect.isclass(made) else made(**vars(value))
+        values = getattr(instantiate(parsed), kind, argparse.Namespace())  # no entry if there are no arguments
+        return made(**vars(values), **objects)
     except Exception as error:
         raise UsageError(f"--{kind} {name}: {_problem(error, kind)}") from error
 
 
-def _parameters(made: Any) -> set[str]:
+def _parameters(made: Any) -> tuple[set[str], bool]:
+    """Return the names of the arguments of a class or function, and whether it takes arguments of any name."""
     try:
-        return set(inspect.signature(made).parameters)
+        parameters = inspect.signature(made).parameters.values()
     except (TypeError, ValueError):
-        return set()
+        return set(), True
+    kinds = {one.kind for one in parameters}
+    return {one.name for one in parameters if one.kind in NAMED}, inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _of_words(words: Sequence[str]) -> set[str]:
+    """Return the names of the arguments that options like ``--model.width=64`` set."""
+    return {word.partition("=")[0].split(".")[1] for word in words}
+
+
+def _is_of_a_config(value: Any) -> bool:
+    """Return whether a config could hold a value."""
+    if isinstance(value, Mapping):
+        return all(map(_is_of_a_config, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_of_a_config, value))
+    return value is None or isinstance(value, (str, int, float, Path, Enum))
+
+
+def _note(checkpoint: Checkpoint, made: Any, class_path: str, unused: Sequence[str]) -> str:
+    """Return a note on hyper-parameters that are no arguments of ``made`` or, if it is a class, of its bases."""
+    bases = inspect.getmro(made) if inspect.isclass(made) else ()
+    of_bases = set().union(*(_parameters(base)[0] for base in bases))
+    unknown = [name for name in unused if name not in of_bases]
+    if not unknown:
+        return ""
+    return (
+        f"'{checkpoint.path}' has hyper-parameters that are no arguments of {class_path}: {named(unknown)}. "
+        "They are not used."
+    )
 
 
 def _problem(error: Exception, kind: str) -> str:

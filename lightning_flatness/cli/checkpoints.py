@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,18 +33,18 @@ class Checkpoint:
     content: Mapping[str, Any] = field(default_factory=dict)
     part: str = ""  # in a file that Lightning did not write, the key of the entry that holds the weights
 
-    def stored(self, kind: str) -> dict[str, Any]:
+    def stored(self, kind: str, names: Container[str] = ()) -> dict[str, Any]:
         """Return the hyper-parameters that Lightning saved for the ``"model"`` or the ``"data"``, or an empty dict.
 
-        The entry ``"_class_path"`` is the import path of the class, if LightningCLI has saved it.
+        If they are the content of one of the arguments in ``names``, the result has this argument alone. The entry
+        ``"_class_path"`` is the import path of the class, if LightningCLI has saved it. ``"_instantiator"`` is there if
+        LightningCLI has saved the others, too: as they are in a config.
         """
         prefix = "datamodule_" if kind == "data" else ""
         stored = self.content.get(f"{prefix}hyper_parameters")
-        if not isinstance(stored, Mapping):
-            return {}
-        arguments = {key: value for key, value in stored.items() if key != "_instantiator"}
-        name = self.content.get(f"{prefix}hparams_name")
-        return arguments if name in (None, "kwargs") else {**arguments, name: arguments}
+        arguments = dict(stored) if isinstance(stored, Mapping) else {}
+        name = self.content.get(f"{prefix}hparams_name", "")
+        return {name: arguments} if name in names else arguments
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -156,12 +156,12 @@ def _broken(path: Path, error: Exception) -> str:
 def _about_folder(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    if "config.json" in names or weights:
+    files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth"))]
+    if "config.json" in names or (weights and not files):
         file = f"'{path / weights[0]}'" if weights else "its file of weights"
         return f"'{path}' is a folder of a Hugging Face model: give {file} with --model CLASS."
     if ".metadata" in names or "meta.pt" in names:
         return f"'{path}' is a checkpoint in several pieces: join them with `{CONSOLIDATE} {path}`."
-    files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth"))]
     return f"'{path}' is a folder: name a file" + (f", such as '{path / files[0]}'." if files else "; it has none.")
 
 

@@ -22,7 +22,8 @@ STANDARD_LIBRARY = (str(Path(warnings.__file__).parent), "<frozen")
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command line (by default ``sys.argv[1:]``) and return the exit code of the process.
 
-    The exit code is 0 on success, 1 if the command line is wrong, 2 if the measurement failed, and 130 after Ctrl-C.
+    The exit code is 0 on success, 1 if the command line is wrong, 2 if the measurement failed, and 130 after Ctrl-C. It
+    is also 2 if an option does not fit the network or the data.
 
     Example:
         >>> main(["measure", "nothing.ckpt"])  # prints: lightning-flatness: There is no file 'nothing.ckpt'.

@@ -14,6 +14,8 @@ from lightning_flatness.cli.arguments import Command, UsageError
 from lightning_flatness.cli.building import build, class_of, imported
 from lightning_flatness.cli.checkpoints import Checkpoint
 from lightning_flatness.cli.weights import load_weights
+from lightning_flatness.errors import FlatnessError
+from lightning_flatness.functional import find_loss
 from lightning_flatness.measure.progress import progress_bar
 
 
@@ -40,13 +42,13 @@ class Session:
     def model_of(self, checkpoint: Checkpoint) -> nn.Module:
         """Build the network of a checkpoint and load its weights; the first call also builds the data."""
         seed_all(self.seed)
-        model, class_path = build("model", self.command, self._config, checkpoint)
+        model, class_path, note = build("model", self.command, self._config, checkpoint)
         if not isinstance(model, nn.Module):
             raise UsageError(f"--model {class_path} makes a {type(model).__name__}, not a module of torch.")
         configure = getattr(model, "configure_model", None)
         if callable(configure):
             configure()
-        self.notes += filter(None, [load_weights(model, checkpoint)])
+        self.notes += filter(None, [note, load_weights(model, checkpoint)])
         self.classes.append(class_path)
         if not self._has_data:
             self._data, self._has_data = self._data_of(checkpoint, model), True
@@ -55,7 +57,8 @@ class Session:
     def _data_of(self, checkpoint: Checkpoint, model: nn.Module) -> Any:
         if not class_of("data", self.command, self._config, checkpoint) and _has_loader(model):
             return None
-        data, class_path = build("data", self.command, self._config, checkpoint)
+        data, class_path, note = build("data", self.command, self._config, checkpoint)
+        self.notes += filter(None, [note])
         self.details["Data"] = class_path
         return data
 
@@ -101,13 +104,16 @@ def _loss(text: str) -> Any:
     A text without a dot is the name of a built-in loss, and is returned unchanged. Any other text is the import path of
     a function or a class. A function is returned; a class is called without arguments.
     """
-    if "." not in text:
-        return text
-    found = imported(text, f"--loss {text}")
+    loss: Any = imported(text, f"--loss {text}") if "." in text else text
     try:
-        return found() if inspect.isclass(found) else found
+        loss = loss() if inspect.isclass(loss) else loss
     except Exception as error:
         raise UsageError(f"--loss {text}: calling it fails with {type(error).__name__}: {error}") from error
+    try:
+        find_loss(loss)
+    except FlatnessError as error:
+        raise UsageError(f"--loss {text}: {error}") from error
+    return loss
 
 
 def _has_loader(model: nn.Module) -> bool:

@@ -68,9 +68,14 @@ def split_of(name: str, model: nn.Module, data: Any, number: int, max_samples: i
     hook = "train_dataloader" if name == "train" else "val_dataloader"
     owner.trainer = trainer  # a validation has put its own Trainer in the place of this one
     try:
-        loaders = flat_loaders(getattr(owner, hook)())
+        given = getattr(owner, hook)()
+        loaders = flat_loaders(given)
     except Exception as error:
         raise FlatnessError(f"{type(owner).__name__} gives no {name} data: {type(error).__name__}: {error}") from error
+    if given is None:
+        raise FlatnessError(
+            f"{type(owner).__name__}.{hook}() returns None, so there are no {name} data. Choose a split with --split."
+        )
     if number >= len(loaders):
         raise UsageError(
             f"--loader {number}: the {name} data have {number_of(len(loaders), 'loader')}; the first is --loader 0."

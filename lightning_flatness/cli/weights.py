@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from torch import nn
 
 from lightning_flatness.cli.checkpoints import Checkpoint
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.model.names import plain_name
 from lightning_flatness.results.texts import named, number_of
+
+WRAPPED = "module."  # the prefix that DataParallel and DDP add
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """Load the weights of a checkpoint into a model, and return a note that names missing weights.
+    """Load the weights of a checkpoint into a model, and return a note on missing and renamed weights; often empty.
 
-    As in Lightning, weights may be missing only if the model's ``strict_loading`` is False. The note is empty if none
-    is missing.
+    As in Lightning, weights may be missing only if the model's ``strict_loading`` is False. Names may have the parts
+    that DataParallel, DDP and ``torch.compile`` add.
 
     Raises:
         FlatnessError: names or shapes of the weights differ from those of the model.
@@ -28,6 +32,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
         content = dict(checkpoint.content)
         before_loading(content)
         state = content["state_dict"]
+    state, renamed = _with_own_names(model, state)
     strict = bool(getattr(model, "strict_loading", True))
     try:
         keys = model.load_state_dict(state, strict=strict)
@@ -35,7 +40,35 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> str:
         message = _misfit(model, checkpoint.path, state) or f"'{checkpoint.path}': {error}"
         raise FlatnessError(message) from error
     missing = list(keys.missing_keys)
-    return f"'{checkpoint.path}' does not contain {named(missing)}: initial values are kept." if missing else ""
+    notes = [f"'{checkpoint.path}' does not contain {named(missing)}: initial values are kept."] * bool(missing)
+    if renamed:
+        given, own = renamed
+        notes.append(
+            f"The weights in '{checkpoint.path}' have other names: '{given}' is '{own}' in the {type(model).__name__}."
+        )
+    return " ".join(notes)
+
+
+def _with_own_names(model: nn.Module, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, str] | None]:
+    """Return a state dict with the model's names, and one old and new name, if names differ only by wrappers.
+
+    Otherwise return the state dict as it is, and None.
+    """
+    own = {plain_name(name): name for name in model.state_dict()}
+    if set(state) == set(own.values()):
+        return state, None
+    for prefix in ("", WRAPPED):
+        names = {name: own.get(plain_name(name).removeprefix(prefix), "") for name in state}
+        if sorted(names.values()) == sorted(own.values()):
+            found = OrderedDict((names[name], value) for name, value in state.items())
+            modules = {plain_name(name): name for name, _ in model.named_modules()}
+            versions: Any = OrderedDict()
+            for name, entry in getattr(state, "_metadata", {}).items():
+                plain = f"{plain_name(name)}.".removeprefix(prefix).removesuffix(".")
+                versions[modules.get(plain, plain)] = entry
+            found._metadata = versions  # type: ignore[attr-defined]
+            return found, next((pair for pair in names.items() if pair[0] != pair[1]), None)
+    return state, None
 
 
 def _misfit(model: nn.Module, path: Path, given: Mapping[str, Any]) -> str:

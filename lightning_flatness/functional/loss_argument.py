@@ -19,6 +19,7 @@ from lightning_flatness.errors import BatchError, FlatnessError, is_out_of_memor
 from lightning_flatness.functional.autograd_curvature import AutogradCurvature, Curvature, certified_diagonal, product
 from lightning_flatness.functional.curvature import MANY_CLASSES, ClassCurvature, DenseCurvature
 from lightning_flatness.functional.graph_walk import differentiable_once, says_no_second_derivative
+from lightning_flatness.functional.loss_labels import with_hash
 from lightning_flatness.functional.losses import CrossEntropy, Loss, LossDerivatives, NegativeLogLikelihood, outcomes_of
 from lightning_flatness.functional.losses_of_outputs import BinaryCrossEntropy, MeanSquaredError
 
@@ -144,6 +145,11 @@ class CustomLoss(Loss):
     def name(self) -> str:  # type: ignore[override]
         """The name of the function, or of its class if it has no name."""
         return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def label(self) -> str:
+        """The name; where it does not say all, with a hash of the function's code, options and tensors."""
+        return with_hash(self.name, self.function)
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
         """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""

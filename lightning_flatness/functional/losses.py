@@ -17,6 +17,7 @@ from lightning_flatness.errors import BatchError
 from lightning_flatness.functional.autograd_curvature import Curvature
 from lightning_flatness.functional.conditions import holds
 from lightning_flatness.functional.curvature import ClassCurvature
+from lightning_flatness.functional.loss_labels import weights_text, with_hash
 
 
 class LossDerivatives(NamedTuple):
@@ -114,6 +115,11 @@ class Loss:
     shift_invariant = False
     name: str
 
+    @property
+    def label(self) -> str:
+        """The name, and what tells this loss from others of that name: a hash of its attributes, if it has any."""
+        return with_hash(self.name, self)
+
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
         """Compute the derivatives of the loss at ``logits`` ``(N, K)``.
 
@@ -161,6 +167,18 @@ class CrossEntropy(Loss):
 
     shift_invariant = True
     name = "cross_entropy"
+
+    @property
+    def label(self) -> str:
+        """The name and the options that are not the default, e.g. ``cross_entropy(label_smoothing=0.1)``."""
+        weight, options = self.class_weight, []
+        if self.label_smoothing:
+            options.append(f"label_smoothing={self.label_smoothing:g}")
+        if weight is not None and any(one != 1 for one in weight):
+            options.append(f"class_weight={weights_text(weight)}")
+        if self.ignore_index != IGNORED:
+            options.append(f"ignore_index={self.ignore_index}")
+        return f"{self.name}({', '.join(options)})" if options else self.name
 
     def __call__(self, logits: Tensor, targets: Tensor | None = None) -> LossDerivatives:
         """Compute the derivatives of the loss at ``logits`` ``(N, K)``."""

@@ -96,7 +96,7 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
         sentence = f"Numbers are not those of the Hessian{_for(inexact, rows)}: {reasons}."
         found.append(Caution("not_exact", sentence, inexact))
     shared = {
-        "loss_function": ("loss_name", "Losses are different functions"),
+        "loss_function": ("loss_name", "Losses are different functions, or have other options"),
         "precision": ("precision", "Models were measured in different precisions"),
         "data": ("data", "Models were measured on different data"),
         "num_samples": ("num_samples", "Models were measured on different numbers of samples"),

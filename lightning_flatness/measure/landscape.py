@@ -115,6 +115,7 @@ def loss_landscape(
         FlatnessError: an option is invalid, all parameters are frozen, the optimizer has no moments for Adam axes, or
             ``resume=`` has other settings, weights, axes or data.
         BatchError: batches can be read only once, or batches, targets or logits do not fit the loss.
+        LayerSelectionError: two forward passes on the same samples give different logits.
         LandscapeError: the model or the loss fails at a point; the error's ``result`` has the points computed so far.
 
     Source:
@@ -189,7 +190,7 @@ def landscape_of(
             update=options.update,
             batch_norm=options.batch_norm,
             frozen=tuple(options.frozen),
-            loss=options.loss_function.name,
+            loss=options.loss_function.label,
             num_samples=origin.sums.num_samples,
             seed=options.seed,
             # Recomputed statistics depend on which samples share a batch, so the fingerprint includes batch sizes.
@@ -202,7 +203,8 @@ def landscape_of(
     odd = int((result.computed & ~result.losses.isfinite()).sum())
     if odd and own_rank(sync) == 0:
         # The user called loss_landscape, which called this function.
-        warnings.warn(f"{odd} of {result.losses.numel()} points of the landscape have no finite loss.", stacklevel=3)
+        named = f"{odd} of {result.losses.numel()} points of the landscape have no finite loss."
+        warnings.warn(f"{named} {origin.not_finite}".strip(), stacklevel=3)
     return result
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_flatness.errors import BatchError
+from lightning_flatness.errors import BatchError, is_out_of_memory
 from lightning_flatness.functional import CrossEntropy, Loss
 from lightning_flatness.functional.losses import are_correct
 from lightning_flatness.measure.batches import NO_LOSS, as_batches, check_rereadable, paired_batches, with_targets
 from lightning_flatness.measure.ranks import gather, raise_on_all
-from lightning_flatness.model.logits import question_outputs
+from lightning_flatness.model.logits import NOT_FINITE, certify_deterministic, question_outputs, what_is_not_finite
 from lightning_flatness.model.points import Points
 
 CHUNK = 16  # number of points to compute at once if a forward pass is cheap
@@ -56,6 +56,7 @@ class Origin:
     batch_sizes: list[list[int]]  # sizes of the batches, one list for each rank
     num_samples: int  # number of samples of this rank, including samples with ignored targets
     chunk: int  # number of points to compute at once
+    not_finite: str = ""  # why logits are not finite, with a remedy; empty if all are finite
 
     def check(self, loss: float) -> None:
         """Raise an error if ``loss``, this rank's sum of losses in a later pass, differs from its sum in the first."""
@@ -85,14 +86,20 @@ class RepeatedBatches:
         """Make the first pass over the batches, with the model's own weights, and return its results.
 
         With ``sync`` this is a collective: call it on every rank. If one rank fails, all ranks raise an error. Raise a
-        :class:`BatchError` if there is no sample, or if the targets of all samples are ignored.
+        :class:`BatchError` if there is no sample, or if the targets of all samples are ignored. Raise a
+        :class:`LayerSelectionError` if two forward passes on the same samples give different logits.
         """
-        own, failure, chunk = LossSums(), None, 1
+        own, failure, chunk, not_finite = LossSums(), None, 1, ""
         sizes: list[int] = []
         try:
             with closing(self.pairs()) as pairs:
                 for inputs, targets in pairs:
                     logits = points.own_logits(inputs)
+                    if logits.isfinite().all():
+                        # Every point has the same random numbers, so that losses would not show a random forward.
+                        certify_deterministic(logits, points.own_logits(inputs))
+                    elif not not_finite:
+                        not_finite = NOT_FINITE + what_is_not_finite(self._model, inputs)
                     own = own + self._sums(logits, targets)
                     if not sizes:
                         first = inputs
@@ -102,12 +109,16 @@ class RepeatedBatches:
                 chunk = _worthwhile_chunk(points, first)
         except Exception as error:
             failure = error
+            if is_out_of_memory(error):
+                failure = BatchError(f"Out of memory in batch {len(sizes)}. Give smaller batches.")
+                failure.__cause__ = error
         raise_on_all(failure, self.sync)
-        ranks = gather((own, sizes), self.sync)
-        total = sum((sums for sums, _ in ranks), LossSums())
+        ranks = gather((own, sizes, not_finite), self.sync)
+        total = sum((sums for sums, *_ in ranks), LossSums())
         if not total.normalizer > 0:
             raise BatchError(NO_LOSS)
-        return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
+        not_finite = next(filter(None, (reason for *_, reason in ranks)), "")
+        return Origin(total, own, [sizes for _, sizes, _ in ranks], sum(sizes), chunk, not_finite)
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:
         """Return two sums over this rank's batches at several points, float64 ``(2, points)``.

@@ -291,7 +291,7 @@ class Measurement:
             {name: self._layer(info, samples) for name, info in infos.items()},
             dict(found[0][1]),
             *samples.network(),
-            loss_name=self._options.loss_function.name,
+            loss_name=self._options.loss_function.label,
             sampling_errors=samples.network_errors(),
             num_groups=samples.num_groups,
             samples=samples.values_of_network(),

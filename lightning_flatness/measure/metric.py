@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_flatness.checks import check_whole
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import measures_of
 from lightning_flatness.functional.sampling import GROUPS, sampling_errors
@@ -30,6 +31,7 @@ class FlatnessMetric(Metric):
         kwargs: arguments of ``torchmetrics.Metric``.
 
     Raises:
+        FlatnessError: ``num_filters`` or ``groups`` is not a whole number.
         BatchError: on creation, ``num_filters`` is not a positive multiple of ``groups``; in ``update``, shapes or
             dtypes do not fit; in ``compute``, there are no samples.
 
@@ -58,6 +60,8 @@ class FlatnessMetric(Metric):
 
     def __init__(self, num_filters: int, groups: int = 1, diagonal: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_whole("num_filters", num_filters)
+        check_whole("groups", groups)
         if groups < 1 or num_filters < 1 or num_filters % groups:
             raise BatchError(f"num_filters={num_filters} must be a positive multiple of groups={groups}.")
         shape: tuple[int, ...] = (groups, num_filters // groups)

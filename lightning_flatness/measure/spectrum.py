@@ -125,8 +125,8 @@ def hessian_spectrum(
 
     Raises:
         FlatnessError: an option is invalid, or there is nothing to compute.
-        LayerSelectionError: a parameter does not exist, all parameters are frozen, or the forward pass has no second
-            derivative.
+        LayerSelectionError: a parameter does not exist, all parameters are frozen, the forward pass has no second
+            derivative, or two forward passes on the same samples give different logits.
         BatchError: batches can be read only once, differ between passes, are missing, or cannot be measured.
 
     Source:
@@ -209,7 +209,7 @@ def spectrum_of(
         weight_norm=curvature.weight_norm,
         num_samples=hessian.num_samples,
         loss=hessian.loss,
-        loss_name=options.loss_function.name,
+        loss_name=options.loss_function.label,
         matrix=options.matrix,
         converged=bool((top.residuals <= 2 * accuracy).all()),
         seconds=time.perf_counter() - start,

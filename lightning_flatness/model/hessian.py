@@ -16,7 +16,12 @@ from lightning_flatness.functional import Loss
 from lightning_flatness.model.copy import ModelCopy, measuring_device
 from lightning_flatness.model.graph import NoSecondDerivative, second_derivatives
 from lightning_flatness.model.isolation import isolated
-from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of, question_outputs
+from lightning_flatness.model.logits import (
+    certify_deterministic,
+    finding_what_is_not_finite,
+    logits_of,
+    question_outputs,
+)
 from lightning_flatness.model.names import choose_parameters
 from lightning_flatness.model.rows import SampleTensors, num_rows, take
 
@@ -76,7 +81,8 @@ class LossCurvature:
     def sums(self, batches: Iterable[tuple[Any, Tensor | None]], vector: Tensor | None = None) -> LossSums:
         """Return the loss and the product of the matrix with ``vector`` ``(D,)``, both summed over batches.
 
-        Without a vector, check the targets and compute the normalizer and the number of samples instead of the product.
+        Without a vector, check the targets, and that two forward passes give the same logits. Compute the normalizer
+        and the number of samples instead of the product.
         """
         loss = normalizer = 0.0
         num_samples = 0
@@ -101,6 +107,9 @@ class LossCurvature:
                     self._questioned, logits = True, logits.detach() if vector is None else logits
                 targets = targets.to(logits.device, copy=True)  # inference tensors cannot be in a graph
                 if vector is None or product is None:
+                    # `isolated` restores random states, so that products would not show a random forward.
+                    with torch.no_grad():
+                        certify_deterministic(logits.detach(), logits_of(self._copy(inputs, self._replacements)))
                     derivatives = self._loss(logits, targets)
                     loss += share * float(self._loss.total(logits, targets))
                     normalizer += share * derivatives.normalizer

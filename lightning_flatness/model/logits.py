@@ -57,10 +57,10 @@ def finding_what_is_not_finite(model: nn.Module, inputs: Any, prefix: str = "") 
     try:
         yield
     except _NotFiniteError as error:
-        raise BatchError(f"{NOT_FINITE}{_cause(model, inputs, prefix)} {NO_HESSIAN}") from error
+        raise BatchError(f"{NOT_FINITE}{what_is_not_finite(model, inputs, prefix)} {NO_HESSIAN}") from error
 
 
-def _cause(model: nn.Module, inputs: Any, prefix: str) -> str:
+def what_is_not_finite(model: nn.Module, inputs: Any, prefix: str = "") -> str:
     """Return a text that says what is not finite besides the logits, and a remedy.
 
     The text continues the sentence ``NOT_FINITE``.

@@ -70,7 +70,7 @@ class Difference(Record):
         return table
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ComparedModel(Record):
     """One row of a comparison: the numbers of one model, and how they were measured. Unknown numbers are NaN.
 
@@ -88,7 +88,7 @@ class ComparedModel(Record):
         exact: whether checks against autograd certify that the numbers of every layer are those of the exact Hessian.
         method: the methods by which the layers were measured, such as ``"closed_form"``, separated by commas.
         precision: lowest precision that a layer was measured in.
-        loss_name: name of the loss.
+        loss_name: name of the loss, as in :class:`FlatnessReport`.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
         num_samples: number of samples that were measured.
         train_loss: mean loss over training data.
@@ -160,7 +160,7 @@ class ComparedModel(Record):
         return table
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Record):
     """Comparison of models by the flatness of one or several layers; ``print(comparison)`` shows a table.
 

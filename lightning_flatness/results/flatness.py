@@ -28,7 +28,7 @@ SUMS = ("hessian_trace", "relative_flatness", "normalized_relative_flatness", "n
 MEANS = {"loss": "loss", "accuracy": "accuracy", "curvature": "curvature (trace of Λ)"}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LayerFlatness(Record):
     """Flatness of one layer with ``S`` filters in ``G`` groups.
 
@@ -130,7 +130,7 @@ class LayerFlatness(Record):
         return f"{self.info.name}: {numbers}, {number_of(self.num_samples, 'sample')}, {sentence_of(self.info)}"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class FlatnessReport(Record):
     """Flatness of the measured layers of a model; ``print(report)`` shows a table.
 
@@ -141,7 +141,8 @@ class FlatnessReport(Record):
         accuracy: share of the measured samples whose largest logit is that of the target; NaN unless targets are class
             indices.
         curvature: mean over samples of the trace of ``Λ``, the loss's second derivative with respect to the logits.
-        loss_name: name of the loss.
+        loss_name: name of the loss, with options that are not the default. A loss of your own whose name does not say
+            all, such as a lambda, has a hash of its code and options, too.
         data: description of the data, such as ``"val"`` or ``"train"``; empty if not known.
         sampling_errors: mapping from names to standard errors over samples. The names are ``"loss"``, ``"accuracy"``,
             ``"curvature"`` and names of measures. The error of a measure is that of its sum over layers.

@@ -18,7 +18,7 @@ from lightning_flatness.results.texts import as_text, measured, number_of
 NUMBERS = ("lambda_max", "residual_norm", "layerwise_lambda_max", "neuronwise_lambda_max")  # columns of the table
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LayerLambdaMax(Record):
     """Largest eigenvalues of the Hessian ``H`` of the mean loss with respect to one layer's kernel ``W``.
 

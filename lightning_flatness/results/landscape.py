@@ -17,7 +17,7 @@ from lightning_flatness.results.texts import number_of
 SETTINGS = ("axes", "normalize", "norm", "biases", "update", "batch_norm", "frozen", "loss", "seed", "fingerprint")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LandscapeResult(Record):
     """Mean losses at points ``w + Σ_i α_i d_i`` of a line (one axis) or plane (two axes) through the weights ``w``.
 

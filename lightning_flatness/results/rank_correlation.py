@@ -36,7 +36,7 @@ BASELINES = {
 """Baselines, i.e. numbers that need no Hessian, for comparison with the measures; and their headings in tables."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class RankCorrelation(Record):
     """Kendall's τ between one number and the outcome, over the models of a comparison.
 

@@ -18,7 +18,8 @@ from lightning_flatness.results.texts import as_html
 class Record(Saved):
     """Base class of results, with a one-line ``repr``, a table for notebooks, and conversion to plain data.
 
-    Subclasses are frozen dataclasses with ``repr=False``. They define ``_line`` and ``table``.
+    Subclasses are frozen dataclasses with ``repr=False``. They define ``_line`` and ``table``. Those that hold tensors
+    or mappings have ``eq=False``: they are equal only to themselves. To compare values, use :meth:`to_dict`.
     """
 
     # Names of the fields whose tensors are so short that ``to_dict()`` has them even with ``tensors=False``.
@@ -52,6 +53,12 @@ class Record(Saved):
     def table(self) -> Table:
         """Return a ``rich`` table of the main numbers."""
         raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._line()})"

@@ -21,7 +21,7 @@ NO_DENSITY = "The spectrum has no density, since it was computed with num_probes
 MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SpectrumResult(Record):
     """Spectrum of the Hessian ``H`` of the mean loss with respect to ``D`` parameters; ``print`` shows a table.
 
@@ -55,7 +55,7 @@ class SpectrumResult(Record):
         weight_norm: L2 norm of the ``D`` parameters together.
         num_samples: number of samples in one pass over the data.
         loss: mean loss over these samples.
-        loss_name: name of the loss.
+        loss_name: name of the loss, as in :class:`FlatnessReport`.
         matrix: ``"hessian"``, or ``"gauss_newton"`` if ``H`` is the Gauss-Newton matrix.
         converged: whether every residual is at most twice the sum of ``tolerance |λ|`` and an allowance for rounding.
         seconds: wall time of the measurement; NaN if not known, as in files of earlier versions.

@@ -12,7 +12,7 @@ from lightning_flatness.results.records import Record
 from lightning_flatness.results.texts import number_of
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TrajectoryResult(Record):
     """The weights before training and after every epoch, called states, as points in a plane.
 

@@ -1,6 +1,8 @@
 """The landscape in a Trainer: its axes, its files, and what is left of it after an interrupt or an error."""
 
 import contextlib
+import json
+import math
 
 import numpy as np
 import pytest
@@ -295,6 +297,14 @@ def test_points_without_a_finite_loss_are_drawn(tmp_path):
     with pytest.warns(UserWarning, match="no finite loss"):
         fit(tmp_path, callback, logger=TensorBoardLogger(tmp_path, name=""))
     assert "landscape/contour" in EventAccumulator(str(tmp_path / "version_0")).Reload().Tags()["images"]
+
+
+def test_weights_that_are_not_finite_leave_a_record_of_json(tmp_path):
+    module, callback = Classifier(), lf.LandscapeCallback([dataset(8)[:]], steps=2, figures=False)
+    next(module.parameters()).data.fill_(math.nan)
+    with pytest.warns(UserWarning, match="training has diverged"):
+        fit(tmp_path, callback, module=module, max_epochs=1)
+    assert json.loads(json.dumps(callback.history[-1], allow_nan=False))["accuracy"] is None
 
 
 @pytest.mark.parametrize(

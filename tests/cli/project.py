@@ -1,5 +1,6 @@
 """A project of a user's: networks and data, as a checkpoint or a command line names them."""
 
+import enum
 import warnings
 
 import lightning as L
@@ -114,6 +115,13 @@ class Images(L.LightningDataModule):
 
     def val_dataloader(self):
         return DataLoader(self.val, self.hparams.batch_size)
+
+
+class OnlyTraining(Images):
+    """Has no validation data."""
+
+    def val_dataloader(self):
+        return None
 
 
 class DrawnSplit(Images):
@@ -250,3 +258,44 @@ def images():
     data = Images()
     data.setup("fit")
     return data
+
+
+class Rest(Net):
+    """Reads a hyper-parameter that its signature does not name."""
+
+    def __init__(self, width: int = 2, **kwargs):
+        super().__init__(width)
+        self.save_hyperparameters()
+        if self.hparams.get("act") == "silu":
+            self.net[1] = nn.SiLU()
+
+
+class GivenNet(Net):
+    """Is given its network, as in the template of Hydra."""
+
+    def __init__(self, net: nn.Module, criterion: nn.Module | None = None, kind: type[nn.Module] = nn.ReLU):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+        self.net[1] = kind()
+
+
+class Activation(enum.Enum):
+    silu = nn.SiLU
+
+
+class OfText(Net):
+    """Distinguishes text from what a config could mean by it."""
+
+    def __init__(self, act: Activation | str | None = None):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net[1] = nn.ReLU() if act is None else nn.SiLU() if isinstance(act, str) else nn.Tanh()
+
+
+class OfOptions(Net):
+    """Takes its options as one argument, and has another argument of the name of an option."""
+
+    def __init__(self, options: dict, width: int = 2):
+        super().__init__(width)
+        self.save_hyperparameters(options)

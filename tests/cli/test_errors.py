@@ -21,6 +21,12 @@ def hugging_face(folder):
     (folder / "model.safetensors").write_bytes(b"")
 
 
+def mixed(folder):
+    folder.mkdir()
+    for name in "model.safetensors", "last.ckpt":
+        (folder / name).write_bytes(b"")
+
+
 def pieces(folder):
     folder.mkdir()
     (folder / ".metadata").write_bytes(b"")
@@ -35,6 +41,7 @@ FILES = {
     "folder": (lambda path, runs: path.mkdir(), 2, ["is a folder", "it has none"]),
     "folder of files": (lambda path, runs: shutil.copytree(runs, path), 2, ["is a folder", "such as", "net.pt"]),
     "hugging face": (lambda path, runs: hugging_face(path), 2, ["Hugging Face", "model.safetensors", "--model"]),
+    "run with safetensors": (lambda path, runs: mixed(path), 2, ["is a folder: name a file", "last.ckpt"]),
     "in pieces": (lambda path, runs: pieces(path), 2, ["in several pieces", "consolidate_checkpoint"]),
     "truncated": (lambda path, runs: truncated(path, runs / "small.ckpt"), 2, ["cut off or damaged"]),
     "empty": (lambda path, runs: path.write_bytes(b""), 2, ["is empty"]),
@@ -105,10 +112,15 @@ COMMANDS = {
     "bad number": ("small.ckpt --max-samples -1", 1, ["--max-samples"]),
     "no number": ("small.ckpt --max-samples 0", 1, ["--max-samples", "whole number"]),
     "bad output": ("small.ckpt -o report.pdf", 1, [".html", ".npz"]),
+    "output folder": ("small.ckpt -o {folder}", 1, ["is a folder"]),
+    "no validation data": (
+        f"small.ckpt {PROJECT}.Net --data tests.cli.project.OnlyTraining", 2,
+        ["OnlyTraining.val_dataloader() returns None", "--split"],
+    ),
     "output nowhere": ("small.ckpt -o no/where/a.html", 1, ["no folder 'no/where'"]),
     "bad device": (f"small.ckpt {PROJECT}.Net {IMAGES} --device abacus", 1, ["--device abacus"]),
     "no layer": (f"small.ckpt {PROJECT}.Net {IMAGES} --layers conv9", 2, ["conv9", "net.2", "give --layers NAMES."]),
-    "no loss": (f"small.ckpt {PROJECT}.Net {IMAGES} --loss hinge", 2, ["'hinge'", "cross_entropy"]),
+    "no loss": (f"small.ckpt {PROJECT}.Net {IMAGES} --loss hinge", 1, ["--loss hinge", "cross_entropy"]),
     "no network there": (f"small.ckpt {PROJECT}.Net {IMAGES} --network body", 2, ["body", "'net'", "--network"]),
     "needs its run": (
         f"small.ckpt {PROJECT}.NeedsItsRun {IMAGES}", 2,
@@ -138,9 +150,10 @@ COMMANDS = {
 
 @guards("cli/steps.py", 'hooks <= {"visit", "validation_step"}', 'hooks <= {"visit"}', ids="needs its run and a number")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command_lines_that_are_wrong(runs, run, name):
+def test_command_lines_that_are_wrong(runs, run, tmp_path, name):
     line, expected, phrases = COMMANDS[name]
-    file, *words = line.split()
+    (tmp_path / "folder.json").mkdir()
+    file, *words = line.replace("{folder}", str(tmp_path / "folder.json")).split()
     assert_one_line(run("measure", runs / file, *words), expected, phrases)
 
 
@@ -152,6 +165,11 @@ def test_a_comparison_of_batches_without_targets(runs, run):
     assert "Give --no-train-loss to compare the networks without" in err
     assert "--targets KEY names the entry" in err
     assert err.count("expected (inputs, targets)") == 1
+
+
+@pytest.mark.parametrize("span", ["nan", "inf", "-1", "0", "wide"])
+def test_spans_that_cannot_be(run, span):
+    assert_one_line(run("landscape", "small.ckpt", "--span", span), 1, ["--span", span])
 
 
 @pytest.mark.parametrize("words", [[], ["measure"], ["compare", "a.ckpt"], ["mesure", "a.ckpt"]])

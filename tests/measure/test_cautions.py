@@ -192,6 +192,19 @@ def test_few_models(number, expected):
     assert not any(intervals)  # the reports are all the same
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"class_weight": [1, 2, 1]}, {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, {"loss": lambda f, y: f.sum(1)}],
+)
+def test_other_options_of_the_loss(options):
+    net = network()
+    first, second = lf.measure_flatness(net, [BATCH]), lf.measure_flatness(net, [BATCH], **options)
+    assert kinds([first, second], train_losses=[1, 1]) == ["loss_function"]
+    losses = [lambda f, y: f.square().sum(1), lambda f, y: 2 * f.square().sum(1)]
+    both = [lf.measure_flatness(net, [BATCH], loss=loss) for loss in losses]
+    assert kinds(both, train_losses=[1, 1]) == ["loss_function"]
+
+
 def test_every_caution_is_known_and_is_said_everywhere():
     found = lf.compare(reports(loss_name="mse"))
     assert [caution.kind for caution in found.cautions] == ["train_loss_unknown", "loss_function"]

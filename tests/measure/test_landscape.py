@@ -261,7 +261,16 @@ def test_batches_that_cannot_be(batches, message):
         lf.loss_landscape(net(), batches, steps=2)
 
 
+class Always(nn.Dropout):
+    """Drops in evaluation mode, too."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x, self.p)
+
+
 def test_models_that_cannot_be():
+    with pytest.raises(lf.LayerSelectionError, match="Two forward passes on the same samples give different logits"):
+        lf.loss_landscape(nn.Sequential(Always(), net()), BATCHES, steps=2)
     with pytest.raises(lf.FlatnessError, match="give a torch.nn.Module"):
         lf.loss_landscape(lambda x: x, BATCHES)
     with pytest.raises(lf.FlatnessError, match="no parameters"):
@@ -274,3 +283,10 @@ def test_models_that_cannot_be():
         lf.direction_between(net(), net())
     with pytest.raises(lf.FlatnessError, match="do not span 2 directions"):
         lf.pca_directions(net(), [net(), net(1)])
+
+
+def test_memory_that_runs_out_in_the_first_pass():
+    model = net()
+    model[2].forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("too much"))
+    with pytest.raises(lf.BatchError, match="Out of memory in batch 0. Give smaller batches"):
+        lf.loss_landscape(model, BATCHES, steps=2)

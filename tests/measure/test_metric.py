@@ -252,3 +252,9 @@ def test_a_rank_without_samples_does_not_matter():
     ranks = Ranks()
     ranks.metrics = [filled(**ranks.sync_options()), filled([], **ranks.sync_options())]
     assert_same_values(ranks.metrics[0].compute(), filled().compute(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arguments", [{"num_filters": 6.0}, {"num_filters": "6"}, {"num_filters": 6, "groups": 2.0}])
+def test_numbers_that_are_not_whole(arguments):
+    with pytest.raises(lf.FlatnessError, match=f"{list(arguments)[-1]}=.* must be a whole number"):
+        lf.FlatnessMetric(**arguments)

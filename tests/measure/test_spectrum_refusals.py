@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -95,6 +95,17 @@ def test_batches_that_change():
 
     with pytest.raises(lf.BatchError, match="The mean loss over all batches is .* in one pass"):
         measure(ConvNet(), Augmented())
+
+
+@guards("model/hessian.py", "certify_deterministic(logits.detach()", "(lambda *_: None)(logits.detach()")
+@pytest.mark.parametrize("only_in", [None, 5], ids=["every batch", "second batch"])
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
+def test_a_random_forward(matrix, only_in):
+    def drops(x):
+        return dropout(x) if only_in in (None, len(x)) else x
+
+    with pytest.raises(lf.LayerSelectionError, match="Two forward passes on the same samples give different logits"):
+        measure(WithSpot(drops), [data(6), data(5)], matrix=matrix)
 
 
 def test_targets():

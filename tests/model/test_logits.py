@@ -107,7 +107,7 @@ def with_value(name, value):
         ("tail.running_mean", torch.inf, "the buffer 'tail.running_mean': training has diverged"),
     ],
 )
-@guards("model.logits:_cause", returns="")
+@guards("model.logits:what_is_not_finite", returns="")
 def test_what_makes_logits_not_finite_is_named(name, value, says):
     refused(lf.BatchError, f"logits contain NaN or infinity, and so does {says}", with_value(name, value))
     with pytest.raises(lf.BatchError, match=f"^The logits contain NaN or infinity, and so does {says}"):

@@ -1,5 +1,6 @@
 """Records as data, as rows, in one line, and in a notebook."""
 
+import copy
 import json
 import math
 import re
@@ -37,6 +38,20 @@ def test_any_record_is_json(make, tensors):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["result"] == type(result).__name__
     assert tensors or numbers_in(found) < 400
+
+
+@MAKE
+def test_any_record_can_be_compared_and_be_in_a_set(make):
+    result = make()
+    copied = copy.deepcopy(result)
+    assert (result == copied) in (True, False)
+    assert len({result, result}) == 1
+    assert result.to_dict() == copied.to_dict()
+
+
+def test_results_with_tensors_are_equal_only_to_themselves():
+    assert flatness() != flatness()
+    assert lambda_max() != lambda_max()
 
 
 def test_the_dict_of_a_report_has_the_label():
