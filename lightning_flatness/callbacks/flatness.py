@@ -199,12 +199,9 @@ class FlatnessCallback(FlatnessHistory):
         self._whole = None
         if not self._errors.settle("the start of training") or not self._certified:
             return
-        self._tell_inexact({0: self._certified[0].values()})
+        self._told_inexact = labels.warn_of_inexact({0: self._certified[0].values()}, self._told_inexact, self.prefix)
         if self.summary and trainer.is_global_zero:
             labels.print_summary(*self._certified, self._data_name, self.prefix)
-
-    def _tell_inexact(self, infos: Mapping[int, Iterable[LayerInfo]]) -> None:
-        self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
 
     def _certify_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before training, check how each layer can be measured, if one batch of the data can be read for this."""
@@ -337,9 +334,8 @@ class FlatnessCallback(FlatnessHistory):
         if self.num_measurements == 1 and (trainer.state.fn != "fit" or trainer.enable_validation):
             samples = [report.num_samples for report in self.reports.values()]
             rank_zero_info(f"FlatnessCallback: {in_words(seconds, self._stopwatch.since_start, samples)}.")
-        self._tell_inexact(
-            {loader: [layer.info for layer in report.layers.values()] for loader, report in self.reports.items()}
-        )
+        infos = {loader: [layer.info for layer in report.layers.values()] for loader, report in self.reports.items()}
+        self._told_inexact = labels.warn_of_inexact(infos, self._told_inexact, self.prefix)
         values = labels.values_of_loaders(self.reports, self._measures)
         record = logged.record_of(trainer, values | {"seconds": seconds})
         logged.log(pl_module, self.prefix, logged.logged_values(record, self.history, self._measures[-1]))

@@ -328,9 +328,6 @@ def test_without_matplotlib_there_are_files_and_one_warning(tmp_path, monkeypatc
     assert len(list(tmp_path.rglob("*.npz"))) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
-
-
 @pytest.mark.parametrize("value", [True, False, "auto", "files"])
 @pytest.mark.parametrize("make", [flatness, spectrum, KINDS["landscape"]], ids=["flatness", "spectrum", "landscape"])
 def test_values_of_the_argument(make, value):
