@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING
+from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING, version_of
+from lightning_flatness.model.logits import logits_of
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
 # The name of a convolution or linear map that the model's own forward applies with a computed kernel.
@@ -43,13 +44,22 @@ class HiddenCall:
 
 @dataclass(frozen=True)
 class Trace:
-    """The layers that ran in a forward pass, in order, and other modules that applied a trained kernel."""
+    """The layers that ran in a forward pass, in order, and other modules that applied a trained kernel.
 
-    output: Any  # what the forward returned
+    If a layer returns the logits, ``calls`` and ``hidden`` end with its call. What runs after that, such as another
+    head, does not change the logits.
+    """
+
+    logits: Tensor  # (N, K), which the forward returned
+    ran: tuple[TracedCall, ...]  # all calls of layers
     calls: tuple[TracedCall, ...]
     passed_over: Mapping[str, str]  # name of another module -> why that module cannot be measured
     hidden: tuple[HiddenCall, ...]
-    last: Tensor | None  # the output of the last of `calls`; None without calls, or if it is no tensor
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all layers that ran, in order."""
+        return list(dict.fromkeys(call.name for call in self.ran))
 
 
 @dataclass(eq=False)
@@ -95,14 +105,16 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
     for name, module in modules.items():
         if not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(partial(mode.enter_module, name)))
-            handles.append(module.register_forward_hook(partial(mode.leave_module, name), always_call=True))
+            leave = partial(mode.leave_module, name)
+            handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
     try:
         with mode:
             output = forward()
     finally:
         for handle in handles:
             handle.remove()
-    ran = {call.name for call in mode.calls}
+    logits = logits_of(output).detach()
+    ran, last = {call.name for call in mode.calls}, mode.last_call(logits)
     passed_over: dict[str, str] = {}
     hidden: list[HiddenCall] = []
     for applied in mode.applied:
@@ -110,8 +122,10 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
         if applied.in_layer or not applied.trained or name in ran:
             continue
         passed_over.setdefault(name, reason)
-        hidden.append(HiddenCall(name, reason, applied.calls_before, applied.convolves))
-    return Trace(output, tuple(mode.calls), passed_over, tuple(hidden), mode.last)
+        if last is None or applied.calls_before <= last:
+            hidden.append(HiddenCall(name, reason, applied.calls_before, applied.convolves))
+    calls = mode.calls if last is None else mode.calls[: last + 1]
+    return Trace(logits, tuple(mode.calls), tuple(calls), passed_over, tuple(hidden))
 
 
 def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
@@ -140,7 +154,8 @@ class _Tracing(TorchFunctionMode):
         super().__init__()
         self.calls: list[TracedCall] = []
         self.applied: list[_Applied] = []
-        self.last: Tensor | None = None  # what the latest call of a layer returned
+        # The outputs of one vector for every sample, with their version counters, keyed by index in `calls`.
+        self._vectors: dict[int, tuple[Tensor, int | None]] = {}
         self._modules = modules
         self._frames: list[_Frame] = []
         self._owners: dict[int, tuple[str, str]] = {}
@@ -150,7 +165,9 @@ class _Tracing(TorchFunctionMode):
         """Record that a module begins to run."""
         self._frames.append(_Frame(name))
 
-    def leave_module(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> None:
+    def leave_module(
+        self, name: str, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], returned: Any
+    ) -> None:
         """Record that a module has run. If the module is a layer, add its call to ``calls``."""
         frame = self._frames.pop()
         if returned is None:  # the module raised an error, which the forward may catch
@@ -161,7 +178,7 @@ class _Tracing(TorchFunctionMode):
             self.calls.append(
                 TracedCall(
                     name,
-                    _shape(arguments[0] if arguments else None),
+                    _shape(next(iter((*arguments, *keywords.values())), None)),
                     output_shape,
                     convolves,
                     isinstance(module, nn.Linear),
@@ -174,9 +191,22 @@ class _Tracing(TorchFunctionMode):
             self.calls.append(TracedCall(name, *shapes, applied.convolves, applied.is_linear, has_weight))
         else:
             return
-        self.last = returned if isinstance(returned, Tensor) else None
+        if isinstance(returned, Tensor) and returned.ndim > 1 and returned[0].numel() == returned.shape[1]:
+            self._vectors[len(self.calls) - 1] = returned, version_of(returned)
         for applied in frame.applied:
             applied.in_layer = True
+
+    def last_call(self, logits: Tensor) -> int | None:
+        """Return the index of the last call whose output is the logits themselves, unchanged since; None without one.
+
+        The output must be in the same memory. Equal values do not show this: an adapter that is zero at first adds
+        nothing to an output, and does so later.
+        """
+        for index, (output, version) in reversed(self._vectors.items()):
+            same_memory = output.data_ptr() == logits.data_ptr() and version_of(output) == version
+            if same_memory and torch.equal(output.flatten(1), logits):
+                return index
+        return None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
