@@ -7,7 +7,7 @@ certificates have numbers, as in ``docs/theory.md``, "What is certified, and how
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,7 @@ from lightning_flatness.layers.certificates.tail import (
 from lightning_flatness.layers.certified import Calls, Certified, CertifiedLayer, CertifiedPass, Context
 from lightning_flatness.layers.cotangents import nodes_of, pull_back
 from lightning_flatness.layers.methods import first_description, under_gauss_newton
-from lightning_flatness.layers.recording import LayerCall, Pass
+from lightning_flatness.layers.recording import CONVOLVING, LayerCall, Pass
 from lightning_flatness.model.graph import cannot_curve, random_like
 from lightning_flatness.model.logits import logits_of, question_outputs
 
@@ -61,9 +61,9 @@ def certify(
         question_outputs(recorded.logits, context.options.loss_function)
         for name, reason in why_out_of_reach(calls, recorded.logits).items():
             certificates.leave_out(name, LayerSelectionError(f"Layer '{name}': {reason}"), calls, left_out)
-    if known.paths is None or not known.paths.recognises(_uses(recorded, calls), every=None):
+    recognised = known.paths is not None and known.paths.recognises(_uses(recorded, known.layers), every=None)
+    if not recognised:
         deviations = certificates.certified_paths(calls, left_out)
-        known = replace(known, paths=Known(None, _uses(recorded, calls)))
     if first:
         layers = {
             name: first_description(name, calls[name], kernels[name], deviations[name], loss.curvature, context)
@@ -71,6 +71,8 @@ def certify(
         }
     else:
         layers = {name: replace(known.layers[name], kernel=kernels[name]) for name in calls}
+    if not recognised:
+        known = replace(known, paths=Known(None, _uses(recorded, layers)))
     tails, failures = certificates.certified_tails(calls, layers)
     certified = CertifiedPass(recorded, loss, calls, tails)
     others = certified.others
@@ -114,7 +116,7 @@ def certify_observed(
         FlatnessError: a certificate fails.
     """
     if known.paths is None or not known.paths.recognises(_uses(recorded, known.layers), every=None):
-        raise LayerSelectionError("the forward uses a kernel in other functions than on the first samples")
+        raise LayerSelectionError("the forward uses a kernel in functions other than the calls of its layer")
     certificates = _Certificates(recorded, known, context)
     calls, kernels = certificates.certified_calls({})
     head = certificates.certified_head()
@@ -145,8 +147,18 @@ def in_float32(call: LayerCall) -> LayerCall:
     return replace(call, convolutions=(replace(convolution, inputs=inputs, unpadded=read),))
 
 
-def _uses(recorded: Pass, layers: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """Return, for every use of a kernel of these layers, the layer's name and the function that took the kernel."""
+def _uses(recorded: Pass, layers: Mapping[str, CertifiedLayer]) -> tuple[tuple[str, str], ...] | None:
+    """Return, for every use of a kernel of these layers, the layer's name and the function that took the kernel.
+
+    Return None if a parameter that is a layer's kernel has other uses than the calls of the layer. Another use may
+    matter on some samples only, so that certificate 4 has to run on every batch.
+    """
+    for name, layer in layers.items():
+        functions = [function for used, function in recorded.kernel_uses if used == name]
+        if layer.info.kernel == "parameter" and (
+            len(functions) != len(recorded.calls[name]) or not {*functions} <= CONVOLVING_NAMES
+        ):
+            return None
     return tuple(use for use in recorded.kernel_uses if use[0] in layers)
 
 
@@ -297,7 +309,7 @@ class _Certificates:
 
     def why_not_affine(
         self, calls: Calls, layers: Mapping[str, CertifiedLayer]
-    ) -> tuple[dict[str, Inexact | None], Known[None]]:
+    ) -> tuple[dict[str, Inexact | None], Known[None] | None]:
         """Return, for each layer, why the logits are not affine in its kernel. Return ``known.affine``, updated, too.
 
         The reason is None if the logits are affine. Layers that this test labelled inexact on earlier batches are left
@@ -333,3 +345,4 @@ class _Certificates:
 # Values of `CertifiedLayer.inexact` of a layer in whose kernel the logits have been affine so far.
 NOT_LABELLED = (None, Inexact.SAMPLED)
 CANNOT_CURVE = "no function of the graph can curve"
+CONVOLVING_NAMES = frozenset(function.__name__ for function in CONVOLVING)

@@ -291,11 +291,11 @@ class _FunctionMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         keywords = kwargs or {}
+        result = func(*args, **keywords)
         for argument in (*args, *keywords.values()):
             for tensor in argument if isinstance(argument, (tuple, list)) else (argument,):
-                if id(tensor) in self._watched:
+                if id(tensor) in self._watched and _uses(func, tensor, result):
                     self.uses.append((self._watched[id(tensor)], getattr(func, "__name__", str(func))))
-        result = func(*args, **keywords)
         if self.weights is not None and func in CONVOLVING:
             self.weights += [one for one in (*args, *keywords.values()) if type(one) is nn.Parameter]
         if self.running and func in CONVOLVING:
@@ -303,6 +303,16 @@ class _FunctionMode(TorchFunctionMode):
             for convolutions in self.running:
                 convolutions.append(replace(of_func(result, *args, **keywords), output_version=version_of(result)))
         return result
+
+
+def _uses(func: Callable[..., Any], tensor: Tensor, result: Any) -> bool:
+    """Return whether ``result``, which ``func`` returned, may depend on the entries of ``tensor``.
+
+    A shape or a dtype does not, and a function such as ``to``, which returns the tensor itself, has not used it.
+    """
+    if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
+        return False
+    return result is not tensor or getattr(func, "__name__", "").endswith("_")  # such as mul_ and __imul__
 
 
 # The functions that convolve; the index is the number of spatial dimensions.

@@ -23,9 +23,11 @@ MOVING = ("Index", "Gather", "Scatter", "Take", "Sort", "Topk", "Where", "GridSa
 
 
 def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
-    """Return the operations that compute a tensor, or None if the graph does not show what some of them do.
+    """Return the operations that compute a tensor, or None if they do not show which entries influence each other.
 
-    If ``samples``, the number of samples in the batch, is given, the result does not depend on the batch size.
+    They do not show it if one depends on indices or weights, if it is a function of the user's, or if entries may
+    influence each other on some samples only (:func:`may_mix`). If ``samples``, the number of samples in the batch, is
+    given, the result does not depend on the batch size.
 
     Example:
         >>> z = torch.randn(2, 3, 4, requires_grad=True)
@@ -39,12 +41,65 @@ def operations_of(end: Tensor, samples: int | None = None) -> Operations | None:
         if isinstance(node, BackwardCFunction) or any(word in node.name() for word in MOVING):
             return None
         nodes.append(node)
+    if may_mix(end):
+        return None
     numbers = {node: number for number, node in enumerate(nodes)}
     return tuple(
         (node.name(), _saved_numbers(node, samples), *(numbers.get(following) for following, _ in node.next_functions))
         for node in nodes
     )
 
+
+# Functions with the same derivative on all samples, by the names that autograd gives their nodes.
+# fmt: off
+LINEAR = frozenset([
+    "AccumulateGrad", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "Add", "Alias", "AsStrided", "AvgPool2D", "AvgPool3D",
+    "Cat", "Clone", "CudnnBatchNorm", "Expand", "Mean", "MiopenBatchNorm", "NativeBatchNorm", "Neg", "Permute",
+    "ReshapeAlias", "Select", "Slice", "Squeeze", "Sub", "Sum", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze",
+    "View",
+])
+# Functions that act on every entry, or on every channel of a map, by itself.
+BY_CHANNEL = frozenset([
+    "Abs", "AccumulateGrad", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D",
+    "Add", "Alias", "Atan", "AvgPool2D", "AvgPool3D", "Celu", "Clamp", "ClampMax", "ClampMin", "Clone", "Cos",
+    "CudnnBatchNorm", "Div", "Elu", "Erf", "Exp", "Expm1", "Gelu", "Hardshrink", "Hardsigmoid", "Hardswish",
+    "Hardtanh", "LeakyRelu", "Log", "Log1P", "LogSigmoid", "MaxPool2DWithIndices", "MaxPool3DWithIndices",
+    "Maximum", "Minimum", "MiopenBatchNorm", "Mish", "Mul", "NativeBatchNorm", "Neg", "Pow", "PreluKernel",
+    "Reciprocal", "Relu", "Rsqrt", "Sigmoid", "Silu", "Sin", "Softplus", "Softshrink", "Sqrt", "Squeeze", "Sub",
+    "Tanh", "Threshold", "ToCopy", "Unsqueeze",
+])
+# fmt: on
+
+
+def may_mix(end: Tensor) -> bool:
+    """Return whether entries of different channels may influence each other on some samples only.
+
+    If all functions are linear, channels that influence each other do so on every sample. Behind a nonlinear function,
+    only functions of single channels are safe: a ReLU could mask a sum over channels on all samples seen so far.
+
+    Example:
+        >>> z = torch.randn(2, 3, 4, requires_grad=True)
+        >>> [may_mix(f) for f in (z.relu().mean(2), z.mean(1), z.mean(2) + (z.mean((1, 2)) - 9).relu()[:, None])]
+        [False, False, True]
+    """
+    waiting: list[tuple[Any, bool]] = [(end.grad_fn, True)]
+    visited: set[tuple[Any, bool]] = set()
+    while waiting:
+        node, linear = waiting.pop()
+        if node is None or (node, linear) in visited:
+            continue
+        visited.add((node, linear))
+        kind, following = _plain(node.name()), [function for function, _ in node.next_functions]
+        linear = linear and kind in LINEAR
+        of_parameter = kind in ARRANGING and all(f is not None and f.name() == LEAF for f in following)
+        joins_constants = kind == "Cat" and sum(f is not None for f in following) == 1  # as in a DenseNet
+        if not (linear or kind in BY_CHANNEL or of_parameter or joins_constants):
+            return True
+        waiting += [(function, linear) for function in following]
+    return False
+
+
+LEAF = "torch::autograd::AccumulateGrad"
 
 # Functions whose second derivative is zero wherever it exists, by the names that autograd gives their nodes.
 # fmt: off

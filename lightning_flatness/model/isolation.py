@@ -57,7 +57,8 @@ def refuse_sharded(name: str, module: nn.Module) -> None:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Run a block in evaluation mode, in full precision and with gradients enabled, and restore everything.
 
-    Inside the block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the
+    If the model itself is in evaluation mode already, its submodules keep the modes that the user has set. Inside the
+    block, inference mode, backward hooks and autocast are disabled. Autocast is disabled even where the
     model's forward enables it. Parts under ``torch.compile`` run uncompiled, and float32 products use neither TF32 nor
     bfloat16. On leaving, also after an error, the attributes of every module and the random states of torch (CPU and
     the model's accelerators), numpy and Python are restored. So are the entries of lists and dictionaries that are
@@ -184,6 +185,7 @@ def kept_switched(model: nn.Module) -> Iterator[None]:
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode and remove backward hooks; on leaving, restore every attribute of every module.
 
+    The modes of submodules change only if the model itself is in training mode, and as ``model.eval()`` changes them.
     Inside the block, attributes that are tensors are replaced by copies. So if the forward updates a metric in place,
     the metric has its old value after the block. Lists and dictionaries get their entries back.
     """
@@ -196,8 +198,10 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             # Without this call, a layer that overrides ``train()`` would compute something else than in validation.
             with torch.no_grad(), suppress(NotImplementedError):  # exported modules raise it: they have only one mode
                 model.eval()
+        elif model.training:
+            for module in model.modules():
+                module.training = False
         for module in model.modules():
-            module.training = False
             # Hooks can change gradients, and so the derivatives. Torch has no public way to remove all hooks.
             vars(module).update({name: OrderedDict() for name in BACKWARD_HOOKS if vars(module).get(name)})
         yield
@@ -240,9 +244,9 @@ BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def _switches_by_itself(model: nn.Module) -> bool:
-    """Return whether some module is in training mode and some module overrides ``train()`` or ``eval()``."""
+    """Return whether a model is in training mode and some module overrides ``train()`` or ``eval()``."""
     modules = list(model.modules())
-    return any(module.training for module in modules) and any(
+    return model.training and any(
         getattr(type(module), name) is not getattr(nn.Module, name) or name in vars(module)
         for module in modules
         for name in ("train", "eval")

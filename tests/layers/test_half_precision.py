@@ -195,7 +195,7 @@ class Indexes(Net):
 
 
 def test_operations_that_names_do_not_tell_are_not_observed(runs):
-    assert "must be recognised by their names" in runs(Indexes()).tried(*batch())[1]
+    assert "the names of the operations after it must show" in runs(Indexes()).tried(*batch())[1]
 
 
 class OtherInHalf(Net):

@@ -129,3 +129,35 @@ def test_a_forward_that_raises_leaves_the_weights_to_the_bit():
     with pytest.raises(Exception, match="channels"):
         lf.measure_flatness(net, [(X[:, :1], Y)])
     assert_close(state(net), before, rtol=0, atol=0)
+
+
+class AlwaysDrops(nn.Dropout):
+    """Monte Carlo dropout: draws in evaluation mode, too."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+class AlwaysOfBatch(nn.BatchNorm2d):
+    """Takes the statistics of the batch in evaluation mode, too."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+@guards("model/isolation.py", "elif model.training:", "else:")
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layer", [AlwaysDrops(), AlwaysOfBatch(4)], ids=["dropout", "batch statistics"])
+def test_modules_that_stay_in_training_mode_are_measured_so(layer, mode):
+    net = network(lambda *sizes: nn.Conv2d(*sizes, 3)).insert(2, layer).train(mode).double()
+    with pytest.raises(lf.LayerSelectionError, match="Two forward passes|depend on other samples"):
+        lf.measure_flatness(net, [(X, Y)], layers="0")
+
+
+def test_submodules_that_the_user_put_into_training_mode_stay_there():
+    net = network(lambda *sizes: nn.Conv2d(*sizes, 3)).insert(2, nn.Dropout()).eval()
+    assert lf.measure_flatness(net, [(X, Y)]).exact
+    net[2].train()
+    with pytest.raises(lf.LayerSelectionError, match="Two forward passes"):
+        lf.measure_flatness(net, [(X, Y)])
+    assert lf.measure_flatness(net.train(), [(X, Y)]).exact

@@ -114,8 +114,8 @@ def follow_tail(node: Tensor, head: Head, known: Known[Tail]) -> tuple[TailDeriv
     tail, operations = known.value, operations_of(head.features, samples=len(node))
     if operations is None:
         raise NotClosedFormError(
-            "in half precision the operations after it must be recognised by their names, but custom operations and "
-            "indexing cannot be recognised"
+            "in half precision the names of the operations after it must show that no channels mix, which those of "
+            "custom operations, indexing, and reductions before a nonlinear function do not"
         )
     if known.fingerprint not in (None, operations):
         raise NotClosedFormError("other operations follow it than on the first samples")
@@ -280,9 +280,9 @@ def _certify_joint(logits: Tensor, node: Tensor, derivatives: TailDerivatives, s
         u = u - u.mean(1, keepdim=True)
     slopes, columns = derivatives.slopes, derivatives.columns
     (pulled,) = pull_back(logits, [node], u)
-    expected = to_positions(u @ columns, slopes) * slopes
+    expected = to_positions(u.to(columns) @ columns, slopes) * slopes
     deviation = _deviation(pulled, expected)
-    if not deviation <= 10 * _tolerance(logits):
+    if not deviation <= 10 * max(_tolerance(logits), _tolerance(columns)):
         raise NotClosedFormError(
             "the gradients of the logits with respect to its output differ from those computed with the classifier's "
             f"weights (relative deviation {deviation:.1e}): an operation in between changes gradients but not values."

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.layers.recording import Recorder
 from lightning_flatness.testing import assert_matches_oracle, oracle_block_traces
+from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import PooledNet, X, Y, assert_not_closed_form, measure
 
@@ -83,3 +85,32 @@ def test_uses_that_do_not_matter_are_fine():
     report = lf.measure_flatness(net, [(VECTORS - 1, LABELS), (VECTORS + 1, LABELS)], layers="a")
     expected = oracle_block_traces(net, (torch.cat([VECTORS - 1, VECTORS + 1]), torch.cat([LABELS, LABELS])), "a")
     assert_close(report.layers["a"].block_traces[0], expected, rtol=1e-10, atol=1e-14)
+
+
+@guards("layers/certify.py", "len(functions) != len(recorded.calls[name]) or ", "")
+@pytest.mark.parametrize("layers", ["conv", "classifier"])
+def test_a_weight_that_is_used_again_on_some_samples_is_refused_on_these(layers):
+    class Again(PooledNet):
+        def forward(self, x):
+            g = self.conv(x).relu().mean((2, 3))
+            if layers == "classifier":
+                return self.head(g) + (F.linear(g, self.head.weight).abs() - 2).relu()
+            return self.head(g + (F.conv2d(x, self.conv.weight).abs().mean((2, 3)) - 2).relu())
+
+    net = Again().double().eval()
+    small, large = (X.double() / 20, Y), (20 * X.double(), Y)
+    assert lf.measure_flatness(net, [small], layers=layers).exact
+    with pytest.raises(lf.LayerSelectionError, match="used again in the forward"):
+        lf.measure_flatness(net, [small, large], layers=layers)
+
+
+def test_reading_the_shape_of_a_weight_is_no_use():
+    class Reads(nn.Conv2d):
+        def forward(self, x):
+            assert self.weight.ndim == x.ndim == len(self.weight.shape)
+            return F.conv2d(x, self.weight.to(x), self.bias)
+
+    net = PooledNet(conv=Reads(2, 6, 3)).double().eval()
+    with Recorder({"conv": net.conv}, net.head, {"conv": net.conv.weight}) as recorder:
+        output = net(X.double())
+    assert recorder.result(X, output).kernel_uses == (("conv", "conv2d"),)

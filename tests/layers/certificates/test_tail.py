@@ -94,11 +94,15 @@ def test_channels_that_are_moved_by_indices():
 
 @guards("layers/certificates/__init__.py", " and not due", "")
 def test_a_tail_is_certified_in_full_again_and_again():
-    """The same operations with the same constants; only what they are multiplied with is another."""
+    """The same operations with the same constants, which seem to act on every channel by itself.
+
+    Three-dimensional pooling takes the channels for depth here.
+    """
 
     def tail(x):
         mixes = (x.detach().abs().mean() > 2).to(x)
-        return F.silu((1 - mixes) * x + mixes * x.cumsum(1))
+        neighbours = F.avg_pool3d(x.unsqueeze(1), (3, 1, 1), 1, (1, 0, 0)).squeeze(1)
+        return F.silu((1 - mixes) * x + mixes * neighbours)
 
     assert_noticed(tail, 16)
     with pytest.raises(AssertionError):  # between two full certificates it is not seen
@@ -175,3 +179,48 @@ def test_custom_function_that_differentiates_once_is_not_exact():
     assert (layer.method, layer.exact) == ("gauss_newton", False)
     with pytest.raises(lf.NotExactError, match="once_differentiable"):
         measure(net)
+
+
+def joined(z):
+    return (z[:, :6] + z[:, 6:].roll(1, 1)).mean((2, 3))
+
+
+class Between(PooledNet):
+    """Applies a function to the pooled features."""
+
+    def __init__(self, function):
+        super().__init__(tail=nn.LeakyReLU())
+        self.function = function
+
+    def forward(self, x):
+        z = self.tail(self.conv(x))
+        return self.head(self.function(z.mean((2, 3)), z))
+
+
+@guards("model/graph.py", "if may_mix(end):", "if False:")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda g, z: g / g.norm(dim=1, keepdim=True).clamp(min=2),
+        lambda g, z: g * F.relu6(9 - z.abs().mean((2, 3))) / 6,
+        lambda g, z: g + (g.roll(1, 1) - 2).relu() ** 2,
+        lambda g, z: g + (z.std((2, 3)) - 4).relu(),
+        lambda g, z: joined(torch.cat([z, z - 4], 1).relu() ** 2),
+    ],
+    ids=["clipped norm", "gate", "neighbour", "positions", "joined"],
+)
+def test_tails_that_mix_on_some_samples_are_noticed_on_these(function):
+    net = Between(function).double().eval()
+    small, large = (X.double() / 20, Y), (20 * X.double(), Y)
+    assert lf.measure_flatness(net, [small], layers="conv").exact
+    assert not lf.measure_flatness(net, [large], layers="conv").exact
+    assert not lf.measure_flatness(net, [small, large], layers="conv").exact
+
+
+def test_logits_in_another_precision_are_measured():
+    net = PooledNet(after=Apply(lambda z: z.double())).eval()
+    report = lf.measure_flatness(net, [(X, Y)], layers="conv")
+    expected = lf.measure_flatness(PooledNet().double(), [(X.double(), Y)], layers="conv")
+    assert report.exact
+    assert_close(report.relative_flatness, expected.relative_flatness, rtol=1e-4, atol=0)
+    assert lf.measure_lambda_max(net, [(X, Y)], layers="conv")["conv"].lambda_max > 0
