@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,9 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lightning_flatness' has no attribute '{name}'")
+    state = random.getstate()  # importing rich draws random numbers
     value = getattr(import_module(f"lightning_flatness.{_HOMES[name]}"), name)
+    random.setstate(state)
     globals()[name] = value
     return value
 
