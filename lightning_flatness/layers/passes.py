@@ -71,7 +71,6 @@ class Part:
     targets: Tensor | None
     rows: int  # number of samples; a single one has two equal rows in `inputs` and `targets`
     start: int  # position of the first sample in the batch
-    tell: Advance  # to be called with the fraction of the part that is done
 
 
 class _TooManySamplesError(Exception):
@@ -116,12 +115,12 @@ class OwnPasses:
                     advance((start + part * rows) / samples)
 
             chunk = slice(start, start + rows)
-            part = Part(self._tensors.take(inputs, chunk), take(targets, chunk, samples), rows, start, tell)
+            part = Part(self._tensors.take(inputs, chunk), take(targets, chunk, samples), rows, start)
             try:
                 with isolated(self._model), self._finding(part.inputs):
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
-                    result = work(self._certified(part, first_batch), self.known, part.tell)
+                    result = work(self._certified(part, first_batch), self.known, tell)
             except _TooManySamplesError:
                 continue
             except RuntimeError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import LayerSelectionError
 from lightning_flatness.layers.tracing import LAYERS, UNNAMED, HiddenCall, Trace, trace
-from lightning_flatness.model.names import fits, plain_name
+from lightning_flatness.model.names import fits, listed, plain_name
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def _last(traced: Trace, classifier: str | None) -> str:
             if later:
                 raise _runs_later(later[-1], call.name, "last")
             return call.name
+    where = f"before the classifier '{classifier}'" if classifier else "in the forward"
     raise LayerSelectionError(
-        f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "
-        f"there are {_listing(traced.names)}."
+        f"layers='last': no convolution runs {where}. Name a layer with layers=; there are {_listing(traced.names)}."
     )
 
 
@@ -143,7 +143,8 @@ def _wanted(
             raise _runs_later(later[-1], traced.calls[-1].name, layers)
         if classifier is None:
             raise LayerSelectionError(
-                "layers='classifier': the last thing that runs is not a linear layer. Name the layer with layers=."
+                f"layers='classifier': the last layer that runs, '{traced.calls[-1].name}', is not a linear layer that "
+                "applies its own parameter `weight`. Name the layer with layers=."
             )
         return [classifier]
     if layers == "last":
@@ -180,5 +181,4 @@ def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, 
 
 def _listing(names: list[str]) -> str:
     """Return a text with the first five names in quotes, and the number of the other names."""
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return listed([f"'{name}'" for name in names], most=5)

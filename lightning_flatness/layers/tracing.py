@@ -185,7 +185,7 @@ class _Tracing(TorchFunctionMode):
         self._buffers: set[int] = set()
         # Tensors that are computed from parameters alone, such as a transposed weight, with the owner of the first.
         # The tensors are kept, because Python reuses ids.
-        self._computed: dict[int, tuple[Tensor, tuple[str, str]]] = {}
+        self._computed: dict[int, tuple[Tensor, tuple[str, str] | None]] = {}
 
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
         """Record that a module begins to run."""

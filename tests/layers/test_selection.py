@@ -27,6 +27,20 @@ def test_no_linear_classifier():
     net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten())
     report = lf.measure_flatness(net, [(X, Y)])
     assert (report.layers["0"].method, report.exact) == ("gauss_newton", True)
+    refused(lf.LayerSelectionError, "last layer that runs, '0', is not a linear layer that", net, layers="classifier")
+
+
+def test_neither_a_convolution_nor_a_classifier():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x):
+            return F.linear(x, 2 * self.kernel)
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 6), nn.ReLU(), Doubled())
+    refused(lf.LayerSelectionError, "no convolution runs in the forward. Name a layer.*there are '1', '3'", net)
 
 
 def test_only_convolution_is_the_classifier():
