@@ -222,7 +222,7 @@ class _Tracing(TorchFunctionMode):
             self.calls.append(TracedCall(name, *shapes, applied.convolves, applied.is_linear, has_weight))
         else:
             return
-        if isinstance(returned, Tensor) and returned.ndim > 1 and returned[0].numel() == returned.shape[1]:
+        if isinstance(returned, Tensor) and returned.ndim > 1 and set(returned.shape[2:]) <= {1}:
             self._vectors[len(self.calls) - 1] = returned, version_of(returned)
         for applied in frame.applied:
             applied.in_layer = True

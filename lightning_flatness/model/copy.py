@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
 from lightning_flatness.model.call import Call, as_call, tensors_of
+from lightning_flatness.model.names import plain_name
 from lightning_flatness.model.precision import HALF
 
 WITHOUT_FLOAT64 = ("mps",)  # types of devices that do not support float64
@@ -44,6 +45,11 @@ class ModelCopy:
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             self._buffers |= {id(buffer) for buffer in buffers.values()}
             for name, tensor in (tensors | buffers).items():
+                if tensor.is_meta:
+                    raise LayerSelectionError(
+                        f"'{plain_name(f'{prefix}.{name}' if prefix else name)}' is on the meta device, so it holds no "
+                        "numbers. Load the weights before measuring, without offloading."
+                    )
                 # A tensor with several names gets one copy, so that tied parameters stay tied.
                 self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
                 if id(tensor) not in self._copies:

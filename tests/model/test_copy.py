@@ -54,6 +54,14 @@ def test_devices_without_float64_are_known():
     assert measuring_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
+def test_weights_without_numbers_are_named(batch):
+    net = Net()
+    net.head.to("meta")
+    for measure in MEASURE:
+        with pytest.raises(lf.FlatnessError, match="'head.weight' is on the meta device.*Load"):
+            measure(net, [batch])
+
+
 class Wrapped(nn.Module):
     """Passes all arguments on, so that its signature does not show what does not fit."""
 
