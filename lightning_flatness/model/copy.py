@@ -45,13 +45,10 @@ class ModelCopy:
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             self._buffers |= {id(buffer) for buffer in buffers.values()}
             for name, tensor in (tensors | buffers).items():
-                if tensor.is_meta:
-                    raise LayerSelectionError(
-                        f"'{plain_name(f'{prefix}.{name}' if prefix else name)}' is on the meta device, so it holds no "
-                        "numbers. Load the weights before measuring, without offloading."
-                    )
+                long_name = f"{prefix}.{name}" if prefix else name
+                refuse_meta(plain_name(long_name), tensor)
                 # A tensor with several names gets one copy, so that tied parameters stay tied.
-                self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
+                self._slots[long_name] = id(tensor)
                 if id(tensor) not in self._copies:
                     self._copies[id(tensor)] = measured(tensor.detach(), self._dtype_of(tensor)).clone()
 
@@ -94,6 +91,15 @@ class ModelCopy:
         buffers = [name for name, key in self._slots.items() if key in self._buffers]
         self.keeps_graph = any(substitutes[name].requires_grad for name in buffers)
         return output
+
+
+def refuse_meta(name: str, tensor: Tensor) -> None:
+    """Raise an error if a parameter or buffer is on the meta device."""
+    if tensor.is_meta:
+        raise LayerSelectionError(
+            f"'{name}' is on the meta device, so it holds no numbers. Load the weights before measuring, without "
+            "offloading."
+        )
 
 
 def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.dtype | None) -> str:

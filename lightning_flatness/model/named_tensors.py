@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction
-from lightning_flatness.model.copy import measured, measuring_device
+from lightning_flatness.model.copy import measured, measuring_device, refuse_meta
 from lightning_flatness.model.isolation import without_wrapper
 from lightning_flatness.model.names import lies_in, listed, plain_name
 
@@ -38,6 +38,7 @@ class NamedTensors:
                     raise FlatnessError(
                         f"'{name}' has no shape yet (a lazy module); call the model once before this measurement."
                     )
+                refuse_meta(name, tensor)
                 if tensor.is_complex():
                     raise FlatnessError(f"'{name}' holds complex numbers; a landscape needs real numbers.")
                 if not tensor.is_floating_point():
