@@ -147,7 +147,7 @@ def measure(device: str, quick: bool, name: str = "resnet18", samples: int = 64,
     x, y = networks.images(samples, 224 if name == "resnet50" else 32, classes, device)
     measurement = Measurement(net)
     with torch.no_grad():
-        reason = measurement.why_not_live(x, y)
+        reason = measurement.observer.why_not_live(x, y)
     if reason:
         raise RuntimeError(f"not observed: {reason}")
     layer = net.get_submodule(next(iter(measurement.layers)))
@@ -177,7 +177,7 @@ def batch(net: nn.Module, measurement: Measurement, x: torch.Tensor, y: torch.Te
 
     with torch.no_grad():
         seconds_of = {BARE: seconds(partial(net, x))}
-        observation = measurement.listen(x)
+        observation = measurement.observer.listen(x)
         with observation:
             seconds_of[OBSERVED] = seconds(partial(net, x))
     if observation.reason:

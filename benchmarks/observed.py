@@ -30,12 +30,12 @@ def observed(net: nn.Module, batch: networks.Batch, defers_checks: bool = True, 
     x, y = batch
     measurement = Measurement(net, **options)
     with torch.no_grad():
-        reason = measurement.why_not_live(x, y)
+        reason = measurement.observer.why_not_live(x, y)
     assert not reason, reason
-    measurement._observer._defers_checks = defers_checks
+    measurement.observer._defers_checks = defers_checks
 
     def step() -> None:
-        observation = measurement.listen(x)
+        observation = measurement.observer.listen(x)
         with torch.no_grad(), observation:
             net(x)
         assert not observation.reason, observation.reason

@@ -99,17 +99,20 @@ _MODULES = {
     ],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_PUBLIC_MODULES = ("functional", "pages", "plots", "results", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _PUBLIC_MODULES:
         raise AttributeError(f"module 'lightning_flatness' has no attribute '{name}'")
     state = random.getstate()  # importing rich draws random numbers
-    value = getattr(import_module(f"lightning_flatness.{_HOMES[name]}"), name)
+    module = import_module(f"lightning_flatness.{_HOMES.get(name, name)}")
     random.setstate(state)
-    globals()[name] = value
-    return value
+    if name in _PUBLIC_MODULES:
+        return module
+    globals()[name] = getattr(module, name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PUBLIC_MODULES})

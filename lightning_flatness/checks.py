@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from lightning_flatness.errors import FlatnessError
@@ -12,6 +13,20 @@ from lightning_flatness.errors import FlatnessError
 def is_number(value: Any) -> bool:
     """Return whether a value is an ``int`` or a ``float`` but not a ``bool``."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def as_number(value: Any) -> float | None:
+    """Convert a real number to ``float``; return None for anything else, such as text or a ``bool``.
+
+    Real numbers are those of Python and NumPy, and arrays and tensors without dimensions.
+
+    Example:
+        >>> import numpy
+        >>> as_number(3), as_number(numpy.float32(0.5)), as_number(True), as_number("3")
+        (3.0, 0.5, None, None)
+    """
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
 def plain(value: Any) -> Any:

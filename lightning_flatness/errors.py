@@ -92,9 +92,13 @@ class LandscapeError(FlatnessError):
         self.result = result
 
 
+# How torch says that memory is missing: on the CPU of Linux and macOS, on that of Windows, and by a driver of a GPU.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error was raised because a GPU or the CPU had no memory left."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def explained(error: Exception) -> FlatnessError | None:

@@ -34,7 +34,8 @@ def hessian_rows(
     Args:
         model: a model in evaluation mode and in float64.
         batch: a pair of inputs and targets.
-        layer: name of a module whose weight ``w`` has ``S`` filters with ``D`` numbers each.
+        layer: name of a module whose weight ``w`` has ``S`` filters with ``D`` numbers each. The model's own name is
+            ``""``.
         filters: indices of the filters that the rows belong to.
         loss_function: maps logits and targets to the mean loss ``L``.
 
@@ -55,8 +56,9 @@ def hessian_rows(
     assert isinstance(weight, Tensor)
     kernel = weight.detach().clone().requires_grad_()
     fixed = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    name = f"{layer}.weight".removeprefix(".")
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        loss = loss_function(functional_call(model, {**fixed, f"{layer}.weight": kernel}, (inputs,)), targets)
+        loss = loss_function(functional_call(model, {**fixed, name: kernel}, (inputs,)), targets)
         (gradient,) = torch.autograd.grad(loss, kernel, create_graph=True)
         rows = []
         for s in filters:
@@ -116,7 +118,7 @@ def assert_matches_oracle(
         model: any model that ``measure_flatness`` accepts. The check works on a copy of the model, in which the value
             of a parametrised weight replaces the parametrisation.
         batch: a pair of inputs and targets; the inputs must be one tensor, of floating-point numbers or token ids.
-        layer: name of the layer.
+        layer: name of the layer; ``""`` if the model itself is the layer.
         filters: indices of filters. If they are given, the check compares only the block traces of these filters, and
             no measures such as relative flatness.
         rtol: largest allowed error, relative to the largest block trace. For a measure, the error is relative to the
@@ -139,7 +141,7 @@ def assert_matches_oracle(
     inputs, targets = batch[0].cpu(), batch[1].cpu()
     inputs = inputs.double() if inputs.is_floating_point() else inputs  # token ids stay integers
     options = {"tolerance": 0, **options}  # 0: no classes are sampled, so nothing is estimated
-    measured = measure_flatness(model, [(inputs, targets)], layers=layer, **options).layers[layer]
+    measured = measure_flatness(model, [(inputs, targets)], layers=layer or "all", **options).layers[layer]
 
     module = model.get_submodule(layer)
     if is_parametrized(module, "weight"):
@@ -156,7 +158,7 @@ def assert_matches_oracle(
         )
     expected = oracle_block_traces(model, (inputs, targets), layer, filters, loss_function)
     groups, per_group, _ = measured.block_traces.shape
-    within_groups = torch.block_diag(*torch.ones(groups, per_group, per_group)) == 1
+    within_groups = torch.block_diag(*torch.ones(groups, per_group, per_group, device="cpu")) == 1
     chosen = list(range(groups * per_group)) if filters is None else list(filters)
     expected = expected.where(within_groups[chosen], 0.0)
     atol = rtol * float(expected.abs().max())
@@ -167,7 +169,7 @@ def assert_matches_oracle(
     weight = module.weight
     assert isinstance(weight, Tensor)
     gram = weight.detach().flatten(1) @ weight.detach().flatten(1).T
-    identity = torch.eye(len(gram), dtype=torch.float64)
+    identity = torch.eye(len(gram), dtype=torch.float64, device="cpu")
     matrices = {
         "hessian_trace": identity,
         "relative_flatness": gram,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_flatness.callbacks.lightning_imports import Callback, Checkpoint, Trainer
+from lightning_flatness.callbacks.lightning_imports import Callback, Checkpoint, Trainer, callbacks_of
 
 # A sample of the weights has about this many entries of every tensor, or all entries of a smaller tensor.
 ENTRIES = 1000
@@ -30,8 +30,7 @@ def warn_of_initial_weights(trainer: Trainer, name: str) -> None:
 
     ``name`` is the name of the callback that measures these averages.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         # Lightning has no public name for the averages.
         averages = getattr(callback, "_average_model", None)
         number = getattr(averages, "n_averaged", None)
@@ -72,7 +71,7 @@ def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> 
     and callbacks of the class ``own``, do not count as other callbacks.
     """
     # Lightning iterates over this list while it calls the hook, so an entry that is inserted now is called, too.
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     if is_called_again(trainer, callback):
         call_once(trainer, callback)
         return False
@@ -87,14 +86,13 @@ def call_again_after_others(trainer: Trainer, callback: Callback, own: type) -> 
 
 def is_called_again(trainer: Trainer, callback: Callback) -> bool:
     """Return whether a callback is in the Trainer's list twice, so that Lightning calls its ``on_train_end`` twice."""
-    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return sum(other is callback for other in callbacks) > 1
+    return sum(other is callback for other in callbacks_of(trainer)) > 1
 
 
 def call_once(trainer: Trainer, callback: Callback) -> None:
     """Remove the second entry of a callback from the Trainer's list, if there is one."""
     if is_called_again(trainer, callback):
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         first = callbacks.index(callback) + 1
         # A new list, since Lightning may be iterating over the old one.
         rest = [other for other in callbacks[first:] if other is not callback]

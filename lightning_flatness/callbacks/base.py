@@ -80,6 +80,7 @@ class MeasuringCallback(Callback):
         self._errors = RankErrors(on_error, name, measured)
         self.run_outputs = RunOutputs(name, prefix, self.figures)
         self._num_drawn = 0  # number of records when the latest figures were drawn
+        self._logged_step = 0  # number of the step, in loggers, of the latest measurement
         self._stopwatch = Stopwatch()  # for the measurement in progress
         self._stage: str | None = None
         self._is_checked = False  # whether it is known that no other callback has this prefix
@@ -173,7 +174,7 @@ class MeasuringCallback(Callback):
 
     def _start_watching(self, pl_module: LightningModule, batch: Any) -> Asked:
         self._stop_watching()  # an earlier step may have raised an error
-        self._asked = self._wanted.before_step(batch, pl_module)
+        self._asked = self._wanted.before_step(batch, pl_module, copies=not self._follows_steps)
         if self._network is None and is_watchable(pl_module):
             self._watch = StepWatch(pl_module, named_network(pl_module, self.model))
             self._watch.__enter__()
@@ -189,9 +190,9 @@ class MeasuringCallback(Callback):
 
         Return None if no recorded call can be measured.
 
-        With ``data="val"`` and no inputs from ``batch_fn=``, the inputs of the returned call are measured. Otherwise
-        the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step gives to the network.
-        Warn if inputs from ``batch_fn=`` differ. Raise an error if inputs from the batch differ.
+        If :attr:`_follows_steps` and ``batch_fn=`` gives no inputs, the inputs of the returned call are measured.
+        Otherwise the inputs come from ``batch_fn=`` or the batch, and may differ from those that the step gives to the
+        network. Warn if inputs from ``batch_fn=`` differ. Raise an error if inputs from the batch differ.
         """
         watch, asked = self._watch, self._asked
         assert asked is not None
@@ -213,21 +214,21 @@ class MeasuringCallback(Callback):
             return None
         found = watch.found(asked.inputs, asked.is_given)
         self._network = found.network
-        follows_steps = self._data_name == "val" and not asked.is_given
-        if found.original is None or asked.inputs is None or follows_steps:
+        if found.call is None or asked.inputs is None or (self._follows_steps and not asked.is_given):
             return found.call
-        differs = not same_tensors(found.original, asked.inputs, asked.targets)
+        differs = not same_tensors(found.call, asked.copied, asked.targets)
         if differs and asked.is_given:
+            remedy = " To measure the inputs of the step, return (None, targets) from batch_fn=."
             rank_zero_warn(
-                f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. Those "
-                "that batch_fn= returns are measured. With data='val', batch_fn= may return (None, targets) to measure "
-                "those of the step."
+                f"{self._name}: batch_fn= gives other inputs than the validation step gives to the network. The inputs "
+                f"from batch_fn= are measured.{remedy if self._follows_steps else ''}"
             )
         elif differs:
+            data = repr(self.data) if isinstance(self.data, str) else ""
             raise FlatnessError(
                 f"{self._name}: the validation step gives other tensors to the network than those of the batch. But "
-                f"the batches of data={self._data_name!r} are measured without this step. Give batch_fn=, a function "
-                "that takes a batch, prepares the inputs as the step does, and returns (inputs, targets)."
+                f"the batches of data={data} are measured without this step. Give batch_fn=, a function that takes a "
+                "batch, prepares the inputs as the step does, and returns (inputs, targets)."
             )
         return found.call
 
@@ -237,14 +238,6 @@ class MeasuringCallback(Callback):
         This is a collective, so ranks that have failed must call this method, too.
         """
         self._whole = WholeWeights(pl_module)
-
-    @contextmanager
-    def _gathered(self, pl_module: LightningModule) -> Iterator[None]:
-        self._gather(pl_module)
-        try:
-            yield
-        finally:
-            self._whole = None
 
     def _whole_copy(self, network: nn.Module) -> nn.Module:
         """Return a copy of the network with the gathered weights, or the network itself if no weights are sharded."""
@@ -288,6 +281,11 @@ class MeasuringCallback(Callback):
         return self.data if isinstance(self.data, str) else "given"
 
     @property
+    def _follows_steps(self) -> bool:
+        """Whether the callback measures the validated batches, whose inputs the validation steps show."""
+        return self._data_name == "val"
+
+    @property
     def _draws_now(self) -> bool:
         """Whether ``figures_every`` asks for figures after the latest measurement."""
         return self.figures_every is not None and len(self.history) % self.figures_every == 0
@@ -300,4 +298,4 @@ class MeasuringCallback(Callback):
     def _draw(self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], suffix: str = "") -> None:
         """Give the figures of the latest measurement to the loggers. ``draw`` returns a dict from tags to figures."""
         self._num_drawn = len(self.history)
-        self.run_outputs.add_figures(trainer, draw, self.history[-1], suffix)
+        self.run_outputs.add_figures(trainer, draw, self.history[-1], self._logged_step, suffix)

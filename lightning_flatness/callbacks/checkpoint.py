@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_flatness.callbacks.base import MeasuringCallback
 from lightning_flatness.callbacks.lightning_imports import LightningModule, ModelCheckpoint, Trainer, callbacks_of
+from lightning_flatness.callbacks.logged import logged_value
 from lightning_flatness.checks import check_whole, is_number
 from lightning_flatness.errors import FlatnessError
 
@@ -102,7 +103,7 @@ class FlatCheckpoint(ModelCheckpoint):
         best_model_score: accuracy of that checkpoint. ``best_flatness`` is its flatness.
 
     Raises:
-        FlatnessError: An argument is invalid, or a metric is not logged at a validation.
+        FlatnessError: An argument is invalid, or a metric is not logged although a validation has ended.
 
     Example:
         >>> checkpoint = FlatCheckpoint(monitor="val_acc", within=0.005)
@@ -153,6 +154,9 @@ class FlatCheckpoint(ModelCheckpoint):
         self.flatness = flatness
         self.max_files = max_files
         self._candidates: list[Candidate] = []
+        self._before_validation: set[str] = set()  # keys that were logged when the validation in progress began
+        self._of_validation: set[str] = set()  # keys that validations log
+        self._validated_at: int | None = None  # step of the latest validation of this fit; None before the first
 
     @property
     def best_flatness(self) -> float | None:
@@ -177,6 +181,23 @@ class FlatCheckpoint(ModelCheckpoint):
         is_same = state_dict.get("dirpath", self.dirpath) == self.dirpath
         self._candidates = [Candidate(*one) for one in state_dict["candidates"]] if is_same else []
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the validations of an earlier fit."""
+        super().on_fit_start(trainer, pl_module)
+        self._of_validation, self._validated_at = set(), None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember which keys are logged already, to find out which keys the validation logs."""
+        super().on_validation_start(trainer, pl_module)
+        self._before_validation = set(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the keys and the step of the validation. Then check the network, as ``ModelCheckpoint`` does."""
+        self._of_validation |= set(trainer.callback_metrics) - self._before_validation
+        if not trainer.sanity_checking:
+            self._validated_at = trainer.global_step
+        super().on_validation_end(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget restored checkpoints that are no longer on disk."""
         super().on_train_start(trainer, pl_module)
@@ -192,10 +213,13 @@ class FlatCheckpoint(ModelCheckpoint):
             )
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if not _is_measured_now(trainer, self.flatness):
+        keys = self.monitor or "", self.flatness
+        is_first = trainer.enable_validation and self._validated_at is None  # no validation has logged its keys yet
+        waits = is_first and any(key not in monitor_candidates for key in keys)
+        if waits or not all(self._is_measured_now(trainer, key) for key in keys):
             return
         # Metrics may have been logged without sync_dist, so all ranks use the mean.
-        logged = {key: self._logged(monitor_candidates, key) for key in (self.monitor or "", self.flatness)}
+        logged = {key: logged_value(monitor_candidates, key, "FlatCheckpoint") for key in keys}
         logged = {key: trainer.strategy.reduce(value, reduce_op="mean").cpu() for key, value in logged.items()}
         score, flatness = map(float, logged.values())
         path = self._get_metric_interpolated_filepath_name(monitor_candidates | logged, trainer)
@@ -226,23 +250,17 @@ class FlatCheckpoint(ModelCheckpoint):
             self.best_model_path = candidates[-1].path
             self.best_model_score = self.best_k_models[self.best_model_path]
 
-    def _logged(self, metrics: Mapping[str, Tensor], key: str) -> Tensor:
-        if key not in metrics:
-            raise FlatnessError(
-                f"FlatCheckpoint watches '{key}', which is not logged. The logged metrics are: "
-                f"{', '.join(sorted(metrics)) or 'none'}. To log flatness, add a FlatnessCallback to the Trainer. To "
-                "log the accuracy, call self.log in validation_step."
-            )
-        return metrics[key].detach().clone()
+    def _is_measured_now(self, trainer: Trainer, key: str) -> bool:
+        """Return whether the validations or the callbacks that log this key have measured the present weights.
 
-
-def _is_measured_now(trainer: Trainer, key: str) -> bool:
-    """Return whether the callbacks that log this key have measured the present weights.
-
-    A logged value alone does not show this, because Lightning keeps the values of earlier steps. Return True if no
-    callback of this package logs the key.
-    """
-    own = [
-        one for one in callbacks_of(trainer) if isinstance(one, MeasuringCallback) and key.startswith(f"{one.prefix}/")
-    ]
-    return all(one.history and one.history[-1]["step"] == trainer.global_step for one in own)
+        A logged value alone does not show this, because Lightning keeps the values of earlier steps. Return True if
+        neither a validation nor a callback of this package logs the key.
+        """
+        if key in self._of_validation and self._validated_at != trainer.global_step:
+            return False
+        own = [
+            callback
+            for callback in callbacks_of(trainer)
+            if isinstance(callback, MeasuringCallback) and key.startswith(f"{callback.prefix}/")
+        ]
+        return all(one.history and one.history[-1]["step"] == trainer.global_step for one in own)

@@ -20,7 +20,7 @@ from lightning_flatness.model.names import plain_name
 from lightning_flatness.model.precision import HALF
 
 
-class LayerCall(NamedTuple):
+class StepCall(NamedTuple):
     """One call of a layer in a training step: the layer's name, its input and its output.
 
     The tensors are those of the step itself, with their autograd graph.
@@ -40,7 +40,7 @@ class CallRecorder:
 
     def __init__(self) -> None:
         self.listens = False
-        self.calls: list[LayerCall] = []
+        self.calls: list[StepCall] = []
         self._handles: list[RemovableHandle] = []
 
     def attach(self, layers: dict[str, nn.Module]) -> None:
@@ -61,7 +61,7 @@ class CallRecorder:
         self.calls.clear()
         self.listens = listens
 
-    def take(self) -> list[LayerCall]:
+    def take(self) -> list[StepCall]:
         """Stop recording, and return the recorded calls."""
         calls = list(self.calls)
         self.listen(False)
@@ -78,7 +78,7 @@ class _Hook:
         # A call without gradients belongs to a teacher network, or to a segment under activation checkpointing.
         if self.recorder is not None and self.recorder.listens and isinstance(output, Tensor) and output.requires_grad:
             features = arguments[0] if len(arguments) > 0 else keywords.get("input")
-            self.recorder.calls.append(LayerCall(self.name, features, output))
+            self.recorder.calls.append(StepCall(self.name, features, output))
 
     def __reduce__(self) -> Any:
         return _Hook, (None, self.name)  # a copy or pickle of the module must not contain the callback
@@ -103,9 +103,7 @@ def linear_layers(pl_module: LightningModule, layers: str) -> dict[str, nn.Modul
     return {plain_name(layers): named[plain_name(layers)]}
 
 
-def find_classifier(
-    calls: Sequence[LayerCall], layers: dict[str, nn.Module], why_not: Callable[[LayerCall], str]
-) -> str:
+def find_classifier(calls: Sequence[StepCall], layers: dict[str, nn.Module], why_not: Callable[[StepCall], str]) -> str:
     """Return the name of the classifier, which is the layer that computes the logits of the loss in a training step.
 
     ``calls`` are the recorded calls of this step. ``why_not`` takes a call, and returns the reason why the output of
@@ -165,13 +163,13 @@ BY_HAND = (
 )
 
 
-def _is_on_vectors(call: LayerCall) -> bool:
+def _is_on_vectors(call: StepCall) -> bool:
     """Return whether a layer's input and output have one vector per sample, as in ``(N, m)`` or ``(N, m, 1, 1)``."""
     shapes = [tensor.shape for tensor in call[1:] if isinstance(tensor, Tensor)]
     return len(shapes) == 2 and all(len(shape) >= 2 and set(shape[2:]) <= {1} for shape in shapes)
 
 
-def _why_not_linear(layer: nn.Module, call: LayerCall) -> str:
+def _why_not_linear(layer: nn.Module, call: StepCall) -> str:
     """Return why a layer's output is not its weight times its input plus its bias, or an empty string if it is."""
     logits = call.logits.detach().flatten(1)
     reduced = logits.dtype == torch.float32 and float32_is_reduced(logits.device)

@@ -75,15 +75,22 @@ class EpochEndCallback(MeasuringCallback):
 
     @abstractmethod
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
-        """Measure, store the result, and return a record for the history. All ranks call this method."""
+        """Measure, store the result for :meth:`_write`, and return a record for the history. All ranks call this."""
+
+    @abstractmethod
+    def _accept(self) -> None:
+        """Make the stored result the latest result. All ranks have measured it, and its record is in the history."""
 
     @abstractmethod
     def _write(self, stem: Path) -> list[Path]:
-        """Write the result to files whose paths start with ``stem``; return the paths. Only rank zero calls this."""
+        """Write the stored result to files whose paths start with ``stem``, and return the paths.
+
+        Only rank zero calls this. If an error has ended the measurement, the stored result is what was computed before.
+        """
 
     @abstractmethod
     def _figures(self) -> dict[str, Any]:
-        """Draw the result, and the history if it has several records. Return a dict from tags to figures."""
+        """Draw the latest result, and the history if it has several records. Return a dict from tags to figures."""
 
     def _logged(self, record: Record) -> dict[str, float]:
         """Return those values of a record that are to be logged, as a dict whose keys have no prefix."""
@@ -99,6 +106,11 @@ class EpochEndCallback(MeasuringCallback):
         return True
 
     @property
+    def _follows_steps(self) -> bool:
+        """Return False, because the data are read apart from validation, also with ``data="val"``."""
+        return False
+
+    @property
     def _is_interrupted(self) -> bool:
         """Whether the user has interrupted the latest measurement with Ctrl-C."""
         return False
@@ -111,7 +123,8 @@ class EpochEndCallback(MeasuringCallback):
         with self._measuring(trainer, pl_module):
             if self._data_name == "val" and not trainer.enable_validation:
                 raise FlatnessError(
-                    "data='val' needs validation, and this fit has none. Use data='train' or data of your own."
+                    f"{self._name}: data='val' needs validation, and this fit has none. Use data='train' or data of "
+                    "your own."
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,8 +163,10 @@ class EpochEndCallback(MeasuringCallback):
         is_done = is_done and not any(gather(self._have_changed(pl_module), sync=True))
         if not self._has_data(trainer):
             rank_zero_warn(f"{self._name}(data='val') has measured nothing, because this fit had no validation.")
-        elif not is_done and self._is_ready(final=True):
-            self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
+        elif not is_done:
+            self._measured = None  # of earlier weights
+            if self._is_ready(final=True):
+                self._measure(trainer, pl_module, max(0, trainer.current_epoch - 1), final=True)
         self._draw_run(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,6 +202,7 @@ class EpochEndCallback(MeasuringCallback):
         if not self._errors.settle(where):  # computing is a collective, so no rank may have failed
             return
         suffix = self._suffix(trainer) if final else ""
+        self._logged_step = logged_step(trainer)
         record: Record = {"epoch": epoch, "step": trainer.global_step}
         with self._measuring(trainer, pl_module):
             progress = None if final and trainer.is_global_zero else False
@@ -200,6 +216,7 @@ class EpochEndCallback(MeasuringCallback):
         if not self._errors.settle(where):
             return
         self.history.append(record)
+        self._accept()
         self._log(trainer, pl_module, self._logged(record), final)
         self._write_files(trainer, record, suffix, where)
         if final or self._draws_now:
@@ -213,7 +230,7 @@ class EpochEndCallback(MeasuringCallback):
         elif values:  # Lightning does not allow log() at the end of the fit
             for logger in trainer.loggers:
                 metrics = {f"{self.prefix}/{key}": value for key, value in values.items()}
-                logger.log_metrics(metrics, step=logged_step(trainer.global_step))
+                logger.log_metrics(metrics, step=self._logged_step)
                 logger.save()
 
     def _write_files(self, trainer: Trainer, record: Record, suffix: str, where: str) -> None:
@@ -222,8 +239,8 @@ class EpochEndCallback(MeasuringCallback):
             return
         if trainer.is_global_zero:
             with self._errors.kept(trainer.world_size):
-                self.run_outputs.add_files(trainer, self._write, record, suffix)
-        self._errors.settle(f"the files of {where}")
+                self.run_outputs.add_files(trainer, self._write, record, self._logged_step, suffix)
+        self._errors.settle(where, f"write the files of {where}")
 
     def _draw_run(self, trainer: Trainer) -> None:
         if not self._is_drawn:
@@ -239,15 +256,15 @@ class EpochEndCallback(MeasuringCallback):
             loaders = flat_loaders(trainer.val_dataloaders)
             if len(loaders) != 1:
                 raise FlatnessError(
-                    f"data='val' needs one validation loader, and there are {len(loaders)}. Give one of them as data=."
+                    f"{self._name}: data='val' needs one validation loader, and there are {len(loaders)}. Give one of "
+                    "them as data=."
                 )
             wanted = replace(wanted, data=loaders[0])
         return SeparateData(trainer, pl_module, wanted)
 
     def _suffix(self, trainer: Trainer) -> str:
         """Return a suffix for the files of the final measurement, so that file names are not used twice."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(map(leaves_averages, callbacks)):
+        if any(map(leaves_averages, callbacks_of(trainer))):
             return "-averaged"
         is_second = bool(self.history) and self.history[-1]["step"] == trainer.global_step
         return "-final" if is_second else ""

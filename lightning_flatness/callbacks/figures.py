@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_flatness.callbacks.lightning_imports import Trainer, callbacks_of
-from lightning_flatness.callbacks.loggers import Item, interface_of, logged_step
+from lightning_flatness.callbacks.loggers import Item, interface_of
 from lightning_flatness.callbacks.run_folder import claim, claim_version, own_folder
 from lightning_flatness.errors import FlatnessError, in_one_line
 
@@ -55,12 +55,18 @@ class RunOutputs:
         self.version: Path | None = None  # the run's folder that all callbacks share if no logger has a folder
 
     def add_figures(
-        self, trainer: Trainer, draw: Callable[[], Mapping[str, Any]], record: Mapping[str, Any], suffix: str = ""
+        self,
+        trainer: Trainer,
+        draw: Callable[[], Mapping[str, Any]],
+        record: Mapping[str, Any],
+        step: int,
+        suffix: str = "",
     ) -> None:
         """Draw figures of a measurement, and give them to the loggers.
 
         ``draw`` returns a dict from tags to figures. The tags have no prefix. File names begin with the epoch and step
-        in ``record``, like the names of Lightning's checkpoints. Then follow ``suffix`` and the tag.
+        in ``record``, like the names of Lightning's checkpoints. Then follow ``suffix`` and the tag. ``step`` is the
+        step number in the loggers.
         """
         is_trial = getattr(trainer, "fast_dev_run", False) or getattr(trainer, "barebones", False)
         if self._figures is False or is_trial or not trainer.is_global_zero:
@@ -71,17 +77,22 @@ class RunOutputs:
             self._tell_once("draw", f"draws no figures: {in_one_line(error)}. Set figures=False to avoid this warning.")
             return
         for tag, figure in figures.items():
-            item = self._item(tag, record, f"{_stem(record)}{suffix}-{tag.replace('/', '-')}.png")
+            file = f"{_stem(record)}{suffix}-{tag.replace('/', '-')}.png"
             loggers = trainer.loggers if self._figures == "auto" else []
-            have_it = [self._add(logger, "figure", figure, item) for logger in loggers]
+            have_it = [self._add(logger, "figure", figure, self._item(tag, step, file)) for logger in loggers]
             if not all(have_it) or not have_it:
-                path = self._saved(trainer, figure, item)
+                path = self._saved(trainer, figure, file)
                 for logger, has_it in zip(loggers, have_it, strict=True):
                     if path is not None and not has_it:
-                        self._add(logger, "file", path, item)
+                        self._add(logger, "file", path, self._item(tag, step, file))
 
     def add_files(
-        self, trainer: Trainer, write: Callable[[Path], list[Path]], record: Mapping[str, Any], suffix: str = ""
+        self,
+        trainer: Trainer,
+        write: Callable[[Path], list[Path]],
+        record: Mapping[str, Any],
+        step: int,
+        suffix: str = "",
     ) -> None:
         """Write files of a measurement, and give them to the loggers.
 
@@ -89,7 +100,7 @@ class RunOutputs:
         that it has written. Errors of ``write`` are raised.
         """
         for path in write(self.folder(trainer) / f"{_stem(record)}{suffix}"):
-            item = self._item(path.stem, record, path.name)
+            item = self._item(path.stem, step, path.name)
             for logger in trainer.loggers:
                 self._add(logger, "file", path, item)
 
@@ -107,8 +118,8 @@ class RunOutputs:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
-    def _item(self, tag: str, record: Mapping[str, Any], file: str) -> Item:
-        return Item(f"{self._prefix}/{tag}", logged_step(record["step"]), f"{self._path}/{file}")
+    def _item(self, tag: str, step: int, file: str) -> Item:
+        return Item(f"{self._prefix}/{tag}", step, f"{self._path}/{file}")
 
     def _add(self, logger: Any, kind: Literal["figure", "file"], value: Any, item: Item) -> bool:
         """Give a figure or file to a logger, and return whether the logger has taken it."""
@@ -126,9 +137,9 @@ class RunOutputs:
             return False
         return add is not None
 
-    def _saved(self, trainer: Trainer, figure: Any, item: Item) -> Path | None:
+    def _saved(self, trainer: Trainer, figure: Any, file: str) -> Path | None:
         try:
-            path = self.folder(trainer) / Path(item.path).name
+            path = self.folder(trainer) / file
             figure.savefig(path)
         except Exception as error:
             self._tell_once("save", f"could not write a figure: {in_one_line(error)}. figures=False draws no figures.")

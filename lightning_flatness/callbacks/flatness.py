@@ -23,7 +23,7 @@ from lightning_flatness.errors import LayerSelectionError, NotExactError
 from lightning_flatness.layers.options import MEASURES, Options
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.ranks import gather
-from lightning_flatness.results import FlatnessReport, LayerInfo
+from lightning_flatness.results import LayerInfo
 
 
 class FlatnessCallback(FlatnessHistory):
@@ -159,7 +159,6 @@ class FlatnessCallback(FlatnessHistory):
         check_whole("FlatnessCallback: every_n_epochs", every_n_epochs, least=1)
         self.every_n_epochs = every_n_epochs
         self.summary = summary
-        self.reports: dict[int, FlatnessReport] = {}
         self.num_measurements = 0
         self._wants_live = live
         self._passes = PassesOfRun(live)
@@ -193,9 +192,11 @@ class FlatnessCallback(FlatnessHistory):
         has_loaders = trainer.enable_validation and flat_loaders(trainer.val_dataloaders)
         if self._data_name == "val" and has_loaders and not sum(trainer.num_val_batches):
             logged.warn_no_validation(self.prefix)
-        with self._gathered(pl_module), self._measuring(trainer, pl_module):
+        self._gather(pl_module)
+        with self._measuring(trainer, pl_module):
             if not self._certified:
                 self._certify_early(trainer, pl_module)
+        self._whole = None
         if not self._errors.settle("the start of training") or not self._certified:
             return
         self._tell_inexact(self._certified[0].values())
@@ -220,7 +221,7 @@ class FlatnessCallback(FlatnessHistory):
     def _certify(self, network: Network, samples: Samples) -> None:
         measurement = self._new_measurement(network)
         measurement.certify(*samples, live=self._passes.possible and self._data_name == "val")
-        self._certified = (measurement.layers, measurement.left_out) if measurement.layers else None
+        self._certified = (measurement.layers, measurement.observer.left_out) if measurement.layers else None
 
     def _new_measurement(self, network: Network) -> Measurement:
         if self._whole:
@@ -291,8 +292,7 @@ class FlatnessCallback(FlatnessHistory):
         if self._data_name != "val" and not trainer.enable_validation:
             self._start(trainer, pl_module, None, [])
             self._finish(trainer, pl_module)
-            if self._awaits_accuracy is not None:
-                self._add_to_history(trainer, self._awaits_accuracy)
+            self._add_to_history(trainer)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any, num_batches: Sequence[float]) -> None:
         self._running = self._awaits_accuracy = None
@@ -315,7 +315,6 @@ class FlatnessCallback(FlatnessHistory):
             if trainer.state.fn == "fit" and self.history:
                 logged.log_again(trainer, pl_module, self.prefix, self.history, self._measures[-1])
             return
-        where = f"epoch {trainer.current_epoch}"
         with self._measuring(trainer, pl_module):
             # Validated batches are all measured by now. A rank without a batch does not know the network.
             if running is not None and self._data_name != "val" and not self._errors.pending:
@@ -324,22 +323,22 @@ class FlatnessCallback(FlatnessHistory):
             network = self._network or Network(pl_module)
             settle(running, network, self._num_sources, self._waits, failed=self._errors.pending is not None)
         self._whole = None
-        if not self._errors.settle(where) or running is None:
+        if not self._errors.settle(logged.where(trainer)) or running is None:
             return
         with self._measuring(trainer, pl_module):
             reports = running.reports(self._network or Network(pl_module))
-        if not self._errors.settle(where):
+        if not self._errors.settle(logged.where(trainer)):
             return
         seconds = max(gather(self._stopwatch.seconds(), sync=True))
-        whole = self._stopwatch.since_start
         self.reports = labels.with_data(reports, self._data_name, trainer.testing, seconds)
         self.report = self.reports[0]
         self.num_measurements += 1
         if self.num_measurements == 1 and (trainer.state.fn != "fit" or trainer.enable_validation):
-            rank_zero_info(f"FlatnessCallback: {in_words(seconds, whole, self.report.num_samples)}.")
+            samples = [report.num_samples for report in self.reports.values()]
+            rank_zero_info(f"FlatnessCallback: {in_words(seconds, self._stopwatch.since_start, samples)}.")
         self._tell_inexact(layer.info for report in self.reports.values() for layer in report.layers.values())
-        values = labels.values_of_loaders(self.reports, self._measures) | {"seconds": seconds}
-        record = logged.record_of(trainer, values)
+        values = labels.values_of_loaders(self.reports, self._measures)
+        record = logged.record_of(trainer, values | {"seconds": seconds})
         logged.log_record(pl_module, self.prefix, record, self.history, self._measures[-1])
         self._awaits_accuracy = record if trainer.state.fn == "fit" else None
 

@@ -21,7 +21,8 @@ def stopping_of(trainer: Trainer) -> dict[str, Any]:
     """
     rules: list[Any] = list(trainer.early_stopping_callbacks)
     burn_ins = [rule.burn_in for rule in rules if getattr(rule, "burn_in", 0)]
-    stops = [rule.stopped_epoch for rule in rules if rule.stopped_epoch]
+    # A checkpoint of a run that was stopped restores the epoch of this stop.
+    stops = [rule.stopped_epoch for rule in rules if rule.stopped_epoch and trainer.should_stop]
     return {"burn_in": max(burn_ins, default=None), "stopped": max(stops, default=None)}
 
 

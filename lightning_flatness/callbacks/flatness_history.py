@@ -9,6 +9,7 @@ from lightning_flatness.callbacks.charts import add_charts_once
 from lightning_flatness.callbacks.flatness_figures import flatness_figures, stopping_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, callbacks_of
 from lightning_flatness.callbacks.logged import accuracy_of
+from lightning_flatness.callbacks.loggers import logged_step
 from lightning_flatness.results import FlatnessReport
 
 
@@ -24,11 +25,13 @@ class FlatnessHistory(MeasuringCallback):
         self.accuracy = accuracy
         self.charted = f"{self.prefix}/log10_{measure}"  # key of the flatness value that has a chart
         self.report: FlatnessReport | None = None
+        self.reports: dict[int, FlatnessReport] = {}
         self._awaits_accuracy: Record | None = None  # the latest record, as long as its accuracy is not known
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history. Raise an error, or warn, if a problem can be found before training."""
         self.report = self._awaits_accuracy = None
+        self.reports = {}
         super().on_fit_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,17 +40,24 @@ class FlatnessHistory(MeasuringCallback):
         This callback logs flatness earlier, when the LightningModule may not have logged its accuracy yet. In this
         hook, the accuracy has been logged.
         """
-        if self._awaits_accuracy is not None:
-            self._add_to_history(trainer, self._awaits_accuracy)
-            self._pair_accuracy(trainer)
+        self._add_to_history(trainer)
+        self._pair_accuracy(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In a fit without validation, add the accuracy of the epoch that has ended to the latest record."""
         self._pair_accuracy(trainer)
 
-    def _add_to_history(self, trainer: Trainer, record: Record) -> None:
-        self.history.append(record)
-        add_charts_once(trainer, [other for other in callbacks_of(trainer) if isinstance(other, FlatnessHistory)])
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """In a fit without validation, save the accuracy of the epoch that ends, which is known by now."""
+        if self._awaits_accuracy is not None:
+            self._awaits_accuracy["accuracy"] = accuracy_of(trainer.callback_metrics, self.accuracy)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def _add_to_history(self, trainer: Trainer) -> None:
+        if self._awaits_accuracy is not None:
+            self.history.append(self._awaits_accuracy)
+            self._logged_step = logged_step(trainer)
+            add_charts_once(trainer, [other for other in callbacks_of(trainer) if isinstance(other, FlatnessHistory)])
 
     def _pair_accuracy(self, trainer: Trainer) -> None:
         record, self._awaits_accuracy = self._awaits_accuracy, None

@@ -10,9 +10,9 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich.console import Console
 
-from lightning_flatness.plots.words import DATA
 from lightning_flatness.results import FlatnessReport, LayerFlatness, LayerInfo, summary_table
 from lightning_flatness.results.tables import PARTS, SAMPLED
+from lightning_flatness.results.texts import DATA
 
 # Numbers that are logged in addition to flatness. The dict maps a logged key to a field of the report. The key of the
 # accuracy is top1, since the LightningModule logs an accuracy of its own.
@@ -93,7 +93,7 @@ def numbers_of(record: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]] =
 
 def print_summary(layers: Mapping[str, LayerInfo], left_out: Mapping[str, str], data: str, prefix: str) -> None:
     """Print how, on which data and under which prefix each layer is measured, and why other layers are left out."""
-    title = f"Flatness on {DATA.get(data, data)} data is measured for these layers, under '{prefix}'."
+    title = f"Flatness on {DATA.get(data, data)} is measured for these layers, under '{prefix}'."
     Console().print(summary_table(layers, left_out, title))
 
 

@@ -17,6 +17,7 @@ from lightning_flatness.callbacks.epoch_end import EpochEndCallback
 from lightning_flatness.callbacks.labels import known
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer
 from lightning_flatness.callbacks.trajectory import Trajectory
+from lightning_flatness.checks import check_positive
 from lightning_flatness.errors import FlatnessError, LandscapeError
 from lightning_flatness.measure.landscape import landscape_of
 from lightning_flatness.measure.landscape_options import KINDS, LandscapeOptions
@@ -138,14 +139,17 @@ class LandscapeCallback(EpochEndCallback):
         shared = (data, max_samples, prefix, model, batch_fn, figures, figures_every, on_error)
         super().__init__("landscape", every_n_epochs, folder, *shared)
         statistics: tuple[Statistics, ...] = ("kept", "recomputed") if batch_norm == "both" else (batch_norm,)
-        words = [axes] if isinstance(axes, str) else axes
+        words = [axes] if isinstance(axes, str) or not isinstance(axes, Sequence) else axes
         if not all(isinstance(word, str) for word in words):
             raise FlatnessError(
-                f"{axes=}: the callback takes strings only. To use your own directions, call loss_landscape()."
+                f"LandscapeCallback: {axes=}: the callback takes strings only. To use your own directions, call "
+                "loss_landscape()."
             )
         if axes != "trajectory" and not set(words) <= set(KINDS):
             known = ", ".join(map(repr, KINDS))
-            raise FlatnessError(f"{axes=} must be one of {known}, a list of one or two of these, or 'trajectory'.")
+            raise FlatnessError(
+                f"LandscapeCallback: {axes=} must be one of {known}, a list of one or two of these, or 'trajectory'."
+            )
         options = LandscapeOptions(
             axes="random" if axes == "trajectory" else axes,  # placeholder: a trajectory's axes are not known yet
             normalize=normalize,
@@ -162,10 +166,11 @@ class LandscapeCallback(EpochEndCallback):
             seed=seed,
             dtype=dtype,
         )
-        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
-            raise FlatnessError(f"{cap=} must be a positive number.")
+        check_positive("LandscapeCallback: cap", cap, or_none=True)
         self.cap = cap
         self.results: dict[Statistics, LandscapeResult] = {}
+        self._stored: dict[Statistics, LandscapeResult] = {}  # of the measurement in progress
+        self._coordinates: Tensor | None = None  # of the trajectory, in the plane of self.results
         self._options = {name: replace(options, batch_norm=name) for name in statistics}
         self._needs_adam = "adam" in words
         self._trajectory = Trajectory() if axes == "trajectory" else None
@@ -173,7 +178,7 @@ class LandscapeCallback(EpochEndCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history and a new trajectory."""
-        self.results = {}
+        self.results, self._stored, self._coordinates = {}, {}, None
         self._trajectory = None if self._trajectory is None else Trajectory()
         super().on_fit_start(trainer, pl_module)
 
@@ -227,18 +232,18 @@ class LandscapeCallback(EpochEndCallback):
         optimizer = _adam(trainer, network) if self._needs_adam else None
         say = None if self.results else self._say  # print the expected effort once in a run
         shared: dict[str, Any] = {"optimizer": optimizer, "sync": True, "progress": progress}
-        self.results = {}
+        self._stored = {}
         for name, options in self._options.items():
             try:
                 options = replace(options, **plane)
                 result = landscape_of(network, batches, options, **shared, say=say)
             except LandscapeError as error:
-                self.results[name] = error.result
+                self._stored[name] = error.result
                 raise
-            self.results[name] = result
+            self._stored[name] = result
             if not result.complete:
                 break
-        first = next(iter(self.results.values()))
+        first = next(iter(self._stored.values()))
         finite = first.losses[first.finite]
         return {
             "data": self._data_name,
@@ -250,26 +255,30 @@ class LandscapeCallback(EpochEndCallback):
             "accuracy": first.origin_accuracy,
             "lowest_loss": float(finite.min()) if len(finite) else None,
             "complete": not self._is_interrupted,
-            "seconds": sum(result.seconds for result in self.results.values()),
+            "seconds": sum(result.seconds for result in self._stored.values()),
         }
+
+    def _accept(self) -> None:
+        self.results = self._stored
+        self._coordinates = None if self._trajectory is None else self._trajectory.coordinates
 
     def _logged(self, record: Record) -> dict[str, float]:
         return {"seconds": record["seconds"]} if "seconds" in record else {}
 
     @property
     def trajectory(self) -> Tensor | None:
-        """Coordinates ``(epochs + 1, 2)`` of the stored weights in the latest plane, or None without a trajectory.
+        """Coordinates ``(epochs + 1, 2)`` of the trajectory in the plane of ``results``, or None without a trajectory.
 
         The first row is for the initial weights, and every other row for the weights after an epoch.
         """
-        return None if self._trajectory is None else self._trajectory.coordinates
+        return self._coordinates
 
     @property
     def _is_interrupted(self) -> bool:
-        return not all(result.complete for result in self.results.values())
+        return not all(result.complete for result in self._stored.values())
 
     def _write(self, stem: Path) -> list[Path]:
-        paths = [result.save(f"{stem}-{name}.npz") for name, result in self.results.items()]
+        paths = [result.save(f"{stem}-{name}.npz") for name, result in self._stored.items()]
         return paths if self._trajectory is None else [*paths, self._trajectory.save(f"{stem}-trajectory.npz")]
 
     def _figures(self) -> dict[str, Any]:
@@ -306,12 +315,14 @@ def _adam(trainer: Trainer, network: nn.Module) -> list[torch.optim.Optimizer]:
     ]
     if not fitting:
         names = _names(trainer.optimizers) or "none"
-        raise FlatnessError(f"axes='adam': no optimizer of the Trainer ({names}) has parameters of this network.")
+        raise FlatnessError(
+            f"LandscapeCallback: axes='adam': no optimizer of the Trainer ({names}) has parameters of this network."
+        )
     with_moments = [one for one in fitting if "betas" in one.defaults and not isinstance(one, torch.optim.Adamax)]
     if not with_moments:
         raise FlatnessError(
-            f"axes='adam' needs the moments exp_avg and exp_avg_sq, but {_names(fitting)} keeps none. "
-            "Train with Adam, AdamW, NAdam or RAdam, or use axes='random', 'hessian' or 'trajectory'."
+            f"LandscapeCallback: axes='adam' needs the moments exp_avg and exp_avg_sq, but {_names(fitting)} keeps "
+            "none. Train with Adam, AdamW, NAdam or RAdam, or use axes='random', 'hessian' or 'trajectory'."
         )
     return with_moments
 

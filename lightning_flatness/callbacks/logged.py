@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_flatness.callbacks.labels import numbers_of
 from lightning_flatness.callbacks.lightning_imports import LightningModule, Trainer, is_lightning_module
+from lightning_flatness.errors import FlatnessError
 from lightning_flatness.model.copy import measuring_device
 
 LOGGING = ("log", "log_dict")
@@ -63,6 +65,27 @@ def log(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) ->
             batch_size=1,
             add_dataloader_idx=False,  # keys of further loaders have the index already
         )
+
+
+def logged_value(metrics: Mapping[str, Tensor], key: str, name: str) -> Tensor:
+    """Return a copy of the metric that is logged as ``key``.
+
+    Raise a :class:`FlatnessError` if it is not logged. ``name`` is the name of the callback that watches the metric.
+    """
+    if key not in metrics:
+        raise FlatnessError(
+            f"{name} watches '{key}', which is not logged. The logged metrics are: "
+            f"{', '.join(sorted(metrics)) or 'none'}. To log flatness, add a FlatnessCallback to the Trainer. To log "
+            "the accuracy, call self.log in validation_step."
+        )
+    return metrics[key].detach().clone()
+
+
+def where(trainer: Trainer) -> str:
+    """Return the point in training at which a callback measures, for messages."""
+    if trainer.state.fn == "fit":
+        return f"epoch {trainer.current_epoch}"
+    return "the test" if trainer.testing else "the validation"
 
 
 def record_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]:

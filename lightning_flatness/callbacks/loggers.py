@@ -13,7 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_flatness.callbacks.lightning_imports import Trainer
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Item:
 
     Attributes:
         tag: name of the figure or file, like the key of a logged number.
-        step: number of the training step, like that of a logged number.
+        step: number of the step, like that of a logged number.
         path: relative path of the file, the same in the folder of the run and in a logger's own store of files.
     """
 
@@ -64,9 +67,15 @@ def interface_of(logger: Any) -> Interface:
     return next((interface for interface in INTERFACES if interface.fits(logger)), Interface(lambda logger: True))
 
 
-def logged_step(global_step: int) -> int:
-    """Return the step number under which Lightning logs scalars after ``global_step`` optimizer steps."""
-    return max(0, global_step - 1)
+def logged_step(trainer: Trainer) -> int:
+    """Return the step number under which Lightning logs scalars now.
+
+    It is the number of batches whose optimizer steps are done, less one. ``trainer.global_step`` counts the steps of
+    several optimizers one by one. Lightning counts a batch only after the validation that follows it.
+    """
+    # Lightning has no public name for the number of batches.
+    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return max(0, steps if trainer.evaluating else steps - 1)
 
 
 def _experiment_has(*names: str) -> Callable[[Any], bool]:

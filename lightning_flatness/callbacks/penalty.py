@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from lightning_flatness.callbacks.classifier import (
     BY_HAND,
     CallRecorder,
-    LayerCall,
+    StepCall,
     called_often,
     find_classifier,
     linear_layers,
 )
-from lightning_flatness.callbacks.data.sources import BatchFunction
+from lightning_flatness.callbacks.data.sources import BatchFunction, split_by
 from lightning_flatness.callbacks.lightning_imports import Callback, LightningModule, Trainer
 from lightning_flatness.callbacks.prefixes import check_prefix
 from lightning_flatness.callbacks.rank_errors import RankErrors
@@ -28,7 +28,7 @@ from lightning_flatness.functional.loss_argument import find_loss
 from lightning_flatness.functional.losses import IGNORED
 from lightning_flatness.functional.penalty import PENALTIES, flatness_penalty
 from lightning_flatness.layers.certificates.loss import why_not_cross_entropy
-from lightning_flatness.measure.batches import called, targets_of
+from lightning_flatness.measure.batches import targets_of
 from lightning_flatness.model.isolation import refuse_sharded
 
 
@@ -178,7 +178,7 @@ class FlatnessPenalty(Callback):
         In the first step of a fit, compiled modules run eagerly, and calls of all possible classifiers are recorded.
         """
         with _named():
-            targets = targets_of(batch) if self.batch_fn is None else called(self.batch_fn, batch)[1]
+            targets = targets_of(batch) if self.batch_fn is None else split_by(self.batch_fn, batch)[1]
         self._targets = None if targets is None else targets.clone()  # the step may change them
         if self._classifier is None:
             self._recorder.attach(linear_layers(pl_module, self.layers))
@@ -258,12 +258,12 @@ class FlatnessPenalty(Callback):
         self._is_eager = False
 
     def _find_classifier(
-        self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[LayerCall], loss: Tensor, scale: float
+        self, trainer: Trainer, pl_module: LightningModule, calls: Sequence[StepCall], loss: Tensor, scale: float
     ) -> None:
         """Find the classifier in the calls of the first step. From now on, record the calls of this layer alone."""
         layers = linear_layers(pl_module, self.layers)
 
-        def why_not(call: LayerCall) -> str:
+        def why_not(call: StepCall) -> str:
             if not self.check_loss:
                 return "" if _depends(loss, call.logits) else "the loss does not depend on it"
             with _named():
@@ -276,7 +276,7 @@ class FlatnessPenalty(Callback):
             self._recorder.attach({name: layers[name]})
         self._errors.settle("the first training step")
 
-    def _targets_for(self, call: LayerCall) -> Tensor | None:
+    def _targets_for(self, call: StepCall) -> Tensor | None:
         """Return the batch's targets if the penalty needs them, or None otherwise.
 
         It needs targets if there are class weights, or if targets are class indices, some of which may be ignored.
@@ -288,7 +288,7 @@ class FlatnessPenalty(Callback):
         are_indices = targets.shape == call.logits.shape[:1] and not targets.is_floating_point()
         return targets if are_indices else None
 
-    def _flatness(self, call: LayerCall, layer: nn.Module) -> Tensor:
+    def _flatness(self, call: StepCall, layer: nn.Module) -> Tensor:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         options = {"measure": self.measure, "normalize": self.normalize, **self._options}
@@ -302,7 +302,8 @@ def _named() -> Iterator[None]:
     try:
         yield
     except BatchError as error:
-        remedy = " Give batch_fn=, a function from a batch to (inputs, targets)." if "targets" in str(error) else ""
+        lacks_targets = "targets" in str(error) and "batch_fn=" not in str(error)
+        remedy = " Give batch_fn=, a function from a batch to (inputs, targets)." if lacks_targets else ""
         raise BatchError(f"FlatnessPenalty: {error}{remedy}") from error
 
 

@@ -12,8 +12,9 @@ PACKAGE = __name__.partition(".")[0]
 
 def error_of(name: str, other: str, prefix: str) -> FlatnessError:
     """Return the error for two callbacks ``name`` and ``other`` that have the same prefix."""
+    pair = f"Two callbacks of the class {name}" if name == other else f"{name} and {other}"
     return FlatnessError(
-        f"{name} and another {other} have prefix='{prefix}', under which both would log. Give each callback a prefix= "
+        f"{pair} have the same prefix='{prefix}', so both would log under the same keys. Give each callback a prefix= "
         f"of its own, e.g. prefix='{prefix}_2'."
     )
 

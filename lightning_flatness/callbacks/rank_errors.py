@@ -21,9 +21,7 @@ class RankErrors:
     If one rank raised an error alone, the other ranks would wait for that rank forever.
     """
 
-    def __init__(
-        self, on_error: Literal["raise", "warn"], name: str = "FlatnessCallback", measured: str = "flatness"
-    ) -> None:
+    def __init__(self, on_error: Literal["raise", "warn"], name: str, measured: str) -> None:
         self._on_error = on_error
         self._name, self._measured = name, measured
         self.pending: str | None = None  # message of the stored error
@@ -49,11 +47,12 @@ class RankErrors:
             self.pending = self.pending or in_one_line(error)
             logger.debug("An error while measuring flatness", exc_info=True)
 
-    def settle(self, where: str) -> bool:
+    def settle(self, where: str, task: str = "") -> bool:
         """Return True if no rank has a pending error. Otherwise raise an error, or warn, on every rank.
 
         All ranks must call this method, because it is a collective. The message names the first rank that failed, and
-        the point in training (``where``).
+        the point in training (``where``). If it is not the measurement that failed, the message names the ``task``
+        instead, such as "write the files".
         """
         messages = gather(self.pending, sync=True)
         self.pending = None
@@ -64,10 +63,10 @@ class RankErrors:
         rank, message = failed[0]
         on_rank = f" on rank {rank}" if len(messages) > 1 else ""
         if self._on_error == "raise":
-            raise FlatnessError(f"{self._name} failed at {where}{on_rank}: {message}")
+            failed_at = f"could not {task}" if task else f"failed at {where}"
+            raise FlatnessError(f"{self._name} {failed_at}{on_rank}: {message}")
         if message != self._last_warning:  # an error that persists gives one warning only
-            rank_zero_warn(
-                f"{self._name}(on_error='warn') has no {self._measured} for {where}; it failed{on_rank}: {message}"
-            )
+            lacks = f"could not {task}" if task else f"has no {self._measured} for {where}; it failed"
+            rank_zero_warn(f"{self._name}(on_error='warn') {lacks}{on_rank}: {message}")
         self._last_warning = message
         return False

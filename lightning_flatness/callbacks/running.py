@@ -98,7 +98,9 @@ class Running:
             self._passes.tell("")
         inputs = asked.inputs if self._network.on_batch else None
         # Listen to the user's network, which the step calls, even if a copy of it with gathered weights is measured.
-        self._listener = self.measurement.listen(inputs) if observes else Listener(self._network.module, inputs=inputs)
+        self._listener = (
+            self.measurement.observer.listen(inputs) if observes else Listener(self._network.module, inputs=inputs)
+        )
         self._listener.__enter__()
 
     def _try_once(self) -> None:
@@ -107,7 +109,7 @@ class Running:
         if not self._observes or self._is_tried or example is None:
             return
         reason = self._try(*example)
-        if reason and self.measurement.repeats:  # the network is compiled
+        if reason and self.measurement.observer.repeats:  # the network is compiled
             self._observes = False
             self._passes.tell(reason)
         elif reason:
@@ -124,7 +126,7 @@ class Running:
         gives another example for another trial.
         """
         try:
-            reason = self.measurement.why_not_live(call, targets)
+            reason = self.measurement.observer.why_not_live(call, targets)
         except Exception:
             self._passes.example = None  # the next batch gives another example, or raises the same error
             return ""
@@ -158,7 +160,7 @@ class Running:
         with asked.explaining():
             if not mask.all():
                 if mask.any():
-                    self._add_own(*self.measurement.chosen(*samples, mask))
+                    self._add_own(*self.measurement.observer.chosen(*samples, mask))
             elif samples[0] is not call or not self._add_observed(samples[1]):
                 self._add_own(*samples)
             self.measurement.settle_when_due()
@@ -170,13 +172,13 @@ class Running:
         such a pass, and measure while it runs. If this raises an error, make ordinary extra passes from now on.
         """
         self._try_once()
-        if self._repeats and ((self._observes and self._is_tried) or self.measurement.repeats):
+        if self._repeats and ((self._observes and self._is_tried) or self.measurement.observer.repeats):
             try:
                 self.measurement.update_repeated(inputs, targets, self.source.positions)
                 return
             except (RuntimeError, FlatnessError) as error:  # the same errors as in _add_observed
                 self._repeats = False
-                if self._observes and self.measurement.observes_half:  # do not mix passes of two precisions
+                if self._observes and self.measurement.observer.observes_half:  # do not mix passes of two precisions
                     self._passes.tell(f"the forward pass of a batch could not be used ({error})")
                     self._observes = False
         self.measurement.update(inputs, targets, positions=self.source.positions)

@@ -146,6 +146,7 @@ class SpectrumCallback(EpochEndCallback):
         )
         self.eigenvectors = eigenvectors
         self.result: SpectrumResult | None = None
+        self._stored: SpectrumResult | None = None  # of the measurement in progress
         self._is_told = False  # whether a warning has said that eigenvalues have not converged
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,7 +166,7 @@ class SpectrumCallback(EpochEndCallback):
 
     def _compute(self, trainer: Trainer, network: nn.Module, batches: list[Samples], progress: bool | None) -> Record:
         say = self._say if self.result is None else None  # print the expected effort once in a run
-        result = self.result = spectrum_of(network, batches, self._options, progress, True, say)
+        result = self._stored = spectrum_of(network, batches, self._options, progress, True, say)
         if not result.converged and not self._is_told:
             self._is_told = True
             rank_zero_warn(
@@ -178,7 +179,7 @@ class SpectrumCallback(EpochEndCallback):
             "num_samples": result.num_samples,
             "matrix": result.matrix,
             "exact": result.matrix == "hessian" and result.converged,
-            **({"lambda_max": values[0]} if values else {}),
+            "lambda_max": values[0] if values else None,
             **{name: float(getattr(result, name)) if result.num_probes else None for name in ("trace", *CRITERIA)},
             "trace_stderr": known(result.trace_stderr),
             **{f"{name}_std": known(result.spread[name]) for name in CRITERIA},
@@ -195,13 +196,17 @@ class SpectrumCallback(EpochEndCallback):
             "seconds": result.seconds,
         }
 
+    def _accept(self) -> None:
+        self.result = self._stored
+
     def _logged(self, record: Record) -> dict[str, float]:
         return {name: float(record[name]) for name in LOGGED if record.get(name) is not None}
 
     def _write(self, stem: Path) -> list[Path]:
-        assert self.result is not None
-        result = self.result if self.eigenvectors else replace(self.result, eigenvectors=self.result.eigenvectors[:0])
-        return [result.save(f"{stem}.npz")]
+        result = self._stored
+        assert result is not None
+        kept = result if self.eigenvectors else replace(result, eigenvectors=result.eigenvectors[:0])
+        return [kept.save(f"{stem}.npz")]
 
     def _figures(self) -> dict[str, Any]:
         assert self.result is not None

@@ -28,13 +28,11 @@ class Found:
 
     Attributes:
         network: the network.
-        call: the call to measure, with copies of the tensors, or None.
-        original: the call to measure, with the user's tensors, or None.
+        call: the call to measure, or None. Its tensors are copies, made before the call.
     """
 
     network: Network
     call: Call | None = None
-    original: Call | None = None
 
 
 @dataclass
@@ -47,7 +45,7 @@ class _Heard:
 
     module: nn.Module
     call: Call  # with the user's tensors
-    copied: Call | None = None
+    copied: Call  # with copies of the tensors, made before the call, because the step may change them in place
     output: Any = None
     within: list[_Heard] = field(default_factory=list)
     several: bool = False  # whether several modules are called within
@@ -108,7 +106,8 @@ class StepWatch:
                 return forward(*arguments, **keywords)
         if len(self._open) >= DEPTH or (self._named and self._open):
             return forward(*arguments, **keywords)
-        heard = _Heard(module, heard_call(arguments, keywords))
+        call = heard_call(arguments, keywords)
+        heard = _Heard(module, call, call)
         if self._named and module is not self._named.module:
             with suppress(Exception):  # the user's step must go on, whatever the arguments are
                 self._others += [heard] if any(_takes(heard, call.output) for call in self._calls) else []
@@ -116,8 +115,9 @@ class StepWatch:
         if self._open:
             self._open[-1].add(heard)
         else:
-            heard.copied = heard.call.copied()
             self._calls.append(heard)
+        if not (self._open and self._open[-1].several):  # otherwise this call was dropped
+            heard.copied = call.copied()
         self._open.append(heard)
         try:
             with self._overheard.paused() if _is_compiled(module) else nullcontext():
@@ -161,7 +161,7 @@ class StepWatch:
             return Found(Network(heard.module, prefix, is_called=False))
         self._warn_of_heads(heard)
         network = Network(heard.module, prefix, on_batch=num_inputs > 1)
-        return Found(network, heard.copied or heard.call.copied(), heard.call)
+        return Found(network, heard.copied)
 
     def _counting(self, calls: Sequence[_Heard], batch: Call | None) -> tuple[_Heard, int, bool]:
         """Find the call to measure among these calls, or among the calls within them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_flatness.callbacks.flatness import FlatnessCallback
-from lightning_flatness.callbacks.lightning_imports import EarlyStopping, LightningModule, Trainer
+from lightning_flatness.callbacks.lightning_imports import EarlyStopping, LightningModule, Trainer, callbacks_of
+from lightning_flatness.callbacks.logged import logged_value
 from lightning_flatness.errors import FlatnessError
 
 
@@ -162,7 +163,8 @@ class FlatnessStopping(EarlyStopping):
         is_fit = trainer.state.fn == "fit" and not (trainer.sanity_checking or getattr(trainer, "fast_dev_run", False))
         if not is_fit or not self._is_new(trainer):
             return
-        logged = [self._logged(trainer.callback_metrics, watched.key) for watched in self._watched]
+        metrics = trainer.callback_metrics
+        logged = [logged_value(metrics, watched.key, "FlatnessStopping") for watched in self._watched]
         # Metrics may have been logged without sync_dist, so all ranks use the mean.
         values = [trainer.strategy.reduce(value, reduce_op="mean").cpu() for value in logged]
         if trainer.current_epoch < self.burn_in:
@@ -196,20 +198,10 @@ class FlatnessStopping(EarlyStopping):
     def _is_new(self, trainer: Trainer) -> bool:
         """Return whether the callbacks that log the monitored keys have measured since the last check."""
         new = True
-        registered: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in registered:
+        for callback in callbacks_of(trainer):
             if not isinstance(callback, FlatnessCallback):
                 continue
             if any(watched.key.startswith(f"{callback.prefix}/") for watched in self._watched):
                 new = new and callback.num_measurements != self._num_measured.get(callback.prefix, 0)
                 self._num_measured[callback.prefix] = callback.num_measurements
         return new
-
-    def _logged(self, metrics: Mapping[str, Tensor], key: str) -> Tensor:
-        if key not in metrics:
-            raise FlatnessError(
-                f"FlatnessStopping watches '{key}', which is not logged. The logged metrics are: "
-                f"{', '.join(sorted(metrics)) or 'none'}. To log flatness, add a FlatnessCallback to the Trainer. To "
-                "log the accuracy, call self.log in validation_step."
-            )
-        return metrics[key].detach().clone()

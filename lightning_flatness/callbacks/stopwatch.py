@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+
+from lightning_flatness.measure.announcement import duration
 
 # If measuring takes longer than MUCH times the rest of a validation, suggest max_samples= with which it takes about
 # MODEST times the rest.
@@ -66,7 +68,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def in_words(seconds: float, whole: float, num_samples: int) -> str:
+def in_words(seconds: float, whole: float, samples: Sequence[int]) -> str:
     """Return a text on how long measuring took, compared with the rest of the validation.
 
     If measuring took long, the text suggests a number for ``max_samples=``, unless this would be below ``FEWEST``.
@@ -74,25 +76,36 @@ def in_words(seconds: float, whole: float, num_samples: int) -> str:
     Args:
         seconds: time that measuring took.
         whole: time of the whole validation, measuring included.
-        num_samples: number of measured samples.
+        samples: number of measured samples of each loader.
 
     Example:
-        >>> in_words(3.1, 28.1, 5000)
+        >>> in_words(3.1, 28.1, [5000])
         'measuring 5,000 samples took 3.1 s beside a validation of 25 s (+12 %)'
-        >>> in_words(10.0, 20.0, 5000)
+        >>> in_words(10.0, 20.0, [5000])
         'measuring 5,000 samples took 10 s beside a validation of 10 s (+100 %); max_samples=500 would make it +10 %'
     """
+    total = sum(samples)
     rest = max(whole - seconds, 1e-9)
     share = 100 * seconds / rest
     sentence = (
-        f"measuring {num_samples:,} samples took {seconds:.2g} s beside a validation of {rest:.2g} s (+{share:.0f} %)"
+        f"measuring {total:,} samples took {duration(seconds)} beside a validation of {duration(rest)} (+{share:.0f} %)"
     )
     if seconds <= MUCH * rest:
         return sentence
-    fewer = _rounded(num_samples * MODEST * rest / seconds)
+    fewer = _rounded(_of_each(samples, total * MODEST * rest / seconds))
     if fewer < FEWEST:
         return sentence
     return f"{sentence}; max_samples={fewer} would make it +{100 * MODEST:.0f} %"
+
+
+def _of_each(samples: Sequence[int], total: float) -> float:
+    """Return how many samples of each loader are ``total`` samples together, if smaller loaders are measured whole."""
+    rest = len(samples)
+    for size in sorted(samples):
+        if size * rest >= total:
+            break
+        total, rest = total - size, rest - 1
+    return total / rest
 
 
 def _rounded(number: float) -> int:

@@ -12,7 +12,7 @@ from lightning_flatness.callbacks.running import PassesOfRun, Running
 from lightning_flatness.errors import BatchError
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.ranks import gather
-from lightning_flatness.measure.samples import without_samples
+from lightning_flatness.measure.samples import deviations_of
 from lightning_flatness.model.call import Call
 from lightning_flatness.results import FlatnessReport
 
@@ -62,8 +62,6 @@ class Validation:
             if loader == 0 or asked is None or asked.targets is not None:
                 raise
             self._left_out[loader] = str(error)
-        finally:
-            running.release()
 
     def measure_rest(self, network: Network) -> None:
         """Measure the samples that remain in the sources when all batches have been validated."""
@@ -96,23 +94,28 @@ class Validation:
             measurement = self._of(loader, network).measurement
         except Exception as error:
             if self._waits:
-                without_samples(sync=True)
+                deviations_of([], sync=True)
             return error
         measurement.take_spread()
         return None
 
     def reports(self, network: Network) -> dict[int, FlatnessReport]:
-        """Return a dict from the index of each measured loader to its report. All ranks must call this method."""
-        several = len(self._sources) > 1
-        left_out = (
-            {loader: why for of_rank in gather(self._left_out, sync=True) for loader, why in of_rank.items()}
-            if several
-            else {}
-        )
+        """Return a dict from the index of each measured loader to its report. All ranks must call this method.
+
+        A loader other than the first is left out if no rank has a sample of it.
+        """
+        measurements = [self._of(loader, network).measurement for loader in range(len(self._sources))]
+        left_out: dict[int, str] = {}
+        if len(measurements) > 1:
+            ranks = gather((self._left_out, [bool(one.layers) for one in measurements]), sync=True)
+            has_samples = [any(of_loader) for of_loader in zip(*(has for _, has in ranks), strict=True)]
+            empty = [loader for loader, has in enumerate(has_samples) if loader > 0 and not has]
+            left_out = dict.fromkeys(empty, "No sample of it was measured. Is it empty?")
+            for of_rank, _ in ranks:
+                left_out |= of_rank
         for loader, reason in left_out.items():
             rank_zero_warn(f"FlatnessCallback leaves out validation loader {loader}: {reason}")
-        measured = [loader for loader in range(len(self._sources)) if loader not in left_out]
-        return {loader: self._of(loader, network).measurement.report() for loader in measured}
+        return {loader: one.report() for loader, one in enumerate(measurements) if loader not in left_out}
 
     def release(self) -> None:
         """Remove hooks from the network, and drop the tensors of observed passes."""
@@ -141,4 +144,4 @@ def settle(running: Validation | None, network: Network, num_loaders: int, waits
         running.settle(network, failed)
     else:
         for _ in range(num_loaders if waits else 0):
-            without_samples(sync=True)
+            deviations_of([], sync=True)

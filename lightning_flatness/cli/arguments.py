@@ -26,7 +26,7 @@ arguments, or the --config of the run:
   lightning-flatness measure last.ckpt --model project.Net --model.width 64 --data project.Digits
   lightning-flatness compare a.ckpt b.ckpt --config config.yaml --split train -o report.html
 
-Exit codes: 0 done, 1 the command line is wrong, 2 it could not be measured.
+Exit codes: 0 done, 1 the command line is wrong, 2 the measurement failed.
 """
 
 
@@ -88,8 +88,8 @@ def _nested(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
             plain.append(word)
             continue
         if "=" not in word:
-            value = next(remaining, None)
-            if value is None:
+            value = next(remaining, "--")
+            if value.startswith("--"):
                 raise UsageError(f"{word} needs a value.")
             word = f"{word}={value}"
         nested[word[2:].partition(".")[0]].append(word)
@@ -151,7 +151,12 @@ def _add_data(parser: argparse.ArgumentParser, command: str) -> None:
         "cross_entropy (default), binary_cross_entropy, mse, or package.function from (logits, targets) to the loss "
         "of every sample"
     ))  # fmt: skip
-    add("--seed", type=_whole(0), metavar="N", help="seed of everything random (default: the run's, or 0)")
+    add(
+        "--seed",
+        type=_whole(0),
+        metavar="N",
+        help="seed of all random choices (default: seed_everything of --config, or 0)",
+    )
 
 
 def _add_own(parser: argparse.ArgumentParser, command: str) -> None:

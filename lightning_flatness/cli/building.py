@@ -87,9 +87,9 @@ def _configured(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _nobody_says(kind: str, command: Command, checkpoint: Checkpoint) -> str:
     if command.config:
-        nobody = f"Neither '{checkpoint.path}' nor --config '{command.config}' says"
+        nobody = f"Neither '{checkpoint.path}' nor --config '{command.config}' names"
         return f"{nobody} the class of the {kind} (a LightningCLI with a fixed class saves none): {REMEDIES[kind]}."
-    return f"'{checkpoint.path}' does not say the class of the {kind}: {REMEDIES[kind]}, or the --config of the run."
+    return f"'{checkpoint.path}' does not name the class of the {kind}: {REMEDIES[kind]}, or the --config of the run."
 
 
 def imported(path: str, source: str) -> Any:

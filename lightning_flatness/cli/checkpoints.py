@@ -166,12 +166,8 @@ def _about_folder(path: Path) -> str:
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

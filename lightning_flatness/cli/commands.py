@@ -65,28 +65,29 @@ def _one(session: Session, checkpoint: Checkpoint, function: Measure | None = No
         found = session.visit(model, command.split, _flatness(session), command.max_samples, "Flatness")
     else:
         found = session.visit(model, command.split, Kept(function), command.max_samples or DEFAULT_KEPT)
-    details = _details(session, [checkpoint], found)
+    details = _details(session, [checkpoint], [found])
     return Outcome({name: found.result}, None, checkpoint.history, details, session.notes)
 
 
 def _compare(session: Session, checkpoints: Sequence[Checkpoint]) -> Outcome:
     import lightning_flatness as lf
+    from lightning_flatness.cli.consumers import MeanLoss
 
     command = session.command
     names = names_of([checkpoint.path for checkpoint in checkpoints])
-    reports, losses, hashes = {}, {}, {}
+    found, losses = {}, {}
     for name, checkpoint in zip(names, checkpoints, strict=True):
         model = session.model_of(checkpoint)
-        found = session.visit(model, command.split, _flatness(session), command.max_samples, name)
-        reports[name], hashes[name] = found.result, found.data_hash
+        found[name] = session.visit(model, command.split, _flatness(session), command.max_samples, name)
         if command.split == "val" and not command.no_train_loss:
-            losses[name] = session.visit(model, "train", _mean_loss(session), None, f"{name}, training loss")
-    details = _details(session, checkpoints, found)
-    same_samples = len(set(hashes.values())) == 1
+            loss = MeanLoss(session.loss)
+            losses[name] = session.visit(model, "train", loss, None, f"{name}, training loss")
+    reports = {name: one.result for name, one in found.items()}
+    same_samples = len({one.data_hash for one in found.values()}) == 1
     if not same_samples:
-        details["Hash of the data"] = ", ".join(f"{name}: {text}" for name, text in hashes.items())
         session.notes.append("The networks were not given the same inputs: see the hash of the data of each.")
     comparison = lf.compare(reports, train_losses=losses or None, same_samples=same_samples)
+    details = _details(session, checkpoints, list(found.values()))
     return Outcome(reports, comparison, (), details, session.notes)
 
 
@@ -98,12 +99,6 @@ def _flatness(session: Session) -> Any:
     layers = chosen[0] if len(chosen) == 1 else chosen
     options = {"layers": layers, "loss": session.loss, "strict": command.strict, "dtype": command.dtype}
     return Flatness(command.split, {**options, "seed": session.seed})
-
-
-def _mean_loss(session: Session) -> Any:
-    from lightning_flatness.cli.consumers import MeanLoss
-
-    return MeanLoss(session.loss)
 
 
 def _spectrum(session: Session) -> Measure:
@@ -140,19 +135,26 @@ def _landscape(session: Session) -> Measure:
     )
 
 
-def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Any) -> dict[str, str]:
+def _details(session: Session, checkpoints: Sequence[Checkpoint], found: Sequence[Any]) -> dict[str, str]:
+    names = names_of([one.path for one in checkpoints])
     files = {
         f"Checkpoint {name}" if len(checkpoints) > 1 else "Checkpoint": f"{one.path}, SHA-256 {one.digest[:16]}"
-        for name, one in zip(names_of([one.path for one in checkpoints]), checkpoints, strict=True)
+        for name, one in zip(names, checkpoints, strict=True)
     }
     return {
         **files,
+        "Model": _joined(names, session.classes),
         **session.details,
-        "Hash of the data": found.data_hash,
+        "Hash of the data": _joined(names, [one.data_hash for one in found]),
         "Seed of the measurement": str(session.seed),
-        "Device": found.device,
+        "Device": found[-1].device,
         "Command": "lightning-flatness " + shlex.join(session.command.words),
     }
+
+
+def _joined(names: Sequence[str], texts: Sequence[str]) -> str:
+    """Return the text of all networks if it is the same, and otherwise that of each network with its name."""
+    return texts[0] if len(set(texts)) == 1 else ", ".join(map(": ".join, zip(names, texts, strict=True)))
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

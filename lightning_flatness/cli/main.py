@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_flatness.cli.arguments import UsageError, parse
@@ -15,6 +16,7 @@ from lightning_flatness.errors import FlatnessError
 
 DONE, USAGE, NOT_MEASURED, INTERRUPTED = 0, 1, 2, 130
 PACKAGE = str(Path(__file__).parents[1])
+STANDARD_LIBRARY = (str(Path(warnings.__file__).parent), "<frozen")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -36,8 +38,9 @@ def main(words: Sequence[str] | None = None) -> int:
             from lightning_flatness.cli.output import show, write
 
             outcome = run(command)
+        outcome = replace(outcome, notes=[*outcome.notes, *notes])
         if not command.quiet:
-            show(outcome, [*outcome.notes, *notes])
+            show(outcome)
         for path in command.output:
             write(path, outcome)
     except KeyboardInterrupt:
@@ -63,6 +66,8 @@ def _in_words_of_options(message: str) -> str:
     """Add the matching options of the command line to a message that names arguments of a callback, e.g. ``model=``."""
     if "model=" in message:
         message += " On the command line, give --network NAME."
+    if "layers=" in message:
+        message += " On the command line, give --layers NAMES."
     if "batch_fn=" in message:
         message += (
             " On the command line, --targets KEY names the entry of the batch that has the targets, and --inputs batch "
@@ -91,4 +96,7 @@ def _noted() -> Iterator[list[str]]:
 
 
 def _is_ours(warning: warnings.WarningMessage) -> bool:
-    return warning.filename.startswith(PACKAGE) or "site-packages" not in warning.filename
+    """Return whether a warning is of this package or of the user's code, and not of another library."""
+    path = warning.filename
+    is_of_a_library = "site-packages" in path or path.startswith(STANDARD_LIBRARY)
+    return path.startswith(PACKAGE) or not is_of_a_library

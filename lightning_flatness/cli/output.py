@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_flatness.cli.commands import Outcome
 WIDTH = 120  # characters per line if the output is not a terminal
 
 
-def show(outcome: Outcome, notes: Sequence[str]) -> None:
+def show(outcome: Outcome) -> None:
     """Print the results as tables on stdout, and the notes on stderr."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # encodings other than UTF-8 may lack characters such as ‖
@@ -26,7 +26,7 @@ def show(outcome: Outcome, notes: Sequence[str]) -> None:
         console.width = WIDTH
     for result in _shown(outcome):
         console.print(result.table())
-    for note in notes:
+    for note in outcome.notes:
         Console(file=sys.stderr, width=WIDTH).print(Text(f"Note: {note}"))
 
 

@@ -29,9 +29,12 @@ class Session:
         )
         self.show = False if command.quiet else None  # progress bars: never (False), or on a terminal (None)
         self.notes: list[str] = []
+        self.classes: list[str] = []  # import paths of the models' classes
         self.details: dict[str, str] = {}
         self._data: Any = None
         self._has_data = False
+        self._owner: Any = None  # whose data are set up: the data module, or a model with data of its own
+        self._trainer: Any = None
         self._splits: dict[str, Any] = {}
 
     def model_of(self, checkpoint: Checkpoint) -> nn.Module:
@@ -44,7 +47,7 @@ class Session:
         if callable(configure):
             configure()
         self.notes += filter(None, [load_weights(model, checkpoint)])
-        self.details.setdefault("Model", class_path)
+        self.classes.append(class_path)
         if not self._has_data:
             self._data, self._has_data = self._data_of(checkpoint, model), True
         return model.eval()
@@ -62,13 +65,16 @@ class Session:
         The consumer (``cli/consumers.py``) gets the inputs that each step gives to the network, and the targets.
         ``title`` is the text of the progress bar; without a title there is no bar.
         """
-        from lightning_flatness.cli.splits import split_of
+        from lightning_flatness.cli.splits import set_up, split_of
         from lightning_flatness.cli.steps import visit
 
         command = self.command
-        if split not in self._splits or self._data is None:
+        owner = model if self._data is None else self._data
+        if owner is not self._owner:
+            self._owner, self._trainer, self._splits = owner, set_up(owner, command.device), {}
+        if split not in self._splits:
             number = command.loader if split == command.split else 0
-            self._splits[split] = split_of(split, model, self._data, number, max_samples, command.device)
+            self._splits[split] = split_of(split, model, self._data, number, max_samples, self._trainer)
         seed_all(self.seed)
         with self._bar(title) as advance:
             return visit(

@@ -14,6 +14,7 @@ from lightning_flatness.callbacks.data.subset import DEFAULT_TRAINING_SAMPLES, F
 from lightning_flatness.callbacks.lightning_imports import Trainer
 from lightning_flatness.cli.arguments import UsageError
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.results import number_of
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,33 @@ class Split:
     data: Any  # the LightningDataModule, whose hooks move batches to the device; None if the model has the loader
 
 
-def split_of(
-    name: str, model: nn.Module, data: Any, number: int, max_samples: int | None, device: str = "cpu"
-) -> Split:
-    """Set up the data and return one split.
+def set_up(owner: Any, device: str) -> Trainer:
+    """Set up the data of a LightningDataModule or of a LightningModule, and return the Trainer that the hooks see.
 
-    The data module is set up with ``setup("fit")``, because data modules draw random splits there.
+    The data are set up with ``setup("fit")``, because random splits are drawn there.
+
+    Args:
+        owner: the data module, or the model if it has the loaders.
+        device: the option ``--device``.
+    """
+    if not hasattr(owner, "prepare_data"):
+        raise UsageError(
+            f"--data: {type(owner).__name__} is no LightningDataModule, as it has no prepare_data. Give the class of "
+            "one, or a function that returns one."
+        )
+    owner.trainer = trainer = quiet_trainer(device, [])
+    try:
+        owner.prepare_data()
+        owner.setup("fit")
+    except Exception as error:
+        raise FlatnessError(
+            f"The data of {type(owner).__name__} cannot be set up: {type(error).__name__}: {error}"
+        ) from error
+    return trainer
+
+
+def split_of(name: str, model: nn.Module, data: Any, number: int, max_samples: int | None, trainer: Trainer) -> Split:
+    """Return one split of data that are set up.
 
     Args:
         name: ``"val"`` or ``"train"``.
@@ -40,31 +62,19 @@ def split_of(
         number: index of the loader, if there are several.
         max_samples: size of a fixed random subset, drawn as in :class:`~lightning_flatness.FlatnessCallback`. If it is
             None, a validation split has all samples, and a training split a subset of 4,096.
-        device: the option ``--device``.
+        trainer: the Trainer from :func:`set_up`.
     """
-    owner = model if data is None else data
+    owner: Any = model if data is None else data
     hook = "train_dataloader" if name == "train" else "val_dataloader"
-    if not hasattr(owner, hook):
-        if data is None:
-            raise UsageError(
-                "There are no data to measure on: give --data package.DataModule, or the --config of the run."
-            )
-        raise UsageError(
-            f"--data: {type(data).__name__} is no LightningDataModule, as it has no {hook}. Give the class of one, or "
-            "a function that returns one."
-        )
-    trainer = quiet_trainer(device, [])
+    owner.trainer = trainer  # a validation has put its own Trainer in the place of this one
     try:
-        if data is not None:
-            data.trainer = trainer
-            data.prepare_data()
-            data.setup("fit")
         loaders = flat_loaders(getattr(owner, hook)())
     except Exception as error:
         raise FlatnessError(f"{type(owner).__name__} gives no {name} data: {type(error).__name__}: {error}") from error
     if number >= len(loaders):
-        there = f"{len(loaders)} loader{'s' if len(loaders) != 1 else ''} of {name} data"
-        raise UsageError(f"--loader {number}: there are {there}, counted from 0.")
+        raise UsageError(
+            f"--loader {number}: the {name} data have {number_of(len(loaders), 'loader')}; the first is --loader 0."
+        )
     loader = loaders[number]
     wanted = max_samples or (DEFAULT_TRAINING_SAMPLES if name == "train" else None)
     if wanted is None:

@@ -110,11 +110,11 @@ def visit(
     model: nn.Module,
     consumer: Consumer[Found],
     *,
-    inputs: str | None = None,
-    network: str | None = None,
-    targets: str | None = None,
-    device: str = "auto",
-    advance: Callable[[float], None] = lambda share: None,
+    inputs: str | None,
+    network: str | None,
+    targets: str | None,
+    device: str,
+    advance: Callable[[float], None],
 ) -> Found:
     """Run a validation step on every batch of a split, and return the result of the consumer.
 
@@ -192,14 +192,15 @@ class _Plain(LightningModule):
 def _replaced(module: Any, split: Split, has_steps: bool) -> Iterator[None]:
     """In a ``with`` block, make the Trainer validate on ``split``.
 
-    In the block, ``val_dataloader`` returns the loader of the split. ``prepare_data`` and ``setup`` of a data module do
-    nothing, because the data are already set up. If ``has_steps`` is False, ``validation_step`` does nothing.
-    Otherwise, if it takes a ``dataloader_idx``, it gets the number of the split's loader.
+    In the block, ``val_dataloader`` returns the loader of the split. ``prepare_data``, ``setup`` and ``teardown`` of
+    the object with the data do nothing, because the data are set up once, also for other splits and networks. If
+    ``has_steps`` is False, ``validation_step`` does nothing. Otherwise, if it takes a ``dataloader_idx``, it gets the
+    number of the split's loader.
     """
-    data = split.data
-    own: list[tuple[Any, str, Any]] = [(module if data is None else data, "val_dataloader", lambda: split.loader)]
-    if data is not None:
-        own += [(data, "prepare_data", lambda: None), (data, "setup", lambda stage: None)]
+    owner = module if split.data is None else split.data
+    own: list[tuple[Any, str, Any]] = [(owner, "val_dataloader", lambda: split.loader)]
+    own += [(owner, "prepare_data", lambda: None)]
+    own += [(owner, name, lambda stage: None) for name in ("setup", "teardown")]
     step = module.validation_step
 
     def validation_step(batch: Any, batch_idx: int) -> Any:

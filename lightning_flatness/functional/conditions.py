@@ -30,6 +30,19 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and holds((one == other).all()))
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have equal shapes and entries, where NaN equals NaN.
+
+    Example:
+        >>> same_values(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+        True
+    """
+    if torch.equal(one, other):
+        return True
+    is_alike = one.is_floating_point() and one.shape == other.shape
+    return is_alike and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 @contextmanager
 def deferred_checks() -> Iterator[Callable[[], bool]]:
     """Defer the checks of :func:`holds` in a ``with`` block, and yield a function that reads all conditions together.

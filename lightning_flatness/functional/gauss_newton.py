@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.functional.patches import ConvolutionGeometry, contraction_costs, patch_gram, patches_times
+from lightning_flatness.functional.products import ELEMENTS_ELSEWHERE
 from lightning_flatness.functional.weighting import (
     CHANNELWISE,
     NORMALIZED,
@@ -23,10 +24,9 @@ from lightning_flatness.functional.weighting import (
     no_values,
 )
 
-# Largest number of entries of the intermediate results of one chunk of samples, for each type of device. On a CPU, this
-# number of entries fits into the cache of a core.
+# Largest number of entries of the intermediate results of one chunk of samples. On a CPU, this number of entries fits
+# into the cache of a core; on other devices it is ELEMENTS_ELSEWHERE.
 CHUNK_ELEMENTS = {"cpu": 2**19}
-ELEMENTS_ELSEWHERE = 2**26
 
 
 def gauss_newton_block_traces(

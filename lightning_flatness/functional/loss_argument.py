@@ -243,7 +243,10 @@ class CustomLoss(Loss):
                 "dimensions but the first."
             )
         if not losses.requires_grad:
-            raise BatchError(f"The loss '{self.name}' does not depend on the logits through autograd.")
+            raise BatchError(
+                f"The loss '{self.name}' has no gradient with respect to the logits: the function does not use them, "
+                "or it detaches them."
+            )
 
     def _check_samples_are_separate(self, losses: Tensor, logits: Tensor) -> None:
         for mask in separating_masks(len(logits)).to(logits.device):

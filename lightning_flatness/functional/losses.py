@@ -55,10 +55,26 @@ class LossDerivatives(NamedTuple):
         )
 
 
-# The columns of LossDerivatives.outcomes. "weight" is the weight of a sample in the mean. "count" is 0 for an ignored
-# sample, else 1. "loss" is the loss times the weight. "correct" is 1 if the largest logit is that of the target, and
-# else 0.
-OUTCOMES = ("weight", "count", "loss", "correct")
+def are_integers(targets: Tensor) -> bool:
+    """Return whether targets are integers, as class indices are; ``bool`` does not count."""
+    return not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+
+
+def are_correct(logits: Tensor, targets: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Return for every sample whether its largest logit is that of its target: 1 or 0, float64, and 0 if ignored.
+
+    The result is NaN where this is not known. It is never known if targets are not class indices. Without ``kept``, a
+    mask of the samples that are not ignored, it is not known for targets outside ``0..K-1``, because they may mark
+    samples that the user's loss ignores. For ``logits`` of shape ``(..., N, K)``, the result has shape ``(..., N)``.
+    """
+    samples, classes = logits.shape[-2:]
+    if targets.shape != (samples,) or classes < 2 or not are_integers(targets):
+        return torch.full(logits.shape[:-1], torch.nan, dtype=torch.float64, device=logits.device)
+    targets = targets.long()  # a smaller type wraps around: in uint8, 256 equals 0
+    correct = (logits.argmax(-1) == targets).double()
+    if kept is not None:
+        return correct * kept
+    return torch.where((targets >= 0) & (targets < classes), correct, torch.nan)
 
 
 def outcomes_of(
@@ -71,14 +87,7 @@ def outcomes_of(
     """
     ones = torch.ones_like(losses, dtype=torch.float64)
     counts = ones if kept is None else kept.double()
-    classes = logits.shape[1]
-    is_index = targets.shape == (len(logits),) and classes > 1
-    if is_index and not targets.is_floating_point() and targets.dtype != torch.bool:
-        correct = (logits.argmax(1) == targets).double() * counts
-        if kept is None:  # a target that is no class index may mark a sample that the user's loss ignores
-            correct = torch.where((targets >= 0) & (targets < classes), correct, torch.nan)
-    else:
-        correct = torch.full_like(ones, torch.nan)
+    correct = are_correct(logits, targets, kept)
     return torch.stack([counts if weights is None else weights.double(), counts, losses.double(), correct], dim=1)
 
 
@@ -222,8 +231,7 @@ class CrossEntropy(Loss):
 
     def _kept(self, targets: Tensor, classes: int, samples: int) -> Tensor | None:
         """Return a mask of the samples that are not ignored, or None if no sample is ignored."""
-        wrong_type = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
-        if targets.ndim != 1 or wrong_type:
+        if targets.ndim != 1 or not are_integers(targets):
             raise BatchError(
                 f"The targets have shape {tuple(targets.shape)} and dtype {targets.dtype}. Cross-entropy takes either "
                 "class indices (integers of shape (samples,)) or probabilities (floating-point numbers of shape "
@@ -232,6 +240,7 @@ class CrossEntropy(Loss):
             )
         if len(targets) != samples:
             raise BatchError(f"The batch has {samples} rows of logits but {len(targets)} targets.")
+        targets = targets.long()  # a smaller type wraps around: in uint8, 156 equals -100
         kept = targets != self.ignore_index
         if not holds(((targets >= 0) & (targets < classes) | ~kept).all()):
             counted = targets[kept]

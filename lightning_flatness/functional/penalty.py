@@ -181,6 +181,7 @@ def target_sums(
             f"indices (integers of shape ({samples},)) or probabilities (floating-point numbers of shape "
             f"{tuple(logits.shape)})."
         )
+    targets = targets.long()  # a smaller type wraps around: in uint8, 156 equals -100
     kept = (targets != ignore_index).to(logits.dtype)
-    of_samples = weight[targets.long().clamp(0, classes - 1)] * kept
+    of_samples = weight[targets.clamp(0, classes - 1)] * kept
     return (1 - label_smoothing) * of_samples + label_smoothing * weight.mean() * kept, of_samples.sum()

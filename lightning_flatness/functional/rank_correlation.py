@@ -42,7 +42,7 @@ def partial_tau(x: Tensor, y: Tensor, z: Tensor) -> float:
     return float("nan") if not rest > 1e-12 else (of_both - of_x * of_y) / rest**0.5
 
 
-def bootstrap_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = DRAWS) -> tuple[float, float]:
+def bootstrap_interval(x: Tensor, y: Tensor, draws: int = DRAWS) -> tuple[float, float]:
     """Return the ends of a 95 % bootstrap interval of τ-b of two lists ``(n,)``; NaN with fewer than five pairs.
 
     Every draw takes ``n`` pairs of numbers with replacement. The ends of the interval are percentiles of τ-b over draws
@@ -56,7 +56,7 @@ def bootstrap_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = DRAWS) 
     number = len(x)
     if number < FEWEST:
         return float("nan"), float("nan")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     of_x, of_y = _signs(x), _signs(y)
     drawn = torch.randint(number, (draws, number), generator=generator, device="cpu")
     found = torch.cat(
@@ -68,7 +68,7 @@ def bootstrap_interval(x: Tensor, y: Tensor, seed: int = 0, draws: int = DRAWS) 
     found = found[found.isfinite()]
     if not len(found):
         return float("nan"), float("nan")
-    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(found, found.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 
@@ -84,6 +84,7 @@ def granulated_tau(x: Tensor, y: Tensor, hyperparameters: Sequence[Sequence[obje
         >>> granulated_tau(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 4.0, 3.0]), runs)
         0.5
     """
+    hyperparameters = [[_hashable(value) for value in row] for row in hyperparameters]
     means = []
     for index in range(len(hyperparameters[0]) if hyperparameters else 0):
         groups: dict[tuple[object, ...], list[int]] = {}
@@ -94,6 +95,15 @@ def granulated_tau(x: Tensor, y: Tensor, hyperparameters: Sequence[Sequence[obje
         if found:
             means.append(sum(found) / len(found))
     return sum(means) / len(means) if means else float("nan")
+
+
+def _hashable(value: object) -> object:
+    """Return the value itself, or a text that says the same if it cannot be a key of a dict, as a list cannot."""
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value
 
 
 def _signs(values: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from lightning_flatness.functional.weighting import SAMPLE_MEASURES
 from lightning_flatness.layers.certified import CertifiedLayer, CertifiedPass
 from lightning_flatness.layers.estimates import BlockTraces
 
-# The values of a sample that do not depend on a layer. They are the `OUTCOMES` of functional/losses.py, the trace of
-# the loss's second derivative with respect to the logits, and the predicted class.
+# The values of a sample that do not depend on a layer. They are the `outcomes` of `LossDerivatives`, the trace of the
+# loss's second derivative with respect to the logits, and the predicted class.
 OUTCOMES = ("weight", "count", "loss", "correct", "curvature", "prediction")
 WEIGHT, COUNT, LOSS, CORRECT, CURVATURE, PREDICTION = range(len(OUTCOMES))
 

@@ -23,8 +23,9 @@ INPUTS = ("x", "input", "inputs", "image", "images", "img", "pixel_values", "dat
 MOST_SHAPES = 3  # largest number of shapes that an error message lists
 TARGETS = ("y", "target", "targets", "label", "labels")
 
-
 REMEDY = "give a DataLoader, or a list of batches such as [(inputs, targets)]"
+NO_SAMPLE = "No sample was measured. Is the data set empty, or are the batches a generator that has been read already?"
+NO_LOSS = "No sample was measured, so there is no loss. Is the data set empty, or are all targets ignored?"
 
 
 @contextmanager
@@ -35,10 +36,34 @@ def paired_batches(model: nn.Module, batches: Iterable[Any]) -> Iterator[Iterato
     random numbers. It also restores the generators of the loader, the sampler and the data set, because a
     ``DataLoader`` draws a seed in every pass over the data.
     """
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     batches = as_batches(batches)
     with random_states_kept(model), generators_kept(drawing(batches)):
-        yield (_pair(apply_to_collection(batch, Tensor, lambda tensor: tensor.to(device))) for batch in batches)
+        yield (moved(_pair(batch), model) for batch in batches)
+
+
+def moved(pair: tuple[Any, Tensor | None], model: nn.Module) -> tuple[Any, Tensor | None]:
+    """Return a pair ``(inputs, targets)`` with all tensors on the model's device."""
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    on_device: tuple[Any, Tensor | None] = apply_to_collection(pair, Tensor, lambda tensor: tensor.to(device))
+    return on_device
+
+
+def with_targets(pairs: Iterable[tuple[Any, Tensor | None]]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the pairs that have samples. Raise a :class:`BatchError` if a pair has no targets."""
+    for inputs, targets in pairs:
+        if targets is None:
+            raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
+        if len(targets):
+            yield inputs, targets
+
+
+def check_rereadable(batches: Any, reason: str, argument: str = "batches") -> None:
+    """Raise a :class:`BatchError` if ``batches`` is an iterator. ``reason`` says why it is read more than once."""
+    if isinstance(batches, Iterator):
+        raise BatchError(
+            f"{argument} is a {type(batches).__name__}, which can be read only once, but {reason}. Give a DataLoader, "
+            f"or list({argument})."
+        )
 
 
 def as_batches(batches: Any, argument: str = "batches") -> Iterable[Any]:
@@ -152,13 +177,15 @@ def _pair(batch: Any) -> tuple[Any, Tensor | None]:
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Return ``(inputs, targets)`` of a batch; a single tensor counts as inputs without targets.
 
-    A mapping, dataclass or named tuple must have exactly one entry named like inputs (``image``, ``x``, ...) and one
+    Two entries are inputs and targets, in this order unless a named tuple names them otherwise. A mapping, a dataclass
+    or a longer named tuple must have exactly one entry named like inputs (``image``, ``x``, ...) and one
     named like targets (``label``, ``y``, ...). It must have no other tensor of two or more dimensions.
     """
     if isinstance(batch, Tensor):
         return batch, None
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and (batch[1] is None or isinstance(batch[1], Tensor)):
-        return batch[0], batch[1]
+    pair = _pair_in_order(batch)
+    if pair is not None and (pair[1] is None or isinstance(pair[1], Tensor)):
+        return pair
     pair = _named_pair(batch)
     if pair is not None:
         return pair
@@ -202,7 +229,7 @@ def called(batch_fn: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def targets_of(batch: Any) -> Tensor | None:
-    """Return the targets of a batch: the second entry of a pair, or the only tensor that is named like targets.
+    """Return the targets of a batch: those of a pair, or the only tensor that is named like targets.
 
     Return None if there is no such entry, or if it is not a tensor.
 
@@ -210,8 +237,9 @@ def targets_of(batch: Any) -> Tensor | None:
         >>> targets_of({"image": torch.zeros(2, 3), "mask": torch.ones(2, 3), "label": torch.tensor([0, 1])})
         tensor([0, 1])
     """
-    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        return batch[1] if len(batch) == 2 and isinstance(batch[1], Tensor) else None
+    pair = _pair_in_order(batch)
+    if pair is not None:
+        return pair[1] if isinstance(pair[1], Tensor) else None
     entries = entries_of(batch)
     names = _tensors_named(entries, TARGETS)
     targets: Tensor | None = entries[names[0]] if len(names) == 1 else None
@@ -237,6 +265,19 @@ def _tensors_named(entries: Mapping[Any, Any], names: Sequence[str]) -> list[Any
     ends = tuple(f"_{name}" for name in TARGETS if name in names and len(name) > 1)
     tensors = [key for key, value in entries.items() if isinstance(value, Tensor)]
     return [key for key in tensors if str(key).lower() in names or str(key).lower().endswith(ends)]
+
+
+def _pair_in_order(batch: Any) -> tuple[Any, Any] | None:
+    """Return the entries of a tuple or list of two as ``(inputs, targets)``, or None for any other batch.
+
+    The entries are in this order, unless the names of a named tuple say that the targets come first.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return None
+    entries = entries_of(batch)
+    first, second = entries
+    is_turned = _tensors_named(entries, TARGETS) == [first] or _tensors_named(entries, INPUTS) == [second]
+    return (batch[1], batch[0]) if is_turned else (batch[0], batch[1])
 
 
 def _named_pair(batch: Any) -> tuple[Any, Tensor] | None:

@@ -41,9 +41,9 @@ def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     unknown = tuple(name for name, loss in losses.items() if not math.isfinite(loss))
     if unknown:
         sentence = (
-            f"The training loss is not known{_for(unknown, rows)}. All these numbers rise early in training and fall "
-            "with the training loss later, so a model may have lower numbers only because it was trained longer, or "
-            "was hardly trained. Compare models of equal training loss."
+            f"The training loss is not known{_for(unknown, rows)}. Flatness measures rise early in training, and later "
+            "fall with the training loss. So a model may look flatter only because it was trained longer, or hardly at "
+            "all. Compare models of equal training loss."
         )
         return [Caution("train_loss_unknown", sentence, unknown)]
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
@@ -52,8 +52,9 @@ def _of_train_losses(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     times = f", {losses[high] / losses[low]:.2g} times as much" if losses[low] > 0 else ""
     sentence = (
         f"Training losses differ: {low} has {losses[low]:.3g}, and {high} {losses[high]:.3g}{times}. That alone may "
-        "decide which model looks flatter, since all these numbers rise early in training and fall with the training "
-        "loss later. Compare models of equal training loss, such as earlier epochs of the one that is further trained."
+        "decide which model looks flatter, since flatness measures rise early in training, and later fall with the "
+        "training loss. Compare models of equal training loss, such as earlier epochs of the one that is further "
+        "trained."
     )
     return [Caution("train_loss", sentence, tuple(rows))]
 
@@ -116,7 +117,7 @@ def _of_labels(rows: Mapping[str, ComparedModel]) -> list[Caution]:
         found.append(Caution("not_normalised", sentence, missing))
     fewest = min(row.num_samples for row in rows.values())
     if fewest < GROUPS:
-        sentence = f"{number_of(fewest, 'sample')}: too few for standard errors, which need {GROUPS} at least."
+        sentence = f"{number_of(fewest, 'sample')}: too few for reliable standard errors; use {GROUPS} or more."
         found.append(Caution(FEW_SAMPLES, sentence, tuple(rows)))
     return found
 
@@ -140,8 +141,8 @@ def _of_outcomes(rows: Mapping[str, ComparedModel]) -> list[Caution]:
     if not 0 < number < FEWEST:
         return []
     sentence = (
-        f"{number_of(number, 'model')} with an outcome: too few to conclude anything on how flatness goes with the "
-        "outcome. Some dozens of models are needed."
+        f"{number_of(number, 'model')} with an outcome: too few to conclude anything about how flatness is related to "
+        "the outcome. Some dozens of models are needed."
     )
     return [Caution("few_models", sentence, tuple(rows))]
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lightning_flatness.checks import is_number
+from lightning_flatness.checks import as_number
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.measure.batches import check_rereadable
 from lightning_flatness.measure.cautions import cautions_of
 from lightning_flatness.measure.compared import are_paired, covariances_of, errors_of, row_of
 from lightning_flatness.measure.correlations import correlations_of
-from lightning_flatness.measure.side_by_side import Beside, measured_together
+from lightning_flatness.measure.side_by_side import measured_together, with_forward_numbers
 from lightning_flatness.results import Comparison, FlatnessReport
 
 Models = Mapping[str, FlatnessReport | nn.Module] | Sequence[FlatnessReport | nn.Module]
@@ -85,7 +86,6 @@ def compare(
     given = _named(models)
     networks = {name: model for name, model in given.items() if isinstance(model, nn.Module)}
     _check(networks, batches, train_batches, options, outcome is not None)
-    of_networks = Beside(batches if outcome is not None else None, train_batches, options)
     outcomes = _by_name("outcome", outcome, given)
     losses = {name: _loss_of(name, loss) for name, loss in _by_name("train_losses", train_losses, given).items()}
 
@@ -96,7 +96,10 @@ def compare(
     rows = {}
     for index, (name, report) in enumerate(reports.items()):
         row = row_of(name, report, errors_of(covariances, index), losses.get(name), outcomes.get(name))
-        rows[name] = of_networks.add(row, networks[name]) if name in networks else row
+        if name in networks:
+            of_baselines = batches if outcomes else None
+            row = with_forward_numbers(row, networks[name], of_baselines, train_batches, options)
+        rows[name] = row
     return Comparison(
         rows,
         cautions_of(rows, networks, batches),
@@ -124,24 +127,20 @@ def _check(networks: Mapping[str, nn.Module], batches: Any, train_batches: Any, 
             "compare() runs in one process. Make reports with measure_flatness(..., sync=True) on all ranks, and "
             "compare these."
         )
-    if is_reread and isinstance(batches, Iterator):
-        raise FlatnessError(
-            f"batches is a {type(batches).__name__}, which can be read only once, and outcome= needs a second pass. "
-            "Give a list or a DataLoader."
-        )
-    if len(networks) > 1 and isinstance(train_batches, Iterator):
-        raise FlatnessError(
-            f"train_batches is a {type(train_batches).__name__}, which can be read only once, and every model needs a "
-            "pass over it. Give a list or a DataLoader."
-        )
+    if is_reread:
+        check_rereadable(batches, "outcome= needs a second pass")
+    if len(networks) > 1:
+        check_rereadable(train_batches, "every model needs a pass over it", "train_batches")
 
 
 def _loss_of(name: str, loss: FlatnessReport | float) -> float:
     """Return the training loss of model ``name``, which the user gave as a number or as a report."""
-    value = loss.loss if isinstance(loss, FlatnessReport) else loss
-    if not is_number(value):
-        raise FlatnessError(f"train_losses of '{name}': give a number, or a FlatnessReport of the training data.")
-    return float(value)
+    value = loss.loss if isinstance(loss, FlatnessReport) else as_number(loss)
+    if value is None:
+        raise FlatnessError(
+            f"train_losses= of model '{name}' is {loss!r}; give a number, or a FlatnessReport of the training data."
+        )
+    return value
 
 
 def _by_name(argument: str, values: Any, models: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_flatness.checks import is_number
+from lightning_flatness.checks import as_number
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional.sampling import grouped, jackknife_covariance, means_without_groups
 from lightning_flatness.results import ComparedModel, FlatnessReport
@@ -31,8 +31,9 @@ def row_of(
     If ``train_loss`` is None and the report was measured on training data, the report's loss is the training loss.
     Raise a :class:`FlatnessError` if the outcome is no number.
     """
-    if outcome is not None and not is_number(outcome):
-        raise FlatnessError(f"outcome of '{name}' is {outcome!r}; give a number.")
+    number = math.nan if outcome is None else as_number(outcome)
+    if number is None:
+        raise FlatnessError(f"outcome= of model '{name}' is {outcome!r}; give a number.")
     if train_loss is None and report.data == "train":
         train_loss = report.loss
         errors = errors | {"train_loss": errors["loss"]} if "loss" in errors else errors
@@ -63,7 +64,7 @@ def row_of(
         batch_norms=report.batch_norms,
         fresh_batch_norms=report.fresh_batch_norms,
         train_loss=math.nan if train_loss is None else train_loss,
-        outcome=math.nan if outcome is None else float(outcome),
+        outcome=number,
     )
 
 
@@ -90,9 +91,9 @@ def covariances_of(reports: Sequence[FlatnessReport], is_paired: bool) -> dict[s
                 else float(jackknife_covariance(replicate[:, None]))
                 for report, replicate in zip(reports, known, strict=True)
             ]
-            covariance = torch.tensor(own, dtype=torch.float64).diag()
+            covariance = torch.tensor(own, dtype=torch.float64, device="cpu").diag()
         estimates = [_estimate_error(report, number) ** 2 for report in reports]
-        found[number] = covariance + torch.tensor(estimates, dtype=torch.float64).diag()
+        found[number] = covariance + torch.tensor(estimates, dtype=torch.float64, device="cpu").diag()
     return found
 
 
@@ -102,10 +103,15 @@ def are_paired(reports: Sequence[FlatnessReport], together: bool = False) -> boo
     Models that were measured ``together`` had the same samples. Otherwise the reports must have equal sample weights,
     and a sample that two networks both classify correctly must have the same class in both reports. This check detects
     reports whose samples differ or are in another order. It needs correctly classified samples of at least two classes;
-    without these, the result is False.
+    without these, the result is False. Raise a :class:`FlatnessError` if models that were measured ``together`` have
+    different numbers of samples.
     """
     if not all({"correct", "prediction", "weight"} <= report.samples.keys() for report in reports):
         return False
+    sizes = [len(report.samples["weight"]) for report in reports]
+    if together and len(set(sizes)) > 1:
+        listed = " / ".join(map(str, sizes))
+        raise FlatnessError(f"same_samples=True, but the reports have {listed} samples. Leave same_samples= out.")
     if together:
         return True
     first = reports[0].samples

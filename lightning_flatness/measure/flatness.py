@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.layers.options import MEASURES
-from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.batches import as_batches, paired_batches
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.progress import length_of, progress_bar
 from lightning_flatness.model.isolation import kept_switched
@@ -127,7 +127,7 @@ def measure_flatness(
     )
     with kept_switched(model):
         with progress_bar(progress) as bar, paired_batches(model, batches) as pairs:
-            task = bar.add_task("Flatness", total=length_of(batches))
+            task = bar.add_task("Flatness", total=length_of(as_batches(batches)))
             for index, (inputs, targets) in enumerate(pairs):
 
                 def advance(part: float, index: int = index) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import BatchError, LayerSelectionError
 from lightning_flatness.functional.baselines import feature_spreads, margins
 from lightning_flatness.layers.selection import select
-from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.batches import NO_LOSS, paired_batches, with_targets
 from lightning_flatness.model.copy import ModelCopy
 from lightning_flatness.model.isolation import isolated, kept_switched, without_wrapper
 from lightning_flatness.model.logits import finding_what_is_not_finite, logits_of
@@ -42,11 +42,7 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
     model = without_wrapper(model)
     classifier, sums = _Classifier(), torch.zeros(0, device="cpu")
     with kept_switched(model), paired_batches(model, batches) as pairs:
-        for inputs, targets in pairs:
-            if targets is None:
-                raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
-            if targets.ndim and not len(targets):
-                continue
+        for inputs, targets in with_targets(pairs):
             with isolated(model), finding_what_is_not_finite(model, inputs):
                 copy = ModelCopy(model, options.measuring_dtype)
                 if not len(sums):
@@ -56,7 +52,7 @@ def forward_numbers(model: nn.Module, batches: Iterable[Any], options: Measuring
                     batch = _sums(options, logits, targets.to(logits.device), classifier)
             sums = batch + sums if len(sums) else batch
     if not len(sums) or not float(sums[0]) > 0:
-        raise BatchError("No samples are left, so there is no loss. Is the data set empty, or are all targets ignored?")
+        raise BatchError(NO_LOSS)
     weight, loss, count, margin, spread = sums.tolist()
     return ForwardNumbers(loss / weight, margin / count, spread / count)
 
@@ -118,7 +114,7 @@ def _sums(options: MeasuringOptions, logits: Tensor, targets: Tensor, classifier
     counts = count > 0
     margin = torch.full_like(loss, torch.nan)
     if bool((counts & correct.isfinite()).any()):
-        classes = targets.clamp(0, logits.shape[1] - 1)
+        classes = targets.long().clamp(0, logits.shape[1] - 1)
         margin = torch.where(correct.isfinite(), margins(logits, classes), torch.nan)
     of_samples = torch.stack([weight, loss, count, margin, classifier.spreads(logits)], dim=1)
     return of_samples[counts].sum(0).cpu()

@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.checks import check_positive, check_whole
+from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import LargestEigenvalues, largest_eigenvalues
 from lightning_flatness.layers.certified import Certified, CertifiedPass
 from lightning_flatness.layers.operators import Operator, operators_of
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.passes import OwnPasses
-from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.batches import NO_SAMPLE, paired_batches
 from lightning_flatness.measure.ranks import gather, raise_on_all, sum_over_ranks
 from lightning_flatness.model.copy import measuring_device
 from lightning_flatness.model.isolation import isolated, kept_switched, without_wrapper
@@ -98,8 +99,9 @@ def measure_lambda_max(
         strict=strict,
         dtype=dtype,
     )
-    if not isinstance(max_products, int) or max_products < 1 or not tolerance > 0:
-        raise FlatnessError(f"measure_lambda_max: {max_products=} must be at least 1 and {tolerance=} must be above 0.")
+    check_whole("max_products", max_products, least=1)
+    check_positive("tolerance", tolerance)
+    check_positive("max_gigabytes", max_gigabytes)
     model = without_wrapper(whole_model(model) if sync else model)
     passes = OwnPasses(model, options)
     operators: dict[str, list[Operator]] = {}
@@ -172,7 +174,7 @@ def _together(ranks: Sequence[_Measured], model: nn.Module) -> _Measured:
     measured = [rank for rank in ranks if rank.num_samples]
     normalizer = sum(rank.normalizer for rank in ranks)
     if not normalizer > 0:
-        raise BatchError("No sample was measured. Is the data set empty, or was the generator read before?")
+        raise BatchError(NO_SAMPLE)
     for rank in measured:
         different = sorted(rank.infos.keys() ^ measured[0].infos.keys())
         if different:

@@ -112,9 +112,9 @@ def loss_landscape(
         A :class:`~lightning_flatness.LandscapeResult`. Losses that are not finite are kept, with a warning.
 
     Raises:
-        FlatnessError: an option is invalid, all parameters are frozen, the optimizer has no moments for Adam axes,
-            batches can be read only once, or ``resume=`` has other settings, weights, axes or data.
-        BatchError: batches, targets or logits do not fit the loss.
+        FlatnessError: an option is invalid, all parameters are frozen, the optimizer has no moments for Adam axes, or
+            ``resume=`` has other settings, weights, axes or data.
+        BatchError: batches can be read only once, or batches, targets or logits do not fit the loss.
         LandscapeError: the model or the loss fails at a point; the error's ``result`` has the points computed so far.
 
     Source:

@@ -67,7 +67,7 @@ def completed(
     losses = torch.where(new, loss / origin.sums.normalizer, result.losses.flatten())
     accuracies = result.accuracies
     if accuracies is not None:
-        shares = torch.where(losses.isnan(), math.nan, correct / origin.sums.counted)
+        shares = torch.where(losses.isnan(), math.nan, correct / origin.sums.num_samples)
         accuracies = torch.where(new, shares, accuracies.flatten()).reshape(accuracies.shape)
     result = replace(
         result,
@@ -78,7 +78,8 @@ def completed(
     )
     failed = failed_ranks(failure, batches.sync)
     if failed:
-        reasons = "; ".join(f"rank {rank}: {message}" for rank, message in failed.items())
+        named = (f"rank {rank}: {message}" for rank, message in failed.items())
+        reasons = "; ".join(named if len(ranks) > 1 else failed.values())
         raise LandscapeError(
             f"The landscape failed after {int(result.computed.sum())} of {len(grid)} points ({reasons}). The "
             "points computed so far are in the error's .result; give it as resume= to continue.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+import math
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import CrossEntropy, Loss
-from lightning_flatness.measure.batches import as_batches, paired_batches
+from lightning_flatness.functional.losses import are_correct
+from lightning_flatness.measure.batches import NO_LOSS, as_batches, check_rereadable, paired_batches, with_targets
 from lightning_flatness.measure.ranks import gather, raise_on_all
 from lightning_flatness.model.logits import question_outputs
 from lightning_flatness.model.points import Points
@@ -29,8 +31,7 @@ class LossSums:
     loss: float = 0.0
     normalizer: float = 0.0  # the mean loss is loss / normalizer
     num_samples: int = 0  # samples whose targets are not ignored
-    correct: float = 0.0  # number of samples whose largest logit is that of their class
-    counted: int = 0  # number of samples whose target is a class index that is not ignored
+    correct: float = 0.0  # number of samples whose largest logit is that of their class; NaN if not known
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
@@ -42,8 +43,8 @@ class LossSums:
 
     @property
     def accuracy(self) -> float | None:
-        """The share ``correct / counted``; None if targets are not class indices."""
-        return self.correct / self.counted if self.counted else None
+        """The share of correctly classified samples; None if a target is not a class index."""
+        return None if math.isnan(self.correct) else self.correct / self.num_samples
 
 
 @dataclass(frozen=True)
@@ -71,23 +72,14 @@ class RepeatedBatches:
     """Batches that are read many times, always in the same order and with the same random numbers."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, sync: bool) -> None:
-        if isinstance(batches, Iterator):
-            raise FlatnessError(
-                f"batches is a {type(batches).__name__}, which can be read only once, but every point needs a pass "
-                "over the batches: give a list of (inputs, targets) or a DataLoader."
-            )
-        batches = as_batches(batches)
-        self._model, self._batches, self._loss = model, batches, loss
+        check_rereadable(batches, "every point needs a pass over the batches")
+        self._model, self._batches, self._loss = model, as_batches(batches), loss
         self.sync = sync
 
     def pairs(self) -> Generator[tuple[Any, Tensor]]:
         """Yield inputs and targets of every batch that has samples; closing the generator restores random states."""
         with paired_batches(self._model, self._batches) as pairs:
-            for inputs, targets in pairs:
-                if targets is None:
-                    raise BatchError("A batch has no targets, which the loss needs; give pairs (inputs, targets).")
-                if targets.ndim == 0 or len(targets):
-                    yield inputs, targets
+            yield from with_targets(pairs)
 
     def at_origin(self, points: Points) -> Origin:
         """Make the first pass over the batches, with the model's own weights, and return its results.
@@ -114,9 +106,7 @@ class RepeatedBatches:
         ranks = gather((own, sizes), self.sync)
         total = sum((sums for sums, _ in ranks), LossSums())
         if not total.normalizer > 0:
-            raise BatchError(
-                "No samples are left, so there is no loss. Is the data set empty, or are all targets ignored?"
-            )
+            raise BatchError(NO_LOSS)
         return Origin(total, own, [sizes for _, sizes in ranks], sum(sizes), chunk)
 
     def at(self, points: Points, coordinates: Tensor, recompute: bool, origin: Origin) -> Tensor:
@@ -138,9 +128,7 @@ class RepeatedBatches:
                 logits = points.logits(state, inputs)
                 targets = targets.to(logits.device)
                 sums[0] += torch.stack([self._loss.total(one, targets) for one in logits]).cpu()
-                counted = self._with_class(logits[0], targets)
-                if counted is not None:
-                    sums[1] += _num_correct(logits, targets, counted).cpu()
+                sums[1] += self._correct(logits, targets).sum(-1).cpu()
                 samples += len(targets)
         if samples != origin.num_samples:
             raise BatchError(
@@ -152,22 +140,20 @@ class RepeatedBatches:
     def _sums(self, logits: Tensor, targets: Tensor) -> LossSums:
         """Return the sums over one batch; raise an error if logits and targets differ in length."""
         targets = targets.to(logits.device)
-        if targets.ndim == 0 or len(targets) != len(logits):
+        if len(targets) != len(logits):
             raise BatchError(f"The batch has {len(logits)} logits and targets of shape {tuple(targets.shape)}.")
         derivatives = self._loss(logits, targets)
-        sums = LossSums(float(self._loss.total(logits, targets)), derivatives.normalizer, derivatives.num_samples)
-        counted = self._with_class(logits, targets)
-        if counted is None:
-            return sums
-        return sums + LossSums(correct=float(_num_correct(logits, targets, counted)), counted=int(counted.sum()))
+        return LossSums(
+            float(self._loss.total(logits, targets)),
+            derivatives.normalizer,
+            derivatives.num_samples,
+            float(self._correct(logits, targets).sum()),
+        )
 
-    def _with_class(self, logits: Tensor, targets: Tensor) -> Tensor | None:
-        """Return a mask of the samples whose class index is not ignored; None if targets are not class indices."""
-        whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
-        if not whole or targets.ndim != 1 or logits.shape[1] < 2 or self._loss.name in ("mse", "binary_cross_entropy"):
-            return None
-        ignored = self._loss.ignore_index if isinstance(self._loss, CrossEntropy) else None
-        return targets != ignored if ignored is not None else torch.ones_like(targets, dtype=torch.bool)
+    def _correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return which samples are classified correctly at each point, ``(..., N)``, as ``are_correct`` does."""
+        kept = targets.long() != self._loss.ignore_index if isinstance(self._loss, CrossEntropy) else None
+        return are_correct(logits, targets, kept)
 
 
 def _worthwhile_chunk(points: Points, inputs: Any) -> int:
@@ -184,11 +170,3 @@ def _worthwhile_chunk(points: Points, inputs: Any) -> int:
     except Exception:
         return 1  # the counter does not support every operation; the forward pass itself has succeeded before
     return CHUNK if counter.get_total_flops() < LIGHT_PASS else 1
-
-
-def _num_correct(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Return how many samples have their largest logit at their class, among those for which ``counted`` is True.
-
-    For ``logits`` of shape ``(..., N, K)``, the result has shape ``(...)``.
-    """
-    return ((logits.argmax(-1) == targets) & counted).double().sum(-1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import BatchError
-from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.measure.batches import check_rereadable, paired_batches
 from lightning_flatness.measure.ranks import sum_over_ranks
 from lightning_flatness.model.hessian import LossCurvature
 
@@ -23,11 +23,7 @@ class MeanHessian:
     """
 
     def __init__(self, model: nn.Module, curvature: LossCurvature, batches: Iterable[Any], sync: bool) -> None:
-        if isinstance(batches, Iterator):
-            raise BatchError(
-                f"The batches are a {type(batches).__name__}, which can be read only once, but every product with the "
-                "Hessian reads all batches. Give a DataLoader, or list(batches)."
-            )
+        check_rereadable(batches, "every product with the Hessian reads all batches")
         self._model, self._curvature, self._batches, self._sync = model, curvature, batches, sync
         self.num_products = 0
         self._sum, self._normalizer, samples = self._pass(None).tolist()
@@ -51,7 +47,7 @@ class MeanHessian:
             raise BatchError(
                 f"The mean loss over all batches is {loss / self._normalizer:.9g} in one pass and {self.loss:.9g} in "
                 "another, so the Hessian is not unique. The cause may be random augmentation, noise in the forward "
-                "pass, or a loader that has drop_last and a generator of its own. Give list(loader), and switch the "
+                "pass, or a loader that leaves out other samples in every pass. Give list(loader), and switch the "
                 "noise off."
             )
         mean: Tensor = sums[3:] / self._normalizer

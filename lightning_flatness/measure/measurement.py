@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_flatness.errors import BatchError
 from lightning_flatness.functional import filter_flatness, filter_traces
 from lightning_flatness.functional.channels import ChannelSums
+from lightning_flatness.functional.conditions import same_values
 from lightning_flatness.layers.closed_form import ClosedForms
 from lightning_flatness.layers.live import Listener
 from lightning_flatness.layers.network import make_of
@@ -20,6 +21,7 @@ from lightning_flatness.layers.observer import FlatnessObserver
 from lightning_flatness.layers.options import Options
 from lightning_flatness.layers.sums import LayerSums, added
 from lightning_flatness.layers.waiting import WaitingSamples
+from lightning_flatness.measure.batches import NO_SAMPLE
 from lightning_flatness.measure.metric import FlatnessMetric
 from lightning_flatness.measure.ranks import gather, num_ranks, own_rank
 from lightning_flatness.measure.samples import FIRST_SAMPLES, Held, Samples, SampleValues, deviations_of
@@ -38,13 +40,17 @@ class Measurement:
     the first samples of the measured set, over all ranks (:meth:`take_spread`). Until they are known, samples are
     "held": the measurement keeps them in memory, and measures them later (:meth:`measure_held`). With ``sync``, all
     ranks make one report together.
+
+    ``observer`` is the :class:`FlatnessObserver` of the model. It tells whether the user's forward passes can be
+    observed (``why_not_live``), and observes them (``listen``) for :meth:`update_observed`. If ``observer.repeats``,
+    batches whose pass was not observed must be added by :meth:`update_repeated`.
     """
 
     def __init__(self, model: nn.Module, *, sync: bool = False, per_sample: bool = False, **options: Any) -> None:
         seed = options.get("seed", 0)
         self._options = Options(**options)  # raises an error for invalid options
         # Every rank has its own seed: variances may be summed over ranks only if their probes are independent.
-        self._observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank(sync)})
+        self.observer = FlatnessObserver(model, **options | {"seed": seed + 1000 * own_rank(sync)})
         self._sync = sync
         self._model = model
         self._sums: dict[str, LayerSums] = {}
@@ -56,12 +62,7 @@ class Measurement:
     @property
     def layers(self) -> Mapping[str, LayerInfo]:
         """Mapping from layer names to descriptions of how the layers are measured; empty before the first batch."""
-        return self._observer.layers
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """With ``layers="all"``, mapping from names of layers to the reasons why they cannot be measured."""
-        return self._observer.left_out
+        return self.observer.layers
 
     def update(
         self,
@@ -78,7 +79,7 @@ class Measurement:
         """
         samples = num_rows(inputs, targets)
         if self._deviations is not None or not samples:
-            self._add(self._observer.sums(inputs, targets, advance), positions)
+            self._add(self.observer.sums(inputs, targets, advance), positions)
             return
         positions = self._positions(samples, positions)
         held, channels = self._hold_first(inputs, targets, positions, advance)
@@ -88,7 +89,7 @@ class Measurement:
             if not self._is_last(positions):  # the user's code may write to this batch before it is measured
                 copied = inputs.clone() if isinstance(inputs, Tensor) else as_call(inputs).copied()
                 kept = copied, None if targets is None else targets.clone()
-            self._hold(channels, positions[rows], lambda: self._observer.sums(*kept, advance, rows))
+            self._hold(channels, positions[rows], lambda: self.observer.sums(*kept, advance, rows))
         self.settle_when_due()
 
     def _hold_first(
@@ -106,14 +107,14 @@ class Measurement:
         among_first = (positions < FIRST_SAMPLES).nonzero()
         if not len(among_first):
             return 0, {}
-        waiting = self._observer.waiting(inputs, targets, slice(0, int(among_first.max()) + 1), advance)
+        waiting = self.observer.waiting(inputs, targets, slice(0, int(among_first.max()) + 1), advance)
         forms = [part.forms for part in waiting if part.forms is not None]
         if len(forms) < len(waiting):
             return 0, WaitingSamples.joined(waiting)
         held = 0
         for part, of_part in zip(waiting, forms, strict=True):
             end = held + of_part.num_samples
-            self._hold(part.channels, positions[held:end], partial(self._observer.sums_of, of_part))
+            self._hold(part.channels, positions[held:end], partial(self.observer.sums_of, of_part))
             held = end
         return held, {}
 
@@ -122,11 +123,11 @@ class Measurement:
         before = self._weights()
 
         def measured() -> dict[str, LayerSums]:
-            if not all(map(torch.equal, before, self._weights())):
+            if not all(map(same_values, before, self._weights())):
                 raise BatchError(
-                    "The weights have changed before the first samples could be measured. One cause is weight "
-                    "averaging that ends before the validation does, if the loader has no length. Give the loader a "
-                    "length, or leave 'normalized_relative_flatness' out of measures=."
+                    "The weights have changed before the first samples could be measured. If a validation loader "
+                    "has no length, weight averaging may swap the weights back before these samples are measured. "
+                    "Give the loader a length, or leave 'normalized_relative_flatness' out of measures=."
                 )
             return measure()
 
@@ -167,7 +168,7 @@ class Measurement:
         """
         if self._deviations is None:
             self._deviations = deviations_of(self._held, self._sync)
-            self._observer.normalize(self._deviations)
+            self.observer.normalize(self._deviations)
 
     def measure_held(self) -> None:
         """Measure the samples that are held. The standard deviations of the input channels must be known."""
@@ -175,28 +176,16 @@ class Measurement:
         for some in held:
             self._add(some.measure(), some.positions)
 
-    def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
-        """Return the samples of a batch for which ``mask``, ``(N,)``, is true, as ``FlatnessObserver.chosen`` does."""
-        return self._observer.chosen(inputs, targets, mask)
-
     def certify(self, inputs: Any, targets: Tensor | None, live: bool) -> None:
         """Certify the layers: check their numbers against autograd on a batch, without adding the batch.
 
         ``live`` says that forward passes of the user's code shall be observed. If ``live`` and the model runs in half
         precision, also find out whether these passes can be observed.
         """
-        self._observer.sums(inputs, targets)
+        self.observer.sums(inputs, targets)
         if live and runs_in_half(self._model, as_call(inputs).precision):
             with untouched(self._model), torch.no_grad():  # training may have begun, and must not see this pass
-                self.why_not_live(inputs, targets)
-
-    def why_not_live(self, inputs: Any, targets: Tensor | None) -> str:
-        """Return why the user's forward passes cannot be observed; ``""`` if ``FlatnessObserver`` can observe them."""
-        return self._observer.why_not_live(inputs, targets)
-
-    def listen(self, inputs: Any = None) -> Listener:
-        """Return a context manager that observes the user's call of the model, as ``FlatnessObserver.listen`` does."""
-        return self._observer.listen(inputs)
+                self.observer.why_not_live(inputs, targets)
 
     def update_observed(
         self, listener: Listener, targets: Tensor | None = None, positions: Tensor | None = None
@@ -207,23 +196,9 @@ class Measurement:
         if the standard deviations of the input channels are not known.
         """
         if self._deviations is not None:
-            self._add(self._observer.observed_sums(listener, targets), positions)
+            self._add(self.observer.observed_sums(listener, targets), positions)
             return
-        self._hold_forms(self._observer.observed_forms(listener, targets), positions)
-
-    @property
-    def observes_half(self) -> bool:
-        """Whether :meth:`why_not_live` has found layers, the classifier or the logits in half precision."""
-        return self._observer.observes_half
-
-    @property
-    def repeats(self) -> bool:
-        """Whether batches whose forward pass was not observed must be added by :meth:`update_repeated`.
-
-        This is True for a compiled model. It is also True in half precision, because all samples must be measured in
-        the same precision.
-        """
-        return self._observer.repeats
+        self._hold_forms(self.observer.observed_forms(listener, targets), positions)
 
     def update_repeated(self, inputs: Any, targets: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Run the model on one batch in the same way as the user does, observe this forward pass, and add the batch.
@@ -231,11 +206,11 @@ class Measurement:
         If this raises an error, nothing is added. Call :meth:`settle_when_due` afterwards, as for
         :meth:`update_observed`.
         """
-        forms = self._observer.repeated_forms(inputs, targets)
+        forms = self.observer.repeated_forms(inputs, targets)
         if self._deviations is None:
             self._hold_forms(forms, positions)
         else:
-            self._add(self._observer.sums_of(forms), positions)
+            self._add(self.observer.sums_of(forms), positions)
 
     def _hold(
         self, channels: Mapping[str, ChannelSums], positions: Tensor, measure: Callable[[], dict[str, LayerSums]]
@@ -246,7 +221,7 @@ class Measurement:
     def _hold_forms(self, forms: ClosedForms, positions: Tensor | None) -> None:
         """Hold the samples of an observed forward pass. ``forms`` has the tensors to measure them from later."""
         positions = self._positions(forms.num_samples, positions)
-        self._hold(forms.channels(), positions, partial(self._observer.sums_of, forms))
+        self._hold(forms.channels(), positions, partial(self.observer.sums_of, forms))
 
     def _positions(self, samples: int, positions: Tensor | None) -> Tensor:
         """Return the indices of this rank's next samples in the measured set, ``(samples,)``.
@@ -297,10 +272,10 @@ class Measurement:
         """
         self.take_spread()
         self.measure_held()
-        ranks = gather((self.layers, self.left_out), self._sync)
+        ranks = gather((self.layers, self.observer.left_out), self._sync)
         found = [(layers, left_out) for layers, left_out in ranks if layers]
         if not found:
-            raise BatchError("No sample was measured. Is the data set empty, or was the generator read before?")
+            raise BatchError(NO_SAMPLE)
         for layers, left_out in found:
             if layers.keys() != found[0][0].keys():
                 different = sorted(layers.keys() ^ found[0][0].keys())

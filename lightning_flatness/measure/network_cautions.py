@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lightning_flatness.functional.conditions import same_values
 from lightning_flatness.results import Caution, ComparedModel
 from lightning_flatness.results.texts import named
 
@@ -70,9 +71,10 @@ def _of_misfit(apart: Mapping[str, float]) -> list[Caution]:
     misfits = tuple(name for name, value in apart.items() if value > FAR_APART and value > TIMES * least)
     if not misfits:
         return []
+    these, they = ("this network does", "it") if len(misfits) == 1 else ("these networks do", "they")
     sentence = (
         f"Running statistics of BatchNorm do not fit the data in {named(misfits)}, but they do in other networks. So "
-        "the network is not the one that was trained; after averaging weights, update the statistics "
+        f"{these} not compute what {they} computed in training. After averaging weights, update the statistics "
         "(torch.optim.swa_utils.update_bn)."
     )
     words = f"statistics of BatchNorm do not fit the data in {named(misfits)}"
@@ -112,7 +114,4 @@ def _are_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor
     """Return whether two mappings have the same names and equal tensors, possibly on different devices."""
     if one.keys() != other.keys():
         return False
-    return all(
-        tensor.shape == other[name].shape and torch.equal(tensor.cpu(), other[name].cpu())
-        for name, tensor in one.items()
-    )
+    return all(same_values(tensor.cpu(), other[name].cpu()) for name, tensor in one.items())

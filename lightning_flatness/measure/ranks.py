@@ -36,12 +36,12 @@ def gather(value: Value, sync: bool) -> list[Value]:
     return gathered
 
 
-def failed_ranks(error: Exception | str | None, sync: bool) -> dict[int, str]:
+def failed_ranks(error: Exception | None, sync: bool) -> dict[int, str]:
     """Return a mapping from the ranks that failed to their error messages.
 
-    ``error`` is the error of this rank, or the message of this error, or None if this rank did not fail.
+    ``error`` is the error of this rank, or None if this rank did not fail.
     """
-    messages = gather(in_one_line(error) if isinstance(error, Exception) else error, sync)
+    messages = gather(None if error is None else in_one_line(error), sync)
     return {rank: message for rank, message in enumerate(messages) if message is not None}
 
 

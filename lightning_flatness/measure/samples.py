@@ -36,7 +36,7 @@ def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
 
     The standard deviations are those over the first samples of the measured set, whose positions are below
     ``FIRST_SAMPLES``. With ``sync``, the first samples of all ranks are used. This function is then a collective, which
-    every rank calls once in a measurement.
+    every rank calls once in a measurement, even with an empty list.
     """
     totals: dict[str, list[ChannelSums]] = {}
     for some in held:
@@ -49,11 +49,6 @@ def deviations_of(held: list[Held], sync: bool) -> dict[str, Tensor]:
         name: ChannelSums.added([of_rank[name] for of_rank in ranks if name in of_rank]).deviations()
         for name in {name for of_rank in ranks for name in of_rank}
     }
-
-
-def without_samples(sync: bool) -> None:
-    """Take part in the collective :func:`deviations_of` on a rank that has no samples to measure."""
-    deviations_of([], sync)
 
 
 class SampleValues:
@@ -197,8 +192,8 @@ class Samples:
         """
         if self.of_samples is None:
             return {}
-        weighted = self.of_layers[name] / self.of_samples[:, WEIGHT, None]
-        values = dict(zip(SAMPLE_MEASURES, weighted.unbind(1), strict=True))
+        of_samples = _without_weight(self.of_layers[name], self.of_samples[:, WEIGHT])
+        values = dict(zip(SAMPLE_MEASURES, of_samples.unbind(1), strict=True))
         return {measure: of_samples for measure, of_samples in values.items() if not bool(of_samples.isnan().all())}
 
     def values_of_network(self) -> dict[str, Tensor]:
@@ -209,13 +204,19 @@ class Samples:
         if self.of_samples is None:
             return {}
         weight = self.of_samples[:, WEIGHT]
+        loss, curvature = _without_weight(self.of_samples[:, [LOSS, CURVATURE]], weight).unbind(1)
         return {
-            "loss": self.of_samples[:, LOSS] / weight,
-            "curvature": self.of_samples[:, CURVATURE] / weight,
+            "loss": loss,
+            "curvature": curvature,
             "prediction": self.of_samples[:, PREDICTION].long(),
             "correct": self.of_samples[:, CORRECT],
             "weight": weight,
         }
+
+
+def _without_weight(values: Tensor, weight: Tensor) -> Tensor:
+    """Divide the values of samples, ``(N, Q)``, by the weights of the samples, ``(N,)``; NaN where the weight is 0."""
+    return torch.where(weight[:, None] > 0, values / weight[:, None], torch.nan)
 
 
 def _named(errors: Tensor) -> dict[str, float]:

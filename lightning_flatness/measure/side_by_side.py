@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from typing import Any
 
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_flatness.errors import FlatnessError
-from lightning_flatness.measure.batches import paired_batches
+from lightning_flatness.errors import naming
+from lightning_flatness.measure.batches import as_batches, moved, paired_batches
 from lightning_flatness.measure.forward_numbers import forward_numbers
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.measure.progress import length_of, progress_bar
@@ -39,58 +38,39 @@ def measured_together(
         for model in models.values():
             stack.enter_context(kept_switched(model))
         with progress_bar(progress) as bar, paired_batches(first, batches) as pairs:
-            number = length_of(batches)
+            number = length_of(as_batches(batches))
             task = bar.add_task("Flatness", total=None if number is None else number * len(models))
             for inputs, targets in pairs:
                 for name, measurement in measurements.items():
-                    with model_named(name):
-                        measurement.update(*_moved((inputs, targets), models[name]))
+                    with naming(name, "Model"):
+                        measurement.update(*moved((inputs, targets), models[name]))
                     bar.advance(task)
         reports = {}
         for name, measurement in measurements.items():
-            with model_named(name):
+            with naming(name, "Model"):
                 reports[name] = replace(measurement.report(), data=data)
     return reports
 
 
-def _moved(batch: Any, model: nn.Module) -> Any:
-    """Return a batch with all tensors on the model's device."""
-    tensor = next((tensor for tensor in [*model.parameters(), *model.buffers()]), None)
-    return batch if tensor is None else apply_to_collection(batch, Tensor, lambda part: part.to(tensor.device))
+def with_forward_numbers(
+    row: ComparedModel,
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    train_batches: Iterable[Any] | None,
+    options: Mapping[str, Any],
+) -> ComparedModel:
+    """Return a row of a comparison with the training loss of its model, and with its baselines.
 
-
-@contextmanager
-def model_named(name: str) -> Iterator[None]:
-    """Put the model's name in front of the message of every ``FlatnessError`` raised inside the block."""
-    try:
-        yield
-    except FlatnessError as error:
-        raise type(error)(f"Model '{name}': {error}") from error
-
-
-@dataclass(frozen=True)
-class Beside:
-    """Adds the training loss and the baselines of models to the rows of a comparison.
-
-    The training loss is measured only if ``train_batches`` are given. The baselines, margin and feature spread, are
-    measured only if ``batches`` are given (see :class:`ForwardNumbers`).
+    The training loss is measured on ``train_batches``, unless these are None or the row has one already. The baselines
+    are measured on ``batches``, unless these are None: margin and feature spread (see :class:`ForwardNumbers`).
+    ``options`` are those of ``measure_flatness``. Messages of errors name the model.
     """
-
-    batches: Iterable[Any] | None
-    train_batches: Iterable[Any] | None
-    options: Mapping[str, Any]
-
-    def add(self, row: ComparedModel, model: nn.Module) -> ComparedModel:
-        """Return ``row`` with the baselines of ``model``, and with its training loss unless ``row`` has one already."""
-        with model_named(row.name):
-            if self.train_batches is not None and math.isnan(row.train_loss):
-                row = replace(row, train_loss=forward_numbers(model, self.train_batches, self._options).loss)
-            if self.batches is not None:
-                found = forward_numbers(model, self.batches, self._options)
-                row = replace(row, margin=found.margin, feature_spread=found.feature_spread)
-        return row
-
-    @property
-    def _options(self) -> MeasuringOptions:
-        known = {field.name for field in fields(MeasuringOptions) if field.init}
-        return MeasuringOptions(**{name: value for name, value in self.options.items() if name in known})
+    known = {field.name for field in fields(MeasuringOptions) if field.init}
+    measuring = MeasuringOptions(**{name: value for name, value in options.items() if name in known})
+    with naming(row.name, "Model"):
+        if train_batches is not None and math.isnan(row.train_loss):
+            row = replace(row, train_loss=forward_numbers(model, train_batches, measuring).loss)
+        if batches is not None:
+            found = forward_numbers(model, batches, measuring)
+            row = replace(row, margin=found.margin, feature_spread=found.feature_spread)
+    return row

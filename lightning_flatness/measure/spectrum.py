@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -171,9 +171,8 @@ def spectrum_of(
         top = Eigenpairs(none, basis[:0].clone(), none, 0)
         probes, traces = [], []
         with progress_bar(progress) as bar:
-            announcement = _announcement(options, top_k, num_steps, hessian.num_samples)
-            if own_rank(sync) == 0 and bar.disable:
-                announcement = replace(announcement, say=say)
+            is_heard = own_rank(sync) == 0 and bar.disable
+            announcement = _announcement(options, top_k, num_steps, hessian.num_samples, say if is_heard else None)
             announcement.begin()
             each = announcement.timing_first(hessian)
             if top_k:
@@ -217,7 +216,9 @@ def spectrum_of(
     )
 
 
-def _announcement(options: SpectrumOptions, top_k: int, num_steps: int, num_samples: int) -> Announcement:
+def _announcement(
+    options: SpectrumOptions, top_k: int, num_steps: int, num_samples: int, say: Say | None
+) -> Announcement:
     """Return the announcement of how many products a spectrum needs.
 
     The number of products for the eigenvalues is an estimate, which comes from experiments with networks.
@@ -227,7 +228,7 @@ def _announcement(options: SpectrumOptions, top_k: int, num_steps: int, num_samp
     parts = [f"{density} for the density"] * bool(density)
     if top_k:
         most = options.max_products + top_k
-        parts.append(f"some {eigenvalues}, at most {most}, for {number_of(top_k, 'eigenvalue')}")
+        parts.append(f"about {eigenvalues}, at most {most}, for {number_of(top_k, 'eigenvalue')}")
     passes = f"each a pass forward and back over {number_of(num_samples, 'sample')}"
     cheaper = ["num_probes= (0 for eigenvalues alone)", "num_steps="] * bool(density) + ["top_k="] * bool(top_k)
     return Announcement(
@@ -235,7 +236,7 @@ def _announcement(options: SpectrumOptions, top_k: int, num_steps: int, num_samp
         density + eigenvalues,
         f"{density + eigenvalues} products with the Hessian ({' and '.join(parts)}), {passes}",
         f"{', '.join(cheaper)}, or fewer samples",
-        None,
+        say,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_flatness.functional.conditions import same_values
 from lightning_flatness.model.precision import Precision, current_precision
 
 
@@ -94,7 +95,7 @@ def _agree(one: Any, other: Any, agree: Callable[[Any, Any], bool]) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+        return one.dtype == other.dtype and one.device == other.device and same_values(one, other)
     if one is other or type(one) is not type(other) or isinstance(one, Tensor):
         return one is other
     if getattr(one, "shape", None) != getattr(other, "shape", None):

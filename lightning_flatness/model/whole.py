@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.functional.conditions import same_values
 
 STATE = "__composable_api"  # torch has no public name for it
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -59,7 +60,7 @@ class WholeWeights:
         if not sharded:
             return model
         _reshard(model)
-        if not all(torch.equal(_sample(parameter), sample) for parameter, sample, _ in self._weights):
+        if not all(same_values(_sample(parameter), sample) for parameter, sample, _ in self._weights):
             raise FlatnessError(
                 "Another callback has changed the weights, which FSDP2 shards, after they were gathered for this "
                 "validation. List the other callback before the callback that measures."

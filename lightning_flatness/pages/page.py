@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
@@ -13,7 +12,6 @@ from lightning_flatness.errors import FlatnessError
 from lightning_flatness.pages.parts import Section
 from lightning_flatness.pages.sections import (
     cautions_of,
-    check_result,
     history_section,
     reading_of,
     section_of,
@@ -24,18 +22,6 @@ from lightning_flatness.results.records import Record
 from lightning_flatness.versions import __version__, versions
 
 MOST_SUMMARIES = 4  # unless there are comparisons, the summary describes at most this number of results
-
-
-@dataclass(frozen=True)
-class Page:
-    """The texts and sections that the template ``report.html.j2`` renders."""
-
-    title: str
-    version: str
-    date: str
-    summary: tuple[str, ...]
-    cautions: tuple[str, ...]
-    sections: tuple[Section, ...]
 
 
 def save_html(
@@ -81,7 +67,7 @@ def save_html(
     shown = list(_named(results))
     if not shown and not history:
         raise FlatnessError("save_html has nothing to show. Give a result or history=.")
-    path.write_text(_rendered(_page(shown, list(history), title, dict(details or {}), tuple(notes))), encoding="utf-8")
+    path.write_text(_page(shown, list(history), title, dict(details or {}), tuple(notes)), encoding="utf-8")
     return path
 
 
@@ -91,7 +77,10 @@ def _named(results: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         is_named = isinstance(result, Mapping) and not isinstance(result, Record)
         entries = result.items() if is_named else [("", result)]
         for name, one in entries:
-            check_result(one)
+            if not isinstance(one, Record):
+                raise FlatnessError(
+                    f"save_html writes results, such as a FlatnessReport, and not a {type(one).__name__}."
+                )
             yield str(name), one
 
 
@@ -101,22 +90,27 @@ def _page(
     title: str,
     details: dict[str, str],
     notes: tuple[str, ...],
-) -> Page:
+) -> str:
+    """Render the template ``report.html.j2``."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     results = [result for _, result in shown]
     compared = [result for result in results if isinstance(result, Comparison)]
     names = [name for name, _ in shown if name]
     now = datetime.now().astimezone()
     short = [("", one) for one in compared] or shown[:MOST_SUMMARIES]
     found = [*(section_of(name, result) for name, result in shown), *([history_section(history)] if history else [])]
-    how = Section("How it came about", (*details.items(), ("Versions", versions())), points=notes)
-    return Page(
+    how = Section("How the results were computed", (*details.items(), ("Versions", versions())), points=notes)
+    templates = PackageLoader("lightning_flatness", "pages")
+    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("report.html.j2").render(
         title=title or _title(list(dict.fromkeys(names)), bool(compared)),
         version=__version__,
         date=f"{now.day} {now:%B %Y, %H:%M %Z}",
-        summary=tuple(sentence for name, result in short for sentence in summary_of(name, result)),
+        summary=[sentence for name, result in short for sentence in summary_of(name, result)],
         cautions=cautions_of(results, bool(history)),
         # Readers need "How to read it" directly below the first numbers.
-        sections=(*found[:1], Section("How to read it", points=reading_of(results, bool(history))), *found[1:], how),
+        sections=[*found[:1], Section("How to read it", points=reading_of(results, bool(history))), *found[1:], how],
     )
 
 
@@ -126,11 +120,3 @@ def _title(names: Sequence[str], is_comparison: bool) -> str:
         return f"{start} {'networks' if is_comparison else 'a network'}"
     *others, last = names
     return f"{start} {', '.join(others)} and {last}" if others else f"{start} {last}"
-
-
-def _rendered(page: Page) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    templates = PackageLoader("lightning_flatness", "pages")
-    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("report.html.j2").render(page=page)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_flatness import plots
-from lightning_flatness.errors import FlatnessError
 from lightning_flatness.pages.parts import Figure, Head, Section, Table, drawn, table_of
 from lightning_flatness.results import (
     Comparison,
@@ -22,11 +21,10 @@ from lightning_flatness.results import (
 )
 from lightning_flatness.results.comparison_tables import decision_table, measures_table, reading
 from lightning_flatness.results.rank_correlation import correlation_table
-from lightning_flatness.results.records import Record
+from lightning_flatness.results.spectrum import MATRICES
 from lightning_flatness.results.tables import METHODS, precision_of, sentence_of
-from lightning_flatness.results.texts import measured, named
+from lightning_flatness.results.texts import measured, named, samples_of
 
-DATA = {"val": "validation data", "train": "training data"}
 UNITS = "in units of the loss"
 MUCH = 0.5  # the page warns if a tenth of the samples contributes more than this share of relative flatness
 # Columns of the table of a training run: keys in the records of its history, and headings.
@@ -39,7 +37,7 @@ HISTORY = {
     "weight_norm": "‖W‖",
 }
 READING = (
-    "A small number is flat: the loss changes little when the weights of the layer change. In spite of its name, "
+    "Lower is flatter: the loss changes less when the weights of the layer change. In spite of its name, "
     "relative flatness is a sharpness, too.",
     "Relative flatness weights the Hessian of the loss by the layer's weights, so that rescaling the layer does not "
     "change it: the sum, over all pairs of filters w_s and w_t, of ⟨w_s, w_t⟩ times the trace of the block of the "
@@ -48,8 +46,8 @@ READING = (
     "Compare networks by it. It stays the same where channels are rescaled in a way that leaves the network's function "
     "as it is; the Hessian trace and plain relative flatness do not.",
     "The curvature is that of the loss with respect to the network's output, without any weights; it is high where "
-    "predictions are unsure. Relative flatness divided by the curvature, or by the loss, shows how much of it comes "
-    "from elsewhere. Neither makes networks of different training loss comparable.",
+    "predictions are unsure. Relative flatness divided by the curvature, or by the loss, shows relative flatness apart "
+    "from the curvature, or apart from the loss. Neither makes networks of different training loss comparable.",
     "± is one standard error over samples: how far the number would be for other samples of the same kind. It says "
     "nothing about other seeds of the training. Two numbers differ clearly if their difference is more than two "
     "standard errors of the difference. The norm of weights ‖W‖ has no error; the error of the neuron-wise measure is "
@@ -61,8 +59,12 @@ READING = (
 )
 READING_OF_SPECTRA = (
     "An eigenvalue λ of the Hessian says how strongly the loss curves along its direction; the trace is the sum of "
-    "all. Smaller is flatter. Beside an eigenvalue stands its residual r: the Hessian has an eigenvalue within ± r. "
+    "all. Smaller is flatter. Beside an eigenvalue stands its residual r: the matrix has an eigenvalue within ± r. "
     "Eigenvalues and trace change when weights are rescaled, so they compare epochs of one run rather than networks.",
+)
+READING_OF_GAUSS_NEWTON = (
+    "The Gauss-Newton matrix is the part of the Hessian that remains if the network is replaced by its linearisation "
+    "in the weights.",
 )
 READING_OF_LANDSCAPES = (
     "A landscape shows the mean loss at weights around those of the network, which are at the origin. A wide valley "
@@ -76,16 +78,18 @@ NOT_TO_CONCLUDE = (
     "That a flatter network generalises better. In published work flatness goes with generalisation among CNNs for "
     "images, and hardly among transformers (Andriushchenko et al. 2023, arXiv 2302.07011). In the study of this "
     "package (digits, equal training loss), once label noise was held fixed, a number without a Hessian did as well.",
-    "That the network as a whole is flat: each number is that of one layer alone.",
+    "That the network as a whole is flat: the numbers describe the measured layers, each by itself or summed.",
 )
 
 
 def reading_of(results: Sequence[Any], has_history: bool) -> tuple[str, ...]:
     """Return sentences that explain how to read ``results`` and, if ``has_history``, the history of a run."""
     is_flatness = has_history or any(isinstance(one, (FlatnessReport, Comparison)) for one in results)
+    matrices = {one.matrix for one in results if isinstance(one, SpectrumResult)}
     return (
         *(READING if is_flatness else ()),
-        *(READING_OF_SPECTRA if any(isinstance(one, SpectrumResult) for one in results) else ()),
+        *(READING_OF_SPECTRA if matrices else ()),
+        *(READING_OF_GAUSS_NEWTON if "gauss_newton" in matrices else ()),
         *(READING_OF_LANDSCAPES if any(isinstance(one, LandscapeResult) for one in results) else ()),
     )
 
@@ -110,8 +114,9 @@ def section_of(name: str, result: Any) -> Section:
     if isinstance(result, FlatnessReport):
         return _report(f"Flatness of layers{ending}", result)
     if isinstance(result, SpectrumResult):
-        figures, notes = drawn(lambda: plots.plot_density(result), f"Spectral density of the Hessian{ending}.")
-        return Section(f"Spectrum of the Hessian{ending}", (), (table_of(result.table()),), figures, notes)
+        matrix = MATRICES[result.matrix]
+        figures, notes = drawn(lambda: plots.plot_density(result), f"Spectral density of the {matrix}{ending}.")
+        return Section(f"Spectrum of the {matrix}{ending}", (), (table_of(result.table()),), figures, notes)
     if isinstance(result, LandscapeResult):
         return _landscape(f"Loss landscape{ending}", result)
     return Section(f"{type(result).__name__}{ending}", (), (table_of(result.table()),))
@@ -126,10 +131,11 @@ def summary_of(name: str, result: Any) -> tuple[str, ...]:
         return (f"{who}{_report_sentence(result)}",)
     samples = number_of(result.num_samples, "sample") if hasattr(result, "num_samples") else ""
     if isinstance(result, SpectrumResult):
-        error = 0.0 if math.isnan(result.trace_stderr) else result.trace_stderr
-        size, trace = number_of(result.num_parameters, "parameter"), measured(result.trace, standard_error=error)
-        largest = f"the largest eigenvalue is {float(result.eigenvalues[0]):.4g}, " if len(result.eigenvalues) else ""
-        return (f"{who}{largest}the trace of the Hessian of {size} is {trace}, over {samples}.",)
+        size = number_of(result.num_parameters, "parameter")
+        numbers = [f"largest eigenvalue {float(value):.4g}" for value in result.eigenvalues[:1]]
+        if result.num_probes:
+            numbers.append(f"trace {measured(result.trace, standard_error=result.trace_stderr)}")
+        return (f"{who}{MATRICES[result.matrix]} of {size}, over {samples}: {', '.join(numbers)}.",)
     if isinstance(result, LandscapeResult):
         lowest = f"{result.lowest_loss:.4g} at the lowest point that was tried"
         return (f"{who}the loss is {result.origin_loss:.4g} at the weights, and {lowest}, over {samples}.",)
@@ -152,9 +158,7 @@ def history_section(history: Sequence[Mapping[str, Any]]) -> Section:
     table = Table(heads, rows, "±: standard error over samples.", "All numbers of the run", folded=True)
     last = history[-1]
     facts = {
-        "Data": f"{number_of(last['num_samples'], 'sample')}{_of(last.get('data') or '')}"
-        if "num_samples" in last
-        else "",
+        "Data": samples_of(last["num_samples"], last.get("data")) if "num_samples" in last else "",
         "Layers": named(last.get("layers", ())),
         "Measured": f"{len(history)} times" if len(history) > 1 else "once",
     }
@@ -193,9 +197,9 @@ def _report(title: str, report: FlatnessReport) -> Section:
     infos = [layer.info for layer in layers]
     deviation = max((info.deviation for info in infos), default=0.0)
     facts = {
-        "Data": f"{number_of(report.num_samples, 'sample')}{_of(report.data)}",
-        "Loss": f"{report.loss_name or 'loss'}, mean {_shown(report, 'loss')}",
-        "Accuracy": _shown(report, "accuracy"),
+        "Data": samples_of(report.num_samples, report.data),
+        "Loss": f"{report.loss_name or 'loss'}, mean {report.shown('loss')}",
+        "Accuracy": report.shown("accuracy"),
         "Layer" + "s" * (len(infos) > 1): named(map(_described, infos)),
         "Exact": _exactness(report),
         "Method": ", ".join(dict.fromkeys(METHODS[info.method] for info in infos)),
@@ -222,8 +226,8 @@ def _described(info: LayerInfo) -> str:
 def _concentration(share: float, layers: int) -> str:
     """Return a text on the share of relative flatness that comes from the tenth of samples with the largest values."""
     where = " in one of the layers" if layers > 1 else ""
-    doubt = ", so a few samples decide it and its ± is rough" if share > MUCH else ""
-    return f"the tenth of the samples with most of it carries {100 * share:.0f} % of relative flatness{where}{doubt}"
+    doubt = "; so a few samples decide the number, and its standard error is rough" if share > MUCH else ""
+    return f"one tenth of the samples contributes {100 * share:.0f} % of relative flatness{where}{doubt}"
 
 
 def _landscape(title: str, result: LandscapeResult) -> Section:
@@ -237,12 +241,12 @@ def _landscape(title: str, result: LandscapeResult) -> Section:
 def _report_sentence(report: FlatnessReport) -> str:
     names = list(report.layers)
     where = f"layer {names[0]}" if len(names) == 1 else f"{number_of(len(names), 'layer')} (the sum)"
-    numbers = f"relative flatness of {where} is {_shown(report, 'relative_flatness')}"
+    numbers = f"relative flatness of {where} is {report.shown('relative_flatness')}"
     if not math.isnan(report.normalized_relative_flatness):
-        numbers += f", normalised {_shown(report, 'normalized_relative_flatness')}"
+        numbers += f", normalised {report.shown('normalized_relative_flatness')}"
     exact = _exactness(report).removeprefix("yes" if report.exact else "no")
     return (
-        f"{numbers} ({UNITS}), over {number_of(report.num_samples, 'sample')}{_of(report.data)}. "
+        f"{numbers} ({UNITS}), over {samples_of(report.num_samples, report.data)}. "
         f"{'Exact' if report.exact else 'Not exact'}{exact}"
     )
 
@@ -254,18 +258,3 @@ def _exactness(report: FlatnessReport) -> str:
     texts = dict.fromkeys(sentence_of(info).partition(": ")[2] for info in inexact)
     count = f" for {len(inexact)} of {len(report.layers)} layers" if len(inexact) < len(report.layers) else ""
     return f"no{count}: {'; '.join(texts)}."
-
-
-def _shown(report: FlatnessReport, measure: str) -> str:
-    errors = report.sampling_errors.get(measure, math.nan), report.standard_errors.get(measure, 0.0)
-    return measured(getattr(report, measure), *errors)
-
-
-def _of(data: str) -> str:
-    return f" of {DATA.get(data, data)}" if data else ""
-
-
-def check_result(result: Any) -> None:
-    """Raise an error unless ``result`` is a result of this package."""
-    if not isinstance(result, Record):
-        raise FlatnessError(f"save_html writes results, such as a FlatnessReport, and not a {type(result).__name__}.")

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import axes_or_new, set_heading, short
-from lightning_flatness.plots.words import exactness, known_error, samples_of, with_error
+from lightning_flatness.plots.words import exactness, known_error
 from lightning_flatness.results import LayerFlatness
+from lightning_flatness.results.texts import measured, samples_of
 
 # Negative is dark, zero grey and positive light, so that the sign can be seen in a print without colours.
 COLOURS = "cividis"
@@ -60,21 +61,24 @@ def plot_block_traces(
         traces = torch.stack([block[order][:, order] for block, order in zip(traces, orders, strict=True)])
     matrix = torch.block_diag(*traces)
     entries = traces.abs().flatten()
-    limit = float(entries.sort().values[int(CLIPPED * (len(entries) - 1))]) or float(entries.max()) or 1.0
+    known = entries[entries.isfinite()].sort().values
+    limit = (float(known[int(CLIPPED * (len(known) - 1))]) or float(known[-1]) if len(known) else 0.0) or 1.0
     image = ax.imshow(matrix.numpy(), cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="nearest")
-    beyond = int((entries > limit).sum())
-    suffix = " (ordered by interaction)" if sort else ""
-    ax.set(xlabel=f"filter s'{suffix}", ylabel=f"filter s{suffix}")
-    error = 2 * known_error(*(known.get("hessian_trace") for known in (layer.sampling_errors, layer.standard_errors)))
-    clipped = (
-        f"{beyond:,} of {len(entries):,} entries beyond ± {short(float(f'{limit:.2g}'))}, up to {_largest(entries)}"
-    )
+    beyond = int((known > limit).sum())
+    ax.set(xlabel="filter s'" + " (sorted)" * sort, ylabel="filter s" + " (sorted)" * sort)
+    error = 2 * known_error(*(errors.get("hessian_trace") for errors in (layer.sampling_errors, layer.standard_errors)))
+    clipped = ""
+    if beyond:
+        end, largest = (short(float(f"{value:.2g}")) for value in (limit, float(known[-1])))
+        clipped = f"{beyond:,} of {len(entries):,} entries beyond ± {end}, up to {largest}"
+        clipped = f"colours end at the 99th percentile: {clipped}"
     set_heading(
         ax,
-        f"Layer {layer.info.name}: Hessian trace {with_error(layer.hessian_trace, error)}"
+        f"Layer {layer.info.name}: Hessian trace {measured(layer.hessian_trace, error)}"
         + (" (2 standard errors)" if error else ""),
         f"{samples_of(layer.num_samples, data)}; {exactness([layer.info])}",
-        f"colours end at the 99th percentile: {clipped}" if beyond else "",
+        "sorted: filters with large common traces side by side" * sort,
+        clipped,
     )
     bar = figure.colorbar(image, ax=ax, extend="both" if beyond else "neither")
     bar.set_label("block trace T[s, s']  (loss per squared weight)")
@@ -87,16 +91,13 @@ def plot_block_traces(
     return figure, ax
 
 
-def _largest(entries: Tensor) -> str:
-    return short(float(f"{float(entries.max()):.2g}"))
-
-
 def _by_interaction(block: Tensor) -> Tensor:
     """Return indices that sort filters by their angle in the plane of the two leading eigenvectors.
 
-    The eigenvectors are those of the block traces, scaled to a unit diagonal.
+    The eigenvectors are those of the block traces, scaled to a unit diagonal. Two filters, or block traces that are not
+    finite, stay in their order.
     """
-    if len(block) < 3:
+    if len(block) < 3 or not bool(block.isfinite().all()):
         return torch.arange(len(block), device="cpu")
     scale = block.diagonal().abs().clamp_min(torch.finfo(block.dtype).tiny).rsqrt()
     _, vectors = torch.linalg.eigh(block * scale[:, None] * scale)

@@ -1,4 +1,4 @@
-"""Helpers for all figures: axes, panels, curves and round ticks.
+"""Helpers for all figures: axes, panels, curves, dots with error bars, and round ticks.
 
 The functions import matplotlib only when they are called, because it is optional. No code imports pyplot.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_flatness.errors import FlatnessError
+from lightning_flatness.plots.words import finite
 
 # Curves with more points than this are drawn without markers.
 MOST_MARKERS = 40
@@ -133,6 +134,28 @@ def plot_over_epochs(
         ax.plot(
             epochs, dashed, **{**style, "linestyle": "--"}, marker=marker, markevery=hollow, markerfacecolor="white"
         )
+
+
+def draw_dots(
+    ax: Any, values: Sequence[float], heights: Sequence[float], errors: Sequence[float], exact: Sequence[bool]
+) -> None:
+    """Draw a dot and a horizontal error bar for every value; the dots of values that are not exact are hollow.
+
+    The dot of value ``i`` is at height ``heights[i]``, and its bar ends ``errors[i]`` below and above the value. On a
+    logarithmic axis, which has no zero, bars are cut off below all values.
+    """
+    colour = SERIES[0]
+    if any(errors):
+        lowest = 0.6 * min(finite(values), default=0.0) if ax.get_xscale() == "log" else -math.inf
+        below = [min(error, max(value - lowest, 0.0)) for value, error in zip(values, errors, strict=True)]
+        style = {"fmt": "none", "ecolor": colour, "elinewidth": 1.0, "capsize": 2.0}
+        ax.errorbar(values, heights, xerr=[below, list(errors)], **style)
+    for label, marker, face in (("exact", "o", colour), ("not exact", "D", "white")):
+        shown = [index for index, flag in enumerate(exact) if flag == (label == "exact")]
+        style = {"marker": marker, "markerfacecolor": face, "markeredgecolor": colour, "linestyle": "none"}
+        if shown:
+            dots = [values[index] for index in shown], [heights[index] for index in shown]
+            ax.plot(*dots, markersize=5.5, zorder=3, label=label, **style)
 
 
 def label_epochs(ax: Any, epochs: Sequence[float]) -> None:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import (
     LEGEND_SIZE,
-    SERIES,
     TITLE_SIZE,
     axes_or_new,
     broken,
+    draw_dots,
     label_logarithm,
     plain_frame,
     set_heading,
 )
-from lightning_flatness.plots.words import METHODS, NAMES, check_measure, known_error, samples_of
+from lightning_flatness.plots.words import METHODS, NAMES, check_measure, finite, known_error
 from lightning_flatness.results import ComparedModel, Comparison, number_of
 from lightning_flatness.results.rank_correlation import BEST
+from lightning_flatness.results.texts import samples_of
 
-COLOUR = SERIES[0]
 LABELS = NAMES | {
     "relative_flatness_per_loss": "relative flatness / loss",
     "relative_flatness_per_curvature": "relative flatness / curvature",
@@ -40,7 +40,7 @@ BARS = "bars: ± 2 standard errors"
 
 
 def plot_comparison(
-    comparison: Comparison, measures: Sequence[str] | None = None, *, ax: Any = None
+    comparison: Comparison, measures: str | Sequence[str] | None = None, *, ax: Any = None
 ) -> tuple[Any, list[Any]]:
     """Draw every model as a dot, with one panel for each measure; dots of numbers that are not exact are hollow.
 
@@ -50,7 +50,7 @@ def plot_comparison(
 
     Args:
         comparison: the result of :func:`~lightning_flatness.compare`.
-        measures: names of the numbers to draw: measures of flatness, losses, the accuracy, or baselines such as
+        measures: name or names of the numbers to draw: measures of flatness, losses, the accuracy, or baselines such as
             ``"weight_norm"``. By default normalised and plain relative flatness, the Hessian trace, the training loss
             and the loss, as far as they are known.
         ax: axes to draw into, for a single measure. If ``measures`` are not given, only the first default measure
@@ -72,21 +72,23 @@ def plot_comparison(
         2
     """
     rows = list(comparison.models.values())
-    chosen = list(measures or _default_measures(comparison, alone=ax is not None))
+    chosen = (
+        [measures] if isinstance(measures, str) else list(measures or _default_measures(comparison, ax is not None))
+    )
     for measure in chosen:
         check_measure(measure, DRAWN)
-        if all(math.isnan(getattr(row, measure)) for row in rows):
+        if not finite(getattr(row, measure) for row in rows):
             raise FlatnessError(f"{measure} is not known for any model; choose other measures=.")
     if ax is not None and len(chosen) > 1:
         raise FlatnessError(f"ax= has room for one measure, and measures= has {len(chosen)}.")
     figure, axes = _panels(ax, len(chosen), len(rows))
-    for panel, measure in zip(axes, chosen, strict=True):
-        _draw_dots(panel, comparison, measure)
+    unclear = [_draw_panel(panel, comparison, measure) for panel, measure in zip(axes, chosen, strict=True)]
     axes[0].set_yticks(range(len(rows)), [row.name for row in rows], fontsize=LEGEND_SIZE)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     reference = comparison.reference
-    bars = f"{BARS}; ≈: no clear difference from {reference}; dotted: {reference}" * has_errors(comparison)
-    lines = subject_of_models(comparison), comparison.verdict, cautions_of(comparison), bars
+    marks = [BARS] * any(has_errors(rows, measure) for measure in chosen)
+    marks += [f"≈: no clear difference from {reference}"] * any(unclear) + [f"dotted: {reference}"]
+    lines = subject_of_models(comparison), comparison.verdict, cautions_of(comparison), "; ".join(marks)
     head(figure, axes[0] if ax is not None else None, *lines)
     return figure, axes
 
@@ -109,7 +111,8 @@ def _panels(ax: Any, number: int, models: int) -> tuple[Any, list[Any]]:
     return figure, list(axes)
 
 
-def _draw_dots(ax: Any, comparison: Comparison, measure: str) -> None:
+def _draw_panel(ax: Any, comparison: Comparison, measure: str) -> bool:
+    """Draw one number of all models; return whether a model is marked as not clearly different from the reference."""
     rows = list(comparison.models.values())
     values = [getattr(row, measure) for row in rows]
     if is_logarithmic(values):
@@ -119,15 +122,18 @@ def _draw_dots(ax: Any, comparison: Comparison, measure: str) -> None:
     draw_models(ax, rows, measure, list(range(len(rows))))
     if is_logarithmic(values):
         label_logarithm(ax.xaxis)
+    is_marked = False
     for index, row in enumerate(rows):
         if not math.isfinite(values[index]):
             ax.annotate("not known", (0.02, index), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         elif index and measure in comparison.covariances and _is_unclear(comparison, measure, row.name):
             at = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": LEGEND_SIZE}
             ax.annotate("≈", (values[index], index), **at)
+            is_marked = True
     ax.set_xlabel(label_with_unit(measure), fontsize=LEGEND_SIZE)
     ax.tick_params(axis="x", labelsize=7)
     plain_frame(ax, "both")
+    return is_marked
 
 
 def _is_unclear(comparison: Comparison, measure: str, name: str) -> bool:
@@ -142,17 +148,7 @@ def draw_models(ax: Any, rows: Sequence[ComparedModel], measure: str, heights: S
     """
     values = [getattr(row, measure) for row in rows]
     errors = [2 * known_error(row.errors.get(measure)) for row in rows]
-    if any(errors):
-        lowest = 0.6 * min(value for value in values if math.isfinite(value))
-        # Bars are cut off on a logarithmic axis, because it has no zero.
-        ends = [min(e, max(v - lowest, 0.0)) for v, e in zip(values, errors, strict=True)]
-        below = ends if is_logarithmic(values) else errors
-        ax.errorbar(values, heights, xerr=[below, errors], fmt="none", ecolor=COLOUR, elinewidth=1.0, capsize=2.0)
-    for exact, marker, face in ((True, "o", COLOUR), (False, "D", "white")):
-        shown = [index for index, row in enumerate(rows) if (row.exact or measure not in _OF_HESSIAN) == exact]
-        style = {"marker": marker, "markerfacecolor": face, "markeredgecolor": COLOUR, "linestyle": "none"}
-        if shown:
-            ax.plot([values[i] for i in shown], [heights[i] for i in shown], markersize=5.5, zorder=3, **style)
+    draw_dots(ax, values, heights, errors, [row.exact or measure not in _OF_HESSIAN for row in rows])
 
 
 _OF_HESSIAN = DRAWN[:5]
@@ -160,7 +156,7 @@ _OF_HESSIAN = DRAWN[:5]
 
 def is_logarithmic(values: Sequence[float]) -> bool:
     """Return whether all values are positive and the largest is more than three times the smallest."""
-    known = [value for value in values if math.isfinite(value)]
+    known = finite(values)
     return bool(known) and max(known) > 3 * min(known) > 0
 
 
@@ -180,9 +176,9 @@ def _words(methods: str) -> str:
     return ", ".join(METHODS.get(method, method) for method in methods.split(", "))
 
 
-def has_errors(comparison: Comparison) -> bool:
-    """Return whether the standard error of at least one number is known, so that the figure has error bars."""
-    return any(error for row in comparison.models.values() for error in row.errors.values())
+def has_errors(rows: Iterable[ComparedModel], measure: str) -> bool:
+    """Return whether the standard error of a number is known for at least one model, so that it has error bars."""
+    return any(known_error(row.errors.get(measure)) for row in rows)
 
 
 def cautions_of(comparison: Comparison) -> str:

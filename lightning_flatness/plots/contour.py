@@ -26,7 +26,7 @@ from lightning_flatness.plots.landscape import (
     round_losses,
 )
 from lightning_flatness.plots.line import plot_line
-from lightning_flatness.results import LandscapeResult
+from lightning_flatness.results import SETTINGS, LandscapeResult
 
 END_COLOUR = SERIES[1]
 NUM_LEVELS = 24
@@ -243,8 +243,10 @@ def _draw_gaps(ax: Any, result: LandscapeResult, masks: dict[str, Tensor]) -> li
 def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[Any]:
     """Draw the trajectory as a line, and mark its first and last point; return handles for the legend."""
     points = torch.as_tensor(trajectory, device="cpu")
-    if points.ndim != 2 or points.shape[1] != 2 or not bool(points.isfinite().all()):
-        raise FlatnessError(f"trajectory has shape {tuple(points.shape)}; give finite coordinates (points, 2).")
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not bool(points.isfinite().all()):
+        raise FlatnessError(
+            f"trajectory has shape {tuple(points.shape)}; give finite coordinates (points, 2) of one point or more."
+        )
     from matplotlib.patheffects import withStroke
 
     # A black line with a white edge is visible on every colour.
@@ -257,6 +259,17 @@ def _draw_trajectory(ax: Any, result: LandscapeResult, trajectory: Any) -> list[
         if all(axis[0] <= at <= axis[-1] for axis, at in zip(result.coordinates, point, strict=True)):
             handles.append(marker)
     return handles
+
+
+def _same_points(one: LandscapeResult, other: LandscapeResult) -> bool:
+    """Return whether two landscapes are at the same points of the same directions."""
+    apart = ("batch_norm", "fingerprint", "loss")  # what does not move the points, or depends on the batches, too
+    settings = [name for name in SETTINGS if name not in apart]
+    return (
+        all(getattr(one, name) == getattr(other, name) for name in settings)
+        and all(map(torch.equal, one.coordinates, other.coordinates))
+        and all(math.isclose(*norms, rel_tol=1e-6) for norms in zip(one.axis_norms, other.axis_norms, strict=True))
+    )
 
 
 def plot_kept_and_recomputed(
@@ -292,13 +305,14 @@ def plot_kept_and_recomputed(
         'loss'
     """
     pair = (kept, recomputed)
-    same_points = len(kept.axes) == len(recomputed.axes) and all(
-        torch.equal(*axes) for axes in zip(kept.coordinates, recomputed.coordinates, strict=True)
-    )
-    if [result.batch_norm for result in pair] != ["kept", "recomputed"] or not same_points:
+    if [result.batch_norm for result in pair] != ["kept", "recomputed"]:
         raise FlatnessError(
-            "Give a landscape with batch_norm='kept' and one with 'recomputed', in this order, at the same points. "
+            "Give a landscape with batch_norm='kept' and one with 'recomputed', in this order. "
             f"The given ones have '{kept.batch_norm}' and '{recomputed.batch_norm}'."
+        )
+    if not _same_points(kept, recomputed):
+        raise FlatnessError(
+            "The two landscapes must have the same points: the same axes, normalisation, coordinates and seed."
         )
     if len(kept.axes) == 1:
         figure, ax = axes_or_new(None, 6.0, 3.8)

@@ -64,7 +64,9 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
         row for row in comparison.models.values() if math.isfinite(row.outcome) and math.isfinite(getattr(row, measure))
     ]
     if not rows:
-        raise FlatnessError(f"There is no outcome to draw against {measure}: give compare(outcome=).")
+        raise FlatnessError(
+            f"No model has both an outcome and a known {measure}: give compare(outcome=), or choose another measure=."
+        )
     given = ax
     figure, ax = axes_or_new(ax, 6.0, 4.6)
     values = [getattr(row, measure) for row in rows]
@@ -80,7 +82,7 @@ def plot_gap(comparison: Comparison, measure: str = BEST, *, ax: Any = None) -> 
     ax.set_ylabel(comparison.outcome_name)
     plain_frame(ax, "both")
     heading = f"{comparison.outcome_name[:1].upper()}{comparison.outcome_name[1:]} against {name_of(measure)}"
-    tau, bars = _tau(comparison, measure), BARS * has_errors(comparison)
+    tau, bars = _tau(comparison, measure), BARS * has_errors(rows, measure)
     head(figure, given, heading, tau, subject_of_models(comparison), cautions_of(comparison), bars)
     return figure, ax
 
@@ -117,8 +119,11 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def _tau(comparison: Comparison, measure: str) -> str:
+    """Return Kendall's τ with its interval, as text; empty if the comparison has no τ of this number."""
     found = next((one for one in comparison.correlations if one.measure == measure), None)
-    if found is None or math.isnan(found.tau):
-        return "no Kendall's τ"
+    if found is None:
+        return ""
+    if math.isnan(found.tau):
+        return "Kendall's τ is not defined"
     interval = f" {found.interval}" if found.interval else ", too few models to conclude anything"
     return f"Kendall's τ = {found.tau:.2f}{interval}, {number_of(found.num_models, 'model')}"

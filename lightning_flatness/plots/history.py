@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import (
     LEGEND_SIZE,
     SERIES,
@@ -21,14 +22,15 @@ from lightning_flatness.plots.words import (
     NAMES,
     check_measure,
     exactness,
+    finite,
     is_exact,
     known_error,
     label_of,
     recorded_exactness,
-    samples_of,
     subject_of,
 )
 from lightning_flatness.results import FlatnessReport, number_of
+from lightning_flatness.results.texts import samples_of
 
 ACCURACY_COLOUR, FLATNESS_COLOUR = SERIES[:2]
 # Error bands are drawn only up to this number of layers, because more bands would hide each other.
@@ -68,7 +70,8 @@ def plot_history(
         data: the data that flatness was measured on: ``"val"``, ``"train"`` or another name. By default the data that
             the report or the history names.
         burn_in: number of initial epochs that a stopping rule ignores; these epochs are shaded.
-        best: epoch to mark as the best; by default the first epoch with the highest accuracy.
+        best: epoch to mark as the best; by default the first epoch with the highest accuracy. Of several records of
+            this epoch, the one with the highest accuracy is marked.
         stopped: epoch after which training was stopped early; a vertical line marks it.
         ax: axes to draw into; the place of ``ax`` is divided between the two panels.
 
@@ -96,7 +99,6 @@ def plot_history(
         panels.append(panel_below(figure, upper, (2, 3)))
         plot_over_epochs(upper, epochs, accuracies, color=ACCURACY_COLOUR, markersize=3.5)
         upper.set_ylabel(accuracy_label)
-        best = _best(epochs, accuracies) if best is None else best
     values, lower = [record.get(measure) for record in history], panels[-1]
     flags = [is_exact(record.get("exact")) for record in history]
     plot_over_epochs(lower, epochs, values, flags, color=FLATNESS_COLOUR, markersize=3.5, label=_label(flags))
@@ -104,7 +106,13 @@ def plot_history(
     has_band = _draw_band(lower, epochs, values, errors, FLATNESS_COLOUR, BAND)
     lower.set_ylabel(label_of(measure).replace("  (", "\n("))
     _scale(lower, values, errors)
-    _mark(panels, epochs, [accuracies, values][-len(panels) :], burn_in, best, stopped)
+    _mark(panels, epochs, burn_in, stopped)
+    if (index := _best(epochs, accuracies, best)) is not None:
+        words = (
+            f"highest accuracy {accuracies[index]:.4g}, epoch {epochs[index]}" if best is None else f"best epoch {best}"
+        )
+        shown = [accuracies[index], values[index]]
+        _mark_best(panels, epochs[index], shown[-len(panels) :], words)
     for panel in panels:
         plain_frame(panel, "both")
         if panel.get_legend_handles_labels()[1] and (panel is upper or has_band or not all(flags)):
@@ -120,10 +128,15 @@ def _label(flags: Sequence[bool]) -> str:
     return "exact" if all(flags) else "exact (hollow, dashed: not exact)" if any(flags) else "not exact"
 
 
-def _best(epochs: Sequence[int], accuracies: Sequence[float | None]) -> int | None:
-    known = [(value, -epoch) for epoch, value in zip(epochs, accuracies, strict=True) if value is not None]
-    known = [pair for pair in known if not math.isnan(pair[0])]
-    return -max(known)[1] if known else None
+def _best(epochs: Sequence[int], accuracies: Sequence[float | None], best: int | None) -> int | None:
+    """Return the index of the first record with the highest accuracy, or None if no accuracy is known.
+
+    If ``best`` is given, return the index of the best record of this epoch, or None if there is no such record.
+    """
+    known = [-math.inf if value is None or math.isnan(value) else value for value in accuracies]
+    wanted = [index for index, epoch in enumerate(epochs) if best in (None, epoch)]
+    index = max(wanted, key=known.__getitem__, default=None)
+    return None if index is None or (best is None and math.isinf(known[index])) else index
 
 
 def _draw_band(
@@ -146,45 +159,43 @@ def _draw_band(
 
 def _scale(ax: Any, values: Sequence[float | None], errors: Sequence[float | None]) -> None:
     """Make the axis logarithmic if all values are positive; bands may extend below the lower limit of the axis."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
+    known = finite(values)
     if not known or min(known) <= 0:
         return
     ax.set_yscale("log")
-    ends = [value - 2 * known_error(error) for value, error in zip(values, errors, strict=True) if value is not None]
-    low = min(known + [end for end in ends if end > 0.2 * min(known)])
-    highest = max(value + 2 * known_error(error) for value, error in zip(values, errors, strict=True) if value)
+    widths = [2 * known_error(error) for value, error in zip(values, errors, strict=True) if finite([value])]
+    pairs = list(zip(known, widths, strict=True))
+    low = min([*known, *(value - width for value, width in pairs if value - width > 0.2 * min(known))])
+    highest = max(value + width for value, width in pairs)
     margin = max((highest / low) ** 0.06, 1.03)
     ax.set_ylim(low / margin, highest * margin)
     label_logarithm(ax.yaxis)
 
 
-def _mark(
-    panels: Sequence[Any],
-    epochs: Sequence[int],
-    curves: Sequence[Sequence[float | None]],
-    burn_in: int | None,
-    best: int | None,
-    stopped: int | None,
-) -> None:
-    """Mark the burn-in, the best epoch and the early stop in all panels; the upper panel's legend explains the marks.
-
-    ``curves`` holds the values that each panel shows.
-    """
-    for panel, curve in zip(panels, curves, strict=True):
+def _mark(panels: Sequence[Any], epochs: Sequence[int], burn_in: int | None, stopped: int | None) -> None:
+    """Mark the burn-in and the early stop in all panels; the upper panel's legend explains the marks."""
+    for panel in panels:
         is_named = panel is panels[0]
         if burn_in:
             label = f"burn-in: {number_of(burn_in, 'epoch')}" if is_named else None
             panel.axvspan(min(epochs, default=0), burn_in - 0.5, color="0.5", alpha=0.14, linewidth=0, label=label)
-        if best is not None and best in epochs:
-            value = curve[epochs.index(best)]
-            words = f"highest accuracy {value:.4g}, epoch {best}" if len(panels) == 2 else f"best epoch {best}"
-            panel.axvline(best, color="0.3", linewidth=0.8, linestyle=":")
-            if value is not None:
-                ring = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "black"}
-                panel.plot([best], [value], linestyle="none", **ring, label=words if is_named else None)
         if stopped is not None:
             label = f"stopped after epoch {stopped}" if is_named else None
             panel.axvline(stopped, color="0.3", linewidth=1.0, linestyle="-.", label=label)
+
+
+def _mark_best(panels: Sequence[Any], epoch: int, values: Sequence[float | None], label: str) -> None:
+    """Mark the best epoch in all panels: by a line, and by a ring around the value that a panel shows, if it is known.
+
+    The upper panel's legend has the ``label``.
+    """
+    for panel, value in zip(panels, values, strict=True):
+        known = finite([value])
+        own = label if panel is panels[0] else None
+        panel.axvline(epoch, color="0.3", linewidth=0.8, linestyle=":", label=None if known else own)
+        if known:
+            ring = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "black"}
+            panel.plot([epoch], known, linestyle="none", **ring, label=own)
 
 
 def _heading(
@@ -228,7 +239,7 @@ def plot_layer_history(
         The figure and its axes.
 
     Raises:
-        FlatnessError: ``measure`` is unknown, or matplotlib is missing.
+        FlatnessError: ``measure`` is unknown, the history has no values of single layers, or matplotlib is missing.
 
     Example:
         >>> history = [{"epoch": epoch, "conv1/hessian_trace": 2.0, "conv2/hessian_trace": 1.0} for epoch in range(3)]
@@ -237,11 +248,16 @@ def plot_layer_history(
         'Hessian trace  (loss per squared weight)'
     """
     check_measure(measure, NAMES)
+    suffix = f"/{measure}"
+    keys = list(dict.fromkeys(key for record in history for key in record if key.endswith(suffix)))
+    if not keys:
+        raise FlatnessError(
+            f"The history has no {measure} of single layers. A callback records them if it measures two or more "
+            "layers; for one layer, use plot_history."
+        )
     figure, ax = axes_or_new(ax, 7.0, 4.0)
     from matplotlib import colormaps  # axes_or_new comes first: its error says how to install matplotlib
 
-    suffix = f"/{measure}"
-    keys = list(dict.fromkeys(key for record in history for key in record if key.endswith(suffix)))
     epochs = [record["epoch"] or 0 for record in history]
     colours = colormaps["viridis"]
     drawn: list[float] = []
@@ -255,16 +271,16 @@ def plot_layer_history(
         plot_over_epochs(ax, epochs, values, flags, marker="os^Dv"[index % 5], label=name, **style)
         if len(keys) <= MOST_BANDS:
             _draw_band(ax, epochs, values, errors, style["color"], None)
-        drawn += [value for value in values if value is not None and not math.isnan(value)]
-        shares = [known_error(e) / abs(v) for v, e in zip(values, errors, strict=True) if v]
+        drawn += finite(values)
+        shares = [known_error(e) / abs(v) for v, e in zip(values, errors, strict=True) if v and math.isfinite(v)]
         largest = max([largest, *shares])
     if drawn and min(drawn) > 0:
         ax.set_yscale("log")
         ax.set_ylim(min(drawn) / 1.2, max(drawn) * 1.2)
         label_logarithm(ax.yaxis)
-    if 0 < len(keys) <= MOST_NAMES:
+    if len(keys) <= MOST_NAMES:
         ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    elif keys:
+    else:
         _draw_order(figure, ax, [key.removesuffix(suffix) for key in keys])
     label_epochs(ax, epochs)
     ax.set_ylabel(label_of(measure))

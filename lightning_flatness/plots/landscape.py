@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import round_numbers, short
-from lightning_flatness.plots.words import samples_of
 from lightning_flatness.results import LandscapeResult
+from lightning_flatness.results.texts import samples_of
 
 COLOURS = "viridis"
+AXES = {1: "one axis", 2: "two axes"}
 # The style of points without a loss, for each reason why they have none.
 GAPS: dict[str, dict[str, Any]] = {
     "not finite": {"facecolor": "#d9d9d9", "hatch": "///", "edgecolor": "white"},
@@ -20,15 +21,17 @@ GAPS: dict[str, dict[str, Any]] = {
 }
 
 
-def drawable_losses(result: LandscapeResult, num_axes: int, figure: str, cap: float | None = None) -> Tensor:
+def drawable_losses(result: LandscapeResult, num_axes: int, function: str, cap: float | None = None) -> Tensor:
     """Return the losses of a landscape, with ``cap`` in place of larger losses.
 
     Raise an error unless the landscape has ``num_axes`` axes and a finite loss. Raise an error too if ``cap`` is given
-    but not above the lowest loss. ``figure`` is the name of the plotting function, for the error message.
+    but not above the lowest loss. ``function`` is the name of the user's call, for the error message.
     """
     if not isinstance(result, LandscapeResult) or len(result.axes) != num_axes:
-        given = f"{len(result.axes)} axes" if isinstance(result, LandscapeResult) else type(result).__name__
-        raise FlatnessError(f"{figure} draws a LandscapeResult with {num_axes} coordinate axes; this one has {given}.")
+        is_landscape = isinstance(result, LandscapeResult)
+        given = f"this one has {AXES[len(result.axes)]}" if is_landscape else f"this is a {type(result).__name__}"
+        kind = {1: "line", 2: "plane"}[num_axes]
+        raise FlatnessError(f"{function} needs a landscape on a {kind} ({AXES[num_axes]}); {given}.")
     losses = result.losses
     if not bool(result.finite.any()):
         raise FlatnessError("The landscape has no finite loss, so there is nothing to draw.")
@@ -125,7 +128,7 @@ def round_losses(low: float, high: float, logarithmic: bool) -> list[float]:
     return [float(tick) for tick in candidates if low <= tick <= high]
 
 
-def draw_colour_bar(figure: Any, bar_axes: dict[str, Any], filled: Any, ticks: list[float], form: Any = None) -> Any:
+def draw_colour_bar(figure: Any, bar_axes: dict[str, Any], filled: Any, ticks: list[float], form: Any = None) -> None:
     """Draw the colour bar of losses; ``bar_axes`` holds arguments of ``figure.colorbar`` that set the bar's place."""
     from matplotlib.colors import LogNorm
 
@@ -135,4 +138,3 @@ def draw_colour_bar(figure: Any, bar_axes: dict[str, Any], filled: Any, ticks: l
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)
     name_axis(bar.ax.yaxis, "loss")
-    return bar

@@ -9,16 +9,15 @@ from typing import Any
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.plots.canvas import (
     LEGEND_SIZE,
-    SERIES,
     axes_or_new,
+    draw_dots,
     label_logarithm,
     plain_frame,
     set_heading,
 )
-from lightning_flatness.plots.words import NAMES, check_measure, exactness, known_error, label_of, loss_of
+from lightning_flatness.plots.words import NAMES, check_measure, exactness, finite, known_error, label_of, loss_of
 from lightning_flatness.results import FlatnessReport, LayerFlatness, number_of
 
-COLOUR = SERIES[0]
 # Height of one layer's name, in inches. If the names would overlap, only every second, third, ... name is written.
 NAME_HEIGHT = 0.14
 HIGHEST = 12.0
@@ -61,25 +60,20 @@ def plot_layers(
     if layers and all(math.isnan(value) for value in values):
         raise FlatnessError(f"{measure} was not measured; choose another measure=, or add it to measures=.")
     figure, ax = axes_or_new(ax, 7.0, min(1.4 + 0.2 * max(len(layers), 6), HIGHEST))
-    positions = list(range(len(layers)))
-    known = [value for value in values if not math.isnan(value)]
+    known = finite(values)
     is_logarithmic = bool(known) and min(known) > 0
     if is_logarithmic:
         ax.set_xscale("log")
     parts = [_errors(layer, measure) for layer in layers]
-    _draw_bars(ax, values, [2 * known_error(*pair) for pair in parts], min(known, default=0.0) * 0.6 * is_logarithmic)
-    for exact, marker, face in ((True, "o", COLOUR), (False, "D", "white")):
-        shown = [index for index, layer in enumerate(layers) if layer.exact == exact]
-        style = {"marker": marker, "markerfacecolor": face, "markeredgecolor": COLOUR, "linestyle": "none"}
-        if shown:
-            label = "exact" if exact else "not exact"
-            ax.plot([values[index] for index in shown], shown, markersize=5.5, zorder=3, label=label, **style)
+    bars = [2 * known_error(*pair) for pair in parts]
+    draw_dots(ax, values, range(len(layers)), bars, [layer.exact for layer in layers])
     for index, value in enumerate(values):
-        if math.isnan(value):
-            ax.annotate("not defined", (0.01, index), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+        if not math.isfinite(value):
+            text = "not defined" if math.isnan(value) else "infinite"
+            ax.annotate(text, (0.01, index), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     if is_logarithmic:
         label_logarithm(ax.xaxis)
-    _name_layers(ax, positions, list(report.layers))
+    _name_layers(ax, list(report.layers))
     ax.set_xlabel(label_of(measure))
     room = ""
     if not report.exact:
@@ -107,22 +101,10 @@ def _bars(parts: Sequence[tuple[float, float]]) -> str:
     return f"bars: ± 2 standard errors {' and '.join(words)}" if words else ""
 
 
-def _draw_bars(ax: Any, values: Sequence[float], errors: Sequence[float], lowest: float) -> None:
-    """Draw error bars. If the axis is logarithmic, ``lowest`` is positive, and bars are cut off at ``lowest``."""
-    if not any(errors):
-        return
-    below = [
-        min(error, max(value - lowest, 0.0)) if lowest > 0 else error
-        for value, error in zip(values, errors, strict=True)
-    ]
-    style = {"fmt": "none", "ecolor": COLOUR, "elinewidth": 1.0, "capsize": 2.0}
-    ax.errorbar(values, list(range(len(values))), xerr=[below, list(errors)], **style)
-
-
-def _name_layers(ax: Any, positions: Sequence[int], names: Sequence[str]) -> None:
+def _name_layers(ax: Any, names: Sequence[str]) -> None:
     """Write the names of layers beside the axis, leaving some out so that they do not overlap."""
     height = ax.get_window_extent().height / ax.figure.dpi
     step = max(1, math.ceil(len(names) * NAME_HEIGHT / max(height, NAME_HEIGHT)))
-    ax.set_yticks(positions[::step], names[::step], fontsize=7)
+    ax.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_ylabel("input  →  output", rotation=270, va="top", fontsize=LEGEND_SIZE)

@@ -39,7 +39,7 @@ def plot_line(
 
     Args:
         result: a landscape with one axis.
-        cap: draw losses above ``cap`` as if they were ``cap``.
+        cap: draw losses above ``cap``, even infinite losses, as if they were ``cap``.
         accuracy: draw the accuracy, unless a ``label`` is given.
         label: name of the line, for the legend. With a label the accuracy is not drawn.
         color: colour of the line.
@@ -78,7 +78,7 @@ def plot_line(
         panels[1].plot(x, 100 * accuracies, color=ACCURACY_COLOUR, **style)
         panels[1].set(ylabel="accuracy (%)", ylim=(-2, 102))
     half = float(x[1] - x[0]) / 2
-    for reason, points in gaps(result, result.losses).items():
+    for reason, points in gaps(result, losses).items():
         for missing in x[points].tolist():
             low, high = max(missing - half, float(x[0])), min(missing + half, float(x[-1]))
             labelled = ax.get_legend_handles_labels()[1]

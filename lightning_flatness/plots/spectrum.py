@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +21,10 @@ from lightning_flatness.plots.canvas import (
     set_joint_heading,
     short,
 )
-from lightning_flatness.plots.words import samples_of, with_error
+from lightning_flatness.plots.words import finite
 from lightning_flatness.results import SpectrumResult, number_of
 from lightning_flatness.results.spectrum import MATRICES, NO_DENSITY, default_sigma
+from lightning_flatness.results.texts import measured, samples_of
 
 EIGENVALUE_COLOUR = SERIES[1]
 LOWEST_COLOUR = SERIES[0]
@@ -65,8 +64,8 @@ def plot_density(
         The figure and its axes.
 
     Raises:
-        FlatnessError: the spectrum has no density (``num_probes=0``), ``sigma`` is not positive, or matplotlib is
-            missing.
+        FlatnessError: the spectrum has no density (``num_probes=0``) or values that are not finite, ``sigma`` is not
+            positive, or matplotlib is missing.
 
     Source:
         Ghorbani et al. 2019 (arXiv 1901.10159).
@@ -86,15 +85,17 @@ def plot_density(
     color = color or SERIES[index % len(SERIES)]
     # After few Lanczos steps, the largest eigenvalues can lie far outside the range of the Ritz values.
     values = torch.cat([result.ritz_values.flatten(), result.eigenvalues]).double()
+    if not bool(values.isfinite().all()):
+        raise FlatnessError("The spectrum has values that are not finite, so it has no density to draw.")
     low, high = float(values.min()), float(values.max())
     sigma = default_sigma(low, high) if sigma is None else sigma
     margin = max(4 * sigma, (high - low) / 50)
     grid = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64, device="cpu")
-    grid, density = result.density(grid, sigma)
+    of_probes = result._densities(grid, sigma)
+    density = of_probes.mean(0)
     top = float(density.max())
     floor = top / 10**DECADES
-    if len(result.ritz_values) > 1:
-        of_probes = torch.stack([_of_probe(result, probe, grid, sigma) for probe in range(len(result.ritz_values))])
+    if len(of_probes) > 1:
         edges = [edge.clamp(min=floor / 100).numpy() for edge in (of_probes.amin(0), of_probes.amax(0))]
         name = f"range over {number_of(result.num_probes, 'probe')}" if label is None else None
         ax.fill_between(grid.numpy(), *edges, color=color, alpha=0.25, linewidth=0, label=name)
@@ -139,13 +140,6 @@ def plot_density(
     return figure, ax
 
 
-def _of_probe(result: SpectrumResult, probe: int, grid: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Return the spectral density at the points ``grid``, estimated from one of the random probes alone."""
-    one = slice(probe, probe + 1)
-    single = replace(result, ritz_values=result.ritz_values[one], ritz_weights=result.ritz_weights[one])
-    return single.density(grid, sigma)[1]
-
-
 def _loss(result: SpectrumResult, data: str | None) -> str:
     return f"{result.loss_name} {result.loss:.3g} on {samples_of(result.num_samples, data)}"
 
@@ -156,7 +150,7 @@ def _size(result: SpectrumResult) -> str:
 
 
 def _criterion(result: SpectrumResult) -> str:
-    return f"K_Hn = {with_error(result.k_hn, result.spread['k_hn'])}"
+    return f"K_Hn = {measured(result.k_hn, result.spread['k_hn'])}"
 
 
 def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
@@ -165,8 +159,8 @@ def _heading(result: SpectrumResult, data: str | None) -> tuple[str, str, str]:
     Line 1 has the numbers of parameters, probes and steps, the loss and the data. Line 2 has the kind of spectrum, the
     trace and the criteria, with errors. Line 3 says what the errors are, and if eigenvalues have not converged.
     """
-    trace = f"trace {with_error(result.trace, result.trace_stderr)}"
-    criteria = f"{_criterion(result)}, C_t = {with_error(result.c_t, result.spread['c_t'])}"
+    trace = f"trace {measured(result.trace, result.trace_stderr)}"
+    criteria = f"{_criterion(result)}, C_t = {measured(result.c_t, result.spread['c_t'])}"
     errors = "±: standard error of the trace, standard deviation of the criteria over probes"
     missing = [] if result.converged else ["eigenvalues have not converged"]
     return (
@@ -214,7 +208,7 @@ def plot_eigenvalues(
     converged = [record.get("converged") is not False for record in records]
     most = max(len(record["eigenvalues"]) for record in records)
     lowest = [record.get("lowest_ritz_value") for record in records]  # None without probes
-    known_lowest = [value for value in lowest if value is not None]
+    known_lowest = finite(lowest)
     for index in range(most):
         values = [dict(enumerate(record["eigenvalues"])).get(index) for record in records]
         others = "λ2" if most == 2 else f"λ2 to λ{most}"
@@ -227,8 +221,8 @@ def plot_eigenvalues(
         label = "lowest Ritz value (bounds the lowest eigenvalue)"
         plot_over_epochs(ax, epochs, lowest, markersize=4.0, label=label, **line)
     ax.axhline(0.0, color="0.5", linewidth=0.7, linestyle=":")
-    sizes = [abs(value) for record in records for value in record["eigenvalues"]] + [*map(abs, known_lowest)]
-    largest = max((size for size in sizes if not math.isnan(size)), default=0.0)
+    sizes = map(abs, [*finite(value for record in records for value in record["eigenvalues"]), *known_lowest])
+    largest = max(sizes, default=0.0)
     if largest > 0:
         _scale(ax, min(2 * min(known_lowest, default=0.0), -largest / 100), 2 * largest, largest / 100)
     label_epochs(ax, epochs)

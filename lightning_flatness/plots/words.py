@@ -1,4 +1,4 @@
-"""Texts on figures: names of measures, data and samples, whether numbers are exact, and numbers with their errors."""
+"""Texts on figures: names of measures, the measured data, whether numbers are exact, and which are known."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.results import SAMPLED, FlatnessReport, LayerInfo, number_of
+from lightning_flatness.results.texts import samples_of
 
-DATA = {"val": "validation", "train": "training"}
 NAMES = {
     "hessian_trace": "Hessian trace",
     "relative_flatness": "relative flatness",
@@ -34,17 +34,6 @@ def check_measure(measure: str, known: Iterable[str]) -> None:
     """Raise an error unless ``measure`` is one of the ``known`` measures."""
     if measure not in known:
         raise FlatnessError(f"measure={measure!r}: give one of {', '.join(known)}.")
-
-
-def samples_of(num_samples: int, data: str | None = "") -> str:
-    """Return a text with the number of samples (left out if zero) and the name of the data (left out if empty).
-
-    Example:
-        >>> samples_of(1300, "train"), samples_of(0, "val"), samples_of(1)
-        ('1,300 samples of training data', 'validation data', '1 sample')
-    """
-    name = f"{DATA.get(data, data)} data" if data else ""
-    return " of ".join(part for part in (number_of(num_samples, "sample") if num_samples else "", name) if part)
 
 
 def loss_of(report: FlatnessReport, data: str | None) -> str:
@@ -96,6 +85,16 @@ def recorded_exactness(history: Sequence[Mapping[str, Any]]) -> str:
     return text + (f" ({', '.join(names)})" if names else "")
 
 
+def finite(values: Iterable[float | None]) -> list[float]:
+    """Return the values that are known (not None) and finite.
+
+    Example:
+        >>> finite([1.0, None, float("nan"), float("inf")])
+        [1.0]
+    """
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
 def known_error(*parts: float | None) -> float:
     """Return the root of the sum of squares of independent standard errors; unknown errors (None, NaN) count as zero.
 
@@ -103,20 +102,4 @@ def known_error(*parts: float | None) -> float:
         >>> known_error(3.0, 4.0), known_error(None, float("nan"))
         (5.0, 0.0)
     """
-    return math.hypot(*(part for part in parts if part is not None and math.isfinite(part)))
-
-
-def with_error(value: float, error: float) -> str:
-    """Format a number and its error, with as many digits as the error allows; leave out an unknown or zero error.
-
-    Example:
-        >>> with_error(323.7, 41.0), with_error(0.0404, 0.0007), with_error(2.5, float("nan"))
-        ('320 ± 40', '0.0404 ± 0.0007', '2.5')
-    """
-    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
-        return f"{value:.3g}"
-    decimals = -math.floor(math.log10(error))
-    if decimals > 6 or abs(value) >= 1e6:
-        return f"{value:.3g} ± {error:.1g}"
-    shown = max(decimals, 0)
-    return f"{round(value, decimals):.{shown}f} ± {round(error, decimals):.{shown}f}"
+    return math.hypot(*finite(parts))

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lightning_flatness.results.records import Record
 
-# The kind of the caution that is given if there are too few samples for standard errors of differences.
+# The kind of the caution that is given if there are too few samples for reliable standard errors.
 FEW_SAMPLES = "few_samples"
 
 CAUTIONS = {
@@ -27,7 +27,7 @@ CAUTIONS = {
     "data": "different data",
     "num_samples": "different numbers of samples",
     "not_normalised": "normalised measure not known",
-    FEW_SAMPLES: "too few samples for errors",
+    FEW_SAMPLES: "too few samples",
     "few_models": "too few models for τ",
 }
 """The kinds of cautions, each with the problem in a few words, in the order in which cautions are listed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_flatness.errors import FlatnessError
-from lightning_flatness.results.cautions import ABOUT_NUMBERS, CAUTIONS, FEW_SAMPLES, Caution
+from lightning_flatness.results.cautions import ABOUT_NUMBERS, FEW_SAMPLES, Caution
 from lightning_flatness.results.comparison_tables import as_page, decision_table, measures_table
 from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURES, RankCorrelation, correlation_table
 from lightning_flatness.results.records import Record, flat
@@ -240,21 +240,16 @@ class Comparison(Record):
         values = {name: model.normalized_relative_flatness for name, model in self.models.items()}
         order = sorted((name for name, value in values.items() if math.isfinite(value)), key=values.__getitem__)
         if len(order) < 2:
-            return "The normalised measure is known of fewer than two models, so no model can be called the flattest."
+            return "The normalised measure is known for fewer than two models, so no model can be called the flattest."
         lowest, second = order[:2]
         alike = [name for name in order if values[name] == values[lowest]]
         if len(alike) == len(order):
             return f"No difference: the normalised flatness of {named(alike)} is the same."
         others = {name: self.difference(BEST, name, lowest) for name in order[1:]}
-        unsure = [name for name, found in others.items() if not found.is_clear]
-        if all(not others[name].is_known for name in unsure) and unsure:
-            why = "as errors are missing" if self._has_errors else f"with {CAUTIONS[FEW_SAMPLES]}"
-            return f"{lowest} has the lowest normalised flatness. It is not known how sure this is, {why}."
-        if unsure:
-            return (
-                f"A tie: {lowest} has the lowest normalised flatness, and {named(unsure)} no more than two standard "
-                "errors above it."
-            )
+        unknown = [name for name, found in others.items() if not found.is_known]
+        tied = [name for name, found in others.items() if found.is_known and not found.is_clear]
+        if tied or unknown:
+            return self._unsure(lowest, tied, unknown)
         found = others[second]
         factor = f" ({measured(found.ratio, found.ratio_error)} times)" if found.ratio > 0 else ""
         return (
@@ -262,6 +257,21 @@ class Comparison(Record):
             f"{second} is larger by {measured(found.value, found.error)}{factor}: a clear difference, of "
             f"{_standard_errors(found)}."
         )
+
+    def _unsure(self, lowest: str, tied: Sequence[str], unknown: Sequence[str]) -> str:
+        """Return sentences on ``lowest`` if the difference from some models is not clear, or its error not known."""
+        text = f"{lowest} has the lowest normalised flatness"
+        if tied:
+            values = f"values of {named(tied)} are" if len(tied) > 1 else f"value of {named(tied)} is"
+            text = f"A tie: {text}, and the {values} at most two standard errors higher"
+        if not unknown:
+            return f"{text}."
+        why = (
+            "standard errors are missing"
+            if self._has_errors
+            else "there are too few samples for reliable standard errors"
+        )
+        return f"{text}. It is not known whether the difference from {named(unknown)} is clear, because {why}."
 
     @property
     def _has_errors(self) -> bool:

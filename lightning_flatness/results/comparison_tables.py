@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_flatness.results.rank_correlation import BASELINES, BEST, MEASURES, correlation_table
-from lightning_flatness.results.texts import as_html, measured, named, number_of
+from lightning_flatness.results.texts import as_html, measured, named, number_of, samples_of
 
 if TYPE_CHECKING:
     from lightning_flatness.results.comparison import Comparison
@@ -89,7 +89,7 @@ def title(comparison: Comparison) -> str:
     """Return the title of a comparison: the number of models, the layers and the samples."""
     rows = comparison.models.values()
     layers = " / ".join(dict.fromkeys(named(row.layers) for row in rows))
-    samples = " / ".join(dict.fromkeys(number_of(row.num_samples, "sample") + _of(row.data) for row in rows))
+    samples = " / ".join(dict.fromkeys(samples_of(row.num_samples, row.data) for row in rows))
     return f"Flatness of {layers} in {number_of(len(rows), 'model')}, over {samples}"
 
 
@@ -101,14 +101,13 @@ def reading(comparison: Comparison) -> str:
         if comparison.is_paired
         else "Errors of differences assume different samples; if the samples are the same, most errors are smaller."
     )
-    found = [one for of_model in comparison.differences.values() for one in of_model.values()]
+    marks = {with_mark(comparison, number, name)[-1] for number in MEASURES for name in comparison.models}
     return (
-        "A small number is flat. Normalised: relative flatness with every channel that the layer reads scaled to "
+        "Lower is flatter. Normalised: relative flatness with every channel that the layer reads scaled to "
         f"standard deviation one; networks are compared by it. times {first}: divided by that of {first}. ±: one "
         f"standard error over samples. {pairs}"
-        + f" ≈: no clear difference from {first}, less than two standard errors."
-        * any(one.is_known and not one.is_clear for one in found)
-        + " ?: error not known." * any(not one.is_known for one in found)
+        + f" ≈: no clear difference from {first}, at most two standard errors." * ("≈" in marks)
+        + " ?: error not known." * ("?" in marks)
         + " Exact: the numbers are those of the full Hessian on these samples." * comparison.exact
     )
 
@@ -129,8 +128,3 @@ def as_page(comparison: Comparison) -> str:
     if comparison.correlations:
         parts.append(as_html(correlation_table(comparison.correlations, comparison.outcome_name)))
     return f"<div>{'<br>'.join(parts)}</div>"
-
-
-def _of(data: str) -> str:
-    """Return the end of a phrase that names the data, such as " of val data"; empty if the data are not known."""
-    return f" of {data} data" if data in ("val", "train") else f" of {data}" if data else ""

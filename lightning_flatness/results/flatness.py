@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_flatness.results.records import Record, flat
 from lightning_flatness.results.tables import LayerInfo, lowest_precision, notes, sentence_of
-from lightning_flatness.results.texts import as_text, measured, named, number_of
+from lightning_flatness.results.texts import as_text, measured, named, number_of, samples_of
 
 # Measures in the columns of tables, and the headings of the columns.
 COLUMNS = {
@@ -67,8 +67,8 @@ class LayerFlatness(Record):
             is largest. NaN if per-sample values are not known, some are negative, or all are zero.
         samples: mapping from measures to per-sample values ``(N,)``, in the order of the measured samples. Their mean,
             weighted by ``FlatnessReport.samples["weight"]``, is the measure of the layer. Empty unless
-            ``per_sample=True``. Values are NaN for ignored samples, and where ``residual="hutchinson"`` adds an
-            estimate to a layer's numbers. A measure whose values are all NaN has no entry.
+            ``per_sample=True``. Values are NaN for samples of weight 0, and where ``residual="hutchinson"`` adds
+            an estimate to a layer's numbers. A measure whose values are all NaN has no entry.
 
     Example:
         >>> import torch, lightning_flatness as lf
@@ -149,7 +149,8 @@ class FlatnessReport(Record):
             (``functional.sampling.interval``) uses the t-distribution with ``num_groups - 1`` degrees of freedom.
         samples: per-sample ``loss``, ``curvature``, ``prediction``, ``correct`` (1, 0, or NaN if unknown) and
             ``weight``, ``(N,)`` each; empty unless ``per_sample=True``. The weight of a sample is the weight of its
-            target's class, and 0 for an ignored sample.
+            target's class, and 0 for an ignored sample. Loss and curvature are NaN where the weight is 0, although
+            such samples add to the means if there is label smoothing.
         depth: number of convolutions and linear layers of the whole network; 0 if not known.
         batch_norms: number of BatchNorm layers of the whole network.
         fresh_batch_norms: number of BatchNorm layers whose running statistics were never updated.
@@ -267,9 +268,8 @@ class FlatnessReport(Record):
 
     def table(self) -> Table:
         """Return a ``rich`` table with a row for every layer and a row with the sums over layers."""
-        data = f" of {self.data} data" if self.data in ("val", "train") else f" of {self.data}" if self.data else ""
         table = Table(
-            title=f"Flatness over {number_of(self.num_samples, 'sample')}{data}",
+            title=f"Flatness over {samples_of(self.num_samples, self.data)}",
             caption=" ".join([*self._explanations(), *notes(self._infos, self.left_out)]),
             caption_justify="left",
         )
@@ -287,19 +287,18 @@ class FlatnessReport(Record):
             table.add_row(Text(name), *numbers, f"{layer.weight_norm:.4g}", layer.info.label)
         if len(self.layers) > 1:
             table.add_section()
-            sums = [self._shown(measure) if measure in SUMS else "" for measure in columns]
+            sums = [self.shown(measure) if measure in SUMS else "" for measure in columns]
             table.add_row("sum", *sums, f"{self.weight_norm:.4g}", "yes" if self.exact else "no")
         return table
 
-    def _shown(self, measure: str) -> str:
+    def shown(self, measure: str) -> str:
+        """Return the sum of a measure over layers, or a mean such as ``"loss"``, with its errors, as tables show it."""
         errors = self.sampling_errors.get(measure, math.nan), self.standard_errors.get(measure, 0.0)
         return measured(getattr(self, measure), *errors)
 
     def _explanations(self) -> list[str]:
         """Return sentences that state the mean loss, accuracy and curvature, and explain the errors in the table."""
-        means = [
-            f"{name} {self._shown(field)}" for field, name in MEANS.items() if not math.isnan(getattr(self, field))
-        ]
+        means = [f"{name} {self.shown(field)}" for field, name in MEANS.items() if not math.isnan(getattr(self, field))]
         loss = f" ({self.loss_name})" if self.loss_name else ""
         sentences = [f"Mean {', '.join(means)}{loss}."] if means else []
         layers = self.layers.values()
@@ -307,7 +306,7 @@ class FlatnessReport(Record):
             sentences.append("Normalised: relative flatness for inputs whose channels have standard deviation one.")
         if self.sampling_errors or any(layer.sampling_errors for layer in layers):
             sentences.append("±: standard error over samples.")
-        if any(error for layer in layers for error in layer.standard_errors.values()):
+        if any(error > 0 for layer in layers for error in layer.standard_errors.values()):
             sentences.append("est. ±: standard error of an estimate.")
         return sentences
 
@@ -315,15 +314,15 @@ class FlatnessReport(Record):
         return as_text(self.table())
 
     def _line(self) -> str:
-        means = [f"loss {self._shown('loss')}"] if not math.isnan(self.loss) else []
+        means = [f"loss {self.shown('loss')}"] if not math.isnan(self.loss) else []
         numbers = [
-            f"relative flatness {self._shown('relative_flatness')}",
-            f"Hessian trace {self._shown('hessian_trace')}",
+            f"relative flatness {self.shown('relative_flatness')}",
+            f"Hessian trace {self.shown('hessian_trace')}",
         ]
         inexact = [name for name, layer in self.layers.items() if not layer.exact]
         exact = f"not exact ({named(inexact)})" if inexact else "exact"
-        samples, data = number_of(self.num_samples, "sample"), f" of {self.data}" if self.data else ""
-        return ", ".join([number_of(len(self.layers), "layer"), f"{samples}{data}", exact, *numbers, *means])
+        samples = samples_of(self.num_samples, self.data)
+        return ", ".join([number_of(len(self.layers), "layer"), samples, exact, *numbers, *means])
 
     def _rows(self) -> list[dict[str, Any]]:
         shared = {name: getattr(self, name) for name in ("loss", "accuracy", "curvature", "loss_name", "data")}

@@ -29,7 +29,8 @@ class LandscapeResult(Record):
         coordinates: values of ``α_i``, float64 ``(n_i,)``, for every axis ``i``.
         losses: mean loss at every point, float64 ``(n_1,)`` or ``(n_1, n_2)``. It may be infinite or NaN, and is NaN at
             points that were not computed.
-        accuracies: accuracy at every point, between 0 and 1; None if the targets are not class indices.
+        accuracies: accuracy at every point, between 0 and 1. None if targets are not class indices, or if a
+            function as loss has targets outside ``0..K-1``, which it may ignore.
         computed: boolean mask of the points that were computed.
         origin_loss: mean loss at ``w``, with the model's own BatchNorm statistics.
         origin_accuracy: accuracy at ``w``, with the model's own BatchNorm statistics; None if ``accuracies`` is None.
@@ -127,9 +128,9 @@ class LandscapeResult(Record):
         if len(self.axes) == 2:
             lines.append(f"cosine between the axes {self.cosine:.3g}")
         if missing := int((~self.computed).sum()):
-            lines.append(f"{missing} points not computed")
+            lines.append(f"{number_of(missing, 'point')} not computed")
         if not_finite := int((self.computed & ~self.finite).sum()):
-            lines.append(f"{not_finite} points not finite")
+            lines.append(f"{number_of(not_finite, 'point')} not finite")
         return lines
 
     @property

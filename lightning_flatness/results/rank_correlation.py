@@ -102,7 +102,7 @@ def correlation_table(correlations: Sequence[RankCorrelation], outcome: str) -> 
         "better than it is. 1: the same order as the outcome; 0: unrelated; -1: reversed. Interval: bootstrap over "
         "models. Given: partial τ, with that number held constant. *: baseline, which needs no Hessian."
     ]
-    if all(math.isnan(found.low) for found in correlations):
+    if largest < 5:
         sentences.append("With fewer than five models there is no interval, and nothing can be concluded.")
     if granulated:
         sentences.append("Granulated: among models that differ in one hyper-parameter alone.")

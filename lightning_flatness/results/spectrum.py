@@ -127,17 +127,21 @@ class SpectrumResult(Record):
             raise FlatnessError(NO_DENSITY)
         low, high = float(self.ritz_values.min()), float(self.ritz_values.max())
         sigma = default_sigma(low, high) if sigma is None else sigma
-        if not sigma > 0:
-            raise FlatnessError(f"sigma={sigma!r} must be positive.")
         if grid is None:
             grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, 2000, dtype=torch.float64, device="cpu")
         grid = grid.double()
+        return grid, self._densities(grid, sigma).mean(0)
+
+    def _densities(self, grid: Tensor, sigma: float) -> Tensor:
+        """Return the density at the points ``grid`` as each probe alone estimates it, float64 ``(P, n)``."""
+        if not sigma > 0:
+            raise FlatnessError(f"sigma={sigma!r} must be positive.")
         # The loop takes one probe at a time, to save memory.
         parts = [
             torch.exp(-((grid[:, None] - values) / sigma).square() / 2) @ weights / (sigma * math.sqrt(2 * math.pi))
             for values, weights in zip(self.ritz_values, self.ritz_weights, strict=True)
         ]
-        return grid, torch.stack(parts).mean(0)
+        return torch.stack(parts)
 
     def table(self) -> Table:
         """Return a ``rich`` table of eigenvalues, trace and criteria."""

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_flatness.results.records import Record
-from lightning_flatness.results.texts import named
+from lightning_flatness.results.texts import named, number_of
 
 # ``LayerInfo.reason`` if the numbers are estimates only because classes with little probability mass are sampled.
-SAMPLED = "classes without much mass are sampled"
+SAMPLED = "classes with little probability mass are sampled"
 METHODS = {
     "closed_form": "closed form",
     "gauss_newton": "Gauss-Newton",
@@ -26,9 +26,9 @@ WIDTH = 80
 # For each method, what the numbers of an inexact layer describe instead of the whole Hessian.
 PARTS = {
     "gauss_newton": "the Gauss-Newton part of the Hessian",
-    "gauss_newton+hutchinson": "Gauss-Newton exactly and the rest of the Hessian estimated",
+    "gauss_newton+hutchinson": "the Gauss-Newton part plus an estimate of the rest of the Hessian",
 }
-LABELS = {"gauss_newton": "no: Gauss-Newton", "gauss_newton+hutchinson": "no: estimate", "closed_form": "no"}
+LABELS = {"gauss_newton": "no: Gauss-Newton", "gauss_newton+hutchinson": "no: estimate"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,13 +167,13 @@ def _caption(layers: Sequence[LayerInfo], left_out: Mapping[str, str], verbose: 
     sentences = []
     if any(info.method == "closed_form" for info in layers):
         sentences.append(
-            "Closed form: certified that what follows the layer acts on every channel by itself, and that the "
-            "classifier is linear."
+            "Closed form: checks show that all operations between the layer and the classifier treat every channel by "
+            "itself, and that the classifier is linear."
         )
     if passes:
         sentences.append(
-            "Gauss-Newton: exact where certified that the logits are affine in the layer's weight; "
-            f"{passes} backward passes per batch, shared by all layers."
+            "Gauss-Newton: exact where checks show that the logits are affine in the layer's weight; "
+            f"{number_of(passes, 'backward pass')} per batch, shared by all layers."
         )
     if verbose:
         deviation = max((info.deviation for info in layers), default=0.0)
@@ -208,8 +208,8 @@ def sentence_of(info: LayerInfo) -> str:
     """Return the end of a sentence: "exact", or "not exact" with what the numbers describe instead, and why."""
     if info.exact:
         return "exact"
-    part = "estimates" if info.reason == SAMPLED else PARTS.get(info.method, "")
-    return f"not exact: {part}{', since ' * bool(part)}{info.reason}"
+    part = "estimates" if info.reason == SAMPLED else PARTS[info.method]
+    return f"not exact: {part}, since {info.reason}"
 
 
 def _of_layers(infos: Sequence[LayerInfo], method: str, reason: str) -> str:
@@ -221,7 +221,10 @@ def precision_of(layers: Sequence[LayerInfo]) -> str:
     """Return a sentence with the lowest precision in which layers were measured, and with its effect on the trace."""
     lowest = lowest_precision(layers)
     change = f"{lowest.precision_deviation:+.1%}".replace("%", " %")
-    return f"Features are {lowest.precision}, as the network runs; trace {change} of float32 features on a trial"
+    return (
+        f"Features are {lowest.precision}, as in the network's own forward pass; on a few samples this changes the "
+        f"trace by {change} from that with float32 features"
+    )
 
 
 def _millions(number: int) -> str:

@@ -12,19 +12,34 @@ from rich.table import Table
 
 # If a sentence would list many names, it lists this number of names and states the number of the others.
 MOST_NAMES = 3
+DATA = {"val": "validation data", "train": "training data", "test": "test data", "given": "given data"}
 CELL = "padding: 0.2em 0.8em; white-space: nowrap"
 
 
 def number_of(number: int, noun: str) -> str:
     """Return a number and its noun in the singular or plural, such as ``"2 probes"``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def samples_of(num_samples: int, data: str | None = "") -> str:
+    """Return a text with the number of samples (left out if zero) and the name of the data (left out if empty).
+
+    Example:
+        >>> samples_of(1300, "train"), samples_of(0, "val, loader 1"), samples_of(1)
+        ('1,300 samples of training data', 'validation data, loader 1', '1 sample')
+    """
+    kind, comma, rest = (data or "").partition(", ")
+    name = DATA.get(kind, kind) + comma + rest
+    return " of ".join(filter(None, (number_of(num_samples, "sample") if num_samples else "", name)))
 
 
 def measured(value: float, sampling_error: float = math.nan, standard_error: float = 0.0) -> str:
     """Return a number as text with its errors, or a dash if the number is NaN.
 
     ``sampling_error`` is the standard error over samples; it is left out if it is zero, or if it or the value
-    is not finite. ``standard_error`` is the standard error that random probes cause; it is left out if it is zero.
+    is not finite. ``standard_error`` is the standard error that random probes cause; it is left out if it is zero or
+    not finite.
 
     Example:
         >>> measured(1.2345, 0.0421), measured(1234.5, 62.0), measured(1.2345, standard_error=0.1), measured(math.nan)
@@ -34,13 +49,13 @@ def measured(value: float, sampling_error: float = math.nan, standard_error: flo
         return "-"
     known = math.isfinite(sampling_error) and sampling_error > 0 and math.isfinite(value)
     text = _with_error(value, sampling_error) if known else f"{value:.4g}"
-    return text + (f" (est. ± {standard_error:.1g})" if standard_error else "")
+    return text + (f" (est. ± {standard_error:.1g})" if 0 < standard_error < math.inf else "")
 
 
 def _with_error(value: float, error: float) -> str:
     """Return a value and its error as text, with as many digits as the error makes meaningful."""
-    leading = math.floor(math.log10(error))
-    digits = 1 - leading if f"{error:.1e}"[0] == "1" else -leading  # an error that begins with 1 gets two digits
+    first, _, leading = f"{error:.1e}".partition("e")
+    digits = (first[0] == "1") - int(leading)  # an error that begins with 1 gets two digits
     if digits <= 0:
         return f"{value:.0f} ± {error:.0f}" if abs(value) < 1e6 else f"{value:.4g} ± {error:.1g}"
     if digits <= 5:
@@ -63,7 +78,7 @@ def named(names: Iterable[str]) -> str:
 
 def as_text(table: Table, width: int = 110) -> str:
     """Return a ``rich`` table as plain text, at most ``width`` characters wide."""
-    console = Console(width=width, color_system=None, markup=False, emoji=False)
+    console = Console(width=width, color_system=None, markup=False, emoji=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_flatness import measure_flatness
 from tests.callbacks.flatness_runs import MONITOR, Recorder, fit, flatness_callback
-from tests.callbacks.lightning_modules import Classifier, WithoutValidation, loaders, quiet_trainer
+from tests.callbacks.lightning_modules import Classifier, Net, WithoutValidation, loaders, quiet_trainer
 from tests.guarding import guards
 
 
@@ -58,15 +59,27 @@ def test_history_pairs_flatness_with_accuracy(tmp_path, accuracy, values):
     assert [record["accuracy"] for record in callback.history] == values
 
 
+class Late(WithoutValidation):
+    """Logs its accuracy at the end of training epochs, after the callbacks."""
+
+    def on_train_epoch_end(self):
+        self.log("acc", 0.25 * (1 + self.current_epoch))
+
+
 @guards("callbacks.flatness_history:FlatnessHistory.on_train_epoch_start", body="pass")
 def test_history_without_validation_pairs_flatness_with_accuracy_of_the_epoch(tmp_path):
-    class Late(WithoutValidation):
-        def on_train_epoch_end(self):
-            self.log("acc", 0.25 * (1 + self.current_epoch))
-
     callback = flatness_callback(data="train")
     fit(tmp_path, callback, module=Late(), data=loaders()[:1])
     assert [record["accuracy"] for record in callback.history] == [0.25, 0.5]
+
+
+def test_checkpoints_without_validation_have_the_accuracy_of_the_epoch(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, flatness_callback(data="train"), checkpoint, module=Late(), data=loaders()[:1])
+    callback = flatness_callback(data="train")
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=4)
+    trainer.fit(Late(), loaders()[0], ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert [record["accuracy"] for record in callback.history] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_history_without_any_accuracy(tmp_path):
@@ -107,6 +120,8 @@ def test_second_fit_starts_a_new_history(tmp_path):
     for epochs in (3, 2):
         fit(tmp_path, callback, max_epochs=epochs)
         assert [record["epoch"] for record in callback.history] == list(range(epochs))
+    fit(tmp_path, callback, max_epochs=0)
+    assert (callback.history, callback.report, callback.reports) == ([], None, {})
 
 
 @guards("callbacks/base.py", "self._is_restored = False\n        self._release()", "self._release()")
@@ -154,3 +169,29 @@ def test_callback_can_be_copied_and_pickled(tmp_path, data, duplicate):
     assert copied.history == callback.history
     fit(tmp_path, copied)
     assert len(copied.history) == 2
+
+
+class Halves(Net):
+    """Changes its inputs in place."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(0.5))
+
+
+class ReturnsMore(Classifier):
+    """Its forward returns no logits, but calls a network that does."""
+
+    def forward(self, x):
+        return {"predicted": self.net(x).softmax(1)}
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.parametrize("make", [Classifier, ReturnsMore])
+def test_a_network_that_changes_its_inputs_is_given_what_the_step_gives(tmp_path, make, data):
+    callback, module, both = flatness_callback(data=data), make(Halves()), loaders(val_samples=8)
+    fit(tmp_path, callback, module=module, data=both, max_epochs=1, num_sanity_val_steps=int(data == "train"))
+    wanted = measure_flatness(module.net, both[data == "val"])
+    assert callback.report.loss == pytest.approx(wanted.loss, rel=1e-5)

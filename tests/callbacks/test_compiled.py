@@ -139,7 +139,10 @@ def validated(folder, form, precision, *callbacks, **options):
 
 
 @guards(
-    "callbacks/running.py", "if reason and self.measurement.repeats:", "if False:", ids="submodule in place-32-true"
+    "callbacks/running.py",
+    "if reason and self.measurement.observer.repeats:",
+    "if False:",
+    ids="submodule in place-32-true",
 )
 @guards("layers/observer.py", "return outcome.compiled", 'return ""', ids="submodule in place-bf16-mixed")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -173,7 +173,7 @@ def test_without_validation(tmp_path, kind):
     callback = KINDS[kind]()
     fit(tmp_path, callback, module=WithoutValidation(), data=loaders()[:1])
     assert epochs(callback) == [2]
-    with pytest.raises(lf.FlatnessError, match="data='val' needs validation, and this fit has none"):
+    with pytest.raises(lf.FlatnessError, match="Callback: data='val' needs validation, and this fit has none"):
         fit(tmp_path, KINDS[kind](data="val"), module=WithoutValidation(), data=loaders()[:1])
 
 
@@ -195,7 +195,7 @@ def test_validation_data_that_never_come(tmp_path, kind):
 @kinds
 def test_two_validation_loaders_are_refused(tmp_path, kind):
     train, val = loaders()
-    with pytest.raises(lf.FlatnessError, match="needs one validation loader, and there are 2"):
+    with pytest.raises(lf.FlatnessError, match="Callback: data='val' needs one validation loader, and there are 2"):
         fit(tmp_path, KINDS[kind](data="val"), data=(train, [val, val]))
 
 

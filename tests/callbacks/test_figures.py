@@ -6,6 +6,7 @@ import warnings
 import weakref
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
@@ -163,6 +164,48 @@ def test_the_last_measurement_is_drawn_once(tmp_path):
     assert steps == [event.step for event in seen.Scalars("flatness/relative_flatness")] == [1, 3, 5, 7]
 
 
+class TwoOptimizers(Classifier):
+    """Its optimizers both step in every batch, so Lightning counts every batch twice in ``global_step``."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.net.conv1, self.net.conv2)]
+
+
+@guards(
+    "callbacks/loggers.py",
+    "steps if trainer.evaluating else steps - 1",
+    "trainer.global_step - 1",
+    ids="TwoOptimizers-options0-steps0",
+)
+@pytest.mark.parametrize(
+    ("module", "options", "steps"),
+    [
+        (TwoOptimizers, {}, [3, 7]),
+        (Classifier, {"accumulate_grad_batches": 2, "val_check_interval": 3}, [1, 3]),
+    ],
+)
+def test_figures_have_the_steps_of_the_scalars(tmp_path, module, options, steps):
+    logger = TensorBoardLogger(tmp_path, name="")
+    trainer = quiet_trainer(tmp_path, flatness(figures_every=1), spectrum(), figures="auto", logger=logger, **options)
+    trainer.fit(module(), *loaders())
+    seen = events(tmp_path)
+    drawn = [image.step for image in seen.Images("flatness/history")]
+    assert drawn == [event.step for event in seen.Scalars("flatness/relative_flatness")] == steps
+    last = steps[-1]
+    assert [event.step for event in seen.Scalars("spectrum/trace")] == [last]
+    assert [image.step for image in seen.Images("spectrum/density")] == [last]
+
+
 @pytest.mark.parametrize(("every", "steps"), [(None, [11]), (1, [3, 7, 11]), (2, [7, 11])])
 def test_figures_of_spectra(tmp_path, every, steps):
     callback = spectrum(every_n_epochs=1, figures_every=every)
@@ -201,6 +244,15 @@ def test_comet(tmp_path):
     assert comet.experiment.assets == [("spectrum/epoch=1-step=8.npz", 7)]
     assert comet.steps["flatness/relative_flatness"] == [3, 7]
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_files_in_a_logger_are_named_like_the_folder_of_the_run(tmp_path, monkeypatch):
+    comet = FakeLogger(CometExperiment())
+    monkeypatch.setattr(CometExperiment, "log_figure", lambda *_, **options: 1 / 0)
+    (tmp_path / "lightning_logs" / "version_0" / "flatness").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="could not give FakeLogger the figure"):
+        fit(tmp_path, flatness(), logger=[CSVLogger(tmp_path, version=0), comet])
+    assert comet.experiment.assets == [(f"flatness-v1/{name}", 7) for name in reversed(PNGS)]
 
 
 def test_aim(tmp_path, monkeypatch):

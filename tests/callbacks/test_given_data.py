@@ -17,6 +17,7 @@ import lightning_flatness as lf
 from lightning_flatness.callbacks.data.sources import Wanted
 from lightning_flatness.measure.batches import split_batch
 from tests.callbacks.compare import assert_same, end_of
+from tests.callbacks.epoch_end_runs import KINDS
 from tests.callbacks.flatness_runs import fit
 from tests.callbacks.lightning_modules import Classifier, WithoutValidation, dataset, loaders, quiet_trainer
 from tests.callbacks.tensorboard_events import charts, events
@@ -113,6 +114,65 @@ def test_hooks_of_a_data_module(tmp_path, data):
     quiet_trainer(tmp_path, callback, max_epochs=2).fit(module, datamodule=Brighter())
     wanted = lf.measure_flatness(module.net, [(GIVEN.tensors[0] + 1, GIVEN.tensors[1])])
     assert callback.report.relative_flatness == pytest.approx(wanted.relative_flatness, rel=1e-5)
+
+
+class Augmenting(Classifier):
+    """Augments batches on their way to the device, in training alone, as Lightning's documentation shows it."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.asks = asks
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        trains = self.trainer.training if self.asks == "trainer" else self.training
+        return 3 * batch[0] if trains else batch[0], batch[1]
+
+
+class AugmentingData(Brighter):
+    """The same in a data module."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return 3 * batch[0] if self.trainer.training else batch[0], batch[1]
+
+
+LOADERS = ("train_dataloaders", "val_dataloaders")
+
+
+@guards("callbacks/data/reading.py", "trainer.validating = True", "pass", ids="trainer-val")
+@guards("callbacks/data/reading.py", "module.training = False", "pass", ids="module-val")
+@pytest.mark.parametrize("data", ["val", "train", "given"])
+@pytest.mark.parametrize("asks", ["trainer", "module", "data"])
+def test_what_augments_training_batches_does_not_augment_measured_ones(tmp_path, asks, data):
+    module, loader = (Classifier() if asks == "data" else Augmenting(asks)), DataLoader(GIVEN, 4)
+    own = [(x, y) for x, y in loader] if data == "given" else data
+    flatness = lf.FlatnessCallback(data=own, summary=False)
+    spectrum = KINDS["spectrum"](data=own)
+    trainer = quiet_trainer(tmp_path, flatness, spectrum)
+    trainer.fit(module, **({"datamodule": AugmentingData()} if asks == "data" else dict.fromkeys(LOADERS, loader)))
+    wanted = lf.measure_flatness(module.net, loader)
+    assert spectrum.result.loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert flatness.report.loss == pytest.approx(wanted.loss, rel=1e-5)
+
+
+@guards("callbacks/data/reading.py", "trainer.state.stage = stage", "pass")
+@guards("callbacks/data/reading.py", "module.training = True", "pass")
+def test_training_goes_on_as_training_after_a_hook_that_fails(tmp_path):
+    stages = []
+
+    class Failing(WithoutValidation):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            if not self.trainer.training:
+                raise RuntimeError("no batch")
+            return batch
+
+        def training_step(self, batch, batch_idx):
+            stages.append((self.trainer.training, self.net.training))
+            return super().training_step(batch, batch_idx)
+
+    callback = lf.FlatnessCallback(data="train", summary=False, on_error="warn")
+    with pytest.warns(UserWarning, match="no batch"):
+        fit(tmp_path, callback, module=Failing(), data=loaders()[:1])
+    assert stages == [(True, True)] * 8
 
 
 @pytest.mark.parametrize("run", ["validate", "test"])
@@ -249,6 +309,11 @@ def test_batches_with_names_in_a_run(tmp_path, options):
         wanted = lf.measure_flatness(module.net, loaders()[1])
         assert_close(callback.report.layers["net.conv2"].block_traces, wanted.layers["conv2"].block_traces)
     assert callback.report.num_samples == options.get("max_samples", 22)
+
+
+def test_targets_of_batch_fn_in_a_list(tmp_path):
+    with pytest.raises(lf.BatchError, match="batch_fn=... returned targets of type list"):
+        Wanted("val", None, lambda batch: (batch[0], batch[1].tolist())).split((X, Y))
 
 
 @pytest.mark.parametrize(

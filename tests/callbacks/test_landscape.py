@@ -65,7 +65,7 @@ def test_adam_axes_are_the_moments_of_the_optimizer(tmp_path, kind, update):
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adamax])
 def test_an_optimizer_without_moments_is_refused_before_the_first_epoch(tmp_path, kind):
     module = WithAdam(kind)
-    with pytest.raises(lf.FlatnessError, match=f"axes='adam'.*{kind.__name__} keeps none"):
+    with pytest.raises(lf.FlatnessError, match=f"LandscapeCallback: axes='adam'.*{kind.__name__} keeps none"):
         fit(tmp_path, lf.LandscapeCallback(axes="adam"), module=module)
     assert module.training_steps == 0
 
@@ -82,7 +82,9 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
         def configure_optimizers(self):
             return torch.optim.Adam(self.other.parameters())
 
-    with pytest.raises(lf.FlatnessError, match="no optimizer of the Trainer .Adam. has parameters"):
+    with pytest.raises(
+        lf.FlatnessError, match="LandscapeCallback: axes='adam': no optimizer of the Trainer .Adam. has parameters"
+    ):
         fit(tmp_path, lf.LandscapeCallback(axes="adam", model="net"), module=Other())
 
 
@@ -265,6 +267,29 @@ def test_an_error_at_a_point_keeps_what_was_computed(tmp_path, after_five_points
     assert lf.LandscapeResult.load(path).computed.sum() == 5
 
 
+@pytest.mark.parametrize("axes", [["random"], "trajectory"], ids=str)
+def test_after_errors_the_results_are_still_those_of_the_history(tmp_path, monkeypatch, axes):
+    callback, module, at = (
+        lf.LandscapeCallback(axes=axes, steps=2, every_n_epochs=1, on_error="warn"),
+        Classifier(),
+        Points.at,
+    )
+
+    def failing(self, coordinates):
+        if module.current_epoch > 1:
+            raise RuntimeError("no memory")
+        return at(self, coordinates)
+
+    monkeypatch.setattr(Points, "at", failing)
+    with pytest.warns(UserWarning, match="no memory") as caught:
+        fit(tmp_path, callback, module=module)
+    assert not any("belong to the final weights" in str(one.message) for one in caught)
+    assert epochs(callback)[-1] == 1
+    assert callback.results["kept"].complete
+    assert callback.results["kept"].origin_loss == callback.history[-1]["loss"]
+    assert axes == ["random"] or len(callback.trajectory) == 1 + 2  # the initial weights, and those of two epochs
+
+
 def test_points_without_a_finite_loss_are_drawn(tmp_path):
     callback = lf.LandscapeCallback(axes=["random", "random"], span=1e38, normalize="none", steps=3)
     with pytest.warns(UserWarning, match="no finite loss"):
@@ -278,6 +303,7 @@ def test_points_without_a_finite_loss_are_drawn(tmp_path):
         ({"axes": "pca"}, "pca"),
         ({"axes": ["random"] * 3}, "length 3"),
         ({"axes": [{"weight": torch.ones(1)}]}, "takes strings only"),
+        ({"axes": None}, "LandscapeCallback: axes=None: .*takes strings only"),
         ({"axes": "foo"}, "axes='foo' must be one of 'random', 'adam', 'hessian', .*or 'trajectory'"),
         ({"axes": ["trajectory"]}, "must be one of 'random', 'adam', 'hessian', .*or 'trajectory'"),
         ({"axes": ["random", "trajectory"]}, "or 'trajectory'"),
@@ -287,7 +313,7 @@ def test_points_without_a_finite_loss_are_drawn(tmp_path):
         ({"norm": 3}, "norm=3"),
         ({"update": "adam"}, "update='adam' takes axes='adam'"),
         ({"batch_norm": "all"}, "batch_norm='all'"),
-        ({"cap": 0}, "cap=0"),
+        ({"cap": 0}, "LandscapeCallback: cap=0 must be a positive number"),
     ],
     ids=str,
 )

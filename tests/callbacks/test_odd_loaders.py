@@ -199,10 +199,10 @@ def test_combined_validation_loaders(tmp_path, mode, sanity, max_samples):
 @guards("callbacks/data/stream.py", 'self._warn("the loaders are combined")', "pass")
 def test_combined_loaders_on_several_ranks_are_warned_of():
     with pytest.warns(UserWarning, match="the loaders are combined.*repeats count twice"):
-        assert ValidationStream([], [], num_ranks=2).mask(3, 0).all()
+        assert ValidationStream(None, 1, num_ranks=2).mask(3, 0).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ValidationStream([], []).mask(3, 0).all()
+        assert ValidationStream(None, 1).mask(3, 0).all()
 
 
 class Backwards:

@@ -300,3 +300,16 @@ def test_a_callback_is_used_in_a_second_fit(tmp_path):
     fitted(tmp_path, expected)
     fitted(tmp_path, actual, callback)
     assert_close(weights_of(actual), weights_of(expected), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("batch_fn", "says"),
+    [
+        (lambda batch: batch[1], "returned a Tensor; it must return .inputs, targets., with None"),
+        (lambda batch: (batch[0], batch[1].tolist()), "returned targets of type list; they must be a tensor"),
+    ],
+    ids=["targets alone", "list"],
+)
+def test_what_batch_fn_returns_is_checked(tmp_path, batch_fn, says):
+    with pytest.raises(lf.BatchError, match=f"^FlatnessPenalty: batch_fn=... {says}[^.]*[.]$"):
+        fitted(tmp_path, WithLoss(), lf.FlatnessPenalty(0.3, batch_fn=batch_fn))

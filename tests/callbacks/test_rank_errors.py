@@ -143,16 +143,20 @@ def test_an_error_is_not_kept_for_the_next_run(tmp_path, on_error):
     assert len(callback.history) == 4
 
 
-@pytest.mark.parametrize("run", ["validate", "test"])
-def test_validation_and_tests_alone(tmp_path, run):
+@pytest.mark.parametrize(("run", "said"), [("validate", "the validation"), ("test", "the test")])
+def test_validation_and_tests_alone(tmp_path, run, said):
     trainer = quiet_trainer(tmp_path, lf.FlatnessCallback(on_error="warn"))
-    with pytest.warns(UserWarning, match="no flatness for epoch 0"):
+    with pytest.warns(UserWarning, match=f"no flatness for {said}; it failed"):
         getattr(trainer, run)(FailingWhenMeasured({0}), loaders()[1], verbose=False)
+
+
+def rank_errors(on_error):
+    return RankErrors(on_error, "FlatnessCallback", "flatness")
 
 
 @guards("callbacks/rank_errors.py", "if num_ranks == 1 and", "if False and")
 def test_alone_errors_are_raised_at_once():
-    with pytest.raises(ValueError, match="as it is"), RankErrors("raise").kept(num_ranks=1):
+    with pytest.raises(ValueError, match="as it is"), rank_errors("raise").kept(num_ranks=1):
         raise ValueError("as it is")
 
 
@@ -161,7 +165,7 @@ def test_alone_errors_are_raised_at_once():
 @guards("callbacks/rank_errors.py", "if num_ranks == 1 and", "if", ids="raise")
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
 def test_the_first_error_is_kept_for_all_ranks(monkeypatch, on_error):
-    errors = RankErrors(on_error)
+    errors = rank_errors(on_error)
     for message in ("the first", "the second"):
         with errors.kept(num_ranks=2):
             raise ValueError(message)
@@ -183,7 +187,7 @@ def test_an_error_of_another_rank_counts(monkeypatch, on_error):
     monkeypatch.setattr("lightning_flatness.callbacks.rank_errors.gather", lambda own, sync: [own, "no memory"])
     if on_error == "raise":
         with pytest.raises(lf.FlatnessError, match="on rank 1: no memory"):
-            RankErrors(on_error).settle("epoch 3")
+            rank_errors(on_error).settle("epoch 3")
     else:
         with pytest.warns(UserWarning, match="on rank 1: no memory"):
-            assert not RankErrors(on_error).settle("epoch 3")
+            assert not rank_errors(on_error).settle("epoch 3")

@@ -103,6 +103,17 @@ def test_a_second_loader_without_labels_is_left_out(tmp_path):
     assert_reports_equal(callback.report, lf.measure_flatness(module.net, first))
 
 
+def test_a_second_loader_without_a_batch_is_left_out(tmp_path):
+    train, first = loaders()
+    second = DataLoader(dataset(8), 16, drop_last=True)
+    callback, module = flatness_callback(), Unlabelled()
+    with pytest.warns(UserWarning, match="leaves out validation loader 1: No sample of it was measured"):
+        fit(tmp_path, callback, module=module, data=(train, [first, second]))
+    assert_reports_equal(callback.report, lf.measure_flatness(module.net, first))
+    with pytest.raises(lf.BatchError, match="No sample was measured"):
+        fit(tmp_path, flatness_callback(), data=(train, [second, first]), num_sanity_val_steps=0)
+
+
 class Prompted(Classifier):
     """Its step gives the network a table that all samples share, which may have as many rows as there are samples."""
 

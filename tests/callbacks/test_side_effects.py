@@ -111,7 +111,7 @@ class Counting(Classifier):
         self.log("calls", float(self.calls + len(self.sizes) + self.total))
 
 
-@guards("model/isolation.py", "if type(value) is list:", "if False:", ids="val-2")
+@guards("model/isolation.py", "if type(value) is list}", "if False}", ids="val-2")
 @pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_forward_that_counts(tmp_path, data, sanity):

@@ -115,6 +115,7 @@ def test_without_eigenvalues(tmp_path):
     trainer = fit(tmp_path, callback)
     assert "spectrum/lambda_max" not in trainer.callback_metrics
     assert "trace" in callback.history[0]
+    assert callback.history[0]["lambda_max"] is None
 
 
 @pytest.mark.slow

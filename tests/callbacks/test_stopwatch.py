@@ -41,9 +41,20 @@ def test_the_time_of_a_block_that_raises_counts():
 )
 def test_advice_is_given_where_it_helps(seconds, advice):
     """A thousand samples beside ten seconds. Under a hundred samples, what a measurement begins with takes the time."""
-    words = in_words(seconds, 10.0 + seconds, 1000)
+    words = in_words(seconds, 10.0 + seconds, [1000])
     assert ("max_samples" in words) == bool(advice)
     assert advice in words
+
+
+@pytest.mark.parametrize(("sizes", "advice"), [([5000, 5000], 500), ([9900, 100], 900), ([100, 9900], 900)], ids=str)
+def test_advice_counts_the_samples_of_every_loader(sizes, advice):
+    words = in_words(10.0, 20.0, sizes)
+    assert words.startswith("measuring 10,000 samples took 10 s")
+    assert f"max_samples={advice} would make it +10 %" in words
+
+
+def test_long_times_are_in_minutes():
+    assert in_words(130.0, 1300.0, [10]) == "measuring 10 samples took 2.2 min beside a validation of 20 min (+11 %)"
 
 
 def test_seconds_are_in_reports_history_and_logs(tmp_path, monkeypatch):
@@ -62,6 +73,13 @@ def test_seconds_are_in_reports_history_and_logs(tmp_path, monkeypatch):
     assert float(trainer.callback_metrics["flatness/seconds"]) == pytest.approx(seconds[-1])
     assert len(said) == 1
     assert said[0].startswith(f"FlatnessCallback: measuring {callback.report.num_samples} samples took ")
+
+
+def test_the_samples_of_all_loaders_are_said(tmp_path, monkeypatch):
+    said, (train, val) = [], loaders()
+    monkeypatch.setattr(flatness, "rank_zero_info", said.append)
+    quiet_trainer(tmp_path, lf.FlatnessCallback(summary=False), max_epochs=1).fit(Classifier(), train, [val, val])
+    assert said[0].startswith("FlatnessCallback: measuring 44 samples took ")
 
 
 def test_measure_flatness_says_what_it_took():

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lightning_flatness as lf
@@ -211,3 +212,21 @@ def test_the_stop_and_the_burn_in_are_in_the_figure(tmp_path, monkeypatch):
     assert (options["burn_in"], options["stopped"]) == (1, stopping.stopped_epoch)
     assert options["accuracy_label"] == "val_acc"
     assert options["report"].num_samples
+
+
+def test_the_stop_of_an_earlier_run_is_not_in_the_figure(tmp_path, monkeypatch):
+    drawn, plot = [], flatness_figures.plot_history
+    monkeypatch.setattr(
+        flatness_figures, "plot_history", lambda *given, **options: drawn.append(options) or plot(*given, **options)
+    )
+
+    def callbacks():
+        return lf.FlatnessCallback(summary=False), EarlyStopping("val_acc", mode="max", stopping_threshold=-1.0)
+
+    trainer = fit(tmp_path, *callbacks(), min_epochs=2, max_epochs=9)
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    second = callbacks()
+    second[1].stopping_threshold = None
+    trainer = quiet_trainer(tmp_path, *second, figures="files", max_epochs=4)
+    trainer.fit(Classifier(), *loaders(), ckpt_path=tmp_path / "stopped.ckpt")
+    assert [options["stopped"] for options in drawn] == [1, None]

@@ -1,5 +1,7 @@
 """A project of a user's: networks and data, as a checkpoint or a command line names them."""
 
+import warnings
+
 import lightning as L
 import torch
 from torch import nn
@@ -190,6 +192,58 @@ class Whole(Net):
 
     def train_dataloader(self):
         return images().train_dataloader()
+
+
+class OwnData(Net):
+    """Sets up a drawn split of its own, and asks its Trainer for the number of processes."""
+
+    def prepare_data(self):
+        self.is_prepared = True
+
+    def setup(self, stage):
+        assert self.is_prepared
+        assert not hasattr(self, "data"), "the data are set up once"
+        self.data = DrawnSplit()
+        self.data.setup(stage)
+
+    def teardown(self, stage):
+        del self.data
+
+    def val_dataloader(self):
+        return [self.data.val_dataloader()] * self.trainer.world_size
+
+    def train_dataloader(self):
+        return [self.data.train_dataloader()] * self.trainer.world_size
+
+
+class Renamed(Net):
+    """Reads checkpoints of a time when its network had another name."""
+
+    def on_load_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name.replace("body.", "net."): value for name, value in state.items()}
+
+
+class Versioned(nn.Linear):
+    """Can only be loaded from a state dict that says its version."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        assert local_metadata["version"] == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def versioned() -> nn.Module:
+    return nn.Sequential(*list(layers(2))[:-1], Versioned(4, 3))
+
+
+class Warns(Net):
+    """Its validation step warns."""
+
+    def validation_step(self, batch, batch_idx):
+        warnings.warn("the images look odd", stacklevel=1)
+        super().validation_step(batch, batch_idx)
 
 
 def images():

@@ -96,7 +96,7 @@ def test_several_loaders_are_counted_from_zero(runs, run, numbers):
     assert numbers(*words)["loss"] != second["loss"]
     code, _, err = run(*words, "--loader", 2)
     assert code == 1
-    assert "there are 2 loaders of val data" in err
+    assert "--loader 2: the val data have 2 loaders; the first is --loader 0." in err
 
 
 def test_the_step_is_told_its_loader(runs, numbers):
@@ -126,6 +126,30 @@ def test_weights_alone(runs, numbers, tmp_path, name, kind):
     model = project.Plain()
     model.load_state_dict(state)
     assert_same(found, lf.measure_flatness(model, loader()))
+
+
+def test_a_checkpoint_that_a_hook_changes(runs, numbers, tmp_path):
+    content = torch.load(runs / "small.ckpt", weights_only=True)
+    state = {name.replace("net.", "body."): value for name, value in content["state_dict"].items()}
+    torch.save({**content, "state_dict": state}, tmp_path / "old.ckpt")
+    found = numbers("measure", tmp_path / "old.ckpt", "--model", "tests.cli.project.Renamed", *DATA)
+    assert_same(found, lf.measure_flatness(model_of(Net, runs / "small.ckpt"), loader()))
+
+
+def test_versions_of_modules_are_loaded(numbers, tmp_path):
+    model = project.versioned()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    found = numbers("measure", tmp_path / "model.pt", "--model", "tests.cli.project.versioned", *DATA)
+    assert_same(found, lf.measure_flatness(model, loader()))
+
+
+def test_a_comparison_names_the_class_of_every_network(cli_run, numbers, tmp_path):
+    content = torch.load(cli_run / "last.ckpt", weights_only=False)
+    content["hyper_parameters"]["_class_path"] = "tests.cli.project.Preparing"
+    torch.save(content, tmp_path / "other.ckpt")
+    found = numbers("compare", cli_run / "last.ckpt", tmp_path / "other.ckpt", "--no-train-loss")
+    names = "last: tests.cli.project.Net, other: tests.cli.project.Preparing"
+    assert found["details"]["Model"] == names
 
 
 def test_a_checkpoint_of_a_lightning_cli_knows_its_classes(cli_run, numbers):
@@ -206,6 +230,32 @@ def test_a_module_with_data_and_a_late_network_of_its_own(runs, numbers, split):
     assert found["num_samples"] == 24
     if split == "val":
         assert_same(found, lf.measure_flatness(model_of(Net, runs / "small.ckpt"), loader()))
+
+
+def drawn_split(model):
+    """The model, and the data that are drawn after it, as at the start of a run."""
+    L.seed_everything(0, verbose=False)
+    net, data = model(), DrawnSplit()
+    data.setup("fit")
+    return net, data
+
+
+OWN_DATA = [["--model", "tests.cli.project.OwnData"], [*NET, "--data", "tests.cli.project.DrawnSplit"]]
+
+
+def test_a_module_with_data_of_its_own_sets_them_up_once(runs, numbers):
+    found = numbers("measure", runs / "small.ckpt", *OWN_DATA[0])
+    assert found["details"]["Hash of the data"] == data_hash(drawn_split(Net)[1].val_dataloader())
+
+
+@guards("cli/session.py", "if owner is not self._owner:", "if True:")
+@pytest.mark.parametrize("words", OWN_DATA, ids=["module", "data module"])
+def test_training_data_are_of_the_same_drawn_split(runs, numbers, words):
+    found = numbers("compare", runs / "small.ckpt", runs / "small.ckpt", *words)
+    images, labels = zip_batch(drawn_split(Net)[1].train)
+    logits = model_of(Net, runs / "small.ckpt")(images).double()
+    expected = pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels).detach()), rel=1e-6)
+    assert [row["train_loss"] for row in found["models"].values()] == [expected, expected]
 
 
 @guards("cli/session.py", "seed_all(self.seed)\n        model", "model")

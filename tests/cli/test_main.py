@@ -1,16 +1,18 @@
 """Tables, files and help of the command line."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 import lightning_flatness as lf
 from lightning_flatness.cli.arguments import ABOUT
-from lightning_flatness.cli.main import main
+from lightning_flatness.cli.main import _noted, main
 from tests.cli import project
 from tests.cli.conftest import DATA
 
@@ -66,6 +68,19 @@ def test_notes_are_on_stderr(runs, run, tmp_path):
     note = f"'{runs / 'small.ckpt'}' does not contain scale: initial values are kept."
     assert note in " ".join(err.split())
     assert "does not contain scale: initial values are kept" in path.read_text()
+
+
+def test_warnings_are_written(runs, numbers):
+    found = numbers("measure", runs / "small.ckpt", "--model", "tests.cli.project.Warns", *DATA)
+    assert found["notes"] == ["the images look odd"]
+
+
+@pytest.mark.parametrize("code", [os.__file__, pytest.__file__, "<frozen importlib._bootstrap>"])
+def test_warnings_of_libraries_are_no_notes(code):
+    with _noted() as notes:
+        warnings.warn_explicit("theirs", DeprecationWarning, code, 1)
+        warnings.warn_explicit("ours", UserWarning, str(project.__file__), 1)
+    assert notes == ["ours"]
 
 
 def test_ctrl_c_is_neither_done_nor_a_mistake(runs, run, monkeypatch):

@@ -20,7 +20,7 @@ class Result:
 def test_a_sign_that_stdout_does_not_know_is_no_error(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
-    show(Outcome({"": Result()}), [])
+    show(Outcome({"": Result()}))
     sys.stdout.flush()
     assert b"?W?" in written.getvalue()
 

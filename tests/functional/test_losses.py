@@ -246,7 +246,7 @@ Y = torch.tensor([0, 1, 2])
         (find_loss("binary_cross_entropy"), torch.full((3, 4), 2.0), "between 0 and 1"),
         (CustomLoss(focal), None, "'focal' needs targets"),
         (CustomLoss(F.cross_entropy), Y, r"returns \(\) for 3 samples\. .*reduction='none'"),
-        (CustomLoss(lambda f, y: f.detach()[:, 0]), Y, "does not depend on the logits"),
+        (CustomLoss(lambda f, y: f.detach()[:, 0]), Y, "no gradient with respect to the logits.*or it detaches them"),
         (CustomLoss(lambda f, y: (f - f.mean(0)).square().sum(1)), Y, "depends on other samples"),
         (CustomLoss(lambda f, y: f[:, 0].abs().sqrt() * 0 + torch.inf * f[:, 0] ** 2), Y, "not finite"),
     ],
@@ -255,6 +255,20 @@ Y = torch.tensor([0, 1, 2])
 def test_wrong_targets_are_refused(loss, targets, match):
     with pytest.raises(BatchError, match=match):
         loss(torch.randn(3, 4), targets)
+
+
+@pytest.mark.parametrize(
+    "loss", [CrossEntropy(), CustomLoss(lambda f, y: F.cross_entropy(f, y.long(), reduction="none"))]
+)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_targets_of_small_integer_types(loss, dtype):
+    """In uint8, 156 equals -100, and 256 equals 0."""
+    logits, targets = torch.randn(4, 256).double(), torch.tensor([156, 1, 2, 255])
+    _, residual, number, normalizer, outcomes, _ = loss(logits, targets.to(dtype))
+    expected = loss(logits, targets)
+    assert (number, normalizer) == (4, 4.0)
+    assert_close(residual, expected.residual, rtol=0, atol=0)
+    assert_close(outcomes, expected.outcomes, rtol=0, atol=0)
 
 
 def test_a_loss_without_curvature_has_none():

@@ -250,6 +250,14 @@ def test_what_does_not_fit_is_refused(change, message):
         flatness_penalty(**arguments)
 
 
+def test_targets_of_a_small_integer_type():
+    """In uint8, 156 equals -100, which is ignored."""
+    g, w, b, _ = head(8, classes=200)
+    targets = torch.tensor([156, 1, 2, 3, 4])
+    expected = flatness_penalty(g, g @ w.T + b, w, targets)
+    assert_close(flatness_penalty(g, g @ w.T + b, w, targets.to(torch.uint8)), expected, rtol=0, atol=0)
+
+
 def test_one_sample_cannot_be_normalized():
     g, w, b, _ = head(9, samples=2)
     with pytest.raises(BatchError, match=r"normalize=True .* has one sample. Use larger batches \(drop_last=True\)"):

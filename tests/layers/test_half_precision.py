@@ -65,13 +65,13 @@ class Runs:
         with torch.inference_mode():
             with self.modes():
                 call = heard_call((x,), {})
-            return measurement, measurement.why_not_live(call, y)
+            return measurement, measurement.observer.why_not_live(call, y)
 
     def observe(self, measurement, x, y):
         x = self.inputs(x)
         with torch.inference_mode(), self.modes():
             expected = self.model(x)
-            with measurement.listen(x) as heard:
+            with measurement.observer.listen(x) as heard:
                 output = self.model(x)
         assert heard.reason == ""
         assert_close(output, expected, rtol=0, atol=0)
@@ -160,10 +160,10 @@ def test_filters_that_become_active_later(runs, filters):
     run = runs(model)
     measurement, reason = run.tried(x, y)
     assert reason == ""
-    tail = measurement._observer._observable.known.layers["conv"].tail.value
+    tail = measurement.observer._observable.known.layers["conv"].tail.value
     assert len(tail.unknown) > filters // 2
     run.observe(measurement, x, y)
-    tail = measurement._observer._observable.known.layers["conv"].tail.value
+    tail = measurement.observer._observable.known.layers["conv"].tail.value
     assert len(tail.unknown) < filters // 2
     position = torch.arange(filters).roll(filters - 6)  # of entries: which filter each is
     expected = torch.empty_like(position).scatter(0, position, torch.arange(filters))

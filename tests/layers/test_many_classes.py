@@ -130,7 +130,7 @@ def test_sampled_numbers_are_labelled_and_within_their_standard_errors(confidenc
     # "2" is under the closed form, and the output of "6" is the logits.
     assert [layer.exact for layer in sampled.layers.values()] == [False, True, True]
     layer, expected = sampled.layers["0"], exact.layers["0"]
-    assert layer.info.reason == "classes without much mass are sampled"
+    assert layer.info.reason == "classes with little probability mass are sampled"
     for measure, error in layer.standard_errors.items():
         assert abs(getattr(layer, measure) - getattr(expected, measure)) < 5 * error
     for measure in ("hessian_trace", "relative_flatness"):
@@ -200,7 +200,7 @@ def test_few_classes_are_never_sampled():
 def test_report_shows_standard_errors():
     text = str(lf.measure_flatness(net(0.02).double(), batches(32), layers="all", tolerance=0.1))
     assert "±" in text
-    assert "classes without much mass are sampled" in " ".join(text.split())
+    assert "classes with little probability mass are sampled" in " ".join(text.split())
 
 
 def test_the_certificate_of_what_is_left_out_counts_the_residual(monkeypatch):
@@ -241,5 +241,5 @@ def test_a_loss_of_ones_own_is_sampled_and_labelled_like_a_named_one():
 
 def test_what_is_sampled_is_not_called_a_part():
     text = " ".join(str(lf.measure_flatness(wide(), [(VECTORS, LABELS)], layers="all", tolerance=0.2)).split())
-    assert "Estimates, with standard errors: classes without much mass are sampled." in text
+    assert "Estimates, with standard errors: classes with little probability mass are sampled." in text
     assert "Gauss-Newton part" not in text

@@ -134,7 +134,7 @@ class Rolled(nn.Module):
 def test_logits_that_are_not_its_output_are_sampled(after):
     layer = measure(net(after)).layers["classifier"]
     assert not layer.exact
-    assert layer.info.reason == "classes without much mass are sampled"
+    assert layer.info.reason == "classes with little probability mass are sampled"
 
 
 @pytest.mark.parametrize("after", [None, Times(2.0)], ids=["output", "not output"])

@@ -165,6 +165,8 @@ class Tight(nn.Module):
 ERRORS = {
     "GPU": torch.OutOfMemoryError("CUDA out of memory"),
     "CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+    "Windows": RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
+    "driver": RuntimeError("CUDA error: out of memory"),
 }
 
 

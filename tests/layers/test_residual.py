@@ -112,7 +112,10 @@ def test_where_it_cannot_be_had_the_label_says_so(what):
 def test_report_says_what_is_estimated():
     text = " ".join(str(measure(layers="all")).split())
     assert "±" in text
-    assert "Gauss-Newton exactly and the rest of the Hessian estimated, since the network is curved after it" in text
+    assert (
+        "the Gauss-Newton part plus an estimate of the rest of the Hessian, since the network is curved after it"
+        in text
+    )
 
 
 @guards("model/isolation.py", "sdpa_kernel(SDPBackend.MATH)", "ExitStack()")

@@ -15,13 +15,13 @@ BATCHES = [(torch.randn(5, 2), torch.arange(5) % 3), (torch.randn(3, 2), torch.a
 MEASUREMENTS = {
     "spectrum": (
         lambda **options: lf.hessian_spectrum(NET, BATCHES, num_steps=4, num_probes=2, top_k=1, **options),
-        "The spectrum takes 32 products with the Hessian (8 for the density and some 24, at most 501, for 1 "
+        "The spectrum takes 32 products with the Hessian (8 for the density and about 24, at most 501, for 1 "
         "eigenvalue), each a pass forward and back over 8 samples.",
     ),
     "eigenvalues alone": (
         lambda **options: lf.hessian_spectrum(NET, BATCHES, num_probes=0, top_k=2, max_products=9, **options),
-        "The spectrum takes 11 products with the Hessian (some 11, at most 11, for 2 eigenvalues), each a pass forward "
-        "and back over 8 samples.",
+        "The spectrum takes 11 products with the Hessian (about 11, at most 11, for 2 eigenvalues), each a pass "
+        "forward and back over 8 samples.",
     ),
     "landscape": (
         lambda **options: lf.loss_landscape(NET, BATCHES, steps=3, **options),

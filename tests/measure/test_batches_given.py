@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lightning_flatness as lf
-from lightning_flatness.measure.batches import as_batches
+from lightning_flatness.measure.batches import as_batches, split_batch, targets_of
 from tests.guarding import guards
 
 torch.manual_seed(0)
@@ -18,6 +19,12 @@ NET = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.F
 X, Y = torch.randn(6, 3, 8, 8), torch.arange(6) % 4
 SOFT = torch.softmax(torch.randn(6, 4), 1)
 Named = namedtuple("Named", ["first", "second"])
+
+
+@dataclass(frozen=True)
+class Frozen:
+    image: torch.Tensor
+    label: torch.Tensor
 
 
 @dataclass
@@ -49,6 +56,7 @@ SINGLE = {
     "soft targets": (X, SOFT),
     "mapping": {"image": X, "label": Y},
     "dataclass": Batch(X, Y),
+    "frozen dataclass": Frozen(X, Y),
     "named tuple": Named(X, Y),
 }
 
@@ -61,6 +69,30 @@ def test_a_single_batch_is_measured_as_one(function, batch):
 
 def test_a_single_batch_without_targets():
     assert_close(flatness((X, None)), flatness([X]))
+
+
+@pytest.mark.parametrize("names", ["label image", "species image", "label pixels"])
+def test_names_of_a_named_tuple_are_stronger_than_its_order(names):
+    batch = namedtuple("Turned", names)(Y, X)
+    inputs, targets = split_batch(batch)
+    assert (inputs is X, targets is Y, targets_of(batch) is Y) == (True, True, True)
+
+
+def test_without_names_that_tell_a_named_tuple_is_a_pair():
+    batch = Named(X, Y)
+    assert (split_batch(batch)[1] is Y, targets_of(batch) is Y) == (True, True)
+
+
+def test_the_progress_bar_of_a_single_batch_ends_with_it(monkeypatch):
+    totals, own = [], Progress.add_task
+    monkeypatch.setattr(
+        Progress,
+        "add_task",
+        lambda self, *args, total, **options: totals.append(total) or own(self, *args, total=total),
+    )
+    lf.measure_flatness(NET, (X, Y))
+    lf.compare([NET, NET], (X, Y))
+    assert totals == [1, 2]
 
 
 class Samples(Dataset):
@@ -165,7 +197,7 @@ def test_what_can_be_read_is_read():
 def test_a_generator_that_was_read_already_is_told(function):
     batches = iter([(X, Y)])
     function(batches)
-    with pytest.raises(lf.BatchError, match="No sample was measured.*was the generator read before"):
+    with pytest.raises(lf.BatchError, match="No sample was measured.*a generator that has been read already"):
         function(batches)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 import lightning_flatness as lf
+from lightning_flatness.measure.network_cautions import network_cautions
 from lightning_flatness.results import CAUTIONS
 from tests.guarding import guards
 
@@ -129,6 +130,14 @@ def test_statistics_of_batch_norm():
     assert "net and moved have the same weights" in caution.sentence
 
 
+def test_statistics_of_nan_are_no_difference():
+    nets = [network(), network()]
+    for net in nets:
+        net[1].running_var[0] = float("nan")
+    apart = {"1": 0.0, "2": 0.0}
+    assert network_cautions({}, dict(zip("12", nets, strict=True)), apart) == []
+
+
 def deep(seed):
     torch.manual_seed(seed)
     blocks = [
@@ -149,6 +158,7 @@ def test_statistics_that_do_not_fit_the_data_after_averaging_weights():
     (caution,) = lf.compare({"one": one, "averaged": averaged, "other": other}, [BATCH], **alike).cautions
     assert (caution.kind, caution.models) == ("batch_norm", ("averaged",))
     assert "do not fit the data in averaged" in caution.sentence
+    assert "So this network does not compute what it computed in training." in caution.sentence
     assert caution.short == "statistics of BatchNorm do not fit the data in averaged"
     swa_utils.update_bn([BATCH[0]], averaged)
     assert kinds({"one": one, "averaged": averaged, "other": other}, [BATCH], **alike) == []

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -197,6 +199,36 @@ def test_samples_in_another_order_are_not_paired():
     assert found.difference("loss", "2").error == pytest.approx(expected, rel=1e-9)
 
 
+def test_numbers_of_numpy_and_tensors_are_numbers():
+    reports = [measured(network(seed)) for seed in (0, 1)]
+    expected = lf.compare(reports, outcome=[0.5, 2.0], train_losses=[0.5, 2.0])
+    for kind in (np.float32, np.array, torch.tensor, Fraction):
+        numbers = [kind(0.5), kind(2)]
+        assert lf.compare(reports, outcome=numbers, train_losses=numbers).to_dict() == expected.to_dict()
+
+
+def test_hyperparameters_may_be_lists():
+    reports = [measured(network(seed), samples(40)) for seed in range(4)]
+    rows = [{"lr": lr, "widths": widths} for widths in ([4], [4, 8]) for lr in (0.1, 0.2)]
+    tuples = [{**row, "widths": tuple(row["widths"])} for row in rows]
+    found, expected = (
+        [one.granulated for one in lf.compare(reports, outcome=[1, 2, 3, 4], hyperparameters=these).correlations]
+        for these in (rows, tuples)
+    )
+    assert found == expected
+    assert math.isfinite(found[0])
+
+
+@pytest.mark.parametrize("numbers", [(40, 20), (320, 64)])
+def test_reports_of_other_numbers_of_samples_are_not_of_the_same(numbers):
+    reports = [measured(network(), samples(number), per_sample=True) for number in numbers]
+    assert not lf.compare(reports).is_paired
+    with pytest.raises(
+        FlatnessError, match=f"same_samples=True, but the reports have {numbers[0]} / {numbers[1]} samp"
+    ):
+        lf.compare(reports, same_samples=True)
+
+
 def test_refusals():
     with pytest.raises(FlatnessError, match="takes two models or more"):
         lf.compare([measured(network())])
@@ -214,11 +246,14 @@ def test_refusals():
         lf.compare({"a": network(), "b": network()}, [samples()], layers="0", outcome={"a": 1.0, "b": 2.0, "c": 1.0})
     with pytest.raises(FlatnessError, match="outcome= has 1 entries for 2 models"):
         lf.compare([network(), network()], [samples()], layers="0", outcome=[1.0])
-    with pytest.raises(FlatnessError, match="outcome of '2' is 'x'"):
+    with pytest.raises(FlatnessError, match="outcome= of model '2' is 'x'; give a number"):
         lf.compare([network(), network()], [samples()], layers="0", outcome=[1.0, "x"])
-    with pytest.raises(FlatnessError, match="train_losses of '1': give a number"):
+    for value in (True, np.array(True), torch.tensor(True), torch.ones(2), 1j):
+        with pytest.raises(FlatnessError, match="outcome= of model '2' is .*give a number"):
+            lf.compare([measured(network())] * 2, outcome=[1.0, value])
+    with pytest.raises(FlatnessError, match="train_losses= of model '1' is 'x'; give a number, or a Flatness"):
         lf.compare([network(), network()], [samples()], layers="0", train_losses=["x", 1.0])
-    with pytest.raises(FlatnessError, match="hyperparameters of '2' lack 'lr'"):
+    with pytest.raises(FlatnessError, match="hyperparameters= of model '2' has no 'lr'"):
         lf.compare([network(), network()], [samples()], layers="0", outcome=[1, 2], hyperparameters=[{"lr": 1}, {}])
     for word in ("batches", "train_batches"):
         data = {"batches": [samples()], word: iter([samples()])}

@@ -66,8 +66,15 @@ def test_what_there_is_not_is_not_known():
     assert math.isnan(found.feature_spread)
     with pytest.raises(BatchError, match="no targets"):
         forward_numbers(net, [inputs], MeasuringOptions())
-    with pytest.raises(BatchError, match="No samples are left"):
+    with pytest.raises(BatchError, match="No sample was measured, so there is no loss"):
         forward_numbers(net, [(inputs, torch.full_like(targets, -100))], MeasuringOptions())
+
+
+def test_targets_of_a_small_integer_type():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 300))
+    inputs, targets = images(3, 0)[0], torch.tensor([156, 1, 255])
+    expected = forward_numbers(net, [(inputs, targets)], MeasuringOptions())
+    assert forward_numbers(net, [(inputs, targets.to(torch.uint8))], MeasuringOptions()) == expected
 
 
 class MadeAnew(nn.Module):

@@ -138,6 +138,23 @@ def test_too_much_memory_is_refused():
         lf.measure_lambda_max(net(), [(X, Y)], max_gigabytes=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"tolerance": "a"}, "tolerance='a' must be a positive number"),
+        ({"tolerance": -1.0}, "^tolerance=-1.0 must be a positive number"),
+        ({"max_gigabytes": "2"}, "max_gigabytes='2' must be a positive number"),
+        ({"max_products": 0}, "max_products=0 must be a whole number, 1 at least"),
+        ({"max_products": 1.5}, "max_products=1.5 must be a whole number, 1 at least"),
+        ({"max_products": True}, "max_products=True must be a whole number, 1 at least"),
+    ],
+    ids=str,
+)
+def test_options_are_checked(option, message):
+    with pytest.raises(lf.FlatnessError, match=message):
+        lf.measure_lambda_max(net(), [(X, Y)], **option)
+
+
 def test_no_batches():
     with pytest.raises(lf.BatchError, match="No sample"):
         lf.measure_lambda_max(net(), [])

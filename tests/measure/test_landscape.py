@@ -79,6 +79,30 @@ def test_a_loss_of_ones_own_and_regression_have_no_accuracy_or_their_own():
     assert lf.loss_landscape(model, targets, loss="mse", steps=2).accuracies is None
 
 
+def ignores(logits, targets):
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def test_targets_that_ones_own_loss_ignores_are_unknown_as_in_the_report():
+    model, batches = net(), [(X, torch.where(Y > 1, -100, Y))]
+    line = lf.loss_landscape(model, batches, axes=["random"], loss=ignores, steps=2)
+    report = lf.measure_flatness(model, batches, layers="classifier", loss=ignores)
+    assert line.origin_loss == pytest.approx(report.loss)
+    assert (line.accuracies, line.origin_accuracy, math.isnan(report.accuracy)) == (None, None, True)
+    known = lf.loss_landscape(model, batches, axes=["random"], steps=2)
+    assert known.origin_accuracy == lf.measure_flatness(model, batches, layers="classifier").accuracy
+
+
+def test_targets_of_a_small_integer_type():
+    """In uint8, 156 equals -100, which is ignored."""
+    model, targets = net(head=nn.Linear(3, 300)), torch.arange(10) + 150
+    expected = lf.loss_landscape(model, [(X, targets)], axes=["random"], steps=2)
+    for loss in ("cross_entropy", ignores):
+        line = lf.loss_landscape(model, [(X, targets.to(torch.uint8))], axes=["random"], loss=loss, steps=2)
+        assert_close(line.losses, expected.losses, **EXACT)
+        assert_close(line.accuracies, expected.accuracies, **EXACT)
+
+
 class InADict(nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -223,7 +247,7 @@ def test_arguments_that_cannot_be(options, message):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (iter(BATCHES), "give a list"),
+        (iter(BATCHES), r"or list\(batches\)"),
         ((batch for batch in BATCHES), "batches is a generator"),
         ((X, X), "2 tensors"),
         ([], "data set empty"),

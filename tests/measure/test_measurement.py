@@ -51,7 +51,7 @@ def on_two_ranks(monkeypatch, net):
     measures = ("hessian_trace", "relative_flatness")  # the ranks tell each other nothing before they report
     measurements = [Measurement(net, sync=True, measures=measures) for _ in range(2)]
     monkeypatch.setattr(
-        measurement, "gather", lambda own, sync: [(rank.layers, rank.left_out) for rank in measurements]
+        measurement, "gather", lambda own, sync: [(rank.layers, rank.observer.left_out) for rank in measurements]
     )
     of_samples = lambda own, sync: [rank._values.of_rank() for rank in measurements]  # noqa: E731
     monkeypatch.setattr(samples, "gather", of_samples)
@@ -78,7 +78,11 @@ def assert_same_layer(found, expected):
 
 
 @guards("measure/measurement.py", "if info.name in self._sums:", "if True:")
-@guards("measure/measurement.py", "gather((self.layers, self.left_out), self._sync)", "[(self.layers, self.left_out)]")
+@guards(
+    "measure/measurement.py",
+    "gather((self.layers, self.observer.left_out), self._sync)",
+    "[(self.layers, self.observer.left_out)]",
+)
 def test_a_rank_without_batches_reports_the_whole(monkeypatch):
     net, x, y = small_network(), *data()
     whole = lf.measure_flatness(net, [(x, y)])
@@ -109,6 +113,33 @@ def test_ranks_that_measure_other_layers_are_refused(monkeypatch):
     monkeypatch.setattr(measurement, "gather", lambda own, sync: found)
     with pytest.raises(lf.BatchError, match=r"'4' is measured on some ranks and not on others \(for a reason\)"):
         measurements[0].report()
+
+
+class WithUnused(nn.Sequential):
+    """A network that has a parameter of NaN, which it does not use."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.unused = nn.Parameter(torch.full((2,), torch.nan).double())
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+@guards("measure/measurement.py", "if not all(map(same_values, before, self._weights())):", "if False:")
+def test_weights_that_change_while_samples_wait_are_refused():
+    net, (x, y) = WithUnused(*small_network()), data()
+    measurement = Measurement(net)
+    measurement.update(x, y)
+    expected = lf.measure_flatness(nn.Sequential(*net), [(x, y)]).relative_flatness
+    assert measurement.report().relative_flatness == expected
+    measurement = Measurement(net)
+    measurement.update(x, y)
+    net[0].weight.data[0] += 1
+    with pytest.raises(lf.BatchError, match="The weights have changed before the first samples could be measured"):
+        measurement.report()
 
 
 def test_a_metric_fed_by_an_observer_is_a_measurement():

@@ -28,6 +28,20 @@ def test_ignored_samples_are_left_out_without_waiting_for_a_device():
     assert values.gathered(False).largest_tenth("0") == pytest.approx(alone.layers["0"].largest_tenth, rel=1e-10)
 
 
+def test_samples_of_a_class_without_weight_have_no_values():
+    """With label smoothing, they add to the mean loss all the same."""
+    net, x, y = nn.Linear(3, 4).double(), torch.randn(8, 3).double(), torch.arange(8) % 4
+    options = {"layers": "classifier", "class_weight": [0.0, 1.0, 2.0, 1.0], "per_sample": True}
+    found = lf.measure_flatness(net, [(x, y)], label_smoothing=0.1, **options)
+    layer = found.layers[""]
+    for values in (*layer.samples.values(), found.samples["loss"], found.samples["curvature"]):
+        assert values.isnan().tolist() == (y == 0).tolist()
+        assert values[y > 0].isfinite().all()
+    plain = lf.measure_flatness(net, [(x, y)], **options)
+    weighted = (plain.samples["loss"] * plain.samples["weight"])[y > 0].sum() / plain.samples["weight"].sum()
+    assert plain.loss == pytest.approx(float(weighted))
+
+
 @guards("measure/samples.py", "< FIRST_SAMPLES", "< FIRST_SAMPLES + 1")
 def test_the_spread_is_that_of_the_first_samples_whatever_is_held():
     """An observed batch shows all its samples, in the order of the measured set or not."""

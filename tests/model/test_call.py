@@ -37,6 +37,12 @@ def test_copies_are_of_the_tensors_alone():
     assert copied.keywords == {"scale": 2.0}
 
 
+def test_missing_values_are_equal():
+    inputs = torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]])
+    assert equal_inputs(inputs, inputs.clone())
+    assert not equal_inputs(inputs, inputs.nan_to_num())
+
+
 @guards("model/call.py", "except Exception:", "except ZeroDivisionError:")
 def test_what_cannot_be_copied_is_taken_as_it_is():
     call = as_call(X.as_subclass(Uncopied))

@@ -129,6 +129,22 @@ def test_a_spectrum_has_residuals_and_the_error_of_its_trace(page):
     assert "normalised measure" not in text  # there is none
 
 
+def test_a_spectrum_is_that_of_its_matrix(page):
+    options = {"num_steps": 4, "num_probes": 2, "top_k": 1}
+    words = " ".join(Checked(page(lf.hessian_spectrum(net(), BATCHES, matrix="gauss_newton", **options))).words)
+    assert "Spectrum of the Gauss-Newton matrix" in words
+    assert "Spectral density of the Gauss-Newton matrix." in words
+    assert "Gauss-Newton matrix of 51 parameters, over 40 samples: largest eigenvalue " in words
+    assert "The Gauss-Newton matrix is the part of the Hessian" in words
+    assert "Hessian of 51 parameters" not in words
+
+
+def test_a_spectrum_without_probes_has_no_trace(page):
+    spectrum = lf.hessian_spectrum(net(), BATCHES, num_probes=0, top_k=1)
+    largest = f"{float(spectrum.eigenvalues[0]):.4g}"
+    assert f"Hessian of 51 parameters, over 40 samples: largest eigenvalue {largest}." in page(spectrum)
+
+
 def test_other_results_are_tables(page):
     found = lf.measure_lambda_max(net(), BATCHES, layers="0")
     assert "LambdaMaxReport" in page(found)

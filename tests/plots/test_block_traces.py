@@ -75,6 +75,19 @@ def test_block_traces_of_zero(sort, drawn, layer):
     assert drawn(figure)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_entries_that_are_not_finite_leave_the_colours(value, drawn, layer, heading):
+    measured = layer()
+    limit = float(measured.block_traces.abs().max())
+    measured.block_traces[0, 0, 0] = value
+    figure, ax = plot_block_traces(measured)
+    assert ax.images[0].get_clim()[1] <= limit
+    assert "nan" not in heading(ax)
+    assert drawn(figure)
+    measured.block_traces.fill_(value)
+    assert drawn(plot_block_traces(measured)[0])
+
+
 def test_colours_are_centred_and_not_paled_by_one_filter(layer, heading):
     measured = layer(filters=20)
     measured.block_traces[0, 0, 0] = 1e6
@@ -106,12 +119,15 @@ def test_what_is_not_exact_has_a_dashed_frame(made_report, heading):
     assert frames[1] not in ("-", "solid")
     assert heading(ax) == (
         "Layer conv1: Hessian trace 3.0 ± 0.5 (2 standard errors) "
-        "1,300 samples of training data; not exact (Gauss-Newton)"
+        "1,300 samples of training data; not exact (Gauss-Newton) "
+        "sorted: filters with large common traces side by side"
     )
 
 
 def test_the_title_says_what_is_estimated(made_report, heading):
-    (layer,) = made_report([1.0], inexact=[0], reason="classes without much mass are sampled").layers.values()
+    (layer,) = made_report(
+        [1.0], inexact=[0], reason="classes with little probability mass are sampled"
+    ).layers.values()
     assert "estimated, with some classes sampled" in heading(plot_block_traces(layer)[1])
     low = dataclasses.replace(layer, info=dataclasses.replace(layer.info, precision="bfloat16"))
     assert "bfloat16 features" in heading(plot_block_traces(low)[1])

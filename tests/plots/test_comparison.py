@@ -88,6 +88,28 @@ def test_a_negative_or_missing_value_is_drawn_on_a_linear_axis_or_said():
     assert [text.get_text() for text in ax.texts] == ["not known"]
 
 
+def test_infinite_values_are_not_known():
+    with pytest.raises(FlatnessError, match="normalized_relative_flatness is not known for any model"):
+        plot_comparison(comparison([math.inf, math.nan]), [BEST])
+
+
+def test_the_title_explains_what_is_drawn():
+    marks = "bars: ± 2 standard errors; ≈: no clear difference from m0; dotted: m0"
+    assert words(plot_comparison(comparison([1.0, 1.1]), [BEST])[0]).endswith(marks)
+    assert words(plot_comparison(comparison([1.0, 9.0]), [BEST])[0]).endswith("bars: ± 2 standard errors; dotted: m0")
+    plain = words(plot_comparison(comparison([1.0, 1.1]), ["weight_norm"])[0])
+    assert "bars" not in plain
+    assert plain.endswith("dotted: m0")
+    gap = comparison([1.0, 1.1], outcome=[0.1, 0.2])
+    assert "bars" in words(plot_gap(gap)[0])
+    assert "bars" not in words(plot_gap(gap, "weight_norm")[0])
+
+
+def test_a_single_measure_may_be_a_string():
+    _, (ax,) = plot_comparison(comparison([1.0, 2.0]), "hessian_trace")
+    assert ax.get_xlabel().startswith("Hessian trace")
+
+
 def test_given_axes_get_one_measure_and_a_title_of_their_own():
     from matplotlib.figure import Figure
 
@@ -131,8 +153,8 @@ def test_names_of_near_models_lie_on_no_dot_and_no_name():
 
 
 def test_without_an_outcome_there_is_no_gap_to_draw():
-    with pytest.raises(FlatnessError, match="outcome="):
-        plot_gap(comparison([1.0, 2.0]))
+    with pytest.raises(FlatnessError, match="No model has both an outcome and a known hessian_trace: give compare"):
+        plot_gap(comparison([1.0, 2.0]), "hessian_trace")
 
 
 def test_figures_of_a_measured_comparison():

@@ -40,14 +40,47 @@ def test_accuracy_and_flatness_have_a_panel_each_and_share_the_epochs(drawn, hea
 
 def test_the_best_epoch_and_the_stop_are_marked_in_both_panels(legend):
     figure, ax = plot_history(history(accuracy=(0.3, 0.9, 0.9)), burn_in=1, stopped=2)
-    assert legend(ax) == ["burn-in: 1 epoch", "highest accuracy 0.9, epoch 1", "stopped after epoch 2"]
+    assert legend(ax) == ["burn-in: 1 epoch", "stopped after epoch 2", "highest accuracy 0.9, epoch 1"]
     for panel, height in zip(figure.axes, (0.9, 80.0), strict=True):
         lines = {line.get_linestyle(): line for line in panel.lines}
         assert list(lines[":"].get_xdata()) == [1, 1]
         assert list(lines["-."].get_xdata()) == [2, 2]
         assert lines["None"].get_xydata().tolist() == [[1, height]]
     _, ax = plot_history(history(), best=0)
-    assert legend(ax) == ["highest accuracy 0.3, epoch 0"]
+    assert legend(ax) == ["best epoch 0"]
+
+
+def test_the_best_of_two_validations_in_an_epoch_is_marked(legend):
+    records = [record | {"epoch": record["epoch"] // 2} for record in history((3.0, 80.0), (0.3, 0.9))]
+    for best, words in ((None, "highest accuracy 0.9, epoch 0"), (0, "best epoch 0")):
+        figure, ax = plot_history(records, best=best)
+        assert legend(ax) == [words]
+        assert [mark(panel) for panel in figure.axes] == [[0, 0.9], [0, 80.0]]
+
+
+def mark(panel):
+    """The point that is marked in a panel."""
+    return next(line.get_xydata()[0].tolist() for line in panel.lines if line.get_linestyle() == "None")
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_the_best_epoch_may_have_no_flatness(value, drawn, legend):
+    figure, ax = plot_history(history((3.0, 2.0, value)))
+    assert legend(ax) == ["highest accuracy 0.9, epoch 2"]
+    assert "None" not in [line.get_linestyle() for line in figure.axes[1].lines]
+    assert drawn(figure)
+    assert legend(plot_history(history(accuracy=(0.5, value, 0.4)), best=1)[1]) == ["best epoch 1"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_leave_the_axes_as_they_are(value, drawn):
+    figure, _ = plot_history(history((value, 2.0, 1.0), relative_flatness_error=value))
+    assert figure.axes[1].get_ylim() == plot_history(history((2.0, 2.0, 1.0)))[0].axes[1].get_ylim()
+    assert drawn(figure)
+    figure, ax = plot_layer_history([record | {"conv1/relative_flatness": value} for record in HISTORY])
+    assert ax.get_yscale() == "log"
+    assert drawn(figure)
+    assert drawn(plot_layer_history([{"epoch": 0, "a/hessian_trace": value}], "hessian_trace")[0])
 
 
 def test_labels_of_a_narrow_logarithmic_axis_are_plain_numbers():
@@ -219,6 +252,12 @@ def test_long_curves_have_no_markers():
     records = [{"epoch": epoch, "a/hessian_trace": 1.0, "b/hessian_trace": 2.0} for epoch in range(200)]
     _, ax = plot_layer_history(records, "hessian_trace")
     assert [line.get_marker() for line in ax.get_lines()] == ["None", "None"]
+
+
+def test_a_history_of_one_layer_has_no_curves_of_layers():
+    for records in ([], history()):
+        with pytest.raises(lf.FlatnessError, match=r"no relative_flatness of single layers.*plot_history"):
+            plot_layer_history(records)
 
 
 def test_curves_that_are_not_positive_are_linear():

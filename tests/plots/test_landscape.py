@@ -82,6 +82,13 @@ def test_a_cap_is_drawn_and_kept_out_of_the_result():
         plot_line(result, cap=-1.0)
 
 
+def test_a_cap_is_drawn_in_place_of_infinite_losses(legend):
+    _, ax = plot_line(with_losses(landscape(["random"]), {1: math.inf, 2: math.nan}), cap=9.0)
+    assert ax.lines[0].get_ydata()[1] == 9.0
+    assert len(ax.patches) == 1
+    assert legend(ax) == ["loss", "not finite"]
+
+
 def test_contours_with_a_hole_and_a_trajectory(drawn):
     trajectory = torch.tensor([[0.5, 0.5], [0.2, 0.1], [0.0, 0.0]])
     figure, ax = plot_contour(with_losses(landscape(), {(0, 0): math.nan}), trajectory=trajectory)
@@ -90,8 +97,9 @@ def test_contours_with_a_hole_and_a_trajectory(drawn):
     assert ax.lines[-1].get_xydata().tolist() == [[0.0, 0.0]]
     assert drawn(figure)
     assert gaps_of(plot_contour(landscape())[1]) == []
-    with pytest.raises(lf.FlatnessError, match="trajectory has shape"):
-        plot_contour(landscape(), trajectory=torch.ones(3))
+    for wrong in (torch.ones(3), torch.zeros(0, 2)):
+        with pytest.raises(lf.FlatnessError, match="trajectory has shape"):
+            plot_contour(landscape(), trajectory=wrong)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -119,14 +127,21 @@ def test_kept_and_recomputed_in_equal_colours(drawn):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["statistics kept", "statistics recomputed"]
     with pytest.raises(lf.FlatnessError, match="'recomputed' and 'kept'"):
         plot_kept_and_recomputed(*pair[::-1])
+    for options in ({"seed": 1}, {"normalize": "none"}, {"span": 0.5}):
+        with pytest.raises(lf.FlatnessError, match="must have the same points: the same axes"):
+            plot_kept_and_recomputed(pair[0], landscape(batch_norm="recomputed", **options))
 
 
 def test_flat_landscapes_and_wrong_ones():
     flat = with_losses(landscape(), {...: 1.0})
     assert plot_contour(flat)
     assert plot_surface(flat)
-    with pytest.raises(lf.FlatnessError, match="plot_contour draws a LandscapeResult with 2"):
+    with pytest.raises(lf.FlatnessError, match=r"plot_contour needs a landscape on a plane \(two axes\)"):
         plot_contour(landscape(["random"]))
+    with pytest.raises(lf.FlatnessError, match=r"plot_line needs a landscape on a line \(one axis\); this one has two"):
+        plot_line(landscape())
+    with pytest.raises(lf.FlatnessError, match="this is a dict"):
+        plot_line({})
     with pytest.raises(lf.FlatnessError, match="no finite loss"):
         plot_line(with_losses(landscape(["random"]), {...: math.nan}))
 

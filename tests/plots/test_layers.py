@@ -108,6 +108,13 @@ def test_a_value_that_is_not_defined_is_said_to_be(made_report, drawn):
     assert drawn(figure)
 
 
+@pytest.mark.parametrize("values", [(1.0, math.inf, 2.0), (math.inf, math.inf)])
+def test_an_infinite_value_is_said_to_be(made_report, drawn, values):
+    figure, ax = plot_layers(made_report(values, sampling=0.1))
+    assert {text.get_text() for text in ax.texts} == {"infinite"}
+    assert drawn(figure)
+
+
 def test_what_was_not_measured_is_an_error(made_report):
     with pytest.raises(lf.FlatnessError, match="neuronwise_flatness was not measured"):
         plot_layers(made_report(), "neuronwise_flatness")

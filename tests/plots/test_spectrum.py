@@ -55,6 +55,18 @@ def test_eigenvalues_over_epochs(result):
         plot_eigenvalues([])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(result, value):
+    odd = dataclasses.replace(result, ritz_values=result.ritz_values.clone(), eigenvalues=result.eigenvalues.clone())
+    odd.ritz_values[0, 0] = odd.eigenvalues[0] = value
+    with pytest.raises(lf.FlatnessError, match="not finite, so it has no density to draw"):
+        plot_density(odd)
+    figure, ax = plot_eigenvalues([(0, result), (1, odd)])
+    figure.draw_without_rendering()
+    largest = [value for value in ax.get_ylim() if value > 0]
+    assert largest == [2 * float(result.eigenvalues[0])]
+
+
 def test_a_density_needs_a_width(result):
     with pytest.raises(lf.FlatnessError, match="sigma=0"):
         plot_density(result, sigma=0)

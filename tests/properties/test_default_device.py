@@ -6,6 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.functional.rank_correlation import bootstrap_interval
+from lightning_flatness.testing import assert_matches_oracle
 
 
 def measured_flatness(**options):
@@ -26,6 +28,9 @@ MEASUREMENTS = {
     "lambda_max": lambda net, batch: lf.measure_lambda_max(net, [batch])["0"].lambda_max,
     "spectrum": lambda net, batch: lf.hessian_spectrum(net, [batch], num_steps=4, num_probes=2, top_k=1).trace,
     "landscape": lambda net, batch: float(lf.loss_landscape(net, [batch], steps=3).losses.sum()),
+    "comparison": lambda net, batch: lf.compare([net, net], [batch]).covariances["loss"],
+    "comparison of reports": lambda net, batch: lf.compare([lf.measure_flatness(net, [batch])] * 2).covariances["loss"],
+    "interval of a rank correlation": lambda net, batch: bootstrap_interval(batch[0][:, 0, 0, 0], batch[0][:, 0, 0, 1]),
     "hessian axes": lambda net, batch: float(lf.loss_landscape(net, [batch], axes="hessian", steps=3).losses.sum()),
 }
 
@@ -42,6 +47,13 @@ def test_the_default_device_does_not_matter(name):
     with torch.device("meta"):
         actual = MEASUREMENTS[name](net, batch)
     assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+def test_the_default_device_does_not_matter_to_the_oracle():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    batch = torch.randn(8, 1, 6, 6), torch.arange(8) % 3
+    with torch.device("meta"):
+        assert_matches_oracle(net, batch, "0")
 
 
 def test_many_classes_are_sampled_whatever_the_default_device():

@@ -94,6 +94,10 @@ def test_oracle_assertion_can_fail(monkeypatch, factor):
         assert_matches_oracle(net, batch, "0", filters=[1])
 
 
+def test_a_model_that_is_one_layer_has_no_name():
+    assert_matches_oracle(nn.Linear(4, 3), (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])), "")
+
+
 def test_oracle_refuses_a_kernel_it_cannot_differentiate():
     class Standardised(nn.Conv1d):
         def forward(self, x):

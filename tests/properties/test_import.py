@@ -22,11 +22,21 @@ def test_only_callbacks_import_lightning(names, wanted):
 
 
 @guards("__init__.py", "random.setstate(state)", "pass")
-def test_the_first_use_of_a_name_draws_no_random_numbers():
+@pytest.mark.parametrize("name", ["lf.LayerFlatness", "lf.plots"])
+def test_the_first_use_of_a_name_draws_no_random_numbers(name):
     """The package rich, which is imported with the name, draws some."""
-    code = "import random, lightning_flatness as lf; s = random.getstate(); lf.save_html; print(s == random.getstate())"
+    code = f"import random, lightning_flatness as lf; s = random.getstate(); {name}; print(s == random.getstate())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "True"
+
+
+def test_public_modules_are_there_without_another_import():
+    names = ["testing", "functional", "results", "plots", "pages"]
+    code = (
+        f"import lightning_flatness as lf; print(*(getattr(lf, name).__name__ for name in {names} if name in dir(lf)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"lightning_flatness.{name}" for name in names]
 
 
 def test_every_public_name_is_there():

@@ -232,13 +232,6 @@ def test_a_loss_without_a_second_derivative(measure, loss):
         measure(linear_net(), [(VECTORS, LABELS)], loss=function, **options)
 
 
-@pytest.mark.parametrize("options", [{"max_products": 0}, {"max_products": 1.5}, {"tolerance": -1.0}], ids=str)
-def test_eigenvalues_with_wrong_options(options):
-    net = linear_net()
-    with pytest.raises(lf.FlatnessError, match="measure_lambda_max"):
-        lf.measure_lambda_max(net, [(VECTORS, LABELS)], layers="a", **options)
-
-
 def test_a_loss_of_ones_own_may_be_derived_from_one_of_torch():
     class Focal(nn.CrossEntropyLoss):
         def forward(self, f, y):

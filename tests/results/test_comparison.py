@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import lightning_flatness as lf
-from lightning_flatness.results import BASELINES, Caution, ComparedModel, Comparison
+from lightning_flatness.results import BASELINES, Caution, ComparedModel, Comparison, RankCorrelation
 from lightning_flatness.results.rank_correlation import BEST, MEASURES
 from tests.guarding import guards
 
@@ -50,21 +50,32 @@ def test_a_verdict_says_why_models_cannot_be_compared():
 
 def test_the_verdict_of_a_tie():
     assert comparison(1.0, 1.2).verdict == (
-        "A tie: a has the lowest normalised flatness, and b no more than two standard errors above it."
+        "A tie: a has the lowest normalised flatness, and the value of b is at most two standard errors higher."
+    )
+    assert comparison(1.0, 1.2, 1.1).verdict.endswith("the values of c, b are at most two standard errors higher.")
+
+
+def test_a_tie_is_only_with_models_of_known_errors():
+    assert comparison(1.0, 1.2, 2.0, errors=[0.1, 0.1, math.nan]).verdict == (
+        "A tie: a has the lowest normalised flatness, and the value of b is at most two standard errors higher. It is "
+        "not known whether the difference from c is clear, because standard errors are missing."
     )
 
 
 def test_a_tie_to_the_bit():
     assert comparison(1.0, 1.0).verdict == "No difference: the normalised flatness of a, b is the same."
     assert comparison(1.0, 1.0, errors=[math.nan] * 2).verdict.startswith("No difference")
-    assert comparison(1.0, 1.0, 5.0).verdict.startswith("A tie: a has the lowest normalised flatness, and b no more")
+    assert comparison(1.0, 1.0, 5.0).verdict.startswith(
+        "A tie: a has the lowest normalised flatness, and the value of b "
+    )
 
 
 @guards("results.comparison:Comparison._has_errors", returns=True)
 def test_too_few_samples_for_errors_make_no_clear_difference():
     found = replace(comparison(3.0, 1.0), cautions=(Caution("few_samples", "..."),))
     assert found.verdict == (
-        "b has the lowest normalised flatness. It is not known how sure this is, with too few samples for errors."
+        "b has the lowest normalised flatness. It is not known whether the difference from a is clear, because there "
+        "are too few samples for reliable standard errors."
     )
     assert not found.difference(BEST, "b").is_known
     assert list(found.table().columns[1].cells)[1] == "1.00 ± 0.10 ?"
@@ -77,11 +88,11 @@ def test_a_caution_may_have_words_of_its_own():
 
 def test_the_next_may_be_unsure_although_the_second_is_clear():
     found = comparison(1.0, 2.0, 3.0, errors=[0.1, 0.1, 5.0])
-    assert found.verdict.startswith("A tie: a has the lowest normalised flatness, and c no more")
+    assert found.verdict.startswith("A tie: a has the lowest normalised flatness, and the value of c is at most")
 
 
 def test_verdicts_without_errors_or_values():
-    assert "errors are missing" in comparison(1.0, 2.0, errors=[math.nan, math.nan]).verdict
+    assert "because standard errors are missing" in comparison(1.0, 2.0, errors=[math.nan, math.nan]).verdict
     assert "no model can be called the flattest" in comparison(1.0, math.nan).verdict
 
 
@@ -110,6 +121,23 @@ def test_marks_in_the_table():
     assert list(unknown.table().columns[1].cells) == ["1", "2 ?"]
     assert "?: error not known" in str(unknown.table().caption)
     assert "assume different samples" in str(found.table().caption)
+
+
+def test_the_caption_explains_only_marks_that_are_shown():
+    found = comparison(1.0, 5.0)
+    assert "≈: no clear difference from a, at most two standard errors." in str(found.table().caption)
+    others = dict.fromkeys((*MEASURES, "accuracy"), math.nan)
+    rows = {name: replace(row, **others | {BEST: getattr(row, BEST)}) for name, row in found.models.items()}
+    caption = str(replace(found, models=rows).table().caption)
+    assert "≈" not in caption
+    assert "?" not in caption
+
+
+@pytest.mark.parametrize("number", [4, 6])
+def test_too_few_models_for_an_interval_are_said_to_be(number):
+    undefined = RankCorrelation(BEST, math.nan, math.nan, math.nan, {}, math.nan, is_baseline=False, num_models=number)
+    caption = str(replace(comparison(1.0, 2.0), correlations=(undefined,)).tables()[-1].caption)
+    assert ("With fewer than five models" in caption) == (number < 5)
 
 
 @pytest.mark.parametrize(("data", "heading"), [("val", "val loss"), ("train", "loss"), ("", "loss")])

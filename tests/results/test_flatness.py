@@ -1,5 +1,7 @@
+import math
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -7,6 +9,7 @@ from torch.nn.utils import parametrizations
 import lightning_flatness as lf
 from lightning_flatness.measure.measurement import Measurement
 from lightning_flatness.results import as_text, summary_table
+from lightning_flatness.results.texts import measured
 from tests.results.made import flatness
 
 
@@ -39,7 +42,7 @@ def test_report_prints_a_row_for_every_layer_within_80_columns():
 
 def test_the_table_says_what_to_compare_with_and_how_sure_it_is():
     text = " ".join(str(flatness()).split())
-    assert "Flatness over 5 samples of val data" in text
+    assert "Flatness over 5 samples of validation data" in text
     assert "Mean loss 0.43 ± 0.03, accuracy 0.6 (cross_entropy)." in text
     assert "normalised" in text
     assert "0.125" in text
@@ -60,6 +63,24 @@ def test_the_error_of_an_estimate_is_not_that_over_samples():
     assert layer.shown("relative_flatness") == f"{layer.relative_flatness:.4g} (est. ± 0.005)"
     assert "est. ±: standard error of an estimate." in text
     assert labels(str(report)) == {"0": "no: estimate"}
+
+
+def test_an_error_that_is_not_known_is_left_out():
+    layer = flatness().layers["2"]
+    unknown = {"hessian_trace": math.nan}
+    assert "est." not in replace(layer, standard_errors=unknown).shown("hessian_trace")
+    assert "est." not in str(replace(flatness(), layers={"2": replace(layer, standard_errors=unknown)}))
+
+
+def test_an_error_that_is_rounded_up_has_two_digits():
+    assert measured(1.0, 0.0996) == "1.00 ± 0.10"
+    assert measured(100.0, 9.96) == "100 ± 10"
+
+
+@pytest.mark.parametrize(("passes", "words"), [(1, "1 backward pass per"), (2, "2 backward passes per")])
+def test_backward_passes_are_counted(passes, words):
+    info = replace(flatness().layers["0"].info, backward_passes=passes)
+    assert words in " ".join(as_text(summary_table({"0": info})).split())
 
 
 def test_layers_are_named_where_reasons_differ():

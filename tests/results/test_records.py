@@ -124,7 +124,7 @@ def test_any_record_is_one_line(make):
     result = make()
     assert repr(result).startswith(f"{type(result).__name__}(")
     assert "\n" not in repr(result)
-    assert len(repr(result)) < 240
+    assert len(repr(result)) < 300
     assert "tensor(" not in repr(result)
 
 
@@ -133,7 +133,7 @@ def test_the_line_of_a_report():
     report = replace(report, layers={"2": report.layers["2"]})
     flat = report.relative_flatness
     assert repr(report) == (
-        f"FlatnessReport(1 layer, 5 samples of val, exact, relative flatness {flat:.4g}, "
+        f"FlatnessReport(1 layer, 5 samples of validation data, exact, relative flatness {flat:.4g}, "
         f"Hessian trace {report.hessian_trace:.4g}, loss 0.43 ± 0.03)"
     )
     assert "not exact (0, 0.samples)" in repr(flatness())
@@ -187,6 +187,23 @@ def test_html_is_escaped():
     assert "since a &lt; b" in text
     assert "&lt;b&gt;head&lt;/b&gt;" in text
     assert "runs [twice] &amp; more" in text
+
+
+def test_text_in_a_notebook_is_no_output_of_its_own(monkeypatch):
+    shown = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=shown.append))
+    assert "Flatness over 5 samples" in str(flatness())
+    assert not shown
+
+
+def test_numbers_of_points_are_in_the_singular():
+    result = landscape()
+    computed = torch.ones_like(result.computed)
+    computed[0, :1] = False
+    lines = str(replace(result, computed=computed)).splitlines()
+    assert lines[-2:] == ["1 point not computed", "1 point not finite"]
 
 
 def test_names_that_look_like_markup_are_printed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
@@ -104,11 +105,27 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """Convert a batch to the Trainer's precision and move it to the device, as the Trainer's loops do.
 
     The batch passes through the user's transfer hooks, under a fixed seed: hooks that draw random numbers on the CPU
-    draw the same numbers every time. Random numbers that a hook draws on an accelerator are not fixed.
+    draw the same numbers every time. Random numbers that a hook draws on an accelerator are not fixed. The hooks see a
+    validation, so that they do not augment the batch as in training.
     """
     batch = trainer.precision_plugin.convert_input(batch)
-    with random_states_kept(pl_module):
+    with random_states_kept(pl_module), _validating(trainer, pl_module):
         seed_all(0)
         # The public method would skip the hooks of a DataModule.
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+@contextmanager
+def _validating(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """In the block, ``trainer.validating`` is True, and all modules are in evaluation mode; then restore both."""
+    stage, in_training = trainer.state.stage, [module for module in pl_module.modules() if module.training]
+    try:
+        trainer.validating = True
+        for module in in_training:
+            module.training = False
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+        trainer.state.stage = stage

@@ -16,7 +16,7 @@ from lightning_flatness.callbacks.data.loaders import is_indexed, loaders_in_tur
 from lightning_flatness.callbacks.data.reading import first_batch, to_device
 from lightning_flatness.callbacks.data.stream import ValidationStream
 from lightning_flatness.callbacks.data.subset import FixedSubset, training_subset
-from lightning_flatness.errors import BatchError, FlatnessError
+from lightning_flatness.errors import BatchError
 from lightning_flatness.measure.batches import called, split_batch, targets_of
 from lightning_flatness.model.call import Call, as_call, equal_inputs, heard_call
 from lightning_flatness.model.isolation import random_states_kept
@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 
 Samples = tuple[Any, Tensor | None]
 BatchFunction = Callable[[Any], Samples]
+
+
+def split_by(batch_fn: BatchFunction, batch: Any) -> Samples:
+    """Split a batch into ``(inputs, targets)`` with ``batch_fn``. Raise an error if it returns anything else."""
+    pair = called(batch_fn, batch)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise BatchError(
+            f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), with None in place of "
+            "missing targets."
+        )
+    inputs, targets = pair
+    if targets is not None and not isinstance(targets, Tensor):
+        kind = type(targets).__name__
+        raise BatchError(f"batch_fn=... returned targets of type {kind}; they must be a tensor, or None.")
+    return inputs, targets
 
 
 @dataclass(frozen=True)
@@ -45,26 +60,24 @@ class Wanted:
 
     def split(self, batch: Any) -> Samples:
         """Split a batch into ``(inputs, targets)``, with ``batch_fn`` if there is one."""
-        pair = split_batch(batch) if self.batch_fn is None else called(self.batch_fn, batch)
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise FlatnessError(
-                f"batch_fn=... returned a {type(pair).__name__}; it must return (inputs, targets), "
-                "with None in place of missing targets."
-            )
-        return pair[0], pair[1]
+        return split_batch(batch) if self.batch_fn is None else split_by(self.batch_fn, batch)
 
-    def before_step(self, batch: Any, model: nn.Module) -> Asked:
-        """Read inputs and targets from a batch before its validation step runs, because the step may change them."""
+    def before_step(self, batch: Any, model: nn.Module, copies: bool = False) -> Asked:
+        """Read inputs and targets from a batch before its validation step runs, because the step may change them.
+
+        If ``copies``, also copy the inputs. Targets are always copied.
+        """
         if self.batch_fn is not None:
             with random_states_kept(model):
                 inputs, targets = self.split(apply_to_collection(batch, Tensor, torch.clone, allow_frozen=True))
-            return Asked(inputs, targets, is_given=inputs is not None)
+            return Asked(inputs, targets, copied=inputs, is_given=inputs is not None)
         try:
             inputs, why = self.split(batch)[0], ""
         except BatchError as error:
             inputs, why = None, str(error)
         targets = targets_of(batch)
-        return Asked(inputs, None if targets is None else targets.clone(), why_no_targets=why)
+        copied = as_call(inputs).copied() if copies else None
+        return Asked(inputs, None if targets is None else targets.clone(), copied, why_no_targets=why)
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Asked:
 
     inputs: Any  # None if unknown; measured only if is_given, or if no call of the network was recorded
     targets: Tensor | None
+    copied: Any = None  # copies of the inputs, which the step cannot change; None if they are not needed
     why_no_targets: str = ""  # why the batch could not be split into inputs and targets; empty if it was split
     is_given: bool = False  # whether inputs come from batch_fn=
 
@@ -109,21 +123,21 @@ class ValidationBatches:
     Args:
         trainer: the Trainer that validates.
         wanted: what the user wants to measure.
-        loaders: the validated loaders.
-        num_batches: for each loader, the number of batches that Lightning validates.
+        loader: the validated loader; None if Lightning combines several loaders.
+        num_batches: the number of batches that Lightning validates; infinite if unknown.
 
     Attributes:
         why_not_observed: reason why the measurement needs extra forward passes instead of those of the validation
             steps, or an empty string. The reason is ``max_samples=``, with which only parts of batches are measured.
     """
 
-    def __init__(self, trainer: Trainer, wanted: Wanted, loaders: Any, num_batches: Sequence[float]) -> None:
-        in_turn, ranks = loaders_in_turn(trainer, loaders), (trainer.global_rank, trainer.world_size)
-        self._stream = ValidationStream(in_turn, num_batches, wanted.max_samples, *ranks)
+    def __init__(self, trainer: Trainer, wanted: Wanted, loader: Any | None, num_batches: float) -> None:
+        ranks = trainer.global_rank, trainer.world_size
+        self._stream = ValidationStream(loader, num_batches, wanted.max_samples, *ranks)
         self.why_not_observed = "" if wanted.max_samples is None else "max_samples= takes parts of batches"
         # Positions of the samples that the latest mask selects, among the measured samples of all ranks.
         self.positions: Tensor | None = None
-        self._num_batches = num_batches[0] if len(num_batches) == 1 else math.inf
+        self._num_batches = num_batches
 
     def is_last(self, batch_idx: int) -> bool:
         """Return whether this batch is the last one; False if the number of batches is unknown."""
@@ -220,10 +234,10 @@ def sources_of(
     if not (isinstance(wanted.data, str) and wanted.data == "val"):
         return [SeparateData(trainer, pl_module, wanted, loaders, num_batches)]
     in_turn = loaders_in_turn(trainer, loaders)
-    if len(in_turn) < 2 or len(in_turn) != len(num_batches):
-        return [ValidationBatches(trainer, wanted, in_turn, num_batches)]
+    if not in_turn or len(in_turn) != len(num_batches):
+        return [ValidationBatches(trainer, wanted, None, num_batches[0] if len(num_batches) == 1 else math.inf)]
     pairs = zip(in_turn, num_batches, strict=True)
-    return [ValidationBatches(trainer, wanted, [loader], [number]) for loader, number in pairs]
+    return [ValidationBatches(trainer, wanted, loader, number) for loader, number in pairs]
 
 
 def first_samples(trainer: Trainer, pl_module: LightningModule, wanted: Wanted) -> Samples | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +12,12 @@ from torch.utils.data import DistributedSampler
 from lightning_flatness.callbacks.data.loaders import batch_size_of, is_indexed, keeps_order, reads_in_order, sampler_of
 from lightning_flatness.callbacks.data.stratified import choose, labels_of
 
+TWICE = "Samples that a DistributedSampler repeats count twice."
+ALL = "All samples of these batches are measured, also repeated ones and those beyond max_samples=."
+
 
 class ValidationStream:
-    """The sequence of samples that all ranks together validate, one loader after the other.
+    """The sequence of samples of one loader that all ranks together validate.
 
     A sample is identified by its position in this sequence. A ``DistributedSampler`` appends repeated samples until
     every rank has equally many. The stream leaves out the repeated samples, so that several processes measure the same
@@ -23,63 +25,60 @@ class ValidationStream:
     same in every epoch, and so are the samples at them, unless the loader shuffles.
 
     Args:
-        loaders: the loaders that Lightning validates one after the other; empty if Lightning may combine them.
-        num_batches: for each loader, the number of batches that Lightning runs.
-        max_samples: number of samples to measure over all ranks and loaders; None for all.
+        loader: the loader that Lightning validates; None if Lightning combines several loaders.
+        num_batches: the number of batches that Lightning runs.
+        max_samples: number of samples to measure over all ranks; None for all.
         rank: rank of this process.
         num_ranks: number of processes.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> stream = ValidationStream([DataLoader(TensorDataset(torch.arange(10.0)), batch_size=4)], [3], max_samples=5)
+        >>> stream = ValidationStream(DataLoader(TensorDataset(torch.arange(10.0)), batch_size=4), 3, max_samples=5)
         >>> sum(int(stream.mask(rows, index).sum()) for index, rows in enumerate([4, 4, 2]))
         5
     """
 
     def __init__(
         self,
-        loaders: Sequence[Any],
-        num_batches: Sequence[int | float],
+        loader: Any | None,
+        num_batches: float,
         max_samples: int | None = None,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        pairs = list(zip(loaders, num_batches, strict=True)) if len(loaders) == len(num_batches) else []
-        self._shards = [_Shard(loader, number, rank, num_ranks) for loader, number in pairs]
+        self._shard = None if loader is None else _Shard(loader, num_batches, rank, num_ranks)
         self._num_ranks = num_ranks
         self._has_warned = False
-        self._chosen: list[Tensor | None] = [None] * len(pairs)  # for each loader, a mask of the positions to measure
-        self._num_left: int | None = None  # samples still to measure on this rank, if a loader's length is unknown
+        self._chosen: Tensor | None = None  # a mask of the positions to measure on this rank
+        self._num_left: int | None = None  # samples still to measure on this rank, if the loader's length is unknown
         self._order: Tensor | None = None  # for each chosen position, the number of chosen positions before it
         if max_samples is None:
             return
-        totals = [shard.total for shard in self._shards if shard.total is not None]
-        if len(totals) < len(self._shards) or not totals:
+        if self._shard is None or self._shard.total is None:
             self._num_left = max_samples // num_ranks + (rank < max_samples % num_ranks)
             return
-        labels = [shard.labels() for shard in self._shards]
-        known = [of_shard for of_shard in labels if of_shard is not None]
-        all_labels = torch.cat(known) if len(known) == len(labels) else None
-        chosen = torch.zeros(sum(totals), dtype=torch.bool, device="cpu")
-        chosen[choose(len(chosen), max_samples, all_labels)] = True
+        chosen = torch.zeros(self._shard.total, dtype=torch.bool, device="cpu")
+        chosen[choose(len(chosen), max_samples, self._shard.labels())] = True
         self._order = chosen.cumsum(0) - 1
-        self._chosen = [shard.share(part) for shard, part in zip(self._shards, chosen.split(totals), strict=True)]
+        self._chosen = self._shard.share(chosen)
 
-    def mask(self, rows: int, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def mask(self, rows: int, batch_idx: int) -> Tensor:
         """Return a Boolean mask ``(rows,)`` that is True for the rows to measure in a batch."""
         mask = torch.ones(rows, dtype=torch.bool, device="cpu")
         if self._num_left is not None:
             mask[self._num_left :] = False
             self._num_left -= int(mask.sum())
-        if dataloader_idx >= len(self._shards):
+        shard, chosen = self._shard, self._chosen
+        if shard is None:
             if self._num_ranks > 1:
                 self._warn("the loaders are combined")
-            return mask
-        shard, chosen = self._shards[dataloader_idx], self._chosen[dataloader_idx]
-        if shard.repeats or chosen is not None:
+        elif shard.repeats or chosen is not None:
             positions = shard.positions(rows, batch_idx)
             if positions is None:
-                self._warn("they are not as large as the sampler says, and max_samples has no effect on them")
+                if shard.is_in_order:
+                    self._warn("their sizes are not those that the sampler gives", ALL)
+                else:
+                    self._warn("a custom batch sampler chooses them")
                 return mask
             mask &= positions < shard.length
             if chosen is not None:
@@ -88,16 +87,15 @@ class ValidationStream:
 
     def order(self, rows: int, batch_idx: int) -> Tensor | None:
         """For every row of a batch, return its index in the list of all ranks' measured samples. None if unknown."""
-        positions = self._shards[0].positions_of_samples(rows, batch_idx) if len(self._shards) == 1 else None
+        positions = None if self._shard is None else self._shard.positions_of_samples(rows, batch_idx)
         if positions is None or self._order is None:
             return positions if self._num_left is None else None
         return self._order[positions.clamp_max(len(self._order) - 1)]
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, reason: str, consequence: str = TWICE) -> None:
         if not self._has_warned:
             rank_zero_warn(
-                f"FlatnessCallback cannot tell which samples are in these validation batches ({reason}). So samples "
-                "that a DistributedSampler repeats count twice."
+                f"FlatnessCallback cannot tell which samples are in these validation batches ({reason}). {consequence}"
             )
         self._has_warned = True
 
@@ -109,6 +107,7 @@ class _Shard:
         length: number of different samples, 0 if unknown.
         repeats: whether the sampler repeats samples.
         total: number of samples that Lightning runs, None if unknown.
+        is_in_order: whether batches are filled in the order in which the sampler yields the samples.
         has_ready_batches: whether every item of the data set is a batch, as with ``batch_size=None``.
     """
 
@@ -117,7 +116,7 @@ class _Shard:
         self.has_ready_batches = getattr(loader, "batch_sampler", None) is None
         self._ready_rows = 0  # with ready batches, the number of rows in the first of them
         self._batch_size = batch_size_of(loader) or 1
-        self._in_order = keeps_order(loader)
+        self.is_in_order = keeps_order(loader)
         sampler = sampler_of(loader)
         self.length = len(loader.dataset) if is_indexed(loader) else 0
         self.repeats = False
@@ -132,7 +131,7 @@ class _Shard:
             if self.length and hasattr(sampler, "__len__"):
                 self.length = len(sampler)
         num_run = min(num_batches * self._batch_size * self._step, self.length)
-        self.total = int(num_run) if self.length and self._in_order and not self.has_ready_batches else None
+        self.total = int(num_run) if self.length and self.is_in_order and not self.has_ready_batches else None
 
     def labels(self) -> Tensor | None:
         """Return the class of every sample that Lightning runs, or None if the labels or their order are unknown."""
@@ -155,7 +154,7 @@ class _Shard:
 
         If every item of the data set is a batch, all rows of a batch have the position of the batch.
         """
-        if not self._in_order:
+        if not self.is_in_order:
             return None
         if self.has_ready_batches:
             return torch.full((rows,), batch_idx * self._step + self._first, device="cpu")
