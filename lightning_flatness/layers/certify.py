@@ -78,8 +78,7 @@ def certify(
         every_pair = separating_masks(len(recorded.logits)).to(recorded.logits.device)
         tested = every_pair if failures else masks
         while others and (mixing := find_mixing_layer(others, recorded.logits, tested)) is not None:
-            error = LayerSelectionError(f"Layer '{mixing}': {SAMPLES_MIX}")
-            certificates.leave_out(mixing, error, calls, left_out)
+            certificates.leave_out(mixing, LayerSelectionError(f"Layer '{mixing}': {SAMPLES_MIX}"), calls, left_out)
             others.pop(mixing)
             layers.pop(mixing)
     if not recognised:

@@ -187,6 +187,10 @@ class _Tracing(TorchFunctionMode):
         # The tensors are kept, because Python reuses ids.
         self._computed: dict[int, tuple[Tensor, tuple[str, str] | None]] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tracing:
+        """Return an empty mode: where a forward copies a module, the hooks of the copy record nothing here."""
+        return _Tracing({})
+
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
         """Record that a module begins to run."""
         if not self._frames:  # not earlier, because modules hold the copied tensors only while the model runs

@@ -131,7 +131,7 @@ def test_derivatives_that_are_not_finite_under_the_closed_form():
             lf.measure_flatness(net.double(), batches)
 
 
-@guards("layers/certify.py", "layers.pop(mixing)", "raise error")
+@guards("layers/certify.py", "certificates.leave_out(mixing, ", "raise ValueError(")
 def test_a_layer_after_which_samples_mix_is_left_out():
     def forward(net, x):
         h = net.a(x)
