@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -102,13 +103,15 @@ _PUBLIC_MODULES = ("functional", "pages", "plots", "results", "testing")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC_MODULES:
-        return import_module(f"lightning_flatness.{name}")
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _PUBLIC_MODULES:
         raise AttributeError(f"module 'lightning_flatness' has no attribute '{name}'")
-    value = getattr(import_module(f"lightning_flatness.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    state = random.getstate()  # importing rich draws random numbers
+    module = import_module(f"lightning_flatness.{_HOMES.get(name, name)}")
+    random.setstate(state)
+    if name in _PUBLIC_MODULES:
+        return module
+    globals()[name] = getattr(module, name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

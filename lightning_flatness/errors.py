@@ -113,6 +113,11 @@ def explained(error: Exception) -> FlatnessError | None:
             f"The forward pass modifies in place a tensor that autograd needs ({error}). Use an out-of-place "
             "operation, such as x = x + y instead of x += y."
         )
+    if "functorch" in str(error):
+        return LayerSelectionError(
+            "The forward pass calls a layer inside a transform of torch.func, such as vmap, where it cannot be "
+            "observed. Call the layer on the whole batch, outside of the transform."
+        )
     return None
 
 

@@ -71,16 +71,18 @@ def certify(
         }
     else:
         layers = {name: replace(known.layers[name], kernel=kernels[name]) for name in calls}
-    if not recognised:
-        known = replace(known, paths=Known(None, _uses(recorded, layers)))
     tails, failures = certificates.certified_tails(calls, layers)
     certified = CertifiedPass(recorded, loss, calls, tails)
     others = certified.others
     if others:  # under the closed form, certificate 2 already tests all pairs of samples
         every_pair = separating_masks(len(recorded.logits)).to(recorded.logits.device)
-        mixing = find_mixing_layer(others, recorded.logits, every_pair if failures else masks)
-        if mixing is not None:
-            raise LayerSelectionError(f"Layer '{mixing}': {SAMPLES_MIX}")
+        tested = every_pair if failures else masks
+        while others and (mixing := find_mixing_layer(others, recorded.logits, tested)) is not None:
+            certificates.leave_out(mixing, LayerSelectionError(f"Layer '{mixing}': {SAMPLES_MIX}"), calls, left_out)
+            others.pop(mixing)
+            layers.pop(mixing)
+    if not recognised:
+        known = replace(known, paths=Known(None, _uses(recorded, layers)))
     reasons, affine = certificates.why_not_affine(others, layers)
     if isinstance(loss.curvature, ClassCurvature):
         exact = {name: others[name] for name, inexact in reasons.items() if inexact is None}

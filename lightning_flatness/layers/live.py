@@ -74,8 +74,10 @@ class Listener:
             BatchError: no pass was observed, or observing failed.
         """
         recorder = self._recorded
-        if recorder is None or self.reason or recorder.failure is not None:
-            raise BatchError(self.reason or f"observing failed ({recorder and recorder.failure})")
+        if recorder is None or self.reason:
+            raise BatchError(self.reason)
+        if recorder.failure is not None:
+            raise BatchError(f"observing failed ({recorder.failure})")
         return recorder.result(self.call, self.output)
 
     def __enter__(self) -> Listener:

@@ -73,7 +73,6 @@ class Part:
     targets: Tensor | None
     rows: int  # number of samples; a single one has two equal rows in `inputs` and `targets`
     start: int  # position of the first sample in the batch
-    tell: Advance  # to be called with the fraction of the part that is done
     answer: Answer | None  # what the user's code got from the model in a call on the whole batch
 
 
@@ -120,12 +119,12 @@ class OwnPasses:
 
             chunk = slice(start, start + rows)
             taken = self._tensors.take(inputs, chunk), take(targets, chunk, samples)
-            part = Part(*taken, rows, start, tell, as_call(inputs).answer)
+            part = Part(*taken, rows, start, as_call(inputs).answer)
             try:
                 with isolated(self._model), self._finding(part.inputs):
                     if rows < samples or rows == 1:
                         self._tensors = self._tensors.certified(inputs, chunk, lambda part: logits_of(self._copy(part)))
-                    result = work(self._certified(part, first_batch), self.known, part.tell)
+                    result = work(self._certified(part, first_batch), self.known, tell)
             except _TooManySamplesError:
                 continue
             except RuntimeError as error:

@@ -153,7 +153,7 @@ class Recorder:
             before = self._quiet(self._before_classifier)
             # In the user's pass this hook detaches the input. It runs first, because hooks of the user's may keep the
             # input.
-            handles.append(self._classifier.register_forward_pre_hook(before, prepend=self._live))
+            handles.append(self._classifier.register_forward_pre_hook(before, prepend=self._live, with_kwargs=True))
             handles.append(self._classifier.register_forward_hook(self._quiet(self._after_classifier)))
         for handle in handles:
             self._open.callback(handle.remove)
@@ -230,13 +230,15 @@ class Recorder:
                 if torch.is_autocast_enabled(weight.device.type):
                     torch.matmul(weight, weight.new_empty(weight.shape[-1], 0))
 
-    def _before_classifier(self, module: nn.Module, arguments: Any) -> Any:
+    def _before_classifier(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Record the classifier's input. In a user's pass, the graph ends there."""
-        self._features.append(arguments[0] if len(arguments) == 1 else None)
+        given = (*arguments, *keywords.values())
+        self._features.append(given[0] if len(given) == 1 else None)
         if not self._live:
             return None
         self._leave_tail()
-        return tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
+        detached = [value.detach() if isinstance(value, Tensor) else value for value in given]
+        return tuple(detached[: len(arguments)]), dict(zip(keywords, detached[len(arguments) :], strict=True))
 
     def _after_classifier(self, module: nn.Module, arguments: Any, returned: Any) -> None:
         """Record the classifier's output."""

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_flatness.errors import LayerSelectionError
-from lightning_flatness.layers.tracing import LAYERS, UNNAMED, HiddenCall, Trace, TracedCall, trace
-from lightning_flatness.model.logits import logits_of
-from lightning_flatness.model.names import fits, plain_name
+from lightning_flatness.layers.tracing import LAYERS, UNNAMED, HiddenCall, Trace, trace
+from lightning_flatness.model.names import fits, listed, plain_name
 
 
 @dataclass(frozen=True)
@@ -49,32 +47,33 @@ def select(model: nn.Module, forward: Callable[[], Any], layers: str | Sequence[
     """
     modules: dict[str, nn.Module] = {plain_name(n): module for n, module in model.named_modules(prefix=prefix)}
     traced = trace(model, modules, forward)
-    logits = logits_of(traced.output).detach()
-    ran = {call.name for call in traced.calls}
-    candidates = {name: module for name, module in modules.items() if isinstance(module, LAYERS) or name in ran}
-    classifier = _classifier(candidates, traced.calls, logits)
+    candidates = {
+        name: module for name, module in modules.items() if isinstance(module, LAYERS) or name in traced.names
+    }
+    classifier = _classifier(traced)
     names = _wanted(layers, modules, candidates, traced, classifier)
     return Selection(
         modules={name: candidates[name] for name in names},
         classifier_name=classifier,
         classifier=None if classifier is None else candidates[classifier],
-        logits=logits,
-        elements=sum(prod(call.output_shape[1:]) for call in traced.calls if call.name in names),
+        logits=traced.logits,
+        elements=sum(prod(call.output_shape[1:]) for call in traced.ran if call.name in names),
         passed_over=traced.passed_over if layers == "all" else {},
     )
 
 
-def _classifier(candidates: dict[str, nn.Module], calls: Sequence[TracedCall], logits: Tensor) -> str | None:
-    """Return the name of the last layer that runs if this layer is linear, otherwise None.
+def _classifier(traced: Trace) -> str | None:
+    """Return the name of the last of the traced calls if its layer is linear, otherwise None.
 
+    This layer returns the logits, or no layer does and it is the last that runs.
     A convolution from one pixel to one pixel counts as linear if its output has as many channels as there are logits.
     Without a classifier, the logits are assumed to be the pooled output of the last layer, as in SqueezeNet.
     """
-    if not calls or not calls[-1].has_weight:
+    if not traced.calls or not traced.calls[-1].has_weight:
         return None
-    last = calls[-1]
+    last = traced.calls[-1]
     on_one_pixel = set(last.input_shape[2:]) == {1} and set(last.output_shape[2:]) == {1}
-    is_linear = on_one_pixel and last.output_shape[:2] == tuple(logits.shape)
+    is_linear = on_one_pixel and last.output_shape[:2] == tuple(traced.logits.shape)
     return last.name if is_linear or last.is_linear else None
 
 
@@ -94,16 +93,10 @@ def _last(traced: Trace, classifier: str | None) -> str:
             if later:
                 raise _runs_later(later[-1], call.name, "last")
             return call.name
+    where = f"before the classifier '{classifier}'" if classifier else "in the forward"
     raise LayerSelectionError(
-        f"layers='last': no convolution runs before the classifier '{classifier}'. Name a layer with layers=; "
-        f"there are {_listing(list(dict.fromkeys(call.name for call in traced.calls)))}."
+        f"layers='last': no convolution runs {where}. Name a layer with layers=; there are {_listing(traced.names)}."
     )
-
-
-def _returns_logits(traced: Trace) -> bool:
-    """Return whether the output of the last layer that runs equals the logits."""
-    logits, last = logits_of(traced.output), traced.last
-    return last is not None and last.numel() == logits.numel() and torch.equal(last.reshape(logits.shape), logits)
 
 
 def _runs_later(hidden: HiddenCall, layer: str, layers: str) -> LayerSelectionError:
@@ -128,7 +121,7 @@ def _wanted(
 
     ``candidates`` are the convolutions and linear layers, and other modules that ran and only apply one kernel.
     """
-    ran = list(dict.fromkeys(call.name for call in traced.calls))
+    ran = traced.names
     reasons = [reason for name, reason in traced.passed_over.items() if name != UNNAMED or not candidates]
     if not ran and reasons:
         raise LayerSelectionError(reasons[0])
@@ -146,11 +139,12 @@ def _wanted(
         return ran
     if layers == "classifier":
         later = [hidden for hidden in traced.hidden if hidden.calls_before == len(traced.calls)]
-        if later and not _returns_logits(traced):
+        if later:
             raise _runs_later(later[-1], traced.calls[-1].name, layers)
         if classifier is None:
             raise LayerSelectionError(
-                "layers='classifier': the last thing that runs is not a linear layer. Name the layer with layers=."
+                f"layers='classifier': the last layer that runs, '{traced.calls[-1].name}', is not a linear layer that "
+                "applies its own parameter `weight`. Name the layer with layers=."
             )
         return [classifier]
     if layers == "last":
@@ -187,5 +181,4 @@ def _matched(pattern: str, modules: dict[str, nn.Module], candidates: dict[str, 
 
 def _listing(names: list[str]) -> str:
     """Return a text with the first five names in quotes, and the number of the other names."""
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return listed([f"'{name}'" for name in names], most=5)

@@ -10,13 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
-from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING
+from lightning_flatness.layers.recording import CONVOLUTIONS, CONVOLVING, version_of
+from lightning_flatness.model.logits import logits_of
 
 LAYERS = (*CONVOLUTIONS, nn.Linear)
 # The name of a convolution or linear map that the model's own forward applies with a computed kernel.
 UNNAMED = "forward"
+# Other functions that apply a kernel, by the names that `_name_of` gives them. They cannot be measured.
+OTHER_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution"}
+TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+PRODUCTS = {
+    *("linear", "matmul", "rmatmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "inner", "multi_dot", "chain_matmul"),
+    *("einsum", "tensordot", "bilinear"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,18 +52,27 @@ class HiddenCall:
 
 @dataclass(frozen=True)
 class Trace:
-    """The layers that ran in a forward pass, in order, and other modules that applied a trained kernel."""
+    """The layers that ran in a forward pass, in order, and other modules that applied a trained kernel.
 
-    output: Any  # what the forward returned
+    If a layer returns the logits, ``calls`` and ``hidden`` end with its call. What runs after that, such as another
+    head, does not change the logits.
+    """
+
+    logits: Tensor  # (N, K), which the forward returned
+    ran: tuple[TracedCall, ...]  # all calls of layers
     calls: tuple[TracedCall, ...]
     passed_over: Mapping[str, str]  # name of another module -> why that module cannot be measured
     hidden: tuple[HiddenCall, ...]
-    last: Tensor | None  # the output of the last of `calls`; None without calls, or if it is no tensor
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all layers that ran, in order."""
+        return list(dict.fromkeys(call.name for call in self.ran))
 
 
 @dataclass(eq=False)
 class _Applied:
-    """One call of a function that applies a kernel: ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``."""
+    """One call of a function that applies a kernel: ``conv1d``, ``conv2d``, ``conv3d``, ``linear`` or another one."""
 
     owner: tuple[str, str] | None  # module and name of the parameter that is the kernel; None if it is no parameter
     module: str  # name of the innermost module that ran
@@ -64,6 +82,8 @@ class _Applied:
     is_linear: bool
     calls_before: int = 0  # number of calls of layers before this one
     in_layer: bool = False  # whether the call was made inside a layer
+    function: str = ""  # name of the function if it is another one
+    vectors: float = 0.0  # of another function, a product: number of vectors that the matrix is multiplied with
 
     @property
     def convolves(self) -> bool:
@@ -95,14 +115,18 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
     for name, module in modules.items():
         if not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(partial(mode.enter_module, name)))
-            handles.append(module.register_forward_hook(partial(mode.leave_module, name), always_call=True))
+            leave = partial(mode.leave_module, name)
+            handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):  # takes no hooks of its own
+        handles.append(register_module_forward_hook(mode.leave_script))
     try:
         with mode:
             output = forward()
     finally:
         for handle in handles:
             handle.remove()
-    ran = {call.name for call in mode.calls}
+    logits = logits_of(output).detach()
+    ran, last = {call.name for call in mode.calls}, mode.last_call(logits)
     passed_over: dict[str, str] = {}
     hidden: list[HiddenCall] = []
     for applied in mode.applied:
@@ -110,8 +134,11 @@ def trace(model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[
         if applied.in_layer or not applied.trained or name in ran:
             continue
         passed_over.setdefault(name, reason)
-        hidden.append(HiddenCall(name, reason, applied.calls_before, applied.convolves))
-    return Trace(output, tuple(mode.calls), passed_over, tuple(hidden), mode.last)
+        if last is None or applied.calls_before <= last:
+            convolves = applied.convolves or round(applied.vectors) > len(logits)
+            hidden.append(HiddenCall(name, reason, applied.calls_before, convolves))
+    calls = mode.calls if last is None else mode.calls[: last + 1]
+    return Trace(logits, tuple(mode.calls), tuple(calls), passed_over, tuple(hidden))
 
 
 def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
@@ -120,13 +147,23 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
     If the map belongs to a module or a parameter, the result has the name of that module or parameter.
     """
     owner, parameter = applied.owner or (applied.module, "")
+    named = f"Module '{owner}'" if owner else "The model"
+    if isinstance(modules[owner], torch.jit.ScriptModule):
+        return owner, f"{named} is TorchScript, whose layers no hook sees. To measure them, pass the original module."
+    if applied.function in TRANSPOSED:
+        return owner or parameter, f"{named}: it applies a transposed convolution, which cannot be measured."
     if owner and isinstance(modules[owner], LAYERS):
         return owner, (
             f"Layer '{owner}': its weight is applied without calling the layer (by layer.forward(x), or by a function "
             "that takes the weight), which no hook sees. To measure the layer, call it: layer(x)."
         )
+    if applied.function:
+        return owner or parameter, (
+            f"{named}: its parameter '{parameter}' is applied by {applied.function}, which cannot be measured. To "
+            "measure it, apply it by torch.nn.functional.linear, conv1d, conv2d or conv3d, in an nn.Module whose "
+            "forward returns the output."
+        )
     what = "linear map" if applied.is_linear else "convolution"
-    named = f"Module '{owner}'" if owner else "The model"
     return owner or parameter or UNNAMED, (
         f"{named}: its forward applies a {what} of its own and does more than that. To measure the {what}, put it into "
         "an nn.Module whose forward returns its output."
@@ -134,49 +171,85 @@ def _why_hidden(applied: _Applied, modules: Mapping[str, nn.Module]) -> tuple[st
 
 
 class _Tracing(TorchFunctionMode):
-    """A mode that records the calls of convolution functions and ``linear``, and the modules that make these calls."""
+    """A mode that records the calls of functions that apply a kernel, and the modules that make these calls."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.calls: list[TracedCall] = []
         self.applied: list[_Applied] = []
-        self.last: Tensor | None = None  # what the latest call of a layer returned
+        # The outputs of one vector for every sample, with their version counters, keyed by index in `calls`.
+        self._vectors: dict[int, tuple[Tensor, int | None]] = {}
         self._modules = modules
         self._frames: list[_Frame] = []
         self._owners: dict[int, tuple[str, str]] = {}
         self._buffers: set[int] = set()
+        # Tensors that are computed from parameters alone, such as a transposed weight, with the owner of the first.
+        # The tensors are kept, because Python reuses ids.
+        self._computed: dict[int, tuple[Tensor, tuple[str, str] | None]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tracing:
+        """Return an empty mode: where a forward copies a module, the hooks of the copy record nothing here."""
+        return _Tracing({})
 
     def enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
         """Record that a module begins to run."""
+        if not self._frames:  # not earlier, because modules hold the copied tensors only while the model runs
+            for owner, one in self._modules.items():
+                self._owners |= {id(tensor): (owner, key) for key, tensor in one._parameters.items()}
+                self._buffers |= {id(tensor) for tensor in one._buffers.values()}
         self._frames.append(_Frame(name))
 
-    def leave_module(self, name: str, module: nn.Module, arguments: Any, returned: Any) -> None:
+    def leave_module(
+        self, name: str, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], returned: Any
+    ) -> None:
         """Record that a module has run. If the module is a layer, add its call to ``calls``."""
         frame = self._frames.pop()
         if returned is None:  # the module raised an error, which the forward may catch
             return
+        convolving = [applied for applied in frame.applied if not applied.function]
         if isinstance(module, LAYERS):
             output_shape = _shape(returned)
             convolves = isinstance(module, CONVOLUTIONS) or _has_positions(output_shape)
             self.calls.append(
                 TracedCall(
                     name,
-                    _shape(arguments[0] if arguments else None),
+                    _shape(next(iter((*arguments, *keywords.values())), None)),
                     output_shape,
                     convolves,
                     isinstance(module, nn.Linear),
                 )
             )
-        elif name and len(frame.applied) == 1 and _is_layer(frame, frame.applied[0], returned):
-            (applied,) = frame.applied
+        elif name and len(convolving) == 1 and _is_layer(frame, convolving[0], returned):
+            (applied,) = convolving
             has_weight = applied.owner == (name, "weight")
             shapes = applied.input_shape, applied.output_shape
             self.calls.append(TracedCall(name, *shapes, applied.convolves, applied.is_linear, has_weight))
         else:
             return
-        self.last = returned if isinstance(returned, Tensor) else None
+        if isinstance(returned, Tensor) and returned.ndim > 1 and set(returned.shape[2:]) <= {1}:
+            self._vectors[len(self.calls) - 1] = returned, version_of(returned)
         for applied in frame.applied:
             applied.in_layer = True
+
+    def leave_script(self, module: nn.Module, arguments: tuple[Any, ...], returned: Any) -> None:
+        """Record that a TorchScript module with a kernel has run, whose layers no hook sees."""
+        name = next((name for name, one in self._modules.items() if one is module), "")
+        kernels = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+        if isinstance(module, torch.jit.ScriptModule) and name and kernels:
+            is_linear = all(kernel.ndim == 2 for kernel in kernels)
+            self._add(_Applied((name, ""), name, True, (), _shape(returned), is_linear, len(self.calls)))
+
+    def last_call(self, logits: Tensor) -> int | None:
+        """Return the index of the last call whose output is the logits themselves, unchanged since; None without one.
+
+        The output must be in the same memory. Equal values do not show this: an adapter that is zero at first adds
+        nothing to an output, and does so later.
+        """
+        for index, (output, version) in reversed(self._vectors.items()):
+            unchanged = output.shape[:2] == logits.shape and version_of(output) == version
+            if unchanged and output.flatten(1).is_set_to(logits):
+                return index
+        return None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -184,31 +257,69 @@ class _Tracing(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in CONVOLVING and isinstance(result, Tensor):
             self._note(result, *_operands(*args, **(kwargs or {})), func is nn.functional.linear)
+        elif self._frames:
+            self._follow(_name_of(func), _tensors_in((*args, *(kwargs or {}).values())), result)
         return result
 
-    def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
-        """Record one call of a convolution function or of ``linear``."""
-        if not self._owners:  # not earlier, because modules hold the copied tensors only while the model runs
-            for name, module in self._modules.items():
-                self._owners |= {id(tensor): (name, key) for key, tensor in module._parameters.items()}
-                self._buffers |= {id(tensor) for tensor in module._buffers.values()}
-        owner, innermost = self._owners.get(id(kernel)), self._frames[-1].name if self._frames else ""
-        shapes = tuple(inputs.shape), tuple(output.shape)
-        trained = owner is not None or self._may_be_trained(kernel, self._modules[innermost])
-        applied = _Applied(owner, innermost, trained, *shapes, is_linear, calls_before=len(self.calls))
+    def _follow(self, function: str, operands: list[Tensor], result: Any) -> None:
+        """Record a call of another function that applies a trained kernel, or what is computed from kernels alone."""
+        owners = {id(one): self._owner_of(one) for one in operands}
+        kernels = [one for one in operands if owners[id(one)] is not None]
+        others = [one for one in operands if owners[id(one)] is None and id(one) not in self._buffers]
+        if kernels and not others:
+            self._computed |= {id(one): (one, owners[id(kernels[0])]) for one in _tensors_in((result,))}
+        kernel = max(kernels, key=Tensor.numel, default=result)
+        applies = function in PRODUCTS | OTHER_CONVOLUTIONS | TRANSPOSED and isinstance(result, Tensor)
+        if not applies or not kernels or not others or kernel.ndim < 2:
+            return
+        # A product of N vectors and a matrix of size (m, K) reads N m entries and returns N K.
+        entries = max(other.numel() for other in others) * result.numel() / max(1, kernel.numel())
+        several = sum(size > 1 for size in kernel.shape) > 1  # a single vector, such as a query, is no layer
+        innermost, is_product = self._frames[-1].name, function in PRODUCTS
+        applied = _Applied(owners[id(kernel)], innermost, True, (), (), is_product, len(self.calls), function=function)
+        applied.vectors = entries**0.5 if several and is_product else 0.0
+        self._add(applied)
+
+    def _owner_of(self, tensor: Tensor) -> tuple[str, str] | None:
+        """Return the module and name of the parameter that a tensor is, or is computed from; None without one."""
+        owner = self._owners.get(id(tensor))
+        return owner or self._computed.get(id(tensor), (None, None))[1]
+
+    def _add(self, applied: _Applied) -> None:
+        """Add a call to the record, and to the modules that are running."""
         self.applied.append(applied)
         for frame in self._frames:
             frame.applied.append(applied)
+
+    def _note(self, output: Tensor, inputs: Tensor, kernel: Tensor, is_linear: bool) -> None:
+        """Record one call of a convolution function or of ``linear``."""
+        owner, innermost = self._owners.get(id(kernel)), self._frames[-1].name if self._frames else ""
+        shapes = tuple(inputs.shape), tuple(output.shape)
+        trained = owner is not None or self._may_be_trained(kernel, inputs, self._modules[innermost])
+        self._add(_Applied(owner, innermost, trained, *shapes, is_linear, calls_before=len(self.calls)))
         if self._frames:
             self._frames[-1].output = output
 
-    def _may_be_trained(self, kernel: Tensor, module: nn.Module) -> bool:
+    def _may_be_trained(self, kernel: Tensor, inputs: Tensor, module: nn.Module) -> bool:
         """Return whether a kernel that is not a parameter may be computed from one of the module's parameters.
 
-        This is possible if the kernel is not a buffer and has as many entries as a parameter. A fixed filter, such as a
-        blur, is usually a buffer.
+        This is possible if the kernel is not a buffer and has as many entries as a parameter. Or it holds one kernel
+        for every sample, and the samples are groups of channels. A fixed filter, such as a blur, is usually a buffer.
         """
-        return id(kernel) not in self._buffers and any(p.numel() == kernel.numel() for p in module.parameters())
+        per_sample = kernel.ndim > 2 and len(inputs) == 1 and inputs.shape[1] > kernel.shape[1]
+        same_size = any(p.numel() == kernel.numel() for p in module.parameters())
+        return id(kernel) not in self._buffers and (per_sample or same_size)
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    """Return a function's name, the same for a function, a method, an operator, and one of ``torch.ops.aten``."""
+    return getattr(func, "__name__", "").partition(".")[0].strip("_").removeprefix("linalg_")
+
+
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among values and in tuples and lists of values."""
+    flat = [one for value in values for one in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [one for one in flat if isinstance(one, Tensor)]
 
 
 def _operands(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: A002

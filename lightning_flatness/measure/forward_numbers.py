@@ -79,17 +79,17 @@ class _Classifier:
         if self._module is None or isinstance(self._module, torch.jit.ScriptModule):
             yield
             return
-        handle = self._module.register_forward_pre_hook(self._hear)
+        handle = self._module.register_forward_pre_hook(self._hear, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
-    def _hear(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _hear(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Record the input and the weight of one call of the classifier. This is a forward pre-hook."""
-        weight = getattr(module, "weight", None)
-        if arguments and isinstance(arguments[0], Tensor) and isinstance(weight, Tensor):
-            self._features, self._weight = arguments[0].detach(), weight.detach()
+        weight, features = getattr(module, "weight", None), next(iter((*arguments, *keywords.values())), None)
+        if isinstance(features, Tensor) and isinstance(weight, Tensor):
+            self._features, self._weight = features.detach(), weight.detach()
 
     def spreads(self, logits: Tensor) -> Tensor:
         """Return the feature spreads ``(N,)`` of the samples in the latest recorded call.

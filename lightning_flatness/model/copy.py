@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_flatness.errors import BatchError, LayerSelectionError, is_out_of_memory
 from lightning_flatness.model.call import Call, as_call, map_tensors, tensors_of
+from lightning_flatness.model.names import plain_name
 from lightning_flatness.model.precision import HALF
 
 WITHOUT_FLOAT64 = ("mps",)  # types of devices that do not support float64
@@ -43,8 +44,10 @@ class ModelCopy:
             buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
             self._buffers |= {id(buffer) for buffer in buffers.values()}
             for name, tensor in (tensors | buffers).items():
+                long_name = f"{prefix}.{name}" if prefix else name
+                refuse_meta(plain_name(long_name), tensor)
                 # A tensor with several names gets one copy, so that tied parameters stay tied.
-                self._slots[f"{prefix}.{name}" if prefix else name] = id(tensor)
+                self._slots[long_name] = id(tensor)
                 if id(tensor) not in self._copies:
                     self._copies[id(tensor)] = measured(tensor.detach(), self._dtype_of(tensor)).clone()
 
@@ -87,6 +90,15 @@ class ModelCopy:
         return output
 
 
+def refuse_meta(name: str, tensor: Tensor) -> None:
+    """Raise an error if a parameter or buffer is on the meta device."""
+    if tensor.is_meta:
+        raise LayerSelectionError(
+            f"'{name}' is on the meta device, so it holds no numbers. Load the weights before measuring, without "
+            "offloading."
+        )
+
+
 def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.dtype | None) -> str:
     """Return a text that says why the forward fails on the inputs of a call, and a remedy.
 
@@ -102,14 +114,17 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
                 "Give batches with the inputs that forward takes (in a callback by batch_fn=), or name another network "
                 "with model=."
             )
-    if isinstance(error, IndexError) or any(words in str(error) for words in LOOKUP_WORDS):
+    first_line = str(error).partition("\n")[0]  # torch lists the arguments that a function takes in the next ones
+    looks_up = isinstance(error, IndexError) or any(words in str(error) for words in LOOKUP_WORDS)
+    if looks_up or (isinstance(error, TypeError) and _is_of_inputs(model, call, str(error))):
         return (
-            f"The model's forward fails on the batch's inputs ({type(error).__name__}: {error}). Give batches with the "
-            "inputs that forward takes (in a callback by batch_fn=), or name another network with model=."
+            f"The model's forward fails on the batch's inputs ({type(error).__name__}: {first_line}). Give "
+            "batches with the inputs that forward takes (in a callback by batch_fn=), or name another network with "
+            "model=."
         )
     if isinstance(error, ValueError):
         return ""
-    whole = [str(tensor.dtype) for tensor in tensors_of(call) if not tensor.is_floating_point()]
+    whole = [str(one.dtype) for one in tensors_of(call) if not one.is_floating_point() and not one.is_complex()]
     if whole and not is_out_of_memory(error) and any(word in str(error) for word in TYPE_WORDS):
         return (
             f"The model's forward fails on inputs of type {whole[0]} ({error}). Convert them to floating point, e.g. "
@@ -123,16 +138,27 @@ def _why_it_fails(model: nn.Module, call: Call, error: Exception, dtype: torch.d
             "seems to cast tensors to a fixed type; cast to the type of a weight instead, e.g. "
             "x.to(self.conv.weight.dtype), or set dtype=."
         )
-    if not any(word in str(error).lower() for word in SHAPE_WORDS):
-        return ""  # an error of the user's own
     kinds = dict.fromkeys(f"{tuple(tensor.shape)} and type {tensor.dtype}" for tensor in tensors_of(call))
+    if not kinds or not any(word in str(error).lower() for word in SHAPE_WORDS):
+        return ""  # an error of the user's own
     doubles = {tensor.dtype for tensor in tensors_of(call)} - {parameter.dtype for parameter in model.parameters()}
     remedy = (
         "Convert them to the type of the weights, inputs.float()."
         if torch.float64 in doubles
         else "Give inputs with the number of channels, the size and the type that the model was trained on."
     )
-    return f"The model's forward fails on inputs of shape {', '.join(kinds)} ({error}). {remedy}" * bool(kinds)
+    return f"The model's forward fails on inputs of shape {', '.join(kinds)} ({error}). {remedy}"
+
+
+def _is_of_inputs(model: nn.Module, call: Call, message: str) -> bool:
+    """Return whether a TypeError says that the inputs do not fit a module that ``model`` passes them on to."""
+    passes_on = any(
+        one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in signature(model.forward).parameters.values()
+    )
+    given = (*call.arguments, *call.keywords.values())
+    if not all(isinstance(one, Tensor) for one in given) and any(words in message for words in NO_TENSOR_WORDS):
+        return True
+    return passes_on and "forward()" in message and "argument" in message
 
 
 def _is_cast(model: nn.Module, dtype: torch.dtype | None) -> bool:
@@ -151,6 +177,8 @@ LOOKUP_WORDS = (
     "values to unpack",
     'missing the required "forward"',
 )
+# Words in torch's messages about arguments that are no tensors.
+NO_TENSOR_WORDS = ("must be Tensor", "invalid combination of arguments")
 # Words in torch's messages about tensors of a wrong shape or dtype.
 SHAPE_WORDS = ("size", "shape", "channel", "dimension", "expected", "type")
 # Words in torch's messages about tensors of a wrong dtype.

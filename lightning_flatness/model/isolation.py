@@ -196,7 +196,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         stack.enter_context(attributes_kept(model.modules()))
         if switches:
             # Without this call, a layer that overrides ``train()`` would compute something else than in validation.
-            with torch.no_grad(), suppress(NotImplementedError):  # exported modules raise it: they have only one mode
+            # Exported modules raise an error: they have only one mode. A layer that makes a module draws its weights.
+            with random_states_kept(model), torch.no_grad(), suppress(NotImplementedError):
                 model.eval()
         elif model.training:
             for module in model.modules():

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_flatness.errors import FlatnessError
 from lightning_flatness.functional import Direction
-from lightning_flatness.model.copy import measured, measuring_device
+from lightning_flatness.model.copy import measured, measuring_device, refuse_meta
 from lightning_flatness.model.isolation import without_wrapper
-from lightning_flatness.model.names import lies_in, plain_name
+from lightning_flatness.model.names import lies_in, listed, plain_name
 
 
 class NamedTensors:
@@ -35,7 +35,10 @@ class NamedTensors:
             for long_name, tensor in named:
                 name = plain_name(long_name)
                 if nn.parameter.is_lazy(tensor):
-                    raise FlatnessError(f"'{name}' has no shape yet (a lazy module); call the model once before.")
+                    raise FlatnessError(
+                        f"'{name}' has no shape yet (a lazy module); call the model once before this measurement."
+                    )
+                refuse_meta(name, tensor)
                 if tensor.is_complex():
                     raise FlatnessError(f"'{name}' holds complex numbers; a landscape needs real numbers.")
                 if not tensor.is_floating_point():
@@ -56,7 +59,10 @@ class NamedTensors:
                 raise FlatnessError(f"frozen={pattern!r}: give names or glob patterns of parameters or modules.")
             fitting = {first for name, first in self.first_names.items() if lies_in(pattern, name)}
             if not fitting:
-                raise FlatnessError(f"frozen='{pattern}' fits nothing; there are {', '.join(self.first_names)}.")
+                raise FlatnessError(
+                    f"frozen='{pattern}' matches no parameter or buffer and no module that has one. There are: "
+                    f"{listed(list(self.first_names))}."
+                )
             names |= fitting
         if names >= set(self.parameters):
             raise FlatnessError(f"frozen={list(patterns)} freezes all parameters, so there is nothing to move.")
@@ -81,8 +87,8 @@ class NamedTensors:
             first = self.first_names.get(plain_name(str(long_name)))
             if first is None:
                 raise FlatnessError(
-                    f"{name} has an entry '{long_name}', which is no parameter or floating-point buffer of the model; "
-                    f"there are {', '.join(self.first_names)}."
+                    f"{name} has an entry '{long_name}', which is no parameter or floating-point buffer of the model. "
+                    f"There are: {listed(list(self.first_names))}."
                 )
             if tensor.shape != self[first].shape or tensor.is_complex():
                 raise FlatnessError(

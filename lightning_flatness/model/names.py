@@ -57,13 +57,13 @@ def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = Non
         matched = [(name, p) for name, p in named if lies_in(pattern, name)]
         if not matched:
             raise LayerSelectionError(
-                f"params={pattern!r} matches no parameter and no module with parameters. There are: {_listed(named)}."
+                f"params={pattern!r} matches no parameter and no module with parameters. There are: {_names(named)}."
             )
         trainable = [p for _, p in matched if p.requires_grad and p.numel()]
         if not trainable:
             raise LayerSelectionError(
                 f"Every parameter {'of the model' if params is None else f'that params={pattern!r} selects'} is frozen "
-                f"or empty: {_listed(matched)}. Frozen parameters are left out; set requires_grad=True to measure them."
+                f"or empty: {_names(matched)}. Frozen parameters are left out; set requires_grad=True to measure them."
             )
         wanted.update(trainable)
     first_names: dict[nn.Parameter, str] = {}
@@ -76,6 +76,16 @@ def choose_parameters(model: nn.Module, params: str | Sequence[str] | None = Non
     return {name: parameter for parameter, name in first_names.items()}
 
 
-def _listed(named: Sequence[tuple[str, nn.Parameter]]) -> str:
-    names = [name for name, _ in named]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") if names else "none"
+def _names(named: Sequence[tuple[str, nn.Parameter]]) -> str:
+    return listed([name for name, _ in named])
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return a text with the first ``most`` names, and the number of the other names.
+
+    Example:
+        >>> listed(["a", "b", "c"], most=2), listed([])
+        ('a, b and 1 more', 'none')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"

@@ -72,7 +72,7 @@ class SampleTensors:
         def of_tensor(tensor: Tensor) -> Tensor:
             if not next(kinds):
                 return tensor
-            part = tensor[rows]
+            part = _cut(tensor, rows)
             return torch.cat([part, part]) if len(part) == 1 else part
 
         return map_tensors(inputs, of_tensor)
@@ -80,7 +80,7 @@ class SampleTensors:
     def chosen(self, inputs: Any, targets: Tensor | None, mask: Tensor) -> tuple[Any, Tensor | None]:
         """Return the inputs and targets of the samples for which ``mask`` is True."""
         kinds = iter(self.has_rows or ())
-        cut = map_tensors(inputs, lambda tensor: tensor[mask.to(tensor.device)] if next(kinds) else tensor)
+        cut = map_tensors(inputs, lambda tensor: _cut(tensor, mask.to(tensor.device)) if next(kinds) else tensor)
         return cut, targets if targets is None else targets[mask.to(targets.device)]
 
     def certified(self, inputs: Any, rows: slice | Tensor, logits_of: Callable[[Any], Tensor]) -> SampleTensors:
@@ -118,6 +118,16 @@ class SampleTensors:
             "model.forward, context=context), and leave it out of the batches (in a callback by batch_fn=). If "
             "samples depend on each other, no sample has a loss of its own."
         )
+
+
+def _cut(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return some rows of a tensor; raise a :class:`BatchError` for a sparse or nested tensor."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise BatchError(
+            f"The inputs have a sparse or nested tensor ({tensor.layout}), of which samples cannot be taken. Give "
+            "dense tensors (in a callback by batch_fn=)."
+        )
+    return tensor[rows]
 
 
 def _is_single(inputs: Any) -> bool:

@@ -332,7 +332,7 @@ def test_wrong_options(options, named):
         lf.LandscapeCallback(**options)
 
 
-@pytest.mark.parametrize(("frozen", "named"), [("nothing", "fits nothing"), ("*", "freezes all")])
+@pytest.mark.parametrize(("frozen", "named"), [("nothing", "matches no"), ("*", "freezes all")])
 def test_wrong_names_are_refused_before_the_first_epoch(tmp_path, frozen, named):
     module = Classifier()
     with pytest.raises(lf.FlatnessError, match=named):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import lightning_flatness as lf
 from tests.callbacks.compare import assert_same, module_state
 from tests.callbacks.flatness_runs import assert_reports_equal, flatness_callback, run_without_a_trace
-from tests.callbacks.lightning_modules import Classifier, Net, TwoLayerNet, WithoutForward, loaders
+from tests.callbacks.lightning_modules import CLASSES, Classifier, Net, TwoLayerNet, WithoutForward, loaders
 
 
 class Gan(L.LightningModule):
@@ -55,14 +55,42 @@ class TwoForwards(Classifier):
         self.log("val_acc", (logits.argmax(1) == y).double().mean())
 
 
+class Reparametrised(nn.Module):
+    """Two convolutions, for which every change to evaluation mode makes a new one."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)])
+
+    def train(self, mode=True):
+        self._modules.pop("whole", None)
+        super().train(mode)
+        if not mode:
+            self.whole = nn.Conv2d(1, 4, 3).to(self.branches[0].weight)
+            for name, tensor in self.whole.named_parameters():
+                tensor.data = sum(branch.get_parameter(name).detach() for branch in self.branches)
+        return self
+
+    def forward(self, x):
+        return self.whole(x) if "whole" in self._modules else sum(branch(x) for branch in self.branches)
+
+
+def made_anew():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pooled = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return Classifier(nn.Sequential(Reparametrised(), *pooled, nn.Linear(4, CLASSES)))
+
+
 @pytest.mark.parametrize(
     ("make", "options", "network"),
     [
         (Gan, {"model": "discriminator", "layers": "all"}, "discriminator"),
         (TwoForwards, {}, "net"),
         (WithoutForward, {"model": "net"}, "net"),
+        (made_anew, {}, "net"),
     ],
-    ids=["gan", "two forwards", "without forward"],
+    ids=["gan", "two forwards", "without forward", "made anew"],
 )
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_other_kinds_of_modules(tmp_path, make, options, network, data):

@@ -131,6 +131,14 @@ def test_what_does_not_hold_is_named(spoil, match):
     )
 
 
+def test_a_classifier_that_takes_its_input_by_keyword():
+    class Keyword(networks.Plain):
+        def head(self, z):
+            return self.fc(input=z.mean((2, 3)))
+
+    assert assert_observed_as_own(Keyword(), *batch()) == ""
+
+
 @guards("functional/losses.py", "return None if holds(kept.all()) else kept", "return None")
 def test_ignored_targets_do_not_count_when_observed():
     model, (x, y) = networks.Plain().double().eval(), batch(samples=30)

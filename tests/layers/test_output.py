@@ -188,7 +188,7 @@ def test_observed_logits_that_are_changed_are_refused():
 
 @guards("layers/trial.py", " or (layer.is_output and name != context.selection.classifier_name)", "")
 def test_an_output_that_is_not_the_classifier_is_not_observed():
-    """The last layer that runs is another one, beside the layer whose output is returned."""
+    """The last layer that runs is another one, beside the layer whose output is copied and returned."""
 
     class Beside(Net):
         def __init__(self):
@@ -199,7 +199,7 @@ def test_an_output_that_is_not_the_classifier_is_not_observed():
             g = self.conv(x).relu().mean((2, 3))
             logits = self.classifier(g)
             self.other(g)
-            return logits
+            return logits.clone()
 
     torch.manual_seed(0)
     model = Beside().double().eval()

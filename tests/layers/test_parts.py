@@ -227,6 +227,14 @@ def test_tables_among_the_inputs(monkeypatch):
         lf.measure_flatness(net, [((VECTORS, table), None)], layers="a")
 
 
+def test_a_single_sample_that_gives_one_row_although_it_is_given_twice():
+    net = linear_net(lambda net, x: net.c(net.a(x[:1]).relu()))
+    with pytest.raises(
+        lf.BatchError, match="returns 1 row of logits for 1 sample, which the measurement gives it twice"
+    ):
+        lf.measure_flatness(net, [(VECTORS[:1], LABELS[:1])], layers="all")
+
+
 def test_memory_that_runs_out_while_certifying(monkeypatch):
     from lightning_flatness.layers import certify
 

@@ -44,6 +44,12 @@ def test_gradient_checkpointing_is_refused_with_a_remedy():
         measure(Checkpointed())
 
 
+def test_a_layer_inside_vmap_is_refused_with_a_remedy():
+    net = linear_net(lambda net, x: torch.func.vmap(lambda row: net.c(row[None])[0])(net.a(x).relu()))
+    with pytest.raises(lf.LayerSelectionError, match="inside a transform of torch.func.*on the whole batch"):
+        lf.measure_flatness(net, [(VECTORS, LABELS)], layers="c")
+
+
 @guards("layers/passes.py", "in_plain_words = explained(error)", "in_plain_words = None")
 def test_inputs_that_are_changed_in_place_afterwards():
     def forward(net, x):

@@ -3,9 +3,12 @@
 from collections import OrderedDict
 
 import pytest
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 import lightning_flatness as lf
+from tests.guarding import guards
 from tests.refused import Net, X, Y, refused
 
 
@@ -24,6 +27,20 @@ def test_no_linear_classifier():
     net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten())
     report = lf.measure_flatness(net, [(X, Y)])
     assert (report.layers["0"].method, report.exact) == ("gauss_newton", True)
+    refused(lf.LayerSelectionError, "last layer that runs, '0', is not a linear layer that", net, layers="classifier")
+
+
+def test_neither_a_convolution_nor_a_classifier():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x):
+            return F.linear(x, 2 * self.kernel)
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 6), nn.ReLU(), Doubled())
+    refused(lf.LayerSelectionError, "no convolution runs in the forward. Name a layer.*there are '1', '3'", net)
 
 
 def test_only_convolution_is_the_classifier():
@@ -71,3 +88,103 @@ def test_layer_that_runs_twice():
 @pytest.mark.parametrize("layers", ["", [], [""], None, 3, [3], ["conv", None]], ids=repr)
 def test_empty_or_senseless_layers(layers):
     refused(lf.FlatnessError, "give 'last', 'all', 'classifier', or names or glob patterns", layers=layers)
+
+
+class Applies(nn.Module):
+    """conv - ReLU, what ``apply`` does with ``part`` or ``kernel``, pooling, a hidden layer, what ``head`` does."""
+
+    def __init__(self, part, apply=lambda net, h: h, head=lambda net, g: net.fc(g)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.hidden, self.fc = nn.Conv2d(2, 5, 3), nn.Linear(5, 6), nn.Linear(6, 4)
+        self.part, self.kernel, self.apply_part, self.apply_head = (
+            part and part(),
+            nn.Parameter(torch.randn(5, 5)),
+            apply,
+            head,
+        )
+
+    def forward(self, x):
+        return self.apply_head(self, self.hidden(self.apply_part(self, self.conv(x).relu()).relu().mean((2, 3))).relu())
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def one_kernel_for_each_sample(net, h):
+    kernels = (net.kernel * h.mean((1, 2, 3)).view(-1, 1, 1)).reshape(-1, 5, 1, 1)
+    return F.conv2d(h.reshape(1, -1, *h.shape[2:]), kernels, groups=len(h)).view(h.shape)
+
+
+CONVOLUTIONS = {
+    "unfold": (None, lambda net, h: (net.kernel @ h.flatten(2)).view(h.shape), "kernel"),
+    "einsum": (None, lambda net, h: torch.einsum("nchw,oc->nohw", h, net.kernel), "kernel"),
+    "normalised": (None, lambda net, h: (F.normalize(net.kernel) @ h.flatten(2)).view(h.shape), "kernel"),
+    "tokens": (None, lambda net, h: (h.permute(0, 2, 3, 1).reshape(-1, 5) @ net.kernel).view(h.shape), "kernel"),
+    "aten": (lambda: nn.Conv2d(5, 5, 1), lambda net, h: torch.ops.aten.conv2d(h, net.part.weight), "part"),
+    "convolution": (
+        lambda: nn.Conv2d(5, 5, 1),
+        lambda net, h: torch.convolution(h, net.part.weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1),
+        "part",
+    ),
+    "transposed": (lambda: nn.ConvTranspose2d(5, 5, 3), lambda net, h: net.part(h), "part"),
+    "TorchScript": (lambda: torch.jit.script(nn.Conv2d(5, 5, 1)), lambda net, h: net.part(h), "part"),
+    "dynamic": (None, one_kernel_for_each_sample, "forward"),
+}
+HEADS = {
+    "transposed weight": (None, lambda net, g: g @ net.fc.weight.T, "fc"),
+    "einsum": (None, lambda net, g: torch.einsum("nc,kc->nk", g, net.fc.weight), "fc"),
+    "normalised": (None, lambda net, g: F.normalize(g) @ F.normalize(net.fc.weight).T, "fc"),
+    "addmm": (Dense, lambda net, g: net.part(g), "part"),
+    "TorchScript": (lambda: torch.jit.script(nn.Linear(6, 4)), lambda net, g: net.part(g), "part"),
+}
+
+
+@guards("layers.tracing:_Tracing._follow", returns=None)
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore:.*jit:FutureWarning")
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_a_convolution_by_another_function_is_named(kind):
+    part, apply, name = CONVOLUTIONS[kind]
+    net = Applies(part, apply)
+    refused(lf.LayerSelectionError, f"'last': '{name}' runs after 'conv'.*cannot be measured", net)
+    report = lf.measure_flatness(net, [(X, Y)], layers="all")
+    assert (list(report.layers), list(report.left_out)) == (["conv", "hidden", "fc"], [name])
+    assert list(lf.measure_flatness(net, [(X, Y)], layers="classifier").layers) == ["fc"]
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore:.*jit:FutureWarning")
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_by_another_function_is_named(kind):
+    part, head, name = HEADS[kind]
+    net = Applies(part, head=head)
+    refused(lf.LayerSelectionError, f"'classifier': '{name}' runs after 'hidden'", net, layers="classifier")
+    assert list(lf.measure_flatness(net, [(X, Y)], layers="all").left_out) == [name]
+    assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["conv"]
+
+
+USES = {
+    "position embedding": (None, lambda net, h: h + net.kernel.T.flatten()[: h.shape[3]]),
+    "product of activations": (None, lambda net, h: h @ h.mT),
+    "product of kernels": (None, lambda net, h: h + (net.kernel @ net.kernel.T).sum()),
+    "one query": (
+        lambda: nn.Linear(5, 1),
+        lambda net, h: h * (net.part.weight[None] @ h.flatten(2)).softmax(-1).view(len(h), 1, 4, 4),
+    ),
+    "attention": (
+        lambda: nn.MultiheadAttention(5, 1, batch_first=True),
+        lambda net, h: net.part(*[h.flatten(2).mT] * 3)[0].mT.reshape(h.shape),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", USES)
+def test_other_uses_of_parameters_are_no_layers(kind):
+    net = Applies(*USES[kind])
+    assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["conv"]
+    assert list(lf.measure_flatness(net, [(X, Y)], layers="classifier").layers) == ["fc"]

@@ -197,14 +197,73 @@ def test_a_hidden_layer_is_not_the_classifier(kind):
     assert list(lf.measure_flatness(net, [(X, Y)]).layers) == ["conv"]
 
 
-@guards("layers/selection.py", "if later and not _returns_logits(traced):", "if later:")
-def test_what_runs_after_the_classifier_for_something_else():
-    class Projects(Headed):
+class TwoHeads(nn.Module):
+    """A network with two heads on curved features; ``other`` computes what follows the first one, from the features."""
+
+    def __init__(self, other):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.box = nn.Conv2d(2, 4, 3), nn.Linear(4, 3), nn.Linear(4, 2)
+        self.mask, self.other = nn.Conv2d(4, 1, 1), other
+
+    def forward(self, x):
+        h = F.gelu(self.conv(x))
+        return {"logits": self.fc(input=h.mean((2, 3))), "other": self.other(self, h)}
+
+
+OTHERS = {
+    "linear": lambda net, h: net.box(h.mean((2, 3))),
+    "convolution": lambda net, h: net.mask(h),
+    "hidden": lambda net, h: F.conv2d(h, net.mask.weight),
+    "projection": lambda net, h: F.linear(h.mean((2, 3)), net.conv.bias[None]),
+}
+
+
+@guards("layers.tracing:_Tracing.last_call", returns=None)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_runs_after_the_classifier_for_something_else(kind):
+    net = TwoHeads(OTHERS[kind]).double()
+    for layers, name in (("last", "conv"), ("classifier", "fc")):
+        (layer,) = lf.measure_flatness(net, [(X, Y)], layers=layers).layers.values()
+        assert (layer.info.name, layer.exact) == (name, True)
+        expected = oracle_block_traces(
+            net, (X, Y), name, loss_function=lambda out, y: F.cross_entropy(out["logits"], y)
+        )
+        assert_close(layer.block_traces[0], expected, rtol=1e-9, atol=1e-12)
+
+
+@guards("layers/tracing.py", " and version_of(output) == version", "", ids="mul_")
+@guards(
+    "layers/tracing.py", "output.flatten(1).is_set_to(logits)", "torch.equal(output.flatten(1), logits)", ids="plus"
+)
+@pytest.mark.parametrize(
+    "change", [lambda z: z * 2, lambda z: z.mul_(2), lambda z: z + 0], ids=["times", "mul_", "plus"]
+)
+def test_logits_that_are_computed_from_an_output_do_not_make_it_the_classifier(change):
+    """The last linear layer stays the classifier, also where an adapter that is zero at first adds nothing."""
+
+    class Changes(TwoHeads):
         def forward(self, x):
             g = self.conv(x).relu().mean((2, 3))
-            return {"logits": self.fc(g), "projected": F.linear(g, self.conv.bias[None])}
+            logits = change(self.fc(g))
+            return {"logits": logits, "other": self.box(g)}
 
-    assert list(lf.measure_flatness(Projects(None).double(), [(X, Y)], layers="classifier").layers) == ["fc"]
+    net = Changes(None).double()
+    with pytest.raises(lf.LayerSelectionError, match="'box': the logits do not depend"):
+        lf.measure_flatness(net, [(X, Y)], layers="classifier")
+
+
+def test_a_head_that_takes_its_input_by_keyword():
+    class Keyword(Headed):
+        def forward(self, x):
+            return self.head(input=F.gelu(self.conv(x)).mean((2, 3), keepdim=True)).flatten(1)
+
+    net = Keyword(None).double()
+    net.head = nn.Conv2d(4, 3, 1).double()
+    for layers, name in (("last", "conv"), ("classifier", "head")):
+        (layer,) = lf.measure_flatness(net, [(X, Y)], layers=layers, strict=True).layers.values()
+        assert layer.info.name == name
+        assert_close(layer.block_traces[0], oracle_block_traces(net, (X, Y), name), rtol=1e-9, atol=1e-12)
 
 
 def test_what_runs_before_the_last_convolution_does_not_matter():

@@ -97,6 +97,16 @@ class MadeAnew(nn.Module):
 
 
 @guards("measure/forward_numbers.py", "with kept_switched(model), ", "with ")
+def test_a_classifier_that_takes_its_input_by_keyword():
+    class Keyword(nn.Sequential):
+        def forward(self, x):
+            return self[-1](input=nn.Sequential(*list(self)[:-1])(x))
+
+    net = network().eval()
+    expected = forward_numbers(net, [images(7, 0)], MeasuringOptions()).feature_spread
+    assert forward_numbers(Keyword(*net), [images(7, 0)], MeasuringOptions()).feature_spread == expected
+
+
 def test_a_classifier_that_is_made_anew_in_evaluation_mode():
     batches = [images(7, 0), images(3, 1)]
     torch.manual_seed(0)

@@ -206,7 +206,7 @@ def test_files(tmp_path):
         ({"axes": torch.ones(5)}, "tensor of shape (5,); the model has"),
         ({"axes": {"8.bias": torch.ones(3)}, "frozen": ["8"]}, "'direction 1' is zero: each of its tensors is frozen"),
         ({"frozen": ["*"]}, "freezes all parameters"),
-        ({"frozen": ["nothing"]}, "frozen='nothing' fits nothing"),
+        ({"frozen": ["nothing"]}, "frozen='nothing' matches no parameter or buffer and no module"),
         ({"frozen": [3]}, "frozen=3"),
         ({"axes": "adam"}, "optimizer is a NoneType"),
         (

@@ -54,6 +54,25 @@ def test_devices_without_float64_are_known():
     assert measuring_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
+def test_weights_without_numbers_are_named(batch):
+    net = Net()
+    net.head.to("meta")
+    for measure in MEASURE:
+        with pytest.raises(lf.FlatnessError, match="'head.weight' is on the meta device.*Load"):
+            measure(net, [batch])
+
+
+class Wrapped(nn.Module):
+    """Passes all arguments on, so that its signature does not show what does not fit."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *arguments, **keywords):
+        return self.network(*arguments, **keywords)
+
+
 MEASURE = [lf.measure_flatness, lf.measure_lambda_max, lf.hessian_spectrum, lf.loss_landscape]
 
 
@@ -69,8 +88,16 @@ def test_inputs_that_the_forward_does_not_take(measure):
             lf.FlatnessError, match=rf"forward\(input.*\) does not take.*here {number}.*batch_fn=.*model="
         ):
             measure(net, [(inputs, y)])
+        with pytest.raises(lf.BatchError, match=r"fails on the batch's inputs \(TypeError: .*forward\(\).*batch_fn="):
+            measure(Wrapped(net), [(inputs, y)])
+    for network in (net, Wrapped(net)):
+        with pytest.raises(lf.BatchError, match="fails on the batch's inputs .TypeError.*numpy.ndarray.*batch_fn="):
+            measure(network, [(x.numpy(), y)])
     with pytest.raises(lf.FlatnessError, match="type torch.uint8.*float.* / 255.*batch_fn="):
         measure(net, [((x > 0).byte(), y)])
+    with pytest.raises(lf.BatchError) as caught:
+        measure(net, [(x + 0j, y)])
+    assert "255" not in str(caught.value)
 
 
 WRONG = {
@@ -132,5 +159,6 @@ def test_errors_of_the_forward_itself_stay():
         def forward(self, x):
             return self.conv(x) + "one"
 
-    with pytest.raises(TypeError):
-        lf.measure_flatness(Broken(), [(torch.randn(4, 2, 6, 6), torch.arange(4) % 3)])
+    for network in (Broken(), Wrapped(Broken())):
+        with pytest.raises(TypeError, match="operand|concatenate|one"):
+            lf.measure_flatness(network, [(torch.randn(4, 2, 6, 6), torch.arange(4) % 3)])

@@ -114,6 +114,17 @@ def test_the_mode_that_a_model_is_handed_over_in_changes_nothing(layer, what):
     assert_close(trained, validated, rtol=1e-12, atol=1e-15)
 
 
+@guards(
+    "model/isolation.py", "with random_states_kept(model), torch.no_grad(), ", "with torch.no_grad(), ", ids="batches"
+)
+@pytest.mark.parametrize("what", sorted(MEASURE.keys() - {"together"}))
+def test_a_module_that_is_made_for_evaluation_draws_no_random_numbers(what):
+    net = network(Fused).train()
+    before = torch.get_rng_state()
+    MEASURE[what](net)
+    assert_close(torch.get_rng_state(), before, rtol=0, atol=0)
+
+
 def test_numbers_are_those_of_validation():
     net = network(Merging).train()
     report = lf.measure_flatness(net, [(X, Y)])

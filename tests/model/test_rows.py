@@ -143,6 +143,14 @@ def test_one_tensor_needs_no_comparison_with_the_whole_batch():
         assert not SampleTensors().narrowed(inputs, 3).is_certified
 
 
+def test_sparse_and_nested_inputs_cannot_be_cut():
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
+    for x, kind in ((torch.eye(2, 3).to_sparse(), "sparse_coo"), (nested, "jagged")):
+        for measure in (lf.measure_flatness, lf.measure_lambda_max):
+            with pytest.raises(lf.BatchError, match=f"{kind}.*dense.*batch_fn="):
+                measure(nn.Linear(3, 3), [(x, torch.tensor([0, 1]))], layers="all")
+
+
 def test_a_call_names_its_tensors():
     x = torch.ones(3, 2)
     tensors = SampleTensors().narrowed(as_call({"x": x, "table": x}), 3)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import lightning_flatness as lf
+from tests.guarding import guards
 
 MEASURE = "lf.measure_flatness, lf.hessian_spectrum, lf.loss_landscape, lf.FlatnessMetric, lf.FlatnessReport"
 
@@ -18,6 +19,15 @@ def test_only_callbacks_import_lightning(names, wanted):
     code = f"import sys, lightning_flatness as lf; {names}; print('lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == str(wanted)
+
+
+@guards("__init__.py", "random.setstate(state)", "pass")
+@pytest.mark.parametrize("name", ["lf.LayerFlatness", "lf.plots"])
+def test_the_first_use_of_a_name_draws_no_random_numbers(name):
+    """The package rich, which is imported with the name, draws some."""
+    code = f"import random, lightning_flatness as lf; s = random.getstate(); {name}; print(s == random.getstate())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "True"
 
 
 def test_public_modules_are_there_without_another_import():

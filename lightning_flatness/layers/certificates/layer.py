@@ -68,6 +68,8 @@ def _certify_convolution(call: LayerCall, kernel: Known[Kernel] | None, half: bo
     output, weight = convolution.output, convolution.weight
     if output.ndim < 2 if convolution.channel_dimension == -1 else output.ndim != weight.ndim:
         raise BatchError("it runs on an input without a batch dimension.")
+    if weight.is_complex():
+        raise LayerSelectionError("its weights are complex numbers. Choose another layer with layers=.")
     if not half and weight.dtype not in (torch.float32, torch.float64):
         raise BatchError(
             f"it runs with weights in {weight.dtype}, because the forward casts the weights to this type. A Hessian "

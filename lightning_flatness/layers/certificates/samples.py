@@ -84,8 +84,10 @@ def certify_rows(logits: Tensor, rows: int) -> None:
     A single sample must have two rows, because it is duplicated before the pass (``docs/theory.md``, "Numerics").
     """
     if len(logits) != max(rows, 2):
+        returned = f"{len(logits)} row{'s' * (len(logits) != 1)}"
+        given = f"{rows} samples" if rows > 1 else "1 sample, which the measurement gives it twice"
         raise BatchError(
-            f"The model returns {len(logits)} rows of logits for {max(rows, 2)} samples. The number of samples is that "
+            f"The model returns {returned} of logits for {given}. The number of samples is that "
             "of the targets or, without targets, that of the longest input. Give as many targets as rows (in a "
             "callback by batch_fn=, e.g. if the step takes crops or joins two views), or leave tables that do not "
             "have one row for every sample out of the inputs."

@@ -93,6 +93,19 @@ def test_layer_that_does_more_than_convolve_is_refused():
         measure(PooledNet(conv=Scaled(2, 6, 3)))
 
 
+def test_a_layer_of_complex_numbers_is_left_out():
+    class Complex(PooledNet):
+        def forward(self, x):
+            return super().forward(self.first(x.to(torch.complex128)).abs())
+
+    net = Complex(nn.Conv2d(3, 6, 3)).double()
+    net.first = nn.Conv2d(2, 3, 1, dtype=torch.complex128)
+    report, expected = (lf.measure_flatness(net, [(X.double(), Y)], layers=of) for of in ("all", ["conv", "head"]))
+    assert "'first': its weights are complex numbers" in report.left_out["first"]
+    assert list(report.layers) == ["conv", "head"]
+    assert report.relative_flatness == expected.relative_flatness
+
+
 def test_layer_of_two_convolutions_is_refused():
     class Adapted(nn.Conv2d):
         def forward(self, x):

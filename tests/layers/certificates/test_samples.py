@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 import lightning_flatness as lf
+from lightning_flatness.testing import oracle_block_traces
+from tests.guarding import guards
 from tests.layers.linear_net import LABELS, VECTORS, linear_net
 from tests.layers.pooled_net import Apply, PooledNet, X, Y, measure
 
@@ -126,6 +129,21 @@ def test_derivatives_that_are_not_finite_under_the_closed_form():
     for batches in ([(zero.double(), Y)], [(X.double(), Y), (zero.double(), Y)]):
         with pytest.raises(lf.BatchError, match="'conv'.*derivative.*not finite.*epsilon"):
             lf.measure_flatness(net.double(), batches)
+
+
+@guards("layers/certify.py", "certificates.leave_out(mixing, ", "raise ValueError(")
+def test_a_layer_after_which_samples_mix_is_left_out():
+    def forward(net, x):
+        h = net.a(x)
+        return net.c((h - h.mean(0)).relu())
+
+    net = linear_net(forward)
+    batches = [(VECTORS[:4], LABELS[:4]), (VECTORS[4:], LABELS[4:])]
+    report = lf.measure_flatness(net, batches, layers="all")
+    assert (list(report.layers), report.exact) == (["c"], True)
+    assert "depend on other samples" in report.left_out["a"]
+    expected = sum(oracle_block_traces(net, batch, "c") for batch in batches) / 2
+    assert_close(report.layers["c"].block_traces[0], expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("used", [True, False], ids=["detached", "not used"])
